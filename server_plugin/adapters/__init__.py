@@ -1,0 +1,1 @@
+"""One file per model family: what differs between models, and nothing else."""

@@ -1,0 +1,178 @@
+"""What the engine asks of a model runtime: five operations, typed.
+
+The engine (`server_plugin.engine`) is written once over this interface. A backend is one model
+runtime (Transformers, vLLM, the scripted fake); it keeps its own threads and queues and makes
+its blocking work awaitable. Operations on different views may be awaited concurrently; a backend
+that can run only one at a time queues them in order of arrival.
+
+A cancelled await must leave the backend usable: work already on the device may run to its end,
+its result is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.uncertainty import TokenStatistics
+
+StopRule = Callable[[Sequence[TokenStatistics], bool], bool]
+"""Called after each generated token with the statistics so far and whether the last token was
+the end of the sequence; True stops the answer there. Runs on the backend's thread."""
+
+TextSink = Callable[[str], None]
+"""Receives the whole text so far after each generated token. Runs on the backend's thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the service and the engine must know of a loaded model.
+
+    Attributes:
+        name: the name a client sees.
+        view: size of the picture that the vision encoder takes, in px.
+        fit: how a source picture is brought to that size.
+        grid: the token grid of the relative attention map.
+        base_px: the base window side `s` of the region search, in px (the encoder's input side).
+        layer: decoder layer, from 0, whose attention is read.
+        hidden_size: width of the decoder (`d_LLM` of Eq. 17, `003_92b41fe49395ce1a.txt`).
+        layers: number of decoder layers (`L` of Eq. 17).
+        visual_tokens: tokens of one picture in the decoder's context.
+        context_tokens: longest sequence that the model takes.
+    """
+
+    name: str
+    view: Size
+    fit: Fit
+    grid: Grid
+    base_px: int
+    layer: int
+    hidden_size: int
+    layers: int
+    visual_tokens: int
+    context_tokens: int
+
+
+class View(Protocol):
+    """A global view that a backend holds, with whatever it computed of it already.
+
+    Attributes:
+        nbytes: memory that this view keeps occupied, pixels and cache, in bytes; may grow when
+            the generic row is added.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One generated answer.
+
+    Attributes:
+        text: the answer, special tokens removed, stripped.
+        token_ids: generated token ids, the end token included when it was generated.
+        steps: statistics of each generated token, from the softmax of its raw logits.
+        ended: whether the last token is the end of the sequence.
+        prefilled_tokens: prompt tokens really computed for this answer.
+        context_tokens: prompt tokens it stands on, those taken from a cache included.
+        row: attention of the last prompt position to the visual tokens of the global view at
+            the preset layer, mean over heads, float32, shape `(visual_tokens,)`; None when it
+            was not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    steps: tuple[TokenStatistics, ...]
+    ended: bool
+    prefilled_tokens: int
+    context_tokens: int
+    row: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelativeAttention:
+    """The relative attention map (Eq. 22 of `003_92b41fe49395ce1a.txt`).
+
+    Attributes:
+        map: float64, shape `(rows, columns)` of the token grid.
+        prefilled_tokens: prompt tokens computed for the generic row now; 0 when the view had it.
+        context_tokens: tokens that the generic prompt stands on; 0 when the view had it.
+    """
+
+    map: NDArray[np.float64]
+    prefilled_tokens: int
+    context_tokens: int
+
+
+class Backend(Protocol):
+    """One loaded model."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def check_question(self, question: str, images: int = 2) -> None:
+        """Refuse a question before anything is computed for it. Cheap; runs on the event loop.
+
+        Args:
+            question: the user's text.
+            images: pictures that the longest prompt of this question may hold.
+
+        Raises:
+            QuestionError: empty, longer than the context leaves room for, or holding text that
+                the model reserves (special tokens), in one clear line.
+        """
+
+    async def open_view(self, image: Image) -> View:
+        """Take a global view, and prefill its visual tokens (now or at first use).
+
+        Args:
+            image: RGB, of the size `info.view`.
+
+        Raises:
+            ImageError: another size or mode.
+        """
+
+    async def first_pass(
+        self,
+        view: View,
+        question: str,
+        *,
+        max_new_tokens: int,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        """Answer from the global view, greedily, capturing the attention row."""
+
+    async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
+        """Divide the first pass's row by the row of the generic instruction.
+
+        The generic row depends only on the view, so it is computed once and kept with it.
+        """
+
+    async def second_pass(
+        self,
+        view: View,
+        region: Image,
+        question: str,
+        *,
+        max_new_tokens: int,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        """Answer from the global view and the local view (Eq. 12 of `003_92b41fe49395ce1a.txt`).
+
+        Args:
+            region: RGB, any size; brought to the encoder's input by the backend.
+        """
+
+    async def release(self, view: View) -> None:
+        """Drop a view and all that was computed of it. Safe to call twice."""
+
+    async def close(self) -> None:
+        """Stop threads and free the model. Operations awaited after this fail."""
