@@ -1,0 +1,365 @@
+"""Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
+
+Bytes from a peer are checked by `vlm_collab.pixels` before a pixel is decompressed.
+
+All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
+it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The
+server ignores profiles: the edge has applied them, and a stranger's profile would only be one
+more parser to attack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
+from vlm_collab.geometry import Box, Fit, Size, frame_of
+from vlm_collab.pixels import (
+    ALL_CODECS,
+    Codec,
+    check_pixels,
+    codec_names,
+    describe,
+    flatten,
+    identify,
+    loaded,
+    open_bounded,
+    orientation_of,
+    to_srgb,
+    transposed,
+    upright_size,
+)
+
+__all__ = [
+    "ALL_CODECS",
+    "MAX_SOURCE_BYTES",
+    "MAX_SOURCE_PIXELS",
+    "PAD_COLOUR",
+    "Codec",
+    "ImageHeader",
+    "SourceImage",
+    "choose_codec",
+    "decode",
+    "encode",
+    "read_header",
+]
+
+MAX_SOURCE_PIXELS = 200_000_000
+"""Default limit for an original at the edge: the largest phone sensors have 200 megapixels."""
+
+MAX_SOURCE_BYTES = 1 << 30
+"""An original file beyond this is refused unread; 200 megapixels fit even as 16-bit PNG."""
+
+PAD_COLOUR = (122, 116, 104)
+"""The bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become zeros."""
+
+_OVERSAMPLING = 2
+"""Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
+twice the target leaves the last halving, the one that shows, to the bicubic filter."""
+
+
+class ImageHeader(NamedTuple):
+    """What an encoded picture says of itself. Sizes are upright, as `decode` returns them."""
+
+    codec: Codec
+    width: int
+    height: int
+    frames: int
+
+
+def choose_codec(offered: Iterable[int], accepted: Sequence[Codec]) -> Codec:
+    """The first codec of the server's list, in its order of preference, that the edge offers.
+
+    Args:
+        offered: what the edge can encode; numbers of codecs unknown here are skipped.
+        accepted: what the server takes, best first.
+
+    Raises:
+        UnsupportedImageError: they have none in common.
+    """
+    known = set(offered)
+    for codec in accepted:
+        if codec in known:
+            return codec
+    raise UnsupportedImageError(
+        f"no common picture format; the server takes {codec_names(accepted)}"
+    )
+
+
+def read_header(
+    data: bytes,
+    *,
+    codecs: frozenset[Codec] = ALL_CODECS,
+    max_pixels: int,
+    max_frames: int = 1,
+) -> ImageHeader:
+    """Check an encoded picture by its header alone; no pixel is decompressed.
+
+    Args:
+        data: the encoded picture.
+        codecs: the formats agreed on; no other is opened.
+        max_pixels: most pixels, width × height.
+        max_frames: most frames of an animation.
+
+    Raises:
+        UnsupportedImageError: not a picture, or in none of these formats.
+        ImageTooLargeError: more pixels or frames than allowed.
+        ImageError: the header is broken.
+    """
+    codec, image = open_bounded(data, codecs, max_pixels, max_frames)
+    width, height = upright_size(image.size, orientation_of(image))
+    return ImageHeader(codec, width, height, getattr(image, "n_frames", 1))
+
+
+def decode(
+    data: bytes,
+    *,
+    codecs: frozenset[Codec] = ALL_CODECS,
+    max_pixels: int,
+    max_frames: int = 1,
+) -> Image.Image:
+    """Decode a picture received from a peer: upright RGB, first frame, fully loaded, no metadata.
+
+    Arguments and errors as `read_header`; ImageError also if the pixels are broken or missing.
+    """
+    _, image = open_bounded(data, codecs, max_pixels, max_frames)
+    orientation = orientation_of(image)  # before loading, to agree with read_header
+    upright = transposed(loaded(image).convert("RGB"), orientation)
+    upright.info.clear()
+    return upright
+
+
+def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
+    """Encode a picture as it lies, without any metadata (EXIF, XMP, ICC, comments, thumbnails).
+
+    JPEG with 4:2:0 chroma and optimised tables, WebP lossy, PNG optimised. Colours with an ICC
+    profile become sRGB first. An EXIF orientation is dropped unapplied: pictures from this
+    module are upright already.
+
+    Args:
+        image: any mode; sent as RGB.
+        codec: the agreed format.
+        quality: 1 to 100 for JPEG and WebP; PNG is lossless and ignores it.
+
+    Raises:
+        ValueError: quality out of range.
+        ImageError: the format cannot hold this size (16383 px a side for WebP, 65500 for JPEG).
+    """
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality must be from 1 to 100, not {quality}")
+    rgb = to_srgb(flatten(image), image.info.get("icc_profile")).copy()
+    rgb.info.clear()  # the savers pick up comments and profiles from here
+    buffer = io.BytesIO()
+    try:
+        match codec:
+            case Codec.JPEG:
+                rgb.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
+            case Codec.PNG:
+                rgb.save(buffer, "PNG", optimize=True)
+            case Codec.WEBP:
+                rgb.save(buffer, "WEBP", quality=quality, method=4)
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"cannot encode {rgb.width} x {rgb.height} pixels as {codec.name}: {error}"
+        ) from error
+    return buffer.getvalue()
+
+
+class SourceImage:
+    """The original at the edge: views and full-resolution regions of it, decoded when needed.
+
+    Coordinates are those of the upright picture, EXIF orientation applied. Decoded pixels are
+    cached once needed in full; a view of a large JPEG needs only a scaled decoding and caches
+    nothing. Not for use by two threads at once.
+
+    Attributes:
+        size: width and height of the upright picture, px, from the header.
+    """
+
+    __slots__ = ("_data", "_icc", "_orientation", "_pixels", "_stored", "size")
+
+    def __init__(
+        self, data: bytes, pixels: Image.Image | None, stored: Size, orientation: int, icc: object
+    ) -> None:
+        """Use `open` or `from_pil` instead."""
+        self._data = data
+        self._pixels = pixels
+        self._stored = stored
+        self._orientation = orientation
+        self._icc = icc
+        self.size = Size(*upright_size(stored, orientation))
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str] | bytes | BinaryIO,
+        *,
+        max_pixels: int = MAX_SOURCE_PIXELS,
+    ) -> SourceImage:
+        """Open a JPEG, PNG or WebP picture; reads its header, decodes nothing.
+
+        Args:
+            source: path, content, or binary file of the picture. A file is read to its end.
+            max_pixels: most pixels to accept.
+
+        Raises:
+            UnsupportedImageError: not a picture, or of another format.
+            ImageTooLargeError: too many pixels or bytes, or animated.
+            ImageError: missing, unreadable or broken. Each says which file, where it has a name.
+        """
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+        try:
+            data = source if isinstance(source, bytes) else _read(source)
+            _, image = open_bounded(data, ALL_CODECS, max_pixels, 1)
+        except ImageError as error:
+            if not name:
+                raise
+            raise type(error)(f"{name}: {error}") from error
+        stored = Size(*image.size)
+        icc = image.info.get("icc_profile")
+        return cls(data, None, stored, orientation_of(image), icc)
+
+    @classmethod
+    def from_pil(cls, image: Image.Image, *, max_pixels: int = MAX_SOURCE_PIXELS) -> SourceImage:
+        """Take a picture that Pillow holds already, a camera frame for example.
+
+        An EXIF orientation and an ICC profile in `image.info` are honoured as in a file.
+
+        Raises:
+            UnsupportedImageError: its mode has no RGB form.
+            ImageTooLargeError: more pixels than the limit.
+            ImageError: it was opened lazily, and its data are broken.
+        """
+        check_pixels(image.size, max_pixels)
+        orientation = orientation_of(image)
+        icc = image.info.get("icc_profile")
+        return cls(b"", loaded(image), Size(*image.size), orientation, icc)
+
+    def view(
+        self, side: Size, fit: Fit, *, pad_colour: tuple[int, int, int] = PAD_COLOUR
+    ) -> Image.Image:
+        """The picture as the vision encoder wants it, exactly `side` pixels large.
+
+        Resized with an antialiased bicubic filter, the one such encoders are trained with. With
+        `Fit.PAD` the picture's edges fall on whole pixels of the view, at most half a pixel from
+        where `frame_of` has them.
+
+        Args:
+            side: width and height of the view, px.
+            fit: how the picture is brought to that aspect.
+            pad_colour: RGB of the bars of `Fit.PAD`.
+
+        Raises:
+            ValueError: `side` is not positive.
+            ImageError: the picture's data are broken.
+        """
+        frame = frame_of(self.size, fit, side)
+        if fit is not Fit.PAD:
+            right, bottom = frame.left + frame.width, frame.top + frame.height
+            return self._resampled(Box(frame.left, frame.top, right, bottom), side)
+        left, width = _padded_extent(-frame.left, self.size.width, frame.width, side.width)
+        top, height = _padded_extent(-frame.top, self.size.height, frame.height, side.height)
+        whole = self._resampled(Box(0, 0, *self.size), Size(width, height))
+        canvas = Image.new("RGB", side, pad_colour)
+        canvas.paste(whole, (left, top))
+        return canvas
+
+    def region(self, box: Box, target: Size) -> Image.Image:
+        """Crop and resize, Eq. 21 of `003_92b41fe49395ce1a.txt`, at full resolution.
+
+        Never enlarged: an axis along which the crop is smaller than the target keeps its pixels,
+        and the server enlarges it. Interpolated pixels would cost bytes and tell nothing.
+
+        Args:
+            box: source pixels, inside the picture.
+            target: size that the server asks for, px; the aspect is not kept.
+
+        Raises:
+            ValueError: the box is empty or not inside the picture, or the target not positive.
+            ImageError: the picture's data are broken.
+        """
+        inside = 0 <= box.left < box.right <= self.size.width
+        if not (inside and 0 <= box.top < box.bottom <= self.size.height):
+            raise ValueError(
+                f"{tuple(box)} is no box inside {self.size.width} x {self.size.height}"
+            )
+        if min(target) < 1:
+            raise ValueError(f"impossible target size {target.width} x {target.height}")
+        size = Size(min(box.width, target.width), min(box.height, target.height))
+        return self._resampled(box, size)
+
+    def _resampled(self, box: Box, size: Size) -> Image.Image:
+        """The pixels of an upright box, resized to `size`, as upright sRGB."""
+        # Everything is done as stored; only the small result is turned upright.
+        left, top, right, bottom = _stored_box(box, self.size, self._orientation)
+        size = Size(*upright_size(size, self._orientation))  # turning is its own inverse
+        shrink = min((right - left) / size.width, (bottom - top) / size.height)
+        pixels, scale = self._decoded(shrink / _OVERSAMPLING)
+        if scale == 1 and size == (right - left, bottom - top):
+            small = pixels.crop((left, top, right, bottom))
+        else:
+            # A pixel of a scaled JPEG spans exactly `scale` stored ones, but for the last.
+            part = (left / scale, top / scale, right / scale, bottom / scale)
+            small = pixels.resize(
+                size, Image.Resampling.BICUBIC, box=part, reducing_gap=_OVERSAMPLING
+            )
+        return transposed(to_srgb(small, self._icc), self._orientation)
+
+    def _decoded(self, scale_limit: float) -> tuple[Image.Image, int]:
+        """Stored pixels, flattened, and how many times smaller they are than the original.
+
+        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`.
+        """
+        if self._pixels is not None:
+            return self._pixels, 1
+        codec, image = open_bounded(self._data, ALL_CODECS, math.prod(self._stored), 1)
+        scale = next((s for s in (8, 4, 2) if s <= min(scale_limit, *self._stored)), 1)
+        if codec is Codec.JPEG and scale > 1:
+            # The decoder picks the largest of these scales that leaves this size or more.
+            image.draft(None, (self._stored.width // scale, self._stored.height // scale))
+            return loaded(image), scale
+        self._pixels = loaded(image)
+        self._data = b""
+        return self._pixels, 1
+
+
+def _stored_box(box: Box, upright: Size, orientation: int) -> Box:
+    """Where an upright box lies in the picture as stored, before `transposed`."""
+    left, top, right, bottom = box
+    if orientation in (2, 3, 7, 8):  # stored columns (5-8: rows) run against the upright ones
+        left, right = upright.width - right, upright.width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = upright.height - bottom, upright.height - top
+    return Box(top, left, bottom, right) if orientation >= 5 else Box(left, top, right, bottom)
+
+
+def _padded_extent(offset: int, length: int, frame: int, side: int) -> tuple[int, int]:
+    """Start and length in view pixels of a picture that lies `offset` px into its frame."""
+    start = round(offset * side / frame)
+    end = round((offset + length) * side / frame)
+    return start, max(end - start, 1)
+
+
+def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """All of a file, if it starts like a picture and is not too long."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if isinstance(source, str | os.PathLike):
+                source = stack.enter_context(open(source, "rb"))
+            head = source.read(32)
+            if identify(head) is None:
+                found = "an empty file" if not head else describe(head)
+                raise UnsupportedImageError(f"{found}; usable formats: {codec_names(ALL_CODECS)}")
+            data = head + source.read(MAX_SOURCE_BYTES)
+        except OSError as error:
+            raise ImageError(error.strerror or str(error)) from error
+    if len(data) > MAX_SOURCE_BYTES:
+        raise ImageTooLargeError(f"more than {MAX_SOURCE_BYTES >> 20} MiB")
+    return data

@@ -1,0 +1,204 @@
+"""Pillow's decoders, bounded and made plain: the ground that `vlm_collab.images` stands on.
+
+Bytes from a peer meet three checks before a pixel is decompressed: the first bytes name one of
+the formats that both sides agreed on, the header's pixel count is within the limit, and so is
+its frame count. Each format is opened by its own decoder class and not through `Image.open`:
+nothing else is ever tried on the bytes, the limit is the caller's rather than Pillow's
+process-wide one, and the second pictures that phones append to a JPEG are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+
+from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
+
+
+class Codec(enum.IntEnum):
+    """Formats that may cross the wire; the numbers are the wire values."""
+
+    JPEG = 1
+    PNG = 2
+    WEBP = 3
+
+
+ALL_CODECS = frozenset(Codec)
+
+# The inverse of each EXIF orientation: how stored pixels become upright ones.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_DECODERS: dict[Codec, type[ImageFile]] = {
+    Codec.JPEG: JpegImageFile,
+    Codec.PNG: PngImageFile,
+    Codec.WEBP: WebPImageFile,
+}
+
+# What Pillow's three decoders raise on broken data.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+
+# Only to say what a refused file is.
+_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF"}
+
+
+def open_bounded(
+    data: bytes, codecs: frozenset[Codec], max_pixels: int, max_frames: int
+) -> tuple[Codec, ImageFile]:
+    """Open a picture lazily and check what its header promises."""
+    codec = identify(data)
+    if codec not in codecs:
+        found = f"a {codec.name} picture" if codec else describe(data)
+        raise UnsupportedImageError(f"{found}; usable formats: {codec_names(codecs)}")
+    if codec is Codec.WEBP:
+        # Pillow's WebP decoder allocates its canvas on opening, so the size is read first.
+        check_pixels(_webp_size(data), max_pixels)
+    with _decoder_errors(codec):
+        image = _DECODERS[codec](io.BytesIO(data))
+        frames = getattr(image, "n_frames", 1)
+    check_pixels(image.size, max_pixels)
+    if frames > max_frames:
+        raise ImageTooLargeError(
+            f"an animation of {frames} frames, at most {max_frames} allowed; save one as a still"
+        )
+    return codec, image
+
+
+def identify(data: bytes) -> Codec | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return Codec.JPEG
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Codec.PNG
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return Codec.WEBP
+    return None
+
+
+def describe(data: bytes) -> str:
+    """What a file that is none of the three formats seems to be."""
+    for magic, name in _OTHER_FORMATS.items():
+        if data.startswith(magic):
+            return f"a {name} file"
+    if data[4:8] == b"ftyp":
+        return "a HEIC, AVIF or video file"
+    return "not a picture"
+
+
+def codec_names(codecs: Iterable[Codec]) -> str:
+    return ", ".join(codec.name for codec in sorted(codecs)) or "none"
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas size from the first chunk of a WebP file (RFC 9649, section 2)."""
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8X" and len(head) == 10:
+        return int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:], "little") + 1
+    if kind == b"VP8L" and len(head) >= 5 and head[0] == 0x2F:
+        bits = int.from_bytes(head[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and len(head) == 10:
+        width, height = struct.unpack("<HH", head[6:])
+        return width & 0x3FFF, height & 0x3FFF
+    raise ImageError("a broken WEBP picture: its header is incomplete")
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{width} x {height} pixels, at most {max_pixels / 1e6:g} megapixels allowed"
+        )
+
+
+@contextlib.contextmanager
+def _decoder_errors(codec: Codec | None) -> Iterator[None]:
+    """Turn what decoders raise on broken data into one clear line."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        # Pillow's own limit, for the whole process, where it checks on opening (WebP).
+        raise ImageTooLargeError(str(error)) from error
+    except _BROKEN as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"a broken {codec.name if codec else ''} picture: {detail}") from error
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """Decode all pixels and bring them to 8-bit L, RGB or CMYK without transparency."""
+    codec = next((c for c, kind in _DECODERS.items() if isinstance(image, kind)), None)
+    with _decoder_errors(codec):
+        image.load()
+    return flatten(image)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """8-bit L, RGB or CMYK, transparency laid on white; resampling needs real intensities."""
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit grey at 255. 65535 / 257 is exactly 255.
+        wide = image.convert("I")
+        return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        page = Image.new("RGB", image.size, "white")
+        page.paste(rgba, mask=rgba.getchannel("A"))
+        return page
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image
+    if image.mode in ("F", "LAB"):
+        raise UnsupportedImageError(f"pixels of mode {image.mode} have no plain RGB form")
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def to_srgb(image: Image.Image, icc: object) -> Image.Image:
+    """RGB pixels of a flattened picture, from its ICC profile's colours if it has one."""
+    if isinstance(icc, bytes) and icc:
+        from PIL import ImageCms  # slow to import, and few pictures need it
+
+        # A Pillow built without LittleCMS raises ImportError on first use.
+        with contextlib.suppress(ImportError, OSError, ImageCms.PyCMSError):
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            srgb = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+            if converted is not None:
+                return converted
+    return image.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    # Not image.getexif(): for a PNG without EXIF it decodes the whole picture to look behind it.
+    block = image.info.get("exif")
+    if not isinstance(block, bytes):
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        value = exif.get(ExifTags.Base.Orientation)
+    except (*_BROKEN, KeyError, TypeError):
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation >= 5 else (size[0], size[1])
+
+
+def transposed(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
