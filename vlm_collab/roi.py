@@ -1,0 +1,202 @@
+"""Where the model needs to look: relative attention and the region search (numpy).
+
+Sources: Eq. 10, 11, 22 and section VI-B of `003_92b41fe49395ce1a.txt`, which adopts ViCrop's
+search; the roundings are ViCrop's, so that boxes can be compared exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_collab.geometry import (
+    Box,
+    Frame,
+    Grid,
+    Size,
+    TokenBox,
+    token_box_to_source,
+    whole_image,
+)
+
+DEFAULT_RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+"""Window sides tried, as multiples of the encoder's input side (section VI-B of 003)."""
+
+_SUM_BITS = 61
+"""Sums over the whole grid stay below 2**61, so that differences of sums fit in an int64."""
+
+
+def relative_map(
+    question_row: NDArray[Any],
+    generic_row: NDArray[Any],
+    grid: Grid,
+    *,
+    epsilon: float = 0.0,
+) -> NDArray[np.float64]:
+    """Relative attention, Eq. 10 and 22 of 003: question / (generic + epsilon), element-wise.
+
+    Where the denominator is zero, or so small that the quotient overflows, 0/0 counts as 0 (no
+    attention either way) and x/0 as the largest finite quotient of the map (more is not known,
+    and an infinite cell would decide the search alone); 1 if there is no finite one above zero.
+
+    Args:
+        question_row: (R·C,) attention from the last prompt position to the visual tokens.
+        generic_row: (R·C,) the same under the generic instruction.
+        grid: R rows × C columns.
+        epsilon: added to the denominator.
+
+    Returns:
+        (R, C) float64, zero or more.
+
+    Raises:
+        ValueError: wrong shapes, or values that are negative or not finite.
+    """
+    question = np.asarray(question_row, dtype=np.float64)
+    generic = np.asarray(generic_row, dtype=np.float64)
+    cells = grid.rows * grid.columns
+    if question.shape != (cells,) or generic.shape != (cells,):
+        raise ValueError(
+            f"attention rows must have shape ({cells},), not {question.shape}, {generic.shape}"
+        )
+    for row in (question, generic):
+        if not (np.isfinite(row).all() and (row >= 0).all()):
+            raise ValueError("attention must be finite and not negative")
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(f"epsilon must be finite and not negative, not {epsilon}")
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = question / (generic + epsilon)
+    infinite = np.isinf(ratios)
+    ratios[np.isnan(ratios)] = 0.0
+    if infinite.any():
+        largest = ratios[~infinite].max(initial=0.0)
+        ratios[infinite] = largest if largest > 0 else 1.0
+    return ratios.reshape(grid)
+
+
+def find_region(
+    relative: NDArray[Any],
+    frame: Frame,
+    base_px: int,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+) -> TokenBox:
+    """The window of highest contrast, Eq. 11 and section VI-B of 003.
+
+    With the frame W × H pixels, the grid R × C and base side s: for each ratio r the window
+    spans min(⌊s·r / (W/C)⌋, C) columns and min(⌊s·r / (H/R)⌋, R) rows, at least one each. The
+    window with the largest sum is taken; its contrast is that sum minus the mean sum of its up
+    to four neighbours shifted by one cell, over its cell count. A ratio whose window covers the
+    whole grid is skipped. The ratio of largest contrast wins, and its square has side
+    2·⌊s·r / 2⌋. If ratio 1 already covers the grid, or every ratio does, the region is
+    everything.
+
+    Ties: among windows the first in column order (x outer, y inner), among ratios the first.
+    Ties are exact: the map is rounded once to integers, at least 2**47 steps for its largest
+    value on a grid of up to 64 × 64, and integer sums and contrasts do not depend on the order
+    of adding. A map of integers (times any power of two) loses nothing by it.
+
+    All windows of a ratio are summed at once from a summed-area table.
+
+    Args:
+        relative: (R, C) relative attention; any finite real numbers.
+        frame: what the view shows of the source, px.
+        base_px: side s of the vision encoder's input, px.
+        ratios: window sides as multiples of s, in order of preference on ties.
+
+    Returns:
+        The region as it crosses the wire; `token_box_to_source` gives its pixels.
+
+    Raises:
+        ValueError: the map is not a non-empty 2-D array of finite numbers, `base_px` or a ratio
+            is not positive, there are no ratios, or a window is under two pixels.
+    """
+    values = np.asarray(relative, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"a map must have shape (rows, columns), not {values.shape}")
+    rows, columns = values.shape
+    grid = Grid(rows, columns)
+    everything = whole_image(grid, frame)
+    largest = max(float(values.max()), -float(values.min()))  # NaN, where there is one
+    if not math.isfinite(largest):
+        raise ValueError("a map must be finite")
+    if not ratios:
+        raise ValueError("no ratios to search with")
+    cell_width, cell_height = frame.width / columns, frame.height / rows
+    table: NDArray[np.int64] | None = None
+    tried: set[tuple[int, int]] = set()
+    best: TokenBox | None = None
+    best_contrast, best_weight = 0, 1
+    for ratio in ratios:
+        side = base_px * ratio
+        if not (math.isfinite(side) and side >= 2):
+            raise ValueError(f"ratio {ratio} of {base_px} px is no window")
+        width = max(1, min(math.floor(side / cell_width), columns))
+        height = max(1, min(math.floor(side / cell_height), rows))
+        if width == columns and height == rows:
+            if ratio == 1:
+                return everything
+            continue
+        if (width, height) in tried:
+            continue  # same windows, same contrast: the earlier ratio keeps the tie
+        tried.add((width, height))
+        if table is None:
+            table = _summed_area(values, largest)
+        # (C − w + 1, R − h + 1) window sums, x first, so that flat order is column order.
+        right, left = table[width:], table[:-width]
+        sums = right[:, height:] - right[:, :-height]
+        sums -= left[:, height:]
+        sums += left[:, :-height]
+        positions = rows - height + 1
+        x, y = divmod(int(sums.argmax()), positions)
+        neighbours = []
+        if x > 0:
+            neighbours.append(sums.item(x - 1, y))
+        if x < columns - width:
+            neighbours.append(sums.item(x + 1, y))
+        if y > 0:
+            neighbours.append(sums.item(x, y - 1))
+        if y < positions - 1:
+            neighbours.append(sums.item(x, y + 1))
+        # contrast = (sum − Σ neighbours / n) / cells, kept as a fraction of Python integers.
+        contrast = sums.item(x, y) * len(neighbours) - sum(neighbours)
+        weight = len(neighbours) * width * height
+        if best is None or contrast * best_weight > best_contrast * weight:
+            best_contrast, best_weight = contrast, weight
+            side_px = 2 * math.floor(side / 2)
+            best = TokenBox(y * columns + x, side_px, width, height)
+    return best or everything
+
+
+def region_box(
+    relative: NDArray[Any],
+    frame: Frame,
+    source: Size,
+    base_px: int,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+) -> Box:
+    """`find_region`, then its pixels in the source image. Errors as those of `find_region`."""
+    token_box = find_region(relative, frame, base_px, ratios)
+    grid = Grid(*np.shape(relative))
+    return token_box_to_source(token_box, grid, frame, source)
+
+
+def _summed_area(values: NDArray[np.float64], largest: float) -> NDArray[np.int64]:
+    """Summed-area table of a map in fixed point, `largest` being its largest absolute value.
+
+    Returns:
+        (C + 1, R + 1), transposed: entry [x, y] is the sum of the first x columns of the first
+        y rows.
+    """
+    rows, columns = values.shape
+    # Scaling by a power of two is exact, so the only rounding is that to whole steps.
+    shift = _SUM_BITS - values.size.bit_length() - math.frexp(largest)[1]
+    steps = np.rint(np.ldexp(values.T, shift))
+    table = np.zeros((columns + 1, rows + 1), dtype=np.int64)
+    inner = table[1:, 1:]
+    inner[...] = steps
+    np.cumsum(inner, axis=0, out=inner)
+    np.cumsum(inner, axis=1, out=inner)
+    return table
