@@ -45,6 +45,8 @@ class ModelInfo:
         layers: number of decoder layers (`L` of Eq. 17).
         visual_tokens: tokens of one picture in the decoder's context.
         context_tokens: longest sequence that the model takes.
+        concurrency: questions that the runtime gains from working on at once; more wait in the
+            service's queue, where they are served in turn and can still be cancelled for free.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ModelInfo:
     layers: int
     visual_tokens: int
     context_tokens: int
+    concurrency: int = 1
 
 
 class View(Protocol):

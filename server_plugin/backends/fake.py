@@ -1,0 +1,239 @@
+"""A scripted model without torch: answers, uncertainty and maps as a function says.
+
+It obeys the whole `Backend` contract (a single model that runs one operation at a time, views
+that hold memory, cancellation), so that service, client and engine can be tested to the edges of
+their behaviour, and installed systems can be tried without a model: `vlm-collab serve fake`.
+Its answers carry what it was asked and shown, so that a crossed answer cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL.Image import Image
+
+from server_plugin.backend import (
+    Generation,
+    ModelInfo,
+    RelativeAttention,
+    StopRule,
+    TextSink,
+    View,
+)
+from vlm_collab.errors import ImageError, QuestionError
+from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.roi import relative_map
+from vlm_collab.uncertainty import TokenStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What the model does with one question.
+
+    Attributes:
+        first, second: the two answers, split into tokens at spaces.
+        uncertainty_bits: min-entropy of every token of the first answer.
+        peak: (row, column) of the cell that the model looks at.
+        delay_s: how long each pass takes.
+        fail_second: the second pass raises, as a device out of memory would.
+    """
+
+    first: str
+    second: str
+    uncertainty_bits: float = 0.0
+    peak: tuple[int, int] = (0, 0)
+    delay_s: float = 0.0
+    fail_second: bool = False
+
+
+Play = Callable[[str, str, str], Script]
+"""(question, digest of the view, digest of the region or "") -> what to do."""
+
+
+def digest(image: Image) -> str:
+    """Eight hexadecimal digits that name the pixels of a picture."""
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:8]
+
+
+def echo(question: str, view: str, region: str) -> Script:
+    """The default play: repeat what was asked and seen; be unsure of anything with "small"."""
+    return Script(
+        first=f"first {view} {question}",
+        second=f"second {view} {region} {question}",
+        uncertainty_bits=2.0 if "small" in question else 0.01,
+        peak=(len(question) % 8, len(question) * 3 % 8),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class FakeView:
+    """A view as the fake keeps it."""
+
+    name: str
+    nbytes: int
+    has_generic_row: bool = False
+    released: bool = False
+
+
+DEFAULT_INFO = ModelInfo(
+    name="fake",
+    view=Size(112, 112),
+    fit=Fit.STRETCH,
+    grid=Grid(8, 8),
+    base_px=112,
+    layer=0,
+    hidden_size=64,
+    layers=2,
+    visual_tokens=64,
+    context_tokens=512,
+)
+
+
+def statistics_of(min_entropy_bits: float) -> TokenStatistics:
+    """Statistics of a two-way choice whose likelier side has this min-entropy (at most 1 bit
+    splits evenly; above that the rest is spread over equally likely tokens)."""
+    p = 2.0**-min_entropy_bits
+    if p >= 1.0:
+        return TokenStatistics(0.0, 0.0, 1.0)
+    others = max(1, math.ceil((1.0 - p) / p))
+    q = (1.0 - p) / others
+    entropy = -p * math.log2(p) - others * q * math.log2(q)
+    return TokenStatistics(min_entropy_bits, entropy, p - q)
+
+
+@dataclass(slots=True, eq=False)
+class FakeBackend:
+    """See the module's text.
+
+    Attributes:
+        play: what to do with each question.
+        info: the model it claims to be.
+        views: views held now; empty when nothing leaks.
+        generic_rows: how often a generic row was computed.
+    """
+
+    play: Play = echo
+    info: ModelInfo = DEFAULT_INFO
+    views: set[FakeView] = field(default_factory=set)
+    generic_rows: int = 0
+    closed: bool = False
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def check_question(self, question: str, images: int = 2) -> None:
+        if not question.strip():
+            raise QuestionError("the question is empty")
+        if "<image>" in question:
+            raise QuestionError("the question holds '<image>', which the model reserves")
+        if len(question) // 4 + images * self.info.visual_tokens > self.info.context_tokens:
+            raise QuestionError("the question is longer than the model's context leaves room for")
+
+    async def open_view(self, image: Image) -> FakeView:
+        if image.size != self.info.view or image.mode != "RGB":
+            raise ImageError(f"a view must be RGB and {self.info.view}, not {image.size}")
+        view = FakeView(name=digest(image), nbytes=image.width * image.height * 3)
+        self.views.add(view)
+        return view
+
+    async def first_pass(
+        self,
+        view: View,
+        question: str,
+        *,
+        max_new_tokens: int,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        held = self._held(view)
+        script = self.play(question, held.name, "")
+        tokens = script.first.split(" ")
+        row = np.full(self.info.visual_tokens, 0.1, dtype=np.float32)
+        row[script.peak[0] * self.info.grid.columns + script.peak[1]] = 1.0
+        step = statistics_of(script.uncertainty_bits)
+        return await self._generate(
+            tokens, step, script.delay_s, max_new_tokens, stop, on_text, row / row.sum()
+        )
+
+    async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
+        held = self._held(view)
+        assert first.row is not None
+        prefilled = 0 if held.has_generic_row else 12
+        if not held.has_generic_row:
+            self.generic_rows += 1
+            held.has_generic_row = True
+        generic = np.full(self.info.visual_tokens, 1.0 / self.info.visual_tokens)
+        return RelativeAttention(
+            map=relative_map(first.row, generic, self.info.grid),
+            prefilled_tokens=prefilled,
+            context_tokens=prefilled and self.info.visual_tokens + prefilled,
+        )
+
+    async def second_pass(
+        self,
+        view: View,
+        region: Image,
+        question: str,
+        *,
+        max_new_tokens: int,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        held = self._held(view)
+        script = self.play(question, held.name, digest(region))
+        if script.fail_second:
+            raise RuntimeError("scripted failure of the second pass")
+        step = statistics_of(0.01)
+        return await self._generate(
+            script.second.split(" "), step, script.delay_s, max_new_tokens, None, on_text, None
+        )
+
+    async def release(self, view: View) -> None:
+        assert isinstance(view, FakeView)
+        view.released = True
+        self.views.discard(view)
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _held(self, view: View) -> FakeView:
+        assert isinstance(view, FakeView)
+        if view.released or self.closed:
+            raise RuntimeError("the view was released, or the backend closed")
+        return view
+
+    async def _generate(
+        self,
+        tokens: list[str],
+        step: TokenStatistics,
+        delay_s: float,
+        max_new_tokens: int,
+        stop: StopRule | None,
+        on_text: TextSink | None,
+        row: np.ndarray[tuple[int], np.dtype[np.float32]] | None,
+    ) -> Generation:
+        steps: list[TokenStatistics] = []
+        texts: list[str] = []
+        ended = False
+        async with self._turn:
+            for token in [*tokens, ""][:max_new_tokens]:
+                await asyncio.sleep(delay_s / (len(tokens) + 1))
+                steps.append(step)
+                ended = len(steps) > len(tokens)
+                if not ended:
+                    texts.append(token)
+                if on_text is not None:
+                    on_text(" ".join(texts))
+                if stop is not None and stop(steps, ended):
+                    break
+        return Generation(
+            text=" ".join(texts),
+            token_ids=tuple(range(1, len(steps) + 1)),
+            steps=tuple(steps),
+            ended=ended,
+            prefilled_tokens=16,
+            context_tokens=self.info.visual_tokens + 16,
+            row=row,
+        )

@@ -1,0 +1,162 @@
+"""Routes: the WebSocket, health and metrics, and who may use them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from server_plugin.engine import Engine
+from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
+from server_plugin.service.connection import Connection
+from server_plugin.service.metrics import Metrics
+from server_plugin.service.queue import ModelQueue
+from server_plugin.service.views import ViewStore
+from vlm_collab import __version__
+from vlm_collab.messages import SUBPROTOCOL
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """One engine behind one set of limits; what all connections share.
+
+    Args:
+        engine: answers the questions.
+        config: see `ServiceConfig`.
+    """
+
+    def __init__(self, engine: Engine, config: ServiceConfig) -> None:
+        self.engine = engine
+        self.config = config
+        limits = config.limits
+        self.metrics = Metrics()
+        self.queue = ModelQueue(engine.backend.info.concurrency, limits.max_queue)
+        self.views = ViewStore(
+            engine.backend,
+            max_bytes=limits.max_view_bytes,
+            max_sessions=limits.max_sessions,
+            ttl_s=limits.session_ttl_s,
+        )
+        self.questions = 0
+        """Questions accepted and not yet ended."""
+        self.draining = False
+        self._connections: set[Connection] = set()
+        self.metrics.model(engine.backend.info.name, __version__)
+        for name, text, value in (
+            ("connections", "WebSockets open.", lambda: len(self._connections)),
+            ("questions_in_flight", "Questions not yet ended.", lambda: self.questions),
+            ("queue_depth", "Questions waiting for the model.", lambda: self.queue.waiting),
+            ("views", "Views held.", lambda: self.views.count),
+            ("view_bytes", "Memory that views occupy, in bytes.", lambda: self.views.nbytes),
+        ):
+            self.metrics.gauge(name, text, value)
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(routes=self.routes(), lifespan=self._lifespan)
+
+    def routes(self) -> list[Route | WebSocketRoute]:
+        """The routes, for mounting into another application."""
+        return [
+            WebSocketRoute(ENDPOINT, self._websocket),
+            Route("/healthz", self._health),
+            Route("/readyz", self._ready),
+            Route("/metrics", self._metrics),
+        ]
+
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Take no more questions; finish those in flight, or refuse them after `grace_s`."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + (
+            self.config.limits.shutdown_grace_s if grace_s is None else grace_s
+        )
+        while self.questions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        if self.questions:
+            log.warning("questions refused at shutdown", extra={"questions": self.questions})
+        for connection in list(self._connections):
+            connection.shut_down()
+        while self._connections:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Release what is held. The backend belongs to whoever made it."""
+        await self.views.close()
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        await self.close()
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        refusal = self._refusal(websocket)
+        if refusal is not None:
+            await websocket.send_denial_response(refusal)
+            return
+        await websocket.accept(subprotocol=SUBPROTOCOL)
+        connection = Connection(websocket, self)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    def _refusal(self, websocket: WebSocket) -> Response | None:
+        """Why this client may not connect; None if it may."""
+        if not self._may_enter(websocket.headers):
+            return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
+        if not self._origin_allowed(websocket):
+            return PlainTextResponse("this origin may not connect", 403)
+        if SUBPROTOCOL not in websocket.scope["subprotocols"]:
+            return PlainTextResponse(f"the subprotocol is {SUBPROTOCOL}", 400)
+        if self.draining or len(self._connections) >= self.config.limits.max_connections:
+            return PlainTextResponse("no room for another connection", 503, {"Retry-After": "1"})
+        return None
+
+    def _may_enter(self, headers: Headers) -> bool:
+        token = self.config.token
+        if token is None:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(), token.encode()
+        )
+
+    def _origin_allowed(self, websocket: WebSocket) -> bool:
+        """Browsers name the page that connects; other clients send no origin.
+
+        A page may connect if its origin is listed, or if it was served from loopback by this
+        server. Comparing with the Host header alone would let a page in whose name was re-bound
+        to this machine, so the name itself must be a loopback one.
+        """
+        origin = websocket.headers.get("origin")
+        if origin is None or origin in self.config.origins:
+            return True
+        parts = urlsplit(origin)
+        return is_loopback(parts.hostname or "") and parts.netloc == websocket.headers.get("host")
+
+    async def _health(self, _: Request) -> Response:
+        """The process is alive."""
+        return PlainTextResponse("ok")
+
+    async def _ready(self, _: Request) -> Response:
+        """Questions are taken."""
+        info = self.engine.backend.info
+        body = {"ready": not self.draining, "model": info.name, "version": __version__}
+        return JSONResponse(body, 503 if self.draining else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        if not self._may_enter(request.headers):
+            return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

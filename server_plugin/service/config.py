@@ -1,0 +1,117 @@
+"""Settings of the service, with safe defaults: localhost, limits on, nothing open to browsers."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlm_collab.errors import ConfigError
+from vlm_collab.images import Codec
+from vlm_collab.session import ServerLimits
+
+ENDPOINT = "/v1/collab"
+DEFAULT_PORT = 8765
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """Bounds on what all clients together may occupy.
+
+    Attributes:
+        connection: bounds on one connection.
+        max_connections: WebSockets open at once; further ones get HTTP 503.
+        max_questions: questions accepted and not yet ended, those waiting for a region included.
+        max_queue: questions waiting for the model; further ones get "busy, retry after".
+        max_view_bytes: memory for views and what the model computed of them; the least recently
+            used go first.
+        max_sessions: sessions whose views are kept after their connection is gone.
+        session_ttl_s: how long they are kept.
+        hello_timeout_s: how long a new connection may stay silent.
+        write_timeout_s: how long a client may leave a message unread.
+        question_timeout_s: longest time from accepting a question to its answer.
+        region_deadline_s: longest wait for a region.
+        shutdown_grace_s: how long a shutdown waits for questions in flight.
+    """
+
+    connection: ServerLimits = field(default_factory=ServerLimits)
+    max_connections: int = 256
+    max_questions: int = 512
+    max_queue: int = 256
+    max_view_bytes: int = 2 * 2**30
+    max_sessions: int = 1024
+    session_ttl_s: float = 300.0
+    hello_timeout_s: float = 10.0
+    write_timeout_s: float = 20.0
+    question_timeout_s: float = 120.0
+    region_deadline_s: float = 10.0
+    shutdown_grace_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not isinstance(value, ServerLimits) and value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """How the service listens and whom it lets in.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        token: bearer token that every client must send; None lets everyone in who can connect,
+            which is refused on any address but loopback unless `allow_anonymous`.
+        allow_anonymous: listen beyond loopback without a token all the same.
+        tls_cert, tls_key: PEM files; both or neither.
+        origins: origins of browser pages that may connect, besides pages served from loopback.
+        codecs: image formats taken, best first.
+        region_codec, region_quality: how the edge is asked to encode regions; a client that
+            cannot encode it is asked for the best one that it can.
+        limits: see `ServiceLimits`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    token: str | None = None
+    allow_anonymous: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    origins: frozenset[str] = frozenset()
+    codecs: tuple[Codec, ...] = (Codec.JPEG, Codec.WEBP, Codec.PNG)
+    region_codec: Codec = Codec.JPEG
+    region_quality: int = 90
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        if not 1 <= self.region_quality <= 100:
+            raise ConfigError(f"quality must be between 1 and 100, not {self.region_quality}")
+        if self.token is not None and not self.token.strip():
+            raise ConfigError("the token is empty")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS needs both a certificate and a key file")
+        for file in (self.tls_cert, self.tls_key):
+            if file is not None and not file.is_file():
+                raise ConfigError(f"no such TLS file: {file}")
+        if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
+            raise ConfigError(
+                f"listening on {self.host} without a token lets anyone in; "
+                "give --token, or --allow-anonymous to mean it"
+            )
+
+    @property
+    def scheme(self) -> str:
+        """`wss` with TLS files, else `ws`."""
+        return "wss" if self.tls_cert else "ws"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

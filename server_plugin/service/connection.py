@@ -1,0 +1,487 @@
+"""One WebSocket connection: frames in and out of a `ServerSession`, one task per question."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
+from server_plugin.service.queue import QueueFullError
+from server_plugin.service.views import ClientSession, ViewGoneLocallyError
+from vlm_collab import images
+from vlm_collab.errors import (
+    CollabError,
+    ConfigError,
+    ErrorCode,
+    ImageError,
+    ImageTooLargeError,
+    QuestionError,
+    RemoteProtocolError,
+)
+from vlm_collab.geometry import Size
+from vlm_collab.images import Codec
+from vlm_collab.messages import (
+    Ask,
+    Cancel,
+    Decline,
+    Fallback,
+    Hello,
+    Options,
+    Region,
+    RegionRequest,
+    Stage,
+    Usage,
+    Welcome,
+)
+from vlm_collab.session import FITS, ServerSession
+
+if TYPE_CHECKING:
+    from server_plugin.service.app import Service
+
+log = logging.getLogger(__name__)
+
+CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_POLICY = 1008
+CLOSE_TIMEOUT_S = 2.0
+"""How long a closing connection may take to write what waits."""
+
+
+class _Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
+    """Ends a question with an `Error` message."""
+
+    def __init__(self, code: ErrorCode, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(text)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class Connection:
+    """Serves one accepted WebSocket until it closes.
+
+    Everything here runs on the event loop; only decoding pictures and the model's work do not.
+    """
+
+    def __init__(self, websocket: WebSocket, service: Service) -> None:
+        self._websocket = websocket
+        self._service = service
+        self._session = ServerSession(limits=service.config.limits.connection)
+        self._client: ClientSession | None = None
+        self._codecs: tuple[Codec, ...] = ()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._regions: dict[int, asyncio.Future[bytes | None]] = {}
+        # The newest text of each question that streams; older ones need not be sent.
+        self._texts: dict[int, tuple[Stage, str]] = {}
+        # First answers of questions in their second stage: what is owed if it fails.
+        self._held: dict[int, RegionNeed] = {}
+        self._wake = asyncio.Event()
+        self._close_code: int | None = None
+        self._published: dict[tuple[str, str], int] = {}
+        self._name = secrets.token_hex(4)
+
+    async def run(self) -> None:
+        """Serve until the peer goes, breaks the protocol, or the service shuts down."""
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._write())
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            reader.cancel()
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(reader, *self._tasks.values(), return_exceptions=True)
+            if not writer.done():
+                self.close(self._why(reader))
+                await asyncio.wait((writer,), timeout=CLOSE_TIMEOUT_S)
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            if self._client is not None:
+                self._service.views.leave(self._client)
+            self._service.metrics.traffic(self._session.traffic, self._published)
+
+    def close(self, code: int) -> None:
+        """Close the WebSocket once everything that waits has been written."""
+        if self._close_code is None:
+            self._close_code = code
+        self._wake.set()
+
+    def shut_down(self) -> None:
+        """End what is in flight, with first answers where there are some, and close."""
+        for id in list(self._tasks):
+            self._fall_back(id, Fallback.OVERLOAD)
+        self._session.close(
+            ErrorCode.SHUTTING_DOWN, "the server is shutting down", retry_after_ms=1000
+        )
+        self.close(CLOSE_GOING_AWAY)
+
+    def _why(self, reader: asyncio.Task[None]) -> int:
+        error = None if reader.cancelled() else reader.exception()
+        match error:
+            case RemoteProtocolError():
+                reason, code = str(error), CLOSE_PROTOCOL_ERROR
+            case TimeoutError():
+                reason, code = "no Hello in time", CLOSE_POLICY
+            case None | WebSocketDisconnect():
+                return CLOSE_NORMAL
+            case _:
+                raise error
+        log.info("connection dropped", extra={"connection": self._name, "reason": reason})
+        return code
+
+    # ---- frames ------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        async with asyncio.timeout(self._service.config.limits.hello_timeout_s):
+            self._take(await self._frame())
+        while True:
+            self._take(await self._frame())
+
+    async def _frame(self) -> bytes:
+        message = await self._websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", CLOSE_NORMAL))
+        frame = message.get("bytes")
+        return frame if frame is not None else b""  # a text frame is no message: decoding says so
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            event = self._session.receive(frame)
+        finally:
+            self._wake.set()
+        match event:
+            case Hello():
+                self._welcome(event)
+            case Ask():
+                self._ask(event)
+            case Region(id=id, image=image):
+                self._settle(id, image)
+            case Decline(id=id):
+                self._settle(id, None)
+            case Cancel(id=id):
+                self._session.error(id, ErrorCode.CANCELLED, "cancelled")
+                task = self._tasks.get(id)
+                if task is not None:
+                    task.cancel()
+            case None:
+                pass
+
+    async def _write(self) -> None:
+        """The only place that writes, so that frames leave whole and in order."""
+        timeout_s = self._service.config.limits.write_timeout_s
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                for id, (stage, text) in self._texts.items():
+                    self._session.partial(id, stage, text)
+                self._texts.clear()
+                for frame in self._session.data_to_send():
+                    async with asyncio.timeout(timeout_s):
+                        await self._websocket.send_bytes(frame)
+                self._service.metrics.traffic(self._session.traffic, self._published)
+                if self._close_code is not None and not self._wake.is_set():
+                    await self._websocket.close(self._close_code)
+                    return
+        except TimeoutError:
+            log.info("client does not read", extra={"connection": self._name})
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # the peer is gone; Starlette raises either, by who closed first
+
+    # ---- messages ----------------------------------------------------------------------------
+
+    def _welcome(self, hello: Hello) -> None:
+        service, info = self._service, self._service.engine.backend.info
+        self._codecs = tuple(c for c in service.config.codecs if c in hello.codecs)
+        if not self._codecs:
+            raise RemoteProtocolError(
+                "no image codec in common; this server takes "
+                + ", ".join(c.name for c in service.config.codecs),
+                ErrorCode.UNSUPPORTED_VERSION,
+            )
+        self._client = service.views.enter(hello.resume)
+        limits = service.config.limits.connection
+        self._session.send_welcome(
+            Welcome(
+                session=self._client.key,
+                model=info.name,
+                view_width=info.view.width,
+                view_height=info.view.height,
+                fit=FITS.index(info.fit),
+                rows=info.grid.rows,
+                columns=info.grid.columns,
+                codecs=self._codecs,
+                max_frame_bytes=limits.max_frame_bytes,
+                max_question_bytes=limits.max_question_bytes,
+                max_in_flight=limits.max_in_flight,
+            )
+        )
+
+    def _ask(self, ask: Ask) -> None:
+        """Accept a question or refuse it, before anything is computed for it."""
+        try:
+            self._check(ask)
+        except _Refused as refused:
+            self._refuse(ask.id, refused)
+            return
+        task = asyncio.create_task(self._question(ask))
+        self._tasks[ask.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(ask.id, None))
+
+    def _check(self, ask: Ask) -> None:
+        service = self._service
+        if service.draining:
+            raise _Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0)
+        if service.questions >= service.config.limits.max_questions or service.views.full:
+            raise _Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s())
+        options = ask.options or Options()
+        try:
+            service.engine.check_options(options.eta)
+            service.engine.backend.check_question(ask.question)
+        except ConfigError as error:
+            raise _Refused(ErrorCode.BAD_OPTION, str(error)) from error
+        except QuestionError as error:
+            raise _Refused(ErrorCode.BAD_QUESTION, str(error)) from error
+        if ask.view is not None:
+            self._take_view(ask.view_id, ask.view)
+        else:
+            assert self._client is not None
+            if ask.view_id not in self._client.views:
+                raise _Refused(ErrorCode.VIEW_GONE, "this view is not held; send it again", 0.0)
+
+    def _take_view(self, view_id: int, data: bytes) -> None:
+        """Check a view's header; it is decoded when its question's turn comes."""
+        expected = self._service.engine.backend.info.view
+        try:
+            header = images.read_header(
+                data, codecs=frozenset(self._codecs), max_pixels=expected.width * expected.height
+            )
+        except ImageTooLargeError as error:
+            raise _Refused(ErrorCode.TOO_LARGE, str(error)) from error
+        except ImageError as error:
+            raise _Refused(ErrorCode.BAD_IMAGE, str(error)) from error
+        if (header.width, header.height) != expected:
+            raise _Refused(
+                ErrorCode.BAD_IMAGE,
+                f"the view must have {expected.width} × {expected.height} px, "
+                f"not {header.width} × {header.height}",
+            )
+        assert self._client is not None
+        self._service.views.add(
+            self._client, view_id, len(data), lambda: self._decode(data, expected)
+        )
+
+    async def _decode(self, data: bytes, largest: Size) -> Image:
+        return await asyncio.to_thread(
+            images.decode,
+            data,
+            codecs=frozenset(self._codecs),
+            max_pixels=largest.width * largest.height,
+        )
+
+    def _refuse(self, id: int, refused: _Refused) -> None:
+        after = refused.retry_after_s
+        retry_after_ms = None if after is None else round(after * 1000)
+        self._session.error(id, refused.code, str(refused), retry_after_ms)
+        self._service.metrics.questions.labels("refused").inc()
+        self._service.metrics.refusals.labels(refused.code.name.lower()).inc()
+        log.info(
+            "question refused",
+            extra={"connection": self._name, "question": id, "code": refused.code.name.lower()},
+        )
+        self._wake.set()
+
+    def _settle(self, id: int, image: bytes | None) -> None:
+        waiting = self._regions.get(id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(image)
+
+    # ---- one question ------------------------------------------------------------------------
+
+    async def _question(self, ask: Ask) -> None:
+        """Answer one question, or refuse it with a reason."""
+        service = self._service
+        service.questions += 1
+        try:
+            async with asyncio.timeout(service.config.limits.question_timeout_s):
+                await self._answer(ask)
+        except _Refused as refused:
+            self._refuse(ask.id, refused)
+        except ViewGoneLocallyError:
+            text = "this view is not held; send it again"
+            self._refuse(ask.id, _Refused(ErrorCode.VIEW_GONE, text, 0.0))
+        except QueueFullError as full:
+            text = "the server is busy"
+            self._refuse(ask.id, _Refused(ErrorCode.BUSY, text, full.retry_after_s))
+        except TimeoutError:
+            text = "the server could not answer in time"
+            if not self._fall_back(ask.id, Fallback.DEADLINE):
+                self._refuse(ask.id, _Refused(ErrorCode.DEADLINE, text, 1.0))
+        except ImageError as error:
+            self._refuse(ask.id, _Refused(ErrorCode.BAD_IMAGE, str(error)))
+        except CollabError as error:
+            self._refuse(ask.id, _Refused(ErrorCode.BAD_QUESTION, str(error)))
+        except asyncio.CancelledError:
+            # Cancelled by the edge (which has its reply) or the connection is gone.
+            service.metrics.questions.labels("lost").inc()
+            raise
+        # A bug or a failing runtime must not leave the edge waiting, nor end the connection's
+        # other questions.
+        except Exception:
+            log.exception("question failed", extra={"connection": self._name, "question": ask.id})
+            self._refuse(ask.id, _Refused(ErrorCode.INTERNAL, "the server failed", 1.0))
+        finally:
+            service.questions -= 1
+            for kept in (self._texts, self._regions, self._held):
+                kept.pop(ask.id, None)
+
+    async def _answer(self, ask: Ask) -> None:
+        service, client = self._service, self._client
+        assert client is not None
+        options = ask.options or Options()
+        loop = asyncio.get_running_loop()
+
+        def stream(stage: Stage, text: str) -> None:
+            loop.call_soon_threadsafe(self._stream, ask.id, stage, text)
+
+        turn = service.queue.turn(client.key)
+
+        async def fetch(need: RegionNeed) -> Image:
+            """Let others at the model while the edge crops; come back before first passes."""
+            turn.give_back()
+            region = await self._fetch(ask, options, need)
+            await turn.take(returning=True)
+            return region
+
+        try:
+            await turn.take()
+            async with service.views.use(client, ask.view_id) as view:
+                outcome = await service.engine.answer(
+                    view,
+                    Size(ask.source_width, ask.source_height),
+                    ask.question,
+                    fetch,
+                    retransmit=options.retransmit,
+                    eta=options.eta,
+                    max_new_tokens=options.max_new_tokens,
+                    on_text=stream if options.stream else None,
+                    key=f"{client.key.hex()}:{ask.id}",
+                )
+        finally:
+            turn.give_back()
+        self._send_answer(ask.id, outcome, turn.waited_s)
+
+    async def _fetch(self, ask: Ask, options: Options, need: RegionNeed) -> Image:
+        """Ask the edge for a region and decode what comes."""
+        config, info = self._service.config, self._service.engine.backend.info
+        self._service.metrics.retransmissions.inc()
+        deadline_s = config.limits.region_deadline_s
+        codec = config.region_codec if config.region_codec in self._codecs else self._codecs[0]
+        peak = float(need.map.max()) or 1.0
+        request = RegionRequest(
+            id=ask.id,
+            first=need.first,
+            uncertainty=need.uncertainty,
+            index=need.token_box.index,
+            side_px=need.token_box.side_px,
+            columns=need.token_box.columns,
+            rows=need.token_box.rows,
+            target_width=info.view.width,
+            target_height=info.view.height,
+            codec=codec,
+            quality=config.region_quality,
+            deadline_ms=round(deadline_s * 1000),
+            map=(need.map / peak * 255).round().astype("uint8").tobytes()
+            if options.want_map
+            else b"",
+        )
+        coming: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._regions[ask.id] = coming
+        self._held[ask.id] = need
+        self._texts.pop(ask.id, None)
+        if not self._session.request_region(request):
+            raise asyncio.CancelledError  # cancelled by the edge a moment ago
+        self._wake.set()
+        try:
+            async with asyncio.timeout(deadline_s):
+                data = await coming
+        except TimeoutError:
+            raise RegionUnavailableError(Fallback.DEADLINE) from None
+        if data is None:
+            raise RegionUnavailableError(Fallback.DECLINED)
+        try:
+            return await self._decode(data, info.view)
+        except ImageError as error:
+            log.info(
+                "bad region",
+                extra={"connection": self._name, "question": ask.id, "reason": str(error)},
+            )
+            raise RegionUnavailableError(Fallback.BAD_REGION) from error
+
+    def _stream(self, id: int, stage: Stage, text: str) -> None:
+        if id in self._tasks:
+            self._texts[id] = (stage, text)
+            self._wake.set()
+
+    def _fall_back(self, id: int, fallback: Fallback) -> bool:
+        """End a question in its second stage with its first answer."""
+        need = self._held.get(id)
+        if need is None:
+            return False
+        self._session.answer(id, need.first, Stage.FIRST, fallback, need.uncertainty, Usage())
+        self._service.metrics.questions.labels(f"fallback_{fallback.name.lower()}").inc()
+        self._wake.set()
+        return True
+
+    def _send_answer(self, id: int, outcome: Outcome, queued_s: float) -> None:
+        work, metrics = outcome.work, self._service.metrics
+        sent = self._session.answer(
+            id,
+            outcome.text,
+            outcome.stage,
+            outcome.fallback,
+            outcome.uncertainty,
+            Usage(
+                prefilled_tokens=work.prefilled_tokens,
+                decoded_tokens=work.decoded_tokens,
+                mflops=work.flops // 10**6,
+                queue_ms=round(queued_s * 1000),
+                first_ms=round(work.first_s * 1000),
+                region_ms=round(work.region_s * 1000),
+                second_ms=round(work.second_s * 1000),
+            ),
+        )
+        self._wake.set()
+        name = outcome.stage.name.lower()
+        if outcome.fallback is not Fallback.NONE:
+            name = f"fallback_{outcome.fallback.name.lower()}"
+        metrics.questions.labels(name).inc()
+        metrics.uncertainty.observe(outcome.decision.value)
+        metrics.flops.inc(work.flops)
+        metrics.stage.labels("queue").observe(queued_s)
+        metrics.stage.labels("first").observe(work.first_s)
+        if outcome.need is not None:
+            metrics.stage.labels("region").observe(work.region_s)
+        if outcome.second is not None:
+            metrics.stage.labels("second").observe(work.second_s)
+        if sent is not None:
+            log.info(
+                "question answered",
+                extra={
+                    "connection": self._name,
+                    "question": id,
+                    "outcome": name,
+                    "uncertainty": round(outcome.decision.value, 4),
+                    "bytes_up": sent.usage.bytes_up,
+                    "bytes_down": sent.usage.bytes_down,
+                    "queue_ms": sent.usage.queue_ms,
+                    "first_ms": sent.usage.first_ms,
+                    "region_ms": sent.usage.region_ms,
+                    "second_ms": sent.usage.second_ms,
+                },
+            )

@@ -1,0 +1,225 @@
+"""What the service keeps of pictures: views by session, within a byte budget.
+
+A view stays for follow-up questions after its own is answered, and for a while after its
+connection is gone, so that a client that reconnects need not send it again. The least recently
+used view that no question is working on goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+
+from server_plugin.backend import Backend, View
+
+log = logging.getLogger(__name__)
+
+
+class ViewGoneLocallyError(Exception):
+    """The session has no view of that number (any more)."""
+
+
+Opener = Callable[[], Awaitable[Image]]
+"""Decodes the picture of a view."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    decode: Opener
+    nbytes: int
+    opening: asyncio.Task[View] | None = None
+    users: int = 0
+    dropped: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class ClientSession:
+    """The views of one client, over as many connections as it takes.
+
+    Attributes:
+        key: what the client comes back with; unguessable, since it opens the views.
+        connections: how many connections use it now.
+        left_at_s: loop time when the last one went.
+    """
+
+    key: bytes
+    connections: int = 0
+    left_at_s: float = 0.0
+    views: dict[int, _Entry] = field(default_factory=dict)
+
+
+class ViewStore:
+    """All sessions and their views.
+
+    Args:
+        backend: where views live.
+        max_bytes: budget for all views together.
+        max_sessions: sessions kept without a connection.
+        ttl_s: how long they are kept.
+    """
+
+    def __init__(
+        self, backend: Backend, *, max_bytes: int, max_sessions: int, ttl_s: float
+    ) -> None:
+        self._backend = backend
+        self._max_bytes = max_bytes
+        self._max_sessions = max_sessions
+        self._ttl_s = ttl_s
+        self._sessions: dict[bytes, ClientSession] = {}
+        # Least recently used first. Entries, not ids: two sessions may use the same numbers.
+        self._recent: OrderedDict[_Entry, tuple[ClientSession, int]] = OrderedDict()
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that all views occupy, in bytes."""
+        return sum(entry.nbytes for entry in self._recent)
+
+    @property
+    def count(self) -> int:
+        """Views held."""
+        return len(self._recent)
+
+    @property
+    def full(self) -> bool:
+        """Whether the views that questions are working on fill the budget by themselves."""
+        return sum(entry.nbytes for entry in self._recent if entry.users) >= self._max_bytes
+
+    def enter(self, resume: bytes) -> ClientSession:
+        """The session of a new connection: the one it names if it is still there, else a new one.
+
+        One connection at a time: a session that is in use is not shared, since the numbers that
+        its client gives to views would meet.
+        """
+        self._expire()
+        session = self._sessions.get(resume)
+        if session is None or session.connections:
+            session = ClientSession(key=secrets.token_bytes(16))
+            self._sessions[session.key] = session
+        session.connections += 1
+        return session
+
+    def leave(self, session: ClientSession) -> None:
+        """A connection is gone; its views stay for a while."""
+        session.connections -= 1
+        session.left_at_s = asyncio.get_running_loop().time()
+        self._expire()
+
+    def add(self, session: ClientSession, view_id: int, nbytes: int, decode: Opener) -> None:
+        """Take a view; the model sees it when a question first uses it.
+
+        Returns at once, so that a follow-up question that arrives right behind finds it. A view
+        of the same number is replaced.
+
+        Args:
+            nbytes: what it occupies until it is opened.
+        """
+        self._drop(session, view_id)
+        entry = _Entry(decode, nbytes)
+        session.views[view_id] = entry
+        self._recent[entry] = (session, view_id)
+
+    @asynccontextmanager
+    async def use(self, session: ClientSession, view_id: int) -> AsyncIterator[View]:
+        """Hold a view, opening it if no question did yet; it is not dropped meanwhile.
+
+        Raises:
+            ViewGoneLocallyError: the session has no such view.
+            ImageError: opening it failed.
+        """
+        entry = session.views.get(view_id)
+        if entry is None:
+            raise ViewGoneLocallyError
+        self._recent.move_to_end(entry)
+        entry.users += 1
+        if entry.opening is None:
+            entry.opening = asyncio.create_task(self._open(entry))
+        try:
+            # Shielded: another question may wait for the same view.
+            view = await asyncio.shield(entry.opening)
+        except BaseException:
+            if entry.opening.done():
+                self._drop(session, view_id, only=entry)  # it will never open
+            self._leave(entry)
+            raise
+        entry.nbytes = view.nbytes
+        self._shrink()
+        try:
+            yield view
+        finally:
+            entry.nbytes = view.nbytes  # it may have grown by what was computed of it
+            self._leave(entry)
+            self._shrink()
+
+    async def _open(self, entry: _Entry) -> View:
+        return await self._backend.open_view(await entry.decode())
+
+    def _leave(self, entry: _Entry) -> None:
+        entry.users -= 1
+        if entry.dropped and not entry.users:
+            self._release(entry)
+
+    async def close(self) -> None:
+        """Drop everything and wait until the backend has let go."""
+        for session in list(self._sessions.values()):
+            for view_id in list(session.views):
+                self._drop(session, view_id)
+        self._sessions.clear()
+        while self._releases:
+            await asyncio.gather(*self._releases, return_exceptions=True)
+
+    def _shrink(self) -> None:
+        total = self.nbytes
+        for entry in list(self._recent):
+            if total <= self._max_bytes:
+                return
+            if entry.users == 0:
+                total -= entry.nbytes
+                session, view_id = self._recent[entry]
+                self._drop(session, view_id)
+
+    def _expire(self) -> None:
+        now = asyncio.get_running_loop().time()
+        idle = [session for session in self._sessions.values() if not session.connections]
+        idle.sort(key=lambda session: session.left_at_s)
+        surplus = max(0, len(idle) - self._max_sessions)
+        for session in itertools.chain(
+            idle[:surplus], (s for s in idle[surplus:] if now - s.left_at_s > self._ttl_s)
+        ):
+            del self._sessions[session.key]
+            for view_id in list(session.views):
+                self._drop(session, view_id)
+
+    def _drop(self, session: ClientSession, view_id: int, only: _Entry | None = None) -> None:
+        entry = session.views.get(view_id)
+        if entry is None or (only is not None and entry is not only):
+            return
+        del session.views[view_id]
+        del self._recent[entry]
+        entry.dropped = True
+        if entry.users == 0:
+            self._release(entry)
+
+    def _release(self, entry: _Entry) -> None:
+        opening = entry.opening
+        if opening is None:
+            return
+
+        async def release() -> None:
+            try:
+                view = await opening
+            except Exception:
+                return  # it never opened, so there is nothing to let go of
+            await self._backend.release(view)
+
+        task = asyncio.create_task(release())
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)

@@ -1,0 +1,363 @@
+"""The messages of `vlm-collab/1`, and their one encoder and decoder.
+
+Each binary WebSocket frame is one msgpack array ``[tag, field, field, …]``: names cost no bytes.
+Evolution: a field is only ever added at the end, with a default; none changes its type or place;
+unknown trailing fields are ignored. Tag 6 is kept for `Patches` (the classification variant).
+
+======= =============== ========= ==========================================================
+tag     message         direction says
+======= =============== ========= ==========================================================
+1       Hello           up        who I am, what I can encode, which session I come back to
+3       Ask             up        a question, with a view or the number of one already sent
+4       Region          up        the crop that was asked for
+5       Decline         up        the crop will not come, and why
+7       Cancel          up        forget the question
+16      Welcome         down      model, view, grid, codecs, limits
+17      Partial         down      text as it streams
+18      RegionRequest   down      unsure: where to look, and the first answer
+19      Answer          down      the end of a question
+20      Error           down      the end of a question, or (id 0) of the connection
+======= =============== ========= ==========================================================
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vlm_collab.errors import ErrorCode, RemoteProtocolError
+from vlm_collab.images import Codec
+
+VERSION = 1
+SUBPROTOCOL = "vlm-collab.v1"
+
+# Every number that a peer controls has a bound, so that no later arithmetic meets a surprise.
+QuestionId = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+AnyId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+SidePx = Annotated[int, Meta(ge=1, le=2**20)]
+Cells = Annotated[int, Meta(ge=1, le=4096)]
+Millis = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+ShortText = Annotated[str, Meta(max_length=256)]
+
+
+class Stage(enum.IntEnum):
+    """Which pass a text comes from."""
+
+    FIRST = 1
+    SECOND = 2
+
+
+class Retransmit(enum.IntEnum):
+    """What the edge asks of the decision for one question."""
+
+    AUTO = 0
+    """By the server's policy."""
+    ALWAYS = 1
+    NEVER = 2
+
+
+class Fallback(enum.IntEnum):
+    """Why an answer that the server was unsure of is still the first one."""
+
+    NONE = 0
+    """The policy was content, or the answer is the refined one."""
+    DECLINED = 1
+    """The edge would not send the region."""
+    DEADLINE = 2
+    """The region did not come in time."""
+    BAD_REGION = 3
+    """The region that came could not be used."""
+    OVERLOAD = 4
+    """The server had no room for a second pass."""
+    SERVER_FAILED = 5
+    """The second pass failed on the server."""
+    LINK_LOST = 6
+    """The link was lost in the second stage (set by the edge, never sent)."""
+
+
+class DeclineReason(enum.IntEnum):
+    """Why the edge does not send a region."""
+
+    LIMIT = 1
+    """Over one of the edge's own limits."""
+    PRIVACY = 2
+    """The region may not leave the device."""
+    GONE = 3
+    """The original picture is no longer at hand."""
+    BAD_REQUEST = 4
+    """The request makes no sense for this picture."""
+    FAILED = 5
+    """Cropping or encoding failed."""
+
+
+class Message(Struct, array_like=True, frozen=True):
+    """Base of all messages."""
+
+
+class Options(Struct, array_like=True, frozen=True):
+    """Per-question wishes; absent ones are the server's defaults.
+
+    Attributes:
+        retransmit: leave the decision to the policy, force or forbid the second stage.
+        eta: threshold instead of the server's, in the unit of the server's metric.
+        max_new_tokens: shorter answers than the server's limit.
+        stream: send `Partial` messages.
+        want_map: send the relative attention map with a region request (one byte per cell).
+    """
+
+    retransmit: Retransmit = Retransmit.AUTO
+    eta: float | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    stream: bool = False
+    want_map: bool = False
+
+
+class Usage(Struct, array_like=True, frozen=True):
+    """What a question really cost.
+
+    Attributes:
+        bytes_up: bytes received for this question, WebSocket headers included.
+        bytes_down: bytes sent for it before this answer, likewise.
+        prefilled_tokens: prompt tokens computed, all passes together.
+        decoded_tokens: tokens generated, all passes together.
+        mflops: decoder FLOPs executed, by Eq. 17 of `003_92b41fe49395ce1a.txt` applied to the
+            tokens really computed, in 10⁶.
+        queue_ms, first_ms, region_ms, second_ms: waiting for the model, first pass with the
+            decision, waiting for the region, second pass.
+    """
+
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    prefilled_tokens: Count = 0
+    decoded_tokens: Count = 0
+    mflops: Count = 0
+    queue_ms: Millis = 0
+    first_ms: Millis = 0
+    region_ms: Millis = 0
+    second_ms: Millis = 0
+
+
+class Hello(Message, tag=1, frozen=True):
+    """Opens a connection.
+
+    Attributes:
+        version: protocol version.
+        codecs: image codecs that the edge can encode.
+        resume: the session key of an earlier `Welcome`; its views are still there if the new
+            `Welcome` carries the same key.
+        client: name and version of the client, for the server's log.
+    """
+
+    version: Annotated[int, Meta(ge=1, le=255)]
+    codecs: Annotated[tuple[Codec, ...], Meta(min_length=1, max_length=8)]
+    resume: Annotated[bytes, Meta(max_length=32)] = b""
+    client: Annotated[str, Meta(max_length=64)] = ""
+
+
+class Ask(Message, tag=3, frozen=True):
+    """A question about a view.
+
+    Attributes:
+        id: chosen by the edge, larger than every id before it on this connection.
+        question: the user's text.
+        view_id: the edge's number of the view, unique in its session.
+        view: the encoded global view; None refers to one sent before under `view_id`.
+        source_width, source_height: size of the upright original, in px.
+        options: None for the defaults.
+    """
+
+    id: QuestionId
+    question: str
+    view_id: AnyId
+    view: bytes | None
+    source_width: SidePx
+    source_height: SidePx
+    options: Options | None = None
+
+
+class Region(Message, tag=4, frozen=True):
+    """The encoded local view."""
+
+    id: QuestionId
+    image: bytes
+
+
+class Decline(Message, tag=5, frozen=True):
+    """The region will not come; the server answers with what it has."""
+
+    id: QuestionId
+    reason: DeclineReason
+
+
+class Cancel(Message, tag=7, frozen=True):
+    """The edge no longer wants the answer. The server still ends the question."""
+
+    id: QuestionId
+
+
+class Welcome(Message, tag=16, frozen=True):
+    """Accepts a connection.
+
+    Attributes:
+        session: key to come back with (`Hello.resume`); the views belong to it.
+        model: name of the model.
+        view_width, view_height: size of the global view, in px.
+        fit: how the picture is brought to it: 0 stretch, 1 pad, 2 crop.
+        rows, columns: the token grid.
+        codecs: image codecs the server takes, best first.
+        max_frame_bytes: largest frame the server reads.
+        max_question_bytes: longest question, in UTF-8 bytes.
+        max_in_flight: questions at once on this connection.
+        features: what this server can do beyond the two stages.
+    """
+
+    session: Annotated[bytes, Meta(min_length=8, max_length=32)]
+    model: ShortText
+    view_width: SidePx
+    view_height: SidePx
+    fit: Annotated[int, Meta(ge=0, le=2)]
+    rows: Cells
+    columns: Cells
+    codecs: Annotated[tuple[Codec, ...], Meta(min_length=1, max_length=8)]
+    max_frame_bytes: Count
+    max_question_bytes: Count
+    max_in_flight: Count
+    features: Annotated[tuple[ShortText, ...], Meta(max_length=32)] = ()
+
+
+class Partial(Message, tag=17, frozen=True):
+    """Text so far = the first `keep` characters of the text before, then `text`.
+
+    A pass starts from the empty text. `keep` is needed because a later token can change how the
+    last characters are spelled.
+    """
+
+    id: QuestionId
+    stage: Stage
+    keep: Count
+    text: str
+
+
+class RegionRequest(Message, tag=18, frozen=True):
+    """The server is unsure and says where it needs to look.
+
+    Attributes:
+        first: the first answer, which stands if nothing better comes.
+        uncertainty: the aggregated value that led here, in the unit of the server's metric.
+        index, side_px: `b = [b1, b2]` of 003: token of the top-left cell (row-major), side of
+            the square in source px.
+        columns, rows: span of the window in cells (restores the exact box at the edge).
+        target_width, target_height: largest useful size of the local view, in px.
+        codec, quality: how to encode it.
+        deadline_ms: how long the server waits.
+        map: relative attention in row-major order, one byte per cell scaled to its largest
+            value; empty unless asked for.
+    """
+
+    id: QuestionId
+    first: str
+    uncertainty: float
+    index: Count
+    side_px: Annotated[int, Meta(ge=1, le=2**21)]
+    columns: Cells
+    rows: Cells
+    target_width: SidePx
+    target_height: SidePx
+    codec: Codec
+    quality: Annotated[int, Meta(ge=1, le=100)]
+    deadline_ms: Millis
+    map: bytes = b""
+
+
+class Answer(Message, tag=19, frozen=True):
+    """Ends a question well.
+
+    Attributes:
+        text: the answer.
+        stage: which pass it comes from.
+        fallback: why it is the first although the server was unsure.
+        uncertainty: of this text, aggregated, in the unit of the server's metric.
+        usage: what it cost.
+    """
+
+    id: QuestionId
+    text: str
+    stage: Stage
+    fallback: Fallback
+    uncertainty: float
+    usage: Usage
+
+
+class Error(Message, tag=20, frozen=True):
+    """Ends a question with a reason, or with id 0 the connection.
+
+    Attributes:
+        code: from the closed list.
+        text: one line for a person.
+        retry_after_ms: when asking again can help; None when it cannot.
+    """
+
+    id: AnyId
+    code: ErrorCode
+    text: str
+    retry_after_ms: Millis | None = None
+
+
+UpMessage: TypeAlias = Hello | Ask | Region | Decline | Cancel
+DownMessage: TypeAlias = Welcome | Partial | RegionRequest | Answer | Error
+AnyMessage: TypeAlias = UpMessage | DownMessage
+
+_encoder = msgspec.msgpack.Encoder()
+_up_decoder: msgspec.msgpack.Decoder[UpMessage] = msgspec.msgpack.Decoder(UpMessage)
+_down_decoder: msgspec.msgpack.Decoder[DownMessage] = msgspec.msgpack.Decoder(DownMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """One message as the payload of one binary frame."""
+    return _encoder.encode(message)
+
+
+def decode_up(frame: bytes) -> UpMessage:
+    """Read a frame that an edge sent.
+
+    Raises:
+        RemoteProtocolError: the bytes are no message of this direction.
+    """
+    return _decode(_up_decoder, frame)
+
+
+def decode_down(frame: bytes) -> DownMessage:
+    """Read a frame that a server sent.
+
+    Raises:
+        RemoteProtocolError: the bytes are no message of this direction.
+    """
+    return _decode(_down_decoder, frame)
+
+
+_M = TypeVar("_M")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_M], frame: bytes) -> _M:
+    try:
+        return decoder.decode(frame)
+    # Malformed msgpack, wrong types, and text that is no UTF-8; nested arrays can exhaust the
+    # C decoder's depth guard, which raises RecursionError.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise RemoteProtocolError(f"not a message: {line}", ErrorCode.BAD_FRAME) from error
+
+
+def websocket_bytes(payload_bytes: int, *, masked: bool) -> int:
+    """Bytes of one unfragmented WebSocket frame with this payload (RFC 6455, section 5.2).
+
+    Args:
+        payload_bytes: length of the message.
+        masked: True from client to server (adds the 4-byte masking key).
+    """
+    length = 0 if payload_bytes < 126 else 2 if payload_bytes < 65536 else 8
+    return 2 + length + (4 if masked else 0) + payload_bytes
