@@ -1,0 +1,143 @@
+"""The generated scenes: made again on every call, disjoint between splits, true to their boxes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eval import scenes
+from eval.demo_model.views import whole
+from eval.scenes import SceneStyle, draw, generate_scene, questions, render, render_view
+
+SMALL = (448, 448)
+WHOLE = (0.0, 0.0, 448.0, 448.0)
+
+
+def test_a_scene_is_made_again_from_its_index() -> None:
+    first = generate_scene("test", 17, size=(896, 672), style=SceneStyle(two_digits=0.5))
+    again = generate_scene("test", 17, size=(896, 672), style=SceneStyle(two_digits=0.5))
+    assert first == again
+    np.testing.assert_array_equal(np.asarray(render(first)), np.asarray(render(again)))
+    assert first != generate_scene("test", 18, size=(896, 672), style=SceneStyle(two_digits=0.5))
+
+
+def test_splits_share_neither_scenes_nor_textures() -> None:
+    made = {
+        split: [generate_scene(split, index) for index in range(300)]
+        for split in ("train", "val", "test")
+    }
+    layouts = {s: {tuple(g.centre for g in scene.signs) for scene in made[s]} for s in made}
+    seeds = {s: {scene.background.seed for scene in made[s]} for s in made}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not layouts[one] & layouts[other]
+        assert not seeds[one] & seeds[other]
+
+
+def test_test_split_holds_out_a_font_and_a_texture() -> None:
+    seen = [generate_scene(s, i) for s in ("train", "val") for i in range(200)]
+    test = [generate_scene("test", i) for i in range(200)]
+    assert scenes.HELD_OUT_FONT not in {g.font for scene in seen for g in scene.signs}
+    assert scenes.HELD_OUT_TEXTURE not in {scene.background.family for scene in seen}
+    fonts = [g.font for scene in test for g in scene.signs]
+    assert 0.4 < fonts.count(scenes.HELD_OUT_FONT) / len(fonts) < 0.6
+    families = [scene.background.family for scene in test]
+    assert 0.35 < families.count(scenes.HELD_OUT_TEXTURE) / len(families) < 0.65
+
+
+@pytest.mark.parametrize("two_digits", [0.0, 1.0])
+def test_number_of_digits(two_digits: float) -> None:
+    style = SceneStyle(two_digits=two_digits)
+    texts = [g.text for i in range(50) for g in generate_scene("train", i, style=style).signs]
+    assert {len(text) for text in texts} == {1 + int(two_digits)}
+
+
+@pytest.mark.parametrize("size", [(896, 896), (1344, 896), (896, 1200), (448, 448)])
+def test_signs_and_texts_lie_inside_the_picture(size: tuple[int, int]) -> None:
+    for index in range(100):
+        scene = generate_scene("val", index, size=size, style=SceneStyle(two_digits=0.5))
+        assert len(scene.signs) >= 2
+        for sign in scene.signs:
+            assert 0 <= sign.box[0] < sign.box[2] <= size[0]
+            assert 0 <= sign.box[1] < sign.box[3] <= size[1]
+            assert sign.box[0] <= sign.text_box[0] < sign.text_box[2] <= sign.box[2]
+            assert sign.box[1] <= sign.text_box[1] < sign.text_box[3] <= sign.box[3]
+
+
+def test_signs_do_not_overlap() -> None:
+    for index in range(100):
+        signs = generate_scene("train", index).signs
+        for number, one in enumerate(signs):
+            for other in signs[number + 1 :]:
+                apart_x = one.box[2] <= other.box[0] or other.box[2] <= one.box[0]
+                apart_y = one.box[3] <= other.box[1] or other.box[3] <= one.box[1]
+                assert apart_x or apart_y
+
+
+def test_every_question_names_one_sign() -> None:
+    for index in range(200):
+        scene = generate_scene("test", index)
+        asked = questions(scene)
+        assert len({q.text for q in asked}) == len(scene.signs)
+        for question, sign in zip(asked, scene.signs, strict=True):
+            assert question.text == f"what number is on the {sign.colour} {sign.shape}?"
+            assert question.answer == sign.text
+            expected = sign.text_height_px * 112 / scene.size[1]
+            assert question.view_text_height_px == pytest.approx(expected)
+
+
+def test_text_pixels_fill_their_box_and_no_more() -> None:
+    """Two drawings that differ in the digits alone differ inside the text box alone."""
+    from dataclasses import replace
+
+    checked = 0
+    for index in range(40):
+        scene = generate_scene("val", index, size=SMALL)
+        sign = scene.signs[0]
+        inkless = replace(sign, ink=sign.rgb, outlined=False)
+        inked = replace(sign, outlined=False)
+        drawings = [
+            np.asarray(draw(replace(scene, signs=(s,)), WHOLE, SMALL, exact_texture=False)).astype(
+                int
+            )
+            for s in (inkless, inked)
+        ]
+        rows, columns = np.nonzero(np.abs(drawings[0] - drawings[1]).sum(-1) > 60)
+        left, top, right, bottom = sign.text_box
+        assert columns.min() >= left
+        assert columns.max() < right
+        assert rows.min() >= top
+        assert rows.max() < bottom
+        # Tight: ink comes within two pixels (blurred edges) of every side.
+        assert columns.min() <= left + 2
+        assert columns.max() >= right - 3
+        assert rows.min() <= top + 2
+        assert rows.max() >= bottom - 3
+        checked += 1
+    assert checked == 40
+
+
+def test_fast_drawing_shows_the_same_signs() -> None:
+    """The training view differs from the reduced picture in its background only."""
+    scene = generate_scene("val", 3)
+    exact = np.asarray(render_view(scene)).astype(int)
+    fast = draw(scene, whole(scene), (224, 224), exact_texture=False)
+    quick = np.asarray(fast.resize((112, 112))).astype(int)
+    for sign in scene.signs:
+        x0, y0, x1, y1 = (round(v / 8) for v in sign.text_box)
+        difference = np.abs(exact - quick)[y0:y1, x0:x1]
+        assert difference.mean() < 25
+
+
+def test_a_crop_is_the_picture_at_full_resolution() -> None:
+    scene = generate_scene("val", 5, size=SMALL)
+    picture = render(scene)
+    window = scenes.crop(picture, (100, 120, 212, 232))
+    np.testing.assert_array_equal(np.asarray(window), np.asarray(picture)[120:232, 100:212])
+    assert scenes.crop(picture, (100, 120, 212, 232), 56).size == (56, 56)
+
+
+def test_wrong_use_is_refused() -> None:
+    with pytest.raises(ValueError, match="index"):
+        generate_scene("train", -1)
+    with pytest.raises(ValueError, match="224"):
+        generate_scene("train", 0, size=(896, 100))
