@@ -118,10 +118,12 @@ def find_region(
         raise ValueError(f"a map must have shape (rows, columns), not {values.shape}")
     rows, columns = values.shape
     grid = Grid(rows, columns)
-    everything = whole_image(grid, frame)
-    largest = max(float(values.max()), -float(values.min()))  # NaN, where there is one
+    # argmax and argmin find NaN first, and are several times faster than max and min.
+    largest = max(values.item(values.argmax()), -values.item(values.argmin()))
     if not math.isfinite(largest):
         raise ValueError("a map must be finite")
+    if frame.width < 1 or frame.height < 1:
+        raise ValueError(f"impossible frame size {frame.width} x {frame.height}")
     if not ratios:
         raise ValueError("no ratios to search with")
     cell_width, cell_height = frame.width / columns, frame.height / rows
@@ -137,7 +139,7 @@ def find_region(
         height = max(1, min(math.floor(side / cell_height), rows))
         if width == columns and height == rows:
             if ratio == 1:
-                return everything
+                return whole_image(grid, frame)
             continue
         if (width, height) in tried:
             continue  # same windows, same contrast: the earlier ratio keeps the tie
@@ -145,29 +147,27 @@ def find_region(
         if table is None:
             table = _summed_area(values, largest)
         # (C − w + 1, R − h + 1) window sums, x first, so that flat order is column order.
-        right, left = table[width:], table[:-width]
-        sums = right[:, height:] - right[:, :-height]
-        sums -= left[:, height:]
-        sums += left[:, :-height]
+        strips = table[width:] - table[:-width]
+        sums = strips[:, height:] - strips[:, :-height]
         positions = rows - height + 1
-        x, y = divmod(int(sums.argmax()), positions)
-        neighbours = []
+        place = int(sums.argmax())
+        x, y = divmod(place, positions)
+        # contrast = Σ (sum − neighbour) / n / cells, kept as a fraction of Python integers.
+        top, contrast, count = sums.item(place), 0, 0
         if x > 0:
-            neighbours.append(sums.item(x - 1, y))
+            contrast, count = contrast + top - sums.item(place - positions), count + 1
         if x < columns - width:
-            neighbours.append(sums.item(x + 1, y))
+            contrast, count = contrast + top - sums.item(place + positions), count + 1
         if y > 0:
-            neighbours.append(sums.item(x, y - 1))
+            contrast, count = contrast + top - sums.item(place - 1), count + 1
         if y < positions - 1:
-            neighbours.append(sums.item(x, y + 1))
-        # contrast = (sum − Σ neighbours / n) / cells, kept as a fraction of Python integers.
-        contrast = sums.item(x, y) * len(neighbours) - sum(neighbours)
-        weight = len(neighbours) * width * height
+            contrast, count = contrast + top - sums.item(place + 1), count + 1
+        weight = count * width * height
         if best is None or contrast * best_weight > best_contrast * weight:
             best_contrast, best_weight = contrast, weight
             side_px = 2 * math.floor(side / 2)
             best = TokenBox(y * columns + x, side_px, width, height)
-    return best or everything
+    return best or whole_image(grid, frame)
 
 
 def region_box(
