@@ -1,0 +1,1 @@
+"""Generated benchmark, training of the demo models, harness and figures."""
