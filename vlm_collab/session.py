@@ -44,6 +44,7 @@ from vlm_collab.messages import (
     decode_down,
     decode_up,
     encode,
+    micro,
     websocket_bytes,
 )
 
@@ -547,7 +548,7 @@ class ServerSession(_Session):
             usage.second_ms,
         )
         self._move(id, Answer)
-        message = Answer(id, text, stage, fallback, uncertainty, usage)
+        message = Answer(id, text, stage, fallback, micro(uncertainty), usage)
         self._push(message, id)
         return message
 

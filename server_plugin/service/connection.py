@@ -37,6 +37,7 @@ from vlm_collab.messages import (
     Stage,
     Usage,
     Welcome,
+    micro,
 )
 from vlm_collab.session import FITS, ServerSession
 
@@ -386,7 +387,7 @@ class Connection:
         request = RegionRequest(
             id=ask.id,
             first=need.first,
-            uncertainty=need.uncertainty,
+            uncertainty_micro=micro(need.uncertainty),
             index=need.token_box.index,
             side_px=need.token_box.side_px,
             columns=need.token_box.columns,
