@@ -128,12 +128,20 @@ class Engine:
         policy: when to ask for a region.
         ratios: window sizes of the region search, in units of the encoder's input side.
         max_new_tokens: longest answer.
+        local_view: largest useful size of a region's picture, in px; None for the encoder's
+            input.
     """
 
     backend: Backend
     policy: Policy
     ratios: tuple[float, ...] = DEFAULT_RATIOS
     max_new_tokens: int = 20
+    local_view: Size | None = None
+
+    @property
+    def target(self) -> Size:
+        """Size to which a region is reduced before it is sent, in px."""
+        return self.local_view or self.backend.info.view
 
     def check_options(self, eta: float | None) -> None:
         """Refuse what this engine cannot honour, before anything is computed.

@@ -124,6 +124,11 @@ class FakeBackend:
     closed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @classmethod
+    def demo(cls) -> FakeBackend:
+        """What `vlm-collab serve fake` serves."""
+        return cls()
+
     def check_question(self, question: str, images: int = 2) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")

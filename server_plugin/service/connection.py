@@ -379,7 +379,7 @@ class Connection:
 
     async def _fetch(self, ask: Ask, options: Options, need: RegionNeed) -> Image:
         """Ask the edge for a region and decode what comes."""
-        config, info = self._service.config, self._service.engine.backend.info
+        config, target = self._service.config, self._service.engine.target
         self._service.metrics.retransmissions.inc()
         deadline_s = config.limits.region_deadline_s
         codec = config.region_codec if config.region_codec in self._codecs else self._codecs[0]
@@ -392,8 +392,8 @@ class Connection:
             side_px=need.token_box.side_px,
             columns=need.token_box.columns,
             rows=need.token_box.rows,
-            target_width=info.view.width,
-            target_height=info.view.height,
+            target_width=target.width,
+            target_height=target.height,
             codec=codec,
             quality=config.region_quality,
             deadline_ms=round(deadline_s * 1000),
@@ -416,7 +416,7 @@ class Connection:
         if data is None:
             raise RegionUnavailableError(Fallback.DECLINED)
         try:
-            return await self._decode(data, info.view)
+            return await self._decode(data, target)
         except ImageError as error:
             log.info(
                 "bad region",

@@ -1,0 +1,186 @@
+"""`vlm-collab serve`: one command from nothing to a listening service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server_plugin.backend import Backend
+from server_plugin.engine import Engine
+from server_plugin.presets import Preset
+from server_plugin.service import logs
+from server_plugin.service.config import DEFAULT_PORT, ServiceConfig, ServiceLimits
+from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Size
+from vlm_collab.images import Codec
+from vlm_collab.policy import Policy, policy_from_config
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hub name or local folder of a checkpoint; `demo` is the small one that comes "
+            "with the package, `fake` a scripted one without torch."
+        ),
+    ] = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
+        DEFAULT_PORT
+    ),
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="VLM_COLLAB_TOKEN",
+            help="Bearer token that clients must send. Needed on any address but localhost.",
+        ),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option(help="Listen beyond localhost without a token.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="TLS certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="TLS private key (PEM).")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of browser pages that may connect; repeat for several."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="When to ask for a region: threshold, always, never or random."),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Threshold, in the metric's unit (bits, or 0 to 1).")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Share of questions for --policy random.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for --policy random.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
+    ] = None,
+    max_connections: Annotated[int, typer.Option(help="WebSockets at once.")] = 256,
+    max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
+    max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
+    view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
+    region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    json_output: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON line when ready, and JSON lines as logs."),
+    ] = False,
+) -> None:
+    """Start the two-stage service (needs the `server` extra)."""
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"log level {log_level!r} is unknown; known: debug, info, warning, error")
+    logs.configure(log_level, json_lines=json_output)
+    config = ServiceConfig(
+        host=host,
+        port=port,
+        token=token,
+        allow_anonymous=allow_anonymous,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        origins=frozenset(origin or ()),
+        limits=ServiceLimits(
+            max_connections=max_connections,
+            max_questions=max_questions,
+            max_queue=max_queue,
+            max_view_bytes=view_memory_mb * 2**20,
+            region_deadline_s=region_deadline_s,
+        ),
+    )
+    asyncio.run(
+        _serve(
+            model,
+            config,
+            policy=policy,
+            policy_options={"rate": rate, "seed": seed},
+            model_options={
+                "device": device,
+                "dtype": dtype,
+                "layer": layer,
+                "metric": metric,
+                "aggregate": aggregate,
+                "eta": eta,
+                "max_new_tokens": max_new_tokens,
+            },
+            quality=quality,
+            json_output=json_output,
+        )
+    )
+
+
+async def _serve(
+    model: str,
+    config: ServiceConfig,
+    *,
+    policy: str | None,
+    policy_options: dict[str, Any],
+    model_options: dict[str, Any],
+    quality: int | None,
+    json_output: bool,
+) -> None:
+    from server_plugin.models import open_model
+    from server_plugin.service import runner
+    from server_plugin.service.app import Service
+
+    sock = runner.bind(config)
+    try:
+        backend, preset = await asyncio.to_thread(open_model, model, **model_options)
+        engine = engine_of(backend, preset, policy, policy_options)
+        codec = Codec[preset.codec.upper()]
+        config = replace(config, region_codec=codec, region_quality=quality or preset.quality)
+        service = Service(engine, config)
+        server = runner.server(service)
+        url = runner.url_of(sock, config)
+        ready = {"event": "ready", "url": url, "model": backend.info.name, "pid": os.getpid()}
+        text = f"vlm-collab: serving {backend.info.name} at {url} (Ctrl-C stops)"
+        # Clients that connect before uvicorn accepts wait in the socket's own queue.
+        print(json.dumps(ready) if json_output else text, flush=True)
+        await server.serve(sockets=[sock])
+        await backend.close()
+    finally:
+        sock.close()
+
+
+def engine_of(
+    backend: Backend, preset: Preset, policy: str | None, policy_options: dict[str, Any]
+) -> Engine:
+    """The engine that a preset describes.
+
+    Args:
+        policy: name of another policy than the preset's threshold: always, never or random.
+        policy_options: what that policy takes; None values are left out.
+
+    Raises:
+        ConfigError: an unknown policy, or an option that it does not take.
+    """
+    given = {key: value for key, value in policy_options.items() if value is not None}
+    chosen: Policy = preset.policy()
+    if policy not in (None, "threshold"):
+        fields = {"metric": preset.metric.value, "aggregate": preset.aggregate.value}
+        chosen = policy_from_config({"kind": policy, **fields, **given})
+    elif given:
+        raise ConfigError(f"--{next(iter(given))} needs --policy random")
+    side = preset.local_view_px
+    return Engine(
+        backend=backend,
+        policy=chosen,
+        ratios=preset.ratios,
+        max_new_tokens=preset.max_new_tokens,
+        local_view=None if side is None else Size(side, side),
+    )
