@@ -1,0 +1,59 @@
+"""What a question came to, as the edge sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_collab.geometry import Box
+from vlm_collab.messages import Fallback, Stage, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeAnswer:
+    """An answer, how it came about, and what it cost this edge.
+
+    Attributes:
+        text: the answer.
+        stage: which pass it comes from.
+        fallback: why it is the first one although the server was unsure.
+        uncertainty: of `text`, in the unit of the server's metric.
+        first_text: the first answer; equal to `text` where nothing was refined.
+        first_uncertainty: of the first answer.
+        box: the region that the server asked for, in px of the upright original; None when it
+            was sure.
+        map: relative attention, row-major, one byte per cell, 255 at the largest; None unless
+            it was asked for and the server was unsure.
+        rows, columns: the token grid, which is the shape of `map`.
+        bytes_up, bytes_down: bytes sent and received for this question, WebSocket headers
+            included, over all attempts. (TLS, TCP and IP come on top.)
+        view_bytes: bytes of global views among them; 0 when the server had the view already.
+        region_bytes: bytes of regions among them.
+        original_bytes: size of the original's file; None if there is none.
+        usage: what it cost the server.
+        elapsed_s: from asking to this answer.
+        model: name of the model that answered.
+    """
+
+    text: str
+    stage: Stage
+    fallback: Fallback
+    uncertainty: float
+    first_text: str
+    first_uncertainty: float
+    box: Box | None
+    map: bytes | None
+    rows: int
+    columns: int
+    bytes_up: int
+    bytes_down: int
+    view_bytes: int
+    region_bytes: int
+    original_bytes: int | None
+    usage: Usage
+    elapsed_s: float
+    model: str
+
+    @property
+    def refined(self) -> bool:
+        """Whether the answer comes from the second pass."""
+        return self.stage is Stage.SECOND

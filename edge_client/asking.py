@@ -1,0 +1,389 @@
+"""One question from asking to its answer, over as many links and attempts as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_client.answer import EdgeAnswer
+from edge_client.dial import LostError
+from edge_client.link import CODECS, Exchange, Link
+from edge_client.picture import Picture
+from vlm_collab.errors import (
+    BusyError,
+    CollabError,
+    DeadlineError,
+    ErrorCode,
+    LinkError,
+    ServerError,
+    ViewGoneError,
+    server_error,
+)
+from vlm_collab.geometry import Size
+from vlm_collab.messages import (
+    Answer,
+    DeclineReason,
+    Error,
+    Fallback,
+    Options,
+    Stage,
+    Usage,
+    Welcome,
+)
+from vlm_collab.session import FITS, RegionDeclined, RegionWanted, TextUpdate
+
+log = logging.getLogger(__name__)
+
+TextSink = Callable[[Stage, str], None]
+"""Called with the text of a pass so far whenever it changes."""
+
+RESCUE_GRACE_S = 5.0
+"""A link lost in the second stage is given the region's own deadline to come back and answer,
+and this much more for connecting and for the first pass, which has to be made again."""
+
+MAX_LOSSES = 5
+"""Links that one question may lose before it is given up. Above this it may be the question
+itself that brings the server down."""
+
+MAX_VIEW_GONE = 5
+"""How often one question sends its view again because the server dropped it meanwhile."""
+
+_SHORTEST_WAIT_S = 0.05
+
+
+@dataclass(eq=False, slots=True)
+class ViewState:
+    """What is known of a picture's view on the server.
+
+    Attributes:
+        id: this client's number for the picture.
+        session: key of the server session that was sent the view last; empty for none.
+    """
+
+    id: int
+    session: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the caller wants.
+
+    Attributes:
+        picture, question, options: as given.
+        view: what is known of the picture's view on the server.
+        deadline_s: time for everything; None for no bound.
+        on_text: receives the texts as they grow.
+        view_quality: quality of the encoded view.
+    """
+
+    picture: Picture
+    question: str
+    options: Options | None
+    view: ViewState
+    deadline_s: float | None
+    on_text: TextSink | None
+    view_quality: int
+
+
+class Links(Protocol):
+    """Where links come from."""
+
+    async def link(self) -> Link:
+        """A usable link; see `LinkKeeper.link`."""
+
+    def worked(self) -> None:
+        """A question was answered."""
+
+
+class Asking:
+    """Drives one question; `run` once.
+
+    In the first stage a question that loses its link is asked again. Once the server has asked
+    for a region there is a first answer to fall back on, and from then on `run` always returns.
+    """
+
+    def __init__(self, request: Request, links: Links) -> None:
+        self._request = request
+        self._links = links
+        self._begin = time.monotonic()
+        self._seen: RegionWanted | RegionDeclined | None = None
+        self._welcome: Welcome | None = None
+        self._rescuing = False
+        self._losses = 0
+        self._gone = 0
+        self._carry = False  # the next Ask must hold the view, whatever we believe
+        self._bytes_up = self._bytes_down = 0
+        self._view_bytes = self._region_bytes = 0
+
+    async def run(self) -> EdgeAnswer:
+        """Ask until there is an answer, a reason, or no time left.
+
+        Raises:
+            DeadlineError: no answer in time, not even a first one.
+            CollabError: why there is none.
+        """
+        deadline_s = self._request.deadline_s
+        try:
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await self._until_answered()
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            if self._seen is None:
+                raise DeadlineError(f"no answer within {deadline_s:g} s") from None
+            return self._first_answer(Fallback.DEADLINE)
+
+    async def _until_answered(self) -> EdgeAnswer:
+        try:
+            return await self._rounds()
+        except LostError:
+            if self._seen is None:
+                raise
+        except CollabError as error:
+            if self._seen is None:
+                raise
+            return self._first_answer(_fallback(error))
+        return await self._rescue()
+
+    async def _rescue(self) -> EdgeAnswer:
+        """Ask again after the second stage lost its link, for a while."""
+        assert self._seen is not None
+        self._rescuing = True
+        patience_s = self._seen.request.deadline_ms / 1000 + RESCUE_GRACE_S
+        try:
+            async with asyncio.timeout(patience_s) as patience:
+                return await self._rounds()
+        except TimeoutError:
+            if not patience.expired():
+                raise
+        except CollabError as error:
+            log.info("the first answer stands: %s", error)
+        return self._first_answer(Fallback.LINK_LOST)
+
+    async def _rounds(self) -> EdgeAnswer:
+        """Attempts until one ends well, or with an error that another would not cure."""
+        while True:
+            try:
+                return await self._attempt()
+            except (LostError, BusyError, ViewGoneError) as error:
+                if self._seen is not None and not self._rescuing:
+                    raise  # there is a first answer now; the caller decides
+                await self._recover(error)
+
+    async def _recover(self, error: LostError | BusyError | ViewGoneError) -> None:
+        """Prepare another attempt.
+
+        Raises:
+            CollabError: there is no point in one.
+        """
+        if isinstance(error, BusyError):
+            if error.retry_after_s is None:
+                raise error
+            await asyncio.sleep(max(error.retry_after_s, _SHORTEST_WAIT_S) * _jitter())
+        elif isinstance(error, ViewGoneError):
+            self._gone += 1
+            if self._gone > MAX_VIEW_GONE:
+                raise error
+            if self._carry:  # it was in that very Ask: the server is short of room just now
+                await asyncio.sleep(_SHORTEST_WAIT_S * 2.0**self._gone * _jitter())
+            self._carry = True
+        else:
+            self._losses += 1
+            if self._losses > MAX_LOSSES:
+                raise LinkError(f"given up after {self._losses} lost links: {error}") from error
+
+    async def _attempt(self) -> EdgeAnswer:
+        request = self._request
+        link = await self._links.link()
+        view = await asyncio.to_thread(self._encode_view, link.welcome)
+        await link.slot()
+        # From here to the end of `ask` nothing waits, so the first of several questions on a
+        # new picture carries its view and is on the wire before the others refer to it.
+        state, key = request.view, link.welcome.session
+        carries = self._carry or state.session != key
+        exchange = link.ask(
+            request.question,
+            state.id,
+            request.picture.size,
+            view if carries else None,
+            self._options(),
+        )
+        state.session = key
+        if carries:
+            self._view_bytes += len(view)
+        self._welcome = link.welcome
+        try:
+            return await self._converse(exchange)
+        finally:
+            exchange.abandon()
+            # After an answer these are in it already; otherwise the next attempt adds to them.
+            self._count(exchange)
+
+    def _encode_view(self, welcome: Welcome) -> bytes:
+        codec = next(codec for codec in welcome.codecs if codec in CODECS)
+        side = Size(welcome.view_width, welcome.view_height)
+        return self._request.picture.view(
+            side, FITS[welcome.fit], codec, self._request.view_quality
+        )
+
+    def _options(self) -> Options | None:
+        options = self._request.options
+        if self._request.on_text is None:
+            return options
+        base = options or Options()
+        return Options(base.retransmit, base.eta, base.max_new_tokens, True, base.want_map)
+
+    async def _converse(self, exchange: Exchange) -> EdgeAnswer:
+        """Follow one exchange to its end."""
+        seen: RegionWanted | RegionDeclined | None = None
+        cropping: asyncio.Task[None] | None = None
+        try:
+            while True:
+                match await exchange.next():
+                    case TextUpdate() as update:
+                        self._tell(update.stage, update.text)
+                    case (RegionWanted() | RegionDeclined()) as event:
+                        self._seen = seen = event
+                        self._tell(Stage.FIRST, event.request.first)
+                        if isinstance(event, RegionWanted):
+                            # Beside listening: the server may end the question meanwhile.
+                            cropping = asyncio.create_task(self._send_region(exchange, event))
+                    case Answer() as answer:
+                        self._links.worked()
+                        self._count(exchange)
+                        self._tell(answer.stage, answer.text)
+                        return self._refined(answer, seen)
+                    case Error() as error:
+                        raise _ended(error)
+        finally:
+            if cropping is not None:
+                cropping.cancel()
+
+    def _tell(self, stage: Stage, text: str) -> None:
+        if self._request.on_text is not None:
+            self._request.on_text(stage, text)
+
+    async def _send_region(self, exchange: Exchange, wanted: RegionWanted) -> None:
+        """Crop, encode and send; or decline, so that the server need not wait."""
+        request, welcome = wanted.request, self._welcome
+        assert welcome is not None
+        if request.codec not in CODECS:
+            exchange.decline(DeclineReason.BAD_REQUEST)
+            return
+        try:
+            region = await asyncio.to_thread(
+                self._request.picture.region,
+                wanted.box,
+                wanted.target,
+                request.codec,
+                request.quality,
+            )
+        # Whatever goes wrong with a picture, the question goes on without its region.
+        except Exception:
+            log.exception("%s: cropping failed", self._request.picture.name)
+            exchange.decline(DeclineReason.FAILED)
+            return
+        if len(region) + 64 > welcome.max_frame_bytes:
+            exchange.decline(DeclineReason.LIMIT)
+        elif exchange.send_region(region):
+            self._region_bytes += len(region)
+
+    def _count(self, exchange: Exchange) -> None:
+        """Move an exchange's bytes to this question's."""
+        self._bytes_up += exchange.bytes_up
+        self._bytes_down += exchange.bytes_down
+        exchange.bytes_up = exchange.bytes_down = 0
+
+    def _refined(self, answer: Answer, seen: RegionWanted | RegionDeclined | None) -> EdgeAnswer:
+        """The server's answer, with what this edge knows of its making."""
+        first, first_uncertainty = answer.text, answer.uncertainty
+        if seen is not None:
+            first, first_uncertainty = seen.request.first, seen.request.uncertainty
+        return self._made(
+            seen,
+            answer.text,
+            answer.stage,
+            answer.fallback,
+            answer.uncertainty,
+            first,
+            first_uncertainty,
+            answer.usage,
+        )
+
+    def _first_answer(self, fallback: Fallback) -> EdgeAnswer:
+        """The first answer, standing in for the one that did not come."""
+        assert self._seen is not None
+        request = self._seen.request
+        return self._made(
+            self._seen,
+            request.first,
+            Stage.FIRST,
+            fallback,
+            request.uncertainty,
+            request.first,
+            request.uncertainty,
+            Usage(),
+        )
+
+    def _made(
+        self,
+        seen: RegionWanted | RegionDeclined | None,
+        text: str,
+        stage: Stage,
+        fallback: Fallback,
+        uncertainty: float,
+        first_text: str,
+        first_uncertainty: float,
+        usage: Usage,
+    ) -> EdgeAnswer:
+        assert self._welcome is not None
+        rows, columns = self._welcome.rows, self._welcome.columns
+        heat = seen.request.map if seen is not None else b""
+        return EdgeAnswer(
+            text=text,
+            stage=stage,
+            fallback=fallback,
+            uncertainty=uncertainty,
+            first_text=first_text,
+            first_uncertainty=first_uncertainty,
+            box=seen.box if isinstance(seen, RegionWanted) else None,
+            # A map of another size than the grid is no map.
+            map=heat if len(heat) == rows * columns else None,
+            rows=rows,
+            columns=columns,
+            bytes_up=self._bytes_up,
+            bytes_down=self._bytes_down,
+            view_bytes=self._view_bytes,
+            region_bytes=self._region_bytes,
+            original_bytes=self._request.picture.original_bytes,
+            usage=usage,
+            elapsed_s=time.monotonic() - self._begin,
+            model=self._welcome.model,
+        )
+
+
+def _ended(error: Error) -> CollabError:
+    retry_after_s = None if error.retry_after_ms is None else error.retry_after_ms / 1000
+    if error.code is ErrorCode.SHUTTING_DOWN:
+        # Its successor may answer; to this question it is a lost link.
+        return LostError(error.text, retry_after_s)
+    return server_error(error.code, error.text, retry_after_s)
+
+
+def _fallback(error: CollabError) -> Fallback:
+    """Why the first answer stands, when the server ended its second stage with an error."""
+    if isinstance(error, BusyError):
+        return Fallback.OVERLOAD
+    if isinstance(error, ServerError) and error.code is ErrorCode.DEADLINE:
+        return Fallback.DEADLINE
+    return Fallback.SERVER_FAILED
+
+
+def _jitter() -> float:
+    """Spreads clients that were sent away at the same time."""
+    return random.uniform(1.0, 1.5)

@@ -1,0 +1,218 @@
+"""The async client."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+from edge_client.answer import EdgeAnswer
+from edge_client.asking import Asking, Request, TextSink, ViewState
+from edge_client.dial import DEFAULT_URL, Server
+from edge_client.keeper import LinkKeeper, Retry
+from edge_client.picture import Album, Picture, PictureLike
+from vlm_collab.errors import CollabError, ConfigError, QuestionError
+from vlm_collab.images import MAX_SOURCE_PIXELS
+from vlm_collab.messages import Options, Welcome
+from vlm_collab.session import EdgeLimits
+
+DEFAULT_DEADLINE_S = 60.0
+
+_AT_ONCE = 32  # what a server takes at once from one connection by default
+
+
+class ClientOptions(TypedDict, total=False):
+    """Settings of a client beyond the address; all have defaults.
+
+    Attributes:
+        token: bearer token.
+        ca_file: PEM file of authorities to trust instead of the system's.
+        proxy: address of a proxy; those of the environment are not used.
+        connect_timeout_s: time for one attempt to connect (10).
+        ping_interval_s: how often a silent link is checked (20).
+        retry: how often and how fast to connect again.
+        limits: what the server may have of the pictures, on one connection.
+        max_pixels: most pixels of a picture (200 million).
+        view_quality: JPEG or WebP quality of global views, 1 to 100 (90).
+    """
+
+    token: str | None
+    ca_file: str | Path | None
+    proxy: str | None
+    connect_timeout_s: float
+    ping_interval_s: float
+    retry: Retry
+    limits: EdgeLimits
+    max_pixels: int
+    view_quality: int
+
+
+class EdgeClient:
+    """Asks questions about pictures, many at once, over one connection.
+
+    ::
+
+        async with EdgeClient("ws://server:8765", token="…") as client:
+            answer = await client.ask("photo.jpg", "What does the small sign say?")
+
+    The connection is made on entering, and made again when it is lost and a question needs it.
+    Views that the server still has are not sent again.
+
+    Args:
+        url: `ws://host:port` or `wss://host:port`.
+        options: see `ClientOptions`.
+
+    Raises:
+        ConfigError: an impossible setting.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
+        server = Server(
+            url=url,
+            token=options.get("token"),
+            ca_file=options.get("ca_file"),
+            proxy=options.get("proxy"),
+            connect_timeout_s=options.get("connect_timeout_s", 10.0),
+            ping_interval_s=options.get("ping_interval_s", 20.0),
+        )
+        self._view_quality = options.get("view_quality", 90)
+        if not 1 <= self._view_quality <= 100:
+            raise ConfigError(f"quality must be from 1 to 100, not {self._view_quality}")
+        limits, retry = options.get("limits", EdgeLimits()), options.get("retry", Retry())
+        self._keeper = LinkKeeper(server, limits, retry)
+        self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
+        # A picture that the caller lets go of takes its number along; numbers are not reused.
+        self._views: weakref.WeakKeyDictionary[Picture, ViewState] = weakref.WeakKeyDictionary()
+        self._last_view_id = 0
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def connect(self) -> Welcome:
+        """Connect, unless connected, and return what the server says of itself.
+
+        Raises:
+            LinkError: nothing answers there, or no vlm-collab server.
+            AuthenticationError: wrong token.
+            RemoteProtocolError: it speaks another version, or something else altogether.
+        """
+        return (await self._keeper.link()).welcome
+
+    async def close(self) -> None:
+        """Close the connection. Questions still open end with `LinkError`, or with their first
+        answer where there is one."""
+        await self._keeper.close()
+
+    async def ask(
+        self,
+        picture: PictureLike,
+        question: str,
+        *,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
+        on_text: TextSink | None = None,
+        options: Options | None = None,
+    ) -> EdgeAnswer:
+        """Ask a question about a picture.
+
+        When the server is unsure it asks for a region, which is cut from the original here.
+        Whatever goes wrong after that, the first answer is returned and marked (`fallback`).
+        Cancelling the task tells the server to forget the question.
+
+        Args:
+            picture: a `Picture`, the path of one, or the content of its file.
+            question: the text.
+            deadline_s: time for everything, connecting included; None for no bound.
+            on_text: called with (stage, text so far) as the answer grows, and with each
+                finished text. After a lost link the text starts over.
+            options: wishes for this question; None for the server's defaults.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            QuestionError: the question is empty, too long or no text.
+            DeadlineError: no answer in time, not even a first one.
+            LinkError: the server cannot be reached, or was lost and did not come back in time.
+            AuthenticationError: wrong token.
+            ServerError: the server refused the question; it says why.
+            ProtocolError: the server breaks the protocol.
+        """
+        if deadline_s is not None and not deadline_s > 0:
+            raise ConfigError(f"the deadline must be more than 0 s, not {deadline_s:g}")
+        self._check(question)
+        opened = await asyncio.to_thread(self._album.get, picture)
+        request = Request(
+            picture=opened,
+            question=question,
+            options=options,
+            view=self._view(opened),
+            deadline_s=deadline_s,
+            on_text=on_text,
+            view_quality=self._view_quality,
+        )
+        return await Asking(request, self._keeper).run()
+
+    async def ask_many(
+        self,
+        items: Iterable[tuple[PictureLike, str]],
+        *,
+        deadline_s: float | None = DEFAULT_DEADLINE_S,
+        options: Options | None = None,
+    ) -> list[EdgeAnswer | CollabError]:
+        """Ask many questions at once.
+
+        A question that fails does not take the others' answers along: its error stands in its
+        place. Some are under way at once; the others wait, their pictures not yet opened.
+
+        Args:
+            items: (picture, question) pairs.
+            deadline_s: time for each, from when its turn comes.
+            options: wishes for all of them.
+
+        Returns:
+            For each pair, in order, its answer or its error.
+        """
+        turns = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(picture: PictureLike, question: str) -> EdgeAnswer:
+            async with turns:
+                return await self.ask(picture, question, deadline_s=deadline_s, options=options)
+
+        asked = [one(picture, question) for picture, question in items]
+        results: list[EdgeAnswer | CollabError] = []
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, CollabError):
+                raise result  # a wrong call, not a failed question
+            results.append(result)
+        return results
+
+    def _check(self, question: str) -> None:
+        if not question.strip():
+            raise QuestionError("the question is empty")
+        try:
+            size_bytes = len(question.encode())
+        except UnicodeEncodeError:
+            raise QuestionError("the question holds bytes that are no text") from None
+        link = self._keeper.current
+        if link is not None and size_bytes > link.welcome.max_question_bytes:
+            raise QuestionError(
+                f"the question has {size_bytes} bytes; the server takes "
+                f"{link.welcome.max_question_bytes}"
+            )
+
+    def _view(self, picture: Picture) -> ViewState:
+        state = self._views.get(picture)
+        if state is None:
+            self._last_view_id += 1
+            state = self._views[picture] = ViewState(self._last_view_id)
+        return state

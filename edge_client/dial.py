@@ -1,0 +1,180 @@
+"""Reaching a server: its address, and one WebSocket to it or one clear line about why not."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import (
+    InvalidHandshake,
+    InvalidMessage,
+    InvalidProxy,
+    InvalidStatus,
+    InvalidURI,
+    NegotiationError,
+)
+from websockets.typing import Subprotocol
+
+from vlm_collab import __version__
+from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
+from vlm_collab.messages import SUBPROTOCOL
+
+DEFAULT_URL = "ws://127.0.0.1:8765/v1/collab"
+ENDPOINT = "/v1/collab"
+
+CLIENT_NAME = f"vlm-collab/{__version__}"
+
+# A server that is being restarted, or one that is full: another attempt can help.
+_PASSING_STATUS = frozenset({429, 500, 502, 503, 504})
+
+
+class LostError(LinkError):
+    """The link is not there now; another attempt can help.
+
+    Args:
+        message: one line for a person.
+        retry_after_s: the server's own wish for when to come back; None if it has none.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where the service is and how to reach it.
+
+    Attributes:
+        url: `ws://host:port` or `wss://host:port`; without a path, the service's own is added.
+        token: sent as `Authorization: Bearer`; None for a server that needs none.
+        ca_file: PEM file of the authorities to trust instead of the system's, for `wss`.
+        proxy: address of an HTTP or SOCKS proxy. Proxies from the environment are not used, so
+            that the same call always takes the same way.
+        connect_timeout_s: time for one attempt, up to the server's greeting.
+        ping_interval_s: how often a silent link is checked; a link that does not answer for
+            as long again is lost.
+    """
+
+    url: str = DEFAULT_URL
+    token: str | None = None
+    ca_file: str | Path | None = None
+    proxy: str | None = None
+    connect_timeout_s: float = 10.0
+    ping_interval_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", _full_url(self.url))
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise ConfigError("the token must be printable ASCII characters")
+        for name in ("connect_timeout_s", "ping_interval_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0")
+
+
+async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
+    """Open a WebSocket. The caller bounds the time.
+
+    Raises:
+        LostError: it cannot be reached now.
+        AuthenticationError: it does not accept the token or the origin.
+        LinkError: what answers there is no such server, or is not to be trusted.
+        ConfigError: the address, proxy or CA file is wrong.
+    """
+    headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
+    context = _tls(server)
+    try:
+        # On time-out or any error the library has closed what it opened.
+        connection = await connect(
+            server.url,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            compression=None,  # pictures do not compress again, and counts stay exact
+            additional_headers=headers,
+            user_agent_header=CLIENT_NAME,
+            proxy=server.proxy,
+            open_timeout=None,
+            ping_interval=server.ping_interval_s,
+            ping_timeout=server.ping_interval_s,
+            close_timeout=2,
+            max_size=max_frame_bytes,
+            ssl=context,
+        )
+    except (InvalidURI, InvalidProxy) as error:
+        raise ConfigError(str(error)) from error
+    except InvalidStatus as error:
+        wish = error.response.headers.get("Retry-After", "")
+        raise _refused(server, error.response.status_code, wish) from error
+    except InvalidMessage as error:
+        if isinstance(error.__cause__, EOFError):
+            raise LostError(f"{server.url} closed the connection without a word") from error
+        raise LinkError(f"{server.url} does not answer as a web server does") from error
+    except (InvalidHandshake, NegotiationError) as error:
+        raise LinkError(f"{server.url} is no vlm-collab server: {error}") from error
+    except ssl.SSLCertVerificationError as error:
+        reason = error.verify_message or str(error)
+        raise LinkError(
+            f"the certificate of {server.url} is not trusted: {reason} (a CA file can help)"
+        ) from error
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        raise LostError(f"{server.url} closed the connection without a word") from error
+    except ssl.SSLError as error:
+        raise LinkError(f"no TLS with {server.url}: {error.reason or error}") from error
+    except OSError as error:
+        raise LostError(f"cannot connect to {server.url}: {_why(error)}") from error
+    if connection.subprotocol != SUBPROTOCOL:
+        connection.transport.abort()
+        raise LinkError(f"{server.url} does not speak {SUBPROTOCOL}")
+    return connection
+
+
+def _full_url(url: str) -> str:
+    example = f"it looks like {DEFAULT_URL.removesuffix(ENDPOINT)}"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is no server address ({error}); {example}") from None
+    if parts.scheme not in ("ws", "wss") or not host or parts.fragment:
+        raise ConfigError(f"{url!r} is no server address; {example}")
+    if parts.username is not None:
+        raise ConfigError("a server address holds no name or password; there is a token for that")
+    path = parts.path if parts.path.strip("/") else ENDPOINT
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _tls(server: Server) -> ssl.SSLContext | None:
+    if not server.url.startswith("wss:"):
+        if server.ca_file is not None:
+            raise ConfigError("a CA file needs a wss:// address")
+        return None
+    try:
+        return ssl.create_default_context(cafile=server.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise ConfigError(f"CA file {server.ca_file}: {reason}") from error
+
+
+def _refused(server: Server, status: int, wish: str) -> LinkError | AuthenticationError:
+    if status == 401:
+        wrong = "no token was given" if server.token is None else "the token is not accepted"
+        return AuthenticationError(f"{server.url} lets nobody in unknown: {wrong} (HTTP 401)")
+    if status == 403:
+        return AuthenticationError(f"{server.url} does not let this client in (HTTP 403)")
+    if status in _PASSING_STATUS:
+        retry_after_s = float(wish) if wish.isascii() and wish.isdecimal() else None
+        return LostError(f"{server.url} takes no connection now (HTTP {status})", retry_after_s)
+    return LinkError(f"{server.url} is no vlm-collab server (HTTP {status})")
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
+        return "nothing listens there"
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return error.strerror or str(error) or type(error).__name__

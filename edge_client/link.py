@@ -1,0 +1,310 @@
+"""One connection: a WebSocket, the session it drives, and the questions that wait on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+
+from edge_client.dial import CLIENT_NAME, LostError, Server, dial
+from vlm_collab.errors import (
+    CollabError,
+    ErrorCode,
+    LinkError,
+    RemoteProtocolError,
+    server_error,
+)
+from vlm_collab.geometry import Size
+from vlm_collab.images import Codec
+from vlm_collab.messages import (
+    Answer,
+    DeclineReason,
+    Error,
+    Options,
+    Welcome,
+    websocket_bytes,
+)
+from vlm_collab.session import EdgeEvent, EdgeLimits, EdgeSession, State
+
+log = logging.getLogger(__name__)
+
+CODECS = (Codec.JPEG, Codec.WEBP, Codec.PNG)
+"""What this edge can encode."""
+
+# With these a server says that what it read cannot be right; saying it again would not help.
+_FATAL_CLOSE = {1002, 1003, 1007, 1008, 1009}
+_PASSING_ERRORS = {ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL}
+_FLUSH_S = 1.0
+
+
+class Exchange:
+    """One question on one link, up to its end there.
+
+    Attributes:
+        id: its number on this link.
+        bytes_up, bytes_down: bytes so far, WebSocket headers included.
+    """
+
+    def __init__(self, link: Link, id: int) -> None:
+        self.id = id
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._link = link
+        self._events: asyncio.Queue[EdgeEvent | CollabError] = asyncio.Queue()
+
+    async def next(self) -> EdgeEvent:
+        """What happens next.
+
+        Raises:
+            LostError: the link is gone; asking again may help.
+            CollabError: the link ended for good, and why.
+        """
+        event = await self._events.get()
+        if isinstance(event, CollabError):
+            raise event
+        return event
+
+    def put(self, event: EdgeEvent | CollabError) -> None:
+        """Called by the link."""
+        self._events.put_nowait(event)
+
+    def send_region(self, image: bytes) -> bool:
+        """Send the crop; False if the question ended or was cancelled meanwhile."""
+        if not self._wants_region():
+            return False
+        self._link.session.send_region(self.id, image)
+        self._link.flush(self)
+        return True
+
+    def decline(self, reason: DeclineReason) -> None:
+        """Say that no crop will come, if the question still wants one."""
+        if self._wants_region():
+            self._link.session.decline(self.id, reason)
+            self._link.flush(self)
+
+    def abandon(self) -> None:
+        """Tell the server to forget the question, unless it ended already."""
+        link = self._link
+        state = link.session.state(self.id)
+        if link.ended is None and state not in (State.ENDED, State.CANCELLED):
+            link.session.cancel(self.id)
+            link.flush(self)
+
+    def _wants_region(self) -> bool:
+        link = self._link
+        return link.ended is None and link.session.state(self.id) is State.WANTED
+
+
+class Link:
+    """An open, greeted connection.
+
+    Frames leave in the order in which the session made them: one task writes them all. Once
+    `ended` is set nothing moves any more, and every exchange has been told.
+
+    Attributes:
+        session: the protocol's state on this side.
+        welcome: what the server said of itself.
+        ended: why the link is over; None while it is not.
+        retired: the server is going away; questions under way may still end well, new ones
+            belong on another link.
+    """
+
+    def __init__(self, socket: ClientConnection, session: EdgeSession, welcome: Welcome) -> None:
+        """Use `open` instead."""
+        self.session = session
+        self.welcome = welcome
+        self.ended: CollabError | None = None
+        self.retired = False
+        self._closing = False
+        self._socket = socket
+        self._exchanges: dict[int, Exchange] = {}
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._slots = asyncio.Semaphore(max(1, welcome.max_in_flight))
+        self._writer = asyncio.create_task(self._write())
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def open(cls, server: Server, *, limits: EdgeLimits, resume: bytes = b"") -> Link:
+        """Connect and greet.
+
+        Args:
+            server: where.
+            limits: what this edge lets the server have.
+            resume: key of an earlier session, whose views may still be there.
+
+        Raises:
+            LostError: not now; another attempt can help.
+            AuthenticationError, ConfigError, LinkError, RemoteProtocolError: and no attempt will.
+        """
+        session = EdgeSession(limits=limits)
+        session.hello(CODECS, resume=resume, client=CLIENT_NAME)
+        try:
+            async with asyncio.timeout(server.connect_timeout_s):
+                socket = await dial(server, max_frame_bytes=limits.max_frame_bytes)
+                try:
+                    welcome = await _greet(socket, session)
+                except BaseException:
+                    socket.transport.abort()
+                    raise
+        except TimeoutError:
+            raise LostError(
+                f"{server.url} did not answer within {server.connect_timeout_s:g} s"
+            ) from None
+        return cls(socket, session, welcome)
+
+    @property
+    def usable(self) -> bool:
+        """Whether new questions can go out here."""
+        return self.ended is None and not self.retired
+
+    async def slot(self) -> None:
+        """Wait until the server takes one more question; `ask` must follow without a pause.
+
+        Raises:
+            LostError: the link is gone, or going.
+            CollabError: it ended for good.
+        """
+        await self._slots.acquire()
+        if self.usable:
+            return
+        self._slots.release()  # wakes the next who waits, who comes here too
+        raise self.ended or LostError("the server is going away")
+
+    def ask(
+        self,
+        question: str,
+        view_id: int,
+        source: Size,
+        view: bytes | None,
+        options: Options | None,
+    ) -> Exchange:
+        """Send a question, in the slot that `slot` waited for.
+
+        Raises:
+            LocalProtocolError: it is over a limit that the server stated.
+        """
+        try:
+            id = self.session.ask(question, view_id, source, view, options)
+        except BaseException:
+            self._slots.release()
+            raise
+        exchange = Exchange(self, id)
+        self._exchanges[id] = exchange
+        self.flush(exchange)
+        return exchange
+
+    def flush(self, exchange: Exchange) -> None:
+        """Queue the frames that the session made on behalf of an exchange."""
+        for frame in self.session.data_to_send():
+            exchange.bytes_up += websocket_bytes(len(frame), masked=True)
+            self._outbox.put_nowait(frame)
+
+    async def close(self) -> None:
+        """Say good-bye; questions still open end with `LinkError`."""
+        self._closing = True
+        self._end(LinkError("the client was closed"))
+        self._outbox.put_nowait(None)
+        with contextlib.suppress(TimeoutError):
+            # Cancellations written a moment ago should still reach the server.
+            await asyncio.wait_for(asyncio.shield(self._writer), _FLUSH_S)
+        self._writer.cancel()
+        await self._socket.close()
+        await asyncio.wait([self._reader, self._writer])
+
+    async def _write(self) -> None:
+        with contextlib.suppress(ConnectionClosed):  # the reader reports it
+            while (frame := await self._outbox.get()) is not None:
+                await self._socket.send(frame)
+
+    async def _read(self) -> None:
+        try:
+            # When it is us who say good-bye, what still comes is read and dropped.
+            while self.ended is None or self._closing:
+                frame = _binary(await self._socket.recv())
+                if self.ended is None:
+                    self._receive(frame)
+        except ConnectionClosed as closed:
+            self._end(_loss(closed))
+        except CollabError as error:
+            log.warning("the connection is dropped: %s", error)
+            self._end(error)
+        except Exception as bug:
+            # Nothing may be left waiting, whatever happens here.
+            log.exception("the connection is dropped")
+            self._end(LinkError(f"the connection failed on this side: {bug!r}"))
+        finally:
+            if not self._closing:
+                self._writer.cancel()
+            self._socket.transport.abort()
+
+    def _receive(self, frame: bytes) -> None:
+        event = self.session.receive(frame)
+        if event is None or isinstance(event, Welcome):
+            return  # it crossed our Cancel (a second Welcome the session does not let through)
+        if isinstance(event, Error) and event.id == 0:
+            self._end(_farewell(event))
+            return
+        exchange = self._exchanges[event.id]
+        exchange.bytes_down += websocket_bytes(len(frame), masked=False)
+        self.flush(exchange)  # the session may have declined a region by itself
+        if isinstance(event, Error) and event.code is ErrorCode.SHUTTING_DOWN:
+            self.retired = True
+        if isinstance(event, Answer | Error):
+            del self._exchanges[event.id]
+            self._slots.release()
+        exchange.put(event)
+
+    def _end(self, error: CollabError) -> None:
+        if self.ended is not None:
+            return
+        self.ended = error
+        exchanges, self._exchanges = self._exchanges, {}
+        for exchange in exchanges.values():
+            exchange.put(error)
+        self._slots.release()  # the first who waits passes it on; see `slot`
+
+
+async def _greet(socket: ClientConnection, session: EdgeSession) -> Welcome:
+    try:
+        for frame in session.data_to_send():
+            await socket.send(frame)
+        event = session.receive(_binary(await socket.recv()))
+    except ConnectionClosed as closed:
+        raise _loss(closed) from closed
+    if isinstance(event, Welcome):
+        return event
+    assert isinstance(event, Error)  # the session lets nothing else come first
+    raise _farewell(event)
+
+
+def _binary(frame: str | bytes) -> bytes:
+    if isinstance(frame, str):
+        raise RemoteProtocolError("a text frame, where all are binary", ErrorCode.BAD_FRAME)
+    return frame
+
+
+def _farewell(error: Error) -> CollabError:
+    """What an `Error` about the whole connection means."""
+    retry_after_s = None if error.retry_after_ms is None else error.retry_after_ms / 1000
+    text = f"the server ended the connection: {error.text}"
+    if error.code in _PASSING_ERRORS:
+        return LostError(text, retry_after_s)
+    if error.code in (ErrorCode.BAD_FRAME, ErrorCode.BAD_ORDER, ErrorCode.UNSUPPORTED_VERSION):
+        return RemoteProtocolError(text, error.code)
+    return server_error(error.code, text, retry_after_s)
+
+
+def _loss(closed: ConnectionClosed) -> CollabError:
+    """What a closed WebSocket means."""
+    if closed.rcvd is not None and closed.rcvd.code in _FATAL_CLOSE:
+        text = f"the server closed the connection: {closed.rcvd.reason or closed.rcvd.code}"
+        return RemoteProtocolError(text)
+    if closed.rcvd is None and closed.sent is not None and closed.sent.code in _FATAL_CLOSE:
+        reason = closed.sent.reason or closed.sent.code
+        return RemoteProtocolError(f"the server does not speak the protocol: {reason}")
+    if closed.sent is not None and closed.rcvd is None and closed.sent.code == 1011:
+        return LostError("the server stopped answering")  # by our pings
+    return LostError("the connection to the server was lost")
