@@ -425,7 +425,8 @@ class Connection:
             raise RegionUnavailableError(Fallback.BAD_REGION) from error
 
     def _stream(self, id: int, stage: Stage, text: str) -> None:
-        if id in self._tasks:
+        # A text of the first pass can be overtaken by the request for a region.
+        if id in self._tasks and (id in self._held) == (stage is Stage.SECOND):
             self._texts[id] = (stage, text)
             self._wake.set()
 
