@@ -1,0 +1,129 @@
+"""Checkpoints: what architecture a name or folder holds, and loading it with one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+from vlm_collab.errors import ModelError
+
+_FILE_FAULTS = (OSError, ValueError, LookupError, TypeError, SafetensorError, StrictDataclassError)
+"""What transformers, safetensors and the standard library raise for missing or damaged files."""
+
+# Typed `Any`: their annotations do not cover what `from_pretrained` returns.
+_PROCESSORS: Any = AutoProcessor
+_MODELS: Any = AutoModelForImageTextToText
+
+
+def local_or_hub(name: str) -> str:
+    """A checkpoint's name as transformers takes it: a home folder's `~` is written out.
+
+    Raises:
+        ModelError: it can only be meant as a folder, and there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    # A hub name is `name` or `owner/name`; everything else can only be meant as a path.
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}")
+    return name
+
+
+def model_type_of(name: str) -> str:
+    """Architecture of a checkpoint, from its `config.json`.
+
+    Args:
+        name: local folder, or name on the hub, as `local_or_hub` gives it; so for all below.
+
+    Raises:
+        ModelError: it is missing, cannot be reached, or has no usable `config.json`.
+    """
+    with _one_line(name, "config.json"):
+        config, _ = PreTrainedConfig.get_config_dict(name, **_where(name))
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str):
+        raise ModelError(f"{name} is no model checkpoint: it has no config.json with a model_type")
+    return model_type
+
+
+def load_config(name: str) -> Any:
+    """Configuration of a checkpoint.
+
+    Raises:
+        ModelError: `config.json` is missing or does not fit its architecture.
+    """
+    with _one_line(name, "config.json"):
+        return AutoConfig.from_pretrained(name, **_where(name))
+
+
+def load_processor(name: str) -> Any:
+    """Tokenizer and image processor of a checkpoint.
+
+    Raises:
+        ModelError: one of them is missing or damaged.
+    """
+    with _one_line(name, "tokenizer or image processor"):
+        processor = _PROCESSORS.from_pretrained(name, **_where(name))
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ModelError(f"{name} has no {part.replace('_', ' ')}")
+    return processor
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Weights of a checkpoint, on a device, in evaluation mode.
+
+    Only safetensors files are read: other formats can run code.
+
+    Raises:
+        ModelError: weights are missing, truncated, or of another shape than the configuration.
+    """
+    with _one_line(name, "weights"):
+        model, report = _MODELS.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            # Collected in the report instead of raised, and refused below with the rest.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_where(name),
+        )
+    for kind in ("mismatched_keys", "missing_keys"):
+        # transformers would go on with random values in their place.
+        if keys := report[kind]:
+            first = sorted(str(key) for key in keys)[0]
+            raise ModelError(
+                f"{name} is incomplete or damaged: {len(keys)} weights do not fit its "
+                f"config.json ({kind.replace('_', ' ')}, such as {first})"
+            )
+    return model.to(device).eval()
+
+
+def _where(name: str) -> dict[str, bool]:
+    """Arguments of `from_pretrained` for a folder or a hub name."""
+    return {"local_files_only": Path(name).is_dir()}
+
+
+@contextlib.contextmanager
+def _one_line(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The tokenizers library raises bare `Exception`; anything else unexpected is a bug of
+        # ours and goes on as it is.
+        if not (isinstance(error, _FILE_FAULTS) or type(error) is Exception):
+            raise
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{name}: cannot load its {what}: {_shortened(reason)}") from error
+
+
+def _shortened(reason: str, limit: int = 200) -> str:
+    return reason if len(reason) <= limit else f"{reason[:limit].rstrip()}…"

@@ -1,0 +1,113 @@
+"""LLaVA-1.5 and models of its shape: CLIP vision tower, projector, Llama decoder.
+
+Covers `llava-hf/llava-1.5-*` and the embedded demo model. A picture is a run of image tokens in
+the prompt, one per patch; a second picture is a second run right behind the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image as PillowImage
+from PIL import ImageOps
+from PIL.Image import Image
+from torch import Tensor
+
+from server_plugin.adapters.base import Adapter, Layout
+from server_plugin.adapters.prompts import PromptBuilder
+from server_plugin.presets import Preset
+from vlm_collab.errors import ModelError
+from vlm_collab.geometry import Fit, Grid, Size
+
+
+class LlavaAdapter(Adapter):
+    """A `LlavaForConditionalGeneration` checkpoint.
+
+    Raises:
+        ModelError: tokenizer and model disagree on the image token, or the vision tower is none
+            with square patches.
+    """
+
+    family = "llava"
+    model_types = ("llava",)
+
+    def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
+        super().__init__(model, processor, preset)
+        self._layout = _layout(model.config)
+        image_token: str = processor.image_token
+        image_token_id: int = model.config.image_token_id
+        if processor.tokenizer.convert_tokens_to_ids(image_token) != image_token_id:
+            raise ModelError(
+                f"the checkpoint's tokenizer has no image token {image_token!r} with id "
+                f"{image_token_id}; tokenizer and weights do not belong together"
+            )
+        self._prompts = PromptBuilder(
+            processor.tokenizer,
+            preset.template,
+            image_token=image_token,
+            image_token_id=image_token_id,
+            visual_tokens=self._layout.visual_tokens,
+            context_tokens=self._layout.context_tokens,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def output_head(self) -> Any:
+        return self.model.lm_head
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        return self._prompts
+
+    def encode(self, picture: Image) -> Tensor:
+        pixels: Tensor = self.processor.image_processor(
+            images=[self._fitted(picture)], return_tensors="pt"
+        )["pixel_values"]
+        # (1, 3, height, width) -> one entry of (visual_tokens, hidden)
+        features = self.model.get_image_features(
+            pixel_values=pixels.to(self.device, self.dtype)
+        ).pooler_output
+        tokens: Tensor = torch.cat(tuple(features), dim=0)
+        return tokens
+
+    def _fitted(self, picture: Image) -> Image:
+        """Bring a picture to the view's shape where the checkpoint's own processor would not.
+
+        The hub's processor crops the centre out of whatever is not square. That is the `crop`
+        fit; under the others it would cut off parts of a local view that were asked for.
+        """
+        view = self._layout.view
+        if picture.size == view or self.preset.fit is Fit.CROP:
+            return picture
+        if self.preset.fit is Fit.PAD:
+            mean = self.processor.image_processor.image_mean
+            colour = tuple(round(channel * 255) for channel in mean)
+            return ImageOps.pad(picture, view, PillowImage.Resampling.BICUBIC, color=colour)
+        if self.processor.image_processor.size.get("height"):
+            return picture  # the processor stretches by itself
+        return picture.resize(view, PillowImage.Resampling.BICUBIC)
+
+
+def _layout(config: Any) -> Layout:
+    vision, text = config.vision_config, config.text_config
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
+        raise ModelError(f"the vision tower {vision.model_type!r} has no square patches")
+    cells = side // patch
+    # The "full" strategy keeps the class token in front of the patches.
+    extra = 0 if config.vision_feature_select_strategy == "default" else 1
+    return Layout(
+        view=Size(side, side),
+        grid=Grid(rows=cells, columns=cells),
+        visual_tokens=cells * cells + extra,
+        on_grid=slice(extra, extra + cells * cells),
+        context_tokens=text.max_position_embeddings,
+    )

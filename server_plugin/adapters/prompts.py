@@ -1,0 +1,154 @@
+"""Prompts as token ids, with the places of their pictures; and what a question may not hold.
+
+The whole prompt is tokenised in one piece, its pictures written as runs of the image token, so
+the ids are those that the checkpoint's own processor gives. It is split afterwards, at the runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT
+from vlm_collab.errors import QuestionError
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, object]: ...
+
+    @property
+    def unk_token_id(self) -> int | None: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One tokenised prompt.
+
+    Attributes:
+        ids: all token ids, image tokens included.
+        images: where the visual tokens of each picture lie, in order, global view first.
+    """
+
+    ids: tuple[int, ...]
+    images: tuple[range, ...]
+
+    @property
+    def shared(self) -> int:
+        """Length of the part up to the end of the global view, the same for every question."""
+        return self.images[0].stop
+
+
+class PromptBuilder:
+    """Fills a template with questions.
+
+    Args:
+        tokenizer: of the checkpoint.
+        template: with one `<image>` before one `{question}`.
+        image_token: how the checkpoint writes the place of a visual token.
+        image_token_id: its id.
+        visual_tokens: tokens of one picture.
+        context_tokens: longest sequence that the model takes, answer included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        image_token: str,
+        image_token_id: int,
+        visual_tokens: int,
+        context_tokens: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._image_token = image_token
+        self._image_token_id = image_token_id
+        self._visual_tokens = visual_tokens
+        self._context_tokens = context_tokens
+        before, _, rest = template.partition(IMAGE_SLOT)
+        middle, _, after = rest.partition(QUESTION_SLOT)
+        self._before, self._middle, self._after = before, middle, after
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        reserved = added | set(tokenizer.all_special_tokens) | {image_token, IMAGE_SLOT}
+        self._reserved = sorted(token for token in reserved if token.strip())
+        # A character outside the vocabulary may be spelled as the unknown token.
+        self._reserved_ids = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        self._own_reserved = self._count_reserved(self._encode("?", 1, 1)) - 1
+        # A token spells at most this many characters, so a text much longer than the context
+        # is refused before it is tokenised.
+        self._token_chars = max(len(token) for token in tokenizer.get_vocab())
+
+    def check(self, question: str, images: int, max_new_tokens: int) -> None:
+        """Refuse a question that no prompt can be made of.
+
+        Raises:
+            QuestionError: it is empty, holds a reserved token, is no proper text, or leaves no
+                room for `images` pictures and `max_new_tokens` tokens of answer.
+        """
+        if not question.strip():
+            raise QuestionError("the question is empty")
+        for token in self._reserved:
+            if token in question:
+                raise QuestionError(f"the question holds {token!r}, which this model reserves")
+        if len(question) > self._context_tokens * self._token_chars:
+            raise QuestionError(
+                f"the question is far longer than the model's {self._context_tokens} tokens"
+            )
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise QuestionError("the question is not valid Unicode text") from None
+        ids = self._encode(question, images, 1)
+        # A tokenizer that normalises text may find a reserved token under another spelling.
+        if self._count_reserved(ids) != self._own_reserved + images:
+            raise QuestionError("the question spells a token that this model reserves")
+        self._check_length(len(ids), images, 1, max_new_tokens)
+
+    def build(self, question: str, images: int, max_new_tokens: int) -> Prompt:
+        """The prompt of a checked question over `images` pictures.
+
+        Raises:
+            QuestionError: it leaves no room for `max_new_tokens` tokens of answer.
+        """
+        visual = self._visual_tokens
+        ids = self._encode(question, images, visual)
+        self._check_length(len(ids), images, visual, max_new_tokens)
+        start = ids.index(self._image_token_id)
+        spans = (range(start + i * visual, start + (i + 1) * visual) for i in range(images))
+        return Prompt(tuple(ids), tuple(spans))
+
+    def shared(self) -> Prompt:
+        """The part that all questions share: everything up to the end of the global view."""
+        # Any question does: the image tokens are atomic, so what follows them cannot change
+        # the ids before.
+        prompt = self.build("?", 1, 0)
+        return Prompt(prompt.ids[: prompt.shared], prompt.images)
+
+    def _encode(self, question: str, images: int, visual_tokens: int) -> list[int]:
+        pictures = self._image_token * (visual_tokens * images)
+        return self._tokenizer.encode(
+            f"{self._before}{pictures}{self._middle}{question}{self._after}"
+        )
+
+    def _count_reserved(self, ids: list[int]) -> int:
+        return sum(token in self._reserved_ids for token in ids)
+
+    def _check_length(
+        self, length: int, images: int, visual_tokens: int, max_new_tokens: int
+    ) -> None:
+        prompt = length + images * (self._visual_tokens - visual_tokens)
+        if prompt + max_new_tokens > self._context_tokens:
+            raise QuestionError(
+                f"the question is too long: {prompt} tokens with {images} picture(s) and "
+                f"{max_new_tokens} for the answer exceed the model's {self._context_tokens}"
+            )

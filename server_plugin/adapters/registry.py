@@ -1,0 +1,29 @@
+"""From `config.model_type` to the adapter of a family."""
+
+from __future__ import annotations
+
+from server_plugin.adapters.base import Adapter
+from server_plugin.adapters.llava import LlavaAdapter
+from vlm_collab.errors import ModelError
+
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter,)
+"""Every family there is. A new one is added here."""
+
+
+def adapter_for(model_type: str) -> type[Adapter]:
+    """The adapter that serves an architecture.
+
+    Args:
+        model_type: as in the checkpoint's `config.json`.
+
+    Raises:
+        ModelError: none does; the line says which are supported and how to add one.
+    """
+    for adapter in ADAPTERS:
+        if model_type in adapter.model_types:
+            return adapter
+    known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
+    raise ModelError(
+        f"models of type {model_type!r} are not supported; supported: {known}; "
+        "a family is added with one adapter file, one YAML preset (docs/models.md)"
+    )
