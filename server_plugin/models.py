@@ -1,0 +1,124 @@
+"""Opening a model by name: which checkpoint, which preset, which backend.
+
+This module imports neither torch nor transformers; the backend that is asked for does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from server_plugin.backend import Backend
+from server_plugin.presets import (
+    Preset,
+    load_preset,
+    preset_for_family,
+    preset_for_model,
+    preset_named,
+)
+from vlm_collab.errors import ConfigError, ModelError
+
+DEMO_MODEL = "demo"
+FAKE_MODEL = "fake"
+
+
+def demo_folder() -> Path:
+    """Where the embedded demo checkpoint lies, in a checkout as in an installed package."""
+    return Path(__file__).resolve().parent / "demo_model"
+
+
+def open_model(
+    name: str | None = None,
+    *,
+    preset: str | Preset | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    prompt: str | None = None,
+    layer: int | None = None,
+    ratios: Sequence[float] | None = None,
+    base_px: int | None = None,
+    metric: str | None = None,
+    aggregate: str | None = None,
+    eta: float | None = None,
+    k: int | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[Backend, Preset]:
+    """Open a model. Blocks while it loads; a hub name may be downloaded.
+
+    Args:
+        name: None or "demo" for the embedded demo model, "fake" for the scripted backend
+            without a model, else a local folder or a name on the hub.
+        preset: a preset, the name of one in `configs/models/`, or the path of a YAML file. By
+            default the one whose globs match `name`, else the default one of the family.
+        device: a torch device, or "auto": CUDA where there is one, else the CPU.
+        dtype: a torch floating point type, or "auto": bfloat16 on CUDA, else float32.
+        prompt: name of another template of the preset, such as "vicrop".
+        layer, ratios, base_px, metric, aggregate, eta, k, max_new_tokens: replace the fields of
+            the preset that have these names; None leaves them.
+
+    Returns:
+        The backend, and the preset with all replacements, which policy and engine are made of.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged, or of a family without an adapter.
+        ConfigError: there is no such preset, an option has an impossible value, or the server's
+            packages are not installed.
+    """
+    chosen = _chosen_preset(name, preset).with_overrides(
+        prompt=prompt,
+        layer=layer,
+        ratios=None if ratios is None else list(ratios),
+        base_px=base_px,
+        metric=metric,
+        aggregate=aggregate,
+        eta=eta,
+        k=k,
+        max_new_tokens=max_new_tokens,
+    )
+    if name == FAKE_MODEL:
+        from server_plugin.backends.fake import FakeBackend
+
+        return FakeBackend.demo(), chosen
+    source = name
+    if name is None or name == DEMO_MODEL:
+        source, name = str(demo_folder()), DEMO_MODEL
+        if not (demo_folder() / "config.json").is_file():
+            raise ModelError(
+                f"the demo model is not installed: {demo_folder()} holds no checkpoint "
+                "(train one with eval/, or name another model)"
+            )
+    assert source is not None
+    _require_server_packages()
+    from server_plugin.backends.transformers_backend import TransformersBackend
+
+    shown = DEMO_MODEL if name == DEMO_MODEL else None
+    backend = TransformersBackend.load(source, chosen, device=device, dtype=dtype, name=shown)
+    return backend, chosen
+
+
+def _chosen_preset(name: str | None, preset: str | Preset | None) -> Preset:
+    if isinstance(preset, Preset):
+        return preset
+    if preset is not None:
+        is_file = preset.endswith((".yaml", ".yml"))
+        return load_preset(Path(preset).expanduser()) if is_file else preset_named(preset)
+    if name is None or name in (DEMO_MODEL, FAKE_MODEL):
+        return preset_named(DEMO_MODEL)
+    if (by_name := preset_for_model(name)) is not None:
+        return by_name
+    _require_server_packages()
+    from server_plugin.adapters.checkpoint import local_or_hub, model_type_of
+    from server_plugin.adapters.registry import adapter_for
+
+    return preset_for_family(adapter_for(model_type_of(local_or_hub(name))).family)
+
+
+def _require_server_packages() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"models need the package {error.name!r}; install them with "
+            "`pip install 'vlm-collab[server]'`"
+        ) from error

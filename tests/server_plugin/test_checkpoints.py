@@ -1,0 +1,205 @@
+"""Opening models by name, and every way in which a checkpoint can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import server_plugin.models
+from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.models import open_model
+from server_plugin.presets import preset_named
+from tests.support.oracle import picture
+from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
+from vlm_collab.errors import CollabError, ConfigError, ModelError
+from vlm_collab.geometry import Fit
+
+DEMO = preset_named("demo")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def truncate(keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * keep)])
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return damage
+
+
+def drop_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["language_model.model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def widen(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def swap_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<image>", "<other>"))
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<image>", "<other>"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (truncate(0.9), "cannot load its weights"),
+        (truncate(0.001), "cannot load its weights"),
+        (truncate(0), "cannot load its weights"),
+        (remove("model.safetensors"), "cannot load its weights"),
+        (drop_weight, "1 weights do not fit .*missing keys.*up_proj"),
+        (widen, "12 weights do not fit .*mismatched keys"),
+        (remove("tokenizer.json"), "cannot load its tokenizer"),
+        (write("tokenizer.json", '{"a": 1'), "cannot load its tokenizer"),
+        (write("tokenizer.json", '{"a": 1}'), "cannot load its tokenizer"),
+        (swap_tokenizer, "no image token '<image>'"),
+        (remove("processor_config.json"), "cannot load its tokenizer or image processor"),
+        (remove("config.json"), "no model checkpoint"),
+        (write("config.json", '{"a": 1'), "cannot load its config.json"),
+        (write("config.json", "[1]"), "no model checkpoint"),
+        (write("config.json", '{"model_type": "llava", "text_config": 3}'), "cannot load its"),
+        (lambda folder: rename_family(folder, "bert"), "supported: llava; .*docs/models.md"),
+        (lambda folder: rename_family(folder, "no such"), "'no such' are not supported"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_in_one_line(
+    damage: Callable[[Path], None], complaint: str, copy: Path
+) -> None:
+    damage(copy)
+    with pytest.raises(ModelError, match=complaint) as caught:
+        TransformersBackend.load(str(copy), DEMO, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none", "a/b/c"])
+def test_missing_folders_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        open_model(name)
+
+
+def test_a_file_is_no_folder(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        open_model(str(checkpoint / "config.json"))
+
+
+def test_a_missing_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_plugin.models, "demo_folder", lambda: tmp_path)
+    for name in (None, "demo"):
+        with pytest.raises(ModelError, match="demo model is not installed"):
+            open_model(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"layer": 4}, "layer 4 does not exist: tiny has decoder layers 0 to 3"),
+        ({}, "layer 14 does not exist"),
+        ({"layer": 1, "device": "toaster"}, "torch knows no device 'toaster'"),
+        ({"layer": 1, "dtype": "int8"}, "no floating point type"),
+        ({"layer": 1, "dtype": "load"}, "no floating point type"),
+        ({"layer": 1, "prompt": "none"}, "no prompt is named 'none'"),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line(
+    options: dict[str, object], complaint: str, checkpoint: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        open_model(str(checkpoint), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_of_another_family_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(
+        "{family: other, fit: pad, layer: 0, prompt: p, prompts: {p: '<image>{question}'}, eta: 1}"
+    )
+    with pytest.raises(ConfigError, match=r"the family 'other', but .*tiny is of 'llava'"):
+        open_model(str(checkpoint), preset=str(path))
+
+
+async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) -> None:
+    backend, preset = open_model(
+        str(checkpoint), layer=2, eta=0.25, ratios=(1.0, 2.0), base_px=56, prompt="vicrop",
+        device="cpu",
+    )  # fmt: skip
+    assert preset == preset_named("llava-1.5").with_overrides(
+        layer=2, eta=0.25, ratios=(1.0, 2.0), base_px=56, prompt="vicrop"
+    )
+    info = backend.info
+    assert (info.name, info.fit, info.layer, info.base_px) == ("tiny", Fit.CROP, 2, 56)
+    view = await backend.open_view(picture(0, info.view))
+    answer = await backend.first_pass(view, "what?", max_new_tokens=2)
+    assert len(answer.token_ids) == 2
+    await backend.close()
+
+
+async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoint: Path) -> None:
+    """Files on the hub have a level `vision_model.` that newer transformers leave out."""
+    weights = load_file(copy / "model.safetensors")
+    renamed = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in weights.items()
+    }
+    assert set(renamed) != set(weights)
+    save_file(renamed, copy / "model.safetensors", {"format": "pt"})
+    rows = []
+    for folder in (checkpoint, copy):
+        backend = TransformersBackend.load(str(folder), DEMO, device="cpu")
+        view = await backend.open_view(picture(0, backend.info.view))
+        rows.append((await backend.first_pass(view, "what?", max_new_tokens=1)).row)
+        await backend.close()
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("fit", Fit)
+async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_path: Path) -> None:
+    """A red border on a wide region: seen by the encoder unless the preset says `crop`."""
+    shape = TinyLlava(stretch=False)
+    backend = TransformersBackend.load(
+        str(save_tiny_llava(tmp_path, shape)), DEMO.with_overrides(fit=fit), device="cpu"
+    )
+    region = picture(0, backend.info.view).resize((300, 100))
+    marked = region.copy()
+    marked.paste((255, 0, 0), (0, 0, 30, 100))
+    encode = backend._adapter.encode
+    assert encode(region).shape == (64, 64)
+    assert bool((encode(region) == encode(marked)).all()) == (fit is Fit.CROP)
+    await backend.close()
+
+
+def test_every_error_is_one_of_the_projects() -> None:
+    assert issubclass(ModelError, CollabError)
+    assert issubclass(ConfigError, CollabError)

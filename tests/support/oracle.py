@@ -1,0 +1,79 @@
+"""Plain transformers as the oracle: used as any user would, sharing no code with the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm_collab.geometry import Size
+
+
+@dataclass
+class Oracle:
+    """One checkpoint in float32 on the CPU, asked with the chat form of LLaVA.
+
+    Attributes:
+        processor: tokenizer and image processor.
+        model: with transformers' default attention, for answers.
+        eager: a second copy with eager attention, for attention weights.
+    """
+
+    processor: Any
+    model: Any
+    eager: Any
+
+    @classmethod
+    def of(cls, folder: Path) -> Oracle:
+        load = AutoModelForImageTextToText.from_pretrained
+        return cls(
+            AutoProcessor.from_pretrained(folder),
+            load(folder, dtype=torch.float32).eval(),
+            load(folder, dtype=torch.float32, attn_implementation="eager").eval(),
+        )
+
+    def inputs(self, question: str, *pictures: Image.Image) -> Any:
+        text = f"USER: {'<image>' * len(pictures)}\n{question} ASSISTANT:"
+        return self.processor(text=text, images=list(pictures), return_tensors="pt")
+
+    def answer(
+        self, question: str, *pictures: Image.Image, max_new_tokens: int
+    ) -> tuple[list[int], str, np.ndarray]:
+        """Token ids, text, and raw logits `(tokens, vocabulary)`."""
+        inputs = self.inputs(question, *pictures)
+        output = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        text = self.processor.decode(ids, skip_special_tokens=True).strip()
+        return ids, text, torch.cat(output.logits).double().numpy()
+
+    def row(self, question: str, view: Image.Image, layer: int) -> np.ndarray:
+        """Attention of the last prompt position to the visual tokens, mean over heads."""
+        inputs = self.inputs(question, view)
+        with torch.inference_mode():
+            weights = self.eager(**inputs, output_attentions=True).attentions[layer]
+        on_image = inputs["input_ids"][0] == self.model.config.image_token_id
+        return weights[0, :, -1].mean(dim=0)[on_image].double().numpy()
+
+
+def uncertainties(logits: np.ndarray) -> np.ndarray:
+    """Min-entropy, Shannon entropy (bits) and margin of each row, straight from Eq. 14-16."""
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    top = -np.sort(-p, axis=1)
+    entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum(axis=1)
+    return np.stack([-np.log2(top[:, 0]), entropy, top[:, 0] - top[:, 1]], axis=1)
+
+
+def picture(seed: int, size: Size) -> Image.Image:
+    """Random blocks, so that every patch differs from its neighbours."""
+    random = np.random.default_rng(seed)
+    blocks = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    return blocks.resize(size, Image.Resampling.BICUBIC)
