@@ -333,9 +333,9 @@ class SourceImage:
 def _stored_box(box: Box, upright: Size, orientation: int) -> Box:
     """Where an upright box lies in the picture as stored, before `transposed`."""
     left, top, right, bottom = box
-    if orientation in (2, 3, 7, 8):  # stored columns (5-8: rows) run against the upright ones
+    if orientation in (2, 3, 6, 7):  # the stored axis along these runs the other way
         left, right = upright.width - right, upright.width - left
-    if orientation in (3, 4, 6, 7):
+    if orientation in (3, 4, 7, 8):
         top, bottom = upright.height - bottom, upright.height - top
     return Box(top, left, bottom, right) if orientation >= 5 else Box(left, top, right, bottom)
 

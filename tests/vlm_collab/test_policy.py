@@ -127,9 +127,7 @@ def test_ready_after(how: Aggregate, needed: int | None) -> None:
 
 
 @given(ANY_STEPS, st.sampled_from([Aggregate.FIRST_K, Aggregate.FIRST]), st.integers(1, 5))
-def test_decision_stands_once_ready(
-    steps: list[TokenStatistics], how: Aggregate, k: int
-) -> None:
+def test_decision_stands_once_ready(steps: list[TokenStatistics], how: Aggregate, k: int) -> None:
     """What comes after enough tokens changes nothing."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, 2.0, k=k)
     for count in range(1, len(steps)):

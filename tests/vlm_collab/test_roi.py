@@ -42,9 +42,7 @@ def plain_region(
                     place = (x, y)
         x, y = place
         around = [
-            sums[near]
-            for near in ((x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1))
-            if near in sums
+            sums[near] for near in ((x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)) if near in sums
         ]
         mean = sum(map(Fraction, around)) / len(around)
         contrast = (Fraction(sums[place]) - mean) / (w * h)
