@@ -1,0 +1,51 @@
+# Two commands: `make demo` shows the system at work, `make test` checks all of it.
+# Both set up everything in $(VENV) by themselves.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+# This exact build is a CPU one on the machines we test on; a plain `torch` may bring gigabytes
+# of CUDA. Override it on a GPU host: `make demo TORCH=torch`.
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+RUN = $(VENV)/bin
+PACKAGES = vlm_collab edge_client server_plugin eval
+
+.PHONY: demo serve test lint types layers check clean
+
+demo: $(VENV)/.demo
+	$(RUN)/vlm-collab demo --out out/demo
+
+serve: $(VENV)/.demo
+	$(RUN)/vlm-collab serve
+
+test: $(VENV)/.dev lint types layers check
+
+lint: $(VENV)/.dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(RUN)/mypy
+
+layers: $(VENV)/.dev
+	$(RUN)/lint-imports
+
+check: $(VENV)/.dev
+	$(RUN)/pytest
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install --editable ".[eval]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist
