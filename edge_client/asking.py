@@ -25,6 +25,7 @@ from vlm_collab.errors import (
     server_error,
 )
 from vlm_collab.geometry import Size
+from vlm_collab.images import Codec, choose_codec
 from vlm_collab.messages import (
     Answer,
     DeclineReason,
@@ -78,6 +79,7 @@ class Request:
         view: what is known of the picture's view on the server.
         deadline_s: time for everything; None for no bound.
         on_text: receives the texts as they grow.
+        view_codecs: formats that the view may have.
         view_quality: quality of the encoded view.
     """
 
@@ -87,6 +89,7 @@ class Request:
     view: ViewState
     deadline_s: float | None
     on_text: TextSink | None
+    view_codecs: tuple[Codec, ...]
     view_quality: int
 
 
@@ -225,7 +228,7 @@ class Asking:
             self._count(exchange)
 
     def _encode_view(self, welcome: Welcome) -> bytes:
-        codec = next(codec for codec in welcome.codecs if codec in CODECS)
+        codec = choose_codec(self._request.view_codecs, welcome.codecs)
         side = Size(welcome.view_width, welcome.view_height)
         return self._request.picture.view(
             side, FITS[welcome.fit], codec, self._request.view_quality

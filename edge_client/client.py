@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,10 @@ from edge_client.answer import EdgeAnswer
 from edge_client.asking import Asking, Request, TextSink, ViewState
 from edge_client.dial import DEFAULT_URL, Server
 from edge_client.keeper import LinkKeeper, Retry
+from edge_client.link import CODECS
 from edge_client.picture import Album, Picture, PictureLike
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.images import MAX_SOURCE_PIXELS
+from vlm_collab.images import MAX_SOURCE_PIXELS, Codec
 from vlm_collab.messages import Options, Welcome
 from vlm_collab.session import EdgeLimits
 
@@ -36,6 +38,7 @@ class ClientOptions(TypedDict, total=False):
         retry: how often and how fast to connect again.
         limits: what the server may have of the pictures, on one connection.
         max_pixels: most pixels of a picture (200 million).
+        view_codec: format of global views; by default the one that the server likes best.
         view_quality: JPEG or WebP quality of global views, 1 to 100 (90).
     """
 
@@ -47,6 +50,7 @@ class ClientOptions(TypedDict, total=False):
     retry: Retry
     limits: EdgeLimits
     max_pixels: int
+    view_codec: Codec | None
     view_quality: int
 
 
@@ -78,6 +82,8 @@ class EdgeClient:
             connect_timeout_s=options.get("connect_timeout_s", 10.0),
             ping_interval_s=options.get("ping_interval_s", 20.0),
         )
+        codec = options.get("view_codec")
+        self._view_codecs = CODECS if codec is None else (codec,)
         self._view_quality = options.get("view_quality", 90)
         if not 1 <= self._view_quality <= 100:
             raise ConfigError(f"quality must be from 1 to 100, not {self._view_quality}")
@@ -156,8 +162,10 @@ class EdgeClient:
             question=question,
             options=options,
             view=self._view(opened),
-            deadline_s=deadline_s,
+            # The event loop's clock knows no infinity.
+            deadline_s=None if deadline_s == math.inf else deadline_s,
             on_text=on_text,
+            view_codecs=self._view_codecs,
             view_quality=self._view_quality,
         )
         return await Asking(request, self._keeper).run()

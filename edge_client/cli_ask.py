@@ -1,0 +1,175 @@
+"""`vlm-collab ask`: questions about photos from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_client import cli, show
+from edge_client.answer import EdgeAnswer
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
+from edge_client.dial import DEFAULT_URL
+from edge_client.picture import Picture
+from vlm_collab.errors import CollabError, ConfigError, QuestionError
+from vlm_collab.images import Codec
+from vlm_collab.messages import Options, Retransmit
+
+
+class CodecName(enum.StrEnum):
+    """Spelling of the codecs on the command line."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+
+
+def ask(
+    photo: Annotated[str, typer.Argument(help="A JPEG, PNG or WebP file.")],
+    questions: Annotated[
+        list[str], typer.Argument(metavar="QUESTION...", help="What to ask about it.")
+    ],
+    photos: Annotated[
+        list[str] | None,
+        typer.Option("--photo", "-p", help="One more photo; each question is asked about each."),
+    ] = None,
+    server: Annotated[
+        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
+    ] = DEFAULT_URL,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
+    ] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
+    ] = DEFAULT_DEADLINE_S,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
+    ] = None,
+    always: Annotated[
+        bool, typer.Option("--always", help="Send a region however sure the server is.")
+    ] = False,
+    never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
+    show_map: Annotated[
+        bool, typer.Option("--map", help="Show where the model looked, if it was unsure.")
+    ] = False,
+    quality: Annotated[
+        int, typer.Option(min=1, max=100, help="Quality of the small view as JPEG or WebP.")
+    ] = 90,
+    codec: Annotated[
+        CodecName | None, typer.Option(help="Format of the small view; the server's by default.")
+    ] = None,
+    save_crop: Annotated[
+        Path | None,
+        typer.Option(help="Save the region at full resolution (.jpg, .png or .webp)."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+    ] = False,
+) -> int:
+    """Ask questions about photos.
+
+    A small view of the photo goes to the server. If the model is unsure it says where it needs
+    to look, and just that region is sent, at full resolution.
+    """
+    if always and never:
+        raise ConfigError("--always and --never exclude each other")
+    if not all(question.strip() for question in questions):
+        raise QuestionError("the question is empty")
+    crop_codec = None if save_crop is None else _codec_of(save_crop)
+    options = Options(
+        retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
+        eta=eta,
+        want_map=show_map,
+    )
+    # Opened before connecting: a wrong file name should not take a server to find out.
+    pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
+    pairs = list(itertools.product(pictures, questions))
+    screen: show.Screen = show.JsonLines() if as_json else show.Terminal(show_map=show_map)
+    settings: ClientOptions = {
+        "token": token,
+        "ca_file": ca_file,
+        "view_quality": quality,
+        "view_codec": None if codec is None else Codec[codec.name],
+    }
+    results = asyncio.run(_ask_all(server, settings, pairs, deadline, options, screen))
+    if save_crop is not None and crop_codec is not None:
+        _save_crops(save_crop, crop_codec, pairs, results, screen)
+    failed = [result for result in results if isinstance(result, CollabError)]
+    return cli.exit_code(failed[0]) if failed else 0
+
+
+async def _ask_all(
+    server: str,
+    settings: ClientOptions,
+    pairs: list[tuple[Picture, str]],
+    deadline_s: float,
+    options: Options,
+    screen: show.Screen,
+) -> list[EdgeAnswer | CollabError]:
+    """Ask everything at once; tell the results in the order of the questions."""
+    async with EdgeClient(server, **settings) as client:
+        turns = asyncio.Semaphore(max(1, (await client.connect()).max_in_flight))
+
+        async def one(number: int, picture: Picture, question: str) -> EdgeAnswer | CollabError:
+            async with turns:
+                try:
+                    return await client.ask(
+                        picture,
+                        question,
+                        deadline_s=deadline_s,
+                        on_text=screen.sink(number, picture, question),
+                        options=options,
+                    )
+                except CollabError as error:
+                    return error
+
+        asked = [
+            asyncio.create_task(one(number, picture, question))
+            for number, (picture, question) in enumerate(pairs)
+        ]
+        results = []
+        with screen:
+            for number, (task, (picture, question)) in enumerate(zip(asked, pairs, strict=True)):
+                result = await task
+                screen.tell(number, picture, question, result)
+                results.append(result)
+        return results
+
+
+def _codec_of(path: Path) -> Codec:
+    suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}
+    codec = suffixes.get(path.suffix.lower())
+    if codec is None:
+        raise ConfigError(f"--save-crop {path}: the name must end in .jpg, .png or .webp")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--save-crop {path}: no such directory")
+    return codec
+
+
+def _save_crops(
+    path: Path,
+    codec: Codec,
+    pairs: list[tuple[Picture, str]],
+    results: list[EdgeAnswer | CollabError],
+    screen: show.Screen,
+) -> None:
+    """Save what the server wanted to see; several crops get numbers."""
+    for number, ((picture, _), result) in enumerate(zip(pairs, results, strict=True), start=1):
+        if isinstance(result, CollabError) or result.box is None:
+            continue
+        name = path if len(pairs) == 1 else path.with_stem(f"{path.stem}-{number}")
+        crop = picture.region(result.box, result.box.size, codec, 95)
+        try:
+            name.write_bytes(crop)
+        except OSError as error:
+            raise ConfigError(f"--save-crop {name}: {error.strerror or error}") from error
+        screen.note(f"region saved as {name}")

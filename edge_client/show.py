@@ -1,0 +1,230 @@
+"""How `vlm-collab ask` tells its answers: for people with Rich, for programs as JSON lines."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import msgspec
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from edge_client import cli
+from edge_client.answer import EdgeAnswer
+from edge_client.asking import TextSink
+from edge_client.picture import Picture
+from vlm_collab.errors import CollabError
+from vlm_collab.messages import Fallback, Stage
+
+_WHY_FIRST = {
+    Fallback.DECLINED: "the region was not sent",
+    Fallback.DEADLINE: "the refined one did not come in time",
+    Fallback.BAD_REGION: "the server could not use the region",
+    Fallback.OVERLOAD: "the server had no room for a second look",
+    Fallback.SERVER_FAILED: "the server failed at the second look",
+    Fallback.LINK_LOST: "the connection was lost",
+}
+
+_SHADES = "·░▒▓█"
+_LIVE_LINES = 10
+
+
+class Screen(Protocol):
+    """Where answers are told."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End."""
+
+    def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
+        """Where the growing text of a question goes; None to not have it sent at all."""
+
+    def tell(
+        self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
+    ) -> None:
+        """Tell a result."""
+
+    def note(self, line: str) -> None:
+        """Tell something beside the answers."""
+
+
+class JsonLines:
+    """One JSON object a line; failed questions have `error` and `code` in place of an answer."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
+        """No program reads half an answer, and each step would cost bytes."""
+        return None
+
+    def tell(
+        self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
+    ) -> None:
+        """Print the object."""
+        told: dict[str, object] = {"photo": picture.name, "question": question}
+        if isinstance(result, CollabError):
+            told |= {"error": str(result), "code": cli.error_name(result)}
+        else:
+            told |= as_dict(result, picture)
+        # msgspec writes numbers that JSON does not have as null.
+        print(msgspec.json.encode(told).decode(), flush=True)
+
+    def note(self, line: str) -> None:
+        """Only answers belong on this output."""
+
+
+class Terminal:
+    """Text for people; in a terminal with colours, and with answers growing as they come."""
+
+    def __init__(self, *, show_map: bool) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._show_map = show_map
+        self._texts: dict[int, Text] = {}
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, transient=True, get_renderable=self._growing)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
+        """Shows the growing text, where somebody can watch."""
+        if self._live is None:
+            return None
+
+        def take(stage: Stage, text: str) -> None:
+            line = Text("… ", style="dim")
+            line.append(printable(question), style="bold")
+            line.append("  " + ("looking closer: " if stage is Stage.SECOND else ""))
+            line.append(printable(text))
+            self._texts[number] = line
+
+        return take
+
+    def tell(
+        self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
+    ) -> None:
+        """Print the answer with its history and its cost."""
+        self._texts.pop(number, None)
+        title = Text.assemble(
+            (f"{printable(picture.name)}: ", "dim"), (printable(question), "bold")
+        )
+        self._console.print(title)
+        if isinstance(result, CollabError):
+            self._console.print(Text.assemble("  ", ("failed", "red"), f"  {result}"))
+            return
+        self._console.print(_history(result, picture))
+        if self._show_map and result.map is not None:
+            self._console.print(heat(result))
+
+    def note(self, line: str) -> None:
+        """Print a line."""
+        self._console.print(Text(printable(line), style="dim"))
+
+    def _growing(self) -> Group:
+        return Group(*list(self._texts.values())[:_LIVE_LINES])
+
+
+def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
+    """What `--json` says of an answer; names and units are part of the command's contract."""
+    heat_map = answer.map and [
+        list(answer.map[i : i + answer.columns]) for i in range(0, len(answer.map), answer.columns)
+    ]
+    return {
+        "answer": answer.text,
+        "stage": answer.stage.name.lower(),
+        "refined": answer.refined,
+        "fallback": answer.fallback.name.lower(),
+        "uncertainty": answer.uncertainty,
+        "first_answer": answer.first_text,
+        "first_uncertainty": answer.first_uncertainty,
+        "size": picture.size,
+        "box": answer.box,
+        "grid": (answer.rows, answer.columns),
+        "map": heat_map,
+        "bytes_up": answer.bytes_up,
+        "bytes_down": answer.bytes_down,
+        "view_bytes": answer.view_bytes,
+        "region_bytes": answer.region_bytes,
+        "original_bytes": answer.original_bytes,
+        "elapsed_s": round(answer.elapsed_s, 4),
+        "model": answer.model,
+        "usage": {name: getattr(answer.usage, name) for name in answer.usage.__struct_fields__},
+    }
+
+
+def _history(answer: EdgeAnswer, picture: Picture) -> Table:
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    unsure = answer.box is not None or answer.refined or answer.fallback is not Fallback.NONE
+    if unsure:
+        rows.add_row("  first answer", _said(answer.first_text, answer.first_uncertainty, "yellow"))
+    if answer.box is not None:
+        box, size = answer.box, picture.size
+        rows.add_row(
+            "  region",
+            f"{box.width} x {box.height} px at ({box.left}, {box.top}) "
+            f"of {size.width} x {size.height}",
+        )
+    if answer.refined:
+        rows.add_row("  refined answer", _said(answer.text, answer.uncertainty, "green"))
+    elif unsure:
+        why = _WHY_FIRST.get(answer.fallback, "the server kept it")
+        rows.add_row("  answer", f"the first one: {why}")
+    else:
+        rows.add_row("  answer", _said(answer.text, answer.uncertainty, "green"))
+    rows.add_row("  sent", _cost(answer))
+    return rows
+
+
+def _said(text: str, uncertainty: float, style: str) -> Text:
+    return Text.assemble(
+        (printable(text), f"bold {style}"), (f"  uncertainty {uncertainty:.3f}", "dim")
+    )
+
+
+def _cost(answer: EdgeAnswer) -> str:
+    sent = decimal(answer.bytes_up)
+    if answer.original_bytes:
+        share = answer.bytes_up / answer.original_bytes
+        sent += f" of the photo's {decimal(answer.original_bytes)} ({share:.1%})"
+    return f"{sent}, received {decimal(answer.bytes_down)}, {answer.elapsed_s:.2f} s"
+
+
+def heat(answer: EdgeAnswer) -> Text:
+    """The relative attention map as shades, two characters a cell."""
+    assert answer.map is not None
+    text = Text(no_wrap=True, end="")
+    for row in range(answer.rows):
+        cells = answer.map[row * answer.columns : (row + 1) * answer.columns]
+        shades = (_SHADES[value * (len(_SHADES) - 1) // 255] * 2 for value in cells)
+        text.append("  " + "".join(shades) + "\n", style="red")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text without what would move the cursor or change the terminal: it comes from outside."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
