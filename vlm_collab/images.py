@@ -160,6 +160,8 @@ def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
     try:
         match codec:
             case Codec.JPEG:
+                # Not progressive: at a view's size its scans cost 1 to 18 % more, measured on
+                # drawn scenes of 96 to 672 px.
                 rgb.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
             case Codec.PNG:
                 rgb.save(buffer, "PNG", optimize=True)
