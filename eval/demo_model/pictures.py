@@ -1,0 +1,168 @@
+"""Make the demo pictures: ``python -m eval.demo_model.pictures``.
+
+Walks the test split in order and takes, for each role, the first scene whose question plays it
+with the committed checkpoint, through JPEG views and regions as on the uplink:
+
+* "sure": the global view alone is answered surely (below the preset's threshold) and rightly;
+* "asks": the first answer is unsure and wrong, the answer after the model's own region right.
+
+Nothing else is picked: the first scene that plays a role is the one shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import LlavaForConditionalGeneration
+
+from eval.demo_model.evaluate import Settings, load_model, own_box, through_jpeg
+from eval.demo_model.measure import Reader, Reading
+from eval.demo_model.views import GRID, SIDE
+from eval.demo_model.words import GENERIC
+from eval.scenes import Question, SceneStyle, crop, generate_scene, questions, render
+from vlm_collab.geometry import Grid
+from vlm_collab.roi import relative_map
+
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+SIZES = ((1024, 896), (896, 896), (896, 1024), (1152, 896))
+QUALITY = 92
+_LARGEST_BYTES = 500_000
+_FIRST_INDEX = 100_000  # beyond what any evaluation reads
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """One picture with its question."""
+
+    file: str
+    role: str
+    index: int
+    size: tuple[int, int]
+    question: str
+    truth: str
+    first_answer: str
+    uncertainty_bits: float
+    box: tuple[int, int, int, int] | None
+    refined_answer: str | None
+    text_height_in_view_px: float
+
+
+def play(
+    reader: Reader, picture: Image.Image, question: Question, settings: Settings
+) -> tuple[Reading, Reading, tuple[int, int, int, int]]:
+    """First answer, refined answer and the box between them."""
+    view = through_jpeg(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), settings.jpeg)
+    features = reader.features([view])
+    first = reader.read(features, [question.text])[0]
+    generic = reader.read(features, [GENERIC])[0]
+    relative = relative_map(
+        first.attention[settings.layer],
+        generic.attention[settings.layer],
+        Grid(GRID, GRID),
+        epsilon=settings.epsilon,
+    )
+    box = own_box(relative, picture.size, settings.base_px)
+    local = through_jpeg(crop(picture, box, SIDE), settings.jpeg)
+    own = reader.read(features, [question.text], reader.features([local]))[0]
+    return first, own, (box[0], box[1], box[2], box[3])
+
+
+def pick(
+    model: LlavaForConditionalGeneration, settings: Settings, eta_bits: float, out: Path
+) -> list[Picked]:
+    """Find, save and describe the pictures."""
+    reader = Reader(model)
+    wanted = ["sure", "asks", "asks", "sure"]
+    picked: list[Picked] = []
+    style = SceneStyle(two_digits=settings.two_digits)
+    for index in tqdm(range(_FIRST_INDEX, _FIRST_INDEX + 400), desc="scenes", disable=None):
+        if not wanted:
+            break
+        size = SIZES[len(picked) % len(SIZES)]
+        scene = generate_scene("test", index, size=size, style=style)
+        if len(scene.signs) < 4:
+            continue
+        buffer = io.BytesIO()
+        render(scene).save(buffer, "JPEG", quality=QUALITY)
+        if buffer.tell() > _LARGEST_BYTES:
+            continue
+        picture = Image.open(buffer).convert("RGB")  # what the edge will read from the file
+        for question in questions(scene):
+            first, own, box = play(reader, picture, question, settings)
+            bits = float(first.min_entropy.mean())
+            sure = bits < eta_bits
+            role = ""
+            if sure and first.text == question.answer:
+                role = "sure"
+            elif not sure and first.text != question.answer == own.text:
+                role = "asks"
+            if role != wanted[0]:
+                continue
+            wanted.pop(0)
+            name = f"scene-{len(picked) + 1}.jpg"
+            (out / name).write_bytes(buffer.getvalue())
+            picked.append(
+                Picked(
+                    file=name,
+                    role=role,
+                    index=index,
+                    size=size,
+                    question=question.text,
+                    truth=question.answer,
+                    first_answer=first.text,
+                    uncertainty_bits=round(bits, 3),
+                    box=None if sure else box,
+                    refined_answer=None if sure else own.text,
+                    text_height_in_view_px=round(question.view_text_height_px, 1),
+                )
+            )
+            break
+    return picked
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--two-digits", type=float, default=1.0)
+    parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--base-px", type=int, default=280)
+    parser.add_argument("--eta", type=float, default=0.5, help="threshold in bits")
+    parser.add_argument("--jpeg", type=int, default=90)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        split="test",
+        count=0,
+        two_digits=options.two_digits,
+        layer=options.layer,
+        base_px=options.base_px,
+        jpeg=options.jpeg,
+    )
+    picked = pick(load_model(), settings, options.eta, options.out)
+    content: dict[str, Any] = {
+        "made_by": " ".join(["python -m eval.demo_model.pictures", *sys.argv[1:]]),
+        "how_picked": (
+            f"Scenes of the test split with at least four signs, in order from index "
+            f"{_FIRST_INDEX}; for each role in turn the first question that plays it with the "
+            f"demo checkpoint is taken. 'sure': answered below the threshold and right. 'asks': "
+            f"above the threshold and wrong at first, right after the model's own region."
+        ),
+        "eta_bits": options.eta,
+        "pictures": [asdict(item) for item in picked],
+    }
+    (options.out / "pictures.json").write_text(json.dumps(content, indent=1) + "\n")
+    for item in picked:
+        print(f"{item.file}: {item.role}: {item.question} {item.truth} ({item.first_answer})")
+
+
+if __name__ == "__main__":
+    main()

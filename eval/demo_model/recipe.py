@@ -1,0 +1,76 @@
+"""The training recipe: what the YAML file says, as typed values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of training.
+
+    ``two_digits`` is the share of two-digit texts at the start and at the end, ``ease`` runs
+    from its first value to zero over the first ``ease_until`` of the stage. ``start_from`` names
+    earlier stages whose weights this one takes over.
+    """
+
+    name: str
+    kind: Literal["tower", "decoder"]
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+    two_digits: tuple[float, float] = (0.0, 0.0)
+    ease: float = 0.0
+    ease_until: float = 0.5
+    start_from: tuple[str, ...] = ()
+
+    def progress(self, step: int) -> tuple[float, float]:
+        """Share of two-digit texts and ease at ``step``."""
+        done = min(step / max(self.steps * self.ease_until, 1.0), 1.0)
+        share = self.two_digits[0] + (self.two_digits[1] - self.two_digits[0]) * done
+        return share, self.ease * (1.0 - done)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Model widths and the stages, in order."""
+
+    stages: tuple[Stage, ...]
+    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"the recipe has no stage {name!r}")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        ValueError: for a key or value that no stage knows.
+    """
+    raw = yaml.safe_load(path.read_text())
+    stages = []
+    for entry in raw["stages"]:
+        values = dict(entry)
+        for key in ("two_digits", "start_from"):
+            if key in values:
+                values[key] = tuple(values[key])
+        try:
+            stages.append(Stage(**values))
+        except TypeError as error:
+            raise ValueError(f"{path}: stage {entry.get('name')!r}: {error}") from None
+    return Recipe(stages=tuple(stages), vision=raw["vision"], text=raw["text"])
