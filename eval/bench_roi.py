@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,8 +107,8 @@ def measure(source: Size, maps: Sequence[NDArray[np.float64]], inner: int) -> di
         found = region_box(relative, frame, source, BASE_PX)
         if found != (expected := nested_loops(relative, source, BASE_PX)):
             raise SystemExit(f"boxes differ: {found} and {expected}")
-        slow = seconds(lambda one=relative: nested_loops(one, source, BASE_PX), 1)
-        fast = seconds(lambda one=relative: find_region(one, frame, BASE_PX), inner)
+        slow = seconds(partial(nested_loops, relative, source, BASE_PX), 1)
+        fast = seconds(partial(find_region, relative, frame, BASE_PX), inner)
         if not warm_up:
             loops_s.append(slow)
             table_s.append(fast)
