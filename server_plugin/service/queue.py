@@ -63,7 +63,7 @@ class ModelQueue:
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():  # the turn came as we were cancelled
                 self._release()
-            else:
+            elif future in queue:  # else a hand-out passed it over, cancelled as it was
                 queue.remove(future)
                 if not returning and not queue:
                     del self._waiting[session]
