@@ -28,6 +28,7 @@ class EdgeAnswer:
             included, over all attempts. (TLS, TCP and IP come on top.)
         view_bytes: bytes of global views among them; 0 when the server had the view already.
         region_bytes: bytes of regions among them.
+        region: the encoded region as it was sent; None when none was.
         original_bytes: size of the original's file; None if there is none.
         usage: what it cost the server.
         elapsed_s: from asking to this answer.
@@ -48,6 +49,7 @@ class EdgeAnswer:
     bytes_down: int
     view_bytes: int
     region_bytes: int
+    region: bytes | None
     original_bytes: int | None
     usage: Usage
     elapsed_s: float

@@ -114,6 +114,7 @@ class Asking:
         self._request = request
         self._links = links
         self._begin = time.monotonic()
+        self._until_s: float | None = None  # by the event loop's clock
         self._seen: RegionWanted | RegionDeclined | None = None
         self._welcome: Welcome | None = None
         self._rescuing = False
@@ -122,6 +123,7 @@ class Asking:
         self._carry = False  # the next Ask must hold the view, whatever we believe
         self._bytes_up = self._bytes_down = 0
         self._view_bytes = self._region_bytes = 0
+        self._region: bytes | None = None
 
     async def run(self) -> EdgeAnswer:
         """Ask until there is an answer, a reason, or no time left.
@@ -133,6 +135,7 @@ class Asking:
         deadline_s = self._request.deadline_s
         try:
             async with asyncio.timeout(deadline_s) as deadline:
+                self._until_s = deadline.when()
                 return await self._until_answered()
         except TimeoutError:
             if not deadline.expired():
@@ -160,6 +163,7 @@ class Asking:
         patience_s = self._seen.request.deadline_ms / 1000 + RESCUE_GRACE_S
         try:
             async with asyncio.timeout(patience_s) as patience:
+                self._until_s = patience.when()
                 return await self._rounds()
         except TimeoutError:
             if not patience.expired():
@@ -184,10 +188,14 @@ class Asking:
         Raises:
             CollabError: there is no point in one.
         """
+        loop = asyncio.get_running_loop()
         if isinstance(error, BusyError):
             if error.retry_after_s is None:
                 raise error
-            await asyncio.sleep(max(error.retry_after_s, _SHORTEST_WAIT_S) * _jitter())
+            pause_s = max(error.retry_after_s, _SHORTEST_WAIT_S) * _jitter()
+            if self._until_s is not None and loop.time() + pause_s >= self._until_s:
+                raise error  # it says more than "no answer in time", and says it now
+            await asyncio.sleep(pause_s)
         elif isinstance(error, ViewGoneError):
             self._gone += 1
             if self._gone > MAX_VIEW_GONE:
@@ -295,6 +303,7 @@ class Asking:
             exchange.decline(DeclineReason.LIMIT)
         elif exchange.send_region(region):
             self._region_bytes += len(region)
+            self._region = region
 
     def _count(self, exchange: Exchange) -> None:
         """Move an exchange's bytes to this question's."""
@@ -363,6 +372,7 @@ class Asking:
             bytes_down=self._bytes_down,
             view_bytes=self._view_bytes,
             region_bytes=self._region_bytes,
+            region=self._region,
             original_bytes=self._request.picture.original_bytes,
             usage=usage,
             elapsed_s=time.monotonic() - self._begin,

@@ -177,5 +177,8 @@ class Backend(Protocol):
     async def release(self, view: View) -> None:
         """Drop a view and all that was computed of it. Safe to call twice."""
 
+    async def warm_up(self) -> None:
+        """Do once what would make the first question slow. Optional; costs one question."""
+
     async def close(self) -> None:
         """Stop threads and free the model. Operations awaited after this fail."""

@@ -141,6 +141,7 @@ async def _serve(
     sock = runner.bind(config)
     try:
         backend, preset = await asyncio.to_thread(open_model, model, **model_options)
+        await backend.warm_up()
         engine = engine_of(backend, preset, policy, policy_options)
         codec = Codec[preset.codec.upper()]
         config = replace(config, region_codec=codec, region_quality=quality or preset.quality)

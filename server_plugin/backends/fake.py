@@ -200,6 +200,9 @@ class FakeBackend:
         view.released = True
         self.views.discard(view)
 
+    async def warm_up(self) -> None:
+        pass
+
     async def close(self) -> None:
         self.closed = True
 
