@@ -58,7 +58,7 @@ from server_plugin.backends.attention import (
     use_capturing_attention,
 )
 from server_plugin.presets import Preset
-from vlm_collab.errors import ConfigError, ImageError, ModelError
+from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.roi import relative_map
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
 
@@ -140,6 +140,14 @@ class TransformersBackend:
             context_tokens=layout.context_tokens,
         )
         self._end_tokens = adapter.end_tokens
+        try:
+            self._shared = adapter.prompts.shared()
+            self._generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
+        except QuestionError as error:
+            raise ModelError(
+                f"{name} has a context of {layout.context_tokens} tokens, too few for a picture "
+                f"of {layout.visual_tokens} and a question"
+            ) from error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-collab-model")
         self._closing = threading.Event()
 
@@ -198,11 +206,11 @@ class TransformersBackend:
             )
 
         def work(abandoned: threading.Event) -> TransformersView:
-            shared = self._adapter.prompts.shared()
             cache = DynamicCache(config=self._adapter.decoder.config)
             picture = self._adapter.encode(image)
-            self._forward(cache, self._embedded(shared, 0, [picture]))
-            return TransformersView(cache, shared.ids, uncounted_tokens=len(shared.ids))
+            self._forward(cache, self._embedded(self._shared, 0, [picture]))
+            ids = self._shared.ids
+            return TransformersView(cache, ids, uncounted_tokens=len(ids))
 
         return await self._run(work)
 
@@ -232,10 +240,11 @@ class TransformersBackend:
         def work(abandoned: threading.Event) -> RelativeAttention:
             generic, new_tokens, context_tokens = held.generic_row, 0, 0
             if generic is None:
-                prompt = self._prompt(self._preset.generic_instruction, 1, 0)
-                generic = held.generic_row = self._generic_row(held, prefix, prompt)
-                new_tokens = len(prompt.ids) - len(held.ids) + held.take_uncounted()
-                context_tokens = len(prompt.ids)
+                generic = self._generic_row(held, prefix)
+                if held.cache is not None:  # not released meanwhile
+                    held.generic_row = generic
+                context_tokens = len(self._generic.ids)
+                new_tokens = context_tokens - len(held.ids) + held.take_uncounted()
             on_grid = self._adapter.layout.on_grid
             return RelativeAttention(
                 map=relative_map(
@@ -332,10 +341,9 @@ class TransformersBackend:
             row=None if capture is None else capture.take(),
         )
 
-    def _generic_row(
-        self, view: TransformersView, prefix: DynamicCache, prompt: Prompt
-    ) -> NDArray[np.float32]:
+    def _generic_row(self, view: TransformersView, prefix: DynamicCache) -> NDArray[np.float32]:
         """Attention under the generic instruction, `(visual_tokens,)`."""
+        prompt = self._generic
         capture = self._capture(prompt, stop=True)
         # The capture ends the forward: layers behind the one that is read are not computed.
         with contextlib.suppress(RowReadyError):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import server_plugin.models
+from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.models import open_model
 from server_plugin.presets import preset_named
@@ -115,6 +116,13 @@ def test_a_file_is_no_folder(checkpoint: Path) -> None:
         open_model(str(checkpoint / "config.json"))
 
 
+async def test_the_fake_opens_without_a_checkpoint() -> None:
+    backend, preset = open_model("fake", eta=0.75)
+    assert isinstance(backend, FakeBackend)
+    assert preset == DEMO.with_overrides(eta=0.75)
+    await backend.close()
+
+
 def test_a_missing_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_plugin.models, "demo_folder", lambda: tmp_path)
     for name in (None, "demo"):
@@ -148,6 +156,12 @@ def test_a_preset_of_another_family_is_refused(checkpoint: Path, tmp_path: Path)
     )
     with pytest.raises(ConfigError, match=r"the family 'other', but .*tiny is of 'llava'"):
         open_model(str(checkpoint), preset=str(path))
+
+
+def test_a_context_without_room_for_a_picture_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_llava(tmp_path, TinyLlava(context_tokens=70))
+    with pytest.raises(ModelError, match="a context of 70 tokens, too few for a picture of 64"):
+        TransformersBackend.load(str(folder), DEMO, device="cpu")
 
 
 async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) -> None:
