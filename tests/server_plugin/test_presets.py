@@ -68,7 +68,7 @@ def test_shipped_values() -> None:
         ("llava-hf/llava-1.5-7b-hf", "llava-1.5"),
         ("llava-hf/llava-1.5-13b-hf", "llava-1.5"),
         ("/srv/models/llava-1.5-7b-hf", "llava-1.5"),
-        ("demo", "demo"),
+        ("out/demo_model", "demo"),
     ],
 )
 def test_names_find_their_preset(model: str, preset: str) -> None:
@@ -77,6 +77,7 @@ def test_names_find_their_preset(model: str, preset: str) -> None:
 
 def test_other_names_find_none() -> None:
     assert preset_for_model("Qwen/Qwen2.5-VL-7B-Instruct") is None
+    assert preset_for_model("/srv/models/demo") is None
 
 
 def test_defaults_fill_what_a_file_leaves_out(tmp_path: Path) -> None:
