@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.scenes import generate_scene, questions, render
 from server_plugin.backend import Generation
 from server_plugin.backends.attention import ATTENTION_NAME
 from server_plugin.backends.transformers_backend import TransformersBackend, TransformersView
@@ -155,12 +156,21 @@ async def test_the_comparison_can_fail(
     assert ended == {True, False}
 
 
-@pytest.mark.parametrize("pair", range(12))
+@pytest.mark.parametrize("index", range(20))
 async def test_the_demo_model_equals_plain_transformers(
+    index: int, demo: tuple[TransformersBackend, Oracle]
+) -> None:
+    """On scenes of its own kind, square, wide and tall."""
+    scene = generate_scene("test", index, size=((896, 896), (1120, 896), (896, 1120))[index % 3])
+    await compare(*demo, render(scene), questions(scene)[0].text)
+
+
+@pytest.mark.parametrize("pair", range(12))
+async def test_the_demo_model_equals_plain_transformers_on_anything(
     pair: int, demo: tuple[TransformersBackend, Oracle]
 ) -> None:
     source = picture(pair, SOURCES[pair % len(SOURCES)])
-    await compare(*demo, source, QUESTIONS[(pair + pair // 6) % 3])
+    await compare(*demo, source, QUESTIONS[(pair + pair // 6) % len(QUESTIONS)])
 
 
 @pytest.fixture(scope="module")
