@@ -1,0 +1,149 @@
+"""What all end-to-end tests share: pictures, clients in a hurry, and what an answer must say."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from PIL import Image
+
+from edge_client.answer import EdgeAnswer
+from edge_client.client import EdgeClient
+from edge_client.keeper import Retry
+from edge_client.picture import Picture
+from server_plugin.backends.fake import FakeBackend, Script, digest
+from server_plugin.service.app import Service
+from tests.support.proxy import Proxy
+from tests.support.wire import running, service
+from vlm_collab.geometry import Fit, Size, cell_to_source, frame_of
+from vlm_collab.images import Codec, decode
+from vlm_collab.messages import Fallback, Stage
+
+VIEW = Size(112, 112)
+SURE = "what colour is the sky?"
+UNSURE = "what is on the small sign?"
+
+HASTY = Retry(attempts=3, reconnect_attempts=20, first_s=0.01, longest_s=0.05)
+
+
+def photo(seed: int, size: Size = Size(480, 360)) -> bytes:
+    """A JPEG file that looks like no other: blocks of random colours."""
+    draw = random.Random(seed)
+    small = Image.new("RGB", (16, 12))
+    small.putdata([tuple(draw.randbytes(3)) for _ in range(16 * 12)])
+    buffer = io.BytesIO()
+    small.resize(size, Image.Resampling.NEAREST).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def seen(encoded: bytes) -> str:
+    """The fake's name for a picture that crossed the wire."""
+    return digest(decode(encoded, max_pixels=10**6))
+
+
+def check(answer: EdgeAnswer, picture: bytes, question: str, *, refined: bool | None = None) -> None:
+    """An answer holds its own question, its own view and its own region, and nobody else's."""
+    backend = FakeBackend()
+    original = Picture.open(picture)
+    view = seen(original.view(VIEW, Fit.STRETCH, Codec.JPEG, 90))
+    assert answer.first_text == f"first {view} {question}"
+    unsure = "small" in question
+    if refined is None:
+        refined = unsure
+    assert answer.refined is refined
+    if not unsure:
+        assert answer.box is None
+    elif answer.fallback is not Fallback.DECLINED:
+        assert answer.box is not None
+        peak = backend.play(question, view, "").peak
+        frame = frame_of(original.size, Fit.STRETCH, VIEW)
+        cell = cell_to_source(*peak, backend.info.grid, frame, original.size)
+        x, y = (cell.left + cell.right) // 2, (cell.top + cell.bottom) // 2
+        assert answer.box.left <= x < answer.box.right
+        assert answer.box.top <= y < answer.box.bottom
+    if refined:
+        assert answer.box is not None
+        region = seen(original.region(answer.box, VIEW, Codec.JPEG, 90))
+        assert answer.text == f"second {view} {region} {question}"
+        assert (answer.stage, answer.fallback) == (Stage.SECOND, Fallback.NONE)
+        assert answer.first_uncertainty > answer.uncertainty
+        assert answer.region_bytes > 0
+    else:
+        assert answer.text == answer.first_text
+        assert answer.stage is Stage.FIRST
+    payload = answer.view_bytes + answer.region_bytes
+    assert payload < answer.bytes_up <= payload + 600  # a few attempts' questions and headers
+    assert answer.bytes_down > 0
+    assert answer.original_bytes == len(picture)
+    assert answer.model == "fake"
+
+
+def slow(seconds: float) -> FakeBackend:
+    """A backend that takes its time for each pass."""
+
+    def play(question: str, view: str, region: str) -> Script:
+        return Script(
+            first=f"first {view} {question}",
+            second=f"second {view} {region} {question}",
+            uncertainty_bits=2.0 if "small" in question else 0.01,
+            peak=(len(question) % 8, len(question) * 3 % 8),
+            delay_s=seconds,
+        )
+
+    return FakeBackend(play=play)
+
+
+async def settled(running_service: Service) -> None:
+    """Wait until the service has nothing in flight; fails if something stays."""
+    async with asyncio.timeout(5):
+        while running_service.questions or running_service.queue.waiting:
+            await asyncio.sleep(0.005)
+
+
+async def alone(running_service: Service) -> None:
+    """Wait until the service has noticed that all clients are gone."""
+    async with asyncio.timeout(5):
+        while running_service._connections:
+            await asyncio.sleep(0.005)
+
+
+class World:
+    """A service, a proxy before it, and a client behind that."""
+
+    def __init__(self, service: Service, backend: FakeBackend, proxy: Proxy, client: EdgeClient):
+        self.service = service
+        self.backend = backend
+        self.proxy = proxy
+        self.client = client
+
+
+@asynccontextmanager
+async def world(
+    backend: FakeBackend | None = None,
+    *,
+    limits: dict[str, Any] | None = None,
+    connect: bool = True,
+    config: dict[str, Any] | None = None,
+    **client: Any,
+) -> AsyncIterator[World]:
+    """Everything connected; on leaving, checks that nothing is left on either side."""
+    backend = backend or FakeBackend()
+    mine = service(backend, limits=limits, **(config or {}))
+    before = asyncio.all_tasks()
+    async with running(mine) as url:
+        async with Proxy(url) as proxy:
+            edge = EdgeClient(proxy.url, **{"retry": HASTY, **client})
+            try:
+                if connect:
+                    await edge.connect()
+                yield World(mine, backend, proxy, edge)
+            finally:
+                await edge.close()
+        await settled(mine)
+        await alone(mine)
+    assert not backend.views
+    assert not {task for task in asyncio.all_tasks() - before if not task.done()}
