@@ -99,7 +99,7 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
             open_timeout=None,
             ping_interval=server.ping_interval_s,
             ping_timeout=server.ping_interval_s,
-            close_timeout=2,
+            close_timeout=1,
             max_size=max_frame_bytes,
             ssl=context,
         )

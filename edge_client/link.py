@@ -207,9 +207,8 @@ class Link:
         self._closing = True
         self._end(LinkError("the client was closed"))
         self._outbox.put_nowait(None)
-        with contextlib.suppress(TimeoutError):
-            # Cancellations written a moment ago should still reach the server.
-            await asyncio.wait_for(asyncio.shield(self._writer), _FLUSH_S)
+        # Cancellations queued a moment ago should still reach the server.
+        await asyncio.wait([self._writer], timeout=_FLUSH_S)
         self._writer.cancel()
         await self._socket.close()
         await asyncio.wait([self._reader, self._writer])
