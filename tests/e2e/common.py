@@ -30,13 +30,13 @@ UNSURE = "what is on the small sign?"
 HASTY = Retry(attempts=3, reconnect_attempts=20, first_s=0.01, longest_s=0.05)
 
 
-def photo(seed: int, size: Size = Size(480, 360)) -> bytes:
+def photo(seed: int) -> bytes:
     """A JPEG file that looks like no other: blocks of random colours."""
     draw = random.Random(seed)
     small = Image.new("RGB", (16, 12))
     small.putdata([tuple(draw.randbytes(3)) for _ in range(16 * 12)])
     buffer = io.BytesIO()
-    small.resize(size, Image.Resampling.NEAREST).save(buffer, "JPEG", quality=95)
+    small.resize((480, 360), Image.Resampling.NEAREST).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -45,7 +45,9 @@ def seen(encoded: bytes) -> str:
     return digest(decode(encoded, max_pixels=10**6))
 
 
-def check(answer: EdgeAnswer, picture: bytes, question: str, *, refined: bool | None = None) -> None:
+def check(
+    answer: EdgeAnswer, picture: bytes, question: str, *, refined: bool | None = None
+) -> None:
     """An answer holds its own question, its own view and its own region, and nobody else's."""
     backend = FakeBackend()
     original = Picture.open(picture)

@@ -80,9 +80,7 @@ async def test_a_cut_takes_along_none_of_many_questions():
         w.proxy.rule(Ask, Where.AFTER, What.CUT, nth=7)
         w.proxy.rule(Region, Where.WITHIN, What.CUT, nth=5)
         w.proxy.rule(Answer, Where.BEFORE, What.CUT, nth=9)
-        for (picture, question), answer in zip(
-            asked, await w.client.ask_many(asked), strict=True
-        ):
+        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
             assert not isinstance(answer, Exception), answer
             check(answer, picture, question)
 

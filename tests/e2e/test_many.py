@@ -1,0 +1,373 @@
+"""Many questions, clients and pictures at once; taking questions back; a server short of room."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from edge_client.client import EdgeClient
+from edge_client.picture import Picture
+from edge_client.sync import Client
+from edge_client.sync import ask as ask_once
+from tests.e2e.common import (
+    HASTY,
+    SURE,
+    UNSURE,
+    World,
+    check,
+    photo,
+    settled,
+    slow,
+    world,
+)
+from tests.support.proxy import What, Where
+from tests.support.wire import running, service
+from vlm_collab.errors import BusyError, CollabError, ServerError
+from vlm_collab.geometry import Box, Size
+from vlm_collab.images import Codec
+from vlm_collab.messages import (
+    Answer,
+    Ask,
+    Cancel,
+    Fallback,
+    Options,
+    Partial,
+    Region,
+    RegionRequest,
+    Retransmit,
+    Stage,
+)
+from vlm_collab.session import EdgeLimits, ServerLimits
+
+PHOTO = photo(1)
+
+
+# ---- many at once ----------------------------------------------------------------------------
+
+
+async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_crossed():
+    pictures = [photo(i) for i in range(5)]
+    async with world() as w:
+        clients = [w.client] + [EdgeClient(w.proxy.url, retry=HASTY) for _ in range(3)]
+        # Every client asks every picture both ways, with the same words as all the others in
+        # half of the cases and its own in the rest; ids and view ids are the same everywhere.
+        asked = [
+            (client, picture, f"{UNSURE if i % 2 else SURE} {i} {who if i < 6 else ''}".strip())
+            for who, client in enumerate(clients)
+            for picture in pictures
+            for i in range(10)
+        ]
+        assert len(asked) == 200
+        answers = await asyncio.gather(
+            *(client.ask(picture, question) for client, picture, question in asked)
+        )
+        for (_, picture, question), answer in zip(asked, answers, strict=True):
+            check(answer, picture, question)
+        # Each client sent each picture's view once, however many questions there were about it.
+        for client in clients:
+            sent = [
+                a.view_bytes > 0 for (c, _, _), a in zip(asked, answers, strict=True) if c is client
+            ]
+            assert sum(sent) == len(pictures)
+        assert w.proxy.connections == len(clients)
+        assert w.service.views.count == len(clients) * len(pictures)
+        await asyncio.gather(*(client.close() for client in clients[1:]))
+
+
+async def test_clients_with_the_same_numbers_have_their_own_pictures():
+    async with world(slow(0.01)) as w, EdgeClient(w.proxy.url) as other:
+        # Question 1 on view 1, twice, at the same time.
+        mine, theirs = await asyncio.gather(
+            w.client.ask(photo(7), UNSURE), other.ask(photo(8), UNSURE)
+        )
+        check(mine, photo(7), UNSURE)
+        check(theirs, photo(8), UNSURE)
+
+
+async def test_more_questions_than_the_server_takes_wait_for_their_turn():
+    limits = {"connection": ServerLimits(max_in_flight=2)}
+    async with world(slow(0.002), limits=limits) as w:
+        asked = [(photo(i % 2), f"{UNSURE} {i}") for i in range(12)]
+        answers = await asyncio.gather(*(w.client.ask(p, q) for p, q in asked))
+        for (picture, question), answer in zip(asked, answers, strict=True):
+            check(answer, picture, question)
+
+
+async def test_one_that_fails_does_not_take_the_others_along():
+    async with world() as w:
+        reserved = "what is <image> here?"
+        results = await w.client.ask_many(
+            [(PHOTO, SURE), (b"no picture", SURE), (PHOTO, reserved), (PHOTO, " "), (PHOTO, UNSURE)]
+        )
+        check(results[0], PHOTO, SURE)
+        check(results[4], PHOTO, UNSURE)
+        lines = [str(result) for result in results[1:4]]
+        assert all(isinstance(result, CollabError) for result in results[1:4])
+        assert "not a picture" in lines[0]
+        assert "reserves" in lines[1]
+        assert "empty" in lines[2]
+
+
+async def test_texts_grow_on_the_way():
+    async with world(slow(0.02)) as w:
+        told: list[tuple[Stage, str]] = []
+        answer = await w.client.ask(PHOTO, UNSURE, on_text=lambda *news: told.append(news))
+        check(answer, PHOTO, UNSURE)
+        first = [text for stage, text in told if stage is Stage.FIRST]
+        second = [text for stage, text in told if stage is Stage.SECOND]
+        assert [stage for stage, _ in told] == [Stage.FIRST] * len(first) + [Stage.SECOND] * len(
+            second
+        )
+        assert first[-1] == answer.first_text
+        assert second[-1] == answer.text
+        for texts in (first, second):
+            assert len(texts) > 1
+            assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+
+
+async def test_a_sink_that_fails_takes_its_own_question_back():
+    async with world(slow(0.05)) as w:
+
+        def sink(stage: Stage, text: str) -> None:
+            raise ValueError("a bug of the caller's")
+
+        with pytest.raises(ValueError, match="a bug of the caller's"):
+            await w.client.ask(PHOTO, SURE, on_text=sink)
+        check(await w.client.ask(PHOTO, SURE), PHOTO, SURE)
+        assert w.proxy.passed[Cancel] == 1
+
+
+async def test_both_sides_count_the_same_bytes():
+    async with world() as w:
+        for question in (SURE, UNSURE, UNSURE):
+            answer = await w.client.ask(PHOTO, question, options=Options(want_map=True))
+            assert answer.bytes_up == answer.usage.bytes_up
+            # The server cannot count the answer that holds the count.
+            assert 0 < answer.bytes_down - answer.usage.bytes_down < 200
+        assert answer.map is not None
+        assert len(answer.map) == answer.rows * answer.columns
+        assert max(answer.map) == 255
+
+
+async def test_wishes_reach_the_server():
+    async with world() as w:
+        always = await w.client.ask(PHOTO, SURE, options=Options(retransmit=Retransmit.ALWAYS))
+        assert always.refined
+        never = await w.client.ask(PHOTO, UNSURE, options=Options(retransmit=Retransmit.NEVER))
+        assert not never.refined
+        short = await w.client.ask(PHOTO, SURE, options=Options(max_new_tokens=1))
+        assert short.text == "first"
+
+
+async def test_the_synchronous_front():
+    async with world() as w:
+
+        def work() -> None:
+            with Client(w.proxy.url) as client:
+                assert client.welcome.model == "fake"
+                check(client.ask(PHOTO, UNSURE), PHOTO, UNSURE)
+                first, second = client.ask_many([(PHOTO, SURE), (photo(2), UNSURE)])
+                check(first, PHOTO, SURE)
+                check(second, photo(2), UNSURE)
+            with pytest.raises(CollabError, match="closed"):
+                client.ask(PHOTO, SURE)
+            client.close()
+            check(ask_once(PHOTO, SURE, server=w.proxy.url), PHOTO, SURE)
+
+        await asyncio.to_thread(work)
+
+
+# ---- taking back -----------------------------------------------------------------------------
+
+
+async def taken_back(w: World, asking: asyncio.Task[object]) -> None:
+    """Cancel, and check that the client goes on and that the server is left with nothing."""
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    check(await w.client.ask(PHOTO, SURE), PHOTO, SURE)
+    await settled(w.service)
+
+
+@pytest.mark.parametrize(
+    ("kind", "question"),
+    [(Ask, SURE), (Partial, SURE), (RegionRequest, UNSURE), (Region, UNSURE)],
+)
+async def test_taking_a_question_back(kind, question):
+    async with world(slow(0.2)) as w:
+        told = asyncio.Event()
+        asking = asyncio.create_task(
+            w.client.ask(
+                PHOTO,
+                question,
+                on_text=(lambda *_: told.set()) if kind in (Partial, RegionRequest) else None,
+            )
+        )
+        await w.proxy.until_passed(kind)
+        if kind is Partial:
+            await told.wait()
+        await taken_back(w, asking)
+        assert w.proxy.passed[Cancel] == 1
+        assert w.proxy.connections == 1
+
+
+async def test_taking_back_while_connecting():
+    async with world(connect=False) as w:
+        w.proxy.stalling = True
+        asking = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        other = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
+        await w.proxy.until_connections(1)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        # Who still waits gets the connection that both were waiting for.
+        w.proxy.stalling = False
+        w.proxy.resume()
+        check(await other, PHOTO, UNSURE)
+        assert w.proxy.connections == 1
+        assert w.proxy.passed[Ask] == 1
+
+
+async def test_taking_back_while_waiting_for_a_slot():
+    limits = {"connection": ServerLimits(max_in_flight=1)}
+    async with world(slow(0.2), limits=limits) as w:
+        first = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        await w.proxy.until_passed(Ask)
+        second = asyncio.create_task(w.client.ask(photo(2), SURE))
+        third = asyncio.create_task(w.client.ask(photo(3), UNSURE))
+        link = w.client._keeper.current
+        async with asyncio.timeout(5):
+            while len(link._slots._waiters or ()) < 2:
+                await asyncio.sleep(0.001)
+        second.cancel()
+        check(await first, PHOTO, SURE)
+        check(await third, photo(3), UNSURE)
+        assert second.cancelled()
+        assert w.proxy.passed[Ask] == 2
+        assert w.proxy.passed[Cancel] == 0
+
+
+async def test_closing_the_client_ends_every_question():
+    async with world(slow(0.2)) as w:
+        asked = [asyncio.create_task(w.client.ask(photo(i), SURE)) for i in range(3)]
+        await w.proxy.until_passed(Ask, 3)
+        await w.client.close()
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(result, CollabError)
+            assert "closed" in str(result)
+        with pytest.raises(CollabError, match="closed"):
+            await w.client.ask(PHOTO, SURE)
+
+
+# ---- the edge's own limits -------------------------------------------------------------------
+
+
+async def test_a_region_over_the_limit_is_declined():
+    async with world() as w:
+        strict = EdgeClient(w.proxy.url, limits=EdgeLimits(max_region_share=0.01), retry=HASTY)
+        async with strict:
+            answer = await strict.ask(PHOTO, UNSURE)
+        assert answer.fallback is Fallback.DECLINED
+        assert w.proxy.passed[Region] == 0
+        check(answer, PHOTO, UNSURE, refined=False)
+
+
+async def test_no_more_regions_than_allowed():
+    async with world() as w:
+        async with EdgeClient(w.proxy.url, limits=EdgeLimits(max_regions=2)) as strict:
+            answers = [await strict.ask(photo(i), UNSURE) for i in range(3)]
+        assert [answer.refined for answer in answers] == [True, True, False]
+        assert answers[2].fallback is Fallback.DECLINED
+
+
+async def test_a_crop_that_fails_is_declined(caplog):
+    class Fading(Picture):
+        """Its file is on a disk that fails after the view was made."""
+
+        def region(self, box: Box, target: Size, codec: Codec, quality: int) -> bytes:
+            raise OSError("the disk is gone")
+
+    async with world() as w:
+        answer = await w.client.ask(Fading.open(PHOTO), UNSURE)
+        assert answer.fallback is Fallback.DECLINED
+        assert answer.text == answer.first_text
+    assert "cropping failed" in caplog.text
+
+
+# ---- a server short of room ------------------------------------------------------------------
+
+
+async def test_a_busy_server_is_asked_again():
+    async with world(slow(0.005), limits={"max_questions": 1}) as w:
+        asked = [(photo(i), SURE if i % 2 else UNSURE) for i in range(4)]
+        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
+            assert not isinstance(answer, Exception), answer
+            check(answer, picture, question)
+        assert w.proxy.passed[Ask] > len(asked)
+
+
+async def test_busy_for_longer_than_the_deadline_is_told_at_once():
+    async with world(slow(0.5), limits={"max_questions": 1}) as w:
+        first = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        await w.proxy.until_passed(Ask)
+        with pytest.raises(BusyError):
+            await w.client.ask(photo(2), SURE, deadline_s=0.09)
+        check(await first, PHOTO, SURE)
+
+
+async def test_a_view_that_is_gone_is_sent_again_by_itself():
+    room_for_one = {"max_view_bytes": 112 * 112 * 3 + 100}
+    async with world(limits=room_for_one) as w:
+        for i in (1, 2, 1, 2):
+            answer = await w.client.ask(photo(i), UNSURE)
+            check(answer, photo(i), UNSURE)
+            assert answer.view_bytes > 0
+        again = await w.client.ask(photo(2), SURE)
+        check(again, photo(2), SURE)
+        assert again.view_bytes == 0
+
+
+async def test_many_pictures_in_little_room():
+    async with world(slow(0.002), limits={"max_view_bytes": 2 * 112 * 112 * 3 + 100}) as w:
+        asked = [(photo(i % 4), f"{UNSURE} {i}") for i in range(12)]
+        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
+            assert not isinstance(answer, Exception), answer
+            check(answer, picture, question)
+
+
+async def test_the_first_of_several_on_a_new_picture_may_be_refused():
+    async with world(slow(0.03), limits={"max_questions": 1}) as w:
+        # This one fills the server, so that the one with the pixels is turned away.
+        busy = asyncio.create_task(w.client.ask(photo(9), SURE))
+        await w.proxy.until_passed(Ask)
+        questions = [f"{UNSURE} {i}" for i in range(3)]
+        answers = await asyncio.gather(*(w.client.ask(PHOTO, question) for question in questions))
+        for question, answer in zip(questions, answers, strict=True):
+            check(answer, PHOTO, question)
+        check(await busy, photo(9), SURE)
+
+
+async def test_a_refusal_for_good_is_told_with_the_servers_reason():
+    async with world() as w:
+        with pytest.raises(ServerError, match="threshold") as caught:
+            await w.client.ask(PHOTO, SURE, options=Options(eta=-1.0))
+        assert caught.value.code.name == "BAD_OPTION"
+        check(await w.client.ask(PHOTO, SURE), PHOTO, SURE)
+
+
+async def test_two_servers_at_once_in_one_program():
+    async with running(service()) as here, running(service()) as there:
+        async with EdgeClient(here) as one, EdgeClient(there) as two:
+            mine, theirs = await asyncio.gather(one.ask(PHOTO, UNSURE), two.ask(photo(2), UNSURE))
+            check(mine, PHOTO, UNSURE)
+            check(theirs, photo(2), UNSURE)
+
+
+async def test_a_cut_and_a_cancel_at_the_same_time():
+    async with world(slow(0.05)) as w:
+        rule = w.proxy.rule(Answer, Where.BEFORE, What.CUT)
+        asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
+        await rule.fired.wait()
+        await taken_back(w, asking)

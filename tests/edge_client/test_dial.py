@@ -1,0 +1,163 @@
+"""Addresses, and what is said when there is no server behind one."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+import trustme
+
+from edge_client.dial import DEFAULT_URL, LostError, Server
+from edge_client.link import Link
+from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
+from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
+from vlm_collab.session import EdgeLimits
+
+
+@pytest.mark.parametrize(
+    ("given", "full"),
+    [
+        ("ws://here:8765", "ws://here:8765/v1/collab"),
+        ("ws://here:8765/", "ws://here:8765/v1/collab"),
+        ("wss://here", "wss://here/v1/collab"),
+        ("ws://[::1]:1/else/where", "ws://[::1]:1/else/where"),
+        ("ws://here/x?y=1", "ws://here/x?y=1"),
+        (DEFAULT_URL, DEFAULT_URL),
+    ],
+)
+def test_addresses(given, full):
+    assert Server(url=given).url == full
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "here",
+        "here:8765",
+        "http://here",
+        "ws://",
+        "ws://here:port",
+        "ws://a:b@here",
+        "ws://h#x",
+    ],
+)
+def test_wrong_addresses_show_a_right_one(wrong):
+    with pytest.raises(ConfigError) as caught:
+        Server(url=wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "schlüssel", "a\0b"])
+def test_a_token_that_fits_no_header(token):
+    with pytest.raises(ConfigError, match="token"):
+        Server(token=token)
+
+
+@pytest.mark.parametrize("wrong", [{"connect_timeout_s": 0}, {"ping_interval_s": -1}])
+def test_impossible_times(wrong):
+    with pytest.raises(ConfigError, match="more than 0"):
+        Server(**wrong)
+
+
+async def opened(url: str, **settings: object) -> Link:
+    return await Link.open(Server(url=url, **settings), limits=EdgeLimits())
+
+
+async def test_nothing_listens():
+    with pytest.raises(LostError, match="nothing listens there"):
+        await opened(await unused_url())
+
+
+async def test_no_such_host():
+    with pytest.raises(LinkError, match="no such host"):
+        await opened("ws://no-such-host.invalid:1")
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "line"),
+    [
+        (b"", LostError, "without a word"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "as a web server does"),
+        (b"HTTP/1.1 401 Unauthorized\r\n\r\n", AuthenticationError, "HTTP 401"),
+        (b"HTTP/1.1 403 Forbidden\r\n\r\n", AuthenticationError, "HTTP 403"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", LinkError, "HTTP 404"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", LinkError, "HTTP 200"),
+        (b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n", LostError, "HTTP 503"),
+        (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is no vlm-collab server"),
+    ],
+)
+async def test_servers_of_another_kind(reply, kind, line):
+    async with speaking(reply) as url:
+        with pytest.raises(kind, match=line) as caught:
+            await opened(url)
+    assert "\n" not in str(caught.value)
+    if b"503" in reply:
+        assert caught.value.retry_after_s == 7.0
+    else:
+        assert isinstance(caught.value, LostError) == (reply == b"")
+
+
+async def test_the_token_goes_along_and_its_absence_is_named():
+    async with scripted(Peer.greet) as server:
+        await (await opened(server.url, token="s3cret")).close()
+        assert server.headers[0]["Authorization"] == "Bearer s3cret"
+        await (await opened(server.url)).close()
+        assert "Authorization" not in server.headers[1]
+        assert server.headers[1]["User-Agent"].startswith("vlm-collab/")
+    async with speaking(b"HTTP/1.1 401 Unauthorized\r\n\r\n") as url:
+        with pytest.raises(AuthenticationError, match="no token was given"):
+            await opened(url)
+        with pytest.raises(AuthenticationError, match="not accepted"):
+            await opened(url, token="wrong")
+
+
+async def test_another_subprotocol():
+    async with scripted(Peer.greet, subprotocols=None) as server:
+        with pytest.raises(LinkError, match=r"does not speak vlm-collab\.v1"):
+            await opened(server.url)
+
+
+async def test_environment_proxies_are_not_used(monkeypatch):
+    monkeypatch.setenv("http_proxy", await unused_url())
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
+    async with scripted(Peer.greet) as server:
+        await (await opened(server.url)).close()
+
+
+async def test_a_proxy_that_was_asked_for_is_used():
+    async with scripted(Peer.greet) as server:
+        nowhere = (await unused_url()).replace("ws://", "http://")
+        with pytest.raises(LinkError):
+            await opened(server.url, proxy=nowhere)
+        with pytest.raises(ConfigError):
+            await opened(server.url, proxy="nonsense")
+
+
+async def test_tls_is_checked(tmp_path):
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(file)
+    async with scripted(Peer.greet, ssl=context) as server:
+        await (await opened(server.url, ca_file=file)).close()
+        with pytest.raises(LinkError, match="not trusted") as caught:
+            await opened(server.url)
+        assert not isinstance(caught.value, LostError)
+        # Plain where TLS is spoken, and the other way round.
+        with pytest.raises(LinkError):
+            await opened(server.url.replace("wss:", "ws:"))
+    async with scripted(Peer.greet) as plain:
+        with pytest.raises(LinkError):
+            await opened(plain.url.replace("ws:", "wss:"))
+
+
+async def test_wrong_ca_files(tmp_path):
+    empty = tmp_path / "empty.pem"
+    empty.write_text("nothing")
+    for file in (empty, tmp_path / "missing.pem"):
+        with pytest.raises(ConfigError, match=file.name):
+            await opened("wss://127.0.0.1:1", ca_file=file)
+    with pytest.raises(ConfigError, match="needs a wss"):
+        await opened("ws://127.0.0.1:1", ca_file=empty)
