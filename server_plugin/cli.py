@@ -95,6 +95,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         origins=frozenset(origin or ()),
+        region_quality=90 if quality is None else quality,
         limits=ServiceLimits(
             max_connections=max_connections,
             max_questions=max_questions,
@@ -144,7 +145,9 @@ async def _serve(
         await backend.warm_up()
         engine = engine_of(backend, preset, policy, policy_options)
         codec = Codec[preset.codec.upper()]
-        config = replace(config, region_codec=codec, region_quality=quality or preset.quality)
+        config = replace(config, region_codec=codec)
+        if quality is None:
+            config = replace(config, region_quality=preset.quality)
         service = Service(engine, config)
         server = runner.server(service)
         url = runner.url_of(sock, config)
@@ -152,7 +155,7 @@ async def _serve(
         text = f"vlm-collab: serving {backend.info.name} at {url} (Ctrl-C stops)"
         # Clients that connect before uvicorn accepts wait in the socket's own queue.
         print(json.dumps(ready) if json_output else text, flush=True)
-        await server.serve(sockets=[sock])
+        await runner.serve(server, sock)
         await backend.close()
     finally:
         sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -89,6 +90,28 @@ def server(service: Service) -> uvicorn.Server:
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"cannot use the TLS files: {error}") from error
     return _Server(settings, service)
+
+
+async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal does not wait.
+
+    uvicorn's own `serve` raises the signal again afterwards, which would end the process before
+    its caller has cleaned up.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        await server._serve([sock])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
 
 
 @asynccontextmanager

@@ -1,0 +1,124 @@
+"""What a device gets: the wheel with its plain dependencies, in an environment of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support.wire import running, service
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_BYTES = 60 * 10**6
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    _run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT))
+    (built,) = folder.glob("vlm_collab-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean environment with the wheel and nothing else that was asked for."""
+    folder = tmp_path_factory.mktemp("device") / "venv"
+    _run(sys.executable, "-m", "venv", str(folder))
+    _run(str(folder / "bin/python"), "-m", "pip", "install", "-q", str(wheel))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A real service with the scripted backend, on a thread of its own."""
+    ready, stop = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    async def serve() -> None:
+        async with running(service()) as where:
+            found.append(where)
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(30)
+    yield found[0]
+    stop.set()
+    thread.join()
+
+
+def _run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    assert done.returncode == code, f"{command}: {done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_core_and_the_edge_import_without_torch_and_numpy(device: Path, tmp_path: Path):
+    code = """
+import sys, importlib.util
+assert importlib.util.find_spec("numpy") is None and importlib.util.find_spec("torch") is None
+import vlm_collab, edge_client
+import vlm_collab.messages, vlm_collab.session, vlm_collab.policy, vlm_collab.cost
+import edge_client.client, edge_client.sync, edge_client.cli
+print(edge_client.__version__)
+"""
+    done = _run(str(device / "bin/python"), "-c", code, cwd=tmp_path)
+    assert done.stdout.strip()
+
+
+def test_the_install_is_small(device: Path):
+    (packages,) = device.glob("lib/python3*/site-packages")
+    sizes = {}
+    for entry in packages.iterdir():
+        if entry.name.startswith(("pip", "setuptools", "_distutils", "distutils")):
+            continue  # the environment's own tools
+        files = entry.rglob("*") if entry.is_dir() else [entry]
+        sizes[entry.name] = sum(
+            file.stat().st_size
+            for file in files
+            if file.is_file() and "demo_model" not in file.parent.parts
+        )
+    total = sum(sizes.values())
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:6]
+    print(f"{total / 1e6:.1f} MB in all, the largest: {largest}")
+    assert total <= LIMIT_BYTES, largest
+
+
+def test_a_question_is_asked_from_the_small_install(device: Path, url: str, tmp_path: Path):
+    photo = tmp_path / "photo.jpg"
+    Image.effect_noise((1200, 900), 60).convert("RGB").save(photo, quality=95)
+    command = (str(device / "bin/vlm-collab"), "ask", str(photo), "a small thing", "--server", url)
+    answer = json.loads(_run(*command, "--json", cwd=tmp_path).stdout)
+    assert answer["refined"] is True
+    assert 0 < answer["bytes_up"] < answer["original_bytes"]
+    assert "refined answer" in _run(*command, cwd=tmp_path).stdout
+
+
+def test_serving_from_the_small_install_says_what_is_missing(device: Path, tmp_path: Path):
+    done = _run(str(device / "bin/vlm-collab"), "serve", code=2, cwd=tmp_path)
+    assert 'pip install "vlm-collab[server]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_wheel_carries_presets_types_and_licence(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    for expected in (
+        "server_plugin/configs/models/demo.yaml",
+        "server_plugin/demo_model/model.safetensors",
+        "eval/pictures/pictures.json",
+        "vlm_collab/py.typed",
+        "edge_client/py.typed",
+    ):
+        assert expected in names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not any(name.startswith("tests/") for name in names)

@@ -1,0 +1,140 @@
+"""`vlm-collab serve` as a process: it says where it is, stops well, and refuses in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from edge_client.picture import Picture
+from edge_client.sync import Client
+from vlm_collab.errors import AuthenticationError
+from vlm_collab.images import Codec, encode
+
+COMMAND = (str(Path(sys.executable).with_name("vlm-collab")), "serve")
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+    """A server process and the line with which it said that it is ready."""
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0", "--json", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and the one line that a wrong command gets."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | (env or {}),
+    )
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("vlm-collab: ")
+    return done.returncode, done.stderr
+
+
+def photo() -> Picture:
+    from PIL import Image
+
+    return Picture.open(encode(Image.effect_noise((800, 600), 50).convert("RGB"), Codec.JPEG, 90))
+
+
+def test_it_serves_until_it_is_told_to_stop():
+    with serving("fake") as (process, ready):
+        assert ready["event"] == "ready"
+        assert ready["model"] == "fake"
+        with Client(str(ready["url"])) as client:
+            assert client.ask(photo(), "a small thing").refined
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+
+
+def test_the_token_is_taken_from_the_environment(monkeypatch):
+    monkeypatch.setenv("VLM_COLLAB_TOKEN", "s3cret")
+    with serving("fake") as (_, ready):
+        url = str(ready["url"])
+        with Client(url, token="s3cret") as client:
+            assert client.ask(photo(), "what?").text
+        with pytest.raises(AuthenticationError), Client(url, token="wrong") as client:
+            client.ask(photo(), "what?")
+
+
+def test_settings_of_the_policy_reach_the_model():
+    with serving("fake", "--policy", "always") as (_, ready), Client(str(ready["url"])) as client:
+        assert client.ask(photo(), "what?").refined
+    with serving("fake", "--eta", "9") as (_, ready), Client(str(ready["url"])) as client:
+        assert not client.ask(photo(), "a small thing").refined
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, line = refused("fake", "--port", str(taken.getsockname()[1]))
+    assert code == 2
+    assert "in use" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("no/such/folder/model",), "no/such/folder/model"),
+        (("fake", "--host", "0.0.0.0"), "without a token"),
+        (("fake", "--host", "256.1.1.1", "--token", "t"), "cannot listen"),
+        (("fake", "--port", "99999"), "port"),
+        (("fake", "--token", " "), "token is empty"),
+        (("fake", "--tls-cert", "missing.pem"), "TLS"),
+        (("fake", "--tls-cert", "missing.pem", "--tls-key", "missing.pem"), "missing.pem"),
+        (("fake", "--tls-cert", __file__, "--tls-key", __file__), "TLS"),
+        (("fake", "--policy", "sometimes"), "sometimes"),
+        (("fake", "--policy", "random"), "rate"),
+        (("fake", "--rate", "0.5"), "--policy random"),
+        (("fake", "--metric", "gut_feeling"), "gut_feeling"),
+        (("fake", "--eta", "-1"), "eta"),
+        (("fake", "--eta", "much"), "--eta"),
+        (("fake", "--quality", "0"), "quality"),
+        (("fake", "--max-queue", "0"), "max_queue"),
+        (("fake", "--log-level", "loud"), "loud"),
+        (
+            (
+                "fake",
+                "--no-such-option",
+            ),
+            "--no-such-option",
+        ),
+    ],
+)
+def test_wrong_use_gets_one_clear_line(arguments, words):
+    code, line = refused("--port", "0", *arguments)
+    assert code in (1, 2)
+    assert words in line
+
+
+def test_wrong_use_with_json_gets_an_object():
+    done = subprocess.run(
+        [*COMMAND, "fake", "--json", "--quality", "0"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "quality" in json.loads(done.stdout)["error"]
