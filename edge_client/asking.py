@@ -201,7 +201,7 @@ class Asking:
             if self._gone > MAX_VIEW_GONE:
                 raise error
             if self._carry:  # it was in that very Ask: the server is short of room just now
-                await asyncio.sleep(_SHORTEST_WAIT_S * 2.0**self._gone * _jitter())
+                await asyncio.sleep(_SHORTEST_WAIT_S * 2.0 ** (self._gone - 2) * _jitter())
             self._carry = True
         else:
             self._losses += 1

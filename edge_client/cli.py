@@ -216,3 +216,7 @@ def _usage(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     line = error.format_message().rstrip(".")
     return line if context is None else f"{line} (see {context.command_path} --help)"
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import io
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 from PIL import Image
@@ -19,7 +20,7 @@ from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.service.app import Service
 from tests.support.proxy import Proxy
 from tests.support.wire import running, service
-from vlm_collab.geometry import Fit, Size, cell_to_source, frame_of
+from vlm_collab.geometry import Box, Fit, Size, cell_to_source, frame_of
 from vlm_collab.images import Codec, decode
 from vlm_collab.messages import Fallback, Stage
 
@@ -30,6 +31,7 @@ UNSURE = "what is on the small sign?"
 HASTY = Retry(attempts=3, reconnect_attempts=20, first_s=0.01, longest_s=0.05)
 
 
+@cache
 def photo(seed: int) -> bytes:
     """A JPEG file that looks like no other: blocks of random colours."""
     draw = random.Random(seed)
@@ -40,9 +42,18 @@ def photo(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def seen(encoded: bytes) -> str:
-    """The fake's name for a picture that crossed the wire."""
-    return digest(decode(encoded, max_pixels=10**6))
+@cache
+def view_digest(picture: bytes) -> str:
+    """The fake's name for a picture's view as it crosses the wire."""
+    view = Picture.open(picture).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
+    return digest(decode(view, max_pixels=10**6))
+
+
+@cache
+def region_digest(picture: bytes, box: Box) -> str:
+    """The fake's name for a region as it crosses the wire."""
+    region = Picture.open(picture).region(box, VIEW, Codec.JPEG, 90)
+    return digest(decode(region, max_pixels=10**6))
 
 
 def check(
@@ -51,7 +62,7 @@ def check(
     """An answer holds its own question, its own view and its own region, and nobody else's."""
     backend = FakeBackend()
     original = Picture.open(picture)
-    view = seen(original.view(VIEW, Fit.STRETCH, Codec.JPEG, 90))
+    view = view_digest(picture)
     assert answer.first_text == f"first {view} {question}"
     unsure = "small" in question
     if refined is None:
@@ -69,7 +80,7 @@ def check(
         assert answer.box.top <= y < answer.box.bottom
     if refined:
         assert answer.box is not None
-        region = seen(original.region(answer.box, VIEW, Codec.JPEG, 90))
+        region = region_digest(picture, answer.box)
         assert answer.text == f"second {view} {region} {question}"
         assert (answer.stage, answer.fallback) == (Stage.SECOND, Fallback.NONE)
         assert answer.first_uncertainty > answer.uncertainty

@@ -50,7 +50,7 @@ def request(id: int, **changes: Any) -> RegionRequest:
     fields: dict[str, Any] = {
         "id": id,
         "first": "a first answer",
-        "uncertainty": 2.0,
+        "uncertainty_micro": 2_000_000,
         "index": 0,
         "side_px": 112,
         "columns": 2,

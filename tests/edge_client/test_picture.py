@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import random
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,13 @@ from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageEr
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.images import Codec, SourceImage, decode, encode
 
-VIEW = Size(64, 48)
+VIEW = Size(64, 64)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (200, 100)) -> bytes:
     buffer = io.BytesIO()
-    Image.effect_noise(size, 40 + seed).convert("RGB").save(buffer, "PNG")
+    noise = random.Random(seed).randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, noise).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -130,7 +132,7 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
             Picture.open(path)
         assert "\n" not in str(caught.value)
         assert os.path.basename(str(path)).replace("\0", "\\x00") in str(caught.value)
-    with pytest.raises(ImageTooLargeError, match="large.png"):
+    with pytest.raises(ImageTooLargeError, match=r"large\.png"):
         Picture.open(large, max_pixels=100)
     with pytest.raises(ImageError):
         Picture.open(broken).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)

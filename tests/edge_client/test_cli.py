@@ -1,0 +1,363 @@
+"""The command line: what it prints, how it ends, and that nobody meets a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edge_client import cli, show
+from tests.e2e.common import SURE, UNSURE, photo, slow, world
+from tests.edge_client.scripted import speaking, unused_url
+from tests.support.wire import running, service
+from vlm_collab import errors
+from vlm_collab.errors import CollabError, ErrorCode, server_error
+from vlm_collab.messages import Ask, Cancel
+
+
+@pytest.fixture
+def photo_file(tmp_path) -> str:
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(photo(1))
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command line; returns its exit code and what it wrote."""
+    monkeypatch.delenv("VLM_COLLAB_TOKEN", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        written = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        assert "Traceback" not in written.err
+        return code, written.out, written.err
+
+    return call
+
+
+# ---- answers ---------------------------------------------------------------------------------
+
+
+async def test_answers_for_people(run, photo_file):
+    async with running(service()) as url:
+        code, out, err = await asyncio.to_thread(
+            run, "ask", photo_file, UNSURE, SURE, "--server", url, "--map"
+        )
+    assert (code, err) == (0, "")
+    assert "first answer" in out
+    assert "refined answer  second" in out
+    assert "112 x 112 px at" in out
+    assert "of 480 x 360" in out
+    assert "of the photo's" in out
+    assert "██" in out
+    assert out.index(UNSURE) < out.index(SURE)
+
+
+async def test_answers_for_programs(run, photo_file, tmp_path):
+    other = tmp_path / "other.jpg"
+    other.write_bytes(photo(2))
+    async with running(service()) as url:
+        code, out, err = await asyncio.to_thread(
+            run,
+            "ask",
+            photo_file,
+            UNSURE,
+            SURE,
+            "-p",
+            str(other),
+            "--server",
+            url,
+            "--json",
+            "--map",
+        )
+    assert (code, err) == (0, "")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [(a["photo"], a["question"]) for a in answers] == [
+        (file, question) for file in (photo_file, str(other)) for question in (UNSURE, SURE)
+    ]
+    unsure, sure = answers[:2]
+    assert unsure["refined"]
+    assert unsure["stage"] == "second"
+    assert len(unsure["box"]) == 4
+    assert len(unsure["map"]) == 8
+    assert {len(row) for row in unsure["map"]} == {8}
+    assert unsure["bytes_up"] == unsure["usage"]["bytes_up"]
+    assert unsure["original_bytes"] == len(photo(1))
+    assert sure["box"] is None
+    assert sure["map"] is None
+    assert sure["fallback"] == "none"
+
+
+async def test_one_failed_question_among_several(run, photo_file):
+    async with running(service()) as url:
+        arguments = ("ask", photo_file, "what is <image>?", SURE, "--server", url)
+        code, out, _ = await asyncio.to_thread(run, *arguments, "--json")
+        assert code == 7
+        failed, answered = map(json.loads, out.splitlines())
+        assert failed["code"] == "BAD_QUESTION"
+        assert answered["answer"].startswith("first")
+        code, out, _ = await asyncio.to_thread(run, *arguments)
+        assert code == 7
+        assert "failed" in out
+
+
+async def test_the_region_can_be_saved(run, photo_file, tmp_path):
+    file = tmp_path / "crop.png"
+    async with running(service()) as url:
+        code, out, _ = await asyncio.to_thread(
+            run, "ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)
+        )
+        assert (code, "crop.png" in out) == (0, True)
+        assert Image.open(file).size == (112, 112)
+        code, out, _ = await asyncio.to_thread(
+            run,
+            "ask",
+            photo_file,
+            SURE,
+            UNSURE,
+            "--server",
+            url,
+            "--save-crop",
+            str(file),
+            "--json",
+        )
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert (tmp_path / "crop-2.png").exists()
+    assert not (tmp_path / "crop-1.png").exists()
+
+
+async def test_options_reach_the_server(run, photo_file):
+    async with running(service()) as url:
+        for options, refined in [
+            (["--never"], False),
+            (["--eta", "99"], False),
+            (["--codec", "png", "--quality", "10"], True),
+        ]:
+            code, out, _ = await asyncio.to_thread(
+                run, "ask", photo_file, UNSURE, "--server", url, "--json", *options
+            )
+            assert (code, json.loads(out)["refined"]) == (0, refined)
+        code, out, _ = await asyncio.to_thread(
+            run, "ask", photo_file, SURE, "--server", url, "--json", "--always"
+        )
+        assert (code, json.loads(out)["refined"]) == (0, True)
+
+
+# ---- wrong use -------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_one_line(run, photo_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("no picture")
+    for arguments, code, line in [
+        (["ask", str(tmp_path / "none.jpg"), "why?"], 3, "no such file"),
+        (["ask", str(tmp_path), "why?"], 3, "is a directory"),
+        (["ask", str(text), "why?"], 3, "not a picture"),
+        (["ask", photo_file, ""], 2, "the question is empty"),
+        (["ask", photo_file], 2, "Missing argument"),
+        (["ask"], 2, "Missing argument"),
+        (["ask", photo_file, "why?", "--codec", "gif"], 2, "--codec"),
+        (["ask", photo_file, "why?", "--quality", "0"], 2, "--quality"),
+        (["ask", photo_file, "why?", "--deadline", "-1"], 2, "--deadline"),
+        (["ask", photo_file, "why?", "--deadline", "soon"], 2, "--deadline"),
+        (["ask", photo_file, "why?", "--always", "--never"], 2, "exclude each other"),
+        (["ask", photo_file, "why?", "--server", "here"], 2, "is no server address"),
+        (["ask", photo_file, "why?", "--ca-file", "none.pem"], 2, "CA file"),
+        (["ask", photo_file, "why?", "--save-crop", "crop.gif"], 2, "--save-crop"),
+        (["ask", photo_file, "why?", "--save-crop", "no/such/crop.png"], 2, "no such directory"),
+        (["ask", photo_file, "why?", "--nonsense"], 2, "--nonsense"),
+        (["nonsense"], 2, "No such command"),
+    ]:
+        for extra in ([], ["--json"]):
+            got, out, err = run(*arguments, *extra)
+            assert got == code, arguments
+            if extra:
+                assert err == ""
+                assert line in json.loads(out)["error"]
+                assert json.loads(out)["code"].isupper()
+            else:
+                assert out == ""
+                assert err.startswith("vlm-collab: ")
+                assert line in err
+                assert err.count("\n") == 1
+
+
+async def test_no_server_is_one_line(run, photo_file):
+    url = await unused_url()
+    code, out, err = await asyncio.to_thread(run, "ask", photo_file, "why?", "--server", url)
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert "nothing listens there" in err
+    async with speaking(b"HTTP/1.1 404 Not Found\r\n\r\n") as url:
+        code, _, err = await asyncio.to_thread(run, "ask", photo_file, "why?", "--server", url)
+    assert (code, err.count("\n")) == (4, 1)
+
+
+async def test_the_token(run, photo_file, monkeypatch):
+    async with running(service(token="s3cret")) as url:
+        arguments = ("ask", photo_file, SURE, "--server", url)
+        for extra in ((), ("--token", "wrong")):
+            code, _, err = await asyncio.to_thread(run, *arguments, *extra)
+            assert (code, err.count("\n")) == (5, 1)
+            assert "token" in err
+        assert (await asyncio.to_thread(run, *arguments, "--token", "s3cret"))[0] == 0
+        monkeypatch.setenv("VLM_COLLAB_TOKEN", "s3cret")
+        assert (await asyncio.to_thread(run, *arguments))[0] == 0
+
+
+async def test_no_answer_in_time(run, photo_file):
+    async with running(service(slow(1.0))) as url:
+        code, out, _ = await asyncio.to_thread(
+            run, "ask", photo_file, SURE, "--server", url, "--deadline", "0.1", "--json"
+        )
+    assert code == 6
+    assert json.loads(out)["code"] == "DEADLINE"
+
+
+def test_every_error_has_a_documented_code():
+    def kinds(kind: type[CollabError]) -> set[type[CollabError]]:
+        return {kind}.union(*map(kinds, kind.__subclasses__()))
+
+    for kind in kinds(CollabError):
+        if issubclass(kind, errors.ServerError):
+            continue
+        error = kind("a line")
+        assert cli.exit_code(error) in range(1, 8)
+        assert cli.error_name(error).isupper()
+    for code in ErrorCode:
+        error = server_error(code, "a line", None)
+        assert (cli.exit_code(error), cli.error_name(error)) == (7, code.name)
+    for code in range(8):
+        assert f"{code} " in cli.EXIT_CODES_HELP
+
+
+# ---- the program -----------------------------------------------------------------------------
+
+
+def program(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code + "from edge_client.cli import main; main()"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+def test_help_imports_no_command():
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'server_plugin', 'eval',"
+        " 'websockets', 'PIL'} & set(sys.modules))))\n"
+    )
+    for arguments in ([], ["--help"]):
+        done = program(*arguments, code=code)
+        assert done.returncode == 0, done.stderr
+        for name in ("ask", "serve", "demo", "Exit codes"):
+            assert name in done.stdout
+        assert done.stdout.splitlines()[-1].endswith("[]"), done.stdout[-300:]
+
+
+def test_the_version():
+    done = program("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("vlm-collab 0.")
+
+
+def test_every_help_documents_the_exit_codes():
+    assert "interrupted" in program("ask", "--help").stdout
+
+
+@pytest.mark.parametrize("missing", ["numpy", "starlette"])
+def test_a_missing_extra_is_one_line(missing):
+    block = f"import sys; sys.modules[{missing!r}] = None\n"
+    done = program("serve", "fake", code=block)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == 'vlm-collab serve needs more packages: pip install "vlm-collab[server]"\n'
+
+
+def test_a_command_that_is_not_installed_is_one_line(monkeypatch, run):
+    class Point:
+        name = "demo"
+
+        def load(self) -> None:
+            raise ModuleNotFoundError("No module named 'eval'", name="eval")
+
+    monkeypatch.setattr(cli, "_extensions", lambda: {"demo": Point()})
+    code, _, err = run("demo")
+    assert code == 2
+    assert err.startswith("vlm-collab demo is not part of this installation")
+
+
+async def test_an_interrupt_takes_the_question_back(photo_file):
+    async with world(slow(5.0)) as w:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "edge_client.cli",
+            "ask",
+            photo_file,
+            SURE,
+            "--server",
+            w.proxy.url,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        await w.proxy.until_passed(Ask)
+        process.send_signal(signal.SIGINT)
+        out, err = await asyncio.wait_for(process.communicate(), 20)
+        assert (process.returncode, out, err) == (130, b"", b"vlm-collab: interrupted\n")
+        assert w.proxy.passed[Cancel] == 1
+
+
+async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
+    async with running(service()) as url:
+        command = f"{sys.executable} -m edge_client.cli ask {photo_file} q1 q2 --server {url}"
+        process = await asyncio.create_subprocess_shell(
+            f"{command} --json | true", stderr=subprocess.PIPE
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 20)
+        assert b"Traceback" not in err
+
+
+# ---- what is printed -------------------------------------------------------------------------
+
+
+def test_text_from_outside_cannot_drive_the_terminal():
+    told = show.printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
+    assert all(c.isprintable() for c in told)
+    assert "\x1b" not in told
+    assert told.startswith("fine ")
+
+
+def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
+    code = (
+        "import sys, time; begin = time.perf_counter(); import edge_client;"
+        "print(time.perf_counter() - begin);"
+        "edge_client.EdgeClient, edge_client.Client, edge_client.ask, edge_client.Picture;"
+        "print(sorted({'torch', 'numpy', 'typer', 'rich', 'server_plugin', 'eval'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    assert float(seconds) < 0.15
+
+
+def test_the_package_names_what_it_offers():
+    import edge_client
+
+    for name in edge_client.__all__:
+        assert getattr(edge_client, name) is not None
+        assert name in dir(edge_client)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = edge_client.nonsense
+    assert Path(edge_client.__file__).with_name("py.typed").exists()

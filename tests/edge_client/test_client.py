@@ -1,0 +1,488 @@
+"""What the client makes of what a server says, one script at a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from edge_client import asking
+from edge_client.client import EdgeClient
+from edge_client.keeper import Retry
+from tests.e2e.common import photo
+from tests.edge_client.scripted import HASTY, Peer, request, scripted, unused_url
+from vlm_collab.errors import (
+    BusyError,
+    CollabError,
+    ConfigError,
+    DeadlineError,
+    ErrorCode,
+    LinkError,
+    ProtocolError,
+    QuestionError,
+    ServerError,
+    UnsupportedImageError,
+    ViewGoneError,
+)
+from vlm_collab.images import Codec
+from vlm_collab.messages import (
+    Ask,
+    Cancel,
+    Decline,
+    DeclineReason,
+    Error,
+    Fallback,
+    Region,
+    Stage,
+    Usage,
+    encode,
+)
+
+PHOTO = photo(1)
+
+
+async def echo(peer: Peer) -> None:
+    await peer.greet()
+    await peer.answer_all()
+
+
+# ---- settings and wrong calls ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"view_quality": 0}, {"view_quality": 101}, {"url": "here"}])
+def test_impossible_settings(wrong):
+    with pytest.raises(ConfigError):
+        EdgeClient(**wrong)
+
+
+def test_there_is_at_least_one_attempt():
+    with pytest.raises(ConfigError):
+        Retry(attempts=0)
+
+
+@pytest.mark.parametrize("question", ["", "  \n", "\udc80 is no text"])
+async def test_questions_that_are_none_need_no_server(question):
+    with pytest.raises(QuestionError):
+        await EdgeClient(await unused_url()).ask(PHOTO, question)
+
+
+@pytest.mark.parametrize("deadline_s", [0, -1, float("nan")])
+async def test_impossible_deadlines(deadline_s):
+    with pytest.raises(ConfigError, match="deadline"):
+        await EdgeClient(await unused_url()).ask(PHOTO, "why?", deadline_s=deadline_s)
+
+
+async def test_no_deadline_is_spelled_two_ways():
+    async with scripted(echo) as server, EdgeClient(server.url) as client:
+        for deadline_s in (None, float("inf")):
+            assert (await client.ask(PHOTO, "why?", deadline_s=deadline_s)).text == "echo why?"
+
+
+async def test_a_question_over_the_servers_limit_is_not_sent():
+    async with scripted(echo) as server, EdgeClient(server.url) as client:
+        with pytest.raises(QuestionError, match="2000 bytes"):
+            await client.ask(PHOTO, "y" * 2000)
+        assert (await client.ask(PHOTO, "why?")).text == "echo why?"
+
+
+async def test_a_format_that_the_server_does_not_take():
+    async with scripted(echo) as server, EdgeClient(server.url, view_codec=Codec.PNG) as client:
+        with pytest.raises(UnsupportedImageError, match="JPEG"):
+            await client.ask(PHOTO, "why?")
+
+
+async def test_a_view_over_the_servers_limit_is_told():
+    async def small(peer: Peer) -> None:
+        await peer.greet(max_frame_bytes=500)
+        await peer.socket.wait_closed()
+
+    async with scripted(small) as server, EdgeClient(server.url) as client:
+        with pytest.raises(ProtocolError, match="limit of 500 bytes"):
+            await client.ask(PHOTO, "why?")
+
+
+# ---- views -----------------------------------------------------------------------------------
+
+
+async def test_only_the_first_of_several_questions_carries_the_view():
+    seen: list[Ask] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        for _ in range(6):
+            seen.append(await peer.asked())
+        for ask in seen:
+            await peer.answer(ask.id, ask.question)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        questions = [f"{i}?" for i in range(3)]
+        pairs = [(picture, q) for q in questions for picture in (PHOTO, photo(2))]
+        answers = await client.ask_many(pairs)
+        assert [getattr(answer, "text", answer) for answer in answers] == [q for _, q in pairs]
+    carried = [ask.view_id for ask in seen if ask.view is not None]
+    assert sorted(carried) == [1, 2]
+    for view_id in (1, 2):
+        first = next(ask for ask in seen if ask.view_id == view_id)
+        assert first.view is not None
+
+
+async def test_view_gone_is_answered_with_the_view_and_not_for_ever():
+    asked: list[Ask] = []
+
+    async def forgetful(peer: Peer) -> None:
+        await peer.greet()
+        while True:
+            ask = await peer.asked()
+            asked.append(ask)
+            if len(asked) in (1, 3):
+                await peer.answer(ask.id, "fine")
+            else:
+                await peer.error(ask.id, ErrorCode.VIEW_GONE, 0)
+
+    async with scripted(forgetful) as server, EdgeClient(server.url) as client:
+        await client.ask(PHOTO, "one?")
+        answer = await client.ask(PHOTO, "two?")
+        assert answer.text == "fine"
+        assert [ask.view is not None for ask in asked] == [True, False, True]
+        # A server that never keeps one has it told so.
+        with pytest.raises(ViewGoneError):
+            await client.ask(PHOTO, "three?")
+        assert len(asked) == 3 + 1 + asking.MAX_VIEW_GONE
+        assert all(ask.view is not None for ask in asked[4:])
+
+
+async def test_the_session_key_decides_whether_views_are_sent_again():
+    asked: list[Ask] = []
+    resumed: list[bytes] = []
+
+    def serving(key: bytes):
+        async def script(peer: Peer) -> None:
+            resumed.append((await peer.greet(session=key)).resume)
+            asked.append(ask := await peer.asked())
+            await peer.answer(ask.id, "fine")
+            await peer.socket.close()
+
+        return script
+
+    keys = [b"session-a", b"session-a", b"session-b"]
+    async with scripted(*map(serving, keys)) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            for _ in keys:
+                await client.ask(PHOTO, "why?")
+                async with asyncio.timeout(5):
+                    while client._keeper.current.ended is None:
+                        await asyncio.sleep(0.001)
+    assert resumed == [b"", b"session-a", b"session-a"]
+    assert [ask.view is not None for ask in asked] == [True, False, True]
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+async def test_a_busy_server_is_asked_again_no_earlier_than_it_wishes():
+    times: list[float] = []
+
+    async def busy_twice(peer: Peer) -> None:
+        await peer.greet()
+        for _ in range(2):
+            times.append(asyncio.get_running_loop().time())
+            await peer.error((await peer.asked()).id, ErrorCode.BUSY, 80)
+        ask = await peer.asked()
+        times.append(asyncio.get_running_loop().time())
+        assert ask.view is None  # it was not said that the view is gone
+        await peer.answer(ask.id, "at last")
+        await peer.socket.wait_closed()
+
+    async with scripted(busy_twice) as server, EdgeClient(server.url) as client:
+        assert (await client.ask(PHOTO, "why?")).text == "at last"
+    assert times[2] - times[1] >= 0.08
+
+
+async def test_busy_for_good():
+    async def busy(peer: Peer) -> None:
+        await peer.greet()
+        while True:
+            await peer.error((await peer.asked()).id, ErrorCode.BUSY)
+
+    async with scripted(busy) as server, EdgeClient(server.url) as client:
+        with pytest.raises(BusyError):
+            await client.ask(PHOTO, "why?")
+
+
+@pytest.mark.parametrize(
+    "code", [ErrorCode.BAD_IMAGE, ErrorCode.BAD_QUESTION, ErrorCode.BAD_OPTION, ErrorCode.INTERNAL]
+)
+async def test_a_refusal_is_told_and_nothing_else_ends(code):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, other = await peer.asked(), await peer.asked()
+        await peer.error(ask.id, code)
+        await peer.answer(other.id, "fine")
+        await peer.answer_all()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        refused, answered = await client.ask_many([(PHOTO, "one?"), (PHOTO, "two?")])
+        if not isinstance(refused, CollabError):
+            refused, answered = answered, refused
+        assert isinstance(refused, ServerError)
+        assert (refused.code, str(refused)) == (code, f"no: {code.name}")
+        assert not isinstance(answered, CollabError)
+        assert answered.text == "fine"
+        assert (await client.ask(PHOTO, "three?")).text == "echo three?"
+
+
+async def test_a_server_that_goes_away_is_replaced_by_the_next():
+    async def leaving(peer: Peer) -> None:
+        await peer.greet()
+        await peer.asked()
+        peer.session.close(ErrorCode.SHUTTING_DOWN, "bye", 1)
+        await peer.flush()
+        await peer.socket.wait_closed()
+
+    async with scripted(leaving, echo) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            assert (await client.ask(PHOTO, "why?")).text == "echo why?"
+        assert server.connections == 2
+
+
+async def test_questions_under_way_on_a_leaving_server_may_still_end_well():
+    async def leaving(peer: Peer) -> None:
+        await peer.greet()
+        first, second = await peer.asked(), await peer.asked()
+        await peer.error(second.id, ErrorCode.SHUTTING_DOWN, 1)
+        await asked_again.wait()
+        await peer.answer(first.id, "a last word")
+        await peer.socket.wait_closed()
+
+    async def next_server(peer: Peer) -> None:
+        await peer.greet()
+        ask = await peer.asked()
+        asked_again.set()
+        await peer.answer(ask.id, "a first word")
+        await peer.socket.wait_closed()
+
+    asked_again = asyncio.Event()
+    async with scripted(leaving, next_server) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            answers = await client.ask_many([(PHOTO, "one?"), (PHOTO, "two?")])
+            texts = {getattr(answer, "text", answer) for answer in answers}
+            assert texts == {"a first word", "a last word"}
+
+
+async def test_a_question_that_brings_every_server_down_is_given_up():
+    async def crash(peer: Peer) -> None:
+        await peer.greet()
+        await peer.asked()
+        peer.socket.transport.abort()
+
+    async with scripted(crash) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            with pytest.raises(LinkError, match="given up after 6 lost links"):
+                await client.ask(PHOTO, "why?")
+        assert server.connections == asking.MAX_LOSSES + 1
+
+
+async def test_a_greeting_refused_for_now_is_tried_again():
+    async def full(peer: Peer) -> None:
+        await peer.next()
+        await peer.socket.send(encode(Error(0, ErrorCode.BUSY, "full", 1)))
+
+    async with scripted(full, full, echo) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            assert (await client.ask(PHOTO, "why?")).text == "echo why?"
+        assert server.connections == 3
+    async with scripted(full) as server:
+        with pytest.raises(LinkError, match=r"full \(tried 3 times\)"):
+            await EdgeClient(server.url, retry=HASTY).connect()
+
+
+# ---- the second stage ------------------------------------------------------------------------
+
+
+async def wanting(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline | Cancel]:
+    ask = await peer.asked()
+    peer.session.request_region(request(ask.id, **changes))
+    reply = await peer.next()
+    assert isinstance(reply, Region | Decline | Cancel)
+    return ask, reply
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"index": 63, "columns": 2}, DeclineReason.BAD_REQUEST),  # beyond the grid's edge
+        ({"side_px": 111}, DeclineReason.BAD_REQUEST),
+    ],
+)
+async def test_a_request_that_makes_no_sense_is_declined(changes, reason):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, reply = await wanting(peer, **changes)
+        assert isinstance(reply, Decline)
+        assert reply.reason is reason
+        peer.session.answer(ask.id, "first", Stage.FIRST, Fallback.DECLINED, 2.0, Usage())
+        await peer.flush()
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        answer = await client.ask(PHOTO, "why?")
+        assert (answer.fallback, answer.box, answer.region_bytes) == (Fallback.DECLINED, None, 0)
+
+
+async def test_a_target_of_any_size_never_enlarges_the_region():
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, reply = await wanting(peer, target_width=2**20, target_height=2**20)
+        assert isinstance(reply, Region)
+        await peer.answer(ask.id, "second", Stage.SECOND)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        answer = await client.ask(PHOTO, "why?")
+        assert answer.refined
+        assert 0 < answer.region_bytes < 50_000
+
+
+async def test_a_region_over_the_frame_limit_is_declined():
+    async def script(peer: Peer) -> None:
+        await peer.greet(max_frame_bytes=8000)
+        ask, reply = await wanting(
+            peer,
+            codec=Codec.PNG,
+            side_px=360,
+            target_width=360,
+            target_height=360,
+        )
+        assert isinstance(reply, Decline)
+        assert reply.reason is DeclineReason.LIMIT
+        await peer.answer(ask.id, "first")
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        assert not (await client.ask(PHOTO, "why?")).refined
+
+
+@pytest.mark.parametrize(
+    ("code", "fallback"),
+    [
+        (ErrorCode.BUSY, Fallback.OVERLOAD),
+        (ErrorCode.DEADLINE, Fallback.DEADLINE),
+        (ErrorCode.INTERNAL, Fallback.SERVER_FAILED),
+        (ErrorCode.VIEW_GONE, Fallback.SERVER_FAILED),
+    ],
+)
+async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallback):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, _ = await wanting(peer)
+        await peer.error(ask.id, code, 1)
+        await peer.answer_all()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        answer = await client.ask(PHOTO, "why?")
+        assert (answer.text, answer.fallback) == ("a first answer", fallback)
+        assert (answer.uncertainty, answer.first_uncertainty) == (2.0, 2.0)
+        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
+        assert server.connections == 1
+
+
+async def test_the_deadline_in_the_second_stage_leaves_the_first_answer_and_cancels():
+    cancelled = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, reply = await wanting(peer)
+        assert isinstance(reply, Region)
+        assert isinstance(await peer.next(), Cancel)
+        cancelled.set()
+        await peer.error(ask.id, ErrorCode.CANCELLED)
+        await peer.answer_all()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        answer = await client.ask(PHOTO, "why?", deadline_s=0.2)
+        assert (answer.text, answer.fallback) == ("a first answer", Fallback.DEADLINE)
+        await cancelled.wait()
+        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
+
+
+async def test_a_deadline_without_any_answer_is_an_error_and_cancels():
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        await peer.asked()
+        assert isinstance(await peer.next(), Cancel)
+        # The server ends it all the same, with an answer that nobody waits for any more.
+        await peer.answer(1, "too late")
+        await peer.answer_all()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        with pytest.raises(DeadlineError, match=r"within 0\.1 s"):
+            await client.ask(PHOTO, "why?", deadline_s=0.1)
+        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
+
+
+async def test_the_bytes_of_all_attempts_count():
+    async def cut(peer: Peer) -> None:
+        await peer.greet()
+        await peer.asked()
+        peer.socket.transport.abort()
+
+    async def other(peer: Peer) -> None:
+        await peer.greet(session=b"session-2")
+        await peer.answer_all()
+
+    async with scripted(echo) as plain, EdgeClient(plain.url) as client:
+        once = await client.ask(PHOTO, "why?")
+    async with scripted(cut, other) as server, EdgeClient(server.url, retry=HASTY) as client:
+        twice = await client.ask(PHOTO, "why?")
+    assert twice.bytes_up == 2 * once.bytes_up
+    assert twice.view_bytes == 2 * once.view_bytes
+    assert twice.bytes_down == once.bytes_down
+    assert once.bytes_up == once.usage.bytes_up
+
+
+# ---- connecting ------------------------------------------------------------------------------
+
+
+async def test_one_connection_for_all_who_ask_at_once():
+    async with scripted(echo) as server:
+        client = EdgeClient(server.url)
+        await asyncio.gather(*(client.ask(PHOTO, f"{i}?") for i in range(8)))
+        assert server.connections == 1
+        await client.close()
+
+
+async def test_nobody_there_is_told_to_all_who_ask():
+    client = EdgeClient(await unused_url(), retry=HASTY)
+    results = await client.ask_many([(PHOTO, f"{i}?") for i in range(5)])
+    assert all("nothing listens there (tried 3 times)" in str(result) for result in results)
+    with pytest.raises(LinkError):
+        async with client:
+            pass
+
+
+async def test_closing_while_connecting_ends_the_wait():
+    async def silent(peer: Peer) -> None:
+        await peer.next()
+        hello.set()
+        await peer.socket.wait_closed()
+
+    hello = asyncio.Event()
+    async with scripted(silent) as server:
+        client = EdgeClient(server.url)
+        asked = asyncio.create_task(client.ask(PHOTO, "why?"))
+        await hello.wait()
+        await client.close()
+        with pytest.raises(LinkError, match="closed"):
+            await asked
+        await client.close()
+
+
+@pytest.mark.parametrize("failures", range(1, 12))
+def test_pauses_grow_to_a_bound_and_differ(failures):
+    retry = Retry(first_s=0.2, longest_s=5.0)
+    longest = min(0.2 * 2 ** (failures - 1), 5.0)
+    pauses = {retry.pause_s(failures) for _ in range(50)}
+    assert len(pauses) > 1
+    assert all(longest / 2 <= pause <= longest for pause in pauses)
+    assert retry.pause_s(0) == 0.0
