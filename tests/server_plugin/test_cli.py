@@ -7,42 +7,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from edge_client.picture import Picture
 from edge_client.sync import Client
+from tests.support.process import SERVE, serving
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.images import Codec, encode
-
-COMMAND = (str(Path(sys.executable).with_name("vlm-collab")), "serve")
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
-    """A server process and the line with which it said that it is ready."""
-    process = subprocess.Popen(
-        [*COMMAND, "--port", "0", "--json", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield process, json.loads(process.stdout.readline())
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit code and the one line that a wrong command gets."""
     done = subprocess.run(
-        [*COMMAND, *arguments],
+        [*SERVE, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -134,7 +112,7 @@ def test_wrong_use_gets_one_clear_line(arguments, words):
 
 def test_wrong_use_with_json_gets_an_object():
     done = subprocess.run(
-        [*COMMAND, "fake", "--json", "--quality", "0"], capture_output=True, text=True, timeout=60
+        [*SERVE, "fake", "--json", "--quality", "0"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert "quality" in json.loads(done.stdout)["error"]
