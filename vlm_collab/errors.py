@@ -132,9 +132,7 @@ class ServerError(CollabError):
         retry_after_s: when asking again can help, in seconds; None if it cannot.
     """
 
-    def __init__(
-        self, message: str, code: ErrorCode, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, code: ErrorCode, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
