@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, on stderr.
+"""Structured logs on stderr, as JSON objects or as lines for people.
 
 Questions, answers and pictures are never logged; what a line holds is named in `extra`.
 """
@@ -14,8 +14,22 @@ from typing import Any
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _PLAIN}
+
+
+class PlainFormatter(logging.Formatter):
+    """For people: time, level, event, then the record's `extra` as key=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        line = f"{stamp} {record.levelname.lower()} {record.getMessage()}{fields}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, event, then the record's `extra`."""
+    """For programs: time, level, logger, event, then the record's `extra`, as one object."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -25,7 +39,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
-        line.update((k, v) for k, v in vars(record).items() if k not in _PLAIN)
+        line.update(_extra(record))
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
@@ -39,8 +53,7 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
         json_lines: False for plain lines.
     """
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if json_lines else plain)
+    handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -17,7 +17,7 @@ import trustme
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_plugin.backends.fake import FakeBackend, Script
-from server_plugin.service.logs import JsonFormatter
+from server_plugin.service.logs import JsonFormatter, PlainFormatter
 from tests.support.wire import edge, picture, running, service
 from vlm_collab.errors import ConfigError, ErrorCode
 from vlm_collab.images import Codec
@@ -542,3 +542,6 @@ async def test_a_log_line_per_question_without_its_words(caplog):
     assert lines[0]["outcome"] == "first"
     assert lines[0]["bytes_up"] > 0
     assert "xyzzy" not in caplog.text + json.dumps(lines)
+    plain = PlainFormatter().format(records[0])
+    assert "question answered" in plain
+    assert f"bytes_up={lines[0]['bytes_up']}" in plain
