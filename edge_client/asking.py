@@ -268,7 +268,7 @@ class Asking:
                         self._links.worked()
                         self._count(exchange)
                         self._tell(answer.stage, answer.text)
-                        return self._refined(answer, seen)
+                        return self._made(answer, seen)
                     case Error() as error:
                         raise _ended(error)
         finally:
@@ -311,58 +311,32 @@ class Asking:
         self._bytes_down += exchange.bytes_down
         exchange.bytes_up = exchange.bytes_down = 0
 
-    def _refined(self, answer: Answer, seen: RegionWanted | RegionDeclined | None) -> EdgeAnswer:
-        """The server's answer, with what this edge knows of its making."""
-        first, first_uncertainty = answer.text, answer.uncertainty
-        if seen is not None:
-            first, first_uncertainty = seen.request.first, seen.request.uncertainty
-        return self._made(
-            seen,
-            answer.text,
-            answer.stage,
-            answer.fallback,
-            answer.uncertainty,
-            first,
-            first_uncertainty,
-            answer.usage,
-        )
-
     def _first_answer(self, fallback: Fallback) -> EdgeAnswer:
         """The first answer, standing in for the one that did not come."""
         assert self._seen is not None
         request = self._seen.request
-        return self._made(
-            self._seen,
+        stand_in = Answer(
+            request.id,
             request.first,
             Stage.FIRST,
             fallback,
-            request.uncertainty,
-            request.first,
-            request.uncertainty,
+            request.uncertainty_micro,
             Usage(),
         )
+        return self._made(stand_in, self._seen)
 
-    def _made(
-        self,
-        seen: RegionWanted | RegionDeclined | None,
-        text: str,
-        stage: Stage,
-        fallback: Fallback,
-        uncertainty: float,
-        first_text: str,
-        first_uncertainty: float,
-        usage: Usage,
-    ) -> EdgeAnswer:
+    def _made(self, answer: Answer, seen: RegionWanted | RegionDeclined | None) -> EdgeAnswer:
+        """An answer, with what this edge knows of its making."""
         assert self._welcome is not None
         rows, columns = self._welcome.rows, self._welcome.columns
         heat = seen.request.map if seen is not None else b""
         return EdgeAnswer(
-            text=text,
-            stage=stage,
-            fallback=fallback,
-            uncertainty=uncertainty,
-            first_text=first_text,
-            first_uncertainty=first_uncertainty,
+            text=answer.text,
+            stage=answer.stage,
+            fallback=answer.fallback,
+            uncertainty=answer.uncertainty,
+            first_text=answer.text if seen is None else seen.request.first,
+            first_uncertainty=answer.uncertainty if seen is None else seen.request.uncertainty,
             box=seen.box if isinstance(seen, RegionWanted) else None,
             # A map of another size than the grid is no map.
             map=heat if len(heat) == rows * columns else None,
@@ -374,7 +348,7 @@ class Asking:
             region_bytes=self._region_bytes,
             region=self._region,
             original_bytes=self._request.picture.original_bytes,
-            usage=usage,
+            usage=answer.usage,
             elapsed_s=time.monotonic() - self._begin,
             model=self._welcome.model,
         )
@@ -389,9 +363,11 @@ def _ended(error: Error) -> CollabError:
 
 
 def _fallback(error: CollabError) -> Fallback:
-    """Why the first answer stands, when the server ended its second stage with an error."""
+    """Why the first answer stands, when an error ended the second stage."""
     if isinstance(error, BusyError):
         return Fallback.OVERLOAD
+    if isinstance(error, LinkError):
+        return Fallback.LINK_LOST
     if isinstance(error, ServerError) and error.code is ErrorCode.DEADLINE:
         return Fallback.DEADLINE
     return Fallback.SERVER_FAILED

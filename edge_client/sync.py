@@ -41,7 +41,9 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
         self._client = EdgeClient(url, **options)
         self._loop = asyncio.new_event_loop()
-        self._closing = threading.Lock()
+        # Nothing is handed to the loop once it was told to stop: nobody would ever run it.
+        self._handing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._turn, name="edge-client", daemon=True)
         self._thread.start()
         try:
@@ -98,13 +100,14 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the thread. Closing twice does nothing."""
-        with self._closing:
-            if self._loop.is_closed():
+        with self._handing:
+            if self._closed:
                 return
-            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _turn(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -117,10 +120,11 @@ class Client:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
-            work.close()
-            raise LinkError("the client was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._handing:
+            if self._closed:
+                work.close()
+                raise LinkError("the client was closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
@@ -83,6 +84,31 @@ async def test_a_cut_takes_along_none_of_many_questions():
         for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
             assert not isinstance(answer, Exception), answer
             check(answer, picture, question)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_cuts_anywhere_lose_and_cross_nothing(seed):
+    draw = random.Random(seed)
+    pictures = [photo(i) for i in range(3)]
+    async with world(slow(0.005)) as w, EdgeClient(w.proxy.url, retry=HASTY) as other:
+        rules = [
+            w.proxy.rule(
+                draw.choice([Ask, RegionRequest, Region, Answer]),
+                draw.choice(list(Where)),
+                What.CUT,
+                nth=draw.randrange(1, 25),
+            )
+            for _ in range(6)
+        ]
+        asked = [
+            (client, draw.choice(pictures), f"{draw.choice([SURE, UNSURE])} {i}")
+            for i in range(15)
+            for client in (w.client, other)
+        ]
+        answers = await asyncio.gather(*(client.ask(p, q) for client, p, q in asked))
+        for (_, picture, question), answer in zip(asked, answers, strict=True):
+            check(answer, picture, question)
+        assert any(rule.fired.is_set() for rule in rules)
 
 
 # ---- cut, and the server does not come back --------------------------------------------------

@@ -261,6 +261,20 @@ async def test_closing_the_client_ends_every_question():
             await w.client.ask(PHOTO, SURE)
 
 
+async def test_closing_in_the_second_stage_leaves_the_first_answer():
+    async with world() as w:
+        w.proxy.rule(Region, Where.BEFORE, What.STALL)
+        asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
+        await w.proxy.until_passed(RegionRequest)
+        async with asyncio.timeout(5):
+            while not w.client._keeper.current.session.bytes_of(1)[1]:
+                await asyncio.sleep(0.001)
+        await w.client.close()
+        answer = await asking
+        assert answer.fallback is Fallback.LINK_LOST
+        check(answer, PHOTO, UNSURE, refined=False)
+
+
 # ---- the edge's own limits -------------------------------------------------------------------
 
 

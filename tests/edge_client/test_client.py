@@ -10,12 +10,11 @@ from edge_client import asking
 from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
 from tests.e2e.common import photo
-from tests.edge_client.scripted import HASTY, Peer, request, scripted, unused_url
+from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
 from vlm_collab.errors import (
     BusyError,
     CollabError,
     ConfigError,
-    DeadlineError,
     ErrorCode,
     LinkError,
     ProtocolError,
@@ -27,14 +26,7 @@ from vlm_collab.errors import (
 from vlm_collab.images import Codec
 from vlm_collab.messages import (
     Ask,
-    Cancel,
-    Decline,
-    DeclineReason,
     Error,
-    Fallback,
-    Region,
-    Stage,
-    Usage,
     encode,
 )
 
@@ -295,130 +287,6 @@ async def test_a_greeting_refused_for_now_is_tried_again():
     async with scripted(full) as server:
         with pytest.raises(LinkError, match=r"full \(tried 3 times\)"):
             await EdgeClient(server.url, retry=HASTY).connect()
-
-
-# ---- the second stage ------------------------------------------------------------------------
-
-
-async def wanting(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline | Cancel]:
-    ask = await peer.asked()
-    peer.session.request_region(request(ask.id, **changes))
-    reply = await peer.next()
-    assert isinstance(reply, Region | Decline | Cancel)
-    return ask, reply
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"index": 63, "columns": 2}, DeclineReason.BAD_REQUEST),  # beyond the grid's edge
-        ({"side_px": 111}, DeclineReason.BAD_REQUEST),
-    ],
-)
-async def test_a_request_that_makes_no_sense_is_declined(changes, reason):
-    async def script(peer: Peer) -> None:
-        await peer.greet()
-        ask, reply = await wanting(peer, **changes)
-        assert isinstance(reply, Decline)
-        assert reply.reason is reason
-        peer.session.answer(ask.id, "first", Stage.FIRST, Fallback.DECLINED, 2.0, Usage())
-        await peer.flush()
-        await peer.socket.wait_closed()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        answer = await client.ask(PHOTO, "why?")
-        assert (answer.fallback, answer.box, answer.region_bytes) == (Fallback.DECLINED, None, 0)
-
-
-async def test_a_target_of_any_size_never_enlarges_the_region():
-    async def script(peer: Peer) -> None:
-        await peer.greet()
-        ask, reply = await wanting(peer, target_width=2**20, target_height=2**20)
-        assert isinstance(reply, Region)
-        await peer.answer(ask.id, "second", Stage.SECOND)
-        await peer.socket.wait_closed()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        answer = await client.ask(PHOTO, "why?")
-        assert answer.refined
-        assert 0 < answer.region_bytes < 50_000
-
-
-async def test_a_region_over_the_frame_limit_is_declined():
-    async def script(peer: Peer) -> None:
-        await peer.greet(max_frame_bytes=8000)
-        ask, reply = await wanting(
-            peer,
-            codec=Codec.PNG,
-            side_px=360,
-            target_width=360,
-            target_height=360,
-        )
-        assert isinstance(reply, Decline)
-        assert reply.reason is DeclineReason.LIMIT
-        await peer.answer(ask.id, "first")
-        await peer.socket.wait_closed()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        assert not (await client.ask(PHOTO, "why?")).refined
-
-
-@pytest.mark.parametrize(
-    ("code", "fallback"),
-    [
-        (ErrorCode.BUSY, Fallback.OVERLOAD),
-        (ErrorCode.DEADLINE, Fallback.DEADLINE),
-        (ErrorCode.INTERNAL, Fallback.SERVER_FAILED),
-        (ErrorCode.VIEW_GONE, Fallback.SERVER_FAILED),
-    ],
-)
-async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallback):
-    async def script(peer: Peer) -> None:
-        await peer.greet()
-        ask, _ = await wanting(peer)
-        await peer.error(ask.id, code, 1)
-        await peer.answer_all()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        answer = await client.ask(PHOTO, "why?")
-        assert (answer.text, answer.fallback) == ("a first answer", fallback)
-        assert (answer.uncertainty, answer.first_uncertainty) == (2.0, 2.0)
-        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
-        assert server.connections == 1
-
-
-async def test_the_deadline_in_the_second_stage_leaves_the_first_answer_and_cancels():
-    cancelled = asyncio.Event()
-
-    async def script(peer: Peer) -> None:
-        await peer.greet()
-        ask, reply = await wanting(peer)
-        assert isinstance(reply, Region)
-        assert isinstance(await peer.next(), Cancel)
-        cancelled.set()
-        await peer.error(ask.id, ErrorCode.CANCELLED)
-        await peer.answer_all()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        answer = await client.ask(PHOTO, "why?", deadline_s=0.2)
-        assert (answer.text, answer.fallback) == ("a first answer", Fallback.DEADLINE)
-        await cancelled.wait()
-        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
-
-
-async def test_a_deadline_without_any_answer_is_an_error_and_cancels():
-    async def script(peer: Peer) -> None:
-        await peer.greet()
-        await peer.asked()
-        assert isinstance(await peer.next(), Cancel)
-        # The server ends it all the same, with an answer that nobody waits for any more.
-        await peer.answer(1, "too late")
-        await peer.answer_all()
-
-    async with scripted(script) as server, EdgeClient(server.url) as client:
-        with pytest.raises(DeadlineError, match=r"within 0\.1 s"):
-            await client.ask(PHOTO, "why?", deadline_s=0.1)
-        assert (await client.ask(PHOTO, "and?")).text == "echo and?"
 
 
 async def test_the_bytes_of_all_attempts_count():
