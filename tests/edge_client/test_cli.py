@@ -340,8 +340,9 @@ def test_text_from_outside_cannot_drive_the_terminal():
 
 def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
     code = (
-        "import sys, time; begin = time.perf_counter(); import edge_client;"
-        "print(time.perf_counter() - begin);"
+        # Time of the processor, not of the clock: others may be using this machine.
+        "import sys, time; begin = time.process_time(); import edge_client;"
+        "print(time.process_time() - begin);"
         "edge_client.EdgeClient, edge_client.Client, edge_client.ask, edge_client.Picture;"
         "print(sorted({'torch', 'numpy', 'typer', 'rich', 'server_plugin', 'eval'}"
         " & set(sys.modules)))"
