@@ -94,16 +94,21 @@ def figures(results: dict[str, Any]) -> str:
     """The figures section."""
     test = results["test"]
     settings, accuracy, trade = test["settings"], test["accuracy"], test["trade_off"]
-    digits = f"{settings['two_digits']:.0%} of the texts with two digits, the rest with one"
+    share = settings["two_digits"]
+    digits = {0.0: "all texts of one digit", 1.0: "all texts of two digits"}.get(
+        share, f"{share:.0%} of the texts of two digits, the rest of one"
+    )
     lines = [
         "",
         "## Figures",
         "",
-        f"{test['questions']} held-out scenes of the test split at full resolution (896 x 896, a",
-        f"fifth 1120 x 896, a fifth 896 x 1120), one question each; {digits}. Half of the test",
-        "signs use a font, half of the backgrounds a texture, that training never saw. Weights in",
-        f"bfloat16, computed in float32. Attention layer {settings['layer']}, base side of the",
-        f"region search {settings['base_px']} px; both were chosen on the validation split.",
+        f"{test['questions']} held-out scenes of the test split at full resolution (three in five",
+        "896 x 896, one in five 1120 x 896, one in five 896 x 1120), one question each;",
+        f"{digits}. Half of the test signs use a font, half of the backgrounds a",
+        "texture, that training never saw. Weights in bfloat16, computed in float32. Attention",
+        f"layer {settings['layer']}, base side of the region search {settings['base_px']} px and "
+        f"denominator constant {settings['epsilon']:g}",
+        "were chosen on the validation split.",
         "",
         "| | |",
         "|---|---|",
@@ -130,8 +135,9 @@ def figures(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"All from `docs/results/demo-model.json`, made by `{test['made_by']['command']}` at",
-        f"revision {test['made_by']['git']}.",
+        "All from `docs/results/demo-model.json`, made by",
+        "",
+        f"    {test['made_by']['command']}",
         "",
         "## Limits",
         "",

@@ -38,7 +38,7 @@ from vlm_collab.geometry import Frame, Grid, Size
 from vlm_collab.roi import region_box, relative_map
 
 SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
-BASES_PX = (112, 168, 224, 280, 320)
+BASES_PX = (112, 168, 224, 256, 280, 320)
 HEIGHT_BINS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.5)
 _CHUNK = 50
 _GRID = Grid(GRID, GRID)
@@ -243,15 +243,18 @@ def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def by_layer(outcomes: list[Outcome], epsilon: float) -> list[dict[str, Any]]:
-    """Per decoder layer: peak on the asked sign, and the box holding the whole text."""
+    """Per decoder layer and map: peak on the asked sign; box (by base side) holds the text."""
     rows = []
     for layer in range(outcomes[0].generic.shape[0]):
         row: dict[str, Any] = {"layer": layer}
-        for name in ("raw", "relative"):
+        for name in ("raw", "relative", "relative_with_epsilon"):
             hits: list[bool] = []
             held: dict[int, list[bool]] = {base: [] for base in BASES_PX}
             for o in outcomes:
-                values = o.first.attention[layer] if name == "raw" else o.relative(epsilon)[layer]
+                if name == "raw":
+                    values = o.first.attention[layer]
+                else:
+                    values = o.relative(0.0 if name == "relative" else epsilon)[layer]
                 touched = touched_patches(o.question.sign_box, o.size)
                 hits.append(bool(touched[values.argmax()]))
                 for base in BASES_PX:
@@ -328,8 +331,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--two-digits", type=float, default=0.0, help="share of two-digit texts")
     parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--base-px", type=int, default=280, help="base side of the region search")
-    parser.add_argument("--epsilon", type=float, default=0.0)
+    parser.add_argument("--base-px", type=int, default=256, help="base side of the region search")
+    parser.add_argument("--epsilon", type=float, default=0.005)
     parser.add_argument("--jpeg", type=int, help="send views through JPEG of this quality")
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path)

@@ -133,7 +133,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--two-digits", type=float, default=1.0)
     parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--base-px", type=int, default=280)
+    parser.add_argument("--base-px", type=int, default=256)
+    parser.add_argument("--epsilon", type=float, default=0.005)
     parser.add_argument("--eta", type=float, default=0.5, help="threshold in bits")
     parser.add_argument("--jpeg", type=int, default=90)
     parser.add_argument("--out", type=Path, default=FOLDER)
@@ -145,6 +146,7 @@ def main() -> None:
         two_digits=options.two_digits,
         layer=options.layer,
         base_px=options.base_px,
+        epsilon=options.epsilon,
         jpeg=options.jpeg,
     )
     picked = pick(load_model(), settings, options.eta, options.out)
