@@ -12,7 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
 from server_plugin.service.queue import QueueFullError
-from server_plugin.service.views import ClientSession, ViewGoneLocallyError
+from server_plugin.service.views import ClientSession, Lease, ViewGoneLocallyError
 from vlm_collab import images
 from vlm_collab.errors import (
     CollabError,
@@ -226,15 +226,21 @@ class Connection:
     def _ask(self, ask: Ask) -> None:
         """Accept a question or refuse it, before anything is computed for it."""
         try:
-            self._check(ask)
+            lease = self._check(ask)
         except _Refused as refused:
             self._refuse(ask.id, refused)
             return
-        task = asyncio.create_task(self._question(ask))
+        task = asyncio.create_task(self._question(ask, lease))
         self._tasks[ask.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(ask.id, None))
 
-    def _check(self, ask: Ask) -> None:
+        def ended(_: asyncio.Task[None]) -> None:
+            # Here and not in the task: one that is cancelled before its first step never runs.
+            lease.close()
+            self._tasks.pop(ask.id, None)
+
+        task.add_done_callback(ended)
+
+    def _check(self, ask: Ask) -> Lease:
         service = self._service
         if service.draining:
             raise _Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0)
@@ -248,12 +254,16 @@ class Connection:
             raise _Refused(ErrorCode.BAD_OPTION, str(error)) from error
         except QuestionError as error:
             raise _Refused(ErrorCode.BAD_QUESTION, str(error)) from error
+        assert self._client is not None
         if ask.view is not None:
             self._take_view(ask.view_id, ask.view)
-        else:
-            assert self._client is not None
-            if ask.view_id not in self._client.views:
-                raise _Refused(ErrorCode.VIEW_GONE, "this view is not held; send it again", 0.0)
+        try:
+            # Held from here on: while the question waits for its turn, others must not push
+            # its view out.
+            return service.views.lease(self._client, ask.view_id)
+        except ViewGoneLocallyError:
+            text = "this view is not held; send it again"
+            raise _Refused(ErrorCode.VIEW_GONE, text, 0.0) from None
 
     def _take_view(self, view_id: int, data: bytes) -> None:
         """Check a view's header; it is decoded when its question's turn comes."""
@@ -304,18 +314,15 @@ class Connection:
 
     # ---- one question ------------------------------------------------------------------------
 
-    async def _question(self, ask: Ask) -> None:
+    async def _question(self, ask: Ask, lease: Lease) -> None:
         """Answer one question, or refuse it with a reason."""
         service = self._service
         service.questions += 1
         try:
             async with asyncio.timeout(service.config.limits.question_timeout_s):
-                await self._answer(ask)
+                await self._answer(ask, lease)
         except _Refused as refused:
             self._refuse(ask.id, refused)
-        except ViewGoneLocallyError:
-            text = "this view is not held; send it again"
-            self._refuse(ask.id, _Refused(ErrorCode.VIEW_GONE, text, 0.0))
         except QueueFullError as full:
             text = "the server is busy"
             self._refuse(ask.id, _Refused(ErrorCode.BUSY, text, full.retry_after_s))
@@ -341,7 +348,7 @@ class Connection:
             for kept in (self._texts, self._regions, self._held):
                 kept.pop(ask.id, None)
 
-    async def _answer(self, ask: Ask) -> None:
+    async def _answer(self, ask: Ask, lease: Lease) -> None:
         service, client = self._service, self._client
         assert client is not None
         options = ask.options or Options()
@@ -361,18 +368,17 @@ class Connection:
 
         try:
             await turn.take()
-            async with service.views.use(client, ask.view_id) as view:
-                outcome = await service.engine.answer(
-                    view,
-                    Size(ask.source_width, ask.source_height),
-                    ask.question,
-                    fetch,
-                    retransmit=options.retransmit,
-                    eta=options.eta,
-                    max_new_tokens=options.max_new_tokens,
-                    on_text=stream if options.stream else None,
-                    key=f"{client.key.hex()}:{ask.id}",
-                )
+            outcome = await service.engine.answer(
+                await lease.open(),
+                Size(ask.source_width, ask.source_height),
+                ask.question,
+                fetch,
+                retransmit=options.retransmit,
+                eta=options.eta,
+                max_new_tokens=options.max_new_tokens,
+                on_text=stream if options.stream else None,
+                key=f"{client.key.hex()}:{ask.id}",
+            )
         finally:
             turn.give_back()
         self._send_answer(ask.id, outcome, turn.waited_s)

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
 from server_plugin.backend import Backend, View
-
-log = logging.getLogger(__name__)
 
 
 class ViewGoneLocallyError(Exception):
@@ -54,6 +50,53 @@ class ClientSession:
     connections: int = 0
     left_at_s: float = 0.0
     views: dict[int, _Entry] = field(default_factory=dict)
+
+
+class Lease:
+    """One question's hold on a view. Made by `ViewStore.lease`; to be closed."""
+
+    def __init__(
+        self, store: ViewStore, session: ClientSession, view_id: int, entry: _Entry
+    ) -> None:
+        self._store = store
+        self._session = session
+        self._view_id = view_id
+        self._entry: _Entry | None = entry
+        entry.users += 1
+
+    async def open(self) -> View:
+        """The view as the backend has it; computed when the first question needs it.
+
+        Raises:
+            ImageError: opening it failed; so it does for whoever else holds it.
+        """
+        entry, store = self._entry, self._store
+        assert entry is not None, "the lease is closed"
+        if entry.opening is None:
+            entry.opening = asyncio.create_task(store._open(entry))
+        try:
+            # Shielded: another question may wait for the same view.
+            view = await asyncio.shield(entry.opening)
+        except BaseException:
+            if entry.opening.done():
+                store._drop(self._session, self._view_id, only=entry)  # it will never open
+            raise
+        entry.nbytes = view.nbytes
+        store._shrink()
+        return view
+
+    def close(self) -> None:
+        """Let go. Safe to call twice."""
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return
+        entry.users -= 1
+        view = _opened(entry)
+        if view is not None:
+            entry.nbytes = view.nbytes  # it may have grown by what was computed of it
+        if entry.dropped and not entry.users:
+            self._store._release(entry)
+        self._store._shrink()
 
 
 class ViewStore:
@@ -127,45 +170,20 @@ class ViewStore:
         session.views[view_id] = entry
         self._recent[entry] = (session, view_id)
 
-    @asynccontextmanager
-    async def use(self, session: ClientSession, view_id: int) -> AsyncIterator[View]:
-        """Hold a view, opening it if no question did yet; it is not dropped meanwhile.
+    def lease(self, session: ClientSession, view_id: int) -> Lease:
+        """Hold a view: it is not dropped until the lease is closed.
 
         Raises:
             ViewGoneLocallyError: the session has no such view.
-            ImageError: opening it failed.
         """
         entry = session.views.get(view_id)
         if entry is None:
             raise ViewGoneLocallyError
         self._recent.move_to_end(entry)
-        entry.users += 1
-        if entry.opening is None:
-            entry.opening = asyncio.create_task(self._open(entry))
-        try:
-            # Shielded: another question may wait for the same view.
-            view = await asyncio.shield(entry.opening)
-        except BaseException:
-            if entry.opening.done():
-                self._drop(session, view_id, only=entry)  # it will never open
-            self._leave(entry)
-            raise
-        entry.nbytes = view.nbytes
-        self._shrink()
-        try:
-            yield view
-        finally:
-            entry.nbytes = view.nbytes  # it may have grown by what was computed of it
-            self._leave(entry)
-            self._shrink()
+        return Lease(self, session, view_id, entry)
 
     async def _open(self, entry: _Entry) -> View:
         return await self._backend.open_view(await entry.decode())
-
-    def _leave(self, entry: _Entry) -> None:
-        entry.users -= 1
-        if entry.dropped and not entry.users:
-            self._release(entry)
 
     async def close(self) -> None:
         """Drop everything and wait until the backend has let go."""
@@ -223,3 +241,11 @@ class ViewStore:
         task = asyncio.create_task(release())
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
+
+
+def _opened(entry: _Entry) -> View | None:
+    """The view, if it has been opened."""
+    opening = entry.opening
+    if opening is None or not opening.done() or opening.cancelled() or opening.exception():
+        return None
+    return opening.result()

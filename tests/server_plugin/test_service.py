@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.logs import JsonFormatter, PlainFormatter
-from tests.support.wire import edge, picture, running, service
+from tests.support.wire import SOURCE, edge, picture, running, service
 from vlm_collab.errors import ConfigError, ErrorCode
 from vlm_collab.images import Codec
 from vlm_collab.messages import Answer, Error, Fallback, Hello, Options, Retransmit, Stage, encode
@@ -386,6 +386,30 @@ async def test_the_least_recently_used_view_goes_first():
             assert (await client.next()).code is ErrorCode.VIEW_GONE
             await client.ask(SURE, view_id=1)
             assert isinstance(await client.next(), Answer)
+
+
+async def test_a_view_stays_while_its_question_waits_for_its_turn():
+    backend = FakeBackend(play=lambda q, *_: Script(q, "", delay_s=0.05))
+    limits = {"max_view_bytes": 112 * 112 * 3}
+    async with running(service(backend, limits=limits)) as url, edge(url) as client:
+        ids = [await client.ask(f"q{i}", picture(i), view_id=i) for i in range(4)]
+        answers = [await client.next() for _ in ids]
+        assert [(a.id, a.text) for a in answers] == [(id, f"q{i}") for i, id in enumerate(ids)]
+
+
+async def test_a_question_cancelled_at_once_leaves_nothing_behind():
+    backend = FakeBackend()
+    running_service = service(backend, limits={"max_view_bytes": 112 * 112 * 3})
+    async with running(running_service) as url, edge(url) as client:
+        for i in range(20):
+            id = client.session.ask(SURE, i, SOURCE, picture(i))
+            client.session.cancel(id)
+        await client.flush()
+        events = [await client.next() for _ in range(20)]
+        assert {e.code for e in events if isinstance(e, Error)} <= {ErrorCode.CANCELLED}
+        await settled(running_service)
+        await asyncio.sleep(0)
+        assert not any(entry.users for entry in running_service.views._recent)
 
 
 async def test_views_outlive_their_connection_but_belong_to_their_session():
