@@ -79,6 +79,7 @@ FONTS: tuple[str, ...] = (
     "DejaVuSans-Bold.ttf",
     "DejaVuSansMono-Bold.ttf",
     "STIXGeneralBol.ttf",
+    "cmb10.ttf",
 )
 HELD_OUT_FONT = "DejaVuSerif-Bold.ttf"
 TEXTURES: tuple[str, ...] = ("cloud", "brushed", "ridged")

@@ -133,7 +133,12 @@ def figures(results: dict[str, Any]) -> str:
             f"| {row['from_px']:g}-{row['to_px']:g} | {row['count']} | {_percent(row['first'])} "
             f"| {_percent(row['own'])} | {_percent(row['true'])} |"
         )
+    chosen = results["val"]["preset"]
     lines += [
+        "",
+        "Chosen on the validation split, for `configs/models/demo.yaml`: "
+        + ", ".join(f"`{key}: {value:g}`" for key, value in chosen.items())
+        + " (the threshold keeps 95 % of the gain of sending every region).",
         "",
         "All from `docs/results/demo-model.json`, made by",
         "",

@@ -304,6 +304,16 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     }
 
 
+def preset(figures: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """What a validation run says the model's preset should hold."""
+    return {
+        "layer": settings.layer,
+        "base_px": settings.base_px,
+        "epsilon": settings.epsilon,
+        "eta": round(figures["trade_off"]["eta_bits_for_95_percent_of_gain"], 2),
+    }
+
+
 def provenance() -> dict[str, str]:
     """Command, revision and versions behind a result."""
     revision = subprocess.run(
@@ -348,6 +358,8 @@ def main() -> None:
     )
     figures = report(run(load_model(options.model), settings), settings)
     result = {"made_by": provenance(), "settings": asdict(settings), **figures}
+    if settings.split == "val":
+        result["preset"] = preset(figures, settings)
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:

@@ -66,6 +66,18 @@ class Run:
         with (self.out / "curve.jsonl").open("a") as file:
             file.write(json.dumps(rounded) + "\n")
 
+    def forget(self, stage: str, after: int) -> None:
+        """Drop curve lines of steps that are about to be run again."""
+        path = self.out / "curve.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        points = [json.loads(line) for line in lines]
+        kept = [
+            line
+            for line, point in zip(lines, points, strict=True)
+            if point["stage"] != stage or point["step"] <= after
+        ]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
     def save(self, path: Path, state: dict[str, Any]) -> None:
         """Write a checkpoint so that a kill at any moment leaves a whole one behind."""
         partial = path.with_suffix(".tmp")
@@ -95,6 +107,7 @@ def train_loop(
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         step, before = int(state["step"]), float(state["seconds"])
+    run.forget(stage.name, step)
     started = saved_at = time.monotonic()
     bar = tqdm(total=stage.steps, initial=step, desc=stage.name, mininterval=10)
     for batch in batches(step):
