@@ -8,6 +8,7 @@ learning curve is written as JSON lines to ``curve.jsonl`` in the output folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import time
@@ -50,7 +51,12 @@ class Run:
         self.out = out
         self.device = device
         self.out.mkdir(parents=True, exist_ok=True)
-        self.pool = multiprocessing.get_context("spawn").Pool(workers)
+        self.workers = workers
+
+    @functools.cached_property
+    def pool(self) -> Pool:
+        """The drawing processes, started when first needed."""
+        return multiprocessing.get_context("spawn").Pool(self.workers)
 
     def finished(self, name: str) -> Path:
         """Where a finished stage leaves its weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from eval.demo_model import train
 from eval.demo_model.build import build_model
 from eval.demo_model.evaluate import load_model, report, run, settings_of
 from eval.demo_model.export import FOLDER, hub_name, write_checkpoint
 from eval.demo_model.measure import Reader
-from eval.demo_model.optim import rate_at
+from eval.demo_model.optim import make_optimisers, rate_at
 from eval.demo_model.packing import decoder_batch, tree_mask, vocabulary
-from eval.demo_model.recipe import load_recipe
+from eval.demo_model.recipe import Stage, load_recipe
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, patch_labels, tower_batch, whole
 from eval.demo_model.words import GENERIC, IMAGE, build_tokenizer
@@ -207,6 +209,58 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates[100] == rates[499] == 1.0
     assert rates[750] == pytest.approx(0.5)
     assert rates[-1] <= 0.011
+
+
+def test_training_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that is killed and started again ends with the weights of an unbroken one."""
+    monkeypatch.setattr(train, "_SAVE_EVERY_S", -1.0)  # save after every step
+    stage = Stage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
+
+    def finish(folder: Path, stop_before: int | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 2)
+        working = train.Run(folder, torch.device("cpu"), workers=1)
+
+        def batches(first: int) -> Iterator[torch.Tensor]:
+            for step in range(first, stage.steps):
+                if step == stop_before:
+                    raise KeyboardInterrupt
+                yield torch.full((4, 3), float(step % 5))
+
+        def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+            return model(batch).float().square().mean(), {}
+
+        train.train_loop(
+            working,
+            stage,
+            model,
+            make_optimisers([model], [model], stage.learning_rate),
+            batches,
+            loss_of,
+            lambda: {"first": 0.0},
+        )
+        weights: dict[str, torch.Tensor] = working.load(working.finished("tiny"))["model"]
+        return weights
+
+    unbroken = finish(tmp_path / "a", None)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "b", 13)
+    resumed = finish(tmp_path / "b", None)
+    for name, value in unbroken.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b/curve.jsonl").open()]
+    assert steps == sorted(steps)
+
+
+def test_recipe_mistakes_are_named(tmp_path: Path) -> None:
+    bad = tmp_path / "recipe.yaml"
+    bad.write_text("vision: {}\ntext: {}\nstages:\n  - {name: one, kind: tower, stepz: 3}\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: stage 'one'.*stepz"):
+        load_recipe(bad)
+    with pytest.raises(ValueError, match="no stage 'nine'"):
+        load_recipe(RECIPE).stage("nine")
 
 
 # --- what it can do --------------------------------------------------------------------------
