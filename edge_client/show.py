@@ -208,7 +208,7 @@ def _cost(answer: EdgeAnswer) -> str:
     sent = decimal(answer.bytes_up)
     if answer.original_bytes:
         share = answer.bytes_up / answer.original_bytes
-        sent += f" of the photo's {decimal(answer.original_bytes)} ({share:.1%})"
+        sent += f" of {decimal(answer.original_bytes)} ({share:.1%})"
     return f"{sent}, received {decimal(answer.bytes_down)}, {answer.elapsed_s:.2f} s"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -21,6 +22,8 @@ from vlm_collab.messages import Fallback
 SURE_COLOUR = "#2e7d32"
 UNSURE_COLOUR = "#c62828"
 BYTES_COLOUR = "#37474f"
+HEAT_COLOUR = "#d500f9"
+BOX_COLOUR = "#00e5ff"
 SHOWN_PX = 900
 """Longer side of the picture in the figure; more would only make the file larger."""
 
@@ -62,7 +65,7 @@ def draw(told: Sequence[Told], path: Path) -> None:
         _original(row[0], one)
         _local(row[1], one)
         _story(row[2], one)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90, bbox_inches="tight", pad_inches=0.15)
 
 
 def _original(panel: Axes, told: Told) -> None:
@@ -74,7 +77,7 @@ def _original(panel: Axes, told: Told) -> None:
         heat = np.frombuffer(answer.map, np.uint8).reshape(answer.rows, answer.columns)
         panel.imshow(
             heat,
-            cmap="autumn",
+            cmap=ListedColormap([HEAT_COLOUR]),
             alpha=heat / 255 * 0.6,  # where the model does not look, the picture stays clear
             interpolation="nearest",
             extent=(
@@ -92,7 +95,7 @@ def _original(panel: Axes, told: Told) -> None:
                 answer.box.width,
                 answer.box.height,
                 fill=False,
-                edgecolor="#00e5ff",
+                edgecolor=BOX_COLOUR,
                 linewidth=2.5,
             )
         )

@@ -63,7 +63,7 @@ def test_everything_promised_is_printed(shown):
             assert record["answer"] in printed
     assert "first answer" in printed
     assert "refined answer" in printed
-    assert "of the photo's" in printed
+    assert " kB of " in printed
 
 
 def test_the_picture_shows_every_question(shown):
