@@ -58,7 +58,7 @@ async def test_answers_for_people(run, photo_file):
     assert "refined answer  second" in out
     assert "112 x 112 px at" in out
     assert "of 480 x 360" in out
-    assert "of the photo's" in out
+    assert " kB (" in out
     assert "██" in out
     assert out.index(UNSURE) < out.index(SURE)
 
