@@ -310,6 +310,9 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
             w.proxy.url,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # A test run that a shell put into the background ignores this signal, and its
+            # children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         await w.proxy.until_passed(Ask)
         process.send_signal(signal.SIGINT)

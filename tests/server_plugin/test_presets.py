@@ -55,10 +55,10 @@ def test_shipped_values() -> None:
     assert llava.with_overrides(prompt="vicrop").template == (
         "<image>\nUSER: {question} Answer the question using a single word or phrase.\nASSISTANT:"
     )
+    assert (llava.epsilon, llava.base_px) == (0.0, None)
     for preset in (demo, llava):
         assert preset.generic_instruction == "Write a general description of the image."
         assert preset.ratios == DEFAULT_RATIOS == (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
-        assert preset.epsilon == 0.0
         assert (preset.metric, preset.aggregate) == (Metric.MIN_ENTROPY, Aggregate.FULL)
 
 
