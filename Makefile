@@ -6,6 +6,7 @@ VENV ?= .venv
 # This exact build is a CPU one on the machines we test on; a plain `torch` may bring gigabytes
 # of CUDA. Override it on a GPU host: `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin
 PACKAGES = vlm_collab edge_client server_plugin eval
@@ -30,8 +31,9 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(RUN)/lint-imports
 
+# Two workers on two cores; one thread each, or their thread pools fight.
 check: $(VENV)/.dev
-	$(RUN)/pytest
+	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
