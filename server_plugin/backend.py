@@ -47,6 +47,8 @@ class ModelInfo:
         context_tokens: longest sequence that the model takes.
         concurrency: questions that the runtime gains from working on at once; more wait in the
             service's queue, where they are served in turn and can still be cancelled for free.
+        view_bytes: memory that one opened view will occupy, in bytes, as far as it is known
+            before opening one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ModelInfo:
     visual_tokens: int
     context_tokens: int
     concurrency: int = 1
+    view_bytes: int = 0
 
 
 class View(Protocol):
@@ -107,11 +110,14 @@ class RelativeAttention:
         map: float64, shape `(rows, columns)` of the token grid.
         prefilled_tokens: prompt tokens computed for the generic row now; 0 when the view had it.
         context_tokens: tokens that the generic prompt stands on; 0 when the view had it.
+        layers: decoder layers that those tokens went through; the ones behind the layer that is
+            read need not be computed.
     """
 
     map: NDArray[np.float64]
     prefilled_tokens: int
     context_tokens: int
+    layers: int
 
 
 class Backend(Protocol):

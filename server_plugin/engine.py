@@ -78,10 +78,17 @@ class Work:
     region_s: float = 0.0
     second_s: float = 0.0
 
-    def add(self, info: ModelInfo, new_tokens: int, context_tokens: int) -> None:
-        """Account for `new_tokens` positions computed at the end of `context_tokens`."""
+    def add(
+        self, info: ModelInfo, new_tokens: int, context_tokens: int, layers: int | None = None
+    ) -> None:
+        """Account for `new_tokens` positions computed at the end of `context_tokens`.
+
+        Args:
+            layers: decoder layers that they went through; all by default.
+        """
         cached = context_tokens - new_tokens
-        self.flops += extension_flops(cached, new_tokens, info.hidden_size, info.layers)
+        layers = info.layers if layers is None else layers
+        self.flops += extension_flops(cached, new_tokens, info.hidden_size, layers)
 
     def add_generation(self, info: ModelInfo, generation: Generation) -> None:
         """Account for one answer: its prefill, then a step for each token but the last."""
@@ -147,21 +154,23 @@ class Engine:
         """Refuse what this engine cannot honour, before anything is computed.
 
         Raises:
-            ConfigError: a threshold for a policy that has none, or one that is no number ≥ 0.
+            ConfigError: a threshold for a policy that has none, or out of its metric's range.
         """
-        if eta is None:
-            return
+        if eta is not None:
+            self._with_threshold(eta)
+
+    def _with_threshold(self, eta: float) -> Policy:
         if not isinstance(self.policy, ThresholdPolicy):
             raise ConfigError("this server's policy has no threshold that a question could set")
-        if not 0.0 <= eta < float("inf"):
-            raise ConfigError("the threshold must be a number of at least 0")
+        try:
+            return replace(self.policy, eta=eta)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _decide(
         self, first: Generation, retransmit: Retransmit, eta: float | None, key: str
     ) -> Decision:
-        policy = self.policy
-        if eta is not None and isinstance(policy, ThresholdPolicy):
-            policy = replace(policy, eta=eta)
+        policy = self.policy if eta is None else self._with_threshold(eta)
         decision = policy.decide(first.steps, ended=first.ended, key=key)
         if retransmit is Retransmit.AUTO:
             return decision
@@ -259,7 +268,7 @@ class Engine:
         info = self.backend.info
         relative = await self.backend.relative_attention(view, first)
         work.prefilled_tokens += relative.prefilled_tokens
-        work.add(info, relative.prefilled_tokens, relative.context_tokens)
+        work.add(info, relative.prefilled_tokens, relative.context_tokens, relative.layers)
         frame: Frame = frame_of(source, info.fit, info.view)
         token_box = find_region(relative.map, frame, info.base_px, self.ratios)
         return RegionNeed(

@@ -41,7 +41,9 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 SidePx = Annotated[int, Meta(ge=1, le=2**20)]
 Cells = Annotated[int, Meta(ge=1, le=4096)]
 Millis = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-Micro = Annotated[int, Meta(ge=0, le=2**40)]
+ShortMillis = Annotated[int, Meta(ge=0, le=65535)]
+Micro = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+TargetPx = Annotated[int, Meta(ge=1, le=65535)]
 ShortText = Annotated[str, Meta(max_length=256)]
 
 
@@ -128,7 +130,7 @@ class Usage(Struct, array_like=True, frozen=True):
         mflops: decoder FLOPs executed, by Eq. 17 of `003_92b41fe49395ce1a.txt` applied to the
             tokens really computed, in 10⁶.
         queue_ms, first_ms, region_ms, second_ms: waiting for the model, first pass with the
-            decision, waiting for the region, second pass.
+            decision, waiting for the region, second pass. 65535 stands for that or longer.
     """
 
     bytes_up: Count = 0
@@ -136,10 +138,10 @@ class Usage(Struct, array_like=True, frozen=True):
     prefilled_tokens: Count = 0
     decoded_tokens: Count = 0
     mflops: Count = 0
-    queue_ms: Millis = 0
-    first_ms: Millis = 0
-    region_ms: Millis = 0
-    second_ms: Millis = 0
+    queue_ms: ShortMillis = 0
+    first_ms: ShortMillis = 0
+    region_ms: ShortMillis = 0
+    second_ms: ShortMillis = 0
 
 
 class Hello(Message, tag=1, frozen=True):
@@ -267,11 +269,11 @@ class RegionRequest(Message, tag=18, frozen=True):
     side_px: Annotated[int, Meta(ge=1, le=2**21)]
     columns: Cells
     rows: Cells
-    target_width: SidePx
-    target_height: SidePx
+    target_width: TargetPx
+    target_height: TargetPx
     codec: Codec
     quality: Annotated[int, Meta(ge=1, le=100)]
-    deadline_ms: Millis
+    deadline_ms: ShortMillis
     map: bytes = b""
 
     @property
@@ -366,8 +368,13 @@ def _decode(decoder: msgspec.msgpack.Decoder[_M], frame: bytes) -> _M:
 
 
 def micro(uncertainty: float) -> int:
-    """An uncertainty as it goes on the wire: exact to 5·10⁻⁷ of its unit."""
-    return round(uncertainty * 1e6)
+    """An uncertainty as it goes on the wire: exact to 5·10⁻⁷ of its unit, up to 4294 units."""
+    return min(round(uncertainty * 1e6), 2**32 - 1)
+
+
+def short_millis(time_s: float) -> int:
+    """A time in seconds as it goes on the wire: whole milliseconds, 65535 for that or longer."""
+    return min(round(time_s * 1000), 65535)
 
 
 def websocket_bytes(payload_bytes: int, *, masked: bool) -> int:

@@ -118,11 +118,13 @@ class EdgeLimits:
         max_regions: region requests honoured on one connection; None for no bound.
         max_frame_bytes: largest frame read from the server; its largest message is a map of
             4096 × 4096 cells at the very most, in practice a few hundred bytes.
+        max_text_chars: longest streamed text; an answer of this length is a runaway server.
     """
 
     max_region_share: float = 1.0
     max_regions: int | None = None
     max_frame_bytes: int = 2 * 2**20
+    max_text_chars: int = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class RegionDeclined:
 
 
 EdgeEvent = Welcome | TextUpdate | RegionWanted | RegionDeclined | Answer | Error
-ServerEvent = Hello | Ask | Region | Decline | Cancel
+ServerEvent = Hello | Ask | Region | Decline | Cancel | Error
 
 
 @dataclass(slots=True)
@@ -182,6 +184,11 @@ class _Session:
     _out: list[bytes] = field(default_factory=list)
     _greeted: bool = False
     _closed: bool = False
+
+    @property
+    def waiting(self) -> int:
+        """Frames that `data_to_send` would return."""
+        return len(self._out)
 
     def data_to_send(self) -> list[bytes]:
         """Frames to write now, in order. Each is returned once."""
@@ -380,12 +387,13 @@ class EdgeSession(_Session):
             return self._judge(question, message)
         return message
 
-    @staticmethod
-    def _text(question: _Question, message: Partial) -> TextUpdate:
+    def _text(self, question: _Question, message: Partial) -> TextUpdate:
         if question.stage is not message.stage:
             question.stage, question.text = message.stage, ""
         if message.keep > len(question.text):
             raise RemoteProtocolError("Partial keeps more text than there is")
+        if message.keep + len(message.text) > self.limits.max_text_chars:
+            raise RemoteProtocolError("the streamed text is too long", ErrorCode.TOO_LARGE)
         question.text = question.text[: message.keep] + message.text
         return TextUpdate(message.id, message.stage, question.text)
 
@@ -425,18 +433,22 @@ class ServerSession(_Session):
     """
 
     limits: ServerLimits = field(default_factory=ServerLimits)
+    _said_goodbye: bool = False
 
     def receive(self, frame: bytes) -> ServerEvent | None:
         """Take one frame from the edge.
 
         Returns:
-            The message to act on; None when there is nothing to do (it crossed one of ours, or
-            was refused here and the refusal waits in `data_to_send`).
+            The message to act on; an `Error` for a question that was refused here (it waits in
+            `data_to_send`); None when there is nothing to do, because the message crossed one
+            of ours, a goodbye included.
 
         Raises:
             RemoteProtocolError: the frame breaks the protocol. The session is closed; the
                 reason waits in `data_to_send`, and the shell then drops the connection.
         """
+        if self._said_goodbye:
+            return None
         try:
             self._check_frame(frame, self.limits.max_frame_bytes)
             return self._receive(frame)
@@ -475,24 +487,24 @@ class ServerSession(_Session):
         self._greeted = True
         return message
 
-    def _ask(self, message: Ask) -> Ask | None:
+    def _ask(self, message: Ask) -> Ask | Error:
         """Apply the limits; a question over one of them ends here."""
-        question_bytes = len(message.question.encode())
-        if len(self._questions) > self.limits.max_in_flight:
-            text = f"{self.limits.max_in_flight} questions at once on a connection, no more"
-            self.error(message.id, ErrorCode.BUSY, text, retry_after_ms=1000)
-            return None
-        if question_bytes > self.limits.max_question_bytes:
-            text = (
-                f"the question has {question_bytes} bytes; at most "
-                f"{self.limits.max_question_bytes} are taken"
-            )
-            self.error(message.id, ErrorCode.TOO_LARGE, text)
-            return None
+        limits, size_bytes = self.limits, len(message.question.encode())
+        if len(self._questions) > limits.max_in_flight:
+            text = f"{limits.max_in_flight} questions at once on a connection, no more"
+            return self._refuse(message, ErrorCode.BUSY, text, retry_after_ms=1000)
+        if size_bytes > limits.max_question_bytes:
+            text = f"the question has {size_bytes} bytes, more than {limits.max_question_bytes}"
+            return self._refuse(message, ErrorCode.TOO_LARGE, text)
         if not message.question.strip():
-            self.error(message.id, ErrorCode.BAD_QUESTION, "the question is empty")
-            return None
+            return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
         return message
+
+    def _refuse(
+        self, ask: Ask, code: ErrorCode, text: str, retry_after_ms: int | None = None
+    ) -> Error:
+        self.error(ask.id, code, text, retry_after_ms)
+        return Error(ask.id, code, text, retry_after_ms)
 
     def send_welcome(self, welcome: Welcome) -> None:
         """Accept the connection."""
@@ -568,7 +580,7 @@ class ServerSession(_Session):
             return
         for id in self.in_flight:
             self.error(id, code, text, retry_after_ms)
-        self._closed = True
+        self._closed = self._said_goodbye = True
         self._push(Error(0, code, text, retry_after_ms))
 
     def _live(self, id: int) -> _Question | None:

@@ -91,6 +91,7 @@ DEFAULT_INFO = ModelInfo(
     layers=2,
     visual_tokens=64,
     context_tokens=512,
+    view_bytes=112 * 112 * 3,
 )
 
 
@@ -175,6 +176,7 @@ class FakeBackend:
             map=relative_map(first.row, generic, self.info.grid),
             prefilled_tokens=prefilled,
             context_tokens=prefilled and self.info.visual_tokens + prefilled,
+            layers=self.info.layer + 1,
         )
 
     async def second_pass(

@@ -138,6 +138,7 @@ class TransformersBackend:
             layers=text.num_hidden_layers,
             visual_tokens=layout.visual_tokens,
             context_tokens=layout.context_tokens,
+            view_bytes=_cache_bytes(text, len(adapter.prompts.shared().ids), adapter.dtype),
         )
         self._end_tokens = adapter.end_tokens
         try:
@@ -255,6 +256,7 @@ class TransformersBackend:
                 ),
                 prefilled_tokens=new_tokens,
                 context_tokens=context_tokens,
+                layers=self._info.layer + 1,
             )
 
         return await self._run(work)
@@ -450,6 +452,15 @@ def _fork(prefix: DynamicCache) -> DynamicCache:
     fork = copy.copy(prefix)
     fork.layers = [copy.copy(layer) for layer in prefix.layers]
     return fork
+
+
+def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Size of the key-value cache of so many tokens."""
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    width = getattr(text_config, "head_dim", None) or (
+        text_config.hidden_size // text_config.num_attention_heads
+    )
+    return 2 * int(text_config.num_hidden_layers * heads * width * tokens * dtype.itemsize)
 
 
 def _cache_nbytes(cache: DynamicCache | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -26,6 +26,9 @@ from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
 
 log = logging.getLogger(__name__)
+
+FAREWELL_S = 3.0
+"""How long a shutdown waits for clients to read their last messages."""
 
 
 class Service:
@@ -52,6 +55,8 @@ class Service:
         """Questions accepted and not yet ended."""
         self.draining = False
         self._connections: set[Connection] = set()
+        self.abort: Callable[[WebSocket], None] = lambda websocket: None
+        """Drops a client's connection without waiting for it; set by what runs the server."""
         self.metrics.model(engine.backend.info.name, __version__)
         for name, text, value in (
             ("connections", "WebSockets open.", lambda: len(self._connections)),
@@ -87,8 +92,17 @@ class Service:
             log.warning("questions refused at shutdown", extra={"questions": self.questions})
         for connection in list(self._connections):
             connection.shut_down()
-        while self._connections:  # noqa: ASYNC110
+        if not await self._all_gone(FAREWELL_S):
+            for connection in list(self._connections):
+                connection.abort()
+            await self._all_gone(FAREWELL_S)
+
+    async def _all_gone(self, patience_s: float) -> bool:
+        """Wait for the connections to end; whether they have."""
+        deadline_s = asyncio.get_running_loop().time() + patience_s
+        while self._connections and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+        return not self._connections
 
     async def close(self) -> None:
         """Release what is held. The backend belongs to whoever made it."""
@@ -102,6 +116,8 @@ class Service:
     async def _websocket(self, websocket: WebSocket) -> None:
         refusal = self._refusal(websocket)
         if refusal is not None:
+            peer = websocket.client.host if websocket.client else "?"
+            log.warning("connection refused", extra={"peer": peer, "status": refusal.status_code})
             await websocket.send_denial_response(refusal)
             return
         await websocket.accept(subprotocol=SUBPROTOCOL)
@@ -143,7 +159,10 @@ class Service:
         origin = websocket.headers.get("origin")
         if origin is None or origin in self.config.origins:
             return True
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # no origin at all, such as "http://["
+            return False
         return is_loopback(parts.hostname or "") and parts.netloc == websocket.headers.get("host")
 
     async def _health(self, _: Request) -> Response:

@@ -90,6 +90,9 @@ class ServiceConfig:
             raise ConfigError(f"quality must be between 1 and 100, not {self.region_quality}")
         if self.token is not None and not self.token.strip():
             raise ConfigError("the token is empty")
+        # A header cannot carry them, so no client could ever send such a token.
+        if self.token is not None and (self.token != self.token.strip() or "\n" in self.token):
+            raise ConfigError("the token must not begin or end with blanks, nor hold line breaks")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs both a certificate and a key file")
         for file in (self.tls_cert, self.tls_key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from typing import TYPE_CHECKING
@@ -12,7 +13,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
 from server_plugin.service.queue import QueueFullError
-from server_plugin.service.views import ClientSession, Lease, ViewGoneLocallyError
+from server_plugin.service.views import (
+    ClientSession,
+    Lease,
+    ViewGoneLocallyError,
+    ViewsFullError,
+)
 from vlm_collab import images
 from vlm_collab.errors import (
     CollabError,
@@ -29,6 +35,7 @@ from vlm_collab.messages import (
     Ask,
     Cancel,
     Decline,
+    Error,
     Fallback,
     Hello,
     Options,
@@ -38,6 +45,7 @@ from vlm_collab.messages import (
     Usage,
     Welcome,
     micro,
+    short_millis,
 )
 from vlm_collab.session import FITS, ServerSession
 
@@ -50,8 +58,12 @@ CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_PROTOCOL_ERROR = 1002
 CLOSE_POLICY = 1008
+CLOSE_INTERNAL = 1011
 CLOSE_TIMEOUT_S = 2.0
 """How long a closing connection may take to write what waits."""
+MAX_WAITING_FRAMES = 256
+"""Frames that may wait to be written before no more are read: a peer that asks and does not read
+must not make the server remember every answer."""
 
 
 class _Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
@@ -81,8 +93,12 @@ class Connection:
         self._texts: dict[int, tuple[Stage, str]] = {}
         # First answers of questions in their second stage: what is owed if it fails.
         self._held: dict[int, RegionNeed] = {}
+        # Questions accepted or refused here and not yet counted in the metrics.
+        self._uncounted: set[int] = set()
         self._wake = asyncio.Event()
+        self._flushed = asyncio.Event()
         self._close_code: int | None = None
+        self._workers: tuple[asyncio.Task[None], ...] = ()
         self._published: dict[tuple[str, str], int] = {}
         self._name = secrets.token_hex(4)
 
@@ -90,8 +106,9 @@ class Connection:
         """Serve until the peer goes, breaks the protocol, or the service shuts down."""
         reader = asyncio.create_task(self._read())
         writer = asyncio.create_task(self._write())
+        self._workers = (reader, writer)
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(self._workers, return_when=asyncio.FIRST_COMPLETED)
             reader.cancel()
             for task in self._tasks.values():
                 task.cancel()
@@ -100,11 +117,19 @@ class Connection:
                 self.close(self._why(reader))
                 await asyncio.wait((writer,), timeout=CLOSE_TIMEOUT_S)
         finally:
+            if not writer.done():
+                # asyncio would wait for a peer that does not read for as long as it lives.
+                self._service.abort(self._websocket)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             if self._client is not None:
                 self._service.views.leave(self._client)
             self._service.metrics.traffic(self._session.traffic, self._published)
+
+    def abort(self) -> None:
+        """End now, whatever waits to be written."""
+        for worker in self._workers:
+            worker.cancel()
 
     def close(self, code: int) -> None:
         """Close the WebSocket once everything that waits has been written."""
@@ -115,7 +140,8 @@ class Connection:
     def shut_down(self) -> None:
         """End what is in flight, with first answers where there are some, and close."""
         for id in list(self._tasks):
-            self._fall_back(id, Fallback.OVERLOAD)
+            if not self._fall_back(id, Fallback.OVERLOAD):
+                self._count_refusal(id, ErrorCode.SHUTTING_DOWN)
         self._session.close(
             ErrorCode.SHUTTING_DOWN, "the server is shutting down", retry_after_ms=1000
         )
@@ -131,7 +157,8 @@ class Connection:
             case None | WebSocketDisconnect():
                 return CLOSE_NORMAL
             case _:
-                raise error
+                log.error("connection failed", exc_info=error, extra={"connection": self._name})
+                return CLOSE_INTERNAL
         log.info("connection dropped", extra={"connection": self._name, "reason": reason})
         return code
 
@@ -141,6 +168,10 @@ class Connection:
         async with asyncio.timeout(self._service.config.limits.hello_timeout_s):
             self._take(await self._frame())
         while True:
+            while self._session.waiting > MAX_WAITING_FRAMES:
+                self._flushed.clear()
+                self._wake.set()
+                await self._flushed.wait()
             self._take(await self._frame())
 
     async def _frame(self) -> bytes:
@@ -169,6 +200,9 @@ class Connection:
                 task = self._tasks.get(id)
                 if task is not None:
                     task.cancel()
+            case Error(id=id, code=code):
+                self._uncounted.add(id)
+                self._count_refusal(id, code)
             case None:
                 pass
 
@@ -185,12 +219,14 @@ class Connection:
                 for frame in self._session.data_to_send():
                     async with asyncio.timeout(timeout_s):
                         await self._websocket.send_bytes(frame)
+                self._flushed.set()
                 self._service.metrics.traffic(self._session.traffic, self._published)
                 if self._close_code is not None and not self._wake.is_set():
                     await self._websocket.close(self._close_code)
                     return
         except TimeoutError:
             log.info("client does not read", extra={"connection": self._name})
+            self._service.abort(self._websocket)
         except (WebSocketDisconnect, RuntimeError):
             pass  # the peer is gone; Starlette raises either, by who closed first
 
@@ -200,11 +236,11 @@ class Connection:
         service, info = self._service, self._service.engine.backend.info
         self._codecs = tuple(c for c in service.config.codecs if c in hello.codecs)
         if not self._codecs:
-            raise RemoteProtocolError(
-                "no image codec in common; this server takes "
-                + ", ".join(c.name for c in service.config.codecs),
-                ErrorCode.UNSUPPORTED_VERSION,
-            )
+            known = ", ".join(codec.name for codec in service.config.codecs)
+            text = f"no image codec in common; this server takes {known}"
+            self._session.close(ErrorCode.UNSUPPORTED_VERSION, text)
+            raise RemoteProtocolError(text, ErrorCode.UNSUPPORTED_VERSION)
+        log.info("connection opened", extra={"connection": self._name, "client": hello.client})
         self._client = service.views.enter(hello.resume)
         limits = service.config.limits.connection
         self._session.send_welcome(
@@ -225,6 +261,7 @@ class Connection:
 
     def _ask(self, ask: Ask) -> None:
         """Accept a question or refuse it, before anything is computed for it."""
+        self._uncounted.add(ask.id)
         try:
             lease = self._check(ask)
         except _Refused as refused:
@@ -283,8 +320,9 @@ class Connection:
                 f"not {header.width} × {header.height}",
             )
         assert self._client is not None
+        name = hashlib.blake2b(data, digest_size=8).hexdigest()
         self._service.views.add(
-            self._client, view_id, len(data), lambda: self._decode(data, expected)
+            self._client, view_id, name, len(data), lambda: self._decode(data, expected)
         )
 
     async def _decode(self, data: bytes, largest: Size) -> Image:
@@ -299,13 +337,23 @@ class Connection:
         after = refused.retry_after_s
         retry_after_ms = None if after is None else round(after * 1000)
         self._session.error(id, refused.code, str(refused), retry_after_ms)
-        self._service.metrics.questions.labels("refused").inc()
-        self._service.metrics.refusals.labels(refused.code.name.lower()).inc()
-        log.info(
-            "question refused",
-            extra={"connection": self._name, "question": id, "code": refused.code.name.lower()},
-        )
+        self._count_refusal(id, refused.code)
         self._wake.set()
+
+    def _count(self, id: int, outcome: str) -> bool:
+        """Count how a question ended, once, whatever comes after."""
+        if id not in self._uncounted:
+            return False
+        self._uncounted.discard(id)
+        self._service.metrics.questions.labels(outcome).inc()
+        return True
+
+    def _count_refusal(self, id: int, code: ErrorCode) -> None:
+        if self._count(id, "refused"):
+            name = code.name.lower()
+            self._service.metrics.refusals.labels(name).inc()
+            extra = {"connection": self._name, "question": id, "code": name}
+            log.info("question refused", extra=extra)
 
     def _settle(self, id: int, image: bytes | None) -> None:
         waiting = self._regions.get(id)
@@ -323,6 +371,9 @@ class Connection:
                 await self._answer(ask, lease)
         except _Refused as refused:
             self._refuse(ask.id, refused)
+        except ViewsFullError:
+            retry_after_s = service.queue.retry_after_s()
+            self._refuse(ask.id, _Refused(ErrorCode.BUSY, "the server is busy", retry_after_s))
         except QueueFullError as full:
             text = "the server is busy"
             self._refuse(ask.id, _Refused(ErrorCode.BUSY, text, full.retry_after_s))
@@ -336,7 +387,7 @@ class Connection:
             self._refuse(ask.id, _Refused(ErrorCode.BAD_QUESTION, str(error)))
         except asyncio.CancelledError:
             # Cancelled by the edge (which has its reply) or the connection is gone.
-            service.metrics.questions.labels("lost").inc()
+            self._count(ask.id, "lost")
             raise
         # A bug or a failing runtime must not leave the edge waiting, nor end the connection's
         # other questions.
@@ -377,7 +428,7 @@ class Connection:
                 eta=options.eta,
                 max_new_tokens=options.max_new_tokens,
                 on_text=stream if options.stream else None,
-                key=f"{client.key.hex()}:{ask.id}",
+                key=f"{lease.name}:{ask.question}",
             )
         finally:
             turn.give_back()
@@ -402,7 +453,7 @@ class Connection:
             target_height=target.height,
             codec=codec,
             quality=config.region_quality,
-            deadline_ms=round(deadline_s * 1000),
+            deadline_ms=short_millis(deadline_s),
             map=(need.map / peak * 255).round().astype("uint8").tobytes()
             if options.want_map
             else b"",
@@ -442,7 +493,7 @@ class Connection:
         if need is None:
             return False
         self._session.answer(id, need.first, Stage.FIRST, fallback, need.uncertainty, Usage())
-        self._service.metrics.questions.labels(f"fallback_{fallback.name.lower()}").inc()
+        self._count(id, f"fallback_{fallback.name.lower()}")
         self._wake.set()
         return True
 
@@ -458,17 +509,17 @@ class Connection:
                 prefilled_tokens=work.prefilled_tokens,
                 decoded_tokens=work.decoded_tokens,
                 mflops=work.flops // 10**6,
-                queue_ms=round(queued_s * 1000),
-                first_ms=round(work.first_s * 1000),
-                region_ms=round(work.region_s * 1000),
-                second_ms=round(work.second_s * 1000),
+                queue_ms=short_millis(queued_s),
+                first_ms=short_millis(work.first_s),
+                region_ms=short_millis(work.region_s),
+                second_ms=short_millis(work.second_s),
             ),
         )
         self._wake.set()
         name = outcome.stage.name.lower()
         if outcome.fallback is not Fallback.NONE:
             name = f"fallback_{outcome.fallback.name.lower()}"
-        metrics.questions.labels(name).inc()
+        self._count(id, name)
         metrics.uncertainty.observe(outcome.decision.value)
         metrics.flops.inc(work.flops)
         metrics.stage.labels("queue").observe(queued_s)

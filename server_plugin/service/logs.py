@@ -18,12 +18,18 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
     return {key: value for key, value in vars(record).items() if key not in _PLAIN}
 
 
+def _plain(value: Any) -> str:
+    """A value on a line of its own making: what a client sends cannot start another one."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
+
+
 class PlainFormatter(logging.Formatter):
     """For people: time, level, event, then the record's `extra` as key=value."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        fields = "".join(f" {key}={_plain(value)}" for key, value in _extra(record).items())
         line = f"{stamp} {record.levelname.lower()} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -57,6 +63,10 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # uvicorn says this of every client that is refused; the service says it better.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: "without completing handshake" not in record.getMessage()
+    )
     # uvicorn's own handlers would print everything twice, and its access log adds nothing to
     # the line that each question gets.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
+from starlette.websockets import WebSocket
 
 from server_plugin.service.app import Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
@@ -25,6 +26,15 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        service.abort = self._abort
+
+    def _abort(self, websocket: WebSocket) -> None:
+        """Drop a client that does not read; ASGI itself has no way to."""
+        if websocket.client is None:
+            return
+        for protocol in list(self.server_state.connections):
+            if getattr(protocol, "client", None) == tuple(websocket.client):
+                protocol.transport.abort()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -84,6 +94,8 @@ def server(service: Service) -> uvicorn.Server:
         proxy_headers=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
+        # Beyond the WebSockets, room for health checks and scrapes; further connections get 503.
+        limit_concurrency=limits.max_connections + 64,
     )
     try:
         settings.load()

@@ -23,12 +23,17 @@ class ViewGoneLocallyError(Exception):
     """The session has no view of that number (any more)."""
 
 
+class ViewsFullError(Exception):
+    """The views that questions are working on fill the budget."""
+
+
 Opener = Callable[[], Awaitable[Image]]
 """Decodes the picture of a view."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
+    name: str
     decode: Opener
     nbytes: int
     opening: asyncio.Task[View] | None = None
@@ -68,11 +73,13 @@ class Lease:
         """The view as the backend has it; computed when the first question needs it.
 
         Raises:
+            ViewsFullError: there is no room for it, even after all views that nobody holds went.
             ImageError: opening it failed; so it does for whoever else holds it.
         """
         entry, store = self._entry, self._store
         assert entry is not None, "the lease is closed"
         if entry.opening is None:
+            store._reserve(entry)
             entry.opening = asyncio.create_task(store._open(entry))
         try:
             # Shielded: another question may wait for the same view.
@@ -84,6 +91,12 @@ class Lease:
         entry.nbytes = view.nbytes
         store._shrink()
         return view
+
+    @property
+    def name(self) -> str:
+        """A digest of the view as it was sent."""
+        assert self._entry is not None, "the lease is closed"
+        return self._entry.name
 
     def close(self) -> None:
         """Let go. Safe to call twice."""
@@ -136,6 +149,19 @@ class ViewStore:
         """Whether the views that questions are working on fill the budget by themselves."""
         return sum(entry.nbytes for entry in self._recent if entry.users) >= self._max_bytes
 
+    def _reserve(self, entry: _Entry) -> None:
+        """Make room for a view before it is computed; without this, every question that waits
+        for its region would hold one more, whatever the budget.
+
+        One view is always let in, or a budget below its size would answer nothing at all.
+        """
+        needed = max(entry.nbytes, self._backend.info.view_bytes)
+        others = sum(one.nbytes for one in self._recent if one.users and one.opening is not None)
+        if others and others + needed > self._max_bytes:
+            raise ViewsFullError
+        entry.nbytes = needed
+        self._shrink()
+
     def enter(self, resume: bytes) -> ClientSession:
         """The session of a new connection: the one it names if it is still there, else a new one.
 
@@ -152,21 +178,26 @@ class ViewStore:
 
     def leave(self, session: ClientSession) -> None:
         """A connection is gone; its views stay for a while."""
+        loop = asyncio.get_running_loop()
         session.connections -= 1
-        session.left_at_s = asyncio.get_running_loop().time()
+        session.left_at_s = loop.time()
         self._expire()
+        loop.call_later(self._ttl_s + 0.01, self._expire)  # also when nobody else comes
 
-    def add(self, session: ClientSession, view_id: int, nbytes: int, decode: Opener) -> None:
+    def add(
+        self, session: ClientSession, view_id: int, name: str, nbytes: int, decode: Opener
+    ) -> None:
         """Take a view; the model sees it when a question first uses it.
 
         Returns at once, so that a follow-up question that arrives right behind finds it. A view
         of the same number is replaced.
 
         Args:
+            name: a digest of it.
             nbytes: what it occupies until it is opened.
         """
         self._drop(session, view_id)
-        entry = _Entry(decode, nbytes)
+        entry = _Entry(name, decode, nbytes)
         session.views[view_id] = entry
         self._recent[entry] = (session, view_id)
 

@@ -83,6 +83,7 @@ def test_a_port_in_use():
         (("fake", "--host", "256.1.1.1", "--token", "t"), "cannot listen"),
         (("fake", "--port", "99999"), "port"),
         (("fake", "--token", " "), "token is empty"),
+        (("fake", "--token", "abc "), "blanks"),
         (("fake", "--tls-cert", "missing.pem"), "TLS"),
         (("fake", "--tls-cert", "missing.pem", "--tls-key", "missing.pem"), "missing.pem"),
         (("fake", "--tls-cert", __file__, "--tls-key", __file__), "TLS"),

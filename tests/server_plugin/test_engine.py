@@ -152,12 +152,14 @@ async def test_work_adds_up_what_was_really_computed():
     outcome, _ = await ask(backend)
     info = backend.info
 
-    def cost(cached: int, added: int) -> int:
-        return extension_flops(cached, added, info.hidden_size, info.layers)
+    def cost(cached: int, added: int, layers: int = info.layers) -> int:
+        return extension_flops(cached, added, info.hidden_size, layers)
 
     # First: 16 prompt tokens on 64 visual ones, then 3 generated tokens (two words and the end),
-    # the last of which is never fed back. Generic: 12 tokens. Second: 16, then 2 tokens.
-    expected = cost(64, 16) + cost(80, 1) + cost(81, 1) + cost(64, 12) + cost(64, 16) + cost(80, 1)
+    # the last of which is never fed back. Generic: 12 tokens, no further than the layer that is
+    # read. Second: 16, then 2 tokens.
+    first = cost(64, 16) + cost(80, 1) + cost(81, 1)
+    expected = first + cost(64, 12, info.layer + 1) + cost(64, 16) + cost(80, 1)
     assert outcome.work.flops == expected
     assert outcome.work.prefilled_tokens == 16 + 12 + 16
     assert outcome.work.decoded_tokens == 3 + 2
@@ -167,7 +169,9 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
     backend = scripted(1.0)
 
     async def flat(self, view, first):
-        return RelativeAttention(map=np.ones((8, 8)), prefilled_tokens=0, context_tokens=0)
+        return RelativeAttention(
+            map=np.ones((8, 8)), prefilled_tokens=0, context_tokens=0, layers=2
+        )
 
     monkeypatch.setattr(FakeBackend, "relative_attention", flat)
     _, (need,) = await ask(backend)

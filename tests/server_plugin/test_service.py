@@ -9,20 +9,34 @@ import logging
 import ssl
 import struct
 import zlib
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import trustme
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service import app
+from server_plugin.service.connection import MAX_WAITING_FRAMES
 from server_plugin.service.logs import JsonFormatter, PlainFormatter
 from tests.support.wire import SOURCE, edge, picture, running, service
 from vlm_collab.errors import ConfigError, ErrorCode
 from vlm_collab.images import Codec
-from vlm_collab.messages import Answer, Error, Fallback, Hello, Options, Retransmit, Stage, encode
-from vlm_collab.policy import NeverPolicy
+from vlm_collab.messages import (
+    Answer,
+    Ask,
+    Error,
+    Fallback,
+    Hello,
+    Options,
+    Retransmit,
+    Stage,
+    encode,
+)
+from vlm_collab.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
 from vlm_collab.session import RegionWanted, ServerLimits
 
 UNSURE = "what is on the small sign?"
@@ -226,10 +240,36 @@ async def test_a_bad_question_is_refused_before_the_model_sees_it(question, code
         assert backend.views == set()
 
 
-async def test_an_option_that_cannot_be_honoured_is_refused():
-    async with running(service(policy=NeverPolicy())) as url, edge(url) as client:
-        await client.ask(SURE, picture(), options=Options(eta=0.5))
+@pytest.mark.parametrize(
+    ("policy", "eta"),
+    [
+        (NeverPolicy(), 0.5),
+        (ThresholdPolicy(Metric.MARGIN, Aggregate.FULL, 0.5), 2.0),
+        (ThresholdPolicy(Metric.ENTROPY, Aggregate.FULL, 0.5), -1.0),
+        (ThresholdPolicy(Metric.ENTROPY, Aggregate.FULL, 0.5), float("nan")),
+    ],
+)
+async def test_an_option_that_cannot_be_honoured_is_refused(policy, eta):
+    async with running(service(policy=policy)) as url, edge(url) as client:
+        await client.ask(SURE, picture(), options=Options(eta=eta))
         assert (await client.next()).code is ErrorCode.BAD_OPTION
+
+
+async def test_a_random_policy_repeats_itself_for_the_same_questions():
+    draws = []
+    for _ in range(2):
+        async with running(service(policy=RandomPolicy(0.5, seed=3))) as url, edge(url) as client:
+            asked = []
+            for i in range(12):
+                id = await client.ask(f"{SURE} {i}", picture() if i == 0 else None)
+                event = await client.next()
+                asked.append(isinstance(event, RegionWanted))
+                if asked[-1]:
+                    await client.region(id, picture())
+                    await client.next()
+            draws.append(asked)
+    assert draws[0] == draws[1]
+    assert {True, False} == set(draws[0])
 
 
 async def test_an_unknown_view_asks_for_the_pixels():
@@ -299,7 +339,13 @@ async def test_pages_of_other_origins_may_not_connect():
     async with running(running_service) as url:
         host = urlsplit(url).netloc
         port = host.rpartition(":")[2]
-        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"http://evil:{port}"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            "http://[",
+            "http://127.0.0.1:1",
+            f"http://evil:{port}",
+        ):
             assert await refused(url, origin=origin) == 403
         for origin in ("https://camera.example", f"http://{host}"):
             async with edge(url, origin=origin):
@@ -390,7 +436,7 @@ async def test_the_least_recently_used_view_goes_first():
 
 async def test_a_view_stays_while_its_question_waits_for_its_turn():
     backend = FakeBackend(play=lambda q, *_: Script(q, "", delay_s=0.05))
-    limits = {"max_view_bytes": 112 * 112 * 3}
+    limits = {"max_view_bytes": 2 * 112 * 112 * 3}
     async with running(service(backend, limits=limits)) as url, edge(url) as client:
         ids = [await client.ask(f"q{i}", picture(i), view_id=i) for i in range(4)]
         answers = [await client.next() for _ in ids]
@@ -410,6 +456,88 @@ async def test_a_question_cancelled_at_once_leaves_nothing_behind():
         await settled(running_service)
         await asyncio.sleep(0)
         assert not any(entry.users for entry in running_service.views._recent)
+
+
+async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
+    backend = FakeBackend()
+    one_view = backend.info.view_bytes
+    running_service = service(backend, limits={"max_view_bytes": 3 * one_view})
+    async with running(running_service) as url, edge(url) as client, edge(url) as other:
+        ids = [await client.ask(UNSURE, picture(i), view_id=i) for i in range(12)]
+        events = {event.id: event for event in [await client.next() for _ in ids]}
+        wanted = [id for id in ids if isinstance(events[id], RegionWanted)]
+        busy = [events[id] for id in ids if isinstance(events[id], Error)]
+        assert len(wanted) == 3
+        assert {event.code for event in busy} == {ErrorCode.BUSY}
+        assert running_service.views.nbytes <= 3 * one_view
+        assert len(backend.views) <= 3
+        await other.ask(SURE, picture(99))
+        assert (await other.next()).code is ErrorCode.BUSY
+        await client.region(wanted[0], picture())
+        await client.next()
+        await other.ask(SURE, picture(99))
+        assert isinstance(await other.next(), Answer)
+
+
+async def test_one_view_larger_than_the_memory_is_still_answered():
+    async with running(service(limits={"max_view_bytes": 1000})) as url, edge(url) as client:
+        for i in range(3):
+            await client.ask(SURE, picture(i), view_id=i)
+            assert isinstance(await client.next(), Answer)
+
+
+async def test_a_peer_that_asks_and_does_not_read_is_not_remembered_without_end(monkeypatch):
+    stuck = asyncio.Event()
+
+    async def never(self, data):
+        stuck.set()
+        await asyncio.Event().wait()
+
+    running_service = service()
+    async with running(running_service) as url, edge(url) as client:
+        monkeypatch.setattr(WebSocket, "send_bytes", never)
+        frames = [encode(Ask(i, " ", 1, None, 1, 1)) for i in range(1, 5000)]
+        with suppress(TimeoutError, ConnectionClosed):
+            async with asyncio.timeout(0.5):
+                for frame in frames:
+                    await client.websocket.send(frame)
+                    await asyncio.sleep(0)
+        await stuck.wait()
+        (connection,) = running_service._connections
+        assert connection._session.waiting <= MAX_WAITING_FRAMES + 1
+        connection.abort()
+
+
+async def test_a_peer_that_does_not_read_is_dropped_for_good(monkeypatch):
+    async def never(self, data):
+        await asyncio.Event().wait()
+
+    running_service = service(limits={"write_timeout_s": 0.05})
+    async with running(running_service) as url, edge(url) as client:
+        monkeypatch.setattr(WebSocket, "send_bytes", never)
+        await client.ask(SURE, picture())
+        async with asyncio.timeout(5):
+            with pytest.raises(ConnectionClosed) as closed:
+                await client.websocket.recv()
+        assert closed.value.rcvd is None  # cut, not closed: nothing waits for this peer
+        async with asyncio.timeout(5):
+            while running_service._connections:
+                await asyncio.sleep(0.005)
+
+
+async def test_a_shutdown_does_not_wait_for_peers_that_do_not_read(monkeypatch):
+    async def never(self, data):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(app, "FAREWELL_S", 0.1)
+    running_service = service()
+    async with running(running_service) as url, edge(url) as client:
+        await client.ask(UNSURE, picture())
+        await client.next()
+        monkeypatch.setattr(WebSocket, "send_bytes", never)
+        async with asyncio.timeout(5):
+            await running_service.drain(grace_s=0.05)
+        assert not running_service._connections
 
 
 async def test_views_outlive_their_connection_but_belong_to_their_session():
@@ -510,6 +638,10 @@ async def test_after_its_grace_a_shutdown_refuses_or_falls_back_but_loses_nothin
         await asyncio.gather(
             running_service.drain(grace_s=0.05), _until_closed(client, waiting, slow)
         )
+    metrics = running_service.metrics.text().decode()
+    assert 'questions_total{outcome="fallback_overload"} 1.0' in metrics
+    assert 'questions_total{outcome="refused"} 1.0' in metrics
+    assert 'outcome="lost"' not in metrics
 
 
 async def _until_closed(client, waiting, slow):
@@ -544,6 +676,8 @@ async def test_metrics_count_what_happened():
     assert value('questions_total{outcome="first"}') == 1
     assert value('questions_total{outcome="second"}') == 1
     assert value('questions_total{outcome="fallback_deadline"}') == 1
+    assert value('questions_total{outcome="refused"}') == 1
+    assert value('refusals_total{code="bad_question"}') == 1
     assert value("retransmissions_total") == 2
     assert value("first_uncertainty_count") == 3
     assert value('stage_seconds_count{stage="second"}') == 1
@@ -553,6 +687,12 @@ async def test_metrics_count_what_happened():
     for kind, direction in (("Ask", "up"), ("Region", "up"), ("RegionRequest", "down")):
         sent = client.session.traffic.total_bytes(direction, kind)
         assert value(f'bytes_total{{direction="{direction}",kind="{kind}"}}') == sent > 0
+
+
+def test_what_a_client_says_of_itself_stays_on_its_line():
+    record = logging.makeLogRecord({"msg": "connection opened", "client": "x\n12:00 info fake"})
+    assert "\n" not in PlainFormatter().format(record)
+    assert "\n" not in JsonFormatter().format(record)
 
 
 async def test_a_log_line_per_question_without_its_words(caplog):

@@ -30,6 +30,7 @@ from vlm_collab.messages import (
     decode_up,
     encode,
     micro,
+    short_millis,
     websocket_bytes,
 )
 
@@ -40,7 +41,9 @@ ids = st.integers(1, 2**32 - 1)
 sides = st.integers(1, 2**20)
 texts = st.text(max_size=60)
 bits = st.floats(0, 40, allow_nan=False)
-micros = st.integers(0, 2**40)
+micros = st.integers(0, 2**32 - 1)
+short = st.integers(0, 65535)
+targets = st.integers(1, 65535)
 millis = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 2**53)
 codecs = st.lists(st.sampled_from(Codec), min_size=1, max_size=3).map(tuple)
@@ -83,11 +86,11 @@ messages = st.one_of(
         st.integers(1, 2**21),
         st.integers(1, 4096),
         st.integers(1, 4096),
-        sides,
-        sides,
+        targets,
+        targets,
         st.sampled_from(Codec),
         st.integers(1, 100),
-        millis,
+        short,
         st.binary(max_size=64),
     ),
     st.builds(
@@ -97,7 +100,7 @@ messages = st.one_of(
         st.sampled_from(Stage),
         st.sampled_from(Fallback),
         micros,
-        st.builds(Usage, counts, counts, counts, counts, counts, millis, millis, millis, millis),
+        st.builds(Usage, counts, counts, counts, counts, counts, short, short, short, short),
     ),
     st.builds(Error, ids, st.sampled_from(ErrorCode), texts, st.none() | millis),
 )
@@ -168,8 +171,9 @@ def test_numbers_out_of_bounds_are_refused(fields):
         decode_up(msgspec.msgpack.encode(fields))
 
 
-# The largest values that a session with a 7B model, a 20-megapixel original and thousands of
-# questions meets. Text a person wrote or reads, and picture bytes, are the payload.
+# Text that a person wrote or reads and picture bytes are the payload. First what a 7B model, a
+# 20-megapixel original and thousands of questions come to, WebSocket header included; then the
+# largest numbers that any field can hold.
 IMAGE = bytes(60_000)
 BIG_USAGE = Usage(70_000, 300, 1300, 40, 20_000_000, 9999, 9999, 9999, 9999)
 WIRE = {
@@ -205,11 +209,41 @@ WIRE = {
 
 
 @pytest.mark.parametrize("name", WIRE)
-def test_the_wire_adds_at_most_48_bytes_to_the_payload(name):
+def test_the_wire_adds_at_most_48_bytes_to_the_payload_headers_included(name):
     message, payload_bytes = WIRE[name]
     frame = encode(message)
     up = isinstance(message, UP)
     assert websocket_bytes(len(frame), masked=up) - payload_bytes <= 48
+
+
+LAST = 2**32 - 1
+EXTREME_USAGE = Usage(2**32 - 1, 65535, 65535, 65535, 2**32 - 1, *[65535] * 4)
+EXTREMES = {
+    "ask": (
+        Ask(LAST, "what?", LAST, IMAGE * 2, 2**20, 2**20, Options(Retransmit(2), 0.5, 65535, True)),
+        len(IMAGE) * 2 + len("what?"),
+    ),
+    "region": (Region(LAST, IMAGE * 2), len(IMAGE) * 2),
+    "region request": (
+        RegionRequest(
+            LAST, "47", LAST, 2**24, 2**21, 4096, 4096, 65535, 65535, Codec.WEBP, 100, 65535
+        ),
+        len("47"),
+    ),
+    "answer": (Answer(LAST, "x" * 200, Stage.SECOND, Fallback.NONE, LAST, EXTREME_USAGE), 200),
+    "hello": (Hello(1, tuple(Codec), bytes(16), ""), 0),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_a_message_adds_at_most_48_bytes_whatever_its_numbers_are(name):
+    message, payload_bytes = EXTREMES[name]
+    assert len(encode(message)) - payload_bytes <= 48
+
+
+@pytest.mark.parametrize(("time_s", "wire"), [(0, 0), (0.0126, 13), (65.6, 65535), (1e9, 65535)])
+def test_long_times_stop_at_the_largest(time_s, wire):
+    assert short_millis(time_s) == wire
 
 
 @given(st.floats(0, 40))

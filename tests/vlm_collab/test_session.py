@@ -298,9 +298,10 @@ def test_a_frame_over_the_limit_is_refused_before_it_is_decoded():
 )
 def test_a_question_over_a_limit_is_refused_and_the_connection_goes_on(question, code):
     _, server = pair()
-    assert server.receive(encode(Ask(1, question, 1, b"", 1, 1))) is None
+    refusal = server.receive(encode(Ask(1, question, 1, b"", 1, 1)))
+    assert (refusal.id, refusal.code) == (1, code)
     assert server.in_flight == ()
-    assert b"" not in server.data_to_send()
+    assert server.data_to_send() == [encode(refusal)]
     assert isinstance(server.receive(encode(Ask(2, "what?", 1, b"", 1, 1))), Ask)
 
 
@@ -310,7 +311,7 @@ def test_questions_in_flight_are_bounded_on_both_sides():
         asked(edge, server)
     with pytest.raises(LocalProtocolError):
         edge.ask("one more", 1, SOURCE)
-    assert server.receive(encode(Ask(5, "one more", 1, b"", 1, 1))) is None
+    assert server.receive(encode(Ask(5, "one more", 1, b"", 1, 1))).code is ErrorCode.BUSY
     assert len(server.in_flight) == 4
 
 
@@ -344,6 +345,30 @@ def test_closing_refuses_what_is_in_flight():
     assert edge.in_flight == ()
 
 
+def test_what_was_under_way_when_the_server_said_goodbye_is_dropped():
+    edge, server = pair()
+    id = asked(edge, server)
+    server.request_region(request(id))
+    carry(server, edge)
+    edge.decline(id, DeclineReason.LIMIT)
+    server.answer(id, "first", Stage.FIRST, Fallback.OVERLOAD, 1.0, Usage())
+    server.close(ErrorCode.SHUTTING_DOWN, "bye")
+    assert carry(edge, server) == [None]
+    assert [event.text for event in carry(server, edge)] == ["first", "bye"]
+
+
+def test_a_runaway_text_is_cut_off():
+    edge, server = pair(edge_limits=EdgeLimits(max_text_chars=10))
+    id = asked(edge, server)
+    server.partial(id, Stage.FIRST, "x" * 10)
+    server.partial(id, Stage.FIRST, "x" * 11)
+    first, second = server.data_to_send()
+    assert edge.receive(first).text == "x" * 10
+    with pytest.raises(RemoteProtocolError) as caught:
+        edge.receive(second)
+    assert caught.value.code is ErrorCode.TOO_LARGE
+
+
 # ---- any bytes, any order --------------------------------------------------------------------
 
 
@@ -373,7 +398,7 @@ class Interleavings(RuleBasedStateMachine):
         self.asked: dict[int, str] = {}
         self.ended: dict[int, str] = {}
         self.cancelled: set[int] = set()
-        self.regions: dict[int, bytes] = {}
+        self.closing = False
 
     def _collect(self):
         self.up.extend(self.edge.data_to_send())
@@ -383,7 +408,7 @@ class Interleavings(RuleBasedStateMachine):
         ids = [id for id in session.in_flight if session.state(id) in states]
         return data.draw(st.sampled_from(ids)) if ids else None
 
-    @precondition(lambda self: len(self.edge.in_flight) < 4)
+    @precondition(lambda self: self.edge.welcome and len(self.edge.in_flight) < 4)
     @rule()
     def ask(self):
         question = f"question {len(self.asked) + 1}"
@@ -443,6 +468,13 @@ class Interleavings(RuleBasedStateMachine):
             self.server.error(id, ErrorCode.INTERNAL, f"error {id}")
             self._collect()
 
+    @precondition(lambda self: not self.closing and len(self.asked) > 2)
+    @rule()
+    def say_goodbye(self):
+        self.server.close(ErrorCode.SHUTTING_DOWN, "goodbye")
+        self.closing = True
+        self._collect()
+
     @precondition(lambda self: self.up)
     @rule()
     def deliver_up(self):
@@ -461,9 +493,16 @@ class Interleavings(RuleBasedStateMachine):
     def deliver_down(self):
         event = self.edge.receive(self.down.popleft())
         match event:
+            case Error(id=0):
+                assert self.closing
+                # What crossed the goodbye on its way up is refused by the closing itself: the
+                # shell ends it, as it does when a link is lost.
+                for id in self.edge.in_flight:
+                    self.ended[id] = "goodbye"
+                self.edge = EdgeSession()
             case Answer(id=id, text=text) | Error(id=id, text=text):
                 assert id not in self.ended
-                assert text in (f"answer {id}", f"error {id}")
+                assert text in (f"answer {id}", f"error {id}", "goodbye")
                 self.ended[id] = text
             case RegionWanted(id=id, request=wanted):
                 assert wanted.first == f"first {id}"
