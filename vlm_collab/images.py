@@ -1,6 +1,6 @@
 """Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
 
-Bytes from a peer are checked by `vlm_collab.pixels` before a pixel is decompressed.
+Bytes from a peer are checked by `vlm_collab.headers` before a pixel is decompressed.
 
 All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
 it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The
@@ -21,14 +21,13 @@ from PIL import Image
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
+from vlm_collab.headers import Codec, check_pixels, identify, pixels_only, stored_header
 from vlm_collab.pixels import (
     ALL_CODECS,
-    Codec,
-    check_pixels,
+    agreed_codec,
     codec_names,
     describe,
     flatten,
-    identify,
     loaded,
     open_bounded,
     orientation_of,
@@ -100,7 +99,10 @@ def read_header(
     max_pixels: int,
     max_frames: int = 1,
 ) -> ImageHeader:
-    """Check an encoded picture by its header alone; no pixel is decompressed.
+    """Check a picture received from a peer by its header alone.
+
+    Nothing is decompressed, and it takes well under a millisecond whatever the bytes are. A
+    picture that passes may still turn out to be broken when it is decoded.
 
     Args:
         data: the encoded picture.
@@ -110,12 +112,14 @@ def read_header(
 
     Raises:
         UnsupportedImageError: not a picture, or in none of these formats.
-        ImageTooLargeError: more pixels or frames than allowed.
+        ImageTooLargeError: more pixels or frames than allowed, or more metadata than pictures
+            that cross the wire have (`headers.MAX_PARTS`, `headers.MAX_METADATA_BYTES`).
         ImageError: the header is broken.
     """
-    codec, image = open_bounded(data, codecs, max_pixels, max_frames)
-    width, height = upright_size(image.size, orientation_of(image))
-    return ImageHeader(codec, width, height, getattr(image, "n_frames", 1))
+    codec = agreed_codec(data, codecs)
+    stored = stored_header(data, codec, max_pixels, max_frames)
+    width, height = upright_size((stored.width, stored.height), stored.orientation)
+    return ImageHeader(codec, width, height, stored.frames)
 
 
 def decode(
@@ -129,9 +133,12 @@ def decode(
 
     Arguments and errors as `read_header`; ImageError also if the pixels are broken or missing.
     """
-    _, image = open_bounded(data, codecs, max_pixels, max_frames)
-    orientation = orientation_of(image)  # before loading, to agree with read_header
-    upright = transposed(loaded(image).convert("RGB"), orientation)
+    codec = agreed_codec(data, codecs)
+    stored = stored_header(data, codec, max_pixels, max_frames)
+    _, image = open_bounded(pixels_only(data, codec), codecs, max_pixels, max_frames)
+    if image.size != (stored.width, stored.height):
+        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
+    upright = transposed(loaded(image).convert("RGB"), stored.orientation)
     upright.info.clear()
     return upright
 

@@ -1,37 +1,36 @@
 """Pillow's decoders, bounded and made plain: the ground that `vlm_collab.images` stands on.
 
-Bytes from a peer meet three checks before a pixel is decompressed: the first bytes name one of
-the formats that both sides agreed on, the header's pixel count is within the limit, and so is
-its frame count. Each format is opened by its own decoder class and not through `Image.open`:
-nothing else is ever tried on the bytes, the limit is the caller's rather than Pillow's
-process-wide one, and the second pictures that phones append to a JPEG are left alone.
+Three checks stand before a pixel is decompressed: the first bytes name one of the formats that
+both sides agreed on, the header's pixel count is within the limit, and so is its frame count.
+(`vlm_collab.headers` has checked a peer's bytes before they come here.) Each format is opened by
+its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
+limit is the caller's rather than Pillow's process-wide one, and the second pictures that phones
+append to a JPEG are left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import io
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-
-
-class Codec(enum.IntEnum):
-    """Formats that may cross the wire; the numbers are the wire values."""
-
-    JPEG = 1
-    PNG = 2
-    WEBP = 3
-
+from vlm_collab.headers import (
+    Codec,
+    check_frames,
+    check_pixels,
+    identify,
+    orientation_in,
+    webp_size,
+)
 
 ALL_CODECS = frozenset(Codec)
 
@@ -63,32 +62,29 @@ def open_bounded(
     data: bytes, codecs: frozenset[Codec], max_pixels: int, max_frames: int
 ) -> tuple[Codec, ImageFile]:
     """Open a picture lazily and check what its header promises."""
-    codec = identify(data)
-    if codec not in codecs:
-        found = f"a {codec.name} picture" if codec else describe(data)
-        raise UnsupportedImageError(f"{found}; usable formats: {codec_names(codecs)}")
+    codec = agreed_codec(data, codecs)
     if codec is Codec.WEBP:
         # Pillow's WebP decoder allocates its canvas on opening, so the size is read first.
-        check_pixels(_webp_size(data), max_pixels)
+        check_pixels(webp_size(data), max_pixels)
     with _decoder_errors(codec):
         image = _DECODERS[codec](io.BytesIO(data))
         frames = getattr(image, "n_frames", 1)
     check_pixels(image.size, max_pixels)
-    if frames > max_frames:
-        raise ImageTooLargeError(
-            f"an animation of {frames} frames, at most {max_frames} allowed; save one as a still"
-        )
+    check_frames(frames, max_frames)
     return codec, image
 
 
-def identify(data: bytes) -> Codec | None:
-    if data.startswith(b"\xff\xd8\xff"):
-        return Codec.JPEG
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Codec.PNG
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return Codec.WEBP
-    return None
+def agreed_codec(data: bytes, codecs: frozenset[Codec]) -> Codec:
+    """The format of a picture, by its first bytes.
+
+    Raises:
+        UnsupportedImageError: it is none of `codecs`.
+    """
+    codec = identify(data)
+    if codec is None or codec not in codecs:
+        found = f"a {codec.name} picture" if codec else describe(data)
+        raise UnsupportedImageError(f"{found}; usable formats: {codec_names(codecs)}")
+    return codec
 
 
 def describe(data: bytes) -> str:
@@ -103,28 +99,6 @@ def describe(data: bytes) -> str:
 
 def codec_names(codecs: Iterable[Codec]) -> str:
     return ", ".join(codec.name for codec in sorted(codecs)) or "none"
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Canvas size from the first chunk of a WebP file (RFC 9649, section 2)."""
-    kind, head = data[12:16], data[20:30]
-    if kind == b"VP8X" and len(head) == 10:
-        return int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:], "little") + 1
-    if kind == b"VP8L" and len(head) >= 5 and head[0] == 0x2F:
-        bits = int.from_bytes(head[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 " and len(head) == 10:
-        width, height = struct.unpack("<HH", head[6:])
-        return width & 0x3FFF, height & 0x3FFF
-    raise ImageError("a broken WEBP picture: its header is incomplete")
-
-
-def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"{width} x {height} pixels, at most {max_pixels / 1e6:g} megapixels allowed"
-        )
 
 
 @contextlib.contextmanager
@@ -185,15 +159,7 @@ def orientation_of(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
     # Not image.getexif(): for a PNG without EXIF it decodes the whole picture to look behind it.
     block = image.info.get("exif")
-    if not isinstance(block, bytes):
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        value = exif.get(ExifTags.Base.Orientation)
-    except (*_BROKEN, KeyError, TypeError):
-        return 1
-    return value if isinstance(value, int) and value in _UPRIGHT else 1
+    return orientation_in(block) if isinstance(block, bytes) else 1
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
