@@ -68,6 +68,12 @@ def serve(
     layer: Annotated[
         int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
     ] = None,
+    base_px: Annotated[
+        int | None, typer.Option(help="Base side of the region search, in px of the original.")
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="How the box is placed: sliding or centroid.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
     quality: Annotated[
         int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
@@ -114,6 +120,8 @@ def serve(
                 "device": device,
                 "dtype": dtype,
                 "layer": layer,
+                "base_px": base_px,
+                "placement": placement,
                 "metric": metric,
                 "aggregate": aggregate,
                 "eta": eta,
@@ -185,6 +193,7 @@ def engine_of(
         backend=backend,
         policy=chosen,
         ratios=preset.ratios,
+        placement=preset.placement,
         max_new_tokens=preset.max_new_tokens,
         local_view=None if side is None else Size(side, side),
     )

@@ -22,7 +22,7 @@ from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import Box, Frame, Size, TokenBox, frame_of, token_box_to_source
 from vlm_collab.messages import Fallback, Retransmit, Stage
 from vlm_collab.policy import Decision, Policy, ThresholdPolicy
-from vlm_collab.roi import DEFAULT_RATIOS, find_region
+from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class Engine:
         backend: the model.
         policy: when to ask for a region.
         ratios: window sizes of the region search, in units of the encoder's input side.
+        placement: how the box is placed on the map.
         max_new_tokens: longest answer.
         local_view: largest useful size of a region's picture, in px; None for the encoder's
             input.
@@ -142,6 +143,7 @@ class Engine:
     backend: Backend
     policy: Policy
     ratios: tuple[float, ...] = DEFAULT_RATIOS
+    placement: Placement = Placement.SLIDING
     max_new_tokens: int = 20
     local_view: Size | None = None
 
@@ -270,7 +272,7 @@ class Engine:
         work.prefilled_tokens += relative.prefilled_tokens
         work.add(info, relative.prefilled_tokens, relative.context_tokens, relative.layers)
         frame: Frame = frame_of(source, info.fit, info.view)
-        token_box = find_region(relative.map, frame, info.base_px, self.ratios)
+        token_box = place_region(relative.map, frame, info.base_px, self.ratios, self.placement)
         return RegionNeed(
             token_box=token_box,
             box=token_box_to_source(token_box, info.grid, frame, source),

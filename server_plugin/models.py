@@ -37,6 +37,7 @@ def open_model(
     layer: int | None = None,
     ratios: Sequence[float] | None = None,
     base_px: int | None = None,
+    placement: str | None = None,
     metric: str | None = None,
     aggregate: str | None = None,
     eta: float | None = None,
@@ -53,8 +54,8 @@ def open_model(
         device: a torch device, or "auto": CUDA where there is one, else the CPU.
         dtype: a torch floating point type, or "auto": bfloat16 on CUDA, else float32.
         prompt: name of another template of the preset, such as "vicrop".
-        layer, ratios, base_px, metric, aggregate, eta, k, max_new_tokens: replace the fields of
-            the preset that have these names; None leaves them.
+        layer, ratios, base_px, placement, metric, aggregate, eta, k, max_new_tokens: replace the
+            fields of the preset that have these names; None leaves them.
 
     Returns:
         The backend, and the preset with all replacements, which policy and engine are made of.
@@ -69,6 +70,7 @@ def open_model(
         layer=layer,
         ratios=None if ratios is None else list(ratios),
         base_px=base_px,
+        placement=placement,
         metric=metric,
         aggregate=aggregate,
         eta=eta,

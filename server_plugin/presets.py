@@ -16,7 +16,7 @@ import msgspec
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit
 from vlm_collab.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
-from vlm_collab.roi import DEFAULT_RATIOS
+from vlm_collab.roi import DEFAULT_RATIOS, Placement
 
 IMAGE_SLOT = "<image>"
 """Where a template takes the visual tokens, whatever the model's own image token is called."""
@@ -43,6 +43,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         layer: decoder layer, from 0, whose attention gives the relative map.
         ratios: window sides of the region search over the base side, in the order tried.
         base_px: base side of the region search in px; None: the encoder's input side.
+        placement: how the box is placed: the search of 003, or the centroid around the peak.
         prompts: templates by name, each with one `<image>` before one `{question}`. With two
             pictures, `<image>` stands for both, global view first (Eq. 12 of
             003_92b41fe49395ce1a.txt).
@@ -67,6 +68,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     layer: Annotated[int, msgspec.Meta(ge=0)]
     ratios: Annotated[tuple[Ratio, ...], msgspec.Meta(min_length=1)] = DEFAULT_RATIOS
     base_px: Positive | None = None
+    placement: Placement = Placement.SLIDING
     prompts: Annotated[dict[Text, Text], msgspec.Meta(min_length=1)]
     prompt: Text
     generic_instruction: Text = GENERIC_INSTRUCTION

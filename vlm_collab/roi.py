@@ -6,6 +6,7 @@ search; the roundings are ViCrop's, so that boxes can be compared exactly.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,16 @@ from vlm_collab.geometry import (
 
 DEFAULT_RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """Window sides tried, as multiples of the encoder's input side (section VI-B of 003)."""
+
+
+class Placement(enum.StrEnum):
+    """How the box is placed on the map."""
+
+    SLIDING = "sliding"
+    """The window of highest contrast among several sizes: the search of 003, the default."""
+    CENTROID = "centroid"
+    """One size, centred on the centroid around the map's peak. Not of the papers."""
+
 
 _SUM_BITS = 61
 """Sums over the whole grid stay below 2**61, so that differences of sums fit in an int64."""
@@ -170,15 +181,79 @@ def find_region(
     return best or whole_image(grid, frame)
 
 
+def centroid_region(relative: NDArray[Any], frame: Frame, side_px: int) -> TokenBox:
+    """A square of one size around the map's peak.
+
+    Its centre is the centroid of the peak cell (the first in row-major order on ties) and its
+    up to eight neighbours, weighted by the map with negative values as zero, rounded to half
+    cells, which is as fine as a token box can say. Where attention falls between two cells,
+    the sliding window must choose one of them; this does not.
+
+    Args:
+        relative: (R, C) relative attention; finite.
+        frame: what the view shows of the source, px.
+        side_px: side of the square in source px, at least 2; an odd one loses a pixel.
+
+    Returns:
+        The region as it crosses the wire; everything, if the square covers the frame.
+
+    Raises:
+        ValueError: the map is not a non-empty 2-D array of finite numbers, or the side is under
+            two pixels.
+    """
+    values = np.asarray(relative, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"a map must be finite, of shape (rows, columns), not {values.shape}")
+    if side_px < 2:
+        raise ValueError(f"a region must have at least 2 px a side, not {side_px}")
+    rows, columns = values.shape
+    if side_px >= max(frame.width, frame.height):
+        return whole_image(Grid(rows, columns), frame)
+    row, column = divmod(int(values.argmax()), columns)
+    top, left = max(row - 1, 0), max(column - 1, 0)
+    around = np.maximum(values[top : row + 2, left : column + 2], 0.0)
+    weight = around.sum()
+    if weight > 0:
+        y = top + around.sum(axis=1) @ (np.arange(around.shape[0]) + 0.5) / weight
+        x = left + around.sum(axis=0) @ (np.arange(around.shape[1]) + 0.5) / weight
+    else:
+        y, x = row + 0.5, column + 0.5
+    first_row, span_rows = _half_cells(y, rows)
+    first_column, span_columns = _half_cells(x, columns)
+    index = first_row * columns + first_column
+    return TokenBox(index, side_px // 2 * 2, span_columns, span_rows)
+
+
+def _half_cells(centre: float, cells: int) -> tuple[int, int]:
+    """First cell and span of the window of one or two cells whose centre is nearest."""
+    halves = min(max(math.floor(2 * centre + 0.5), 1), 2 * cells - 1)
+    return ((halves - 1) // 2, 1) if halves % 2 else (halves // 2 - 1, 2)
+
+
+def place_region(
+    relative: NDArray[Any],
+    frame: Frame,
+    base_px: int,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+    placement: Placement = Placement.SLIDING,
+) -> TokenBox:
+    """The region by the named placement: `find_region`, or `centroid_region` with the side of
+    the first ratio. Errors as theirs."""
+    if placement is Placement.CENTROID:
+        return centroid_region(relative, frame, math.floor(base_px * ratios[0]))
+    return find_region(relative, frame, base_px, ratios)
+
+
 def region_box(
     relative: NDArray[Any],
     frame: Frame,
     source: Size,
     base_px: int,
     ratios: Sequence[float] = DEFAULT_RATIOS,
+    placement: Placement = Placement.SLIDING,
 ) -> Box:
-    """`find_region`, then its pixels in the source image. Errors as those of `find_region`."""
-    token_box = find_region(relative, frame, base_px, ratios)
+    """`place_region`, then its pixels in the source image. Errors as those of `place_region`."""
+    token_box = place_region(relative, frame, base_px, ratios, placement)
     grid = Grid(*np.shape(relative))
     return token_box_to_source(token_box, grid, frame, source)
 

@@ -91,6 +91,8 @@ def test_a_port_in_use():
         (("fake", "--policy", "random"), "rate"),
         (("fake", "--rate", "0.5"), "--policy random"),
         (("fake", "--metric", "gut_feeling"), "gut_feeling"),
+        (("fake", "--placement", "anywhere"), "anywhere"),
+        (("fake", "--base-px", "0"), "base_px"),
         (("fake", "--eta", "-1"), "eta"),
         (("fake", "--eta", "much"), "--eta"),
         (("fake", "--quality", "0"), "quality"),
