@@ -132,12 +132,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(line: str, code: str, *, as_json: bool) -> None:
     """Tell a failure: a line on stderr, or with `--json` an object on stdout."""
-    line = " ".join(line.split())
+    line = printable(" ".join(line.split()))
     if as_json:
         print(json.dumps({"error": line, "code": code}), flush=True)
     else:
         named = line.startswith(f"{PROGRAM} ")
         print(line if named else f"{PROGRAM}: {line}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text without what would move the cursor or change the terminal: it comes from outside."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def exit_code(error: CollabError) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +85,11 @@ def ask(
         raise ConfigError("--always and --never exclude each other")
     if not all(question.strip() for question in questions):
         raise QuestionError("the question is empty")
+    # Limits of an option let "nan" through.
+    if eta is not None and not 0 <= eta < math.inf:
+        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
+    if math.isnan(deadline):
+        raise ConfigError("--deadline must be a number of seconds, not nan")
     crop_codec = None if save_crop is None else _codec_of(save_crop)
     options = Options(
         retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
@@ -93,7 +99,9 @@ def ask(
     # Opened before connecting: a wrong file name should not take a server to find out.
     pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
     pairs = list(itertools.product(pictures, questions))
-    screen: show.Screen = show.JsonLines() if as_json else show.Terminal(show_map=show_map)
+    screen: show.Screen = (
+        show.JsonLines() if as_json else show.Terminal(show_map=show_map, several=len(pairs) > 1)
+    )
     settings: ClientOptions = {
         "token": token,
         "ca_file": ca_file,

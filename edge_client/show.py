@@ -15,6 +15,7 @@ from rich.text import Text
 from edge_client import cli
 from edge_client.answer import EdgeAnswer
 from edge_client.asking import TextSink
+from edge_client.cli import printable
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
 from vlm_collab.messages import Fallback, Stage
@@ -88,11 +89,17 @@ class JsonLines:
 
 
 class Terminal:
-    """Text for people; in a terminal with colours, and with answers growing as they come."""
+    """Text for people; in a terminal with colours, and with answers growing as they come.
 
-    def __init__(self, *, show_map: bool) -> None:
+    Args:
+        show_map: show where the model looked.
+        several: there is more than one question, so that failures must say which one they are of.
+    """
+
+    def __init__(self, *, show_map: bool, several: bool = False) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._show_map = show_map
+        self._several = several
         self._texts: dict[int, Text] = {}
         self._live: Live | None = None
         if self._console.is_terminal:
@@ -124,15 +131,16 @@ class Terminal:
     def tell(
         self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
     ) -> None:
-        """Print the answer with its history and its cost."""
+        """Print the answer with its history and its cost; a failure as a line on stderr."""
         self._texts.pop(number, None)
+        if isinstance(result, CollabError):
+            which = f"{picture.name}: {question}: " if self._several else ""
+            self._fail(f"{which}{result}", result)
+            return
         title = Text.assemble(
             (f"{printable(picture.name)}: ", "dim"), (printable(question), "bold")
         )
         self._console.print(title)
-        if isinstance(result, CollabError):
-            self._console.print(Text.assemble("  ", ("failed", "red"), f"  {result}"))
-            return
         self._console.print(_history(result, picture))
         if self._show_map and result.map is not None:
             self._console.print(heat(result))
@@ -140,6 +148,13 @@ class Terminal:
     def note(self, line: str) -> None:
         """Print a line."""
         self._console.print(Text(printable(line), style="dim"))
+
+    def _fail(self, line: str, error: CollabError) -> None:
+        if self._live is not None:
+            self._live.stop()  # it would draw over a line on stderr
+        cli.report(line, cli.error_name(error), as_json=False)
+        if self._live is not None:
+            self._live.start()
 
     def _growing(self) -> Group:
         return Group(*list(self._texts.values())[:_LIVE_LINES])
@@ -221,10 +236,3 @@ def heat(answer: EdgeAnswer) -> Text:
         shades = (_SHADES[value * (len(_SHADES) - 1) // 255] * 2 for value in cells)
         text.append("  " + "".join(shades) + "\n", style="red")
     return text
-
-
-def printable(text: str) -> str:
-    """Text without what would move the cursor or change the terminal: it comes from outside."""
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

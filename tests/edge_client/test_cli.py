@@ -7,18 +7,21 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from edge_client import cli, show
+from edge_client.picture import Picture
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
-from tests.edge_client.scripted import speaking, unused_url
+from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
 from tests.support.wire import running, service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
-from vlm_collab.messages import Ask, Cancel
+from vlm_collab.messages import Ask, Cancel, Error, Stage, encode
 
 
 @pytest.fixture
@@ -106,9 +109,63 @@ async def test_one_failed_question_among_several(run, photo_file):
         failed, answered = map(json.loads, out.splitlines())
         assert failed["code"] == "BAD_QUESTION"
         assert answered["answer"].startswith("first")
-        code, out, _ = await asyncio.to_thread(run, *arguments)
+        code, out, err = await asyncio.to_thread(run, *arguments)
         assert code == 7
-        assert "failed" in out
+        # Answers on stdout, failures on stderr, and which question it was.
+        assert "<image>" not in out
+        assert SURE in out
+        assert err.startswith(f"vlm-collab: {photo_file}: what is <image>?: ")
+        assert err.count("\n") == 1
+
+
+async def test_a_failed_question_is_one_line(run, photo_file):
+    async with running(service()) as url:
+        code, out, err = await asyncio.to_thread(
+            run, "ask", photo_file, "what is <image>?", "--server", url
+        )
+    assert (code, out, err.count("\n")) == (7, "", 1)
+    assert err.startswith("vlm-collab: ")
+    assert photo_file not in err
+
+
+async def test_a_server_cannot_drive_the_terminal_by_what_it_refuses_with(run, photo_file):
+    evil = "sorry \x1b[2J\x1b]0;title\x07 \x9b1A"
+
+    async def refuse(peer: Peer) -> None:
+        await peer.greet()
+        while True:
+            ask = await peer.asked()
+            peer.session.error(ask.id, ErrorCode.INTERNAL, evil)
+            await peer.flush()
+
+    async def unfriendly(peer: Peer) -> None:
+        await peer.next()
+        await peer.socket.send(encode(Error(0, ErrorCode.BAD_ORDER, evil)))
+
+    for script in (refuse, unfriendly):
+        async with scripted(script) as server:
+            for questions in ((SURE,), (SURE, UNSURE)):
+                code, out, err = await asyncio.to_thread(
+                    run, "ask", photo_file, *questions, "--server", server.url
+                )
+                assert code != 0
+                assert "sorry" in err
+                assert all(c.isprintable() or c == "\n" for c in out + err)
+
+
+def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_file):
+    monkeypatch.setattr(show, "Console", partial(Console, force_terminal=True))
+    picture = Picture.open(photo_file)
+    with show.Terminal(show_map=False, several=True) as screen:
+        take = screen.sink(1, picture, SURE)
+        assert take is not None
+        screen.tell(0, picture, UNSURE, server_error(ErrorCode.BUSY, "full", None))
+        take(Stage.FIRST, "growing")
+        screen._live.refresh()
+    out, err = capsys.readouterr()
+    assert err == f"vlm-collab: {photo_file}: {UNSURE}: full\n"
+    assert "growing" in out
+    assert "full" not in out
 
 
 async def test_the_region_can_be_saved(run, photo_file, tmp_path):
@@ -171,6 +228,10 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
         (["ask", photo_file, "why?", "--quality", "0"], 2, "--quality"),
         (["ask", photo_file, "why?", "--deadline", "-1"], 2, "--deadline"),
         (["ask", photo_file, "why?", "--deadline", "soon"], 2, "--deadline"),
+        (["ask", photo_file, "why?", "--deadline", "nan"], 2, "--deadline"),
+        (["ask", photo_file, "why?", "--eta", "nan"], 2, "--eta"),
+        (["ask", photo_file, "why?", "--eta", "inf"], 2, "--eta"),
+        (["ask", photo_file, "why?", "--eta", "-3"], 2, "--eta"),
         (["ask", photo_file, "why?", "--always", "--never"], 2, "exclude each other"),
         (["ask", photo_file, "why?", "--server", "here"], 2, "is no server address"),
         (["ask", photo_file, "why?", "--ca-file", "none.pem"], 2, "CA file"),
@@ -335,7 +396,7 @@ async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
 
 
 def test_text_from_outside_cannot_drive_the_terminal():
-    told = show.printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
+    told = cli.printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
     assert all(c.isprintable() for c in told)
     assert "\x1b" not in told
     assert told.startswith("fine ")
