@@ -10,15 +10,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
-from vlm_collab.errors import ImageError, ImageTooLargeError
+from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import (
-    MAX_SOURCE_BYTES,
-    MAX_SOURCE_PIXELS,
-    Codec,
-    SourceImage,
-    encode,
-)
+from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, SourceImage, encode, read_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +65,7 @@ class Picture:
             image = SourceImage.open(source, max_pixels=max_pixels)
             return cls("the picture", source, image, max_pixels)
         name = os.fspath(source)
-        data = _read(name)
+        data = read_source(name)
         try:
             image = SourceImage.open(data, max_pixels=max_pixels)
         except ImageError as error:
@@ -198,25 +192,3 @@ def _key(source: str | os.PathLike[str] | bytes) -> object:
     except (OSError, ValueError):
         return path  # opening it says what is wrong
     return path, found.st_mtime_ns, found.st_size
-
-
-def _read(name: str) -> bytes:
-    """The content of a file.
-
-    Raises:
-        ImageError: there is none, or it cannot be read; one line that names it.
-    """
-    try:
-        with open(name, "rb") as file:
-            data = file.read(MAX_SOURCE_BYTES + 1)
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"{name}: is a directory, not a picture") from None
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read: {error.strerror or error}") from error
-    except ValueError:  # a null byte in the name
-        raise ImageError(f"{name!r}: no such file") from None
-    if len(data) > MAX_SOURCE_BYTES:
-        raise ImageTooLargeError(f"{name}: more than {MAX_SOURCE_BYTES >> 20} MiB")
-    return data

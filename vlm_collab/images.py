@@ -10,10 +10,10 @@ more parser to attack.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -48,6 +48,7 @@ __all__ = [
     "decode",
     "encode",
     "read_header",
+    "read_source",
 ]
 
 MAX_SOURCE_PIXELS = 200_000_000
@@ -223,14 +224,13 @@ class SourceImage:
             ImageTooLargeError: too many pixels or bytes, or animated.
             ImageError: missing, unreadable or broken. Each says which file, where it has a name.
         """
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+        data = source if isinstance(source, bytes) else read_source(source)
         try:
-            data = source if isinstance(source, bytes) else _read(source)
             _, image = open_bounded(data, ALL_CODECS, max_pixels, 1)
         except ImageError as error:
-            if not name:
+            if not isinstance(source, str | os.PathLike):
                 raise
-            raise type(error)(f"{name}: {error}") from error
+            raise type(error)(f"{_shown(source)}: {error}") from error
         stored = Size(*image.size)
         icc = image.info.get("icc_profile")
         return cls(data, None, stored, orientation_of(image), icc)
@@ -356,19 +356,56 @@ def _padded_extent(offset: int, length: int, frame: int, side: int) -> tuple[int
     return start, max(end - start, 1)
 
 
-def _read(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """All of a file, if it starts like a picture and is not too long."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if isinstance(source, str | os.PathLike):
-                source = stack.enter_context(open(source, "rb"))
-            head = source.read(32)
-            if identify(head) is None:
-                found = "an empty file" if not head else describe(head)
-                raise UnsupportedImageError(f"{found}; usable formats: {codec_names(ALL_CODECS)}")
-            data = head + source.read(MAX_SOURCE_BYTES)
-        except OSError as error:
-            raise ImageError(error.strerror or str(error)) from error
+def read_source(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """All of an original's file, if it starts like a picture and is not too long.
+
+    Only regular files are opened: a pipe would keep its reader waiting.
+
+    Args:
+        source: path, or open binary file.
+
+    Raises:
+        UnsupportedImageError: not a picture, or of another format; only its start was read.
+        ImageTooLargeError: more than `MAX_SOURCE_BYTES`.
+        ImageError: missing, no regular file, or unreadable. Each says which file, where it has a
+            name.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _read(source)
+    name = _shown(source)
+    try:
+        found = os.stat(source)
+        if stat.S_ISDIR(found.st_mode):
+            raise ImageError("is a directory, not a picture")
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError("is no regular file; save the picture as one first")
+        if found.st_size > MAX_SOURCE_BYTES:
+            raise ImageTooLargeError(_TOO_LONG)
+        with open(source, "rb") as file:
+            return _read(file)
+    except (FileNotFoundError, ValueError):  # ValueError: a null byte in the name
+        raise ImageError(f"{name}: no such file") from None
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except ImageError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+_TOO_LONG = f"more than {MAX_SOURCE_BYTES >> 20} MiB"
+
+
+def _read(file: BinaryIO) -> bytes:
+    head = file.read(32)
+    if identify(head) is None:
+        found = "an empty file" if not head else describe(head)
+        raise UnsupportedImageError(f"{found}; usable formats: {codec_names(ALL_CODECS)}")
+    data = head + file.read(MAX_SOURCE_BYTES)
     if len(data) > MAX_SOURCE_BYTES:
-        raise ImageTooLargeError(f"more than {MAX_SOURCE_BYTES >> 20} MiB")
+        raise ImageTooLargeError(_TOO_LONG)
     return data
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """A path for a message: on one line whatever its name."""
+    name = os.fspath(path)
+    return name if name.isprintable() else repr(name)

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import threading
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -136,6 +137,26 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
         Picture.open(large, max_pixels=100)
     with pytest.raises(ImageError):
         Picture.open(broken).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe.jpg")
+    for open_picture in (Picture.open, Album(10**6).get):
+        with pytest.raises(ImageError, match=r"pipe\.jpg: is no regular file"):
+            open_picture(pipe)
+
+
+def test_what_is_no_picture_is_not_read(tmp_path):
+    file = tmp_path / "film.mkv"
+    with file.open("wb") as hole:
+        hole.truncate(400 * 2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnsupportedImageError, match=r"film\.mkv: not a picture"):
+            Picture.open(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

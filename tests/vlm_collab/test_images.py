@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests.support.pictures import MEGAPIXEL, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
 from vlm_collab.images import (
+    MAX_SOURCE_BYTES,
     PAD_COLOUR,
     Codec,
     SourceImage,
@@ -350,7 +353,7 @@ def test_wrong_files_get_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(saved(photo(), "PNG")[:30])
     (tmp_path / "large.png").write_bytes(saved(photo(), "PNG"))
     for name, kind, line in (
-        ("missing.jpg", ImageError, "No such file"),
+        ("missing.jpg", ImageError, "no such file"),
         (".", ImageError, "directory"),
         ("notes.txt", UnsupportedImageError, "not a picture; usable formats: JPEG, PNG, WEBP"),
         ("empty.png", UnsupportedImageError, "an empty file"),
@@ -364,6 +367,40 @@ def test_wrong_files_get_one_clear_line(tmp_path: Path) -> None:
             SourceImage.open(path, max_pixels=1000)
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_regular_file_is_refused_unopened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a pipe would wait for its writer for ever."""
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("it was opened"))
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(ImageError, match=r"is no regular file|is a directory") as caught:
+            SourceImage.open(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_names_that_are_more_than_a_line(tmp_path: Path) -> None:
+    for name in ("no\0name", "no\nname", "no\x1b[2Jname"):
+        with pytest.raises(ImageError, match="no such file") as caught:
+            SourceImage.open(tmp_path / name)
+        assert str(caught.value).isprintable()
+
+
+def test_files_too_long_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "long.png"
+    with path.open("wb") as file:
+        file.write(saved(photo(), "PNG"))
+        file.truncate(MAX_SOURCE_BYTES + 1)  # a hole: it takes no space
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageTooLargeError, match="more than 1024 MiB"):
+            SourceImage.open(path)
+        assert tracemalloc.get_traced_memory()[1] < MEGAPIXEL
+    finally:
+        tracemalloc.stop()
 
 
 def test_broken_pixels_show_when_they_are_needed() -> None:
