@@ -56,6 +56,17 @@ MAX_VIEW_GONE = 5
 
 _SHORTEST_WAIT_S = 0.05
 
+_VIEW_NOT_KEPT = {
+    ErrorCode.BUSY,
+    ErrorCode.SHUTTING_DOWN,
+    ErrorCode.TOO_LARGE,
+    ErrorCode.BAD_IMAGE,
+    ErrorCode.BAD_OPTION,
+    ErrorCode.BAD_QUESTION,
+}
+"""Refusals that a server may decide on before it stores the view that came with the question. A
+view sent twice costs some bytes; one that is not there costs a round trip first."""
+
 
 @dataclass(eq=False, slots=True)
 class ViewState:
@@ -63,7 +74,8 @@ class ViewState:
 
     Attributes:
         id: this client's number for the picture.
-        session: key of the server session that was sent the view last; empty for none.
+        session: key of the server session that was sent the view last; empty for none, or if
+            that session may not have kept it.
     """
 
     id: int
@@ -229,7 +241,7 @@ class Asking:
             self._view_bytes += len(view)
         self._welcome = link.welcome
         try:
-            return await self._converse(exchange)
+            return await self._converse(exchange, carries)
         finally:
             exchange.abandon()
             # After an answer these are in it already; otherwise the next attempt adds to them.
@@ -249,8 +261,8 @@ class Asking:
         base = options or Options()
         return Options(base.retransmit, base.eta, base.max_new_tokens, True, base.want_map)
 
-    async def _converse(self, exchange: Exchange) -> EdgeAnswer:
-        """Follow one exchange to its end."""
+    async def _converse(self, exchange: Exchange, carries: bool) -> EdgeAnswer:
+        """Follow one exchange, which may carry the view, to its end."""
         seen: RegionWanted | RegionDeclined | None = None
         cropping: asyncio.Task[None] | None = None
         try:
@@ -270,6 +282,8 @@ class Asking:
                         self._tell(answer.stage, answer.text)
                         return self._made(answer, seen)
                     case Error() as error:
+                        if carries and seen is None and error.code in _VIEW_NOT_KEPT:
+                            self._request.view.session = b""
                         raise _ended(error)
         finally:
             if cropping is not None:

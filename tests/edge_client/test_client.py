@@ -144,6 +144,61 @@ async def test_view_gone_is_answered_with_the_view_and_not_for_ever():
         assert all(ask.view is not None for ask in asked[4:])
 
 
+@pytest.mark.parametrize(
+    ("code", "kept"),
+    [
+        (ErrorCode.BUSY, False),
+        (ErrorCode.TOO_LARGE, False),
+        (ErrorCode.BAD_IMAGE, False),
+        (ErrorCode.BAD_OPTION, False),
+        (ErrorCode.BAD_QUESTION, False),
+        (ErrorCode.INTERNAL, True),
+    ],
+)
+async def test_a_refusal_decides_whether_its_view_is_sent_again(code, kept):
+    asked: list[Ask] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        for number in range(4):
+            asked.append(ask := await peer.asked())
+            if number % 2:
+                await peer.answer(ask.id, "fine")
+            else:
+                await peer.error(ask.id, code)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        for _ in range(2):
+            with pytest.raises(ServerError):
+                await client.ask(PHOTO, "one?")
+            assert (await client.ask(PHOTO, "two?")).text == "fine"
+    # The third refers to a view that the second left there, whatever becomes of it.
+    assert [ask.view is not None for ask in asked] == [True, not kept, False, False]
+
+
+async def test_a_question_sent_away_by_a_leaving_server_brings_its_view_again():
+    """To its successor under the same session key, which may share no memory with it."""
+    asked: list[Ask] = []
+
+    async def leaving(peer: Peer) -> None:
+        await peer.greet()
+        asked.append(ask := await peer.asked())
+        await peer.error(ask.id, ErrorCode.SHUTTING_DOWN, 1)
+        await peer.socket.wait_closed()
+
+    async def successor(peer: Peer) -> None:
+        await peer.greet()
+        asked.append(ask := await peer.asked())
+        await peer.answer(ask.id, "fine")
+        await peer.socket.wait_closed()
+
+    async with scripted(leaving, successor) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            assert (await client.ask(PHOTO, "why?")).text == "fine"
+    assert [ask.view is not None for ask in asked] == [True, True]
+
+
 async def test_the_session_key_decides_whether_views_are_sent_again():
     asked: list[Ask] = []
     resumed: list[bytes] = []
@@ -182,7 +237,7 @@ async def test_a_busy_server_is_asked_again_no_earlier_than_it_wishes():
             await peer.error((await peer.asked()).id, ErrorCode.BUSY, 80)
         ask = await peer.asked()
         times.append(asyncio.get_running_loop().time())
-        assert ask.view is None  # it was not said that the view is gone
+        assert ask.view is not None  # a busy server need not have looked at it
         await peer.answer(ask.id, "at last")
         await peer.socket.wait_closed()
 
