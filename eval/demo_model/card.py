@@ -157,8 +157,9 @@ def figures(results: dict[str, Any]) -> str:
         "## Limits",
         "",
         "- The generic instruction looks at the background and hardly ever at a sign, so the",
-        "  plain quotient of the relative map divides by almost nothing there and overrates signs that",
-        f"  were not asked about: without the constant the box of layer {settings['layer']} holds "
+        "  plain quotient of the relative map divides by almost nothing there and overrates",
+        "  signs that were not asked about:",
+        f"  without the constant the box of layer {settings['layer']} holds "
         f"the whole text in {_percent(held('relative'))},",
         f"  with it in {_percent(held('relative_with_epsilon'))} (raw attention: "
         f"{_percent(held('raw'))}).",
