@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from vlm_collab.errors import ModelError
 
 _FILE_FAULTS = (OSError, ValueError, LookupError, TypeError, SafetensorError, StrictDataclassError)
 """What transformers, safetensors and the standard library raise for missing or damaged files."""
 
-# Typed `Any`: their annotations do not cover what `from_pretrained` returns.
+_HUB_TIMEOUT_S = 5.0
+
+_CHATTY = ("huggingface_hub", "httpx", "httpx2")
+"""Loggers that tell of every request and retry. What matters of it becomes our own error."""
+
+# Typed `Any`: their annotations do not cover what `from_pretrained` returns, or are missing.
 _PROCESSORS: Any = AutoProcessor
 _MODELS: Any = AutoModelForImageTextToText
+_BARS: Any = transformers_logging
 
 
 def local_or_hub(name: str) -> str:
@@ -108,14 +118,48 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _where(name: str) -> dict[str, bool]:
-    """Arguments of `from_pretrained` for a folder or a hub name."""
-    return {"local_files_only": Path(name).is_dir()}
+    """Arguments of `from_pretrained` for a folder or a hub name.
+
+    Raises:
+        ModelError: a hub name of which nothing is here, and the hub cannot be reached.
+    """
+    return {"local_files_only": Path(name).is_dir() or not _hub_answers(name)}
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked; if it cannot, there must be something in the cache.
+
+    The library itself would try each missing file for half a minute before it gives up.
+    """
+    url = hf_hub_url(name, "config.json")
+    try:
+        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
+    except HFValidationError:
+        raise  # no name that a hub can have
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            return True  # it answered; `from_pretrained` says best what is wrong
+        reason = str(error)
+    # The HTTP library's errors have no base here that is the same in all versions of the hub's.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    else:
+        return True
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        hub = url.partition(f"/{name}/")[0]
+        raise ModelError(
+            f"{name} is no folder here and not in the local cache, and {hub} cannot be reached: "
+            f"{_shortened(' '.join(reason.split()))}"
+        )
+    return False
 
 
 @contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
+    """While something is loaded: one clear error, and nothing else on stderr but progress."""
     try:
-        yield
+        with _quiet():
+            yield
     except Exception as error:
         # The tokenizers library raises bare `Exception`; anything else unexpected is a bug of
         # ours and goes on as it is.
@@ -123,6 +167,25 @@ def _one_line(name: str, what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise ModelError(f"{name}: cannot load its {what}: {_shortened(reason)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No lines about requests; progress bars only where somebody watches them."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    bars = _BARS.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if bars and not sys.stderr.isatty():
+        _BARS.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars and not _BARS.is_progress_bar_enabled():
+            _BARS.enable_progress_bar()
 
 
 def _shortened(reason: str, limit: int = 200) -> str:

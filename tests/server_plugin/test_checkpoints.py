@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 import server_plugin.models
+from server_plugin.adapters import checkpoint as checkpoint_module
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.models import open_model
 from server_plugin.presets import preset_named
 from tests.support.oracle import picture
+from tests.support.process import SERVE
 from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
 from vlm_collab.errors import CollabError, ConfigError, ModelError
 from vlm_collab.geometry import Fit
@@ -109,6 +117,98 @@ def test_damaged_checkpoints_are_refused_in_one_line(
 def test_missing_folders_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         open_model(name)
+
+
+def without_network(tmp_path: Path, cache: Path | None = None) -> dict[str, str]:
+    """The environment of a process that reaches no hub and finds nothing in its cache."""
+    return os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_CACHE": str(cache or tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+
+
+def serve(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [*SERVE, *arguments, "--port", "0", "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+@pytest.mark.parametrize("log_level", ["warning", "info"])
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, log_level: str) -> None:
+    """Counted in attempts and not in seconds: each one but the first would be logged."""
+    done = serve("nosuchmodel/x", "--log-level", log_level, env=without_network(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("vlm-collab: nosuchmodel/x is no folder here and not in the")
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+
+
+def test_the_hub_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def unreachable(url: str, **_: object) -> None:
+        tried.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(checkpoint_module, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
+    with pytest.raises(ModelError, match="cannot be reached: no route to host") as caught:
+        open_model("nosuchmodel/x")
+    assert "\n" not in str(caught.value)
+    assert len(tried) == 1
+
+
+def test_a_name_that_no_hub_can_have() -> None:
+    with pytest.raises(ModelError, match=r"cannot load its config\.json: .*alphanumeric"):
+        open_model("no such/model")
+
+
+def test_a_cached_checkpoint_needs_no_hub(checkpoint: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--owner--tiny"
+    shutil.copytree(checkpoint, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    code = (
+        "from server_plugin.models import open_model\n"
+        "backend, _ = open_model('owner/tiny', layer=1, device='cpu')\n"
+        "print(backend.info.name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=without_network(tmp_path),
+    )
+    assert (done.stdout, done.stderr) == ("owner/tiny\n", "")
+
+
+def test_loading_leaves_the_librarys_settings_as_they_were(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    logger = logging.getLogger("huggingface_hub")
+
+    def watch(name: str) -> dict[str, bool]:
+        seen.append((logger.level, transformers_logging.is_progress_bar_enabled()))
+        return {"local_files_only": True}
+
+    monkeypatch.setattr(checkpoint_module, "_where", watch)
+    before = logger.level, transformers_logging.is_progress_bar_enabled()
+    for watched in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+        checkpoint_module.load_config(str(checkpoint))
+        assert (logger.level, transformers_logging.is_progress_bar_enabled()) == before
+    assert seen == [(logging.ERROR, False), (logging.ERROR, True)]
+
+
+def test_no_progress_bar_where_nobody_watches(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TransformersBackend.load(str(checkpoint), DEMO, device="cpu")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_file_is_no_folder(checkpoint: Path) -> None:
