@@ -127,6 +127,14 @@ class TransformersBackend:
         use_capturing_attention(adapter.decoder)
         self._adapter = adapter
         self._preset = preset
+        try:
+            self._shared = adapter.prompts.shared()
+            self._generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
+        except QuestionError as error:
+            raise ModelError(
+                f"{name} has a context of {layout.context_tokens} tokens, too few for a picture "
+                f"of {layout.visual_tokens} and a question"
+            ) from error
         self._info = ModelInfo(
             name=name,
             view=layout.view,
@@ -138,17 +146,9 @@ class TransformersBackend:
             layers=text.num_hidden_layers,
             visual_tokens=layout.visual_tokens,
             context_tokens=layout.context_tokens,
-            view_bytes=_cache_bytes(text, len(adapter.prompts.shared().ids), adapter.dtype),
+            view_bytes=_cache_bytes(text, len(self._shared.ids), adapter.dtype),
         )
         self._end_tokens = adapter.end_tokens
-        try:
-            self._shared = adapter.prompts.shared()
-            self._generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
-        except QuestionError as error:
-            raise ModelError(
-                f"{name} has a context of {layout.context_tokens} tokens, too few for a picture "
-                f"of {layout.visual_tokens} and a question"
-            ) from error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-collab-model")
         self._closing = threading.Event()
 
