@@ -269,11 +269,14 @@ class Connection:
             return
         task = asyncio.create_task(self._question(ask, lease))
         self._tasks[ask.id] = task
+        self._service.questions += 1
 
         def ended(_: asyncio.Task[None]) -> None:
             # Here and not in the task: one that is cancelled before its first step never runs.
             lease.close()
+            self._service.questions -= 1
             self._tasks.pop(ask.id, None)
+            self._count(ask.id, "lost")
 
         task.add_done_callback(ended)
 
@@ -365,7 +368,6 @@ class Connection:
     async def _question(self, ask: Ask, lease: Lease) -> None:
         """Answer one question, or refuse it with a reason."""
         service = self._service
-        service.questions += 1
         try:
             async with asyncio.timeout(service.config.limits.question_timeout_s):
                 await self._answer(ask, lease)
@@ -385,17 +387,12 @@ class Connection:
             self._refuse(ask.id, _Refused(ErrorCode.BAD_IMAGE, str(error)))
         except CollabError as error:
             self._refuse(ask.id, _Refused(ErrorCode.BAD_QUESTION, str(error)))
-        except asyncio.CancelledError:
-            # Cancelled by the edge (which has its reply) or the connection is gone.
-            self._count(ask.id, "lost")
-            raise
         # A bug or a failing runtime must not leave the edge waiting, nor end the connection's
         # other questions.
         except Exception:
             log.exception("question failed", extra={"connection": self._name, "question": ask.id})
             self._refuse(ask.id, _Refused(ErrorCode.INTERNAL, "the server failed", 1.0))
         finally:
-            service.questions -= 1
             for kept in (self._texts, self._regions, self._held):
                 kept.pop(ask.id, None)
 

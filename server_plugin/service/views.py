@@ -85,7 +85,7 @@ class Lease:
             # Shielded: another question may wait for the same view.
             view = await asyncio.shield(entry.opening)
         except BaseException:
-            if entry.opening.done():
+            if entry.opening.done() and _opened(entry) is None:
                 store._drop(self._session, self._view_id, only=entry)  # it will never open
             raise
         entry.nbytes = view.nbytes
@@ -108,7 +108,7 @@ class Lease:
         if view is not None:
             entry.nbytes = view.nbytes  # it may have grown by what was computed of it
         if entry.dropped and not entry.users:
-            self._store._release(entry)
+            self._store._forget(entry)
         self._store._shrink()
 
 
@@ -252,12 +252,14 @@ class ViewStore:
         if entry is None or (only is not None and entry is not only):
             return
         del session.views[view_id]
-        del self._recent[entry]
         entry.dropped = True
+        # While a question works on it, it occupies memory, and so it stays in the books: else a
+        # client that replaces its view again and again would hold any number of them.
         if entry.users == 0:
-            self._release(entry)
+            self._forget(entry)
 
-    def _release(self, entry: _Entry) -> None:
+    def _forget(self, entry: _Entry) -> None:
+        del self._recent[entry]
         opening = entry.opening
         if opening is None:
             return

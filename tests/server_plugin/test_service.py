@@ -479,6 +479,28 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         assert isinstance(await other.next(), Answer)
 
 
+async def test_replacing_a_view_again_and_again_does_not_get_round_the_memory():
+    backend = FakeBackend()
+    limits = {"max_view_bytes": 3 * backend.info.view_bytes}
+    async with running(service(backend, limits=limits)) as url, edge(url) as client:
+        ids = [await client.ask(UNSURE, picture(i), view_id=1) for i in range(12)]
+        events = [await client.next() for _ in ids]
+        assert sum(isinstance(event, RegionWanted) for event in events) == 3
+        assert len(backend.views) <= 3
+    assert backend.views == set()
+
+
+async def test_questions_in_flight_are_bounded_even_when_they_come_at_once():
+    running_service = service(limits={"max_questions": 2})
+    async with running(running_service) as url, edge(url) as client:
+        for i in range(6):
+            client.session.ask(SURE, i, SOURCE, picture(i))
+        await client.flush()
+        events = [await client.next() for _ in range(6)]
+        assert {e.code for e in events if isinstance(e, Error)} <= {ErrorCode.BUSY}
+        await settled(running_service)
+
+
 async def test_one_view_larger_than_the_memory_is_still_answered():
     async with running(service(limits={"max_view_bytes": 1000})) as url, edge(url) as client:
         for i in range(3):
