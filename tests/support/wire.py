@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
@@ -14,14 +15,15 @@ from server_plugin.backends.fake import FakeBackend
 from server_plugin.engine import Engine
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
-from server_plugin.service.runner import running
 from vlm_collab.geometry import Size
 from vlm_collab.images import Codec, encode
 from vlm_collab.messages import SUBPROTOCOL, Options
 from vlm_collab.policy import Aggregate, Metric, Policy, ThresholdPolicy
-from vlm_collab.session import EdgeSession
+from vlm_collab.session import EdgeSession, RegionWanted
 
 SOURCE = Size(896, 896)
+UNSURE = "what is on the small sign?"
+SURE = "what colour is the sky?"
 
 
 def picture(shade: int = 0, size: tuple[int, int] = (112, 112), codec: Codec = Codec.PNG) -> bytes:
@@ -106,4 +108,19 @@ async def edge(
         yield client
 
 
-__all__ = ["SOURCE", "Edge", "edge", "picture", "running", "service"]
+def http(url: str) -> str:
+    parts = urlsplit(url)
+    return f"http://{parts.netloc}"
+
+
+async def settled(running_service, *, views: int | None = None) -> None:
+    """Wait until nothing is in flight; fails if something stays."""
+    async with asyncio.timeout(5):
+        while running_service.questions or running_service.queue.waiting:
+            await asyncio.sleep(0.005)
+
+
+async def unsure(client, **how):
+    id = await client.ask(UNSURE, picture(), **how)
+    assert isinstance(await client.next(), RegionWanted)
+    return id
