@@ -23,10 +23,12 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
-from eval.demo_model.evaluate import Settings, load_model, own_box, through_jpeg
+from eval.demo_model.asked import Settings, through_jpeg
+from eval.demo_model.boxes import own_box
 from eval.demo_model.measure import Reader, Reading
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
+from eval.demo_model.workers import load_model
 from eval.scenes import Question, SceneStyle, crop, generate_scene, questions, render
 from vlm_collab.geometry import Grid
 from vlm_collab.roi import relative_map

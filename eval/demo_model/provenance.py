@@ -1,0 +1,34 @@
+"""What stands behind a result: command, revision, versions."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import PIL
+import torch
+import transformers
+
+from eval.demo_model.export import FOLDER
+
+
+def provenance(tool: str) -> dict[str, str]:
+    """Command, revision and versions behind a result of ``eval.demo_model.<tool>``."""
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parent,
+        check=False,
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python -m", f"eval.demo_model.{tool}", *sys.argv[1:]]),
+        "git": revision or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }

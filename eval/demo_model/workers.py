@@ -1,0 +1,76 @@
+"""Runs an evaluation on one process or several; each scene's result is the same either way."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import LlavaForConditionalGeneration
+
+from eval.demo_model.asked import Settings
+from eval.demo_model.export import FOLDER
+from eval.demo_model.measure import Reader
+
+T = TypeVar("T")
+Work = Callable[[Reader, Settings, list[int]], list[T]]
+"""What to do with a chunk of scene indices; a function of a module, so that it can be sent."""
+
+_CHUNK = 50
+_reader: Reader | None = None
+
+
+def load_model(folder: Path = FOLDER) -> LlavaForConditionalGeneration:
+    """The checkpoint with its bfloat16 weights run in float32."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.train(False)
+    return model
+
+
+def chunks(indices: Sequence[int]) -> list[list[int]]:
+    """The indices in pieces that fit in memory."""
+    return [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
+
+
+def here(model: LlavaForConditionalGeneration, work: Work[T], settings: Settings) -> list[T]:
+    """All of ``settings`` in this process, with a progress bar."""
+    reader = Reader(model)
+    made: list[T] = []
+    with tqdm(total=settings.count, desc=settings.split, disable=None) as bar:
+        for chunk in chunks(settings.indices()):
+            made += work(reader, settings, chunk)
+            bar.update(len(chunk))
+    return made
+
+
+def _start(folder: Path) -> None:
+    global _reader
+    torch.set_num_threads(1)
+    _reader = Reader(load_model(folder))
+
+
+def _one(work: Work[T], settings: Settings, chunk: list[int]) -> list[T]:
+    assert _reader is not None
+    return work(_reader, settings, chunk)
+
+
+def spread(folder: Path, work: Work[T], settings: Settings, workers: int) -> list[T]:
+    """All of ``settings`` on ``workers`` processes of one thread each, in order."""
+    if workers < 2:
+        return here(load_model(folder), work, settings)
+    made: list[T] = []
+    # Spawned, not forked: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, _start, (folder,)) as pool,
+        tqdm(total=settings.count, desc=settings.split, disable=None) as bar,
+    ):
+        for part in pool.map(partial(_one, work, settings), chunks(settings.indices())):
+            made += part
+            bar.update(len(part))
+    return made
