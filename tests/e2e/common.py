@@ -18,8 +18,9 @@ from edge_client.keeper import Retry
 from edge_client.picture import Picture
 from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.service.app import Service
+from server_plugin.service.runner import running
 from tests.support.proxy import Proxy
-from tests.support.wire import running, service
+from tests.support.wire import service
 from vlm_collab.geometry import Box, Fit, Size, cell_to_source, frame_of
 from vlm_collab.images import Codec, decode
 from vlm_collab.messages import Fallback, Stage

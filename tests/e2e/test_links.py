@@ -10,9 +10,10 @@ import pytest
 from edge_client import asking
 from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
+from server_plugin.service.runner import running
 from tests.e2e.common import HASTY, SURE, UNSURE, alone, check, photo, settled, slow, world
 from tests.support.proxy import Proxy, What, Where
-from tests.support.wire import running, service
+from tests.support.wire import service
 from vlm_collab.errors import DeadlineError, LinkError
 from vlm_collab.messages import Answer, Ask, Fallback, Region, RegionRequest, Welcome
 

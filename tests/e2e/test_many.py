@@ -11,6 +11,7 @@ from edge_client.client import EdgeClient
 from edge_client.picture import Picture
 from edge_client.sync import Client
 from edge_client.sync import ask as ask_once
+from server_plugin.service.runner import running
 from tests.e2e.common import (
     HASTY,
     SURE,
@@ -23,7 +24,7 @@ from tests.e2e.common import (
     world,
 )
 from tests.support.proxy import What, Where
-from tests.support.wire import running, service
+from tests.support.wire import service
 from vlm_collab.errors import BusyError, CollabError, ServerError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.images import Codec

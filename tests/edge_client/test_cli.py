@@ -16,9 +16,10 @@ from rich.console import Console
 
 from edge_client import cli, show
 from edge_client.picture import Picture
+from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
 from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
-from tests.support.wire import running, service
+from tests.support.wire import service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
 from vlm_collab.messages import Ask, Cancel, Error, Stage, encode

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support.wire import running, service
+from server_plugin.service.runner import running
+from tests.support.wire import service
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 60 * 10**6

@@ -10,7 +10,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from server_plugin.backends.fake import FakeBackend, Script
-from tests.support.wire import SURE, UNSURE, edge, picture, running, service, settled, unsure
+from server_plugin.service.runner import running
+from tests.support.wire import SURE, UNSURE, edge, picture, service, settled, unsure
 from vlm_collab.errors import ErrorCode
 from vlm_collab.images import Codec
 from vlm_collab.messages import (

@@ -13,7 +13,8 @@ import trustme
 from websockets.exceptions import InvalidStatus
 
 from server_plugin.service.logs import JsonFormatter, PlainFormatter
-from tests.support.wire import SURE, UNSURE, edge, http, picture, running, service, unsure
+from server_plugin.service.runner import running
+from tests.support.wire import SURE, UNSURE, edge, http, picture, service, unsure
 from vlm_collab.errors import ConfigError
 from vlm_collab.messages import (
     Answer,

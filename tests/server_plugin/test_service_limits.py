@@ -12,7 +12,8 @@ from websockets.exceptions import ConnectionClosed
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service import app
 from server_plugin.service.connection import MAX_WAITING_FRAMES
-from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, running, service, settled
+from server_plugin.service.runner import running
+from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, service, settled
 from vlm_collab.errors import ErrorCode
 from vlm_collab.messages import (
     Answer,

@@ -109,18 +109,20 @@ async def edge(
 
 
 def http(url: str) -> str:
+    """Where the service's other routes are."""
     parts = urlsplit(url)
     return f"http://{parts.netloc}"
 
 
-async def settled(running_service, *, views: int | None = None) -> None:
+async def settled(running_service: Service) -> None:
     """Wait until nothing is in flight; fails if something stays."""
     async with asyncio.timeout(5):
         while running_service.questions or running_service.queue.waiting:
             await asyncio.sleep(0.005)
 
 
-async def unsure(client, **how):
+async def unsure(client: Edge, **how: Any) -> int:
+    """Ask what the fake is unsure of, up to its request for a region."""
     id = await client.ask(UNSURE, picture(), **how)
     assert isinstance(await client.next(), RegionWanted)
     return id
