@@ -97,13 +97,16 @@ _BANK_TILES = 96
 class SceneStyle:
     """What a scene holds. Lengths are in pixels of an 896-pixel picture and scale with it.
 
-    ``two_digits`` is the share of signs that carry two digits (the rest carry one).
+    ``two_digits`` is the share of signs that carry two digits (the rest carry one). Text heights
+    h have a density proportional to h^-p, ``p`` being ``text_height_power``: log-uniform at 1,
+    the more small texts the larger it is.
     """
 
     signs: tuple[int, int] = (3, 6)
     diameter_px: tuple[float, float] = (60.0, 270.0)
     text_height_px: tuple[float, float] = (24.0, 160.0)
     two_digits: float = 0.0
+    text_height_power: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,14 +280,22 @@ def _signs(
 
 
 def _sizes(rng: np.random.Generator, shape: str, style: SceneStyle) -> tuple[float, float]:
-    """Text height, log-uniform, and a diameter that holds it but says little about it."""
+    """Text height and a diameter that holds it but says little about it."""
     share = _TEXT_SHARE[shape]
     low, high = style.text_height_px
     high = max(min(high, style.diameter_px[1] * share), low)
-    height = low * (high / low) ** float(rng.random())
+    height = _height(low, high, style.text_height_power, float(rng.random()))
     smallest = max(style.diameter_px[0], height / share)
     largest = max(min(style.diameter_px[1], height * 5.0), smallest)
     return height, smallest * (largest / smallest) ** float(rng.random())
+
+
+def _height(low: float, high: float, power: float, share: float) -> float:
+    """The height below which lies ``share`` of a density proportional to h^-power."""
+    if power == 1.0:
+        return low * (high / low) ** share
+    rest = 1.0 - power
+    return float((low**rest + share * (high**rest - low**rest)) ** (1.0 / rest))
 
 
 def _place(

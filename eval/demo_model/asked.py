@@ -15,13 +15,18 @@ from eval.scenes import Scene, SceneStyle, generate_scene, questions, render
 SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 """Picture sizes (w, h) in px, taken in turn."""
 
+TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.0}
+"""Scene styles by name. The benchmark's texts are mostly small, so that the global view alone is
+right about half the time; its power was chosen on validation scenes (`eval.demo_model.choose`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What to run: the split, the share of two-digit texts, and how regions are placed.
 
     ``base_px`` is the base side of the region search, ``centroid_px`` the side of the second
-    placement's square, both in source px.
+    placement's square, both in source px. Text heights have a density proportional to
+    h^-``text_height_power`` (`eval.scenes.SceneStyle`), which ``style`` names.
     """
 
     split: Literal["val", "test"]
@@ -33,10 +38,12 @@ class Settings:
     jpeg: int | None = None
     first_index: int = 0
     centroid_px: int = 256
+    style: str = "default"
+    text_height_power: float = 1.0
 
     def scene_style(self) -> SceneStyle:
         """How the scenes are drawn up."""
-        return SceneStyle(two_digits=self.two_digits)
+        return SceneStyle(two_digits=self.two_digits, text_height_power=self.text_height_power)
 
     def indices(self) -> range:
         """The scenes."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import LlavaForConditionalGeneration
 
-from eval.demo_model.asked import Settings, ask, through_jpeg
+from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask, through_jpeg
 from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
@@ -84,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--style", choices=tuple(TEXT_HEIGHT_POWERS), default="default")
     parser.add_argument("--two-digits", type=float, default=1.0, help="share of two-digit texts")
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--base-px", type=int, default=320, help="base side of the region search")
@@ -103,6 +104,8 @@ def main() -> None:
         epsilon=options.epsilon,
         jpeg=options.jpeg,
         centroid_px=options.centroid_px,
+        style=options.style,
+        text_height_power=TEXT_HEIGHT_POWERS[options.style],
     )
     outcomes = spread(options.model, answered, settings, options.workers)
     figures = report(outcomes, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.demo_model import boxes, report
+from eval.demo_model import boxes, choose, report
 from eval.demo_model.asked import Settings, ask
 from eval.demo_model.measure import Reading
 from eval.scenes import Question, generate_scene, questions
@@ -142,3 +142,8 @@ def test_sides_are_asked_in_turn() -> None:
     asked = [ask(SETTINGS, index) for index in (0, 3, 4)]
     assert [a.picture.size for a in asked] == [(896, 896), (1120, 896), (896, 1120)]
     assert all(a.sample.view.size == (112, 112) for a in asked)
+
+
+def test_choices() -> None:
+    assert choose.nearest_half({1.0: 0.7, 2.0: 0.54, 3.0: 0.45, 4.0: 0.3}) == 2.0
+    assert choose.best_side({320: 9, 256: 10, 280: 10, 224: 8}) == 256

@@ -11,6 +11,15 @@ from eval.scenes import SceneStyle, draw, generate_scene, questions, render, ren
 
 SMALL = (448, 448)
 WHOLE = (0.0, 0.0, 448.0, 448.0)
+PINNED = [
+    ("red triangle", "69", (494, 567, 628, 647)),
+    ("orange triangle", "86", (544, 170, 626, 230)),
+    ("purple diamond", "94", (448, 758, 546, 815)),
+    ("purple cross", "35", (119, 553, 168, 582)),
+    ("yellow diamond", "22", (364, 300, 411, 333)),
+    ("white square", "99", (181, 425, 231, 458)),
+]
+"""Signs of test scene 0 with two digits: name, text, box."""
 
 
 def test_a_scene_is_made_again_from_its_index() -> None:
@@ -42,6 +51,30 @@ def test_test_split_holds_out_a_font_and_a_texture() -> None:
     assert 0.4 < fonts.count(scenes.HELD_OUT_FONT) / len(fonts) < 0.6
     families = [scene.background.family for scene in test]
     assert 0.35 < families.count(scenes.HELD_OUT_TEXTURE) / len(families) < 0.65
+
+
+def test_the_default_style_draws_what_committed_figures_were_made_from() -> None:
+    scene = generate_scene("test", 0, style=SceneStyle(two_digits=1.0))
+    assert scene == generate_scene(
+        "test", 0, style=SceneStyle(two_digits=1.0, text_height_power=1.0)
+    )
+    assert [(g.name, g.text, g.text_box) for g in scene.signs] == PINNED
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 3.0])
+def test_text_heights_follow_their_density(power: float) -> None:
+    """Shares of drawn heights against the integral of h^-p, by the trapezoidal rule."""
+    low, high = 24.0, 160.0
+    drawn = np.array([scenes._height(low, high, power, s) for s in np.linspace(0, 1, 20_001)])
+    assert drawn[0] == pytest.approx(low)
+    assert drawn[-1] == pytest.approx(high)
+    assert (np.diff(drawn) > 0).all()
+    grid = np.linspace(low, high, 100_001)
+    density = grid**-power
+    total = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    for edge in (30.0, 48.0, 100.0):
+        expected = np.interp(edge, grid, total) / total[-1]
+        assert (drawn < edge).mean() == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("two_digits", [0.0, 1.0])
