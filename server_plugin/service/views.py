@@ -165,12 +165,13 @@ class ViewStore:
     def enter(self, resume: bytes) -> ClientSession:
         """The session of a new connection: the one it names if it is still there, else a new one.
 
-        One connection at a time: a session that is in use is not shared, since the numbers that
-        its client gives to views would meet.
+        A client that comes back often does so before the server noticed that its old connection
+        is dead, so a session may have several. Their view numbers do not meet: a client gives
+        each number once in a session.
         """
         self._expire()
         session = self._sessions.get(resume)
-        if session is None or session.connections:
+        if session is None:
             session = ClientSession(key=secrets.token_bytes(16))
             self._sessions[session.key] = session
         session.connections += 1
