@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from eval.demo_model import boxes, choose, report
-from eval.demo_model.asked import Settings, ask
+from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask
 from eval.demo_model.measure import Reading
 from eval.scenes import Question, generate_scene, questions
 from vlm_collab.roi import Placement
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SETTINGS = Settings(split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005)
 SIZE = (896, 896)
 
@@ -147,3 +151,13 @@ def test_sides_are_asked_in_turn() -> None:
 def test_choices() -> None:
     assert choose.nearest_half({1.0: 0.7, 2.0: 0.54, 3.0: 0.45, 4.0: 0.3}) == 2.0
     assert choose.best_side({320: 9, 256: 10, 280: 10, 224: 8}) == 256
+
+
+def test_the_defaults_are_what_was_chosen() -> None:
+    chosen = json.loads((RESULTS / "demo-model-choices.json").read_text())
+    assert TEXT_HEIGHT_POWERS["benchmark"] == chosen["text_height_power"]
+    assert SETTINGS.centroid_px == chosen["centroid_px"]
+    by_power = {float(p): share for p, share in chosen["first_accuracy_by_power"].items()}
+    assert choose.nearest_half(by_power) == chosen["text_height_power"]
+    by_side = {int(side): count for side, count in chosen["right_by_side_px"].items()}
+    assert choose.best_side(by_side) == chosen["centroid_px"]
