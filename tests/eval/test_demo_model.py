@@ -31,6 +31,7 @@ from eval.scenes import SceneStyle, generate_scene, questions, render_view
 
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "demo-model.json"
+BENCHMARK = RESULTS.with_name("demo-model-2000.json")
 QUESTION = "what number is on the red circle?"
 
 
@@ -326,3 +327,20 @@ def test_committed_figures_are_made_again(
     assert figures["auroc"]["min_entropy/full"] == pytest.approx(
         committed["auroc"]["min_entropy/full"], abs=0.01
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_committed_answers_are_given_again(
+    model: LlavaForConditionalGeneration, split: str, request: pytest.FixtureRequest
+) -> None:
+    """The first 200 questions of the benchmark style, one by one; two answers may turn."""
+    from dataclasses import replace
+
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("takes minutes; run with -m slow")
+    committed = json.loads(BENCHMARK.read_text())[split]
+    outcomes = run(model, replace(settings_of(committed["settings"]), count=200))
+    for which, marks in committed["right_by_question"].items():
+        turned = [o.right(which) != (m == "1") for o, m in zip(outcomes, marks, strict=False)]
+        assert sum(turned) <= 2
