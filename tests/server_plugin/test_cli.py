@@ -59,6 +59,17 @@ def test_the_token_is_taken_from_the_environment(monkeypatch):
             client.ask(photo(), "what?")
 
 
+def test_a_refused_client_is_one_line_in_the_log():
+    with serving("fake", "--token", "s3cret") as (process, ready):
+        with pytest.raises(AuthenticationError), Client(str(ready["url"]), token="no") as client:
+            client.ask(photo(), "what?")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    (line,) = log.splitlines()
+    assert json.loads(line)["event"] == "connection refused"
+    assert json.loads(line)["status"] == 401
+
+
 def test_settings_of_the_policy_reach_the_model():
     with serving("fake", "--policy", "always") as (_, ready), Client(str(ready["url"])) as client:
         assert client.ask(photo(), "what?").refined

@@ -225,6 +225,18 @@ async def test_views_outlive_their_connection_but_belong_to_their_session():
     assert backend.views == set()
 
 
+async def test_views_of_a_client_that_left_go_even_if_nobody_else_comes():
+    backend = FakeBackend()
+    async with running(service(backend, limits={"session_ttl_s": 0.02})) as url:
+        async with edge(url) as client:
+            await client.ask(SURE, picture(1))
+            await client.next()
+            assert len(backend.views) == 1
+        async with asyncio.timeout(5):
+            while backend.views:
+                await asyncio.sleep(0.005)
+
+
 async def test_sessions_without_connection_expire():
     backend = FakeBackend()
     running_service = service(backend, limits={"session_ttl_s": 0.01, "max_sessions": 1})
