@@ -88,9 +88,9 @@ class Generation:
         ended: whether the last token is the end of the sequence.
         prefilled_tokens: prompt tokens really computed for this answer.
         context_tokens: prompt tokens it stands on, those taken from a cache included.
-        row: attention of the last prompt position to the visual tokens of the global view at
-            the preset layer, mean over heads, float32, shape `(visual_tokens,)`; None when it
-            was not asked for.
+        row: attention of the last prompt position to the global view at the preset layer, mean
+            over heads, on the token grid in row-major order, float32, shape `(rows * columns,)`;
+            None when it was not asked for.
     """
 
     text: str

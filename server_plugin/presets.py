@@ -40,7 +40,11 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         models: hub names or folder names that this preset is for, as globs.
         family_default: whether it also serves checkpoints of its family that no preset names.
         fit: how a source picture is brought to the encoder's input.
+        view_px: side of the global view, in px, for models that take any; None: the only side
+            that the model has, or the family's default.
         layer: decoder layer, from 0, whose attention gives the relative map.
+        qformer_layer: cross-attention layer of the Q-Former, counted from 0 among those layers,
+            that leads from query tokens to patches; only looked at in families that have one.
         ratios: window sides of the region search over the base side, in the order tried.
         base_px: base side of the region search in px; None: the encoder's input side.
         placement: how the box is placed: the search of 003, or the centroid around the peak.
@@ -65,7 +69,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: tuple[Text, ...] = ()
     family_default: bool = False
     fit: Fit
+    view_px: Positive | None = None
     layer: Annotated[int, msgspec.Meta(ge=0)]
+    qformer_layer: Annotated[int, msgspec.Meta(ge=0)] = 2
     ratios: Annotated[tuple[Ratio, ...], msgspec.Meta(min_length=1)] = DEFAULT_RATIOS
     base_px: Positive | None = None
     placement: Placement = Placement.SLIDING

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from server_plugin.adapters.prompts import PromptBuilder
+from server_plugin.adapters.prompts import Prompt, PromptBuilder
 from server_plugin.presets import Preset
 from vlm_collab.geometry import Grid, Size
 
@@ -29,15 +29,30 @@ class Layout:
         view: size of the encoder's input, in px.
         grid: the token grid of the relative attention map.
         visual_tokens: tokens of one picture in the decoder's context.
-        on_grid: which of them are the grid's cells, in row-major order.
         context_tokens: longest sequence that the decoder takes.
+        seen_numbers: numbers that `Adapter.see` gives for a picture, with `reads_question`,
+            where they are kept for later questions; else 0.
     """
 
     view: Size
     grid: Grid
     visual_tokens: int
-    on_grid: slice
     context_tokens: int
+    seen_numbers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VisualTokens:
+    """One picture as the decoder takes it.
+
+    Attributes:
+        embeddings: `(visual_tokens, hidden)`.
+        looks: how much each visual token looks at each cell of the grid, `(visual_tokens,
+            cells)`, for families whose visual tokens are not the cells themselves.
+    """
+
+    embeddings: Tensor
+    looks: Tensor | None = None
 
 
 class Adapter(ABC):
@@ -51,10 +66,13 @@ class Adapter(ABC):
     Attributes:
         family: the family's name, as presets have it.
         model_types: values of `config.model_type` that this adapter serves.
+        reads_question: whether a picture's visual tokens depend on the question. If not, they
+            open every prompt about the picture and are prefilled once.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    reads_question: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
         self.model = model
@@ -84,15 +102,38 @@ class Adapter(ABC):
         """Makes the token ids of a question, and says where its pictures lie."""
 
     @abstractmethod
-    def encode(self, picture: Image) -> Tensor:
-        """Visual tokens of one picture, as the decoder takes them.
+    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+        """The vision encoder's output: everything that depends on a picture alone.
 
         Args:
-            picture: RGB, any size; brought to the encoder's input first.
+            pictures: RGB, any size; brought to the encoder's input first.
 
         Returns:
-            Shape `(visual_tokens, hidden)`.
+            One tensor for each picture, all of one shape; without `reads_question` these are
+            the visual tokens, `(visual_tokens, hidden)`.
         """
+
+    def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
+        """Visual tokens of a picture in a prompt with this question.
+
+        Args:
+            seen: one picture's tensor from `see`.
+            question: the user's text, or the generic instruction; only looked at with
+                `reads_question`.
+        """
+        return VisualTokens(seen)
+
+    def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
+        """Attention to the cells of the grid.
+
+        Args:
+            row: attention to the visual tokens of the global view, `(visual_tokens,)`.
+            looks: as in that picture's `VisualTokens`.
+
+        Returns:
+            Row-major, `(rows * columns,)`.
+        """
+        return row if looks is None else row @ looks
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Embeddings of text tokens, shape `(len(ids), hidden)`."""
@@ -100,8 +141,17 @@ class Adapter(ABC):
         embeddings: Tensor = self.decoder.get_input_embeddings()(tokens)
         return embeddings
 
-    def positions(self, start: int, length: int) -> Tensor:
-        """Position ids of `length` tokens that follow `start` others, shape `(1, length)`."""
+    def positions(self, prompt: Prompt, start: int, length: int) -> Tensor:
+        """Position ids of `length` tokens of a prompt and its answer.
+
+        Args:
+            prompt: the whole prompt.
+            start: index of the first of them; those from `len(prompt.ids)` on are the answer's.
+            length: how many.
+
+        Returns:
+            Shape `(…, 1, length)`: what the decoder takes, with a batch axis of one before last.
+        """
         return torch.arange(start, start + length, device=self.device)[None]
 
     @property

@@ -6,9 +6,9 @@ the prompt, one per patch; a second picture is a second run right behind the fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image as PillowImage
 from PIL import ImageOps
 from PIL.Image import Image
@@ -67,16 +67,20 @@ class LlavaAdapter(Adapter):
     def prompts(self) -> PromptBuilder:
         return self._prompts
 
-    def encode(self, picture: Image) -> Tensor:
+    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
         pixels: Tensor = self.processor.image_processor(
-            images=[self._fitted(picture)], return_tensors="pt"
+            images=[self._fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
-        # (1, 3, height, width) -> one entry of (visual_tokens, hidden)
+        # (pictures, 3, height, width) -> a sequence of (visual_tokens, hidden)
         features = self.model.get_image_features(
             pixel_values=pixels.to(self.device, self.dtype)
         ).pooler_output
-        tokens: Tensor = torch.cat(tuple(features), dim=0)
-        return tokens
+        return list(features)
+
+    def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
+        # The "full" feature strategy keeps the class token in front of the patches.
+        cells = self._layout.grid.rows * self._layout.grid.columns
+        return row[len(row) - cells :]
 
     def _fitted(self, picture: Image) -> Image:
         """Bring a picture to the view's shape where the checkpoint's own processor would not.
@@ -102,12 +106,10 @@ def _layout(config: Any) -> Layout:
     if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
         raise ModelError(f"the vision tower {vision.model_type!r} has no square patches")
     cells = side // patch
-    # The "full" strategy keeps the class token in front of the patches.
     extra = 0 if config.vision_feature_select_strategy == "default" else 1
     return Layout(
         view=Size(side, side),
         grid=Grid(rows=cells, columns=cells),
         visual_tokens=cells * cells + extra,
-        on_grid=slice(extra, extra + cells * cells),
         context_tokens=text.max_position_embeddings,
     )

@@ -56,6 +56,7 @@ class PromptBuilder:
         template: with one `<image>` before one `{question}`.
         image_token: how the checkpoint writes the place of a visual token.
         image_token_id: its id.
+        around_picture: text that the checkpoint writes before and after each picture's tokens.
         visual_tokens: tokens of one picture.
         context_tokens: longest sequence that the model takes, answer included.
     """
@@ -69,10 +70,12 @@ class PromptBuilder:
         image_token_id: int,
         visual_tokens: int,
         context_tokens: int,
+        around_picture: tuple[str, str] = ("", ""),
     ) -> None:
         self._tokenizer = tokenizer
         self._image_token = image_token
         self._image_token_id = image_token_id
+        self._around_picture = around_picture
         self._visual_tokens = visual_tokens
         self._context_tokens = context_tokens
         before, _, rest = template.partition(IMAGE_SLOT)
@@ -83,7 +86,9 @@ class PromptBuilder:
         self._reserved = sorted(token for token in reserved if token.strip())
         # A character outside the vocabulary may be spelled as the unknown token.
         self._reserved_ids = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-        self._own_reserved = self._count_reserved(self._encode("?", 1, 1)) - 1
+        self._own_reserved = {
+            images: self._count_reserved(self._encode("?", images, 1)) for images in (1, 2)
+        }
         # A token spells at most this many characters, so a text much longer than the context
         # is refused before it is tokenised.
         self._token_chars = max(len(token) for token in tokenizer.get_vocab())
@@ -110,7 +115,7 @@ class PromptBuilder:
             raise QuestionError("the question is not valid Unicode text") from None
         ids = self._encode(question, images, 1)
         # A tokenizer that normalises text may find a reserved token under another spelling.
-        if self._count_reserved(ids) != self._own_reserved + images:
+        if self._count_reserved(ids) != self._own_reserved[images]:
             raise QuestionError("the question spells a token that this model reserves")
         self._check_length(len(ids), images, 1, max_new_tokens)
 
@@ -123,9 +128,11 @@ class PromptBuilder:
         visual = self._visual_tokens
         ids = self._encode(question, images, visual)
         self._check_length(len(ids), images, visual, max_new_tokens)
-        start = ids.index(self._image_token_id)
-        spans = (range(start + i * visual, start + (i + 1) * visual) for i in range(images))
-        return Prompt(tuple(ids), tuple(spans))
+        starts: list[int] = []
+        for _ in range(images):
+            after = starts[-1] + visual if starts else 0
+            starts.append(ids.index(self._image_token_id, after))
+        return Prompt(tuple(ids), tuple(range(start, start + visual) for start in starts))
 
     def shared(self) -> Prompt:
         """The part that all questions share: everything up to the end of the global view."""
@@ -135,7 +142,8 @@ class PromptBuilder:
         return Prompt(prompt.ids[: prompt.shared], prompt.images)
 
     def _encode(self, question: str, images: int, visual_tokens: int) -> list[int]:
-        pictures = self._image_token * (visual_tokens * images)
+        before, after = self._around_picture
+        pictures = f"{before}{self._image_token * visual_tokens}{after}" * images
         return self._tokenizer.encode(
             f"{self._before}{pictures}{self._middle}{question}{self._after}"
         )

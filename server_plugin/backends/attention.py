@@ -14,12 +14,11 @@ forward down to the attention function. `RowCapture.take` fails loudly should th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,78 +37,79 @@ class RowReadyError(Exception):
 
 @dataclass(slots=True, eq=False)
 class RowCapture:
-    """Asks one forward of one decoder for an attention row. Used once.
+    """Asks one forward of one decoder for an attention row of each of its sequences. Used once.
 
     It travels as an argument of that forward, so models and questions that run side by side
     cannot see each other's.
 
     Attributes:
         layer: decoder layer, from 0.
-        keys: positions of the context whose weights are kept (the softmax is over all of them).
-        stop: raise `RowReadyError` once the row is there, which leaves out that layer's own
-            attention and every later layer. For forwards of which only the row is wanted.
+        keys: for each sequence, the positions of its context whose weights are kept (the softmax
+            is over all that it sees); all of one length.
+        visible: `(batch, context)`, False where a position is padding; None: there is none.
+        stop: raise `RowReadyError` once the rows are there, which leaves out that layer's own
+            attention and every later layer. For forwards of which only the rows are wanted.
     """
 
     layer: int
-    keys: slice
+    keys: Sequence[slice]
+    visible: Tensor | None = None
     stop: bool = False
-    _row: Tensor | None = field(default=None, init=False)
+    _rows: Tensor | None = field(default=None, init=False)
 
     def see(self, layer: int | None, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        """Keep the row if this is the layer asked for.
+        """Keep the rows if this is the layer asked for.
 
         Raises:
             RowReadyError: with `stop`, when it is.
         """
         if layer != self.layer:
             return
-        self._row = last_query_row(query, key, scaling)[self.keys]
+        rows = last_query_rows(query, key, scaling, self.visible)
+        self._rows = torch.stack([row[keys] for row, keys in zip(rows, self.keys, strict=True)])
         if self.stop:
             raise RowReadyError
 
-    def take(self) -> NDArray[np.float32]:
-        """The row, float32, shape `(len(keys),)`.
+    def take(self) -> Tensor:
+        """The rows, float32, shape `(batch, len(keys))`.
 
         Raises:
-            RuntimeError: no layer reported it: the decoder does not use `ATTENTION_NAME`, or the
-                installed transformers does not pass keyword arguments down to attention.
+            RuntimeError: no layer reported them: the decoder does not use `ATTENTION_NAME`, or
+                the installed transformers does not pass keyword arguments down to attention.
         """
-        if self._row is None:
+        if self._rows is None:
             import transformers
 
             raise RuntimeError(
                 f"no attention row was captured at layer {self.layer} "
                 f"(transformers {transformers.__version__})"
             )
-        row: NDArray[np.float32] = self._row.cpu().numpy()
-        return row
+        return self._rows
 
 
-def last_query_row(query: Tensor, key: Tensor, scaling: float | None = None) -> Tensor:
+def last_query_rows(
+    query: Tensor, key: Tensor, scaling: float | None = None, visible: Tensor | None = None
+) -> Tensor:
     """Attention of the last query position, mean over heads (the Â of Eq. 22).
 
     Args:
-        query: `(1, heads, queries, width)`, positions already applied.
-        key: `(1, key heads, context, width)`; each serves `heads / key heads` query heads.
+        query: `(batch, heads, queries, width)`, positions already applied.
+        key: `(batch, key heads, context, width)`; each serves `heads / key heads` query heads.
         scaling: factor on the products; None: one over the square root of `width`.
+        visible: `(batch, context)`, False at padding. The last position sees all the rest.
 
     Returns:
-        float32, shape `(context,)`, not negative, sum 1. The last position sees the whole
-        context, so no mask is needed; that holds for batches of one without padding only.
-
-    Raises:
-        ValueError: more than one sequence in the batch.
+        float32, shape `(batch, context)`, not negative; each row has the sum 1.
     """
     batch, heads, _, width = query.shape
-    if batch != 1:
-        raise ValueError("an attention row is read from one sequence at a time")
     key_heads = key.shape[1]
-    # Consecutive query heads share a key head: (heads, D) -> (key heads, heads per key head, D).
-    last = query[0, :, -1].float().reshape(key_heads, heads // key_heads, width)
-    # (key heads, group, D) x (key heads, D, context) -> (key heads, group, context)
-    scores = last @ key[0].float().transpose(1, 2)
-    weights = torch.softmax(scores * (width**-0.5 if scaling is None else scaling), dim=-1)
-    return weights.mean(dim=(0, 1))
+    # Consecutive query heads share a key head: (B, heads, D) -> (B, key heads, per key head, D).
+    last = query[:, :, -1].float().reshape(batch, key_heads, heads // key_heads, width)
+    # (B, key heads, group, D) x (B, key heads, D, context) -> (B, key heads, group, context)
+    scores = last @ key.float().transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    return torch.softmax(scores, dim=-1).mean(dim=(1, 2))
 
 
 def capturing_attention(

@@ -1,28 +1,27 @@
-"""The Transformers backend: both passes over one cached prefix, on one worker thread.
+"""The Transformers backend: both passes over one cached prefix, in small batches on one thread.
 
 What 003_92b41fe49395ce1a.txt counts as 4·F(n) FLOPs for a retransmitted question (Eq. 17-20) is
 about 2·F(n) here, with the same numbers out. The prompt starts with the global view's visual
 tokens whatever the question is, so their keys and values are computed once per view; the first
 pass, the generic instruction and the second pass each continue from a fork of that cache and
-compute only what is new: a few text tokens, and for the second pass the local view.
+compute only what is new: a few text tokens, and for the second pass the local view. In a family
+whose visual tokens depend on the question, first and second pass share them.
 
-Batches are of one sequence without padding, so no attention mask is ever needed but the causal
-one, and greedy decoding gives what `generate(do_sample=False)` gives. Logits processors that a
-checkpoint's generation settings may ask for (repetition penalties and the like) are not applied:
-the uncertainty is defined on the raw logits, and so is the answer.
+Operations that wait run together where their shapes allow (`server_plugin.backends.worker`,
+`server_plugin.backends.batch`). Greedy decoding gives what `generate(do_sample=False)` gives.
+Logits processors that a checkpoint's generation settings may ask for (repetition penalties and the
+like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from server_plugin.adapters.base import Adapter
+from server_plugin.adapters.base import Adapter, VisualTokens
 from server_plugin.adapters.checkpoint import (
     load_config,
     load_model,
@@ -52,76 +51,156 @@ from server_plugin.backend import (
     View,
 )
 from server_plugin.backends.attention import (
-    CAPTURE_ARGUMENT,
     RowCapture,
     RowReadyError,
     use_capturing_attention,
 )
+from server_plugin.backends.batch import Batch, Row, layers_of
+from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.roi import relative_map
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
 
-T = TypeVar("T")
-
-
-class _AbandonedError(Exception):
-    """The caller of the running operation is gone. Never leaves this module."""
+_BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
+_KEPT_PREFIXES = 2
+"""Questions per view whose visual tokens stay cached, where these depend on the question."""
 
 
 @dataclass(slots=True, eq=False)
-class TransformersView:
-    """A global view as this backend keeps it: the cache of its prefix, and no pixels.
+class _Prefix:
+    """Keys and values of a prompt's part up to the last visual token of the global view.
 
     Attributes:
-        cache: keys and values of the prompt's shared part, up to the last visual token; None
-            once released.
-        ids: the token ids that it stands for.
-        uncounted_tokens: prefix tokens that no result has reported as prefilled yet; the first
-            answer on a view reports them, so that costs add up to what was computed.
-        generic_row: attention under the generic instruction, once it was needed.
+        cache: of these positions, never written to.
+        looks: see `VisualTokens`.
+        uncounted_tokens: positions that no result has reported as prefilled yet; the first
+            answer on it reports them, so that costs add up to what was computed.
     """
 
-    cache: DynamicCache | None
-    ids: tuple[int, ...]
+    cache: DynamicCache
+    looks: Tensor | None
     uncounted_tokens: int
-    generic_row: NDArray[np.float32] | None = None
+
+    @property
+    def length(self) -> int:
+        """Its positions."""
+        return int(self.cache.get_seq_length())
 
     @property
     def nbytes(self) -> int:
-        """Memory held for this view, in bytes."""
-        row = 0 if self.generic_row is None else self.generic_row.nbytes
-        return row + _cache_nbytes(self.cache)
+        """Its memory, in bytes."""
+        looks = 0 if self.looks is None else self.looks.nbytes
+        return looks + sum(
+            t.nbytes for layer in layers_of(self.cache) for t in (layer.keys, layer.values)
+        )
 
     def take_uncounted(self) -> int:
-        """The prefix tokens to report now; 0 ever after."""
+        """The positions to report now; 0 ever after."""
         tokens, self.uncounted_tokens = self.uncounted_tokens, 0
         return tokens
 
 
-@dataclass(slots=True)
-class _Run:
-    """One answer in the making: what it stands on and what is to be computed."""
+@dataclass(slots=True, eq=False)
+class TransformersView:
+    """A global view as this backend keeps it: what was computed of it, and no pixels.
+
+    Attributes:
+        seen: the vision encoder's output, in families that need it for every new question.
+        prefixes: by question, where that matters; else one for all questions, under "".
+        generic_row: attention on the grid under the generic instruction, once it was needed.
+        released: nothing is held any more.
+    """
+
+    seen: Tensor | None
+    prefixes: OrderedDict[str, _Prefix] = field(default_factory=OrderedDict)
+    generic_row: NDArray[np.float32] | None = None
+    released: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held for this view, in bytes."""
+        held = [part.nbytes for part in (self.seen, self.generic_row) if part is not None]
+        return sum(held) + sum(prefix.nbytes for prefix in list(self.prefixes.values()))
+
+    def keep(self, key: str, prefix: _Prefix) -> None:
+        """Hold a prefix for later passes, and let the oldest ones go."""
+        if not self.released:
+            self.prefixes[key] = prefix
+            while len(self.prefixes) > _KEPT_PREFIXES:
+                self.prefixes.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A view as one operation uses it; whoever holds this is not disturbed by a release.
+
+    Attributes:
+        view: the global view.
+        key: of the view's prefix for this operation's question.
+        prefix: what is cached under it.
+        picture: the vision encoder's output, where it was kept.
+    """
 
     view: TransformersView
-    cache: DynamicCache
+    key: str
+    prefix: _Prefix | None
+    picture: Tensor | None
+
+    @property
+    def cached(self) -> int:
+        """Positions that need not be computed."""
+        return 0 if self.prefix is None else self.prefix.length
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A pass to be run.
+
+    Attributes:
+        seen: the global view.
+        prompt: with one picture or two.
+        question: the user's text.
+        region: the local view, in a second pass.
+        max_new_tokens, stop, on_text: see `Backend.first_pass`.
+    """
+
+    seen: _Seen
     prompt: Prompt
-    pictures: list[Tensor]
-    capture: RowCapture | None
+    question: str
+    region: Image | None
+    max_new_tokens: int
+    stop: StopRule | None
+    on_text: TextSink | None
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """An answer in the making."""
+
+    job: Job
+    ids: list[int] = field(default_factory=list)
+    steps: list[TokenStatistics] = field(default_factory=list)
+    prefilled_tokens: int = 0
+    row: NDArray[np.float32] | None = None
+
+    @property
+    def ask(self) -> _Ask:
+        return cast(_Ask, self.job.payload)
 
 
 class TransformersBackend:
     """One checkpoint on one device. See `server_plugin.backend.Backend`.
 
-    Make it with `load`. All model work runs on one thread of its own, in order of arrival. A
-    cancelled operation leaves the queue; one that is running ends at its next token.
+    Make it with `load`. All model work runs on one thread of its own, the oldest operation
+    first. A cancelled operation leaves the queue; one that is running ends at its next token.
     """
 
-    def __init__(self, adapter: Adapter, name: str) -> None:
+    def __init__(self, adapter: Adapter, name: str, batch: int | None = None) -> None:
         layout, text = adapter.layout, adapter.decoder.config
         preset = adapter.preset
         _check_layer(preset.layer, text, name)
-        # Forks share tensors, which is right only for layers that never write in place.
+        # Prefixes share tensors, which is right only for layers that never write in place.
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
             raise ModelError(f"{name} has sliding or hybrid attention, which cannot be shared")
         use_capturing_attention(adapter.decoder)
@@ -135,6 +214,9 @@ class TransformersBackend:
                 f"{name} has a context of {layout.context_tokens} tokens, too few for a picture "
                 f"of {layout.visual_tokens} and a question"
             ) from error
+        if batch is None:
+            batch = _BATCH_ON_GPU if adapter.device.type == "cuda" else _BATCH_ON_CPU
+        prefix_bytes = _cache_bytes(text, len(self._shared.ids), adapter.dtype)
         self._info = ModelInfo(
             name=name,
             view=layout.view,
@@ -146,11 +228,12 @@ class TransformersBackend:
             layers=text.num_hidden_layers,
             visual_tokens=layout.visual_tokens,
             context_tokens=layout.context_tokens,
-            view_bytes=_cache_bytes(text, len(self._shared.ids), adapter.dtype),
+            concurrency=batch,
+            view_bytes=prefix_bytes * (_KEPT_PREFIXES if adapter.reads_question else 1)
+            + layout.seen_numbers * adapter.dtype.itemsize,
         )
         self._end_tokens = adapter.end_tokens
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-collab-model")
-        self._closing = threading.Event()
+        self._worker = BatchWorker(self._execute, batch, "vlm-collab-model")
 
     @classmethod
     def load(
@@ -161,6 +244,7 @@ class TransformersBackend:
         device: str = "auto",
         dtype: str = "auto",
         name: str | None = None,
+        batch: int | None = None,
     ) -> TransformersBackend:
         """Load a checkpoint through the ordinary `from_pretrained`. Blocks; may download.
 
@@ -170,13 +254,17 @@ class TransformersBackend:
             device: a torch device; "auto" is CUDA where there is one, else the CPU.
             dtype: a torch floating point type; "auto" is bfloat16 on CUDA, else float32.
             name: what clients see; by default the hub name, or the folder's last part.
+            batch: most questions that run together; each takes memory for a prompt's keys and
+                values. None: a small number that suits the device.
 
         Raises:
             ModelError: the checkpoint is missing, truncated, incomplete, without tokenizer, or
                 of a family without an adapter.
-            ConfigError: the preset is for another family, its layer does not exist, or device
-                or dtype are none that torch knows here.
+            ConfigError: the preset is for another family, its layer does not exist, device or
+                dtype are none that torch knows here, or `batch` is not positive.
         """
+        if batch is not None and batch < 1:
+            raise ConfigError(f"a batch holds one question or more, not {batch}")
         source = local_or_hub(name_or_folder)
         where = _device(device)
         number = _dtype(dtype, where)
@@ -190,7 +278,8 @@ class TransformersBackend:
             )
         _check_layer(preset.layer, load_config(source).get_text_config(), shown)
         processor = load_processor(source)
-        return cls(adapter_class(load_model(source, where, number), processor, preset), shown)
+        adapter = adapter_class(load_model(source, where, number), processor, preset)
+        return cls(adapter, shown, batch)
 
     @property
     def info(self) -> ModelInfo:
@@ -205,15 +294,8 @@ class TransformersBackend:
                 f"a global view must be RGB of {self._info.view.width} x {self._info.view.height}"
                 f" px, not {image.mode} of {image.width} x {image.height}"
             )
-
-        def work(abandoned: threading.Event) -> TransformersView:
-            cache = DynamicCache(config=self._adapter.decoder.config)
-            picture = self._adapter.encode(image)
-            self._forward(cache, self._embedded(self._shared, 0, [picture]))
-            ids = self._shared.ids
-            return TransformersView(cache, ids, uncounted_tokens=len(ids))
-
-        return await self._run(work)
+        view: TransformersView = await self._run("view", image)
+        return view
 
     async def first_pass(
         self,
@@ -224,42 +306,21 @@ class TransformersBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        prompt = self._prompt(question, 1, max_new_tokens)
-        held, prefix = _held(view)
-
-        def work(abandoned: threading.Event) -> Generation:
-            run = _Run(held, _fork(prefix), prompt, [], self._capture(prompt))
-            return self._generate(run, max_new_tokens, abandoned, stop, on_text)
-
-        return await self._run(work)
+        return await self._answer(view, question, None, max_new_tokens, stop, on_text)
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
             raise ValueError("the first pass came without its attention row")
-        row, (held, prefix) = first.row, _held(view)
-
-        def work(abandoned: threading.Event) -> RelativeAttention:
-            generic, new_tokens, context_tokens = held.generic_row, 0, 0
-            if generic is None:
-                generic = self._generic_row(held, prefix)
-                if held.cache is not None:  # not released meanwhile
-                    held.generic_row = generic
-                context_tokens = len(self._generic.ids)
-                new_tokens = context_tokens - len(held.ids) + held.take_uncounted()
-            on_grid = self._adapter.layout.on_grid
-            return RelativeAttention(
-                map=relative_map(
-                    row[on_grid],
-                    generic[on_grid],
-                    self._info.grid,
-                    epsilon=self._preset.epsilon,
-                ),
-                prefilled_tokens=new_tokens,
-                context_tokens=context_tokens,
-                layers=self._info.layer + 1,
-            )
-
-        return await self._run(work)
+        seen = self._seen(view, self._preset.generic_instruction)
+        generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
+        if generic is None:
+            generic, new_tokens, context_tokens = await self._run("generic", seen)
+        return RelativeAttention(
+            map=relative_map(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
+            prefilled_tokens=new_tokens,
+            context_tokens=context_tokens,
+            layers=self._info.layer + 1,
+        )
 
     async def second_pass(
         self,
@@ -272,25 +333,18 @@ class TransformersBackend:
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        prompt = self._prompt(question, 2, max_new_tokens)
-        held, prefix = _held(view)
-
-        def work(abandoned: threading.Event) -> Generation:
-            local = self._adapter.encode(region)
-            run = _Run(held, _fork(prefix), prompt, [local], None)
-            return self._generate(run, max_new_tokens, abandoned, None, on_text)
-
-        return await self._run(work)
+        return await self._answer(view, question, region, max_new_tokens, None, on_text)
 
     async def release(self, view: View) -> None:
         # An operation that runs on it now holds its own references and ends undisturbed.
         assert isinstance(view, TransformersView)
-        view.cache = view.generic_row = None
+        view.released = True
+        view.seen = view.generic_row = None
+        view.prefixes.clear()
 
     async def close(self) -> None:
-        self._closing.set()
-        # What is queued fails on its own turn, at once; the running one at its next token.
-        await asyncio.to_thread(self._pool.shutdown)
+        # What is queued fails at once; what runs, at its next token.
+        await asyncio.to_thread(self._worker.close)
         self._adapter.model = self._adapter.processor = None
 
     async def warm_up(self) -> None:
@@ -303,155 +357,255 @@ class TransformersBackend:
         await self.second_pass(view, grey, instruction, max_new_tokens=2)
         await self.release(view)
 
-    # What follows runs on the worker thread.
-
-    def _generate(
+    async def _answer(
         self,
-        run: _Run,
+        view: View,
+        question: str,
+        region: Image | None,
         max_new_tokens: int,
-        abandoned: threading.Event,
         stop: StopRule | None,
         on_text: TextSink | None,
     ) -> Generation:
-        """Prefill what the cache does not hold yet, then decode greedily."""
-        view, prompt, capture = run.view, run.prompt, run.capture
-        assert prompt.ids[: len(view.ids)] == view.ids, "a prompt does not start with its view"
-        embeddings = self._embedded(prompt, len(view.ids), run.pictures)
-        ids: list[int] = []
-        steps: list[TokenStatistics] = []
-        while True:
-            self._check_wanted(abandoned)
-            hidden = self._forward(run.cache, embeddings, capture if not ids else None)
-            # Only the last position predicts anything; (1, n, hidden) -> (vocabulary,)
-            logits = self._adapter.output_head(hidden[:, -1])[0].float()
-            ids.append(int(logits.argmax()))
-            steps.append(token_statistics(logits.cpu().numpy()))
-            ended = ids[-1] in self._end_tokens
-            if on_text is not None:
-                on_text(self._adapter.text_of(ids))
-            stopped = stop is not None and stop(steps, ended)
-            if ended or stopped or len(ids) >= max_new_tokens:
-                break
-            embeddings = self._adapter.embed(ids[-1:])
-        return Generation(
-            text=self._adapter.text_of(ids),
-            token_ids=tuple(ids),
-            steps=tuple(steps),
-            ended=ended,
-            prefilled_tokens=len(prompt.ids) - len(view.ids) + view.take_uncounted(),
-            context_tokens=len(prompt.ids),
-            row=None if capture is None else capture.take(),
+        prompts = self._adapter.prompts
+        images = 1 if region is None else 2
+        prompts.check(question, images, max_new_tokens)
+        prompt = prompts.build(question, images, max_new_tokens)
+        seen = self._seen(view, question)
+        ask = _Ask(seen, prompt, question, region, max_new_tokens, stop, on_text)
+        answer: Generation = await self._run(
+            ("answer", images, seen.cached), ask, len(prompt.ids) - seen.cached
         )
+        return answer
 
-    def _generic_row(self, view: TransformersView, prefix: DynamicCache) -> NDArray[np.float32]:
-        """Attention under the generic instruction, `(visual_tokens,)`."""
+    def _seen(self, view: View, question: str) -> _Seen:
+        """What is at hand of a view for a question.
+
+        Raises:
+            RuntimeError: the view was released.
+        """
+        assert isinstance(view, TransformersView)
+        if view.released:
+            raise RuntimeError("the view was released")
+        key = question if self._adapter.reads_question else ""
+        return _Seen(view, key, view.prefixes.get(key), view.seen)
+
+    async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
+        """Queue an operation for the model's thread and wait for it."""
+        if self._worker.closing:
+            raise ModelError("the model was closed")
+        try:
+            return await self._worker.run(kind, payload, length)
+        except WorkerClosedError as error:
+            raise ModelError("the model was closed") from error
+
+    # What follows runs on the worker's thread.
+
+    def _execute(self, kind: Hashable, jobs: list[Job]) -> None:
+        with torch.inference_mode():
+            if kind == "view":
+                self._open_views(jobs)
+            elif kind == "generic":
+                self._generic_rows(jobs)
+            else:
+                self._answers(jobs)
+
+    def _open_views(self, jobs: list[Job]) -> None:
+        seen = self._adapter.see([job.payload for job in jobs])
+        if self._adapter.reads_question:
+            for job, kept in zip(jobs, seen, strict=True):
+                job.future.set_result(TransformersView(kept))
+            return
+        pictures = [self._adapter.visual_tokens(picture, "") for picture in seen]
+        rows = [Row(self._shared, None, self._embedded(self._shared, 0, [p])) for p in pictures]
+        batch = Batch(self._adapter, rows)
+        batch.prefill()
+        length = len(self._shared.ids)
+        for number, (job, picture) in enumerate(zip(jobs, pictures, strict=True)):
+            # Each in memory of its own, so that views can be released one by one.
+            cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
+            view = TransformersView(None)
+            view.keep("", _Prefix(cache, picture.looks, length))
+            job.future.set_result(view)
+
+    def _generic_rows(self, jobs: list[Job]) -> None:
+        """Attention under the generic instruction, once for each view."""
+        asked: dict[int, _Seen] = {}
+        for job in jobs:
+            if job.payload.view.generic_row is None:
+                asked[id(job.payload.view)] = job.payload
+        computed = self._read_generic(list(asked.values())) if asked else {}
+        for job in jobs:
+            view: TransformersView = job.payload.view
+            if id(view) not in computed:  # the row came while this job waited
+                job.future.set_result((view.generic_row, 0, 0))
+                continue
+            row, new_tokens = computed[id(view)]
+            computed[id(view)] = row, 0  # for the next to ask for it, it costs nothing
+            if not view.released:
+                view.generic_row = row
+            context_tokens = len(self._generic.ids) if new_tokens else 0
+            job.future.set_result((row, new_tokens, context_tokens))
+
+    def _read_generic(self, views: list[_Seen]) -> dict[int, tuple[NDArray[np.float32], int]]:
+        """Rows on the grid and newly computed positions, by the identity of the view."""
         prompt = self._generic
-        capture = self._capture(prompt, stop=True)
+        made = [self._row(seen, prompt, self._preset.generic_instruction, []) for seen in views]
+        batch = Batch(self._adapter, [row for row, _ in made])
+        capture = self._capture(batch, [prompt] * len(made), stop=True)
         # The capture ends the forward: layers behind the one that is read are not computed.
         with contextlib.suppress(RowReadyError):
-            self._forward(_fork(prefix), self._embedded(prompt, len(view.ids), []), capture)
-        return capture.take()
+            batch.prefill(capture)
+        rows = self._on_grid(capture, [looks for _, looks in made])
+        return {
+            id(seen.view): (
+                row,
+                len(prompt.ids)
+                - seen.cached
+                + (0 if seen.prefix is None else seen.prefix.take_uncounted()),
+            )
+            for seen, row in zip(views, rows, strict=True)
+        }
 
-    def _capture(self, prompt: Prompt, *, stop: bool = False) -> RowCapture:
-        place = prompt.images[0]
-        return RowCapture(self._preset.layer, slice(place.start, place.stop), stop)
+    def _answers(self, jobs: list[Job]) -> None:
+        """Prefill what the caches do not hold yet, then decode greedily, all together."""
+        answers = [_Answer(job) for job in jobs]
+        asks = [answer.ask for answer in answers]
+        regions = [ask.region for ask in asks if ask.region is not None]
+        local = iter(self._adapter.see(regions)) if regions else iter(())
+        made = [
+            self._row(
+                ask.seen, ask.prompt, ask.question, [] if ask.region is None else [next(local)]
+            )
+            for ask in asks
+        ]
+        batch = Batch(self._adapter, [row for row, _ in made])
+        looks = [one for _, one in made]
+        capture = None if regions else self._capture(batch, [ask.prompt for ask in asks])
+        hidden = batch.prefill(capture)
+        for number, answer in enumerate(answers):
+            answer.prefilled_tokens = len(made[number][0].embeddings)
+            self._keep_prefix(answer, batch, number, looks[number])
+        if capture is not None:
+            for answer, row in zip(answers, self._on_grid(capture, looks), strict=True):
+                answer.row = row
+        while True:
+            # Only the last positions predict anything; (batch, hidden) -> (batch, vocabulary)
+            logits = self._adapter.output_head(hidden).float()
+            tokens, numbers = logits.argmax(-1).tolist(), logits.cpu().numpy()
+            live = [
+                number
+                for number, answer in enumerate(answers)
+                if not self._add(answer, tokens[number], numbers[number])
+            ]
+            if not live:
+                return
+            if len(live) < len(answers):
+                batch.keep(live)
+                answers = [answers[number] for number in live]
+            hidden = batch.step([answer.ids[-1] for answer in answers])
 
-    def _embedded(self, prompt: Prompt, start: int, pictures: Sequence[Tensor]) -> Tensor:
+    def _add(self, answer: _Answer, token: int, logits: NDArray[np.float32]) -> bool:
+        """Append a token; returns whether the answer is over, its future settled."""
+        ask, future = answer.ask, answer.job.future
+        try:
+            self._check_wanted(answer.job)
+            answer.ids.append(token)
+            answer.steps.append(token_statistics(logits))
+            ended = token in self._end_tokens
+            if ask.on_text is not None:
+                ask.on_text(self._adapter.text_of(answer.ids))
+            stopped = ask.stop is not None and ask.stop(answer.steps, ended)
+            if not (ended or stopped or len(answer.ids) >= ask.max_new_tokens):
+                return False
+            result = Generation(
+                text=self._adapter.text_of(answer.ids),
+                token_ids=tuple(answer.ids),
+                steps=tuple(answer.steps),
+                ended=ended,
+                prefilled_tokens=answer.prefilled_tokens,
+                context_tokens=len(ask.prompt.ids),
+                row=answer.row,
+            )
+        # A caller's own function may raise anything; that ends this answer and no other.
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        return True
+
+    def _row(
+        self, seen: _Seen, prompt: Prompt, question: str, local: Sequence[Tensor]
+    ) -> tuple[Row, Tensor | None]:
+        """A prompt ready to run, and what its global view's tokens look at.
+
+        Args:
+            local: the vision encoder's output of the local view, in a second pass.
+        """
+        pictures = [self._adapter.visual_tokens(picture, question) for picture in local]
+        prefix = seen.prefix
+        if prefix is not None:
+            embeddings = self._embedded(prompt, prefix.length, pictures)
+            return Row(prompt, prefix.cache, embeddings), prefix.looks
+        assert seen.picture is not None, "neither a picture nor its cache was kept"
+        pictures.insert(0, self._adapter.visual_tokens(seen.picture, question))
+        return Row(prompt, None, self._embedded(prompt, 0, pictures)), pictures[0].looks
+
+    def _keep_prefix(
+        self, answer: _Answer, batch: Batch, number: int, looks: Tensor | None
+    ) -> None:
+        """After a prefill: count the prefix once, or keep the one just made."""
+        seen = answer.ask.seen
+        if seen.prefix is not None:
+            answer.prefilled_tokens += seen.prefix.take_uncounted()
+        else:
+            cache = batch.copy_of(number, answer.ask.prompt.shared)
+            seen.view.keep(seen.key, _Prefix(cache, looks, 0))
+
+    def _capture(
+        self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
+    ) -> RowCapture:
+        """Asks for the attention to the global views of a batch."""
+        keys = []
+        for number, prompt in enumerate(prompts):
+            place = prompt.images[0]
+            begin = batch.place(number, place.start)
+            keys.append(slice(begin, begin + len(place)))
+        return RowCapture(self._preset.layer, keys, batch.visible, stop)
+
+    def _on_grid(
+        self, capture: RowCapture, looks: Sequence[Tensor | None]
+    ) -> list[NDArray[np.float32]]:
+        rows = zip(capture.take(), looks, strict=True)
+        return [self._adapter.on_grid(row, one).float().cpu().numpy() for row, one in rows]
+
+    def _embedded(self, prompt: Prompt, start: int, pictures: Sequence[VisualTokens]) -> Tensor:
         """Embeddings of a prompt from position `start` on, shape `(length - start, hidden)`.
 
         Args:
             prompt: the whole prompt.
             start: where to begin; not inside a picture.
-            pictures: visual tokens `(visual_tokens, hidden)` of the pictures behind `start`.
+            pictures: the pictures behind `start`.
         """
         parts: list[Tensor] = []
         places = [place for place in prompt.images if place.start >= start]
         for place, picture in zip(places, pictures, strict=True):
             if place.start > start:
                 parts.append(self._adapter.embed(prompt.ids[start : place.start]))
-            parts.append(picture)
+            parts.append(picture.embeddings)
             start = place.stop
         if start < len(prompt.ids):
             parts.append(self._adapter.embed(prompt.ids[start:]))
         return torch.cat(parts)
 
-    def _forward(
-        self, cache: DynamicCache, embeddings: Tensor, capture: RowCapture | None = None
-    ) -> Tensor:
-        """Run the decoder over new positions, which the cache then holds too.
-
-        Args:
-            cache: of all positions before.
-            embeddings: `(n, hidden)`.
-            capture: the attention row asked for.
-
-        Returns:
-            Hidden states `(1, n, hidden)`.
-        """
-        extra = {} if capture is None else {CAPTURE_ARGUMENT: capture}
-        hidden: Tensor = self._adapter.decoder(
-            inputs_embeds=embeddings[None],
-            position_ids=self._adapter.positions(cache.get_seq_length(), len(embeddings)),
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-        ).last_hidden_state
-        return hidden
-
-    def _check_wanted(self, abandoned: threading.Event) -> None:
-        if abandoned.is_set():
+    def _check_wanted(self, job: Job) -> None:
+        if job.abandoned:
             raise _AbandonedError
-        if self._closing.is_set():
+        if self._worker.closing:
             raise ModelError("the model was closed")
 
-    # What follows runs on the event loop.
 
-    def _prompt(self, question: str, images: int, max_new_tokens: int) -> Prompt:
-        """Check a question and tokenise it."""
-        self._adapter.prompts.check(question, images, max_new_tokens)
-        return self._adapter.prompts.build(question, images, max_new_tokens)
-
-    async def _run(self, work: Callable[[threading.Event], T]) -> T:
-        """Queue work for the model's thread and wait for it."""
-        if self._closing.is_set():
-            raise ModelError("the model was closed")
-        abandoned = threading.Event()
-
-        def guarded() -> T:
-            self._check_wanted(abandoned)
-            with torch.inference_mode():
-                return work(abandoned)
-
-        future = asyncio.get_running_loop().run_in_executor(self._pool, guarded)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            # Cancelling took it out of the queue if it had not begun.
-            abandoned.set()
-            raise
-
-
-def _held(view: View) -> tuple[TransformersView, DynamicCache]:
-    """A view and its prefix; who holds the prefix is not disturbed by a release."""
-    assert isinstance(view, TransformersView)
-    if view.cache is None:
-        raise RuntimeError("the view was released")
-    return view, view.cache
-
-
-def _fork(prefix: DynamicCache) -> DynamicCache:
-    """A cache that continues from a view's prefix and leaves the prefix itself alone.
-
-    The fork holds the same tensors. Appending to a `DynamicLayer` concatenates into new ones, so
-    nothing is copied before the fork is used, and the prefix is never written to. Once used, a
-    fork costs a copy of the prefix beside its own tokens, 2 x layers x key heads x head width
-    numbers per token (0.5 MiB for LLaVA-1.5-7B in bfloat16, about 300 MiB for its 605-token
-    prompt), until its answer is there. Only one operation runs at a time, so there is one such
-    copy, however many questions wait.
-    """
-    fork = copy.copy(prefix)
-    fork.layers = [copy.copy(layer) for layer in prefix.layers]
-    return fork
+class _AbandonedError(Exception):
+    """The caller of the running operation is gone. Nobody sees this."""
 
 
 def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:
@@ -461,11 +615,6 @@ def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:
         text_config.hidden_size // text_config.num_attention_heads
     )
     return 2 * int(text_config.num_hidden_layers * heads * width * tokens * dtype.itemsize)
-
-
-def _cache_nbytes(cache: DynamicCache | None) -> int:
-    layers: list[Any] = [] if cache is None else cache.layers
-    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def _check_layer(layer: int, text_config: Any, name: str) -> None:

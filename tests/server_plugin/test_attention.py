@@ -13,7 +13,7 @@ from server_plugin.backends.attention import (
     RowCapture,
     RowReadyError,
     capturing_attention,
-    last_query_row,
+    last_query_rows,
     use_capturing_attention,
 )
 
@@ -55,7 +55,7 @@ def plain_row(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_row_equals_the_last_row_of_the_full_matrix(key_heads: int, scaling: float | None) -> None:
     query, key, _ = random_tensors(key_heads, seed=key_heads)
-    row = last_query_row(query, key, scaling)
+    (row,) = last_query_rows(query, key, scaling)
     assert row.shape == (CONTEXT,)
     assert row.dtype == torch.float32
     expected = plain_row(query, key, WIDTH**-0.5 if scaling is None else scaling)
@@ -65,22 +65,34 @@ def test_row_equals_the_last_row_of_the_full_matrix(key_heads: int, scaling: flo
 
 def test_row_of_half_precision_is_computed_in_single_precision() -> None:
     query, key, _ = random_tensors(3, torch.bfloat16)
-    row = last_query_row(query, key)
+    (row,) = last_query_rows(query, key)
     assert row.dtype == torch.float32
     torch.testing.assert_close(
         row.double(), plain_row(query, key, WIDTH**-0.5), rtol=1e-5, atol=1e-9
     )
 
 
-def test_batches_are_refused() -> None:
-    query, key, _ = random_tensors(6)
-    with pytest.raises(ValueError, match="one sequence"):
-        last_query_row(query.repeat(2, 1, 1, 1), key.repeat(2, 1, 1, 1))
+@pytest.mark.parametrize("key_heads", [1, 2, 3, 6])
+def test_rows_of_a_padded_batch_equal_those_of_each_sequence_alone(key_heads: int) -> None:
+    """Padding between a prefix of 7 positions and the rest, none of it seen."""
+    pads = (0, 3, 11)
+    query, keys = torch.empty(3, HEADS, 1, WIDTH), torch.empty(3, key_heads, CONTEXT, WIDTH)
+    visible = torch.ones(3, CONTEXT, dtype=torch.bool)
+    expected = torch.zeros(3, CONTEXT, dtype=torch.double)
+    for number, pad in enumerate(pads):
+        drawn, key, _ = random_tensors(key_heads, seed=number)
+        query[number], keys[number] = drawn[0, :, -1:], key[0]
+        visible[number, 7 : 7 + pad] = False
+        alone = key[:, :, visible[number]]
+        expected[number, visible[number]] = plain_row(drawn, alone, WIDTH**-0.5)
+    rows = last_query_rows(query, keys, visible=visible)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-9)
+    assert (rows[~visible] == 0).all()
 
 
 def test_only_the_layer_asked_for_is_captured_and_the_output_is_the_stock_one() -> None:
     query, key, value = random_tensors(6)
-    capture = RowCapture(layer=3, keys=slice(4, 20))
+    capture = RowCapture(layer=3, keys=[slice(4, 20)])
     for layer_idx in (2, 3, 4):
         layer = Layer(layer_idx)
         stock, _ = sdpa_attention_forward(layer, query, key, value, None, scaling=0.3)
@@ -92,13 +104,11 @@ def test_only_the_layer_asked_for_is_captured_and_the_output_is_the_stock_one() 
         query, key, value = random_tensors(6, seed=layer_idx)
     # Layer 3 saw the tensors drawn after layer 2.
     query, key, _ = random_tensors(6, seed=2)
-    torch.testing.assert_close(
-        torch.from_numpy(capture.take()).double(), plain_row(query, key, 0.3)[4:20]
-    )
+    torch.testing.assert_close(capture.take()[0].double(), plain_row(query, key, 0.3)[4:20])
 
 
 def test_a_row_that_was_never_seen_is_an_error() -> None:
-    capture = RowCapture(layer=9, keys=slice(0, 1))
+    capture = RowCapture(layer=9, keys=[slice(0, 1)])
     query, key, value = random_tensors(6)
     capturing_attention(Layer(0), query, key, value, None, row_capture=capture)
     with pytest.raises(RuntimeError, match=r"layer 9 \(transformers "):
@@ -112,11 +122,11 @@ def test_stop_ends_the_forward_at_its_layer() -> None:
         layer.mlp.register_forward_hook(lambda *_, i=layer.self_attn.layer_idx: ran.append(i))
     embeddings = torch.randn(1, 12, 32)
     with torch.inference_mode():
-        whole = RowCapture(layer=1, keys=slice(0, 12))
+        whole = RowCapture(layer=1, keys=[slice(0, 12)])
         decoder(inputs_embeds=embeddings, row_capture=whole)
         assert ran == [0, 1, 2]
         ran.clear()
-        stopped = RowCapture(layer=1, keys=slice(0, 12), stop=True)
+        stopped = RowCapture(layer=1, keys=[slice(0, 12)], stop=True)
         with pytest.raises(RowReadyError):
             decoder(inputs_embeds=embeddings, row_capture=stopped)
     assert ran == [0]
@@ -126,7 +136,7 @@ def test_stop_ends_the_forward_at_its_layer() -> None:
 def test_the_full_matrix_is_never_computed() -> None:
     # 2 FLOPs a product: one query per head against every key, however many queries there are.
     query, key, value = random_tensors(3)
-    capture = RowCapture(layer=0, keys=slice(0, CONTEXT))
+    capture = RowCapture(layer=0, keys=[slice(0, CONTEXT)])
     counts = []
     for row_capture in (None, capture):
         with FlopCounterMode(display=False) as counter:

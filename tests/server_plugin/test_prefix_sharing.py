@@ -36,7 +36,8 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersBa
 
 async def test_forks_never_change_the_prefix(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
-    held = [layer.keys.clone() for layer in view.cache.layers]
+    cache = view.prefixes[""].cache
+    held = [layer.keys.clone() for layer in cache.layers]
     before = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=NEW_TOKENS)
     await backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS)
     await backend.relative_attention(view, before)
@@ -46,7 +47,7 @@ async def test_forks_never_change_the_prefix(backend: TransformersBackend) -> No
         after, prefilled_tokens=0, row=None
     )
     assert (before.row == after.row).all()
-    for layer, keys in zip(view.cache.layers, held, strict=True):
+    for layer, keys in zip(cache.layers, held, strict=True):
         assert torch.equal(layer.keys, keys)
 
 
@@ -92,7 +93,7 @@ async def test_every_token_is_computed_once_and_reported_once(
 
 async def test_the_memory_of_a_view_is_what_it_holds(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
-    tokens, width, key_heads, layers = len(view.ids), 16, 2, 4
+    tokens, width, key_heads, layers = view.prefixes[""].length, 16, 2, 4
     expected = tokens * width * key_heads * layers * 2 * 4  # keys and values, float32
     assert view.nbytes == expected
     first = await backend.first_pass(view, "what?", max_new_tokens=1)
@@ -116,9 +117,9 @@ def counted_flops(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
     # PyTorch's table has the fused kernels of CUDA, but not the one of the CPU.
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
-    backend._pool.submit(counter.__enter__).result()
+    backend._worker.call(counter.__enter__).result()
     yield counter
-    backend._pool.submit(counter.__exit__, None, None, None).result()
+    backend._worker.call(lambda: counter.__exit__(None, None, None)).result()
 
 
 async def test_a_retransmitted_question_costs_two_prefills(tmp_path: Path) -> None:
