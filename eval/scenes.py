@@ -78,8 +78,11 @@ FONTS: tuple[str, ...] = (
     "DejaVuSans.ttf",
     "DejaVuSans-Bold.ttf",
     "DejaVuSansMono-Bold.ttf",
+    "STIXGeneral.ttf",
     "STIXGeneralBol.ttf",
     "cmb10.ttf",
+    "cmss10.ttf",
+    "cmtt10.ttf",
 )
 HELD_OUT_FONT = "DejaVuSerif-Bold.ttf"
 TEXTURES: tuple[str, ...] = ("cloud", "brushed", "ridged")

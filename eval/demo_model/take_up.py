@@ -1,0 +1,84 @@
+"""Take up a finished checkpoint as the stages that led to it, to train it further.
+
+``python -m eval.demo_model.take_up --checkpoint server_plugin/demo_model --out runs/demo``
+
+Leaves an output folder in which every stage up to ``--stage`` counts as finished, so that the
+training command goes on with the next one. A checkpoint holds bfloat16 weights and neither
+optimiser state nor the tower's read-out, so this is a new start of the next stage and not the
+unbroken run: the read-out starts from random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from eval.demo_model.build import build_model
+from eval.demo_model.export import FOLDER, hub_name
+from eval.demo_model.recipe import Recipe, load_recipe
+from eval.demo_model.tower import TowerWithHeads
+
+
+def model_state(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
+    """The checkpoint's weights in float32 under transformers' names."""
+    saved = load_file(folder / "model.safetensors")
+    names = build_model(recipe).state_dict()
+    return {name: saved[hub_name(name)].float() for name in names}
+
+
+def tower_state(recipe: Recipe, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A tower stage's weights: the checkpoint's tower below a new read-out."""
+    torch.manual_seed(seed)
+    model = TowerWithHeads(CLIPVisionConfig(**recipe.vision))
+    prefix = "model.vision_tower."
+    model.tower.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    )
+    return dict(model.state_dict())
+
+
+def take_up(recipe: Recipe, folder: Path, stage: str, out: Path) -> None:
+    """Write the output folder.
+
+    Raises:
+        ValueError: if the recipe has no such stage, or the folder has a run in it already.
+    """
+    last = recipe.stages.index(recipe.stage(stage))
+    if (out / "curve.jsonl").exists():
+        raise ValueError(f"{out} has a run in it already")
+    out.mkdir(parents=True, exist_ok=True)
+    state = model_state(recipe, folder)
+    for entry in recipe.stages[: last + 1]:
+        own = tower_state(recipe, state, entry.seed) if entry.kind == "tower" else state
+        torch.save({"model": own}, out / f"{entry.name}.pt")
+    points = json.loads((folder / "training-curve.json").read_text())
+    (out / "curve.jsonl").write_text("".join(f"{json.dumps(point)}\n" for point in points))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=FOLDER)
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
+    parser.add_argument("--stage", help="last stage that counts as done (default: by the curve)")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    stage = options.stage
+    if stage is None:
+        curve = json.loads((options.checkpoint / "training-curve.json").read_text())
+        stage = curve[-1]["stage"]
+    try:
+        take_up(load_recipe(options.recipe), options.checkpoint, stage, options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{options.out}: goes on after {stage}")
+
+
+if __name__ == "__main__":
+    main()
