@@ -17,7 +17,8 @@ class EdgeAnswer:
         stage: which pass it comes from.
         fallback: why it is the first one although the server was unsure.
         uncertainty: of `text`, in the unit of the server's metric.
-        first_text: the first answer; equal to `text` where nothing was refined.
+        first_text: the first answer; equal to `text` where nothing was refined. It ends in
+            `vlm_collab.messages.CUT_MARK` where the server did not generate all of it.
         first_uncertainty: of the first answer.
         box: the region that the server asked for, in px of the upright original; None when it
             was sure.

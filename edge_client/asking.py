@@ -349,7 +349,10 @@ class Asking:
             stage=answer.stage,
             fallback=answer.fallback,
             uncertainty=answer.uncertainty,
-            first_text=answer.text if seen is None else seen.request.first,
+            # An answer of the first pass can be longer than what came with the request.
+            first_text=answer.text
+            if seen is None or answer.stage is Stage.FIRST
+            else seen.request.first,
             first_uncertainty=answer.uncertainty if seen is None else seen.request.uncertainty,
             box=seen.box if isinstance(seen, RegionWanted) else None,
             # A map of another size than the grid is no map.

@@ -61,20 +61,41 @@ def serve(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
     aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
+    k: Annotated[int | None, typer.Option(help="Tokens that --aggregate first_k takes.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Share of questions for --policy random.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for --policy random.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
+    ] = None,
+    view_px: Annotated[
+        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+    ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
     ] = None,
     base_px: Annotated[
         int | None, typer.Option(help="Base side of the region search, in px of the original.")
     ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Added to the denominator of the relative attention.")
+    ] = None,
     placement: Annotated[
         str | None, typer.Option(help="How the box is placed: sliding or centroid.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    provisional: Annotated[
+        bool,
+        typer.Option(
+            help="Generate every first answer to its end, even where its first tokens decide that "
+            "another follows."
+        ),
+    ] = False,
     quality: Annotated[
         int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
     ] = None,
@@ -119,18 +140,33 @@ def serve(
             model_options={
                 "device": device,
                 "dtype": dtype,
+                "prompt": prompt,
+                "view_px": view_px,
                 "layer": layer,
                 "base_px": base_px,
+                "ratios": None if ratios is None else _numbers("--ratios", ratios),
+                "epsilon": epsilon,
                 "placement": placement,
                 "metric": metric,
                 "aggregate": aggregate,
                 "eta": eta,
+                "k": k,
                 "max_new_tokens": max_new_tokens,
             },
+            provisional=provisional,
             quality=quality,
             json_output=json_output,
         )
     )
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
+        ) from None
 
 
 async def _serve(
@@ -140,6 +176,7 @@ async def _serve(
     policy: str | None,
     policy_options: dict[str, Any],
     model_options: dict[str, Any],
+    provisional: bool,
     quality: int | None,
     json_output: bool,
 ) -> None:
@@ -151,7 +188,7 @@ async def _serve(
     try:
         backend, preset = await asyncio.to_thread(open_model, model, **model_options)
         await backend.warm_up()
-        engine = engine_of(backend, preset, policy, policy_options)
+        engine = engine_of(backend, preset, policy, policy_options, provisional=provisional)
         codec = Codec[preset.codec.upper()]
         config = replace(config, region_codec=codec)
         if quality is None:
@@ -170,13 +207,19 @@ async def _serve(
 
 
 def engine_of(
-    backend: Backend, preset: Preset, policy: str | None, policy_options: dict[str, Any]
+    backend: Backend,
+    preset: Preset,
+    policy: str | None,
+    policy_options: dict[str, Any],
+    *,
+    provisional: bool = False,
 ) -> Engine:
     """The engine that a preset describes.
 
     Args:
         policy: name of another policy than the preset's threshold: always, never or random.
         policy_options: what that policy takes; None values are left out.
+        provisional: see `Engine`.
 
     Raises:
         ConfigError: an unknown policy, or an option that it does not take.
@@ -185,7 +228,7 @@ def engine_of(
     chosen: Policy = preset.policy()
     if policy not in (None, "threshold"):
         fields = {"metric": preset.metric.value, "aggregate": preset.aggregate.value}
-        chosen = policy_from_config({"kind": policy, **fields, **given})
+        chosen = policy_from_config({"kind": policy, "k": preset.k, **fields, **given})
     elif given:
         raise ConfigError(f"--{next(iter(given))} needs --policy random")
     side = preset.local_view_px
@@ -196,4 +239,5 @@ def engine_of(
         placement=preset.placement,
         max_new_tokens=preset.max_new_tokens,
         local_view=None if side is None else Size(side, side),
+        provisional=provisional,
     )

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from server_plugin.backend import Backend, Generation, ModelInfo, View
+from server_plugin.backend import Backend, Generation, ModelInfo, StopRule, View
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import Box, Frame, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.messages import Fallback, Retransmit, Stage
+from vlm_collab.messages import CUT_MARK, Fallback, Retransmit, Stage
 from vlm_collab.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
+from vlm_collab.uncertainty import TokenStatistics
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ class RegionNeed:
     Attributes:
         token_box: what goes on the wire (`b` of Eq. 11 and the window's span).
         box: the same in px of the upright source.
-        first: the first answer.
+        first: the first answer; if it was cut, as far as it went, and `CUT_MARK`.
+        cut: whether it stopped at an early decision. If no region comes, the model has to
+            complete it.
         uncertainty: the aggregated value that led here.
         map: relative attention, float64, shape `(rows, columns)`.
     """
@@ -45,6 +48,7 @@ class RegionNeed:
     token_box: TokenBox
     box: Box
     first: str
+    cut: bool
     uncertainty: float
     map: NDArray[np.float64]
 
@@ -67,8 +71,9 @@ class Work:
     Attributes:
         prefilled_tokens, decoded_tokens: computed tokens, all passes together.
         flops: decoder FLOPs by Eq. 17 applied to the tokens really computed.
-        first_s, region_s, second_s: first pass with decision and map, waiting for the region,
-            second pass; time spent in the backend's queue is part of each.
+        first_s, region_s, second_s: first pass with decision, map and, where that was needed,
+            completion; waiting for the region; second pass. Time spent in the backend's queue
+            is part of each.
     """
 
     prefilled_tokens: int = 0
@@ -130,6 +135,12 @@ class Outcome:
 class Engine:
     """Two-stage inference.
 
+    Where the first tokens decide (`Aggregate.FIRST_K` or `FIRST`), a first answer stops as soon
+    as it is known that a second pass follows; one that the policy is content with goes on to its
+    end. If no second pass comes about, the first answer is owed whole after all: it is then
+    generated once more without stopping, at the full cost of another first pass, which is
+    accounted for in `Work`.
+
     Attributes:
         backend: the model.
         policy: when to ask for a region.
@@ -138,6 +149,8 @@ class Engine:
         max_new_tokens: longest answer.
         local_view: largest useful size of a region's picture, in px; None for the encoder's
             input.
+        provisional: generate every first answer to its end, for callers who show it while the
+            second one is in the making.
     """
 
     backend: Backend
@@ -146,6 +159,7 @@ class Engine:
     placement: Placement = Placement.SLIDING
     max_new_tokens: int = 20
     local_view: Size | None = None
+    provisional: bool = False
 
     @property
     def target(self) -> Size:
@@ -169,15 +183,6 @@ class Engine:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _decide(
-        self, first: Generation, retransmit: Retransmit, eta: float | None, key: str
-    ) -> Decision:
-        policy = self.policy if eta is None else self._with_threshold(eta)
-        decision = policy.decide(first.steps, ended=first.ended, key=key)
-        if retransmit is Retransmit.AUTO:
-            return decision
-        return decision._replace(retransmit=retransmit is Retransmit.ALWAYS)
-
     async def answer(
         self,
         view: View,
@@ -197,7 +202,8 @@ class Engine:
             view: the global view, held by the backend.
             source: size of the upright original, in px.
             question: the user's text.
-            fetch_region: called at most once, when unsure.
+            fetch_region: called at most once, when unsure. When it raises for a need that is
+                `cut`, the model works on this question once more.
             retransmit: leave it to the policy, force or forbid the second stage.
             eta: threshold for this question.
             max_new_tokens: at most the engine's own limit.
@@ -213,19 +219,23 @@ class Engine:
         limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         work = Work()
         begin = time.perf_counter()
+        policy = self.policy if eta is None else self._with_threshold(eta)
+        stop = None if self.provisional else _stop_rule(policy, retransmit, key)
         first = await backend.first_pass(
-            view, question, max_new_tokens=limit, on_text=_at(Stage.FIRST, on_text)
+            view, question, max_new_tokens=limit, stop=stop, on_text=_at(Stage.FIRST, on_text)
         )
         work.add_generation(info, first)
-        decision = self._decide(first, retransmit, eta, key)
+        decision = _decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
-            return self._ended(first, decision, None, Fallback.NONE, work)
+            return self._ended(first, first.text, decision, None, Fallback.NONE, work)
+        cut = stop is not None and not first.ended and len(first.token_ids) < limit
+        first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
         fallback = Fallback.NONE
         second: Generation | None = None
         try:
-            need = await self._look(view, source, first, decision, work)
+            need = await self._look(view, source, first, first_text, cut, decision, work)
             work.first_s, begin = time.perf_counter() - begin, time.perf_counter()
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
@@ -247,10 +257,12 @@ class Engine:
             log.exception("the second stage failed; the first answer is returned")
             fallback = Fallback.SERVER_FAILED
         if second is None:
-            return self._ended(first, decision, need, fallback, work)
+            if cut and (whole := await self._complete(view, question, limit, work)) is not None:
+                first, first_text = whole, whole.text
+            return self._ended(first, first_text, decision, need, fallback, work)
         work.add_generation(info, second)
         work.second_s = time.perf_counter() - begin
-        uncertainty = self.policy.decide(second.steps, ended=second.ended, key=key).value
+        uncertainty = policy.decide(second.steps, ended=second.ended, key=key).value
         return Outcome(
             text=second.text,
             stage=Stage.SECOND,
@@ -263,8 +275,31 @@ class Engine:
             work=work,
         )
 
+    async def _complete(
+        self, view: View, question: str, limit: int, work: Work
+    ) -> Generation | None:
+        """A first answer that was cut, generated again to its end; None if the model fails."""
+        begin = time.perf_counter()
+        try:
+            whole = await self.backend.first_pass(view, question, max_new_tokens=limit)
+        # As in the second stage: what there is of the answer, marked, is better than nothing.
+        except Exception:
+            log.exception("the first answer could not be completed")
+            return None
+        finally:
+            work.first_s += time.perf_counter() - begin
+        work.add_generation(self.backend.info, whole)
+        return whole
+
     async def _look(
-        self, view: View, source: Size, first: Generation, decision: Decision, work: Work
+        self,
+        view: View,
+        source: Size,
+        first: Generation,
+        first_text: str,
+        cut: bool,
+        decision: Decision,
+        work: Work,
     ) -> RegionNeed:
         """Relative attention and region search (Eq. 10, 11, 22)."""
         info = self.backend.info
@@ -276,7 +311,8 @@ class Engine:
         return RegionNeed(
             token_box=token_box,
             box=token_box_to_source(token_box, info.grid, frame, source),
-            first=first.text,
+            first=first_text,
+            cut=cut,
             uncertainty=decision.value,
             map=relative.map,
         )
@@ -284,13 +320,14 @@ class Engine:
     @staticmethod
     def _ended(
         first: Generation,
+        text: str,
         decision: Decision,
         need: RegionNeed | None,
         fallback: Fallback,
         work: Work,
     ) -> Outcome:
         return Outcome(
-            text=first.text,
+            text=text,
             stage=Stage.FIRST,
             fallback=fallback,
             uncertainty=decision.value,
@@ -300,6 +337,35 @@ class Engine:
             second=None,
             work=work,
         )
+
+
+def _decide(
+    policy: Policy,
+    steps: Sequence[TokenStatistics],
+    ended: bool,
+    retransmit: Retransmit,
+    key: str,
+) -> Decision:
+    decision = policy.decide(steps, ended=ended, key=key)
+    if retransmit is Retransmit.AUTO:
+        return decision
+    return decision._replace(retransmit=retransmit is Retransmit.ALWAYS)
+
+
+def _stop_rule(policy: Policy, retransmit: Retransmit, key: str) -> StopRule | None:
+    """Stops a first answer once it is known that a second pass follows; None if that is never
+    known before its end.
+
+    What `decide` says of the tokens that are enough is what it says of the whole answer.
+    """
+    if policy.tokens_needed is None or retransmit is Retransmit.NEVER:
+        return None
+
+    def stop(steps: Sequence[TokenStatistics], ended: bool) -> bool:
+        enough = policy.ready_after(steps)
+        return enough and _decide(policy, steps, ended, retransmit, key).retransmit
+
+    return stop
 
 
 def _at(stage: Stage, sink: TextSink | None) -> Callable[[str], None] | None:

@@ -5,6 +5,7 @@ This module imports neither torch nor transformers; the backend that is asked fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from server_plugin.presets import (
     preset_named,
 )
 from vlm_collab.errors import ConfigError, ModelError
+from vlm_collab.policy import Aggregate
 
 DEMO_MODEL = "demo"
 FAKE_MODEL = "fake"
@@ -37,6 +39,8 @@ def open_model(
     layer: int | None = None,
     ratios: Sequence[float] | None = None,
     base_px: int | None = None,
+    view_px: int | None = None,
+    epsilon: float | None = None,
     placement: str | None = None,
     metric: str | None = None,
     aggregate: str | None = None,
@@ -54,8 +58,9 @@ def open_model(
         device: a torch device, or "auto": CUDA where there is one, else the CPU.
         dtype: a torch floating point type, or "auto": bfloat16 on CUDA, else float32.
         prompt: name of another template of the preset, such as "vicrop".
-        layer, ratios, base_px, placement, metric, aggregate, eta, k, max_new_tokens: replace the
-            fields of the preset that have these names; None leaves them.
+        layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
+            max_new_tokens: replace the fields of the preset that have these names; None leaves
+            them.
 
     Returns:
         The backend, and the preset with all replacements, which policy and engine are made of.
@@ -70,6 +75,8 @@ def open_model(
         layer=layer,
         ratios=None if ratios is None else list(ratios),
         base_px=base_px,
+        view_px=view_px,
+        epsilon=epsilon,
         placement=placement,
         metric=metric,
         aggregate=aggregate,
@@ -77,10 +84,17 @@ def open_model(
         k=k,
         max_new_tokens=max_new_tokens,
     )
+    if epsilon is not None and not math.isfinite(epsilon):
+        raise ConfigError(f"model option: epsilon must be a finite number, not {epsilon}")
+    if k is not None and chosen.aggregate is not Aggregate.FIRST_K:
+        raise ConfigError(f"model option: k needs the aggregate first_k, not {chosen.aggregate}")
     if name == FAKE_MODEL:
         from server_plugin.backends.fake import FakeBackend
 
-        return FakeBackend.demo(), chosen
+        backend = FakeBackend.demo()
+        if view_px not in (None, side := backend.info.view.width):
+            raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
+        return backend, chosen
     source = name
     if name is None or name == DEMO_MODEL:
         source, name = str(demo_folder()), DEMO_MODEL
@@ -94,8 +108,8 @@ def open_model(
     from server_plugin.backends.transformers_backend import TransformersBackend
 
     shown = DEMO_MODEL if name == DEMO_MODEL else None
-    backend = TransformersBackend.load(source, chosen, device=device, dtype=dtype, name=shown)
-    return backend, chosen
+    loaded = TransformersBackend.load(source, chosen, device=device, dtype=dtype, name=shown)
+    return loaded, chosen
 
 
 def _chosen_preset(name: str | None, preset: str | Preset | None) -> Preset:

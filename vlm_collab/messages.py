@@ -47,6 +47,10 @@ TargetPx = Annotated[int, Meta(ge=1, le=65535)]
 ShortText = Annotated[str, Meta(max_length=256)]
 
 
+CUT_MARK = "…"
+"""Ends the text of a first answer that was not generated to its end (U+2026)."""
+
+
 class Stage(enum.IntEnum):
     """Which pass a text comes from."""
 
@@ -249,7 +253,9 @@ class RegionRequest(Message, tag=18, frozen=True):
     """The server is unsure and says where it needs to look.
 
     Attributes:
-        first: the first answer, which stands if nothing better comes.
+        first: the first answer, which stands if nothing better comes. A server that decides
+            early may not have generated all of it; it then ends in `CUT_MARK`, and if the
+            region does not come, `Answer` carries all of it.
         uncertainty_micro: the aggregated value that led here, in millionths of the unit of the
             server's metric (`micro`); five bytes where a float takes nine.
         index, side_px: `b = [b1, b2]` of 003: token of the top-left cell (row-major), side of

@@ -144,16 +144,43 @@ class Policy(Protocol):
         """
 
 
+def _tokens_needed(how: Aggregate, k: int) -> int | None:
+    match how:
+        case Aggregate.FULL:
+            return None
+        case Aggregate.FIRST_K:
+            return k
+        case Aggregate.FIRST:
+            return 1
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """What all policies share: the uncertainty that a decision reports."""
+    """What policies that do not look at it share: the uncertainty that a decision reports.
+
+    Attributes:
+        metric, aggregate, k: as of `ThresholdPolicy`.
+
+    Raises:
+        ValueError: `k` is not positive.
+    """
 
     metric: Metric = Metric.MIN_ENTROPY
     aggregate: Aggregate = Aggregate.FULL
+    k: int = DEFAULT_FIRST_TOKENS
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
 
     @property
     def tokens_needed(self) -> int | None:
-        return 1
+        # The choice needs none, but the uncertainty that goes with it does.
+        return _tokens_needed(self.aggregate, self.k)
 
     def ready_after(self, steps: Sequence[TokenStatistics]) -> bool:
         needed = self.tokens_needed
@@ -162,7 +189,7 @@ class _Measured:
     def _decision(
         self, retransmit: bool, steps: Sequence[TokenStatistics], ended: bool
     ) -> Decision:
-        value = aggregate(steps, self.metric, self.aggregate, ended=ended)
+        value = aggregate(steps, self.metric, self.aggregate, self.k, ended=ended)
         return Decision(retransmit, value, self.metric, None)
 
 
@@ -194,18 +221,11 @@ class ThresholdPolicy:
             raise ValueError(f"eta must be a finite number, zero or more, not {self.eta}")
         if self.metric is Metric.MARGIN and self.eta > 1:
             raise ValueError(f"eta of a margin must be between 0 and 1, not {self.eta}")
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, not {self.k}")
+        _check_k(self.k)
 
     @property
     def tokens_needed(self) -> int | None:
-        match self.aggregate:
-            case Aggregate.FULL:
-                return None
-            case Aggregate.FIRST_K:
-                return self.k
-            case Aggregate.FIRST:
-                return 1
+        return _tokens_needed(self.aggregate, self.k)
 
     def ready_after(self, steps: Sequence[TokenStatistics]) -> bool:
         needed = self.tokens_needed
@@ -254,13 +274,14 @@ class RandomPolicy(_Measured):
         seed: which draw.
 
     Raises:
-        ValueError: `rate` is not between 0 and 1.
+        ValueError: `rate` is not between 0 and 1, or `k` is not positive.
     """
 
     rate: float
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_k(self.k)
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate must be between 0 and 1, not {self.rate}")
 
@@ -275,18 +296,18 @@ class RandomPolicy(_Measured):
 
 _KEYS: dict[str, frozenset[str]] = {
     "threshold": frozenset({"metric", "aggregate", "eta", "k", "include_end"}),
-    "always": frozenset({"metric", "aggregate"}),
-    "never": frozenset({"metric", "aggregate"}),
-    "random": frozenset({"metric", "aggregate", "rate", "seed"}),
+    "always": frozenset({"metric", "aggregate", "k"}),
+    "never": frozenset({"metric", "aggregate", "k"}),
+    "random": frozenset({"metric", "aggregate", "k", "rate", "seed"}),
 }
 
 
 def policy_from_config(config: Mapping[str, Any]) -> Policy:
     """Build a policy from a section of a configuration file.
 
-    Keys: `kind` (`threshold`, the default, `always`, `never` or `random`), `metric`, `aggregate`
-    everywhere; `eta` (required), `k`, `include_end` for `threshold`; `rate` (required), `seed`
-    for `random`.
+    Keys: `kind` (`threshold`, the default, `always`, `never` or `random`), `metric`, `aggregate`,
+    `k` everywhere; `eta` (required), `include_end` for `threshold`; `rate` (required), `seed` for
+    `random`.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is wrong; the line says which are
@@ -302,19 +323,19 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
             raise ConfigError(f"a {kind} policy has no setting {key!r}; known: {listed}")
     metric = _choice(Metric, config, "metric", Metric.MIN_ENTROPY)
     how = _choice(Aggregate, config, "aggregate", Aggregate.FULL)
+    k = _integer(config, "k", DEFAULT_FIRST_TOKENS)
     try:
         match kind:
             case "always":
-                return AlwaysPolicy(metric=metric, aggregate=how)
+                return AlwaysPolicy(metric=metric, aggregate=how, k=k)
             case "never":
-                return NeverPolicy(metric=metric, aggregate=how)
+                return NeverPolicy(metric=metric, aggregate=how, k=k)
             case "random":
                 rate, seed = _number(config, "rate"), _integer(config, "seed", 0)
-                return RandomPolicy(rate, seed, metric=metric, aggregate=how)
+                return RandomPolicy(rate, seed, metric=metric, aggregate=how, k=k)
         include_end = config.get("include_end", True)
         if not isinstance(include_end, bool):
             raise ConfigError(f"policy include_end must be true or false, not {include_end!r}")
-        k = _integer(config, "k", DEFAULT_FIRST_TOKENS)
         return ThresholdPolicy(metric, how, _number(config, "eta"), k, include_end)
     except ValueError as error:
         raise ConfigError(f"policy {error}") from error

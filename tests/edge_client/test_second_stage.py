@@ -112,6 +112,33 @@ async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallba
         assert server.connections == 1
 
 
+async def test_a_first_answer_that_was_cut_is_replaced_by_the_whole_one():
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask, _ = await wanting(peer, first="a first…")
+        texts.clear()
+        peer.session.answer(
+            ask.id, "a first answer", Stage.FIRST, Fallback.SERVER_FAILED, 2.0, Usage()
+        )
+        await peer.flush()
+        ask, _ = await wanting(peer, first="a first…")
+        await peer.answer(ask.id, "second", Stage.SECOND)
+        ask, _ = await wanting(peer, first="a first…")
+        await peer.error(ask.id, ErrorCode.INTERNAL)
+        await peer.socket.wait_closed()
+
+    texts: list[tuple[Stage, str]] = []
+    async with scripted(script) as server, EdgeClient(server.url) as client:
+        whole = await client.ask(PHOTO, "why?", on_text=lambda *text: texts.append(text))
+        assert (whole.text, whole.first_text) == ("a first answer", "a first answer")
+        assert texts[-1] == (Stage.FIRST, "a first answer")
+        refined = await client.ask(PHOTO, "why?")
+        assert (refined.text, refined.first_text) == ("second", "a first…")
+        # Nothing else ever came: what there is, with its mark.
+        failed = await client.ask(PHOTO, "why?")
+        assert (failed.text, failed.fallback) == ("a first…", Fallback.SERVER_FAILED)
+
+
 async def test_the_deadline_in_the_second_stage_leaves_the_first_answer_and_cancels():
     cancelled = asyncio.Event()
 

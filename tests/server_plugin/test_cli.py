@@ -15,6 +15,7 @@ from edge_client.sync import Client
 from tests.support.process import SERVE, serving
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.images import Codec, encode
+from vlm_collab.messages import CUT_MARK
 
 
 def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
@@ -77,6 +78,28 @@ def test_settings_of_the_policy_reach_the_model():
         assert not client.ask(photo(), "a small thing").refined
 
 
+def test_an_early_decision_is_an_option_of_the_policy_and_can_be_shown_whole():
+    """What the server says while the second answer is in the making."""
+    early = ("fake", "--policy", "always", "--aggregate", "first_k", "--k", "2")
+    for options, cut in (early, True), ((*early, "--provisional"), False):
+        with serving(*options) as (_, ready), Client(str(ready["url"])) as client:
+            answer = client.ask(photo(), "what is that?")
+            assert answer.refined
+            assert answer.first_text.endswith(CUT_MARK if cut else "what is that?")
+            assert answer.usage.decoded_tokens == (2 if cut else 6) + 7
+
+
+def test_ratios_reach_the_region_search():
+    sides = []
+    for options in (), ("--ratios", "3.0"), ("--ratios", "3.0,4.0", "--epsilon", "0.5"):
+        with serving("fake", "--policy", "always", *options) as (_, ready):
+            with Client(str(ready["url"])) as client:
+                box = client.ask(photo(), "what?").box
+                assert box is not None
+                sides.append(box.height)
+    assert sides == [112, 336, 336]
+
+
 def test_a_port_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -104,6 +127,19 @@ def test_a_port_in_use():
         (("fake", "--metric", "gut_feeling"), "gut_feeling"),
         (("fake", "--placement", "anywhere"), "anywhere"),
         (("fake", "--base-px", "0"), "base_px"),
+        (("fake", "--ratios", "1.0;1.2"), "--ratios"),
+        (("fake", "--ratios", ""), "--ratios"),
+        (("fake", "--ratios", "1.0,0"), "ratios[1]"),
+        (("fake", "--ratios", "nan"), "ratios[0]"),
+        (("fake", "--prompt", "haiku"), "haiku"),
+        (("fake", "--aggregate", "first_k", "--k", "0"), "k`"),
+        (("fake", "--aggregate", "first_k", "--k", "2.5"), "--k"),
+        (("fake", "--k", "3"), "k needs the aggregate first_k"),
+        (("fake", "--epsilon", "-0.1"), "epsilon"),
+        (("fake", "--epsilon", "inf"), "epsilon"),
+        (("fake", "--epsilon", "nan"), "epsilon"),
+        (("fake", "--view-px", "0"), "view_px"),
+        (("fake", "--view-px", "224"), "view_px of the fake model is 112"),
         (("fake", "--eta", "-1"), "eta"),
         (("fake", "--eta", "much"), "--eta"),
         (("fake", "--quality", "0"), "quality"),

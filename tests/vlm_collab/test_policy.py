@@ -122,10 +122,15 @@ def test_threshold_policy_passes_its_options_on() -> None:
     ("how", "needed"), [(Aggregate.FULL, None), (Aggregate.FIRST_K, 2), (Aggregate.FIRST, 1)]
 )
 def test_ready_after(how: Aggregate, needed: int | None) -> None:
-    policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, 1.0, k=2)
-    assert policy.tokens_needed == needed
-    for count in range(4):
-        assert policy.ready_after(STEPS[:count]) is (needed is not None and count >= needed)
+    """A choice that needs no token still reports an uncertainty that does."""
+    for policy in (
+        ThresholdPolicy(Metric.MIN_ENTROPY, how, 1.0, k=2),
+        AlwaysPolicy(aggregate=how, k=2),
+        RandomPolicy(0.5, aggregate=how, k=2),
+    ):
+        assert policy.tokens_needed == needed
+        for count in range(4):
+            assert policy.ready_after(STEPS[:count]) is (needed is not None and count >= needed)
 
 
 @STEADY
@@ -144,8 +149,8 @@ def test_always_and_never() -> None:
     assert always == (True, 1.5, Metric.MIN_ENTROPY, None)
     never = NeverPolicy(metric=Metric.MARGIN).decide(STEPS, ended=True)
     assert never == (False, 0.5, Metric.MARGIN, None)
-    assert AlwaysPolicy().ready_after(STEPS[:1])
-    assert not AlwaysPolicy().ready_after([])
+    first_two = AlwaysPolicy(aggregate=Aggregate.FIRST_K, k=2).decide(STEPS, ended=True)
+    assert first_two == (True, 2.0, Metric.MIN_ENTROPY, None)
 
 
 def test_policies_fit_the_protocol() -> None:
@@ -207,6 +212,10 @@ def test_random_policy_draws_the_same_in_every_process() -> None:
             ThresholdPolicy(Metric.MARGIN, Aggregate.FIRST_K, 1.0, 3, False),
         ),
         ({"kind": "always"}, AlwaysPolicy()),
+        (
+            {"kind": "always", "aggregate": "first_k", "k": 2},
+            AlwaysPolicy(aggregate=Aggregate.FIRST_K, k=2),
+        ),
         ({"kind": "never", "metric": "entropy"}, NeverPolicy(metric=Metric.ENTROPY)),
         ({"kind": "random", "rate": 0.25, "seed": 4}, RandomPolicy(0.25, 4)),
     ],
@@ -234,6 +243,8 @@ def test_policy_from_config(config: dict[str, Any], expected: Policy) -> None:
         ({"eta": math.inf}, "eta must be a finite number"),
         ({"eta": 1.5, "metric": "margin"}, "between 0 and 1"),
         ({"eta": 1, "k": 0}, "k must be at least 1"),
+        ({"kind": "never", "k": 0}, "k must be at least 1"),
+        ({"kind": "random", "rate": 0.5, "k": 0}, "k must be at least 1"),
         ({"eta": 1, "k": 2.5}, "k must be a whole number"),
         ({"eta": 1, "include_end": "no"}, "include_end must be true or false"),
         ({"kind": "random"}, "rate is missing"),

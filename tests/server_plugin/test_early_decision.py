@@ -1,0 +1,281 @@
+"""Early decision over the scripted backend: what is generated, what is decided, what is owed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from PIL import Image
+
+from edge_client.client import EdgeClient
+from server_plugin.backend import Generation
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.engine import Engine, Outcome, RegionNeed, RegionUnavailableError
+from server_plugin.service.runner import running
+from tests.e2e.common import photo
+from tests.support.wire import UNSURE, edge, picture, service, settled
+from vlm_collab.cost import extension_flops
+from vlm_collab.errors import ImageError
+from vlm_collab.geometry import Size
+from vlm_collab.messages import CUT_MARK, DeclineReason, Fallback, Retransmit, Stage
+from vlm_collab.policy import (
+    Aggregate,
+    AlwaysPolicy,
+    Metric,
+    NeverPolicy,
+    Policy,
+    RandomPolicy,
+    ThresholdPolicy,
+)
+from vlm_collab.session import RegionWanted
+
+FIRST = "one two three four five six seven"
+VIEW = Image.new("RGB", (112, 112), (1, 2, 3))
+REGION = Image.new("RGB", (112, 112), (4, 5, 6))
+
+
+def threshold(how: Aggregate = Aggregate.FIRST_K, **more) -> ThresholdPolicy:
+    return ThresholdPolicy(Metric.MIN_ENTROPY, how, 0.5, **more)
+
+
+@dataclass(slots=True, eq=False)
+class Recording(FakeBackend):
+    """Keeps every first answer that it generated; may break while it makes the second of them."""
+
+    firsts: list[Generation] = field(default_factory=list)
+    fail_again: bool = False
+
+    async def first_pass(self, *args, **kwargs) -> Generation:
+        if self.firsts and self.fail_again:
+            raise RuntimeError("out of memory")
+        self.firsts.append(await FakeBackend.first_pass(self, *args, **kwargs))
+        return self.firsts[-1]
+
+
+def scripted(bits: float = 1.0, first: str = FIRST, **more) -> Recording:
+    return Recording(play=lambda *_: Script(first, "seen", bits, (4, 4)), **more)
+
+
+async def ask(
+    backend: FakeBackend,
+    policy: Policy,
+    *,
+    provisional: bool = False,
+    failing: Exception | None = None,
+    **options,
+) -> tuple[Outcome, list[RegionNeed]]:
+    needs = []
+
+    async def fetch(need):
+        needs.append(need)
+        if failing is not None:
+            raise failing
+        return REGION
+
+    engine = Engine(backend=backend, policy=policy, provisional=provisional)
+    view = await backend.open_view(VIEW)
+    outcome = await engine.answer(view, Size(896, 896), "what?", fetch, **options)
+    await backend.release(view)
+    return outcome, needs
+
+
+def lengths(backend: Recording) -> list[int]:
+    return [len(first.token_ids) for first in backend.firsts]
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens"),
+    [
+        (threshold(), 5),
+        (threshold(k=3), 3),
+        (threshold(Aggregate.FIRST), 1),
+        (threshold(Aggregate.FULL), 8),  # seven words and the end
+        (threshold(k=7), 7),
+        (threshold(k=8), 8),
+        (threshold(k=50), 8),
+        (AlwaysPolicy(), 8),
+        (AlwaysPolicy(aggregate=Aggregate.FIRST_K), 5),
+        (AlwaysPolicy(aggregate=Aggregate.FIRST_K, k=2), 2),
+        (RandomPolicy(1.0, aggregate=Aggregate.FIRST), 1),
+    ],
+)
+async def test_an_unsure_answer_stops_once_that_is_known(policy, tokens):
+    early, whole = scripted(), scripted()
+    outcome, (need,) = await ask(early, policy)
+    reference, (full_need,) = await ask(whole, policy, provisional=True)
+    assert (lengths(early), lengths(whole)) == ([tokens], [8])
+    assert need.cut is (tokens < 8)
+    words = " ".join(FIRST.split()[:tokens])
+    assert need.first == (words + CUT_MARK if need.cut else FIRST)
+    # All the rest is as if the answer had been generated to its end.
+    assert (full_need.first, full_need.cut) == (FIRST, False)
+    assert outcome.decision == reference.decision
+    assert need.uncertainty == full_need.uncertainty
+    assert need.box == full_need.box
+    assert (outcome.text, outcome.stage) == (reference.text, reference.stage)
+    assert outcome.work.decoded_tokens == reference.work.decoded_tokens - (8 - tokens)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        (threshold(), {}),
+        (threshold(Aggregate.FIRST), {}),
+        (NeverPolicy(aggregate=Aggregate.FIRST_K), {}),
+        (RandomPolicy(0.0, aggregate=Aggregate.FIRST_K), {}),
+    ],
+)
+async def test_an_answer_that_is_good_enough_goes_on_in_one_generation(policy, options):
+    backend = scripted(0.1)
+    outcome, needs = await ask(backend, policy, **options)
+    assert (outcome.text, outcome.stage, needs) == (FIRST, Stage.FIRST, [])
+    assert lengths(backend) == [8]
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "tokens"),
+    [
+        (1.0, {"eta": 2.0}, 8),
+        (0.1, {"eta": 0.05}, 5),
+        (0.1, {"retransmit": Retransmit.ALWAYS}, 5),
+        (1.0, {"retransmit": Retransmit.NEVER}, 8),
+    ],
+)
+async def test_the_question_s_own_options_decide(bits, options, tokens):
+    backend = scripted(bits)
+    outcome, _ = await ask(backend, threshold(), **options)
+    assert lengths(backend) == [tokens]
+    assert outcome.decision.retransmit is (tokens == 5)
+
+
+@pytest.mark.parametrize("include_end", [True, False])
+@pytest.mark.parametrize("words", range(1, 9))
+async def test_answers_around_k_are_decided_as_whole_ones(words, include_end):
+    """Whether the end falls before, on or behind the k-th token."""
+    policy = threshold(k=4, include_end=include_end)
+    first = " ".join(FIRST.split()[:words])
+    early, (need,) = await ask(scripted(first=first), policy)
+    whole, (full,) = await ask(scripted(first=first), policy, provisional=True)
+    assert early.decision == whole.decision
+    assert need.cut is (words > 3)
+    assert full.first.startswith(need.first.removesuffix(CUT_MARK))
+
+
+async def test_an_answer_cut_by_its_length_limit_is_whole():
+    backend = scripted()
+    _, (need,) = await ask(backend, threshold(), max_new_tokens=5)
+    assert (need.cut, need.first) == (False, "one two three four five")
+    outcome, _ = await ask(
+        scripted(), threshold(), max_new_tokens=5, failing=RegionUnavailableError(Fallback.DECLINED)
+    )
+    assert outcome.text == "one two three four five"
+    assert outcome.work.prefilled_tokens == 16 + 12  # one first pass
+
+
+@pytest.mark.parametrize(
+    ("failing", "fallback"),
+    [
+        (RegionUnavailableError(Fallback.DECLINED), Fallback.DECLINED),
+        (RegionUnavailableError(Fallback.DEADLINE), Fallback.DEADLINE),
+        (RegionUnavailableError(Fallback.BAD_REGION), Fallback.BAD_REGION),
+        (ImageError("not a picture"), Fallback.BAD_REGION),
+        (RuntimeError("broken"), Fallback.SERVER_FAILED),
+    ],
+)
+async def test_without_a_second_pass_the_first_answer_is_given_whole(failing, fallback):
+    backend = scripted()
+    outcome, (need,) = await ask(backend, threshold(), failing=failing)
+    reference, _ = await ask(scripted(), threshold(), failing=failing, provisional=True)
+    assert need.first == "one two three four five" + CUT_MARK
+    assert (outcome.text, outcome.stage, outcome.fallback) == (FIRST, Stage.FIRST, fallback)
+    assert outcome.first.token_ids == reference.first.token_ids
+    assert outcome.decision == reference.decision
+    assert outcome.uncertainty == reference.uncertainty
+    assert lengths(backend) == [5, 8]
+
+
+async def test_a_completed_answer_is_accounted_for():
+    backend = scripted()
+    outcome, _ = await ask(
+        backend, threshold(), failing=RegionUnavailableError(Fallback.DECLINED)
+    )  # fmt: skip
+    info = backend.info
+
+    def first_pass(tokens: int) -> int:
+        steps = [(64, 16), *((80 + i, 1) for i in range(tokens - 1))]
+        return sum(extension_flops(m, n, info.hidden_size, info.layers) for m, n in steps)
+
+    generic = extension_flops(64, 12, info.hidden_size, info.layer + 1)
+    assert outcome.work.flops == first_pass(5) + generic + first_pass(8)
+    assert outcome.work.prefilled_tokens == 16 + 12 + 16
+    assert outcome.work.decoded_tokens == 5 + 8
+
+
+@pytest.mark.parametrize("broken", ["relative_attention", "second_pass"])
+async def test_a_runtime_that_fails_in_the_second_stage_still_owes_all_of_the_first(
+    broken, monkeypatch
+):
+    async def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(FakeBackend, broken, fails)
+    outcome, _ = await ask(scripted(), threshold())
+    assert (outcome.text, outcome.fallback) == (FIRST, Fallback.SERVER_FAILED)
+
+
+async def test_an_answer_that_cannot_be_completed_says_that_it_is_cut(caplog):
+    backend = scripted(fail_again=True)
+    outcome, _ = await ask(
+        backend, threshold(), failing=RegionUnavailableError(Fallback.DEADLINE)
+    )  # fmt: skip
+    assert outcome.text == "one two three four five" + CUT_MARK
+    assert (outcome.stage, outcome.fallback) == (Stage.FIRST, Fallback.DEADLINE)
+    assert "could not be completed" in caplog.text
+
+
+async def test_the_completion_is_not_streamed():
+    """The texts of the first pass came already, and grew only."""
+    seen = []
+    await ask(
+        scripted(),
+        threshold(),
+        failing=RegionUnavailableError(Fallback.DECLINED),
+        on_text=lambda stage, text: seen.append((stage, text)),
+    )
+    assert seen == [(Stage.FIRST, " ".join(FIRST.split()[:n])) for n in range(1, 6)]
+
+
+# ---- over the wire ---------------------------------------------------------------------------
+
+
+async def test_who_declines_gets_the_first_answer_whole():
+    running_service = service(policy=threshold(k=3))
+    async with running(running_service) as url, edge(url) as client:
+        for _ in range(2):
+            id = await client.ask(UNSURE, picture())
+            wanted = await client.next()
+            assert isinstance(wanted, RegionWanted)
+            assert wanted.request.first.endswith(f"what{CUT_MARK}")
+            client.session.decline(id, DeclineReason.PRIVACY)
+            answer = await client.next()
+            assert answer.text == f"{wanted.request.first.removesuffix('what…')}{UNSURE}"
+            assert (answer.stage, answer.fallback) == (Stage.FIRST, Fallback.DECLINED)
+        await settled(running_service)
+
+
+async def test_a_region_that_comes_late_costs_the_second_answer_and_not_the_first():
+    limits = {"region_deadline_s": 0.05}
+    async with running(service(policy=threshold(k=3), limits=limits)) as url, edge(url) as client:
+        await client.ask(UNSURE, picture())
+        assert isinstance(await client.next(), RegionWanted)
+        answer = await client.next()
+        assert answer.text.endswith(UNSURE)
+        assert answer.fallback is Fallback.DEADLINE
+
+
+async def test_an_edge_s_user_sees_the_first_answer_whole_when_there_is_no_second():
+    backend = FakeBackend(play=lambda *_: Script(FIRST, "seen", 1.0, fail_second=True))
+    async with running(service(backend, policy=threshold())) as url, EdgeClient(url) as client:
+        answer = await client.ask(photo(1), "what?")
+    assert answer.fallback is Fallback.SERVER_FAILED
+    assert (answer.text, answer.first_text) == (FIRST, FIRST)
