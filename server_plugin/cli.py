@@ -89,6 +89,9 @@ def serve(
         str | None, typer.Option(help="How the box is placed: sliding or centroid.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Most questions that the model works on together.")
+    ] = None,
     provisional: Annotated[
         bool,
         typer.Option(
@@ -152,6 +155,7 @@ def serve(
                 "eta": eta,
                 "k": k,
                 "max_new_tokens": max_new_tokens,
+                "batch": batch,
             },
             provisional=provisional,
             quality=quality,

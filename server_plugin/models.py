@@ -47,6 +47,7 @@ def open_model(
     eta: float | None = None,
     k: int | None = None,
     max_new_tokens: int | None = None,
+    batch: int | None = None,
 ) -> tuple[Backend, Preset]:
     """Open a model. Blocks while it loads; a hub name may be downloaded.
 
@@ -61,6 +62,7 @@ def open_model(
         layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
             max_new_tokens: replace the fields of the preset that have these names; None leaves
             them.
+        batch: most questions that run together; None: a small number that suits the device.
 
     Returns:
         The backend, and the preset with all replacements, which policy and engine are made of.
@@ -108,7 +110,9 @@ def open_model(
     from server_plugin.backends.transformers_backend import TransformersBackend
 
     shown = DEMO_MODEL if name == DEMO_MODEL else None
-    loaded = TransformersBackend.load(source, chosen, device=device, dtype=dtype, name=shown)
+    loaded = TransformersBackend.load(
+        source, chosen, device=device, dtype=dtype, name=shown, batch=batch
+    )
     return loaded, chosen
 
 

@@ -91,9 +91,8 @@ class _Prefix:
     def nbytes(self) -> int:
         """Its memory, in bytes."""
         looks = 0 if self.looks is None else self.looks.nbytes
-        return looks + sum(
-            t.nbytes for layer in layers_of(self.cache) for t in (layer.keys, layer.values)
-        )
+        cached = (t.nbytes for one in layers_of(self.cache) for t in (one.keys, one.values))
+        return int(looks + sum(cached))
 
     def take_uncounted(self) -> int:
         """The positions to report now; 0 ever after."""

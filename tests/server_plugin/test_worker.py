@@ -1,0 +1,131 @@
+"""The queue before a model's thread: what runs together, in which order, and what a fault costs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError
+
+
+@contextmanager
+def worker(
+    limit: int = 4, execute: Callable[[Hashable, list[Job]], None] | None = None
+) -> Iterator[tuple[BatchWorker, list[list[str]]]]:
+    """A worker whose jobs answer with their own payload, and the batches it ran."""
+    batches: list[list[str]] = []
+
+    def run(kind: Hashable, jobs: list[Job]) -> None:
+        batches.append([job.payload for job in jobs])
+        if execute is not None:
+            execute(kind, jobs)
+        for job in jobs:
+            job.future.set_result(job.payload)
+
+    made = BatchWorker(run, limit, "test")
+    yield made, batches
+    made.close()
+
+
+@contextmanager
+def busy(worker: BatchWorker) -> Iterator[None]:
+    """Keep the thread from its queue while the block fills it."""
+    gate, started = threading.Event(), threading.Event()
+    worker.call(lambda: (started.set(), gate.wait(30)))
+    assert started.wait(30)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+async def queued(worker: BatchWorker, *jobs: tuple[str, str, int]) -> list[asyncio.Task[str]]:
+    """Tasks for jobs of (kind, payload, length), all in the queue."""
+    tasks = []
+    for kind, payload, length in jobs:
+        tasks.append(asyncio.ensure_future(worker.run(kind, payload, length)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_what_waits_runs_together_oldest_kind_first() -> None:
+    with worker() as (made, batches):
+        with busy(made):
+            tasks = await queued(
+                made, ("a", "a1", 5), ("b", "b1", 5), ("a", "a2", 6), ("b", "b2", 5), ("a", "a3", 5)
+            )
+        assert await asyncio.gather(*tasks) == ["a1", "b1", "a2", "b2", "a3"]
+    assert batches == [["a1", "a2", "a3"], ["b1", "b2"]]
+
+
+async def test_a_batch_has_a_limit() -> None:
+    with worker(limit=2) as (made, batches):
+        with busy(made):
+            tasks = await queued(made, *(("a", f"a{i}", 5) for i in range(5)))
+        await asyncio.gather(*tasks)
+    assert batches == [["a0", "a1"], ["a2", "a3"], ["a4"]]
+
+
+async def test_lengths_far_apart_run_apart() -> None:
+    with worker() as (made, batches):
+        with busy(made):
+            tasks = await queued(made, ("a", "short", 10), ("a", "long", 300), ("a", "near", 12))
+        await asyncio.gather(*tasks)
+    assert batches == [["short", "near"], ["long"]]
+
+
+async def test_a_cancelled_job_never_runs() -> None:
+    with worker() as (made, batches):
+        with busy(made):
+            gone, kept = await queued(made, ("a", "gone", 1), ("a", "kept", 1))
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+        assert await kept == "kept"
+    assert batches == [["kept"]]
+
+
+async def test_one_jobs_fault_costs_no_other_its_answer() -> None:
+    def fail_with_bad(_: Hashable, jobs: list[Job]) -> None:
+        if any(job.payload == "bad" for job in jobs):
+            raise MemoryError("bad")
+
+    with worker(execute=fail_with_bad) as (made, batches):
+        with busy(made):
+            tasks = await queued(made, ("a", "a1", 1), ("a", "bad", 1), ("a", "a2", 1))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [results[0], results[2]] == ["a1", "a2"]
+    assert isinstance(results[1], MemoryError)
+    assert batches == [["a1", "bad", "a2"], ["a1"], ["bad"], ["a2"]]
+
+
+async def test_jobs_settled_before_a_fault_are_not_run_again() -> None:
+    def settle_first(_: Hashable, jobs: list[Job]) -> None:
+        if len(jobs) > 1:
+            jobs[0].future.set_result("early")
+            raise MemoryError
+
+    with worker(execute=settle_first) as (made, batches):
+        with busy(made):
+            tasks = await queued(made, ("a", "a1", 1), ("a", "a2", 1))
+        assert await asyncio.gather(*tasks) == ["early", "a2"]
+    assert batches == [["a1", "a2"], ["a2"]]
+
+
+async def test_closing_fails_what_waits_and_what_comes() -> None:
+    with worker() as (made, batches):
+        with busy(made):
+            (waiting,) = await queued(made, ("a", "a1", 1))
+            closing = asyncio.create_task(asyncio.to_thread(made.close))
+            while not made.closing:
+                await asyncio.sleep(0.001)
+        await closing
+        with pytest.raises(WorkerClosedError):
+            await waiting
+        with pytest.raises(WorkerClosedError):
+            await made.run("a", "late")
+    assert batches == []
