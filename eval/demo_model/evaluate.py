@@ -74,6 +74,7 @@ def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Out
             generic=generic[row].attention,
             easy=easy[row],
             easy_truth=kinds[row][1],
+            texture=one.scene.background.family,
         )
         for row, one in enumerate(asked)
     ]

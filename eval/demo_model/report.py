@@ -17,7 +17,7 @@ from eval.demo_model.asked import SIZES, Settings
 from eval.demo_model.boxes import contains, own_box, random_box
 from eval.demo_model.measure import Reading, auroc, touched_patches
 from eval.demo_model.views import GRID
-from eval.scenes import Box, Question
+from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
 from vlm_collab.geometry import Grid
 from vlm_collab.roi import relative_map
 
@@ -42,7 +42,7 @@ class Outcome:
 
     ``own`` is the answer with the region search's box, ``centroid`` with the second placement's.
     ``easy`` is the answer to a question that the global view is enough for, ``easy_truth`` what
-    it should be.
+    it should be. ``texture`` is the family of the background.
     """
 
     index: int
@@ -57,6 +57,7 @@ class Outcome:
     generic: NDArray[np.float64]
     easy: Reading
     easy_truth: str
+    texture: str
 
     def right(self, which: Answer) -> bool:
         """Whether that answer is right."""
@@ -172,10 +173,22 @@ def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     rows = []
     for low, high in itertools.pairwise(HEIGHT_BINS):
         inside = [o for o in outcomes if low <= o.question.view_text_height_px < high]
-        row: dict[str, Any] = {"from_px": low, "to_px": high, "count": len(inside)}
-        for which in ANSWERS if inside else ():
-            row[which] = round(float(np.mean([o.right(which) for o in inside])), 4)
-        rows.append(row)
+        rows.append({"from_px": low, "to_px": high, **_accuracies(inside)})
+    return rows
+
+
+def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """Accuracies by whether training ever saw the sign's font and the background's texture."""
+    rows: dict[str, dict[str, Any]] = {}
+    for font, texture in itertools.product(("seen", "unseen"), repeat=2):
+        inside = [
+            o
+            for o in outcomes
+            if (o.question.sign.font == HELD_OUT_FONT) == (font == "unseen")
+            and (o.texture == HELD_OUT_TEXTURE) == (texture == "unseen")
+        ]
+        if inside:
+            rows[f"font {font}, texture {texture}"] = _accuracies(inside)
     return rows
 
 
@@ -278,16 +291,24 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
         "presence_and_count_questions": easy_questions(outcomes),
         "by_text_height": by_height(outcomes),
         "by_layer": by_layer(outcomes, settings.epsilon),
-        "by_size": {f"{w}x{h}": _of_size(outcomes, (w, h)) for w, h in dict.fromkeys(SIZES)},
+        "by_size": {
+            f"{w}x{h}": _accuracies([o for o in outcomes if o.size == (w, h)])
+            for w, h in dict.fromkeys(SIZES)
+        },
+        "by_novelty": by_novelty(outcomes),
         "right_by_question": {
             which: "".join(str(int(o.right(which))) for o in outcomes) for which in ANSWERS
         },
     }
 
 
-def _of_size(outcomes: list[Outcome], size: tuple[int, int]) -> dict[str, float]:
-    inside = [o for o in outcomes if o.size == size]
-    return {w: round(float(np.mean([o.right(w) for o in inside])), 4) for w in ANSWERS if inside}
+def _accuracies(outcomes: list[Outcome]) -> dict[str, Any]:
+    """How many, and the share of each answer that is right; no shares of nothing."""
+    shares = {
+        which: round(sum(o.right(which) for o in outcomes) / len(outcomes), 4)
+        for which in (ANSWERS if outcomes else ())
+    }
+    return {"count": len(outcomes), **shares}
 
 
 def preset(figures: dict[str, Any], settings: Settings) -> dict[str, Any]:

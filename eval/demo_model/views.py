@@ -46,12 +46,15 @@ class PatchLabels:
     weight: NDArray[np.float32]
 
 
-def view_style(two_digits: float, ease: float, *, crowded: bool = False) -> SceneStyle:
-    """Scene style for training; ``ease`` from 1 (large texts only) to 0 (all sizes)."""
+def view_style(
+    two_digits: float, ease: float, power: float = 1.0, *, crowded: bool = False
+) -> SceneStyle:
+    """Scene style for training; ``ease`` from 1 (large texts only) to 0 (all sizes);
+    heights as `SceneStyle.text_height_power` has it."""
     low = 24.0 + 36.0 * ease
     if crowded:
-        return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits)
-    return SceneStyle(text_height_px=(low, 160.0), two_digits=two_digits)
+        return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits, power)
+    return SceneStyle(text_height_px=(low, 160.0), two_digits=two_digits, text_height_power=power)
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -183,7 +186,13 @@ class TowerBatch:
 
 
 def tower_batch(
-    seed: int, step: int, count: int, two_digits: float, ease: float, split: str = "train"
+    seed: int,
+    step: int,
+    count: int,
+    two_digits: float,
+    ease: float,
+    power: float = 1.0,
+    split: str = "train",
 ) -> TowerBatch:
     """Batch ``step`` of tower training: three in four crowded scenes, the rest local views."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, 1]))
@@ -192,7 +201,7 @@ def tower_batch(
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
         crowded = rng.random() < 0.75
-        style = view_style(two_digits, ease, crowded=crowded)
+        style = view_style(two_digits, ease, power, crowded=crowded)
         scene = generate_scene(
             "val" if split == "val" else "train", index, size=random_size(rng), style=style
         )

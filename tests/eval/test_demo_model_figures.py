@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from eval.demo_model import boxes, choose, report
 from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask
 from eval.demo_model.measure import Reading
-from eval.scenes import Question, generate_scene, questions
+from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
 from vlm_collab.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -49,6 +50,7 @@ def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcom
         generic=generic,
         easy=answer(True),
         easy_truth=question.answer,
+        texture="cloud",
     )
 
 
@@ -117,6 +119,22 @@ def test_report_counts(outcomes: list[report.Outcome]) -> None:
     counts = figures["min_entropy_histogram"]
     assert (sum(counts["right"]), sum(counts["wrong"])) == (2, 2)
     assert sum(row["count"] for row in figures["by_text_height"]) == 4
+
+
+def test_what_training_never_saw_is_told_apart(outcomes: list[report.Outcome]) -> None:
+    sign = replace(outcomes[1].question.sign, font=HELD_OUT_FONT)
+    made = [
+        outcomes[0],
+        replace(outcomes[1], question=replace(outcomes[1].question, sign=sign)),
+        replace(outcomes[2], texture=HELD_OUT_TEXTURE),
+        replace(outcomes[3], texture=HELD_OUT_TEXTURE),
+    ]
+    rows = report.by_novelty(made)
+    assert {name: (row["count"], row["first"]) for name, row in rows.items()} == {
+        "font seen, texture seen": (1, 1.0),
+        "font unseen, texture seen": (1, 0.0),
+        "font seen, texture unseen": (2, 0.5),
+    }
 
 
 def test_random_boxes_are_seeded_and_inside() -> None:
