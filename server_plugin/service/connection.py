@@ -410,7 +410,12 @@ class Connection:
         async def fetch(need: RegionNeed) -> Image:
             """Let others at the model while the edge crops; come back before first passes."""
             turn.give_back()
-            region = await self._fetch(ask, options, need)
+            try:
+                region = await self._fetch(ask, options, need)
+            except RegionUnavailableError:
+                if need.cut:  # the model has to complete the first answer
+                    await turn.take(returning=True)
+                raise
             await turn.take(returning=True)
             return region
 
