@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,23 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from vlm_collab.errors import ModelError
 
-_FILE_FAULTS = (OSError, ValueError, LookupError, TypeError, SafetensorError, StrictDataclassError)
-"""What transformers, safetensors and the standard library raise for missing or damaged files."""
+_FILE_FAULTS = (
+    OSError, ValueError, LookupError, TypeError, ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers, safetensors and the standard library raise for missing or damaged files, and
+for files that need a package which is not installed."""
 
 _HUB_TIMEOUT_S = 5.0
 
@@ -28,8 +39,18 @@ _CHATTY = ("huggingface_hub", "httpx", "httpx2")
 
 # Typed `Any`: their annotations do not cover what `from_pretrained` returns, or are missing.
 _PROCESSORS: Any = AutoProcessor
+_TOKENIZERS: Any = AutoTokenizer
+_IMAGE_PROCESSORS: Any = AutoImageProcessor
 _MODELS: Any = AutoModelForImageTextToText
 _BARS: Any = transformers_logging
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Tokenizer and image processor, where the checkpoint's whole processor cannot be had."""
+
+    tokenizer: Any
+    image_processor: Any
 
 
 def local_or_hub(name: str) -> str:
@@ -77,11 +98,24 @@ def load_config(name: str) -> Any:
 def load_processor(name: str) -> Any:
     """Tokenizer and image processor of a checkpoint.
 
+    Returns:
+        The checkpoint's own processor; without what videos need, a `Processor` of the two.
+
     Raises:
         ModelError: one of them is missing or damaged.
     """
     with _one_line(name, "tokenizer or image processor"):
-        processor = _PROCESSORS.from_pretrained(name, **_where(name))
+        where = _where(name)
+        try:
+            processor = _PROCESSORS.from_pretrained(name, **where)
+        except (ImportError, ValueError) as error:
+            # Some families' processors take videos too, and need torchvision for that alone.
+            if "torchvision" not in str(error).lower():
+                raise
+            processor = Processor(
+                _TOKENIZERS.from_pretrained(name, **where),
+                _IMAGE_PROCESSORS.from_pretrained(name, **where),
+            )
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise ModelError(f"{name} has no {part.replace('_', ' ')}")
