@@ -1,0 +1,38 @@
+"""Executed floating-point operations, counted by PyTorch's own counter.
+
+It counts matrix products, convolutions and attention, two operations for each multiplication with
+its addition, and takes no half off attention for the causal mask; so does Eq. 17 of
+003_92b41fe49395ce1a.txt. Norms, activations, softmax and sampling are not counted in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from server_plugin.backends.transformers_backend import TransformersBackend
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which knows the fused kernels of CUDA, and here also that of the CPU."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    return FlopCounterMode(display=False, custom_mapping=on_cpu)
+
+
+@contextmanager
+def counted(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
+    """Count what a backend computes; PyTorch counts per thread, and the model has its own."""
+    counter = flop_counter()
+    backend._worker.call(counter.__enter__).result()
+    try:
+        yield counter
+    finally:
+        backend._worker.call(lambda: counter.__exit__(None, None, None)).result()

@@ -1,0 +1,134 @@
+"""Algorithm 1 of 003_92b41fe49395ce1a.txt as a reader of the paper would write it on transformers.
+
+Each step is one plain call, with nothing shared between them:
+
+1. `generate` on the global view gives the first answer, and its logits the uncertainty;
+2. a forward with `output_attentions=True` gives the attention under the question,
+3. another one that under the generic instruction; their ratio is the map, and the region search
+   finds the box;
+4. `generate` on both views gives the second answer.
+
+It is what the engine is measured against, so it is not made slower than it has to be: one copy of
+the weights in the same numbers on the same device, `inference_mode`, fused attention in `generate`
+(only the forwards that must return attention weights run eager, as transformers requires), no cache
+and one row of logits in those forwards, and the same region search, cropping and statistics as the
+engine's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from server_plugin.backend import ModelInfo
+from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
+from vlm_collab.geometry import Box, Size, frame_of, token_box_to_source
+from vlm_collab.roi import place_region, relative_map
+from vlm_collab.uncertainty import TokenStatistics, batch_token_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one retransmitted question led to.
+
+    Attributes:
+        first, second: token ids of the two answers.
+        box: the region, in px of the source.
+        steps: statistics of the first answer's tokens.
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    box: Box
+    steps: tuple[TokenStatistics, ...]
+
+
+class Straightforward:
+    """The pipeline on one LLaVA model.
+
+    Args:
+        model: a `LlavaForConditionalGeneration`. It is not changed, its weights are not copied.
+        processor: of the checkpoint.
+        preset: prompt, generic instruction, layer and region search.
+        info: grid and sizes of the model.
+    """
+
+    def __init__(self, model: Any, processor: Any, preset: Preset, info: ModelInfo) -> None:
+        self._fused = _with_attention(model, "sdpa")
+        self._eager = _with_attention(model, "eager")
+        self._processor = processor
+        self._preset = preset
+        self._info = info
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        view: Image,
+        source: Size,
+        question: str,
+        crop: Callable[[Box], Image],
+        *,
+        max_new_tokens: int,
+    ) -> Answered:
+        """Both passes, whatever the uncertainty says.
+
+        Args:
+            view: the global view.
+            source: size of the original, in px.
+            question: the user's text.
+            crop: gives the local view of a box.
+            max_new_tokens: longest answer.
+        """
+        preset, info = self._preset, self._info
+        first, steps = self._generate(question, [view], max_new_tokens)
+        row = self._row(question, view)
+        generic = self._row(preset.generic_instruction, view)
+        heat = relative_map(row, generic, info.grid, epsilon=preset.epsilon)
+        frame = frame_of(source, info.fit, info.view)
+        window = place_region(heat, frame, info.base_px, preset.ratios, preset.placement)
+        box = token_box_to_source(window, info.grid, frame, source)
+        second, _ = self._generate(question, [view, crop(box)], max_new_tokens)
+        return Answered(first, second, box, steps)
+
+    def _inputs(self, question: str, pictures: Sequence[Image]) -> Any:
+        text = self._preset.template.replace(IMAGE_SLOT, IMAGE_SLOT * len(pictures))
+        text = text.replace(QUESTION_SLOT, question)
+        inputs = self._processor(text=text, images=list(pictures), return_tensors="pt")
+        return inputs.to(self._fused.device, self._fused.dtype)
+
+    def _generate(
+        self, question: str, pictures: Sequence[Image], max_new_tokens: int
+    ) -> tuple[tuple[int, ...], tuple[TokenStatistics, ...]]:
+        inputs = self._inputs(question, pictures)
+        output = self._fused.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logits = torch.cat(output.logits).float().cpu().numpy()
+        return tuple(ids), tuple(batch_token_statistics(logits))
+
+    def _row(self, question: str, view: Image) -> Any:
+        """Attention of the last prompt position to the visual tokens, `(visual_tokens,)`."""
+        inputs = self._inputs(question, [view])
+        output = self._eager(**inputs, output_attentions=True, use_cache=False, logits_to_keep=1)
+        weights: Tensor = output.attentions[self._preset.layer]  # (1, heads, n, n)
+        on_image = inputs["input_ids"][0] == self._fused.config.image_token_id
+        return weights[0, :, -1].float().mean(dim=0)[on_image].cpu().numpy()
+
+
+def _with_attention(model: Any, name: str) -> Any:
+    """A copy of a model that shares its weights and has its own kind of attention."""
+    shared = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    twin.set_attn_implementation(name)
+    return twin
