@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from server_plugin.adapters.base import Adapter
+from server_plugin.adapters.instructblip import InstructBlipAdapter
 from server_plugin.adapters.llava import LlavaAdapter
 from server_plugin.adapters.qwen2_5_vl import Qwen25VLAdapter
 from vlm_collab.errors import ModelError
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, Qwen25VLAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, InstructBlipAdapter, Qwen25VLAdapter)
 """Every family there is. A new one is added here."""
 
 
