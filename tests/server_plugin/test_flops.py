@@ -1,0 +1,190 @@
+"""Eq. 17 of 003_92b41fe49395ce1a.txt against the operations that were executed, term by term.
+
+Every term is an exact whole number, so the sums must agree to the last operation; what Eq. 17
+leaves out or counts otherwise has a name here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from eval.flop_count import counted
+from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.engine import Engine, RegionNeed
+from server_plugin.presets import preset_named
+from tests.support.oracle import picture
+from tests.support.tiny_llava import TinyLlava, save_tiny_llava
+from vlm_collab.cost import extension_flops, flops
+from vlm_collab.geometry import Size
+from vlm_collab.policy import AlwaysPolicy
+
+QUESTION = "what is written on the large red sign?"
+SOURCE = Size(300, 200)
+LAYER = 1
+
+# As Eq. 17 has it: as many key heads as heads, and feed-forward matrices that come to 16·d² a
+# token (three of 8/3·d, as in LLaVA-1.5 nearly; two of 4·d in the papers).
+AS_IN_EQ_17 = TinyLlava(hidden=96, heads=4, key_value_heads=4, intermediate=256)
+# As newer decoders are: fewer key heads, another feed-forward width.
+OTHERWISE = TinyLlava(hidden=64, heads=4, key_value_heads=2, intermediate=224)
+
+
+@pytest.fixture(scope="module", params=[AS_IN_EQ_17, OTHERWISE], ids=["as in Eq. 17", "otherwise"])
+def shape(request: pytest.FixtureRequest) -> TinyLlava:
+    shape: TinyLlava = request.param
+    return shape
+
+
+@pytest.fixture(scope="module")
+def backend(
+    shape: TinyLlava, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TransformersBackend]:
+    folder = save_tiny_llava(tmp_path_factory.mktemp("tiny"), shape)
+    preset = preset_named("demo").with_overrides(layer=LAYER)
+    backend = TransformersBackend.load(str(folder), preset, device="cpu")
+    yield backend
+    asyncio.run(backend.close())
+
+
+class Terms:
+    """What one forward of this shape executes beyond Eq. 17, by name."""
+
+    def __init__(self, shape: TinyLlava, vocabulary: int) -> None:
+        self.shape, self.vocabulary = shape, vocabulary
+
+    def grouped_heads(self, new: int, layers: int) -> int:
+        """Keys and values of fewer heads than Eq. 17 assumes: negative, or 0."""
+        shape = self.shape
+        key_width = shape.hidden * shape.key_value_heads // shape.heads
+        return 4 * new * shape.hidden * (key_width - shape.hidden) * layers
+
+    def feed_forward(self, new: int, layers: int) -> int:
+        """Three matrices of the decoder's own width where Eq. 17 has two of four times d."""
+        shape = self.shape
+        return new * (6 * shape.hidden * shape.intermediate - 16 * shape.hidden**2) * layers
+
+    def row(self, context: int) -> int:
+        """The attention row: one query against all keys, at one layer."""
+        return 2 * context * self.shape.hidden
+
+    def head(self) -> int:
+        """Logits, of the last position only."""
+        return 2 * self.shape.hidden * self.vocabulary
+
+    def decoder(self, new: int, layers: int | None = None) -> int:
+        """All that a forward of the decoder's own has besides `extension_flops`."""
+        count = self.shape.layers if layers is None else layers
+        return self.grouped_heads(new, count) + self.feed_forward(new, count)
+
+    def behind_the_row(self, new: int, context: int) -> int:
+        """What the layer that is read leaves out once it has the row, as Eq. 17 counts it:
+        attention, the output projection and the feed-forward part; negative."""
+        width = self.shape.hidden
+        return -(4 * new * context * width + 2 * new * width**2 + 16 * new * width**2)
+
+    def picture(self) -> int:
+        """Vision tower and projector of one picture."""
+        shape = self.shape
+        patches, width, outer = (shape.view_px // shape.patch_px) ** 2, shape.vision_hidden, 2
+        tokens = patches + 1  # the class token
+        embedding = 2 * patches * 3 * shape.patch_px**2 * width
+        layer = 8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * outer * width**2
+        projector = 2 * patches * (width * shape.hidden + shape.hidden**2)
+        return embedding + shape.vision_layers * layer + projector
+
+
+@pytest.fixture
+def terms(shape: TinyLlava, backend: TransformersBackend) -> Terms:
+    return Terms(shape, backend._adapter.output_head.out_features)
+
+
+async def test_a_first_pass_is_eq_17_and_these_terms(
+    backend: TransformersBackend, shape: TinyLlava, terms: Terms
+) -> None:
+    info = backend.info
+    width, layers, visual = shape.hidden, shape.layers, info.visual_tokens
+    with counted(backend) as prefix:
+        view = await backend.open_view(picture(0, info.view))
+    with counted(backend) as question:
+        first = await backend.first_pass(view, QUESTION, max_new_tokens=1)
+    shared = view.prefixes[""].length
+    text = first.context_tokens - shared
+
+    assert prefix.get_total_flops() == (
+        extension_flops(0, shared, width, layers) + terms.decoder(shared) + terms.picture()
+    )
+    assert question.get_total_flops() == (
+        extension_flops(shared, text, width, layers)
+        + terms.decoder(text)
+        + terms.row(first.context_tokens)
+        + terms.head()
+    )
+
+    # The same against Eq. 17 of the visual tokens alone.
+    in_text = flops(first.context_tokens, width, layers) - flops(visual, width, layers)
+    # Computed before the question is known, the view's tokens do not attend to it. Eq. 17 counts
+    # attention from every token to every token, as if there were no causal mask.
+    not_attended = 4 * shared * text * width * layers
+    executed = prefix.get_total_flops() + question.get_total_flops()
+    assert executed - flops(visual, width, layers) == (
+        in_text
+        - not_attended
+        + terms.grouped_heads(first.context_tokens, layers)
+        + terms.feed_forward(first.context_tokens, layers)
+        + terms.row(first.context_tokens)
+        + terms.head()
+        + terms.picture()
+    )
+    if shape is AS_IN_EQ_17:
+        assert terms.grouped_heads(1, 1) == terms.feed_forward(1, 1) == 0
+    else:
+        assert terms.grouped_heads(1, 1) < 0 < terms.feed_forward(1, 1)
+    await backend.release(view)
+
+
+async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_these_terms(
+    backend: TransformersBackend, shape: TinyLlava, terms: Terms
+) -> None:
+    """Prefills and decoding; a map of a new view; two answers of several tokens."""
+    info, tokens = backend.info, 4
+
+    async def fetch(need: RegionNeed):
+        return picture(1, Size(40, 40))
+
+    engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=tokens)
+    with counted(backend) as executed:
+        view = await backend.open_view(picture(0, info.view))
+        outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+    first, second, work = outcome.first, outcome.second, outcome.work
+    assert second is not None
+    shared = view.prefixes[""].length
+    generic = work.prefilled_tokens - first.prefilled_tokens - second.prefilled_tokens
+    steps = len(first.token_ids) + len(second.token_ids) - 2
+    assert first.prefilled_tokens == first.context_tokens  # the prefix is counted with it
+    assert steps > 0
+
+    # `Work` takes the view's prefix and the question for one prefill.
+    question = first.context_tokens - shared
+    in_two_parts = -4 * shared * question * shape.hidden * shape.layers
+    # Layers behind the one that is read are left out in `Work` too. It counts that layer whole,
+    # but only what leads to the row runs: queries, keys and values.
+    read = LAYER + 1
+    generic_terms = (
+        terms.grouped_heads(generic, read)
+        + terms.feed_forward(generic, read - 1)
+        + terms.behind_the_row(generic, shared + generic)
+        + terms.row(shared + generic)
+    )
+    prefilled = first.prefilled_tokens + second.prefilled_tokens
+    assert executed.get_total_flops() - work.flops == (
+        in_two_parts
+        + terms.decoder(prefilled + steps)
+        + terms.row(first.context_tokens)
+        + generic_terms
+        + terms.head() * (steps + 2)
+        + terms.picture() * 2
+    )
+    await backend.release(view)
