@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from vlm_collab.errors import ModelError
@@ -107,7 +108,7 @@ def load_processor(name: str) -> Any:
     with _one_line(name, "tokenizer or image processor"):
         where = _where(name)
         try:
-            processor = _PROCESSORS.from_pretrained(name, **where)
+            processor = _processor_class(name).from_pretrained(name, **where)
         except (ImportError, ValueError) as error:
             # Some families' processors take videos too, and need torchvision for that alone.
             if "torchvision" not in str(error).lower():
@@ -120,6 +121,16 @@ def load_processor(name: str) -> Any:
         if getattr(processor, part, None) is None:
             raise ModelError(f"{name} has no {part.replace('_', ' ')}")
     return processor
+
+
+def _processor_class(name: str) -> Any:
+    """The processor of the checkpoint's architecture.
+
+    `AutoProcessor` goes by the name that `processor_config.json` holds, and some checkpoints on
+    the hub name one of a sister architecture there.
+    """
+    config = type(load_config(name))
+    return PROCESSOR_MAPPING.get(config, _PROCESSORS)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:

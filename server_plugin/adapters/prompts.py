@@ -25,6 +25,12 @@ class Tokenizer(Protocol):
     @property
     def unk_token_id(self) -> int | None: ...
 
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
     def get_vocab(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -84,8 +90,12 @@ class PromptBuilder:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         reserved = added | set(tokenizer.all_special_tokens) | {image_token, IMAGE_SLOT}
         self._reserved = sorted(token for token in reserved if token.strip())
-        # A character outside the vocabulary may be spelled as the unknown token.
-        self._reserved_ids = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        # A character outside the vocabulary may be spelled as the unknown token, which some
+        # tokenizers do not tell from the end of the text.
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._reserved_ids = set(tokenizer.added_tokens_decoder) - (
+            {tokenizer.unk_token_id} - ends
+        )
         self._own_reserved = {
             images: self._count_reserved(self._encode("?", images, 1)) for images in (1, 2)
         }

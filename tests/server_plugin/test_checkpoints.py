@@ -308,9 +308,9 @@ async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_
     region = picture(0, backend.info.view).resize((300, 100))
     marked = region.copy()
     marked.paste((255, 0, 0), (0, 0, 30, 100))
-    encode = backend._adapter.encode
-    assert encode(region).shape == (64, 64)
-    assert bool((encode(region) == encode(marked)).all()) == (fit is Fit.CROP)
+    plain, red = backend._adapter.see([region, marked])
+    assert plain.shape == (64, 64)
+    assert bool((plain == red).all()) == (fit is Fit.CROP)
     await backend.close()
 
 

@@ -479,6 +479,20 @@ def test_damaged_checkpoints_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_that_names_a_sister_processor_loads(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a revision of the hub's own checkpoint does."""
+    copy = Path(shutil.copytree(folders["hub"], tmp_path / "copy"))
+    rename = edit(
+        "processor_config.json", lambda c: c.update(processor_class="InstructBlipVideoProcessor")
+    )
+    rename(copy)
+    backend, _ = open_model(str(copy), layer=2)
+    assert backend.info.visual_tokens == 32
+    asyncio.run(backend.close())
+
+
 def test_a_qformer_with_another_vocabulary_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

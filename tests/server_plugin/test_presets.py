@@ -76,7 +76,7 @@ def test_names_find_their_preset(model: str, preset: str) -> None:
 
 
 def test_other_names_find_none() -> None:
-    assert preset_for_model("Qwen/Qwen2.5-VL-7B-Instruct") is None
+    assert preset_for_model("Qwen/Qwen2-VL-7B-Instruct") is None
     assert preset_for_model("/srv/models/demo") is None
 
 
