@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from server_plugin.adapters.base import Adapter
 from server_plugin.adapters.checkpoint import load_processor
@@ -74,6 +75,15 @@ def preset_of(shape: str, **overrides: Any) -> Preset:
 def shown(source: Image.Image, backend: TransformersBackend) -> Image.Image:
     """The global view that an edge makes of a picture."""
     return source.resize(backend.info.view, Image.Resampling.BICUBIC)
+
+
+def adapter_like(
+    backend: TransformersBackend, processor: Any = None, **overrides: Any
+) -> Qwen25VLAdapter:
+    """Another adapter on the same weights."""
+    adapter = backend._adapter
+    preset = adapter.preset.with_overrides(**overrides)
+    return Qwen25VLAdapter(adapter.model, processor or adapter.processor, preset)
 
 
 Pair = tuple[TransformersBackend, QwenOracle]
@@ -283,7 +293,7 @@ async def test_wrong_positions_are_caught(
     loaded: dict[str, Pair],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The comparison fails on them, in the pass where they are wrong, in every numeric figure."""
+    """The comparison fails on them from the first pass on in which they are wrong."""
     backend, oracle = loaded["mha-224"]
     image, region = picture(3, backend.info.view), picture(4, Size(60, 60))
     question = QUESTIONS[1]
@@ -312,28 +322,28 @@ async def test_wrong_positions_are_caught(
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize(("form", "suffix"), [("chat", ""), ("vicrop", VICROP_SUFFIX)])
 def test_prompts_are_those_of_the_chat_template(
-    form: str, suffix: str, images: int, folders: dict[str, Path]
+    form: str, suffix: str, images: int, loaded: dict[str, Pair]
 ) -> None:
-    backend = TransformersBackend.load(
-        str(folders["mha-224"]), preset_of("mha-224", prompt=form), device="cpu"
-    )
-    oracle = QwenOracle.of(folders["mha-224"], view_of("mha-224"), suffix)
+    adapter = adapter_like(loaded["mha-224"][0], prompt=form)
+    oracle = dataclasses.replace(loaded["mha-224"][1], suffix=suffix)
     pictures = [picture(seed, Size(30, 50)) for seed in range(images)]
     for question in QUESTIONS:
         expected = oracle.inputs(question, *pictures)["input_ids"][0].tolist()
-        prompt = backend._adapter.prompts.build(question, images, 1)
+        prompt = adapter.prompts.build(question, images, 1)
         assert list(prompt.ids) == expected
         image = oracle.model.config.image_token_id
         places = [place for run in prompt.images for place in run]
         assert [i for i, token in enumerate(expected) if token == image] == places
 
 
-async def test_the_vicrop_form_equals_plain_transformers(folders: dict[str, Path]) -> None:
+async def test_the_vicrop_form_equals_plain_transformers(
+    folders: dict[str, Path], loaded: dict[str, Pair]
+) -> None:
     """The suffix stands behind the generic instruction as well."""
     folder = folders["gqa-280"]
     preset = preset_of("gqa-280", prompt="vicrop")
     backend = TransformersBackend.load(str(folder), preset, device="cpu")
-    oracle = QwenOracle.of(folder, view_of("gqa-280"), VICROP_SUFFIX)
+    oracle = dataclasses.replace(loaded["gqa-280"][1], suffix=VICROP_SUFFIX)
     await compare(backend, oracle, picture(5, Size(500, 300)), QUESTIONS[0])
     await backend.close()
 
@@ -413,21 +423,29 @@ async def test_the_smallest_view(folders: dict[str, Path]) -> None:
     await backend.close()
 
 
-@pytest.mark.parametrize("limit", ["min_pixels", "max_pixels"])
-async def test_the_processors_limits_do_not_change_a_view(limit: str, copy: Path) -> None:
+@pytest.mark.parametrize("limits", [(500 * 500, 900 * 900), (56 * 56, 100 * 100)])
+def test_the_processors_limits_do_not_change_a_view(
+    limits: tuple[int, int], backend: TransformersBackend, copy: Path
+) -> None:
     """A checkpoint whose own limits would make all pictures larger, or all smaller."""
-    path = copy / "preprocessor_config.json"
-    config = json.loads(path.read_text()) | {
-        "min_pixels": {"min_pixels": 500 * 500, "max_pixels": 56 * 56}[limit],
-        "max_pixels": {"min_pixels": 900 * 900, "max_pixels": 100 * 100}[limit],
-    }
     image = picture(0, Size(224, 224))
-    backend = TransformersBackend.load(str(copy), preset_of("mha-224"), device="cpu")
-    (untouched,) = backend._adapter.see([image])
-    path.write_text(json.dumps(config))
-    backend = TransformersBackend.load(str(copy), preset_of("mha-224"), device="cpu")
-    (limited,) = backend._adapter.see([image])
-    assert torch.equal(limited, untouched)
+    change("preprocessor_config.json", min_pixels=limits[0], max_pixels=limits[1])(copy)
+    processor = load_processor(str(copy))
+    by_itself = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
+    assert by_itself.tolist() != [[1, 16, 16]]
+    (limited,) = adapter_like(backend, processor).see([image])
+    assert torch.equal(limited, backend._adapter.see([image])[0])
+
+
+def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) -> None:
+    """What is loaded where torchvision is installed."""
+    backend, oracle = loaded["mha-224"]
+    whole = adapter_like(backend, oracle.processor)
+    parts = backend._adapter
+    assert whole.prompts.build("what?", 2, 1) == parts.prompts.build("what?", 2, 1)
+    image = picture(0, Size(70, 90))
+    assert torch.equal(whole.see([image])[0], parts.see([image])[0])
+    assert whole.text_of([72, 105, 360]) == parts.text_of([72, 105, 360])
 
 
 def test_pictures_are_seen_together_as_alone(backend: TransformersBackend) -> None:
@@ -513,11 +531,22 @@ def test_only_the_text_decoder_changes_its_attention(loaded: dict[str, Pair]) ->
 
 @pytest.mark.parametrize("class_name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
 def test_the_hubs_image_processors_load(class_name: str, copy: Path) -> None:
-    path = copy / "preprocessor_config.json"
-    config = json.loads(path.read_text()) | {"image_processor_type": class_name}
-    path.write_text(json.dumps(config))
+    change("preprocessor_config.json", image_processor_type=class_name)(copy)
     processor = load_processor(str(copy)).image_processor
     assert (processor.patch_size, processor.merge_size) == (14, 2)
+
+
+def test_a_package_that_is_missing_is_one_line(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what videos need is done without."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("\nQwen2Tokenizer requires the tokenizers library.\n")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"cannot load its tokenizer .*: Qwen2Tokenizer requires"):
+        load_processor(str(folders["mha-224"]))
 
 
 async def test_a_checkpoint_saved_again_by_newer_transformers_loads_alike(
