@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
 from server_plugin.adapters.base import Adapter
 from server_plugin.adapters.checkpoint import load_processor
@@ -544,7 +544,7 @@ def test_a_package_that_is_missing_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise ImportError("\nQwen2Tokenizer requires the tokenizers library.\n")
 
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(Qwen2_5_VLProcessor, "from_pretrained", fail)
     with pytest.raises(ModelError, match=r"cannot load its tokenizer .*: Qwen2Tokenizer requires"):
         load_processor(str(folders["mha-224"]))
 
