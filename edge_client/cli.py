@@ -62,8 +62,9 @@ _HELP = {
     "ask": "Ask questions about photos.",
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
+    "flops": "Print what a question costs on a model.",
 }
-_EXTRA = {"serve": "server", "demo": "eval"}
+_EXTRA = {"serve": "server", "demo": "eval", "flops": "server"}
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 

@@ -97,23 +97,42 @@ def open_model(
         if view_px not in (None, side := backend.info.view.width):
             raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
         return backend, chosen
-    source = name
-    if name is None or name == DEMO_MODEL:
-        source, name = str(demo_folder()), DEMO_MODEL
-        if not (demo_folder() / "config.json").is_file():
-            raise ModelError(
-                f"the demo model is not installed: {demo_folder()} holds no checkpoint "
-                "(train one with eval/, or name another model)"
-            )
-    assert source is not None
+    source = _checkpoint(name)
     _require_server_packages()
     from server_plugin.backends.transformers_backend import TransformersBackend
 
-    shown = DEMO_MODEL if name == DEMO_MODEL else None
+    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     loaded = TransformersBackend.load(
         source, chosen, device=device, dtype=dtype, name=shown, batch=batch
     )
     return loaded, chosen
+
+
+def checkpoint_and_preset(name: str) -> tuple[str, Preset]:
+    """What `open_model` would open, without opening it.
+
+    Returns:
+        A local folder or hub name, and the preset.
+
+    Raises:
+        ModelError: the checkpoint is missing, or of a family without an adapter.
+        ConfigError: the fake model was asked for, or the server's packages are not installed.
+    """
+    if name == FAKE_MODEL:
+        raise ConfigError("the fake model has no checkpoint")
+    _require_server_packages()
+    return _checkpoint(name), _chosen_preset(name, None)
+
+
+def _checkpoint(name: str | None) -> str:
+    if name not in (None, DEMO_MODEL):
+        return name
+    if not (demo_folder() / "config.json").is_file():
+        raise ModelError(
+            f"the demo model is not installed: {demo_folder()} holds no checkpoint "
+            "(train one with eval/, or name another model)"
+        )
+    return str(demo_folder())
 
 
 def _chosen_preset(name: str | None, preset: str | Preset | None) -> Preset:

@@ -7,23 +7,31 @@ leaves out or counts otherwise has a name here.
 from __future__ import annotations
 
 import asyncio
+import json
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from eval.flop_count import counted
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed
+from server_plugin.flops import Shape, costs_of, shape_of
 from server_plugin.presets import preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
-from vlm_collab.cost import extension_flops, flops
+from vlm_collab.cost import extension_flops, flops, total_flops
+from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.policy import AlwaysPolicy
 
 QUESTION = "what is written on the large red sign?"
 SOURCE = Size(300, 200)
 LAYER = 1
+_PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 # As Eq. 17 has it: as many key heads as heads, and feed-forward matrices that come to 16·d² a
 # token (three of 8/3·d, as in LLaVA-1.5 nearly; two of 4·d in the papers).
@@ -39,10 +47,12 @@ def shape(request: pytest.FixtureRequest) -> TinyLlava:
 
 
 @pytest.fixture(scope="module")
-def backend(
-    shape: TinyLlava, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TransformersBackend]:
-    folder = save_tiny_llava(tmp_path_factory.mktemp("tiny"), shape)
+def folder(shape: TinyLlava, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("tiny"), shape)
+
+
+@pytest.fixture(scope="module")
+def backend(folder: Path) -> Iterator[TransformersBackend]:
     preset = preset_named("demo").with_overrides(layer=LAYER)
     backend = TransformersBackend.load(str(folder), preset, device="cpu")
     yield backend
@@ -188,3 +198,70 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
         + terms.picture() * 2
     )
     await backend.release(view)
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+async def test_the_command_foresees_what_the_engine_accounts_for(
+    backend: TransformersBackend, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without weights, to the last operation."""
+
+    async def fetch(need: RegionNeed):
+        return picture(1, Size(40, 40))
+
+    engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=4)
+    view = await backend.open_view(picture(0, backend.info.view))
+    outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+    assert outcome.second is not None
+    answers = len(outcome.first.token_ids), len(outcome.second.token_ids)
+    assert answers == (4, 4)
+    question = outcome.first.context_tokens - view.prefixes[""].length
+    await backend.release(view)
+
+    (folder / "model.safetensors").rename(folder / "no weights")
+    (entry,) = (p for p in _entry_points() if p.name == "flops")
+    command = entry.load()
+    asked = {"question_tokens": question, "answer_tokens": 4, "layer": LAYER}
+    command(str(folder), **asked, json_output=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["total"] + told["decoding"] == outcome.work.flops
+    info = backend.info
+    equation = (info.visual_tokens, info.hidden_size, info.layers)
+    assert told["eq_18_first_pass"] == flops(*equation)
+    assert told["eq_20_total"] == total_flops(*equation, retransmitted=True)
+    command(str(folder), **asked)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert lines[3].split()[-1] == f"{told['eq_20_total'] / 1e9:,.3f}"
+
+
+def test_a_7b_model_costs_half_of_what_eq_20_says() -> None:
+    shape = Shape(
+        visual_tokens=576, hidden_size=4096, layers=32, read_layers=15, prefix_tokens=581,
+        generic_tokens=20, shared=True,
+    )  # fmt: skip
+    costs = costs_of(shape, 20, 1)
+    assert costs.eq_18_first_pass == (24 * 576 * 4096**2 + 4 * 576**2 * 4096) * 32
+    assert 3.9 < costs.eq_20_total / costs.eq_18_first_pass < 4.2
+    assert costs.decoding == 0
+    assert costs.ratio == pytest.approx(1.9, abs=0.05)
+    # Where the picture's tokens depend on the question, the generic instruction prefills them too.
+    apart = costs_of(replace(shape, shared=False), 20, 1)
+    assert apart.generic_instruction == extension_flops(0, 601, 4096, 15)
+    assert apart.first_pass == costs.first_pass
+
+
+def test_a_layer_that_does_not_exist_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layer 9 does not exist: .* 0 to 3"):
+        shape_of(str(folder), preset_named("llava-1.5").with_overrides(layer=9))
+
+
+def _entry_points() -> list[EntryPoint]:
+    """As the package declares them; an older installation need not have them yet."""
+    project = tomllib.loads(_PROJECT.read_text())["project"]
+    group = "vlm_collab.commands"
+    return [
+        EntryPoint(name, value, group) for name, value in project["entry-points"][group].items()
+    ]
