@@ -24,7 +24,8 @@ class Shape:
         read_layers: layers that the generic instruction goes through, up to the one whose
             attention is read.
         prefix_tokens: tokens of a prompt up to the end of the global view.
-        generic_tokens: tokens behind it under the generic instruction.
+        local_tokens: tokens that a local view adds to a prompt.
+        generic_tokens: tokens behind the global view under the generic instruction.
         shared: whether the global view's tokens are the same for every question.
     """
 
@@ -33,6 +34,7 @@ class Shape:
     layers: int
     read_layers: int
     prefix_tokens: int
+    local_tokens: int
     generic_tokens: int
     shared: bool
 
@@ -71,11 +73,11 @@ def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
     n, width, layers = shape.visual_tokens, shape.hidden_size, shape.layers
     prefix = shape.prefix_tokens
     first_context = prefix + question_tokens
-    second_context = first_context + n
+    second_context = first_context + shape.local_tokens
     first = extension_flops(0, first_context, width, layers)
     held, new = (prefix, 0) if shape.shared else (0, prefix)
     generic = extension_flops(held, new + shape.generic_tokens, width, shape.read_layers)
-    second = extension_flops(prefix, n + question_tokens, width, layers)
+    second = extension_flops(prefix, second_context - prefix, width, layers)
     total = first + generic + second
     eq_20 = total_flops(n, width, layers, retransmitted=True)
     return Costs(
@@ -131,14 +133,18 @@ def shape_of(source: str, preset: Preset) -> Shape:
             f"layer {preset.layer} does not exist: {source} has decoder layers 0 to "
             f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
         )
-    generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
+    one, two = (
+        len(adapter.prompts.build(preset.generic_instruction, pictures, 0).ids)
+        for pictures in (1, 2)
+    )
     return Shape(
         visual_tokens=adapter.layout.visual_tokens,
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         read_layers=preset.layer + 1,
         prefix_tokens=prefix,
-        generic_tokens=len(generic.ids) - prefix,
+        local_tokens=two - one,
+        generic_tokens=one - prefix,
         shared=not adapter.reads_question,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from PIL import Image
@@ -10,9 +10,13 @@ from PIL import Image
 from edge_client.client import EdgeClient
 from server_plugin.backend import Generation
 from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, Outcome, RegionNeed, RegionUnavailableError
+from server_plugin.presets import preset_named
 from server_plugin.service.runner import running
 from tests.e2e.common import photo
+from tests.support.oracle import picture as blocks
+from tests.support.tiny_llava import save_tiny_llava
 from tests.support.wire import UNSURE, edge, picture, service, settled
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ImageError
@@ -26,6 +30,7 @@ from vlm_collab.policy import (
     Policy,
     RandomPolicy,
     ThresholdPolicy,
+    aggregate,
 )
 from vlm_collab.session import RegionWanted
 
@@ -243,6 +248,46 @@ async def test_the_completion_is_not_streamed():
         on_text=lambda stage, text: seen.append((stage, text)),
     )
     assert seen == [(Stage.FIRST, " ".join(FIRST.split()[:n])) for n in range(1, 6)]
+
+
+# ---- on a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [Aggregate.FIRST_K, Aggregate.FIRST])
+async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp_path):
+    """Real answers; each once with a second pass, and once completed without."""
+    folder = save_tiny_llava(tmp_path)
+    preset = preset_named("demo").with_overrides(layer=1)
+    backend = TransformersBackend.load(str(folder), preset, device="cpu")
+    region = blocks(99, Size(60, 60))
+
+    async def fetch(need):
+        return region
+
+    async def decline(need):
+        raise RegionUnavailableError(Fallback.DECLINED)
+
+    for number in range(8):
+        view = await backend.open_view(blocks(number, backend.info.view))
+        question = f"what is number {number}?"
+        whole = await backend.first_pass(view, question, max_new_tokens=10)
+        # Just above or just below what this answer's first tokens say.
+        eta = aggregate(whole.steps, Metric.MIN_ENTROPY, how, 3) * (1.01 if number % 2 else 0.99)
+        policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)
+        early = Engine(backend=backend, policy=policy, max_new_tokens=10)
+        full = replace(early, provisional=True)
+        one = await early.answer(view, Size(300, 200), question, fetch)
+        other = await full.answer(view, Size(300, 200), question, fetch)
+        assert one.decision == other.decision
+        assert (one.text, one.stage) == (other.text, other.stage)
+        assert other.first.token_ids == whole.token_ids
+        needed = policy.tokens_needed if one.decision.retransmit else len(whole.token_ids)
+        assert one.first.token_ids == whole.token_ids[:needed]
+        owed = await early.answer(view, Size(300, 200), question, decline)
+        assert owed.text == whole.text
+        assert one.decision.retransmit is (number % 2 == 0)
+        await backend.release(view)
+    await backend.close()
 
 
 # ---- over the wire ---------------------------------------------------------------------------

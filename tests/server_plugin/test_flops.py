@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -20,9 +20,11 @@ from eval.flop_count import counted
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed
 from server_plugin.flops import Shape, costs_of, shape_of
-from server_plugin.presets import preset_named
+from server_plugin.presets import preset_for_family, preset_named
 from tests.support.oracle import picture
+from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
+from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.cost import extension_flops, flops, total_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
@@ -203,10 +205,24 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
 # ---- the command -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("family", "save"),
+    [
+        ("llava", save_tiny_llava),
+        ("instructblip", save_tiny_instructblip),
+        ("qwen2.5-vl", save_tiny_qwen),
+    ],
+)
 async def test_the_command_foresees_what_the_engine_accounts_for(
-    backend: TransformersBackend, folder: Path, capsys: pytest.CaptureFixture[str]
+    family: str,
+    save: Callable[[Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without weights, to the last operation."""
+    folder = save(tmp_path)
+    preset = preset_for_family(family).with_overrides(layer=LAYER)
+    backend = TransformersBackend.load(str(folder), preset, device="cpu")
 
     async def fetch(need: RegionNeed):
         return picture(1, Size(40, 40))
@@ -217,10 +233,10 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
     assert outcome.second is not None
     answers = len(outcome.first.token_ids), len(outcome.second.token_ids)
     assert answers == (4, 4)
-    question = outcome.first.context_tokens - view.prefixes[""].length
-    await backend.release(view)
+    question = outcome.first.context_tokens - len(backend._adapter.prompts.shared().ids)
+    await backend.close()
 
-    (folder / "model.safetensors").rename(folder / "no weights")
+    (folder / "model.safetensors").unlink()
     (entry,) = (p for p in _entry_points() if p.name == "flops")
     command = entry.load()
     asked = {"question_tokens": question, "answer_tokens": 4, "layer": LAYER}
@@ -240,7 +256,7 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
 def test_a_7b_model_costs_half_of_what_eq_20_says() -> None:
     shape = Shape(
         visual_tokens=576, hidden_size=4096, layers=32, read_layers=15, prefix_tokens=581,
-        generic_tokens=20, shared=True,
+        local_tokens=576, generic_tokens=20, shared=True,
     )  # fmt: skip
     costs = costs_of(shape, 20, 1)
     assert costs.eq_18_first_pass == (24 * 576 * 4096**2 + 4 * 576**2 * 4096) * 32
