@@ -18,6 +18,7 @@ from torch import Tensor
 
 from server_plugin.adapters.prompts import Prompt, PromptBuilder
 from server_plugin.presets import Preset
+from vlm_collab.errors import ConfigError, ModelError
 from vlm_collab.geometry import Grid, Size
 
 
@@ -66,6 +67,7 @@ class Adapter(ABC):
     Attributes:
         family: the family's name, as presets have it.
         model_types: values of `config.model_type` that this adapter serves.
+        layout: sizes of the view, its tokens and the context.
         reads_question: whether a picture's visual tokens depend on the question. If not, they
             open every prompt about the picture and are prefilled once.
     """
@@ -80,11 +82,19 @@ class Adapter(ABC):
         self.preset = preset
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.layout = self.layout_of(model.config, preset)
 
-    @property
+    @classmethod
     @abstractmethod
-    def layout(self) -> Layout:
-        """Sizes of the view, its tokens and the context."""
+    def layout_of(cls, config: Any, preset: Preset) -> Layout:
+        """Sizes of the view, its tokens and the context, from a checkpoint's configuration.
+
+        Called before weights are read too, so that what cannot be served is refused at once.
+
+        Raises:
+            ModelError: a checkpoint that this adapter cannot serve.
+            ConfigError: the preset asks of it what it cannot do.
+        """
 
     @property
     @abstractmethod
@@ -166,3 +176,18 @@ class Adapter(ABC):
         """Text of generated tokens, special tokens removed, stripped."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
+
+
+def square_cells(vision: Any, preset: Preset) -> tuple[int, int]:
+    """Of a vision tower with one input size: its side in px, and patches along a side.
+
+    Raises:
+        ModelError: it has no square patches.
+        ConfigError: the preset asks for another size.
+    """
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
+        raise ModelError(f"the vision tower {vision.model_type!r} has no square patches")
+    if preset.view_px not in (None, side):
+        raise ConfigError(f"view_px {preset.view_px}: this model takes views of {side} px only")
+    return side, side // patch

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from server_plugin.adapters.base import Adapter, Layout, VisualTokens
+from server_plugin.adapters.base import Adapter, Layout, VisualTokens, square_cells
 from server_plugin.adapters.prompts import Prompt, PromptBuilder, Tokenizer
 from server_plugin.presets import IMAGE_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
@@ -52,22 +52,30 @@ class InstructBlipAdapter(Adapter):
 
     def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
         super().__init__(model, processor, preset)
-        if model.config.text_config.model_type != "llama":
-            raise ModelError(
-                "InstructBLIP is supported with a Llama decoder (Vicuna); this checkpoint's is "
-                f"{model.config.text_config.model_type!r}"
-            )
         # In half precision transformers keeps the query tokens, which come first, in float32.
         self.dtype = model.language_model.dtype
-        self._layout = _layout(model.config)
-        _check_picture_size(processor.image_processor, self._layout.view)
-        self._prompts = _prompts(model.config, processor, preset.template, self._layout)
+        _check_picture_size(processor.image_processor, self.layout.view)
+        self._prompts = _prompts(model.config, processor, preset.template, self.layout)
         self._cross_attention = _cross_attention(model.qformer, preset.qformer_layer)
         _use_capturing_attention(model.qformer)
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
+    @classmethod
+    def layout_of(cls, config: Any, preset: Preset) -> Layout:
+        decoder = config.text_config.model_type
+        if decoder != "llama":
+            raise ModelError(
+                "InstructBLIP is supported with a Llama decoder (Vicuna); this checkpoint's is "
+                f"{decoder!r}"
+            )
+        side, cells = square_cells(config.vision_config, preset)
+        return Layout(
+            view=Size(side, side),
+            grid=Grid(rows=cells, columns=cells),
+            visual_tokens=config.num_query_tokens,
+            context_tokens=config.text_config.max_position_embeddings,
+            # The vision tower's output, class token included: all that no question changes.
+            seen_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
+        )
 
     @property
     def decoder(self) -> Any:
@@ -117,12 +125,12 @@ class InstructBlipAdapter(Adapter):
             **{_CAPTURE_ARGUMENT: capture},
         ).last_hidden_state
         # Behind the query tokens come those of the text, which the decoder reads by itself.
-        queries = hidden[0, : self._layout.visual_tokens]
+        queries = hidden[0, : self.layout.visual_tokens]
         return VisualTokens(self.model.language_projection(queries), capture.take()[:, 1:])
 
     def _fitted(self, picture: Image) -> Image:
         """Bring a picture to the view's shape, except by stretching: the processor does that."""
-        view = self._layout.view
+        view = self.layout.view
         if picture.size == view or self.preset.fit is Fit.STRETCH:
             return picture
         if self.preset.fit is Fit.CROP:
@@ -356,20 +364,3 @@ def _check_picture_size(image_processor: Any, view: Size) -> None:
             f"the image processor makes pictures of {dict(size)}, but the vision tower takes "
             f"{view.width} x {view.height} px"
         )
-
-
-def _layout(config: Any) -> Layout:
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
-        raise ModelError(
-            f"the vision tower {config.vision_config.model_type!r} has no square patches"
-        )
-    cells = side // patch
-    return Layout(
-        view=Size(side, side),
-        grid=Grid(rows=cells, columns=cells),
-        visual_tokens=config.num_query_tokens,
-        context_tokens=config.text_config.max_position_embeddings,
-        # The vision tower's output, class token included: all that no question changes.
-        seen_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
-    )

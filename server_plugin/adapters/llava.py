@@ -14,7 +14,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 from torch import Tensor
 
-from server_plugin.adapters.base import Adapter, Layout
+from server_plugin.adapters.base import Adapter, Layout, square_cells
 from server_plugin.adapters.prompts import PromptBuilder
 from server_plugin.presets import Preset
 from vlm_collab.errors import ModelError
@@ -34,7 +34,6 @@ class LlavaAdapter(Adapter):
 
     def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
         super().__init__(model, processor, preset)
-        self._layout = _layout(model.config)
         image_token: str = processor.image_token
         image_token_id: int = model.config.image_token_id
         if processor.tokenizer.convert_tokens_to_ids(image_token) != image_token_id:
@@ -47,13 +46,20 @@ class LlavaAdapter(Adapter):
             preset.template,
             image_token=image_token,
             image_token_id=image_token_id,
-            visual_tokens=self._layout.visual_tokens,
-            context_tokens=self._layout.context_tokens,
+            visual_tokens=self.layout.visual_tokens,
+            context_tokens=self.layout.context_tokens,
         )
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
+    @classmethod
+    def layout_of(cls, config: Any, preset: Preset) -> Layout:
+        side, cells = square_cells(config.vision_config, preset)
+        extra = 0 if config.vision_feature_select_strategy == "default" else 1
+        return Layout(
+            view=Size(side, side),
+            grid=Grid(rows=cells, columns=cells),
+            visual_tokens=cells * cells + extra,
+            context_tokens=config.text_config.max_position_embeddings,
+        )
 
     @property
     def decoder(self) -> Any:
@@ -79,7 +85,7 @@ class LlavaAdapter(Adapter):
 
     def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
         # The "full" feature strategy keeps the class token in front of the patches.
-        cells = self._layout.grid.rows * self._layout.grid.columns
+        cells = self.layout.grid.rows * self.layout.grid.columns
         return row[len(row) - cells :]
 
     def _fitted(self, picture: Image) -> Image:
@@ -88,7 +94,7 @@ class LlavaAdapter(Adapter):
         The hub's processor crops the centre out of whatever is not square. That is the `crop`
         fit; under the others it would cut off parts of a local view that were asked for.
         """
-        view = self._layout.view
+        view = self.layout.view
         if picture.size == view or self.preset.fit is Fit.CROP:
             return picture
         if self.preset.fit is Fit.PAD:
@@ -98,18 +104,3 @@ class LlavaAdapter(Adapter):
         if self.processor.image_processor.size.get("height"):
             return picture  # the processor stretches by itself
         return picture.resize(view, PillowImage.Resampling.BICUBIC)
-
-
-def _layout(config: Any) -> Layout:
-    vision, text = config.vision_config, config.text_config
-    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
-        raise ModelError(f"the vision tower {vision.model_type!r} has no square patches")
-    cells = side // patch
-    extra = 0 if config.vision_feature_select_strategy == "default" else 1
-    return Layout(
-        view=Size(side, side),
-        grid=Grid(rows=cells, columns=cells),
-        visual_tokens=cells * cells + extra,
-        context_tokens=text.max_position_embeddings,
-    )

@@ -93,9 +93,7 @@ class PromptBuilder:
         # A character outside the vocabulary may be spelled as the unknown token, which some
         # tokenizers do not tell from the end of the text.
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self._reserved_ids = set(tokenizer.added_tokens_decoder) - (
-            {tokenizer.unk_token_id} - ends
-        )
+        self._reserved_ids = set(tokenizer.added_tokens_decoder) - ({tokenizer.unk_token_id} - ends)
         self._own_reserved = {
             images: self._count_reserved(self._encode("?", images, 1)) for images in (1, 2)
         }

@@ -44,25 +44,45 @@ class Qwen25VLAdapter(Adapter):
         super().__init__(model, processor, preset)
         config = model.config
         _check_parts(processor, config)
-        self._layout = _layout(config, preset)
         # Positions of a picture's tokens from its first one on, (3, visual_tokens): time, row
         # and column. A picture is one moment.
-        cells = torch.arange(self._layout.visual_tokens, device=self.device)
-        columns = self._layout.grid.columns
+        cells = torch.arange(self.layout.visual_tokens, device=self.device)
+        columns = self.layout.grid.columns
         self._cells = torch.stack([torch.zeros_like(cells), cells // columns, cells % columns])
         self._prompts = PromptBuilder(
             processor.tokenizer,
             preset.template,
             image_token=_IMAGE_TOKEN,
             image_token_id=config.image_token_id,
-            visual_tokens=self._layout.visual_tokens,
-            context_tokens=self._layout.context_tokens,
+            visual_tokens=self.layout.visual_tokens,
+            context_tokens=self.layout.context_tokens,
             around_picture=_AROUND_PICTURE,
         )
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
+    @classmethod
+    def layout_of(cls, config: Any, preset: Preset) -> Layout:
+        vision, context = config.vision_config, config.text_config.max_position_embeddings
+        token_px = vision.patch_size * vision.spatial_merge_size
+        side = preset.view_px or DEFAULT_VIEW_PX
+        if side % token_px:
+            raise ConfigError(
+                f"view_px {side} is no multiple of {token_px}, the side of what one visual token "
+                "of this model stands for; the nearest is "
+                f"{max(round(side / token_px), 1) * token_px}"
+            )
+        cells = side // token_px
+        # Two pictures and their start and end tokens; the prompt builder counts the text.
+        if 2 * (cells * cells + 2) > context:
+            raise ConfigError(
+                f"view_px {side} gives {cells * cells} tokens for each picture, and the model's "
+                f"context of {context} tokens has no room for two; choose a smaller one"
+            )
+        return Layout(
+            view=Size(side, side),
+            grid=Grid(rows=cells, columns=cells),
+            visual_tokens=cells * cells,
+            context_tokens=context,
+        )
 
     @property
     def decoder(self) -> Any:
@@ -97,7 +117,7 @@ class Qwen25VLAdapter(Adapter):
         counted from the position that the text has reached; the text behind it goes on after
         the picture's longer side, that is, with fewer positions than there are tokens.
         """
-        skipped = self._layout.visual_tokens - max(self._layout.grid)
+        skipped = self.layout.visual_tokens - max(self.layout.grid)
         passed = sum(place.stop <= start for place in prompt.images)
         begin = start - passed * skipped
         positions = torch.arange(begin, begin + length, device=self.device).repeat(3, 1)
@@ -112,7 +132,7 @@ class Qwen25VLAdapter(Adapter):
         return positions[:, None]
 
     def _fitted(self, picture: Image) -> Image:
-        view = self._layout.view
+        view = self.layout.view
         if picture.size == view:
             return picture
         return picture.resize(view, PillowImage.Resampling.BICUBIC)
@@ -151,27 +171,3 @@ def _check_parts(processor: Any, config: Any) -> None:
                 f"the checkpoint's image processor has {name} {found}, its vision tower "
                 f"{expected}; image processor and weights do not belong together"
             )
-
-
-def _layout(config: Any, preset: Preset) -> Layout:
-    vision, context = config.vision_config, config.text_config.max_position_embeddings
-    token_px = vision.patch_size * vision.spatial_merge_size
-    side = preset.view_px or DEFAULT_VIEW_PX
-    if side % token_px:
-        raise ConfigError(
-            f"view_px {side} is no multiple of {token_px}, the side of what one visual token of "
-            f"this model stands for; the nearest is {max(round(side / token_px), 1) * token_px}"
-        )
-    cells = side // token_px
-    # Two pictures and their start and end tokens; the prompt builder counts the text.
-    if 2 * (cells * cells + 2) > context:
-        raise ConfigError(
-            f"view_px {side} gives {cells * cells} tokens for each picture, and the model's "
-            f"context of {context} tokens has no room for two; choose a smaller one"
-        )
-    return Layout(
-        view=Size(side, side),
-        grid=Grid(rows=cells, columns=cells),
-        visual_tokens=cells * cells,
-        context_tokens=context,
-    )

@@ -275,7 +275,9 @@ class TransformersBackend:
                 f"the preset is for the family {preset.family!r}, but {name_or_folder} is of "
                 f"{adapter_class.family!r}"
             )
-        _check_layer(preset.layer, load_config(source).get_text_config(), shown)
+        config = load_config(source)
+        _check_layer(preset.layer, config.get_text_config(), shown)
+        adapter_class.layout_of(config, preset)
         processor = load_processor(source)
         adapter = adapter_class(load_model(source, where, number), processor, preset)
         return cls(adapter, shown, batch)

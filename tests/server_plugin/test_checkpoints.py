@@ -317,3 +317,9 @@ async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_
 def test_every_error_is_one_of_the_projects() -> None:
     assert issubclass(ModelError, CollabError)
     assert issubclass(ConfigError, CollabError)
+
+
+def test_a_view_size_that_the_model_does_not_have_is_refused_before_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="view_px 224: this model takes views of 112 px only"):
+        open_model(str(copy), preset="demo", view_px=224)

@@ -453,8 +453,8 @@ def truncate(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (edit("config.json", lambda c: c.update(image_token_index=7)), "no image token"),
         (edit("config.json", lambda c: c.update(image_token_index=None)), "no image token"),
-        (edit("config.json", lambda c: c["vision_config"].update(image_size=[224, 224])), "list"),
-        (edit("config.json", lambda c: c["vision_config"].update(patch_size=[14, 14])), "list"),
+        (edit("config.json", lambda c: c["vision_config"].update(image_size=[224, 224])), "square"),
+        (edit("config.json", lambda c: c["vision_config"].update(patch_size=[14, 14])), "square"),
         (edit("config.json", lambda c: c.update(num_query_tokens=16)), "do not fit"),
         (
             edit("config.json", lambda c: c["text_config"].update(model_type="mistral")),
