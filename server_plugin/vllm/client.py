@@ -1,0 +1,102 @@
+"""The front-end's end of the row capture: calls to all workers, few and together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server_plugin.vllm import capture
+from server_plugin.vllm.rows import mean_over_ranks
+from vlm_collab.errors import ConfigError, ModelError
+
+WorkerCall = Callable[[str, Any], Awaitable[Any]]
+
+
+class RowClient:
+    """Fetches rows from the workers of one engine.
+
+    Rows that are asked for while a call is under way travel together in the next one, since a
+    call holds up the engine's loop for a moment.
+
+    Args:
+        call: calls a method of all workers, by name and with one argument; gives their results.
+        layer: decoder layer, from 0, whose rows are read.
+        heads: its attention heads, on all ranks together.
+    """
+
+    def __init__(self, call: WorkerCall, layer: int, heads: int) -> None:
+        self._call = call
+        self._layer = layer
+        self._heads = heads
+        self._installed = False
+        self._install_lock = asyncio.Lock()
+        self._wanted: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
+        self._fetching: asyncio.Task[None] | None = None
+
+    async def install(self) -> None:
+        """Have the workers begin, once.
+
+        Raises:
+            ConfigError: they cannot; one line with vLLM's version and what is missing.
+        """
+        async with self._install_lock:
+            if self._installed:
+                return
+            try:
+                answers = await self._call(capture.INSTALL, self._layer)
+            except Exception as error:
+                raise ConfigError(
+                    "vLLM's workers do not know the plugin vlm_collab: install vlm-collab beside "
+                    "vLLM, and name it in VLLM_PLUGINS if that is set "
+                    f"({' '.join(str(error).split())[:200]})"
+                ) from error
+            for answer in answers:
+                if "error" in answer:
+                    raise ConfigError(answer["error"])
+            found = sum(answer["heads"] for answer in answers)
+            if found != self._heads:
+                raise ConfigError(
+                    f"vLLM's workers have {found} attention heads of layer {self._layer}, the "
+                    f"checkpoint {self._heads}: rows cannot be put together"
+                )
+            self._installed = True
+
+    async def take(self, key: str) -> NDArray[np.float32]:
+        """A row, which can be taken once.
+
+        Returns:
+            Mean over heads, float32, one entry per position of the span.
+
+        Raises:
+            ModelError: no worker has it.
+        """
+        future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+        self._wanted[key] = future
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
+        return await future
+
+    async def _fetch(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                ranks = await self._call(capture.TAKE, list(wanted))
+            except Exception as error:
+                ranks = None
+                failure = ModelError(f"vLLM gave no attention rows: {error}")
+            for number, future in enumerate(wanted.values()):
+                if future.done():  # whoever waited for it is gone
+                    continue
+                if ranks is None:
+                    future.set_exception(failure)
+                    continue
+                try:
+                    parts = [rank[number] for rank in ranks]
+                    future.set_result(mean_over_ranks(parts, self._heads))
+                except ValueError as error:
+                    future.set_exception(ModelError(f"an attention row is missing: {error}"))
+        self._fetching = None

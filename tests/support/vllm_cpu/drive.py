@@ -1,0 +1,92 @@
+"""Ask one backend questions: ``drive.py < job.json``; the last line printed is the answers' JSON.
+
+A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": preset's name,
+"overrides": {…}, "engine": {…}, "together": [1, 8], "pairs": [{"view": file, "region": file,
+"question": text}, …]}``. The whole list is asked once for each entry of `together`, that many at
+a time. The answers are one list for each entry, in the order of the pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+
+def answer_of(generation: Any) -> dict[str, Any]:
+    return {
+        "ids": list(generation.token_ids),
+        "text": generation.text,
+        "steps": [list(step) for step in generation.steps],
+        "ended": generation.ended,
+        "prefilled": generation.prefilled_tokens,
+        "context": generation.context_tokens,
+        "row": None if generation.row is None else generation.row.tolist(),
+    }
+
+
+async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, Any]:
+    from PIL import Image
+
+    view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
+    question = pair["question"]
+    texts: list[str] = []
+    first = await backend.first_pass(
+        view, question, max_new_tokens=new_tokens, on_text=texts.append
+    )
+    relative = await backend.relative_attention(view, first)
+    again = await backend.relative_attention(view, first)
+    region = Image.open(pair["region"]).convert("RGB")
+    second = await backend.second_pass(view, region, question, max_new_tokens=new_tokens)
+    cut = await backend.first_pass(
+        view, question, max_new_tokens=new_tokens, stop=lambda steps, ended: len(steps) == 2
+    )
+    await backend.release(view)
+    return {
+        "first": answer_of(first),
+        "texts": texts,
+        "map": relative.map.tolist(),
+        "generic": [relative.prefilled_tokens, relative.context_tokens],
+        "generic_again": [again.prefilled_tokens, again.context_tokens],
+        "second": answer_of(second),
+        "cut": answer_of(cut),
+    }
+
+
+async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> list[Any]:
+    await backend.warm_up()
+    answers = []
+    for together in job["together"]:
+        gate = asyncio.Semaphore(together)
+
+        async def one(pair: dict[str, str], gate: asyncio.Semaphore = gate) -> dict[str, Any]:
+            async with gate:
+                return await ask(backend, pair, new_tokens)
+
+        answers.append(await asyncio.gather(*map(one, job["pairs"])))
+    await backend.close()
+    return answers
+
+
+def main() -> None:
+    from server_plugin.presets import preset_named
+
+    job = json.load(sys.stdin)
+    preset = preset_named(job["preset"]).with_overrides(**job["overrides"])
+    if job["backend"] == "vllm":
+        from server_plugin.vllm.model import open_vllm_model
+
+        backend: Any = open_vllm_model(
+            job["checkpoint"], preset, dtype="float32", engine=job["engine"]
+        )
+    else:
+        from server_plugin.backends.transformers_backend import TransformersBackend
+
+        backend = TransformersBackend.load(job["checkpoint"], preset, device="cpu", dtype="float32")
+    print(json.dumps(asyncio.run(run(backend, job, preset.max_new_tokens))))
+
+
+# vLLM starts its engine in a process of its own, which imports this file again.
+if __name__ == "__main__":
+    main()
