@@ -20,6 +20,8 @@ from server_plugin.presets import Preset
 from vlm_collab.errors import ModelError
 from vlm_collab.geometry import Fit, Grid, Size
 
+_LONGEST_ASPECT = 16
+
 
 class LlavaAdapter(Adapter):
     """A `LlavaForConditionalGeneration` checkpoint.
@@ -95,8 +97,10 @@ class LlavaAdapter(Adapter):
         fit; under the others it would cut off parts of a local view that were asked for.
         """
         view = self.layout.view
-        if picture.size == view or self.preset.fit is Fit.CROP:
+        if picture.size == view:
             return picture
+        if self.preset.fit is Fit.CROP:
+            return _middle(picture)
         if self.preset.fit is Fit.PAD:
             mean = self.processor.image_processor.image_mean
             colour = tuple(round(channel * 255) for channel in mean)
@@ -104,3 +108,17 @@ class LlavaAdapter(Adapter):
         if self.processor.image_processor.size.get("height"):
             return picture  # the processor stretches by itself
         return picture.resize(view, PillowImage.Resampling.BICUBIC)
+
+
+def _middle(picture: Image) -> Image:
+    """What the processor's centre crop can show of a picture, with some margin.
+
+    The processor scales before it crops, so a picture one pixel wide would become millions of
+    pixels long.
+    """
+    width, height = picture.size
+    most = _LONGEST_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return picture
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return picture.crop((left, top, width - left, height - top))

@@ -6,6 +6,7 @@ the ids are those that the checkpoint's own processor gives. It is split afterwa
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +91,9 @@ class PromptBuilder:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         reserved = added | set(tokenizer.all_special_tokens) | {image_token, IMAGE_SLOT}
         self._reserved = sorted(token for token in reserved if token.strip())
+        # Roles that a template writes as plain text, such as "USER:" and "ASSISTANT:".
+        text = "\n".join((before, middle, after))
+        self._role_markers = sorted(set(re.findall(r"[A-Z][A-Za-z ]*:", text)))
         # A character outside the vocabulary may be spelled as the unknown token, which some
         # tokenizers do not tell from the end of the text.
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -105,7 +109,8 @@ class PromptBuilder:
         """Refuse a question that no prompt can be made of.
 
         Raises:
-            QuestionError: it is empty, holds a reserved token, is no proper text, or leaves no
+            QuestionError: it is empty, holds a reserved token or one of the template's role
+                markers, is no proper text, or leaves no
                 room for `images` pictures and `max_new_tokens` tokens of answer.
         """
         if not question.strip():
@@ -113,6 +118,11 @@ class PromptBuilder:
         for token in self._reserved:
             if token in question:
                 raise QuestionError(f"the question holds {token!r}, which this model reserves")
+        for marker in self._role_markers:
+            if marker in question:
+                raise QuestionError(
+                    f"the question holds {marker!r}, which tells this model who is speaking"
+                )
         if len(question) > self._context_tokens * self._token_chars:
             raise QuestionError(
                 f"the question is far longer than the model's {self._context_tokens} tokens"

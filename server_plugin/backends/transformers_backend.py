@@ -56,7 +56,7 @@ from server_plugin.backends.attention import (
     use_capturing_attention,
 )
 from server_plugin.backends.batch import Batch, Row, layers_of
-from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError
+from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError, fail
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.roi import relative_map
@@ -208,14 +208,21 @@ class TransformersBackend:
         try:
             self._shared = adapter.prompts.shared()
             self._generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
+            adapter.prompts.build(preset.generic_instruction, 2, 1)
         except QuestionError as error:
             raise ModelError(
-                f"{name} has a context of {layout.context_tokens} tokens, too few for a picture "
-                f"of {layout.visual_tokens} and a question"
+                f"{name} has a context of {layout.context_tokens} tokens, too few for two "
+                f"pictures of {layout.visual_tokens} and the generic instruction"
+            ) from error
+        try:
+            adapter.prompts.build(preset.generic_instruction, 2, preset.max_new_tokens)
+        except QuestionError as error:
+            raise ConfigError(
+                f"answers of max_new_tokens {preset.max_new_tokens} leave no room for two pictures "
+                f"and a question in the {layout.context_tokens} tokens of {name}"
             ) from error
         if batch is None:
             batch = _BATCH_ON_GPU if adapter.device.type == "cuda" else _BATCH_ON_CPU
-        prefix_bytes = _cache_bytes(text, len(self._shared.ids), adapter.dtype)
         self._info = ModelInfo(
             name=name,
             view=layout.view,
@@ -227,9 +234,9 @@ class TransformersBackend:
             layers=text.num_hidden_layers,
             visual_tokens=layout.visual_tokens,
             context_tokens=layout.context_tokens,
-            concurrency=batch,
-            view_bytes=prefix_bytes * (_KEPT_PREFIXES if adapter.reads_question else 1)
-            + layout.seen_numbers * adapter.dtype.itemsize,
+            # Twice, so that a batch can gather while another runs.
+            concurrency=2 * batch,
+            view_bytes=_view_bytes(adapter, len(self._shared.ids)),
         )
         self._end_tokens = adapter.end_tokens
         self._worker = BatchWorker(self._execute, batch, "vlm-collab-model")
@@ -315,7 +322,7 @@ class TransformersBackend:
         seen = self._seen(view, self._preset.generic_instruction)
         generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
         if generic is None:
-            generic, new_tokens, context_tokens = await self._run("generic", seen)
+            generic, new_tokens, context_tokens = await self._run(("generic", seen.cached), seen)
         return RelativeAttention(
             map=relative_map(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
             prefilled_tokens=new_tokens,
@@ -405,7 +412,7 @@ class TransformersBackend:
         with torch.inference_mode():
             if kind == "view":
                 self._open_views(jobs)
-            elif kind == "generic":
+            elif cast(tuple[str, ...], kind)[0] == "generic":
                 self._generic_rows(jobs)
             else:
                 self._answers(jobs)
@@ -508,8 +515,11 @@ class TransformersBackend:
     def _add(self, answer: _Answer, token: int, logits: NDArray[np.float32]) -> bool:
         """Append a token; returns whether the answer is over, its future settled."""
         ask, future = answer.ask, answer.job.future
+        if answer.job.abandoned or self._worker.closing:
+            # Made here and not raised, for the reason that `fail` gives.
+            future.set_exception(WorkerClosedError())
+            return True
         try:
-            self._check_wanted(answer.job)
             answer.ids.append(token)
             answer.steps.append(token_statistics(logits))
             ended = token in self._end_tokens
@@ -523,13 +533,14 @@ class TransformersBackend:
                 token_ids=tuple(answer.ids),
                 steps=tuple(answer.steps),
                 ended=ended,
-                prefilled_tokens=answer.prefilled_tokens,
+                prefilled_tokens=answer.prefilled_tokens
+                + (0 if ask.seen.prefix is None else ask.seen.prefix.take_uncounted()),
                 context_tokens=len(ask.prompt.ids),
                 row=answer.row,
             )
         # A caller's own function may raise anything; that ends this answer and no other.
-        except Exception as error:
-            future.set_exception(error)
+        except BaseException as error:
+            fail(answer.job, error)
         else:
             future.set_result(result)
         return True
@@ -554,11 +565,9 @@ class TransformersBackend:
     def _keep_prefix(
         self, answer: _Answer, batch: Batch, number: int, looks: Tensor | None
     ) -> None:
-        """After a prefill: count the prefix once, or keep the one just made."""
+        """After a prefill without a prefix: keep the one just made."""
         seen = answer.ask.seen
-        if seen.prefix is not None:
-            answer.prefilled_tokens += seen.prefix.take_uncounted()
-        else:
+        if seen.prefix is None:
             cache = batch.copy_of(number, answer.ask.prompt.shared)
             seen.view.keep(seen.key, _Prefix(cache, looks, 0))
 
@@ -598,15 +607,16 @@ class TransformersBackend:
             parts.append(self._adapter.embed(prompt.ids[start:]))
         return torch.cat(parts)
 
-    def _check_wanted(self, job: Job) -> None:
-        if job.abandoned:
-            raise _AbandonedError
-        if self._worker.closing:
-            raise ModelError("the model was closed")
 
-
-class _AbandonedError(Exception):
-    """The caller of the running operation is gone. Nobody sees this."""
+def _view_bytes(adapter: Adapter, tokens: int) -> int:
+    """Memory that a view of so many prefix tokens will occupy; an upper bound."""
+    layout = adapter.layout
+    cached = _cache_bytes(adapter.decoder.config, tokens, adapter.dtype)
+    cells = 4 * layout.grid.rows * layout.grid.columns  # float32
+    if adapter.reads_question:
+        seen = layout.seen_numbers * adapter.dtype.itemsize
+        return seen + _KEPT_PREFIXES * (cached + layout.visual_tokens * cells) + cells
+    return cached + cells
 
 
 def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:

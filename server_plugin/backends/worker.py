@@ -8,12 +8,15 @@ are padded to one length. The oldest always goes next, so no kind of job starves
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 _LARGEST_PADDING = 1.5
 """Padded over real positions, at most. Beyond it, two batches cost less than one."""
@@ -142,16 +145,35 @@ class BatchWorker:
                 jobs[0].future.set_result(jobs[0].payload())
             else:
                 self._execute(jobs[0].kind, jobs)
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(RuntimeError(f"a job of {job.kind} was left undone"))
             return
-        except Exception as error:
+        # Whatever it is, the thread must live on: a library's panic is no `Exception`.
+        except BaseException as error:
             if len(jobs) == 1:
-                if not jobs[0].future.done():
-                    jobs[0].future.set_exception(error)
+                fail(jobs[0], error)
                 return
+            log.warning("%d operations together failed; trying each alone", len(jobs))
         # Outside the handler, whose exception would keep the failed batch's memory.
         for job in jobs:
             if not job.future.done():
                 self._work([job])
+
+
+def fail(job: Job, error: BaseException) -> None:
+    """Settle a job by an error that was raised; the trace goes to the log.
+
+    The trace itself must not go with the error: its frames hold the batch, which holds the job,
+    which holds the error, and such a ring keeps a device's memory until the collector comes by.
+    """
+    if job.future.done():
+        return
+    log.error("an operation of the model failed", exc_info=error)
+    if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
+        error = RuntimeError(f"the model's runtime failed: {error!r}")
+    error.__context__ = error.__cause__ = None
+    job.future.set_exception(error.with_traceback(None))
 
 
 def _fits(chosen: list[Job], job: Job) -> bool:

@@ -21,11 +21,11 @@ from server_plugin.service.views import (
 )
 from vlm_collab import images
 from vlm_collab.errors import (
-    CollabError,
     ConfigError,
     ErrorCode,
     ImageError,
     ImageTooLargeError,
+    ModelError,
     QuestionError,
     RemoteProtocolError,
 )
@@ -385,8 +385,14 @@ class Connection:
                 self._refuse(ask.id, _Refused(ErrorCode.DEADLINE, text, 1.0))
         except ImageError as error:
             self._refuse(ask.id, _Refused(ErrorCode.BAD_IMAGE, str(error)))
-        except CollabError as error:
+        except QuestionError as error:
             self._refuse(ask.id, _Refused(ErrorCode.BAD_QUESTION, str(error)))
+        except ConfigError as error:
+            self._refuse(ask.id, _Refused(ErrorCode.BAD_OPTION, str(error)))
+        except ModelError:
+            # Its only cause by now: the model was closed under the last questions of a shutdown.
+            text = "the server is shutting down"
+            self._refuse(ask.id, _Refused(ErrorCode.SHUTTING_DOWN, text, 1.0))
         # A bug or a failing runtime must not leave the edge waiting, nor end the connection's
         # other questions.
         except Exception:
@@ -475,7 +481,14 @@ class Connection:
         if data is None:
             raise RegionUnavailableError(Fallback.DECLINED)
         try:
-            return await self._decode(data, target)
+            region = await self._decode(data, target)
+            # Pixels alone do not bound it: a hair of a picture can have as few.
+            if region.width > target.width or region.height > target.height:
+                raise ImageError(
+                    f"a region of {region.width} x {region.height} px, where at most "
+                    f"{target.width} x {target.height} were asked for"
+                )
+            return region
         except ImageError as error:
             log.info(
                 "bad region",

@@ -88,7 +88,7 @@ class Lease:
             if entry.opening.done() and _opened(entry) is None:
                 store._drop(self._session, self._view_id, only=entry)  # it will never open
             raise
-        entry.nbytes = view.nbytes
+        store._book(entry, view)
         store._shrink()
         return view
 
@@ -106,7 +106,7 @@ class Lease:
         entry.users -= 1
         view = _opened(entry)
         if view is not None:
-            entry.nbytes = view.nbytes  # it may have grown by what was computed of it
+            self._store._book(entry, view)
         if entry.dropped and not entry.users:
             self._store._forget(entry)
         self._store._shrink()
@@ -161,6 +161,11 @@ class ViewStore:
             raise ViewsFullError
         entry.nbytes = needed
         self._shrink()
+
+    def _book(self, entry: _Entry, view: View) -> None:
+        """Account for what a view holds; while questions work on it, for what it may grow to."""
+        expected = self._backend.info.view_bytes if entry.users else 0
+        entry.nbytes = max(view.nbytes, expected)
 
     def enter(self, resume: bytes) -> ClientSession:
         """The session of a new connection: the one it names if it is still there, else a new one.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +18,12 @@ import pytest
 from PIL import Image
 
 from server_plugin.backend import Generation
+from server_plugin.backends.batch import Batch
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.models import open_model
 from server_plugin.presets import preset_named
+from server_plugin.service.queue import ModelQueue
+from tests.support.batches import queued, together
 from tests.support.oracle import picture
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.errors import ConfigError
@@ -42,28 +48,6 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersBa
     backend = TransformersBackend.load(str(folder), preset_named("demo"), device="cpu", batch=4)
     yield backend
     asyncio.run(backend.close())
-
-
-@contextmanager
-def together(backend: TransformersBackend) -> Iterator[list[int]]:
-    """What is asked inside waits until the block ends; yields the batch size of each forward."""
-    gate, sizes = threading.Event(), []
-    hook = backend._adapter.decoder.register_forward_pre_hook(
-        lambda _, __, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
-    )
-    backend._worker.call(lambda: gate.wait(30))
-    try:
-        yield sizes
-    finally:
-        gate.set()
-        backend._worker.call(hook.remove)
-
-
-async def queued(*operations: Any) -> list[asyncio.Task[Any]]:
-    """Tasks of operations that have reached the queue."""
-    tasks = [asyncio.ensure_future(operation) for operation in operations]
-    await asyncio.sleep(0.01)
-    return tasks
 
 
 def assert_same(got: Generation, alone: Generation) -> None:
@@ -188,6 +172,114 @@ async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBacken
     assert len(sizes) <= max(len(alone[0].token_ids), len(alone[2].token_ids))
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Only what nobody refers to is freed; rings of references stay."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+async def test_answers_that_end_badly_leave_no_memory_behind(
+    backend: TransformersBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Cancelled, or failed by the caller's function or by the runtime: the caches go at once."""
+    # The records that pytest keeps hold traces, and with them the frames.
+    caplog.set_level(logging.CRITICAL, "server_plugin.backends.worker")
+    caches: list[weakref.ref[Any]] = []
+    prefill = Batch.prefill
+
+    def noted(batch: Batch, *arguments: Any) -> Any:
+        caches.append(weakref.ref(batch.cache))
+        return prefill(batch, *arguments)
+
+    monkeypatch.setattr(Batch, "prefill", noted)
+    view = await backend.open_view(picture(0, backend.info.view))
+    first = len(caches)
+    with without_collector():
+        started, gate = threading.Event(), threading.Event()
+
+        def hold(_: str) -> None:
+            started.set()
+            gate.wait(30)
+
+        task = asyncio.create_task(
+            backend.first_pass(view, QUESTIONS[2], max_new_tokens=400, on_text=hold)
+        )
+        assert await asyncio.to_thread(started.wait, 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.set()
+        del task
+
+        def broken(*_: Any) -> bool:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await backend.first_pass(view, "what?", max_new_tokens=3, stop=broken)
+        head = type(backend._adapter).output_head
+        monkeypatch.setattr(type(backend._adapter), "output_head", broken)
+        with pytest.raises(ZeroDivisionError):
+            await backend.first_pass(view, "what?", max_new_tokens=3)
+        monkeypatch.setattr(type(backend._adapter), "output_head", head)
+        await backend.first_pass(view, "what?", max_new_tokens=1)
+        await asyncio.wrap_future(backend._worker.call(lambda: None))
+        await asyncio.sleep(0.01)
+        assert len(caches) == first + 4
+        assert [cache() for cache in caches[first:]] == [None] * 4
+
+
+async def test_tokens_of_a_prefix_are_reported_by_the_first_answer_that_ends(
+    backend: TransformersBackend,
+) -> None:
+    view = await backend.open_view(picture(0, backend.info.view))
+
+    def broken(*_: Any) -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await backend.first_pass(view, "what?", max_new_tokens=3, stop=broken)
+    answers = [await backend.first_pass(view, "what?", max_new_tokens=1) for _ in range(2)]
+    assert answers[0].prefilled_tokens == answers[0].context_tokens
+    prefix = view.prefixes[""].length
+    assert answers[1].prefilled_tokens == answers[1].context_tokens - prefix
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+async def test_batches_form_behind_the_services_queue(
+    batch: int, backend: TransformersBackend
+) -> None:
+    """Many clients, each with one question after the other, taking turns as in the service."""
+    other = TransformersBackend(backend._adapter, "again", batch)
+    queue = ModelQueue(other.info.concurrency, 100)
+    view = await other.open_view(picture(0, other.info.view))
+    sizes: list[int] = []
+    hook = other._adapter.decoder.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+
+    async def client(number: int) -> None:
+        for _ in range(4):
+            turn = queue.turn(number)
+            await turn.take()
+            try:
+                await other.first_pass(view, QUESTIONS[1], max_new_tokens=1)
+            finally:
+                turn.give_back()
+
+    await asyncio.gather(*(client(number) for number in range(4 * batch)))
+    hook.remove()
+    await asyncio.to_thread(other._worker.close)
+    assert sum(sizes) == 16 * batch
+    assert sum(sizes) / len(sizes) > 0.75 * batch
+
+
 async def test_a_question_whose_own_function_fails_fails_alone(
     backend: TransformersBackend,
 ) -> None:
@@ -250,7 +342,8 @@ async def test_a_long_answer_does_not_keep_a_short_one_of_its_batch(
 
 def test_the_batch_is_what_the_service_is_told(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "tiny")
-    for batch, expected in ((3, 3), (None, 4)):
+    # Twice the batch: one gathers while another runs.
+    for batch, expected in ((3, 6), (None, 8)):
         backend, _ = open_model(str(folder), preset="demo", device="cpu", batch=batch)
         assert backend.info.concurrency == expected
         asyncio.run(backend.close())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -14,20 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 import server_plugin.models
+from edge_client import EdgeClient, Picture
 from server_plugin.adapters import checkpoint as checkpoint_module
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.cli import engine_of
 from server_plugin.models import open_model
 from server_plugin.presets import preset_named
+from server_plugin.service.app import Service
+from server_plugin.service.config import ServiceConfig
+from server_plugin.service.runner import running
 from tests.support.oracle import picture
 from tests.support.process import SERVE
 from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
-from vlm_collab.errors import CollabError, ConfigError, ModelError
-from vlm_collab.geometry import Fit
+from vlm_collab.errors import CollabError, ConfigError, ErrorCode, ModelError, ServerError
+from vlm_collab.geometry import Fit, Size
+from vlm_collab.messages import Stage
 
 DEMO = preset_named("demo")
 
@@ -258,12 +266,6 @@ def test_a_preset_of_another_family_is_refused(checkpoint: Path, tmp_path: Path)
         open_model(str(checkpoint), preset=str(path))
 
 
-def test_a_context_without_room_for_a_picture_is_refused(tmp_path: Path) -> None:
-    folder = save_tiny_llava(tmp_path, TinyLlava(context_tokens=70))
-    with pytest.raises(ModelError, match="a context of 70 tokens, too few for a picture of 64"):
-        TransformersBackend.load(str(folder), DEMO, device="cpu")
-
-
 async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) -> None:
     backend, preset = open_model(
         str(checkpoint), layer=2, eta=0.25, ratios=(1.0, 2.0), base_px=56, prompt="vicrop",
@@ -323,3 +325,65 @@ def test_a_view_size_that_the_model_does_not_have_is_refused_before_weights(copy
     (copy / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="view_px 224: this model takes views of 112 px only"):
         open_model(str(copy), preset="demo", view_px=224)
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "complaint"),
+    [
+        (400, ConfigError, "max_new_tokens 400 leave no room for two pictures"),
+        (20, None, ""),
+    ],
+)
+def test_answers_that_never_fit_are_refused_at_start(
+    limit: int, error: type[Exception] | None, complaint: str, checkpoint: Path
+) -> None:
+    if error is None:
+        backend, _ = open_model(str(checkpoint), preset="demo", max_new_tokens=limit)
+        asyncio.run(backend.close())
+        return
+    with pytest.raises(error, match=complaint):
+        open_model(str(checkpoint), preset="demo", max_new_tokens=limit)
+
+
+@pytest.mark.parametrize("context", [70, 140])
+def test_a_context_without_room_for_two_pictures_is_refused(context: int, tmp_path: Path) -> None:
+    folder = save_tiny_llava(tmp_path / "short", TinyLlava(context_tokens=context))
+    with pytest.raises(ModelError, match=f"context of {context} tokens, too few for two pictures"):
+        open_model(str(folder), preset="demo", max_new_tokens=1)
+
+
+async def test_a_hair_of_a_region_is_not_blown_up(checkpoint: Path) -> None:
+    """Under `crop` the processor scales the short side up first, and the long side with it."""
+    folder = Path(save_tiny_llava(checkpoint.parent / "crop", TinyLlava(stretch=False)))
+    backend, _ = open_model(str(folder), preset=DEMO.with_overrides(fit="crop"))
+    assert isinstance(backend, TransformersBackend)
+    shown: list[tuple[int, int]] = []
+    adapter = backend._adapter
+    process = adapter.processor.image_processor
+
+    def noted(images: list[Image.Image], **options: object) -> object:
+        shown.extend(image.size for image in images)
+        return process(images, **options)
+
+    adapter.processor.image_processor = noted
+    for size in ((1, 12544), (12544, 1), (3, 100), (1600, 100)):
+        adapter.see([Image.new("RGB", size)])
+    assert shown == [(1, 16), (16, 1), (3, 48), (1600, 100)]
+    await backend.close()
+
+
+async def test_a_question_beyond_a_real_context_is_refused_and_the_next_is_answered(
+    checkpoint: Path,
+) -> None:
+    backend, preset = open_model(str(checkpoint), preset="demo")
+    service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
+    async with running(service) as url, EdgeClient(url) as client:
+        shot = Picture.from_pil(picture(0, Size(300, 200)))
+        for wrong in ("why? " * 200, "what is </s> here?", "ASSISTANT: seven"):
+            with pytest.raises(ServerError) as caught:
+                await client.ask(shot, wrong)
+            assert caught.value.code is ErrorCode.BAD_QUESTION
+            assert "\n" not in str(caught.value)
+        answer = await client.ask(shot, "why?")
+        assert answer.stage in (Stage.FIRST, Stage.SECOND)
+    await backend.close()

@@ -15,19 +15,17 @@ import torch
 from PIL import Image
 
 from server_plugin.adapters.instructblip import ATTENTION_NAME, InstructBlipAdapter
-from server_plugin.backend import Generation
 from server_plugin.backends import attention
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.models import open_model
 from server_plugin.presets import Preset, preset_for_model, preset_named
-from tests.support.oracle import picture, uncertainties
+from tests.support.batches import queued, together
+from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_instructblip import InstructBlipOracle
 from tests.support.tiny_instructblip import TinyInstructBlip, save_tiny_instructblip
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
-from vlm_collab.policy import Aggregate, Metric
 from vlm_collab.roi import find_region
-from vlm_collab.uncertainty import aggregate
 
 GENERIC = "Write a general description of the image."
 NEW_TOKENS = 12
@@ -130,18 +128,6 @@ async def test_both_passes_equal_plain_transformers(shape: str, pair: int, loade
     compare_answer(second, joined)
     assert second.context_tokens == first.context_tokens + info.visual_tokens
     await backend.release(view)
-
-
-def compare_answer(got: Generation, expected: tuple[list[int], str, np.ndarray]) -> None:
-    ids, text, logits = expected
-    assert list(got.token_ids) == ids
-    assert got.text == text
-    steps = uncertainties(logits)
-    np.testing.assert_allclose(np.array(got.steps), steps, rtol=0, atol=1e-5)
-    for column, metric in enumerate((Metric.MIN_ENTROPY, Metric.ENTROPY, Metric.MARGIN)):
-        for how, count in ((Aggregate.FULL, None), (Aggregate.FIRST_K, K), (Aggregate.FIRST, 1)):
-            mean = steps[:count, column].mean()
-            assert aggregate(got.steps, metric, how, K) == pytest.approx(mean, rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -267,12 +253,15 @@ async def test_questions_that_run_together_do_not_mix(backend: TransformersBacke
 
     pairs = [(view, question) for view in views for question in QUESTIONS[:4]]
     alone = [await ask(*pair) for pair in pairs]
-    together = await asyncio.gather(*(ask(*pair) for pair in pairs))
-    for one, other in zip(alone, together, strict=True):
+    with together(backend) as sizes:
+        tasks = await queued(*(ask(*pair) for pair in pairs))
+    # Padded, since the questions differ in length, and in all three passes.
+    for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
         for answer, same in zip(one[:2], other[:2], strict=True):
             assert answer.token_ids == same.token_ids
             np.testing.assert_allclose(same.steps, answer.steps, rtol=0, atol=1e-5)
         np.testing.assert_allclose(other[2], one[2], rtol=1e-4, atol=0)
+    assert sizes[:2] == [4, 4]
 
 
 async def test_a_folder_opens_with_the_preset_of_its_family(folders: dict[str, Path]) -> None:

@@ -26,13 +26,13 @@ from server_plugin.backends.attention import ATTENTION_NAME
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.models import open_model
 from server_plugin.presets import Preset, preset_for_model, preset_named
-from tests.support.oracle import picture, uncertainties
+from tests.support.batches import queued, together
+from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_qwen import QwenOracle
 from tests.support.tiny_qwen import NORMALISED_TOKEN, TinyQwen, save_tiny_qwen
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
 from vlm_collab.roi import find_region
-from vlm_collab.uncertainty import Aggregate, Metric, aggregate
 
 GENERIC = "Write a general description of the image."
 VICROP_SUFFIX = " Answer the question using a single word or phrase."
@@ -150,18 +150,6 @@ async def compare(
     return first, second
 
 
-def compare_answer(got: Generation, expected: tuple[list[int], str, np.ndarray]) -> None:
-    ids, text, logits = expected
-    assert list(got.token_ids) == ids
-    assert got.text == text
-    reference = uncertainties(logits)
-    np.testing.assert_allclose(np.array(got.steps), reference, rtol=0, atol=1e-5)
-    for column, metric in enumerate((Metric.MIN_ENTROPY, Metric.ENTROPY, Metric.MARGIN)):
-        for how, count in ((Aggregate.FULL, None), (Aggregate.FIRST_K, 5), (Aggregate.FIRST, 1)):
-            mean = reference[:count, column].mean()
-            assert aggregate(got.steps, metric, how, k=5) == pytest.approx(mean, rel=0, abs=1e-5)
-
-
 @pytest.mark.parametrize("pair", range(18))
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_both_passes_equal_plain_transformers(
@@ -204,12 +192,18 @@ async def test_questions_that_run_together_equal_plain_transformers(
     region = picture(7, Size(80, 60))
     views = [await backend.open_view(image) for image in images]
     asked = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
-    firsts = await asyncio.gather(
-        *(backend.first_pass(views[v], q, max_new_tokens=NEW_TOKENS) for v, q in asked)
-    )
-    seconds = await asyncio.gather(
-        *(backend.second_pass(views[v], region, q, max_new_tokens=NEW_TOKENS) for v, q in asked)
-    )
+    with together(backend) as sizes:
+        tasks = await queued(
+            *(backend.first_pass(views[v], q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+        )
+    firsts = await asyncio.gather(*tasks)
+    assert max(sizes) == 4
+    with together(backend) as sizes:
+        tasks = await queued(
+            *(backend.second_pass(views[v], region, q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+        )
+    seconds = await asyncio.gather(*tasks)
+    assert max(sizes) == 4
     for (v, question), first, second in zip(asked, firsts, seconds, strict=True):
         shown_once, shown_twice = (images[v],), (images[v], region)
         compare_answer(first, oracle.answer(question, *shown_once, max_new_tokens=NEW_TOKENS))

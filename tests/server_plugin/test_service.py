@@ -102,6 +102,7 @@ async def test_a_question_may_move_the_decision(options, stage):
         b"no picture",
         picture(1)[:60],
         picture(1, size=(113, 112)),
+        picture(1, size=(1, 113)),  # few pixels, and still longer than what was asked for
         picture(1, codec=Codec.WEBP)[:-8],
     ],
 )

@@ -116,6 +116,29 @@ async def test_jobs_settled_before_a_fault_are_not_run_again() -> None:
     assert batches == [["a1", "a2"], ["a2"]]
 
 
+class Panic(BaseException):
+    """What a library's native code may raise."""
+
+
+@pytest.mark.parametrize("error", [Panic("boom"), asyncio.CancelledError(), SystemExit(1)])
+async def test_the_thread_survives_whatever_is_raised(error: BaseException) -> None:
+    def raise_it(_: Hashable, jobs: list[Job]) -> None:
+        if jobs[0].payload == "bad":
+            raise error
+
+    with worker(execute=raise_it) as (made, _):
+        with pytest.raises(RuntimeError, match="the model's runtime failed"):
+            await asyncio.wait_for(made.run("a", "bad"), 30)
+        assert await asyncio.wait_for(made.run("a", "good"), 30) == "good"
+
+
+async def test_a_job_left_undone_is_an_error() -> None:
+    made = BatchWorker(lambda kind, jobs: None, 4, "test")
+    with pytest.raises(RuntimeError, match="a job of a was left undone"):
+        await asyncio.wait_for(made.run("a", "forgotten"), 30)
+    made.close()
+
+
 async def test_closing_fails_what_waits_and_what_comes() -> None:
     with worker() as (made, batches):
         with busy(made):

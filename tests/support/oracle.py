@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from server_plugin.backend import Generation
 from vlm_collab.geometry import Size
+from vlm_collab.policy import Aggregate, Metric, aggregate
 
 
 @dataclass
@@ -70,6 +72,20 @@ def uncertainties(logits: np.ndarray) -> np.ndarray:
     top = -np.sort(-p, axis=1)
     entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum(axis=1)
     return np.stack([-np.log2(top[:, 0]), entropy, top[:, 0] - top[:, 1]], axis=1)
+
+
+def compare_answer(got: Generation, expected: tuple[list[int], str, np.ndarray]) -> None:
+    """An answer against the oracle's: tokens, text, and uncertainty by every metric, token by
+    token and by every aggregation."""
+    ids, text, logits = expected
+    assert list(got.token_ids) == ids
+    assert got.text == text
+    reference = uncertainties(logits)
+    np.testing.assert_allclose(np.array(got.steps), reference, rtol=0, atol=1e-5)
+    for column, metric in enumerate((Metric.MIN_ENTROPY, Metric.ENTROPY, Metric.MARGIN)):
+        for how, count in ((Aggregate.FULL, None), (Aggregate.FIRST_K, 5), (Aggregate.FIRST, 1)):
+            mean = reference[:count, column].mean()
+            assert abs(aggregate(got.steps, metric, how, k=5) - mean) <= 1e-5
 
 
 def picture(seed: int, size: Size) -> Image.Image:

@@ -1,0 +1,33 @@
+"""Making a backend's operations wait for each other, so that they run in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from server_plugin.backends.transformers_backend import TransformersBackend
+
+
+@contextmanager
+def together(backend: TransformersBackend) -> Iterator[list[int]]:
+    """What is asked inside waits until the block ends; yields the batch size of each forward."""
+    gate, sizes = threading.Event(), []
+    hook = backend._adapter.decoder.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    backend._worker.call(lambda: gate.wait(30))
+    try:
+        yield sizes
+    finally:
+        gate.set()
+        backend._worker.call(hook.remove)
+
+
+async def queued(*operations: Awaitable[Any]) -> list[asyncio.Future[Any]]:
+    """Tasks of operations that have reached the queue."""
+    tasks = [asyncio.ensure_future(operation) for operation in operations]
+    await asyncio.sleep(0.01)
+    return tasks
