@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--two-digits", type=float, default=1.0, help="share of two-digit texts")
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--base-px", type=int, default=320, help="base side of the region search")
-    parser.add_argument("--centroid-px", type=int, default=280, help="side of the centroid's box")
+    parser.add_argument("--centroid-px", type=int, default=256, help="side of the centroid's box")
     parser.add_argument("--epsilon", type=float, default=0.005)
     parser.add_argument("--jpeg", type=int, help="send views through JPEG of this quality")
     parser.add_argument("--workers", type=int, default=1, help="processes")

@@ -167,7 +167,7 @@ def test_sides_are_asked_in_turn() -> None:
 
 
 def test_choices() -> None:
-    assert choose.nearest_half({1.0: 0.7, 2.0: 0.54, 3.0: 0.45, 4.0: 0.3}) == 2.0
+    assert choose.nearest({1.0: 0.7, 2.0: 0.57, 3.0: 0.52, 4.0: 0.3}) == 3.0
     assert choose.best_side({320: 9, 256: 10, 280: 10, 224: 8}) == 256
 
 
@@ -176,6 +176,6 @@ def test_the_defaults_are_what_was_chosen() -> None:
     assert TEXT_HEIGHT_POWERS["benchmark"] == chosen["text_height_power"]
     assert SETTINGS.centroid_px == chosen["centroid_px"]
     by_power = {float(p): share for p, share in chosen["first_accuracy_by_power"].items()}
-    assert choose.nearest_half(by_power) == chosen["text_height_power"]
+    assert choose.nearest(by_power) == chosen["text_height_power"]
     by_side = {int(side): count for side, count in chosen["right_by_side_px"].items()}
     assert choose.best_side(by_side) == chosen["centroid_px"]
