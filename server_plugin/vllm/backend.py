@@ -91,13 +91,15 @@ class VllmBackend:
         engine: vLLM's `AsyncLLM`, or what its server calls an engine client.
         adapter: of the checkpoint, made without weights.
         name: what clients see.
+        owned: whether `close` shuts the engine down.
 
     Raises:
         ConfigError: the engine is set up in a way that statistics would not be exact.
     """
 
-    def __init__(self, engine: Any, adapter: Adapter, name: str) -> None:
+    def __init__(self, engine: Any, adapter: Adapter, name: str, *, owned: bool = True) -> None:
         self._engine = engine
+        self._owned = owned
         self._adapter = adapter
         self._preset = preset = adapter.preset
         config = engine.vllm_config
@@ -225,7 +227,7 @@ class VllmBackend:
     async def close(self) -> None:
         # Let go of it as well: as the interpreter ends, it could no longer clean up after itself.
         engine, self._engine = self._engine, None
-        if engine is not None:
+        if engine is not None and self._owned:
             await asyncio.to_thread(engine.shutdown)
 
     async def _call(self, method: str, argument: Any) -> Any:

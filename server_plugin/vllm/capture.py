@@ -194,7 +194,7 @@ def register() -> None:
 
 
 def _install(worker: Any, layer: int) -> dict[str, Any]:
-    """Begin to serve rows of a decoder layer; again, for another layer.
+    """Begin to serve rows of a decoder layer; nothing new if they are served already.
 
     Returns:
         `{"heads": …}` of this worker, 0 if the layer is on another one (pipeline parallelism);
@@ -224,8 +224,10 @@ def _wrap(worker: Any, number: int) -> int:
     runner = worker.model_runner
     config = runner.vllm_config
     _check(config)
-    if hasattr(worker, "vlm_collab_rows"):
-        raise UnsupportedError("rows of this engine are served already")
+    if (served := getattr(worker, "vlm_collab_layer", number)) != number:
+        raise UnsupportedError(f"rows of layer {served} are served already, not of {number}")
+    if hasattr(worker, "vlm_collab_rows"):  # for another front-end of the same engine
+        return int(worker.vlm_collab_rows.heads)
     layer = config.compilation_config.static_forward_context.get(_LAYER.format(number))
     if layer is None:
         if config.parallel_config.pipeline_parallel_size > 1:
@@ -261,7 +263,7 @@ def _wrap(worker: Any, number: int) -> int:
         return result
 
     runner.execute_model, impl.forward = execute_model, forward
-    worker.vlm_collab_rows = reader
+    worker.vlm_collab_rows, worker.vlm_collab_layer = reader, number
     return reader.heads
 
 

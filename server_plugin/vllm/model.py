@@ -21,11 +21,12 @@ from server_plugin.adapters.checkpoint import (
 from server_plugin.adapters.registry import adapter_for
 from server_plugin.presets import Preset
 from server_plugin.vllm.backend import VllmBackend
+from server_plugin.vllm.capture import SUPPORTED
 from vlm_collab.errors import ConfigError, ModelError
 from vlm_collab.policy import Metric
 
 FAMILIES = ("llava", "qwen2.5-vl")
-"""What both this package and vLLM 0.32 serve."""
+"""What both this package and the supported vLLM serve."""
 
 
 def open_vllm_model(
@@ -56,25 +57,7 @@ def open_vllm_model(
     """
     source = local_or_hub(name_or_folder)
     shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
-    adapter_class = adapter_for(model_type_of(source))
-    if adapter_class.family not in FAMILIES:
-        raise ConfigError(
-            f"vLLM 0.32 does not serve {adapter_class.family}; use --backend transformers"
-        )
-    if preset.family != adapter_class.family:
-        raise ConfigError(
-            f"the preset is for the family {preset.family!r}, but {name_or_folder} is of "
-            f"{adapter_class.family!r}"
-        )
-    config = load_config(source)
-    layers = config.get_text_config().num_hidden_layers
-    if preset.layer >= layers:
-        raise ConfigError(
-            f"layer {preset.layer} does not exist: {shown} has decoder layers 0 to {layers - 1}; "
-            "choose one with the option `layer`"
-        )
-    adapter_class.layout_of(config, preset)
-    processor = load_processor(source)
+    check(source, preset, shown)
     # stdout is the command's, which may have promised JSON on it.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
@@ -108,30 +91,69 @@ def open_vllm_model(
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"vLLM cannot serve {name_or_folder}: {reason}") from error
     try:
-        adapter = weightless_adapter(
-            adapter_class, config, processor, preset, source, started.model_config.max_model_len
-        )
-        return VllmBackend(started, adapter, shown)
+        return vllm_backend(started, source, preset, shown)
     except BaseException:
         started.shutdown()
         raise
 
 
+def vllm_backend(
+    engine: Any, source: str, preset: Preset, shown: str, *, owned: bool = True
+) -> VllmBackend:
+    """The backend over an engine that runs.
+
+    Args:
+        engine: `AsyncLLM`, or what vLLM's server calls an engine client.
+        source: the folder or hub name that the engine has loaded.
+        preset: how the model is used.
+        shown: what clients see.
+        owned: whether closing the backend shuts the engine down.
+
+    Raises:
+        ModelError, ConfigError: as `open_vllm_model`.
+    """
+    adapter_class = check(source, preset, shown)
+    adapter = weightless_adapter(adapter_class, source, preset, engine.model_config.max_model_len)
+    return VllmBackend(engine, adapter, shown, owned=owned)
+
+
+def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
+    """Refuse what cannot be served, from the checkpoint's small files alone.
+
+    Raises:
+        ModelError, ConfigError: as `open_vllm_model`.
+    """
+    adapter_class = adapter_for(model_type_of(source))
+    if adapter_class.family not in FAMILIES:
+        raise ConfigError(
+            f"vLLM {SUPPORTED} does not serve {adapter_class.family}; use --backend transformers"
+        )
+    if preset.family != adapter_class.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {shown} is of "
+            f"{adapter_class.family!r}"
+        )
+    config = load_config(source)
+    layers = config.get_text_config().num_hidden_layers
+    if preset.layer >= layers:
+        raise ConfigError(
+            f"layer {preset.layer} does not exist: {shown} has decoder layers 0 to {layers - 1}; "
+            "choose one with the option `layer`"
+        )
+    adapter_class.layout_of(config, preset)
+    return adapter_class
+
+
 def weightless_adapter(
-    adapter_class: type[Adapter],
-    config: Any,
-    processor: Any,
-    preset: Preset,
-    source: str,
-    context_tokens: int,
+    adapter_class: type[Adapter], source: str, preset: Preset, context_tokens: int
 ) -> Adapter:
     """An adapter that makes prompts and reads answers; the weights are the engine's.
 
     Args:
-        config: the checkpoint's; its context is cut to the engine's.
-        source: where its generation settings are.
-        context_tokens: longest sequence that the engine takes.
+        source: folder or hub name of the checkpoint.
+        context_tokens: longest sequence that the engine takes; cuts the checkpoint's own.
     """
+    config = load_config(source)
     text = config.get_text_config()
     text.max_position_embeddings = min(text.max_position_embeddings, context_tokens)
     try:
@@ -144,4 +166,4 @@ def weightless_adapter(
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    return adapter_class(model, processor, preset)
+    return adapter_class(model, load_processor(source), preset)

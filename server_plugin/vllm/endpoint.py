@@ -1,0 +1,114 @@
+"""Two-stage inference inside `vllm serve`: our routes beside vLLM's own.
+
+Registered as a `vllm.endpoint_plugins` entry point, which vLLM loads only if `VLLM_PLUGINS` names
+it. The service is the same as that of `vlm-collab serve`, over `VllmBackend`. All its routes are
+below `/v1`, so `--api-key` guards them, the WebSocket included.
+
+Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.routing import BaseRoute, Mount
+
+from server_plugin.cli import engine_of
+from server_plugin.models import checkpoint_and_preset
+from server_plugin.presets import Preset, preset_named
+from server_plugin.service.app import Service
+from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
+from server_plugin.vllm.model import vllm_backend
+from vlm_collab.errors import ConfigError
+from vlm_collab.images import Codec
+
+log = logging.getLogger(__name__)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `--additional-config` may hold under `vlm_collab`.
+
+    Attributes:
+        preset: name of a preset; by default the one of the model's name or family.
+        overrides: fields of the preset by name, such as `eta` or `layer`.
+        policy: threshold, always, never or random.
+        policy_options: `rate` and `seed`, for the random policy.
+        origins: origins of browser pages that may connect.
+    """
+
+    preset: str | None = None
+    overrides: dict[str, Any] = {}
+    policy: str | None = None
+    policy_options: dict[str, Any] = {}
+    origins: tuple[str, ...] = ()
+
+
+class CollabEndpoint:
+    """What vLLM calls an endpoint plugin: one is made for each application."""
+
+    name = "vlm_collab"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._app: Any = None
+
+    def attach_router(self, app: Any) -> None:
+        """Remember the application; its routes come with the service, in `init_state`."""
+        self._app = app
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Open the service on the running engine. Called before the server listens.
+
+        Raises:
+            ConfigError: rows cannot be read in this engine, an option is wrong, or the model is
+                of a family that is not served here; one line each, and vLLM does not start.
+        """
+        options = options_of(engine_client.vllm_config.additional_config)
+        source = engine_client.vllm_config.model_config.model
+        preset = _preset(source, options)
+        shown = (args.served_model_name or [source])[0]
+        backend = vllm_backend(engine_client, source, preset, shown, owned=False)
+        await backend.warm_up()
+        host = args.host or "0.0.0.0"
+        if not args.api_key and not is_loopback(host):
+            log.warning("anyone who reaches %s can ask questions: no --api-key is set", host)
+        service = Service(
+            engine_of(backend, preset, options.policy, options.policy_options),
+            ServiceConfig(
+                # vLLM's own middleware asks for the key.
+                allow_anonymous=True,
+                origins=frozenset(options.origins),
+                region_codec=Codec[preset.codec.upper()],
+                region_quality=preset.quality,
+            ),
+        )
+        self._app.router.routes.extend(routes_of(service))
+
+
+def routes_of(service: Service) -> list[BaseRoute]:
+    """The service's routes, all below its WebSocket's path: vLLM has a `/metrics` of its own."""
+    routes: list[BaseRoute] = list(service.routes())
+    socket, others = routes[0], routes[1:]
+    return [socket, Mount(ENDPOINT, routes=others)]
+
+
+def options_of(additional_config: Any) -> Options:
+    """Options out of vLLM's `--additional-config`.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type.
+    """
+    given = additional_config.get("vlm_collab", {}) if isinstance(additional_config, dict) else {}
+    try:
+        return msgspec.convert(given, Options)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
+
+
+def _preset(source: str, options: Options) -> Preset:
+    preset = (
+        checkpoint_and_preset(source)[1] if options.preset is None else preset_named(options.preset)
+    )
+    return preset.with_overrides(**options.overrides)
