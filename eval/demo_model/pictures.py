@@ -30,6 +30,7 @@ from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import load_model
 from eval.scenes import Question, SceneStyle, crop, generate_scene, questions, render
+from server_plugin.presets import preset_named
 from vlm_collab.geometry import Grid
 from vlm_collab.roi import relative_map
 
@@ -137,7 +138,8 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--base-px", type=int, default=320)
     parser.add_argument("--epsilon", type=float, default=0.005)
-    parser.add_argument("--eta", type=float, default=0.25, help="threshold in bits")
+    eta = preset_named("demo").eta
+    parser.add_argument("--eta", type=float, default=eta, help="threshold in bits")
     parser.add_argument("--jpeg", type=int, default=90)
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
