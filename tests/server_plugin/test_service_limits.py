@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from starlette.websockets import WebSocket
@@ -117,6 +118,21 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         await client.next()
         await other.ask(SURE, picture(99))
         assert isinstance(await other.next(), Answer)
+
+
+async def test_a_view_that_grows_while_questions_work_on_it_is_booked_at_its_full_size():
+    """In some families most of a view is computed only when a question comes."""
+    small = FakeBackend().info.view_bytes
+    backend = FakeBackend(info=replace(FakeBackend().info, view_bytes=5 * small))
+    running_service = service(backend, limits={"max_view_bytes": 20 * small})
+    async with running(running_service) as url, edge(url) as client:
+        id = await client.ask(UNSURE, picture(0), view_id=0)
+        assert isinstance(await client.next(), RegionWanted)
+        assert running_service.views.nbytes == 5 * small
+        await client.region(id, picture())
+        await client.next()
+        await settled(running_service)
+        assert running_service.views.nbytes == small
 
 
 async def test_replacing_a_view_again_and_again_does_not_get_round_the_memory():
