@@ -37,6 +37,7 @@ written from vLLM's source and were never run.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ import torch
 from torch import Tensor
 
 from server_plugin.vllm.rows import summed_row, token_major_keys, vector_keys
+
+log = logging.getLogger(__name__)
 
 SUPPORTED = "0.32"
 """The vLLM release whose internals these are."""
@@ -259,7 +262,10 @@ def _wrap(worker: Any, number: int) -> int:
     ) -> Any:
         result = attend(layer, query, key, value, cache, metadata, *args, **kwargs)
         if reader.due and metadata is not None:
-            reader.read(layer, query, cache, metadata)
+            try:
+                reader.read(layer, query, cache, metadata)
+            except Exception:  # the engine serves others too; who misses the row is told
+                log.exception("attention rows were lost")
         return result
 
     runner.execute_model, impl.forward = execute_model, forward

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +74,46 @@ def drive(job: dict[str, Any]) -> Any:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def vllm_serve(*arguments: str, **variables: str) -> Iterator[tuple[int, list[str]]]:
+    """`vllm serve` on a free port of loopback; yields the port and the growing log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            *(ensure(), "-m", "vllm.entrypoints.cli.main", "serve", *arguments),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment(), **variables},
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "Application startup complete" in line:
+                ready.set()
+        ready.set()  # it ended
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(900), "vLLM did not start in time"
+        yield port, lines
+    finally:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):  # its engine and workers, if they outlive it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(10)

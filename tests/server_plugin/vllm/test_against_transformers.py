@@ -1,0 +1,182 @@
+"""The vLLM backend against the Transformers backend: same checkpoint, same numbers.
+
+Run with `pytest -m slow tests/server_plugin/vllm`; see `tests/support/vllm_cpu`. Both backends
+run in that environment, so that they use the same image processors.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from server_plugin.models import demo_folder
+from server_plugin.presets import preset_named
+from tests.support.oracle import picture
+from tests.support.tiny_llava import TinyLlava, save_tiny_llava
+from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
+from tests.support.vllm_cpu.environment import drive
+from vlm_collab.geometry import Fit, Size, frame_of
+from vlm_collab.roi import find_region
+
+PAIRS = 5
+NEW_TOKENS = 8
+BLOCK = 32
+SOURCES = (Size(640, 480), Size(1200, 90), Size(70, 900), Size(112, 112), Size(2400, 1800))
+QUESTIONS = (
+    "what is written on the large red sign?",
+    "which number stands below the small blue door?",
+    "Read it!",
+    "what   is\n0123456789 é ∑ 字?",
+    "a" * 60,
+    "what does the tiny sign at the left say {question} {0}",
+)
+# Heads of 32, the narrowest that vLLM's CPU kernels take.
+LLAVA = TinyLlava(hidden=128, key_value_heads=2, end_tokens=(2, 44, 202, 8), seed=1)
+QWEN = TinyQwen(hidden=128, key_value_heads=2, mrope_section=(4, 6, 6), seed=2)
+MODELS = {
+    "llava": ("demo", {"layer": 2, "base_px": 112, "epsilon": 0.0}),
+    "demo": ("demo", {}),
+    "qwen": ("qwen2.5-vl", {"layer": 2}),
+}
+SETUPS: dict[str, dict[str, Any]] = {
+    "prefixes": {},
+    # 40 tokens a step: the prompts, of 80 tokens and more, are computed in pieces, several
+    # requests' pieces in one step, some of them a single token long.
+    "chunks": {
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": 40,
+        "max_num_seqs": 8,
+    },
+    "chunked prefixes": {"max_num_batched_tokens": 40, "max_num_seqs": 8},
+}
+CASES = [
+    ("llava", "prefixes"), ("llava", "chunks"), ("llava", "chunked prefixes"),
+    ("demo", "prefixes"), ("qwen", "prefixes"), ("qwen", "chunks"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What is asked, by model."""
+    root = tmp_path_factory.mktemp("vllm")
+    folders = {
+        "llava": in_hub_names(save_tiny_llava(root / "llava", LLAVA)),
+        "demo": demo_folder(),
+        "qwen": save_tiny_qwen(root / "qwen", QWEN),
+    }
+    return {
+        name: {
+            "checkpoint": str(folders[name]),
+            "preset": preset,
+            "overrides": {**overrides, "max_new_tokens": NEW_TOKENS},
+            "pairs": pairs(root, name, preset),
+        }
+        for name, (preset, overrides) in MODELS.items()
+    }
+
+
+def in_hub_names(folder: Path) -> Path:
+    """Give a checkpoint's vision tower the names that the hub's files have; vLLM knows no other."""
+    path = folder / "model.safetensors"
+    weights = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def pairs(root: Path, name: str, preset: str) -> list[dict[str, str]]:
+    side = preset_named(preset).view_px or (224 if name == "qwen" else 112)
+    made = []
+    for number in range(PAIRS):
+        source = picture(number, SOURCES[number % len(SOURCES)])
+        files = [root / f"{name}-{number}-{part}.png" for part in ("view", "region")]
+        source.resize((side, side), Image.Resampling.BICUBIC).save(files[0])
+        # Any shape and size: bringing it to the encoder's input is part of what is compared.
+        width, height = source.size
+        source.crop((width // 4, height // 3, width, height)).save(files[1])
+        question = QUESTIONS[(number + number // 6) % len(QUESTIONS)]
+        made.append({"view": str(files[0]), "region": str(files[1]), "question": question})
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(jobs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The Transformers backend's answers, asked one at a time, by model."""
+    return {
+        name: drive({**job, "backend": "transformers", "engine": {}, "together": [1]})[0]
+        for name, job in jobs.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "setup"), CASES)
+def test_rows_boxes_and_answers_are_the_same(
+    model: str,
+    setup: str,
+    jobs: dict[str, dict[str, Any]],
+    expected: dict[str, list[dict[str, Any]]],
+) -> None:
+    engine = {"enforce_eager": True, "max_model_len": 512, **SETUPS[setup]}
+    job = {**jobs[model], "backend": "vllm", "engine": engine, "together": [1, 8]}
+    alone, together = drive(job)
+    assert len(alone) == len(together) == PAIRS
+    for number, wanted in enumerate(expected[model]):
+        compare(alone[number], wanted, number)
+        compare(together[number], wanted, number)
+        if setup == "prefixes":
+            check_sharing(alone[number])
+        elif setup == "chunks":
+            assert alone[number]["second"]["prefilled"] == alone[number]["second"]["context"]
+    check_it_could_fail(expected[model])
+
+
+def compare(got: dict[str, Any], wanted: dict[str, Any], number: int) -> None:
+    for part in ("first", "second", "cut"):
+        for key in ("ids", "text", "ended", "context"):
+            assert got[part][key] == wanted[part][key], f"{part} {key}, pair {number}"
+        steps, expected_steps = np.array(got[part]["steps"]), np.array(wanted[part]["steps"])
+        # Shannon entropy is not to be had from two probabilities, and says so.
+        assert np.isnan(steps[:, 1]).all()
+        np.testing.assert_allclose(steps[:, ::2], expected_steps[:, ::2], rtol=0, atol=1e-4)
+    assert got["texts"] == wanted["texts"]
+    assert got["cut"]["ids"] == got["first"]["ids"][:2]
+    for part in ("first", "cut"):
+        np.testing.assert_allclose(got[part]["row"], wanted[part]["row"], rtol=1e-3, atol=0)
+    np.testing.assert_allclose(got["map"], wanted["map"], rtol=1e-3, atol=0)
+    source = SOURCES[number % len(SOURCES)]
+    frame = frame_of(source, Fit.STRETCH, Size(112, 112))
+    boxes = [find_region(np.array(answer["map"]), frame, 112) for answer in (got, wanted)]
+    assert boxes[0] == boxes[1], f"pair {number}"
+    assert got["generic_again"] == [0, 0], "the generic row was computed twice for a view"
+
+
+def check_sharing(answer: dict[str, Any]) -> None:
+    """Whole blocks of the view are taken from the cache by every pass but the first."""
+    visual = len(answer["first"]["row"])
+    whole_blocks = visual // BLOCK * BLOCK
+    for prefilled, context in (
+        answer["generic"],
+        (answer["second"]["prefilled"], answer["second"]["context"]),
+        (answer["cut"]["prefilled"], answer["cut"]["context"]),
+    ):
+        assert context - prefilled >= whole_blocks
+
+
+def check_it_could_fail(answers: list[dict[str, Any]]) -> None:
+    """Rows are peaked and differ from pair to pair, and so do the answers."""
+    rows = np.array([answer["first"]["row"] for answer in answers])
+    assert (rows.max(1) > 2 * rows.mean(1)).all()
+    assert all(
+        not np.allclose(rows[i], rows[j], rtol=1e-2, atol=0)
+        for i in range(len(rows))
+        for j in range(i)
+    )
+    assert len({tuple(answer["first"]["ids"]) for answer in answers}) > math.isqrt(len(answers))
