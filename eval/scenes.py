@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 __all__ = [
     "COLOURS",
@@ -102,7 +102,9 @@ class SceneStyle:
 
     ``two_digits`` is the share of signs that carry two digits (the rest carry one). Text heights
     h have a density proportional to h^-p, ``p`` being ``text_height_power``: log-uniform at 1,
-    the more small texts the larger it is.
+    the more small texts the larger it is. ``glyph_jitter`` is how far digits may be stretched,
+    slanted and made bolder or thinner than their font has them; for training, so that a few fonts
+    stand for many.
     """
 
     signs: tuple[int, int] = (3, 6)
@@ -110,11 +112,16 @@ class SceneStyle:
     text_height_px: tuple[float, float] = (24.0, 160.0)
     two_digits: float = 0.0
     text_height_power: float = 1.0
+    glyph_jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """One sign: a coloured shape with digits. Centre, diameter and boxes in source pixels."""
+    """One sign: a coloured shape with digits. Centre, diameter and boxes in source pixels.
+
+    ``slant`` is how far the text's top lies to the right of its bottom, in text heights;
+    ``weight`` above zero makes strokes bolder, below zero thinner.
+    """
 
     colour: str
     shape: str
@@ -127,6 +134,8 @@ class Sign:
     rgb: RGB
     ink: RGB
     outlined: bool
+    slant: float = 0.0
+    weight: float = 0.0
 
     @property
     def name(self) -> str:
@@ -278,7 +287,10 @@ def _signs(
             continue
         number = int(rng.integers(10, 100)) if rng.random() < style.two_digits else None
         text = str(int(rng.integers(10)) if number is None else number)
-        signs.append(_sign(rng, split, colour, shape, text, centre, diameter, height))
+        sign = _sign(rng, split, colour, shape, text, centre, diameter, height)
+        if style.glyph_jitter:
+            sign = _jittered(rng, sign, style.glyph_jitter)
+        signs.append(sign)
     return tuple(signs)
 
 
@@ -352,6 +364,17 @@ def _sign(
         ink=_jitter(rng, (15, 15, 15) if dark else (242, 242, 242), 12),
         outlined=bool(rng.random() < 0.4),
     )
+
+
+def _jittered(rng: np.random.Generator, sign: Sign, jitter: float) -> Sign:
+    """The sign with its digits stretched, slanted, and bolder or thinner."""
+    stretch, slant, weight = (rng.uniform(-1.0, 1.0, 3) * jitter).tolist()
+    left, top, right, bottom = sign.text_box
+    # Narrower or wider by the same factor, but never beyond the sign's own box.
+    half = min((right - left) / 2 * math.exp(stretch), sign.diameter_px * 0.42)
+    middle = (left + right) / 2
+    box = round(middle - half), top, max(round(middle + half), round(middle - half) + 1), bottom
+    return replace(sign, text_box=box, slant=slant, weight=weight)
 
 
 def _jitter(rng: np.random.Generator, rgb: RGB, spread: int) -> RGB:
@@ -532,8 +555,32 @@ def _draw_sign(
     level = len(levels) - 1  # the smallest ready mask that still has to be reduced
     while level > 0 and levels[level][number].height < high * 1.5:
         level -= 1
-    mask = levels[level][number].resize((wide, high), Image.Resampling.BICUBIC)
+    mask = levels[level][number]
+    if sign.slant or sign.weight:
+        mask = _reshaped(mask, sign.slant, sign.weight)
+    mask = mask.resize((wide, high), Image.Resampling.BICUBIC)
     picture.paste(sign.ink, (x0, y0), mask)
+
+
+def _reshaped(mask: Image.Image, slant: float, weight: float) -> Image.Image:
+    """A glyph mask with slanted and bolder or thinner strokes, squeezed into its own size."""
+    width, height = mask.size
+    shift = abs(slant) * height
+    if shift >= 1.0:
+        # Widened by what the slant needs. Output column x of row y shows input column
+        # x + slant * y - shift for a slant to the right: the top row moves by all of it.
+        start = -shift if slant > 0 else 0.0
+        mask = mask.transform(
+            (round(width + shift), height),
+            Image.Transform.AFFINE,
+            (1.0, slant, start, 0.0, 1.0, 0.0),
+            Image.Resampling.BILINEAR,
+        )
+    steps = round(abs(weight) * height / 12)
+    if steps:
+        pick = ImageFilter.MaxFilter if weight > 0 else ImageFilter.MinFilter
+        mask = mask.filter(pick(2 * steps + 1))
+    return mask
 
 
 def _shape(

@@ -17,8 +17,8 @@ SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 
 TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.25}
 """Scene styles by name. The benchmark's texts are mostly small, so that the global view alone is
-right little more than half the time; its power was chosen on validation scenes (`eval.demo_model.choose`,
-`docs/results/demo-model-choices.json`)."""
+right little more than half the time; its power was chosen on validation scenes
+(`eval.demo_model.choose`, `docs/results/demo-model-choices.json`)."""
 
 
 @dataclass(frozen=True, slots=True)

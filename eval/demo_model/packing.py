@@ -127,14 +127,20 @@ def _pack(scene: Scene, rng: np.random.Generator) -> tuple[_Tree, list[NDArray[n
 
 
 def decoder_batch(
-    seed: int, step: int, count: int, two_digits: float, ease: float, power: float = 1.0
+    seed: int,
+    step: int,
+    count: int,
+    two_digits: float,
+    ease: float,
+    power: float = 1.0,
+    jitter: float = 0.0,
 ) -> DecoderBatch:
     """Batch ``step`` of decoder training; the same arguments give the same batch."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, 2]))
     trees, views = [], []
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
-        style = view_style(two_digits, ease, power)
+        style = view_style(two_digits, ease, power, jitter)
         scene = generate_scene("train", index, size=random_size(rng), style=style)
         tree, pictures = _pack(scene, rng)
         trees.append(tree)

@@ -15,8 +15,8 @@ class Stage:
 
     ``two_digits`` is the share of two-digit texts at the start and at the end, ``ease`` runs
     from its first value to zero over the first ``ease_until`` of the stage. Text heights have a
-    density proportional to h^-``text_height_power``. ``start_from`` names earlier stages whose
-    weights this one takes over.
+    density proportional to h^-``text_height_power``; ``glyph_jitter`` is as `SceneStyle` has it.
+    ``start_from`` names earlier stages whose weights this one takes over.
     """
 
     name: str
@@ -29,13 +29,15 @@ class Stage:
     ease: float = 0.0
     ease_until: float = 0.5
     text_height_power: float = 1.0
+    glyph_jitter: float = 0.0
     start_from: tuple[str, ...] = ()
 
-    def progress(self, step: int) -> tuple[float, float, float]:
-        """Share of two-digit texts, ease, and power of the text heights at ``step``."""
+    def progress(self, step: int) -> tuple[float, float, float, float]:
+        """Share of two-digit texts, ease, power of the text heights, and jitter at ``step``."""
         done = min(step / max(self.steps * self.ease_until, 1.0), 1.0)
         share = self.two_digits[0] + (self.two_digits[1] - self.two_digits[0]) * done
-        return share, self.ease * (1.0 - done), self.text_height_power
+        ease = self.ease * (1.0 - done)
+        return share, ease, self.text_height_power, self.glyph_jitter
 
 
 @dataclass(frozen=True, slots=True)

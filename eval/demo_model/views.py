@@ -47,13 +47,18 @@ class PatchLabels:
 
 
 def view_style(
-    two_digits: float, ease: float, power: float = 1.0, *, crowded: bool = False
+    two_digits: float,
+    ease: float,
+    power: float = 1.0,
+    jitter: float = 0.0,
+    *,
+    crowded: bool = False,
 ) -> SceneStyle:
     """Scene style for training; ``ease`` from 1 (large texts only) to 0 (all sizes);
-    heights as `SceneStyle.text_height_power` has it."""
+    heights and jitter as `SceneStyle` has them."""
     low = 24.0 + 36.0 * ease
     if crowded:
-        return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits, power)
+        return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits, power, jitter)
     return SceneStyle(text_height_px=(low, 160.0), two_digits=two_digits, text_height_power=power)
 
 
@@ -192,6 +197,7 @@ def tower_batch(
     two_digits: float,
     ease: float,
     power: float = 1.0,
+    jitter: float = 0.0,
     split: str = "train",
 ) -> TowerBatch:
     """Batch ``step`` of tower training: three in four crowded scenes, the rest local views."""
@@ -201,7 +207,7 @@ def tower_batch(
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
         crowded = rng.random() < 0.75
-        style = view_style(two_digits, ease, power, crowded=crowded)
+        style = view_style(two_digits, ease, power, jitter, crowded=crowded)
         scene = generate_scene(
             "val" if split == "val" else "train", index, size=random_size(rng), style=style
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,10 +15,10 @@ SMALL = (448, 448)
 WHOLE = (0.0, 0.0, 448.0, 448.0)
 PINNED = [
     ("red triangle", "69", (494, 567, 628, 647)),
-    ("orange triangle", "86", (544, 170, 626, 230)),
+    ("orange triangle", "86", (546, 170, 624, 230)),
     ("purple diamond", "94", (448, 758, 546, 815)),
-    ("purple cross", "35", (119, 553, 168, 582)),
-    ("yellow diamond", "22", (364, 300, 411, 333)),
+    ("purple cross", "35", (123, 553, 165, 582)),
+    ("yellow diamond", "22", (365, 300, 411, 333)),
     ("white square", "99", (181, 425, 231, 458)),
 ]
 """Signs of test scene 0 with two digits: name, text, box."""
@@ -174,3 +176,36 @@ def test_wrong_use_is_refused() -> None:
         generate_scene("train", -1)
     with pytest.raises(ValueError, match="224"):
         generate_scene("train", 0, size=(896, 100))
+
+
+def test_jitter_changes_digits_and_nothing_else() -> None:
+    plain = SceneStyle(two_digits=1.0)
+    shaken = SceneStyle(two_digits=1.0, glyph_jitter=0.3)
+    leaning, bolder = set(), set()
+    for index in range(30):
+        before = generate_scene("train", index, style=plain).signs[0]
+        after = generate_scene("train", index, style=shaken).signs[0]
+        assert replace(after, text_box=before.text_box, slant=0.0, weight=0.0) == before
+        left, top, right, bottom = after.text_box
+        assert (top, bottom) == (before.text_box[1], before.text_box[3])
+        assert after.box[0] <= left < right <= after.box[2]
+        leaning.add(after.slant > 0)
+        bolder.add(after.weight > 0)
+    assert leaning == bolder == {True, False}
+
+
+@pytest.mark.parametrize("slant", [-0.3, 0.3])
+def test_slanted_digits_lean_to_their_side(slant: float) -> None:
+    """The ink's centre moves to the right from the bottom to the top, or to the left."""
+    sign = replace(
+        generate_scene("train", 3, style=SceneStyle(two_digits=0.0)).signs[0],
+        text="1", slant=slant, text_box=(40, 20, 100, 120), box=(0, 0, 140, 140),
+        centre=(70.0, 70.0), diameter_px=140.0, shape="square",
+        rgb=(0, 0, 0), ink=(255, 255, 255), outlined=False,
+    )  # fmt: skip
+    scene = replace(generate_scene("train", 3), signs=(sign,))
+    drawn = np.asarray(draw(scene, (0.0, 0.0, 140.0, 140.0), (140, 140)).convert("L"), float)
+    ink = np.where(drawn[20:120, 40:100] > 128, 1.0, 0.0)
+    columns = np.arange(60)
+    middles = [(rows.sum(0) * columns).sum() / rows.sum() for rows in (ink[25:45], ink[55:75])]
+    assert (middles[0] - middles[1]) * slant > 0.5
