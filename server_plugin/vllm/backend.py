@@ -73,11 +73,8 @@ class VllmView:
     def nbytes(self) -> int:
         """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
         pixels = 0 if self.picture is None else math.prod(self.picture.image.size) * 3
-        done = self.generic is not None and self.generic.done() and not self.generic.cancelled()
-        row = None
-        if done and self.generic is not None and self.generic.exception() is None:
-            row = self.generic.result().row
-        return pixels + (0 if row is None else row.nbytes)
+        generic = _result(self.generic)
+        return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
 
 
 class VllmBackend:
@@ -170,7 +167,7 @@ class VllmBackend:
         picture = _picture_of(view)
         assert isinstance(view, VllmView)
         task, new = view.generic, False
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is None or (task.done() and _result(task) is None):
             instruction = self._preset.generic_instruction
             # Of its own, so that one question that is cancelled does not take it from others.
             task = asyncio.create_task(self._answer([picture], instruction, 1, row=True))
@@ -354,6 +351,13 @@ class VllmBackend:
         return TokenStatistics(
             max(-best / math.log(2), 0.0), math.nan, math.exp(best) - math.exp(second)
         )
+
+
+def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
+    """What a task came to, if it did."""
+    if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+        return None
+    return task.result()
 
 
 def _fitted(adapter: Any, picture: Image) -> Image:

@@ -3,7 +3,8 @@
 A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": preset's name,
 "overrides": {…}, "engine": {…}, "together": [1, 8], "pairs": [{"view": file, "region": file,
 "question": text}, …]}``. The whole list is asked once for each entry of `together`, that many at
-a time. The answers are one list for each entry, in the order of the pairs.
+a time. The result is `{"answers": one list for each entry, in the order of the pairs,
+"preemptions": how often vLLM took a request's blocks away and computed it again later}`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,18 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     }
 
 
-async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> list[Any]:
+def preemptions() -> int:
+    from prometheus_client import REGISTRY
+
+    return sum(
+        int(sample.value)
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:num_preemptions_total"
+    )
+
+
+async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     await backend.warm_up()
     answers = []
     for together in job["together"]:
@@ -65,8 +77,9 @@ async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> list[Any]:
                 return await ask(backend, pair, new_tokens)
 
         answers.append(await asyncio.gather(*map(one, job["pairs"])))
+    result = {"answers": answers, "preemptions": preemptions()}
     await backend.close()
-    return answers
+    return result
 
 
 def main() -> None:
