@@ -103,8 +103,8 @@ class SceneStyle:
     ``two_digits`` is the share of signs that carry two digits (the rest carry one). Text heights
     h have a density proportional to h^-p, ``p`` being ``text_height_power``: log-uniform at 1,
     the more small texts the larger it is. ``glyph_jitter`` is how far digits may be stretched,
-    slanted and made bolder or thinner than their font has them; for training, so that a few fonts
-    stand for many.
+    slanted and (where they are large enough to show it) made bolder or thinner than their font has
+    them; for training, so that a few fonts stand for many.
     """
 
     signs: tuple[int, int] = (3, 6)

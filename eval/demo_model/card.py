@@ -65,19 +65,26 @@ tokenizer of {vocabulary} entries in which digits never merge. bfloat16; key nam
 Stages (`eval/demo_model/recipe.yaml`): the vision tower alone under dense losses per patch
 (sign, colour, shape, each digit, the digit under the patch), first on one-digit signs; then
 projector and decoder on packed question answering with the tower frozen; then the same again with
-two digits, twice. Muon on hidden matrices, AdamW on the rest, bfloat16 autocast. Each stage is one
+two digits, three times, at last with digits stretched, slanted, bolder and thinner than their fonts
+have them. Muon on hidden matrices, AdamW on the rest, bfloat16 autocast. Each stage is one
 run with one seed. The decoder is never told where to look: the attention map arises from answering.
 The answer to the generic instruction starts with a word about the background, since a denominator
 that looks at the signs would spoil the relative map. The curve is in `training-curve.json`.
 
 This checkpoint's run differs from one unbroken run of the recipe:
 
-- `tower-3` and `decoder-3` were trained as the recipe says, but began from the bfloat16 weights of
-  the earlier checkpoint (`python -m eval.demo_model.take_up`), with a new read-out for the dense
-  losses;
+- from `tower-3` on it was trained as the recipe says, but began there from the bfloat16 weights of
+  the checkpoint that `decoder-2` had given (`python -m eval.demo_model.take_up`), with a new
+  read-out for the dense losses;
 - up to `decoder-2` the training fonts were five, `cmb10` among them only from about 900 steps into
-  `tower-2` on, and the length of `tower-2` was changed while it ran. Three more fonts joined for
-  the last two stages.
+  `tower-2` on, and the length of `tower-2` was changed while it ran. From `tower-3` on they were
+  eight.
+
+Test figures of earlier checkpoints were looked at while this one was made (AUROC 0.897 after
+`decoder-2`, 0.893 after `decoder-3`, both below the 0.90 wanted): more fonts, longer training and
+the jittered digits came after that. No setting was chosen on the test split, and the figures below
+are of test scenes (from index 20 000 on) that no earlier figure was made of; held-out font and
+texture are the same.
 
 | stage | steps | minutes on two shared CPU cores |
 |---|---|---|
@@ -106,7 +113,11 @@ def _shares(test: dict[str, Any]) -> list[str]:
     curve, easy = curves["min_entropy/full"], test["presence_and_count_questions"]
 
     def gain(points: float) -> str:
-        return f"{points:+.1f} points"
+        return f"{points:+.2f} points"
+
+    def pair(name: str) -> str:
+        both = (boxes[which]["first_wrong"] for which in (name, f"{name}_centroid"))
+        return " / ".join(_percent(share) for share in both)
 
     rows = [
         ("accuracy from the global view alone", "40 to 75 %", _percent(accuracy["first"])),
@@ -133,7 +144,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
         ),
         (
             "the same without the constant in the denominator",
-            "",
+            "88 %",
             _percent(boxes["sliding_without_epsilon"]["first_wrong"]),
         ),
         (
@@ -141,8 +152,8 @@ def _shares(test: dict[str, Any]) -> list[str]:
             "95 %",
             _percent(boxes["centroid"]["first_wrong"]),
         ),
-        ("the same for raw attention", "", _percent(boxes["raw_attention"]["first_wrong"])),
-        ("the same for a random box", "", _percent(boxes["random"]["first_wrong"])),
+        ("raw attention, search / centroid", "", pair("raw_attention")),
+        ("a random box of the same size, search / centroid", "", pair("random")),
         (
             "share of the full gain at half the retransmissions",
             "85 %",
@@ -154,9 +165,23 @@ def _shares(test: dict[str, Any]) -> list[str]:
             gain(curve["least_lead_over_random"]),
         ),
         (
-            "presence and count questions from the global view",
-            "low entropy",
-            f"{_percent(easy['accuracy'])}, {easy['mean_min_entropy_bits']:.3f} bits",
+            "the same at any count (one question less or more)",
+            "above 0",
+            gain(curve["least_lead_over_random_at_any_count"]),
+        ),
+        *(
+            (
+                f"{name} questions from the global view",
+                "low entropy",
+                f"{_percent(easy[name]['accuracy'])}, "
+                f"{easy[name]['mean_min_entropy_bits']:.3f} bits",
+            )
+            for name in ("presence", "count")
+        ),
+        (
+            "number questions beside them",
+            "",
+            f"{easy['mean_min_entropy_bits_of_number_questions']:.3f} bits",
         ),
     ]
     return [f"| {what} | {wanted} | {got} |" for what, wanted, got in rows]
@@ -192,13 +217,19 @@ def _over_service(service: dict[str, Any]) -> list[str]:
     return rows
 
 
-def figures(benchmark: dict[str, Any], default: dict[str, Any], service: dict[str, Any]) -> str:
+def figures(
+    benchmark: dict[str, Any],
+    default: dict[str, Any],
+    service: dict[str, Any],
+    choices: dict[str, Any],
+) -> str:
     """The figures section.
 
     Args:
         benchmark: results on scenes of the benchmark style, both splits.
         default: results on scenes of the default style, both splits.
         service: results over the service.
+        choices: what was chosen on validation scenes.
     """
     test, plain = benchmark["test"], default["test"]
     settings = test["settings"]
@@ -210,13 +241,14 @@ def figures(benchmark: dict[str, Any], default: dict[str, Any], service: dict[st
         "896 x 896, one in five 1120 x 896, one in five 896 x 1120), one question each, all texts",
         "of two digits. Text heights have a density proportional to "
         f"h^-{settings['text_height_power']:g}, a power chosen on",
-        "validation scenes so that the global view alone is right about half the time "
-        "(`docs/results/demo-model-choices.json`).",
+        "validation scenes so that the global view alone is right about half the time (for each",
+        "checkpoint anew: `docs/results/demo-model-choices.json`).",
         "Half of the test signs use a font, half of the backgrounds a texture, that training never",
         "saw. Weights in bfloat16, computed in float32. Attention layer "
         f"{settings['layer']}, base side of the region",
-        f"search {settings['base_px']} px and denominator constant {settings['epsilon']:g} were "
-        "chosen on the validation split. The figure: `docs/results/demo-model-2000.png`.",
+        f"search {settings['base_px']} px, side of the centroid's square "
+        f"{settings['centroid_px']} px and denominator constant {settings['epsilon']:g}",
+        "were chosen on the validation split. The figure: `docs/results/demo-model-2000.png`.",
         "",
         "| | wanted | measured |",
         "|---|---|---|",
@@ -231,13 +263,13 @@ def figures(benchmark: dict[str, Any], default: dict[str, Any], service: dict[st
         "",
         "By what training never saw:",
         "",
-        "| | questions | global view | own region | true region |",
-        "|---|---|---|---|---|",
+        "| | questions | global view | own region | true region | AUROC |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in test["by_novelty"].items():
         lines.append(
             f"| {name} | {row['count']} | {_percent(row['first'])} | {_percent(row['own'])} "
-            f"| {_percent(row['true'])} |"
+            f"| {_percent(row['true'])} | {row['auroc']:.3f} |"
         )
     lines += [
         "",
@@ -275,15 +307,20 @@ def figures(benchmark: dict[str, Any], default: dict[str, Any], service: dict[st
         "",
         "All from `docs/results/`, made by",
         "",
-        f"    {test['made_by']['command']}",
-        f"    {plain['made_by']['command']}",
-        *(f"    {run['made_by']['command']}" for run in service.values()),
+        f"    {choices['made_by']['command']}",
+        *(
+            f"    {made['made_by']['command']}"
+            for made in (default["val"], plain, benchmark["val"], test, *service.values())
+        ),
+        "    python -m eval.demo_model.figure",
         "",
         "## Limits",
         "",
         "- The generic instruction looks at the background and hardly ever at a sign, so the",
-        "  plain quotient of the relative map divides by almost nothing there and overrates",
-        "  signs that were not asked about; hence the constant (the table above has both).",
+        "  plain quotient of the relative map (no constant, the default of the definition) divides",
+        "  by almost nothing there and overrates signs that were not asked about: it holds less of",
+        "  the texts than is wanted. With the constant the map is about as good as raw attention,",
+        "  not better: on these scenes nothing but the question draws the model's eye.",
         "- One training run with one seed: differences of a few points mean nothing.",
         "- Numbers of one or two digits only; no words, no other objects, no photographs.",
         "- Signs never overlap, and each colour-and-shape pair occurs once in a picture.",
@@ -298,8 +335,8 @@ def _results(name: str) -> dict[str, Any]:
     return loaded
 
 
-def main() -> None:
-    """Write the card."""
+def text() -> str:
+    """The whole card."""
     curve = json.loads((FOLDER / "training-curve.json").read_text())
     config = json.loads((FOLDER / "config.json").read_text())
     size = (FOLDER / "model.safetensors").stat().st_size
@@ -314,8 +351,14 @@ def main() -> None:
         _results("demo-model-2000.json"),
         _results("demo-model.json"),
         _results("demo-model-over-service.json"),
+        _results("demo-model-choices.json"),
     )
-    (FOLDER / "README.md").write_text(head + use + measured)
+    return head + use + measured
+
+
+def main() -> None:
+    """Write the card."""
+    (FOLDER / "README.md").write_text(text())
 
 
 if __name__ == "__main__":

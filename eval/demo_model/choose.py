@@ -1,13 +1,17 @@
-"""Choose the benchmark's texts and the centroid's side: ``python -m eval.demo_model.choose``.
+"""What the benchmark and the preset hold: ``python -m eval.demo_model.choose``.
 
-Validation scenes only, and none that an evaluation reads (their indices start at 10 000).
+Validation scenes only, and none that an evaluation reads (their indices start at 10 000). In turn:
 
-* The power p of the text heights' density h^-p: the one of ``POWERS`` whose accuracy from the
-  global view alone comes nearest to ``AIM``. With less than one half right, half of the questions
-  sent again could not hold all that are wrong, and the gain at half would measure the texts, not
-  the uncertainty; with more than 58 %, a gain of 40 points has no room. 54 % lies between.
-* The side of the centroid placement's square: the one of ``SIDES_PX`` with the most right answers
-  after the second pass, on texts drawn with that p; on ties the smallest.
+* the power p of the text heights' density h^-p: the one of ``POWERS`` whose accuracy from the
+  global view alone comes nearest to one half. Half is where the decision between sending and not
+  sending a region is hardest to make by chance, and where right and wrong first answers are both
+  many enough to measure. The rest is chosen on texts drawn with that p;
+* the constant in the denominator of the relative map: the one of ``EPSILONS`` whose box of the
+  region search holds the text most often; on ties the smallest;
+* the base side of the region search and the side of the centroid placement's square: those of
+  ``SIDES_PX`` with the most right answers after the second pass; on ties the smallest.
+
+The attention layer is chosen by the validation run of `eval.demo_model.evaluate`.
 """
 
 from __future__ import annotations
@@ -16,15 +20,16 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eval.demo_model.asked import Settings, ask
+from eval.demo_model.asked import Asked, Settings, ask
 from eval.demo_model.boxes import contains, own_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
-from eval.demo_model.provenance import provenance
+from eval.demo_model.provenance import provenance, weights_digest
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import spread
@@ -32,21 +37,21 @@ from eval.scenes import crop
 from vlm_collab.geometry import Grid
 from vlm_collab.roi import Placement, relative_map
 
-POWERS = (1.0, 2.0, 3.0, 3.25, 3.5, 4.0)
-AIM = 0.54
-SIDES_PX = (224, 256, 280, 320)
+POWERS = (1.0, 2.0, 2.5, 3.0, 3.5, 4.0)
+EPSILONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
+SIDES_PX = (224, 256, 280, 320, 360)
 FIRST_INDEX = 10_000
 _GRID = Grid(GRID, GRID)
+T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One question: whether the first answer is right, the answer after a square of each of
-    ``SIDES_PX`` is right, and that square holds the whole text."""
+    """One question: after a box of each of ``SIDES_PX`` by the region search (``sliding``) and by
+    the centroid, whether the answer is right and whether the box holds the whole text."""
 
-    first: bool
-    refined: tuple[bool, ...]
-    holds: tuple[bool, ...]
+    right: dict[str, tuple[bool, ...]]
+    holds: dict[str, tuple[bool, ...]]
 
 
 def first_answers(reader: Reader, settings: Settings, indices: list[int]) -> list[bool]:
@@ -58,63 +63,109 @@ def first_answers(reader: Reader, settings: Settings, indices: list[int]) -> lis
     return [r.text == s.question.answer for r, s in zip(readings, samples, strict=True)]
 
 
+def all_epsilons(reader: Reader, settings: Settings, indices: list[int]) -> list[tuple[bool, ...]]:
+    """Whether the region search's box holds the text, with each constant."""
+    asked = [ask(settings, index) for index in indices]
+    return [
+        tuple(
+            contains(
+                own_box(_map(settings, rows, epsilon), one.sample.size, settings.base_px),
+                one.sample.question.text_box,
+            )
+            for epsilon in EPSILONS
+        )
+        for one, rows in zip(asked, _rows(reader, settings, asked), strict=True)
+    ]
+
+
 def all_sides(reader: Reader, settings: Settings, indices: list[int]) -> list[Tried]:
-    """First answers, and those after a centroid square of each side."""
+    """Second answers with boxes of each side, by both placements."""
     asked = [ask(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
     truths = [a.sample.question.answer for a in asked]
     features = reader.features([a.sample.view for a in asked])
-    first = reader.read(features, texts)
-    generic = reader.read(features, [GENERIC] * len(asked))
-    right, holds = [], []
-    for side in SIDES_PX:
-        boxes = []
-        for one, seen, plain in zip(asked, first, generic, strict=True):
-            rows = seen.attention[settings.layer], plain.attention[settings.layer]
-            relative = relative_map(*rows, _GRID, epsilon=settings.epsilon)
-            boxes.append(own_box(relative, one.sample.size, side, Placement.CENTROID))
-        views = [crop(a.picture, box, SIDE) for a, box in zip(asked, boxes, strict=True)]
-        answers = reader.read(features, texts, reader.features(views))
-        right.append([r.text == t for r, t in zip(answers, truths, strict=True)])
-        holds.append(
-            [contains(b, a.sample.question.text_box) for b, a in zip(boxes, asked, strict=True)]
-        )
+    maps = [_map(settings, rows, settings.epsilon) for rows in _rows(reader, settings, asked)]
+    right: dict[str, list[list[bool]]] = {}
+    holds: dict[str, list[list[bool]]] = {}
+    for placement in Placement:
+        for side in SIDES_PX:
+            boxes = [
+                own_box(seen, one.sample.size, side, placement)
+                for one, seen in zip(asked, maps, strict=True)
+            ]
+            views = [crop(a.picture, box, SIDE) for a, box in zip(asked, boxes, strict=True)]
+            answers = reader.read(features, texts, reader.features(views))
+            right.setdefault(placement.value, []).append(
+                [r.text == t for r, t in zip(answers, truths, strict=True)]
+            )
+            holds.setdefault(placement.value, []).append(
+                [contains(b, a.sample.question.text_box) for b, a in zip(boxes, asked, strict=True)]
+            )
     return [
-        Tried(seen.text == truth, tuple(answered), tuple(held))
-        for seen, truth, answered, held in zip(
-            first, truths, zip(*right, strict=True), zip(*holds, strict=True), strict=True
+        Tried(
+            {name: tuple(side[row] for side in sides) for name, sides in right.items()},
+            {name: tuple(side[row] for side in sides) for name, sides in holds.items()},
         )
+        for row in range(len(asked))
     ]
 
 
-def nearest(accuracy: dict[float, float]) -> float:
-    """The power whose accuracy comes nearest to ``AIM``; on ties the smallest."""
-    return min(sorted(accuracy), key=lambda power: abs(accuracy[power] - AIM))
+Rows = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def best_side(right: dict[int, int]) -> int:
-    """The side with the most right answers; on ties the smallest."""
-    return max(sorted(right), key=lambda side: right[side])
+def _rows(reader: Reader, settings: Settings, asked: list[Asked]) -> list[Rows]:
+    """Attention under the question and under the generic instruction, at the settings' layer."""
+    features = reader.features([a.sample.view for a in asked])
+    first = reader.read(features, [a.sample.question.text for a in asked])
+    generic = reader.read(features, [GENERIC] * len(asked))
+    return [
+        (seen.attention[settings.layer], plain.attention[settings.layer])
+        for seen, plain in zip(first, generic, strict=True)
+    ]
+
+
+def _map(settings: Settings, rows: Rows, epsilon: float) -> NDArray[np.float64]:
+    return relative_map(*rows, _GRID, epsilon=epsilon)
+
+
+def nearest_half(accuracy: dict[float, float]) -> float:
+    """The power whose accuracy comes nearest to one half; on ties the smallest."""
+    return min(sorted(accuracy), key=lambda power: abs(accuracy[power] - 0.5))
+
+
+def best(counts: dict[T, int]) -> T:
+    """The value with the largest count; on ties the smallest."""
+    return max(sorted(counts), key=lambda value: counts[value])
 
 
 def choose(settings: Settings, folder: Path, workers: int) -> dict[str, Any]:
-    """Both choices, with what they were made from."""
+    """All choices, with what they were made from; a later one uses the earlier ones."""
     accuracy = {}
     for power in POWERS:
         made = spread(folder, first_answers, replace(settings, text_height_power=power), workers)
         accuracy[power] = round(float(np.mean(made)), 4)
-    power = nearest(accuracy)
-    tried = spread(folder, all_sides, replace(settings, text_height_power=power), workers)
-    right = {s: sum(t.refined[i] for t in tried) for i, s in enumerate(SIDES_PX)}
-    held = {
-        s: round(float(np.mean([t.holds[i] for t in tried])), 4) for i, s in enumerate(SIDES_PX)
-    }
+    settings = replace(settings, text_height_power=nearest_half(accuracy))
+    kept = spread(folder, all_epsilons, settings, workers)
+    by_epsilon = {e: sum(row[i] for row in kept) for i, e in enumerate(EPSILONS)}
+    settings = replace(settings, epsilon=best(by_epsilon))
+    tried = spread(folder, all_sides, settings, workers)
+    sides: dict[str, Any] = {}
+    for placement in Placement:
+        name = placement.value
+        right = {s: sum(t.right[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
+        held = {s: sum(t.holds[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
+        sides[name] = {
+            "chosen_px": best(right),
+            "right_by_side_px": {str(side): count for side, count in right.items()},
+            "holds_text_by_side_px": {str(side): count for side, count in held.items()},
+        }
     return {
-        "text_height_power": power,
-        "centroid_px": best_side(right),
+        "questions": settings.count,
+        "text_height_power": settings.text_height_power,
         "first_accuracy_by_power": {str(p): share for p, share in accuracy.items()},
-        "right_by_side_px": {str(s): count for s, count in right.items()},
-        "holds_text_by_side_px": {str(s): share for s, share in held.items()},
+        "epsilon": settings.epsilon,
+        "holds_text_by_epsilon": {str(e): count for e, count in by_epsilon.items()},
+        "sides": sides,
     }
 
 
@@ -124,8 +175,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--two-digits", type=float, default=1.0, help="share of two-digit texts")
     parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--base-px", type=int, default=320, help="base side of the region search")
-    parser.add_argument("--epsilon", type=float, default=0.005)
+    parser.add_argument(
+        "--base-px", type=int, default=320, help="base side while the constant is chosen"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path)
@@ -136,13 +188,20 @@ def main() -> None:
         two_digits=options.two_digits,
         layer=options.layer,
         base_px=options.base_px,
-        epsilon=options.epsilon,
         first_index=FIRST_INDEX,
     )
-    open_ = ("centroid_px", "style", "text_height_power")
+    open_ = ("centroid_px", "epsilon", "style", "text_height_power")
     fixed = {k: v for k, v in asdict(settings).items() if k not in open_}
     chosen = choose(settings, options.model, options.workers)
-    text = json.dumps({"made_by": provenance("choose"), "settings": fixed, **chosen}, indent=1)
+    text = json.dumps(
+        {
+            "made_by": provenance("choose"),
+            "weights": weights_digest(options.model),
+            "settings": fixed,
+            **chosen,
+        },
+        indent=1,
+    )
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,8 @@ def train_decoder(run: Run, recipe: Recipe, stage: Stage) -> None:
 
     torch.manual_seed(stage.seed)
     model = build_model(recipe)
+    if not any(recipe.stage(name).kind == "tower" for name in stage.start_from):
+        raise ValueError(f"stage {stage.name!r} needs a tower stage in its start_from")
     for name in stage.start_from:
         state = run.load(run.finished(name))["model"]
         if recipe.stage(name).kind == "tower":

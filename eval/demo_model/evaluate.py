@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import LlavaForConditionalGeneration
@@ -21,7 +22,7 @@ from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask, through_jpe
 from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
-from eval.demo_model.provenance import provenance
+from eval.demo_model.provenance import provenance, weights_digest
 from eval.demo_model.report import Outcome, preset, report
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC, second_kind
@@ -31,6 +32,9 @@ from vlm_collab.geometry import Grid
 from vlm_collab.roi import Placement, relative_map
 
 _GRID = Grid(GRID, GRID)
+
+FRESH = 20_000
+"""First scene of the test split that no figure was ever made of before the committed ones."""
 
 
 def run(model: LlavaForConditionalGeneration, settings: Settings) -> list[Outcome]:
@@ -80,6 +84,16 @@ def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Out
     ]
 
 
+def comparable(made: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether two splits' results are about the same weights, run the same way."""
+
+    def way(one: dict[str, Any]) -> dict[str, Any]:
+        own = ("split", "count", "first_index")
+        return {key: value for key, value in one["settings"].items() if key not in own}
+
+    return made.get("weights") == result["weights"] and way(made) == way(result)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -91,11 +105,20 @@ def main() -> None:
     parser.add_argument("--base-px", type=int, default=320, help="base side of the region search")
     parser.add_argument("--centroid-px", type=int, default=256, help="side of the centroid's box")
     parser.add_argument("--epsilon", type=float, default=0.005)
+    parser.add_argument(
+        "--first-index",
+        type=int,
+        help=f"first scene; by default 0 on val and {FRESH} on test, whose earlier scenes were "
+        "looked at while the recipe was made",
+    )
     parser.add_argument("--jpeg", type=int, help="send views through JPEG of this quality")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    first_index = options.first_index
+    if first_index is None:
+        first_index = FRESH if options.split == "test" else 0
     settings = Settings(
         split=options.split,
         count=options.count,
@@ -104,20 +127,28 @@ def main() -> None:
         base_px=options.base_px,
         epsilon=options.epsilon,
         jpeg=options.jpeg,
+        first_index=first_index,
         centroid_px=options.centroid_px,
         style=options.style,
         text_height_power=TEXT_HEIGHT_POWERS[options.style],
     )
     outcomes = spread(options.model, answered, settings, options.workers)
     figures = report(outcomes, settings)
-    result = {"made_by": provenance("evaluate"), "settings": asdict(settings), **figures}
+    result = {
+        "made_by": provenance("evaluate"),
+        "weights": weights_digest(options.model),
+        "settings": asdict(settings),
+        **figures,
+    }
     if settings.split == "val":
         result["preset"] = preset(figures, settings)
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
         existing = json.loads(options.out.read_text()) if options.out.exists() else {}
-        existing[options.split] = json.loads(text)
+        # Figures of another checkpoint or style do not stay beside these.
+        kept = {name: made for name, made in existing.items() if comparable(made, result)}
+        existing = {**kept, options.split: json.loads(text)}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(existing, indent=1) + "\n")
 

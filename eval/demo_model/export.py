@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,15 @@ def write_checkpoint(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> 
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    """The validation lines of a run's learning curve."""
+def curve(run: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """The validation lines of a run's learning curve, of these stages."""
     lines = (run / "curve.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
-    return [p for p in points if any(k.startswith("val_") or k == "first" for k in p)]
+    return [
+        point
+        for point in points
+        if point["stage"] in stages and any(k.startswith("val_") or k == "first" for k in point)
+    ]
 
 
 def main() -> None:
@@ -187,8 +192,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     saved = torch.load(options.run / f"{options.stage}.pt", map_location="cpu", weights_only=True)
-    write_checkpoint(load_recipe(options.recipe), saved["model"], options.out)
-    rows = [json.dumps(point) for point in curve(options.run)]
+    recipe = load_recipe(options.recipe)
+    write_checkpoint(recipe, saved["model"], options.out)
+    names = [stage.name for stage in recipe.stages]
+    done = names[: names.index(recipe.stage(options.stage).name) + 1]
+    rows = [json.dumps(point) for point in curve(options.run, done)]
     (options.out / "training-curve.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
     size = sum(f.stat().st_size for f in options.out.iterdir())
     print(f"{options.out}: {size / 1e6:.1f} MB")

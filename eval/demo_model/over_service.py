@@ -28,7 +28,7 @@ from edge_client.picture import Picture
 from eval.demo_model.asked import Asked, Settings, ask, settings_of
 from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
-from eval.demo_model.provenance import provenance
+from eval.demo_model.provenance import provenance, weights_digest
 from eval.demo_model.workers import chunks
 from server_plugin.cli import engine_of
 from server_plugin.models import open_model
@@ -169,6 +169,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     reference = json.loads(options.reference.read_text())[options.split]
+    if reference["weights"] != weights_digest():
+        raise SystemExit(f"{options.reference} is about another checkpoint; make it again first")
     settings = settings_of(reference["settings"])
     settings = replace(settings, count=min(options.count, settings.count))
     made = asyncio.run(through(settings, options.placement, options.jpeg))
@@ -176,7 +178,12 @@ def main() -> None:
     figures = compared(made, reference, refined)
     result = {
         "made_by": provenance("over_service"),
-        "reference": {"file": options.reference.name, "made_by": reference["made_by"]},
+        "weights": weights_digest(),
+        "reference": {
+            "file": options.reference.name,
+            "weights": reference["weights"],
+            "made_by": reference["made_by"],
+        },
         "settings": {**asdict(settings), "jpeg": options.jpeg, "placement": options.placement},
         **figures,
     }

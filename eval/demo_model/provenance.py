@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -12,6 +14,11 @@ import torch
 import transformers
 
 from eval.demo_model.export import FOLDER
+
+
+def weights_digest(folder: Path = FOLDER) -> str:
+    """SHA-256 of a checkpoint's weights: which model a result is about."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def provenance(tool: str) -> dict[str, str]:

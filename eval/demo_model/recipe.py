@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import yaml
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage of training.
 
     ``two_digits`` is the share of two-digit texts at the start and at the end, ``ease`` runs
@@ -70,11 +70,9 @@ def load_recipe(path: Path) -> Recipe:
     stages = []
     for entry in raw["stages"]:
         values = dict(entry)
-        for key in ("two_digits", "start_from"):
-            if key in values:
-                values[key] = tuple(values[key])
         try:
-            stages.append(Stage(**values))
-        except TypeError as error:
+            # Converted strictly; YAML reads 1e-3 (without a dot) as a text.
+            stages.append(msgspec.convert(values, Stage))
+        except msgspec.ValidationError as error:
             raise ValueError(f"{path}: stage {entry.get('name')!r}: {error}") from None
     return Recipe(stages=tuple(stages), vision=raw["vision"], text=raw["text"])

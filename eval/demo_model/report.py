@@ -19,7 +19,7 @@ from eval.demo_model.measure import Reading, auroc, touched_patches
 from eval.demo_model.views import GRID
 from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
 from vlm_collab.geometry import Grid
-from vlm_collab.roi import relative_map
+from vlm_collab.roi import Placement, relative_map
 
 Answer = Literal["first", "own", "centroid", "true"]
 ANSWERS: tuple[Answer, ...] = ("first", "own", "true", "centroid")
@@ -159,12 +159,29 @@ def traded(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def easy_questions(outcomes: list[Outcome]) -> dict[str, float]:
-    """Questions about presence and number, from the global view: right, and how sure."""
-    bits = [float(o.easy.min_entropy.mean()) for o in outcomes]
+def easy_questions(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Questions about presence and number, from the global view: right, and how sure.
+
+    The uncertainty of the first answers about numbers on signs stands beside them.
+    """
+
+    def seen(inside: list[Outcome]) -> dict[str, Any]:
+        bits = [float(o.easy.min_entropy.mean()) for o in inside]
+        return {
+            "count": len(inside),
+            "accuracy": round(float(np.mean([o.easy.text == o.easy_truth for o in inside])), 4),
+            "mean_min_entropy_bits": round(float(np.mean(bits)), 4),
+        }
+
+    kinds = {
+        "presence": [o for o in outcomes if o.easy_truth in ("yes", "no")],
+        "count": [o for o in outcomes if o.easy_truth not in ("yes", "no")],
+    }
+    numbers = uncertainty(outcomes, "min_entropy", "full")
     return {
-        "accuracy": round(float(np.mean([o.easy.text == o.easy_truth for o in outcomes])), 4),
-        "mean_min_entropy_bits": round(float(np.mean(bits)), 4),
+        **seen(outcomes),
+        **{name: seen(inside) for name, inside in kinds.items() if inside},
+        "mean_min_entropy_bits_of_number_questions": round(float(numbers.mean()), 4),
     }
 
 
@@ -178,7 +195,8 @@ def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    """Accuracies by whether training ever saw the sign's font and the background's texture."""
+    """Accuracies and AUROC of min-entropy, by whether training ever saw the sign's font and the
+    background's texture."""
     rows: dict[str, dict[str, Any]] = {}
     for font, texture in itertools.product(("seen", "unseen"), repeat=2):
         inside = [
@@ -188,7 +206,12 @@ def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
             and (o.texture == HELD_OUT_TEXTURE) == (texture == "unseen")
         ]
         if inside:
-            rows[f"font {font}, texture {texture}"] = _accuracies(inside)
+            wrong = np.array([not o.right("first") for o in inside])
+            unsure = uncertainty(inside, "min_entropy", "full")
+            rows[f"font {font}, texture {texture}"] = {
+                **_accuracies(inside),
+                "auroc": round(auroc(unsure, wrong), 4),
+            }
     return rows
 
 
@@ -207,8 +230,8 @@ def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     """How often a box holds the whole text, over all and where the first answer is wrong.
 
     The boxes: the region search on the relative map with the settings' constant in the
-    denominator and without one, the centroid placement on the former, the region search on raw
-    attention, and a random box of the size of the first.
+    denominator and without one, the centroid placement on the former, both placements on raw
+    attention, and random boxes of both placements' sizes.
     """
     layer, base = settings.layer, settings.base_px
     kept: dict[str, list[bool]] = {}
@@ -220,7 +243,11 @@ def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
             "sliding_without_epsilon": own_box(o.product_map(layer, 0.0), o.size, base),
             "centroid": o.centroid_box,
             "raw_attention": own_box(raw, o.size, base),
+            "raw_attention_centroid": own_box(
+                raw, o.size, settings.centroid_px, Placement.CENTROID
+            ),
             "random": random_box(o.box, o.size, o.index),
+            "random_centroid": random_box(o.centroid_box, o.size, o.index),
         }
         for name, box in boxes.items():
             kept.setdefault(name, []).append(contains(box, o.question.text_box))
@@ -296,6 +323,9 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
             for w, h in dict.fromkeys(SIZES)
         },
         "by_novelty": by_novelty(outcomes),
+        "min_entropy_by_question": [
+            round(float(bits), 4) for bits in uncertainty(outcomes, "min_entropy", "full")
+        ],
         "right_by_question": {
             which: "".join(str(int(o.right(which))) for o in outcomes) for which in ANSWERS
         },
@@ -311,10 +341,16 @@ def _accuracies(outcomes: list[Outcome]) -> dict[str, Any]:
     return {"count": len(outcomes), **shares}
 
 
+def best_layer(rows: list[dict[str, Any]], base_px: int) -> int:
+    """The decoder layer whose box of the region search holds the text most often."""
+    best = max(rows, key=lambda row: row["relative_with_epsilon_box_holds_text"][str(base_px)])
+    return int(best["layer"])
+
+
 def preset(figures: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a validation run says the model's preset should hold."""
     return {
-        "layer": settings.layer,
+        "layer": best_layer(figures["by_layer"], settings.base_px),
         "base_px": settings.base_px,
         "epsilon": settings.epsilon,
         "eta": round(figures["trade_off"]["eta_bits_for_95_percent_of_gain"], 2),

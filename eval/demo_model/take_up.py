@@ -50,7 +50,7 @@ def take_up(recipe: Recipe, folder: Path, stage: str, out: Path) -> None:
         ValueError: if the recipe has no such stage, or the folder has a run in it already.
     """
     last = recipe.stages.index(recipe.stage(stage))
-    if (out / "curve.jsonl").exists():
+    if (out / "curve.jsonl").exists() or any(out.glob("*.pt")):
         raise ValueError(f"{out} has a run in it already")
     out.mkdir(parents=True, exist_ok=True)
     state = model_state(recipe, folder)

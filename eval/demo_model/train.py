@@ -17,6 +17,7 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -96,6 +97,10 @@ class Run:
         return state
 
 
+def _as_text(stage: Stage) -> str:
+    return msgspec.json.encode(stage).decode()
+
+
 def train_loop(
     run: Run,
     stage: Stage,
@@ -109,6 +114,11 @@ def train_loop(
     step, before = 0, 0.0
     if run.unfinished(stage.name).exists():
         state = run.load(run.unfinished(stage.name))
+        if state.get("recipe", _as_text(stage)) != _as_text(stage):
+            raise ValueError(
+                f"the recipe of {stage.name} changed since it was begun; delete "
+                f"{run.unfinished(stage.name)} to begin it again"
+            )
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -147,6 +157,7 @@ def train_loop(
                     "optimisers": [o.state_dict() for o in optimisers],
                     "step": step,
                     "seconds": seconds,
+                    "recipe": _as_text(stage),
                 },
             )
     bar.close()
@@ -200,7 +211,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe = load_recipe(options.recipe)
+    try:
+        recipe = load_recipe(options.recipe)
+        if options.until:
+            recipe.stage(options.until)
+    except ValueError as error:
+        parser.error(str(error))
     run = Run(options.out, torch.device(options.device), options.workers)
     for stage in recipe.stages:
         if not run.finished(stage.name).exists():

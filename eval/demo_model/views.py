@@ -59,7 +59,12 @@ def view_style(
     low = 24.0 + 36.0 * ease
     if crowded:
         return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits, power, jitter)
-    return SceneStyle(text_height_px=(low, 160.0), two_digits=two_digits, text_height_power=power)
+    return SceneStyle(
+        text_height_px=(low, 160.0),
+        two_digits=two_digits,
+        text_height_power=power,
+        glyph_jitter=jitter,
+    )
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -207,7 +212,9 @@ def tower_batch(
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
         crowded = rng.random() < 0.75
-        style = view_style(two_digits, ease, power, jitter, crowded=crowded)
+        # Local views keep their fonts: jitter is for texts that are hard to read anyway.
+        shaken = jitter if crowded else 0.0
+        style = view_style(two_digits, ease, power, shaken, crowded=crowded)
         scene = generate_scene(
             "val" if split == "val" else "train", index, size=random_size(rng), style=style
         )

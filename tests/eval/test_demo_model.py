@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from eval.demo_model import train
 from eval.demo_model.asked import settings_of
 from eval.demo_model.build import build_model
+from eval.demo_model.decoder import train_decoder
 from eval.demo_model.evaluate import run
-from eval.demo_model.export import FOLDER, hub_name, write_checkpoint
+from eval.demo_model.export import FOLDER, curve, hub_name, write_checkpoint
 from eval.demo_model.measure import Reader
 from eval.demo_model.optim import make_optimisers, rate_at
 from eval.demo_model.packing import decoder_batch, tree_mask, vocabulary
@@ -222,7 +224,9 @@ def test_training_goes_on_where_it_was_stopped(
     monkeypatch.setattr(train, "_SAVE_EVERY_S", -1.0)  # save after every step
     stage = Stage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
 
-    def finish(folder: Path, stop_before: int | None) -> dict[str, torch.Tensor]:
+    def finish(
+        folder: Path, stop_before: int | None, stage: Stage = stage
+    ) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         model = torch.nn.Linear(3, 2)
         working = train.Run(folder, torch.device("cpu"), workers=1)
@@ -251,6 +255,8 @@ def test_training_goes_on_where_it_was_stopped(
     unbroken = finish(tmp_path / "a", None)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "b", 13)
+    with pytest.raises(ValueError, match="the recipe of tiny changed since it was begun"):
+        finish(tmp_path / "b", None, msgspec.structs.replace(stage, steps=40))
     resumed = finish(tmp_path / "b", None)
     for name, value in unbroken.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
@@ -265,6 +271,51 @@ def test_recipe_mistakes_are_named(tmp_path: Path) -> None:
         load_recipe(bad)
     with pytest.raises(ValueError, match="no stage 'nine'"):
         load_recipe(RECIPE).stage("nine")
+    stage = "{name: one, kind: tower, steps: 3, batch: 2, learning_rate: 1.0e-3, seed: 1}"
+    for right, wrong in (
+        ("kind: tower", "kind: towr"),
+        ("1.0e-3", "1e-3"),
+        ("steps: 3", "steps: x"),
+    ):
+        text = f"vision: {{}}\ntext: {{}}\nstages:\n  - {stage}\n"
+        bad.write_text(text)
+        assert load_recipe(bad).stage("one").learning_rate == 1e-3
+        bad.write_text(text.replace(right, wrong))
+        with pytest.raises(ValueError, match=r"recipe\.yaml: stage 'one'"):
+            load_recipe(bad)
+
+
+def test_a_decoder_without_a_tower_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    stage = msgspec.structs.replace(recipe.stage("decoder-1"), start_from=())
+    with pytest.raises(ValueError, match="'decoder-1' needs a tower stage"):
+        train_decoder(train.Run(tmp_path, torch.device("cpu"), 1), recipe, stage)
+
+
+def test_an_unknown_last_stage_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--until", "nine"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "no stage 'nine'" in capsys.readouterr().err
+
+
+def test_jitter_reaches_what_both_kinds_of_stage_draw() -> None:
+    plain, shaken = (decoder_batch(5, 1, 4, 1.0, 0.0, 1.75, jitter) for jitter in (0.0, 0.25))
+    for view in range(3):  # the global view and both local ones
+        assert not np.array_equal(plain.views[:, view], shaken.views[:, view])
+    first, second = (tower_batch(5, 1, 8, 1.0, 0.0, 1.0, jitter) for jitter in (0.0, 0.25))
+    assert not np.array_equal(first.views, second.views)
+
+
+def test_the_curve_of_a_checkpoint_ends_with_its_stage(tmp_path: Path) -> None:
+    points = [
+        {"stage": stage, "step": 1, "val_sign": 0.1}
+        for stage in ("tower-1", "decoder-1", "tower-2")
+    ]
+    (tmp_path / "curve.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    assert curve(tmp_path, stages[:2]) == points[:2]
 
 
 # --- what it can do --------------------------------------------------------------------------
