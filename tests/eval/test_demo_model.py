@@ -310,10 +310,8 @@ def test_jitter_reaches_what_both_kinds_of_stage_draw() -> None:
 
 
 def test_the_curve_of_a_checkpoint_ends_with_its_stage(tmp_path: Path) -> None:
-    points = [
-        {"stage": stage, "step": 1, "val_sign": 0.1}
-        for stage in ("tower-1", "decoder-1", "tower-2")
-    ]
+    stages = ("tower-1", "decoder-1", "tower-2")
+    points = [{"stage": stage, "step": 1, "val_sign": 0.1} for stage in stages]
     (tmp_path / "curve.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     assert curve(tmp_path, stages[:2]) == points[:2]
 
