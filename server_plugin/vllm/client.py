@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,18 +85,23 @@ class RowClient:
             wanted, self._wanted = self._wanted, {}
             try:
                 ranks = await self._call(capture.TAKE, list(wanted))
+                parts = list(zip(*ranks, strict=True))  # of each row: what each rank has
             except Exception as error:
-                ranks = None
-                failure = ModelError(f"vLLM gave no attention rows: {error}")
-            for number, future in enumerate(wanted.values()):
+                lost = ModelError(f"vLLM gave no attention rows: {' '.join(str(error).split())}")
+                outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(wanted)
+            else:
+                outcomes = [self._mean(part) for part in parts]
+            for future, outcome in zip(wanted.values(), outcomes, strict=True):
                 if future.done():  # whoever waited for it is gone
                     continue
-                if ranks is None:
-                    future.set_exception(failure)
-                    continue
-                try:
-                    parts = [rank[number] for rank in ranks]
-                    future.set_result(mean_over_ranks(parts, self._heads))
-                except ValueError as error:
-                    future.set_exception(ModelError(f"an attention row is missing: {error}"))
+                if isinstance(outcome, ModelError):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
         self._fetching = None
+
+    def _mean(self, parts: Sequence[tuple[bytes, int] | None]) -> NDArray[np.float32] | ModelError:
+        try:
+            return mean_over_ranks(parts, self._heads)
+        except ValueError as error:
+            return ModelError(f"an attention row is missing: {error}")

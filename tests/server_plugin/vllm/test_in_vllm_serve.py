@@ -129,7 +129,7 @@ async def test_clients_that_leave_leave_no_request_behind(server: int) -> None:
             await asyncio.wait([task], timeout=0.02 * (number % 10))
             task.cancel()
 
-    await asyncio.gather(*(leave(number) for number in range(40)))
+    await asyncio.gather(*(leave(number) for number in range(200)))
     # Each answer that comes now was behind them in the engine's queue.
     await ask_all(f"ws://127.0.0.1:{server}", KEY)
     status, text = await asyncio.to_thread(get, server, "/metrics")

@@ -1,0 +1,159 @@
+"""The vLLM plugin's front-end without vLLM: fetching rows, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server_plugin.models import demo_folder
+from server_plugin.presets import preset_named
+from server_plugin.vllm import capture
+from server_plugin.vllm.client import RowClient
+from server_plugin.vllm.endpoint import options_of
+from server_plugin.vllm.model import check, weightless_adapter
+from tests.support.tiny_llava import rename_family, save_tiny_llava
+from vlm_collab.errors import ConfigError, ModelError
+
+
+class Workers:
+    """Two ranks of two heads each, whose rows are named by what they hold."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.heads: list[dict[str, Any]] = [{"heads": 2}, {"heads": 2}]
+
+    async def call(self, method: str, argument: Any) -> Any:
+        self.calls.append((method, argument))
+        await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        if method == capture.INSTALL:
+            return self.heads
+        one = [None if key == "lost" else (row(float(key)).tobytes(), 2) for key in argument]
+        return [one, one]
+
+
+def row(value: float) -> np.ndarray:
+    return np.array([2 * value, 4 * value], np.float32)
+
+
+async def test_rows_asked_for_during_a_call_travel_together_in_the_next() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    workers.gate.clear()
+    first = asyncio.create_task(client.take("1"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(client.take(str(n))) for n in (2, 3, 4)]
+    await asyncio.sleep(0)
+    workers.gate.set()
+    rows = await asyncio.gather(first, *others)
+    assert [argument for _, argument in workers.calls] == [["1"], ["2", "3", "4"]]
+    for number, got in enumerate(rows, 1):
+        np.testing.assert_array_equal(got, [number, 2 * number])
+    np.testing.assert_array_equal(await client.take("5"), [5, 10])
+
+
+async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    results = await asyncio.gather(*map(client.take, ("1", "lost", "2")), return_exceptions=True)
+    assert isinstance(results[1], ModelError)
+    np.testing.assert_array_equal(results[0], [1, 2])
+    np.testing.assert_array_equal(results[2], [2, 4])
+
+
+async def test_a_failed_call_ends_those_who_wait_and_nobody_after_them() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    workers.failure = RuntimeError("the engine\nis gone")
+    with pytest.raises(ModelError, match="the engine is gone"):
+        await client.take("1")
+    workers.failure = None
+    np.testing.assert_array_equal(await client.take("2"), [2, 4])
+
+
+async def test_who_gives_up_does_not_disturb_the_others() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    workers.gate.clear()
+    tasks = [asyncio.create_task(client.take(str(n))) for n in (1, 2)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.sleep(0)
+    workers.gate.set()
+    np.testing.assert_array_equal(await tasks[1], [2, 4])
+    assert tasks[0].cancelled()
+
+
+@pytest.mark.parametrize(
+    ("heads", "line"),
+    [
+        ([{"heads": 2}, {"error": "vLLM 9.9 cannot give attention rows here: x"}], "vLLM 9.9"),
+        ([{"heads": 2}], "have 2 attention heads of layer 1, the checkpoint 4"),
+    ],
+)
+async def test_workers_that_cannot_serve_rows_end_the_start(
+    heads: list[dict[str, Any]], line: str
+) -> None:
+    workers = Workers()
+    workers.heads = heads
+    with pytest.raises(ConfigError, match=line):
+        await RowClient(workers.call, 1, 4).install()
+
+
+async def test_workers_without_the_plugin_end_the_start() -> None:
+    workers = Workers()
+    workers.failure = AttributeError("no attribute 'vlm_collab_install'")
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS"):
+        await RowClient(workers.call, 1, 4).install()
+
+
+async def test_installation_happens_once() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    await asyncio.gather(client.install(), client.install())
+    assert workers.calls == [(capture.INSTALL, 1)]
+
+
+def test_what_vllm_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_tiny_llava(tmp_path / "tiny")
+    demo = preset_named("demo")
+    with pytest.raises(ConfigError, match="layer 9 does not exist"):
+        check(str(folder), demo.with_overrides(layer=9), "tiny")
+    with pytest.raises(ConfigError, match=r"family 'qwen2\.5-vl', but tiny is of 'llava'"):
+        check(str(folder), preset_named("qwen2.5-vl"), "tiny")
+    rename_family(folder, "instructblip")
+    with pytest.raises(ConfigError, match="does not serve instructblip; use --backend transf"):
+        check(str(folder), demo, "tiny")
+
+
+def test_an_adapter_without_weights_makes_prompts_of_the_engine_s_context() -> None:
+    preset = preset_named("demo")
+    source = str(demo_folder())
+    adapter = weightless_adapter(check(source, preset, "demo"), source, preset, 300)
+    assert adapter.layout.context_tokens == 300
+    prompt = adapter.prompts.build("what is on the sign?", 2, 16)
+    assert [len(place) for place in prompt.images] == [64, 64]
+    assert adapter.end_tokens == {2}
+    assert adapter.text_of([*prompt.ids[-3:], 2]).endswith("ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    "given", [{"presets": "demo"}, {"preset": 3}, {"origins": "everyone"}, {"overrides": []}]
+)
+def test_a_misspelled_option_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--additional-config"):
+        options_of({"vlm_collab": given})
+
+
+def test_options_of_others_are_none_of_ours() -> None:
+    assert options_of({"other": 1}).preset is None
+    assert options_of({"vlm_collab": {"preset": "demo"}}).preset == "demo"
