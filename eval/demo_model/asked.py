@@ -15,9 +15,9 @@ from eval.scenes import Scene, SceneStyle, generate_scene, questions, render
 SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 """Picture sizes (w, h) in px, taken in turn."""
 
-TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.25}
+TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.5}
 """Scene styles by name. The benchmark's texts are mostly small, so that the global view alone is
-right little more than half the time; its power was chosen on validation scenes
+right about half the time; its power was chosen on validation scenes
 (`eval.demo_model.choose`, `docs/results/demo-model-choices.json`)."""
 
 

@@ -29,7 +29,7 @@ FIRST_K = 2
 """Tokens of the ``first_k`` aggregation. An answer of two digits is three tokens with the end
 token, so 2 is the only k that differs from ``first`` (1) and ``full`` (3): both digits, no end."""
 
-BASES_PX = (112, 168, 224, 256, 280, 320)
+BASES_PX = (112, 168, 224, 256, 280, 320, 360)
 HEIGHT_BINS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.5)
 HISTOGRAM_BITS = tuple(round(0.1 * n, 1) for n in range(26))
 _GRID = Grid(GRID, GRID)
