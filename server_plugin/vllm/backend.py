@@ -131,6 +131,8 @@ class VllmBackend:
         self._rows = RowClient(self._call, preset.layer, text.num_attention_heads)
         self._secret = secrets.token_bytes(16)
         self._scope = secrets.token_hex(16)
+        self._running: set[asyncio.Task[Generation]] = set()
+        """The event loop itself keeps no task alive."""
 
     @property
     def info(self) -> ModelInfo:
@@ -171,6 +173,8 @@ class VllmBackend:
             instruction = self._preset.generic_instruction
             # Of its own, so that one question that is cancelled does not take it from others.
             task = asyncio.create_task(self._answer([picture], instruction, 1, row=True))
+            self._running.add(task)
+            task.add_done_callback(self._forget)
             view.generic, new = task, True
         generic = await asyncio.shield(task)
         assert generic.row is not None
@@ -197,10 +201,8 @@ class VllmBackend:
 
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
-        view.picture = None
-        if view.generic is not None and not view.generic.done():
-            view.generic.cancel()
-        view.generic = None
+        # What runs on it now holds its own references and ends undisturbed.
+        view.picture = view.generic = None
 
     async def warm_up(self) -> None:
         """Check that rows can be had, and run both passes once.
@@ -226,6 +228,10 @@ class VllmBackend:
         engine, self._engine = self._engine, None
         if engine is not None and self._owned:
             await asyncio.to_thread(engine.shutdown)
+
+    def _forget(self, task: asyncio.Task[Generation]) -> None:
+        self._running.discard(task)
+        _result(task)  # an error that nobody waited for is no news
 
     async def _call(self, method: str, argument: Any) -> Any:
         if self._engine is None:

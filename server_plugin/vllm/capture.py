@@ -183,7 +183,9 @@ def _wish_of(request: Any) -> _Wish | None:
         return None
     key, first, stop = extra.get(KEY), extra.get(FIRST), extra.get(STOP)
     prompt = len(request.prompt_token_ids)
-    if not (isinstance(key, str) and isinstance(first, int) and isinstance(stop, int)):
+    if not (isinstance(key, str) and len(key) <= 64):
+        return None
+    if not (isinstance(first, int) and isinstance(stop, int)):
         return None
     return _Wish(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
 

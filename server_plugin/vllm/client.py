@@ -48,6 +48,8 @@ class RowClient:
                 return
             try:
                 answers = await self._call(capture.INSTALL, self._layer)
+            except ModelError:
+                raise
             except Exception as error:
                 raise ConfigError(
                     "vLLM's workers do not know the plugin vlm_collab: install vlm-collab beside "

@@ -171,6 +171,7 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {},
         {"other": 1},
         asking(key=7),
+        asking(key="long" * 20),
         asking(first="3"),
         asking(stop=None),
         asking(first=-1),

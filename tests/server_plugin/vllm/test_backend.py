@@ -1,0 +1,385 @@
+"""`VllmBackend` over a scripted engine: what it asks of vLLM, and what it makes of the outputs.
+
+Only the shapes of vLLM's requests and outputs are imitated here; that they are right is what the
+tests marked `slow` show, with vLLM itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from server_plugin.adapters.base import Adapter
+from server_plugin.models import demo_folder
+from server_plugin.presets import preset_named
+from server_plugin.vllm import capture
+from server_plugin.vllm.backend import VllmBackend
+from server_plugin.vllm.model import check, weightless_adapter
+from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+
+HEADS = 6
+CELLS = 64
+END = 2
+QUESTION = "what is on the sign?"
+VIEW = Image.effect_noise((112, 112), 60).convert("RGB")
+REGION = Image.effect_noise((112, 112), 90).convert("RGB")
+
+
+class Engine:
+    """Answers each request with the same tokens, a few at a time.
+
+    Attributes:
+        deltas: the tokens, as they come.
+        requests: (request, its parameters), in order.
+        open: requests that were neither finished nor aborted.
+    """
+
+    def __init__(self, adapter: Adapter, **config: Any) -> None:
+        self._adapter = adapter
+        self.deltas: list[list[int]] = [[10], [11], [12, 13], [END]]
+        self.requests: list[tuple[dict[str, Any], Any]] = []
+        self.open = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.spoil: Callable[[list[int]], list[int]] = lambda ids: ids
+        self.rows: dict[str, np.ndarray] = {}
+        self.loses_rows = False
+        self.shut_down = 0
+        self.renderer = self
+        model = {"max_logprobs": 20, "logprobs_mode": "raw_logprobs"} | config
+        text = SimpleNamespace(hidden_size=192, num_hidden_layers=4, num_attention_heads=HEADS)
+        hf_config = SimpleNamespace(get_text_config=lambda: text)
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=hf_config, **model),
+            scheduler_config=SimpleNamespace(max_num_seqs=16),
+        )
+
+    async def render_cmpl_async(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return requests
+
+    async def generate(self, request: dict[str, Any], params: Any, key: str) -> AsyncIterator[Any]:
+        self.requests.append((request, params))
+        self.open += 1
+        if params.extra_args is not None and not self.loses_rows:
+            span = params.extra_args[capture.STOP] - params.extra_args[capture.FIRST]
+            draw = np.random.default_rng(len(self.requests))
+            self.rows[params.extra_args[capture.KEY]] = draw.random(span, np.float32) + 0.1
+        try:
+            left = params.max_tokens
+            for delta in self.deltas:
+                await self.gate.wait()
+                if self.failure is not None:
+                    raise self.failure
+                tokens = delta[:left]
+                left -= len(tokens)
+                logprobs = [
+                    {token: SimpleNamespace(logprob=-0.1), 400: SimpleNamespace(logprob=-3.0)}
+                    for token in tokens
+                ]
+                yield SimpleNamespace(
+                    prompt_token_ids=self.spoil(self._written_out(request["prompt_token_ids"])),
+                    num_cached_tokens=32,
+                    outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)],
+                )
+                if not left:
+                    return
+        finally:
+            self.open -= 1
+
+    def _written_out(self, ids: Sequence[int]) -> list[int]:
+        image = self._adapter.model.config.image_token_id
+        return [token for one in ids for token in [one] * (CELLS if one == image else 1)]
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> Any:
+        if method == capture.INSTALL:
+            return [{"heads": HEADS}]
+        rows = [self.rows.pop(key, None) for key in args[0]]
+        return [[None if row is None else ((row * HEADS).tobytes(), HEADS) for row in rows]]
+
+    def shutdown(self) -> None:
+        self.shut_down += 1
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two names that the backend imports from vLLM."""
+    package, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    package.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    parameters.RequestOutputKind = SimpleNamespace(DELTA="delta")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    source, preset = str(demo_folder()), preset_named("demo")
+    return weightless_adapter(check(source, preset, "demo"), source, preset, 512)
+
+
+@pytest.fixture
+def engine(adapter: Adapter) -> Engine:
+    return Engine(adapter)
+
+
+@pytest.fixture
+def backend(engine: Engine, adapter: Adapter) -> VllmBackend:
+    return VllmBackend(engine, adapter, "demo")
+
+
+async def test_a_first_pass_is_one_request_with_its_row(
+    backend: VllmBackend, engine: Engine, adapter: Adapter
+) -> None:
+    texts: list[str] = []
+    view = await backend.open_view(VIEW)
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, on_text=texts.append)
+    assert first.token_ids == (10, 11, 12, 13, END)
+    assert first.ended
+    assert len(texts) == 5
+    assert first.text == texts[-1] == adapter.text_of([10, 11, 12, 13])
+    prompt = adapter.prompts.build(QUESTION, 1, 9)
+    assert first.context_tokens == len(prompt.ids)
+    assert first.prefilled_tokens == len(prompt.ids) - 32
+    step = first.steps[0]
+    assert step.min_entropy_bits == pytest.approx(0.1 / math.log(2))
+    assert step.margin == pytest.approx(math.exp(-0.1) - math.exp(-3))
+    assert math.isnan(step.entropy_bits)
+    assert first.row is not None
+    np.testing.assert_allclose(
+        first.row, np.random.default_rng(1).random(CELLS, np.float32) + 0.1, rtol=1e-6
+    )
+    (request, params) = engine.requests[0]
+    assert request["multi_modal_data"]["image"] == [VIEW]
+    assert (params.temperature, params.logprobs, params.max_tokens) == (0.0, 2, 9)
+    assert engine.open == 0
+
+
+async def test_a_second_pass_shows_both_pictures_and_asks_for_no_row(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    second = await backend.second_pass(view, REGION, QUESTION, max_new_tokens=3)
+    assert second.token_ids == (10, 11, 12)
+    assert not second.ended
+    assert second.row is None
+    (before, _), (request, params) = engine.requests
+    assert request["multi_modal_data"]["image"] == [VIEW, REGION]
+    assert params.extra_args is None
+    assert request["cache_salt"] == before["cache_salt"]
+    names = request["multi_modal_uuids"]["image"]
+    assert names[0] == before["multi_modal_uuids"]["image"][0] != names[1]
+
+
+async def test_names_stand_for_pixels_within_one_backend(
+    backend: VllmBackend, engine: Engine, adapter: Adapter
+) -> None:
+    async def name(backend: VllmBackend, image: Image.Image) -> tuple[str, str]:
+        view = await backend.open_view(image)
+        await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        request, _ = engine.requests[-1]
+        return request["multi_modal_uuids"]["image"][0], request["cache_salt"]
+
+    other = VIEW.copy()
+    other.putpixel((111, 111), (1, 2, 3))
+    first = await name(backend, VIEW)
+    assert await name(backend, VIEW.copy()) == first
+    assert (await name(backend, other))[0] != first[0]
+    stranger = await name(VllmBackend(engine, adapter, "demo"), VIEW)
+    assert stranger[0] != first[0]
+    assert stranger[1] != first[1]
+
+
+async def test_an_early_decision_aborts_the_request(backend: VllmBackend, engine: Engine) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def stop(steps: Sequence[Any], ended: bool) -> bool:
+        seen.append((len(steps), ended))
+        return len(steps) == 3
+
+    view = await backend.open_view(VIEW)
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, stop=stop)
+    # The fourth token had come in the same piece; it is not part of what was decided on.
+    assert first.token_ids == (10, 11, 12)
+    assert seen == [(1, False), (2, False), (3, False)]
+    assert first.row is not None
+    assert engine.open == 0
+
+
+async def test_a_question_that_is_cancelled_aborts_its_request(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    engine.gate.clear()
+    task = asyncio.create_task(backend.first_pass(view, QUESTION, max_new_tokens=9))
+    while not engine.open:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.open == 0
+    engine.gate.set()
+    assert (await backend.first_pass(view, QUESTION, max_new_tokens=9)).ended
+
+
+async def test_a_caller_s_own_failure_aborts_its_request(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    def fail(text: str) -> None:
+        raise ZeroDivisionError(text)
+
+    view = await backend.open_view(VIEW)
+    with pytest.raises(ZeroDivisionError):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9, on_text=fail)
+    assert engine.open == 0
+
+
+async def test_the_generic_row_is_computed_once_for_all_questions_on_a_view(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    bare = view.nbytes
+    firsts = [await backend.first_pass(view, text, max_new_tokens=2) for text in ("a b", "c d")]
+    maps = await asyncio.gather(*(backend.relative_attention(view, one) for one in firsts))
+    again = await backend.relative_attention(view, firsts[0])
+    assert len(engine.requests) == 3
+    assert engine.requests[-1][1].max_tokens == 1
+    generic = np.random.default_rng(3).random(CELLS, np.float32) + 0.1
+    for got, first in zip(maps, firsts, strict=True):
+        assert first.row is not None
+        np.testing.assert_allclose(got.map.ravel(), first.row / (generic + 0.005), rtol=1e-5)
+    assert [bool(one.prefilled_tokens) for one in (*maps, again)] == [True, False, False]
+    assert view.nbytes > bare
+
+
+async def test_a_release_disturbs_nobody_who_works_on_the_view(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    engine.gate.clear()
+    waiting = asyncio.create_task(backend.relative_attention(view, first))
+    while not engine.open:
+        await asyncio.sleep(0)
+    await backend.release(view)
+    await backend.release(view)
+    assert view.nbytes == 0
+    engine.gate.set()
+    assert (await waiting).map.shape == (8, 8)
+    with pytest.raises(RuntimeError, match="released"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+
+
+async def test_a_generic_row_that_failed_is_tried_again(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    engine.failure = RuntimeError("something of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        await backend.relative_attention(view, first)
+    engine.failure = None
+    assert (await backend.relative_attention(view, first)).prefilled_tokens > 0
+
+
+async def test_a_row_that_is_missing_is_an_error_and_not_zeros(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    engine.loses_rows = True
+    with pytest.raises(ModelError, match="row is missing"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+
+
+async def test_a_prompt_that_vllm_makes_otherwise_is_an_error(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    engine.spoil = lambda ids: [*ids[:5], *ids[6:]]
+    view = await backend.open_view(VIEW)
+    with pytest.raises(ModelError, match="another way"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    assert engine.open == 0
+
+
+async def test_an_answer_that_is_broken_off_is_an_error(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    engine.deltas = [[10], [11]]
+    with pytest.raises(ModelError, match="broke off an answer after 2 tokens"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    engine.deltas = []
+    with pytest.raises(ModelError, match="before its first token"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+
+
+async def test_vllm_s_own_errors_become_one_line(backend: VllmBackend, engine: Engine) -> None:
+    view = await backend.open_view(VIEW)
+    dead = type("EngineDeadError", (Exception,), {"__module__": "vllm.v1.engine.exceptions"})
+    engine.failure = dead("EngineCore encountered\nan issue")
+    with pytest.raises(ModelError, match="vLLM failed: EngineCore encountered an issue"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+
+
+async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    with pytest.raises(ImageError):
+        await backend.open_view(VIEW.convert("L"))
+    with pytest.raises(ImageError):
+        await backend.open_view(VIEW.resize((111, 112)))
+    view = await backend.open_view(VIEW)
+    with pytest.raises(QuestionError):
+        await backend.first_pass(view, "<image>", max_new_tokens=9)
+    with pytest.raises(QuestionError, match="too long"):
+        backend.check_question("word " * 400)
+    assert not engine.requests
+
+
+async def test_a_closed_backend_refuses(backend: VllmBackend, engine: Engine) -> None:
+    view = await backend.open_view(VIEW)
+    await backend.close()
+    await backend.close()
+    assert engine.shut_down == 1
+    with pytest.raises(ModelError, match="closed"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+
+
+async def test_an_engine_of_someone_else_s_is_left_running(
+    engine: Engine, adapter: Adapter
+) -> None:
+    await VllmBackend(engine, adapter, "demo", owned=False).close()
+    assert not engine.shut_down
+
+
+async def test_a_start_that_fails_leaves_no_engine(backend: VllmBackend, engine: Engine) -> None:
+    engine.failure = RuntimeError("no")
+    with pytest.raises(RuntimeError):
+        await backend.warm_up()
+    assert engine.shut_down == 1
+
+
+async def test_warming_up_leaves_nothing_behind(backend: VllmBackend, engine: Engine) -> None:
+    await backend.warm_up()
+    assert len(engine.requests) == 3
+    assert not engine.rows
+    assert engine.open == 0
+
+
+def test_statistics_that_would_not_be_exact_are_refused(adapter: Adapter) -> None:
+    with pytest.raises(ConfigError, match="raw_logprobs"):
+        VllmBackend(Engine(adapter, logprobs_mode="processed_logprobs"), adapter, "demo")
+    source = str(demo_folder())
+    preset = preset_named("demo").with_overrides(metric="entropy")
+    entropy = weightless_adapter(check(source, preset, "demo"), source, preset, 512)
+    with pytest.raises(ConfigError, match="--max-logprobs -1"):
+        VllmBackend(Engine(entropy), entropy, "demo")
+    VllmBackend(Engine(entropy, max_logprobs=-1), entropy, "demo")
