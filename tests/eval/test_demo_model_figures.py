@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from eval.demo_model import boxes, choose, report
+from eval.demo_model import boxes, card, choose, report
 from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask
-from eval.demo_model.measure import Reading
+from eval.demo_model.evaluate import FRESH
+from eval.demo_model.export import FOLDER
+from eval.demo_model.measure import Reading, auroc
+from eval.demo_model.provenance import weights_digest
 from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
+from server_plugin.presets import preset_named
 from vlm_collab.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -112,7 +117,9 @@ def test_report_counts(outcomes: list[report.Outcome]) -> None:
         "sliding_without_epsilon",
         "centroid",
         "raw_attention",
+        "raw_attention_centroid",
         "random",
+        "random_centroid",
     }
     assert shares["centroid"]["all"] == 1.0
     assert shares["random"]["mean_side_px"] == shares["sliding"]["mean_side_px"]
@@ -167,15 +174,88 @@ def test_sides_are_asked_in_turn() -> None:
 
 
 def test_choices() -> None:
-    assert choose.nearest({1.0: 0.7, 2.0: 0.57, 3.0: 0.52, 4.0: 0.3}) == 3.0
-    assert choose.best_side({320: 9, 256: 10, 280: 10, 224: 8}) == 256
+    assert choose.easiest({1.0: 0.7, 2.0: 0.56, 3.0: 0.45, 4.0: 0.3}) == 2.0
+    with pytest.raises(ValueError, match="more than 56%"):
+        choose.easiest({1.0: 0.7})
+    assert choose.best({320: 9, 256: 10, 280: 10, 224: 8}) == 256
+    rows = [
+        {"layer": n, "relative_with_epsilon_box_holds_text": {"320": share}}
+        for n, share in enumerate((0.3, 0.9, 0.8))
+    ]
+    assert report.best_layer(rows, 320) == 1
 
 
-def test_the_defaults_are_what_was_chosen() -> None:
-    chosen = json.loads((RESULTS / "demo-model-choices.json").read_text())
-    assert TEXT_HEIGHT_POWERS["benchmark"] == chosen["text_height_power"]
-    assert SETTINGS.centroid_px == chosen["centroid_px"]
+def committed(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return loaded
+
+
+def test_the_choices_follow_from_their_counts() -> None:
+    chosen = committed("demo-model-choices.json")
     by_power = {float(p): share for p, share in chosen["first_accuracy_by_power"].items()}
-    assert choose.nearest(by_power) == chosen["text_height_power"]
-    by_side = {int(side): count for side, count in chosen["right_by_side_px"].items()}
-    assert choose.best_side(by_side) == chosen["centroid_px"]
+    assert choose.easiest(by_power) == chosen["text_height_power"]
+    by_epsilon = {float(e): count for e, count in chosen["holds_text_by_epsilon"].items()}
+    assert choose.best(by_epsilon) == chosen["epsilon"]
+    for made in chosen["sides"].values():
+        by_side = {int(side): count for side, count in made["right_by_side_px"].items()}
+        assert choose.best(by_side) == made["chosen_px"]
+
+
+def test_preset_and_commands_hold_what_was_chosen() -> None:
+    chosen, val = committed("demo-model-choices.json"), committed("demo-model.json")["val"]
+    preset = preset_named("demo")
+    sides = chosen["sides"]
+    assert (preset.layer, preset.eta) == (val["preset"]["layer"], val["preset"]["eta"])
+    assert (preset.epsilon, preset.base_px) == (chosen["epsilon"], sides["sliding"]["chosen_px"])
+    assert TEXT_HEIGHT_POWERS["benchmark"] == chosen["text_height_power"]
+    assert SETTINGS.centroid_px == sides["centroid"]["chosen_px"]
+
+
+def test_all_results_are_about_the_committed_weights_run_the_same_way() -> None:
+    digest = weights_digest()
+    assert committed("demo-model-choices.json")["weights"] == digest
+    preset = preset_named("demo")
+    powers = TEXT_HEIGHT_POWERS
+    for name, style, count in (
+        ("demo-model.json", "default", 500),
+        ("demo-model-2000.json", "benchmark", 2000),
+        ("demo-model-harder.json", "harder", 2000),
+    ):
+        results = committed(name)
+        assert set(results) == ({"test"} if style == "harder" else {"val", "test"})
+        for split, made in results.items():
+            settings = made["settings"]
+            assert made["weights"] == digest
+            assert (settings["split"], settings["count"]) == (split, count)
+            assert (settings["style"], settings["text_height_power"]) == (style, powers[style])
+            assert (settings["layer"], settings["base_px"]) == (preset.layer, preset.base_px)
+            assert settings["epsilon"] == preset.epsilon
+            assert settings["centroid_px"] == SETTINGS.centroid_px
+            assert settings["first_index"] == (FRESH if split == "test" else 0)
+    service = committed("demo-model-over-service.json")
+    assert set(service) == {"test/sliding", "test/centroid"}
+    reference = committed("demo-model-2000.json")["test"]
+    for made in service.values():
+        assert made["weights"] == digest
+        assert made["reference"]["made_by"] == reference["made_by"]
+        assert made["questions"] == 2000
+
+
+def test_committed_summaries_follow_from_the_questions() -> None:
+    """Accuracies, AUROC and the gain at half, from each question's answers and entropy."""
+    for name in ("demo-model.json", "demo-model-2000.json", "demo-model-harder.json"):
+        for made in committed(name).values():
+            marks = made["right_by_question"]
+            right = {w: np.array([m == "1" for m in row], float) for w, row in marks.items()}
+            for which, share in made["accuracy"].items():
+                assert right[which].mean() == pytest.approx(share, abs=1e-4)
+            bits = np.array(made["min_entropy_by_question"])
+            value = auroc(bits, right["first"] == 0)
+            assert value == pytest.approx(made["auroc"]["min_entropy/full"], abs=1e-3)
+            gains = report.gains_of(right["first"], right["own"], bits)
+            half = gains[len(bits) // 2] / gains[-1]
+            assert half == pytest.approx(made["trade_off"]["gain_at_half"], abs=5e-3)
+
+
+def test_the_card_is_what_its_command_writes() -> None:
+    assert (FOLDER / "README.md").read_text() == card.text()
