@@ -255,7 +255,9 @@ async def test_the_generic_row_is_computed_once_for_all_questions_on_a_view(
     generic = np.random.default_rng(3).random(CELLS, np.float32) + 0.1
     for got, first in zip(maps, firsts, strict=True):
         assert first.row is not None
-        np.testing.assert_allclose(got.map.ravel(), first.row / (generic + 0.005), rtol=1e-5)
+        np.testing.assert_allclose(
+            got.map.ravel(), first.row / (generic + backend._preset.epsilon), rtol=1e-5
+        )
     assert [bool(one.prefilled_tokens) for one in (*maps, again)] == [True, False, False]
     assert view.nbytes > bare
 
