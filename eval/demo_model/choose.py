@@ -7,8 +7,10 @@ Validation scenes only, and none that an evaluation reads (their indices start a
   points and a few to spare. The rest is chosen on texts drawn with that p;
 * the constant in the denominator of the relative map: the one of ``EPSILONS`` whose box of the
   region search holds the text most often; on ties the smallest;
-* the base side of the region search and the side of the centroid placement's square: those of
-  ``SIDES_PX`` with the most right answers after the second pass; on ties the smallest.
+* the base side of the region search, of ``SIDES_PX``, likewise;
+* the side of the centroid placement's square: the one of ``SIDES_PX`` with the most right answers
+  after the second pass; on ties the smallest. (Right answers differ by less than chance between
+  neighbouring sides, for either placement.)
 
 The attention layer is chosen by the validation run of `eval.demo_model.evaluate`.
 """
@@ -162,7 +164,7 @@ def choose(settings: Settings, folder: Path, workers: int) -> dict[str, Any]:
         right = {s: sum(t.right[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
         held = {s: sum(t.holds[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
         sides[name] = {
-            "chosen_px": best(right),
+            "chosen_px": best(held if placement is Placement.SLIDING else right),
             "right_by_side_px": {str(side): count for side, count in right.items()},
             "holds_text_by_side_px": {str(side): count for side, count in held.items()},
         }

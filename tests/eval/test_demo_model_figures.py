@@ -196,8 +196,9 @@ def test_the_choices_follow_from_their_counts() -> None:
     assert choose.easiest(by_power) == chosen["text_height_power"]
     by_epsilon = {float(e): count for e, count in chosen["holds_text_by_epsilon"].items()}
     assert choose.best(by_epsilon) == chosen["epsilon"]
-    for made in chosen["sides"].values():
-        by_side = {int(side): count for side, count in made["right_by_side_px"].items()}
+    for name, by in (("sliding", "holds_text_by_side_px"), ("centroid", "right_by_side_px")):
+        made = chosen["sides"][name]
+        by_side = {int(side): count for side, count in made[by].items()}
         assert choose.best(by_side) == made["chosen_px"]
 
 
