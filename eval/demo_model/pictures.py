@@ -172,8 +172,9 @@ def main() -> None:
         "how_picked": (
             f"Scenes of the test split with at least four signs, in order from index "
             f"{_FIRST_INDEX}; for each role in turn the first question that plays it with the "
-            "demo checkpoint is taken. 'sure': answered well below the threshold and right. 'asks': "
-            f"well above the threshold and wrong at first, right after the model's own region."
+            "demo checkpoint is taken. 'sure': answered well below the threshold and right. "
+            "'asks': well above the threshold and wrong at first, right after the model's own "
+            "region."
         ),
         "eta_bits": options.eta,
         "pictures": [asdict(item) for item in picked],
