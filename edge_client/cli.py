@@ -91,7 +91,8 @@ class Commands(TyperGroup):
         except ModuleNotFoundError as error:
             raise _incomplete(name, error) from error
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(name, epilog=EXIT_CODES_HELP)(function)
+        settings = getattr(function, "context_settings", None)  # how it wants its line read
+        app.command(name, epilog=EXIT_CODES_HELP, context_settings=settings)(function)
         return name, typer.main.get_command(app), rest
 
     def invoke(self, ctx: Any) -> Any:

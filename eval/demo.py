@@ -20,7 +20,7 @@ from edge_client import show
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from server_plugin.cli import engine_of
+from server_plugin.assembly import engine_of
 from server_plugin.models import open_model
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig

@@ -11,18 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from server_plugin.backend import Backend
-from server_plugin.engine import Engine
-from server_plugin.presets import Preset
+from server_plugin.assembly import engine_of
 from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
-from vlm_collab.geometry import Size
 from vlm_collab.images import Codec
-from vlm_collab.policy import Policy, policy_from_config
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -30,6 +27,13 @@ def serve(
             "with the package, `fake` a scripted one without torch."
         ),
     ] = "demo",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="transformers or vllm. With vllm, this starts vLLM's own server with the same "
+            "service in it, and any option that is not listed here is vLLM's."
+        ),
+    ] = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
         DEFAULT_PORT
@@ -107,16 +111,28 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
     view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
     region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            help="debug, info, warning (the default) or error; with vLLM, its own by default."
+        ),
+    ] = None,
     json_output: Annotated[
         bool,
         typer.Option("--json", help="One JSON line when ready, and JSON lines as logs."),
     ] = False,
 ) -> None:
     """Start the two-stage service (needs the `server` extra)."""
-    if log_level not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"log level {log_level!r} is unknown; known: debug, info, warning, error")
-    logs.configure(log_level, json_lines=json_output)
+    levels = ("debug", "info", "warning", "error")
+    if log_level not in (None, *levels):
+        raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(levels)}")
+    limits: dict[str, Any] = {
+        "max_connections": max_connections,
+        "max_questions": max_questions,
+        "max_queue": max_queue,
+        "max_view_bytes": view_memory_mb * 2**20,
+        "region_deadline_s": region_deadline_s,
+    }
     config = ServiceConfig(
         host=host,
         port=port,
@@ -126,42 +142,76 @@ def serve(
         tls_key=tls_key,
         origins=frozenset(origin or ()),
         region_quality=90 if quality is None else quality,
-        limits=ServiceLimits(
-            max_connections=max_connections,
-            max_questions=max_questions,
-            max_queue=max_queue,
-            max_view_bytes=view_memory_mb * 2**20,
-            region_deadline_s=region_deadline_s,
-        ),
+        limits=ServiceLimits(**limits),
     )
+    overrides = {
+        "prompt": prompt,
+        "view_px": view_px,
+        "layer": layer,
+        "base_px": base_px,
+        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "epsilon": epsilon,
+        "placement": placement,
+        "metric": metric,
+        "aggregate": aggregate,
+        "eta": eta,
+        "k": k,
+        "max_new_tokens": max_new_tokens,
+    }
+    policy_options = {"rate": rate, "seed": seed}
+    if model.startswith("-"):
+        raise ConfigError(f"no such option: {model}; vLLM's options stand behind the model")
+    if backend == "vllm":
+        if device != "auto":
+            raise ConfigError("vLLM chooses its devices itself; leave out --device")
+        if json_output:
+            raise ConfigError("--json is not for --backend vllm, whose logs are vLLM's own")
+        from server_plugin.vllm.serve import become, invocation
+
+        started = invocation(
+            model,
+            config,
+            overrides=overrides,
+            options={
+                "policy": policy,
+                "policy_options": policy_options,
+                "origins": sorted(config.origins),
+                "provisional": provisional,
+                "quality": quality,
+                "limits": limits,
+            },
+            dtype=dtype,
+            batch=batch,
+            log_level=log_level,
+            further=context.args,
+        )
+        address = f"[{host}]" if ":" in host else host
+        print(f"vlm-collab: starting vLLM; clients connect to {config.scheme}://{address}:{port}")
+        become(started)
+    if backend != "transformers":
+        raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
+    if context.args:
+        raise ConfigError(f"no such option: {context.args[0]} (see vlm-collab serve --help)")
+    logs.configure(log_level or "warning", json_lines=json_output)
     asyncio.run(
         _serve(
             model,
             config,
             policy=policy,
-            policy_options={"rate": rate, "seed": seed},
-            model_options={
-                "device": device,
-                "dtype": dtype,
-                "prompt": prompt,
-                "view_px": view_px,
-                "layer": layer,
-                "base_px": base_px,
-                "ratios": None if ratios is None else _numbers("--ratios", ratios),
-                "epsilon": epsilon,
-                "placement": placement,
-                "metric": metric,
-                "aggregate": aggregate,
-                "eta": eta,
-                "k": k,
-                "max_new_tokens": max_new_tokens,
-                "batch": batch,
-            },
+            policy_options=policy_options,
+            model_options={"device": device, "dtype": dtype, "batch": batch, **overrides},
             provisional=provisional,
             quality=quality,
             json_output=json_output,
         )
     )
+
+
+# Options that are not ours are vLLM's; without it, they are refused above.
+serve.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -208,40 +258,3 @@ async def _serve(
         await backend.close()
     finally:
         sock.close()
-
-
-def engine_of(
-    backend: Backend,
-    preset: Preset,
-    policy: str | None,
-    policy_options: dict[str, Any],
-    *,
-    provisional: bool = False,
-) -> Engine:
-    """The engine that a preset describes.
-
-    Args:
-        policy: name of another policy than the preset's threshold: always, never or random.
-        policy_options: what that policy takes; None values are left out.
-        provisional: see `Engine`.
-
-    Raises:
-        ConfigError: an unknown policy, or an option that it does not take.
-    """
-    given = {key: value for key, value in policy_options.items() if value is not None}
-    chosen: Policy = preset.policy()
-    if policy not in (None, "threshold"):
-        fields = {"metric": preset.metric.value, "aggregate": preset.aggregate.value}
-        chosen = policy_from_config({"kind": policy, "k": preset.k, **fields, **given})
-    elif given:
-        raise ConfigError(f"--{next(iter(given))} needs --policy random")
-    side = preset.local_view_px
-    return Engine(
-        backend=backend,
-        policy=chosen,
-        ratios=preset.ratios,
-        placement=preset.placement,
-        max_new_tokens=preset.max_new_tokens,
-        local_view=None if side is None else Size(side, side),
-        provisional=provisional,
-    )

@@ -6,8 +6,9 @@ This module imports neither torch nor transformers; the backend that is asked fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from server_plugin.backend import Backend
 from server_plugin.presets import (
@@ -22,6 +23,9 @@ from vlm_collab.policy import Aggregate
 
 DEMO_MODEL = "demo"
 FAKE_MODEL = "fake"
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+"""Names of the model runtimes."""
 
 
 def demo_folder() -> Path:
@@ -48,6 +52,7 @@ def open_model(
     k: int | None = None,
     max_new_tokens: int | None = None,
     batch: int | None = None,
+    backend: str = TRANSFORMERS,
 ) -> tuple[Backend, Preset]:
     """Open a model. Blocks while it loads; a hub name may be downloaded.
 
@@ -57,12 +62,14 @@ def open_model(
         preset: a preset, the name of one in `configs/models/`, or the path of a YAML file. By
             default the one whose globs match `name`, else the default one of the family.
         device: a torch device, or "auto": CUDA where there is one, else the CPU.
-        dtype: a torch floating point type, or "auto": bfloat16 on CUDA, else float32.
+        dtype: a torch floating point type, or "auto": float32 on the CPU; on CUDA bfloat16, and
+            with vLLM the checkpoint's own.
         prompt: name of another template of the preset, such as "vicrop".
         layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
             max_new_tokens: replace the fields of the preset that have these names; None leaves
             them.
         batch: most questions that run together; None: a small number that suits the device.
+        backend: "transformers" or "vllm".
 
     Returns:
         The backend, and the preset with all replacements, which policy and engine are made of.
@@ -72,40 +79,63 @@ def open_model(
         ConfigError: there is no such preset, an option has an impossible value, or the server's
             packages are not installed.
     """
-    chosen = _chosen_preset(name, preset).with_overrides(
-        prompt=prompt,
-        layer=layer,
-        ratios=None if ratios is None else list(ratios),
-        base_px=base_px,
-        view_px=view_px,
-        epsilon=epsilon,
-        placement=placement,
-        metric=metric,
-        aggregate=aggregate,
-        eta=eta,
-        k=k,
-        max_new_tokens=max_new_tokens,
-    )
-    if epsilon is not None and not math.isfinite(epsilon):
-        raise ConfigError(f"model option: epsilon must be a finite number, not {epsilon}")
-    if k is not None and chosen.aggregate is not Aggregate.FIRST_K:
-        raise ConfigError(f"model option: k needs the aggregate first_k, not {chosen.aggregate}")
+    if backend not in (TRANSFORMERS, VLLM):
+        raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
+    if backend == VLLM and device != "auto":
+        raise ConfigError(f"vLLM chooses its devices itself; it takes no device {device!r}")
+    overrides = {
+        "prompt": prompt,
+        "layer": layer,
+        "ratios": None if ratios is None else list(ratios),
+        "base_px": base_px,
+        "view_px": view_px,
+        "epsilon": epsilon,
+        "placement": placement,
+        "metric": metric,
+        "aggregate": aggregate,
+        "eta": eta,
+        "k": k,
+        "max_new_tokens": max_new_tokens,
+    }
+    chosen = with_options(preset_of(name, preset), overrides)
     if name == FAKE_MODEL:
         from server_plugin.backends.fake import FakeBackend
 
-        backend = FakeBackend.demo()
-        if view_px not in (None, side := backend.info.view.width):
+        fake = FakeBackend.demo()
+        if view_px not in (None, side := fake.info.view.width):
             raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
-        return backend, chosen
-    source = _checkpoint(name)
+        return fake, chosen
+    source = checkpoint_of(name)
+    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
+    if backend == VLLM:
+        from server_plugin.vllm.serve import require_vllm
+
+        require_vllm()
+        _require_server_packages()
+        from server_plugin.vllm.model import open_vllm_model
+
+        return open_vllm_model(source, chosen, dtype=dtype, name=shown, batch=batch), chosen
     _require_server_packages()
     from server_plugin.backends.transformers_backend import TransformersBackend
 
-    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     loaded = TransformersBackend.load(
         source, chosen, device=device, dtype=dtype, name=shown, batch=batch
     )
     return loaded, chosen
+
+
+def with_options(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
+    """A preset with what a user set instead of some of its fields.
+
+    Raises:
+        ConfigError: an unknown field, or a value that it does not take or that has no effect.
+    """
+    chosen = preset.with_overrides(**overrides)
+    if not math.isfinite(chosen.epsilon):
+        raise ConfigError(f"model option: epsilon must be a finite number, not {chosen.epsilon}")
+    if overrides.get("k") is not None and chosen.aggregate is not Aggregate.FIRST_K:
+        raise ConfigError(f"model option: k needs the aggregate first_k, not {chosen.aggregate}")
+    return chosen
 
 
 def checkpoint_and_preset(name: str) -> tuple[str, Preset]:
@@ -121,10 +151,15 @@ def checkpoint_and_preset(name: str) -> tuple[str, Preset]:
     if name == FAKE_MODEL:
         raise ConfigError("the fake model has no checkpoint")
     _require_server_packages()
-    return _checkpoint(name), _chosen_preset(name, None)
+    return checkpoint_of(name), preset_of(name)
 
 
-def _checkpoint(name: str | None) -> str:
+def checkpoint_of(name: str | None) -> str:
+    """The local folder or hub name behind a model's name.
+
+    Raises:
+        ModelError: the demo model is not installed.
+    """
     if name not in (None, DEMO_MODEL):
         return name
     if not (demo_folder() / "config.json").is_file():
@@ -135,7 +170,12 @@ def _checkpoint(name: str | None) -> str:
     return str(demo_folder())
 
 
-def _chosen_preset(name: str | None, preset: str | Preset | None) -> Preset:
+def preset_of(name: str | None, preset: str | Preset | None = None) -> Preset:
+    """The preset for a model; see `open_model` for the arguments.
+
+    Raises:
+        ModelError, ConfigError: as `open_model`.
+    """
     if isinstance(preset, Preset):
         return preset
     if preset is not None:

@@ -30,7 +30,7 @@ from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
 from eval.demo_model.workers import chunks
-from server_plugin.cli import engine_of
+from server_plugin.assembly import engine_of
 from server_plugin.models import open_model
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig

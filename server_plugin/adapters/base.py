@@ -123,6 +123,14 @@ class Adapter(ABC):
             the visual tokens, `(visual_tokens, hidden)`.
         """
 
+    @abstractmethod
+    def fitted(self, picture: Image) -> Image:
+        """A picture in a shape of which the checkpoint's image processor loses nothing.
+
+        Args:
+            picture: RGB, any size; the global view itself comes back as it is.
+        """
+
     def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
         """Visual tokens of a picture in a prompt with this question.
 

@@ -105,7 +105,7 @@ class InstructBlipAdapter(Adapter):
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
         """The vision tower's last hidden states, class token first: `(1 + cells, width)` each."""
         pixels: Tensor = self.processor.image_processor(
-            images=[self._fitted(picture) for picture in pictures], return_tensors="pt"
+            images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
         features = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype))
         return list(features.last_hidden_state)
@@ -128,7 +128,7 @@ class InstructBlipAdapter(Adapter):
         queries = hidden[0, : self.layout.visual_tokens]
         return VisualTokens(self.model.language_projection(queries), capture.take()[:, 1:])
 
-    def _fitted(self, picture: Image) -> Image:
+    def fitted(self, picture: Image) -> Image:
         """Bring a picture to the view's shape, except by stretching: the processor does that."""
         view = self.layout.view
         if picture.size == view or self.preset.fit is Fit.STRETCH:

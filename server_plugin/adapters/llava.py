@@ -77,7 +77,7 @@ class LlavaAdapter(Adapter):
 
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
         pixels: Tensor = self.processor.image_processor(
-            images=[self._fitted(picture) for picture in pictures], return_tensors="pt"
+            images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
         # (pictures, 3, height, width) -> a sequence of (visual_tokens, hidden)
         features = self.model.get_image_features(
@@ -90,7 +90,7 @@ class LlavaAdapter(Adapter):
         cells = self.layout.grid.rows * self.layout.grid.columns
         return row[len(row) - cells :]
 
-    def _fitted(self, picture: Image) -> Image:
+    def fitted(self, picture: Image) -> Image:
         """Bring a picture to the view's shape where the checkpoint's own processor would not.
 
         The hub's processor crops the centre out of whatever is not square. That is the `crop`

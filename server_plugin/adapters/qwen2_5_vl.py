@@ -98,7 +98,7 @@ class Qwen25VLAdapter(Adapter):
 
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
         inputs = self.processor.image_processor(
-            images=[self._fitted(picture) for picture in pictures],
+            images=[self.fitted(picture) for picture in pictures],
             # By itself it would choose a size for each picture, within limits of its own.
             do_resize=False,
             return_tensors="pt",
@@ -131,7 +131,7 @@ class Qwen25VLAdapter(Adapter):
             ] + (place.start - number * skipped)
         return positions[:, None]
 
-    def _fitted(self, picture: Image) -> Image:
+    def fitted(self, picture: Image) -> Image:
         view = self.layout.view
         if picture.size == view:
             return picture

@@ -196,7 +196,7 @@ class VllmBackend:
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        pictures = [_picture_of(view), self._picture(_fitted(self._adapter, region))]
+        pictures = [_picture_of(view), self._picture(self._adapter.fitted(region))]
         return await self._answer(pictures, question, max_new_tokens, on_text=on_text)
 
     async def release(self, view: View) -> None:
@@ -364,12 +364,6 @@ def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
     if task is None or not task.done() or task.cancelled() or task.exception() is not None:
         return None
     return task.result()
-
-
-def _fitted(adapter: Any, picture: Image) -> Image:
-    """A local view in the shape that the family's own `see` would give its image processor."""
-    fitted: Image = adapter._fitted(picture)
-    return fitted
 
 
 def _picture_of(view: View) -> _Picture:

@@ -4,27 +4,38 @@ Registered as a `vllm.endpoint_plugins` entry point, which vLLM loads only if `V
 it. The service is the same as that of `vlm-collab serve`, over `VllmBackend`. All its routes are
 below `/v1`, so `--api-key` guards them, the WebSocket included.
 
-Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`.
+Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`;
+`vlm-collab serve --backend vllm` makes that of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import msgspec
 from starlette.routing import BaseRoute, Mount
 
-from server_plugin.cli import engine_of
-from server_plugin.models import checkpoint_and_preset
-from server_plugin.presets import Preset, preset_named
+from server_plugin.assembly import engine_of
+from server_plugin.models import preset_of, with_options
 from server_plugin.service.app import Service
-from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
+from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, is_loopback
 from server_plugin.vllm.model import vllm_backend
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
 
 log = logging.getLogger(__name__)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Those of `ServiceLimits` that can be set here; None leaves a default."""
+
+    max_connections: int | None = None
+    max_questions: int | None = None
+    max_queue: int | None = None
+    max_view_bytes: int | None = None
+    region_deadline_s: float | None = None
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +47,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         policy: threshold, always, never or random.
         policy_options: `rate` and `seed`, for the random policy.
         origins: origins of browser pages that may connect.
+        provisional: see `Engine`.
+        quality: asked of the edge for regions, 1 to 100; by default the preset's.
+        limits: see `Limits`.
     """
 
     preset: str | None = None
@@ -43,6 +57,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     policy: str | None = None
     policy_options: dict[str, Any] = {}
     origins: tuple[str, ...] = ()
+    provisional: bool = False
+    quality: int | None = None
+    limits: Limits = Limits()
 
 
 class CollabEndpoint:
@@ -67,21 +84,29 @@ class CollabEndpoint:
         """
         options = options_of(engine_client.vllm_config.additional_config)
         source = engine_client.vllm_config.model_config.model
-        preset = _preset(source, options)
+        preset = with_options(preset_of(source, options.preset), options.overrides)
         shown = (args.served_model_name or [source])[0]
         backend = vllm_backend(engine_client, source, preset, shown, owned=False)
         await backend.warm_up()
         host = args.host or "0.0.0.0"
-        if not args.api_key and not is_loopback(host):
+        keyless = not (args.api_key or os.environ.get("VLLM_API_KEY"))
+        if keyless and not is_loopback(host):
             log.warning("anyone who reaches %s can ask questions: no --api-key is set", host)
         service = Service(
-            engine_of(backend, preset, options.policy, options.policy_options),
+            engine_of(
+                backend,
+                preset,
+                options.policy,
+                options.policy_options,
+                provisional=options.provisional,
+            ),
             ServiceConfig(
                 # vLLM's own middleware asks for the key.
                 allow_anonymous=True,
                 origins=frozenset(options.origins),
                 region_codec=Codec[preset.codec.upper()],
-                region_quality=preset.quality,
+                region_quality=preset.quality if options.quality is None else options.quality,
+                limits=ServiceLimits(**_given(options.limits)),
             ),
         )
         self._app.router.routes.extend(routes_of(service))
@@ -107,8 +132,7 @@ def options_of(additional_config: Any) -> Options:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
 
 
-def _preset(source: str, options: Options) -> Preset:
-    preset = (
-        checkpoint_and_preset(source)[1] if options.preset is None else preset_named(options.preset)
-    )
-    return preset.with_overrides(**options.overrides)
+def _given(limits: Limits) -> dict[str, Any]:
+    return {
+        name: value for name, value in msgspec.structs.asdict(limits).items() if value is not None
+    }

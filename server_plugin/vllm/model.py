@@ -43,7 +43,7 @@ def open_vllm_model(
     Args:
         name_or_folder: hub name, or local folder.
         preset: how the model is used; its family must be the checkpoint's.
-        dtype: a torch floating point type; "auto" is bfloat16, on the CPU float32.
+        dtype: a torch floating point type; "auto" is float32 on the CPU, else the checkpoint's.
         name: what clients see; by default the hub name, or the folder's last part.
         batch: most requests that run together; None: vLLM's own choice.
         engine: arguments of vLLM's `AsyncEngineArgs`, which take precedence over those made
@@ -62,29 +62,13 @@ def open_vllm_model(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise ConfigError(
             f"the vLLM backend needs the package {error.name!r}; install it with "
             "`pip install 'vlm-collab[vllm]'`"
         ) from error
-    if dtype == "auto":
-        dtype = "float32" if current_platform.is_cpu() else "bfloat16"
-    options: dict[str, Any] = {
-        "model": source,
-        "dtype": dtype,
-        "limit_mm_per_prompt": {"image": 2},
-        "max_logprobs": -1 if preset.metric is Metric.ENTROPY else 20,
-        # Full CUDA graphs would run past the capture.
-        "compilation_config": {"cudagraph_mode": "PIECEWISE"},
-    }
-    if current_platform.is_cpu():
-        # Blocks there are of 128 tokens if one may choose, more than some views have; only whole
-        # blocks are shared.
-        options["block_size"] = 32
-    if batch is not None:
-        options["max_num_seqs"] = batch
+    options = {"model": source, **engine_options(preset, dtype, batch)}
     try:
         started = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**options, **(engine or {})}))
     except Exception as error:
@@ -95,6 +79,34 @@ def open_vllm_model(
     except BaseException:
         started.shutdown()
         raise
+
+
+def engine_options(preset: Preset, dtype: str = "auto", batch: int | None = None) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs` that a preset needs on this machine.
+
+    Args:
+        dtype, batch: as `open_vllm_model`.
+    """
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {
+        "limit_mm_per_prompt": {"image": 2},
+        # Full CUDA graphs would run past the capture.
+        "compilation_config": {"cudagraph_mode": "PIECEWISE"},
+    }
+    if preset.metric is Metric.ENTROPY:
+        options["max_logprobs"] = -1
+    if current_platform.is_cpu():
+        # Blocks there are of 128 tokens if one may choose, more than some views have; only whole
+        # blocks are shared.
+        options["block_size"] = 32
+    if dtype != "auto":
+        options["dtype"] = dtype
+    elif current_platform.is_cpu():
+        options["dtype"] = "float32"
+    if batch is not None:
+        options["max_num_seqs"] = batch
+    return options
 
 
 def vllm_backend(

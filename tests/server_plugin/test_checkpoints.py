@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 import server_plugin.models
 from edge_client import EdgeClient, Picture
 from server_plugin.adapters import checkpoint as checkpoint_module
+from server_plugin.assembly import engine_of
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.cli import engine_of
 from server_plugin.models import open_model
 from server_plugin.presets import preset_named
 from server_plugin.service.app import Service

@@ -7,15 +7,20 @@ import os
 import signal
 import socket
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 
 from edge_client.picture import Picture
 from edge_client.sync import Client
+from server_plugin.models import open_model
 from tests.support.process import SERVE, serving
-from vlm_collab.errors import AuthenticationError
+from tests.support.tiny_llava import rename_family, save_tiny_llava
+from vlm_collab.errors import AuthenticationError, ConfigError
 from vlm_collab.images import Codec, encode
 from vlm_collab.messages import CUT_MARK
+
+VLLM = ("demo", "--backend", "vllm")
 
 
 def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
@@ -145,19 +150,39 @@ def test_a_port_in_use():
         (("fake", "--quality", "0"), "quality"),
         (("fake", "--max-queue", "0"), "max_queue"),
         (("fake", "--log-level", "loud"), "loud"),
-        (
-            (
-                "fake",
-                "--no-such-option",
-            ),
-            "--no-such-option",
-        ),
+        (("fake", "--no-such-option"), "--no-such-option"),
+        (("--no-such-option", "fake"), "--no-such-option"),
+        (("fake", "another"), "another"),
+        (("fake", "--backend", "torch"), "no backend 'torch'"),
+        ((*VLLM,), "vLLM takes no port 0"),
+        (("fake", "--backend", "vllm", "--port", "1"), "without vLLM"),
+        ((*VLLM, "--port", "1", "--device", "cpu"), "leave out --device"),
+        ((*VLLM, "--port", "1", "--host", "0.0.0.0"), "without a token"),
+        ((*VLLM, "--port", "1", "--enforce-eager", "--additional-config={}"), "KEY VALUE"),
     ],
 )
 def test_wrong_use_gets_one_clear_line(arguments, words):
     code, line = refused("--port", "0", *arguments)
     assert code in (1, 2)
     assert words in line
+
+
+def test_vllm_is_named_where_it_is_missing():
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    code, line = refused(*VLLM, "--port", "1", "--max-model-len", "512", "--enforce-eager")
+    assert code == 2
+    assert "pip install 'vlm-collab[vllm]'" in line
+    with pytest.raises(ConfigError, match=r"pip install 'vlm-collab\[vllm\]'"):
+        open_model(backend="vllm")
+
+
+def test_instructblip_is_sent_to_the_other_backend(tmp_path):
+    folder = save_tiny_llava(tmp_path / "instructblip-vicuna-7b")
+    rename_family(folder, "instructblip")
+    code, line = refused(str(folder), "--backend", "vllm", "--port", "1")
+    assert code == 2
+    assert "does not serve instructblip; use --backend transformers" in line
 
 
 def test_wrong_use_with_json_gets_an_object():

@@ -407,7 +407,7 @@ async def test_a_region_keeps_all_its_parts_but_under_the_crop_fit(
     for fit, whites in (("stretch", 2), ("pad", 2), ("crop", 0)):
         preset = preset_of("hub").with_overrides(fit=fit)
         adapter = adapter_of(TransformersBackend.load(str(folders["hub"]), preset))
-        shown = adapter._fitted(region)
+        shown = adapter.fitted(region)
         assert shown.size == (region.size if fit == "stretch" else (224, 224))
         middle = np.asarray(shown.convert("L").resize((224, 224)))[112]
         assert np.diff((middle > 200).astype(int), prepend=0, append=0).clip(0).sum() == whites

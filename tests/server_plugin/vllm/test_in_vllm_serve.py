@@ -18,7 +18,7 @@ import pytest
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from eval.scenes import generate_scene, questions, render
-from server_plugin.cli import engine_of
+from server_plugin.assembly import engine_of
 from server_plugin.models import demo_folder, open_model
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig

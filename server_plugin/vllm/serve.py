@@ -1,0 +1,146 @@
+"""`vlm-collab serve --backend vllm`: vLLM's own server, started with this package's plugin in it.
+
+What the command's options say is checked here and handed on as vLLM's options; every other option
+is vLLM's. What can be refused without vLLM is refused before it is looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from server_plugin.assembly import policy_of
+from server_plugin.models import DEMO_MODEL, FAKE_MODEL, checkpoint_of, preset_of, with_options
+from server_plugin.service.config import ServiceConfig
+from vlm_collab.errors import ConfigError
+
+PLUGIN = "vlm_collab"
+"""What both entry points are called, and our options in vLLM's `--additional-config`."""
+
+# Loaded by default, but not once VLLM_PLUGINS names any plugin.
+_DEFAULT_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """How vLLM's server is started.
+
+    Attributes:
+        arguments: of `vllm serve`.
+        environment: variables to set, besides those that there are.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def require_vllm() -> None:
+    """Refuse to go on without vLLM.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
+        raise ConfigError(
+            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
+        )
+
+
+def invocation(
+    model: str,
+    config: ServiceConfig,
+    *,
+    overrides: Mapping[str, Any],
+    options: Mapping[str, Any],
+    dtype: str = "auto",
+    batch: int | None = None,
+    log_level: str | None = None,
+    further: Sequence[str] = (),
+) -> Invocation:
+    """Translate the command's options to vLLM's. Reads the checkpoint's small files.
+
+    Args:
+        model: hub name, local folder, or "demo".
+        config: where to listen, and whom to let in; checked when it was made.
+        overrides: fields of the preset by name; None leaves a field.
+        options: what else `server_plugin.vllm.endpoint.Options` takes.
+        dtype, batch: see `server_plugin.vllm.model.engine_options`.
+        log_level: of vLLM's processes; None: vLLM's own choice.
+        further: options of vLLM; they win over those made here.
+
+    Raises:
+        ModelError: the checkpoint is missing, or of a family without an adapter.
+        ConfigError: vLLM is not installed, an option has an impossible value, or the model is
+            none that vLLM serves.
+    """
+    if model == FAKE_MODEL:
+        raise ConfigError("the fake model runs without vLLM; leave out --backend vllm")
+    if config.port == 0:
+        raise ConfigError("vLLM takes no port 0; name a free one with --port")
+    if any(option.split("=")[0] in _ADDITIONAL_CONFIG for option in further):
+        raise ConfigError(
+            "--additional-config holds this command's options; write yours as "
+            "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
+        )
+    from server_plugin.adapters.checkpoint import local_or_hub
+    from server_plugin.vllm.model import check, engine_options
+
+    source = local_or_hub(checkpoint_of(model))
+    preset = with_options(preset_of(model), overrides)
+    check(source, preset, model)
+    policy_of(preset, options.get("policy"), options.get("policy_options", {}))
+    require_vllm()
+    given = {name: value for name, value in overrides.items() if value is not None}
+    ours: dict[str, Any] = {**options, "overrides": given}
+    if model == DEMO_MODEL:
+        ours["preset"] = DEMO_MODEL
+    arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
+    for name, value in engine_options(preset, dtype, batch).items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        arguments += [f"--{name.replace('_', '-')}", text]
+    if model == DEMO_MODEL:
+        arguments += ["--served-model-name", DEMO_MODEL]
+    for name, file in (("certfile", config.tls_cert), ("keyfile", config.tls_key)):
+        if file is not None:
+            arguments += [f"--ssl-{name}", str(file)]
+    arguments += [*further, f"--additional-config.{PLUGIN}", json.dumps(ours)]
+    environment = {"VLLM_PLUGINS": ",".join(sorted(_plugins()))}
+    if config.token is not None:
+        # Not on the command line, which every user of the machine can read.
+        environment["VLLM_API_KEY"] = config.token
+    if log_level is not None:
+        environment["VLLM_LOGGING_LEVEL"] = log_level.upper()
+    return Invocation(arguments=tuple(arguments), environment=environment)
+
+
+def become(invocation: Invocation) -> NoReturn:
+    """Turn this process into vLLM's server: signals and exit code are its own from here on."""
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *invocation.arguments]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command, {**os.environ, **invocation.environment})
+
+
+_ADDITIONAL_CONFIG = ("--additional-config", "--additional_config")
+
+
+def _plugins() -> set[str]:
+    """Plugins that vLLM shall load: those that it would anyway, and this one."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        return {*filter(None, named.split(",")), PLUGIN}
+    return {PLUGIN} | {
+        point.name for group in _DEFAULT_GROUPS for point in entry_points(group=group)
+    }

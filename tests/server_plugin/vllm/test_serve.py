@@ -1,0 +1,123 @@
+"""`vlm-collab serve --backend vllm` up to the moment in which vLLM takes over."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server_plugin.models import demo_folder
+from server_plugin.service.config import ServiceConfig
+from server_plugin.vllm import serve
+from server_plugin.vllm.endpoint import options_of
+from vlm_collab.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The one name that is asked of vLLM: what it runs on."""
+    platform = SimpleNamespace(is_cpu=lambda: True)
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = platform  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr(serve, "require_vllm", lambda: None)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return platform
+
+
+def made(
+    config: ServiceConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> serve.Invocation:
+    return serve.invocation(
+        "demo",
+        config or ServiceConfig(),
+        overrides=overrides or {},
+        options=options or {},
+        **others,
+    )
+
+
+def value(arguments: tuple[str, ...], option: str) -> str:
+    """What vLLM's parser would take: the last one."""
+    return arguments[len(arguments) - arguments[::-1].index(option)]
+
+
+def test_every_option_has_its_place_among_vllm_s() -> None:
+    config = ServiceConfig(
+        host="::1", port=7, token="t", tls_cert=(file := Path(__file__)), tls_key=file
+    )
+    started = made(
+        config,
+        {"eta": 0.25, "layer": None, "metric": "entropy"},
+        {"policy": "random", "policy_options": {"rate": 0.5, "seed": None}, "quality": 80},
+        dtype="bfloat16",
+        batch=9,
+        log_level="error",
+        further=["--max-model-len", "512", "--dtype=float16"],
+    )
+    given = started.arguments
+    assert given[:2] == ("serve", str(demo_folder()))
+    assert (value(given, "--host"), value(given, "--port")) == ("::1", "7")
+    assert value(given, "--ssl-certfile") == value(given, "--ssl-keyfile") == __file__
+    assert value(given, "--max-num-seqs") == "9"
+    assert value(given, "--max-logprobs") == "-1"
+    assert value(given, "--served-model-name") == "demo"
+    assert value(given, "--dtype") == "bfloat16"
+    assert given.index("--dtype=float16") > given.index("--dtype"), "the user's come last"
+    assert json.loads(value(given, "--limit-mm-per-prompt")) == {"image": 2}
+    ours = json.loads(value(given, "--additional-config.vlm_collab"))
+    options = options_of({"vlm_collab": ours})
+    assert options.preset == "demo"
+    assert options.overrides == {"eta": 0.25, "metric": "entropy"}
+    assert (options.policy, options.quality) == ("random", 80)
+    assert "t" not in given, "any user of the machine can read the command line"
+    assert started.environment["VLLM_API_KEY"] == "t"
+    assert started.environment["VLLM_LOGGING_LEVEL"] == "ERROR"
+
+
+def test_what_is_not_given_is_vllm_s_choice(vllm: SimpleNamespace) -> None:
+    vllm.is_cpu = lambda: False
+    started = made()
+    assert value(started.arguments, "--host") == "127.0.0.1"
+    for option in ("--dtype", "--block-size", "--max-num-seqs", "--max-logprobs", "--ssl-certfile"):
+        assert option not in started.arguments
+    assert set(started.environment) == {"VLLM_PLUGINS"}
+    graphs = json.loads(value(started.arguments, "--compilation-config"))
+    assert graphs == {"cudagraph_mode": "PIECEWISE"}
+
+
+def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = SimpleNamespace(name="lora_resolver")
+    monkeypatch.setattr(
+        serve, "entry_points", lambda group: [point] if group == "vllm.general_plugins" else []
+    )
+    assert made().environment["VLLM_PLUGINS"] == "lora_resolver,vlm_collab"
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    assert made().environment["VLLM_PLUGINS"] == "mine,vlm_collab"
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert made().environment["VLLM_PLUGINS"] == "vlm_collab"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"overrides": {"layer": 99}}, "layer 99 does not exist"),
+        ({"overrides": {"k": 3}}, "k needs the aggregate first_k"),
+        ({"overrides": {"epsilon": float("inf")}}, "epsilon"),
+        ({"options": {"policy_options": {"rate": 0.5}}}, "--policy random"),
+        ({"options": {"policy": "sometimes"}}, "sometimes"),
+        ({"further": ["--additional_config", "{}"]}, "KEY VALUE"),
+    ],
+)
+def test_wrong_options_are_refused_before_vllm_starts(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        made(**given)
