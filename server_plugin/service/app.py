@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
@@ -20,10 +19,12 @@ from server_plugin.engine import Engine
 from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
 from server_plugin.service.connection import Connection
 from server_plugin.service.metrics import Metrics
+from server_plugin.service.page import page_routes
 from server_plugin.service.queue import ModelQueue
 from server_plugin.service.views import ViewStore
 from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.page import token_in
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Service:
             Route("/healthz", self._health),
             Route("/readyz", self._ready),
             Route("/metrics", self._metrics),
+            *page_routes(self._refusal),
         ]
 
     async def drain(self, grace_s: float | None = None) -> None:
@@ -128,42 +130,50 @@ class Service:
         finally:
             self._connections.discard(connection)
 
-    def _refusal(self, websocket: WebSocket) -> Response | None:
+    def _refusal(self, client: HTTPConnection) -> Response | None:
         """Why this client may not connect; None if it may."""
-        if not self._may_enter(websocket.headers):
+        if not self._may_enter(client):
             return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
-        if not self._origin_allowed(websocket):
-            return PlainTextResponse("this origin may not connect", 403)
-        if SUBPROTOCOL not in websocket.scope["subprotocols"]:
+        if not self._origin_allowed(client):
+            origin = client.headers["origin"]
+            return PlainTextResponse(
+                f"Pages at {origin} may not connect to this server, "
+                f"unless it is started with --origin {origin}.",
+                403,
+            )
+        if client.scope["type"] == "websocket" and SUBPROTOCOL not in _offered(client):
             return PlainTextResponse(f"the subprotocol is {SUBPROTOCOL}", 400)
         if self.draining or len(self._connections) >= self.config.limits.max_connections:
             return PlainTextResponse("no room for another connection", 503, {"Retry-After": "1"})
         return None
 
-    def _may_enter(self, headers: Headers) -> bool:
+    def _may_enter(self, client: HTTPConnection) -> bool:
+        """Whether a client has the token: as a header, or from a page as a subprotocol."""
         token = self.config.token
         if token is None:
             return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode(), token.encode()
-        )
+        scheme, _, given = client.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = token_in(_offered(client)) or ""
+        return hmac.compare_digest(given.strip().encode(), token.encode())
 
-    def _origin_allowed(self, websocket: WebSocket) -> bool:
+    def _origin_allowed(self, client: HTTPConnection) -> bool:
         """Browsers name the page that connects; other clients send no origin.
 
-        A page may connect if its origin is listed, or if it was served from loopback by this
-        server. Comparing with the Host header alone would let a page in whose name was re-bound
-        to this machine, so the name itself must be a loopback one.
+        A page may connect if its origin is listed, or if it was served by this server and either
+        came from loopback or brought the token. Comparing with the Host header alone would let
+        a page in whose name was re-bound to this machine, so the name itself must be a loopback
+        one; or the page must know the token, which no page of another origin does.
         """
-        origin = websocket.headers.get("origin")
+        origin = client.headers.get("origin")
         if origin is None or origin in self.config.origins:
             return True
         try:
             parts = urlsplit(origin)
         except ValueError:  # no origin at all, such as "http://["
             return False
-        return is_loopback(parts.hostname or "") and parts.netloc == websocket.headers.get("host")
+        own = parts.scheme in ("http", "https") and parts.netloc == client.headers.get("host")
+        return own and (self.config.token is not None or is_loopback(parts.hostname or ""))
 
     async def _health(self, _: Request) -> Response:
         """The process is alive."""
@@ -176,6 +186,12 @@ class Service:
         return JSONResponse(body, 503 if self.draining else 200)
 
     async def _metrics(self, request: Request) -> Response:
-        if not self._may_enter(request.headers):
+        if not self._may_enter(request):
             return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _offered(client: HTTPConnection) -> list[str]:
+    """The subprotocols that a client offers; a plain request offers none."""
+    offered: list[str] = client.scope.get("subprotocols", [])
+    return offered

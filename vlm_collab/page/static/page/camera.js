@@ -1,0 +1,45 @@
+// Taking a picture: with the phone's own camera program where there is one, since only that gives
+// the sensor's full resolution; elsewhere with the camera that the browser shows.
+
+import { $ } from "./dom.js";
+import { PictureError } from "./errors.js";
+
+const QUALITY = 0.95;
+const WISH = { video: { facingMode: "environment", width: { ideal: 4096 }, height: { ideal: 3072 } } };
+
+/** `native` for the phone's own program, `browser`, or null where there is no way to a camera. */
+export function cameraKind() {
+  if (matchMedia("(pointer: coarse)").matches && "capture" in HTMLInputElement.prototype) return "native";
+  return navigator.mediaDevices?.getUserMedia ? "browser" : null; // absent without TLS
+}
+
+export class Camera {
+  #stream = null;
+
+  /** Show the live picture. Throws `PictureError` where there is none. */
+  async open() {
+    try {
+      this.#stream = await navigator.mediaDevices.getUserMedia(WISH);
+    } catch (error) {
+      const refused = error.name === "NotAllowedError";
+      throw new PictureError(refused ? "The camera may not be used here." : "There is no camera that can be used.");
+    }
+    $("video").srcObject = this.#stream;
+  }
+
+  /** The picture as it is now, as a file. */
+  async shoot() {
+    const video = $("video");
+    const canvas = document.createElement("canvas");
+    canvas.width = video.videoWidth;
+    canvas.height = video.videoHeight;
+    if (canvas.width === 0) throw new PictureError("The camera shows nothing yet.");
+    canvas.getContext("2d").drawImage(video, 0, 0);
+    return new Promise((done) => canvas.toBlob(done, "image/jpeg", QUALITY));
+  }
+
+  close() {
+    for (const track of this.#stream?.getTracks() ?? []) track.stop();
+    $("video").srcObject = this.#stream = null;
+  }
+}

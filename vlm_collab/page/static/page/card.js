@@ -1,0 +1,165 @@
+// One question in the session's list: its texts as they grow, what was sent for it, and its end.
+
+import { announce, bytes, element, percent } from "./dom.js";
+import { Fallback, Stage } from "./messages.js";
+
+const WHY_FIRST = {
+  [Fallback.DECLINED]: "the region was not sent",
+  [Fallback.DEADLINE]: "the refined one did not come in time",
+  [Fallback.BAD_REGION]: "the server could not use the region",
+  [Fallback.OVERLOAD]: "the server had no room for a second look",
+  [Fallback.SERVER_FAILED]: "the server failed at the second look",
+  [Fallback.LINK_LOST]: "the connection was lost",
+};
+const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
+
+export class Card {
+  region = null;
+  #bytesUp = 0;
+  #ended = false;
+
+  /** `act` has what the buttons do: `select`, `stop` and `again`. */
+  constructor(question, picture, act) {
+    this.question = question;
+    this.picture = picture;
+    this.#make(act);
+  }
+
+  #make(act) {
+    this.title = element("button", { type: "button", className: "title", onclick: act.select }, this.question);
+    this.answer = element("p", { className: "answer growing" });
+    this.note = element("p", { className: "note" }, "Waiting for the server …");
+    this.first = element("dd");
+    this.firstRow = element("div", { hidden: true }, element("dt", {}, "First answer"), this.first);
+    this.place = element("dd");
+    this.placeRow = element("div", { hidden: true }, element("dt", {}, "Looked at"), this.place);
+    this.cost = element("dd", { className: "cost", data: { bytes: 0 } });
+    this.costRow = element("div", { hidden: true }, element("dt", {}, "Sent"), this.cost);
+    this.images = element("ul", { className: "images", ariaLabel: "Pictures that were sent" });
+    this.stop = element("button", { type: "button", onclick: act.stop }, "Stop");
+    this.again = element("button", { type: "button", onclick: act.again, hidden: true }, "Ask again");
+    this.node = element(
+      "li",
+      { className: "card", data: { state: "asking" } },
+      this.title,
+      this.answer,
+      this.note,
+      element("dl", { className: "steps" }, this.firstRow, this.placeRow, this.costRow),
+      this.images,
+      element("div", { className: "buttons" }, this.stop, this.again),
+    );
+  }
+
+  /** Whether this is the question whose region is on show. */
+  select(on) {
+    this.node.classList.toggle("selected", on);
+    if (on) this.title.setAttribute("aria-current", "true");
+    else this.title.removeAttribute("aria-current");
+  }
+
+  /** Take what `Asking` tells. */
+  take(event) {
+    if (this.#ended) return;
+    switch (event.kind) {
+      case "text":
+        this.answer.textContent = event.text;
+        this.note.textContent = event.stage === Stage.SECOND ? "Looking closer …" : "Answering …";
+        break;
+      case "region":
+        this.region = event;
+        this.#unsure(event);
+        break;
+      case "sent":
+        this.#sent(event);
+        break;
+      case "bytes":
+        this.#cost(event.up);
+        break;
+      case "again":
+        this.note.textContent = event.text;
+        break;
+    }
+  }
+
+  #unsure({ request, box }) {
+    this.answer.textContent = request.first;
+    this.note.textContent = box ? "Unsure: looking closer …" : "Unsure, but the region makes no sense.";
+    this.#firstAnswer(request.first, request.uncertaintyMicro);
+    if (box) {
+      const { width, height } = this.picture.size;
+      const size = `${box.right - box.left} × ${box.bottom - box.top} px`;
+      this.place.textContent = `${size} at (${box.left}, ${box.top}) of ${width} × ${height}`;
+      this.placeRow.hidden = false;
+    }
+    announce(`First answer: ${request.first}. The server is unsure and looks closer.`);
+  }
+
+  #firstAnswer(text, uncertaintyMicro) {
+    const unsure = element("span", { className: "uncertainty" }, uncertainty(uncertaintyMicro));
+    this.first.replaceChildren(text, " ", unsure);
+    this.firstRow.hidden = false;
+  }
+
+  #sent({ what, image, codec }) {
+    const picture = element("img", { alt: what === "view" ? "The small view" : "The region" });
+    const address = URL.createObjectURL(new Blob([image], { type: TYPES[codec] }));
+    const size = element("span", {}, `${what}, ${bytes(image.length)}`);
+    picture.onload = () => {
+      size.textContent = `${what} ${picture.naturalWidth} × ${picture.naturalHeight}, ${bytes(image.length)}`;
+      URL.revokeObjectURL(address);
+    };
+    picture.src = address;
+    this.images.append(element("li", { data: { what, bytes: image.length } }, picture, size));
+  }
+
+  #cost(up) {
+    this.#bytesUp = up;
+    const whole = this.picture.originalBytes;
+    this.cost.dataset.bytes = up;
+    const bar = element("meter", { min: 0, max: whole, value: Math.min(up, whole), ariaLabel: "Share of the whole picture" });
+    const text = `${bytes(up)}; the picture whole has ${bytes(whole)} (${percent(up / whole)})`;
+    this.cost.replaceChildren(element("span", {}, text), bar);
+    this.costRow.hidden = up === 0;
+  }
+
+  /** The question has its answer. */
+  answered(answer) {
+    const refined = answer.stage === Stage.SECOND;
+    this.#end(refined ? "refined" : answer.seen === null ? "sure" : "first");
+    this.answer.textContent = answer.text;
+    const sure = uncertainty(answer.uncertaintyMicro);
+    const seconds = `${(answer.elapsedMs / 1000).toFixed(1)} s`;
+    if (refined) {
+      this.note.textContent = `Refined after a closer look; ${sure}, ${seconds}`;
+    } else if (answer.seen === null) {
+      this.note.textContent = `Sure at first sight; ${sure}, ${seconds}`;
+    } else {
+      // An answer of the first pass can be longer than what came with the request.
+      this.#firstAnswer(answer.text, answer.uncertaintyMicro);
+      const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
+      this.note.textContent = `The first answer stands: ${why}.`;
+    }
+    announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text}. Sent ${bytes(this.#bytesUp)}.`);
+  }
+
+  /** The question has no answer, and `text` says why. */
+  failed(text) {
+    this.#end("failed");
+    this.note.textContent = text;
+    this.again.hidden = false;
+    announce(text);
+  }
+
+  #end(state) {
+    this.#ended = true;
+    this.node.dataset.state = state;
+    this.answer.classList.remove("growing");
+    // A focused button that vanishes would take the keyboard user's place along.
+    if (document.activeElement === this.stop) this.title.focus();
+    this.stop.hidden = true;
+  }
+}
+
+function uncertainty(micro) {
+  return `uncertainty ${(micro / 1e6).toFixed(3)}`;
+}

@@ -1,0 +1,391 @@
+// One connection and the questions that wait on it (`Link`), and keeping a connection to the
+// server that serves this page (`LinkKeeper`).
+
+import { CollabError, LostError, ProtocolError, ServerError } from "./errors.js";
+import { ErrorCode, SUBPROTOCOL, tokenSubprotocol, websocketBytes } from "./messages.js";
+import { EdgeSession } from "./session.js";
+
+const CLIENT_NAME = "vlm-collab page";
+const CONNECT_TIMEOUT_MS = 10_000;
+const ACCESS_TIMEOUT_MS = 5_000;
+const FIRST_PAUSE_MS = 200;
+const LONGEST_PAUSE_MS = 5_000;
+// A server answers or refuses within two minutes; one that is silent for longer is gone, though
+// its network may not have said so.
+const SILENCE_MS = 150_000;
+// With these a server says that what it read cannot be right; saying it again would not help.
+const FATAL_CLOSE = new Set([1002, 1003, 1007, 1008, 1009]);
+const PASSING_ERRORS = new Set([ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL]);
+
+/** Where this page's server takes WebSockets, and where its other addresses lie. */
+export function addresses(page) {
+  const base = new URL(".", page);
+  const endpoint = "/v1/collab";
+  const socket = new URL(base);
+  socket.protocol = base.protocol === "https:" ? "wss:" : "ws:";
+  socket.pathname = base.pathname.endsWith(`${endpoint}/`)
+    ? base.pathname.slice(0, -1)
+    : `${base.pathname.slice(0, -1)}${endpoint}`;
+  socket.search = socket.hash = "";
+  return { socket: socket.href, access: new URL("page/access", base).href };
+}
+
+/** One question on one link, up to its end there. */
+export class Exchange {
+  bytesUp = 0;
+  bytesDown = 0;
+  #link;
+  #events = [];
+  #taker = null;
+
+  constructor(link, id) {
+    this.#link = link;
+    this.id = id;
+  }
+
+  /** What happens next; throws what ended the link. */
+  async next() {
+    if (this.#events.length === 0) {
+      await new Promise((resolve) => (this.#taker = resolve));
+    }
+    const event = this.#events.shift();
+    if (event instanceof Error) throw event;
+    return event;
+  }
+
+  put(event) {
+    this.#events.push(event);
+    this.#taker?.();
+    this.#taker = null;
+  }
+
+  /** Send the crop; false if the question ended or was cancelled meanwhile. */
+  sendRegion(image) {
+    if (!this.#wantsRegion()) return false;
+    this.#link.session.sendRegion(this.id, image);
+    this.#link.flush(this);
+    return true;
+  }
+
+  decline(reason) {
+    if (!this.#wantsRegion()) return;
+    this.#link.session.decline(this.id, reason);
+    this.#link.flush(this);
+  }
+
+  /** Tell the server to forget the question, unless it ended already. */
+  abandon() {
+    const state = this.#link.session.state(this.id);
+    if (this.#link.ended !== null || state === "ENDED" || state === "CANCELLED") return;
+    this.#link.session.cancel(this.id);
+    this.#link.flush(this);
+  }
+
+  #wantsRegion() {
+    return this.#link.ended === null && this.#link.session.state(this.id) === "WANTED";
+  }
+}
+
+/** An open connection. Once `ended` is set nothing moves, and every exchange has been told. */
+export class Link {
+  session = new EdgeSession();
+  ended = null;
+  retired = false; // the server is going away; questions under way may still end well
+  #socket;
+  #traffic;
+  #exchanges = new Map();
+  #waiting = [];
+  #silence = null;
+  #greeted;
+  #ungreeted;
+
+  /** `traffic` is told of each frame's bytes: (up, down). */
+  constructor(url, { token, codecs, resume, traffic }) {
+    this.#traffic = traffic;
+    const greeting = new Promise((resolve, reject) => {
+      this.#greeted = resolve;
+      this.#ungreeted = reject;
+    });
+    greeting.catch(() => {});
+    this.greeting = greeting;
+    const offered = [SUBPROTOCOL, ...(token ? [tokenSubprotocol(token)] : [])];
+    this.#socket = new WebSocket(url, offered);
+    this.#socket.binaryType = "arraybuffer";
+    const patience = setTimeout(() => this.drop(), CONNECT_TIMEOUT_MS);
+    this.#socket.onopen = () => {
+      this.session.hello(codecs, resume, CLIENT_NAME);
+      this.flush(null);
+    };
+    this.#socket.onmessage = ({ data }) => {
+      clearTimeout(patience);
+      this.#receive(data);
+    };
+    this.#socket.onclose = ({ code, reason }) => {
+      clearTimeout(patience);
+      const why = FATAL_CLOSE.has(code)
+        ? new ProtocolError(`The server closed the connection: ${reason || code}.`)
+        : new LostError("The connection to the server was lost.");
+      this.#end(why);
+    };
+  }
+
+  get welcome() {
+    return this.session.welcome;
+  }
+
+  get usable() {
+    return this.ended === null && !this.retired;
+  }
+
+  /** Wait until the server takes one more question; `ask` must follow without a pause. */
+  async slot() {
+    while (this.usable && this.#exchanges.size >= this.welcome.maxInFlight) {
+      await new Promise((resolve) => this.#waiting.push(resolve));
+    }
+    if (!this.usable) throw this.ended ?? new LostError("The server is going away.");
+  }
+
+  ask(question, viewId, source, view, options) {
+    const id = this.session.ask(question, viewId, source, view, options);
+    const exchange = new Exchange(this, id);
+    this.#exchanges.set(id, exchange);
+    this.flush(exchange);
+    return exchange;
+  }
+
+  /** Write the frames that the session made on behalf of an exchange. */
+  flush(exchange) {
+    for (const frame of this.session.dataToSend()) {
+      const bytes = websocketBytes(frame.length, true);
+      if (exchange !== null) exchange.bytesUp += bytes;
+      this.#traffic(bytes, 0);
+      this.#socket.send(frame);
+    }
+    this.#listen();
+  }
+
+  /** End now, as a lost link. */
+  drop(reason = "The server stopped answering.") {
+    this.#end(new LostError(reason));
+  }
+
+  #receive(data) {
+    if (this.ended !== null) return;
+    try {
+      if (!(data instanceof ArrayBuffer)) throw new ProtocolError("a text frame, where all are binary");
+      const frame = new Uint8Array(data);
+      this.#traffic(0, websocketBytes(frame.length, false));
+      this.#take(this.session.receive(frame), websocketBytes(frame.length, false));
+    } catch (error) {
+      if (!(error instanceof CollabError)) console.error(error);
+      this.#end(new ProtocolError(`The server does not speak the protocol: ${error.message}.`));
+    }
+  }
+
+  #take(event, bytes) {
+    if (event === null) return; // it crossed our Cancel
+    if (event.kind === "Welcome") {
+      this.#greeted(event);
+    } else if (event.kind === "Error" && event.id === 0) {
+      this.#end(farewell(event));
+    } else {
+      const exchange = this.#exchanges.get(event.id);
+      exchange.bytesDown += bytes;
+      this.flush(exchange); // the session may have declined a region by itself
+      if (event.kind === "Error" && event.code === ErrorCode.SHUTTING_DOWN) this.retired = true;
+      if (event.kind === "Answer" || event.kind === "Error") {
+        this.#exchanges.delete(event.id);
+        this.#wakeAll();
+      }
+      exchange.put(event);
+    }
+    this.#listen();
+  }
+
+  /** While a question is in flight the server may not be silent for ever. */
+  #listen() {
+    clearTimeout(this.#silence);
+    if (this.#exchanges.size > 0) this.#silence = setTimeout(() => this.drop(), SILENCE_MS);
+  }
+
+  #end(error) {
+    if (this.ended !== null) return;
+    this.ended = error;
+    clearTimeout(this.#silence);
+    this.#ungreeted(error);
+    for (const exchange of this.#exchanges.values()) exchange.put(error);
+    this.#exchanges.clear();
+    this.#wakeAll();
+    this.#socket.close();
+    this.onended?.(error);
+  }
+
+  #wakeAll() {
+    for (const wake of this.#waiting.splice(0)) wake();
+  }
+}
+
+/**
+ * Hands out a usable link, and makes a new one whenever there is none.
+ *
+ * `onstate` is told what happens: `{ kind, text }`, where kind is `connecting`, `open`, `lost`
+ * (trying again by itself), `token` (one is needed), or `refused` (nobody here can help it).
+ */
+export class LinkKeeper {
+  onstate = () => {};
+  bytesUp = 0;
+  bytesDown = 0;
+  #where;
+  #token;
+  #link = null;
+  #key = new Uint8Array();
+  #failures = 0;
+  #connecting = false;
+  #blocked = null;
+  #waiting = [];
+  #wakeEarly = () => {};
+
+  constructor(where, codecs, token) {
+    this.#where = where;
+    this.codecs = codecs;
+    this.#token = token;
+  }
+
+  get welcome() {
+    return this.#link?.welcome ?? null;
+  }
+
+  /** A usable link, as soon as there is one; `signal` gives up waiting. */
+  async link(signal) {
+    while (!this.#link?.usable) {
+      this.connect();
+      await new Promise((resolve, reject) => {
+        this.#waiting.push(resolve);
+        signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+        if (signal.aborted) reject(signal.reason);
+      });
+    }
+    return this.#link;
+  }
+
+  /** A question was answered: the link does what it should, pauses start small again. */
+  worked() {
+    this.#failures = 0;
+  }
+
+  /** Connect, unless connected, connecting, or waiting for a token. */
+  connect() {
+    if (this.#connecting || this.#blocked !== null || this.#link?.usable) return;
+    this.#connecting = true;
+    this.#connect().finally(() => (this.#connecting = false));
+  }
+
+  /** Try at once what would be tried later: the network or the user came back. */
+  hurry() {
+    this.#wakeEarly();
+    if (this.#blocked !== "token") this.#blocked = null;
+    this.connect();
+  }
+
+  /** The network says that it is gone. */
+  drop(reason) {
+    this.#link?.drop(reason);
+  }
+
+  /** Use this token from now on. */
+  enter(token) {
+    this.#token = token;
+    this.#blocked = null;
+    this.#failures = 0;
+    this.connect();
+  }
+
+  async #connect() {
+    let wish = 0;
+    for (;;) {
+      await this.#pause(wish);
+      this.onstate({ kind: "connecting", text: "Connecting …" });
+      const link = new Link(this.#where.socket, {
+        token: this.#token,
+        codecs: this.codecs,
+        resume: this.#key,
+        traffic: (up, down) => {
+          this.bytesUp += up;
+          this.bytesDown += down;
+        },
+      });
+      let problem;
+      try {
+        const welcome = await link.greeting;
+        this.#link = link;
+        this.#key = welcome.session;
+        link.onended = (error) => this.#lost(error);
+        if (link.ended === null) {
+          this.onstate({ kind: "open", text: "Connected", welcome });
+          for (const wake of this.#waiting.splice(0)) wake();
+          return;
+        }
+        problem = { kind: "lost", text: link.ended.message };
+      } catch (error) {
+        problem = await this.#why(error);
+      }
+      this.#failures += 1;
+      this.onstate(problem);
+      if (problem.kind !== "lost") {
+        this.#blocked = problem.kind;
+        return;
+      }
+      wish = problem.retryAfterMs ?? 0;
+    }
+  }
+
+  #lost(error) {
+    this.#failures += 1;
+    this.onstate({ kind: "lost", text: `${error.message} Trying again …` });
+    this.connect();
+  }
+
+  /** A browser does not say why a WebSocket failed; the server does when asked. */
+  async #why(error) {
+    if (error instanceof ProtocolError) return { kind: "refused", text: error.message };
+    try {
+      const response = await fetch(this.#where.access, {
+        method: "POST", // so that the browser names this page's origin
+        headers: this.#token ? { Authorization: `Bearer ${this.#token}` } : {},
+        credentials: "omit",
+        cache: "no-store",
+        signal: AbortSignal.timeout(ACCESS_TIMEOUT_MS),
+      });
+      const line = (await response.text()).split("\n")[0].slice(0, 300);
+      if (response.status === 401) {
+        const text = this.#token ? "The token was not accepted." : "This server asks for a token.";
+        return { kind: "token", text };
+      }
+      if (response.status === 403) return { kind: "refused", text: line };
+      const busy = response.status === 503 && "The server takes no connection now. Trying again …";
+      const retryAfterMs = 1000 * (Number(response.headers.get("Retry-After")) || 0);
+      return { kind: "lost", text: busy || `${error.message} Trying again …`, retryAfterMs };
+    } catch {
+      return { kind: "lost", text: "The server cannot be reached. Trying again …" };
+    }
+  }
+
+  /** Pauses double, and differ between clients, so that not all come back at once. */
+  async #pause(wishMs) {
+    if (this.#failures === 0) return;
+    const longest = Math.min(FIRST_PAUSE_MS * 2 ** Math.min(this.#failures - 1, 30), LONGEST_PAUSE_MS);
+    const pauseMs = Math.max(longest * (0.5 + Math.random() / 2), wishMs);
+    await new Promise((resolve) => {
+      this.#wakeEarly = resolve;
+      setTimeout(resolve, pauseMs);
+    });
+  }
+}
+
+/** What an `Error` about the whole connection means. */
+function farewell({ code, text, retryAfterMs }) {
+  const line = `The server ended the connection: ${text}.`;
+  if (PASSING_ERRORS.has(code)) return new LostError(line, retryAfterMs);
+  if (code <= ErrorCode.UNSUPPORTED_VERSION) return new ProtocolError(line);
+  return new ServerError(line, code, retryAfterMs);
+}

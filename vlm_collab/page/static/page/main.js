@@ -1,0 +1,221 @@
+// The page: pictures and questions in, cards out.
+
+import { Asking, ViewState } from "./asking.js";
+import { Camera, cameraKind } from "./camera.js";
+import { Card } from "./card.js";
+import { $, announce, bytes, percent } from "./dom.js";
+import { CollabError } from "./errors.js";
+import { LinkKeeper, addresses } from "./link.js";
+import { Picture, encodable } from "./picture.js";
+import { Stage } from "./stage.js";
+
+const TOKEN = "vlm-collab.token";
+const stage = new Stage();
+const camera = new Camera();
+const views = new Map(); // picture -> what is known of its view on the server
+const asked = new Set(); // pictures that a full upload would have sent
+let selected = null;
+let opening = 0;
+
+const keeper = new LinkKeeper(addresses(location.href), await encodable(), sessionStorage.getItem(TOKEN));
+
+// ---- the connection ----------------------------------------------------------------------------
+
+keeper.onstate = ({ kind, text, welcome }) => {
+  $("status").dataset.kind = kind;
+  $("status-text").textContent = text;
+  if (welcome) $("model").textContent = welcome.model;
+  const form = $("token-form");
+  const appears = kind === "token" && form.hidden;
+  form.hidden = kind !== "token" && (kind === "open" || form.hidden);
+  if (kind === "open") showMeter();
+  if (kind === "token") {
+    sessionStorage.removeItem(TOKEN);
+    if (appears || document.activeElement === document.body) $("token").focus();
+  }
+};
+
+$("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const token = $("token").value.trim();
+  if (token === "") return;
+  $("token").value = "";
+  sessionStorage.setItem(TOKEN, token);
+  keeper.enter(token);
+});
+
+addEventListener("online", () => keeper.hurry());
+addEventListener("offline", () => keeper.drop("This device is offline."));
+document.addEventListener("visibilitychange", () => {
+  if (document.visibilityState === "visible") keeper.hurry();
+});
+
+// ---- pictures ----------------------------------------------------------------------------------
+
+async function open(file, name) {
+  const turn = ++opening;
+  problem("");
+  $("stage").setAttribute("aria-busy", "true");
+  try {
+    const picture = await Picture.open(file, name);
+    if (turn !== opening) return; // another was chosen meanwhile
+    views.set(picture, new ViewState(views.size + 1));
+    select(null);
+    await stage.show(picture, null);
+    announce(`${name} is open. Ask your question.`);
+    if (cameraKind() !== "native") $("question").focus(); // it would cover a phone's screen
+  } catch (error) {
+    if (turn === opening) problem(error);
+  } finally {
+    if (turn === opening) $("stage").removeAttribute("aria-busy");
+  }
+}
+
+function pictureIn(transfer) {
+  const file = [...transfer.files].find((each) => each.type.startsWith("image/")) ?? transfer.files[0];
+  if (file) open(file, file.name || "The picture");
+  return Boolean(file);
+}
+
+for (const input of [$("file"), $("capture")]) {
+  input.addEventListener("change", () => {
+    pictureIn(input);
+    input.value = ""; // the same file may be chosen again
+  });
+}
+for (const button of document.querySelectorAll("[data-choose]")) {
+  button.addEventListener("click", () => $("file").click());
+}
+for (const button of document.querySelectorAll("[data-camera]")) {
+  button.hidden = cameraKind() === null;
+  button.addEventListener("click", takePicture);
+}
+
+addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length > 0 && pictureIn(event.clipboardData)) event.preventDefault();
+});
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", (event) => {
+  if (event.relatedTarget === null) document.body.classList.remove("dropping");
+});
+addEventListener("drop", (event) => {
+  event.preventDefault(); // the browser would leave this page for the picture
+  document.body.classList.remove("dropping");
+  if (!pictureIn(event.dataTransfer)) problem("What you dropped is not a file.");
+});
+
+async function takePicture() {
+  problem("");
+  if (cameraKind() === "native") {
+    $("capture").click();
+    return;
+  }
+  try {
+    await camera.open();
+    stage.viewfinder(true);
+    $("shoot").focus();
+  } catch (error) {
+    problem(error);
+  }
+}
+
+function closeCamera() {
+  camera.close();
+  stage.viewfinder(false);
+}
+
+$("close-camera").addEventListener("click", closeCamera);
+$("shoot").addEventListener("click", async () => {
+  try {
+    const blob = await camera.shoot();
+    closeCamera();
+    await open(blob, `Camera ${new Date().toLocaleTimeString()}`);
+  } catch (error) {
+    problem(error);
+  }
+});
+
+// ---- questions ---------------------------------------------------------------------------------
+
+$("ask-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = $("question").value.trim();
+  if (stage.picture === null) {
+    problem("Choose a picture first.");
+  } else if (question === "") {
+    problem("Type a question first.");
+  } else {
+    problem("");
+    $("question").value = "";
+    ask(stage.picture, question);
+  }
+});
+
+async function ask(picture, question) {
+  const card = new Card(question, picture, {
+    select: () => select(card),
+    stop: () => asking.stop(),
+    again: () => {
+      ask(picture, question);
+      card.again.hidden = true;
+    },
+  });
+  const asking = new Asking({
+    picture,
+    question,
+    view: views.get(picture),
+    keeper,
+    tell: (event) => {
+      card.take(event);
+      if (event.kind === "region" && selected === card) stage.show(picture, card.region);
+      if (event.kind === "bytes") showMeter();
+    },
+  });
+  $("history").hidden = false;
+  $("questions").prepend(card.node);
+  select(card);
+  asked.add(picture);
+  showMeter();
+  try {
+    card.answered(await asking.run());
+  } catch (error) {
+    card.failed(lineOf(error));
+  }
+  showMeter();
+}
+
+/** Put a question's picture on show, with where the server looked. */
+function select(card) {
+  selected?.select(false);
+  selected = card;
+  card?.select(true);
+  if (card) stage.show(card.picture, card.region).catch(problem);
+}
+
+function showMeter() {
+  const sent = keeper.bytesUp;
+  let whole = 0;
+  for (const picture of asked) whole += picture.originalBytes;
+  for (const [id, value] of [["sent", sent], ["whole", whole]]) {
+    $(id).textContent = bytes(value);
+    $(id).dataset.bytes = value;
+  }
+  $("saved").textContent = whole > 0 && sent < whole ? percent(1 - sent / whole) : "–";
+}
+
+function problem(error) {
+  $("problem").textContent = lineOf(error);
+}
+
+/** One clear line, whatever went wrong. */
+function lineOf(error) {
+  if (typeof error === "string") return error;
+  if (error instanceof CollabError) return error.message;
+  console.error(error);
+  return "Something went wrong on this page; reload it to go on.";
+}
+
+keeper.connect();

@@ -1,0 +1,95 @@
+// The picture on show, with the heat map and the box over it.
+
+import { $, bytes } from "./dom.js";
+import { FITS, frameOf } from "./geometry.js";
+
+// Attention is shown as glow: from clear through amber to red.
+const COOL = [255, 196, 70];
+const HOT = [228, 52, 22];
+const STRONGEST = 0.72;
+
+export class Stage {
+  #shown = null;
+  #drawing = 0;
+
+  constructor() {
+    for (const [button, part] of [["show-heat", "heat-clip"], ["show-box", "box"]]) {
+      $(button).addEventListener("click", () => {
+        const on = $(button).getAttribute("aria-pressed") !== "true";
+        $(button).setAttribute("aria-pressed", String(on));
+        $(part).classList.toggle("off", !on);
+      });
+    }
+  }
+
+  get picture() {
+    return this.#shown;
+  }
+
+  /** Show a picture, and where the server looked in it (null for nowhere). */
+  async show(picture, region) {
+    $("empty").hidden = $("viewfinder").hidden = true;
+    $("figure").hidden = false;
+    this.#region(picture, region);
+    if (this.#shown === picture) return;
+    this.#shown?.rest();
+    this.#shown = picture;
+    const { width, height } = picture.size;
+    const size = `${width} × ${height} px`;
+    $("caption").textContent = `${picture.name}, ${size}, ${bytes(picture.originalBytes)}`;
+    $("preview").setAttribute("aria-label", `The picture ${picture.name}, ${size}`);
+    // Drawn aside first: another picture may be chosen before this one is decoded.
+    const turn = ++this.#drawing;
+    const canvas = document.createElement("canvas");
+    await picture.preview(canvas);
+    if (turn !== this.#drawing) return;
+    const preview = $("preview");
+    preview.width = canvas.width;
+    preview.height = canvas.height;
+    preview.getContext("2d").drawImage(canvas, 0, 0);
+  }
+
+  /** The camera is on, or off. */
+  viewfinder(on) {
+    $("viewfinder").hidden = !on;
+    $("empty").hidden = on || this.#shown !== null;
+    $("figure").hidden = on || this.#shown === null;
+  }
+
+  #region({ size }, region) {
+    const { request, box, welcome } = region ?? {};
+    const map = request?.map;
+    const heated = region !== null && map.length === welcome.rows * welcome.columns;
+    $("show-heat").hidden = $("heat-clip").hidden = !heated;
+    $("show-box").hidden = !box;
+    $("box").classList.toggle("none", !box);
+    if (heated) this.#heat(map, welcome, size);
+    if (!box) return;
+    const { left, top, right, bottom } = box;
+    $("box").setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
+    const inner = `M${left} ${top}H${right}V${bottom}H${left}Z`;
+    $("shade").setAttribute("d", `M0 0H${size.width}V${size.height}H0Z${inner}`);
+    const places = { x: left, y: top, width: right - left, height: bottom - top };
+    for (const [name, value] of Object.entries(places)) $("box-line").setAttribute(name, value);
+  }
+
+  /** One pixel a token; the browser's own scaling makes it smooth. */
+  #heat(map, welcome, size) {
+    const { rows, columns, viewWidth: width, viewHeight: height, fit } = welcome;
+    const canvas = $("heat");
+    canvas.width = columns;
+    canvas.height = rows;
+    const image = new ImageData(columns, rows);
+    map.forEach((value, cell) => {
+      const heat = value / 255;
+      const colour = COOL.map((cool, channel) => cool + (HOT[channel] - cool) * heat);
+      image.data.set([...colour, 255 * STRONGEST * heat], cell * 4);
+    });
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const frame = frameOf(size, FITS[fit], { width, height });
+    canvas.style.left = `${(frame.left / size.width) * 100}%`;
+    canvas.style.top = `${(frame.top / size.height) * 100}%`;
+    canvas.style.width = `${(frame.width / size.width) * 100}%`;
+    canvas.style.height = `${(frame.height / size.height) * 100}%`;
+  }
+}
