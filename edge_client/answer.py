@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Box
-from vlm_collab.messages import Fallback, Stage, Usage
+from vlm_collab.messages import Fallback, Finish, Stage, Token, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class EdgeAnswer:
         first_uncertainty: of the first answer.
         box: the region that the server asked for, in px of the upright original; None when it
             was sure.
+        picture: which of the question's pictures the box is in, from 0.
         map: relative attention, row-major, one byte per cell, 255 at the largest; None unless
             it was asked for and the server was unsure.
         rows, columns: the token grid, which is the shape of `map`.
@@ -30,10 +31,12 @@ class EdgeAnswer:
         view_bytes: bytes of global views among them; 0 when the server had the view already.
         region_bytes: bytes of regions among them.
         region: the encoded region as it was sent; None when none was.
-        original_bytes: size of the original's file; None if there is none.
+        original_bytes: size of the originals' files together; None if one has none.
         usage: what it cost the server.
         elapsed_s: from asking to this answer.
         model: name of the model that answered.
+        finish: why the answer ends where it does.
+        tokens: what `text` is made of, if that was asked for.
     """
 
     text: str
@@ -55,6 +58,9 @@ class EdgeAnswer:
     usage: Usage
     elapsed_s: float
     model: str
+    picture: int = 0
+    finish: Finish = Finish.END
+    tokens: tuple[Token, ...] = ()
 
     @property
     def refined(self) -> bool:

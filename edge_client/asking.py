@@ -6,9 +6,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from edge_client.answer import EdgeAnswer
 from edge_client.dial import LostError
@@ -31,8 +33,10 @@ from vlm_collab.messages import (
     DeclineReason,
     Error,
     Fallback,
+    MoreView,
     Options,
     Stage,
+    Turn,
     Usage,
     Welcome,
 )
@@ -73,7 +77,7 @@ class ViewState:
     """What is known of a picture's view on the server.
 
     Attributes:
-        id: this client's number for the picture.
+        id: this client's number for the picture, or for several that are asked about together.
         session: key of the server session that was sent the view last; empty for none, or if
             that session may not have kept it.
     """
@@ -87,17 +91,19 @@ class Request:
     """What the caller wants.
 
     Attributes:
-        picture, question, options: as given.
-        view: what is known of the picture's view on the server.
+        pictures: one or more; the server keeps their views together.
+        question, options, history: as given.
+        view: what is known of the pictures' views on the server.
         deadline_s: time for everything; None for no bound.
         on_text: receives the texts as they grow.
         view_codecs: formats that the view may have.
         view_quality: quality of the encoded view.
     """
 
-    picture: Picture
+    pictures: tuple[Picture, ...]
     question: str
     options: Options | None
+    history: tuple[Turn, ...]
     view: ViewState
     deadline_s: float | None
     on_text: TextSink | None
@@ -223,22 +229,28 @@ class Asking:
     async def _attempt(self) -> EdgeAnswer:
         request = self._request
         link = await self._links.link()
-        view = await asyncio.to_thread(self._encode_view, link.welcome)
+        views = await asyncio.to_thread(self._encode_views, link.welcome)
         await link.slot()
         # From here to the end of `ask` nothing waits, so the first of several questions on a
         # new picture carries its view and is on the wire before the others refer to it.
         state, key = request.view, link.welcome.session
         carries = self._carry or state.session != key
+        sent = views if carries else [None] * len(views)
+        sizes = [picture.size for picture in request.pictures]
         exchange = link.ask(
             request.question,
             state.id,
-            request.picture.size,
-            view if carries else None,
+            sizes[0],
+            sent[0],
             self._options(),
+            history=request.history,
+            more=tuple(
+                MoreView(view, *size) for view, size in zip(sent[1:], sizes[1:], strict=True)
+            ),
         )
         state.session = key
         if carries:
-            self._view_bytes += len(view)
+            self._view_bytes += sum(map(len, views))
         self._welcome = link.welcome
         try:
             return await self._converse(exchange, carries)
@@ -247,19 +259,17 @@ class Asking:
             # After an answer these are in it already; otherwise the next attempt adds to them.
             self._count(exchange)
 
-    def _encode_view(self, welcome: Welcome) -> bytes:
+    def _encode_views(self, welcome: Welcome) -> list[bytes]:
         codec = choose_codec(self._request.view_codecs, welcome.codecs)
         side = Size(welcome.view_width, welcome.view_height)
-        return self._request.picture.view(
-            side, FITS[welcome.fit], codec, self._request.view_quality
-        )
+        fit, quality = FITS[welcome.fit], self._request.view_quality
+        return [picture.view(side, fit, codec, quality) for picture in self._request.pictures]
 
     def _options(self) -> Options | None:
         options = self._request.options
         if self._request.on_text is None:
             return options
-        base = options or Options()
-        return Options(base.retransmit, base.eta, base.max_new_tokens, True, base.want_map)
+        return msgspec.structs.replace(options or Options(), stream=True)
 
     async def _converse(self, exchange: Exchange, carries: bool) -> EdgeAnswer:
         """Follow one exchange, which may carry the view, to its end."""
@@ -297,12 +307,13 @@ class Asking:
         """Crop, encode and send; or decline, so that the server need not wait."""
         request, welcome = wanted.request, self._welcome
         assert welcome is not None
+        picture = self._request.pictures[request.picture]
         if request.codec not in CODECS:
             exchange.decline(DeclineReason.BAD_REQUEST)
             return
         try:
             region = await asyncio.to_thread(
-                self._request.picture.region,
+                picture.region,
                 wanted.box,
                 wanted.target,
                 request.codec,
@@ -310,7 +321,7 @@ class Asking:
             )
         # Whatever goes wrong with a picture, the question goes on without its region.
         except Exception:
-            log.exception("%s: cropping failed", self._request.picture.name)
+            log.exception("%s: cropping failed", picture.name)
             exchange.decline(DeclineReason.FAILED)
             return
         if len(region) + 64 > welcome.max_frame_bytes:
@@ -364,11 +375,20 @@ class Asking:
             view_bytes=self._view_bytes,
             region_bytes=self._region_bytes,
             region=self._region,
-            original_bytes=self._request.picture.original_bytes,
+            original_bytes=_total(p.original_bytes for p in self._request.pictures),
             usage=answer.usage,
             elapsed_s=time.monotonic() - self._begin,
             model=self._welcome.model,
+            picture=0 if seen is None else seen.request.picture,
+            finish=answer.finish,
+            tokens=answer.tokens,
         )
+
+
+def _total(sizes: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is not known."""
+    known = list(sizes)
+    return None if None in known else sum(size for size in known if size is not None)
 
 
 def _ended(error: Error) -> CollabError:

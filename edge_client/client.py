@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict, Unpack
@@ -18,10 +19,13 @@ from edge_client.link import CODECS
 from edge_client.picture import Album, Picture, PictureLike
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.images import MAX_SOURCE_PIXELS, Codec
-from vlm_collab.messages import Options, Welcome
+from vlm_collab.messages import MAX_PICTURES, Options, Turn, Welcome
 from vlm_collab.session import EdgeLimits
 
 DEFAULT_DEADLINE_S = 60.0
+
+_Others = tuple[weakref.ref[Picture], ...]
+"""The pictures that a question is about beside its first."""
 
 _AT_ONCE = 32  # what a server takes at once from one connection by default
 
@@ -91,7 +95,9 @@ class EdgeClient:
         self._keeper = LinkKeeper(server, limits, retry)
         self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
         # A picture that the caller lets go of takes its number along; numbers are not reused.
-        self._views: weakref.WeakKeyDictionary[Picture, ViewState] = weakref.WeakKeyDictionary()
+        self._views: weakref.WeakKeyDictionary[Picture, dict[_Others, ViewState]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._last_view_id = 0
 
     async def __aenter__(self) -> Self:
@@ -123,22 +129,25 @@ class EdgeClient:
 
     async def ask(
         self,
-        picture: PictureLike,
+        picture: PictureLike | Sequence[PictureLike],
         question: str,
         *,
+        history: Sequence[tuple[str, str]] = (),
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         on_text: TextSink | None = None,
         options: Options | None = None,
     ) -> EdgeAnswer:
-        """Ask a question about a picture.
+        """Ask a question about a picture, or about several together.
 
         When the server is unsure it asks for a region, which is cut from the original here.
         Whatever goes wrong after that, the first answer is returned and marked (`fallback`).
         Cancelling the task tells the server to forget the question.
 
         Args:
-            picture: a `Picture`, the path of one, or the content of its file.
+            picture: a `Picture`, the path of one, or the content of its file; or several of
+                these, in the order in which the model is to see them.
             question: the text.
+            history: (question, answer) pairs that came before, oldest first.
             deadline_s: time for everything, connecting included; None for no bound.
             on_text: called with (stage, text so far) as the answer grows, and with each
                 finished text. After a lost link the text starts over.
@@ -155,12 +164,19 @@ class EdgeClient:
         """
         if deadline_s is not None and not deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {deadline_s:g}")
-        self._check(question)
-        opened = await asyncio.to_thread(self._album.get, picture)
+        turns = tuple(Turn(*turn) for turn in history)
+        self._check(question, turns)
+        # A path and the content of a file are sequences too.
+        one = isinstance(picture, Picture | str | bytes | os.PathLike)
+        sources: list[PictureLike] = [picture] if one else list(picture)  # type: ignore
+        if not 1 <= len(sources) <= MAX_PICTURES:
+            raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
+        opened = [await asyncio.to_thread(self._album.get, source) for source in sources]
         request = Request(
-            picture=opened,
+            pictures=tuple(opened),
             question=question,
             options=options,
+            history=turns,
             view=self._view(opened),
             # The event loop's clock knows no infinity.
             deadline_s=None if deadline_s == math.inf else deadline_s,
@@ -204,23 +220,25 @@ class EdgeClient:
             results.append(result)
         return results
 
-    def _check(self, question: str) -> None:
+    def _check(self, question: str, history: Iterable[Turn] = ()) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")
+        said = [question, *(text for turn in history for text in (turn.question, turn.answer))]
         try:
-            size_bytes = len(question.encode())
+            size_bytes = sum(len(text.encode()) for text in said)
         except UnicodeEncodeError:
             raise QuestionError("the question holds bytes that are no text") from None
         link = self._keeper.current
         if link is not None and size_bytes > link.welcome.max_question_bytes:
+            what = "question has" if len(said) == 1 else "question and history have"
             raise QuestionError(
-                f"the question has {size_bytes} bytes; the server takes "
-                f"{link.welcome.max_question_bytes}"
+                f"the {what} {size_bytes} bytes; the server takes {link.welcome.max_question_bytes}"
             )
 
-    def _view(self, picture: Picture) -> ViewState:
-        state = self._views.get(picture)
-        if state is None:
+    def _view(self, pictures: Sequence[Picture]) -> ViewState:
+        views = self._views.setdefault(pictures[0], {})
+        others = tuple(weakref.ref(picture) for picture in pictures[1:])
+        if others not in views:
             self._last_view_id += 1
-            state = self._views[picture] = ViewState(self._last_view_id)
-        return state
+            views[others] = ViewState(self._last_view_id)
+        return views[others]

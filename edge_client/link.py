@@ -23,7 +23,9 @@ from vlm_collab.messages import (
     Answer,
     DeclineReason,
     Error,
+    MoreView,
     Options,
+    Turn,
     Welcome,
     websocket_bytes,
 )
@@ -180,6 +182,9 @@ class Link:
         source: Size,
         view: bytes | None,
         options: Options | None,
+        *,
+        history: tuple[Turn, ...] = (),
+        more: tuple[MoreView, ...] = (),
     ) -> Exchange:
         """Send a question, in the slot that `slot` waited for.
 
@@ -187,7 +192,9 @@ class Link:
             LocalProtocolError: it is over a limit that the server stated.
         """
         try:
-            id = self.session.ask(question, view_id, source, view, options)
+            id = self.session.ask(
+                question, view_id, source, view, options, history=history, more=more
+            )
         except BaseException:
             self._slots.release()
             raise

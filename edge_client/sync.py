@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -70,9 +70,10 @@ class Client:
 
     def ask(
         self,
-        picture: PictureLike,
+        picture: PictureLike | Sequence[PictureLike],
         question: str,
         *,
+        history: Sequence[tuple[str, str]] = (),
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         on_text: TextSink | None = None,
         options: Options | None = None,
@@ -84,7 +85,12 @@ class Client:
         """
         return self._run(
             self._client.ask(
-                picture, question, deadline_s=deadline_s, on_text=on_text, options=options
+                picture,
+                question,
+                history=history,
+                deadline_s=deadline_s,
+                on_text=on_text,
+                options=options,
             )
         )
 

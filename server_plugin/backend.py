@@ -30,6 +30,28 @@ TextSink = Callable[[str], None]
 """Receives the whole text so far after each generated token. Runs on the backend's thread."""
 
 
+History = tuple[tuple[str, str], ...]
+"""Questions and answers that came before, oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Statistics are always of the raw logits.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / it).
+        top_p: draw from the smallest set of likeliest tokens that has this probability.
+        seed: of the draws; None for any.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What the service and the engine must know of a loaded model.
@@ -68,13 +90,20 @@ class ModelInfo:
 class View(Protocol):
     """A global view that a backend holds, with whatever it computed of it already.
 
+    Several pictures that are asked about together are one view: their tokens follow each other
+    in every prompt about them.
+
     Attributes:
+        pictures: how many it is of.
         nbytes: memory that this view keeps occupied, pixels and cache, in bytes; may grow when
             the generic row is added.
     """
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def pictures(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +118,9 @@ class Generation:
         prefilled_tokens: prompt tokens really computed for this answer.
         context_tokens: prompt tokens it stands on, those taken from a cache included.
         row: attention of the last prompt position to the global view at the preset layer, mean
-            over heads, on the token grid in row-major order, float32, shape `(rows * columns,)`;
-            None when it was not asked for.
+            over heads, on the token grid in row-major order, picture after picture, float32,
+            shape `(pictures * rows * columns,)`; None when it was not asked for.
+        surprisals: −log2 of each token's probability by the raw logits, in bits.
     """
 
     text: str
@@ -100,6 +130,7 @@ class Generation:
     prefilled_tokens: int
     context_tokens: int
     row: NDArray[np.float32] | None = None
+    surprisals: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +138,22 @@ class RelativeAttention:
     """The relative attention map (Eq. 22 of `003_92b41fe49395ce1a.txt`).
 
     Attributes:
-        map: float64, shape `(rows, columns)` of the token grid.
+        maps: for each picture, float64, shape `(rows, columns)` of the token grid.
         prefilled_tokens: prompt tokens computed for the generic row now; 0 when the view had it.
         context_tokens: tokens that the generic prompt stands on; 0 when the view had it.
         layers: decoder layers that those tokens went through; the ones behind the layer that is
             read need not be computed.
     """
 
-    map: NDArray[np.float64]
+    maps: tuple[NDArray[np.float64], ...]
     prefilled_tokens: int
     context_tokens: int
     layers: int
+
+    @property
+    def map(self) -> NDArray[np.float64]:
+        """Of the first picture, which is mostly the only one."""
+        return self.maps[0]
 
 
 class Backend(Protocol):
@@ -126,23 +162,25 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def check_question(self, question: str, images: int = 2) -> None:
+    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
         """Refuse a question before anything is computed for it. Cheap; runs on the event loop.
 
         Args:
             question: the user's text.
-            images: pictures that the longest prompt of this question may hold.
+            images: pictures that the longest prompt of this question may hold; 0 for a question
+                about none.
+            history: what came before.
 
         Raises:
             QuestionError: empty, longer than the context leaves room for, or holding text that
                 the model reserves (special tokens), in one clear line.
         """
 
-    async def open_view(self, image: Image) -> View:
+    async def open_view(self, *images: Image) -> View:
         """Take a global view, and prefill its visual tokens (now or at first use).
 
         Args:
-            image: RGB, of the size `info.view`.
+            images: of one picture or more, RGB, of the size `info.view`.
 
         Raises:
             ImageError: another size or mode.
@@ -154,10 +192,12 @@ class Backend(Protocol):
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        """Answer from the global view, greedily, capturing the attention row."""
+        """Answer from the global view, capturing the attention row."""
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         """Divide the first pass's row by the row of the generic instruction.
@@ -172,6 +212,9 @@ class Backend(Protocol):
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         """Answer from the global view and the local view (Eq. 12 of `003_92b41fe49395ce1a.txt`).
@@ -179,6 +222,18 @@ class Backend(Protocol):
         Args:
             region: RGB, any size; brought to the encoder's input by the backend.
         """
+
+    async def text_pass(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        """Answer without any picture. There is no attention row."""
 
     async def release(self, view: View) -> None:
         """Drop a view and all that was computed of it. Safe to call twice."""

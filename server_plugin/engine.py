@@ -8,6 +8,7 @@ the same process. The model's time between the passes belongs to other questions
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from server_plugin.backend import Backend, Generation, ModelInfo, StopRule, View
+from server_plugin.backend import (
+    GREEDY,
+    Backend,
+    Generation,
+    History,
+    ModelInfo,
+    Sampling,
+    StopRule,
+    View,
+)
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import Box, Frame, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.messages import CUT_MARK, Fallback, Retransmit, Stage
+from vlm_collab.messages import (
+    CUT_MARK,
+    Fallback,
+    Finish,
+    Retransmit,
+    Stage,
+    Token,
+    common_prefix,
+    micro,
+)
 from vlm_collab.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
 from vlm_collab.uncertainty import TokenStatistics
@@ -42,7 +61,8 @@ class RegionNeed:
         cut: whether it stopped at an early decision. If no region comes, the model has to
             complete it.
         uncertainty: the aggregated value that led here.
-        map: relative attention, float64, shape `(rows, columns)`.
+        map: relative attention of the picture, float64, shape `(rows, columns)`.
+        picture: which one of the view's, from 0.
     """
 
     token_box: TokenBox
@@ -51,6 +71,7 @@ class RegionNeed:
     cut: bool
     uncertainty: float
     map: NDArray[np.float64]
+    picture: int = 0
 
 
 class RegionUnavailableError(Exception):
@@ -118,6 +139,8 @@ class Outcome:
         need: where the model looked; None when it was sure.
         second: the second pass, if there was one.
         work: what it cost.
+        finish: why the text ends where it does.
+        tokens: what it is made of.
     """
 
     text: str
@@ -129,6 +152,8 @@ class Outcome:
     need: RegionNeed | None
     second: Generation | None
     work: Work
+    finish: Finish = Finish.END
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,13 +211,17 @@ class Engine:
     async def answer(
         self,
         view: View,
-        source: Size,
+        source: Size | Sequence[Size],
         question: str,
         fetch_region: FetchRegion,
         *,
+        history: History = (),
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
         retransmit: Retransmit = Retransmit.AUTO,
         eta: float | None = None,
         max_new_tokens: int | None = None,
+        tokens: bool = False,
         on_text: TextSink | None = None,
         key: str = "",
     ) -> Outcome:
@@ -200,13 +229,18 @@ class Engine:
 
         Args:
             view: the global view, held by the backend.
-            source: size of the upright original, in px.
+            source: size of the upright original, in px; of each, if the view is of several.
             question: the user's text.
+            history: what was asked and answered before.
+            stop: texts that end an answer where they come up.
+            sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
+                answer that is made again is the same again.
             fetch_region: called at most once, when unsure. When it raises for a need that is
                 `cut`, the model works on this question once more.
             retransmit: leave it to the policy, force or forbid the second stage.
             eta: threshold for this question.
             max_new_tokens: at most the engine's own limit.
+            tokens: say what the answer is made of.
             on_text: receives the texts as they grow.
             key: names the question for a random policy, so that its choices can be repeated.
 
@@ -220,31 +254,35 @@ class Engine:
         work = Work()
         begin = time.perf_counter()
         policy = self.policy if eta is None else self._with_threshold(eta)
-        stop = None if self.provisional else _stop_rule(policy, retransmit, key)
-        first = await backend.first_pass(
-            view, question, max_new_tokens=limit, stop=stop, on_text=_at(Stage.FIRST, on_text)
-        )
-        work.add_generation(info, first)
+        if sampling.temperature and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
+        early = None if self.provisional else _stop_rule(policy, retransmit, key)
+        first = await self._first(view, given, work, early, on_text)
         decision = _decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
-            return self._ended(first, first.text, decision, None, Fallback.NONE, work)
-        cut = stop is not None and not first.ended and len(first.token_ids) < limit
+            return _ended(first, first.text, decision, None, Fallback.NONE, work)
+        cut = early is not None and first.finish is Finish.LENGTH and len(first.steps) < limit
         first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
         fallback = Fallback.NONE
-        second: Generation | None = None
+        second: _Pass | None = None
         try:
             need = await self._look(view, source, first, first_text, cut, decision, work)
             work.first_s, begin = time.perf_counter() - begin, time.perf_counter()
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
-            second = await backend.second_pass(
+            second = _Pass(Stage.SECOND, given, on_text)
+            second.result = await backend.second_pass(
                 view,
                 region,
                 question,
                 max_new_tokens=limit,
-                on_text=_at(Stage.SECOND, on_text),
+                history=history,
+                sampling=sampling,
+                stop=second.stop_rule(None),
+                on_text=second.sink,
             )
         except RegionUnavailableError as unavailable:
             work.region_s = time.perf_counter() - begin
@@ -256,11 +294,11 @@ class Engine:
         except Exception:
             log.exception("the second stage failed; the first answer is returned")
             fallback = Fallback.SERVER_FAILED
-        if second is None:
-            if cut and (whole := await self._complete(view, question, limit, work)) is not None:
+        if second is None or second.result is None:
+            if cut and (whole := await self._complete(view, given, work)) is not None:
                 first, first_text = whole, whole.text
-            return self._ended(first, first_text, decision, need, fallback, work)
-        work.add_generation(info, second)
+            return _ended(first, first_text, decision, need, fallback, work)
+        work.add_generation(info, second.generation)
         work.second_s = time.perf_counter() - begin
         uncertainty = policy.decide(second.steps, ended=second.ended, key=key).value
         return Outcome(
@@ -268,75 +306,219 @@ class Engine:
             stage=Stage.SECOND,
             fallback=Fallback.NONE,
             uncertainty=uncertainty,
-            first=first,
+            first=first.generation,
             decision=decision,
             need=need,
-            second=second,
+            second=second.generation,
             work=work,
+            finish=second.finish,
+            tokens=second.tokens(),
         )
 
-    async def _complete(
-        self, view: View, question: str, limit: int, work: Work
-    ) -> Generation | None:
+    async def chat(
+        self,
+        question: str,
+        *,
+        history: History = (),
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int | None = None,
+        tokens: bool = False,
+        on_text: TextSink | None = None,
+    ) -> Outcome:
+        """Answer a question about no picture; arguments and errors as `answer`."""
+        limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+        work, begin = Work(), time.perf_counter()
+        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
+        one = _Pass(Stage.FIRST, given, on_text)
+        one.result = await self.backend.text_pass(
+            question,
+            max_new_tokens=limit,
+            history=history,
+            sampling=sampling,
+            stop=one.stop_rule(None),
+            on_text=one.sink,
+        )
+        work.add_generation(self.backend.info, one.generation)
+        work.first_s = time.perf_counter() - begin
+        decision = self.policy.decide(one.steps, ended=one.ended, key=question)
+        return _ended(one, one.text, decision._replace(retransmit=False), None, Fallback.NONE, work)
+
+    async def _first(
+        self,
+        view: View,
+        given: _Given,
+        work: Work,
+        early: StopRule | None,
+        on_text: TextSink | None,
+    ) -> _Pass:
+        one = _Pass(Stage.FIRST, given, on_text)
+        one.result = await self.backend.first_pass(
+            view,
+            given.question,
+            max_new_tokens=given.limit,
+            history=given.history,
+            sampling=given.sampling,
+            stop=one.stop_rule(early),
+            on_text=one.sink,
+        )
+        work.add_generation(self.backend.info, one.generation)
+        return one
+
+    async def _complete(self, view: View, given: _Given, work: Work) -> _Pass | None:
         """A first answer that was cut, generated again to its end; None if the model fails."""
         begin = time.perf_counter()
         try:
-            whole = await self.backend.first_pass(view, question, max_new_tokens=limit)
+            return await self._first(view, given, work, None, None)
         # As in the second stage: what there is of the answer, marked, is better than nothing.
         except Exception:
             log.exception("the first answer could not be completed")
             return None
         finally:
             work.first_s += time.perf_counter() - begin
-        work.add_generation(self.backend.info, whole)
-        return whole
 
     async def _look(
         self,
         view: View,
-        source: Size,
-        first: Generation,
+        source: Size | Sequence[Size],
+        first: _Pass,
         first_text: str,
         cut: bool,
         decision: Decision,
         work: Work,
     ) -> RegionNeed:
-        """Relative attention and region search (Eq. 10, 11, 22)."""
+        """Relative attention and region search (Eq. 10, 11, 22).
+
+        Of several pictures, the one with the largest relative attention is searched.
+        """
         info = self.backend.info
-        relative = await self.backend.relative_attention(view, first)
+        relative = await self.backend.relative_attention(view, first.generation)
         work.prefilled_tokens += relative.prefilled_tokens
         work.add(info, relative.prefilled_tokens, relative.context_tokens, relative.layers)
-        frame: Frame = frame_of(source, info.fit, info.view)
-        token_box = place_region(relative.map, frame, info.base_px, self.ratios, self.placement)
+        picture = int(np.argmax([one.max() for one in relative.maps]))
+        size = source if isinstance(source, Size) else source[picture]
+        frame: Frame = frame_of(size, info.fit, info.view)
+        found = relative.maps[picture]
+        token_box = place_region(found, frame, info.base_px, self.ratios, self.placement)
         return RegionNeed(
             token_box=token_box,
-            box=token_box_to_source(token_box, info.grid, frame, source),
+            box=token_box_to_source(token_box, info.grid, frame, size),
             first=first_text,
             cut=cut,
             uncertainty=decision.value,
-            map=relative.map,
+            map=found,
+            picture=picture,
         )
 
-    @staticmethod
-    def _ended(
-        first: Generation,
-        text: str,
-        decision: Decision,
-        need: RegionNeed | None,
-        fallback: Fallback,
-        work: Work,
-    ) -> Outcome:
-        return Outcome(
-            text=text,
-            stage=Stage.FIRST,
-            fallback=fallback,
-            uncertainty=decision.value,
-            first=first,
-            decision=decision,
-            need=need,
-            second=None,
-            work=work,
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What both passes of a question are given."""
+
+    question: str
+    limit: int
+    history: History
+    sampling: Sampling
+    stops: tuple[str, ...]
+    tokens: bool
+
+
+class _Pass:
+    """One pass: listens to its text, ends it at a stop text, and says what it is made of."""
+
+    def __init__(self, stage: Stage, given: _Given, on_text: TextSink | None) -> None:
+        self.result: Generation | None = None
+        self._stage, self._given, self._on_text = stage, given, on_text
+        self._stops = given.stops
+        self._texts: list[str] = []
+        self._stopped = False
+
+    @property
+    def sink(self) -> Callable[[str], None] | None:
+        """Hears the text; None if nobody needs it, which spares the spelling of every token."""
+        needed = self._on_text is not None or self._given.stops or self._given.tokens
+        return self._hear if needed else None
+
+    def _hear(self, text: str) -> None:
+        for stop in self._stops:
+            before, found, _ = text.partition(stop)
+            if found:
+                text, self._stopped = before.rstrip(), True
+        self._texts.append(text)
+        if self._on_text is not None:
+            self._on_text(self._stage, text)
+
+    def stop_rule(self, other: StopRule | None) -> StopRule | None:
+        """Stops at a stop text, or when another rule does. Backends tell the text first."""
+        if not self._stops:
+            return other
+        return lambda steps, ended: self._stopped or (other is not None and other(steps, ended))
+
+    @property
+    def generation(self) -> Generation:
+        """What the backend returned."""
+        assert self.result is not None, "the pass is not over"
+        return self.result
+
+    @property
+    def text(self) -> str:
+        """The answer, up to a stop text."""
+        return self._texts[-1] if self._stopped else self.generation.text
+
+    @property
+    def steps(self) -> tuple[TokenStatistics, ...]:
+        """Statistics of its tokens."""
+        return self.generation.steps
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last token is the end of the sequence."""
+        return self.generation.ended
+
+    @property
+    def finish(self) -> Finish:
+        """Why it ends."""
+        if self._stopped:
+            return Finish.STOP
+        return Finish.END if self.ended else Finish.LENGTH
+
+    def tokens(self) -> tuple[Token, ...]:
+        """The tokens that its text is made of, if that was asked for.
+
+        A later token can change how the last characters are spelled, so what a token adds is
+        measured by how much of the final text stands after it.
+        """
+        if not self._given.tokens:
+            return ()
+        whole, place, tokens = self.text, 0, []
+        for text, bits in zip(self._texts, self.generation.surprisals, strict=True):
+            after = max(place, common_prefix(text, whole))
+            tokens.append(Token(whole[place:after], micro(bits)))
+            place = after
+        return tuple(tokens)
+
+
+def _ended(
+    first: _Pass,
+    text: str,
+    decision: Decision,
+    need: RegionNeed | None,
+    fallback: Fallback,
+    work: Work,
+) -> Outcome:
+    return Outcome(
+        text=text,
+        stage=Stage.FIRST,
+        fallback=fallback,
+        uncertainty=decision.value,
+        first=first.generation,
+        decision=decision,
+        need=need,
+        second=None,
+        work=work,
+        finish=first.finish,
+        tokens=first.tokens(),
+    )
 
 
 def _decide(
@@ -366,9 +548,3 @@ def _stop_rule(policy: Policy, retransmit: Retransmit, key: str) -> StopRule | N
         return enough and _decide(policy, steps, ended, retransmit, key).retransmit
 
     return stop
-
-
-def _at(stage: Stage, sink: TextSink | None) -> Callable[[str], None] | None:
-    if sink is None:
-        return None
-    return lambda text: sink(stage, text)

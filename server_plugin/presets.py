@@ -22,6 +22,7 @@ IMAGE_SLOT = "<image>"
 """Where a template takes the visual tokens, whatever the model's own image token is called."""
 
 QUESTION_SLOT = "{question}"
+ANSWER_SLOT = "{answer}"
 
 GENERIC_INSTRUCTION = "Write a general description of the image."
 """The s' of Eq. 22 of 003_92b41fe49395ce1a.txt."""
@@ -51,6 +52,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         prompts: templates by name, each with one `<image>` before one `{question}`. With two
             pictures, `<image>` stands for both, global view first (Eq. 12 of
             003_92b41fe49395ce1a.txt).
+        turns: for templates that take conversations, by the template's name, what stands behind
+            it for each further turn: one `{answer}`, to the question before, then one
+            `{question}`.
         prompt: name of the template in use.
         generic_instruction: what stands in place of the question for the generic attention.
         metric: uncertainty metric of the retransmission policy (Eq. 14-16).
@@ -76,6 +80,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     base_px: Positive | None = None
     placement: Placement = Placement.SLIDING
     prompts: Annotated[dict[Text, Text], msgspec.Meta(min_length=1)]
+    turns: dict[Text, Text] = {}
     prompt: Text
     generic_instruction: Text = GENERIC_INSTRUCTION
     metric: Metric = Metric.MIN_ENTROPY
@@ -99,6 +104,11 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             # so nothing that depends on the question may stand before them.
             if template.index(IMAGE_SLOT) > template.index(QUESTION_SLOT):
                 raise ValueError(f"prompt {name!r} needs {IMAGE_SLOT} before {QUESTION_SLOT}")
+        for name, turn in self.turns.items():
+            if turn.count(ANSWER_SLOT) != 1 or turn.count(QUESTION_SLOT) != 1:
+                raise ValueError(f"turn {name!r} needs {ANSWER_SLOT} and {QUESTION_SLOT} once each")
+            if turn.index(ANSWER_SLOT) > turn.index(QUESTION_SLOT) or IMAGE_SLOT in turn:
+                raise ValueError(f"turn {name!r} needs {ANSWER_SLOT} before {QUESTION_SLOT} only")
         if self.prompt not in self.prompts:
             known = ", ".join(sorted(self.prompts))
             raise ValueError(f"no prompt is named {self.prompt!r} (there are: {known})")
@@ -108,6 +118,11 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def template(self) -> str:
         """The template in use, with its `<image>` and `{question}`."""
         return self.prompts[self.prompt]
+
+    @property
+    def turn(self) -> str | None:
+        """What the template in use has for further turns, if it takes any."""
+        return self.turns.get(self.prompt)
 
     def policy(self) -> ThresholdPolicy:
         """The retransmission policy of this preset (section V-A of 003_92b41fe49395ce1a.txt)."""

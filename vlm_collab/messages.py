@@ -45,7 +45,11 @@ ShortMillis = Annotated[int, Meta(ge=0, le=65535)]
 Micro = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 TargetPx = Annotated[int, Meta(ge=1, le=65535)]
 ShortText = Annotated[str, Meta(max_length=256)]
+StopText = Annotated[str, Meta(min_length=1, max_length=64)]
 
+
+MAX_PICTURES = 16
+"""Pictures that one question can be about."""
 
 CUT_MARK = "…"
 """Ends the text of a first answer that was not generated to its end (U+2026)."""
@@ -101,8 +105,52 @@ class DeclineReason(enum.IntEnum):
     """Cropping or encoding failed."""
 
 
+class Finish(enum.IntEnum):
+    """Why an answer ends where it does."""
+
+    END = 0
+    """The model ended it."""
+    LENGTH = 1
+    """It reached the longest answer allowed."""
+    STOP = 2
+    """One of the texts in `Options.stop` came up; it is not part of the answer."""
+
+
 class Message(Struct, array_like=True, frozen=True):
     """Base of all messages."""
+
+
+class Turn(Struct, array_like=True, frozen=True):
+    """One earlier question of a conversation, and what was answered."""
+
+    question: str
+    answer: str
+
+
+class MoreView(Struct, array_like=True, frozen=True):
+    """A further picture of a question about several.
+
+    Attributes:
+        view: its encoded global view; None if all of the question's views were sent before.
+        source_width, source_height: size of the upright original, in px.
+    """
+
+    view: bytes | None
+    source_width: SidePx
+    source_height: SidePx
+
+
+class Token(Struct, array_like=True, frozen=True):
+    """One generated token.
+
+    Attributes:
+        text: what it adds to the answer; the texts of all tokens make up the whole.
+        surprisal_micro: −log2 of the probability that the model gave it, in millionths of a bit,
+            before temperature. Of a greedy answer it is the token's min-entropy.
+    """
+
+    text: str
+    surprisal_micro: Micro
 
 
 class Options(Struct, array_like=True, frozen=True):
@@ -114,6 +162,12 @@ class Options(Struct, array_like=True, frozen=True):
         max_new_tokens: shorter answers than the server's limit.
         stream: send `Partial` messages.
         want_map: send the relative attention map with a region request (one byte per cell).
+        stop: texts that end an answer where they come up.
+        temperature: 0 or None for the likeliest token at each step; else tokens are drawn from
+            the softmax of the logits over it. Uncertainty is of the raw logits in any case.
+        top_p: draw from the smallest set of likeliest tokens that has this probability.
+        seed: of the draws; None for any.
+        tokens: send the answer's tokens with it.
     """
 
     retransmit: Retransmit = Retransmit.AUTO
@@ -121,6 +175,11 @@ class Options(Struct, array_like=True, frozen=True):
     max_new_tokens: Annotated[int, Meta(ge=1, le=65535)] | None = None
     stream: bool = False
     want_map: bool = False
+    stop: Annotated[tuple[StopText, ...], Meta(max_length=4)] = ()
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    tokens: bool = False
 
 
 class Usage(Struct, array_like=True, frozen=True):
@@ -175,6 +234,8 @@ class Ask(Message, tag=3, frozen=True):
         view: the encoded global view; None refers to one sent before under `view_id`.
         source_width, source_height: size of the upright original, in px.
         options: None for the defaults.
+        history: what was asked and answered about the picture before, oldest first.
+        more: further pictures, in order; `view_id` stands for all of them together.
     """
 
     id: QuestionId
@@ -184,6 +245,20 @@ class Ask(Message, tag=3, frozen=True):
     source_width: SidePx
     source_height: SidePx
     options: Options | None = None
+    history: Annotated[tuple[Turn, ...], Meta(max_length=256)] = ()
+    more: Annotated[tuple[MoreView, ...], Meta(max_length=MAX_PICTURES - 1)] = ()
+
+    @property
+    def sources(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (width, height) of the upright originals, in px."""
+        first = (self.source_width, self.source_height)
+        return (first, *((one.source_width, one.source_height) for one in self.more))
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the question and all that was said before it."""
+        said = (text for turn in self.history for text in (turn.question, turn.answer))
+        return len(self.question.encode()) + sum(len(text.encode()) for text in said)
 
 
 class Region(Message, tag=4, frozen=True):
@@ -217,9 +292,10 @@ class Welcome(Message, tag=16, frozen=True):
         rows, columns: the token grid.
         codecs: image codecs the server takes, best first.
         max_frame_bytes: largest frame the server reads.
-        max_question_bytes: longest question, in UTF-8 bytes.
+        max_question_bytes: longest question, its conversation included, in UTF-8 bytes.
         max_in_flight: questions at once on this connection.
-        features: what this server can do beyond the two stages.
+        features: what this server can do beyond the two stages: `history`, `pictures`,
+            `sampling`, `stop`, `tokens` (see `Ask` and `Options`).
     """
 
     session: Annotated[bytes, Meta(min_length=8, max_length=32)]
@@ -266,6 +342,7 @@ class RegionRequest(Message, tag=18, frozen=True):
         deadline_ms: how long the server waits.
         map: relative attention in row-major order, one byte per cell scaled to its largest
             value; empty unless asked for.
+        picture: which of the question's pictures, from 0.
     """
 
     id: QuestionId
@@ -281,6 +358,7 @@ class RegionRequest(Message, tag=18, frozen=True):
     quality: Annotated[int, Meta(ge=1, le=100)]
     deadline_ms: ShortMillis
     map: bytes = b""
+    picture: Annotated[int, Meta(ge=0, le=MAX_PICTURES - 1)] = 0
 
     @property
     def uncertainty(self) -> float:
@@ -298,6 +376,9 @@ class Answer(Message, tag=19, frozen=True):
         uncertainty_micro: of this text, aggregated, in millionths of the unit of the server's
             metric.
         usage: what it cost.
+        finish: why it ends where it does.
+        tokens: what `text` is made of, if that was asked for; of a first answer that stands in
+            for a lost second one there may be none.
     """
 
     id: QuestionId
@@ -306,6 +387,8 @@ class Answer(Message, tag=19, frozen=True):
     fallback: Fallback
     uncertainty_micro: Micro
     usage: Usage
+    finish: Finish = Finish.END
+    tokens: tuple[Token, ...] = ()
 
     @property
     def uncertainty(self) -> float:
@@ -338,8 +421,32 @@ _down_decoder: msgspec.msgpack.Decoder[DownMessage] = msgspec.msgpack.Decoder(Do
 
 
 def encode(message: AnyMessage) -> bytes:
-    """One message as the payload of one binary frame."""
+    """One message as the payload of one binary frame.
+
+    Questions and answers leave out the fields at their end that say nothing new.
+    """
+    if isinstance(message, Answer):
+        return _encoder.encode(_trimmed(message))
+    if isinstance(message, Ask):
+        fields = _trimmed(message)
+        if message.options is not None:
+            fields[_OPTIONS_PLACE] = _trimmed(message.options)
+        return _encoder.encode(fields)
     return _encoder.encode(message)
+
+
+_OPTIONS_PLACE = 1 + Ask.__struct_fields__.index("options")
+
+
+def _trimmed(struct: Struct) -> list[object]:
+    """A struct as the list that goes on the wire, up to its last value that is no default."""
+    kind = type(struct)
+    fields, defaults = list(msgspec.structs.astuple(struct)), kind.__struct_defaults__
+    required = len(fields) - len(defaults)
+    while len(fields) > required and fields[-1] == defaults[len(fields) - 1 - required]:
+        fields.pop()
+    tag = kind.__struct_config__.tag
+    return fields if tag is None else [tag, *fields]
 
 
 def decode_up(frame: bytes) -> UpMessage:
@@ -392,3 +499,11 @@ def websocket_bytes(payload_bytes: int, *, masked: bool) -> int:
     """
     length = 0 if payload_bytes < 126 else 2 if payload_bytes < 65536 else 8
     return 2 + length + (4 if masked else 0) + payload_bytes
+
+
+def common_prefix(a: str, b: str) -> int:
+    """Characters that two texts begin with in common; `Partial.keep` is such a number."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

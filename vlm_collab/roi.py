@@ -88,6 +88,35 @@ def relative_map(
     return ratios.reshape(grid)
 
 
+def relative_maps(
+    question_row: NDArray[Any],
+    generic_row: NDArray[Any],
+    grid: Grid,
+    *,
+    epsilon: float = 0.0,
+) -> tuple[NDArray[np.float64], ...]:
+    """`relative_map` of each of several pictures whose rows follow each other.
+
+    Args:
+        question_row, generic_row: (P·R·C,), as for one picture, P of them.
+        grid: of one picture.
+
+    Raises:
+        ValueError: the rows are not those of whole pictures; else as `relative_map`.
+    """
+    cells = grid.rows * grid.columns
+    pictures, rest = divmod(len(question_row), cells)
+    if rest or not pictures or len(generic_row) != len(question_row):
+        raise ValueError(
+            f"rows of {len(question_row)} and {len(generic_row)} cells are not those of pictures "
+            f"of {cells}"
+        )
+    parts = [slice(i * cells, (i + 1) * cells) for i in range(pictures)]
+    return tuple(
+        relative_map(question_row[part], generic_row[part], grid, epsilon=epsilon) for part in parts
+    )
+
+
 def find_region(
     relative: NDArray[Any],
     frame: Frame,

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import msgspec
+
 from vlm_collab.cost import ByteCounter
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
@@ -32,15 +34,20 @@ from vlm_collab.messages import (
     DeclineReason,
     Error,
     Fallback,
+    Finish,
     Hello,
     Message,
+    MoreView,
     Options,
     Partial,
     Region,
     RegionRequest,
     Stage,
+    Token,
+    Turn,
     Usage,
     Welcome,
+    common_prefix,
     decode_down,
     decode_up,
     encode,
@@ -100,12 +107,12 @@ class ServerLimits:
 
     Attributes:
         max_frame_bytes: a global view of 336 × 336 px is 20-60 kB as JPEG and 340 kB as PNG.
-        max_question_bytes: UTF-8 bytes of one question; no VQA prompt comes near.
+        max_question_bytes: UTF-8 bytes of one question and the conversation before it.
         max_in_flight: questions at once on one connection.
     """
 
     max_frame_bytes: int = 2 * 2**20
-    max_question_bytes: int = 8192
+    max_question_bytes: int = 32768
     max_in_flight: int = 32
 
 
@@ -167,7 +174,7 @@ ServerEvent = Hello | Ask | Region | Decline | Cancel | Error
 @dataclass(slots=True)
 class _Question:
     state: State = S.NEW
-    source: Size | None = None
+    sources: tuple[Size, ...] = ()
     text: str = ""
     stage: Stage = Stage.FIRST
     bytes_up: int = 0
@@ -285,6 +292,9 @@ class EdgeSession(_Session):
         source: Size,
         view: bytes | None = None,
         options: Options | None = None,
+        *,
+        history: tuple[Turn, ...] = (),
+        more: tuple[MoreView, ...] = (),
     ) -> int:
         """Ask, and return the question's id.
 
@@ -294,6 +304,8 @@ class EdgeSession(_Session):
             source: size of the upright original, in px.
             view: the encoded global view; None if the server has it under `view_id`.
             options: None for the server's defaults.
+            history: earlier questions and answers, oldest first.
+            more: further pictures; `view_id` stands for all of them together.
 
         Raises:
             LocalProtocolError: before `Welcome`, or over a limit that it stated.
@@ -305,21 +317,27 @@ class EdgeSession(_Session):
             raise LocalProtocolError(
                 f"the server takes {welcome.max_in_flight} questions at once on a connection"
             )
-        if len(question.encode()) > welcome.max_question_bytes:
+        id = self._last_id + 1
+        message = Ask(
+            id, question, view_id, view, source.width, source.height, options, history, more
+        )
+        if message.text_bytes > welcome.max_question_bytes:
             raise LocalProtocolError(
-                f"the server takes questions of {welcome.max_question_bytes} bytes at most",
+                f"the server takes questions of {welcome.max_question_bytes} bytes at most, the "
+                "conversation before them included",
                 ErrorCode.TOO_LARGE,
             )
-        if view is not None and len(view) + 64 + len(question.encode()) > welcome.max_frame_bytes:
+        views = [one for one in (view, *(one.view for one in more)) if one is not None]
+        size_bytes = sum(map(len, views))
+        if views and size_bytes + 64 * len(views) + message.text_bytes > welcome.max_frame_bytes:
+            what = f"a view of {size_bytes}" if not more else f"views of {size_bytes}"
             raise LocalProtocolError(
-                f"a view of {len(view)} bytes is over the server's limit of "
+                f"{what} bytes is over the server's limit of "
                 f"{welcome.max_frame_bytes} bytes a frame",
                 ErrorCode.TOO_LARGE,
             )
-        id = self._last_id + 1
         self._move(id, Ask)
-        self._questions[id].source = source
-        message = Ask(id, question, view_id, view, source.width, source.height, options)
+        self._questions[id].sources = tuple(Size(*one) for one in message.sources)
         self._push(message, id)
         return id
 
@@ -400,8 +418,9 @@ class EdgeSession(_Session):
     def _judge(self, question: _Question, request: RegionRequest) -> RegionWanted | RegionDeclined:
         """Restore the box and hold it against this edge's own limits."""
         assert self.welcome is not None  # `ask` saw it
-        source = question.source
-        assert source is not None  # `ask` set it
+        if request.picture >= len(question.sources):
+            return self._decline_by_itself(request, DeclineReason.BAD_REQUEST)
+        source = question.sources[request.picture]
         view = Size(self.welcome.view_width, self.welcome.view_height)
         grid = Grid(self.welcome.rows, self.welcome.columns)
         token_box = TokenBox(request.index, request.side_px, request.columns, request.rows)
@@ -489,12 +508,13 @@ class ServerSession(_Session):
 
     def _ask(self, message: Ask) -> Ask | Error:
         """Apply the limits; a question over one of them ends here."""
-        limits, size_bytes = self.limits, len(message.question.encode())
+        limits, size_bytes = self.limits, message.text_bytes
         if len(self._questions) > limits.max_in_flight:
             text = f"{limits.max_in_flight} questions at once on a connection, no more"
             return self._refuse(message, ErrorCode.BUSY, text, retry_after_ms=1000)
         if size_bytes > limits.max_question_bytes:
-            text = f"the question has {size_bytes} bytes, more than {limits.max_question_bytes}"
+            what = "question and history have" if message.history else "question has"
+            text = f"the {what} {size_bytes} bytes, more than {limits.max_question_bytes}"
             return self._refuse(message, ErrorCode.TOO_LARGE, text)
         if not message.question.strip():
             return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
@@ -521,7 +541,7 @@ class ServerSession(_Session):
             raise self._local(id, Partial)
         if question.stage is not stage:
             question.stage, question.text = stage, ""
-        keep = _common_prefix(question.text, text)
+        keep = common_prefix(question.text, text)
         question.text = text
         self._push(Partial(id, stage, keep, text[keep:]), id)
         return True
@@ -536,7 +556,16 @@ class ServerSession(_Session):
         return True
 
     def answer(
-        self, id: int, text: str, stage: Stage, fallback: Fallback, uncertainty: float, usage: Usage
+        self,
+        id: int,
+        text: str,
+        stage: Stage,
+        fallback: Fallback,
+        uncertainty: float,
+        usage: Usage,
+        *,
+        finish: Finish = Finish.END,
+        tokens: tuple[Token, ...] = (),
     ) -> Answer | None:
         """End a question with an answer. The byte counts of `usage` are filled in here.
 
@@ -548,19 +577,11 @@ class ServerSession(_Session):
             if self.state(id) is S.NEW:
                 raise self._local(id, Answer)
             return None
-        usage = Usage(
-            question.bytes_up,
-            question.bytes_down,
-            usage.prefilled_tokens,
-            usage.decoded_tokens,
-            usage.mflops,
-            usage.queue_ms,
-            usage.first_ms,
-            usage.region_ms,
-            usage.second_ms,
+        usage = msgspec.structs.replace(
+            usage, bytes_up=question.bytes_up, bytes_down=question.bytes_down
         )
         self._move(id, Answer)
-        message = Answer(id, text, stage, fallback, micro(uncertainty), usage)
+        message = Answer(id, text, stage, fallback, micro(uncertainty), usage, finish, tokens)
         self._push(message, id)
         return message
 
@@ -589,10 +610,3 @@ class ServerSession(_Session):
         if question is None and self.state(id) is S.NEW:
             raise LocalProtocolError(f"question {id} was never asked")
         return None if question is None or question.state is S.CANCELLED else question
-
-
-def _common_prefix(a: str, b: str) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from server_plugin.adapters.base import Adapter, Layout, VisualTokens, square_cells
 from server_plugin.adapters.prompts import Prompt, PromptBuilder, Tokenizer
+from server_plugin.backend import History
 from server_plugin.presets import IMAGE_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
@@ -55,7 +56,7 @@ class InstructBlipAdapter(Adapter):
         # In half precision transformers keeps the query tokens, which come first, in float32.
         self.dtype = model.language_model.dtype
         _check_picture_size(processor.image_processor, self.layout.view)
-        self._prompts = _prompts(model.config, processor, preset.template, self.layout)
+        self._prompts = _prompts(model.config, processor, preset, self.layout)
         self._cross_attention = _cross_attention(model.qformer, preset.qformer_layer)
         _use_capturing_attention(model.qformer)
 
@@ -143,6 +144,8 @@ class InstructBlipAdapter(Adapter):
 class InstructBlipPrompts(PromptBuilder):
     """Makes two readings of one text: the decoder's and the Q-Former's.
 
+    In a conversation the Q-Former reads the question at hand, and the decoder all of it.
+
     The decoder's begins with the image tokens, and only then comes what its tokenizer makes of
     the text, its first special token included. The Q-Former's is the text alone, in the words of
     its own tokenizer. This is what the checkpoints' own processor does.
@@ -172,6 +175,7 @@ class InstructBlipPrompts(PromptBuilder):
         visual_tokens: int,
         context_tokens: int,
         qformer_tokens: int,
+        turn: str | None = None,
     ) -> None:
         if not template.startswith(IMAGE_SLOT):
             raise ConfigError(
@@ -185,6 +189,7 @@ class InstructBlipPrompts(PromptBuilder):
             image_token_id=image_token_id,
             visual_tokens=visual_tokens,
             context_tokens=context_tokens,
+            turn=turn,
         )
         self._qformer_tokenizer = qformer_tokenizer
         self._qformer_tokens = qformer_tokens
@@ -194,14 +199,16 @@ class InstructBlipPrompts(PromptBuilder):
         self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
         self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
 
-    def check(self, question: str, images: int, max_new_tokens: int) -> None:
+    def check(self, question: str, images: int, max_new_tokens: int, history: History = ()) -> None:
         """Refuse a question that no prompt can be made of.
 
         Raises:
             QuestionError: as in `PromptBuilder.check`, and also for what the Q-Former's
                 tokenizer reserves, and for more text than the Q-Former reads.
         """
-        super().check(question, images, max_new_tokens)
+        super().check(question, images, max_new_tokens, history)
+        if not images:
+            return  # nothing for the Q-Former to look at
         for token in self._qformer_reserved:
             if token in question:
                 raise QuestionError(f"the question holds {token!r}, which this model reserves")
@@ -211,26 +218,33 @@ class InstructBlipPrompts(PromptBuilder):
             raise QuestionError("the question spells a token that this model reserves")
         self._check_qformer_length(ids)
 
-    def build(self, question: str, images: int, max_new_tokens: int) -> Prompt:
+    def build(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        views: int = 1,
+    ) -> Prompt:
         """The prompt of a checked question over `images` pictures.
 
         Raises:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer, or the
                 Q-Former cannot read all of it.
         """
-        self._check_qformer_length(self.qformer_ids(question))
-        return super().build(question, images, max_new_tokens)
+        if images:
+            self._check_qformer_length(self.qformer_ids(question))
+        return super().build(question, images, max_new_tokens, history, views)
 
     def qformer_ids(self, question: str) -> list[int]:
         """Token ids of the text that the Q-Former reads for a question."""
-        return self._qformer_tokenizer.encode(self._text(question))
+        return self._qformer_tokenizer.encode(self._conversation(question, 1, ()))
 
-    def _encode(self, question: str, images: int, visual_tokens: int) -> list[int]:
+    def _encode(
+        self, question: str, images: int, visual_tokens: int, history: History = ()
+    ) -> list[int]:
         pictures = [self._image_token_id] * (images * visual_tokens)
-        return pictures + self._tokenizer.encode(self._text(question))
-
-    def _text(self, question: str) -> str:
-        return f"{self._middle}{question}{self._after}"
+        return pictures + self._tokenizer.encode(self._conversation(question, images, history))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:
@@ -323,7 +337,7 @@ def _cross_attention(qformer: Any, index: int) -> torch.nn.Module:
     return module
 
 
-def _prompts(config: Any, processor: Any, template: str, layout: Layout) -> InstructBlipPrompts:
+def _prompts(config: Any, processor: Any, preset: Preset, layout: Layout) -> InstructBlipPrompts:
     tokenizer, image_token = processor.tokenizer, str(processor.image_token)
     qformer_tokenizer = getattr(processor, "qformer_tokenizer", None)
     # Where the folder is missing, transformers loads the decoder's tokenizer a second time.
@@ -348,11 +362,12 @@ def _prompts(config: Any, processor: Any, template: str, layout: Layout) -> Inst
     return InstructBlipPrompts(
         tokenizer,
         qformer_tokenizer,
-        template,
+        preset.template,
         image_token=image_token,
         image_token_id=config.image_token_id,
         visual_tokens=layout.visual_tokens,
         context_tokens=layout.context_tokens,
+        turn=preset.turn,
         qformer_tokens=config.qformer_config.max_position_embeddings,
     )
 

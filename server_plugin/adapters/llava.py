@@ -50,6 +50,7 @@ class LlavaAdapter(Adapter):
             image_token_id=image_token_id,
             visual_tokens=self.layout.visual_tokens,
             context_tokens=self.layout.context_tokens,
+            turn=preset.turn,
         )
 
     @classmethod

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT
+from server_plugin.backend import History
+from server_plugin.presets import ANSWER_SLOT, IMAGE_SLOT, QUESTION_SLOT
 from vlm_collab.errors import QuestionError
 
 
@@ -43,16 +44,18 @@ class Prompt:
 
     Attributes:
         ids: all token ids, image tokens included.
-        images: where the visual tokens of each picture lie, in order, global view first.
+        images: where the visual tokens of each picture lie, in order, global views first.
+        views: how many global views there are.
     """
 
     ids: tuple[int, ...]
     images: tuple[range, ...]
+    views: int = 1
 
     @property
     def shared(self) -> int:
-        """Length of the part up to the end of the global view, the same for every question."""
-        return self.images[0].stop
+        """Length of the part up to the end of the global views, the same for every question."""
+        return self.images[self.views - 1].stop if self.views else 0
 
 
 class PromptBuilder:
@@ -66,6 +69,8 @@ class PromptBuilder:
         around_picture: text that the checkpoint writes before and after each picture's tokens.
         visual_tokens: tokens of one picture.
         context_tokens: longest sequence that the model takes, answer included.
+        turn: what follows the template for each further turn of a conversation, with one
+            `{answer}` before one `{question}`; None: no conversations.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class PromptBuilder:
         visual_tokens: int,
         context_tokens: int,
         around_picture: tuple[str, str] = ("", ""),
+        turn: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._image_token = image_token
@@ -88,83 +94,127 @@ class PromptBuilder:
         before, _, rest = template.partition(IMAGE_SLOT)
         middle, _, after = rest.partition(QUESTION_SLOT)
         self._before, self._middle, self._after = before, middle, after
+        self._turn = turn
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         reserved = added | set(tokenizer.all_special_tokens) | {image_token, IMAGE_SLOT}
         self._reserved = sorted(token for token in reserved if token.strip())
         # Roles that a template writes as plain text, such as "USER:" and "ASSISTANT:".
-        text = "\n".join((before, middle, after))
+        text = "\n".join((before, middle, after, turn or ""))
         self._role_markers = sorted(set(re.findall(r"[A-Z][A-Za-z ]*:", text)))
         # A character outside the vocabulary may be spelled as the unknown token, which some
         # tokenizers do not tell from the end of the text.
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self._reserved_ids = set(tokenizer.added_tokens_decoder) - ({tokenizer.unk_token_id} - ends)
-        self._own_reserved = {
-            images: self._count_reserved(self._encode("?", images, 1)) for images in (1, 2)
-        }
+        self._own_reserved: dict[tuple[int, int], int] = {}
         # A token spells at most this many characters, so a text much longer than the context
         # is refused before it is tokenised.
         self._token_chars = max(len(token) for token in tokenizer.get_vocab())
 
-    def check(self, question: str, images: int, max_new_tokens: int) -> None:
+    def check(self, question: str, images: int, max_new_tokens: int, history: History = ()) -> None:
         """Refuse a question that no prompt can be made of.
 
         Raises:
-            QuestionError: it is empty, holds a reserved token or one of the template's role
-                markers, is no proper text, or leaves no
-                room for `images` pictures and `max_new_tokens` tokens of answer.
+            QuestionError: it or what was said before is empty, holds a reserved token or one of
+                the template's role markers, is no proper text, or leaves no room for `images`
+                pictures and `max_new_tokens` tokens of answer; or the template takes no
+                conversations.
         """
-        if not question.strip():
-            raise QuestionError("the question is empty")
-        for token in self._reserved:
-            if token in question:
-                raise QuestionError(f"the question holds {token!r}, which this model reserves")
-        for marker in self._role_markers:
-            if marker in question:
-                raise QuestionError(
-                    f"the question holds {marker!r}, which tells this model who is speaking"
-                )
-        if len(question) > self._context_tokens * self._token_chars:
-            raise QuestionError(
-                f"the question is far longer than the model's {self._context_tokens} tokens"
-            )
-        try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise QuestionError("the question is not valid Unicode text") from None
-        ids = self._encode(question, images, 1)
+        if history and self._turn is None:
+            raise QuestionError("this model's prompt template takes single questions only")
+        for asked, answered in history:
+            self._check_text(asked, "an earlier question")
+            self._check_text(answered, "an earlier answer", may_be_empty=True)
+        self._check_text(question, "the question")
+        ids = self._encode(question, images, 1, history)
         # A tokenizer that normalises text may find a reserved token under another spelling.
-        if self._count_reserved(ids) != self._own_reserved[images]:
+        key = images, len(history)
+        if key not in self._own_reserved:
+            plain = self._encode("?", images, 1, (("?", "?"),) * len(history))
+            self._own_reserved[key] = self._count_reserved(plain)
+        if self._count_reserved(ids) != self._own_reserved[key]:
             raise QuestionError("the question spells a token that this model reserves")
         self._check_length(len(ids), images, 1, max_new_tokens)
 
-    def build(self, question: str, images: int, max_new_tokens: int) -> Prompt:
+    def _check_text(self, text: str, what: str, *, may_be_empty: bool = False) -> None:
+        if not (may_be_empty or text.strip()):
+            raise QuestionError(f"{what} is empty")
+        for token in self._reserved:
+            if token in text:
+                raise QuestionError(f"{what} holds {token!r}, which this model reserves")
+        for marker in self._role_markers:
+            if marker in text:
+                raise QuestionError(
+                    f"{what} holds {marker!r}, which tells this model who is speaking"
+                )
+        if len(text) > self._context_tokens * self._token_chars:
+            raise QuestionError(
+                f"{what} is far longer than the model's {self._context_tokens} tokens"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise QuestionError(f"{what} is not valid Unicode text") from None
+
+    def build(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        views: int = 1,
+    ) -> Prompt:
         """The prompt of a checked question over `images` pictures.
+
+        All pictures stand where the template has them, before the first question, whichever
+        question they came with.
+
+        Args:
+            question: the user's text.
+            images: pictures in all.
+            max_new_tokens: longest answer.
+            history: what was asked and answered before.
+            views: how many of the pictures are global views.
 
         Raises:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer.
         """
         visual = self._visual_tokens
-        ids = self._encode(question, images, visual)
+        ids = self._encode(question, images, visual, history)
         self._check_length(len(ids), images, visual, max_new_tokens)
         starts: list[int] = []
         for _ in range(images):
             after = starts[-1] + visual if starts else 0
             starts.append(ids.index(self._image_token_id, after))
-        return Prompt(tuple(ids), tuple(range(start, start + visual) for start in starts))
+        places = tuple(range(start, start + visual) for start in starts)
+        return Prompt(tuple(ids), places, views)
 
-    def shared(self) -> Prompt:
-        """The part that all questions share: everything up to the end of the global view."""
+    def shared(self, views: int = 1) -> Prompt:
+        """The part that all questions share: everything up to the end of the global views."""
         # Any question does: the image tokens are atomic, so what follows them cannot change
         # the ids before.
-        prompt = self.build("?", 1, 0)
-        return Prompt(prompt.ids[: prompt.shared], prompt.images)
+        prompt = self.build("?", views, 0, views=views)
+        return Prompt(prompt.ids[: prompt.shared], prompt.images, views)
 
-    def _encode(self, question: str, images: int, visual_tokens: int) -> list[int]:
+    def _encode(
+        self, question: str, images: int, visual_tokens: int, history: History = ()
+    ) -> list[int]:
         before, after = self._around_picture
         pictures = f"{before}{self._image_token * visual_tokens}{after}" * images
-        return self._tokenizer.encode(
-            f"{self._before}{pictures}{self._middle}{question}{self._after}"
-        )
+        said = self._conversation(question, images, history)
+        return self._tokenizer.encode(f"{self._before}{pictures}{said}")
+
+    def _conversation(self, question: str, images: int, history: History) -> str:
+        """What follows the pictures."""
+        # Without pictures, the line break behind them goes too.
+        middle = self._middle if images else self._middle.lstrip()
+        questions = [*(asked for asked, _ in history), question]
+        text = f"{middle}{questions[0]}{self._after}"
+        for (_, answered), asked in zip(history, questions[1:], strict=True):
+            assert self._turn is not None, "checked before"
+            head, _, rest = self._turn.partition(ANSWER_SLOT)
+            between, _, tail = rest.partition(QUESTION_SLOT)
+            text += f"{head}{answered}{between}{asked}{tail}"
+        return text
 
     def _count_reserved(self, ids: list[int]) -> int:
         return sum(token in self._reserved_ids for token in ids)

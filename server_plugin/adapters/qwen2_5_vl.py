@@ -57,6 +57,7 @@ class Qwen25VLAdapter(Adapter):
             visual_tokens=self.layout.visual_tokens,
             context_tokens=self.layout.context_tokens,
             around_picture=_AROUND_PICTURE,
+            turn=preset.turn,
         )
 
     @classmethod

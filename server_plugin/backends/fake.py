@@ -18,16 +18,19 @@ import numpy as np
 from PIL.Image import Image
 
 from server_plugin.backend import (
+    GREEDY,
     Generation,
+    History,
     ModelInfo,
     RelativeAttention,
+    Sampling,
     StopRule,
     TextSink,
     View,
 )
 from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.roi import relative_map
+from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics
 
 
@@ -55,6 +58,11 @@ Play = Callable[[str, str, str], Script]
 """(question, digest of the view, digest of the region or "") -> what to do."""
 
 
+def _said(question: str, history: History) -> str:
+    """All that was said, as one text: what came before stands first."""
+    return " ".join([*(text for turn in history for text in turn), question])
+
+
 def digest(image: Image) -> str:
     """Eight hexadecimal digits that name the pixels of a picture."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:8]
@@ -76,6 +84,7 @@ class FakeView:
 
     name: str
     nbytes: int
+    pictures: int = 1
     has_generic_row: bool = False
     released: bool = False
 
@@ -130,7 +139,7 @@ class FakeBackend:
         """What `vlm-collab serve fake` serves."""
         return cls()
 
-    def check_question(self, question: str, images: int = 2) -> None:
+    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")
         if "<image>" in question:
@@ -138,10 +147,13 @@ class FakeBackend:
         if len(question) // 4 + images * self.info.visual_tokens > self.info.context_tokens:
             raise QuestionError("the question is longer than the model's context leaves room for")
 
-    async def open_view(self, image: Image) -> FakeView:
-        if image.size != self.info.view or image.mode != "RGB":
-            raise ImageError(f"a view must be RGB and {self.info.view}, not {image.size}")
-        view = FakeView(name=digest(image), nbytes=image.width * image.height * 3)
+    async def open_view(self, *images: Image) -> FakeView:
+        for image in images:
+            if image.size != self.info.view or image.mode != "RGB":
+                raise ImageError(f"a view must be RGB and {self.info.view}, not {image.size}")
+        name = "+".join(digest(image) for image in images)
+        nbytes = sum(image.width * image.height * 3 for image in images)
+        view = FakeView(name=name, nbytes=nbytes, pictures=len(images))
         self.views.add(view)
         return view
 
@@ -151,14 +163,19 @@ class FakeBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(question, held.name, "")
+        script = self.play(_said(question, history), held.name, "")
         tokens = script.first.split(" ")
-        row = np.full(self.info.visual_tokens, 0.1, dtype=np.float32)
-        row[script.peak[0] * self.info.grid.columns + script.peak[1]] = 1.0
+        row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
+        # Of several pictures, it looks at the last.
+        row[-self.info.visual_tokens :][
+            script.peak[0] * self.info.grid.columns + script.peak[1]
+        ] = 1.0
         step = statistics_of(script.uncertainty_bits)
         return await self._generate(
             tokens, step, script.delay_s, max_new_tokens, stop, on_text, row / row.sum()
@@ -171,9 +188,9 @@ class FakeBackend:
         if not held.has_generic_row:
             self.generic_rows += 1
             held.has_generic_row = True
-        generic = np.full(self.info.visual_tokens, 1.0 / self.info.visual_tokens)
+        generic = np.full(len(first.row), 1.0 / len(first.row))
         return RelativeAttention(
-            map=relative_map(first.row, generic, self.info.grid),
+            maps=relative_maps(first.row, generic, self.info.grid),
             prefilled_tokens=prefilled,
             context_tokens=prefilled and self.info.visual_tokens + prefilled,
             layers=self.info.layer + 1,
@@ -186,15 +203,34 @@ class FakeBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(question, held.name, digest(region))
+        script = self.play(_said(question, history), held.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
         step = statistics_of(0.01)
         return await self._generate(
-            script.second.split(" "), step, script.delay_s, max_new_tokens, None, on_text, None
+            script.second.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
+        )
+
+    async def text_pass(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        script = self.play(_said(question, history), "", "")
+        step = statistics_of(script.uncertainty_bits)
+        return await self._generate(
+            script.first.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
         )
 
     async def release(self, view: View) -> None:
@@ -246,4 +282,5 @@ class FakeBackend:
             prefilled_tokens=16,
             context_tokens=self.info.visual_tokens + 16,
             row=row,
+            surprisals=tuple(one.min_entropy_bits for one in steps),
         )

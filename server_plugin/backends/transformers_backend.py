@@ -43,9 +43,12 @@ from server_plugin.adapters.checkpoint import (
 from server_plugin.adapters.prompts import Prompt
 from server_plugin.adapters.registry import adapter_for
 from server_plugin.backend import (
+    GREEDY,
     Generation,
+    History,
     ModelInfo,
     RelativeAttention,
+    Sampling,
     StopRule,
     TextSink,
     View,
@@ -58,13 +61,18 @@ from server_plugin.backends.attention import (
 from server_plugin.backends.batch import Batch, Row, layers_of
 from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError, fail
 from server_plugin.presets import Preset
+from server_plugin.sampling import Chooser, surprisal
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
-from vlm_collab.roi import relative_map
+from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 _KEPT_PREFIXES = 2
 """Questions per view whose visual tokens stay cached, where these depend on the question."""
+
+
+Looks = tuple[Tensor | None, ...]
+"""What the visual tokens of each global view look at; see `VisualTokens.looks`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,13 +81,13 @@ class _Prefix:
 
     Attributes:
         cache: of these positions, never written to.
-        looks: see `VisualTokens`.
+        looks: of each picture.
         uncounted_tokens: positions that no result has reported as prefilled yet; the first
             answer on it reports them, so that costs add up to what was computed.
     """
 
     cache: DynamicCache
-    looks: Tensor | None
+    looks: Looks
     uncounted_tokens: int
 
     @property
@@ -90,7 +98,7 @@ class _Prefix:
     @property
     def nbytes(self) -> int:
         """Its memory, in bytes."""
-        looks = 0 if self.looks is None else self.looks.nbytes
+        looks = sum(one.nbytes for one in self.looks if one is not None)
         cached = (t.nbytes for one in layers_of(self.cache) for t in (one.keys, one.values))
         return int(looks + sum(cached))
 
@@ -105,13 +113,16 @@ class TransformersView:
     """A global view as this backend keeps it: what was computed of it, and no pixels.
 
     Attributes:
-        seen: the vision encoder's output, in families that need it for every new question.
+        seen: the vision encoder's output of each picture, in families that need it for every new
+            question.
+        pictures: how many it is of.
         prefixes: by question, where that matters; else one for all questions, under "".
         generic_row: attention on the grid under the generic instruction, once it was needed.
         released: nothing is held any more.
     """
 
-    seen: Tensor | None
+    seen: tuple[Tensor, ...] | None
+    pictures: int = 1
     prefixes: OrderedDict[str, _Prefix] = field(default_factory=OrderedDict)
     generic_row: NDArray[np.float32] | None = None
     released: bool = False
@@ -119,7 +130,9 @@ class TransformersView:
     @property
     def nbytes(self) -> int:
         """Memory held for this view, in bytes."""
-        held = [part.nbytes for part in (self.seen, self.generic_row) if part is not None]
+        held = [part.nbytes for part in self.seen or ()]
+        if self.generic_row is not None:
+            held.append(self.generic_row.nbytes)
         return sum(held) + sum(prefix.nbytes for prefix in list(self.prefixes.values()))
 
     def keep(self, key: str, prefix: _Prefix) -> None:
@@ -135,16 +148,16 @@ class _Seen:
     """A view as one operation uses it; whoever holds this is not disturbed by a release.
 
     Attributes:
-        view: the global view.
+        view: the global view; None for a question about no picture.
         key: of the view's prefix for this operation's question.
         prefix: what is cached under it.
-        picture: the vision encoder's output, where it was kept.
+        pictures: the vision encoder's output of each, where it was kept.
     """
 
-    view: TransformersView
+    view: TransformersView | None
     key: str
     prefix: _Prefix | None
-    picture: Tensor | None
+    pictures: tuple[Tensor, ...]
 
     @property
     def cached(self) -> int:
@@ -158,10 +171,10 @@ class _Ask:
 
     Attributes:
         seen: the global view.
-        prompt: with one picture or two.
+        prompt: over all pictures.
         question: the user's text.
         region: the local view, in a second pass.
-        max_new_tokens, stop, on_text: see `Backend.first_pass`.
+        max_new_tokens, sampling, stop, on_text: see `Backend.first_pass`.
     """
 
     seen: _Seen
@@ -169,6 +182,7 @@ class _Ask:
     question: str
     region: Image | None
     max_new_tokens: int
+    sampling: Sampling
     stop: StopRule | None
     on_text: TextSink | None
 
@@ -178,8 +192,10 @@ class _Answer:
     """An answer in the making."""
 
     job: Job
+    chooser: Chooser
     ids: list[int] = field(default_factory=list)
     steps: list[TokenStatistics] = field(default_factory=list)
+    surprisals: list[float] = field(default_factory=list)
     prefilled_tokens: int = 0
     row: NDArray[np.float32] | None = None
 
@@ -206,8 +222,7 @@ class TransformersBackend:
         self._adapter = adapter
         self._preset = preset
         try:
-            self._shared = adapter.prompts.shared()
-            self._generic = adapter.prompts.build(preset.generic_instruction, 1, 0)
+            shared = adapter.prompts.shared()
             adapter.prompts.build(preset.generic_instruction, 2, 1)
         except QuestionError as error:
             raise ModelError(
@@ -236,7 +251,7 @@ class TransformersBackend:
             context_tokens=layout.context_tokens,
             # Twice, so that a batch can gather while another runs.
             concurrency=2 * batch,
-            view_bytes=_view_bytes(adapter, len(self._shared.ids)),
+            view_bytes=_view_bytes(adapter, len(shared.ids)),
         )
         self._end_tokens = adapter.end_tokens
         self._worker = BatchWorker(self._execute, batch, "vlm-collab-model")
@@ -293,16 +308,18 @@ class TransformersBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(self, question: str, images: int = 2) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens)
+    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history)
 
-    async def open_view(self, image: Image) -> TransformersView:
-        if image.mode != "RGB" or image.size != self._info.view:
-            raise ImageError(
-                f"a global view must be RGB of {self._info.view.width} x {self._info.view.height}"
-                f" px, not {image.mode} of {image.width} x {image.height}"
-            )
-        view: TransformersView = await self._run("view", image)
+    async def open_view(self, *images: Image) -> TransformersView:
+        for image in images:
+            if image.mode != "RGB" or image.size != self._info.view:
+                raise ImageError(
+                    f"a global view must be RGB of {self._info.view.width} x "
+                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
+                    f"{image.height}"
+                )
+        view: TransformersView = await self._run(("view", len(images)), images)
         return view
 
     async def first_pass(
@@ -311,20 +328,26 @@ class TransformersBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(view, question, None, max_new_tokens, stop, on_text)
+        return await self._answer(
+            view, question, None, max_new_tokens, history, sampling, stop, on_text
+        )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
             raise ValueError("the first pass came without its attention row")
         seen = self._seen(view, self._preset.generic_instruction)
+        assert seen.view is not None
         generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
         if generic is None:
-            generic, new_tokens, context_tokens = await self._run(("generic", seen.cached), seen)
+            kind = "generic", view.pictures, seen.cached
+            generic, new_tokens, context_tokens = await self._run(kind, seen)
         return RelativeAttention(
-            map=relative_map(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
+            maps=relative_maps(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
             prefilled_tokens=new_tokens,
             context_tokens=context_tokens,
             layers=self._info.layer + 1,
@@ -337,11 +360,30 @@ class TransformersBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        return await self._answer(view, question, region, max_new_tokens, None, on_text)
+        return await self._answer(
+            view, question, region, max_new_tokens, history, sampling, stop, on_text
+        )
+
+    async def text_pass(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        return await self._answer(
+            None, question, None, max_new_tokens, history, sampling, stop, on_text
+        )
 
     async def release(self, view: View) -> None:
         # An operation that runs on it now holds its own references and ends undisturbed.
@@ -367,35 +409,40 @@ class TransformersBackend:
 
     async def _answer(
         self,
-        view: View,
+        view: View | None,
         question: str,
         region: Image | None,
         max_new_tokens: int,
+        history: History,
+        sampling: Sampling,
         stop: StopRule | None,
         on_text: TextSink | None,
     ) -> Generation:
         prompts = self._adapter.prompts
-        images = 1 if region is None else 2
-        prompts.check(question, images, max_new_tokens)
-        prompt = prompts.build(question, images, max_new_tokens)
+        views = 0 if view is None else view.pictures
+        images = views + (region is not None)
+        prompts.check(question, images, max_new_tokens, history)
+        prompt = prompts.build(question, images, max_new_tokens, history, views)
         seen = self._seen(view, question)
-        ask = _Ask(seen, prompt, question, region, max_new_tokens, stop, on_text)
+        ask = _Ask(seen, prompt, question, region, max_new_tokens, sampling, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", images, seen.cached), ask, len(prompt.ids) - seen.cached
+            ("answer", views, images, seen.cached), ask, len(prompt.ids) - seen.cached
         )
         return answer
 
-    def _seen(self, view: View, question: str) -> _Seen:
+    def _seen(self, view: View | None, question: str) -> _Seen:
         """What is at hand of a view for a question.
 
         Raises:
             RuntimeError: the view was released.
         """
+        if view is None:
+            return _Seen(None, "", None, ())
         assert isinstance(view, TransformersView)
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return _Seen(view, key, view.prefixes.get(key), view.seen)
+        return _Seen(view, key, view.prefixes.get(key), view.seen or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""
@@ -410,38 +457,44 @@ class TransformersBackend:
 
     def _execute(self, kind: Hashable, jobs: list[Job]) -> None:
         with torch.inference_mode():
-            if kind == "view":
-                self._open_views(jobs)
-            elif cast(tuple[str, ...], kind)[0] == "generic":
-                self._generic_rows(jobs)
+            what, pictures, *_ = cast(tuple[Any, ...], kind)
+            if what == "view":
+                self._open_views(jobs, pictures)
+            elif what == "generic":
+                self._generic_rows(jobs, pictures)
             else:
                 self._answers(jobs)
 
-    def _open_views(self, jobs: list[Job]) -> None:
-        seen = self._adapter.see([job.payload for job in jobs])
-        if self._adapter.reads_question:
+    def _open_views(self, jobs: list[Job], pictures: int) -> None:
+        adapter = self._adapter
+        every = adapter.see([image for job in jobs for image in job.payload])
+        seen = [tuple(every[i : i + pictures]) for i in range(0, len(every), pictures)]
+        if adapter.reads_question:
             for job, kept in zip(jobs, seen, strict=True):
-                job.future.set_result(TransformersView(kept))
+                job.future.set_result(TransformersView(kept, pictures))
             return
-        pictures = [self._adapter.visual_tokens(picture, "") for picture in seen]
-        rows = [Row(self._shared, None, self._embedded(self._shared, 0, [p])) for p in pictures]
-        batch = Batch(self._adapter, rows)
+        shared = adapter.prompts.shared(pictures)
+        tokens = [[adapter.visual_tokens(picture, "") for picture in one] for one in seen]
+        rows = [Row(shared, None, self._embedded(shared, 0, one)) for one in tokens]
+        batch = Batch(adapter, rows)
         batch.prefill()
-        length = len(self._shared.ids)
-        for number, (job, picture) in enumerate(zip(jobs, pictures, strict=True)):
+        length = len(shared.ids)
+        for number, (job, one) in enumerate(zip(jobs, tokens, strict=True)):
             # Each in memory of its own, so that views can be released one by one.
             cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
-            view = TransformersView(None)
-            view.keep("", _Prefix(cache, picture.looks, length))
+            view = TransformersView(None, pictures)
+            view.keep("", _Prefix(cache, tuple(picture.looks for picture in one), length))
             job.future.set_result(view)
 
-    def _generic_rows(self, jobs: list[Job]) -> None:
+    def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
         """Attention under the generic instruction, once for each view."""
         asked: dict[int, _Seen] = {}
         for job in jobs:
             if job.payload.view.generic_row is None:
                 asked[id(job.payload.view)] = job.payload
-        computed = self._read_generic(list(asked.values())) if asked else {}
+        instruction = self._preset.generic_instruction
+        prompt = self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+        computed = self._read_generic(list(asked.values()), prompt) if asked else {}
         for job in jobs:
             view: TransformersView = job.payload.view
             if id(view) not in computed:  # the row came while this job waited
@@ -451,19 +504,21 @@ class TransformersBackend:
             computed[id(view)] = row, 0  # for the next to ask for it, it costs nothing
             if not view.released:
                 view.generic_row = row
-            context_tokens = len(self._generic.ids) if new_tokens else 0
+            context_tokens = len(prompt.ids) if new_tokens else 0
             job.future.set_result((row, new_tokens, context_tokens))
 
-    def _read_generic(self, views: list[_Seen]) -> dict[int, tuple[NDArray[np.float32], int]]:
+    def _read_generic(
+        self, views: list[_Seen], prompt: Prompt
+    ) -> dict[int, tuple[NDArray[np.float32], int]]:
         """Rows on the grid and newly computed positions, by the identity of the view."""
-        prompt = self._generic
         made = [self._row(seen, prompt, self._preset.generic_instruction, []) for seen in views]
         batch = Batch(self._adapter, [row for row, _ in made])
-        capture = self._capture(batch, [prompt] * len(made), stop=True)
+        prompts = [prompt] * len(made)
+        capture = self._capture(batch, prompts, stop=True)
         # The capture ends the forward: layers behind the one that is read are not computed.
         with contextlib.suppress(RowReadyError):
             batch.prefill(capture)
-        rows = self._on_grid(capture, [looks for _, looks in made])
+        rows = self._on_grid(capture, prompts, [looks for _, looks in made])
         return {
             id(seen.view): (
                 row,
@@ -476,7 +531,7 @@ class TransformersBackend:
 
     def _answers(self, jobs: list[Job]) -> None:
         """Prefill what the caches do not hold yet, then decode greedily, all together."""
-        answers = [_Answer(job) for job in jobs]
+        answers = [_Answer(job, Chooser(job.payload.sampling)) for job in jobs]
         asks = [answer.ask for answer in answers]
         regions = [ask.region for ask in asks if ask.region is not None]
         local = iter(self._adapter.see(regions)) if regions else iter(())
@@ -488,22 +543,24 @@ class TransformersBackend:
         ]
         batch = Batch(self._adapter, [row for row, _ in made])
         looks = [one for _, one in made]
-        capture = None if regions else self._capture(batch, [ask.prompt for ask in asks])
+        prompts = [ask.prompt for ask in asks]
+        without_row = regions or not prompts[0].views
+        capture = None if without_row else self._capture(batch, prompts)
         hidden = batch.prefill(capture)
         for number, answer in enumerate(answers):
             answer.prefilled_tokens = len(made[number][0].embeddings)
             self._keep_prefix(answer, batch, number, looks[number])
         if capture is not None:
-            for answer, row in zip(answers, self._on_grid(capture, looks), strict=True):
+            for answer, row in zip(answers, self._on_grid(capture, prompts, looks), strict=True):
                 answer.row = row
         while True:
             # Only the last positions predict anything; (batch, hidden) -> (batch, vocabulary)
             logits = self._adapter.output_head(hidden).float()
-            tokens, numbers = logits.argmax(-1).tolist(), logits.cpu().numpy()
+            numbers = logits.cpu().numpy()
             live = [
                 number
                 for number, answer in enumerate(answers)
-                if not self._add(answer, tokens[number], numbers[number])
+                if not self._add(answer, numbers[number])
             ]
             if not live:
                 return
@@ -512,7 +569,7 @@ class TransformersBackend:
                 answers = [answers[number] for number in live]
             hidden = batch.step([answer.ids[-1] for answer in answers])
 
-    def _add(self, answer: _Answer, token: int, logits: NDArray[np.float32]) -> bool:
+    def _add(self, answer: _Answer, logits: NDArray[np.float32]) -> bool:
         """Append a token; returns whether the answer is over, its future settled."""
         ask, future = answer.ask, answer.job.future
         if answer.job.abandoned or self._worker.closing:
@@ -520,8 +577,10 @@ class TransformersBackend:
             future.set_exception(WorkerClosedError())
             return True
         try:
+            token = answer.chooser.choose(logits)
             answer.ids.append(token)
             answer.steps.append(token_statistics(logits))
+            answer.surprisals.append(surprisal(logits, token))
             ended = token in self._end_tokens
             if ask.on_text is not None:
                 ask.on_text(self._adapter.text_of(answer.ids))
@@ -537,6 +596,7 @@ class TransformersBackend:
                 + (0 if ask.seen.prefix is None else ask.seen.prefix.take_uncounted()),
                 context_tokens=len(ask.prompt.ids),
                 row=answer.row,
+                surprisals=tuple(answer.surprisals),
             )
         # A caller's own function may raise anything; that ends this answer and no other.
         except BaseException as error:
@@ -547,8 +607,8 @@ class TransformersBackend:
 
     def _row(
         self, seen: _Seen, prompt: Prompt, question: str, local: Sequence[Tensor]
-    ) -> tuple[Row, Tensor | None]:
-        """A prompt ready to run, and what its global view's tokens look at.
+    ) -> tuple[Row, Looks]:
+        """A prompt ready to run, and what its global views' tokens look at.
 
         Args:
             local: the vision encoder's output of the local view, in a second pass.
@@ -558,35 +618,43 @@ class TransformersBackend:
         if prefix is not None:
             embeddings = self._embedded(prompt, prefix.length, pictures)
             return Row(prompt, prefix.cache, embeddings), prefix.looks
-        assert seen.picture is not None, "neither a picture nor its cache was kept"
-        pictures.insert(0, self._adapter.visual_tokens(seen.picture, question))
-        return Row(prompt, None, self._embedded(prompt, 0, pictures)), pictures[0].looks
+        assert len(seen.pictures) == prompt.views, "neither a picture nor its cache was kept"
+        views = [self._adapter.visual_tokens(picture, question) for picture in seen.pictures]
+        row = Row(prompt, None, self._embedded(prompt, 0, [*views, *pictures]))
+        return row, tuple(view.looks for view in views)
 
-    def _keep_prefix(
-        self, answer: _Answer, batch: Batch, number: int, looks: Tensor | None
-    ) -> None:
+    def _keep_prefix(self, answer: _Answer, batch: Batch, number: int, looks: Looks) -> None:
         """After a prefill without a prefix: keep the one just made."""
         seen = answer.ask.seen
-        if seen.prefix is None:
+        if seen.prefix is None and seen.view is not None:
             cache = batch.copy_of(number, answer.ask.prompt.shared)
             seen.view.keep(seen.key, _Prefix(cache, looks, 0))
 
     def _capture(
         self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
     ) -> RowCapture:
-        """Asks for the attention to the global views of a batch."""
+        """Asks for the attention to the global views of a batch, what lies between included."""
         keys = []
         for number, prompt in enumerate(prompts):
-            place = prompt.images[0]
-            begin = batch.place(number, place.start)
-            keys.append(slice(begin, begin + len(place)))
+            first = prompt.images[0].start
+            begin = batch.place(number, first)
+            keys.append(slice(begin, begin + prompt.shared - first))
         return RowCapture(self._preset.layer, keys, batch.visible, stop)
 
     def _on_grid(
-        self, capture: RowCapture, looks: Sequence[Tensor | None]
+        self, capture: RowCapture, prompts: Sequence[Prompt], looks: Sequence[Looks]
     ) -> list[NDArray[np.float32]]:
-        rows = zip(capture.take(), looks, strict=True)
-        return [self._adapter.on_grid(row, one).float().cpu().numpy() for row, one in rows]
+        """For each of a batch, attention to the cells of its pictures, one after the other."""
+        rows = []
+        for row, prompt, every in zip(capture.take(), prompts, looks, strict=True):
+            first = prompt.images[0].start
+            views = zip(prompt.images[: prompt.views], every, strict=True)
+            cells = [
+                self._adapter.on_grid(row[place.start - first : place.stop - first], one)
+                for place, one in views
+            ]
+            rows.append(torch.cat(cells).float().cpu().numpy())
+        return rows
 
     def _embedded(self, prompt: Prompt, start: int, pictures: Sequence[VisualTokens]) -> Tensor:
         """Embeddings of a prompt from position `start` on, shape `(length - start, hidden)`.

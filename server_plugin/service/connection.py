@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from server_plugin.backend import History, Sampling
 from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
 from server_plugin.service.queue import QueueFullError
 from server_plugin.service.views import (
@@ -64,6 +65,15 @@ CLOSE_TIMEOUT_S = 2.0
 MAX_WAITING_FRAMES = 256
 """Frames that may wait to be written before no more are read: a peer that asks and does not read
 must not make the server remember every answer."""
+
+
+FEATURES = ("history", "pictures", "sampling", "stop", "tokens")
+"""What this server can do beyond the two stages; see `Welcome.features`."""
+
+
+def history_of(ask: Ask) -> History:
+    """The conversation before a question, as backends take it."""
+    return tuple((turn.question, turn.answer) for turn in ask.history)
 
 
 class _Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
@@ -256,6 +266,7 @@ class Connection:
                 max_frame_bytes=limits.max_frame_bytes,
                 max_question_bytes=limits.max_question_bytes,
                 max_in_flight=limits.max_in_flight,
+                features=FEATURES,
             )
         )
 
@@ -289,25 +300,53 @@ class Connection:
         options = ask.options or Options()
         try:
             service.engine.check_options(options.eta)
-            service.engine.backend.check_question(ask.question)
+            pictures = 1 + len(ask.more)
+            # Of the local view, there is one more.
+            service.engine.backend.check_question(
+                ask.question, pictures + 1, history=history_of(ask)
+            )
         except ConfigError as error:
             raise _Refused(ErrorCode.BAD_OPTION, str(error)) from error
         except QuestionError as error:
             raise _Refused(ErrorCode.BAD_QUESTION, str(error)) from error
         assert self._client is not None
-        if ask.view is not None:
-            self._take_view(ask.view_id, ask.view)
+        views = [ask.view, *(one.view for one in ask.more)]
+        sent = [view for view in views if view is not None]
+        if len(sent) == len(views):
+            self._take_views(ask.view_id, sent)
+        elif sent:
+            raise _Refused(ErrorCode.BAD_IMAGE, "some of the question's views are missing")
         try:
             # Held from here on: while the question waits for its turn, others must not push
             # its view out.
-            return service.views.lease(self._client, ask.view_id)
+            return service.views.lease(self._client, ask.view_id, pictures)
         except ViewGoneLocallyError:
             text = "this view is not held; send it again"
             raise _Refused(ErrorCode.VIEW_GONE, text, 0.0) from None
 
-    def _take_view(self, view_id: int, data: bytes) -> None:
-        """Check a view's header; it is decoded when its question's turn comes."""
+    def _take_views(self, view_id: int, views: list[bytes]) -> None:
+        """Check the views' headers; they are decoded when their question's turn comes."""
         expected = self._service.engine.backend.info.view
+        for data in views:
+            self._check_view(data, expected)
+        assert self._client is not None
+        digest = hashlib.blake2b(digest_size=8)
+        for data in views:
+            digest.update(data)
+
+        async def decode() -> list[Image]:
+            return [await self._decode(data, expected) for data in views]
+
+        self._service.views.add(
+            self._client,
+            view_id,
+            digest.hexdigest(),
+            sum(map(len, views)),
+            decode,
+            pictures=len(views),
+        )
+
+    def _check_view(self, data: bytes, expected: Size) -> None:
         try:
             header = images.read_header(
                 data, codecs=frozenset(self._codecs), max_pixels=expected.width * expected.height
@@ -322,11 +361,6 @@ class Connection:
                 f"the view must have {expected.width} × {expected.height} px, "
                 f"not {header.width} × {header.height}",
             )
-        assert self._client is not None
-        name = hashlib.blake2b(data, digest_size=8).hexdigest()
-        self._service.views.add(
-            self._client, view_id, name, len(data), lambda: self._decode(data, expected)
-        )
 
     async def _decode(self, data: bytes, largest: Size) -> Image:
         return await asyncio.to_thread(
@@ -429,12 +463,20 @@ class Connection:
             await turn.take()
             outcome = await service.engine.answer(
                 await lease.open(),
-                Size(ask.source_width, ask.source_height),
+                [Size(*source) for source in ask.sources],
                 ask.question,
                 fetch,
+                history=history_of(ask),
                 retransmit=options.retransmit,
                 eta=options.eta,
                 max_new_tokens=options.max_new_tokens,
+                stop=options.stop,
+                sampling=Sampling(
+                    temperature=options.temperature or 0.0,
+                    top_p=options.top_p or 1.0,
+                    seed=options.seed,
+                ),
+                tokens=options.tokens,
                 on_text=stream if options.stream else None,
                 key=f"{lease.name}:{ask.question}",
             )
@@ -465,6 +507,7 @@ class Connection:
             map=(need.map / peak * 255).round().astype("uint8").tobytes()
             if options.want_map
             else b"",
+            picture=need.picture,
         )
         coming: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         self._regions[ask.id] = coming
@@ -529,6 +572,8 @@ class Connection:
                 region_ms=short_millis(work.region_s),
                 second_ms=short_millis(work.second_s),
             ),
+            finish=outcome.finish,
+            tokens=outcome.tokens,
         )
         self._wake.set()
         name = outcome.stage.name.lower()

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
@@ -27,8 +27,8 @@ class ViewsFullError(Exception):
     """The views that questions are working on fill the budget."""
 
 
-Opener = Callable[[], Awaitable[Image]]
-"""Decodes the picture of a view."""
+Opener = Callable[[], Awaitable[Sequence[Image]]]
+"""Decodes the pictures of a view: one, or several that are asked about together."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +36,7 @@ class _Entry:
     name: str
     decode: Opener
     nbytes: int
+    pictures: int = 1
     opening: asyncio.Task[View] | None = None
     users: int = 0
     dropped: bool = False
@@ -155,7 +156,7 @@ class ViewStore:
 
         One view is always let in, or a budget below its size would answer nothing at all.
         """
-        needed = max(entry.nbytes, self._backend.info.view_bytes)
+        needed = max(entry.nbytes, entry.pictures * self._backend.info.view_bytes)
         others = sum(one.nbytes for one in self._recent if one.users and one.opening is not None)
         if others and others + needed > self._max_bytes:
             raise ViewsFullError
@@ -164,7 +165,7 @@ class ViewStore:
 
     def _book(self, entry: _Entry, view: View) -> None:
         """Account for what a view holds; while questions work on it, for what it may grow to."""
-        expected = self._backend.info.view_bytes if entry.users else 0
+        expected = entry.pictures * self._backend.info.view_bytes if entry.users else 0
         entry.nbytes = max(view.nbytes, expected)
 
     def enter(self, resume: bytes) -> ClientSession:
@@ -191,7 +192,14 @@ class ViewStore:
         loop.call_later(self._ttl_s + 0.01, self._expire)  # also when nobody else comes
 
     def add(
-        self, session: ClientSession, view_id: int, name: str, nbytes: int, decode: Opener
+        self,
+        session: ClientSession,
+        view_id: int,
+        name: str,
+        nbytes: int,
+        decode: Opener,
+        *,
+        pictures: int = 1,
     ) -> None:
         """Take a view; the model sees it when a question first uses it.
 
@@ -201,26 +209,27 @@ class ViewStore:
         Args:
             name: a digest of it.
             nbytes: what it occupies until it is opened.
+            pictures: how many it is of.
         """
         self._drop(session, view_id)
-        entry = _Entry(name, decode, nbytes)
+        entry = _Entry(name, decode, nbytes, pictures)
         session.views[view_id] = entry
         self._recent[entry] = (session, view_id)
 
-    def lease(self, session: ClientSession, view_id: int) -> Lease:
+    def lease(self, session: ClientSession, view_id: int, pictures: int = 1) -> Lease:
         """Hold a view: it is not dropped until the lease is closed.
 
         Raises:
-            ViewGoneLocallyError: the session has no such view.
+            ViewGoneLocallyError: the session has no such view of so many pictures.
         """
         entry = session.views.get(view_id)
-        if entry is None:
+        if entry is None or entry.pictures != pictures:
             raise ViewGoneLocallyError
         self._recent.move_to_end(entry)
         return Lease(self, session, view_id, entry)
 
     async def _open(self, entry: _Entry) -> View:
-        return await self._backend.open_view(await entry.decode())
+        return await self._backend.open_view(*await entry.decode())
 
     async def close(self) -> None:
         """Drop everything and wait until the backend has let go."""

@@ -27,18 +27,21 @@ from PIL.Image import Image
 from server_plugin.adapters.base import Adapter
 from server_plugin.adapters.prompts import Prompt
 from server_plugin.backend import (
+    GREEDY,
     Generation,
+    History,
     ModelInfo,
     RelativeAttention,
+    Sampling,
     StopRule,
     TextSink,
     View,
 )
 from server_plugin.vllm import capture
 from server_plugin.vllm.client import RowClient
-from vlm_collab.errors import ConfigError, ImageError, ModelError
+from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.policy import Metric
-from vlm_collab.roi import relative_map
+from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
 
 _EVERY_LOGPROB = -1
@@ -62,17 +65,19 @@ class VllmView:
     """A global view: its pixels, and its generic row once that was needed.
 
     Attributes:
-        picture: None after a release.
+        shown: the pictures, one or more; None after a release.
+        pictures: how many.
         generic: the request that computes the generic row, or did.
     """
 
-    picture: _Picture | None
+    shown: tuple[_Picture, ...] | None
+    pictures: int = 1
     generic: asyncio.Task[Generation] | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
-        pixels = 0 if self.picture is None else math.prod(self.picture.image.size) * 3
+        pixels = sum(math.prod(picture.image.size) * 3 for picture in self.shown or ())
         generic = _result(self.generic)
         return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
 
@@ -100,6 +105,7 @@ class VllmBackend:
         self._adapter = adapter
         self._preset = preset = adapter.preset
         config = engine.vllm_config
+        self._most_pictures = config.model_config.multimodal_config.get_limit_per_prompt("image")
         self._logprobs = 2
         if preset.metric is Metric.ENTROPY:
             self._logprobs = _EVERY_LOGPROB
@@ -138,16 +144,23 @@ class VllmBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(self, question: str, images: int = 2) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens)
-
-    async def open_view(self, image: Image) -> VllmView:
-        if image.mode != "RGB" or image.size != self._info.view:
-            raise ImageError(
-                f"a global view must be RGB of {self._info.view.width} x {self._info.view.height}"
-                f" px, not {image.mode} of {image.width} x {image.height}"
+    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history)
+        if images > self._most_pictures:
+            raise QuestionError(
+                f"this server takes {self._most_pictures} pictures in a prompt, the local view "
+                f"included, not {images}: start vLLM with a larger --limit-mm-per-prompt"
             )
-        return VllmView(self._picture(image))
+
+    async def open_view(self, *images: Image) -> VllmView:
+        for image in images:
+            if image.mode != "RGB" or image.size != self._info.view:
+                raise ImageError(
+                    f"a global view must be RGB of {self._info.view.width} x "
+                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
+                    f"{image.height}"
+                )
+        return VllmView(tuple(map(self._picture, images)), len(images))
 
     async def first_pass(
         self,
@@ -155,31 +168,42 @@ class VllmBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        pictures = [_picture_of(view)]
+        pictures = _pictures_of(view)
         return await self._answer(
-            pictures, question, max_new_tokens, stop=stop, on_text=on_text, row=True
+            pictures,
+            question,
+            max_new_tokens,
+            history=history,
+            sampling=sampling,
+            stop=stop,
+            on_text=on_text,
+            rows=len(pictures),
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
             raise ValueError("the first pass came without its attention row")
-        picture = _picture_of(view)
+        pictures = _pictures_of(view)
         assert isinstance(view, VllmView)
         task, new = view.generic, False
         if task is None or (task.done() and _result(task) is None):
             instruction = self._preset.generic_instruction
             # Of its own, so that one question that is cancelled does not take it from others.
-            task = asyncio.create_task(self._answer([picture], instruction, 1, row=True))
+            task = asyncio.create_task(self._answer(pictures, instruction, 1, rows=len(pictures)))
             self._running.add(task)
             task.add_done_callback(self._forget)
             view.generic, new = task, True
         generic = await asyncio.shield(task)
         assert generic.row is not None
         return RelativeAttention(
-            map=relative_map(first.row, generic.row, self._info.grid, epsilon=self._preset.epsilon),
+            maps=relative_maps(
+                first.row, generic.row, self._info.grid, epsilon=self._preset.epsilon
+            ),
             prefilled_tokens=generic.prefilled_tokens if new else 0,
             context_tokens=generic.context_tokens if new else 0,
             layers=self._info.layers,
@@ -192,17 +216,48 @@ class VllmBackend:
         question: str,
         *,
         max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        pictures = [_picture_of(view), self._picture(self._adapter.fitted(region))]
-        return await self._answer(pictures, question, max_new_tokens, on_text=on_text)
+        pictures = (*_pictures_of(view), self._picture(self._adapter.fitted(region)))
+        return await self._answer(
+            pictures,
+            question,
+            max_new_tokens,
+            history=history,
+            sampling=sampling,
+            stop=stop,
+            on_text=on_text,
+        )
+
+    async def text_pass(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        return await self._answer(
+            (),
+            question,
+            max_new_tokens,
+            history=history,
+            sampling=sampling,
+            stop=stop,
+            on_text=on_text,
+        )
 
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
         # What runs on it now holds its own references and ends undisturbed.
-        view.picture = view.generic = None
+        view.shown = view.generic = None
 
     async def warm_up(self) -> None:
         """Check that rows can be had, and run both passes once.
@@ -249,21 +304,28 @@ class VllmBackend:
         question: str,
         max_new_tokens: int,
         *,
+        history: History = (),
+        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
-        row: bool = False,
+        rows: int = 0,
     ) -> Generation:
-        """One request, from prompt to answer."""
+        """One request, from prompt to answer.
+
+        Args:
+            rows: of how many pictures, from the first on, the attention is wanted.
+        """
         await self._rows.install()
         prompts = self._adapter.prompts
-        prompts.check(question, len(pictures), max_new_tokens)
-        prompt = prompts.build(question, len(pictures), max_new_tokens)
+        prompts.check(question, len(pictures), max_new_tokens, history)
+        prompt = prompts.build(question, len(pictures), max_new_tokens, history, rows)
         key = secrets.token_hex(8)
         ids: list[int] = []
         steps: list[TokenStatistics] = []
+        surprisals: list[float] = []
         ended = stopped = False
         cached = 0
-        outputs = self._outputs(key, prompt, pictures, max_new_tokens, row)
+        outputs = self._outputs(key, prompt, pictures, max_new_tokens, sampling)
         # Leaving the loop, for whatever reason, aborts what is left of the request.
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -274,6 +336,7 @@ class VllmBackend:
                 for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
                     ids.append(token)
                     steps.append(self._statistics(logprobs))
+                    surprisals.append(max(-logprobs[token].logprob / math.log(2), 0.0))
                     ended = token in self._adapter.end_tokens
                     if on_text is not None:
                         on_text(self._adapter.text_of(ids))
@@ -293,14 +356,20 @@ class VllmBackend:
             ended=ended,
             prefilled_tokens=len(prompt.ids) - cached,
             context_tokens=len(prompt.ids),
-            row=await self._row(key) if row else None,
+            row=await self._row(key, prompt) if rows else None,
+            surprisals=tuple(surprisals),
         )
 
-    async def _row(self, key: str) -> NDArray[np.float32]:
+    async def _row(self, key: str, prompt: Prompt) -> NDArray[np.float32]:
         import torch
 
         row = torch.from_numpy(await self._rows.take(key))
-        grid: NDArray[np.float32] = self._adapter.on_grid(row, None).numpy()
+        first = prompt.images[0].start
+        cells = [
+            self._adapter.on_grid(row[place.start - first : place.stop - first], None)
+            for place in prompt.images[: prompt.views]
+        ]
+        grid: NDArray[np.float32] = torch.cat(cells).numpy()
         return grid
 
     async def _outputs(
@@ -309,7 +378,7 @@ class VllmBackend:
         prompt: Prompt,
         pictures: Sequence[_Picture],
         max_new_tokens: int,
-        row: bool,
+        sampling: Sampling,
     ) -> AsyncGenerator[Any]:
         """vLLM's outputs for a request: each with the tokens since the last one."""
         from vllm import SamplingParams
@@ -317,10 +386,15 @@ class VllmBackend:
 
         if self._engine is None:
             raise ModelError("the model was closed")
-        place = prompt.images[0]
-        span = {capture.KEY: key, capture.FIRST: place.start, capture.STOP: place.stop}
+        span = None
+        if prompt.views:
+            # From the first global view to the last, what lies between included.
+            first, stop = prompt.images[0].start, prompt.shared
+            span = {capture.KEY: key, capture.FIRST: first, capture.STOP: stop}
         params = SamplingParams(
-            temperature=0.0,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p if sampling.temperature else 1.0,
+            seed=sampling.seed if sampling.temperature else None,
             max_tokens=max_new_tokens,
             logprobs=self._logprobs,
             # Exactly the tokens that end an answer on the Transformers backend.
@@ -328,15 +402,16 @@ class VllmBackend:
             stop_token_ids=sorted(self._adapter.end_tokens),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args=span if row else None,
+            extra_args=span,
         )
-        request = {
+        request: dict[str, Any] = {
             "prompt_token_ids": _collapsed(prompt),
-            "multi_modal_data": {"image": [picture.image for picture in pictures]},
-            # A picture whose name is known is not processed again.
-            "multi_modal_uuids": {"image": [picture.name for picture in pictures]},
             "cache_salt": self._scope,
         }
+        if pictures:
+            request["multi_modal_data"] = {"image": [picture.image for picture in pictures]}
+            # A picture whose name is known is not processed again.
+            request["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
         try:
             # In vLLM's own threads, so that pictures hold nobody up.
             (rendered,) = await self._engine.renderer.render_cmpl_async([request])
@@ -366,11 +441,11 @@ def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
     return task.result()
 
 
-def _picture_of(view: View) -> _Picture:
+def _pictures_of(view: View) -> tuple[_Picture, ...]:
     assert isinstance(view, VllmView)
-    if view.picture is None:
+    if view.shown is None:
         raise RuntimeError("this view was released")
-    return view.picture
+    return view.shown
 
 
 def _collapsed(prompt: Prompt) -> list[int]:

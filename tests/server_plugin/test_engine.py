@@ -170,7 +170,7 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
 
     async def flat(self, view, first):
         return RelativeAttention(
-            map=np.ones((8, 8)), prefilled_tokens=0, context_tokens=0, layers=2
+            maps=(np.ones((8, 8)),), prefilled_tokens=0, context_tokens=0, layers=2
         )
 
     monkeypatch.setattr(FakeBackend, "relative_attention", flat)

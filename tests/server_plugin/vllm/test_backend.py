@@ -59,7 +59,11 @@ class Engine:
         text = SimpleNamespace(hidden_size=192, num_hidden_layers=4, num_attention_heads=HEADS)
         hf_config = SimpleNamespace(get_text_config=lambda: text)
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(hf_config=hf_config, **model),
+            model_config=SimpleNamespace(
+                hf_config=hf_config,
+                multimodal_config=SimpleNamespace(get_limit_per_prompt=lambda modality: 3),
+                **model,
+            ),
             scheduler_config=SimpleNamespace(max_num_seqs=16),
         )
 
