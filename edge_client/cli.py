@@ -55,16 +55,22 @@ EXIT_CODES_HELP = (
     "5 not let in · 6 no answer in time · 7 refused by the server · 130 interrupted"
 )
 
-_BUILT_IN = {"ask": "edge_client.cli_ask:ask"}
+_BUILT_IN = {
+    "ask": "edge_client.cli_ask:ask",
+    "chat": "edge_client.cli_chat:chat",
+    "watch": "edge_client.cli_watch:watch",
+}
 
 # What `--help` says of commands without importing them, and which extra they need.
 _HELP = {
     "ask": "Ask questions about photos.",
+    "chat": "Talk about what a camera sees, or a picture.",
+    "watch": "Ask the same question of a camera again and again.",
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
     "flops": "Print what a question costs on a model.",
 }
-_EXTRA = {"serve": "server", "demo": "eval", "flops": "server"}
+_EXTRA = {"chat": "camera", "watch": "camera", "serve": "server", "demo": "eval", "flops": "server"}
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 

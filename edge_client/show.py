@@ -141,7 +141,7 @@ class Terminal:
             (f"{printable(picture.name)}: ", "dim"), (printable(question), "bold")
         )
         self._console.print(title)
-        self._console.print(_history(result, picture))
+        self._console.print(history(result, picture))
         if self._show_map and result.map is not None:
             self._console.print(heat(result))
 
@@ -188,7 +188,8 @@ def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
     }
 
 
-def _history(answer: EdgeAnswer, picture: Picture) -> Table:
+def history(answer: EdgeAnswer, picture: Picture) -> Table:
+    """The answer, how it came about and what it cost, as rows."""
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")

@@ -1,0 +1,20 @@
+"""Where pictures come from: a file, a folder that fills, a webcam, a stream, a recording.
+
+::
+
+    with open_camera("rtsp://192.168.1.7/stream") as camera:
+        frame = camera.take(wait_s=5)
+        answer = edge_client.ask(frame.picture, "is the gate open?")
+
+Every source gives its newest good picture when it is asked for one, and never a queue of old
+ones. Webcams, streams and recordings need the `camera` extra (PyAV); files and folders do not.
+"""
+
+from __future__ import annotations
+
+from edge_client.cameras.base import Camera as Camera
+from edge_client.cameras.base import CameraError as CameraError
+from edge_client.cameras.base import Frame as Frame
+from edge_client.cameras.base import open_camera as open_camera
+
+__all__ = ["Camera", "CameraError", "Frame", "open_camera"]

@@ -1,0 +1,412 @@
+"""Webcams, streams and recordings, read with PyAV (the `camera` extra)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.video.frame import VideoFrame
+from PIL.Image import Image, Transpose, frombytes
+
+from edge_client.cameras import choose
+from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
+from edge_client.keeper import Retry
+from edge_client.picture import Picture
+
+OPEN_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 10.0
+"""A camera that sends nothing for so long is lost."""
+
+MENDED_FRAMES = 300
+KEPT_FRAMES = 4
+KEPT_S = 0.5
+"""The picture is the sharpest of the last few frames, none older than this."""
+
+_TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROTATE_270}
+
+# A playlist or session description must not make this device read its files, and a file must not
+# make it call anybody.
+_NETWORK = "rtsp,rtp,udp,tcp,tls,http,https,httpproxy,crypto,hls"
+_LOCAL = "file"
+
+# FFmpeg's own lines name the whole address, password included; errors are told in ours.
+av.logging.set_level(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """How to open a source: what PyAV wants to know."""
+
+    name: str
+    address: str
+    options: dict[str, str]
+    format: str | None = None
+
+    def open(self) -> InputContainer:
+        """Open it.
+
+        Raises:
+            CameraError: why it cannot be.
+        """
+        try:
+            container = av.open(
+                self.address,
+                format=self.format,
+                options=self.options,
+                timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
+            )
+        except (FFmpegError, OSError, ValueError) as error:
+            raise CameraError(f"{self.name}: {_why(error)}") from error
+        if not container.streams.video:
+            container.close()
+            raise CameraError(f"{self.name}: there is no picture in it")
+        # Decoding several frames at once would deliver each of them late.
+        container.streams.video[0].thread_type = "SLICE"
+        return container
+
+
+def open_webcam(device: str, news: News, retry: Retry) -> Camera:
+    """A webcam, through Video4Linux.
+
+    Raises:
+        CameraError: it cannot be opened.
+    """
+    return LiveVideo(_Opening(device, device, {}, "v4l2"), news, retry)
+
+
+def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
+    """A stream, or a recording on a web server.
+
+    Raises:
+        CameraError: it cannot be opened.
+    """
+    options = {"protocol_whitelist": _NETWORK, "fflags": "nobuffer", "analyzeduration": "1000000"}
+    rtsp = urlsplit(url).scheme.lower() in ("rtsp", "rtsps")
+    if rtsp:
+        # Over UDP a lost packet is a damaged picture; where TCP is not offered, UDP is used.
+        options |= {"rtsp_flags": "prefer_tcp", "allowed_media_types": "video"}
+    opening = _Opening(without_password(url), url, options)
+    if not rtsp:
+        container = opening.open()
+        if container.duration:
+            return Recording(opening, container) if not live else Playing(opening, container, news)
+        container.close()
+    return LiveVideo(opening, news, retry)
+
+
+def open_recording(path: str, news: News, *, live: bool) -> Camera:
+    """A video file.
+
+    Raises:
+        CameraError: it cannot be opened.
+    """
+    opening = _Opening(path, f"file:{path}", {"protocol_whitelist": _LOCAL})
+    container = opening.open()
+    return Playing(opening, container, news) if live else Recording(opening, container)
+
+
+class _Decoder:
+    """The frames of an open source that are whole, each with its number.
+
+    After damage, a decoder goes on from a broken picture; so what follows is passed over up to
+    the next key frame, from which it starts afresh. Streams that refresh their pictures bit by
+    bit have none; they are mended after so many frames.
+
+    Attributes:
+        count: frames so far, damaged ones included.
+        damaged: how many of them were passed over.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.damaged = 0
+
+    def frames(self, container: InputContainer) -> Iterator[VideoFrame]:
+        """Whole frames, as they come.
+
+        Raises:
+            FFmpegError: the source is gone.
+        """
+        whole = False  # a stream may be joined between two key frames
+        since = 0
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                whole, since = False, 0
+            try:
+                frames = packet.decode()
+            except InvalidDataError:
+                frames = []
+                self.count += 1
+                self.damaged += 1
+                whole, since = False, 0
+            for frame in frames:
+                assert isinstance(frame, VideoFrame)
+                self.count += 1
+                since += 1
+                if frame.is_corrupt:
+                    whole, since = False, 0
+                elif frame.key_frame or since > MENDED_FRAMES:
+                    whole = True
+                if whole:
+                    yield frame
+                else:
+                    self.damaged += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A frame that may become the picture. `moment_s` is on a clock that only compares."""
+
+    number: int
+    moment_s: float
+    time_s: float
+    position_s: float | None
+    frame: VideoFrame
+
+
+class _Video(Camera):
+    """What all kinds of video share: the last few frames, and the choice among them."""
+
+    def __init__(self, opening: _Opening) -> None:
+        self.name = opening.name
+        self._opening = opening
+        self._decoder = _Decoder()
+        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+
+    def _chosen(self, recent: list[_Kept], after: int) -> Frame | None:
+        """The best of the frames that are recent enough; None if they show nothing."""
+        fresh = [
+            one
+            for one in recent
+            if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
+        ]
+        index = choose.best([_brightness(one.frame) for one in fresh])
+        if index is None:
+            return None
+        one = fresh[index]
+        return Frame(
+            number=one.number,
+            latest=recent[-1].number,
+            time_s=one.time_s,
+            position_s=one.position_s,
+            picture=Picture.from_pil(_picture(one.frame), name=f"{self.name}, frame {one.number}"),
+        )
+
+
+class Recording(_Video):
+    """A recording that waits for who takes its frames.
+
+    Raises (from `take`):
+        CameraError: it cannot be read on.
+    """
+
+    on_demand = True
+
+    def __init__(self, opening: _Opening, container: InputContainer) -> None:
+        super().__init__(opening)
+        self._container = container
+        self._frames = self._decoder.frames(container)
+        self._reading = threading.Lock()
+
+    def take(
+        self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
+    ) -> Frame | None:
+        """See `Camera.take`; waits for nothing but the disk or the web server."""
+        with self._reading:
+            while not self.ended:
+                if self._recent and self._reached(after, due, due_s):
+                    frame = self._chosen(list(self._recent), after)
+                    if frame is not None:
+                        return frame
+                self._read()
+        return None
+
+    def close(self) -> None:
+        """See `Camera.close`."""
+        self.ended = True
+        with self._reading:  # nobody may be decoding from it
+            self._container.close()
+
+    def _reached(self, after: int, due: int, due_s: float) -> bool:
+        last = self._recent[-1]
+        return last.number >= max(due, after + 1) and (last.position_s or 0.0) >= due_s
+
+    def _read(self) -> None:
+        try:
+            frame = next(self._frames, None)
+        except (FFmpegError, OSError) as error:
+            self.ended = True
+            raise CameraError(f"{self.name}: {_why(error)}") from error
+        if frame is None:
+            self.ended = True
+            return
+        position_s = frame.time or 0.0
+        number = self._decoder.count
+        self._recent.append(_Kept(number, position_s, time.time(), position_s, frame))
+
+
+class LiveVideo(_Video):
+    """A source that delivers frames whether anybody takes them or not.
+
+    A thread reads them as they come and keeps the last few, so that a slow taker gets new frames
+    and never old ones. A source that is lost is opened again, for as long as it takes.
+
+    Raises:
+        CameraError: it cannot be opened at all.
+    """
+
+    def __init__(self, opening: _Opening, news: News, retry: Retry) -> None:
+        super().__init__(opening)
+        self._start(opening.open(), news, retry)
+
+    def _start(self, container: InputContainer, news: News, retry: Retry) -> None:
+        self._news = news
+        self._retry = retry
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(container,), name="camera", daemon=True
+        )
+        self._thread.start()
+
+    def take(
+        self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
+    ) -> Frame | None:
+        """See `Camera.take`."""
+        until = time.monotonic() + wait_s
+        wanted = max(due, after + 1)
+
+        def ready() -> bool:
+            new = self._recent and self._recent[-1].number >= wanted
+            return bool(new) or self.ended or self._closed.is_set()
+
+        while True:
+            with self._changed:
+                self._changed.wait_for(ready, max(0.0, until - time.monotonic()))
+                recent = list(self._recent)
+            if self._closed.is_set() or not recent or recent[-1].number < wanted:
+                return None
+            frame = self._chosen(recent, after)
+            if frame is not None:
+                if self.trouble == _BLANK:
+                    self.trouble = None
+                return frame
+            if self.trouble is None:
+                self.trouble = _BLANK
+            wanted = recent[-1].number + 1
+
+    def close(self) -> None:
+        """See `Camera.close`. A reader that waits for a silent camera ends when that times out."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join(timeout=1.0)
+
+    def _run(self, container: InputContainer) -> None:
+        opened: InputContainer | None = container
+        failures, lost_s = 0, 0.0
+        while not self._closed.is_set():
+            try:
+                if opened is None:
+                    opened = self._opening.open()
+                for frame in self._decoder.frames(opened):
+                    if failures:
+                        self.trouble = None
+                        self._news(f"{self.name} is back after {time.monotonic() - lost_s:.0f} s")
+                        failures = 0
+                    self._keep(frame)
+                    if self._closed.is_set():
+                        break
+                reason = "the stream ended"
+            except CameraError as error:
+                reason = str(error).removeprefix(f"{self.name}: ")
+            except (FFmpegError, OSError) as error:
+                reason = _why(error)
+            if opened is not None:
+                opened.close()
+                opened = None
+            if self._closed.is_set() or self._is_over(reason):
+                break
+            if not failures:
+                lost_s = time.monotonic()
+                self.trouble = f"{self.name} is lost: {reason}"
+                self._news(f"{self.trouble}; trying to get it back")
+            failures += 1
+            self._closed.wait(self._retry.pause_s(failures))
+
+    def _is_over(self, reason: str) -> bool:
+        """Whether a source that was read to its end has nothing more to give."""
+        return False
+
+    def _keep(self, frame: VideoFrame) -> None:
+        with self._changed:
+            self._recent.append(
+                _Kept(
+                    self._decoder.count, time.monotonic(), time.time(), self._position(frame), frame
+                )
+            )
+            self._changed.notify_all()
+
+    def _position(self, frame: VideoFrame) -> float | None:
+        return None
+
+
+class Playing(LiveVideo):
+    """A recording played at its own speed, as a camera would deliver it."""
+
+    def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
+        _Video.__init__(self, opening)
+        self._begin: float | None = None
+        self._start(container, news, Retry())
+
+    def _keep(self, frame: VideoFrame) -> None:
+        position_s = frame.time or 0.0
+        if self._begin is None:
+            self._begin = time.monotonic() - position_s
+        self._closed.wait(max(0.0, self._begin + position_s - time.monotonic()))
+        super()._keep(frame)
+
+    def _position(self, frame: VideoFrame) -> float | None:
+        return frame.time or 0.0
+
+    def _is_over(self, reason: str) -> bool:
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+        self._news(f"{self.name}: the recording has ended")
+        return True
+
+
+_BLANK = "the camera shows nothing: black, grey or covered"
+
+
+def _picture(frame: VideoFrame) -> Image:
+    """A frame as it is to be seen, upright."""
+    image: Image = frame.to_image()  # type: ignore[no-untyped-call]
+    turn = _TURNS.get(frame.rotation % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+def _brightness(frame: VideoFrame) -> Image:
+    """A frame in grey, without copying the colours of what is grey and colour apart."""
+    grey = frame.reformat(format="gray")
+    plane = grey.planes[0]
+    return frombytes("L", (grey.width, grey.height), bytes(plane), "raw", "L", plane.line_size)
+
+
+def _why(error: Exception) -> str:
+    """One line about why a source cannot be read; never its address, which may hold a password."""
+    if isinstance(error, av.error.ExitError):
+        return f"no answer within {OPEN_TIMEOUT_S:g} s"
+    if isinstance(error, InvalidDataError):
+        return "neither a picture nor a recording"
+    reason = getattr(error, "strerror", None)
+    return str(reason or type(error).__name__)

@@ -1,0 +1,466 @@
+"""`vlm-collab chat`: a conversation about what a camera sees."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import msgspec
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from edge_client import cli, show
+from edge_client.answer import EdgeAnswer
+from edge_client.asking import TextSink
+from edge_client.cameras import Camera, CameraError, Frame, open_camera
+from edge_client.cameras.base import SOURCES_HELP
+from edge_client.cli import printable
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
+from edge_client.dial import DEFAULT_URL
+from edge_client.heatmap import heat_map
+from edge_client.patient import PatientClient
+from vlm_collab.errors import CollabError, ConfigError
+from vlm_collab.geometry import Size
+from vlm_collab.headers import identify
+from vlm_collab.messages import Options, Retransmit, Stage
+from vlm_collab.session import FITS
+
+try:
+    import readline
+except ImportError:  # where there is none, lines are typed without editing
+    readline = None  # type: ignore[assignment]
+
+PICTURE_WAIT_S = 10.0
+PROMPT = "> "
+
+COMMANDS = {
+    "/look": "take a new picture; what was said about the old one is forgotten",
+    "/why": "how sure the model was, where it looked, and what was sent",
+    "/save [FILE]": "write the region as it was sent",
+    "/help": "show this",
+    "/quit": "leave (so does Ctrl-D; Ctrl-C takes a question back)",
+}
+
+
+def chat(
+    source: Annotated[str, typer.Argument(help=SOURCES_HELP)],
+    server: Annotated[
+        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
+    ] = DEFAULT_URL,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
+    ] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
+    ] = DEFAULT_DEADLINE_S,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
+    ] = None,
+    always: Annotated[
+        bool, typer.Option("--always", help="Send a region however sure the server is.")
+    ] = False,
+    never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Take a new picture for every question.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+    ] = False,
+) -> int:
+    """Talk about what a camera sees, or a picture.
+
+    The newest good picture is what you talk about, until /look takes another. Questions are
+    lines; they may also come from a pipe. Those asked while the server is away are kept.
+    """
+    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
+    screen: _Screen = _Programs() if as_json else _People()
+    talking = sys.stdin.isatty()
+    settings: ClientOptions = {"token": token, "ca_file": ca_file}
+    code = 0
+    with (
+        reader_may_leave(),
+        open_camera(source, news=screen.note) as camera,
+        PatientClient(server, screen.note, forever=talking, settings=settings) as client,
+    ):
+        client.connect()
+        talk = Chat(camera, client, screen, options=options, deadline_s=deadline, fresh=fresh)
+        code = talk.run(screen.read if talking else _piped)
+    return code
+
+
+class Chat:
+    """One conversation.
+
+    Args:
+        camera: where pictures come from.
+        client: who answers.
+        screen: where things are told.
+        options, deadline_s: for every question.
+        fresh: take a new picture for every question.
+    """
+
+    def __init__(
+        self,
+        camera: Camera,
+        client: PatientClient,
+        screen: _Screen,
+        *,
+        options: Options,
+        deadline_s: float,
+        fresh: bool,
+    ) -> None:
+        self._camera = camera
+        self._client = client
+        self._screen = screen
+        self._options = options
+        self._deadline_s = deadline_s
+        self._fresh = fresh
+        self._frame: Frame | None = None
+        self._answer: EdgeAnswer | None = None
+        self._turns: list[tuple[str, str]] = []
+        self._failed = 0
+
+    def run(self, read: Callable[[], str]) -> int:
+        """Talk until there is nothing more to read.
+
+        Args:
+            read: gives the next line; raises EOFError after the last.
+
+        Returns:
+            The exit code of the first question that failed, if the lines came from a pipe.
+        """
+        patient = sys.stdin.isatty()
+        if patient:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._guarded("/look")
+            self._screen.note("Ask about the picture; /help shows the commands.")
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not patient:
+                    raise
+                print()  # a line that was not finished
+                continue
+            if line == "/quit":
+                break
+            try:
+                if line:
+                    self._guarded(line)
+            except KeyboardInterrupt:
+                if not patient:
+                    raise
+                self._screen.note("taken back")
+        return 0 if patient else self._failed
+
+    def _guarded(self, line: str) -> None:
+        try:
+            self._do(line)
+        except CollabError as error:
+            self._failed = self._failed or cli.exit_code(error)
+            self._screen.fail(line, error)
+
+    def _do(self, line: str) -> None:
+        if not line.startswith("/"):
+            self._ask(line)
+            return
+        command, _, rest = line.partition(" ")
+        match command:
+            case "/look":
+                self._look()
+            case "/why":
+                self._why()
+            case "/save":
+                self._save(rest.strip())
+            case "/help":
+                for name, does in COMMANDS.items():
+                    self._screen.note(f"{name:13} {does}")
+            case _:
+                raise ConfigError(f"{command} is no command; /help shows those there are")
+
+    def _look(self) -> Frame:
+        """Take the newest picture, if there is a newer one."""
+        old = self._frame
+        frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._patience())
+        if frame is None:
+            why = self._camera.trouble or "there is no new picture"
+            if old is None:
+                raise CameraError(why)
+            self._screen.note(f"{why}; the last one stays")
+            return old
+        self._frame, self._answer, self._turns = frame, None, []
+        size = frame.picture.size
+        when = datetime.fromtimestamp(frame.time_s).strftime("%H:%M:%S")
+        self._screen.note(
+            f"picture {frame.number}, {size.width} x {size.height} px, of {when}: "
+            f"{frame.picture.name}"
+        )
+        return frame
+
+    def _patience(self) -> float:
+        """A picture on disk changes or it does not; a camera that is lost may come back."""
+        still = self._frame is not None and self._camera.still
+        return 0.0 if still else PICTURE_WAIT_S
+
+    def _ask(self, question: str) -> None:
+        frame = self._look() if self._fresh or self._frame is None else self._frame
+        with self._screen.answering() as sink:
+            answer = self._client.ask(
+                frame.picture,
+                question,
+                history=self._turns,
+                deadline_s=self._deadline_s,
+                on_text=sink,
+                options=self._options,
+            )
+        self._answer = answer
+        self._turns.append((question, answer.text))
+        self._screen.tell(frame, question, answer)
+
+    def _why(self) -> None:
+        answer, frame = self._answer, self._frame
+        if answer is None or frame is None:
+            raise ConfigError("/why: nothing has been answered about this picture yet")
+        welcome = self._client.welcome
+        fit = None if welcome is None else FITS[welcome.fit]
+        view = None if welcome is None else Size(welcome.view_width, welcome.view_height)
+        self._screen.explain(frame, answer)
+        if fit is not None and view is not None:
+            drawn = heat_map(answer, frame.picture.size, fit, view, colour=self._screen.colour)
+            if drawn is not None:
+                self._screen.draw(drawn)
+
+    def _save(self, name: str) -> None:
+        answer = self._answer
+        if answer is None or answer.region is None:
+            raise ConfigError("/save: no region was sent for the last answer")
+        codec = identify(answer.region)
+        suffix = ".img" if codec is None else f".{codec.name.lower().replace('jpeg', 'jpg')}"
+        path = Path(name) if name else Path(f"region-{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
+        wanted = path.suffix.lower().replace(".jpeg", ".jpg")
+        if wanted != suffix:
+            raise ConfigError(f"/save {path}: the region was sent as {suffix}; name it so")
+        try:
+            path.write_bytes(answer.region)
+        except OSError as error:
+            raise ConfigError(f"/save {path}: {error.strerror or error}") from error
+        self._screen.note(f"saved as {path}, {len(answer.region)} bytes")
+
+
+def wishes(
+    *, always: bool, never: bool, eta: float | None, deadline_s: float, want_map: bool
+) -> Options:
+    """Options for every question, as the command line says.
+
+    Raises:
+        ConfigError: they make no sense.
+    """
+    if always and never:
+        raise ConfigError("--always and --never exclude each other")
+    # Limits of an option let "nan" through.
+    if eta is not None and not 0 <= eta < math.inf:
+        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
+    if math.isnan(deadline_s):
+        raise ConfigError("--deadline must be a number of seconds, not nan")
+    return Options(
+        retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
+        eta=eta,
+        want_map=want_map,
+    )
+
+
+def moment(time_s: float) -> str:
+    """A time as JSON has it: ISO 8601, UTC, milliseconds."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Whoever reads the output may stop doing so: that ends the command, and is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Screen(Protocol):
+    """Where a conversation is told."""
+
+    colour: bool
+
+    def note(self, line: str) -> None:
+        """Tell something beside the answers; any thread may."""
+
+    def fail(self, line: str, error: CollabError) -> None:
+        """Tell why a line had no answer."""
+
+    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
+        """While an answer is waited for; gives where its growing text goes."""
+
+    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+        """Tell an answer."""
+
+    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+        """Tell how an answer came about."""
+
+    def draw(self, drawn: Text) -> None:
+        """Show a heat map."""
+
+    def read(self) -> str:
+        """A line that somebody types.
+
+        Raises:
+            EOFError: there are no more.
+        """
+
+
+class _People:
+    """Text for people; in a terminal with colours, and with answers growing as they come."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self.colour = self._console.is_terminal and not self._console.no_color
+        self._writing = threading.Lock()
+        self._at_prompt = False
+        self._talking = sys.stdin.isatty()
+
+    def note(self, line: str) -> None:
+        with self._writing:
+            if self._at_prompt:
+                print("\r\x1b[2K", end="")
+            self._console.print(Text(printable(line), style="dim"))
+            if self._at_prompt:  # what was typed so far
+                typed = "" if readline is None else readline.get_line_buffer()
+                print(PROMPT + typed, end="", flush=True)
+
+    def fail(self, line: str, error: CollabError) -> None:
+        which = "" if self._talking or line.startswith("/") else f"{line}: "
+        cli.report(f"{which}{error}", cli.error_name(error), as_json=False)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[TextSink | None]:
+        if not self._console.is_terminal:
+            yield None  # nobody watches it grow, and each step would cost bytes
+            return
+        texts: dict[Stage, str] = {}
+
+        def growing() -> Group:
+            names = {Stage.FIRST: "first answer", Stage.SECOND: "refined answer"}
+            rows = [
+                Text.assemble((f"  {names[stage]:14}  ", "dim"), printable(text))
+                for stage, text in sorted(texts.items())
+            ]
+            return Group(*(rows or [Text("  …", style="dim")]))
+
+        with Live(console=self._console, transient=True, get_renderable=growing):
+            yield texts.__setitem__
+
+    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+        if not self._talking:
+            self._console.print(Text(printable(question), style="bold"))
+        self._console.print(show.history(answer, frame.picture))
+
+    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+        first, size, box = answer.first_uncertainty, frame.picture.size, answer.box
+        sure = f"{first:.3f}"
+        if answer.refined:
+            sure += f" at first, {answer.uncertainty:.3f} with the region"
+        where = "none was asked for: the model was sure enough"
+        if box is not None:
+            share = box.pixels / (size.width * size.height)
+            where = (
+                f"{box.width} x {box.height} px at ({box.left}, {box.top}) of "
+                f"{size.width} x {size.height}, {share:.1%} of the picture"
+            )
+        rest = answer.bytes_up - answer.view_bytes - answer.region_bytes
+        for name, value in (
+            ("uncertainty", sure),
+            ("region", where),
+            (
+                "bytes sent",
+                f"{answer.bytes_up}: view {answer.view_bytes}, region {answer.region_bytes}, "
+                f"question and headers {rest}",
+            ),
+            ("bytes received", f"{answer.bytes_down}"),
+        ):
+            self._console.print(Text.assemble((f"  {name:14}  ", "dim"), value))
+
+    def draw(self, drawn: Text) -> None:
+        self._console.print(drawn)
+
+    def read(self) -> str:
+        self._at_prompt = True
+        try:
+            return input(PROMPT)
+        finally:
+            self._at_prompt = False
+
+
+class _Programs:
+    """One JSON object for each question on stdout; everything else on stderr."""
+
+    colour = False
+
+    def __init__(self) -> None:
+        self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._people = _People()
+
+    def note(self, line: str) -> None:
+        self._beside.print(Text(printable(line), style="dim"))
+
+    def fail(self, line: str, error: CollabError) -> None:
+        told = {"question": line, "error": str(error), "code": cli.error_name(error)}
+        print(msgspec.json.encode(told).decode(), flush=True)
+
+    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
+        return contextlib.nullcontext()
+
+    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+        told: dict[str, object] = {
+            "photo": frame.picture.name,
+            "question": question,
+            "frame": frame.number,
+            "time": moment(frame.time_s),
+        }
+        told |= show.as_dict(answer, frame.picture)
+        print(msgspec.json.encode(told).decode(), flush=True)
+
+    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+        """The answer's object has it all."""
+
+    def draw(self, drawn: Text) -> None:
+        self._beside.print(drawn)
+
+    def read(self) -> str:
+        return self._people.read()
+
+
+def _piped() -> str:
+    """The next line of a pipe.
+
+    Raises:
+        EOFError: there are no more.
+    """
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

@@ -1,0 +1,197 @@
+"""A client that keeps a question while the server is away, and says what it is doing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from edge_client.answer import EdgeAnswer
+from edge_client.asking import TextSink
+from edge_client.client import ClientOptions
+from edge_client.dial import LostError
+from edge_client.keeper import Retry
+from edge_client.picture import Picture
+from edge_client.sync import Client
+from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
+from vlm_collab.errors import ErrorCode as Code
+from vlm_collab.messages import Options, Welcome
+
+_TOO_LONG = {Code.BAD_QUESTION, Code.TOO_LARGE}
+
+_PAUSES = Retry(first_s=1.0, longest_s=15.0)
+
+Turns = Sequence[tuple[str, str]]
+
+
+class PatientClient:
+    """Asks one question at a time, for as long as it takes.
+
+    Connects when the first question needs it. A server that is away is waited for; what cannot
+    get better by waiting (a wrong token, a question that is refused) is raised at once.
+
+    Args:
+        url: address of the service.
+        note: is told, from any thread, what happens to the connection.
+        forever: wait for a server that is away without end; otherwise as long as a question's
+            deadline.
+        settings: see `ClientOptions`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        note: Callable[[str], None],
+        *,
+        forever: bool,
+        settings: ClientOptions,
+    ) -> None:
+        self._url = url
+        self._note = note
+        self._forever = forever
+        self._settings = settings
+        self._client: Client | None = None
+        self._welcome: Welcome | None = None
+        self._log = _Attempts(note)
+        logger = logging.getLogger("edge_client.keeper")
+        logger.addHandler(self._log)
+        logger.setLevel(logging.INFO)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def welcome(self) -> Welcome | None:
+        """What the server said of itself when it last answered; None before that."""
+        return self._welcome
+
+    def connect(self) -> None:
+        """Try to connect, so that a wrong address is told before anybody asks anything.
+
+        Raises:
+            CollabError: waiting would not help.
+        """
+        try:
+            self._connected()
+        except LinkError as error:
+            if not is_passing(error):
+                raise
+            self._note(f"{error}; questions are kept until it answers")
+
+    def ask(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        history: Turns,
+        deadline_s: float,
+        on_text: TextSink | None,
+        options: Options,
+    ) -> EdgeAnswer:
+        """Ask a question about a picture; see `EdgeClient.ask`.
+
+        A conversation that is too long for the model loses its older half.
+
+        Raises:
+            CollabError: see `EdgeClient.ask`; without `forever` also `LinkError`.
+        """
+        until = time.monotonic() + deadline_s
+        failures = 0
+        while True:
+            left_s = deadline_s if self._forever else max(0.001, until - time.monotonic())
+            try:
+                client = self._connected()
+                answer = client.ask(
+                    picture,
+                    question,
+                    history=history,
+                    deadline_s=left_s,
+                    on_text=on_text,
+                    options=options,
+                )
+            except (LinkError, DeadlineError) as error:
+                if not (is_passing(error) or self._log.away):
+                    raise
+                failures += 1
+                pause_s = _PAUSES.pause_s(failures)
+                if not self._forever and time.monotonic() + pause_s >= until:
+                    raise
+                if self._forever:
+                    self._note(f"{error}; the question is kept (Ctrl-C drops it)")
+                time.sleep(pause_s)
+            except ServerError as error:
+                if error.code not in _TOO_LONG or not history:
+                    raise
+                history = history[-(len(history) // 2) :] if len(history) > 1 else ()
+                self._note("the conversation is too long for the model; its beginning is left out")
+            else:
+                self._log.answered()
+                self._remember(client, answer)
+                return answer
+
+    def close(self) -> None:
+        """Close the connection. Closing twice does nothing."""
+        logging.getLogger("edge_client.keeper").removeHandler(self._log)
+        if self._client is not None:
+            self._client.close()
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            self._client = Client(self._url, **self._settings)
+            self._welcome = self._client.welcome
+        return self._client
+
+    def _remember(self, client: Client, answer: EdgeAnswer) -> None:
+        """Another server, or another model, may have answered than the one that greeted."""
+        old = self._welcome
+        if old is None or (old.model, old.rows, old.columns) != (
+            answer.model,
+            answer.rows,
+            answer.columns,
+        ):
+            try:
+                self._welcome = client.welcome
+            except CollabError:
+                self._welcome = None  # gone again; the next answer will tell
+
+
+def is_passing(error: CollabError) -> bool:
+    """Whether a failure is the link's, and another attempt can help."""
+    return isinstance(error, LostError) or (
+        isinstance(error, LinkError) and isinstance(error.__cause__, LostError)
+    )
+
+
+class _Attempts(logging.Handler):
+    """Tells of attempts to connect again, from what the link's keeper logs.
+
+    Attributes:
+        away: the server could not be reached, and has not answered since.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._tell = note
+        self.away = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say why, once for each time that the server is away."""
+        if record.levelno >= logging.INFO and not self.away:
+            self.away = True
+            self._tell(f"no server ({record.getMessage()}); trying again")
+
+    def answered(self) -> None:
+        """The server is there."""
+        if self.away:
+            self.away = False
+            self._tell("the server is back")

@@ -1,0 +1,44 @@
+"""Recordings that stand in for cameras: scenes with signs, encoded with PyAV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from PIL import Image
+
+from eval import scenes
+
+
+def scene(index: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
+    """What a camera sees: one of the generated scenes."""
+    return scenes.render(scenes.generate_scene("test", index, size=size))
+
+
+def shaken(image: Image.Image, step: int) -> Image.Image:
+    """The same view after a small movement of the camera."""
+    moved = Image.new("RGB", image.size, image.getpixel((0, 0)))
+    moved.paste(image, (2 * (step % 5), step % 3))
+    return moved
+
+
+def write_clip(
+    path: Path, pictures: Iterable[Image.Image], *, fps: int = 10, key_every: int = 10
+) -> Path:
+    """An H.264 recording (MP4) of pictures of one size."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = key_every
+        stream.options = {"preset": "ultrafast", "crf": "16", "bf": "0", "sc_threshold": "0"}
+        for number, picture in enumerate(pictures):
+            if not number:
+                stream.width, stream.height = picture.size
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts = number
+            frame.time_base = Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
