@@ -11,7 +11,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin
 PACKAGES = vlm_collab edge_client server_plugin eval
 
-.PHONY: demo serve test lint types layers check clean
+.PHONY: demo serve test lint types layers check browser clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -32,8 +32,15 @@ layers: $(VENV)/.dev
 	$(RUN)/lint-imports
 
 # Two workers on two cores; one thread each, or their thread pools fight.
-check: $(VENV)/.dev
+check: $(VENV)/.dev browser
 	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile
+
+# The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; } || \
+	  echo "no Chromium here, and none can be installed: the page is not tested in a browser"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
