@@ -69,11 +69,15 @@ class Rule:
 
 
 class _Splitter:
-    """Splits a byte stream into its HTTP head and its WebSocket frames."""
+    """Splits a byte stream into its HTTP head and its WebSocket frames.
+
+    A stream that does not become a WebSocket, such as a page's, passes as it comes.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._head_done = False
+        self._plain = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, type[Message] | None]]:
         """Complete pieces, each with the kind of message it is; None for what is no message."""
@@ -83,7 +87,12 @@ class _Splitter:
             if end < 0:
                 return
             self._head_done = True
-            yield self._take(end + 4), None
+            head = self._take(end + 4)
+            self._plain = b"\r\nupgrade: websocket" not in head.lower()
+            yield head, None
+        if self._plain:
+            yield self._take(len(self._buffer)), None
+            return
         while (sizes := self._sizes()) is not None:
             head, payload = sizes
             if len(self._buffer) < head + payload:
