@@ -37,9 +37,11 @@ check: $(VENV)/.dev browser
 
 # The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; } || \
+	@for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exit 0; \
+	done; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium || \
 	  echo "no Chromium here, and none can be installed: the page is not tested in a browser"
 
 $(VENV)/.torch:
