@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backend import RelativeAttention
+from server_plugin.backend import RelativeAttention, Sampling
 from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.engine import Engine, RegionUnavailableError
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.messages import Fallback, Retransmit, Stage
+from vlm_collab.messages import CUT_MARK, Fallback, Finish, Retransmit, Stage
 from vlm_collab.policy import (
     Aggregate,
     AlwaysPolicy,
@@ -176,3 +176,110 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
     monkeypatch.setattr(FakeBackend, "relative_attention", flat)
     _, (need,) = await ask(backend)
     assert 0 <= need.box.left < need.box.right <= SOURCE.width
+
+
+# ---- conversations, several pictures, stop texts -----------------------------------------------
+
+
+async def test_what_came_before_reaches_both_passes():
+    outcome, _ = await ask(FakeBackend(), AlwaysPolicy(), history=(("who?", "me"),))
+    assert outcome.text.endswith("who? me what?")
+    assert outcome.first.text.endswith("who? me what?")
+
+
+async def test_the_picture_with_the_largest_relative_attention_is_searched():
+    backend = scripted(1.0)  # it looks at the last picture
+    view = await backend.open_view(VIEW, VIEW, VIEW)
+    needs = []
+
+    async def fetch(need):
+        needs.append(need)
+        return REGION
+
+    sizes = [Size(112, 112), Size(500, 500), SOURCE]
+    outcome = await Engine(backend=backend, policy=THRESHOLD).answer(view, sizes, "what?", fetch)
+    assert outcome.stage is Stage.SECOND
+    assert [(need.picture, need.box) for need in needs] == [(2, Box(448, 448, 560, 560))]
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "finish"),
+    [
+        ((), "one two three four", Finish.END),
+        (("three",), "one two", Finish.STOP),
+        (("nowhere", "o th"), "one tw", Finish.STOP),
+        (("two", "one"), "", Finish.STOP),
+    ],
+)
+async def test_stop_texts_end_an_answer_and_are_not_part_of_it(stops, text, finish):
+    backend = FakeBackend(play=lambda *_: Script("one two three four", "one two three four"))
+    for policy in (NeverPolicy(), AlwaysPolicy()):
+        heard = []
+        outcome, _ = await ask(
+            backend, policy, stop=stops, on_text=lambda stage, text, heard=heard: heard.append(text)
+        )
+        assert (outcome.text, outcome.finish) == (text, finish)
+        assert heard[-1] == text
+        used = outcome.second or outcome.first
+        assert (len(used.token_ids) < 5) == bool(stops)  # four words and the end
+
+
+async def test_an_answer_says_why_it_ends():
+    outcome, _ = await ask(scripted(0.0), max_new_tokens=2)
+    assert (outcome.text, outcome.finish) == ("one two", Finish.LENGTH)
+    outcome, _ = await ask(scripted(0.0))
+    assert outcome.finish is Finish.END
+
+
+async def test_an_early_decision_and_a_stop_text_do_not_disturb_each_other():
+    policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
+    backend = FakeBackend(play=lambda *_: Script("one two three four", "five six", 1.0))
+    outcome, needs = await ask(backend, policy, stop=("three", "six"))
+    assert needs[0].first == f"one two{CUT_MARK}"
+    assert (outcome.text, outcome.finish) == ("five", Finish.STOP)
+    outcome, needs = await ask(backend, policy, stop=("one",))
+    assert (needs[0].first, needs[0].cut) == ("", False)
+
+
+async def test_tokens_make_up_the_text():
+    backend = FakeBackend(play=lambda *_: Script("one two three", "four five", 0.25))
+    for policy, text in ((NeverPolicy(), "one two three"), (AlwaysPolicy(), "four five")):
+        outcome, _ = await ask(backend, policy, tokens=True)
+        assert "".join(token.text for token in outcome.tokens) == outcome.text == text
+        assert len(outcome.tokens) == len(text.split()) + 1  # the end is a token too
+    assert (await ask(backend))[0].tokens == ()
+    outcome, _ = await ask(backend, NeverPolicy(), tokens=True)
+    assert outcome.tokens[0].surprisal_micro == 250_000
+
+
+async def test_a_question_about_no_picture():
+    engine = Engine(backend=FakeBackend(), policy=AlwaysPolicy())
+    outcome = await engine.chat("what is small?", history=(("who?", "me"),), stop=(" small",))
+    assert (outcome.text, outcome.finish) == ("first  who? me what is", Finish.STOP)
+    assert (outcome.stage, outcome.need) == (Stage.FIRST, None)
+    assert outcome.work.decoded_tokens > 0
+
+
+async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
+    """Its seed is chosen once for the question, whatever passes it takes."""
+    seen = []
+
+    class Watching(FakeBackend):
+        async def first_pass(self, *args, **options):
+            seen.append(options["sampling"])
+            return await super().first_pass(*args, **options)
+
+    backend = Watching(play=lambda *_: Script("one two three four", "five", 1.0))
+    policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
+    view = await backend.open_view(VIEW)
+
+    async def fetch(need):
+        raise RegionUnavailableError(Fallback.DECLINED)
+
+    outcome = await Engine(backend=backend, policy=policy).answer(
+        view, SOURCE, "what?", fetch, sampling=Sampling(temperature=0.7)
+    )
+    assert outcome.text == "one two three four"
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert seen[0].seed is not None

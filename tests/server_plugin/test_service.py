@@ -12,16 +12,21 @@ from websockets.exceptions import ConnectionClosed
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
 from tests.support.wire import SURE, UNSURE, edge, picture, service, settled, unsure
-from vlm_collab.errors import ErrorCode
+from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.images import Codec
 from vlm_collab.messages import (
     Answer,
+    Ask,
     Error,
     Fallback,
+    Finish,
     Hello,
+    MoreView,
     Options,
     Retransmit,
     Stage,
+    Turn,
+    decode_down,
     encode,
 )
 from vlm_collab.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
@@ -62,6 +67,69 @@ async def test_streamed_texts_grow_to_the_answers():
         for stage in texts.values():
             assert all(later.startswith(text) for text, later in itertools.pairwise(stage))
         assert event.text.startswith(texts[Stage.SECOND][-1])
+
+
+async def test_a_conversation_about_several_pictures():
+    backend = FakeBackend()
+    async with running(service(backend)) as url, edge(url) as client:
+        more = (MoreView(picture(2), 896, 896), MoreView(picture(3), 448, 448))
+        history = (Turn("who?", "me"),)
+        await client.ask("what is small?", picture(1), history=history, more=more)
+        wanted = await client.next()
+        assert wanted.request.picture == 2
+        # The box is of the third picture, which is half as large as the others.
+        assert max(wanted.box.right, wanted.box.bottom) <= 448
+        assert wanted.request.first.endswith("who? me what is small?")
+        id = wanted.request.id
+        await client.region(id, picture(4))
+        assert (await client.next()).stage is Stage.SECOND
+        # A follow-up refers to all of them by their one number.
+        again = tuple(MoreView(None, one.source_width, one.source_height) for one in more)
+        await client.ask(SURE, more=again)
+        assert (await client.next()).stage is Stage.FIRST
+        assert len(backend.views) == 1
+
+
+async def test_views_that_do_not_fit_together_are_refused():
+    async with running(service()) as url, edge(url) as client:
+        await client.ask(SURE, picture(1), more=(MoreView(None, 9, 9),))
+        assert (await client.next()).code is ErrorCode.BAD_IMAGE
+        await client.ask(SURE, picture(1), view_id=2)
+        assert isinstance(await client.next(), Answer)
+        # One picture is held under this number, not two.
+        await client.ask(SURE, view_id=2, more=(MoreView(None, 9, 9),))
+        assert (await client.next()).code is ErrorCode.VIEW_GONE
+        await client.ask(SURE, picture(1), view_id=3, more=(MoreView(picture(2, (9, 9)), 9, 9),))
+        assert (await client.next()).code is ErrorCode.BAD_IMAGE
+
+
+async def test_stop_texts_and_tokens_over_the_wire():
+    async with running(service()) as url, edge(url) as client:
+        options = Options(stop=(" sky",), tokens=True)
+        await client.ask(SURE, picture(), options=options)
+        answer = await client.next()
+        assert answer.text.endswith("what colour is the")
+        assert answer.finish is Finish.STOP
+        assert "".join(token.text for token in answer.tokens) == answer.text
+        await client.ask(SURE, options=Options(max_new_tokens=2))
+        answer = await client.next()
+        assert (answer.finish, answer.tokens) == (Finish.LENGTH, ())
+
+
+async def test_the_server_says_what_it_can_do():
+    async with running(service()) as url, edge(url) as client:
+        assert set(client.session.welcome.features) >= {"history", "pictures", "sampling", "stop"}
+
+
+async def test_a_conversation_counts_towards_the_limit_of_a_question():
+    limits = {"connection": ServerLimits(max_question_bytes=100)}
+    async with running(service(limits=limits)) as url, edge(url) as client:
+        with pytest.raises(LocalProtocolError, match="conversation"):
+            await client.ask(SURE, picture(), history=(Turn("a" * 50, "b" * 50),))
+        rude = Ask(1, SURE, 1, picture(), 9, 9, None, (Turn("a" * 50, "b" * 50),))
+        await client.websocket.send(encode(rude))
+        error = decode_down(await client.websocket.recv())
+        assert error.code is ErrorCode.TOO_LARGE
 
 
 async def test_the_map_comes_when_it_is_wanted():

@@ -65,8 +65,9 @@ class Edge:
         view: bytes | None = None,
         view_id: int = 1,
         options: Options | None = None,
+        **more: Any,
     ) -> int:
-        id = self.session.ask(question, view_id, SOURCE, view, options)
+        id = self.session.ask(question, view_id, SOURCE, view, options, **more)
         await self.flush()
         return id
 

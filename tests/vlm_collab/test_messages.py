@@ -17,13 +17,17 @@ from vlm_collab.messages import (
     DeclineReason,
     Error,
     Fallback,
+    Finish,
     Hello,
+    MoreView,
     Options,
     Partial,
     Region,
     RegionRequest,
     Retransmit,
     Stage,
+    Token,
+    Turn,
     Usage,
     Welcome,
     decode_down,
@@ -54,10 +58,30 @@ options = st.none() | st.builds(
     st.none() | st.integers(1, 65535),
     st.booleans(),
     st.booleans(),
+    st.lists(st.text(min_size=1, max_size=64), max_size=4).map(tuple),
+    st.none() | st.floats(0, 2),
+    st.none() | st.floats(0.001, 1),
+    st.none() | st.integers(0, 2**63 - 1),
+    st.booleans(),
 )
+histories = st.lists(st.builds(Turn, texts, texts), max_size=3).map(tuple)
+more = st.lists(
+    st.builds(MoreView, st.none() | st.binary(max_size=99), sides, sides), max_size=3
+).map(tuple)
 messages = st.one_of(
     st.builds(Hello, st.integers(1, 255), codecs, st.binary(max_size=32), st.text(max_size=64)),
-    st.builds(Ask, ids, texts, ids, st.none() | st.binary(max_size=99), sides, sides, options),
+    st.builds(
+        Ask,
+        ids,
+        texts,
+        ids,
+        st.none() | st.binary(max_size=99),
+        sides,
+        sides,
+        options,
+        histories,
+        more,
+    ),
     st.builds(Region, ids, st.binary(max_size=99)),
     st.builds(Decline, ids, st.sampled_from(DeclineReason)),
     st.builds(Cancel, ids),
@@ -92,6 +116,7 @@ messages = st.one_of(
         st.integers(1, 100),
         short,
         st.binary(max_size=64),
+        st.integers(0, 15),
     ),
     st.builds(
         Answer,
@@ -101,6 +126,8 @@ messages = st.one_of(
         st.sampled_from(Fallback),
         micros,
         st.builds(Usage, counts, counts, counts, counts, counts, short, short, short, short),
+        st.sampled_from(Finish),
+        st.lists(st.builds(Token, texts, micros), max_size=4).map(tuple),
     ),
     st.builds(Error, ids, st.sampled_from(ErrorCode), texts, st.none() | millis),
 )
@@ -110,6 +137,20 @@ messages = st.one_of(
 def test_every_message_survives_the_wire(message):
     decode = decode_up if isinstance(message, UP) else decode_down
     assert decode(encode(message)) == message
+
+
+@given(messages)
+def test_what_is_left_out_is_what_a_reader_puts_in_by_itself(message):
+    """Frames are no longer than with all fields spelled out, and say the same."""
+    spelled = msgspec.msgpack.encode(message)
+    assert len(encode(message)) <= len(spelled)
+    decode = decode_up if isinstance(message, UP) else decode_down
+    assert decode(spelled) == message
+
+
+def test_a_plain_question_is_as_short_as_it_was_before_there_were_conversations():
+    frame = encode(Ask(1, "q", 1, None, 640, 480, Options(stream=True)))
+    assert msgspec.msgpack.decode(frame) == [3, 1, "q", 1, None, 640, 480, [0, None, None, True]]
 
 
 @given(messages)
