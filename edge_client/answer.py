@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Box
-from vlm_collab.messages import Fallback, Finish, Stage, Token, Usage
+from vlm_collab.messages import DeclineReason, Fallback, Finish, Stage, Token, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +16,7 @@ class EdgeAnswer:
         text: the answer.
         stage: which pass it comes from.
         fallback: why it is the first one although the server was unsure.
+        declined: why this edge would not send the region; None if it was not asked, or sent it.
         uncertainty: of `text`, in the unit of the server's metric.
         first_text: the first answer; equal to `text` where nothing was refined. It ends in
             `vlm_collab.messages.CUT_MARK` where the server did not generate all of it.
@@ -61,6 +62,7 @@ class EdgeAnswer:
     picture: int = 0
     finish: Finish = Finish.END
     tokens: tuple[Token, ...] = ()
+    declined: DeclineReason | None = None
 
     @property
     def refined(self) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 
 from edge_client.answer import EdgeAnswer
 from edge_client.dial import LostError
+from edge_client.guard import QuestionGuard
 from edge_client.link import CODECS, Exchange, Link
 from edge_client.picture import Picture
 from vlm_collab.errors import (
@@ -26,7 +27,7 @@ from vlm_collab.errors import (
     ViewGoneError,
     server_error,
 )
-from vlm_collab.geometry import Size
+from vlm_collab.geometry import Fit, Size
 from vlm_collab.images import Codec, choose_codec
 from vlm_collab.messages import (
     Answer,
@@ -98,6 +99,7 @@ class Request:
         on_text: receives the texts as they grow.
         view_codecs: formats that the view may have.
         view_quality: quality of the encoded view.
+        guard: what may leave for this question.
     """
 
     pictures: tuple[Picture, ...]
@@ -109,6 +111,7 @@ class Request:
     on_text: TextSink | None
     view_codecs: tuple[Codec, ...]
     view_quality: int
+    guard: QuestionGuard
 
 
 class Links(Protocol):
@@ -142,6 +145,7 @@ class Asking:
         self._bytes_up = self._bytes_down = 0
         self._view_bytes = self._region_bytes = 0
         self._region: bytes | None = None
+        self._declined: DeclineReason | None = None
 
     async def run(self) -> EdgeAnswer:
         """Ask until there is an answer, a reason, or no time left.
@@ -228,13 +232,21 @@ class Asking:
 
     async def _attempt(self) -> EdgeAnswer:
         request = self._request
+        request.guard.begin()
         link = await self._links.link()
-        views = await asyncio.to_thread(self._encode_views, link.welcome)
+        form = self._view_form(link.welcome)
+        views = await asyncio.to_thread(self._encode_views, form)
         await link.slot()
         # From here to the end of `ask` nothing waits, so the first of several questions on a
         # new picture carries its view and is on the wire before the others refer to it.
         state, key = request.view, link.welcome.session
         carries = self._carry or state.session != key
+        if carries:
+            try:
+                request.guard.views_leave(list(zip(request.pictures, views, strict=True)), *form)
+            except BaseException:
+                link.give_back()
+                raise
         sent = views if carries else [None] * len(views)
         sizes = [picture.size for picture in request.pictures]
         exchange = link.ask(
@@ -259,11 +271,14 @@ class Asking:
             # After an answer these are in it already; otherwise the next attempt adds to them.
             self._count(exchange)
 
-    def _encode_views(self, welcome: Welcome) -> list[bytes]:
+    def _view_form(self, welcome: Welcome) -> tuple[Size, Fit, Codec, int]:
+        """Size, fit, codec and quality of the views that this server gets."""
         codec = choose_codec(self._request.view_codecs, welcome.codecs)
         side = Size(welcome.view_width, welcome.view_height)
-        fit, quality = FITS[welcome.fit], self._request.view_quality
-        return [picture.view(side, fit, codec, quality) for picture in self._request.pictures]
+        return side, FITS[welcome.fit], codec, self._request.view_quality
+
+    def _encode_views(self, form: tuple[Size, Fit, Codec, int]) -> list[bytes]:
+        return [picture.view(*form) for picture in self._request.pictures]
 
     def _options(self) -> Options | None:
         options = self._request.options
@@ -282,6 +297,7 @@ class Asking:
                         self._tell(update.stage, update.text)
                     case (RegionWanted() | RegionDeclined()) as event:
                         self._seen = seen = event
+                        self._declined = getattr(event, "reason", None)
                         self._tell(Stage.FIRST, event.request.first)
                         if isinstance(event, RegionWanted):
                             # Beside listening: the server may end the question meanwhile.
@@ -307,28 +323,33 @@ class Asking:
         """Crop, encode and send; or decline, so that the server need not wait."""
         request, welcome = wanted.request, self._welcome
         assert welcome is not None
-        picture = self._request.pictures[request.picture]
+        picture, guard = self._request.pictures[request.picture], self._request.guard
         if request.codec not in CODECS:
-            exchange.decline(DeclineReason.BAD_REQUEST)
+            self._decline(exchange, DeclineReason.BAD_REQUEST)
             return
+        form = wanted.box, wanted.target, request.codec, request.quality
+        region = b""
         try:
-            region = await asyncio.to_thread(
-                picture.region,
-                wanted.box,
-                wanted.target,
-                request.codec,
-                request.quality,
-            )
+            reason = guard.may_send(picture, wanted.box)
+            if reason is None:
+                region = await asyncio.to_thread(picture.region, *form)
         # Whatever goes wrong with a picture, the question goes on without its region.
         except Exception:
             log.exception("%s: cropping failed", picture.name)
-            exchange.decline(DeclineReason.FAILED)
-            return
-        if len(region) + 64 > welcome.max_frame_bytes:
-            exchange.decline(DeclineReason.LIMIT)
+            reason = DeclineReason.FAILED
+        if reason is None and len(region) + 64 > welcome.max_frame_bytes:
+            reason = DeclineReason.LIMIT
+        if reason is None and exchange.wants_region:
+            reason = guard.region_leaves(picture, region, *form)
+        if reason is not None:
+            self._decline(exchange, reason)
         elif exchange.send_region(region):
             self._region_bytes += len(region)
             self._region = region
+
+    def _decline(self, exchange: Exchange, reason: DeclineReason) -> None:
+        self._declined = reason
+        exchange.decline(reason)
 
     def _count(self, exchange: Exchange) -> None:
         """Move an exchange's bytes to this question's."""
@@ -382,6 +403,7 @@ class Asking:
             picture=0 if seen is None else seen.request.picture,
             finish=answer.finish,
             tokens=answer.tokens,
+            declined=self._declined,
         )
 
 

@@ -14,9 +14,11 @@ from typing import Self, TypedDict, Unpack
 from edge_client.answer import EdgeAnswer
 from edge_client.asking import Asking, Request, TextSink, ViewState
 from edge_client.dial import DEFAULT_URL, Server
+from edge_client.guard import open_guard
 from edge_client.keeper import LinkKeeper, Retry
 from edge_client.link import CODECS
 from edge_client.picture import Album, Picture, PictureLike
+from edge_client.privacy import Policy
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.images import MAX_SOURCE_PIXELS, Codec
 from vlm_collab.messages import MAX_PICTURES, Options, Turn, Welcome
@@ -44,6 +46,10 @@ class ClientOptions(TypedDict, total=False):
         max_pixels: most pixels of a picture (200 million).
         view_codec: format of global views; by default the one that the server likes best.
         view_quality: JPEG or WebP quality of global views, 1 to 100 (90).
+        policy: what may leave the device: a policy file, or one that was loaded. None allows
+            everything (see `docs/privacy.md`).
+        camera: whose rules of the policy apply; None for its default.
+        audit: file in which every image that leaves is listed; None for none.
     """
 
     token: str | None
@@ -56,6 +62,9 @@ class ClientOptions(TypedDict, total=False):
     max_pixels: int
     view_codec: Codec | None
     view_quality: int
+    policy: Policy | str | os.PathLike[str] | None
+    camera: str | None
+    audit: str | os.PathLike[str] | None
 
 
 class EdgeClient:
@@ -93,6 +102,9 @@ class EdgeClient:
             raise ConfigError(f"quality must be from 1 to 100, not {self._view_quality}")
         limits, retry = options.get("limits", EdgeLimits()), options.get("retry", Retry())
         self._keeper = LinkKeeper(server, limits, retry)
+        self._guard = open_guard(
+            options.get("policy"), options.get("camera"), options.get("audit"), url
+        )
         self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
         # A picture that the caller lets go of takes its number along; numbers are not reused.
         self._views: weakref.WeakKeyDictionary[Picture, dict[_Others, ViewState]] = (
@@ -157,6 +169,7 @@ class EdgeClient:
             ImageError: the picture cannot be used.
             QuestionError: the question is empty, too long or no text.
             DeadlineError: no answer in time, not even a first one.
+            PrivacyError: the policy does not let the views leave, or nothing at this hour.
             LinkError: the server cannot be reached, or was lost and did not come back in time.
             AuthenticationError: wrong token.
             ServerError: the server refused the question; it says why.
@@ -171,7 +184,7 @@ class EdgeClient:
         sources: list[PictureLike] = [picture] if one else list(picture)  # type: ignore
         if not 1 <= len(sources) <= MAX_PICTURES:
             raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
-        opened = [await asyncio.to_thread(self._album.get, source) for source in sources]
+        opened = [await asyncio.to_thread(self._open, source) for source in sources]
         request = Request(
             pictures=tuple(opened),
             question=question,
@@ -183,6 +196,7 @@ class EdgeClient:
             on_text=on_text,
             view_codecs=self._view_codecs,
             view_quality=self._view_quality,
+            guard=self._guard.question(question),
         )
         return await Asking(request, self._keeper).run()
 
@@ -219,6 +233,9 @@ class EdgeClient:
                 raise result  # a wrong call, not a failed question
             results.append(result)
         return results
+
+    def _open(self, source: PictureLike) -> Picture:
+        return self._guard.masked(self._album.get(source))
 
     def _check(self, question: str, history: Iterable[Turn] = ()) -> None:
         if not question.strip():

@@ -75,7 +75,7 @@ class Exchange:
 
     def send_region(self, image: bytes) -> bool:
         """Send the crop; False if the question ended or was cancelled meanwhile."""
-        if not self._wants_region():
+        if not self.wants_region:
             return False
         self._link.session.send_region(self.id, image)
         self._link.flush(self)
@@ -83,7 +83,7 @@ class Exchange:
 
     def decline(self, reason: DeclineReason) -> None:
         """Say that no crop will come, if the question still wants one."""
-        if self._wants_region():
+        if self.wants_region:
             self._link.session.decline(self.id, reason)
             self._link.flush(self)
 
@@ -95,7 +95,9 @@ class Exchange:
             link.session.cancel(self.id)
             link.flush(self)
 
-    def _wants_region(self) -> bool:
+    @property
+    def wants_region(self) -> bool:
+        """Whether a region, or a `Decline`, can still be sent."""
         link = self._link
         return link.ended is None and link.session.state(self.id) is State.WANTED
 
@@ -174,6 +176,10 @@ class Link:
             return
         self._slots.release()  # wakes the next who waits, who comes here too
         raise self.ended or LostError("the server is going away")
+
+    def give_back(self) -> None:
+        """Leave the slot that `slot` waited for to somebody else, instead of `ask`."""
+        self._slots.release()
 
     def ask(
         self,

@@ -7,7 +7,8 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from vlm_collab.errors import ImageError
@@ -32,6 +33,10 @@ class Picture:
         size: of the upright picture, in px.
         name: its path, or a word for what it is; for messages to people.
         original_bytes: size of its file; None for a picture that came without one.
+        digest: names the original: `sha256:` and the hash of its file; `pixels:` and the hash of
+            its size and upright 8-bit RGB pixels for one that came without. Computed when it is
+            first read.
+        hidden: boxes that are black in all that is made of it, in px of the upright picture.
     """
 
     def __init__(self, name: str, data: bytes | None, source: SourceImage, max_pixels: int) -> None:
@@ -42,6 +47,7 @@ class Picture:
         self._data = data
         self._max_pixels = max_pixels
         self._source: SourceImage | None = source
+        self.hidden = source.hidden
         self._views: dict[tuple[Size, Fit, Codec, int], bytes] = {}
         self._users = 0
         self._working = threading.Lock()
@@ -82,6 +88,30 @@ class Picture:
             ImageError: too many pixels, or a mode that has no RGB form.
         """
         return cls(name, None, SourceImage.from_pil(image, max_pixels=max_pixels), max_pixels)
+
+    def hiding(self, boxes: Iterable[Box]) -> Picture:
+        """The same picture with boxes black in all that is made of it; see `SourceImage.hiding`.
+
+        Args:
+            boxes: px of the upright picture; clipped to it.
+
+        Raises:
+            ImageError: the picture's data are broken.
+        """
+        with self._opened() as source:
+            hiding = source.hiding(boxes)
+        hidden = Picture(self.name, self._data, hiding, self._max_pixels)
+        if self._data is None:
+            hidden.digest = self.digest  # the original's, not that of what is left of it
+        return hidden
+
+    @cached_property
+    def digest(self) -> str:
+        """See the class."""
+        if self._data is not None:
+            return f"sha256:{hashlib.sha256(self._data).hexdigest()}"
+        with self._opened() as source:
+            return f"pixels:{source.pixel_digest()}"
 
     def view(self, side: Size, fit: Fit, codec: Codec, quality: int) -> bytes:
         """The encoded global view; made once for each combination of arguments.
@@ -129,7 +159,8 @@ class Picture:
             with self._working:
                 if self._source is None:
                     assert self._data is not None  # only what can be opened again is let go
-                    self._source = SourceImage.open(self._data, max_pixels=self._max_pixels)
+                    opened = SourceImage.open(self._data, max_pixels=self._max_pixels)
+                    self._source = opened.hiding(self.hidden)
                 yield self._source
         finally:
             with self._counting:

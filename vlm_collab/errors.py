@@ -14,6 +14,7 @@
     │   └── RemoteProtocolError     the peer did
     ├── LinkError                   no connection, or it was lost for good
     ├── DeadlineError               no answer within the time the caller gave
+    ├── PrivacyError                the owner's policy keeps it on the device
     ├── AuthenticationError         the server does not accept the token, or the origin
     └── ServerError                 the server refused a question; carries the wire error code
         ├── BusyError               its queue is full; `retry_after_s` says when to come back
@@ -117,6 +118,10 @@ class LinkError(CollabError):
 
 class DeadlineError(CollabError):
     """No answer within the time that the caller gave."""
+
+
+class PrivacyError(CollabError):
+    """The owner's policy does not let it leave the device (see `docs/privacy.md`)."""
 
 
 class AuthenticationError(CollabError):

@@ -10,11 +10,12 @@ more parser to attack.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
@@ -63,6 +64,9 @@ PAD_COLOUR = (122, 116, 104)
 _OVERSAMPLING = 2
 """Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
 twice the target leaves the last halving, the one that shows, to the bicubic filter."""
+
+_CODED_PX = 32
+"""Widest block of pixels that a JPEG codes together, with any chroma subsampling in use."""
 
 
 class ImageHeader(NamedTuple):
@@ -191,12 +195,19 @@ class SourceImage:
 
     Attributes:
         size: width and height of the upright picture, px, from the header.
+        hidden: what `hiding` blacked out, px of the upright picture.
     """
 
-    __slots__ = ("_data", "_icc", "_orientation", "_pixels", "_stored", "size")
+    __slots__ = ("_data", "_icc", "_orientation", "_pixels", "_stored", "hidden", "size")
 
     def __init__(
-        self, data: bytes, pixels: Image.Image | None, stored: Size, orientation: int, icc: object
+        self,
+        data: bytes,
+        pixels: Image.Image | None,
+        stored: Size,
+        orientation: int,
+        icc: object,
+        hidden: tuple[Box, ...] = (),
     ) -> None:
         """Use `open` or `from_pil` instead."""
         self._data = data
@@ -204,6 +215,7 @@ class SourceImage:
         self._stored = stored
         self._orientation = orientation
         self._icc = icc
+        self.hidden = hidden
         self.size = Size(*upright_size(stored, orientation))
 
     @classmethod
@@ -250,6 +262,41 @@ class SourceImage:
         orientation = orientation_of(image)
         icc = image.info.get("icc_profile")
         return cls(b"", loaded(image), Size(*image.size), orientation, icc)
+
+    def hiding(self, boxes: Iterable[Box]) -> SourceImage:
+        """The same picture with these boxes black, beside those hidden already.
+
+        They are blacked out as soon as pixels are decoded, before anything is resized, so nothing
+        of them reaches a pixel that is shown; and once more in what comes out, where every
+        pixel that a box touches is black.
+
+        Args:
+            boxes: px of the upright picture; clipped to it.
+        """
+        inside = (
+            Box(
+                max(left, 0),
+                max(top, 0),
+                min(right, self.size.width),
+                min(bottom, self.size.height),
+            )
+            for left, top, right, bottom in boxes
+        )
+        more = tuple(box for box in inside if box.left < box.right and box.top < box.bottom)
+        pixels = self._pixels
+        if pixels is not None and more:
+            pixels = pixels.copy()
+            _black_out(pixels, (_stored_box(box, self.size, self._orientation) for box in more))
+        return SourceImage(
+            self._data, pixels, self._stored, self._orientation, self._icc, self.hidden + more
+        )
+
+    def pixel_digest(self) -> str:
+        """SHA-256, in hex, over width, height and the upright 8-bit RGB pixels."""
+        pixels, _ = self._decoded(1)
+        counted = hashlib.sha256(b"%d %d " % self.size)
+        counted.update(transposed(to_srgb(pixels, self._icc), self._orientation).tobytes())
+        return counted.hexdigest()
 
     def view(
         self, side: Size, fit: Fit, *, pad_colour: tuple[int, int, int] = PAD_COLOUR
@@ -319,7 +366,10 @@ class SourceImage:
             small = pixels.resize(
                 size, Image.Resampling.BICUBIC, box=part, reducing_gap=_OVERSAMPLING
             )
-        return transposed(to_srgb(small, self._icc), self._orientation)
+        upright = transposed(to_srgb(small, self._icc), self._orientation)
+        if self.hidden:
+            _black_out(upright, _shown_at(self.hidden, box, Size(*upright.size)))
+        return upright
 
     def _decoded(self, scale_limit: float) -> tuple[Image.Image, int]:
         """Stored pixels, flattened, and how many times smaller they are than the original.
@@ -333,10 +383,46 @@ class SourceImage:
         if codec is Codec.JPEG and scale > 1:
             # The decoder picks the largest of these scales that leaves this size or more.
             image.draft(None, (self._stored.width // scale, self._stored.height // scale))
-            return loaded(image), scale
+            pixels = loaded(image)
+            _black_out(pixels, (_coded_box(box, scale) for box in self._stored_hidden()))
+            return pixels, scale
         self._pixels = loaded(image)
+        _black_out(self._pixels, self._stored_hidden())
         self._data = b""
         return self._pixels, 1
+
+    def _stored_hidden(self) -> Iterator[Box]:
+        return (_stored_box(box, self.size, self._orientation) for box in self.hidden)
+
+
+def _black_out(image: Image.Image, boxes: Iterable[Box]) -> None:
+    """Make boxes of a flattened picture black, in place."""
+    black = (0, 0, 0, 255) if image.mode == "CMYK" else 0 if image.mode == "L" else (0, 0, 0)
+    for box in boxes:
+        image.paste(black, (box.left, box.top, box.right, box.bottom))
+
+
+def _coded_box(box: Box, scale: int) -> Box:
+    """Pixels of a JPEG decoded at 1 / `scale` that something of a stored box may have reached.
+
+    A scaled pixel is made from its whole coded block, and its colour also from the next pixel's.
+    """
+    grown = (box.left - scale, box.top - scale, box.right + scale, box.bottom + scale)
+    left, top = (max(edge, 0) // _CODED_PX * _CODED_PX // scale for edge in grown[:2])
+    right, bottom = (-(-edge // _CODED_PX) * _CODED_PX // scale for edge in grown[2:])
+    return Box(left, top, right, bottom)
+
+
+def _shown_at(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
+    """Where hidden boxes lie in a box that is shown at `size`; every pixel that they touch."""
+    for left, top, right, bottom in hidden:
+        if left < box.right and right > box.left and top < box.bottom and bottom > box.top:
+            yield Box(
+                max(left - box.left, 0) * size.width // box.width,
+                max(top - box.top, 0) * size.height // box.height,
+                min(-(-(right - box.left) * size.width // box.width), size.width),
+                min(-(-(bottom - box.top) * size.height // box.height), size.height),
+            )
 
 
 def _stored_box(box: Box, upright: Size, orientation: int) -> Box:

@@ -1,0 +1,279 @@
+"""The audit log: one JSON line for each image that left the device, written before it leaves.
+
+A line is appended with a single write to a file that only its owner may read (mode 0600), so
+several processes may share one, and a crash can at most cut the last line, which readers skip. It
+may stand for an image that was stopped on its way after all; no image leaves without a line.
+
+The file is opened for each line and only ever grows. To start a new one, move it away: the next
+line makes a new file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import msgspec
+
+from vlm_collab.errors import ConfigError, PrivacyError
+from vlm_collab.geometry import Box, Size
+
+
+class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """What all lines have."""
+
+    time: datetime.datetime
+    """UTC."""
+
+
+class _Image(_Line, frozen=True, kw_only=True):
+    camera: str
+    picture: str
+    """Names the original, see `edge_client.picture.Picture.digest`."""
+    name: str
+    """Path of the original, or a word for what it is."""
+    source_px: Size
+    """Width and height of the upright original."""
+    box: Box
+    """What of the original is seen, in its px, upright."""
+    size_px: Size
+    """Width and height of the image that left; a view may have bars around the original."""
+    codec: str
+    """JPEG, PNG or WEBP."""
+    quality: int
+    """1 to 100; PNG ignores it."""
+    bytes: int
+    """Length of the encoded image."""
+    sha256: str
+    """Of the encoded image, in hex."""
+    question: str
+    server: str
+    """Its address, without token or password."""
+    hidden: str = ""
+    """Key of the `HiddenLine` that lists what was black; empty for nothing."""
+
+
+class ViewLine(_Image, frozen=True, kw_only=True, tag="view"):
+    """A global view that left."""
+
+    fit: str
+    """How the picture was brought to the view's aspect (`vlm_collab.geometry.Fit`)."""
+
+
+class RegionLine(_Image, frozen=True, kw_only=True, tag="region"):
+    """A region that left."""
+
+    target_px: Size
+    """Size that the server asked for; regions are never enlarged."""
+
+
+class HiddenLine(_Line, frozen=True, kw_only=True, tag="hidden"):
+    """What is black in the images that name it. Stands before the first of them."""
+
+    key: str
+    boxes: tuple[Box, ...]
+    """Px of the upright original."""
+
+
+ImageLine: TypeAlias = ViewLine | RegionLine
+Line: TypeAlias = ViewLine | RegionLine | HiddenLine
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+
+_BLOCK_BYTES = 1 << 16
+
+
+class AuditLog:
+    """Appends to an audit log.
+
+    Args:
+        path: the file; made if it is missing.
+        fsync: wait for the disk at each line, so that it survives a power failure too. Costs
+            milliseconds for each image, during which nothing else is sent.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
+        self.path = Path(path)
+        self._fsync = fsync
+        self._told: set[tuple[int, str]] = set()
+        try:
+            os.close(self._open())
+        except OSError as error:
+            raise ConfigError(f"the audit log {path}: {error.strerror or error}") from error
+
+    def write(self, line: Line) -> None:
+        """Append a line.
+
+        Raises:
+            PrivacyError: it cannot be written; what it tells of must not leave.
+        """
+        data = _encoder.encode(line) + b"\n"
+        try:
+            file = self._open()
+            try:
+                end = os.fstat(file).st_size
+                if end:
+                    os.lseek(file, end - 1, os.SEEK_SET)
+                    if os.read(file, 1) != b"\n":
+                        data = b"\n" + data  # a crash cut the last line
+                if os.write(file, data) != len(data):
+                    raise OSError("the disk is full")
+                if self._fsync:
+                    os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise PrivacyError(
+                f"the audit log {self.path} cannot be written, so nothing is sent: "
+                f"{error.strerror or error}"
+            ) from error
+
+    def hidden(self, boxes: Iterable[Box], when: datetime.datetime) -> str:
+        """The key under which lines name what is black; written out when it is new.
+
+        Raises:
+            PrivacyError: see `write`.
+        """
+        listed = tuple(boxes)
+        if not listed:
+            return ""
+        key = hashlib.sha256(_encoder.encode(listed)).hexdigest()[:16]
+        if (self._inode(), key) not in self._told:
+            self.write(HiddenLine(time=when, key=key, boxes=listed))
+            self._told.add((self._inode(), key))
+        return key
+
+    def _inode(self) -> int:
+        """Which file it is: it may have been moved away."""
+        try:
+            return os.stat(self.path).st_ino
+        except OSError:
+            return 0
+
+    def _open(self) -> int:
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError("is no regular file")
+        return file
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A log that was read.
+
+    Attributes:
+        images: what left, in the order of the file.
+        hidden: what was black in them, by key.
+        broken: lines that could not be read; a crash leaves one.
+    """
+
+    images: tuple[ImageLine, ...]
+    hidden: dict[str, tuple[Box, ...]]
+    broken: int
+
+
+def read_log(path: str | os.PathLike[str]) -> Log:
+    """Read a whole audit log.
+
+    Raises:
+        ConfigError: it is missing or unreadable, or no audit log at all.
+    """
+    images: list[ImageLine] = []
+    hidden: dict[str, tuple[Box, ...]] = {}
+    broken = 0
+    try:
+        with open(path, "rb") as file:
+            for raw in file:
+                match parsed(raw):
+                    case None:
+                        broken += bool(raw.strip())
+                    case HiddenLine() as line:
+                        hidden[line.key] = line.boxes
+                    case line:
+                        images.append(line)
+    except OSError as error:
+        raise ConfigError(f"the audit log {path}: {error.strerror or error}") from error
+    if broken and not images and not hidden:
+        raise ConfigError(f"{path} is no audit log of this program")
+    return Log(tuple(images), hidden, broken)
+
+
+def parsed(raw: bytes) -> Line | None:
+    """A line of a log; None if it is broken or empty."""
+    try:
+        return _decoder.decode(raw)
+    except msgspec.DecodeError:  # invalid UTF-8 and wrong fields too
+        return None
+
+
+class Recent:
+    """Follows the end of a log: what was added since one last looked, by whomever.
+
+    Args:
+        path: the log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place: tuple[int, int] | None = None  # inode and offset
+
+    def lines(self, since: datetime.datetime) -> Iterator[ImageLine]:
+        """Images that were logged since the last call; at the first, those since a moment.
+
+        Raises:
+            PrivacyError: the log cannot be read.
+        """
+        try:
+            with open(self._path, "rb") as file:
+                found = os.fstat(file.fileno())
+                if self._place is None:
+                    start = _start_of(since, file, found.st_size)
+                elif self._place[0] != found.st_ino or self._place[1] > found.st_size:
+                    start = 0  # a new file
+                else:
+                    start = self._place[1]
+                file.seek(start)
+                data = file.read()
+        except FileNotFoundError:
+            data, start, inode = b"", 0, 0  # moved away; the next line makes a new one
+        except OSError as error:
+            raise PrivacyError(
+                f"the audit log {self._path} cannot be read, so nothing is sent: "
+                f"{error.strerror or error}"
+            ) from error
+        else:
+            inode = found.st_ino
+        whole = data.rfind(b"\n") + 1  # another process may be in the middle of a line
+        self._place = (inode, start + whole)
+        for raw in data[:whole].splitlines():
+            line = parsed(raw)
+            if isinstance(line, ViewLine | RegionLine) and line.time >= since:
+                yield line
+
+
+def _start_of(since: datetime.datetime, file: BinaryIO, size: int) -> int:
+    """An offset in a log, at the start of a line, before which nothing is as new as `since`.
+
+    A log grows for years, so it is searched from its end.
+    """
+    start = size
+    while start > 0:
+        start = max(start - _BLOCK_BYTES, 0)
+        file.seek(start)
+        block = file.read(_BLOCK_BYTES)
+        skipped = 0 if start == 0 else block.find(b"\n") + 1
+        oldest = next(filter(None, map(parsed, block[skipped:].splitlines())), None)
+        if oldest is not None and oldest.time < since:
+            return start + skipped
+    return 0

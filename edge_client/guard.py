@@ -1,0 +1,318 @@
+"""Stands at the door: lets images leave if the policy allows it, and writes them into the log.
+
+A shell that sends pictures keeps one `Guard` for a camera and asks it at four places:
+
+1. `guard.masked(picture)`: from here on only the masked picture is used;
+2. `question = guard.question(text)`, then `question.begin()` before anything is sent;
+3. `question.views_leave(…)` right before the message with the views is handed to the network;
+4. `question.may_send(…)` before a region is cut, `question.region_leaves(…)` before it is sent.
+
+`EdgeClient` does all of this by itself when it is given a policy or an audit log.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+from PIL import Image
+
+from edge_client.audit import AuditLog, ImageLine, Recent, RegionLine, ViewLine
+from edge_client.picture import Picture
+from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
+from vlm_collab.errors import PrivacyError
+from vlm_collab.geometry import Box, Fit, Size, frame_of
+from vlm_collab.headers import Codec
+from vlm_collab.messages import DeclineReason
+
+log = logging.getLogger(__name__)
+
+HOUR = datetime.timedelta(hours=1)
+
+Clock = Callable[[], datetime.datetime]
+
+
+def utc_now() -> datetime.datetime:
+    """The device's clock."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+class BudgetError(PrivacyError):
+    """The bytes of the hour are used up."""
+
+
+class Guard:
+    """Enforces one camera's policy and keeps its audit log. Safe to use from several threads.
+
+    The bytes of the last hour are those of the log, so that they survive a restart and are shared
+    by all who write to it for the same camera; without a log they are counted in memory.
+
+    Args:
+        policy: the camera's rules.
+        audit: where images that leave are listed; None for nowhere.
+        server: address that they go to; token, user and password are not kept.
+        clock: gives the time, with a zone.
+    """
+
+    def __init__(
+        self,
+        policy: CameraPolicy,
+        *,
+        audit: AuditLog | None = None,
+        server: str = "",
+        clock: Clock = utc_now,
+    ) -> None:
+        self.policy = policy
+        self._audit = audit
+        self._server = without_secrets(server)
+        self._clock = clock
+        self._masked: weakref.WeakKeyDictionary[Picture, Picture] = weakref.WeakKeyDictionary()
+        self._recent = None if audit is None else Recent(audit.path)
+        self._spent: list[tuple[datetime.datetime, int]] = []
+        self._lock = threading.Lock()
+
+    def masked(self, picture: Picture) -> Picture:
+        """The picture with what the policy hides in black; itself where nothing is hidden.
+
+        The same picture gets the same masked one, so follow-up questions send no pixels.
+
+        Raises:
+            PrivacyError: the policy was made for pictures of another size.
+        """
+        boxes = self.policy.hidden(picture.size)
+        if self._audit is not None:
+            _ = picture.digest  # now, on the caller's thread, rather than in the middle of sending
+        if not boxes:
+            return picture
+        with self._lock:
+            masked = self._masked.get(picture)
+            if masked is None:
+                masked = self._masked[picture] = picture.hiding(boxes)
+        return masked
+
+    def question(self, text: str) -> QuestionGuard:
+        """What watches over one question, about one or several pictures."""
+        return QuestionGuard(self, text)
+
+    def check_time(self) -> None:
+        """Whether anything may leave now.
+
+        Raises:
+            PrivacyError: these are quiet hours.
+        """
+        hours = self.policy.quiet(self._clock())
+        if hours is not None:
+            raise PrivacyError(
+                f'camera "{self.policy.name}": the policy lets nothing leave during {hours}'
+            )
+
+    def check_bytes(self, wanted: int) -> None:
+        """Whether so many bytes may leave now.
+
+        Raises:
+            BudgetError: with them the last hour would hold more than the policy allows.
+        """
+        limit = self.policy.max_bytes_per_hour
+        if limit is None:
+            return
+        since = self._clock() - HOUR
+        if self._recent is not None:
+            for line in self._recent.lines(since):
+                if line.camera == self.policy.name:
+                    self._spent.append((line.time, line.bytes))
+        self._spent = [(when, bytes) for when, bytes in self._spent if when > since]
+        spent = sum(bytes for _, bytes in self._spent)
+        if spent + wanted > limit:
+            raise BudgetError(
+                f'camera "{self.policy.name}": the policy allows {limit} bytes an hour; {spent} '
+                f"have left, and {wanted} more would be too many"
+            )
+
+    def leave(self, lines: Sequence[ImageLine], hidden: Sequence[tuple[Box, ...]]) -> None:
+        """Let images leave: count them and write them down, all or none.
+
+        Args:
+            lines: one for each image, without `hidden`.
+            hidden: what is black in each.
+
+        Raises:
+            PrivacyError: they may not, or cannot be written down.
+        """
+        with self._lock:
+            self.check_time()
+            self.check_bytes(sum(line.bytes for line in lines))
+            if self._audit is None:
+                self._spent.extend((line.time, line.bytes) for line in lines)
+                return
+            for line, boxes in zip(lines, hidden, strict=True):
+                key = self._audit.hidden(boxes, line.time)
+                self._audit.write(msgspec.structs.replace(line, hidden=key))
+
+    def described(self, picture: Picture, image: bytes, codec: int, quality: int) -> dict[str, Any]:
+        """The fields of a log line that views and regions have in common."""
+        # Hashes are for the log alone.
+        kept = self._audit is not None
+        return {
+            "time": self._clock().astimezone(datetime.UTC),
+            "camera": self.policy.name,
+            "picture": picture.digest if kept else "",
+            "name": picture.name,
+            "source_px": picture.size,
+            "codec": Codec(codec).name,
+            "quality": quality,
+            "bytes": len(image),
+            "sha256": hashlib.sha256(image).hexdigest() if kept else "",
+            "server": self._server,
+        }
+
+
+class QuestionGuard:
+    """Watches over one question, however often it has to be asked; see `Guard.question`."""
+
+    def __init__(self, guard: Guard, text: str) -> None:
+        """Use `Guard.question` instead."""
+        self._guard = guard
+        self._text = text
+        self._regions: set[tuple[Picture, Box]] = set()
+
+    def begin(self) -> None:
+        """Call before anything of the question is sent.
+
+        Raises:
+            PrivacyError: nothing may leave now.
+        """
+        self._guard.check_time()
+
+    def views_leave(
+        self,
+        views: Sequence[tuple[Picture, bytes]],
+        side: Size,
+        fit: Fit,
+        codec: int,
+        quality: int,
+    ) -> None:
+        """Call right before a message with views is handed on; once it returns they may leave.
+
+        Args:
+            views: masked pictures, each with its encoded view.
+            side, fit, codec, quality: as they were encoded.
+
+        Raises:
+            PrivacyError: they must not leave.
+        """
+        lines = []
+        for picture, image in views:
+            frame = frame_of(picture.size, fit, side)
+            left, top = max(frame.left, 0), max(frame.top, 0)
+            right = min(frame.left + frame.width, picture.size.width)
+            bottom = min(frame.top + frame.height, picture.size.height)
+            lines.append(
+                ViewLine(
+                    **self._guard.described(picture, image, codec, quality),
+                    question=self._text,
+                    box=Box(left, top, right, bottom),
+                    size_px=side,
+                    fit=fit.value,
+                )
+            )
+        self._guard.leave(lines, [picture.hidden for picture, _ in views])
+
+    def may_send(self, picture: Picture, box: Box) -> DeclineReason | None:
+        """Whether a region may be cut; None if it may, else the reason to give to the server.
+
+        Args:
+            picture: masked.
+            box: px of the upright original.
+        """
+        policy = self._guard.policy
+        try:
+            self._guard.check_time()
+        except PrivacyError as error:
+            log.info("a region was declined: %s", error)
+            return DeclineReason.PRIVACY
+        if box.pixels > policy.max_region_share * picture.size.width * picture.size.height:
+            return DeclineReason.LIMIT
+        most = policy.max_regions_per_question
+        # The same region once more, after a lost link, shows nothing new.
+        if most is not None and len(self._regions | {(picture, box)}) > most:
+            return DeclineReason.LIMIT
+        return DeclineReason.PRIVACY if _covered(box, picture.hidden) else None
+
+    def region_leaves(
+        self, picture: Picture, image: bytes, box: Box, target: Size, codec: int, quality: int
+    ) -> DeclineReason | None:
+        """Call right before a region is handed on; once it returns None, it may leave.
+
+        Args:
+            picture: masked.
+            image: the encoded region.
+            box: px of the upright original.
+            target: size that the server asked for.
+            codec, quality: as it was encoded.
+        """
+        line = RegionLine(
+            **self._guard.described(picture, image, codec, quality),
+            question=self._text,
+            box=box,
+            size_px=Size(min(box.width, target.width), min(box.height, target.height)),
+            target_px=target,
+        )
+        try:
+            self._guard.leave([line], [picture.hidden])
+        except PrivacyError as error:
+            log.info("a region was declined: %s", error)
+            return DeclineReason.LIMIT if isinstance(error, BudgetError) else DeclineReason.PRIVACY
+        self._regions.add((picture, box))
+        return None
+
+
+def open_guard(
+    policy: Policy | str | os.PathLike[str] | None,
+    camera: str | None,
+    audit: str | os.PathLike[str] | None,
+    server: str,
+) -> Guard:
+    """The guard that these settings ask for; without a policy it lets everything leave.
+
+    Args:
+        policy: a policy file, or one that was loaded.
+        camera: whose rules apply; None for those of `default`.
+        audit: file of the audit log.
+        server: address that images go to.
+
+    Raises:
+        ConfigError: the policy or the log cannot be used, or the policy has no rules for it.
+    """
+    if policy is None:
+        rules = CameraPolicy(name=camera or DEFAULT_CAMERA)
+    else:
+        loaded = policy if isinstance(policy, Policy) else load_policy(policy)
+        rules = loaded.for_camera(camera)
+    return Guard(rules, audit=None if audit is None else AuditLog(audit), server=server)
+
+
+def without_secrets(url: str) -> str:
+    """An address without user, password and query."""
+    parts = urlsplit(url)
+    where = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{where}{parts.path}" if where else url.partition("?")[0]
+
+
+def _covered(box: Box, hidden: Sequence[Box]) -> bool:
+    """Whether nothing of a box is left to see."""
+    over = [Box(*map(max, other[:2], box[:2]), *map(min, other[2:], box[2:])) for other in hidden]
+    over = [part for part in over if part.left < part.right and part.top < part.bottom]
+    if sum(part.pixels for part in over) < box.pixels:
+        return False
+    seen = Image.new("L", box.size, 1)
+    for left, top, right, bottom in over:
+        seen.paste(0, (left - box.left, top - box.top, right - box.left, bottom - box.top))
+    return seen.getbbox() is None

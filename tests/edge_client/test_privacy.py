@@ -1,0 +1,211 @@
+"""The policy file: what it may say, and what it means for a picture."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Hours, Mask, load_policy
+from vlm_collab.errors import CollabError, ConfigError, PrivacyError
+from vlm_collab.geometry import Box, Size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "policy.yaml"
+    path.write_text(text)
+    return path
+
+
+def camera(folder: Path, rules: str, name: str | None = None) -> CameraPolicy:
+    lines = "\n".join(f"    {line}" for line in rules.splitlines())
+    return load_policy(written(folder, f"cameras:\n  default:\n{lines}\n")).for_camera(name)
+
+
+def test_the_example_is_loaded_and_shows_every_rule():
+    example = ROOT / "configs/edge-policy.yaml"
+    policy = load_policy(example)
+    assert DEFAULT_CAMERA in policy.cameras
+    rules = policy.for_camera("front-door")
+    assert rules.hide
+    assert rules.max_region_share < 1
+    assert rules.max_regions_per_question is not None
+    assert rules.max_bytes_per_hour is not None
+    assert rules.quiet_hours
+    text = example.read_text()
+    assert all(word in text for word in ("fractions:", "px:", "mask:"))
+
+
+def test_a_camera_takes_from_the_default_what_it_leaves_out(tmp_path):
+    policy = load_policy(
+        written(
+            tmp_path,
+            "cameras:\n"
+            "  default: {max_region_share: 0.5, max_bytes_per_hour: 99, quiet_hours: ['1:0-2:0']}\n"
+            "  garden: {max_region_share: 0.25, quiet_hours: []}\n"
+            "  hall:\n",
+        )
+    )
+    garden, hall = policy.for_camera("garden"), policy.for_camera("hall")
+    assert (garden.max_region_share, garden.max_bytes_per_hour, garden.quiet_hours) == (
+        0.25,
+        99,
+        (),
+    )
+    assert (hall.max_region_share, hall.max_bytes_per_hour) == (0.5, 99)
+    assert policy.for_camera(None).name == "default"
+    unnamed = policy.for_camera("attic")
+    assert (unnamed.name, unnamed.max_region_share) == ("attic", 0.5)
+
+
+def test_what_nobody_decided_on_is_not_sent(tmp_path):
+    policy = load_policy(written(tmp_path, "cameras: {garden: {}}"))
+    for name in ("attic", None):
+        with pytest.raises(ConfigError, match="garden"):
+            policy.for_camera(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("camera: {}", ['"camera" is not known', "cameras"]),
+        ("cameras: {door: {max_share: 1}}", ["camera door", '"max_share"', "max_region_share"]),
+        ("cameras: {default: {hide: [{box: [0, 0, 1, 1]}]}}", ['"box"', "fractions, px, mask"]),
+        ("cameras: {default: {hide: [{px: [0, 0, 9, 9], mask: a.png}]}}", ["exactly one"]),
+        ("cameras: {default: {hide: [{}]}}", ["exactly one"]),
+        ("cameras: {default: {hide: {px: [0, 0, 9, 9]}}}", ["camera default", "array", "hide"]),
+        ("cameras: {default: {hide: [{fractions: [0.5, 0, 0.4, 1]}]}}", ["no rectangle"]),
+        ("cameras: {default: {hide: [{fractions: [0, 0, 100, 100]}]}}", ["within 0 to 1"]),
+        ("cameras: {default: {hide: [{fractions: [0, 0, .nan, 1]}]}}", ["no rectangle"]),
+        ("cameras: {default: {hide: [{px: [0, 0, 9]}]}}", ["camera default", "length 4"]),
+        ("cameras: {default: {hide: [{px: [-1, 0, 9, 9]}]}}", ["no rectangle"]),
+        ("cameras: {default: {hide: [{mask: gone.png}]}}", ["gone.png: no such file"]),
+        ("cameras: {default: {max_region_share: 20}}", ["0 to 1"]),
+        ("cameras: {default: {max_region_share: .nan}}", ["0 to 1"]),
+        ("cameras: {default: {max_bytes_per_hour: lots}}", ["int", "max_bytes_per_hour"]),
+        ("cameras: {default: {max_bytes_per_hour: -1}}", [">= 0", "max_bytes_per_hour"]),
+        ("cameras: {default: {max_regions_per_question: 1.5}}", ["max_regions_per_question"]),
+        ("cameras: {default: {quiet_hours: ['22-6']}}", ['"22-6"', "22:00-06:30"]),
+        ("cameras: {default: {quiet_hours: ['22:00-25:00']}}", ["25:00"]),
+        ("cameras: {default: {quiet_hours: ['07:00-07:00']}}", ["00:00-24:00"]),
+        ("cameras: {default: {quiet_hours: 22:00-06:00}}", ["array", "quiet_hours"]),
+        ("cameras: {default: [1]}", ["camera default", "mapping"]),
+        ("cameras: {3: {}}", ["camera 3", "quotes"]),
+        ("cameras: [door]", ["cameras"]),
+        ("cameras:", ["cameras"]),
+        ("", ["mapping", "cameras"]),
+        ("cameras: {default: {}, door: {}, door: {}}", ["line 1", "door stands twice"]),
+        ("cameras: {default: {", ["no YAML"]),
+        ("cameras: !!python/object/apply:os.getcwd []", ["no YAML"]),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(text, told, tmp_path):
+    path = written(tmp_path, text)
+    with pytest.raises(CollabError) as caught:
+        load_policy(path)
+    line = str(caught.value)
+    assert isinstance(caught.value, ConfigError)
+    assert "\n" not in line
+    for part in (str(path), *told):
+        assert part in line
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_policy(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_policy(tmp_path / "binary.yaml")
+
+
+def test_rectangles_cover_every_pixel_that_they_touch(tmp_path):
+    rules = camera(tmp_path, "hide:\n- fractions: [0.25, 0.5, 0.999, 1]\n- px: [3, 4, 10, 20]")
+    assert rules.hidden(Size(10, 20)) == (Box(2, 10, 10, 20), Box(3, 4, 10, 20))
+    # Drawn on a picture of another size, it could lie anywhere in this one.
+    with pytest.raises(PrivacyError, match="10 x 19"):
+        rules.hidden(Size(10, 19))
+
+
+def test_a_mask_lies_over_pictures_of_any_resolution(tmp_path):
+    mask = Image.new("L", (40, 30), 255)
+    draw = ImageDraw.Draw(mask)
+    draw.ellipse((5, 5, 20, 25), fill=0)
+    draw.rectangle((30, 0, 39, 3), fill=90)  # darker than mid grey
+    draw.rectangle((0, 28, 39, 29), fill=200)  # lighter
+    mask.save(tmp_path / "mask.png")
+    rules = camera(tmp_path, "hide: [{mask: mask.png}]")
+    for scale in (1, 7, 0.3):
+        size = Size(round(40 * scale), round(30 * scale))
+        shown = Image.new("L", size, 255)
+        for box in rules.hidden(size):
+            shown.paste(0, tuple(box))
+        for y in range(size.height):
+            for x in range(size.width):
+                # Pixels of the mask under this one; it is hidden if one of them is dark.
+                left, right = x * 40 // size.width, -(-(x + 1) * 40 // size.width)
+                top, bottom = y * 30 // size.height, -(-(y + 1) * 30 // size.height)
+                darkest = mask.crop((left, top, right, bottom)).getextrema()[0]
+                assert (shown.getpixel((x, y)) == 0) == (darkest < 128), (size, x, y)
+    with pytest.raises(PrivacyError, match="does not fit"):
+        rules.hidden(Size(30, 40))
+
+
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path):
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (2, 3, 4, 8))
+    drawing.save(tmp_path / "mask.png")
+    assert Mask.load(tmp_path / "mask.png").dark == (Box(2, 3, 4, 8),)
+
+
+def test_noise_is_no_mask(tmp_path):
+    Image.effect_noise((400, 300), 90).save(tmp_path / "mask.png")
+    with pytest.raises(ConfigError, match="intricate"):
+        Mask.load(tmp_path / "mask.png")
+
+
+@pytest.fixture
+def zone() -> Iterator[None]:
+    """Kathmandu time, 5:45 ahead of UTC, so that no mistake stays unseen."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = "NPT-5:45"
+    time.tzset()
+    yield
+    if before is None:
+        del os.environ["TZ"]
+    else:
+        os.environ["TZ"] = before
+    time.tzset()
+
+
+@pytest.mark.usefixtures("zone")
+@pytest.mark.parametrize(
+    ("hours", "local", "quiet"),
+    [
+        ("22:00-06:00", "22:00", True),
+        ("22:00-06:00", "23:59", True),
+        ("22:00-06:00", "00:00", True),
+        ("22:00-06:00", "05:59", True),
+        ("22:00-06:00", "06:00", False),
+        ("22:00-06:00", "21:59", False),
+        ("12:30-13:00", "12:30", True),
+        ("12:30-13:00", "13:00", False),
+        ("12:30-13:00", "00:00", False),
+        ("18:00-24:00", "23:59", True),
+        ("18:00-24:00", "00:00", False),
+        ("00:00-24:00", "03:00", True),
+    ],
+)
+def test_quiet_hours_are_local_and_pass_midnight(hours, local, quiet):
+    rules = CameraPolicy(quiet_hours=(Hours.parse("11:11-11:12"), Hours.parse(hours)))
+    hour, minute = map(int, local.split(":"))
+    nepal = datetime.timezone(datetime.timedelta(hours=5, minutes=45))
+    moment = datetime.datetime(2026, 3, 1, hour, minute, 30, tzinfo=nepal)
+    found = rules.quiet(moment.astimezone(datetime.UTC))
+    assert (str(found) if found else None) == (hours if quiet else None)
