@@ -141,20 +141,22 @@ class Client:
 
 
 def ask(
-    photo: PictureLike,
+    photo: PictureLike | Sequence[PictureLike],
     question: str,
     *,
+    history: Sequence[tuple[str, str]] = (),
     server: str = DEFAULT_URL,
     deadline_s: float | None = DEFAULT_DEADLINE_S,
     on_text: TextSink | None = None,
     options: Options | None = None,
     **settings: Unpack[ClientOptions],
 ) -> EdgeAnswer:
-    """Ask one question about one picture, on a connection of its own.
+    """Ask one question about one picture, or about several together, on a connection of its own.
 
     Args:
-        photo: path of a picture, the content of its file, or a `Picture`.
+        photo: path of a picture, the content of its file, or a `Picture`; or several of these.
         question: the text.
+        history: (question, answer) pairs that came before.
         server: where the service is.
         deadline_s, on_text, options: see `EdgeClient.ask`.
         settings: see `ClientOptions`.
@@ -163,4 +165,11 @@ def ask(
         CollabError: see `EdgeClient.ask`.
     """
     with Client(server, **settings) as client:
-        return client.ask(photo, question, deadline_s=deadline_s, on_text=on_text, options=options)
+        return client.ask(
+            photo,
+            question,
+            history=history,
+            deadline_s=deadline_s,
+            on_text=on_text,
+            options=options,
+        )

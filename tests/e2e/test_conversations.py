@@ -1,0 +1,83 @@
+"""Several pictures in a question, and questions that follow each other, end to end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from edge_client.picture import Picture
+from edge_client.sync import ask as ask_once
+from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest, world
+from vlm_collab.errors import ConfigError, QuestionError
+from vlm_collab.messages import Finish, Options, Stage
+
+PHOTOS = [photo(i) for i in range(3)]
+
+
+async def test_a_region_is_cut_from_the_picture_that_the_server_names():
+    async with world() as w:
+        answer = await w.client.ask(PHOTOS, UNSURE)
+        # The scripted model looks at the last picture.
+        assert (answer.stage, answer.picture) == (Stage.SECOND, 2)
+        views = "+".join(map(view_digest, PHOTOS))
+        assert answer.first_text == f"first {views} {UNSURE}"
+        assert answer.text.split()[2] == region_digest(PHOTOS[2], answer.box)
+        assert answer.original_bytes == sum(map(len, PHOTOS))
+        assert answer.view_bytes > 3000
+
+
+async def test_a_conversation_about_the_same_pictures_sends_no_pixels():
+    async with world() as w:
+        first = await w.client.ask(PHOTOS[:2], SURE)
+        history = [(SURE, first.text)]
+        second = await w.client.ask(PHOTOS[:2], "and the sea?", history=history)
+        assert second.view_bytes == 0
+        assert second.text.endswith(f"{SURE} {first.text} and the sea?")
+        # Another selection, or another order, is another view; so is one of them alone.
+        for others in (PHOTOS[:3], PHOTOS[1::-1], [PHOTOS[0]]):
+            assert (await w.client.ask(others, SURE)).view_bytes > 0
+        assert (await w.client.ask(PHOTOS[0], SURE)).view_bytes == 0
+        assert w.service.views.count == 4
+
+
+async def test_pictures_that_are_open_already():
+    async with world() as w:
+        opened = [Picture.open(one) for one in PHOTOS]
+        assert (await w.client.ask(opened, SURE)).view_bytes > 0
+        assert (await w.client.ask(tuple(opened), SURE)).view_bytes == 0
+
+
+async def test_views_are_sent_again_after_the_server_lost_them():
+    async with world() as w:
+        await w.client.ask(PHOTOS, SURE)
+        store = w.service.views
+        for session, view_id in list(store._recent.values()):
+            store._drop(session, view_id)
+        answer = await w.client.ask(PHOTOS, SURE)
+        assert answer.view_bytes > 3000
+
+
+async def test_wishes_reach_the_server_and_what_it_says_comes_back():
+    async with world() as w:
+        options = Options(stop=(" sky",), tokens=True)
+        answer = await w.client.ask(PHOTOS[0], SURE, options=options, on_text=lambda *_: None)
+        assert (answer.finish, answer.text.split()[-1]) == (Finish.STOP, "the")
+        assert "".join(token.text for token in answer.tokens) == answer.text
+
+
+async def test_impossible_questions_are_refused_here():
+    async with world() as w:
+        for pictures in ([], PHOTOS * 6):
+            with pytest.raises(ConfigError, match="1 to 16 pictures"):
+                await w.client.ask(pictures, SURE)
+        with pytest.raises(QuestionError, match="question and history have"):
+            await w.client.ask(PHOTOS[0], SURE, history=[("a" * 40_000, "")])
+
+
+async def test_the_plain_function_takes_them_too():
+    async with world() as w:
+        answer = await asyncio.to_thread(
+            ask_once, PHOTOS, SURE, server=w.proxy.url, history=[("who?", "me")]
+        )
+        assert answer.text.endswith(f"who? me {SURE}")
