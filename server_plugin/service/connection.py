@@ -11,23 +11,26 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from server_plugin.backend import History, Sampling
+from server_plugin.backend import History
 from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
-from server_plugin.service.queue import QueueFullError
+from server_plugin.service.answering import (
+    Refused,
+    ask_engine,
+    check_question,
+    check_room,
+    count_answer,
+    refusals,
+)
 from server_plugin.service.views import (
     ClientSession,
     Lease,
     ViewGoneLocallyError,
-    ViewsFullError,
 )
 from vlm_collab import images
 from vlm_collab.errors import (
-    ConfigError,
     ErrorCode,
     ImageError,
     ImageTooLargeError,
-    ModelError,
-    QuestionError,
     RemoteProtocolError,
 )
 from vlm_collab.geometry import Size
@@ -74,15 +77,6 @@ FEATURES = ("history", "pictures", "sampling", "stop", "tokens")
 def history_of(ask: Ask) -> History:
     """The conversation before a question, as backends take it."""
     return tuple((turn.question, turn.answer) for turn in ask.history)
-
-
-class _Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
-    """Ends a question with an `Error` message."""
-
-    def __init__(self, code: ErrorCode, text: str, retry_after_s: float | None = None) -> None:
-        super().__init__(text)
-        self.code = code
-        self.retry_after_s = retry_after_s
 
 
 class Connection:
@@ -275,7 +269,7 @@ class Connection:
         self._uncounted.add(ask.id)
         try:
             lease = self._check(ask)
-        except _Refused as refused:
+        except Refused as refused:
             self._refuse(ask.id, refused)
             return
         task = asyncio.create_task(self._question(ask, lease))
@@ -292,37 +286,24 @@ class Connection:
         task.add_done_callback(ended)
 
     def _check(self, ask: Ask) -> Lease:
-        service = self._service
-        if service.draining:
-            raise _Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0)
-        if service.questions >= service.config.limits.max_questions or service.views.full:
-            raise _Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s())
+        service, pictures = self._service, 1 + len(ask.more)
+        check_room(service)
         options = ask.options or Options()
-        try:
-            service.engine.check_options(options.eta)
-            pictures = 1 + len(ask.more)
-            # Of the local view, there is one more.
-            service.engine.backend.check_question(
-                ask.question, pictures + 1, history=history_of(ask)
-            )
-        except ConfigError as error:
-            raise _Refused(ErrorCode.BAD_OPTION, str(error)) from error
-        except QuestionError as error:
-            raise _Refused(ErrorCode.BAD_QUESTION, str(error)) from error
+        check_question(service, ask.question, pictures, history_of(ask), options)
         assert self._client is not None
         views = [ask.view, *(one.view for one in ask.more)]
         sent = [view for view in views if view is not None]
         if len(sent) == len(views):
             self._take_views(ask.view_id, sent)
         elif sent:
-            raise _Refused(ErrorCode.BAD_IMAGE, "some of the question's views are missing")
+            raise Refused(ErrorCode.BAD_IMAGE, "some of the question's views are missing")
         try:
             # Held from here on: while the question waits for its turn, others must not push
             # its view out.
             return service.views.lease(self._client, ask.view_id, pictures)
         except ViewGoneLocallyError:
             text = "this view is not held; send it again"
-            raise _Refused(ErrorCode.VIEW_GONE, text, 0.0) from None
+            raise Refused(ErrorCode.VIEW_GONE, text, 0.0) from None
 
     def _take_views(self, view_id: int, views: list[bytes]) -> None:
         """Check the views' headers; they are decoded when their question's turn comes."""
@@ -352,11 +333,11 @@ class Connection:
                 data, codecs=frozenset(self._codecs), max_pixels=expected.width * expected.height
             )
         except ImageTooLargeError as error:
-            raise _Refused(ErrorCode.TOO_LARGE, str(error)) from error
+            raise Refused(ErrorCode.TOO_LARGE, str(error)) from error
         except ImageError as error:
-            raise _Refused(ErrorCode.BAD_IMAGE, str(error)) from error
+            raise Refused(ErrorCode.BAD_IMAGE, str(error)) from error
         if (header.width, header.height) != expected:
-            raise _Refused(
+            raise Refused(
                 ErrorCode.BAD_IMAGE,
                 f"the view must have {expected.width} × {expected.height} px, "
                 f"not {header.width} × {header.height}",
@@ -370,7 +351,7 @@ class Connection:
             max_pixels=largest.width * largest.height,
         )
 
-    def _refuse(self, id: int, refused: _Refused) -> None:
+    def _refuse(self, id: int, refused: Refused) -> None:
         after = refused.retry_after_s
         retry_after_ms = None if after is None else round(after * 1000)
         self._session.error(id, refused.code, str(refused), retry_after_ms)
@@ -403,35 +384,15 @@ class Connection:
         """Answer one question, or refuse it with a reason."""
         service = self._service
         try:
-            async with asyncio.timeout(service.config.limits.question_timeout_s):
-                await self._answer(ask, lease)
-        except _Refused as refused:
+            with refusals(service, connection=self._name, question=ask.id):
+                async with asyncio.timeout(service.config.limits.question_timeout_s):
+                    await self._answer(ask, lease)
+        except Refused as refused:
             self._refuse(ask.id, refused)
-        except ViewsFullError:
-            retry_after_s = service.queue.retry_after_s()
-            self._refuse(ask.id, _Refused(ErrorCode.BUSY, "the server is busy", retry_after_s))
-        except QueueFullError as full:
-            text = "the server is busy"
-            self._refuse(ask.id, _Refused(ErrorCode.BUSY, text, full.retry_after_s))
         except TimeoutError:
             text = "the server could not answer in time"
             if not self._fall_back(ask.id, Fallback.DEADLINE):
-                self._refuse(ask.id, _Refused(ErrorCode.DEADLINE, text, 1.0))
-        except ImageError as error:
-            self._refuse(ask.id, _Refused(ErrorCode.BAD_IMAGE, str(error)))
-        except QuestionError as error:
-            self._refuse(ask.id, _Refused(ErrorCode.BAD_QUESTION, str(error)))
-        except ConfigError as error:
-            self._refuse(ask.id, _Refused(ErrorCode.BAD_OPTION, str(error)))
-        except ModelError:
-            # Its only cause by now: the model was closed under the last questions of a shutdown.
-            text = "the server is shutting down"
-            self._refuse(ask.id, _Refused(ErrorCode.SHUTTING_DOWN, text, 1.0))
-        # A bug or a failing runtime must not leave the edge waiting, nor end the connection's
-        # other questions.
-        except Exception:
-            log.exception("question failed", extra={"connection": self._name, "question": ask.id})
-            self._refuse(ask.id, _Refused(ErrorCode.INTERNAL, "the server failed", 1.0))
+                self._refuse(ask.id, Refused(ErrorCode.DEADLINE, text, 1.0))
         finally:
             for kept in (self._texts, self._regions, self._held):
                 kept.pop(ask.id, None)
@@ -445,43 +406,21 @@ class Connection:
         def stream(stage: Stage, text: str) -> None:
             loop.call_soon_threadsafe(self._stream, ask.id, stage, text)
 
-        turn = service.queue.turn(client.key)
-
         async def fetch(need: RegionNeed) -> Image:
-            """Let others at the model while the edge crops; come back before first passes."""
-            turn.give_back()
-            try:
-                region = await self._fetch(ask, options, need)
-            except RegionUnavailableError:
-                if need.cut:  # the model has to complete the first answer
-                    await turn.take(returning=True)
-                raise
-            await turn.take(returning=True)
-            return region
+            return await self._fetch(ask, options, need)
 
-        try:
-            await turn.take()
-            outcome = await service.engine.answer(
-                await lease.open(),
-                [Size(*source) for source in ask.sources],
-                ask.question,
-                fetch,
-                history=history_of(ask),
-                retransmit=options.retransmit,
-                eta=options.eta,
-                max_new_tokens=options.max_new_tokens,
-                stop=options.stop,
-                sampling=Sampling(
-                    temperature=options.temperature or 0.0,
-                    top_p=options.top_p or 1.0,
-                    seed=options.seed,
-                ),
-                tokens=options.tokens,
-                on_text=stream if options.stream else None,
-                key=f"{lease.name}:{ask.question}",
-            )
-        finally:
-            turn.give_back()
+        turn = service.queue.turn(client.key)
+        outcome = await ask_engine(
+            service,
+            turn,
+            lease,
+            [Size(*source) for source in ask.sources],
+            ask.question,
+            fetch,
+            history=history_of(ask),
+            options=options,
+            on_text=stream if options.stream else None,
+        )
         self._send_answer(ask.id, outcome, turn.waited_s)
 
     async def _fetch(self, ask: Ask, options: Options, need: RegionNeed) -> Image:
@@ -556,7 +495,7 @@ class Connection:
         return True
 
     def _send_answer(self, id: int, outcome: Outcome, queued_s: float) -> None:
-        work, metrics = outcome.work, self._service.metrics
+        work = outcome.work
         sent = self._session.answer(
             id,
             outcome.text,
@@ -576,18 +515,8 @@ class Connection:
             tokens=outcome.tokens,
         )
         self._wake.set()
-        name = outcome.stage.name.lower()
-        if outcome.fallback is not Fallback.NONE:
-            name = f"fallback_{outcome.fallback.name.lower()}"
+        name = count_answer(self._service.metrics, outcome, queued_s)
         self._count(id, name)
-        metrics.uncertainty.observe(outcome.decision.value)
-        metrics.flops.inc(work.flops)
-        metrics.stage.labels("queue").observe(queued_s)
-        metrics.stage.labels("first").observe(work.first_s)
-        if outcome.need is not None:
-            metrics.stage.labels("region").observe(work.region_s)
-        if outcome.second is not None:
-            metrics.stage.labels("second").observe(work.second_s)
         if sent is not None:
             log.info(
                 "question answered",
