@@ -16,7 +16,7 @@ import msgspec
 
 from vlm_collab import messages, session
 from vlm_collab.errors import ErrorCode
-from vlm_collab.messages import DeclineReason, Fallback
+from vlm_collab.messages import DeclineReason, Fallback, Finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "protocol.md"
 _MARK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -39,7 +39,13 @@ def fields() -> str:
             names = ", ".join(f"`{name}`" for name in kind.__struct_fields__)
             tag = kind.__struct_config__.tag
             lines.append(f"| {tag} | `{kind.__name__}` | {way} | {names} |")
-    for kind in (messages.Options, messages.Usage):
+    for kind in (
+        messages.Options,
+        messages.Usage,
+        messages.Turn,
+        messages.MoreView,
+        messages.Token,
+    ):
         names = ", ".join(f"`{name}`" for name in kind.__struct_fields__)
         lines.append(f"| | `{kind.__name__}` | | {names} |")
     return "\n".join(lines)
@@ -48,7 +54,7 @@ def fields() -> str:
 def enumerations() -> str:
     """The closed lists, with their wire values and meanings."""
     parts = []
-    for kind in (ErrorCode, Fallback, DeclineReason):
+    for kind in (ErrorCode, Fallback, DeclineReason, Finish):
         meanings = _meanings(kind)
         parts += [f"**`{kind.__name__}`**", "", "| value | name | meaning |", "|---|---|---|"]
         parts += [f"| {m.value} | `{m.name}` | {meanings.get(m.name, '')} |" for m in kind]
