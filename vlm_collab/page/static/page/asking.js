@@ -43,6 +43,7 @@ export class ViewState {
 export class Asking {
   #picture;
   #question;
+  #history;
   #view;
   #keeper;
   #tell;
@@ -56,9 +57,10 @@ export class Asking {
   #down = 0;
   #began = performance.now();
 
-  constructor({ picture, question, view, keeper, tell }) {
+  constructor({ picture, question, history, view, keeper, tell }) {
     this.#picture = picture;
     this.#question = question;
+    this.#history = history;
     this.#view = view;
     this.#keeper = keeper;
     this.#tell = tell;
@@ -145,7 +147,8 @@ export class Asking {
     // picture carries its view and is on the wire before the others refer to it.
     const key = welcome.session.join();
     const carries = this.#carry || this.#view.session !== key;
-    const exchange = link.ask(this.#question, this.#view.id, this.#picture.size, carries ? image : null, OPTIONS);
+    const sent = carries ? image : null;
+    const exchange = link.ask(this.#question, this.#view.id, this.#picture.size, sent, OPTIONS, this.#history);
     this.#view.session = key;
     if (carries) this.#tell({ kind: "sent", what: "view", image, codec });
     const stop = () => exchange.put(signal.reason);
@@ -189,6 +192,7 @@ export class Asking {
 
   /** Crop, encode and send; or decline, so that the server need not wait. */
   async #sendRegion(exchange, { box, request }, welcome) {
+    const came = performance.now();
     const target = { width: request.targetWidth, height: request.targetHeight };
     if (!this.#keeper.codecs.includes(request.codec)) {
       exchange.decline(DeclineReason.BAD_REQUEST);
@@ -196,6 +200,7 @@ export class Asking {
     }
     try {
       const image = await this.#picture.region(box, target, request.codec, request.quality);
+      if (performance.now() - came > request.deadlineMs) return; // nobody waits for it any more
       if (image.length + 64 > welcome.maxFrameBytes) {
         exchange.decline(DeclineReason.LIMIT);
       } else if (exchange.sendRegion(image)) {

@@ -1,7 +1,7 @@
 // One question in the session's list: its texts as they grow, what was sent for it, and its end.
 
 import { announce, bytes, element, percent } from "./dom.js";
-import { Fallback, Stage } from "./messages.js";
+import { Fallback, Finish, Stage } from "./messages.js";
 
 const WHY_FIRST = {
   [Fallback.DECLINED]: "the region was not sent",
@@ -15,6 +15,7 @@ const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
 
 export class Card {
   region = null;
+  text = null; // of the answer
   #bytesUp = 0;
   #ended = false;
 
@@ -33,6 +34,8 @@ export class Card {
     this.firstRow = element("div", { hidden: true }, element("dt", {}, "First answer"), this.first);
     this.place = element("dd");
     this.placeRow = element("div", { hidden: true }, element("dt", {}, "Looked at"), this.place);
+    this.refined = element("dd");
+    this.refinedRow = element("div", { hidden: true }, element("dt", {}, "Refined"), this.refined);
     this.cost = element("dd", { className: "cost", data: { bytes: 0 } });
     this.costRow = element("div", { hidden: true }, element("dt", {}, "Sent"), this.cost);
     this.images = element("ul", { className: "images", ariaLabel: "Pictures that were sent" });
@@ -44,17 +47,20 @@ export class Card {
       this.title,
       this.answer,
       this.note,
-      element("dl", { className: "steps" }, this.firstRow, this.placeRow, this.costRow),
-      this.images,
+      element(
+        "div",
+        { className: "more" },
+        element("dl", { className: "steps" }, this.firstRow, this.placeRow, this.refinedRow, this.costRow),
+        this.images,
+      ),
       element("div", { className: "buttons" }, this.stop, this.again),
     );
   }
 
-  /** Whether this is the question whose region is on show. */
+  /** Whether this is the question whose picture and region are on show, with all its details. */
   select(on) {
     this.node.classList.toggle("selected", on);
-    if (on) this.title.setAttribute("aria-current", "true");
-    else this.title.removeAttribute("aria-current");
+    this.title.setAttribute("aria-expanded", String(on));
   }
 
   /** Take what `Asking` tells. */
@@ -95,8 +101,7 @@ export class Card {
   }
 
   #firstAnswer(text, uncertaintyMicro) {
-    const unsure = element("span", { className: "uncertainty" }, uncertainty(uncertaintyMicro));
-    this.first.replaceChildren(text, " ", unsure);
+    this.first.replaceChildren(...said(text, uncertaintyMicro));
     this.firstRow.hidden = false;
   }
 
@@ -116,9 +121,9 @@ export class Card {
     this.#bytesUp = up;
     const whole = this.picture.originalBytes;
     this.cost.dataset.bytes = up;
-    const bar = element("meter", { min: 0, max: whole, value: Math.min(up, whole), ariaLabel: "Share of the whole picture" });
-    const text = `${bytes(up)}; the picture whole has ${bytes(whole)} (${percent(up / whole)})`;
-    this.cost.replaceChildren(element("span", {}, text), bar);
+    const bar = element("span", { className: "bar" });
+    bar.style.setProperty("--share", `${Math.min(1, up / whole) * 100}%`);
+    this.cost.replaceChildren(`${bytes(up)} of ${bytes(whole)} (${percent(up / whole)})`, bar);
     this.costRow.hidden = up === 0;
   }
 
@@ -126,19 +131,20 @@ export class Card {
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
     this.#end(refined ? "refined" : answer.seen === null ? "sure" : "first");
-    this.answer.textContent = answer.text;
-    const sure = uncertainty(answer.uncertaintyMicro);
-    const seconds = `${(answer.elapsedMs / 1000).toFixed(1)} s`;
+    this.answer.textContent = this.text = answer.text;
+    const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
-      this.note.textContent = `Refined after a closer look; ${sure}, ${seconds}`;
-    } else if (answer.seen === null) {
-      this.note.textContent = `Sure at first sight; ${sure}, ${seconds}`;
+      this.note.textContent = `Refined after a closer look: ${cost}`;
+      this.refined.replaceChildren(...said(answer.text, answer.uncertaintyMicro));
+      this.refinedRow.hidden = false;
     } else {
       // An answer of the first pass can be longer than what came with the request.
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
-      this.note.textContent = `The first answer stands: ${why}.`;
+      this.note.textContent =
+        answer.seen === null ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
+    if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
     announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text}. Sent ${bytes(this.#bytesUp)}.`);
   }
 
@@ -160,6 +166,7 @@ export class Card {
   }
 }
 
-function uncertainty(micro) {
-  return `uncertainty ${(micro / 1e6).toFixed(3)}`;
+function said(text, uncertaintyMicro) {
+  const uncertainty = `uncertainty ${(uncertaintyMicro / 1e6).toFixed(3)}`;
+  return [text, " ", element("span", { className: "uncertainty" }, uncertainty)];
 }

@@ -145,8 +145,9 @@ export class Link {
     if (!this.usable) throw this.ended ?? new LostError("The server is going away.");
   }
 
-  ask(question, viewId, source, view, options) {
-    const id = this.session.ask(question, viewId, source, view, options);
+  /** Send a question, in the slot that `slot` waited for; arguments as `EdgeSession.ask`. */
+  ask(...question) {
+    const id = this.session.ask(...question);
     const exchange = new Exchange(this, id);
     this.#exchanges.set(id, exchange);
     this.flush(exchange);
@@ -255,12 +256,13 @@ export class LinkKeeper {
     return this.#link?.welcome ?? null;
   }
 
-  /** A usable link, as soon as there is one; `signal` gives up waiting. */
+  /** A usable link, as soon as there is one; throws if there will be none, or by `signal`. */
   async link(signal) {
+    if (this.#blocked === "refused") this.#blocked = null; // asked again, it may be different
     while (!this.#link?.usable) {
       this.connect();
       await new Promise((resolve, reject) => {
-        this.#waiting.push(resolve);
+        this.#waiting.push({ resolve, reject });
         signal.addEventListener("abort", () => reject(signal.reason), { once: true });
         if (signal.aborted) reject(signal.reason);
       });
@@ -322,7 +324,7 @@ export class LinkKeeper {
         link.onended = (error) => this.#lost(error);
         if (link.ended === null) {
           this.onstate({ kind: "open", text: "Connected", welcome });
-          for (const wake of this.#waiting.splice(0)) wake();
+          for (const { resolve } of this.#waiting.splice(0)) resolve();
           return;
         }
         problem = { kind: "lost", text: link.ended.message };
@@ -333,6 +335,9 @@ export class LinkKeeper {
       this.onstate(problem);
       if (problem.kind !== "lost") {
         this.#blocked = problem.kind;
+        if (problem.kind === "refused") {
+          for (const { reject } of this.#waiting.splice(0)) reject(new CollabError(problem.text));
+        }
         return;
       }
       wish = problem.retryAfterMs ?? 0;

@@ -14,6 +14,7 @@ const stage = new Stage();
 const camera = new Camera();
 const views = new Map(); // picture -> what is known of its view on the server
 const asked = new Set(); // pictures that a full upload would have sent
+const cards = []; // all questions of this session, oldest first
 let selected = null;
 let opening = 0;
 
@@ -55,6 +56,7 @@ document.addEventListener("visibilitychange", () => {
 async function open(file, name) {
   const turn = ++opening;
   problem("");
+  camera.close();
   $("stage").setAttribute("aria-busy", "true");
   try {
     const picture = await Picture.open(file, name);
@@ -62,6 +64,7 @@ async function open(file, name) {
     views.set(picture, new ViewState(views.size + 1));
     select(null);
     await stage.show(picture, null);
+    showRefer();
     announce(`${name} is open. Ask your question.`);
     if (cameraKind() !== "native") $("question").focus(); // it would cover a phone's screen
   } catch (error) {
@@ -154,18 +157,27 @@ $("ask-form").addEventListener("submit", (event) => {
   }
 });
 
-async function ask(picture, question) {
+/** What was asked and answered about a picture, oldest first, if the user wants it told. */
+function historyOf(picture) {
+  if (!$("refer").checked) return [];
+  return cards
+    .filter((card) => card.picture === picture && card.text !== null)
+    .map((card) => [card.question, card.text]);
+}
+
+async function ask(picture, question, history = historyOf(picture)) {
   const card = new Card(question, picture, {
     select: () => select(card),
     stop: () => asking.stop(),
     again: () => {
-      ask(picture, question);
+      ask(picture, question, history);
       card.again.hidden = true;
     },
   });
   const asking = new Asking({
     picture,
     question,
+    history,
     view: views.get(picture),
     keeper,
     tell: (event) => {
@@ -176,6 +188,7 @@ async function ask(picture, question) {
   });
   $("history").hidden = false;
   $("questions").prepend(card.node);
+  cards.push(card);
   select(card);
   asked.add(picture);
   showMeter();
@@ -185,6 +198,8 @@ async function ask(picture, question) {
     card.failed(lineOf(error));
   }
   showMeter();
+  showRefer();
+  if (selected === card) card.node.scrollIntoView({ block: "nearest" });
 }
 
 /** Put a question's picture on show, with where the server looked. */
@@ -193,6 +208,13 @@ function select(card) {
   selected = card;
   card?.select(true);
   if (card) stage.show(card.picture, card.region).catch(problem);
+  showRefer();
+}
+
+/** Offer to refer to earlier answers where there are some and the server can. */
+function showRefer() {
+  const earlier = cards.some((card) => card.picture === stage.picture && card.text !== null);
+  $("refer-field").hidden = !earlier || !keeper.welcome?.features.includes("history");
 }
 
 function showMeter() {

@@ -23,6 +23,7 @@ export const Fallback = {
   SERVER_FAILED: 5,
   LINK_LOST: 6,
 };
+export const Finish = { END: 0, LENGTH: 1, STOP: 2 };
 export const DeclineReason = { LIMIT: 1, PRIVACY: 2, GONE: 3, BAD_REQUEST: 4, FAILED: 5 };
 export const ErrorCode = {
   BAD_FRAME: 1,
@@ -84,14 +85,14 @@ const USAGE = [
 
 const MESSAGES = {
   Hello: [1, ["version", int(1, 255)], ["codecs", list(code)], ["resume", bytes(0, 32), new Uint8Array()], ["client", text(64), ""]],
-  Ask: [3, ["id", questionId], ["question", text()], ["viewId", anyId], ["view", optional(bytes())], ["sourceWidth", side], ["sourceHeight", side], ["options", OPTIONS, null]],
+  Ask: [3, ["id", questionId], ["question", text()], ["viewId", anyId], ["view", optional(bytes())], ["sourceWidth", side], ["sourceHeight", side], ["options", OPTIONS, null], ["history", list(list(text())), []]],
   Region: [4, ["id", questionId], ["image", bytes()]],
   Decline: [5, ["id", questionId], ["reason", code]],
   Cancel: [7, ["id", questionId]],
   Welcome: [16, ["session", bytes(8, 32)], ["model", text(512)], ["viewWidth", side], ["viewHeight", side], ["fit", int(0, 2)], ["rows", cells], ["columns", cells], ["codecs", list(code)], ["maxFrameBytes", count], ["maxQuestionBytes", count], ["maxInFlight", count], ["features", list(text(512)), []]],
   Partial: [17, ["id", questionId], ["stage", int(1, 2)], ["keep", count], ["text", text()]],
-  RegionRequest: [18, ["id", questionId], ["first", text()], ["uncertaintyMicro", anyId], ["index", count], ["sidePx", int(1, 2 ** 21)], ["columns", cells], ["rows", cells], ["targetWidth", int(1, 65535)], ["targetHeight", int(1, 65535)], ["codec", code], ["quality", int(1, 100)], ["deadlineMs", shortMillis], ["map", bytes(), new Uint8Array()]],
-  Answer: [19, ["id", questionId], ["text", text()], ["stage", int(1, 2)], ["fallback", code], ["uncertaintyMicro", anyId], ["usage", USAGE]],
+  RegionRequest: [18, ["id", questionId], ["first", text()], ["uncertaintyMicro", anyId], ["index", count], ["sidePx", int(1, 2 ** 21)], ["columns", cells], ["rows", cells], ["targetWidth", int(1, 65535)], ["targetHeight", int(1, 65535)], ["codec", code], ["quality", int(1, 100)], ["deadlineMs", shortMillis], ["map", bytes(), new Uint8Array()], ["picture", code, 0]],
+  Answer: [19, ["id", questionId], ["text", text()], ["stage", int(1, 2)], ["fallback", code], ["uncertaintyMicro", anyId], ["usage", USAGE], ["finish", code, 0]],
   Error: [20, ["id", anyId], ["code", code], ["text", text()], ["retryAfterMs", optional(anyId), null]],
 };
 const BY_TAG = new Map(Object.entries(MESSAGES).map(([kind, [tag, ...fields]]) => [tag, [kind, fields]]));
@@ -119,11 +120,19 @@ export function decode(frame) {
   return { kind: known[0], ...unpack(known[1], array.slice(1), known[0]) };
 }
 
+/** Values in the order of the wire, without those at the end that are defaults. */
 function pack(fields, values) {
-  return fields.map(([name, check, missing]) => {
+  const packed = fields.map(([name, check, missing]) => {
     const value = values[name] === undefined ? missing : values[name];
     return Array.isArray(check) && value !== null ? pack(check, value) : value;
   });
+  while (packed.length > 0 && isDefault(packed.at(-1), fields[packed.length - 1][2])) packed.pop();
+  return packed;
+}
+
+/** Whether a value is its field's default; there is none where `missing` is undefined. */
+function isDefault(value, missing) {
+  return value === missing || (missing?.length === 0 && value.length === 0);
 }
 
 function unpack(fields, array, kind) {

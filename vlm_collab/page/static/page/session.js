@@ -43,18 +43,20 @@ export class EdgeSession {
     this.#push({ kind: "Hello", version: VERSION, codecs, resume, client: client.slice(0, 64) });
   }
 
-  /** Ask, and return the question's id. `view` is null if the server has it under `viewId`. */
-  ask(question, viewId, source, view, options) {
+  /**
+   * Ask, and return the question's id. `view` is null if the server has it under `viewId`;
+   * `history` has earlier [question, answer] pairs, oldest first.
+   */
+  ask(question, viewId, source, view, options, history = []) {
     const welcome = this.welcome;
     if (welcome === null || this.#closed) throw new ProtocolError("Ask before Welcome");
     if (this.#questions.size >= welcome.maxInFlight) {
       throw new ProtocolError(`the server takes ${welcome.maxInFlight} questions at once`);
     }
-    const questionBytes = new TextEncoder().encode(question).length;
+    const questionBytes = new TextEncoder().encode([question, ...history.flat()].join("")).length;
     if (questionBytes > welcome.maxQuestionBytes) {
-      throw new QuestionError(
-        `The question has ${questionBytes} bytes; the server takes ${welcome.maxQuestionBytes}.`,
-      );
+      const what = history.length > 0 ? "The question with its earlier ones" : "The question";
+      throw new QuestionError(`${what} has ${questionBytes} bytes; the server takes ${welcome.maxQuestionBytes}.`);
     }
     if (view !== null && view.length + 64 + questionBytes > welcome.maxFrameBytes) {
       throw new QuestionError("The view is larger than what the server takes.");
@@ -62,7 +64,7 @@ export class EdgeSession {
     const id = ++this.#lastId;
     this.#questions.set(id, { state: "FIRST", source, text: "", stage: 1, up: 0, down: 0 });
     const { width: sourceWidth, height: sourceHeight } = source;
-    this.#push({ kind: "Ask", id, question, viewId, view, sourceWidth, sourceHeight, options });
+    this.#push({ kind: "Ask", id, question, viewId, view, sourceWidth, sourceHeight, options, history });
     return id;
   }
 
@@ -144,6 +146,7 @@ export class EdgeSession {
   #judge({ source }, request) {
     const { viewWidth: width, viewHeight: height, rows, columns, fit } = this.welcome;
     try {
+      if (request.picture !== 0) throw new RangeError("there is one picture");
       const frame = frameOf(source, FITS[fit], { width, height });
       const box = tokenBoxToSource(request, { rows, columns }, frame, source);
       return { kind: "RegionWanted", id: request.id, box, request };
