@@ -78,6 +78,9 @@ def chat(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Take a new picture for every question.")
     ] = False,
+    single: Annotated[
+        bool, typer.Option("--single", help="Ask each question without those before it.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
     ] = False,
@@ -112,6 +115,7 @@ class Chat:
         screen: where things are told.
         options, deadline_s: for every question.
         fresh: take a new picture for every question.
+        single: ask each question without those before it.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Chat:
         options: Options,
         deadline_s: float,
         fresh: bool,
+        single: bool,
     ) -> None:
         self._camera = camera
         self._client = client
@@ -130,6 +135,7 @@ class Chat:
         self._options = options
         self._deadline_s = deadline_s
         self._fresh = fresh
+        self._single = single
         self._frame: Frame | None = None
         self._answer: EdgeAnswer | None = None
         self._turns: list[tuple[str, str]] = []
@@ -205,6 +211,8 @@ class Chat:
                 raise CameraError(why)
             self._screen.note(f"{why}; the last one stays")
             return old
+        if self._camera.trouble is not None:
+            self._screen.note(self._camera.trouble)
         self._frame, self._answer, self._turns = frame, None, []
         size = frame.picture.size
         when = datetime.fromtimestamp(frame.time_s).strftime("%H:%M:%S")
@@ -225,7 +233,7 @@ class Chat:
             answer = self._client.ask(
                 frame.picture,
                 question,
-                history=self._turns,
+                history=() if self._single else self._turns,
                 deadline_s=self._deadline_s,
                 on_text=sink,
                 options=self._options,

@@ -100,21 +100,24 @@ class PatientClient:
     ) -> EdgeAnswer:
         """Ask a question about a picture; see `EdgeClient.ask`.
 
-        A conversation that is too long for the model loses its older half.
+        A conversation that is too long for the model loses its older half, as often as need be.
 
         Raises:
             CollabError: see `EdgeClient.ask`; without `forever` also `LinkError`.
         """
         until = time.monotonic() + deadline_s
         failures = 0
+        turns = history
         while True:
             left_s = deadline_s if self._forever else max(0.001, until - time.monotonic())
             try:
                 client = self._connected()
+                if self._welcome is not None and "history" not in self._welcome.features:
+                    turns = ()
                 answer = client.ask(
                     picture,
                     question,
-                    history=history,
+                    history=turns,
                     deadline_s=left_s,
                     on_text=on_text,
                     options=options,
@@ -130,12 +133,16 @@ class PatientClient:
                     self._note(f"{error}; the question is kept (Ctrl-C drops it)")
                 time.sleep(pause_s)
             except ServerError as error:
-                if error.code not in _TOO_LONG or not history:
+                if error.code not in _TOO_LONG or not turns:
                     raise
-                history = history[-(len(history) // 2) :] if len(history) > 1 else ()
-                self._note("the conversation is too long for the model; its beginning is left out")
+                turns = turns[-(len(turns) // 2) :] if len(turns) > 1 else ()
             else:
                 self._log.answered()
+                if len(turns) < len(history):
+                    self._note(
+                        "the conversation is longer than the model takes: it was told the last "
+                        f"{len(turns)} of {len(history)} questions and answers"
+                    )
                 self._remember(client, answer)
                 return answer
 

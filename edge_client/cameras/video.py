@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import av
 from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from PIL.Image import Image, Transpose, frombytes
 
@@ -23,6 +24,11 @@ from edge_client.picture import Picture
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 10.0
 """A camera that sends nothing for so long is lost."""
+
+BEHIND_S = 1.0
+"""A live source that had always a frame ready for so long is ahead of its decoder."""
+
+_WAITED_S = 0.004  # a read that took so long had to wait for the source
 
 MENDED_FRAMES = 300
 KEPT_FRAMES = 4
@@ -67,8 +73,6 @@ class _Opening:
         if not container.streams.video:
             container.close()
             raise CameraError(f"{self.name}: there is no picture in it")
-        # Decoding several frames at once would deliver each of them late.
-        container.streams.video[0].thread_type = "SLICE"
         return container
 
 
@@ -119,46 +123,92 @@ class _Decoder:
     the next key frame, from which it starts afresh. Streams that refresh their pictures bit by
     bit have none; they are mended after so many frames.
 
+    A live source that is faster than this machine decodes would be shown later and later. When
+    it has not had to be waited for in a while, it is ahead; then only key frames are decoded
+    until it has to be waited for again.
+
     Attributes:
-        count: frames so far, damaged ones included.
-        damaged: how many of them were passed over.
+        count: frames so far, those passed over included.
+        damaged: how many were passed over because of damage.
+        late: how many were passed over to catch up.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.damaged = 0
+    def __init__(self, *, live: bool) -> None:
+        self.count = self.damaged = self.late = 0
+        self._live = live
+        self._strict = True
+        self._whole = False  # a stream may be joined between two key frames
+        self._since = 0  # frames since the last damage
+        self._bad_in_a_row = 0
 
     def frames(self, container: InputContainer) -> Iterator[VideoFrame]:
         """Whole frames, as they come.
 
         Raises:
             FFmpegError: the source is gone.
+            CameraError: it has nothing but damaged frames; opened again, less is called damage.
         """
-        whole = False  # a stream may be joined between two key frames
-        since = 0
         stream = container.streams.video[0]
-        for packet in container.demux(stream):
+        # One frame at a time: several at once would each be delivered late, and FFmpeg would not
+        # tell of damage, but patch it up.
+        stream.codec_context.thread_count = 1
+        if self._strict:
+            stream.codec_context.options = {"err_detect": "explode"}
+        self._whole, self._since, self._bad_in_a_row = False, 0, 0
+        packets = container.demux(stream)
+        waited_s = decoded_s = time.monotonic()
+        while True:
+            asked_s = time.monotonic()
+            packet = next(packets, None)
+            if packet is None:
+                return
+            now = time.monotonic()
+            if now - asked_s >= _WAITED_S:
+                waited_s = now
+            behind = self._live and now - waited_s > BEHIND_S
+            if behind and not (packet.is_keyframe and now - decoded_s >= BEHIND_S / 2):
+                self.count += 1
+                self.late += 1
+                self._whole = False
+                continue
+            decoded_s = now
             if packet.is_corrupt:
-                whole, since = False, 0
+                self._harmed()
             try:
-                frames = packet.decode()
+                frames = _decoded(packet)
             except InvalidDataError:
-                frames = []
                 self.count += 1
                 self.damaged += 1
-                whole, since = False, 0
+                self._harmed()
+                continue
             for frame in frames:
-                assert isinstance(frame, VideoFrame)
                 self.count += 1
-                since += 1
-                if frame.is_corrupt:
-                    whole, since = False, 0
-                elif frame.key_frame or since > MENDED_FRAMES:
-                    whole = True
-                if whole:
+                if self._is_whole(frame):
                     yield frame
                 else:
                     self.damaged += 1
+
+    def _is_whole(self, frame: VideoFrame) -> bool:
+        self._since += 1
+        if frame.is_corrupt:
+            self._harmed()
+        elif frame.key_frame or self._since > MENDED_FRAMES:
+            self._whole = True
+        if self._whole:
+            self._bad_in_a_row = 0
+        return self._whole
+
+    def _harmed(self) -> None:
+        self._whole, self._since = False, 0
+        self._bad_in_a_row += 1
+        if self._live and self._strict and self._bad_in_a_row > MENDED_FRAMES:
+            # Some cameras bend the rules in every frame, and are readable all the same.
+            self._strict = False
+            raise CameraError("all its pictures are damaged")
+
+
+def _decoded(packet: Packet) -> list[VideoFrame]:
+    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +225,10 @@ class _Kept:
 class _Video(Camera):
     """What all kinds of video share: the last few frames, and the choice among them."""
 
-    def __init__(self, opening: _Opening) -> None:
+    def __init__(self, opening: _Opening, *, live: bool) -> None:
         self.name = opening.name
         self._opening = opening
-        self._decoder = _Decoder()
+        self._decoder = _Decoder(live=live)
         self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
 
     def _chosen(self, recent: list[_Kept], after: int) -> Frame | None:
@@ -211,7 +261,7 @@ class Recording(_Video):
     on_demand = True
 
     def __init__(self, opening: _Opening, container: InputContainer) -> None:
-        super().__init__(opening)
+        super().__init__(opening, live=False)
         self._container = container
         self._frames = self._decoder.frames(container)
         self._reading = threading.Lock()
@@ -264,7 +314,7 @@ class LiveVideo(_Video):
     """
 
     def __init__(self, opening: _Opening, news: News, retry: Retry) -> None:
-        super().__init__(opening)
+        super().__init__(opening, live=True)
         self._start(opening.open(), news, retry)
 
     def _start(self, container: InputContainer, news: News, retry: Retry) -> None:
@@ -329,7 +379,7 @@ class LiveVideo(_Video):
             except CameraError as error:
                 reason = str(error).removeprefix(f"{self.name}: ")
             except (FFmpegError, OSError) as error:
-                reason = _why(error)
+                reason = _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
             if opened is not None:
                 opened.close()
                 opened = None
@@ -363,7 +413,7 @@ class Playing(LiveVideo):
     """A recording played at its own speed, as a camera would deliver it."""
 
     def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
-        _Video.__init__(self, opening)
+        _Video.__init__(self, opening, live=False)  # the file waits
         self._begin: float | None = None
         self._start(container, news, Retry())
 
@@ -402,10 +452,10 @@ def _brightness(frame: VideoFrame) -> Image:
     return frombytes("L", (grey.width, grey.height), bytes(plane), "raw", "L", plane.line_size)
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:
     """One line about why a source cannot be read; never its address, which may hold a password."""
     if isinstance(error, av.error.ExitError):
-        return f"no answer within {OPEN_TIMEOUT_S:g} s"
+        return silence
     if isinstance(error, InvalidDataError):
         return "neither a picture nor a recording"
     reason = getattr(error, "strerror", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from eval import scenes
 
 
+@functools.cache
 def scene(index: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """What a camera sees: one of the generated scenes."""
     return scenes.render(scenes.generate_scene("test", index, size=size))
@@ -25,14 +27,20 @@ def shaken(image: Image.Image, step: int) -> Image.Image:
 
 
 def write_clip(
-    path: Path, pictures: Iterable[Image.Image], *, fps: int = 10, key_every: int = 10
+    path: Path,
+    pictures: Iterable[Image.Image],
+    *,
+    fps: int = 10,
+    key_every: int = 10,
+    crf: int = 16,
 ) -> Path:
     """An H.264 recording (MP4) of pictures of one size."""
-    with av.open(str(path), "w") as container:
+    # The index in front, so that it can be read from a web server that knows no ranges.
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = key_every
-        stream.options = {"preset": "ultrafast", "crf": "16", "bf": "0", "sc_threshold": "0"}
+        stream.options = {"preset": "ultrafast", "crf": str(crf), "bf": "0", "sc_threshold": "0"}
         for number, picture in enumerate(pictures):
             if not number:
                 stream.width, stream.height = picture.size

@@ -1,0 +1,112 @@
+"""RTSP against a real server: the newest frame, and a camera that goes and comes back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from edge_client.cameras import CameraError, open_camera, video
+from edge_client.keeper import Retry
+from tests.support.clips import scene, shaken, write_clip
+from tests.support.pictures import difference
+from tests.support.rtsp import RtspCamera, need_rtsp_server
+from vlm_collab.geometry import Box, Size
+from vlm_collab.images import Codec, decode
+
+WAIT_S = 30.0
+HASTY = Retry(first_s=0.05, longest_s=0.2)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A minute of a sign, 10 frames a second, with a key frame in each second."""
+    pictures = [shaken(scene(3), step) for step in range(600)]
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures, crf=30)
+
+
+@pytest.fixture
+def camera(clip):
+    need_rtsp_server()
+    with RtspCamera(clip) as camera:
+        yield camera
+
+
+def test_the_newest_frame_of_a_stream(camera):
+    with open_camera(camera.url) as stream:
+        first = stream.take(wait_s=WAIT_S)
+        assert first is not None
+        later = stream.take(due=first.latest + 10, wait_s=WAIT_S)
+        assert later is not None
+        assert later.number > first.number + 10 - video.KEPT_FRAMES
+        assert later.time_s - first.time_s > 0.5
+        shown = decode(
+            later.picture.region(Box(0, 0, 640, 480), Size(640, 480), Codec.JPEG, 95),
+            max_pixels=10**6,
+        )
+        assert min(difference(shown, shaken(scene(3), step)) for step in range(15)) < 8
+
+
+def test_a_camera_that_is_unplugged_comes_back_by_itself(camera):
+    news: list[str] = []
+    with open_camera(
+        camera.url.replace("//", "//me:secret@"), news=news.append, retry=HASTY
+    ) as stream:
+        assert stream.name == camera.url
+        first = stream.take(wait_s=WAIT_S)
+        assert first is not None
+        camera.unplug()
+        after = first.number
+        until = time.monotonic() + WAIT_S
+        while stream.trouble is None and time.monotonic() < until:
+            if (frame := stream.take(after=after, wait_s=0.1)) is not None:
+                after = frame.latest
+        assert stream.trouble is not None
+        assert "is lost" in stream.trouble
+        camera.plug_in()
+        again = stream.take(due=after + 5, after=after, wait_s=WAIT_S)
+        assert again is not None
+        assert stream.trouble is None
+    assert len(news) == 2
+    assert news[0].startswith(f"{camera.url} is lost: ")
+    assert news[1].startswith(f"{camera.url} is back after ")
+
+
+def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
+    monkeypatch.setattr(video, "READ_TIMEOUT_S", 0.5)
+    news: list[str] = []
+    with open_camera(camera.url, news=news.append, retry=HASTY) as stream:
+        frame = stream.take(wait_s=WAIT_S)
+        assert frame is not None
+        camera.freeze()
+        until = time.monotonic() + WAIT_S
+        while stream.trouble is None and time.monotonic() < until:
+            stream.take(after=10**6, wait_s=0.1)
+        assert stream.trouble is not None
+        assert "nothing came for" in stream.trouble
+
+
+def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypatch):
+    decoded = video._decoded
+
+    def slowly(packet):
+        time.sleep(0.25)  # frames come every 0.1 s
+        return decoded(packet)
+
+    monkeypatch.setattr(video, "_decoded", slowly)
+    with open_camera(camera.url) as stream:
+        first = stream.take(wait_s=WAIT_S)
+        assert first is not None
+        begin = time.monotonic()
+        later = stream.take(due=first.latest + 50, wait_s=WAIT_S)
+        assert later is not None
+        # All of them decoded would take 12.5 s.
+        assert time.monotonic() - begin < 9
+        assert stream._decoder.late > 10
+
+
+def test_what_the_server_does_not_have_is_one_line(camera):
+    with pytest.raises(CameraError, match=r"404|Not Found") as error:
+        open_camera(camera.url + "/../nothing")
+    assert "\n" not in str(error.value)
