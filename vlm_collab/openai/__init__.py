@@ -1,0 +1,65 @@
+"""OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and server.
+
+`parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
+`ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
+be sent. What can't be honoured is refused with the parameter's name (`ApiError`), never ignored.
+No sockets, clocks or models here.
+"""
+
+from vlm_collab.openai.chat import chat_is_text, parse_chat
+from vlm_collab.openai.completion import ChatStream, completion, finish_reason
+from vlm_collab.openai.errors import ApiError, api_error, refuse
+from vlm_collab.openai.fields import decode_body
+from vlm_collab.openai.flow import TextFlow
+from vlm_collab.openai.query import Conversation, PictureSource, Query, Role, Url, WireLimits
+from vlm_collab.openai.response import ResponseBuilder
+from vlm_collab.openai.responses import (
+    REGION_TOOL,
+    CallOutput,
+    ResponsesRequest,
+    parse_responses,
+)
+from vlm_collab.openai.result import (
+    DONE,
+    RegionReport,
+    Report,
+    Result,
+    check_model,
+    model_object,
+    models_list,
+    sse,
+    stage_name,
+)
+
+__all__ = [
+    "DONE",
+    "REGION_TOOL",
+    "ApiError",
+    "CallOutput",
+    "ChatStream",
+    "Conversation",
+    "PictureSource",
+    "Query",
+    "RegionReport",
+    "Report",
+    "ResponseBuilder",
+    "ResponsesRequest",
+    "Result",
+    "Role",
+    "TextFlow",
+    "Url",
+    "WireLimits",
+    "api_error",
+    "chat_is_text",
+    "check_model",
+    "completion",
+    "decode_body",
+    "finish_reason",
+    "model_object",
+    "models_list",
+    "parse_chat",
+    "parse_responses",
+    "refuse",
+    "sse",
+    "stage_name",
+]

@@ -1,0 +1,115 @@
+"""Answers of the Chat Completions API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_collab.messages import Finish
+from vlm_collab.openai.errors import ApiError
+from vlm_collab.openai.result import DONE, Result, logprobs_of, sse
+from vlm_collab.openai.wishes import EXTENSION
+
+
+def finish_reason(finish: Finish) -> str:
+    """OpenAI's word for why an answer ends."""
+    return "length" if finish is Finish.LENGTH else "stop"
+
+
+def _usage(result: Result) -> dict[str, int]:
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "total_tokens": result.prompt_tokens + result.completion_tokens,
+    }
+
+
+def _logprobs(result: Result) -> dict[str, Any] | None:
+    if not result.tokens:
+        return None
+    return {"content": logprobs_of(result.tokens), "refusal": None}
+
+
+def completion(result: Result, *, id: str, created: int, model: str) -> dict[str, Any]:
+    """A whole chat completion.
+
+    Args:
+        result: the answer.
+        id: of the completion, such as `chatcmpl-…`.
+        created: Unix time, in seconds.
+        model: the name that the client asked for.
+    """
+    return {
+        "id": id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": _logprobs(result),
+                "finish_reason": finish_reason(result.finish),
+            }
+        ],
+        "usage": _usage(result),
+        EXTENSION: result.report,
+    }
+
+
+class ChatStream:
+    """The server-sent events of one streamed chat completion; every method returns bytes to send.
+
+    Args:
+        id, created, model: see `completion`.
+        include_usage: end with a chunk that has the usage.
+    """
+
+    def __init__(self, *, id: str, created: int, model: str, include_usage: bool) -> None:
+        self._head = {
+            "id": id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+        }
+        self._include_usage = include_usage
+
+    def start(self) -> bytes:
+        """The first chunk: who speaks."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def delta(self, text: str) -> bytes:
+        """A piece of the answer; nothing for an empty one."""
+        return self._chunk({"content": text}) if text else b""
+
+    def finish(self, rest: str, result: Result) -> bytes:
+        """The last pieces of the answer, why it ends, what it cost, and the end of the stream.
+
+        Args:
+            rest: what is left to send of the text.
+            result: the answer. If it has tokens, `rest` is sent with their logprobs.
+        """
+        logprobs = _logprobs(result)
+        last = self._chunk({"content": rest}, logprobs=logprobs) if rest or logprobs else b""
+        extra: dict[str, Any] = {EXTENSION: result.report}
+        if not self._include_usage:
+            end = self._chunk({}, finish=finish_reason(result.finish), **extra)
+            return last + end + DONE
+        end = self._chunk({}, finish=finish_reason(result.finish))
+        usage = sse({**self._head, "choices": [], "usage": _usage(result), **extra})
+        return last + end + usage + DONE
+
+    def error(self, error: ApiError) -> bytes:
+        """The end of a stream whose status was sent before anything went wrong."""
+        return sse(error.body()) + DONE
+
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+        **extra: Any,
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        usage = {"usage": None} if self._include_usage else {}
+        return sse({**self._head, "choices": [choice], **usage, **extra})

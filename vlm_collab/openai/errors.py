@@ -1,0 +1,146 @@
+"""Errors in OpenAI's form, and which one stands for which of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from vlm_collab.errors import (
+    AuthenticationError,
+    BusyError,
+    CollabError,
+    ConfigError,
+    DeadlineError,
+    ErrorCode,
+    ImageError,
+    ImageTooLargeError,
+    LinkError,
+    PrivacyError,
+    ProtocolError,
+    QuestionError,
+    ServerError,
+)
+
+INVALID = "invalid_request_error"
+"""`type` of everything that the client can put right."""
+
+_BUSY_S = 1.0
+
+
+class ApiError(CollabError):
+    """A refusal as OpenAI words it.
+
+    Args:
+        status: HTTP status.
+        message: one line for a person.
+        type: OpenAI's class of errors, such as `invalid_request_error`.
+        param: the parameter at fault, as a path such as `messages[0].content[1].image_url.url`.
+        code: OpenAI's or our own name of the reason.
+        retry_after_s: when asking again can help, in seconds; None if it cannot.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        *,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that goes to the client."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def encoded(self) -> bytes:
+        """`body` as JSON."""
+        return msgspec.json.encode(self.body())
+
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that belong to it."""
+        if self.retry_after_s is None:
+            return {}
+        # Whole seconds, never zero: a client that comes back at once finds what it left.
+        return {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+def refuse(
+    param: str | None, message: str, code: str = "invalid_value", *, status: int = 400
+) -> ApiError:
+    """An `ApiError` that the client can put right."""
+    return ApiError(status, message, INVALID, param, code)
+
+
+def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
+    """What an error of ours is for an OpenAI client.
+
+    Args:
+        error: why a question was not answered.
+        param: the parameter that it comes from, where it is known.
+    """
+    text = str(error)
+    match error:
+        case ApiError():
+            return error
+        case ImageTooLargeError():
+            return refuse(param, text, "image_too_large", status=413)
+        case ImageError():
+            return refuse(param, text, "invalid_image")
+        case QuestionError():
+            return refuse(param, text, "invalid_question")
+        case ConfigError():
+            return refuse(param, text, "invalid_option")
+        case PrivacyError():
+            return ApiError(403, text, "permission_error", param, "privacy_policy")
+        case DeadlineError():
+            return ApiError(504, text, "timeout_error", None, "deadline")
+        case AuthenticationError():
+            # The client's own key was right; the one between gateway and server is not.
+            text = f"the server behind this gateway does not let it in: {text}"
+            return ApiError(502, text, "server_error", None, "upstream_authentication")
+        case LinkError():
+            return ApiError(503, text, "server_error", None, "no_server", retry_after_s=5.0)
+        case BusyError():
+            wait_s = _BUSY_S if error.retry_after_s is None else error.retry_after_s
+            return ApiError(429, text, "rate_limit_error", None, "busy", retry_after_s=wait_s)
+        case ServerError():
+            return _of_server(error, param)
+        case ProtocolError():
+            return ApiError(502, text, "server_error", None, "upstream_protocol")
+    return ApiError(500, text, "server_error", None, "internal")
+
+
+def _of_server(error: ServerError, param: str | None) -> ApiError:
+    text = str(error)
+    match error.code:
+        case ErrorCode.BAD_IMAGE:
+            return refuse(param, text, "invalid_image")
+        case ErrorCode.TOO_LARGE:
+            return refuse(param, text, "too_large", status=413)
+        case ErrorCode.BAD_QUESTION:
+            return refuse(param, text, "invalid_question")
+        case ErrorCode.BAD_OPTION:
+            return refuse(None, text, "invalid_option")
+        case ErrorCode.SHUTTING_DOWN:
+            return ApiError(503, text, "server_error", None, "shutting_down", retry_after_s=5.0)
+        case ErrorCode.DEADLINE:
+            return ApiError(504, text, "timeout_error", None, "deadline")
+        case ErrorCode.INTERNAL:
+            return ApiError(500, text, "server_error", None, "internal")
+    return ApiError(502, text, "server_error", None, error.code.name.lower())

@@ -1,0 +1,145 @@
+"""Reading a request's JSON field by field: wrong types are named, what is left over is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from vlm_collab.openai.errors import ApiError, refuse
+
+
+def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
+    """A request's body as a JSON object.
+
+    Raises:
+        ApiError: too long (413), or no JSON object (400).
+    """
+    if len(body) > max_bytes:
+        raise refuse(
+            None,
+            f"the request has {len(body)} bytes, more than {max_bytes}",
+            "request_too_large",
+            status=413,
+        )
+    # Pictures hold none of these; without a bound, 64 MiB of empty lists would fill gigabytes.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_PARTS:
+        raise refuse(None, "the request has too many parts", "request_too_large", status=413)
+    try:
+        value = msgspec.json.decode(body)
+    # UnicodeDecodeError: a string that is no UTF-8. RecursionError: brackets without end.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise refuse(None, f"the request is no JSON: {error}", "invalid_json") from None
+    if not isinstance(value, dict):
+        raise refuse(None, "the request must be a JSON object", "invalid_json")
+    return value
+
+
+class Fields:
+    """One JSON object of a request.
+
+    Each method reads one field; null stands for absent. `end` refuses what nobody read.
+
+    Args:
+        value: the object.
+        where: its path, for `param`; empty for the request itself.
+    """
+
+    def __init__(self, value: object, where: str = "") -> None:
+        if not isinstance(value, dict):
+            raise refuse(where or None, f"{where or 'the request'} must be an object", _TYPE)
+        self._left: dict[str, Any] = dict(value)
+        self.where = where
+
+    def path(self, name: str) -> str:
+        """A field's path, as `param` has it."""
+        return f"{self.where}.{name}" if self.where else name
+
+    def take(self, name: str) -> Any:
+        """A field of any type."""
+        return self._left.pop(name, None)
+
+    def has(self, name: str) -> bool:
+        """Whether a field is there, unread and not null."""
+        return self._left.get(name) is not None
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.take(name)
+        if value is None or isinstance(value, str):
+            return value
+        raise self._wrong(name, "a string")
+
+    def flag(self, name: str) -> bool:
+        """True or false; absent is false."""
+        value = self.take(name)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        raise self._wrong(name, "true or false")
+
+    def items(self, name: str) -> list[Any]:
+        """A list; absent is empty."""
+        value = self.take(name)
+        if value is None or isinstance(value, list):
+            return value or []
+        raise self._wrong(name, "a list")
+
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        if not low <= value <= high:
+            path = self.path(name)
+            raise refuse(path, f"{path} must be from {low:g} to {high:g}, not {value:g}")
+        return float(value)
+
+    def integer(self, name: str, low: int | None = None) -> int | None:
+        """A whole number, at least `low`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(name, "a whole number")
+        if low is not None and value < low:
+            path = self.path(name)
+            raise refuse(path, f"{path} must be at least {low}, not {value}")
+        return value
+
+    def harmless(self, *names: str) -> None:
+        """Fields that change nothing about the answer, whatever they hold."""
+        for name in names:
+            self.take(name)
+
+    def only(self, name: str, accepted: Collection[object], why: str) -> None:
+        """A field that may only ask for what happens anyway.
+
+        Args:
+            accepted: values that ask for nothing else.
+            why: what to tell who asks for more.
+        """
+        value = self.take(name)
+        if value is not None and not any(_same(value, one) for one in accepted):
+            raise refuse(self.path(name), f"{self.path(name)}: {why}", UNSUPPORTED)
+
+    def end(self) -> None:
+        """Refuse what is left."""
+        for name in self._left:
+            path = self.path(name)
+            raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
+
+    def _wrong(self, name: str, wanted: str) -> ApiError:
+        return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)
+
+
+def _same(value: object, other: object) -> bool:
+    """Equality as JSON has it: true is no 1, although Python thinks so."""
+    return value == other and isinstance(value, bool) is isinstance(other, bool)
+
+
+_TYPE = "invalid_type"
+_MAX_PARTS = 1_000_000
+UNSUPPORTED = "unsupported_parameter"
