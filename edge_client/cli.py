@@ -28,6 +28,7 @@ from vlm_collab.errors import (
     DeadlineError,
     ImageError,
     LinkError,
+    PrivacyError,
     QuestionError,
     ServerError,
 )
@@ -48,15 +49,18 @@ _EXIT_CODES: dict[type[CollabError], int] = {
     AuthenticationError: 5,
     DeadlineError: 6,
     ServerError: 7,
+    PrivacyError: 8,
 }
 
 EXIT_CODES_HELP = (
     "Exit codes: 0 answered · 1 failed · 2 wrong use · 3 picture unusable · 4 no server · "
-    "5 not let in · 6 no answer in time · 7 refused by the server · 130 interrupted"
+    "5 not let in · 6 no answer in time · 7 refused by the server · 8 kept back by the policy · "
+    "130 interrupted"
 )
 
 _BUILT_IN = {
     "ask": "edge_client.cli_ask:ask",
+    "audit": "edge_client.cli_audit:audit",
     "chat": "edge_client.cli_chat:chat",
     "watch": "edge_client.cli_watch:watch",
 }
@@ -64,6 +68,7 @@ _BUILT_IN = {
 # What `--help` says of commands without importing them, and which extra they need.
 _HELP = {
     "ask": "Ask questions about photos.",
+    "audit": "Show which images left the device.",
     "chat": "Talk about what a camera sees, or a picture.",
     "watch": "Ask the same question of a camera again and again.",
     "serve": "Serve a model.",

@@ -72,6 +72,15 @@ def ask(
         Path | None,
         typer.Option(help="Save the region at full resolution (.jpg, .png or .webp)."),
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="Whose rules of the policy apply; its default's if not said.")
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="File to list every image in before it leaves.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
     ] = False,
@@ -107,6 +116,9 @@ def ask(
         "ca_file": ca_file,
         "view_quality": quality,
         "view_codec": None if codec is None else Codec[codec.name],
+        "policy": policy,
+        "camera": camera,
+        "audit": audit,
     }
     results = asyncio.run(_ask_all(server, settings, pairs, deadline, options, screen))
     if save_crop is not None and crop_codec is not None:

@@ -110,8 +110,26 @@ class Picture:
         """See the class."""
         if self._data is not None:
             return f"sha256:{hashlib.sha256(self._data).hexdigest()}"
+        return self.pixel_digest
+
+    @property
+    def pixel_digest(self) -> str:
+        """What `digest` is for a picture with these pixels that came without a file.
+
+        Raises:
+            ImageError: the picture's data are broken.
+        """
         with self._opened() as source:
             return f"pixels:{source.pixel_digest()}"
+
+    def decoded(self) -> Image:
+        """All of the picture: upright RGB, for the device's own use.
+
+        Raises:
+            ImageError: its data are broken.
+        """
+        with self._opened() as source:
+            return source.region(Box(0, 0, *self.size), self.size)
 
     def view(self, side: Size, fit: Fit, codec: Codec, quality: int) -> bytes:
         """The encoded global view; made once for each combination of arguments.

@@ -294,7 +294,7 @@ def test_every_error_has_a_documented_code():
         if issubclass(kind, errors.ServerError):
             continue
         error = kind("a line")
-        assert cli.exit_code(error) in range(1, 8)
+        assert cli.exit_code(error) in range(1, 9)
         assert cli.error_name(error).isupper()
     for code in ErrorCode:
         error = server_error(code, "a line", None)

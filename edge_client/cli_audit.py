@@ -1,0 +1,157 @@
+"""`vlm-collab audit`: what left the device, as a table, as JSON, or drawn over the original."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from edge_client import cli
+from edge_client.audit import ImageLine, Log, ViewLine, read_log
+from edge_client.cli import printable
+from vlm_collab.errors import ConfigError
+
+_WIDE = 200
+
+
+def audit(
+    log_file: Annotated[Path, typer.Argument(metavar="FILE", help="An audit log.")],
+    camera: Annotated[str | None, typer.Option(help="Only what left of this camera.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw what was seen of this original; with --out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the drawing (.jpg, .png or .webp).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line: images, then totals.")
+    ] = False,
+) -> int:
+    """Show which images left the device.
+
+    The totals count the encoded images of each hour and camera.
+    """
+    if (picture is None) != (out is None):
+        raise ConfigError("--picture and --out belong together")
+    log = read_log(log_file)
+    if camera is not None:
+        kept = tuple(line for line in log.images if line.camera == camera)
+        log = Log(kept, log.hidden, log.broken)
+    if log.broken:
+        lines = "1 line is" if log.broken == 1 else f"{log.broken} lines are"
+        note = f"note: {lines} broken and left out (a crash leaves such a line)"
+        cli.report(note, "BROKEN", as_json=False)
+    if picture is not None and out is not None:
+        _draw(picture, out, log, as_json)
+    elif as_json:
+        _print_json(log)
+    else:
+        _print_tables(log)
+    return 0
+
+
+class Total(NamedTuple):
+    """What left of a camera in an hour."""
+
+    hour: datetime.datetime
+    camera: str
+    views: int
+    regions: int
+    bytes: int
+
+
+def totals(log: Log) -> list[Total]:
+    """What left, by hour (of the device's local time) and camera, in this order."""
+    found: dict[tuple[datetime.datetime, str], list[ImageLine]] = defaultdict(list)
+    for line in log.images:
+        hour = line.time.astimezone().replace(minute=0, second=0, microsecond=0)
+        found[hour, line.camera].append(line)
+    return [
+        Total(
+            hour,
+            camera,
+            sum(isinstance(line, ViewLine) for line in lines),
+            sum(not isinstance(line, ViewLine) for line in lines),
+            sum(line.bytes for line in lines),
+        )
+        for (hour, camera), lines in sorted(found.items())
+    ]
+
+
+def _print_json(log: Log) -> None:
+    for line in log.images:
+        told = msgspec.to_builtins(line)
+        told["hidden"] = log.hidden.get(line.hidden, ())
+        print(json.dumps(told))
+    for total in totals(log):
+        told = {**total._asdict(), "hour": total.hour.isoformat()}
+        print(json.dumps({"kind": "total", **told}))
+
+
+def _print_tables(log: Log) -> None:
+    # Away from a terminal nobody folds lines but who reads them.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    images = Table("time", "camera", "picture", "seen", "as", "bytes", "question", title="Images")
+    for line in log.images:
+        images.add_row(
+            f"{line.time.astimezone():%Y-%m-%d %H:%M:%S}",
+            Text(printable(line.camera)),
+            Text(printable(line.name)),
+            _seen(line, log),
+            f"{line.size_px[0]} x {line.size_px[1]} {line.codec}",
+            decimal(line.bytes),
+            Text(printable(line.question)),
+        )
+    images.columns[5].justify = "right"
+    console.print(images)
+    sums = Table("hour", "camera", "views", "regions", "bytes", title="Totals")
+    for total in totals(log):
+        sums.add_row(
+            f"{total.hour:%Y-%m-%d %H:00}",
+            Text(printable(total.camera)),
+            str(total.views),
+            str(total.regions),
+            decimal(total.bytes),
+        )
+    for column in sums.columns[2:]:
+        column.justify = "right"
+    console.print(sums)
+
+
+def _seen(line: ImageLine, log: Log) -> str:
+    masked = ", some black" if log.hidden.get(line.hidden) else ""
+    if isinstance(line, ViewLine):
+        return f"view ({line.fit}){masked}"
+    return f"{line.box.width} x {line.box.height} px at ({line.box.left}, {line.box.top}){masked}"
+
+
+def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
+    # Not needed for the tables.
+    from edge_client.picture import Picture
+    from edge_client.seen import draw_seen
+    from vlm_collab.images import Codec, encode
+
+    suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}
+    codec = suffixes.get(out.suffix.lower())
+    if codec is None:
+        raise ConfigError(f"--out {out}: the name must end in .jpg, .png or .webp")
+    seen = draw_seen(Picture.open(photo), log)
+    try:
+        out.write_bytes(encode(seen.image, codec, 92))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror or error}") from error
+    if as_json:
+        print(json.dumps({"out": str(out), "images": seen.drawn, "same_bytes": seen.same}))
+        return
+    same = f"{seen.same} of them byte for byte as they left"
+    print(f"{printable(str(out))}: {seen.drawn} images, {same}")

@@ -1,0 +1,394 @@
+"""The audit log: what it says, how it survives, and how it is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import io
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edge_client import cli
+from edge_client.audit import AuditLog, HiddenLine, RegionLine, ViewLine, parsed, read_log
+from edge_client.client import EdgeClient
+from edge_client.guard import Guard
+from edge_client.picture import Picture
+from edge_client.privacy import CameraPolicy, Policy, Rectangle
+from server_plugin.service.runner import running
+from tests.edge_client.scripted import Peer, request, scripted
+from tests.support.pictures import difference, photo, saved, turned
+from tests.support.wire import UNSURE, service
+from vlm_collab.errors import ConfigError, PrivacyError
+from vlm_collab.geometry import Box, Fit, Size
+from vlm_collab.images import Codec
+from vlm_collab.messages import Ask, Region, Stage
+
+NOW = datetime.datetime(2026, 5, 1, 12, 30, tzinfo=datetime.UTC)
+SIZE = Size(640, 480)
+PHOTO = turned(photo(*SIZE), 6, "JPEG", quality=95)
+HIDING = Policy(
+    {"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, fractions=False),))}
+)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; returns its exit code and what it wrote."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, written.out, written.err
+
+    return call
+
+
+def view_line(**changes: object) -> ViewLine:
+    fields = {
+        "time": NOW,
+        "camera": "door",
+        "picture": "sha256:0",
+        "name": "p.jpg",
+        "source_px": SIZE,
+        "box": Box(0, 0, *SIZE),
+        "size_px": Size(50, 50),
+        "codec": "JPEG",
+        "quality": 90,
+        "bytes": 100,
+        "sha256": "00",
+        "question": "why?",
+        "server": "ws://host:1",
+        "fit": "stretch",
+    }
+    return ViewLine(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+async def conversation(log: Path, *, fit: int = 0) -> tuple[list[bytes], str]:
+    """A question with its region over the wire; what the server got, and its address."""
+
+    async def script(peer: Peer) -> None:
+        await peer.greet(fit=fit)
+        ask = await peer.asked()
+        assert isinstance(ask, Ask)
+        peer.session.request_region(request(ask.id, index=27, side_px=160, target_width=120))
+        region = await peer.next()
+        assert isinstance(region, Region)
+        got.extend([ask.view or b"", region.image])
+        await peer.answer(ask.id, "second", Stage.SECOND)
+        await peer.socket.wait_closed()
+
+    got: list[bytes] = []
+    async with scripted(script) as server:
+        url = server.url.replace("ws://", "ws://127.0.0.1:1@", 0)
+        options = {"policy": HIDING, "camera": "door", "audit": log, "token": "SECRET-TOKEN"}
+        async with EdgeClient(url, **options) as client:  # type: ignore[arg-type]
+            await client.ask(PHOTO, "what is\nthere? \N{SNOWMAN}")
+        return got, server.url
+
+
+async def test_every_image_that_left_is_in_the_log(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    before = datetime.datetime.now(datetime.UTC)
+    got, url = await conversation(log)
+    read = read_log(log)
+    view, region = read.images
+    assert isinstance(view, ViewLine)
+    assert isinstance(region, RegionLine)
+    for line, data in zip(read.images, got, strict=True):
+        assert (line.bytes, line.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert line.codec == "JPEG"
+        assert Image.open(io.BytesIO(data)).size == line.size_px
+        assert line.picture == f"sha256:{hashlib.sha256(PHOTO).hexdigest()}"
+        assert line.source_px == SIZE
+        assert (line.camera, line.server) == ("door", url)
+        assert line.question == "what is\nthere? \N{SNOWMAN}"
+        assert before <= line.time <= datetime.datetime.now(datetime.UTC)
+        assert read.hidden[line.hidden] == (Box(0, 0, 160, 480),)
+    assert (view.box, view.fit) == (Box(0, 0, *SIZE), "stretch")
+    assert region.box.size == (160, 160)
+    assert region.size_px == (120, 112)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    text = log.read_text("utf-8")
+    assert "SECRET-TOKEN" not in text
+    assert len(text.splitlines()) == 3
+    assert all(json.loads(line)["time"].endswith("Z") for line in text.splitlines())
+
+
+async def test_an_image_is_in_the_log_before_it_leaves(tmp_path, monkeypatch):
+    """When the server has it, it is there; and when it cannot be written, it does not come."""
+    log = tmp_path / "audit.jsonl"
+
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask = await peer.asked()
+        listed.append(len(read_log(log).images))
+        log.rename(tmp_path / "old")
+        log.mkdir()
+        peer.session.request_region(request(ask.id))
+        replies.append(await peer.next())
+        await peer.answer(ask.id, "first")
+        await peer.socket.wait_closed()
+
+    listed: list[int] = []
+    replies: list[object] = []
+    async with scripted(script) as server, EdgeClient(server.url, audit=log) as client:
+        answer = await client.ask(PHOTO, "why?")
+        assert listed == [1]
+        assert not any(isinstance(reply, Region) for reply in replies)
+        assert answer.text == "first"
+        with pytest.raises(PrivacyError, match="nothing is sent"):
+            await client.ask(saved(photo(90, 90), "PNG"), "why?")
+
+
+def test_the_line_after_a_crash_starts_a_new_one(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.write(view_line(question="one"))
+    log.write(view_line(question="two"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    AuditLog(path).write(view_line(question="three"))
+    read = read_log(path)
+    assert [line.question for line in read.images] == ["one", "three"]
+    assert read.broken == 1
+    assert path.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_cut_last_line_is_skipped(cut, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    AuditLog(path).write(view_line())
+    first = path.read_bytes()
+    path.write_bytes(first + first[:cut])
+    read = read_log(path)
+    assert (len(read.images), read.broken) == (1, 1)
+
+
+def test_writers_do_not_cut_into_each_other(tmp_path):
+    path = tmp_path / "audit.jsonl"
+
+    def write(number: int) -> None:
+        log = AuditLog(path)
+        for _ in range(50):
+            log.write(view_line(question=str(number) * 500))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    read = read_log(path)
+    assert (len(read.images), read.broken) == (300, 0)
+
+
+def test_a_new_log_is_its_owners_alone_and_an_old_one_is_left_as_it_is(tmp_path):
+    old = os.umask(0)
+    try:
+        AuditLog(tmp_path / "new")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+    (tmp_path / "old").touch(0o640)
+    AuditLog(tmp_path / "old").write(view_line())
+    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o640
+
+
+def test_fsync_is_called_where_it_is_wanted(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    AuditLog(tmp_path / "log").write(view_line())
+    assert not synced
+    AuditLog(tmp_path / "log", fsync=True).write(view_line())
+    assert len(synced) == 1
+
+
+def test_a_full_disk_stops_what_was_about_to_leave(tmp_path, monkeypatch):
+    log = AuditLog(tmp_path / "log")
+    monkeypatch.setattr(os, "write", lambda file, data: len(data) - 1)
+    with pytest.raises(PrivacyError, match="the disk is full"):
+        log.write(view_line())
+
+
+def test_fields_of_later_versions_are_ignored():
+    line = json.dumps({"kind": "hidden", "time": "2026-05-01T12:30:00Z", "key": "k"})
+    later = line[:-1] + ', "boxes": [[1, 2, 3, 4]], "later": {"a": [1]}}'
+    assert parsed(later.encode()) == HiddenLine(time=NOW, key="k", boxes=(Box(1, 2, 3, 4),))
+    assert parsed(line.encode()) is None
+    assert parsed(b"\xff\xfe") is None
+
+
+# The command
+
+
+async def test_a_table_for_people_and_totals(run, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    await conversation(log)
+    AuditLog(log).write(view_line(camera="evil \x1b[31m[red]cam", bytes=10))
+    AuditLog(log).write(view_line(camera="door", bytes=20, time=NOW))
+    with log.open("ab") as file:
+        file.write(b'{"kind": "vi')
+    code, out, err = await asyncio.to_thread(run, "audit", log)
+    assert code == 0
+    assert "\x1b" not in out
+    assert "1 line is broken" in err
+    for part in ("view", "160 x 160", "door", "[red]cam", "Totals"):
+        assert part in out
+
+
+async def test_json_for_programs(run, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    got, url = await conversation(log)
+    for minutes, bytes in ((0, 20), (29, 30), (31, 40)):
+        later = NOW + datetime.timedelta(minutes=minutes)
+        AuditLog(log).write(view_line(camera="garden", bytes=bytes, time=later))
+    code, out, err = await asyncio.to_thread(run, "audit", log, "--json")
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    images = [line for line in lines if line["kind"] != "total"]
+    assert [line["kind"] for line in images] == ["view", "region", "view", "view", "view"]
+    assert images[0]["hidden"] == [[0, 0, 160, 480]]
+    assert (images[1]["server"], images[1]["bytes"]) == (url, len(got[1]))
+    sums = {(line["camera"], line["hour"]): line for line in lines if line["kind"] == "total"}
+    hours = {
+        key[1]: (line["views"], line["regions"], line["bytes"])
+        for key, line in sums.items()
+        if key[0] == "garden"
+    }
+    assert list(hours.values()) == [(2, 0, 50), (1, 0, 40)]
+    (door,) = (line for key, line in sums.items() if key[0] == "door")
+    assert (door["views"], door["regions"]) == (1, 1)
+    assert door["bytes"] == sum(map(len, got))
+    code, out, _ = await asyncio.to_thread(run, "audit", log, "--json", "--camera", "garden")
+    assert {json.loads(line)["camera"] for line in out.splitlines()} == {"garden"}
+
+
+@pytest.mark.parametrize("fit", [0, 1, 2])
+async def test_what_was_seen_is_drawn_over_the_original(fit, run, tmp_path):
+    log, original, out = tmp_path / "audit.jsonl", tmp_path / "photo.jpg", tmp_path / "seen.png"
+    original.write_bytes(PHOTO)
+    got, _ = await conversation(log, fit=fit)
+    code, told, err = await asyncio.to_thread(
+        run, "audit", log, "--picture", original, "--out", out
+    )
+    assert (code, err) == (0, "")
+    assert "2 images, 2 of them byte for byte" in told
+    drawn = Image.open(out)
+    assert drawn.size == SIZE
+    upright = photo(*SIZE)
+    view, region = read_log(log).images
+    hidden = Box(0, 0, 160, 480)
+    # Hidden areas are black where something of them would have left, apart from JPEG's noise.
+    assert np.asarray(drawn.crop((view.box.left, 20, 140, 460))).max() < 40
+    # The region is as sharp as it left, the view as coarse, and both look like the original.
+    sharp = Image.open(io.BytesIO(got[1])).resize(region.box.size, Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(drawn.crop(region.box)), np.asarray(sharp))
+    kept = (max(hidden.right + 20, view.box.left), 0, min(view.box.right, SIZE.width), 480)
+    assert difference(drawn.crop(kept), upright.crop(kept)) < 6
+    if fit == 2:  # cut at the sides, which nobody saw
+        assert view.box == Box(80, 0, 560, 480)
+        dimmed = drawn.crop((580, 20, 640, 460))
+        assert np.asarray(dimmed).std(axis=2).max() == 0
+        assert (
+            np.asarray(dimmed).mean() < 0.5 * np.asarray(upright.crop((580, 20, 640, 460))).mean()
+        )
+
+
+async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
+    log, copy, out = tmp_path / "audit.jsonl", tmp_path / "frame.png", tmp_path / "seen.png"
+    frame = photo(*SIZE)
+    frame.save(copy)
+    guard = Guard(HIDING.for_camera("door"), audit=AuditLog(log))
+    masked = guard.masked(Picture.from_pil(frame))
+    form = (Size(80, 60), Fit.STRETCH, Codec.WEBP, 80)
+    guard.question("why?").views_leave([(masked, masked.view(*form))], *form)
+    code, told, _ = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
+    assert code == 0
+    assert "1 images, 1 of them" in told
+    frame.putpixel((0, 0), (9, 9, 9))
+    frame.save(copy)
+    code, _, err = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
+    assert code == 2
+    assert "the log says of no image" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["none.jsonl"], "No such file"),
+        (["."], "Is a directory"),
+        (["noise"], "no audit log"),
+        (["log", "--picture", "p.png"], "--out belong together"),
+        (["log", "--picture", "none.png", "--out", "s.png"], "none.png: no such file"),
+        (["log", "--picture", "p.png", "--out", "s.tiff"], "must end in"),
+        (["log", "--picture", "p.png", "--out", "s.png"], "says of no image"),
+    ],
+)
+def test_wrong_use_gets_one_line(arguments, told, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("noise").write_bytes(b"\x00\xff\n\n\x01")
+    AuditLog("log").write(view_line())
+    photo(60, 60).save("p.png")
+    code, out, err = run("audit", *arguments)
+    assert code in (2, 3)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_an_empty_log_is_a_log(run, tmp_path):
+    AuditLog(tmp_path / "log")
+    assert run("audit", tmp_path / "log", "--json") == (0, "", "")
+    with pytest.raises(ConfigError):
+        read_log(tmp_path)
+
+
+# `vlm-collab ask`
+
+
+async def test_ask_keeps_to_the_policy_and_writes_the_log(run, tmp_path):
+    log, policy, file = tmp_path / "log", tmp_path / "policy.yaml", tmp_path / "photo.jpg"
+    file.write_bytes(PHOTO)
+    policy.write_text(
+        "cameras:\n"
+        "  default: {max_regions_per_question: 0}\n"
+        "  open: {max_regions_per_question: 1}\n"
+        "  asleep: {quiet_hours: ['00:00-24:00']}\n"
+    )
+    async with running(service()) as url:
+        common = (
+            "ask",
+            file,
+            UNSURE,
+            "--server",
+            url,
+            "--policy",
+            policy,
+            "--audit",
+            log,
+            "--json",
+        )
+        told = {}
+        for camera in ("default", "open", "asleep", None):
+            which = ("--camera", camera) if camera else ()
+            code, out, _ = await asyncio.to_thread(run, *common, *which)
+            told[camera] = code, json.loads(out)
+    for camera in ("default", None):
+        code, answer = told[camera]
+        assert (code, answer["refined"], answer["fallback"]) == (0, False, "declined")
+        assert answer["region_bytes"] == 0
+    assert told["open"][1]["refined"] is True
+    code, refused = told["asleep"]
+    assert (code, refused["code"]) == (8, "PRIVACY")
+    assert "00:00-24:00" in refused["error"]
+    kinds = [(line.camera, isinstance(line, RegionLine)) for line in read_log(log).images]
+    assert kinds == [("default", False), ("open", False), ("open", True), ("default", False)]

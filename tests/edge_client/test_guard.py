@@ -1,0 +1,405 @@
+"""What leaves, what is declined and what is refused, by the policy and by the clock."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import threading
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edge_client.audit import AuditLog, RegionLine, ViewLine, read_log
+from edge_client.client import EdgeClient
+from edge_client.guard import Guard, QuestionGuard, without_secrets
+from edge_client.picture import Picture
+from edge_client.privacy import CameraPolicy, Hours, Policy, Rectangle
+from tests.edge_client.scripted import Peer, request, scripted
+from tests.support.pictures import photo, saved
+from vlm_collab.errors import ConfigError, PrivacyError
+from vlm_collab.geometry import Box, Fit, Size
+from vlm_collab.images import Codec
+from vlm_collab.messages import Decline, DeclineReason, Fallback, Region, Stage, Usage
+
+NOON = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC)
+FORM = (Size(50, 50), Fit.STRETCH, Codec.JPEG, 90)
+REGION = (Size(80, 80), Codec.JPEG, 90)
+
+
+class Watch:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> datetime.datetime:
+        return self.now
+
+    def wait(self, **time: float) -> None:
+        self.now += datetime.timedelta(**time)
+
+
+def picture() -> Picture:
+    return Picture.from_pil(photo(400, 300))
+
+
+def view_leaves(question: QuestionGuard, size: int, of: Picture | None = None) -> None:
+    question.views_leave([(of or picture(), bytes(size))], *FORM)
+
+
+def region_leaves(question: QuestionGuard, size: int, box: Box) -> DeclineReason | None:
+    return question.region_leaves(picture(), bytes(size), box, *REGION)
+
+
+def hiding(*edges: int) -> CameraPolicy:
+    return CameraPolicy(hide=(Rectangle(*edges, fractions=False),))
+
+
+# The guard
+
+
+def test_nothing_is_in_the_way_without_a_policy():
+    question = Guard(CameraPolicy()).question("why?")
+    question.begin()
+    one = picture()
+    assert Guard(CameraPolicy()).masked(one) is one
+    assert question.may_send(one, Box(0, 0, 400, 300)) is None
+    view_leaves(question, 10**9)
+    assert region_leaves(question, 10**9, Box(0, 0, 400, 300)) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "box", "reason"),
+    [
+        (0.25, Box(0, 0, 200, 150), None),
+        (0.25, Box(0, 0, 200, 151), DeclineReason.LIMIT),
+        (1.0, Box(0, 0, 400, 300), None),
+        (0.0, Box(0, 0, 1, 1), DeclineReason.LIMIT),
+    ],
+)
+def test_the_share_of_a_picture(share, box, reason):
+    question = Guard(CameraPolicy(max_region_share=share)).question("why?")
+    assert question.may_send(picture(), box) is reason
+
+
+def test_regions_of_one_question_whatever_the_picture():
+    guard = Guard(CameraPolicy(max_regions_per_question=2))
+    question, one, other = guard.question("why?"), picture(), picture()
+    corner, middle = Box(0, 0, 9, 9), Box(100, 100, 120, 120)
+    for shown, box in ((one, corner), (other, corner)):
+        assert question.may_send(shown, box) is None
+        assert question.region_leaves(shown, b"jpeg", box, *REGION) is None
+    assert question.may_send(one, middle) is DeclineReason.LIMIT
+    # Once more after a lost link, it shows nothing new.
+    assert question.may_send(other, corner) is None
+    assert guard.question("and?").may_send(one, middle) is None
+
+
+def test_a_region_of_which_nothing_is_left_is_declined():
+    guard = Guard(
+        CameraPolicy(
+            hide=(
+                Rectangle(0, 0, 100, 60, fractions=False),
+                Rectangle(0, 40, 100, 100, fractions=False),
+            )
+        )
+    )
+    shown = guard.masked(picture())
+    question = guard.question("why?")
+    assert question.may_send(shown, Box(10, 10, 100, 100)) is DeclineReason.PRIVACY
+    assert question.may_send(shown, Box(10, 10, 101, 100)) is None
+    assert question.may_send(shown, Box(10, 10, 100, 101)) is None
+
+
+def test_the_same_picture_gets_the_same_masked_one():
+    guard, one = Guard(hiding(0, 0, 50, 50)), picture()
+    assert guard.masked(one) is guard.masked(one) is not one
+    assert guard.masked(one).hidden == (Box(0, 0, 50, 50),)
+    assert guard.masked(picture()) is not guard.masked(one)
+
+
+def test_a_masked_file_stays_masked_when_it_is_opened_again():
+    data = saved(photo(400, 300), "PNG")
+    masked = Guard(hiding(0, 0, 200, 300)).masked(Picture.open(data))
+    for _ in range(2):
+        shown = Image.open(
+            io.BytesIO(masked.region(Box(0, 0, 400, 300), Size(400, 300), Codec.PNG, 1))
+        )
+        assert shown.crop((0, 0, 200, 300)).getbbox() is None
+        assert shown.getbbox() is not None
+
+
+def test_bytes_of_any_hour():
+    watch = Watch()
+    guard = Guard(CameraPolicy(max_bytes_per_hour=1000), clock=watch)
+    question = guard.question("why?")
+    view_leaves(question, 600)
+    watch.wait(minutes=30)
+    with pytest.raises(PrivacyError, match="1000 bytes an hour; 600 have left, and 401 more"):
+        view_leaves(question, 401)
+    assert region_leaves(question, 401, Box(0, 0, 9, 9)) is DeclineReason.LIMIT
+    assert region_leaves(question, 400, Box(0, 0, 9, 9)) is None
+    watch.wait(minutes=29, seconds=59)
+    with pytest.raises(PrivacyError):
+        view_leaves(question, 1)
+    watch.wait(seconds=1)  # the first 600 are an hour old
+    view_leaves(question, 600)
+    with pytest.raises(PrivacyError):
+        view_leaves(question, 1)
+
+
+def test_several_views_leave_together_or_not_at_all(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    guard = Guard(CameraPolicy(max_bytes_per_hour=1000), audit=AuditLog(log))
+    with pytest.raises(PrivacyError):
+        guard.question("why?").views_leave([(picture(), bytes(501))] * 2, *FORM)
+    assert log.read_bytes() == b""
+    guard.question("why?").views_leave([(picture(), bytes(500))] * 2, *FORM)
+    assert len(read_log(log).images) == 2
+
+
+def test_bytes_are_remembered_over_a_restart_and_shared_with_others(tmp_path):
+    watch, log = Watch(), tmp_path / "audit.jsonl"
+
+    def started(camera: str = "door") -> QuestionGuard:
+        rules = CameraPolicy(name=camera, max_bytes_per_hour=1000)
+        return Guard(rules, audit=AuditLog(log), clock=watch).question("why?")
+
+    first, second = started(), started()
+    shown = picture()
+    for _ in range(200):  # more than is read at once from the end of the log
+        view_leaves(first, 5, shown)
+        watch.wait(seconds=1)
+    for question in (first, second, started()):
+        with pytest.raises(PrivacyError, match="1000 have left"):
+            view_leaves(question, 1)
+    view_leaves(started("garden"), 1000)
+    watch.wait(minutes=57, seconds=39)  # 60 of them are older than an hour
+    for question in (second, started()):
+        with pytest.raises(PrivacyError, match="700 have left"):
+            view_leaves(question, 301)
+    view_leaves(started(), 300)
+
+
+def test_a_log_that_was_moved_away_starts_anew_and_the_hour_does_not(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    policy = CameraPolicy(max_bytes_per_hour=1000, hide=hiding(0, 0, 50, 50).hide)
+    guard = Guard(policy, audit=AuditLog(log))
+    shown = guard.masked(picture())
+    view_leaves(guard.question("why?"), 600, shown)
+    with pytest.raises(PrivacyError):
+        view_leaves(guard.question("why?"), 600, shown)
+    log.rename(tmp_path / "old.jsonl")
+    with pytest.raises(PrivacyError):
+        view_leaves(guard.question("why?"), 600, shown)
+    view_leaves(guard.question("why?"), 300, shown)
+    fresh = read_log(log)
+    assert [image.bytes for image in fresh.images] == [300]
+    assert fresh.hidden[fresh.images[0].hidden] == (Box(0, 0, 50, 50),)
+
+
+def test_threads_do_not_spend_the_same_bytes_twice():
+    guard = Guard(CameraPolicy(max_bytes_per_hour=1000))
+    refused: list[PrivacyError] = []
+    shown = picture()
+
+    def send() -> None:
+        for _ in range(20):
+            try:
+                view_leaves(guard.question("why?"), 10, shown)
+            except PrivacyError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 60
+
+
+def test_quiet_hours_begin_in_the_middle_of_a_question(tmp_path):
+    watch = Watch()
+    local = NOON.astimezone()
+    minute = local.hour * 60 + local.minute
+    quiet = Hours((minute + 1) % 1440, (minute + 3) % 1440)
+    guard = Guard(CameraPolicy(quiet_hours=(quiet,)), clock=watch)
+    question = guard.question("why?")
+    question.begin()
+    view_leaves(question, 10)
+    watch.wait(minutes=1)
+    with pytest.raises(PrivacyError, match=str(quiet)):
+        question.begin()
+    with pytest.raises(PrivacyError):
+        view_leaves(question, 10)
+    assert question.may_send(picture(), Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
+    assert region_leaves(question, 10, Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
+    watch.wait(minutes=2)
+    question.begin()
+
+
+def test_what_cannot_be_logged_does_not_leave(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    guard = Guard(CameraPolicy(), audit=AuditLog(log))
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(PrivacyError, match="nothing is sent"):
+        view_leaves(guard.question("why?"), 10)
+    assert region_leaves(guard.question("why?"), 10, Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
+
+
+def test_secrets_in_an_address_are_not_kept():
+    assert without_secrets("wss://me:word@host:8765/v1?token=abc") == "wss://host:8765/v1"
+    assert without_secrets("ws://127.0.0.1:8765") == "ws://127.0.0.1:8765"
+
+
+# In the client
+
+
+async def ask_for(peer: Peer, **changes: Any) -> Region | Decline:
+    ask = await peer.asked()
+    peer.session.request_region(request(ask.id, **changes))
+    reply = await peer.next()
+    assert isinstance(reply, Region | Decline)
+    if isinstance(reply, Decline):
+        peer.session.answer(ask.id, "first", Stage.FIRST, Fallback.DECLINED, 2.0, Usage())
+        await peer.flush()
+    else:
+        await peer.answer(ask.id, "second", Stage.SECOND)
+    return reply
+
+
+PHOTO = saved(photo(1000, 800), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (CameraPolicy(max_region_share=0.01), DeclineReason.LIMIT),
+        (CameraPolicy(max_regions_per_question=0), DeclineReason.LIMIT),
+        (CameraPolicy(max_bytes_per_hour=1500), DeclineReason.LIMIT),
+        (hiding(0, 0, 600, 600), DeclineReason.PRIVACY),
+        (CameraPolicy(), None),
+    ],
+)
+async def test_a_declined_region_leaves_the_first_answer_marked(policy, reason, tmp_path):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        replies.append(await ask_for(peer, codec=Codec.PNG))
+        await peer.answer_all()
+
+    replies: list[Region | Decline] = []
+    log = tmp_path / "audit.jsonl"
+    async with scripted(script) as server:
+        async with EdgeClient(
+            server.url, policy=Policy({"default": policy}), audit=log, view_quality=30
+        ) as client:
+            answer = await client.ask(PHOTO, "why?")
+            assert answer.declined is reason
+            assert answer.fallback is (Fallback.DECLINED if reason else Fallback.NONE)
+            assert answer.refined is (reason is None)
+            assert answer.text == ("second" if reason is None else "first")
+            assert answer.box == Box(69, 44, 181, 156)
+            assert (await client.ask(PHOTO, "and?")).text == "echo and?"
+    (reply,) = replies
+    assert (reply.reason if isinstance(reply, Decline) else None) is reason
+    kinds = [type(image) for image in read_log(log).images]
+    assert kinds == ([ViewLine] if reason else [ViewLine, RegionLine])
+
+
+async def test_the_server_sees_no_hidden_pixel():
+    async def script(peer: Peer) -> None:
+        await peer.greet(codecs=(Codec.PNG,))
+        ask = await peer.asked()
+        seen.append(ask.view)
+        peer.session.request_region(
+            request(ask.id, codec=Codec.PNG, index=0, side_px=200, columns=2, rows=2)
+        )
+        reply = await peer.next()
+        assert isinstance(reply, Region)
+        seen.append(reply.image)
+        await peer.answer(ask.id, "second", Stage.SECOND)
+        ask = await peer.asked()
+        assert ask.view is None  # a follow-up question on a masked picture sends no pixels
+        await peer.answer(ask.id, "third")
+        await peer.socket.wait_closed()
+
+    seen: list[bytes | None] = []
+    policy = Policy({"default": hiding(100, 0, 1000, 100)})
+    async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
+        answer = await client.ask(PHOTO, "why?")
+        await client.ask(PHOTO, "and?")
+    assert answer.box == Box(25, 0, 225, 200)
+    view, region = (Image.open(io.BytesIO(data or b"")) for data in seen)
+    assert view.crop((12, 0, 112, 14)).getbbox() is None
+    assert view.crop((0, 0, 11, 112)).getextrema()[2][0] > 0
+    assert region.size == (112, 112)
+    assert region.crop((42, 0, 112, 56)).getbbox() is None
+    assert region.crop((0, 0, 42, 56)).getextrema()[2][0] > 0
+
+
+async def test_a_question_over_the_budget_sends_nothing_and_frees_its_turn(tmp_path):
+    async def script(peer: Peer) -> None:
+        await peer.greet(max_in_flight=1)
+        asked.append((await peer.asked()).question)
+        await peer.answer(1, "first")
+        await peer.answer_all()
+
+    asked: list[str] = []
+    policy = Policy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
+    small, large = (
+        saved(photo(60, 60), "PNG"),
+        saved(Image.effect_noise((300, 300), 90).convert("RGB"), "PNG"),
+    )
+    async with scripted(script) as server:
+        async with EdgeClient(
+            server.url, policy=policy, camera="door", audit=tmp_path / "log"
+        ) as client:
+            for _ in range(3):
+                with pytest.raises(PrivacyError, match='camera "door"'):
+                    await client.ask(large, "too much?")
+            assert (await client.ask(small, "why?")).text == "first"
+            assert asked == ["why?"]
+            assert (await client.ask(small, "and?")).text == "echo and?"  # needs no bytes
+    assert len(read_log(tmp_path / "log").images) == 1
+
+
+async def test_quiet_hours_refuse_a_question_before_it_is_sent():
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        await peer.socket.wait_closed()
+
+    policy = Policy({"default": CameraPolicy(quiet_hours=(Hours.parse("00:00-24:00"),))})
+    async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
+        with pytest.raises(PrivacyError, match="00:00-24:00"):
+            await client.ask(PHOTO, "why?")
+
+
+async def test_views_of_several_pictures_are_logged_each(tmp_path):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask = await peer.asked()
+        sent.extend([ask.view, *(more.view for more in ask.more)])
+        await peer.answer(ask.id, "first")
+        await peer.answer_all()
+
+    sent: list[bytes | None] = []
+    other = saved(photo(300, 200), "PNG")
+    async with scripted(script) as server:
+        async with EdgeClient(server.url, audit=tmp_path / "log") as client:
+            await client.ask([PHOTO, other], "which?")
+            await client.ask([PHOTO, other], "and?")
+    images = read_log(tmp_path / "log").images
+    assert [image.bytes for image in images] == [len(view or b"") for view in sent]
+    assert [image.source_px for image in images] == [(1000, 800), (300, 200)]
+    assert {image.question for image in images} == {"which?"}
+
+
+def test_a_wrong_policy_or_log_is_told_before_anything_is_opened(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        EdgeClient(policy=tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="audit log"):
+        EdgeClient(audit=tmp_path)
+    with pytest.raises(ConfigError, match='no camera "attic"'):
+        EdgeClient(policy=Policy({"door": CameraPolicy()}), camera="attic")
