@@ -85,7 +85,11 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
         if isinstance(message, dict) and isinstance(message.get("content"), list)
         for part in message["content"]
     ]
-    return all(isinstance(part, dict) and part.get("type") in ("text", "refusal") for part in parts)
+    return all(isinstance(part, str) or _is_text(part) for part in parts)
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("text", "refusal")
 
 
 def _longest(fields: Fields) -> int | None:
@@ -150,7 +154,10 @@ def _message(value: object, where: str, limits: WireLimits) -> Conversation:
     texts: list[str] = []
     pictures: dict[PictureSource, str] = {}
     for i, part in enumerate(content):
-        _part(Fields(part, f"{path}[{i}]"), role, limits, texts, pictures)
+        if isinstance(part, str):  # cameras in use send their prompt so
+            texts.append(part)
+        else:
+            _part(Fields(part, f"{path}[{i}]"), role, limits, texts, pictures)
     lines = ((role, "\n".join(texts)),) if texts else ()
     return Conversation(lines, tuple(pictures), tuple(pictures.values()))
 

@@ -102,6 +102,8 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # as JavaScript has it
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(name, "a whole number")
         if low is not None and value < low:
