@@ -31,7 +31,7 @@ def test_every_file_that_the_page_names_is_there():
         if path.endswith("js"):
             folder = path.rpartition("/")[0]
             for target in re.findall(r'from "([^"]+)"', text(path)):
-                assert target.startswith("./") or target.startswith("../"), (path, target)
+                assert target.startswith(("./", "../")), (path, target)
                 full = (Path("/") / folder / target).resolve().relative_to("/")
                 named.add(full.as_posix())
     assert named <= set(page_paths())
@@ -39,8 +39,9 @@ def test_every_file_that_the_page_names_is_there():
 
 
 def test_nothing_but_the_page_is_found():
-    for path in ("", "page", "page/", "../__init__.py", "page/../../__init__.py", "/etc/passwd",
-                 "page/vendor/README.md", "page/vendor/msgpack/LICENSE", "package.json"):  # fmt: skip
+    outside = ("", "page", "page/", "../__init__.py", "page/../../__init__.py", "/etc/passwd")
+    inside = ("page/vendor/README.md", "page/vendor/msgpack/LICENSE", "package.json")
+    for path in (*outside, *inside):
         assert page_file(path) is None
 
 
