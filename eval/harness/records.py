@@ -37,9 +37,11 @@ class Record:
         original_bytes: of the original's file.
         view_bytes, region_bytes: of the encoded global and local view.
         view_pixels, region_pixels: of the pictures sent, width x height.
-        ask_bytes, request_bytes, reply_bytes, answer_bytes: what else the messages of the two
-            stages have: a question without its view, a region request, a region without its
-            picture, an answer; WebSocket headers included.
+        ask_bytes, request_bytes, reply_bytes, answer_bytes, first_answer_bytes: what else the
+            messages of the two stages have: a question without its view, a region request, a
+            region without its picture, the second answer, and the first one as it is sent where
+            no second one follows; WebSocket headers included.
+        reference_bytes: of the global view as JPEG of quality 100 (section VII-F of 003).
         first_text, second_text: the two answers.
         first_score, second_score: by the task's default scorer.
         first_tokens, second_tokens: generated ids.
@@ -100,6 +102,8 @@ class Record:
     look_s: float
     second_s: float
     edge_s: float
+    first_answer_bytes: int = 0
+    reference_bytes: int = 0
 
 
 _TYPES: Mapping[str, pa.DataType] = {

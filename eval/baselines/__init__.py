@@ -1,0 +1,1 @@
+"""What the two-stage protocol is held against, each behind one small interface."""

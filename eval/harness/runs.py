@@ -1,0 +1,91 @@
+"""A finished or growing run, as everything that reads runs takes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from eval.harness.records import PROVENANCE, Record, read_records
+from server_plugin.presets import Preset
+from vlm_collab.errors import ConfigError
+
+TWO_STAGE, HD = "two_stage", "hd"
+"""Methods that a run can be of: both passes of every sample; LLaVA-1.5-HD."""
+
+
+class Decoder(NamedTuple):
+    """What Eq. 17-20 of 003_92b41fe49395ce1a.txt depend on: n_v, d_LLM and L."""
+
+    visual_tokens: int
+    hidden_size: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run.
+
+    Attributes:
+        folder: where it lies.
+        provenance: its `run.json`.
+        records: one for each sample, by its index.
+    """
+
+    folder: Path
+    provenance: Mapping[str, Any]
+    records: Sequence[Record]
+
+    @property
+    def method(self) -> str:
+        """What was run: `TWO_STAGE`, `HD`."""
+        return str(self.provenance["method"])
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The model's sizes; None where the run does not know them, as over a service."""
+        sizes = [self.provenance["model"].get(name) for name in Decoder._fields]
+        return None if None in sizes else Decoder(*sizes)
+
+    @property
+    def preset(self) -> Preset:
+        """How the model was used.
+
+        Raises:
+            ConfigError: the run does not know it, as one over a service.
+        """
+        preset = self.provenance["model"].get("preset")
+        if preset is None:
+            raise ConfigError(f"{self.folder} does not know its model's preset")
+        return msgspec.convert(preset, Preset)
+
+    def require(self, method: str) -> None:
+        """Refuse a run that is no run of a method.
+
+        Raises:
+            ConfigError: it is of another one, or holds no samples.
+        """
+        if self.method != method:
+            raise ConfigError(f"{self.folder} is a run of {self.method}, not of {method}")
+        if not self.records:
+            raise ConfigError(f"{self.folder} holds no samples")
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ConfigError: there is none, or it has no samples yet.
+    """
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        records = read_records(folder)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no run with samples") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} cannot be read as a run: {error}") from error
+    return Run(folder=folder, provenance=provenance, records=records)
