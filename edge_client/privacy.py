@@ -12,12 +12,10 @@ a limit that is silently ignored is worse than none. `edge_client.guard` is what
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -48,8 +46,7 @@ class Hidden(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Rectangle:
+class Rectangle(msgspec.Struct, frozen=True):
     """A rectangle that stays on the device.
 
     Attributes:
@@ -83,8 +80,7 @@ class Rectangle:
         yield Box(int(self.left), int(self.top), int(self.right), int(self.bottom))
 
 
-@dataclass(frozen=True, slots=True)
-class Mask:
+class Mask(msgspec.Struct, frozen=True):
     """A drawing that lies over the whole picture; what is dark in it stays on the device.
 
     Attributes:
@@ -134,8 +130,7 @@ class Mask:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Hours:
+class Hours(msgspec.Struct, frozen=True):
     """A daily time window; it passes midnight where its end is before its start.
 
     Attributes:
@@ -171,8 +166,7 @@ class Hours:
         return "-".join(f"{m // 60:02}:{m % 60:02}" for m in (self.start, self.end))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CameraPolicy:
+class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """What may leave of one camera's pictures. The defaults allow everything.
 
     Attributes:
@@ -209,8 +203,7 @@ class CameraPolicy:
         return next((hours for hours in self.quiet_hours if hours.holds(local)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """A loaded policy file.
 
     Attributes:
@@ -218,7 +211,7 @@ class Policy:
         source: the file, for messages.
     """
 
-    cameras: Mapping[str, CameraPolicy] = field(default_factory=dict)
+    cameras: Mapping[str, CameraPolicy] = msgspec.field(default_factory=dict)
     source: str = "the policy"
 
     def for_camera(self, name: str | None = None) -> CameraPolicy:
@@ -237,7 +230,7 @@ class Policy:
                 f'{self.source}: no camera "{name}" and no "{DEFAULT_CAMERA}"; it has '
                 f"{_listed(self.cameras)}"
             )
-        return dataclasses.replace(found, name=name)
+        return msgspec.structs.replace(found, name=name)
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
