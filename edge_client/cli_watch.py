@@ -90,7 +90,7 @@ def watch(
     if (every is None) == (seconds is None):
         raise ConfigError("say how often to ask: either --every N pictures or --seconds S")
     if seconds is not None and not 0 < seconds < math.inf:
-        raise ConfigError(f"--seconds must be more than 0, not {seconds:g}")
+        raise ConfigError(f"--seconds must be a number above 0, not {seconds:g}")
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=False)
     settings: ClientOptions = {"token": token, "ca_file": ca_file}
     progress = _Progress(beside=out is None and sys.stdout.isatty())

@@ -156,7 +156,8 @@ class _Decoder:
             stream.codec_context.options = {"err_detect": "explode"}
         self._whole, self._since, self._bad_in_a_row = False, 0, 0
         packets = container.demux(stream)
-        waited_s = decoded_s = time.monotonic()
+        waited_s = key_s = time.monotonic()
+        skipped = 0  # frames since the last one that was decoded
         while True:
             asked_s = time.monotonic()
             packet = next(packets, None)
@@ -166,12 +167,15 @@ class _Decoder:
             if now - asked_s >= _WAITED_S:
                 waited_s = now
             behind = self._live and now - waited_s > BEHIND_S
-            if behind and not (packet.is_keyframe and now - decoded_s >= BEHIND_S / 2):
-                self.count += 1
-                self.late += 1
-                self._whole = False
-                continue
-            decoded_s = now
+            if behind or skipped:
+                if packet.is_keyframe and (not behind or now - key_s >= BEHIND_S / 2):
+                    skipped, key_s = 0, now
+                elif skipped < MENDED_FRAMES:
+                    skipped += 1
+                    self.count += 1
+                    self.late += 1
+                    self._whole, self._since = False, 0
+                    continue
             if packet.is_corrupt:
                 self._harmed()
             try:

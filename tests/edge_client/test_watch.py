@@ -1,0 +1,307 @@
+"""`vlm-collab watch`: one line for each question, whatever happens to camera and server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from edge_client import cli_watch
+from edge_client.cameras import open_camera
+from edge_client.cli_watch import Watch
+from edge_client.client import EdgeClient
+from edge_client.keeper import Retry
+from server_plugin.service.runner import running
+from tests.e2e.common import HASTY, slow, world
+from tests.support.clips import scene, shaken, write_clip
+from tests.support.pictures import saved
+from tests.support.process import serving
+from tests.support.proxy import What, Where
+from tests.support.rtsp import RtspCamera, need_rtsp_server
+from tests.support.wire import service
+from vlm_collab.errors import AuthenticationError, ErrorCode
+from vlm_collab.messages import Answer, Ask, Options, RegionRequest
+
+UNSURE = "what is on the small sign?"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """Three seconds of a sign, then three of another, 10 frames a second."""
+    pictures = [shaken(scene(one), step) for one in (3, 4) for step in range(30)]
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file, all of them whole."""
+    text = path.read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Watching:
+    """A watch on a source, without a process of its own."""
+
+    def __init__(self, source: str, client: EdgeClient, out: Path, *, live=False, **how) -> None:
+        self.out = out
+        self.news: list[str] = []
+        self.camera = open_camera(source, news=self.news.append, live=live)
+        self.lines = cli_watch._Lines(out)
+        self.progress = cli_watch._Progress(beside=True)
+        settings = {"every": None, "seconds": None, "count": None, "deadline_s": 20.0}
+        self.watch = Watch(
+            self.camera,
+            UNSURE,
+            client,
+            self.lines,
+            self.progress,
+            options=Options(),
+            **{**settings, **how},
+        )
+
+    async def run(self) -> list[dict]:
+        await asyncio.wait_for(self.watch.run(), 60)
+        return read(self.out)
+
+    async def until_lines(self, count: int) -> list[dict]:
+        async with asyncio.timeout(30):
+            while len(lines := read(self.out)) < count:
+                await asyncio.sleep(0.02)
+        return lines
+
+
+async def test_every_nth_frame_of_a_recording(clip, tmp_path):
+    async with world() as w:
+        lines = await Watching(str(clip), w.client, tmp_path / "out", every=25).run()
+    assert [line["frame"] for line in lines] == [1, 26, 51] or [
+        abs(line["frame"] - due) < 4 for line, due in zip(lines, (1, 26, 51), strict=True)
+    ] == [True] * 3
+    for line in lines:
+        assert line["question"] == UNSURE
+        assert line["source"] == str(clip)
+        assert line["answer"].startswith("second ")
+        assert line["first_answer"].startswith("first ")
+        assert (line["stage"], line["refined"], line["fallback"]) == ("second", True, "none")
+        assert line["uncertainty"] < line["first_uncertainty"]
+        assert len(line["box"]) == 4
+        assert line["bytes_up"] > line["view_bytes"] + line["region_bytes"] > 0
+        assert line["skipped"] == 0
+        assert line["time"].endswith("+00:00")
+        assert "error" not in line
+    # They are about different pictures.
+    assert len({line["answer"] for line in lines}) == 3
+
+
+async def test_every_so_many_seconds_of_a_recording(clip, tmp_path):
+    async with world() as w:
+        lines = await Watching(str(clip), w.client, tmp_path / "out", seconds=2.0).run()
+    assert [round(line["position_s"] / 2) for line in lines] == [0, 1, 2]
+
+
+async def test_a_count_ends_it(clip, tmp_path):
+    async with world() as w:
+        lines = await Watching(str(clip), w.client, tmp_path / "out", every=2, count=4).run()
+    assert len(lines) == 4
+
+
+async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
+    async with world(slow(0.2)) as w:
+        watching = Watching(str(clip), w.client, tmp_path / "out", live=True, every=1)
+        lines = await watching.run()
+    frames = [line["frame"] for line in lines]
+    assert frames == sorted(set(frames))
+    assert len(lines) < 25  # of 60: at 0.4 s a question there is time for fifteen
+    assert all(line["skipped"] > 0 for line in lines[1:-1])  # the last waits for nobody
+    skipped = sum(line["skipped"] for line in lines)
+    assert skipped == watching.progress.skipped
+    # Each of the frames up to the last answer was asked about or skipped.
+    assert len(lines) + skipped == pytest.approx(frames[-1], abs=4)
+
+
+async def test_by_the_clock_a_slow_server_makes_it_skip(clip, tmp_path):
+    async with world(slow(0.4)) as w:
+        watching = Watching(str(clip), w.client, tmp_path / "out", live=True, seconds=0.2, count=4)
+        lines = await watching.run()
+    assert all(line["skipped"] >= 2 for line in lines[1:])
+
+
+async def test_a_folder_that_fills(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    async with world() as w:
+        watching = Watching(str(folder), w.client, tmp_path / "out", every=1, count=3)
+        running_watch = asyncio.create_task(watching.run())
+        for number in range(3):
+            (folder / f"{number}.jpg").write_bytes(saved(scene(number), "JPEG"))
+            await watching.until_lines(number + 1)
+        lines = await running_watch
+    assert [line["frame"] for line in lines] == [1, 2, 3]
+    assert len({line["answer"] for line in lines}) == 3
+    assert lines[0]["original_bytes"] == len(saved(scene(0), "JPEG"))
+
+
+async def test_a_failed_question_is_a_line_and_the_watch_goes_on(clip, tmp_path):
+    async with world(retry=Retry(attempts=1, reconnect_attempts=1)) as w:
+        w.proxy.rule(Ask, Where.AFTER, What.CUT)
+        w.proxy.refusing = True
+        watching = Watching(str(clip), w.client, tmp_path / "out", every=20)
+        running_watch = asyncio.create_task(watching.run())
+        (first, *_) = await watching.until_lines(1)
+        w.proxy.refusing = False
+        lines = await running_watch
+    assert first["frame"] == 1
+    assert first["code"] == "LINK"
+    assert first["error"]
+    assert "answer" not in first
+    assert [("answer" in line) for line in lines][-1]
+    assert watching.progress.failed >= 1
+
+
+async def test_a_server_that_restarts_is_survived(clip, tmp_path):
+    async with world() as w, running(service(w.backend)) as other:
+        w.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
+        watching = Watching(str(clip), w.client, tmp_path / "out", every=20)
+        w.proxy.retarget(other)
+        lines = await watching.run()
+    assert len(lines) == 3
+    assert all(line["refined"] for line in lines)
+
+
+async def test_a_server_that_is_not_there_yet(clip, tmp_path):
+    async with world(connect=False, retry=HASTY) as w:
+        w.proxy.refusing = True
+        watching = Watching(
+            str(clip), w.client, tmp_path / "out", live=True, every=1, deadline_s=1.0
+        )
+        running_watch = asyncio.create_task(watching.run())
+        await watching.until_lines(1)
+        w.proxy.refusing = False
+        await w.proxy.until_passed(Answer, 2)
+        running_watch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running_watch
+        lines = read(watching.out)
+    assert "error" in lines[0]
+    assert "answer" in lines[-1]
+
+
+async def test_a_wrong_token_ends_it_at_once(clip, tmp_path):
+    async with running(service(token="right")) as url:
+        client = EdgeClient(url, token="wrong", retry=HASTY)
+        with pytest.raises(AuthenticationError):
+            await Watching(str(clip), client, tmp_path / "out", every=1).run()
+    assert read(tmp_path / "out") == []
+
+
+async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
+    async with world() as w:
+        watching = Watching(str(clip), w.client, tmp_path / "out", every=50)
+        watching.watch._question = "what is <image>?"
+        lines = await watching.run()
+    assert [line["code"] for line in lines] == [ErrorCode.BAD_QUESTION.name] * 2
+
+
+async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_path, monkeypatch):
+    need_rtsp_server()
+    monkeypatch.setattr(cli_watch, "_SILENCE_S", 0.3)
+    async with world() as w:
+        with RtspCamera(clip) as camera:
+            watching = Watching(camera.url, w.client, tmp_path / "out", every=5)
+            running_watch = asyncio.create_task(watching.run())
+            await watching.until_lines(2)
+            camera.unplug()
+            async with asyncio.timeout(30):
+                while not any("error" in line for line in read(watching.out)):
+                    await asyncio.sleep(0.02)
+            lost = len(read(watching.out))
+            camera.plug_in()
+            lines = await watching.until_lines(lost + 2)
+            running_watch.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running_watch
+    errors = [line for line in lines if "error" in line]
+    assert [(line["frame"], line["code"]) for line in errors] == [(None, "IMAGE")]
+    assert "is lost" in errors[0]["error"]
+    assert "answer" in lines[-1]
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving("fake") as (_, ready):
+        yield str(ready["url"])
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "edge_client.cli", "watch", *map(str, arguments)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, number):
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"torn": ')  # the power failed in the middle of a line
+    process = subprocess.Popen(
+        command(clip, UNSURE, "--every", 1, "--live", "--server", server, "--out", out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    while out.read_text().count("\n") < 4 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    told, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert told == ""
+    assert "Traceback" not in errors
+    torn, *lines = out.read_text().split("\n")[:-1]
+    assert torn == '{"torn": '
+    assert all(json.loads(line)["refined"] for line in lines)
+    asked = len(lines)
+    assert errors.endswith(f"{asked} asked, 0 failed, {sum_skipped(lines)} skipped\n")
+
+
+def sum_skipped(lines: list[str]) -> int:
+    return sum(json.loads(line)["skipped"] for line in lines)
+
+
+def test_lines_on_stdout_may_be_read_as_long_as_one_likes(clip, server):
+    words = " ".join(command(clip, "'small?'", "--every", 1, "--server", server))
+    done = subprocess.run(
+        f"{words} | head -n 2", shell=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("\n") == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "say how often to ask: either --every N pictures or --seconds S"),
+        (("--every", "2", "--seconds", "2"), "say how often to ask"),
+        (("--seconds", "inf"), "--seconds must be a number above 0, not inf"),
+        (("--every", "2", "--always", "--never"), "exclude each other"),
+        (("--every", "2", "--out", "/nowhere/x"), "--out /nowhere/x: No such file or directory"),
+    ],
+)
+def test_wrong_use_is_one_line(capsys, clip, arguments, line):
+    from edge_client import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["watch", str(clip), "what?", *arguments])
+    assert ended.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert line in written.err.splitlines()[-1]
+    assert len(written.err.splitlines()) == 1
