@@ -232,15 +232,15 @@ def test_a_view_of_a_large_jpeg_does_not_decode_it_in_full(
     monkeypatch.setattr(ImageFile, "load_prepare", watch)
     source = SourceImage.open(saved(photo(2000, 1500), "JPEG"))
     assert loaded == []  # the size is the header's
-    view = source.view(Size(112, 112), Fit.STRETCH)
-    # 1500 / 8 is below twice 112, 1500 / 4 above.
+    view = source.view(Size(140, 140), Fit.STRETCH)
+    # 1500 / 8 is below 1.4 times 140, 1500 / 4 above.
     assert loaded == [(500, 375)]
     loaded.clear()
     source.region(Box(100, 100, 400, 400), Size(336, 336))
     assert loaded == [(2000, 1500)]
     loaded.clear()
     source.region(Box(0, 0, 9, 9), Size(336, 336))
-    again = source.view(Size(112, 112), Fit.STRETCH)
+    again = source.view(Size(140, 140), Fit.STRETCH)
     assert loaded == []  # cached
     assert difference(view, again) < 1
 
