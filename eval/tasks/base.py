@@ -66,6 +66,7 @@ class Task(ABC):
         name: as in `--task`.
         split: of the data.
         max_new_tokens: longest answer that the benchmark asks for.
+        stop: texts at which an answer ends; the scorers cut there.
         default_scorer: name of the rule that is reported unless another one is named.
         scorers: rules by name.
         summaries: figures of a whole split, by name.
@@ -76,6 +77,7 @@ class Task(ABC):
     name: ClassVar[str]
     split: str
     max_new_tokens: int
+    stop: Sequence[str] = ()
     default_scorer: str
     scorers: Mapping[str, Scorer]
     summaries: Mapping[str, Summary] = {}

@@ -1,0 +1,151 @@
+"""Rows of a benchmark, from the hub or from a local folder of the same layout.
+
+Pictures come out as the very bytes that the benchmark holds: decoding and encoding them again
+would change what an edge has to send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_collab.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a split lies: the hub's name, the configuration and the split's own name there."""
+
+    repository: str
+    split: str
+    config: str | None = None
+
+
+class Table:
+    """Rows of one split."""
+
+    def __init__(self, rows: Dataset, *, image: str | None = "image") -> None:
+        self._image = image
+        self._rows = rows if image is None else rows.remove_columns(image)
+        self._pictures = None if image is None else rows.select_columns(image)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row without its picture."""
+        row: dict[str, Any] = self._rows[index]
+        return row
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows."""
+        return list(self._rows[name])
+
+    def picture(self, index: int) -> bytes:
+        """The file of a row's picture, unchanged.
+
+        Raises:
+            ImageError: the row has none.
+        """
+        assert self._pictures is not None, "this table was opened without pictures"
+        stored = self._pictures[index][self._image]
+        if stored and stored["bytes"]:
+            return bytes(stored["bytes"])
+        try:
+            return Path(stored["path"]).read_bytes()
+        except (OSError, TypeError):
+            raise ImageError(f"row {index} of the benchmark has no picture") from None
+
+    def picture_key(self, index: int) -> str:
+        """The same for rows with the same picture, where the data say nothing else."""
+        return hashlib.sha256(self.picture(index)).hexdigest()[:16]
+
+
+def open_table(
+    source: Source,
+    *,
+    data: Path | None,
+    columns: Sequence[str],
+    image: str | None = "image",
+) -> Table:
+    """Open a split.
+
+    Args:
+        source: where it lies on the hub.
+        data: a folder with the same Parquet files; None: the hub (or its cache on this machine).
+        columns: what the rows must have.
+        image: the column of the pictures; None if these rows have none.
+
+    Raises:
+        ConfigError: the data are not there, cannot be read, or lack a column.
+    """
+    rows = _from_hub(source) if data is None else _from_folder(source, data)
+    wanted = [*columns, *([] if image is None else [image])]
+    lacking = [name for name in wanted if name not in rows.column_names]
+    if lacking:
+        raise ConfigError(
+            f"{data or source.repository}, split {source.split}: no column "
+            f"{' and no '.join(lacking)}; there are: {', '.join(rows.column_names)}"
+        )
+    if image is not None:
+        from datasets import Image
+
+        rows = rows.cast_column(image, Image(decode=False))
+    return Table(rows, image=image)
+
+
+def _from_hub(source: Source) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.repository, source.config, split=source.split)
+    except (OSError, ValueError) as error:
+        # Both are what `datasets` raises for an unknown name, no network, and a wrong split.
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"cannot get {source.repository} from the hub ({reason}); where there is a network, "
+            f"`hf download --repo-type dataset {source.repository} --local-dir FOLDER`, "
+            "then name that FOLDER as the task's data"
+        ) from None
+
+
+def _from_folder(source: Source, folder: Path) -> Dataset:
+    from datasets import load_dataset
+
+    files = split_files(source, folder)
+    try:
+        return load_dataset(
+            "parquet", data_files={source.split: [str(file) for file in files]}, split=source.split
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:160]
+        raise ConfigError(f"cannot read {files[0]} as Parquet: {reason}") from None
+
+
+def split_files(source: Source, folder: Path) -> list[Path]:
+    """Parquet files of a split in a folder, in order: those in a folder of the configuration's
+    name, else those in `data/`, else those in the folder itself.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}")
+    places = [folder / name for name in (source.config, "data") if name is not None]
+    for place in [*places, folder]:
+        found = sorted(
+            {*place.glob(f"{source.split}-*.parquet"), *place.glob(f"{source.split}.parquet")}
+        )
+        if found:
+            return found
+    config = f"{source.config}/" if source.config else "data/"
+    raise ConfigError(
+        f"{folder} does not hold the split {source.split} of {source.repository}: "
+        f"there is no {config}{source.split}-*.parquet in it"
+    )
