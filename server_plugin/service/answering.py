@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -132,6 +132,7 @@ async def ask_engine(
     history: History,
     options: Options,
     on_text: TextSink | None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Both stages of a question, at the model only while the model works.
 
@@ -139,6 +140,7 @@ async def ask_engine(
         turn: not taken yet; given back in any case.
         lease: hold on the view.
         fetch_region: see `Engine.answer`; others have their turn while it runs.
+        on_start: called when the view is there and the model begins.
 
     Raises:
         Whatever `refusals` turns into `Refused`.
@@ -158,8 +160,10 @@ async def ask_engine(
 
     try:
         await turn.take()
+        view = await lease.open()
+        on_start()
         return await service.engine.answer(
-            await lease.open(),
+            view,
             sources,
             question,
             fetch,

@@ -19,11 +19,13 @@ from server_plugin.engine import Engine
 from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
 from server_plugin.service.connection import Connection
 from server_plugin.service.metrics import Metrics
+from server_plugin.service.openai.endpoint import OpenAiEndpoint
 from server_plugin.service.page import page_routes
 from server_plugin.service.queue import ModelQueue
 from server_plugin.service.views import ViewStore
 from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.openai import ApiError
 from vlm_collab.page import token_in
 
 log = logging.getLogger(__name__)
@@ -67,13 +69,16 @@ class Service:
             ("view_bytes", "Memory that views occupy, in bytes.", lambda: self.views.nbytes),
         ):
             self.metrics.gauge(name, text, value)
+        self.openai = OpenAiEndpoint(self, self._openai_refusal)
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        return Starlette(routes=self.routes(), lifespan=self._lifespan)
+        routes = [*self.routes(), *self.openai.routes()]
+        return Starlette(routes=routes, lifespan=self._lifespan)
 
     def routes(self) -> list[Route | WebSocketRoute]:
-        """The routes, for mounting into another application."""
+        """The routes, for mounting into another application, which has an OpenAI-compatible
+        endpoint of its own (`self.openai` is ours)."""
         return [
             WebSocketRoute(ENDPOINT, self._websocket),
             Route("/healthz", self._health),
@@ -92,6 +97,7 @@ class Service:
             await asyncio.sleep(0.02)
         if self.questions:
             log.warning("questions refused at shutdown", extra={"questions": self.questions})
+        self.openai.shut_down()
         for connection in list(self._connections):
             connection.shut_down()
         if not await self._all_gone(FAREWELL_S):
@@ -108,6 +114,7 @@ class Service:
 
     async def close(self) -> None:
         """Release what is held. The backend belongs to whoever made it."""
+        self.openai.close()
         await self.views.close()
 
     @asynccontextmanager
@@ -145,6 +152,15 @@ class Service:
             return PlainTextResponse(f"the subprotocol is {SUBPROTOCOL}", 400)
         if self.draining or len(self._connections) >= self.config.limits.max_connections:
             return PlainTextResponse("no room for another connection", 503, {"Retry-After": "1"})
+        return None
+
+    def _openai_refusal(self, client: HTTPConnection) -> ApiError | None:
+        """Why this client gets no answer from the OpenAI-compatible endpoint; None if it may."""
+        if not self._may_enter(client):
+            text = "wrong or missing API key; it is the server's token"
+            return ApiError(401, text, code="invalid_api_key")
+        if not self._origin_allowed(client):
+            return ApiError(403, f"pages at {client.headers['origin']} may not ask this server")
         return None
 
     def _may_enter(self, client: HTTPConnection) -> bool:

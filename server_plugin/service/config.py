@@ -55,6 +55,39 @@ class ServiceLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAiLimits:
+    """Bounds on the OpenAI-compatible endpoint, beside those of `ServiceLimits`.
+
+    Attributes:
+        max_body_bytes: largest request; a picture takes 4/3 of its own bytes in it.
+        max_bodies_bytes: all requests that are being read or answered together; further ones are
+            told to come back.
+        max_picture_pixels: most pixels of a picture, width × height.
+        max_decoding: pictures decoded at once, which bounds the memory that pixels take.
+        region_deadline_s: how long a response that asks for a region waits for it; so long, it
+            occupies its view's memory.
+        keep_s: how long a response can be continued (`previous_response_id`), and with it the
+            pictures of its conversation.
+        max_kept: responses kept.
+        max_kept_bytes: memory for the texts and encoded pictures of kept responses.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_bodies_bytes: int = 512 * 2**20
+    max_picture_pixels: int = 50_000_000
+    max_decoding: int = 2
+    region_deadline_s: float = 30.0
+    keep_s: float = 300.0
+    max_kept: int = 4096
+    max_kept_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
     """How the service listens and whom it lets in.
 
@@ -69,6 +102,7 @@ class ServiceConfig:
         region_codec, region_quality: how the edge is asked to encode regions; a client that
             cannot encode it is asked for the best one that it can.
         limits: see `ServiceLimits`.
+        openai: see `OpenAiLimits`.
     """
 
     host: str = "127.0.0.1"
@@ -82,6 +116,7 @@ class ServiceConfig:
     region_codec: Codec = Codec.JPEG
     region_quality: int = 90
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    openai: OpenAiLimits = field(default_factory=OpenAiLimits)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

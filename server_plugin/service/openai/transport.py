@@ -1,0 +1,198 @@
+"""HTTP around the endpoint: bodies read within bounds, clients that leave, streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Send
+
+from server_plugin.service.config import OpenAiLimits
+from vlm_collab.openai import ApiError
+
+T = TypeVar("T")
+
+_DISCARDED = 4
+"""A body that is too large is read on, and thrown away, up to so many times the limit: a client
+that is still sending when its connection is closed never sees why."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; there is nobody to tell."""
+
+
+class Bodies:
+    """Reads requests, all of them together within a budget.
+
+    Args:
+        limits: bounds.
+        timeout_s: longest time that a client may take to send a request.
+    """
+
+    def __init__(self, limits: OpenAiLimits, timeout_s: float) -> None:
+        self._limits = limits
+        self._timeout_s = timeout_s
+        self.nbytes = 0
+        """Bytes of all requests that are being read or answered."""
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """A request's body; its bytes count until the block is left.
+
+        Raises:
+            ApiError: too large (413), too many bytes at once (429), or too slow (408).
+            ClientGoneError: the client left.
+        """
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    self.nbytes += len(chunk)
+                    if size > self._limits.max_body_bytes:
+                        await self._discard(request)
+                        raise self._too_large()
+                    if self.nbytes > self._limits.max_bodies_bytes:
+                        await self._discard(request)
+                        raise ApiError(
+                            429,
+                            "the server is busy with other pictures",
+                            "rate_limit_error",
+                            None,
+                            "busy",
+                            retry_after_s=1.0,
+                        )
+                    chunks.append(chunk)
+            body = b"".join(chunks)
+            chunks.clear()
+            yield body
+        except TimeoutError:
+            text = f"the request did not arrive within {self._timeout_s:g} s"
+            raise ApiError(408, text, code="request_timeout") from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
+        finally:
+            self.nbytes -= size
+
+    async def _discard(self, request: Request) -> None:
+        """Read on without keeping anything, or counting it."""
+        left = self._limits.max_body_bytes * _DISCARDED
+        async for chunk in _rest(request):
+            left -= len(chunk)
+            if left < 0:
+                return
+
+    def _too_large(self) -> ApiError:
+        mib = self._limits.max_body_bytes / 2**20
+        text = f"a request of more than {mib:g} MiB"
+        return ApiError(413, text, code="request_too_large")
+
+
+async def _rest(request: Request) -> AsyncIterator[bytes]:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled when the client goes.
+
+    Args:
+        receive: of a request whose body has been read.
+
+    Raises:
+        ClientGoneError: the client left first.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Sender:
+    """The response to one request: one JSON object, or a stream of events.
+
+    Args:
+        send: where it goes.
+        timeout_s: how long a client may leave a piece unread.
+
+    Attributes:
+        sent: bytes of the body so far.
+        started: whether the status line has gone; what goes wrong later is told in the stream.
+    """
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self.sent = 0
+        self.started = False
+
+    async def json(self, body: bytes) -> None:
+        """Send an object, and nothing else.
+
+        Raises:
+            ClientGoneError: the client does not read; so for all that sends.
+        """
+        await self._start(200, {"content-type": "application/json"}, len(body))
+        await self._write(body, more=False)
+
+    async def error(self, error: ApiError) -> None:
+        """Send an error, and nothing else."""
+        body = error.encoded()
+        headers = {"content-type": "application/json", **error.headers()}
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        await self._start(error.status, headers, len(body))
+        await self._write(body, more=False)
+
+    async def events(self, events: bytes) -> None:
+        """Send events of a stream; nothing for none."""
+        if not events:
+            return
+        if not self.started:
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "x-accel-buffering": "no",  # nginx would collect the whole answer
+            }
+            await self._start(200, headers, None)
+        await self._write(events, more=True)
+
+    async def end(self) -> None:
+        """End a stream."""
+        await self._write(b"", more=False)
+
+    async def _start(self, status: int, headers: Mapping[str, str], length: int | None) -> None:
+        given = {**headers, "cache-control": "no-store"}
+        if length is not None:
+            given["content-length"] = str(length)
+        raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _write(self, data: bytes, *, more: bool) -> None:
+        self.sent += len(data)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except (TimeoutError, OSError):
+            raise ClientGoneError from None
