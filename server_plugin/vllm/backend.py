@@ -286,7 +286,7 @@ class VllmBackend:
 
     def _forget(self, task: asyncio.Task[Generation]) -> None:
         self._running.discard(task)
-        _result(task)  # an error that nobody waited for is no news
+        _seen(task)
 
     async def _call(self, method: str, argument: Any) -> Any:
         if self._engine is None:
@@ -326,9 +326,14 @@ class VllmBackend:
         ended = stopped = False
         cached = 0
         outputs = self._outputs(key, prompt, pictures, max_new_tokens, sampling)
+        fetched: asyncio.Task[NDArray[np.float32]] | None = None
         # Leaving the loop, for whatever reason, aborts what is left of the request.
         async with contextlib.aclosing(outputs):
             async for output in outputs:
+                if rows and fetched is None:
+                    # It is there since the prompt ended; the answer's tokens come meanwhile.
+                    fetched = asyncio.create_task(self._row(key, prompt))
+                    fetched.add_done_callback(_seen)
                 if output.prompt_token_ids is not None:
                     _check_prompt(prompt, output.prompt_token_ids)
                 cached = max(cached, output.num_cached_tokens or 0)
@@ -356,7 +361,7 @@ class VllmBackend:
             ended=ended,
             prefilled_tokens=len(prompt.ids) - cached,
             context_tokens=len(prompt.ids),
-            row=await self._row(key, prompt) if rows else None,
+            row=None if fetched is None else await fetched,
             surprisals=tuple(surprisals),
         )
 
@@ -432,6 +437,12 @@ class VllmBackend:
         return TokenStatistics(
             max(-best / math.log(2), 0.0), math.nan, math.exp(best) - math.exp(second)
         )
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """An error that nobody waits for any more is no news."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _result(task: asyncio.Task[Generation] | None) -> Generation | None:

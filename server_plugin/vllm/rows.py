@@ -31,7 +31,7 @@ def token_major_keys(cache: Tensor, blocks: Tensor) -> Tensor:
         (key/value heads, n · block, head).
     """
     head = cache.shape[-1] // 2
-    keys: Tensor = cache[blocks][..., :head]  # (n, heads, block, head)
+    keys: Tensor = cache[..., :head][blocks]  # (n, heads, block, head), without the values
     return keys.transpose(0, 1).flatten(1, 2)
 
 
@@ -42,8 +42,9 @@ def vector_keys(cache: Tensor, blocks: Tensor) -> Tensor:
     first numbers, then all their second ones. Arguments and result as `token_major_keys`.
     """
     block, head = cache.shape[2], cache.shape[3] // 2
-    halves = cache[blocks].reshape(len(blocks), cache.shape[1], 2, head, block)
-    return halves[:, :, 0].permute(1, 0, 3, 2).flatten(1, 2)
+    # A view, never a copy: this is the whole cache.
+    keys: Tensor = cache.view(len(cache), cache.shape[1], 2, head, block)[:, :, 0][blocks]
+    return keys.permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def summed_row(

@@ -54,7 +54,8 @@ def environment() -> dict[str, str]:
     """Variables for a process that uses vLLM there."""
     return {
         **os.environ,
-        "PYTHONPATH": str(SUPPORT),
+        # This checkout before any other that the plugin may have been installed from.
+        "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT, ROOT))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
