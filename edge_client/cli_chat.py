@@ -101,7 +101,15 @@ def chat(
         PatientClient(server, screen.note, forever=talking, settings=settings) as client,
     ):
         client.connect()
-        talk = Chat(camera, client, screen, options=options, deadline_s=deadline, fresh=fresh)
+        talk = Chat(
+            camera,
+            client,
+            screen,
+            options=options,
+            deadline_s=deadline,
+            fresh=fresh,
+            single=single,
+        )
         code = talk.run(screen.read if talking else _piped)
     return code
 
