@@ -62,6 +62,7 @@ _BUILT_IN = {
     "ask": "edge_client.cli_ask:ask",
     "audit": "edge_client.cli_audit:audit",
     "chat": "edge_client.cli_chat:chat",
+    "gateway": "edge_client.cli_gateway:gateway",
     "watch": "edge_client.cli_watch:watch",
 }
 
@@ -70,12 +71,20 @@ _HELP = {
     "ask": "Ask questions about photos.",
     "audit": "Show which images left the device.",
     "chat": "Talk about what a camera sees, or a picture.",
+    "gateway": "Speak OpenAI's API on this device, for clients that know no other.",
     "watch": "Ask the same question of a camera again and again.",
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
     "flops": "Print what a question costs on a model.",
 }
-_EXTRA = {"chat": "camera", "watch": "camera", "serve": "server", "demo": "eval", "flops": "server"}
+_EXTRA = {
+    "chat": "camera",
+    "gateway": "gateway",
+    "watch": "camera",
+    "serve": "server",
+    "demo": "eval",
+    "flops": "server",
+}
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 

@@ -121,6 +121,8 @@ def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
             return ApiError(429, text, "rate_limit_error", None, "busy", retry_after_s=wait_s)
         case ServerError():
             return _of_server(error, param)
+        case ProtocolError() if error.code is ErrorCode.TOO_LARGE:
+            return refuse(param, text, "too_large", status=413)
         case ProtocolError():
             return ApiError(502, text, "server_error", None, "upstream_protocol")
     return ApiError(500, text, "server_error", None, "internal")

@@ -89,7 +89,13 @@ class Result:
 
 
 def logprobs_of(tokens: Iterable[Token]) -> list[dict[str, Any]]:
-    """Tokens as OpenAI writes them: log of the probability in nats, and UTF-8 bytes."""
+    """Tokens as OpenAI writes them: log of the probability in nats, and UTF-8 bytes.
+
+    The end-of-sequence token adds no text and is left out, as OpenAI does.
+    """
+    told = list(tokens)
+    if told and not told[-1].text:
+        told.pop()
     return [
         {
             "token": token.text,
@@ -97,7 +103,7 @@ def logprobs_of(tokens: Iterable[Token]) -> list[dict[str, Any]]:
             "bytes": list(token.text.encode()),
             "top_logprobs": [],
         }
-        for token in tokens
+        for token in told
     ]
 
 

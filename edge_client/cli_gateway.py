@@ -1,0 +1,153 @@
+"""`vlm-collab gateway`: OpenAI's APIs on the device."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
+from edge_client.dial import DEFAULT_URL
+from edge_client.gateway import (
+    DEFAULT_PORT,
+    Gateway,
+    GatewayConfig,
+    GatewayLimits,
+    NoServerError,
+    bind,
+    serve,
+    url_of,
+)
+from vlm_collab.errors import ConfigError
+from vlm_collab.openai import WireLimits
+
+_GREETING_S = 3.0
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def gateway(
+    server: Annotated[
+        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
+    ] = DEFAULT_URL,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
+    ] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
+        DEFAULT_PORT
+    ),
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="VLM_COLLAB_API_KEY",
+            help="API key that clients must send. Needed on any address but localhost.",
+        ),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Listen beyond localhost without a key.")
+    ] = False,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of browser pages that may use it; repeat for several."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host (name, name:port or address) from which picture addresses are fetched; "
+            "repeat for several. By default nothing is fetched."
+        ),
+    ] = None,
+    model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="One more name for the model, for clients that insist on theirs."),
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
+    ] = DEFAULT_DEADLINE_S,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
+    picture_memory_mb: Annotated[
+        int, typer.Option(min=1, help="Memory for originals, in MiB, so that none is sent twice.")
+    ] = 256,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy file: what may leave the device.")
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Whose rules of the policy apply.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="File in which every image that leaves is listed.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line when ready.")] = False,
+) -> None:
+    """Speak OpenAI's API on this device, and send only what the model needs to see.
+
+    Clients send full pictures as they always do; a small view goes up to the server, and the
+    region that the model asks for. Needs the `gateway` extra.
+    """
+    if log_level not in _LEVELS:
+        raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(_LEVELS)}")
+    wire = WireLimits(max_body_bytes=max_body_mb * 2**20)
+    config = GatewayConfig(
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_anonymous=allow_anonymous,
+        origins=frozenset(origin or ()),
+        fetch_hosts=frozenset(allow_host or ()),
+        aliases=tuple(model_name or ()),
+        deadline_s=deadline,
+        limits=GatewayLimits(
+            wire=wire,
+            max_requests=max_requests,
+            max_picture_bytes=picture_memory_mb * 2**20,
+        ),
+    )
+    options: ClientOptions = {
+        "token": token,
+        "ca_file": ca_file,
+        "policy": policy,
+        "camera": camera,
+        "audit": audit,
+    }
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(_serve(config, server, options, as_json=as_json))
+
+
+async def _serve(
+    config: GatewayConfig, server: str, options: ClientOptions, *, as_json: bool
+) -> None:
+    # Inside the event loop, where the connections belong.
+    gateway = Gateway(config, server, **options)
+    sock = bind(config)
+    try:
+        model, note = await _greeting(gateway)
+        url = url_of(sock)
+        if as_json:
+            ready = {"event": "ready", "url": url, "model": model, "pid": os.getpid()}
+            print(json.dumps(ready), flush=True)
+        else:
+            print(f"vlm-collab: gateway at {url} {note} (Ctrl-C stops)", flush=True)
+        await serve(gateway, sock)
+    finally:
+        sock.close()
+        await gateway.answerer.close()
+
+
+async def _greeting(gateway: Gateway) -> tuple[str | None, str]:
+    """What the server serves, if it is there; a wrong address or token is told at once."""
+    try:
+        welcome = await gateway.answerer.welcome(_GREETING_S)
+    except NoServerError as error:
+        return None, f"is waiting for its server; {error}"
+    return welcome.model, f"for {welcome.model}"

@@ -1,0 +1,23 @@
+"""The gateway: OpenAI's APIs on the device, `vlm-collab/1` towards the server.
+
+A client sends its full-resolution picture as it always does; only a small view of it goes up the
+uplink, and the region that the model asks for. `Gateway` is the application, `running` and
+`serve` put it on a socket.
+"""
+
+from edge_client.gateway.answering import NoServerError
+from edge_client.gateway.app import Gateway
+from edge_client.gateway.config import DEFAULT_PORT, GatewayConfig, GatewayLimits
+from edge_client.gateway.runner import bind, running, serve, url_of
+
+__all__ = [
+    "DEFAULT_PORT",
+    "Gateway",
+    "GatewayConfig",
+    "GatewayLimits",
+    "NoServerError",
+    "bind",
+    "running",
+    "serve",
+    "url_of",
+]

@@ -1,0 +1,219 @@
+"""From a question in OpenAI's form to its answer, over the one client that all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Unpack
+
+from edge_client.answer import EdgeAnswer
+from edge_client.asking import TextSink
+from edge_client.client import ClientOptions, EdgeClient
+from edge_client.dial import Server
+from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.fetch import Fetcher
+from edge_client.gateway.upstream import TextUpstream
+from edge_client.guard import open_guard, without_secrets
+from edge_client.keeper import Retry
+from edge_client.picture import Album, Picture
+from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError
+from vlm_collab.images import MAX_SOURCE_PIXELS
+from vlm_collab.messages import Welcome
+from vlm_collab.openai import (
+    Query,
+    RegionReport,
+    Report,
+    Result,
+    Url,
+    api_error,
+    check_model,
+    refuse,
+    stage_name,
+)
+
+_FOREVER = Retry(attempts=2**31, reconnect_attempts=2**31, longest_s=2.0)
+"""A question's deadline ends its waiting; the gateway itself never gives the server up."""
+
+_AT_HAND_S = 0.05
+
+
+class NoServerError(LinkError):
+    """The server is away; it may come back."""
+
+
+class Answerer:
+    """Asks the server, and makes OpenAI's errors of what goes wrong.
+
+    Args:
+        config: see `GatewayConfig`.
+        url: address of the service.
+        options: see `ClientOptions`; `policy` and `audit` hold for all requests.
+
+    Raises:
+        ConfigError: an impossible setting.
+    """
+
+    def __init__(self, config: GatewayConfig, url: str, **options: Unpack[ClientOptions]) -> None:
+        limits = config.limits
+        self._config = config
+        self.server = Server(
+            url=url,
+            token=options.get("token"),
+            ca_file=options.get("ca_file"),
+            proxy=options.get("proxy"),
+        )
+        self._where = without_secrets(self.server.url)
+        self._guard = open_guard(options.get("policy"), options.get("camera"), None, self._where)
+        self.watched = options.get("policy") is not None or options.get("audit") is not None
+        """Whether a policy or an audit log stands between pictures and the uplink."""
+        settings: ClientOptions = {"retry": _FOREVER}
+        settings.update(options)
+        self._client = EdgeClient(url, **settings)
+        self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS), limits.max_picture_bytes)
+        self._fetcher = Fetcher(
+            config.fetch_hosts,
+            timeout_s=limits.fetch_timeout_s,
+            max_bytes=limits.wire.max_picture_bytes,
+        )
+        self._texts = TextUpstream(self.server, timeout_s=config.deadline_s)
+
+    @property
+    def texts(self) -> TextUpstream:
+        """The server's own API, for requests about text alone."""
+        return self._texts
+
+    async def close(self) -> None:
+        """Close all connections. Questions still open end with an error."""
+        await self._client.close()
+        await self._fetcher.close()
+        await self._texts.close()
+
+    async def welcome(self, within_s: float | None = None) -> Welcome:
+        """What the server says of itself; waits for it if it is away.
+
+        Args:
+            within_s: longest wait; by default as long as for a question.
+
+        Raises:
+            NoServerError: it did not come back in time.
+            CollabError: see `EdgeClient.connect`.
+        """
+        within_s = self._config.deadline_s if within_s is None else within_s
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._client.connect()
+        except TimeoutError:
+            raise NoServerError(f"no server at {self._where} within {within_s:g} s") from None
+
+    def names(self, welcome: Welcome) -> tuple[str, ...]:
+        """The names under which clients may ask for the model."""
+        return (welcome.model, *self._config.aliases)
+
+    def check_time(self) -> None:
+        """Whether the policy lets anything leave now.
+
+        Raises:
+            PrivacyError: it does not.
+        """
+        self._guard.check_time()
+
+    async def answer(self, query: Query, on_text: TextSink | None) -> Result:
+        """Ask a question.
+
+        Args:
+            query: the question.
+            on_text: see `EdgeClient.ask`.
+
+        Raises:
+            ApiError: there is no answer, and why.
+        """
+        try:
+            until = asyncio.get_running_loop().time() + self._config.deadline_s
+            welcome = await self.welcome()
+            check_model(query.model, self.names(welcome))
+            if not query.pictures:
+                self.check_time()
+                return await self._texts.ask(query, welcome.model, on_text)
+            _check_features(query, welcome)
+            pictures = await asyncio.gather(
+                *(
+                    self._open(source, param)
+                    for source, param in zip(query.pictures, query.picture_params, strict=True)
+                )
+            )
+            left_s = max(0.001, until - asyncio.get_running_loop().time())
+            return _result(await self._ask(query, pictures, on_text, left_s))
+        except CollabError as error:
+            raise api_error(error, param=query.question_param) from error
+
+    async def _open(self, source: bytes | Url, param: str) -> Picture:
+        if isinstance(source, Url):
+            source = await self._fetcher.fetch(source, param)
+        try:
+            return await asyncio.to_thread(self._album.get, source)
+        except ImageError as error:
+            raise api_error(error, param=param) from error
+
+    async def _ask(
+        self, query: Query, pictures: list[Picture], on_text: TextSink | None, left_s: float
+    ) -> EdgeAnswer:
+        try:
+            return await self._client.ask(
+                pictures,
+                query.question,
+                history=query.history,
+                deadline_s=left_s,
+                on_text=on_text,
+                options=query.options,
+            )
+        except DeadlineError:
+            await self.welcome(_AT_HAND_S)  # whoever waited for a server learns that there is none
+            raise
+        except ImageError as error:
+            param = query.picture_params[0] if len(pictures) == 1 else query.question_param
+            raise api_error(error, param=param) from error
+
+
+def _check_features(query: Query, welcome: Welcome) -> None:
+    """Refuse what this server would ignore.
+
+    Raises:
+        ApiError: it lacks a feature that the question needs.
+    """
+    options, where = query.options, query.question_param
+    wanted = (
+        (bool(options.stop), "stop", "stop"),
+        (bool(options.temperature), "sampling", "temperature"),
+        (options.tokens, "tokens", "logprobs"),
+        (bool(query.history), "history", where),
+        (len(query.pictures) > 1, "pictures", where),
+    )
+    for asked, feature, param in wanted:
+        if asked and feature not in welcome.features:
+            text = f"{param}: the model {welcome.model} is served without {feature}"
+            raise refuse(param, text, "unsupported_parameter")
+
+
+def _result(answer: EdgeAnswer) -> Result:
+    box = answer.box
+    return Result(
+        text=answer.text,
+        report=Report(
+            model=answer.model,
+            stage=stage_name(answer.stage),
+            refined=answer.refined,
+            fallback=answer.fallback.name.lower(),
+            uncertainty=answer.uncertainty,
+            first_text=answer.first_text,
+            first_uncertainty=answer.first_uncertainty,
+            region=None if box is None else RegionReport(answer.picture, box),
+            bytes_up=answer.bytes_up,
+            bytes_down=answer.bytes_down,
+            view_bytes=answer.view_bytes,
+            region_bytes=answer.region_bytes,
+            original_bytes=answer.original_bytes,
+        ),
+        finish=answer.finish,
+        tokens=answer.tokens,
+        prompt_tokens=answer.usage.prefilled_tokens,
+        completion_tokens=answer.usage.decoded_tokens,
+    )

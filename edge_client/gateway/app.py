@@ -1,0 +1,329 @@
+"""Routes of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Unpack
+
+import httpx
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from edge_client.client import ClientOptions
+from edge_client.dial import DEFAULT_URL
+from edge_client.gateway.access import Access
+from edge_client.gateway.answering import Answerer
+from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.page import Page
+from edge_client.gateway.store import ResponseStore
+from edge_client.gateway.streaming import EventStream, Form, Gone, answer_pieces, unless_gone
+from vlm_collab import __version__
+from vlm_collab.errors import CollabError
+from vlm_collab.openai import (
+    ApiError,
+    ChatStream,
+    Query,
+    ResponseBuilder,
+    Result,
+    TextFlow,
+    api_error,
+    chat_is_text,
+    check_model,
+    completion,
+    decode_body,
+    model_object,
+    models_list,
+    parse_chat,
+    parse_responses,
+    refuse,
+)
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 5.0
+_READY_S = 0.05
+
+_LEFT = 499  # what servers note for a client that left; nobody reads it
+
+
+class Gateway:
+    """OpenAI's APIs for the model of a `vlm-collab/1` server.
+
+    Args:
+        config: see `GatewayConfig`.
+        url: address of the service.
+        options: see `ClientOptions`; `policy` and `audit` hold for all requests.
+
+    Raises:
+        ConfigError: an impossible setting.
+    """
+
+    def __init__(
+        self, config: GatewayConfig, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]
+    ) -> None:
+        limits = config.limits
+        self.config = config
+        self.answerer = Answerer(config, url, **options)
+        self._access = Access(config)
+        self._page = Page(self.answerer, self._access, limits.max_relays)
+        self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
+        self._created = int(time.time())
+        self._requests = 0
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self._endpoint(self._chat), methods=["POST"]),
+            Route("/v1/responses", self._endpoint(self._respond), methods=["POST"]),
+            Route("/v1/models", self._endpoint(self._models)),
+            Route("/v1/models/{id:path}", self._endpoint(self._model)),
+            Route("/healthz", self._health),
+            Route("/readyz", self._ready),
+            *self._page.routes(),
+        ]
+        pages = Middleware(
+            CORSMiddleware,
+            allow_origins=sorted(self.config.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+        return Starlette(
+            routes=routes,
+            middleware=[pages] if self.config.origins else [],
+            exception_handlers={HTTPException: _no_such_route},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        await self.answerer.close()
+
+    def _endpoint(
+        self, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A route that tells its errors in OpenAI's form."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                refusal = self._access.refusal(request)
+                if refusal is not None:
+                    raise refusal
+                return await answer(request)
+            except CollabError as error:
+                return _error(api_error(error))
+            except (Gone, ClientDisconnect):
+                return Response(None, _LEFT)
+            # A bug: its trace goes to the log, not to the client.
+            except Exception:
+                log.exception("%s failed", request.url.path)
+                return _error(
+                    ApiError(500, "the gateway failed; its log knows more", "server_error")
+                )
+
+        return endpoint
+
+    async def _chat(self, request: Request) -> Response:
+        limits = self.config.limits.wire
+        with self._working():
+            body = await self._body(request)
+            if chat_is_text(body):
+                return await self._forward(request, body)
+            query = await asyncio.to_thread(parse_chat, body, limits)
+            id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+            model = await self._model_name(request, query)
+            if query.stream:
+                form = ChatStream(
+                    id=id, created=created, model=model, include_usage=query.include_usage
+                )
+                return await self._stream(request, query, form, lambda result: None)
+            result = await unless_gone(request.receive, self.answerer.answer(query, None))
+            return _json(completion(result, id=id, created=created, model=model))
+
+    async def _respond(self, request: Request) -> Response:
+        limits = self.config.limits.wire
+        with self._working():
+            body = await self._body(request)
+            asked = await asyncio.to_thread(parse_responses, body, limits)
+            if asked.region_tool or asked.outputs:
+                raise refuse(
+                    "tools" if asked.region_tool else "input",
+                    "this gateway answers region requests by itself: send the original picture, "
+                    "and no tools",
+                    "unsupported_parameter",
+                )
+            before = self._responses.get(asked.previous_response_id)
+            query = asked.query(before)
+            id, created = f"resp_{secrets.token_hex(24)}", int(time.time())
+            model = await self._model_name(request, query)
+            form = ResponseBuilder(asked, id=id, created=created, model=model)
+
+            def keep(result: Result) -> None:
+                if asked.store:
+                    self._responses.keep(id, asked.whole(before).answered(result.text))
+
+            if query.stream:
+                return await self._stream(request, query, form, keep)
+            result = await unless_gone(request.receive, self.answerer.answer(query, None))
+            keep(result)
+            return _json(form.whole(result))
+
+    async def _stream(
+        self, request: Request, query: Query, form: Form, finished: Callable[[Result], None]
+    ) -> Response:
+        pieces = answer_pieces(
+            lambda on_text: self.answerer.answer(query, on_text),
+            form,
+            TextFlow(query.options.stop),
+            whole=query.options.tokens,
+            finished=finished,
+        )
+        return self._events(await self._first(request, pieces), pieces)
+
+    async def _first(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> bytes:
+        """What a stream begins with; what goes wrong before is told by a status."""
+        try:
+            return await unless_gone(request.receive, _next(pieces))
+        except BaseException:
+            await pieces.aclose()
+            raise
+
+    def _events(self, first: bytes, pieces: AsyncGenerator[bytes, None]) -> EventStream:
+        """A stream counts as a request at work until its end."""
+        self._requests += 1
+        return EventStream(first, pieces, self._ended)
+
+    def _ended(self) -> None:
+        self._requests -= 1
+
+    async def _forward(self, request: Request, body: Mapping[str, Any]) -> Response:
+        """Hand a request about text alone to the server's own API, as it is."""
+        self.answerer.check_time()
+        welcome = await unless_gone(request.receive, self.answerer.welcome())
+        if not body.get("model") or body.get("model") in self.config.aliases:
+            body = {**body, "model": welcome.model}
+        answering = self.answerer.texts.forward(body)
+        response = await unless_gone(request.receive, answering.__aenter__())
+        if body.get("stream") is True and response.status_code == 200:
+            pieces = _passed_on(answering, response)
+            return self._events(await self._first(request, pieces), pieces)
+        try:
+            content = await unless_gone(request.receive, response.aread())
+        finally:
+            await answering.__aexit__(None, None, None)
+        kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
+        return Response(content, response.status_code, kept)
+
+    async def _model_name(self, request: Request, query: Query) -> str:
+        """The name that the answer says it is from: as the client has it, if it has any."""
+        if query.model:
+            return query.model
+        return (await unless_gone(request.receive, self.answerer.welcome())).model
+
+    async def _models(self, request: Request) -> Response:
+        welcome = await self.answerer.welcome(_LOOK_S)
+        return _json(models_list(self.answerer.names(welcome), self._created))
+
+    async def _model(self, request: Request) -> Response:
+        name = str(request.path_params["id"])
+        welcome = await self.answerer.welcome(_LOOK_S)
+        check_model(name, self.answerer.names(welcome))
+        return _json(model_object(name, self._created))
+
+    async def _health(self, _: Request) -> Response:
+        """The process is alive."""
+        return PlainTextResponse("ok")
+
+    async def _ready(self, _: Request) -> Response:
+        """The server is there."""
+        try:
+            model: str | None = (await self.answerer.welcome(_READY_S)).model
+        except CollabError:
+            model = None
+        body = {"ready": model is not None, "model": model, "version": __version__}
+        return _json(body, 200 if model is not None else 503)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Count a request, or refuse it."""
+        if self._requests >= self.config.limits.max_requests:
+            raise ApiError(
+                429,
+                f"{self._requests} requests are being worked on; no more at once",
+                "rate_limit_error",
+                None,
+                "busy",
+                retry_after_s=1.0,
+            )
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        limits = self.config.limits
+        most = limits.wire.max_body_bytes
+        data, size = bytearray(), 0
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size <= most:
+                        data += piece
+                    # A client that still sends does not read; within reason it is let finish.
+                    elif size > 4 * most:
+                        break
+        except TimeoutError:
+            raise ApiError(408, "the request did not arrive in time") from None
+        if size > most:
+            raise refuse(
+                None,
+                f"the request has more than {most} bytes",
+                "request_too_large",
+                status=413,
+            )
+        return await asyncio.to_thread(decode_body, bytes(data), most)
+
+
+_KEPT = ("content-type", "retry-after")
+
+
+async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(pieces, b"")
+
+
+async def _passed_on(answering: Any, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    try:
+        async for piece in response.aiter_bytes():
+            yield piece
+    except httpx.HTTPError as error:
+        lost = ApiError(502, f"the server was lost: {error}", "server_error")
+        yield b"data: " + lost.encoded() + b"\n\n"
+    finally:
+        await answering.__aexit__(None, None, None)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _error(error: ApiError) -> Response:
+    return Response(error.encoded(), error.status, error.headers(), media_type="application/json")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    return _error(ApiError(error.status_code, text, "invalid_request_error", None, "unknown_url"))

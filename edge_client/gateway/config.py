@@ -1,0 +1,94 @@
+"""Settings of the gateway, with safe defaults: localhost, limits on, nothing open to browsers."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from edge_client.client import DEFAULT_DEADLINE_S
+from vlm_collab.errors import ConfigError
+from vlm_collab.openai import WireLimits
+
+DEFAULT_PORT = 8766
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayLimits:
+    """Bounds on what all clients together may occupy.
+
+    Attributes:
+        wire: bounds on one request.
+        max_requests: requests worked on at once; further ones get "busy, retry after".
+        max_picture_bytes: memory for originals, so that a later question about one costs no
+            pixels; the least recently used go first.
+        max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
+            pictures' bytes; the oldest go first.
+        max_relays: connections of the page at once.
+        body_timeout_s: time for a request's body to arrive.
+        fetch_timeout_s: time for a picture to be fetched.
+    """
+
+    wire: WireLimits = field(default_factory=WireLimits)
+    max_requests: int = 32
+    max_picture_bytes: int = 256 * 2**20
+    max_responses: int = 256
+    max_response_bytes: int = 256 * 2**20
+    max_relays: int = 16
+    body_timeout_s: float = 60.0
+    fetch_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """How the gateway listens and whom it lets in.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        api_key: what clients must send as `Authorization: Bearer`; None lets everyone in who can
+            connect, which is refused on any address but loopback unless `allow_anonymous`.
+        allow_anonymous: listen beyond loopback without a key all the same.
+        origins: origins of browser pages that may use it.
+        fetch_hosts: hosts, as `name`, `name:port` or address, from which pictures are fetched.
+        aliases: names beside the model's own under which clients may ask for it.
+        deadline_s: time for one question, waiting for the server included.
+        limits: see `GatewayLimits`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    api_key: str | None = None
+    allow_anonymous: bool = False
+    origins: frozenset[str] = frozenset()
+    fetch_hosts: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+    deadline_s: float = DEFAULT_DEADLINE_S
+    limits: GatewayLimits = field(default_factory=GatewayLimits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"the deadline must be more than 0 s, not {self.deadline_s:g}")
+        if self.api_key is not None and not _can_be_sent(self.api_key):
+            raise ConfigError("the API key must be printable ASCII characters without blanks")
+        if "*" in self.origins:
+            raise ConfigError("--origin takes the address of a page, such as https://example.org")
+        if self.api_key is None and not self.allow_anonymous and not is_loopback(self.host):
+            raise ConfigError(
+                f"listening on {self.host} without an API key lets anyone in; "
+                "give --api-key, or --allow-anonymous to mean it"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _can_be_sent(key: str) -> bool:
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key

@@ -1,0 +1,140 @@
+"""Fetching pictures from hosts that the owner named, and from nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Collection
+
+import httpx
+
+from vlm_collab import __version__
+from vlm_collab.openai import ApiError, Url, refuse
+
+_MAX_REDIRECTS = 3
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Fetcher:
+    """Fetches pictures by HTTP.
+
+    A host is allowed by its name at the scheme's own port, or as `name:port`. A name that leads to
+    a private address needs that address to be named as well: whoever runs the name could
+    otherwise have this gateway read from the owner's network.
+
+    Args:
+        hosts: what the owner named.
+        timeout_s: time for one picture.
+        max_bytes: size of one picture.
+    """
+
+    def __init__(self, hosts: Collection[str], *, timeout_s: float, max_bytes: int) -> None:
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
+        # Proxies from the environment would resolve names where nothing checks them.
+        self._http = httpx.AsyncClient(
+            trust_env=False,
+            timeout=timeout_s,
+            headers={"User-Agent": f"vlm-collab/{__version__}", "Accept-Encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        """Close what is open."""
+        await self._http.aclose()
+
+    async def fetch(self, picture: Url, param: str) -> bytes:
+        """The content of a picture.
+
+        Args:
+            param: where in the request it was.
+
+        Raises:
+            ApiError: its host is not allowed, or it cannot be had.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._follow(picture.url, param)
+        except TimeoutError:
+            raise _failed(param, f"not there within {self._timeout_s:g} s") from None
+        except httpx.HTTPError as error:
+            raise _failed(param, str(error) or type(error).__name__) from None
+
+    async def _follow(self, address: str, param: str) -> bytes:
+        host: str | None = None
+        for _ in range(_MAX_REDIRECTS + 1):
+            try:
+                url = httpx.URL(address)
+            except (httpx.InvalidURL, ValueError) as error:
+                raise refuse(param, f"{param}: no address: {error}", "invalid_image_url") from None
+            if host is not None and url.host != host:
+                raise _failed(param, f"{host} redirects to another host, {url.host}")
+            host = url.host
+            place = await self._place(url, param)
+            request = self._http.build_request(
+                "GET",
+                # The address that was checked is the one that is asked, whatever the name
+                # may lead to a moment later.
+                url.copy_with(host=place),
+                headers={"Host": url.netloc.decode("ascii")},
+                extensions={"sni_hostname": url.host},
+            )
+            response = await self._http.send(request, stream=True)
+            try:
+                if response.is_redirect:
+                    address = str(url.join(response.headers["location"]))
+                    continue
+                return await self._read(response, param)
+            finally:
+                await response.aclose()
+        raise _failed(param, f"more than {_MAX_REDIRECTS} redirects")
+
+    async def _place(self, url: httpx.URL, param: str) -> str:
+        """The address that a URL's host leads to."""
+        if url.scheme not in _DEFAULT_PORTS or url.userinfo:
+            raise refuse(param, f"{param}: pictures are fetched from http(s)://host/path only")
+        port = url.port or _DEFAULT_PORTS[url.scheme]
+        standard = port == _DEFAULT_PORTS[url.scheme]
+        names = {f"{url.host}:{port}", *([url.host] if standard else [])}
+        if not names & self._hosts:
+            named = url.host if standard else f"{url.host}:{port}"
+            raise refuse(
+                param,
+                f"{param}: this gateway fetches nothing from {named}, unless it is started with "
+                f"--allow-host {named}; send a data URL",
+                "image_url_not_allowed",
+            )
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        except OSError:
+            raise _failed(param, f"there is no host {url.host}") from None
+        place = str(found[0][4][0])
+        address = ipaddress.ip_address(place.partition("%")[0])
+        public = address.is_global and not address.is_multicast
+        if not public and not {place, f"{place}:{port}"} & self._hosts:
+            raise refuse(
+                param,
+                f"{param}: {url.host} is at {place}, which is not a public address; allow it with "
+                f"--allow-host {place} as well",
+                "image_url_not_allowed",
+            )
+        return place
+
+    async def _read(self, response: httpx.Response, param: str) -> bytes:
+        if response.status_code != 200:
+            raise _failed(param, f"HTTP {response.status_code}")
+        data = bytearray()
+        async for piece in response.aiter_raw():
+            data += piece
+            if len(data) > self._max_bytes:
+                mib = self._max_bytes / 2**20
+                raise refuse(
+                    param, f"{param}: a picture of more than {mib:g} MiB", "image_too_large"
+                )
+        return bytes(data)
+
+
+def _failed(param: str, why: str) -> ApiError:
+    return refuse(param, f"{param}: the picture cannot be fetched: {why}", "image_not_fetched")

@@ -1,0 +1,172 @@
+"""The browser page, and the relay that its WebSocket goes through to the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+
+from edge_client.dial import ENDPOINT, dial
+from edge_client.gateway.access import Access
+from edge_client.gateway.answering import Answerer
+from vlm_collab.errors import CollabError
+from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.openai import ApiError, api_error
+from vlm_collab.page import HEADERS, INDEX, page_file
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 64 * 2**20
+
+_OFF = (
+    "The page is off here: a privacy policy or an audit log watches over what leaves this device, "
+    "and the page would go around it."
+)
+_LOOK_S = 3.0
+
+
+class Page:
+    """Routes of the page and of its WebSocket.
+
+    The frames are handed on as they are, with the gateway's own token towards the server; crops
+    are made in the browser. Where a policy or an audit log watches, there is no page.
+
+    Args:
+        answerer: knows the server.
+        access: who may connect.
+        max_relays: connections at once.
+    """
+
+    def __init__(self, answerer: Answerer, access: Access, max_relays: int) -> None:
+        self._answerer = answerer
+        self._access = access
+        self._max_relays = max_relays
+        self._relays = 0
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes, relative to where the page lies."""
+        return [
+            Route("/", self._file),
+            Route("/page/access", self._may_connect, methods=["POST"]),
+            Route("/page/{path:path}", self._file),
+            WebSocketRoute(ENDPOINT, self._relay),
+        ]
+
+    async def _file(self, request: Request) -> Response:
+        if self._answerer.watched:
+            return PlainTextResponse(_OFF, 403, HEADERS)
+        name = request.path_params.get("path")
+        file = page_file(INDEX if name is None else f"page/{name}")
+        if file is None:
+            return PlainTextResponse("not found", 404, HEADERS)
+        headers = {**HEADERS, "ETag": file.etag}
+        if request.headers.get("if-none-match") == file.etag:
+            return Response(None, 304, headers)
+        return Response(file.content, 200, headers, file.media_type)
+
+    async def _may_connect(self, request: Request) -> Response:
+        """Told on behalf of the page, which learns nothing from a WebSocket that failed."""
+        refusal = self._refusal(request)
+        if refusal is None:
+            try:
+                await self._answerer.welcome(_LOOK_S)
+            except CollabError as error:
+                refusal = api_error(error)
+        headers = {**HEADERS, "Cache-Control": "no-store"}
+        if refusal is None:
+            return Response(None, 204, headers)
+        return PlainTextResponse(str(refusal), refusal.status, {**headers, **refusal.headers()})
+
+    def _refusal(self, client: HTTPConnection) -> ApiError | None:
+        if self._answerer.watched:
+            return ApiError(403, _OFF, "permission_error", None, "privacy_policy")
+        refusal = self._access.refusal(client)
+        if refusal is not None:
+            return refusal
+        if self._relays >= self._max_relays:
+            text = "no room for another connection"
+            return ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
+        return None
+
+    async def _relay(self, websocket: WebSocket) -> None:
+        refusal = self._refusal(websocket)
+        if refusal is None and SUBPROTOCOL not in websocket.scope.get("subprotocols", []):
+            refusal = ApiError(400, f"the subprotocol is {SUBPROTOCOL}")
+        if refusal is not None:
+            await _deny(websocket, refusal)
+            return
+        self._relays += 1
+        try:
+            await self._connect(websocket)
+        finally:
+            self._relays -= 1
+
+    async def _connect(self, websocket: WebSocket) -> None:
+        server = self._answerer.server
+        try:
+            async with asyncio.timeout(server.connect_timeout_s):
+                upstream = await dial(server, max_frame_bytes=MAX_FRAME_BYTES)
+        except CollabError as error:
+            await _deny(websocket, api_error(error))
+            return
+        except TimeoutError:
+            await _deny(websocket, ApiError(504, "the server does not answer", "timeout_error"))
+            return
+        try:
+            await websocket.accept(subprotocol=SUBPROTOCOL)
+            await _pump(websocket, upstream)
+        finally:
+            await upstream.close()
+
+
+async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
+    log.info("the page was refused: %s", refusal)
+    response = PlainTextResponse(str(refusal), refusal.status, refusal.headers())
+    await websocket.send_denial_response(response)
+
+
+async def _pump(websocket: WebSocket, upstream: ClientConnection) -> None:
+    """Hand frames on, both ways, until one side ends."""
+    ways = [
+        asyncio.create_task(_upwards(websocket, upstream)),
+        asyncio.create_task(_downwards(websocket, upstream)),
+    ]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def _upwards(websocket: WebSocket, upstream: ClientConnection) -> None:
+    with contextlib.suppress(WebSocketDisconnect, ConnectionClosed):
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            data = message.get("bytes")
+            await upstream.send(message["text"] if data is None else data)
+
+
+async def _downwards(websocket: WebSocket, upstream: ClientConnection) -> None:
+    code, reason = 1011, "the connection to the server was lost"
+    with contextlib.suppress(WebSocketDisconnect):
+        try:
+            while True:
+                frame = await upstream.recv()
+                if isinstance(frame, str):
+                    await websocket.send_text(frame)
+                else:
+                    await websocket.send_bytes(frame)
+        except ConnectionClosed as closed:
+            if closed.rcvd is not None and closed.rcvd.code != 1005:
+                code, reason = closed.rcvd.code, closed.rcvd.reason
+        await websocket.close(code, reason)

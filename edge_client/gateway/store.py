@@ -1,0 +1,58 @@
+"""Responses that later ones may go on from, within bounds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from vlm_collab.openai import Conversation, refuse
+
+
+class ResponseStore:
+    """Conversations by the id of the response that ended them; the oldest go first.
+
+    Args:
+        max_count: most responses.
+        max_bytes: most bytes of their pictures and texts; what several share counts once.
+    """
+
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[str, Conversation] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, name: str, conversation: Conversation) -> None:
+        """Keep a conversation, its answer included."""
+        self._kept[name] = conversation
+        while len(self._kept) > self._max_count or self._nbytes() > self._max_bytes:
+            self._kept.popitem(last=False)
+
+    def get(self, name: str | None) -> Conversation:
+        """A conversation; the empty one for no id.
+
+        Raises:
+            ApiError: there is none, or no longer.
+        """
+        if name is None:
+            return Conversation()
+        if name not in self._kept:
+            raise refuse(
+                "previous_response_id",
+                f"there is no response {name!r}, or no longer",
+                "previous_response_not_found",
+            )
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+    def _nbytes(self) -> int:
+        """Pictures and texts are handed on from response to response, so each is one object."""
+        held: dict[int, int] = {}
+        for conversation in self._kept.values():
+            for _, text in conversation.lines:
+                held[id(text)] = len(text)
+            for picture in conversation.pictures:
+                if isinstance(picture, bytes):
+                    held[id(picture)] = len(picture)
+        return sum(held.values())

@@ -1,0 +1,234 @@
+"""The server's own OpenAI API, for requests about text alone."""
+
+from __future__ import annotations
+
+import math
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import msgspec
+
+from edge_client.dial import ENDPOINT, Server
+from vlm_collab.errors import ConfigError
+from vlm_collab.messages import Finish, Stage, Token, micro
+from vlm_collab.openai import ApiError, Query, Report, Result, refuse
+
+_CHAT = "/v1/chat/completions"
+_NATS_PER_BIT = math.log(2.0)
+
+TextSink = Callable[[Stage, str], None]
+
+
+class TextUpstream:
+    """Forwards requests to `/v1/chat/completions` on the server's host and port.
+
+    Args:
+        server: the WebSocket's address, token and authorities.
+        timeout_s: longest silence.
+
+    Raises:
+        ConfigError: the CA file cannot be used.
+    """
+
+    def __init__(self, server: Server, *, timeout_s: float) -> None:
+        headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
+        try:
+            verify = ssl.create_default_context(cafile=server.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"CA file {server.ca_file}: {error.strerror or error}") from error
+        self._http = httpx.AsyncClient(
+            headers=headers,
+            verify=verify,
+            proxy=server.proxy,
+            trust_env=False,
+            timeout=httpx.Timeout(timeout_s, connect=server.connect_timeout_s),
+        )
+        self._url = _http_url(server.url)
+
+    async def close(self) -> None:
+        """Close what is open."""
+        await self._http.aclose()
+
+    @asynccontextmanager
+    async def forward(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+        """Send a request as it is; the response is still to be read.
+
+        Yields:
+            A response that answers, or refuses in OpenAI's form.
+
+        Raises:
+            ApiError: there is no such API, or it cannot be reached.
+        """
+        request = self._http.build_request(
+            "POST",
+            self._url,
+            content=msgspec.json.encode(body),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            response = await self._http.send(request, stream=True)
+        except httpx.TimeoutException:
+            raise ApiError(504, "the server did not answer in time", "timeout_error") from None
+        except httpx.HTTPError as error:
+            why = str(error) or type(error).__name__
+            raise ApiError(
+                503, f"no server: {why}", "server_error", None, "no_server", retry_after_s=5.0
+            ) from None
+        try:
+            if response.status_code != 200:
+                await _check_refusal(response)
+            yield response
+        finally:
+            await response.aclose()
+
+    async def ask(self, query: Query, model: str, on_text: TextSink | None) -> Result:
+        """Ask a question about no picture.
+
+        Raises:
+            ApiError: the server's refusal, or see `forward`.
+        """
+        body = _chat_body(query, model, stream=on_text is not None)
+        async with self.forward(body) as response:
+            if response.status_code != 200:
+                raise _refusal(response.status_code, await response.aread())
+            try:
+                if on_text is None:
+                    return _result(msgspec.json.decode(await response.aread()), model)
+                return await _stream(response, model, on_text)
+            except (msgspec.DecodeError, KeyError, IndexError, TypeError, AttributeError):
+                raise _nonsense() from None
+            except httpx.HTTPError as error:
+                raise ApiError(502, f"the server was lost: {error}", "server_error") from None
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    scheme = "https" if parts.scheme == "wss" else "http"
+    path = parts.path.removesuffix(ENDPOINT) if parts.path.endswith(ENDPOINT) else ""
+    return urlunsplit((scheme, parts.netloc, path + _CHAT, "", ""))
+
+
+async def _check_refusal(response: httpx.Response) -> None:
+    """Tell refusals in OpenAI's form from a server without this API, or without us in it.
+
+    Raises:
+        ApiError: it is one of the latter.
+    """
+    await response.aread()
+    status = response.status_code
+    if status in (401, 403):
+        raise ApiError(
+            502,
+            f"the server behind this gateway does not let it in (HTTP {status})",
+            "server_error",
+            None,
+            "upstream_authentication",
+        )
+    if _error_in(response.content) is not None:
+        return
+    if status in (404, 405, 426, 501):
+        raise refuse(
+            "messages",
+            "the server behind this gateway takes only questions about pictures: send one along",
+            "picture_needed",
+        )
+    raise _nonsense(f" (HTTP {status})")
+
+
+def _error_in(content: bytes) -> Mapping[str, Any] | None:
+    try:
+        error = msgspec.json.decode(content)["error"]
+    except (msgspec.DecodeError, KeyError, TypeError, UnicodeDecodeError):
+        return None
+    return error if isinstance(error, dict) else None
+
+
+def _refusal(status: int, content: bytes) -> ApiError:
+    error = _error_in(content) or {}
+    return ApiError(
+        status,
+        str(error.get("message", "the server refused the question")),
+        str(error.get("type", "server_error")),
+        None,
+        None if error.get("code") is None else str(error["code"]),
+    )
+
+
+def _nonsense(more: str = "") -> ApiError:
+    text = f"the server behind this gateway does not answer in OpenAI's form{more}"
+    return ApiError(502, text, "server_error", None, "upstream_protocol")
+
+
+def _chat_body(query: Query, model: str, *, stream: bool) -> dict[str, Any]:
+    messages = []
+    for question, answer in query.history:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": query.question})
+    options = query.options
+    wishes = {
+        "max_tokens": options.max_new_tokens,
+        "stop": list(options.stop) or None,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "logprobs": options.tokens or None,
+        "stream": stream or None,
+        "stream_options": {"include_usage": True} if stream else None,
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    return {"model": model, "messages": messages, **given}
+
+
+def _result(body: Mapping[str, Any], model: str) -> Result:
+    choice = body["choices"][0]
+    text = choice["message"]["content"] or ""
+    return _made(text, choice["finish_reason"], body["usage"], _tokens(choice), model)
+
+
+def _tokens(choice: Mapping[str, Any]) -> list[Token]:
+    """The tokens in a choice's logprobs, which are in nats."""
+    told = (choice.get("logprobs") or {}).get("content") or []
+    return [Token(one["token"], micro(max(0.0, -one["logprob"] / _NATS_PER_BIT))) for one in told]
+
+
+def _made(
+    text: str, reason: str | None, usage: Mapping[str, Any], tokens: list[Token], model: str
+) -> Result:
+    return Result(
+        text=text,
+        report=Report(model=model),
+        finish=Finish.LENGTH if reason == "length" else Finish.END,
+        tokens=tuple(tokens),
+        prompt_tokens=int(usage["prompt_tokens"]),
+        completion_tokens=int(usage["completion_tokens"]),
+    )
+
+
+async def _stream(response: httpx.Response, model: str, on_text: TextSink) -> Result:
+    text, reason = "", None
+    tokens: list[Token] = []
+    usage: Mapping[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
+    async for line in response.aiter_lines():
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if not data or data == "[DONE]":
+            continue
+        chunk = msgspec.json.decode(data)
+        if "error" in chunk:
+            raise _refusal(502, data.encode())
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            reason = choice.get("finish_reason") or reason
+            tokens += _tokens(choice)
+            piece = choice["delta"].get("content")
+            if piece:
+                text += piece
+                # What the server sent it does not take back: it streams like a second pass.
+                on_text(Stage.SECOND, text)
+    if reason is None:
+        raise _nonsense()
+    return _made(text, reason, usage, tokens, model)
