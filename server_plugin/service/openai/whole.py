@@ -29,6 +29,9 @@ from vlm_collab.pixels import agreed_codec, open_bounded
 
 T = TypeVar("T")
 
+_MOST_STRETCHED = 4
+"""How many times longer a side may become where a client changed its picture's aspect."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Original:
@@ -93,10 +96,12 @@ def _alike(one: Size, other: Size) -> bool:
 
 
 def _reshaped(picture: SourceImage, source: Size) -> Image.Image:
-    """The picture in the aspect of its source, no larger than it is."""
-    scale = min(picture.size.width / source.width, picture.size.height / source.height)
-    width, height = (max(1, round(side * scale)) for side in source)
-    return picture.region(Box(0, 0, *picture.size), Size(width, height))
+    """The picture in the aspect of its source, with all that it shows, and not without bounds."""
+    width, height = (own / other for own, other in zip(picture.size, source, strict=True))
+    scale = min(max(width, height), _MOST_STRETCHED * min(width, height))
+    whole = picture.region(Box(0, 0, *picture.size), picture.size)
+    size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
+    return whole.resize(size, Image.Resampling.BICUBIC)
 
 
 class Workshop:

@@ -1,0 +1,58 @@
+"""The examples of the documentation, run as they stand against a real service."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from eval.demo import PICTURES
+from tests.support.process import serving
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENAI_EDGE = ROOT / "docs" / "examples" / "openai_edge.py"
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    """Of a service with the demo model."""
+    with serving() as (_, ready):
+        yield f"http://{urlsplit(str(ready['url'])).netloc}/v1"
+
+
+def run(base_url: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(OPENAI_EDGE), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OPENAI_BASE_URL": base_url},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("role", ["sure", "asks"])
+def test_the_sdk_is_the_edge(base_url, role):
+    listed = json.loads((PICTURES / "pictures.json").read_text(encoding="utf-8"))["pictures"]
+    case = next(one for one in listed if one["role"] == role)
+    photo = PICTURES / case["file"]
+    answer, cost = run(base_url, str(photo), case["question"]).splitlines()
+    text, first = re.fullmatch(r"(\d+) \(first answer: (\d+)\)", answer).groups()
+    assert text == case["truth"]
+    assert (first == text) == (role == "sure")
+    sent, instead = map(int, re.findall(r"\d+", cost))
+    assert instead >= photo.stat().st_size
+    assert 1000 < sent < instead / 5
+
+
+def test_the_example_is_short():
+    """As its documentation says; lines of code, after imports."""
+    code = OPENAI_EDGE.read_text(encoding="utf-8").partition("TOOL =")[2]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 36
