@@ -11,7 +11,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin
 PACKAGES = vlm_collab edge_client server_plugin eval
 
-.PHONY: demo serve test lint types layers check browser clean
+.PHONY: demo serve test lint types layers check browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -32,7 +32,7 @@ layers: $(VENV)/.dev
 	$(RUN)/lint-imports
 
 # Two workers on two cores; one thread each, or their thread pools fight.
-check: $(VENV)/.dev browser
+check: $(VENV)/.dev browser rtsp-server
 	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 # The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
@@ -43,6 +43,14 @@ browser:
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium || \
 	  echo "no Chromium here, and none can be installed: the page is not tested in a browser"
+
+# Cameras are tested against GStreamer's RTSP server, which runs under Debian's own Python.
+RTSP_SERVER = gir1.2-gst-rtsp-server-1.0 python3-gi gstreamer1.0-plugins-good
+rtsp-server:
+	@dpkg -s $(RTSP_SERVER) >/dev/null 2>&1 && exit 0; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(RTSP_SERVER) || \
+	  echo "no RTSP server here, and none can be installed: streams are not tested against one"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -75,6 +75,18 @@ def chat(
         bool, typer.Option("--always", help="Send a region however sure the server is.")
     ] = False,
     never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
+    ] = None,
+    camera_name: Annotated[
+        str | None,
+        typer.Option(
+            "--camera", help="Whose rules of the policy apply; its default's if not said."
+        ),
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="File to list every image in before it leaves.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Take a new picture for every question.")
     ] = False,
@@ -93,7 +105,13 @@ def chat(
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
     screen: _Screen = _Programs() if as_json else _People()
     talking = sys.stdin.isatty()
-    settings: ClientOptions = {"token": token, "ca_file": ca_file}
+    settings: ClientOptions = {
+        "token": token,
+        "ca_file": ca_file,
+        "policy": policy,
+        "camera": camera_name,
+        "audit": audit,
+    }
     code = 0
     with (
         reader_may_leave(),

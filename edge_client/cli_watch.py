@@ -78,6 +78,18 @@ def watch(
         bool, typer.Option("--always", help="Send a region however sure the server is.")
     ] = False,
     never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
+    ] = None,
+    camera_name: Annotated[
+        str | None,
+        typer.Option(
+            "--camera", help="Whose rules of the policy apply; its default's if not said."
+        ),
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="File to list every image in before it leaves.")
+    ] = None,
 ) -> int:
     """Ask the same question of a camera again and again, and write JSON lines.
 
@@ -92,7 +104,13 @@ def watch(
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"--seconds must be a number above 0, not {seconds:g}")
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=False)
-    settings: ClientOptions = {"token": token, "ca_file": ca_file}
+    settings: ClientOptions = {
+        "token": token,
+        "ca_file": ca_file,
+        "policy": policy,
+        "camera": camera_name,
+        "audit": audit,
+    }
     progress = _Progress(beside=out is None and sys.stdout.isatty())
     with (
         reader_may_leave(),

@@ -1,6 +1,6 @@
 """A real RTSP camera for tests: GStreamer's RTSP server, in a process of its own.
 
-It comes from Debian (`make debian-packages` installs it) and runs under Debian's own Python, for
+It comes from Debian (`make rtsp-server` installs it) and runs under Debian's own Python, for
 which the bindings are packaged.
 """
 
@@ -22,7 +22,7 @@ _NEEDED = (
     "from gi.repository import Gst, GstRtspServer; Gst.init(None); "
     "assert all(map(Gst.ElementFactory.find, ('filesrc', 'qtdemux', 'rtph264pay')))"
 )
-REASON = "GStreamer's RTSP server is not installed (run `make debian-packages` as root)"
+REASON = "GStreamer's RTSP server is not installed (run `make rtsp-server` as root)"
 
 
 @functools.cache
