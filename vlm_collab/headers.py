@@ -65,6 +65,7 @@ _EXIF = b"Exif\0\0"
 _WHOLE = {1: "B", 3: "H", 4: "I"}  # EXIF's types of whole numbers
 
 _SOF = frozenset(bytes([n]) for n in range(0xC0, 0xD0) if n not in (0xC4, 0xC8, 0xCC))
+_SEQUENTIAL = (b"\xc0", b"\xc1")
 _SOS, _APP0, _APP1, _APP14, _COM = b"\xda", b"\xe0", b"\xe1", b"\xee", b"\xfe"
 
 # Parts that hold pixels, and parts that a decoder can do without. JFIF's and Adobe's segments
@@ -177,6 +178,37 @@ def orientation_in(exif: bytes) -> int:
     except struct.error:
         pass
     return 1
+
+
+def top_rows(data: bytes, rows: int) -> bytes | None:
+    """A JPEG file that names fewer rows than it has, so that decoding ends after them.
+
+    A decoder takes as many blocks from the file as its header says, from the top, and skips the
+    rest. The pixels are those of the whole, but for the lowest block of rows: colours there are
+    interpolated with rows that are no longer known.
+
+    Args:
+        data: the file.
+        rows: how many; fewer than it has.
+
+    Returns:
+        None if it is not of the plain kind in which rows follow each other in the file:
+        sequential, all colours in one scan.
+    """
+    frame = None
+    try:
+        for part in _jpeg_parts(data):
+            if part.kind in _SOF:
+                if part.kind not in _SEQUENTIAL or frame is not None:
+                    return None
+                frame = part.body
+            elif part.kind == _SOS and frame is not None:
+                if data[part.body] != data[frame + 5]:  # colours in the scan, and in the frame
+                    return None
+                return data[: frame + 1] + rows.to_bytes(2, "big") + data[frame + 3 :]
+    except (ImageError, struct.error, IndexError):
+        return None  # a decoder has its own way with what is broken
+    return None
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

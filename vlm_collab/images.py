@@ -22,7 +22,14 @@ from PIL import Image
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.headers import Codec, check_pixels, identify, pixels_only, stored_header
+from vlm_collab.headers import (
+    Codec,
+    check_pixels,
+    identify,
+    pixels_only,
+    stored_header,
+    top_rows,
+)
 from vlm_collab.pixels import (
     ALL_CODECS,
     agreed_codec,
@@ -72,6 +79,12 @@ _REDUCING_GAP = 2
 
 _CODED_PX = 32
 """Widest block of pixels that a JPEG codes together, with any chroma subsampling in use."""
+
+_REACH = 3
+"""How far below a box a filter may look, in pixels of the result."""
+
+_MOST_ROWS = 0.9
+"""A JPEG is decoded as a whole where a region needs more than this share of its rows."""
 
 
 class ImageHeader(NamedTuple):
@@ -195,8 +208,8 @@ class SourceImage:
     """The original at the edge: views and full-resolution regions of it, decoded when needed.
 
     Coordinates are those of the upright picture, EXIF orientation applied. Decoded pixels are
-    cached once needed in full; a view of a large JPEG needs only a scaled decoding and caches
-    nothing. Not for use by two threads at once.
+    cached once needed at full size, those of a JPEG only down to what is needed; a view of a large
+    JPEG needs only a scaled decoding and caches nothing. Not for use by two threads at once.
 
     Attributes:
         size: width and height of the upright picture, px, from the header.
@@ -298,7 +311,7 @@ class SourceImage:
 
     def pixel_digest(self) -> str:
         """SHA-256, in hex, over width, height and the upright 8-bit RGB pixels."""
-        pixels, _ = self._decoded(1)
+        pixels, _ = self._decoded(1, self._stored.height)
         counted = hashlib.sha256(b"%d %d " % self.size)
         counted.update(transposed(to_srgb(pixels, self._icc), self._orientation).tobytes())
         return counted.hexdigest()
@@ -362,7 +375,9 @@ class SourceImage:
         left, top, right, bottom = _stored_box(box, self.size, self._orientation)
         size = Size(*upright_size(size, self._orientation))  # turning is its own inverse
         shrink = min((right - left) / size.width, (bottom - top) / size.height)
-        pixels, scale = self._decoded(shrink / _OVERSAMPLING)
+        pixels, scale = self._decoded(
+            shrink / _OVERSAMPLING, bottom + math.ceil(_REACH * (bottom - top) / size.height)
+        )
         if scale == 1 and size == (right - left, bottom - top):
             small = pixels.crop((left, top, right, bottom))
         else:
@@ -376,12 +391,13 @@ class SourceImage:
             _black_out(upright, _shown_at(self.hidden, box, Size(*upright.size)))
         return upright
 
-    def _decoded(self, scale_limit: float) -> tuple[Image.Image, int]:
+    def _decoded(self, scale_limit: float, bottom: int) -> tuple[Image.Image, int]:
         """Stored pixels, flattened, and how many times smaller they are than the original.
 
-        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`.
+        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`, and
+        only down to `bottom`, in stored px, where what is below it would take long.
         """
-        if self._pixels is not None:
+        if self._pixels is not None and self._pixels.height >= min(bottom, self._stored.height):
             return self._pixels, 1
         codec, image = open_bounded(self._data, ALL_CODECS, math.prod(self._stored), 1)
         scale = next((s for s in (8, 4, 2) if s <= min(scale_limit, *self._stored)), 1)
@@ -391,9 +407,15 @@ class SourceImage:
             pixels = loaded(image)
             _black_out(pixels, (_coded_box(box, scale) for box in self._stored_hidden()))
             return pixels, scale
+        rows = (bottom // _CODED_PX + 2) * _CODED_PX
+        if codec is Codec.JPEG and rows < _MOST_ROWS * self._stored.height:
+            top = top_rows(self._data, rows)
+            if top is not None:
+                _, image = open_bounded(top, ALL_CODECS, math.prod(self._stored), 1)
         self._pixels = loaded(image)
         _black_out(self._pixels, self._stored_hidden())
-        self._data = b""
+        if self._pixels.height == self._stored.height:
+            self._data = b""
         return self._pixels, 1
 
     def _stored_hidden(self) -> Iterator[Box]:
