@@ -75,6 +75,7 @@ _HELP = {
     "watch": "Ask the same question of a camera again and again.",
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
+    "eval": "Measure models on benchmarks.",
     "flops": "Print what a question costs on a model.",
 }
 _EXTRA = {
@@ -83,6 +84,7 @@ _EXTRA = {
     "watch": "camera",
     "serve": "server",
     "demo": "eval",
+    "eval": "eval",
     "flops": "server",
 }
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
@@ -110,6 +112,8 @@ class Commands(TyperGroup):
             function = _load(name)
         except ModuleNotFoundError as error:
             raise _incomplete(name, error) from error
+        if isinstance(function, typer.Typer):  # a group with commands of its own
+            return name, typer.main.get_command(function), rest
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         settings = getattr(function, "context_settings", None)  # how it wants its line read
         app.command(name, epilog=EXIT_CODES_HELP, context_settings=settings)(function)

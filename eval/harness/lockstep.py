@@ -120,11 +120,13 @@ class Member:
     Attributes:
         seconds: time of each operation, by its name, in s. Operations that ran in one batch each
             count its whole time.
+        error: what an operation failed of; None if none did.
     """
 
     group: Lockstep
     place: int
     seconds: dict[str, float] = field(default_factory=dict)
+    error: Exception | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -209,7 +211,18 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        raise NotImplementedError("every question of a benchmark is about a picture")
+        made: Generation = await self._step(
+            "text_pass",
+            lambda: self.group.backend.text_pass(
+                question,
+                max_new_tokens=max_new_tokens,
+                history=history,
+                sampling=sampling,
+                stop=stop,
+                on_text=on_text,
+            ),
+        )
+        return made
 
     async def release(self, view: View) -> None:
         await self.group.backend.release(view)
@@ -223,7 +236,11 @@ class Member:
     async def _step(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
         async def timed() -> Any:
             begin = time.perf_counter()
-            made = await call()
+            try:
+                made = await call()
+            except Exception as error:
+                self.error = error
+                raise
             self.seconds[name] = time.perf_counter() - begin
             return made
 

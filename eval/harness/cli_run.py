@@ -1,0 +1,281 @@
+"""`vlm-collab eval run`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eval.harness.loading import ModelOptions
+from eval.harness.method import Method
+from eval.harness.run import Ended, Share, StoppedError
+from eval.harness.run import run as run_method
+from eval.harness.runs import HD, TWO_STAGE
+from eval.tasks import Task, open_task
+from vlm_collab.errors import CollabError, ConfigError
+from vlm_collab.images import Codec
+
+
+def run(
+    task: Annotated[
+        str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2, signs …")
+    ],
+    model: Annotated[
+        str, typer.Option(help="As in `vlm-collab serve`: hub name, local folder, or demo.")
+    ] = "demo",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmark's data, in the hub's layout.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the reported one.")] = None,
+    ocr: Annotated[bool, typer.Option(help="Give the model the data's OCR tokens.")] = False,
+    post_prompt: Annotated[
+        str | None, typer.Option(help="Put this behind each question, instead of the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default runs/MODEL-TASK-SPLIT.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run that the folder holds.")] = True,
+    method: Annotated[
+        str, typer.Option(help="two_stage, or hd for LLaVA-1.5-HD's tiles (no second stage).")
+    ] = TWO_STAGE,
+    view_quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Quality of global views.")
+    ] = None,
+    region_quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Quality of regions.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="jpeg, webp or png, for both.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Share the samples out between so many processes here.")
+    ] = 1,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this running service (ws://…), not a model here.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token for --server.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
+    ] = None,
+    view_px: Annotated[
+        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
+    ] = None,
+    base_px: Annotated[
+        int | None, typer.Option(help="Base side of the region search, in px of the original.")
+    ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Added to the denominator of the relative attention.")
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="How the box is placed: sliding or centroid.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; by default the benchmark's.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Most questions that the model works on together.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Answer a benchmark's questions, through both stages whatever the uncertainty, and keep all.
+
+    The run is a folder with one row for each sample; everything else is drawn from it. It can be
+    stopped at any time: the same command goes on where it was.
+    """
+    share = Share.of_this_process()
+    overrides = {
+        "prompt": prompt,
+        "view_px": view_px,
+        "layer": layer,
+        "base_px": base_px,
+        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "epsilon": epsilon,
+        "placement": placement,
+        "max_new_tokens": max_new_tokens,
+    }
+    options = ModelOptions(
+        name=model,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        overrides={name: value for name, value in overrides.items() if value is not None},
+    )
+    opened = open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=post_prompt)
+    if not len(opened):
+        raise ConfigError(f"{task} has no samples in its split {opened.split!r}")
+    chosen = method_of(
+        method,
+        opened,
+        options,
+        codec=codec,
+        view_quality=view_quality,
+        region_quality=region_quality,
+        server=server,
+        token=token,
+    )
+    name = "service" if server is not None else Path(model).name
+    suffix = "" if method == TWO_STAGE else f"-{method}"
+    path = out or Path("runs") / f"{name}-{opened.name}-{opened.split}{suffix}"
+    if processes > 1:
+        if share.world > 1:
+            raise ConfigError("--processes is for one command; this one was started as several")
+        _several(processes)
+        return
+    try:
+        ended = asyncio.run(
+            run_method(chosen, opened, path, share=share, limit=limit, resume=resume)
+        )
+    except StoppedError:
+        kept = f"what is finished is in {path}; the same command goes on from there"
+        print(f"vlm-collab eval run: stopped; {kept}", file=sys.stderr)
+        raise KeyboardInterrupt from None
+    _tell(path, ended, as_json)
+
+
+def method_of(
+    name: str,
+    task: Task,
+    options: ModelOptions,
+    *,
+    codec: str | None,
+    view_quality: int | None,
+    region_quality: int | None,
+    server: str | None,
+    token: str | None,
+) -> Method:
+    """The method that a user asked for.
+
+    Raises:
+        ConfigError: there is none of that name, or an option that it does not take.
+    """
+    chosen = None if codec is None else _codec(codec)
+    if name not in (TWO_STAGE, HD):
+        raise ConfigError(f"there is no method {name!r}; there are: {TWO_STAGE}, {HD}")
+    if name == HD:
+        raise ConfigError("the method hd is not available")
+    if server is not None:
+        raise ConfigError("a run over a service is not available")
+    from eval.harness.two_stage import TwoStage
+
+    return TwoStage(
+        task, options, codec=chosen, view_quality=view_quality, region_quality=region_quality
+    )
+
+
+def _codec(name: str) -> Codec:
+    try:
+        return Codec[name.upper()]
+    except KeyError:
+        raise ConfigError(f"there is no codec {name!r}; there are: jpeg, webp, png") from None
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
+        ) from None
+
+
+def _several(count: int) -> None:
+    """This command again, in so many processes that share the samples out.
+
+    Raises:
+        CollabError: one of them failed.
+        KeyboardInterrupt: stopped from outside, as they were.
+    """
+    arguments = _without_processes(sys.argv[1:])
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "edge_client.cli", *arguments],
+            env={
+                "OMP_NUM_THREADS": threads,
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+            },
+        )
+        for rank in range(count)
+    ]
+
+    def pass_on(number: int, _: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM,)}
+    codes: list[int] = []
+    try:
+        for child in children:
+            codes.append(_wait(child))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if any(code == 130 for code in codes):
+        raise KeyboardInterrupt
+    if any(codes):
+        failed = ", ".join(str(rank) for rank, code in enumerate(codes) if code)
+        raise CollabError(
+            f"process {failed} of {count} failed; the same command goes on where the others ended"
+        )
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """A Ctrl-C in a terminal reaches the children too; they end by themselves."""
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _without_processes(arguments: list[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--processes":
+            skip = True
+        elif not argument.startswith("--processes="):
+            kept.append(argument)
+    return kept
+
+
+def _tell(path: Path, ended: Ended, as_json: bool) -> None:
+    """How it ended; of several processes, the one that saw the end tells."""
+    from eval.harness.runs import open_run
+
+    if not ended.complete:
+        return
+    if not ended.rows:
+        raise CollabError(f"all {ended.failed} samples failed; {path}/failed.jsonl says why")
+    run = open_run(path)
+    first = sum(record.first_score for record in run.records) / ended.rows
+    second = sum(record.second_score for record in run.records) / ended.rows
+    if as_json:
+        told: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
+        print(json.dumps({**told, "first": first, "second": second}))
+        return
+    failed = f", {ended.failed} failed (see failed.jsonl)" if ended.failed else ""
+    both = f"{first:.1%}" if run.method != TWO_STAGE else f"{first:.1%} first, {second:.1%} second"
+    print(f"{path}: {ended.rows} samples{failed}; {both}")

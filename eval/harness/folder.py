@@ -1,0 +1,236 @@
+"""A run's folder while it grows: shards, failures, provenance, and what is still to be done.
+
+Several processes may work on one folder. They never write the same file: shards are named by
+their first sample, failures are appended in one write each, and `run.json` is made by whoever
+comes first. A process that is killed leaves whole shards, so going on is a matter of reading
+which samples are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eval.harness.records import PROVENANCE, SHARDS, Record, write_shard
+from vlm_collab.errors import ConfigError
+
+FAILURES = "failed.jsonl"
+
+SAVE_EVERY = 64
+"""Finished samples that are written at once, at most …"""
+SAVE_AFTER_S = 20.0
+"""… or how long one waits to be written."""
+
+SETTINGS = ("format", "method", "task", "model", "codec", "group")
+"""What two sessions must have in common to make one run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample that gave no row.
+
+    Attributes:
+        index, id: of the sample.
+        reason: one line.
+    """
+
+    index: int
+    id: str
+    reason: str
+
+
+class RunFolder:
+    """Adds to a run. Use `begin`.
+
+    Attributes:
+        path: the folder.
+        done: indices of the rows that were there before.
+        first_scores, second_scores, picture_bytes: of these rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: set[int] = set()
+        self.first_scores: list[float] = []
+        self.second_scores: list[float] = []
+        self.picture_bytes: list[int] = []
+        self._unsaved: list[Record] = []
+        self._saved_at = time.monotonic()
+
+    @classmethod
+    def begin(cls, path: Path, provenance: Mapping[str, Any], *, resume: bool) -> RunFolder:
+        """Make a folder for a run, or go on with one of the same settings.
+
+        Args:
+            path: the folder; made if it is missing.
+            provenance: of this session. The first session's stays; others are listed in it.
+            resume: go on where rows are there already.
+
+        Raises:
+            ConfigError: it holds another run, or one at all without `resume`; or it cannot be
+                written.
+        """
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not _create(path / PROVENANCE, provenance):
+                folder._go_on(provenance, resume)
+            folder._read_rows()
+        except OSError as error:
+            raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
+        return folder
+
+    def add(self, records: Sequence[Record], failures: Sequence[Failure]) -> None:
+        """Take samples that were worked on together; they are saved together too.
+
+        Rows that are there already stay: a group is worked on again for those that failed.
+        """
+        for failure in failures:
+            line = {"index": failure.index, "id": failure.id, "reason": failure.reason}
+            _append(self.path / FAILURES, json.dumps(line, ensure_ascii=False))
+        self._unsaved += [record for record in records if record.index not in self.done]
+        late = time.monotonic() - self._saved_at > SAVE_AFTER_S
+        if late or len(self._unsaved) >= SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is not written yet."""
+        if self._unsaved:
+            first = min(record.index for record in self._unsaved)
+            write_shard(self.path / SHARDS.replace("*", f"{first:08d}"), self._unsaved)
+            self._unsaved = []
+        self._saved_at = time.monotonic()
+
+    def finish(self, samples: int, now: str) -> tuple[int, int]:
+        """If every sample was worked on, by whichever process, say so in `run.json`.
+
+        Args:
+            samples: of the task.
+            now: the time.
+
+        Returns:
+            How many rows, and how many failures there are.
+        """
+        self.save()
+        self._read_rows()
+        failed = {f.index: f for f in failures(self.path) if f.index not in self.done}
+        if len(self.done) + len(failed) == samples:
+            # The same failures, whoever met them in whatever order.
+            if (self.path / FAILURES).exists():
+                rows = [{"index": f.index, "id": f.id, "reason": f.reason} for f in failed.values()]
+                rows.sort(key=lambda row: int(str(row["index"])))
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                _replace(self.path / FAILURES, text)
+            told = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
+            told |= {"finished": now, "samples": len(self.done), "failed": len(failed)}
+            _replace(self.path / PROVENANCE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        return len(self.done), len(failed)
+
+    def _go_on(self, provenance: Mapping[str, Any], resume: bool) -> None:
+        path = self.path / PROVENANCE
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ConfigError(f"{path} is no JSON; choose another folder") from None
+        if not isinstance(before, dict):
+            raise ConfigError(f"{path} is of no run; choose another folder")
+        now = json.loads(json.dumps(provenance))
+        known = [before, *before.get("resumed", [])]
+        beside = any(one.get("session") == now["session"] for one in known)
+        if not (resume or beside):
+            raise ConfigError(f"{self.path} holds a run already; choose another folder")
+        for name in SETTINGS:
+            if before.get(name) != now.get(name):
+                what = _difference(name, before.get(name), now.get(name))
+                raise ConfigError(f"{self.path} holds another run ({what}); choose another folder")
+        if beside:
+            return  # another process of this session was quicker
+        listed = ("session", "commit", "versions", "machine", "command", "started")
+        resumed = [*before.get("resumed", []), {name: now[name] for name in listed}]
+        before["resumed"] = resumed
+        _replace(path, json.dumps(before, indent=1, ensure_ascii=False) + "\n")
+
+    def _read_rows(self) -> None:
+        """Which samples are there, and what the progress bar says of them."""
+        columns = ["index", "first_score", "second_score", "view_bytes", "region_bytes"]
+        rows: dict[int, tuple[float, float, int]] = {}
+        for shard in sorted(self.path.glob(SHARDS)):
+            try:
+                table = pq.read_table(shard, columns=columns).to_pydict()
+            except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:
+                line = " ".join(str(error).split())
+                raise ConfigError(f"{shard} is damaged ({line}); delete it and go on") from error
+            for index, first, second, view, region in zip(*table.values(), strict=True):
+                rows[index] = first, second, view + region
+        self.done = set(rows)
+        self.first_scores = [first for first, _, _ in rows.values()]
+        self.second_scores = [second for _, second, _ in rows.values()]
+        self.picture_bytes = [size for _, _, size in rows.values()]
+
+
+def failures(folder: Path) -> list[Failure]:
+    """Samples that failed, of each the last attempt; some may have succeeded since."""
+    path = folder / FAILURES
+    if not path.exists():
+        return []
+    last: dict[int, Failure] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            last_one = Failure(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # a line that was cut by a kill
+        last[last_one.index] = last_one
+    return list(last.values())
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Where two settings differ first."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(f"{name} {key}", before.get(key), now.get(key))
+    return f"{name} is {_short(before)} there and {_short(now)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _create(path: Path, content: Mapping[str, Any]) -> bool:
+    """Write a file whole, unless there is one; returns whether it was written."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
+    unfinished.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        return False
+    finally:
+        unfinished.unlink()
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _append(path: Path, line: str) -> None:
+    """One line in one write, so that lines of several processes do not mix."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, f"{line}\n".encode())
+    finally:
+        os.close(file)

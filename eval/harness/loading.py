@@ -1,0 +1,90 @@
+"""The model of a run: opened so that the run can say exactly what it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from eval.harness.provenance import weights_digest
+from server_plugin.backend import Backend
+from server_plugin.models import FAKE_MODEL, checkpoint_of, open_model
+from server_plugin.presets import Preset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """What a user said of the model.
+
+    Attributes:
+        name: as of `open_model`.
+        device, dtype: likewise; "auto" is settled here, so that a run can tell what it was.
+        batch: most questions that run together.
+        overrides: other arguments of `open_model`, those that are None left out.
+    """
+
+    name: str
+    device: str = "auto"
+    dtype: str = "auto"
+    batch: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def settled(self) -> tuple[str, str]:
+        """Device and floating point type, without "auto".
+
+        Of several processes on one machine each has a CUDA device of its own, as far as there
+        are enough.
+        """
+        import torch
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and torch.cuda.is_available():
+            place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = f"cuda:{place}"
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        return device, dtype
+
+
+async def loaded(options: ModelOptions, max_new_tokens: int) -> tuple[Backend, Preset]:
+    """Open the model.
+
+    Args:
+        options: what a user said.
+        max_new_tokens: what the benchmark asks for; a user's own wish goes first.
+
+    Raises:
+        CollabError: it cannot be opened.
+    """
+    device, dtype = options.settled()
+    overrides = {"max_new_tokens": max_new_tokens, **options.overrides}
+    return await asyncio.to_thread(
+        open_model, options.name, device=device, dtype=dtype, batch=options.batch, **overrides
+    )
+
+
+def model_facts(options: ModelOptions, backend: Backend, preset: Preset) -> dict[str, Any]:
+    """The model as `run.json` has it; reads all of its weights once."""
+    info = backend.info
+    device, dtype = options.settled()
+    source = None if options.name == FAKE_MODEL else checkpoint_of(options.name)
+    return {
+        "name": info.name,
+        "weights": None if source is None else weights_digest(source),
+        "preset": msgspec.to_builtins(preset),
+        "dtype": dtype,
+        "device": device.partition(":")[0],
+        "batch": info.concurrency,
+        "view": list(info.view),
+        "grid": list(info.grid),
+        "base_px": info.base_px,
+        "visual_tokens": info.visual_tokens,
+        "hidden_size": info.hidden_size,
+        "layers": info.layers,
+    }

@@ -1,0 +1,141 @@
+"""What stands behind a run: model, versions, machine, command."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from eval.tasks.base import Task
+
+FORMAT = 1
+
+_PACKAGES = ("vlm-collab", "torch", "transformers", "numpy", "pillow", "pyarrow", "datasets")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def provenance(
+    *,
+    method: str,
+    task: Task,
+    model: dict[str, Any],
+    codec: dict[str, Any],
+    group: int,
+    limit: int | None,
+    session: str,
+) -> dict[str, Any]:
+    """A run's `run.json` when it begins.
+
+    Args:
+        method: what is run.
+        task: the benchmark.
+        model: what the method tells of it.
+        codec: of global and local views, as [name, quality].
+        group: samples that are worked on together.
+        limit: as it was asked for.
+        session: the same for all processes that were started together.
+    """
+    told = {
+        "name": task.name,
+        "split": task.split,
+        "settings": dict(task.settings),
+        "scorer": task.default_scorer,
+        "limit": limit,
+        "samples": len(task),
+    }
+    return {
+        "format": FORMAT,
+        "method": method,
+        "task": told,
+        "model": model,
+        "codec": codec,
+        "group": group,
+        "versions": _versions(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "command": list(sys.argv),
+        "session": session,
+        "started": now(),
+        "finished": None,
+        "samples": None,
+        "failed": None,
+    }
+
+
+def weights_digest(source: str) -> str | None:
+    """SHA-256 over a checkpoint's weight files, in order of their names.
+
+    Of a single file, what `sha256sum` gives.
+
+    Args:
+        source: local folder, or a name on the hub that is in the local cache by now.
+
+    Returns:
+        None where there are no files at hand.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(source, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            return None
+    digest, found = hashlib.sha256(), False
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _WEIGHTS:
+            found = True
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest() if found else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """Of the checkout that this code lies in; None if it lies in none."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+    except OSError:  # there is no git
+        return None
+    return told.stdout.strip() or None
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": device,
+    }

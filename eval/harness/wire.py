@@ -1,0 +1,132 @@
+"""Bytes of the messages that a question takes, as the two sides would really send them.
+
+The messages are made and encoded, headers of their WebSocket frames included. What would differ
+from run to run has one size: a question is the first of its connection, and times in `Usage` take
+the three bytes that most times take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from vlm_collab.geometry import Size, TokenBox
+from vlm_collab.images import Codec
+from vlm_collab.messages import (
+    Answer,
+    AnyMessage,
+    Ask,
+    Fallback,
+    Finish,
+    Region,
+    RegionRequest,
+    Stage,
+    Usage,
+    encode,
+    micro,
+    websocket_bytes,
+)
+
+_ID = 1
+_SOME_MS = 1000
+_DEADLINE_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer, as far as its message goes."""
+
+    text: str
+    uncertainty: float
+    finish: Finish
+    prefilled_tokens: int
+    decoded_tokens: int
+    mflops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Bytes of the messages of one question that goes through both stages; see `Record`."""
+
+    ask: int
+    request: int
+    reply: int
+    first_answer: int
+    answer: int
+
+
+def exchange(
+    question: str,
+    source: Size,
+    view: bytes,
+    region: bytes,
+    token_box: TokenBox,
+    target: Size,
+    codec: tuple[Codec, int],
+    first: Said,
+    second: Said,
+) -> Exchange:
+    """Sizes of all messages.
+
+    Args:
+        question: the text.
+        source: size of the original, in px.
+        view, region: the encoded views.
+        token_box: what the server asks for.
+        target: largest useful size of a region, in px.
+        codec: of regions, with its quality.
+        first: the first answer, and what it cost.
+        second: the second answer, and what both stages cost.
+    """
+    asked = frame(Ask(_ID, question, _ID, view, *source), up=True)
+    request = frame(
+        RegionRequest(
+            _ID,
+            first.text,
+            micro(first.uncertainty),
+            token_box.index,
+            token_box.side_px,
+            token_box.columns,
+            token_box.rows,
+            *target,
+            *codec,
+            _DEADLINE_MS,
+        ),
+        up=False,
+    )
+    reply = frame(Region(_ID, region), up=True)
+    return Exchange(
+        ask=asked - len(view),
+        request=request,
+        reply=reply - len(region),
+        first_answer=answer_bytes(first, Stage.FIRST, asked, 0),
+        answer=answer_bytes(second, Stage.SECOND, asked + reply, request),
+    )
+
+
+def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
+    """Size of an `Answer`.
+
+    Args:
+        said: the answer.
+        stage: which pass it comes from.
+        up, down: bytes of the question's messages before it, each way.
+    """
+    usage = Usage(
+        up, down, said.prefilled_tokens, said.decoded_tokens, said.mflops, *(_SOME_MS,) * 4
+    )
+    bits = micro(said.uncertainty)
+    answer = Answer(_ID, said.text, stage, Fallback.NONE, bits, usage, said.finish)
+    return frame(answer, up=False)
+
+
+def frame(message: AnyMessage, *, up: bool) -> int:
+    """Bytes of a message on the wire; only frames of a client are masked."""
+    return websocket_bytes(len(encode(message)), masked=up)
+
+
+def without_map(request_bytes: int, map_bytes: int) -> int:
+    """Size of a region request if no map had been asked for."""
+    empty = len(msgspec.msgpack.encode(b""))
+    return request_bytes - (len(msgspec.msgpack.encode(bytes(map_bytes))) - empty)
