@@ -201,7 +201,6 @@ async def test_stopping_a_question(visitor: Visitor):
         await card.locator.get_by_role("button", name="Stop").click()
         await card.ends("failed")
         assert "You stopped this question" in await card.note()
-        await visitor.page.wait_for_function("document.querySelector('#status').dataset.kind")
         assert len(visitor.sent(Cancel)) == 1
 
 

@@ -1,5 +1,6 @@
 // Pictures: an original that stays here, its encoded view, and crops of it.
 
+import { pixelsOnly } from "./container.js";
 import { PictureError } from "./errors.js";
 import { frameOf, paddedExtent } from "./geometry.js";
 import { Codec } from "./messages.js";
@@ -126,11 +127,11 @@ async function decoded(blob, name) {
   }
 }
 
-/** An encoded canvas: pixels and nothing else, since a canvas knows no metadata. */
+/** An encoded canvas: pixels and nothing else. */
 async function encoded(canvas, codec, quality) {
   const blob = await toBlob(canvas, codec, quality);
   if (blob?.type !== TYPES[codec]) throw new PictureError("This browser cannot encode the picture.");
-  return new Uint8Array(await blob.arrayBuffer());
+  return pixelsOnly(new Uint8Array(await blob.arrayBuffer()), codec);
 }
 
 function toBlob(canvas, codec, quality) {

@@ -25,7 +25,7 @@ export async function resample(bitmap, box, size) {
   const values = down === null ? half : along(half, 1, 0, size.width * 3, down);
   const image = new ImageData(size.width, size.height);
   for (let from = 0, to = 0; from < values.length; from += 3, to += 4) {
-    image.data[to] = values[from]; // rounds and clamps
+    image.data[to] = values[from];
     image.data[to + 1] = values[from + 1];
     image.data[to + 2] = values[from + 2];
     image.data[to + 3] = 255;
@@ -77,7 +77,9 @@ async function averaged(bitmap, box, byX, byY) {
       const tall = Math.min(byY, boxHeight - y * byY);
       for (let x = 0; x < width; x++) {
         const pixels = tall * Math.min(byX, boxWidth - x * byX);
-        for (let channel = 0; channel < 3; channel++, to++) values[to] /= pixels;
+        for (let channel = 0; channel < 3; channel++, to++) {
+          values[to] = Math.round(values[to] / pixels);
+        }
       }
     }
   }
@@ -113,7 +115,7 @@ function kernel(x) {
 /** Apply taps along one axis: `lines` lines, `stride` apart, of places that are `step` wide. */
 function along(values, lines, stride, step, taps) {
   if (taps === null) return values;
-  const out = new Float32Array(lines * taps.length * step);
+  const out = new Uint8ClampedArray(lines * taps.length * step); // rounds, and cuts overshoot
   for (let line = 0, to = 0; line < lines; line++) {
     for (const { start, weights } of taps) {
       const from = line * stride + start * step;
