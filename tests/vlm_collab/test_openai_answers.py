@@ -1,0 +1,302 @@
+"""Answers in OpenAI's form: objects, streams, errors, and what can be sent of a growing text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from vlm_collab.errors import (
+    AuthenticationError,
+    CollabError,
+    ConfigError,
+    DeadlineError,
+    ErrorCode,
+    ImageError,
+    ImageTooLargeError,
+    LinkError,
+    LocalProtocolError,
+    PrivacyError,
+    QuestionError,
+    server_error,
+)
+from vlm_collab.messages import Finish, Stage, Token
+from vlm_collab.openai import (
+    ApiError,
+    ChatStream,
+    RegionReport,
+    Report,
+    ResponseBuilder,
+    Result,
+    TextFlow,
+    WireLimits,
+    api_error,
+    check_model,
+    completion,
+    parse_responses,
+)
+
+FIRST, SECOND = Stage.FIRST, Stage.SECOND
+REPORT = Report(
+    model="served",
+    stage="second",
+    refined=True,
+    region=RegionReport(0, (1, 2, 3, 4)),
+    bytes_up=500,
+    original_bytes=9000,
+)
+RESULT = Result(text="a sign", report=REPORT, prompt_tokens=30, completion_tokens=4)
+TOLD = Result(
+    text="a sign",
+    report=REPORT,
+    finish=Finish.LENGTH,
+    tokens=(Token("a", 1_000_000), Token(" sign", 500_000), Token("", 1)),
+)
+
+
+def events(sent: bytes) -> list[Any]:
+    """What a stream holds, each event parsed."""
+    lines = [line for line in sent.decode().split("\n") if line.startswith("data: ")]
+    return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in lines]
+
+
+def builder(**more: Any) -> ResponseBuilder:
+    request = parse_responses({"input": "x", **more}, WireLimits())
+    return ResponseBuilder(request, id="resp_1", created=5, model="m")
+
+
+def encoded(value: Any) -> Any:
+    return json.loads(msgspec.json.encode(value))
+
+
+def strictly(kind: Any, value: Any) -> Any:
+    """As the SDK's own types have it, missing and mistyped fields included."""
+    return TypeAdapter(kind).validate_python(value, strict=False)
+
+
+def test_a_completion() -> None:
+    made = strictly(ChatCompletion, encoded(completion(RESULT, id="c", created=5, model="m")))
+    assert made.choices[0].message.content == "a sign"
+    assert made.choices[0].finish_reason == "stop"
+    assert made.choices[0].logprobs is None
+    assert made.usage.total_tokens == 34
+    assert made.vlm_collab["region"] == {"picture": 0, "box": [1, 2, 3, 4]}
+    assert made.vlm_collab["bytes_up"] == 500
+
+
+def test_logprobs_are_in_nats_and_leave_out_the_end() -> None:
+    made = strictly(ChatCompletion, encoded(completion(TOLD, id="c", created=5, model="m")))
+    assert made.choices[0].finish_reason == "length"
+    told = made.choices[0].logprobs.content
+    assert [each.token for each in told] == ["a", " sign"]
+    assert told[0].logprob == pytest.approx(-math.log(2))
+    assert bytes(told[1].bytes) == b" sign"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_streamed_completion(include_usage: bool) -> None:
+    stream = ChatStream(id="c", created=5, model="m", include_usage=include_usage)
+    sent = stream.start() + stream.delta("a ") + stream.delta("") + stream.finish("sign", RESULT)
+    *told, done = events(sent)
+    assert done is None
+    chunks = [strictly(ChatCompletionChunk, each) for each in told]
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert "".join(piece or "" for piece in pieces) == "a sign"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons == [None] * (len(reasons) - 1) + ["stop"]
+    assert chunks[-1].vlm_collab["refined"]
+    assert not any("vlm_collab" in each for each in told[:-1])
+    if include_usage:
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage.total_tokens == 34
+        assert all(each["usage"] is None for each in told[:-1])
+    else:
+        assert not any("usage" in each for each in told)
+
+
+def test_a_stream_that_fails_tells_why() -> None:
+    stream = ChatStream(id="c", created=5, model="m", include_usage=False)
+    error, done = events(stream.error(ApiError(502, "lost", "server_error")))
+    assert error["error"]["message"] == "lost"
+    assert done is None
+
+
+def test_a_response() -> None:
+    made = strictly(Response, encoded(builder(instructions="be short").whole(RESULT)))
+    assert made.output_text == "a sign"
+    assert made.status == "completed"
+    assert made.instructions == "be short"
+    assert made.usage.total_tokens == 34
+    assert made.vlm_collab["original_bytes"] == 9000
+
+
+def test_a_response_that_was_cut() -> None:
+    made = strictly(Response, encoded(builder().whole(TOLD)))
+    assert made.status == "incomplete"
+    assert made.incomplete_details.reason == "max_output_tokens"
+    assert [each.token for each in made.output[0].content[0].logprobs] == ["a", " sign"]
+
+
+def test_a_streamed_response() -> None:
+    form = builder(stream=True)
+    told = events(form.start() + form.delta("a ") + form.finish("sign", RESULT))
+    typed = [strictly(ResponseStreamEvent, each) for each in told]
+    assert [each.type for each in typed] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [each.sequence_number for each in typed] == list(range(10))
+    assert typed[-1].response.output_text == "a sign"
+    assert typed[-1].response.vlm_collab["bytes_up"] == 500
+
+
+def test_an_empty_streamed_response_still_has_its_parts() -> None:
+    form = builder(stream=True)
+    empty = Result(text="", report=REPORT)
+    kinds = [each["type"] for each in events(form.start() + form.finish("", empty))]
+    assert kinds[2:4] == ["response.output_item.added", "response.content_part.added"]
+    assert kinds[-1] == "response.completed"
+
+
+def test_a_call_of_the_region_tool() -> None:
+    tool = [{"type": "function", "name": "request_region"}]
+    whole = builder(tools=tool).whole_call("call_1", {"left": 0.5}, RESULT)
+    made = strictly(Response, encoded(whole))
+    call = made.output[0]
+    assert (call.type, call.name, call.call_id) == ("function_call", "request_region", "call_1")
+    assert json.loads(call.arguments) == {"left": 0.5}
+    form = builder(tools=tool, stream=True)
+    told = events(form.start() + form.finish_call("call_1", {"left": 0.5}, RESULT))
+    typed = [strictly(ResponseStreamEvent, each) for each in told]
+    assert typed[-1].type == "response.completed"
+    assert typed[-1].response.output[0].call_id == "call_1"
+    assert typed[-3].type == "response.function_call_arguments.done"
+
+
+def test_a_streamed_response_that_fails_tells_why() -> None:
+    form = builder(stream=True)
+    told = events(form.start() + form.error(ApiError(502, "lost", "server_error")))
+    assert strictly(ResponseStreamEvent, told[-1]).response.error.message == "lost"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (ImageError("x"), 400, "invalid_image"),
+        (ImageTooLargeError("x"), 413, "image_too_large"),
+        (QuestionError("x"), 400, "invalid_question"),
+        (ConfigError("x"), 400, "invalid_option"),
+        (PrivacyError("x"), 403, "privacy_policy"),
+        (DeadlineError("x"), 504, "deadline"),
+        (AuthenticationError("x"), 502, "upstream_authentication"),
+        (LinkError("x"), 503, "no_server"),
+        (LocalProtocolError("x", ErrorCode.TOO_LARGE), 413, "too_large"),
+        (LocalProtocolError("x"), 502, "upstream_protocol"),
+        (CollabError("x"), 500, "internal"),
+        *(
+            (server_error(code, "x", None), status, None)
+            for code, status in {
+                ErrorCode.BAD_IMAGE: 400,
+                ErrorCode.TOO_LARGE: 413,
+                ErrorCode.BAD_QUESTION: 400,
+                ErrorCode.VIEW_GONE: 502,
+                ErrorCode.BUSY: 429,
+                ErrorCode.SHUTTING_DOWN: 503,
+                ErrorCode.DEADLINE: 504,
+                ErrorCode.BAD_OPTION: 400,
+                ErrorCode.INTERNAL: 500,
+            }.items()
+        ),
+    ],
+)
+def test_errors(error: CollabError, status: int, code: str | None) -> None:
+    made = api_error(error, param="here")
+    assert made.status == status
+    assert code is None or made.code == code
+    assert "x" in made.message
+    assert (made.param is not None) <= (400 <= status < 500)
+    assert ("Retry-After" in made.headers()) == (status in (429, 503))
+
+
+def test_when_to_come_back_is_a_whole_second_at_least() -> None:
+    busy = api_error(server_error(ErrorCode.BUSY, "full", 0.2))
+    assert busy.headers() == {"Retry-After": "1"}
+
+
+def test_models_that_are_not_served() -> None:
+    check_model(None, ["a"])
+    check_model("", ["a"])
+    check_model("b", ["a", "b"])
+    with pytest.raises(ApiError, match="there is a, b") as caught:
+        check_model("c", ["a", "b"])
+    assert (caught.value.status, caught.value.param) == (404, "model")
+
+
+def test_the_first_pass_is_held_back_until_it_stands() -> None:
+    flow = TextFlow()
+    assert [flow.feed(FIRST, text) for text in ("a", "a bird", "a bird!")] == ["", "", ""]
+    assert flow.finish("a bird!") == "a bird!"
+    assert not flow.restarted
+
+
+def test_the_second_pass_replaces_it_and_streams() -> None:
+    flow = TextFlow()
+    flow.feed(FIRST, "a bird")
+    sent = [flow.feed(SECOND, text) for text in ("the number is", "the number is 47")]
+    assert sent == ["the numbe", "r i"]
+    assert flow.finish("the number is 47") == "s 47"
+    assert not flow.restarted
+
+
+def test_another_text_than_the_one_begun_is_sent_whole() -> None:
+    flow = TextFlow()
+    assert flow.feed(SECOND, "the number is 47") == "the number i"
+    assert flow.finish("a bird") == "\n\na bird"
+    assert flow.restarted
+
+
+def test_a_pass_that_is_made_again_goes_on_where_it_was() -> None:
+    flow = TextFlow()
+    begun = flow.feed(SECOND, "the number is")
+    assert flow.feed(FIRST, "a") == flow.feed(SECOND, "the") == ""
+    assert begun + flow.finish("the number is 47") == "the number is 47"
+    assert not flow.restarted
+
+
+TEXTS = st.text(alphabet="ab .\n\N{REPLACEMENT CHARACTER}", max_size=24)
+
+
+@given(TEXTS, st.lists(st.integers(0, 24), max_size=8))
+def test_pieces_make_up_the_text(text: str, cuts: list[int]) -> None:
+    flow = TextFlow()
+    sent = "".join(flow.feed(SECOND, text[:cut]) for cut in cuts)
+    assert sent + flow.finish(text) == text
+    assert not flow.restarted
+
+
+@given(TEXTS, st.text(alphabet="ab .\n", min_size=1, max_size=3), st.integers(1, 5))
+def test_nothing_of_a_stop_text_is_sent(text: str, stop: str, step: int) -> None:
+    """As the engine tells it: the text grows into the stop text, then ends before it."""
+    whole = text + stop
+    flow = TextFlow((stop,))
+    sent = "".join(flow.feed(SECOND, whole[:cut]) for cut in range(0, len(whole) + 1, step))
+    stands = whole.partition(stop)[0].rstrip()
+    assert sent + flow.finish(stands) == stands
+    assert not flow.restarted

@@ -1,0 +1,465 @@
+"""What requests of both OpenAI APIs come to, and what is refused by which name."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_collab.messages import Options, Retransmit
+from vlm_collab.openai import (
+    ApiError,
+    Conversation,
+    Query,
+    Role,
+    Url,
+    WireLimits,
+    chat_is_text,
+    parse_chat,
+    parse_responses,
+)
+
+LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
+JPEG, OTHER = b"\xff\xd8\xff\xe0 one picture", b"\xff\xd8\xff\xe0 another"
+
+
+def data_url(picture: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def image(picture: bytes, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(picture), **more}}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+def user(*content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(content)}
+
+
+def chat(*messages: Any, limits: WireLimits = LIMITS, **more: Any) -> Query:
+    body = {"model": "m", "messages": list(messages) or [user(text("what?"))], **more}
+    return parse_chat(json.dumps(body).encode(), limits)
+
+
+def respond(said: Any = "what?", *, before: Conversation | None = None, **more: Any) -> Query:
+    body = {"model": "m", "input": said, **more}
+    return parse_responses(json.dumps(body).encode(), LIMITS).query(before)
+
+
+def refused(ask: Any, *arguments: Any, **more: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        ask(*arguments, **more)
+    error = caught.value
+    assert "\n" not in str(error)
+    assert error.body()["error"]["message"] == str(error)
+    return error
+
+
+def test_a_question_about_a_picture() -> None:
+    query = chat(user(text("what?"), image(JPEG)))
+    assert query.pictures == (JPEG,)
+    assert query.question == "what?"
+    assert query.history == ()
+    assert query.options == Options()
+    assert not query.stream
+
+
+def test_a_conversation_with_a_picture_that_is_sent_again() -> None:
+    query = chat(
+        {"role": "system", "content": "be short"},
+        user(image(JPEG), text("what is it?")),
+        {"role": "assistant", "content": "a sign", "refusal": None},
+        user(text("and this?"), image(OTHER), image(JPEG)),
+        {"role": "assistant", "content": [text("a tree")]},
+        {"role": "user", "content": "which is larger?"},
+    )
+    assert query.pictures == (JPEG, OTHER)
+    assert query.picture_params == (
+        "messages[1].content[0].image_url.url",
+        "messages[3].content[1].image_url.url",
+    )
+    assert query.history == (("be short\nwhat is it?", "a sign"), ("and this?", "a tree"))
+    assert query.question == "which is larger?"
+
+
+def test_what_one_side_says_in_a_row_is_one_text() -> None:
+    query = chat(
+        {"role": "assistant", "content": "hello"},
+        user(text("a"), text("b")),
+        {"role": "developer", "content": "c"},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": "d"},
+        user("e"),
+    )
+    assert query.history == (("", "hello"), ("a\nb\nc", "\nd"))
+    assert query.question == "e"
+
+
+def test_what_cameras_in_use_send() -> None:
+    """A bare text among the parts, an address without its object, a format that is wrong."""
+    bare = {"type": "image_url", "image_url": data_url(OTHER, "image/png")}
+    query = chat(user(image(JPEG, detail="low"), bare, "describe it"))
+    assert query.pictures == (JPEG, OTHER)
+    assert query.question == "describe it"
+    assert query.options.retransmit is Retransmit.AUTO
+
+
+def test_an_address_is_told_from_a_picture() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "https://example.org/a.jpg"}}
+    assert chat(user(picture, "what?")).pictures == (Url("https://example.org/a.jpg"),)
+
+
+def test_options() -> None:
+    query = chat(
+        max_completion_tokens=7,
+        stop=["\n", "."],
+        temperature=0.5,
+        top_p=0.9,
+        seed=-1,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+        vlm_collab={"retransmit": "always", "eta": 0.25},
+    )
+    assert query.options == Options(
+        retransmit=Retransmit.ALWAYS,
+        eta=0.25,
+        max_new_tokens=7,
+        stop=("\n", "."),
+        temperature=0.5,
+        top_p=0.9,
+        seed=2**63 - 1,
+        tokens=True,
+    )
+    assert query.stream
+    assert query.include_usage
+
+
+def test_the_longest_answer_has_two_names_and_no_upper_end() -> None:
+    assert chat(max_tokens=9, max_completion_tokens=9).options.max_new_tokens == 9
+    assert chat(max_tokens=10**9).options.max_new_tokens == 65535
+    assert chat(max_tokens=12.0).options.max_new_tokens == 12
+    assert refused(chat, max_tokens=9, max_completion_tokens=8).param == "max_tokens"
+
+
+def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
+    assert chat(top_p=0, temperature=1.5).options == Options(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"n": 1},
+        {"n": None},
+        {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k"},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
+        {"store": False, "service_tier": "auto", "modalities": ["text"], "top_logprobs": 0},
+        {"stop": None},
+        {"reasoning_effort": None, "verbosity": "medium"},
+    ],
+)
+def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
+    assert chat(**harmless) == chat()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 0.1}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 5}, "stop"),
+        ({"stop": ["x" * 65]}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_all": True}}, "stream_options.include_all"),
+        ({"top_k": 5}, "top_k"),
+        ({"model": 3}, "model"),
+        ({"vlm_collab": {"retransmit": "maybe"}}, "vlm_collab.retransmit"),
+        ({"vlm_collab": {"eta": -1}}, "vlm_collab.eta"),
+        ({"vlm_collab": {"else": 1}}, "vlm_collab.else"),
+        ({"vlm_collab": {"sources": [[1, 2]]}}, "vlm_collab.sources"),
+        ({"vlm_collab": {"sources": [[1]]}}, "vlm_collab.sources[0]"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls",
+        ),
+        ({"messages": [user(text("x")), {"role": "assistant", "content": "y"}]}, "messages"),
+        ({"messages": [user(text("  "))]}, "messages"),
+        ({"messages": [user(image(JPEG))]}, "messages"),
+        ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),
+        (
+            {"messages": [user({"type": "input_audio", "input_audio": {}})]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [user({"type": "file", "file": {}})]}, "messages[0].content[0].type"),
+        (
+            {"messages": [user(text("x"), image(JPEG, detail="fine"))]},
+            "messages[0].content[1].image_url.detail",
+        ),
+        (
+            {"messages": [user({"type": "image_url", "image_url": {}})]},
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [image(JPEG)]}, user("x")]},
+            "messages[0].content[0].type",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(wrong: dict[str, Any], param: str) -> None:
+    body = {"messages": [user(text("what?"))], **wrong}
+    error = refused(parse_chat, body, LIMITS)
+    assert error.status == 400
+    assert error.param == param
+    assert error.type == "invalid_request_error"
+    assert param.split("[")[0].split(".")[-1] in str(error)
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("", 400),
+        ("ftp://example.org/a.jpg", 400),
+        ("file:///etc/passwd", 400),
+        ("data:image/jpeg;base64", 400),
+        ("data:image/jpeg,abc", 400),
+        ("data:image/jpeg;base64,", 400),
+        ("data:image/jpeg;base64,a", 400),
+        ("data:image/jpeg;base64,%%%%", 400),
+        ("data:image/jpeg;base64,äöüß", 400),
+        ("data:image/jpeg;base64," + "A" * 1400, 413),
+        ("https://example.org/" + "a" * 9000, 400),
+    ],
+)
+def test_pictures_that_are_none(url: str, status: int) -> None:
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    error = refused(chat, user(text("what?"), picture))
+    assert error.status == status
+    assert error.param == "messages[0].content[1].image_url.url"
+
+
+def test_line_breaks_in_base64_are_no_fault() -> None:
+    encoded = base64.encodebytes(JPEG * 5).decode()
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded}"}}
+    assert chat(user(text("what?"), picture)).pictures == (JPEG * 5,)
+
+
+def test_more_pictures_than_a_conversation_may_have() -> None:
+    many = [image(b"picture %d" % i) for i in range(4)]
+    error = refused(chat, user(text("what?"), *many))
+    assert error.param == "messages[0].content[4].image_url.url"
+    assert len(chat(user(text("what?"), *many[:3], *many[:3])).pictures) == 3
+
+
+def test_longer_conversations_than_a_question_can_carry() -> None:
+    turn = [user("a"), {"role": "assistant", "content": "b"}]
+    assert len(chat(*turn * 256, user("c")).history) == 256
+    assert refused(chat, *turn * 257, user("c")).param == "messages"
+
+
+@pytest.mark.parametrize("body", [b"", b"no", b"[]", b'"x"', b"\xff\xfe", b"{", b"[" * 5000])
+def test_bodies_that_are_no_request(body: bytes) -> None:
+    for parse in (parse_chat, parse_responses):
+        assert refused(parse, body, LIMITS).status == 400
+
+
+def test_bodies_that_are_too_much() -> None:
+    assert refused(parse_chat, b" " * (1 << 16) + b"{}", LIMITS).status == 413
+    assert refused(parse_chat, b"[]," * 600_000, WireLimits()).status == 413
+
+
+def test_text_alone_is_told_from_the_rest() -> None:
+    assert chat_is_text({"messages": [user("x", text("y")), {"role": "user", "content": "z"}]})
+    assert chat_is_text({"messages": 3})
+    assert not chat_is_text({"messages": [user(text("x"), image(JPEG))]})
+    assert not chat_is_text({"messages": [user({"type": "input_audio"})]})
+    assert not chat_is_text({"messages": [user(5)]})
+
+
+def test_a_response_about_a_picture() -> None:
+    item = {
+        "role": "user",
+        "content": [
+            {"type": "input_image", "image_url": data_url(JPEG), "detail": "auto"},
+            {"type": "input_text", "text": "what?"},
+        ],
+    }
+    query = respond([item], instructions="be short", max_output_tokens=5)
+    assert query.pictures == (JPEG,)
+    assert query.question == "be short\nwhat?"
+    assert query.options.max_new_tokens == 5
+
+
+def test_a_response_that_goes_on_from_another() -> None:
+    before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).answered("a sign")
+    query = respond("and now?", before=before, instructions="be long")
+    assert query.history == (("be long\nwhat?", "a sign"),)
+    assert query.question == "and now?"
+    assert query.pictures == (JPEG,)
+
+
+def test_a_conversation_that_is_sent_back_as_it_came() -> None:
+    answer = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [{"type": "output_text", "text": "a sign", "annotations": [], "logprobs": []}],
+    }
+    query = respond(
+        [{"role": "user", "content": "what?"}, answer, {"role": "user", "content": "?"}]
+    )
+    assert query.history == (("what?", "a sign"),)
+    assert query.question == "?"
+
+
+def test_the_region_tool() -> None:
+    body = {
+        "input": [
+            {
+                "type": "function_call_output",
+                "call_id": "call_1",
+                "output": [{"type": "input_image", "image_url": data_url(JPEG)}],
+            },
+            {"type": "function_call_output", "call_id": "call_2", "output": "no"},
+        ],
+        "previous_response_id": "resp_1",
+        "tools": [{"type": "function", "name": "request_region", "parameters": {}}],
+        "tool_choice": {"type": "function", "name": "request_region"},
+        "vlm_collab": {"sources": [[4000, 3000]]},
+    }
+    request = parse_responses(body, LIMITS)
+    assert request.region_tool
+    assert request.previous_response_id == "resp_1"
+    assert request.options.retransmit is Retransmit.ALWAYS
+    assert request.sources == ((4000, 3000),)
+    picture, declined = request.outputs
+    assert (picture.call_id, picture.picture) == ("call_1", JPEG)
+    assert picture.param == "input[0].output[0].image_url"
+    assert (declined.picture, declined.text) == (None, "no")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "1"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+            "input[0].content[0].type",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+            "input[0].content[0].file_id",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"include": ["file_search_call.results"]}, "include[0]"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"stop": "x"}, None),
+        ({"store": "yes"}, "store"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"frobnicate": 1}, "frobnicate"),
+    ],
+)
+def test_responses_that_cannot_be_had(wrong: dict[str, Any], param: str | None) -> None:
+    if param is None:
+        assert parse_responses({"input": "x", **wrong}, LIMITS).options.stop == ("x",)
+        return
+    assert refused(parse_responses, {"input": "x", **wrong}, LIMITS).param == param
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "role", "content", "image_url", "url", "text", "output"])
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(
+    [
+        "messages",
+        "input",
+        "model",
+        "stop",
+        "tools",
+        "stream_options",
+        "vlm_collab",
+        "include",
+        "temperature",
+        "max_tokens",
+        "logit_bias",
+        "text",
+        "seed",
+        "store",
+        "tool_choice",
+    ]
+)
+
+
+@given(st.dictionaries(NAMES, JSON, max_size=5))
+def test_garbage_is_refused_in_one_line(body: dict[str, Any]) -> None:
+    for parse in (parse_chat, lambda body, limits: parse_responses(body, limits).query()):
+        try:
+            parse(body, LIMITS)
+        except ApiError as error:
+            assert 400 <= error.status < 500
+            assert json.loads(error.encoded())["error"]["message"]
+    chat_is_text(body)
