@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -105,6 +106,8 @@ def chat(
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
     screen: _Screen = _Programs() if as_json else _People()
     talking = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is no text
     settings: ClientOptions = {
         "token": token,
         "ca_file": ca_file,
@@ -277,7 +280,14 @@ class Chat:
         view = None if welcome is None else Size(welcome.view_width, welcome.view_height)
         self._screen.explain(frame, answer)
         if fit is not None and view is not None:
-            drawn = heat_map(answer, frame.picture.size, fit, view, colour=self._screen.colour)
+            drawn = heat_map(
+                answer,
+                frame.picture.size,
+                fit,
+                view,
+                colour=self._screen.colour,
+                columns=self._screen.columns,
+            )
             if drawn is not None:
                 self._screen.draw(drawn)
 
@@ -337,9 +347,15 @@ def reader_may_leave() -> Iterator[None]:
 
 
 class _Screen(Protocol):
-    """Where a conversation is told."""
+    """Where a conversation is told.
+
+    Attributes:
+        colour: it shows colours.
+        columns: room in a line, in characters.
+    """
 
     colour: bool
+    columns: int
 
     def note(self, line: str) -> None:
         """Tell something beside the answers; any thread may."""
@@ -373,6 +389,7 @@ class _People:
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self.colour = self._console.is_terminal and not self._console.no_color
+        self.columns = self._console.width - 2
         self._writing = threading.Lock()
         self._at_prompt = False
         self._talking = sys.stdin.isatty()
@@ -453,6 +470,7 @@ class _Programs:
     """One JSON object for each question on stdout; everything else on stderr."""
 
     colour = False
+    columns = 78
 
     def __init__(self) -> None:
         self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -462,6 +480,8 @@ class _Programs:
         self._beside.print(Text(printable(line), style="dim"))
 
     def fail(self, line: str, error: CollabError) -> None:
+        # What is no text is told as far as it is.
+        line = line.encode(errors="replace").decode()
         told = {"question": line, "error": str(error), "code": cli.error_name(error)}
         print(msgspec.json.encode(told).decode(), flush=True)
 

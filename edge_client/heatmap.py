@@ -22,7 +22,9 @@ Dot = tuple[int, bool]
 """Heat, 0 to 255, or -1 where the view shows nothing; and whether the box's edge runs here."""
 
 
-def heat_map(answer: EdgeAnswer, size: Size, fit: Fit, view: Size, *, colour: bool) -> Text | None:
+def heat_map(
+    answer: EdgeAnswer, size: Size, fit: Fit, view: Size, *, colour: bool, columns: int = COLUMNS
+) -> Text | None:
     """Where the model looked.
 
     Args:
@@ -31,6 +33,7 @@ def heat_map(answer: EdgeAnswer, size: Size, fit: Fit, view: Size, *, colour: bo
         fit, view: how the view shows the picture, and its size in px.
         colour: half-block characters, two dots each, in colours; otherwise plain letters, darker
             for hotter, the box drawn with `+`, `-` and `|`.
+        columns: the widest that it may be, in characters, beside its margin of two.
 
     Returns:
         None if the answer has no map.
@@ -38,7 +41,7 @@ def heat_map(answer: EdgeAnswer, size: Size, fit: Fit, view: Size, *, colour: bo
     if answer.map is None:
         return None
     # A letter is about twice as tall as wide, so with half blocks a dot is a square.
-    columns = COLUMNS
+    columns = max(2, min(columns, COLUMNS))
     lines = max(1, round(columns * size.height / size.width / 2))
     if lines > MOST_LINES:
         columns, lines = max(2, round(columns * MOST_LINES / lines)), MOST_LINES

@@ -86,7 +86,8 @@ class PatientClient:
         except LinkError as error:
             if not is_passing(error):
                 raise
-            self._note(f"{error}; questions are kept until it answers")
+            kept = "until it answers" if self._forever else "for as long as their deadline"
+            self._note(f"{error}; questions are kept {kept}")
 
     def ask(
         self,

@@ -14,6 +14,7 @@ from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from PIL.Image import Image, Transpose, frombytes
 
 from edge_client.cameras import choose
@@ -211,7 +212,7 @@ class _Decoder:
             raise CameraError("all its pictures are damaged")
 
 
-def _decoded(packet: Packet) -> list[VideoFrame]:
+def _decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
     return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
 
 

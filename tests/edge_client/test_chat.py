@@ -216,8 +216,11 @@ def test_look_takes_a_new_picture_of_a_camera(server, tmp_path):
         terminal.see("picture [1-4], 640 x 480 px")
         terminal.type(SURE)
         one = re.search(r"first (\w+) what", terminal.see(ANSWERED))
+        # News while somebody types: what was typed so far stays.
+        terminal.child.send("/lo")
         terminal.see("the recording has ended")
-        terminal.type("/look")
+        terminal.see("> /lo$")
+        terminal.type("ok")
         terminal.see(r"picture (3\d|40), 640 x 480 px")
         terminal.type(SURE)
         other = re.search(r"first (\w+) what", terminal.see(ANSWERED))
@@ -255,6 +258,34 @@ def test_json_is_one_object_for_each_answer(server, file):
     assert refused["question"] == "<image>"
     assert sure["view_bytes"] == 0  # a follow-up costs no pixels
     assert done.returncode == 2  # of the first that failed
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_next_is_asked(server, file):
+    done = subprocess.run(
+        [*CHAT, str(file), "--server", server, "--json"],
+        input=b"what \xff\xfe?\n" + SURE.encode() + b"\n",
+        capture_output=True,
+        timeout=60,
+    )
+    refused, sure = map(json.loads, done.stdout.splitlines())
+    assert refused["code"] == "QUESTION"
+    assert sure["answer"].startswith("first")
+    assert b"Traceback" not in done.stderr
+
+
+async def test_a_policy_is_obeyed_and_what_leaves_is_listed(file, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("cameras:\n  door:\n    max_region_share: 0.001\n")
+    audit = tmp_path / "audit.jsonl"
+    async with world() as w:
+        arguments = ("--server", w.proxy.url, "--policy", policy, "--camera", "door")
+        done = await asyncio.to_thread(
+            piped, f"{UNSURE}\n", file, *arguments, "--audit", audit, "--json"
+        )
+    answer = json.loads(done.stdout)
+    assert answer["fallback"] == "declined"
+    assert answer["region_bytes"] == 0
+    assert len(audit.read_text().splitlines()) >= 1
 
 
 def test_single_questions_know_nothing_of_each_other(server, file):
