@@ -290,7 +290,8 @@ def _serving() -> Iterator[str]:
 def install() -> dict[str, Any]:
     """Size of what `pip install vlm-collab` puts on a device, from the files installed here.
 
-    The demo checkpoint, which a device has no use for, is not counted.
+    Compiled bytecode, which pip makes, is counted; the demo checkpoint, which a device has no use
+    for, is not.
     """
     sizes = {}
     waiting = ["vlm-collab"]
@@ -302,7 +303,7 @@ def install() -> dict[str, Any]:
         sizes[name] = sum(
             path.stat().st_size
             for path in (Path(str(found.locate_file(file))) for file in found.files or ())
-            if path.is_file() and path.suffix != ".pyc"
+            if path.is_file()
         )
         for needed in map(Requirement, found.requires or ()):
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
@@ -312,7 +313,7 @@ def install() -> dict[str, Any]:
         path.stat().st_size
         for package in ("vlm_collab", "edge_client", "server_plugin", "eval", "configs")
         for path in (root / package).rglob("*")
-        if path.is_file() and path.suffix != ".pyc" and "demo_model" not in path.parts
+        if path.is_file() and "demo_model" not in path.parts
     )
     return {
         "figure": "install",

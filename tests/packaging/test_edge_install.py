@@ -105,6 +105,46 @@ def test_a_question_is_asked_from_the_small_install(device: Path, url: str, tmp_
     assert "refined answer" in _run(*command, cwd=tmp_path).stdout
 
 
+_ASKING = """
+import re, sys, edge_client
+from pathlib import Path
+with edge_client.Client(sys.argv[1]) as client:
+    answer = client.ask(*sys.argv[2:])
+status = Path("/proc/self/status").read_text()
+peak, after = (re.search(rf"{name}:\\s+(\\d+)", status)[1] for name in ("VmHWM", "VmRSS"))
+print(answer.refined, int(peak) * 1024, int(after) * 1024)
+"""
+
+
+def test_asking_about_a_large_photo_takes_little_memory(device: Path, url: str, tmp_path: Path):
+    """Decoded, this photo takes 48 MB. They are needed for a region alone, and let go after it."""
+    photo = tmp_path / "photo.jpg"
+    small = Image.effect_noise((400, 300), 60).convert("RGB")
+    small.resize((4000, 3000)).save(photo, quality=90)
+    python = str(device / "bin/python")
+    for question, refined in (("what colour is the sky?", "False"), ("a small thing", "True")):
+        done = _run(python, "-c", _ASKING, url, str(photo), question, cwd=tmp_path)
+        found, peak_bytes, after_bytes = done.stdout.split()
+        assert found == refined
+        assert int(peak_bytes if refined == "False" else after_bytes) < LIMIT_BYTES, done.stdout
+
+
+def test_policy_and_audit_log_work_from_the_small_install(device: Path, url: str, tmp_path: Path):
+    photo, log = tmp_path / "photo.png", tmp_path / "audit.jsonl"
+    Image.effect_noise((600, 450), 60).convert("RGB").save(photo)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("cameras: {default: {max_regions_per_question: 0}}")
+    program = str(device / "bin/vlm-collab")
+    command = (program, "ask", str(photo), "a small thing", "--server", url, "--json")
+    rules = ("--policy", str(policy), "--audit", str(log))
+    answer = json.loads(_run(*command, *rules, cwd=tmp_path).stdout)
+    assert answer["fallback"] == "declined"
+    assert "view" in _run(program, "audit", str(log), cwd=tmp_path).stdout
+    policy.write_text("cameras: {default: {max_region: 0}}")
+    refused = json.loads(_run(*command, *rules, code=2, cwd=tmp_path).stdout)
+    assert '"max_region" is not known' in refused["error"]
+
+
 def test_serving_from_the_small_install_says_what_is_missing(device: Path, tmp_path: Path):
     done = _run(str(device / "bin/vlm-collab"), "serve", code=2, cwd=tmp_path)
     assert 'pip install "vlm-collab[server]"' in done.stderr
@@ -122,4 +162,5 @@ def test_the_wheel_carries_presets_types_and_licence(wheel: Path):
     ):
         assert expected in names
     assert any(name.endswith("LICENSE") for name in names)
+    assert "server_plugin/configs/edge-policy.yaml" in names
     assert not any(name.startswith("tests/") for name in names)
