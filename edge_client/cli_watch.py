@@ -256,6 +256,8 @@ class Watch:
         frame = await self._take()
         if frame is None:
             return None, skipped
+        if self._every is not None and not self._last and not self._camera.on_demand:
+            self._due = frame.latest  # the count begins with the first question
         self._last = frame.number
         if self._every is not None:
             skipped = max(0, frame.latest - self._due) // self._every
@@ -404,7 +406,8 @@ class _Progress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        self.note(self._counts())
+        if exc is None or self.asked:
+            self.note(self._counts())
 
     def note(self, line: str) -> None:
         """Tell something; any thread may."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from edge_client import cli_watch
@@ -122,8 +125,9 @@ async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
     assert all(line["skipped"] > 0 for line in lines[1:-1])  # the last waits for nobody
     skipped = sum(line["skipped"] for line in lines)
     assert skipped == watching.progress.skipped
-    # Each of the frames up to the last answer was asked about or skipped.
-    assert len(lines) + skipped == pytest.approx(frames[-1], abs=4)
+    # Each of the frames from the first question to the last was asked about or skipped.
+    assert lines[0]["skipped"] == 0
+    assert len(lines) + skipped == pytest.approx(frames[-1] - frames[0] + 1, abs=4)
 
 
 async def test_by_the_clock_a_slow_server_makes_it_skip(clip, tmp_path):
@@ -273,6 +277,40 @@ def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, numbe
 
 def sum_skipped(lines: list[str]) -> int:
     return sum(json.loads(line)["skipped"] for line in lines)
+
+
+def test_on_a_terminal_it_shows_how_it_goes(clip, tmp_path, server):
+    out = tmp_path / "out.jsonl"
+    program, *arguments = command(clip, UNSURE, "--every", 15, "--server", server, "--out", out)
+    child = pexpect.spawn(
+        program,
+        arguments,
+        encoding="utf-8",
+        timeout=30,
+        dimensions=(24, 80),
+        env={**os.environ, "TERM": "xterm"},
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before)
+    assert shown.endswith("4 asked, 0 failed, 0 skipped\r\n")
+    assert re.search(r"picture \d+: 1 asked, 0 failed, 0 skipped: second [^\r\n]*…", shown)
+    assert len(read(out)) == 4
+
+
+def test_a_policy_is_obeyed(clip, tmp_path, server):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("cameras:\n  default:\n    max_region_share: 0.001\n")
+    audit = tmp_path / "audit.jsonl"
+    arguments = ("--every", 30, "--server", server, "--policy", policy, "--audit", audit)
+    done = subprocess.run(
+        command(clip, UNSURE, *arguments), capture_output=True, text=True, timeout=60
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["fallback"] for line in lines] == ["declined", "declined"], done.stderr
+    assert [line["region_bytes"] for line in lines] == [0, 0]
+    assert audit.read_text().count("\n") >= 2
 
 
 def test_lines_on_stdout_may_be_read_as_long_as_one_likes(clip, server):
