@@ -9,6 +9,7 @@ DESIGN section 3 ("Cost"): (a) bytes each way, (b) pixels, (c) bytes of pictures
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -196,7 +197,7 @@ def paper_mflops(run: Run) -> tuple[float, float]:
     return first_pass_flops(*decoder) / 1e6, second_stage_flops(*decoder) / 1e6
 
 
-def same_samples(runs: list[Run]) -> None:
+def same_samples(runs: Sequence[Run]) -> None:
     """Refuse to compare runs over different samples.
 
     Raises:

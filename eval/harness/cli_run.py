@@ -169,7 +169,11 @@ def method_of(
     if name not in (TWO_STAGE, HD):
         raise ConfigError(f"there is no method {name!r}; there are: {TWO_STAGE}, {HD}")
     if name == HD:
-        raise ConfigError("the method hd is not available")
+        if server is not None or region_quality is not None:
+            raise ConfigError("the method hd takes neither --server nor --region-quality")
+        from eval.baselines.hd import HighResolutionMethod
+
+        return HighResolutionMethod(task, options, codec=chosen, view_quality=view_quality)
     if server is not None:
         raise ConfigError("a run over a service is not available")
     from eval.harness.two_stage import TwoStage

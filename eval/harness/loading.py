@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from eval.harness.provenance import weights_digest
-from server_plugin.backend import Backend
+from server_plugin.backend import Backend, ModelInfo
 from server_plugin.models import FAKE_MODEL, checkpoint_of, open_model
 from server_plugin.presets import Preset
 
@@ -69,9 +69,8 @@ async def loaded(options: ModelOptions, max_new_tokens: int) -> tuple[Backend, P
     )
 
 
-def model_facts(options: ModelOptions, backend: Backend, preset: Preset) -> dict[str, Any]:
+def facts_of(options: ModelOptions, info: ModelInfo, preset: Preset) -> dict[str, Any]:
     """The model as `run.json` has it; reads all of its weights once."""
-    info = backend.info
     device, dtype = options.settled()
     source = None if options.name == FAKE_MODEL else checkpoint_of(options.name)
     return {
@@ -80,7 +79,7 @@ def model_facts(options: ModelOptions, backend: Backend, preset: Preset) -> dict
         "preset": msgspec.to_builtins(preset),
         "dtype": dtype,
         "device": device.partition(":")[0],
-        "batch": info.concurrency,
+        "concurrency": info.concurrency,
         "view": list(info.view),
         "grid": list(info.grid),
         "base_px": info.base_px,

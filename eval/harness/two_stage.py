@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from eval.harness.loading import ModelOptions, loaded, model_facts
+from eval.harness.loading import ModelOptions, facts_of, loaded
 from eval.harness.lockstep import Lockstep, Member
 from eval.harness.method import (
     Asked,
@@ -83,6 +83,7 @@ class TwoStage(Method):
 
     async def open(self) -> None:
         self._backend, self._preset = await loaded(self._options, self._task.max_new_tokens)
+        await self._backend.warm_up()
         self._engine = engine_of(self._backend, self._preset, None, {}, provisional=True)
         self._codecs = codecs_of(self._preset, *self._asked_codecs)
         self.group = self._backend.info.concurrency
@@ -91,7 +92,7 @@ class TwoStage(Method):
         await self._backend.close()
 
     def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return model_facts(self._options, self._backend, self._preset), self._codecs.told()
+        return facts_of(self._options, self._backend.info, self._preset), self._codecs.told()
 
     def prepare(self, index: int, sample: Sample) -> _Ready:
         info, codecs = self._backend.info, self._codecs

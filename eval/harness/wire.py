@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from vlm_collab.geometry import Size, TokenBox
 from vlm_collab.images import Codec
 from vlm_collab.messages import (
@@ -105,6 +103,12 @@ def exchange(
     )
 
 
+def one_stage(question: str, source: Size, picture: bytes, said: Said) -> tuple[int, int]:
+    """Sizes of a question without its picture and of its answer, where nothing else is sent."""
+    asked = frame(Ask(_ID, question, _ID, picture, *source), up=True)
+    return asked - len(picture), answer_bytes(said, Stage.FIRST, asked, 0)
+
+
 def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
     """Size of an `Answer`.
 
@@ -124,9 +128,3 @@ def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
 def frame(message: AnyMessage, *, up: bool) -> int:
     """Bytes of a message on the wire; only frames of a client are masked."""
     return websocket_bytes(len(encode(message)), masked=up)
-
-
-def without_map(request_bytes: int, map_bytes: int) -> int:
-    """Size of a region request if no map had been asked for."""
-    empty = len(msgspec.msgpack.encode(b""))
-    return request_bytes - (len(msgspec.msgpack.encode(bytes(map_bytes))) - empty)
