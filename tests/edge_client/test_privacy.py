@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from edge_client.audit import RegionLine, ViewLine
 from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Hours, Mask, load_policy
 from vlm_collab.errors import CollabError, ConfigError, PrivacyError
 from vlm_collab.geometry import Box, Size
@@ -209,3 +210,12 @@ def test_quiet_hours_are_local_and_pass_midnight(hours, local, quiet):
     moment = datetime.datetime(2026, 3, 1, hour, minute, 30, tzinfo=nepal)
     found = rules.quiet(moment.astimezone(datetime.UTC))
     assert (str(found) if found else None) == (hours if quiet else None)
+
+
+def test_the_documentation_names_every_rule_and_field():
+    text = (ROOT / "docs/privacy.md").read_text(encoding="utf-8")
+    rules = set(CameraPolicy.__struct_fields__) - {"name"}
+    areas = {"fractions:", "px:", "mask:"}
+    fields = {*ViewLine.__struct_fields__, *RegionLine.__struct_fields__}
+    for word in (*(f"`{name}`" for name in rules | fields), *areas):
+        assert word in text, word
