@@ -18,7 +18,7 @@ from edge_client.asking import TextSink
 from edge_client.cli import printable
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
-from vlm_collab.messages import Fallback, Stage
+from vlm_collab.messages import DeclineReason, Fallback, Stage
 
 _WHY_FIRST = {
     Fallback.DECLINED: "the region was not sent",
@@ -27,6 +27,14 @@ _WHY_FIRST = {
     Fallback.OVERLOAD: "the server had no room for a second look",
     Fallback.SERVER_FAILED: "the server failed at the second look",
     Fallback.LINK_LOST: "the connection was lost",
+}
+
+_WHY_DECLINED = {
+    DeclineReason.LIMIT: "it is over a limit",
+    DeclineReason.PRIVACY: "the policy keeps it back",
+    DeclineReason.GONE: "the original is gone",
+    DeclineReason.BAD_REQUEST: "the request makes no sense",
+    DeclineReason.FAILED: "it could not be made",
 }
 
 _SHADES = "·░▒▓█"
@@ -170,6 +178,7 @@ def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
         "stage": answer.stage.name.lower(),
         "refined": answer.refined,
         "fallback": answer.fallback.name.lower(),
+        "declined": None if answer.declined is None else answer.declined.name.lower(),
         "uncertainty": answer.uncertainty,
         "first_answer": answer.first_text,
         "first_uncertainty": answer.first_uncertainty,
@@ -207,6 +216,8 @@ def history(answer: EdgeAnswer, picture: Picture) -> Table:
         rows.add_row("  refined answer", _said(answer.text, answer.uncertainty, "green"))
     elif unsure:
         why = _WHY_FIRST.get(answer.fallback, "the server kept it")
+        if answer.fallback is Fallback.DECLINED and answer.declined in _WHY_DECLINED:
+            why = f"{why}, {_WHY_DECLINED[answer.declined]}"
         rows.add_row("  answer", f"the first one: {why}")
     else:
         rows.add_row("  answer", _said(answer.text, answer.uncertainty, "green"))

@@ -382,11 +382,13 @@ async def test_ask_keeps_to_the_policy_and_writes_the_log(run, tmp_path):
             which = ("--camera", camera) if camera else ()
             code, out, _ = await asyncio.to_thread(run, *common, *which)
             told[camera] = code, json.loads(out)
+        _, people, _ = await asyncio.to_thread(run, *common[:-3])
     for camera in ("default", None):
         code, answer = told[camera]
         assert (code, answer["refined"], answer["fallback"]) == (0, False, "declined")
-        assert answer["region_bytes"] == 0
+        assert (answer["region_bytes"], answer["declined"]) == (0, "limit")
     assert told["open"][1]["refined"] is True
+    assert "not sent, it is over a limit" in people
     code, refused = told["asleep"]
     assert (code, refused["code"]) == (8, "PRIVACY")
     assert "00:00-24:00" in refused["error"]
