@@ -31,7 +31,8 @@ from vlm_collab.page import token_in
 log = logging.getLogger(__name__)
 
 FAREWELL_S = 3.0
-"""How long a shutdown waits for clients to read their last messages."""
+"""How long a shutdown waits for clients to read their last messages, and for regions that are to
+come in a request of their own."""
 
 
 class Service:
@@ -93,6 +94,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + (
             self.config.limits.shutdown_grace_s if grace_s is None else grace_s
         )
+        self.openai.hurry(FAREWELL_S)
         while self.questions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         if self.questions:

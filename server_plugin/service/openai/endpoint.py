@@ -164,6 +164,11 @@ class OpenAiEndpoint:
             Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
         ]
 
+    def hurry(self, patience_s: float) -> None:
+        """Wait so long at most for clients that were asked for a region."""
+        for question in self._questions:
+            question.hurry(patience_s)
+
     def shut_down(self) -> None:
         """End what is in flight, with first answers where there are some."""
         for question in list(self._questions):
@@ -399,8 +404,8 @@ class OpenAiEndpoint:
                 target = self._service.engine.target
                 region = await self._workshop.run(lambda: original.region(None, target))
         except (ApiError, ImageError) as error:
-            self.memory.put(client.tenant, id, before)  # the client may send another one
-            question.resume_deadline()
+            if question.resume_deadline():  # the client may send another one
+                self.memory.put(client.tenant, id, before)
             raise api_error(error, param=output.param) from error
         except BaseException:
             question.cancel()

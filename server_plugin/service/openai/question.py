@@ -171,19 +171,32 @@ class Question:
             self._stop(Fallback.OVERLOAD, Refused(ErrorCode.SHUTTING_DOWN, _GOING, 1))
             self._task.cancel()
 
-    def hold_deadline(self) -> bool:
-        """Stop the clock that runs while the region is waited for; whether it was running."""
-        if self._waiting is None or self._region is None or self._region.done():
-            return False
-        if self._waiting.expired():
-            return False
-        self._waiting.reschedule(None)
-        return True
+    def hurry(self, patience_s: float) -> None:
+        """Wait for the client's region so long at most; nobody may come back to a server that
+        goes away."""
+        clock = self._clock()
+        if clock is not None and (due_s := clock.when()) is not None:
+            clock.reschedule(min(due_s, asyncio.get_running_loop().time() + patience_s))
 
-    def resume_deadline(self) -> None:
-        """Start that clock again: the client may send another region."""
-        if self._waiting is not None and not self._waiting.expired():
-            self._waiting.reschedule(self._deadline())
+    def hold_deadline(self) -> bool:
+        """Stop the clock while what the client sent is read; False if no region is waited for."""
+        clock = self._clock()
+        if clock is not None:
+            clock.reschedule(None)
+        return clock is not None
+
+    def resume_deadline(self) -> bool:
+        """Start the clock anew: the client may send another region; False as above."""
+        clock = self._clock()
+        if clock is not None:
+            clock.reschedule(self._deadline())
+        return clock is not None
+
+    def _clock(self) -> asyncio.Timeout | None:
+        """What ends the wait for the client's region; None when it is not waited for."""
+        if self._region is None or self._region.done():
+            return None
+        return None if self._waiting is None or self._waiting.expired() else self._waiting
 
     def give_region(self, region: Image | None) -> None:
         """What `Wanted` asked for; None if the client declines."""

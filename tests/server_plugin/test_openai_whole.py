@@ -1,0 +1,530 @@
+"""OpenAI's APIs on the service, for clients that upload whole pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from server_plugin.backend import Sampling
+from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
+from server_plugin.service.runner import running
+from tests.support.openai_client import (
+    PHOTO,
+    asking,
+    client_of,
+    data_url,
+    message,
+    png,
+    region_name,
+    said,
+    view_name,
+)
+from tests.support.pictures import photo, saved, turned
+from tests.support.wire import SURE, UNSURE, http, service
+from vlm_collab.geometry import Fit, Size
+from vlm_collab.images import SourceImage
+from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+
+
+class Watched(FakeBackend):
+    """Counts the views it opens, and remembers how the last pass was asked for."""
+
+    opened = 0
+
+    async def open_view(self, *images):
+        self.opened += 1
+        return await super().open_view(*images)
+
+    async def first_pass(self, view, question, **how):
+        self.how = how
+        return await super().first_pass(view, question, **how)
+
+    async def text_pass(self, question, **how):
+        self.how = how
+        return await super().text_pass(question, **how)
+
+
+# ---- both stages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [SURE, UNSURE])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_both_stages_run_here(question, stream, api):
+    async with asking(service()) as client:
+        if api == "chat":
+            text, told = await chat(client, [message(question, PHOTO)], stream=stream)
+        else:
+            text, told = await respond(client, [said(question, PHOTO)], stream=stream)
+    first = f"first {view_name(PHOTO)} {question}"
+    assert told["first_text"] == first
+    assert told["original_bytes"] == told["view_bytes"] == len(PHOTO)
+    assert told["bytes_up"] > len(PHOTO) * 4 / 3
+    assert (told["bytes_down"] > 0) == stream
+    if question == SURE:
+        assert text == first
+        assert (told["refined"], told["region"], told["fallback"]) == (False, None, "none")
+    else:
+        box = told["region"]["box"]
+        assert text == f"second {view_name(PHOTO)} {region_name(PHOTO, box)} {question}"
+        assert (told["stage"], told["refined"], told["restarted"]) == ("second", True, False)
+        assert told["first_uncertainty"] > told["uncertainty"]
+
+
+async def chat(client, messages, *, stream=False, **options):
+    """The text and the report of a completion."""
+    options = {"model": "fake", "messages": messages, **options}
+    if not stream:
+        whole = await client.chat.completions.create(**options)
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.prompt_tokens > 0
+        return whole.choices[0].message.content, whole.vlm_collab
+    chunks = [
+        chunk
+        async for chunk in await client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    ]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens > 0
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    return text, chunks[-1].vlm_collab
+
+
+async def respond(client, said, *, stream=False, **options):
+    """The text and the report of a response."""
+    options = {"model": "fake", "input": said, **options}
+    if not stream:
+        whole = await client.responses.create(**options)
+        assert whole.status == "completed"
+        return whole.output_text, whole.vlm_collab
+    events = [event async for event in await client.responses.create(**options, stream=True)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.completed"
+    text = "".join(event.delta for event in events if event.type.endswith("text.delta"))
+    assert events[-1].response.output_text == text
+    return text, events[-1].response.vlm_collab
+
+
+async def test_a_first_answer_that_a_second_may_replace_is_not_streamed():
+    async with asking(service()) as client:
+        pieces = [
+            chunk.choices[0].delta.content or ""
+            async for chunk in await client.chat.completions.create(
+                model="fake", messages=[message(UNSURE, PHOTO)], stream=True
+            )
+            if chunk.choices
+        ]
+    assert "".join(pieces).startswith("second")
+    assert len([piece for piece in pieces if piece]) > 2  # it grew
+
+
+@pytest.mark.parametrize("how", ["text alone", "no second look"])
+async def test_a_first_answer_that_stands_is_streamed_as_it_grows(how):
+    say = {"messages": [message(SURE)]}
+    if how == "no second look":
+        say = {
+            "messages": [message(UNSURE, PHOTO)],
+            "extra_body": {"vlm_collab": {"retransmit": "never"}},
+        }
+    async with asking(service()) as client:
+        pieces = [
+            chunk.choices[0].delta.content or ""
+            async for chunk in await client.chat.completions.create(
+                model="fake", stream=True, **say
+            )
+            if chunk.choices
+        ]
+    assert "".join(pieces).startswith("first")
+    assert len([piece for piece in pieces if piece]) > 2
+
+
+async def test_a_failing_second_pass_leaves_the_first_answer():
+    backend = FakeBackend(play=lambda *_: Script("one", "two", 2.0, fail_second=True))
+    async with asking(service(backend)) as client:
+        text, told = await chat(client, [message(UNSURE, PHOTO)])
+    assert (text, told["fallback"], told["refined"]) == ("one", "server_failed", False)
+
+
+async def test_a_first_answer_that_was_cut_is_completed_when_the_second_pass_fails():
+    backend = FakeBackend(play=lambda *_: Script("one two three", "", 2.0, fail_second=True))
+    policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST, 0.5)
+    async with asking(service(backend, policy=policy)) as client:
+        text, told = await chat(client, [message(UNSURE, PHOTO)])
+    assert text == "one two three"
+    assert told["first_text"] == "one…"
+
+
+# ---- conversations ---------------------------------------------------------------------------
+
+
+async def test_a_chat_that_sends_its_picture_every_time_has_it_computed_once():
+    backend = Watched()
+    async with asking(service(backend)) as client:
+        messages = []
+        for question in ("sky?", "small?", "third?"):
+            messages.append(message(question, PHOTO))
+            text, _ = await chat(client, messages)
+            messages.append({"role": "assistant", "content": text})
+        assert backend.opened == 1
+        assert backend.how["history"] == (
+            ("sky?", messages[1]["content"]),
+            ("small?", messages[3]["content"]),
+        )
+        # Another key is another tenant: nothing of one is of use to the other.
+        async with AsyncExitStack() as stack:
+            other = client.with_options(api_key="other")
+            stack.push_async_callback(other.close)
+            await chat(other, [message(SURE, PHOTO)])
+        assert backend.opened == 2
+    assert backend.views == set()
+
+
+async def test_a_view_is_forgotten_after_its_time():
+    backend = Watched()
+    async with asking(service(backend, limits={"session_ttl_s": 0.05})) as client:
+        await chat(client, [message(SURE, PHOTO)])
+        async with asyncio.timeout(5):
+            while backend.views:
+                await asyncio.sleep(0.005)
+        await chat(client, [message(SURE, PHOTO)])
+        assert backend.opened == 2
+
+
+async def test_a_response_is_gone_on_from_without_its_picture():
+    backend = Watched()
+    async with asking(service(backend)) as client:
+        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
+        for question in ("small?", "smaller?"):
+            first = await client.responses.create(
+                model="fake", input=question, previous_response_id=first.id
+            )
+            box = first.vlm_collab["region"]["box"]
+            assert f"{view_name(PHOTO)} {region_name(PHOTO, box)}" in first.output_text
+            assert first.vlm_collab["bytes_up"] < 300
+            assert first.vlm_collab["original_bytes"] == len(PHOTO)
+        assert backend.opened == 1
+        assert [asked for asked, _ in backend.how["history"]] == ["sky?", "small?"]
+
+
+async def test_a_view_that_is_gone_is_made_again_from_what_is_kept():
+    backend = Watched()
+    limits = {"max_view_bytes": DEFAULT_INFO.view_bytes}
+    async with asking(service(backend, limits=limits)) as client:
+        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
+        await chat(client, [message(SURE, saved(photo(300, 200), "JPEG"))])  # pushes it out
+        assert len(backend.views) == 1
+        text, _ = await respond(client, "small?", previous_response_id=first.id)
+        assert view_name(PHOTO) in text
+
+
+async def test_a_later_message_may_bring_another_picture():
+    other = png(photo(500, 400))
+    async with asking(service()) as client:
+        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
+        text, told = await respond(client, [said("small?", other)], previous_response_id=first.id)
+    assert text.startswith(f"second {view_name(PHOTO)}+{view_name(other)}")
+    assert told["region"]["picture"] == 1
+    assert region_name(other, told["region"]["box"]) in text
+
+
+async def test_what_is_not_stored_cannot_be_gone_on_from():
+    running_service = service()
+    async with asking(running_service) as client:
+        first = await client.responses.create(model="fake", input=[said(SURE, PHOTO)], store=False)
+        with pytest.raises(openai.NotFoundError, match="ask again with the picture"):
+            await client.responses.create(model="fake", input="?", previous_response_id=first.id)
+        assert running_service.openai.memory.nbytes == 0
+
+
+async def test_a_response_belongs_to_its_key_and_can_be_deleted():
+    running_service = service()
+    async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
+        first = await a.responses.create(model="fake", input=[said(SURE, PHOTO)])
+        with pytest.raises(openai.NotFoundError):
+            await b.responses.create(model="fake", input="?", previous_response_id=first.id)
+        with pytest.raises(openai.NotFoundError):
+            await b.responses.delete(first.id)
+        await a.responses.delete(first.id)
+        assert (running_service.openai.memory.count, running_service.openai.memory.nbytes) == (0, 0)
+        with pytest.raises(openai.NotFoundError):
+            await a.responses.create(model="fake", input="?", previous_response_id=first.id)
+
+
+async def test_several_pictures_are_asked_about_together():
+    other = png(photo(640, 480))
+    async with asking(service()) as client:
+        text, told = await chat(client, [message(UNSURE, PHOTO, other, PHOTO)])
+    assert told["region"]["picture"] == 1  # the fake looks at the last; one came twice
+    assert text.startswith(f"second {view_name(PHOTO)}+{view_name(other)} ")
+    assert told["original_bytes"] == len(PHOTO) + len(other)
+
+
+async def test_questions_about_text_alone():
+    async with asking(service()) as client:
+        text, told = await chat(
+            client, [{"role": "system", "content": "be brief"}, message("a small thing")]
+        )
+        assert text == "first  be brief\na small thing"
+        assert told["region"] is None
+        answer = await client.responses.create(model="fake", input="hello", instructions="shout")
+        assert answer.output_text == "first  shout\nhello"
+        text, _ = await respond(client, "more", previous_response_id=answer.id)
+        assert text == "first  hello first  shout\nhello more"  # instructions are of one response
+
+
+# ---- how to answer ---------------------------------------------------------------------------
+
+
+async def test_wishes_reach_the_model():
+    backend = Watched()
+    async with asking(service(backend)) as client:
+        await client.chat.completions.create(
+            model="fake",
+            messages=[message(SURE, PHOTO)],
+            max_completion_tokens=7,
+            temperature=0.5,
+            top_p=0.9,
+            seed=11,
+        )
+        assert backend.how["sampling"] == Sampling(temperature=0.5, top_p=0.9, seed=11)
+        assert backend.how["max_new_tokens"] == 7
+        await client.responses.create(
+            model="fake", input="hello", max_output_tokens=3, temperature=0.25
+        )
+        assert backend.how["sampling"].temperature == 0.25
+        assert backend.how["max_new_tokens"] == 3
+
+
+async def test_an_answer_ends_at_a_stop_text():
+    async with asking(service()) as client:
+        for stream in (False, True):
+            for question, end in ((SURE, "what colour"), (UNSURE, "what")):
+                stop = [" is", "sky"]
+                text, _ = await chat(client, [message(question, PHOTO)], stream=stream, stop=stop)
+                assert text.endswith(f" {end}")
+
+
+async def test_an_answer_that_is_too_long_is_cut_and_says_so():
+    async with asking(service()) as client:
+        whole = await client.chat.completions.create(
+            model="fake", messages=[message(SURE, PHOTO)], max_tokens=3
+        )
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 3
+        answer = await client.responses.create(
+            model="fake", input=[said(SURE, PHOTO)], max_output_tokens=3
+        )
+        assert answer.status == "incomplete"
+        assert answer.incomplete_details.reason == "max_output_tokens"
+
+
+async def test_logprobs_are_of_the_answer():
+    async with asking(service()) as client:
+        whole = await client.chat.completions.create(
+            model="fake", messages=[message(UNSURE, PHOTO)], logprobs=True
+        )
+    tokens = whole.choices[0].logprobs.content
+    assert "".join(token.token for token in tokens) == whole.choices[0].message.content
+    assert tokens[0].logprob == pytest.approx(-0.01 * math.log(2))
+
+
+async def test_a_threshold_of_ones_own():
+    async with asking(service()) as client:
+        for eta, refined in ((1.9, True), (2.1, False)):
+            _, told = await chat(
+                client, [message(UNSURE, PHOTO)], extra_body={"vlm_collab": {"eta": eta}}
+            )
+            assert told["refined"] is refined
+
+
+# ---- pictures of all kinds -------------------------------------------------------------------
+
+GREY16 = Image.fromarray(
+    (np.arange(300 * 200, dtype=np.uint32) % 65536).astype(np.uint16).reshape(200, 300)
+)
+
+
+PICTURES = {
+    "CMYK": saved(photo(300, 200).convert("CMYK"), "JPEG"),
+    "grey": saved(photo(300, 200).convert("L"), "JPEG"),
+    "palette": png(photo(300, 200).quantize(17)),
+    "transparent": png(photo(300, 200).convert("RGBA")),
+    "black and white": png(photo(300, 200).convert("1")),
+    "16-bit grey": png(GREY16),
+    "WebP": saved(photo(300, 200), "WEBP", lossless=True),
+    "progressive": saved(photo(300, 200), "JPEG", progressive=True),
+    "large": saved(photo(3000, 2000), "JPEG"),
+    "one pixel": png(photo(1, 1)),
+    "upside down": turned(photo(300, 200), 3, quality=95),
+    "turned right": turned(photo(300, 200), 6, quality=95),
+    "turned left": turned(photo(300, 200), 8, quality=95),
+}
+
+
+async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
+    async with asking(service()) as client:
+        for kind, data in PICTURES.items():
+            text, told = await chat(client, [message(UNSURE, data)])
+            region = region_name(data, told["region"]["box"])
+            assert text.split()[1:3] == [view_name(data), region], kind
+
+
+async def test_a_turned_picture_is_cropped_upright():
+    """Against Pillow's own reading, and not only against the same code at the edge."""
+    picture = turned(photo(600, 400), 6, "PNG")
+    async with asking(service()) as client:
+        text, told = await chat(client, [message(UNSURE, picture)])
+    box = told["region"]["box"]
+    assert text.split()[2] == digest(photo(600, 400).crop(box))
+
+
+ANIMATION = saved(photo(64, 48), "WEBP", save_all=True, append_images=[photo(64, 48).rotate(9)] * 3)
+UNUSABLE = [
+    (b"no picture at all", 400, "invalid_image"),
+    (b"GIF89a" + bytes(40), 400, "invalid_image"),
+    (PHOTO[:200], 400, "invalid_image"),
+    (PHOTO[:-9000], 400, "invalid_image"),
+    (png(photo(60, 50))[:-30], 400, "invalid_image"),
+    (ANIMATION, 413, "image_too_large"),
+    (png(Image.new("1", (9000, 8000))), 413, "image_too_large"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_picture_that_cannot_be_used_is_an_error_before_any_stream(stream):
+    running_service = service()
+    async with asking(running_service) as client:
+        for picture, status, code in UNUSABLE:
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.chat.completions.create(
+                    model="fake", messages=[message(SURE, picture)], stream=stream
+                )
+            assert (caught.value.status_code, caught.value.code) == (status, code)
+            assert caught.value.param == "messages[0].content[1].image_url.url"
+            assert "\n" not in caught.value.body["message"]
+        text, _ = await chat(client, [message(SURE, PHOTO)])  # the service goes on
+        assert view_name(PHOTO) in text
+        assert running_service.questions == 0
+
+
+async def test_nothing_is_fetched_for_a_client():
+    url = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/secret.jpg"}}
+    async with asking(service()) as client:
+        with pytest.raises(openai.BadRequestError, match="fetches no pictures") as caught:
+            await client.chat.completions.create(
+                model="fake", messages=[{"role": "user", "content": [url]}, message("what?")]
+            )
+        assert caught.value.param == "messages[0].content[0].image_url.url"
+
+
+@pytest.mark.parametrize("fit", [Fit.PAD, Fit.CROP])
+async def test_models_that_pad_or_crop_get_their_own_view(fit):
+    backend = FakeBackend(info=replace(DEFAULT_INFO, fit=fit))
+    async with asking(service(backend)) as client:
+        text, told = await chat(client, [message(UNSURE, PHOTO)])
+    view = SourceImage.open(PHOTO).view(Size(112, 112), fit)
+    assert text.split()[1:3] == [digest(view), region_name(PHOTO, told["region"]["box"])]
+
+
+# ---- what cannot be honoured -----------------------------------------------------------------
+
+
+REFUSED = [
+    ({"n": 2}, "n"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"frequency_penalty": 1.0}, "frequency_penalty"),
+    ({"temperature": 3.0}, "temperature"),
+    ({"extra_body": {"beam_width": 4}}, "beam_width"),
+    ({"extra_body": {"vlm_collab": {"eta": 1e9}}}, "vlm_collab.eta"),
+    ({"messages": [{"role": "user", "content": "an <image> of"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages"),
+    ({"messages": [{"role": "user", "content": " "}]}, "messages"),
+]
+
+
+async def test_what_cannot_be_honoured_is_refused_by_name():
+    async with asking(service()) as client:
+        for given, param in REFUSED:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(
+                    **{"model": "fake", "messages": [message(SURE)], **given}
+                )
+            assert caught.value.param == param
+            assert "\n" not in caught.value.body["message"]
+
+
+async def test_models_are_listed_with_their_views():
+    async with asking(service()) as client:
+        (listed,) = (await client.models.list()).data
+        assert (listed.id, listed.object) == ("fake", "model")
+        expected = {"view_width": 112, "view_height": 112, "fit": "stretch"}
+        assert listed.vlm_collab == expected
+        assert (await client.models.retrieve("fake")).vlm_collab == expected
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("some/other")
+        with pytest.raises(openai.NotFoundError, match="there is fake"):
+            await client.chat.completions.create(model="gpt-4o", messages=[message(SURE)])
+
+
+async def test_the_token_is_the_api_key():
+    async with running(service(token="s3cret")) as url, client_of(url, "s3cret") as client:
+        assert (await chat(client, [message(SURE, PHOTO)]))[0].startswith("first")
+        async with client_of(url, "wrong") as stranger:
+            for ask in (
+                stranger.models.list(),
+                stranger.models.retrieve("fake"),
+                stranger.responses.create(model="fake", input=[said(SURE, PHOTO)]),
+                stranger.responses.delete("resp_1"),
+                stranger.chat.completions.create(model="fake", messages=[message(SURE, PHOTO)]),
+            ):
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    await ask
+                assert caught.value.code == "invalid_api_key"
+
+
+async def test_pages_of_other_origins_get_no_answer():
+    async with running(service()) as url, httpx.AsyncClient() as web:
+        body = {"model": "fake", "messages": [message(SURE)]}
+        for origin, status in (("https://evil.example", 403), (http(url), 200)):
+            answer = await web.post(
+                http(url) + "/v1/chat/completions", json=body, headers={"Origin": origin}
+            )
+            assert answer.status_code == status
+
+
+async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
+    caplog.set_level("INFO")
+    running_service = service()
+    async with asking(running_service) as client:
+        await chat(client, [message(UNSURE, PHOTO)])
+        await respond(client, [said(SURE, PHOTO)])
+        with pytest.raises(openai.BadRequestError):
+            await chat(client, [message("an <image>", PHOTO)])
+    metrics = running_service.metrics.text().decode()
+    for line in (
+        'vlm_collab_questions_total{outcome="second"} 1.0',
+        'vlm_collab_questions_total{outcome="first"} 1.0',
+        "vlm_collab_retransmissions_total 1.0",
+        "vlm_collab_kept_responses 0.0",
+        "vlm_collab_body_bytes 0.0",
+    ):
+        assert line in metrics
+    for kind in ("chat_completions", "responses"):
+        for direction in ("up", "down"):
+            assert f'vlm_collab_bytes_total{{direction="{direction}",kind="{kind}"}}' in metrics
+    answered = [r for r in caplog.records if r.getMessage() == "question answered"]
+    assert [record.outcome for record in answered] == ["second", "first"]
+    for record in caplog.records:
+        assert "small sign" not in f"{record.getMessage()} {vars(record)}"
+    assert data_url(PHOTO)[-40:] not in caplog.text

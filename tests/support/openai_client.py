@@ -1,0 +1,85 @@
+"""The official SDK against a service, and requests as its documentation writes them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from PIL import Image
+
+from server_plugin.backends.fake import DEFAULT_INFO, digest
+from server_plugin.service.app import Service
+from server_plugin.service.runner import running
+from tests.support.pictures import photo, saved
+from tests.support.wire import http
+from vlm_collab.geometry import Box, Fit, Size
+from vlm_collab.images import SourceImage
+
+PHOTO = saved(photo(900, 700), "JPEG", quality=90)
+TOOL: Any = {"type": "function", "name": "request_region", "parameters": {}, "strict": False}
+
+
+@asynccontextmanager
+async def asking(service: Service, key: str = "none") -> AsyncIterator[AsyncOpenAI]:
+    """The SDK's client of a running service; it does not try again by itself."""
+    async with running(service) as url, client_of(url, key) as client:
+        yield client
+
+
+@asynccontextmanager
+async def client_of(url: str, key: str = "none") -> AsyncIterator[AsyncOpenAI]:
+    """A client of the service with this WebSocket URL."""
+    # Without TLS, whose certificates take a while to load.
+    web = DefaultAsyncHttpxClient(verify=False, timeout=20)
+    base_url = http(url) + "/v1"
+    async with AsyncOpenAI(
+        base_url=base_url, api_key=key, max_retries=0, http_client=web
+    ) as client:
+        yield client
+
+
+def data_url(picture: bytes) -> str:
+    """A picture as clients send it; the content tells what it is."""
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+
+
+def message(question: str, *pictures: bytes) -> Any:
+    """A user's message of the Chat Completions API."""
+    shown = [{"type": "image_url", "image_url": {"url": data_url(one)}} for one in pictures]
+    return {"role": "user", "content": [{"type": "text", "text": question}, *shown]}
+
+
+def said(question: str, *pictures: bytes) -> Any:
+    """A user's message of the Responses API."""
+    shown = [{"type": "input_image", "image_url": data_url(one)} for one in pictures]
+    return {"role": "user", "content": [{"type": "input_text", "text": question}, *shown]}
+
+
+def output(call: Any, picture: bytes | None = None, text: str = "no") -> Any:
+    """The output of a call: a crop, or a text instead."""
+    shown = [{"type": "input_image", "image_url": data_url(picture)}] if picture else text
+    return {"type": "function_call_output", "call_id": call.call_id, "output": shown}
+
+
+def view_name(data: bytes) -> str:
+    """What the fake calls the view that an edge makes of a picture."""
+    return digest(SourceImage.open(data).view(DEFAULT_INFO.view, Fit.STRETCH))
+
+
+def region_name(data: bytes, box: Any, target: Size = DEFAULT_INFO.view) -> str:
+    """What the fake calls the region that an edge cuts."""
+    return digest(SourceImage.open(data).region(Box(*box), target))
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    """Without loss, so that digests can be foreseen."""
+    return saved(image, "PNG", **options)
+
+
+def opened(data: bytes) -> Image.Image:
+    """A file's picture."""
+    return Image.open(io.BytesIO(data))
