@@ -230,7 +230,7 @@ def merged(tiles: Sequence[Tensor], grid: Grid) -> Tensor:
         Shape `(tiles * rows * columns, hidden)`, row-major over the large map.
     """
     cells = grid.rows * grid.columns
-    maps = [tile[len(tile) - cells :].unflatten(0, grid) for tile in tiles]
+    maps = [tile[len(tile) - cells :].reshape(*grid, -1) for tile in tiles]
     rows = [torch.cat(maps[y : y + TILES], dim=1) for y in range(0, len(maps), TILES)]
     return torch.cat(rows).flatten(0, 1)
 

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from eval.harness.folder import SAVE_EVERY
 from eval.harness.loading import ModelOptions
 from eval.harness.method import Method
 from eval.harness.run import Ended, Share, StoppedError
 from eval.harness.run import run as run_method
 from eval.harness.runs import HD, TWO_STAGE
 from eval.tasks import Task, open_task
+from server_plugin.models import DEMO_MODEL
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 
@@ -28,8 +30,9 @@ def run(
         str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2, signs …")
     ],
     model: Annotated[
-        str, typer.Option(help="As in `vlm-collab serve`: hub name, local folder, or demo.")
-    ] = "demo",
+        str | None,
+        typer.Option(help="As in `vlm-collab serve`: hub name, local folder, or demo (default)."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with the benchmark's data, in the hub's layout.")
     ] = None,
@@ -43,6 +46,9 @@ def run(
         Path | None, typer.Option(help="Folder of the run; by default runs/MODEL-TASK-SPLIT.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run that the folder holds.")] = True,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Finished samples that may wait to be written.")
+    ] = SAVE_EVERY,
     method: Annotated[
         str, typer.Option(help="two_stage, or hd for LLaVA-1.5-HD's tiles (no second stage).")
     ] = TWO_STAGE,
@@ -100,6 +106,9 @@ def run(
     stopped at any time: the same command goes on where it was.
     """
     share = Share.of_this_process()
+    if server is not None and model is not None:
+        raise ConfigError("give --model or --server, not both")
+    model = model or DEMO_MODEL
     overrides = {
         "prompt": prompt,
         "view_px": view_px,
@@ -140,7 +149,15 @@ def run(
         return
     try:
         ended = asyncio.run(
-            run_method(chosen, opened, path, share=share, limit=limit, resume=resume)
+            run_method(
+                chosen,
+                opened,
+                path,
+                share=share,
+                limit=limit,
+                resume=resume,
+                save_every=save_every,
+            )
         )
     except StoppedError:
         kept = f"what is finished is in {path}; the same command goes on from there"
@@ -175,7 +192,22 @@ def method_of(
 
         return HighResolutionMethod(task, options, codec=chosen, view_quality=view_quality)
     if server is not None:
-        raise ConfigError("a run over a service is not available")
+        if region_quality is not None:
+            raise ConfigError("with --server it is the service that says how regions are encoded")
+        if options != ModelOptions(name=options.name, overrides=options.overrides) or (
+            options.overrides.keys() - {"max_new_tokens"}
+        ):
+            raise ConfigError("options of the model are the service's own with --server")
+        from eval.harness.over_service import OverService
+
+        return OverService(
+            task,
+            server,
+            token,
+            codec=chosen,
+            view_quality=view_quality,
+            max_new_tokens=options.overrides.get("max_new_tokens"),
+        )
     from eval.harness.two_stage import TwoStage
 
     return TwoStage(

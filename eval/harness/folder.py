@@ -26,9 +26,9 @@ from vlm_collab.errors import ConfigError
 FAILURES = "failed.jsonl"
 
 SAVE_EVERY = 64
-"""Finished samples that are written at once, at most …"""
+"""Finished samples that wait to be written, at most; few shards are read faster than many …"""
 SAVE_AFTER_S = 20.0
-"""… or how long one waits to be written."""
+"""… but nobody likes to lose more than this."""
 
 SETTINGS = ("format", "method", "task", "model", "codec", "group")
 """What two sessions must have in common to make one run."""
@@ -57,8 +57,9 @@ class RunFolder:
         first_scores, second_scores, picture_bytes: of these rows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, save_every: int = SAVE_EVERY) -> None:
         self.path = path
+        self._save_every = save_every
         self.done: set[int] = set()
         self.first_scores: list[float] = []
         self.second_scores: list[float] = []
@@ -67,19 +68,27 @@ class RunFolder:
         self._saved_at = time.monotonic()
 
     @classmethod
-    def begin(cls, path: Path, provenance: Mapping[str, Any], *, resume: bool) -> RunFolder:
+    def begin(
+        cls,
+        path: Path,
+        provenance: Mapping[str, Any],
+        *,
+        resume: bool,
+        save_every: int = SAVE_EVERY,
+    ) -> RunFolder:
         """Make a folder for a run, or go on with one of the same settings.
 
         Args:
             path: the folder; made if it is missing.
             provenance: of this session. The first session's stays; others are listed in it.
             resume: go on where rows are there already.
+            save_every: samples that may wait to be written.
 
         Raises:
             ConfigError: it holds another run, or one at all without `resume`; or it cannot be
                 written.
         """
-        folder = cls(path)
+        folder = cls(path, save_every)
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not _create(path / PROVENANCE, provenance):
@@ -99,7 +108,7 @@ class RunFolder:
             _append(self.path / FAILURES, json.dumps(line, ensure_ascii=False))
         self._unsaved += [record for record in records if record.index not in self.done]
         late = time.monotonic() - self._saved_at > SAVE_AFTER_S
-        if late or len(self._unsaved) >= SAVE_EVERY:
+        if late or len(self._unsaved) >= self._save_every:
             self.save()
 
     def save(self) -> None:

@@ -64,7 +64,7 @@ def provenance(
         "versions": _versions(),
         "commit": _commit(),
         "machine": _machine(),
-        "command": list(sys.argv),
+        "command": _command(sys.argv),
         "session": session,
         "started": now(),
         "finished": None,
@@ -101,6 +101,17 @@ def weights_digest(source: str) -> str | None:
                 while block := file.read(1 << 24):
                     digest.update(block)
     return digest.hexdigest() if found else None
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """A command line without secrets."""
+    told = list(arguments)
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--token="):
+            told[place] = "--token=..."
+        elif argument == "--token" and place + 1 < len(told):
+            told[place + 1] = "..."
+    return told
 
 
 def _versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from eval.harness.folder import Failure, RunFolder
+from eval.harness.folder import SAVE_EVERY, Failure, RunFolder
 from eval.harness.method import Method, SampleError, quiet_engine
 from eval.harness.progress import Progress
 from eval.harness.provenance import now, provenance
@@ -102,6 +102,7 @@ async def run(
     share: Share,
     limit: int | None = None,
     resume: bool = True,
+    save_every: int = SAVE_EVERY,
     watch: Callable[[Record], None] | None = None,
 ) -> Ended:
     """Answer all samples that a folder does not hold yet.
@@ -113,6 +114,7 @@ async def run(
         share: this process's part.
         limit: as it was asked for, for provenance.
         resume: go on with a run of the same settings that the folder holds.
+        save_every: samples that may wait to be written.
         watch: sees each row as it is made.
 
     Raises:
@@ -124,7 +126,7 @@ async def run(
     assert current is not None
     with _stops(current) as stopped:
         try:
-            return await _run(method, task, path, share, limit, resume, watch)
+            return await _run(method, task, path, share, limit, resume, save_every, watch)
         except asyncio.CancelledError:
             if not stopped:
                 raise
@@ -139,6 +141,7 @@ async def _run(
     share: Share,
     limit: int | None,
     resume: bool,
+    save_every: int,
     watch: Callable[[Record], None] | None,
 ) -> Ended:
     await method.open()
@@ -153,7 +156,7 @@ async def _run(
             limit=limit,
             session=share.session,
         )
-        folder = RunFolder.begin(path, facts, resume=resume)
+        folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
         with quiet_engine():
             await _groups(method, task, folder, share, watch)
         rows, failed = folder.finish(len(task), now())
