@@ -306,7 +306,8 @@ export class LinkKeeper {
     let wish = 0;
     for (;;) {
       await this.#pause(wish);
-      this.onstate({ kind: "connecting", text: "Connecting …" });
+      // Later attempts leave what was said of the last one, which says more.
+      if (this.#failures === 0) this.onstate({ kind: "connecting", text: "Connecting …" });
       const link = new Link(this.#where.socket, {
         token: this.#token,
         codecs: this.codecs,

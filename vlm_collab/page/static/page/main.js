@@ -13,7 +13,7 @@ const TOKEN = "vlm-collab.token";
 const stage = new Stage();
 const camera = new Camera();
 const views = new Map(); // picture -> what is known of its view on the server
-const asked = new Set(); // pictures that a full upload would have sent
+const asked = new Set(); // pictures that an upload would have sent whole
 const cards = []; // all questions of this session, oldest first
 let selected = null;
 let opening = 0;
@@ -24,7 +24,7 @@ const keeper = new LinkKeeper(addresses(location.href), await encodable(), sessi
 
 keeper.onstate = ({ kind, text, welcome }) => {
   $("status").dataset.kind = kind;
-  $("status-text").textContent = text;
+  if ($("status-text").textContent !== text) $("status-text").textContent = text; // it is read out
   if (welcome) $("model").textContent = welcome.model;
   const form = $("token-form");
   const appears = kind === "token" && form.hidden;
@@ -183,6 +183,7 @@ async function ask(picture, question, history = historyOf(picture)) {
     tell: (event) => {
       card.take(event);
       if (event.kind === "region" && selected === card) stage.show(picture, card.region);
+      if (event.kind === "sent") asked.add(picture);
       if (event.kind === "bytes") showMeter();
     },
   });
@@ -190,8 +191,6 @@ async function ask(picture, question, history = historyOf(picture)) {
   $("questions").prepend(card.node);
   cards.push(card);
   select(card);
-  asked.add(picture);
-  showMeter();
   try {
     card.answered(await asking.run());
   } catch (error) {

@@ -1,0 +1,204 @@
+"""The page for people: on a phone, by keyboard, with a screen reader, in the dark."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from playwright.async_api import Browser
+
+from eval.demo import PICTURES
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service.runner import running
+from tests.e2e.common import SURE, UNSURE, photo, slow
+from tests.support.browser import Visitor, visiting
+from tests.support.wire import service
+from vlm_collab.messages import Ask
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PHOTO = photo(1)
+PHONE = {
+    "viewport": {"width": 360, "height": 740},
+    "device_scale_factor": 2,
+    "is_mobile": True,
+    "has_touch": True,
+}
+DIALOGUE = """() => {
+    window.dialogue = new Promise((opened) => addEventListener("click", (event) => {
+        if (event.target.type !== "file") return;
+        event.preventDefault(); // it would be the system's, where no test reaches
+        opened(event.target.outerHTML);
+    }));
+}"""
+"""Makes `dialogue` the element for which the next file dialogue would open."""
+
+WIDER_THAN_THE_SCREEN = """() => [...document.querySelectorAll("body *")]
+    .filter((each) => each.checkVisibility() && !each.classList.contains("unseen"))
+    .filter((each) => !each.closest("#heat-clip"))
+    .filter((each) => {
+        const { left, right, width } = each.getBoundingClientRect();
+        return width > 0 && (left < -0.5 || right > innerWidth + 0.5);
+    })
+    .map((each) => each.outerHTML.slice(0, 100))"""
+
+
+async def test_phone_width(browser: Browser):
+    answer = "an_answer_without_any_blank_" * 12 + "and some words that follow it " * 5
+
+    def play(question: str, view: str, region: str) -> Script:
+        return Script("first " + answer, answer, 2.0)
+
+    async with running(service(FakeBackend(play=play))) as url:
+        async with visiting(browser, **PHONE) as visitor:
+            # Phones' browsers have this; a desktop's that plays one has not.
+            await visitor.page.add_init_script("HTMLInputElement.prototype.capture = ''")
+            await visitor.open(url)
+            assert await visitor.page.evaluate(WIDER_THAN_THE_SCREEN) == []
+            name = "a_long_name_without_blanks_" * 4 + ".jpg"
+            await visitor.choose(PHOTO, name)
+            await visitor.ask(UNSURE + " " + "wordwithoutend" * 20, "refined")
+            assert await visitor.page.evaluate(WIDER_THAN_THE_SCREEN) == []
+            assert await visitor.page.evaluate("document.documentElement.scrollWidth") == 360
+            sizes = await visitor.page.evaluate(
+                """() => [...document.querySelectorAll("button, input")]
+                    .filter((each) => each.checkVisibility() && each.type !== "checkbox")
+                    .map((each) => each.getBoundingClientRect().height)"""
+            )
+            assert min(sizes) >= 24  # WCAG 2.2, 2.5.8
+            # A phone's own camera program takes the picture: only it has the full resolution.
+            await visitor.page.evaluate(DIALOGUE)
+            await visitor.page.get_by_role("button", name="Camera").tap()
+            assert "environment" in await visitor.page.evaluate("dialogue")
+
+
+async def test_screenshots(browser: Browser):
+    """One of each kind, kept for people to look at; that they are there is all that is checked."""
+    listed = json.loads((PICTURES / "pictures.json").read_text())["pictures"]
+    case = next(one for one in listed if one["file"] == "scene-3.jpg")
+
+    def play(question: str, view: str, region: str) -> Script:
+        return Script("67", "87", 1.08, peak=(4, 3))
+
+    kinds = {
+        "phone": PHONE,
+        "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
+    }
+    async with running(service(FakeBackend(play=play))) as url:
+        for name, options in kinds.items():
+            async with visiting(browser, **options) as visitor:
+                await visitor.open(url)
+                empty = await visitor.screenshot(f"{name}-empty")
+                await visitor.choose((PICTURES / case["file"]).read_bytes(), case["file"])
+                await visitor.ask(case["question"], "refined")
+                full = await visitor.screenshot(name, full_page=True)
+                assert full.stat().st_size > empty.stat().st_size > 1000
+
+
+async def test_everything_by_keyboard(visitor: Visitor):
+    page = visitor.page
+
+    async def focused() -> str:
+        return await page.evaluate(
+            "document.activeElement.textContent.trim() || document.activeElement.id"
+        )
+
+    async with running(service(slow(0.2))) as url:
+        await visitor.open(url)
+        order = []
+        for _ in range(4):
+            await page.keyboard.press("Tab")
+            order.append(await focused())
+        assert order == ["Choose a picture", "Take a picture", "question", "Ask"]
+        for _ in range(3):
+            await page.keyboard.press("Shift+Tab")
+        await page.evaluate(DIALOGUE)
+        await page.keyboard.press("Enter")
+        assert 'id="file"' in await page.evaluate("dialogue")
+        await visitor.choose(PHOTO)
+        assert await focused() == "question"
+        await page.keyboard.type(UNSURE)
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector(".card[data-state=refined]")
+        assert await focused() == "question"  # ready for the next
+        await page.keyboard.type(SURE)
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector(".card[data-state=sure]")
+        # To the older question: past Ask, the choice, and the newer question.
+        reached = []
+        while not reached or reached[-1] != UNSURE:
+            assert len(reached) < 6, reached
+            await page.keyboard.press("Tab")
+            reached.append(await focused())
+        await page.keyboard.press("Enter")
+        await page.locator("#box").wait_for()
+        # Focus can be seen wherever it is.
+        outline = await page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid"
+        # The heat map can be switched off, and says so.
+        heat = page.get_by_role("button", name="Heat map")
+        await heat.focus()
+        await page.keyboard.press("Space")
+        assert await heat.get_attribute("aria-pressed") == "false"
+        assert await page.evaluate("document.querySelector('#heat-clip').className") == "off"
+
+
+async def test_stopping_by_keyboard_keeps_the_place(visitor: Visitor):
+    async with running(service(slow(30.0))) as url:
+        await visitor.open(url)
+        await visitor.choose(PHOTO)
+        card = await visitor.ask(UNSURE)
+        await card.locator.get_by_role("button", name="Stop").focus()
+        await visitor.page.keyboard.press("Enter")
+        await card.ends("failed")
+        assert await visitor.page.evaluate("document.activeElement.textContent") == UNSURE
+
+
+async def test_what_a_screen_reader_finds(visitor: Visitor):
+    page = visitor.page
+    async with running(service(slow(0.2))) as url:
+        await visitor.open(url)
+        await page.evaluate(
+            """() => {
+                window.said = [];
+                new MutationObserver(() => said.push(announce.textContent))
+                    .observe(announce, { childList: true });
+            }"""
+        )
+        assert await page.get_by_role("status").inner_text() == "Connected"
+        assert await page.evaluate("document.documentElement.lang") == "en"
+        await visitor.choose(PHOTO)
+        card = await visitor.ask(UNSURE, "refined")
+        picture = page.get_by_role("img", name="The picture photo.jpg, 480 × 360 px")
+        assert await picture.is_visible()
+        said = await page.evaluate("said")
+        assert len(said) == 3, said  # each stage once, not each word
+        assert said[0] == "photo.jpg is open. Ask your question."
+        assert said[1].startswith("First answer: first ")
+        assert said[2].startswith(f"Refined answer: {await card.answer()}")
+        # Nothing that can be used is without a name.
+        nameless = await page.evaluate(
+            """() => [...document.querySelectorAll("button, input, img, canvas, video")]
+                .filter((each) => each.checkVisibility() && !each.ariaHidden)
+                .filter((each) => !(each.textContent.trim() || each.ariaLabel || each.alt ||
+                    each.labels?.length))
+                .map((each) => each.outerHTML)"""
+        )
+        assert nameless == []
+        title = page.get_by_role("button", name=UNSURE)
+        assert await title.get_attribute("aria-expanded") == "true"
+        await visitor.page.get_by_role("button", name="Ask", exact=True).click()
+        assert await page.get_by_role("alert").inner_text() == "Type a question first."
+
+
+async def test_a_question_can_be_asked_while_another_picture_opens(visitor: Visitor):
+    """The picture that was chosen last is the one on show, however they come in."""
+    async with running(service()) as url:
+        await visitor.open(url)
+        files = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": photo(n)} for n in (1, 2)]
+        for file in files:
+            await visitor.page.set_input_files("#file", file)
+        await visitor.page.wait_for_selector("#stage:not([aria-busy]) #caption:has-text('2.jpg')")
+        await visitor.ask(SURE, "sure")
+        assert await visitor.meter("whole") == len(photo(2))
+        assert len(visitor.sent(Ask)) == 1
