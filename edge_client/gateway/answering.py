@@ -102,7 +102,7 @@ class Answerer:
             async with asyncio.timeout(within_s):
                 return await self._client.connect()
         except TimeoutError:
-            raise NoServerError(f"no server at {self._where} within {within_s:g} s") from None
+            raise NoServerError(f"no server at {self._where}; asking again by itself") from None
 
     def names(self, welcome: Welcome) -> tuple[str, ...]:
         """The names under which clients may ask for the model."""
@@ -167,7 +167,7 @@ class Answerer:
             )
         except DeadlineError:
             await self.welcome(_AT_HAND_S)  # whoever waited for a server learns that there is none
-            raise
+            raise DeadlineError(f"no answer within {self._config.deadline_s:g} s") from None
         except ImageError as error:
             param = query.picture_params[0] if len(pictures) == 1 else query.question_param
             raise api_error(error, param=param) from error

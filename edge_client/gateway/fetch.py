@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Collection
+from functools import cached_property
 
 import httpx
 
@@ -33,16 +34,21 @@ class Fetcher:
         self._hosts = frozenset(host.lower() for host in hosts)
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
-        # Proxies from the environment would resolve names where nothing checks them.
-        self._http = httpx.AsyncClient(
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        """Made when it is needed: most gateways fetch nothing."""
+        return httpx.AsyncClient(
+            # Proxies of the environment would resolve names where nothing checks them.
             trust_env=False,
-            timeout=timeout_s,
+            timeout=self._timeout_s,
             headers={"User-Agent": f"vlm-collab/{__version__}", "Accept-Encoding": "identity"},
         )
 
     async def close(self) -> None:
         """Close what is open."""
-        await self._http.aclose()
+        if "_http" in self.__dict__:
+            await self._http.aclose()
 
     async def fetch(self, picture: Url, param: str) -> bytes:
         """The content of a picture.

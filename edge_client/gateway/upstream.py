@@ -36,13 +36,9 @@ class TextUpstream:
 
     def __init__(self, server: Server, *, timeout_s: float) -> None:
         headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
-        try:
-            verify = ssl.create_default_context(cafile=server.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"CA file {server.ca_file}: {error.strerror or error}") from error
         self._http = httpx.AsyncClient(
             headers=headers,
-            verify=verify,
+            verify=_authorities(server),
             proxy=server.proxy,
             trust_env=False,
             timeout=httpx.Timeout(timeout_s, connect=server.connect_timeout_s),
@@ -103,6 +99,16 @@ class TextUpstream:
                 raise _nonsense() from None
             except httpx.HTTPError as error:
                 raise ApiError(502, f"the server was lost: {error}", "server_error") from None
+
+
+def _authorities(server: Server) -> ssl.SSLContext | bool:
+    """Whom to trust; nothing is read where no TLS is spoken."""
+    if not server.url.startswith("wss:"):
+        return False
+    try:
+        return ssl.create_default_context(cafile=server.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"CA file {server.ca_file}: {error.strerror or error}") from error
 
 
 def _http_url(url: str) -> str:

@@ -1,0 +1,428 @@
+"""The official SDK, unmodified, against the gateway before a real service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from typing import Any
+
+import openai
+import pytest
+from starlette.applications import Starlette
+from websockets.exceptions import ConnectionClosed
+
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service.app import Service
+from server_plugin.service.runner import running as serving
+from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
+from tests.e2e.gateways import MODEL, gateway, item, place, running, said, sdk
+from tests.edge_client.scripted import Peer, scripted
+from tests.support.wire import service
+from vlm_collab.geometry import Box
+
+
+def second(picture: bytes, question: str, extra: dict[str, Any]) -> str:
+    """The refined answer that the fake gives to what it is shown."""
+    box = Box(*extra["region"]["box"])
+    return f"second {view_digest(picture)} {region_digest(picture, box)} {question}"
+
+
+def speaking(first: str, second: str) -> FakeBackend:
+    """A model that is unsure and says these two things."""
+    return FakeBackend(play=lambda *_: Script(first, second, uncertainty_bits=2.0))
+
+
+async def streamed(stream: Any) -> tuple[list[str], Any]:
+    """The pieces of a streamed completion, and its last chunk."""
+    pieces, last = [], None
+    async for chunk in stream:
+        last = chunk
+        pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
+    return pieces, last
+
+
+async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion():
+    async with place() as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said(UNSURE, photo(1))]
+        )
+        extra = made.vlm_collab
+        assert made.choices[0].message.content == second(photo(1), UNSURE, extra)
+        assert made.choices[0].finish_reason == "stop"
+        assert made.model == MODEL
+        assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+        assert extra["refined"]
+        assert extra["fallback"] == "none"
+        assert extra["first_text"] == f"first {view_digest(photo(1))} {UNSURE}"
+        assert extra["original_bytes"] == len(photo(1))
+        assert 0 < extra["view_bytes"] + extra["region_bytes"] < extra["bytes_up"]
+        assert extra["bytes_up"] < extra["original_bytes"] / 4
+
+
+async def test_a_sure_model_sends_no_region():
+    async with place() as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said(SURE, photo(1))]
+        )
+        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+        assert made.vlm_collab["region"] is None
+        assert made.vlm_collab["region_bytes"] == 0
+
+
+async def test_a_later_request_about_the_same_picture_costs_no_pixels():
+    async with place() as here:
+        messages = [said(SURE, photo(1))]
+        first = await here.client.chat.completions.create(model=MODEL, messages=messages)
+        answer = first.choices[0].message.content
+        messages += [{"role": "assistant", "content": answer}, said("and the sea?")]
+        later = await here.client.chat.completions.create(model=MODEL, messages=messages)
+        text = later.choices[0].message.content
+        assert text == f"first {view_digest(photo(1))} {SURE} {answer} and the sea?"
+        assert first.vlm_collab["view_bytes"] > 3000
+        assert later.vlm_collab["view_bytes"] == 0
+        assert later.vlm_collab["bytes_up"] < 200
+        # Somebody else's request about the same picture, in other words.
+        again = await here.client.responses.create(model=MODEL, input=[item("what?", photo(1))])
+        assert again.vlm_collab["view_bytes"] == 0
+
+
+async def test_several_pictures_in_one_request():
+    async with place() as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said(UNSURE, photo(1), photo(2), photo(1))]
+        )
+        extra = made.vlm_collab
+        assert extra["region"]["picture"] == 1
+        region = region_digest(photo(2), Box(*extra["region"]["box"]))
+        views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
+        assert made.choices[0].message.content == f"second {views} {region} {UNSURE}"
+        assert extra["original_bytes"] == len(photo(1)) + len(photo(2))
+
+
+async def test_a_stream_holds_the_first_answer_back():
+    async with place() as here:
+        stream = await here.client.chat.completions.create(
+            model=MODEL,
+            messages=[said(UNSURE, photo(1))],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        pieces, last = await streamed(stream)
+        assert "".join(pieces) == second(photo(1), UNSURE, last.vlm_collab)
+        assert last.choices == []
+        assert last.usage.completion_tokens > 0
+        assert last.vlm_collab["refined"]
+        assert not last.vlm_collab["restarted"]
+
+
+async def test_a_stream_sends_the_second_answer_as_it_comes():
+    words = " ".join(f"word{i}" for i in range(12))
+    async with place(speaking("no idea", words)) as here:
+        stream = await here.client.chat.completions.create(
+            model=MODEL, messages=[said("?", photo(1))], stream=True
+        )
+        pieces, last = await streamed(stream)
+        assert "".join(pieces) == words
+        assert len(pieces) > 3
+        assert last.choices[0].finish_reason == "stop"
+        assert last.vlm_collab["first_text"] == "no idea"
+
+
+async def test_a_stream_of_a_sure_model_sends_its_answer_at_once():
+    async with place() as here:
+        stream = await here.client.chat.completions.create(
+            model=MODEL, messages=[said(SURE, photo(1))], stream=True
+        )
+        pieces, last = await streamed(stream)
+        assert pieces == [f"first {view_digest(photo(1))} {SURE}"]
+        assert not last.vlm_collab["refined"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_texts_and_the_longest_answer(stream: bool):
+    async def ask(**wishes: Any) -> tuple[str, str]:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said("?", photo(1))], stream=stream, **wishes
+        )
+        if not stream:
+            return made.choices[0].message.content, made.choices[0].finish_reason
+        pieces, last = await streamed(made)
+        return "".join(pieces), last.choices[0].finish_reason
+
+    async with place(speaking("a b", "one two three four five six")) as here:
+        assert await ask() == ("one two three four five six", "stop")
+        assert await ask(stop="four") == ("one two three", "stop")
+        assert await ask(stop=["seven", "o thr"]) == ("one tw", "stop")
+        assert await ask(max_tokens=2) == ("one two", "length")
+        assert await ask(max_completion_tokens=3) == ("one two three", "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs(stream: bool):
+    async with place(speaking("a b", "one two three")) as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said("?", photo(1))], logprobs=True, stream=stream
+        )
+        if stream:
+            chunks = [chunk async for chunk in made]
+            told = [
+                token
+                for chunk in chunks
+                for choice in chunk.choices
+                if choice.logprobs
+                for token in choice.logprobs.content
+            ]
+        else:
+            told = made.choices[0].logprobs.content
+        assert "".join(token.token for token in told) == "one two three"
+        assert told[0].logprob == pytest.approx(-0.01 * math.log(2), abs=1e-6)
+
+
+async def test_the_second_look_can_be_forced_and_forbidden():
+    async with place() as here:
+        for question, wish, refined in ((SURE, "always", True), (UNSURE, "never", False)):
+            made = await here.client.chat.completions.create(
+                model=MODEL,
+                messages=[said(question, photo(1))],
+                extra_body={"vlm_collab": {"retransmit": wish}},
+            )
+            assert made.vlm_collab["refined"] is refined
+
+
+async def test_a_response_and_one_that_goes_on_from_it():
+    async with place() as here:
+        first = await here.client.responses.create(
+            model=MODEL, instructions="be short.", input=[item(UNSURE, photo(3))]
+        )
+        asked = f"be short.\n{UNSURE}"
+        assert first.output_text == second(photo(3), asked, first.vlm_collab)
+        assert first.status == "completed"
+        later = await here.client.responses.create(
+            model=MODEL, previous_response_id=first.id, input="and the sky?", store=False
+        )
+        # Instructions are for one response alone.
+        assert later.vlm_collab["first_text"].startswith(f"first {view_digest(photo(3))} {UNSURE} ")
+        assert later.vlm_collab["view_bytes"] == 0
+        assert later.previous_response_id == first.id
+        for unknown in (later.id, "resp_1"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await here.client.responses.create(
+                    model=MODEL, previous_response_id=unknown, input="?"
+                )
+            assert caught.value.param == "previous_response_id"
+            assert caught.value.code == "previous_response_not_found"
+
+
+async def test_a_streamed_response_and_one_that_goes_on_from_it():
+    async with place(speaking("a b", "one two three four")) as here:
+        async with here.client.responses.stream(
+            model=MODEL, input=[item("?", photo(1))], include=["message.output_text.logprobs"]
+        ) as stream:
+            kinds = [event.type async for event in stream]
+            whole = await stream.get_final_response()
+        assert kinds[0] == "response.created"
+        assert kinds[-1] == "response.completed"
+        assert whole.output_text == "one two three four"
+        assert whole.vlm_collab["refined"]
+        assert whole.output[0].content[0].logprobs[0].token == "one"
+        stream = await here.client.responses.create(
+            model=MODEL, previous_response_id=whole.id, input="go on", stream=True
+        )
+        events = [event async for event in stream]
+        text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        assert text == "one two three four"
+        assert events[-1].response.vlm_collab["view_bytes"] == 0
+
+
+async def test_responses_are_kept_within_bounds():
+    async with place(limits={"max_responses": 2}) as here:
+        made = [
+            await here.client.responses.create(model=MODEL, input=[item(SURE, photo(1))])
+            for _ in range(3)
+        ]
+        for response, there in zip(made, (False, True, True), strict=True):
+            ask = here.client.responses.create(
+                model=MODEL, previous_response_id=response.id, input="?", store=False
+            )
+            if there:
+                assert (await ask).output_text
+            else:
+                with pytest.raises(openai.BadRequestError):
+                    await ask
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"n": 2}, "n"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"presence_penalty": 1.0}, "presence_penalty"),
+    ({"frequency_penalty": 1.0}, "frequency_penalty"),
+    ({"logit_bias": {"1": 5}}, "logit_bias"),
+    ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
+    ({"store": True}, "store"),
+    ({"extra_body": {"top_k": 5}}, "top_k"),
+    ({"stream": True, "n": 2}, "n"),
+]
+
+
+async def test_what_cannot_be_honoured_is_refused_by_name():
+    async with place() as here:
+        for wish, param in REFUSED:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await here.client.chat.completions.create(
+                    model=MODEL, messages=[said(SURE, photo(1))], **wish
+                )
+            assert caught.value.param == param
+            assert caught.value.type == "invalid_request_error"
+
+
+async def test_the_region_tool_is_the_gateways_own_business():
+    async with place() as here:
+        with pytest.raises(openai.BadRequestError, match="by itself") as caught:
+            await here.client.responses.create(
+                model=MODEL,
+                input=[item(UNSURE, photo(1))],
+                tools=[{"type": "function", "name": "request_region", "parameters": {}}],
+            )
+        assert caught.value.param == "tools"
+
+
+async def test_models():
+    async with place(aliases=("gpt-4o-mini",)) as here:
+        listed = await here.client.models.list()
+        assert [model.id for model in listed.data] == [MODEL, "gpt-4o-mini"]
+        assert (await here.client.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
+        with pytest.raises(openai.NotFoundError):
+            await here.client.models.retrieve("gpt-5")
+        made = await here.client.chat.completions.create(
+            model="gpt-4o-mini", messages=[said(SURE, photo(1))]
+        )
+        assert made.model == "gpt-4o-mini"
+        assert made.vlm_collab["model"] == MODEL
+        with pytest.raises(openai.NotFoundError, match="there is fake") as caught:
+            await here.client.chat.completions.create(
+                model="gpt-5", messages=[said(SURE, photo(1))]
+            )
+        assert caught.value.param == "model"
+
+
+async def ten_clients(places: list[str], rounds: int) -> None:
+    """Each client has a picture, a conversation and a way of its own to ask."""
+
+    async def one(number: int) -> None:
+        base, picture = places[number % len(places)], photo(number)
+        view = view_digest(picture)
+        async with sdk(base) as client:
+            for round in range(rounds):
+                question = f"client {number}, round {round}, on the small sign?"
+                if number % 3 == 0:
+                    stream = await client.chat.completions.create(
+                        model=MODEL, messages=[said(question, picture)], stream=True
+                    )
+                    pieces, last = await streamed(stream)
+                    text, extra = "".join(pieces), last.vlm_collab
+                elif number % 3 == 1:
+                    made = await client.chat.completions.create(
+                        model=MODEL, messages=[said(question, picture)]
+                    )
+                    text, extra = made.choices[0].message.content, made.vlm_collab
+                else:
+                    response = await client.responses.create(
+                        model=MODEL, input=[item(question, picture)]
+                    )
+                    text, extra = response.output_text, response.vlm_collab
+                assert extra["first_text"] == f"first {view} {question}"
+                assert text == second(picture, question, extra)
+                assert (extra["view_bytes"] == 0) is (round > 0)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(10):
+            group.create_task(one(number))
+
+
+async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
+    async with place() as here, running(gateway(here.proxy.url)) as other:
+        await ten_clients([here.base, other], rounds=3)
+
+
+async def test_text_alone_goes_to_the_servers_own_api():
+    async with place(aliases=("gpt-4o-mini",)) as here:
+        made = await here.client.chat.completions.create(
+            model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}]
+        )
+        assert made.choices[0].message.content.split() == ["first", "hello"]
+        stream = await here.client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=True
+        )
+        pieces, _ = await streamed(stream)
+        assert "".join(pieces).split() == ["first", "hello"]
+        with pytest.raises(openai.BadRequestError) as caught:
+            await here.client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "hello"}], n=2
+            )
+        assert caught.value.param == "n"
+
+
+async def test_a_conversation_of_responses_may_begin_without_a_picture():
+    async with place() as here:
+        first = await here.client.responses.create(model=MODEL, input="hello")
+        assert first.output_text.split() == ["first", "hello"]
+        stream = await here.client.responses.create(
+            model=MODEL, previous_response_id=first.id, input="you there", stream=True
+        )
+        events = [event async for event in stream]
+        whole = events[-1].response
+        assert whole.output_text.split() == f"first hello {first.output_text} you there".split()
+        shown = await here.client.responses.create(
+            model=MODEL, previous_response_id=whole.id, input=[item("what?", photo(1))]
+        )
+        assert view_digest(photo(1)) in shown.output_text
+
+
+class WithoutApi(Service):
+    """A service as it was before it had an API of OpenAI's."""
+
+    def app(self) -> Starlette:
+        return Starlette(routes=self.routes(), lifespan=self._lifespan)
+
+
+async def test_a_server_that_has_no_other_api_takes_questions_about_pictures_only():
+    ordinary = service()
+    old = WithoutApi(ordinary.engine, ordinary.config)
+    async with serving(old) as url, running(gateway(url)) as base, sdk(base) as client:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="send one along") as caught:
+                await client.chat.completions.create(
+                    model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=stream
+                )
+            assert caught.value.param == "messages"
+        with pytest.raises(openai.BadRequestError, match="send one along"):
+            await client.responses.create(model=MODEL, input="hello")
+
+
+async def test_a_server_that_cannot_do_something_is_not_asked_to():
+    async def greeting(peer: Peer) -> None:
+        await peer.greet()
+        with contextlib.suppress(ConnectionClosed):
+            await peer.answer_all()
+
+    async with (
+        scripted(greeting) as server,
+        running(gateway(server.url)) as base,
+        sdk(base) as client,
+    ):
+        for wish, param in (
+            ({"stop": "x"}, "stop"),
+            ({"logprobs": True}, "logprobs"),
+            ({"temperature": 1}, "temperature"),
+        ):
+            with pytest.raises(openai.BadRequestError, match="served without") as refusal:
+                await client.chat.completions.create(
+                    model="scripted", messages=[said("?", photo(1))], **wish
+                )
+            assert refusal.value.param == param
+        made = await client.chat.completions.create(
+            model="scripted", messages=[said("?", photo(1))], temperature=0, top_p=1, seed=3
+        )
+        assert made.choices[0].message.content == "echo ?"

@@ -1,0 +1,363 @@
+"""The gateway in trouble: servers that go away, clients that leave, pictures of all kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service.runner import running as serving
+from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
+from tests.e2e.gateways import MODEL, SMALL, gateway, item, place, running, said, sdk
+from tests.support.pictures import photo as drawn
+from tests.support.pictures import saved, turned
+from tests.support.proxy import What, Where
+from tests.support.wire import service
+from vlm_collab.messages import Ask, Cancel, Partial, RegionRequest
+
+
+def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL, messages=[said(question, *(pictures or (photo(1),)))], **more
+    )
+
+
+async def test_a_question_waits_for_a_server_that_is_away():
+    async with place() as here:
+        here.proxy.refusing = True
+        asked = asyncio.create_task(ask(here.client))
+        await here.proxy.until_connections(3)
+        assert not asked.done()
+        here.proxy.refusing = False
+        made = await asked
+        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_question_outlives_a_server_that_goes(stream: bool):
+    async with place() as here:
+        cut = here.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
+        made = await ask(here.client, UNSURE, stream=stream)
+        if stream:
+            chunks = [chunk async for chunk in made]
+            extra = chunks[-1].vlm_collab
+            text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        else:
+            extra, text = made.vlm_collab, made.choices[0].message.content
+        assert cut.fired.is_set()
+        assert extra["refined"]
+        assert text.startswith(f"second {view_digest(photo(1))} ")
+        # The server kept the view: only its first sending cost pixels.
+        assert extra["original_bytes"] == len(photo(1))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
+    async with place(deadline_s=0.3) as here:
+        here.proxy.refusing = True
+        with pytest.raises(openai.InternalServerError, match="no server at ws://") as caught:
+            await ask(here.client, stream=stream)
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["retry-after"] == "5"
+        assert caught.value.code == "no_server"
+        for path in ("/models", "/models/fake"):
+            gone = asyncio.create_task(here.http.get(path))
+            here.proxy.refusing = False
+            assert (await gone).status_code == 200
+        # It is asked again by itself, and the next question finds it.
+        assert (await ask(here.client)).choices
+
+
+async def test_text_alone_waits_and_ends_likewise():
+    async with place(deadline_s=0.3) as here:
+        here.proxy.refusing = True
+        with pytest.raises(openai.InternalServerError) as caught:
+            await here.client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "hello"}]
+            )
+        assert caught.value.status_code == 503
+        here.proxy.refusing = False
+        assert (await here.client.responses.create(model=MODEL, input="hello")).output_text
+
+
+async def test_a_server_that_is_too_slow():
+    async with place(slow(30.0), deadline_s=0.5) as here:
+        with pytest.raises(openai.InternalServerError, match="no answer within") as caught:
+            await ask(here.client)
+        assert caught.value.status_code == 504
+
+
+async def test_a_second_look_that_fails_leaves_the_first_answer():
+    backend = FakeBackend(
+        play=lambda *_: Script("a bird", "", uncertainty_bits=2.0, fail_second=True)
+    )
+    async with place(backend) as here:
+        for stream in (False, True):
+            made = await ask(here.client, UNSURE, stream=stream)
+            if stream:
+                chunks = [chunk async for chunk in made]
+                text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+                extra = chunks[-1].vlm_collab
+            else:
+                text, extra = made.choices[0].message.content, made.vlm_collab
+            assert text == "a bird"
+            assert extra["fallback"] == "server_failed"
+            assert not extra["restarted"]
+
+
+async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
+    """What was streamed can't be taken back, so the text that stands comes whole behind it."""
+    words = " ".join(f"word{i}" for i in range(15))
+    backend = FakeBackend(
+        play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
+    )
+    async with place(backend, deadline_s=3.0) as here:
+        broken = here.proxy.rule(Partial, Where.AFTER, What.STALL, nth=11)
+        stream = await ask(here.client, UNSURE, stream=True)
+        chunks = [chunk async for chunk in stream]
+        assert broken.fired.is_set()
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        begun, _, stands = text.partition("\n\n")
+        assert words.startswith(begun)
+        assert begun
+        assert stands == "a bird"
+        assert chunks[-1].vlm_collab["restarted"]
+        assert chunks[-1].vlm_collab["fallback"] == "deadline"
+        here.proxy.resume()
+
+
+@pytest.mark.parametrize("api", ["chat", "stream", "responses"])
+async def test_a_client_that_leaves_takes_its_question_along(api: str):
+    async with place(slow(30.0)) as here:
+        body: dict[str, Any] = {"model": MODEL}
+        if api == "responses":
+            path, body["input"] = "/responses", [item(UNSURE, photo(1))]
+        else:
+            path, body["messages"] = "/chat/completions", [said(UNSURE, photo(1))]
+            body["stream"] = api == "stream"
+        asked = asyncio.create_task(here.http.post(path, json=body))
+        await here.proxy.until_passed(Ask)
+        async with asyncio.timeout(5):
+            while not here.service.questions:
+                await asyncio.sleep(0.005)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await here.proxy.until_passed(Cancel)
+        await nothing_left(here)
+
+
+async def nothing_left(here: Any) -> None:
+    """Wait until the gateway has noticed that nobody waits for it."""
+    async with asyncio.timeout(5):
+        while here.gateway._requests:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_client_that_leaves_a_stream_in_the_middle():
+    words = " ".join(f"word{i}" for i in range(18))
+    backend = FakeBackend(
+        play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=1.5)
+    )
+    async with place(backend) as here:
+        stream = await ask(here.client, UNSURE, stream=True)
+        async for chunk in stream:
+            if chunk.choices[0].delta.content:
+                break
+        await stream.close()
+        await here.proxy.until_passed(Cancel)
+        await nothing_left(here)
+
+
+async def test_a_server_that_is_full_says_when_to_come_back():
+    async with place(slow(1.0), service_limits={"max_questions": 1}) as here:
+        first = asyncio.create_task(ask(here.client))
+        await here.proxy.until_passed(Ask)
+        # The server wants a second's patience, which this gateway does not have.
+        hasty = gateway(here.proxy.url, deadline_s=0.4)
+        async with running(hasty) as base, sdk(base) as client:
+            with pytest.raises(openai.RateLimitError) as caught:
+                await ask(client, SURE, photo(2))
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert (await first).choices
+
+
+async def test_a_gateway_that_is_full_says_when_to_come_back():
+    async with place(slow(0.5), limits={"max_requests": 1}) as here:
+        first = asyncio.create_task(ask(here.client, stream=True))
+        await here.proxy.until_passed(Ask)
+        with pytest.raises(openai.RateLimitError, match="no more at once") as caught:
+            await ask(here.client, SURE, photo(2))
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert [chunk async for chunk in await first]
+        await nothing_left(here)
+        assert (await ask(here.client, SURE, photo(2))).choices
+
+
+async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():
+    async with serving(service(FakeBackend(), token="right")) as url:
+        for token in (None, "wrong"):
+            async with running(gateway(url, token=token)) as base, sdk(base) as client:
+                for question in (SURE, "text"):
+                    content = [said(question, photo(1))]
+                    if question == "text":
+                        content = [{"role": "user", "content": "hello"}]
+                    with pytest.raises(openai.InternalServerError, match="behind") as caught:
+                        await client.chat.completions.create(model=MODEL, messages=content)
+                    assert caught.value.status_code == 502
+        async with running(gateway(url, token="right")) as base, sdk(base) as client:
+            assert (await ask(client)).choices
+            hello = [{"role": "user", "content": "hello"}]
+            assert (await client.chat.completions.create(model=MODEL, messages=hello)).choices
+
+
+RIGHT = {
+    "rotated by EXIF": turned(drawn(320, 200), 6),
+    "mirrored and rotated": turned(drawn(320, 200), 5),
+    "palette": saved(drawn(320, 200).quantize(64), "PNG"),
+    "palette with transparency": saved(drawn(320, 200).quantize(16), "PNG", transparency=3),
+    "16-bit grey": saved(Image.new("I;16", (320, 200), 40000), "PNG"),
+    "CMYK": saved(drawn(320, 200).convert("CMYK"), "JPEG"),
+    "one bit": saved(drawn(320, 200).convert("1"), "PNG"),
+    "grey with alpha": saved(drawn(320, 200).convert("LA"), "PNG"),
+    "WebP": saved(drawn(320, 200), "WEBP"),
+    "a line": saved(drawn(320, 1), "PNG"),
+    "progressive": saved(drawn(320, 200), "JPEG", progressive=True),
+}
+
+
+async def test_pictures_of_all_kinds_get_the_right_answer():
+    async with place() as here:
+        for kind, picture in RIGHT.items():
+            made = await ask(here.client, UNSURE, picture)
+            first = f"first {view_digest(picture)} {UNSURE}"
+            assert made.vlm_collab["first_text"] == first, kind
+            assert made.vlm_collab["refined"], kind
+            assert made.vlm_collab["original_bytes"] == len(picture), kind
+
+
+def animated(format: str) -> bytes:
+    frames = [Image.new("RGB", (40, 40), (shade, 0, 0)) for shade in (0, 100, 200)]
+    return saved(frames[0], format, save_all=True, append_images=frames[1:])
+
+
+def huge() -> bytes:
+    """A PNG of a few bytes that says it has 2 gigapixels."""
+    data = bytearray(saved(Image.new("1", (8, 8)), "PNG"))
+    data[16:24] = (50_000).to_bytes(4, "big") + (40_000).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+WRONG = {
+    "no picture": (b"GIF89a is what I say", 400),
+    "text": (b"hello" * 10, 400),
+    "animated PNG": (animated("PNG"), 413),
+    "animated WebP": (animated("WEBP"), 413),
+    "animated GIF": (animated("GIF"), 400),
+    "cut off": (saved(drawn(640, 480), "PNG")[:300], 400),
+    "broken JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 400, 400),
+    "2 gigapixels": (huge(), 413),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_pictures_that_cannot_be_used(stream: bool):
+    async with place() as here:
+        for kind, (picture, status) in WRONG.items():
+            with pytest.raises(openai.APIStatusError) as caught:
+                await ask(here.client, SURE, photo(1), picture, stream=stream)
+            assert caught.value.status_code == status, kind
+            if kind != "cut off":  # found when its pixels are decoded, for the view
+                assert caught.value.param == "messages[0].content[2].image_url.url", kind
+            assert "\n" not in caught.value.body["message"], kind
+        # Nothing is wrong with the gateway.
+        assert (await ask(here.client)).choices
+
+
+GARBAGE = [
+    (b"", 400),
+    (b"{", 400),
+    (b"[]", 400),
+    (b"\xff" * 100, 400),
+    (b"null", 400),
+    (b'{"messages": [{"role": "user"}]}', 400),
+    (b'{"messages": {"role": "user"}}', 400),
+    (b"[" * 100_000, 400),
+    (b'{"messages": "' + b"x" * (2 << 20) + b'"}', 413),
+]
+
+
+async def test_garbage():
+    async with place(limits={"wire": SMALL}) as here:
+        for content, status in GARBAGE:
+            for path in ("/chat/completions", "/responses"):
+                answer = await here.http.post(path, content=content)
+                assert answer.status_code == status, content[:50]
+                assert answer.json()["error"]["message"]
+
+
+async def test_limits_of_a_request():
+    async with place(limits={"wire": SMALL}) as here:
+        large = saved(Image.effect_noise((600, 600), 100), "PNG")
+        assert len(large) > SMALL.max_picture_bytes
+        with pytest.raises(openai.APIStatusError) as caught:
+            await ask(here.client, SURE, large)
+        assert caught.value.status_code == 413
+        with pytest.raises(openai.BadRequestError, match="more than 4"):
+            await ask(here.client, SURE, *(photo(i) for i in range(5)))
+
+
+async def test_a_question_that_is_too_long_or_holds_reserved_text():
+    async with place() as here:
+        for question in ("x" * 20_000, "what is <image>?"):
+            with pytest.raises(openai.APIStatusError) as caught:
+                await ask(here.client, question)
+            assert caught.value.status_code in (400, 413)
+            assert caught.value.param == "messages"
+
+
+async def test_a_body_that_never_ends():
+    async with place(limits={"body_timeout_s": 0.2}) as here:
+        reader, writer = await asyncio.open_connection(
+            here.http.base_url.host, here.http.base_url.port
+        )
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+        )
+        async with asyncio.timeout(10):
+            assert b" 408 " in await reader.readline()
+        writer.close()
+
+
+async def test_routes_that_are_none_answer_in_the_same_form():
+    async with place() as here:
+        missing = await here.http.post("/embeddings", json={})
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "unknown_url"
+        wrong = await here.http.get("/chat/completions")
+        assert wrong.status_code == 405
+        assert "GET /v1/chat/completions" in wrong.json()["error"]["message"]
+
+
+async def test_health():
+    async with place() as here:
+        root = httpx.URL(here.base).join("/")
+        assert (await here.http.get(root.join("/healthz"))).text == "ok"
+        async with asyncio.timeout(5):
+            while (await here.http.get(root.join("/readyz"))).status_code != 200:
+                await asyncio.sleep(0.01)
+        body = (await here.http.get(root.join("/readyz"))).json()
+        assert body["ready"]
+        assert body["model"] == MODEL
+        here.proxy.refusing = True
+        here.proxy.cut()
+        async with asyncio.timeout(5):
+            while (await here.http.get(root.join("/readyz"))).status_code != 503:
+                await asyncio.sleep(0.01)
+        assert (await here.http.get(root.join("/healthz"))).text == "ok"
