@@ -365,6 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="pairs behind each median")
     parser.add_argument("--quality", action="store_true", help="quality instead of costs")
+    parser.add_argument("--runs", type=int, default=1, help="do it all so many times")
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="file to collect the lines in")
     options = parser.parse_args()
@@ -382,11 +383,13 @@ def main() -> None:
         "libjpeg_turbo": features.version_feature("libjpeg_turbo"),
     }
     lines = []
-    for figure in quality() if options.quality else figures(options.repeats):
-        goal = GOALS.get(figure["figure"])
-        line = json.dumps({**figure, **({"goal": goal} if goal else {}), **machine})
-        print(line, flush=True)
-        lines.append(line)
+    for run in range(1, options.runs + 1):
+        for figure in quality() if options.quality else figures(options.repeats):
+            goal = GOALS.get(figure["figure"])
+            told = {**figure, **({"goal": goal} if goal else {}), "run": run, **machine}
+            line = json.dumps(told)
+            print(line, flush=True)
+            lines.append(line)
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n")
 

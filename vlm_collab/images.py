@@ -70,12 +70,12 @@ PAD_COLOUR = (122, 116, 104)
 
 _OVERSAMPLING = 1.4
 """Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
-this many times the target leaves the rest, which shows, to the bicubic filter. On drawn scenes,
-texts and noise of 12 megapixels the encoded view is then within 0.1 dB as close to the best one
-as when everything is decoded; 1.3 costs up to 0.7 dB. (`python -m eval.bench_edge --quality`)"""
+this many times the target leaves the rest, which shows, to the bicubic filter. Of scenes and
+small texts, the encoded view is then as near to a perfect one as when everything is decoded, to
+0.2 dB (`python -m eval.bench_edge --quality`; of texts it is not at 1.3)."""
 
 _REDUCING_GAP = 2
-"""The same for Pillow's own averaging before its filter, which loses more: 1.45 costs 0.7 dB."""
+"""The same for Pillow's own averaging before its filter, which loses more."""
 
 _CODED_PX = 32
 """Widest block of pixels that a JPEG codes together, with any chroma subsampling in use."""
