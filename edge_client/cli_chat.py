@@ -396,10 +396,11 @@ class _People:
 
     def note(self, line: str) -> None:
         with self._writing:
-            if self._at_prompt:
+            at_prompt = self._at_prompt and self._console.is_terminal
+            if at_prompt:
                 print("\r\x1b[2K", end="")
             self._console.print(Text(printable(line), style="dim"))
-            if self._at_prompt:  # what was typed so far
+            if at_prompt:  # what was typed so far
                 typed = "" if readline is None else readline.get_line_buffer()
                 print(PROMPT + typed, end="", flush=True)
 
@@ -474,7 +475,6 @@ class _Programs:
 
     def __init__(self) -> None:
         self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
-        self._people = _People()
 
     def note(self, line: str) -> None:
         self._beside.print(Text(printable(line), style="dim"))
@@ -505,7 +505,7 @@ class _Programs:
         self._beside.print(drawn)
 
     def read(self) -> str:
-        return self._people.read()
+        return input()
 
 
 def _piped() -> str:

@@ -360,9 +360,10 @@ class _Lines:
     def _mend(self) -> None:
         """End the last line of an earlier watch that lost its power in the middle of it."""
         assert self._file is not None
-        size = os.lseek(self._file, 0, os.SEEK_END)
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        if os.lseek(self._file, 0, os.SEEK_END):
+            os.lseek(self._file, -1, os.SEEK_END)
+            if os.read(self._file, 1) != b"\n":
+                os.write(self._file, b"\n")
 
     def _failed(self, error: OSError) -> ConfigError:
         return ConfigError(f"--out {self._path}: {error.strerror or error}")

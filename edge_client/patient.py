@@ -17,7 +17,7 @@ from edge_client.picture import Picture
 from edge_client.sync import Client
 from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
 from vlm_collab.errors import ErrorCode as Code
-from vlm_collab.messages import Options, Welcome
+from vlm_collab.messages import Fallback, Options, Welcome
 
 _TOO_LONG = {Code.BAD_QUESTION, Code.TOO_LARGE}
 
@@ -138,7 +138,8 @@ class PatientClient:
                     raise
                 turns = turns[-(len(turns) // 2) :] if len(turns) > 1 else ()
             else:
-                self._log.answered()
+                if answer.fallback is not Fallback.LINK_LOST:
+                    self._log.answered()
                 if len(turns) < len(history):
                     self._note(
                         "the conversation is longer than the model takes: it was told the last "

@@ -132,7 +132,7 @@ def open_camera(
     if source.startswith(("camera:", "/dev/video")):
         from edge_client.cameras import video
 
-        return video.open_webcam(_device(source), tell, retry)
+        return video.open_webcam(*_device(source), tell, retry)
     path = Path(source)
     try:
         if path.is_dir():
@@ -171,17 +171,22 @@ def without_password(url: str) -> str:
         return url.rpartition("@")[2]
 
 
-def _device(source: str) -> str:
-    number = source.removeprefix("camera:")
-    if number == source:
-        return source
-    if not (number.isascii() and number.isdecimal()):
-        raise ConfigError(f"{source}: a webcam is camera: and its number, such as camera:0")
+def _device(source: str) -> tuple[str, str | None]:
+    """A webcam's file, and the size of picture that is wanted of it."""
+    place, _, size = source.partition("@")
+    number = place.removeprefix("camera:")
+    numbered = number != place
+    if (numbered and not (number.isascii() and number.isdecimal())) or (
+        "@" in source and not re.fullmatch(r"[0-9]{2,5}x[0-9]{2,5}", size)
+    ):
+        raise ConfigError(
+            f"{source}: a webcam is camera: and its number, such as camera:0 or camera:0@1920x1080"
+        )
     if not sys.platform.startswith("linux"):
         raise ConfigError(
             f"{source}: webcams are read on Linux only; give the address of a stream instead"
         )
-    return f"/dev/video{int(number)}"
+    return (f"/dev/video{int(number)}" if numbered else place), size or None
 
 
 def _keep_quiet(_: str) -> None:

@@ -32,6 +32,9 @@ BEHIND_S = 1.0
 _WAITED_S = 0.004  # a read that took so long had to wait for the source
 
 MENDED_FRAMES = 300
+SNAPSHOT_S = 1.0
+"""An address that gives one picture is asked so often for its newest."""
+
 KEPT_FRAMES = 4
 KEPT_S = 0.5
 """The picture is the sharpest of the last few frames, none older than this."""
@@ -77,22 +80,27 @@ class _Opening:
         return container
 
 
-def open_webcam(device: str, news: News, retry: Retry) -> Camera:
+def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Camera:
     """A webcam, through Video4Linux.
+
+    Args:
+        device: its file.
+        size: such as "1920x1080"; None for what it is set to.
 
     Raises:
         CameraError: it cannot be opened.
     """
-    return LiveVideo(_Opening(device, device, {}, "v4l2"), news, retry)
+    options = {} if size is None else {"video_size": size}
+    return LiveVideo(_Opening(device, device, options, "v4l2"), news, retry)
 
 
 def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """A stream, or a recording on a web server.
+    """A stream, a recording on a web server, or an address with one picture, the newest.
 
     Raises:
         CameraError: it cannot be opened.
     """
-    options = {"protocol_whitelist": _NETWORK, "fflags": "nobuffer", "analyzeduration": "1000000"}
+    options = {"protocol_whitelist": _NETWORK, "analyzeduration": "1000000"}
     rtsp = urlsplit(url).scheme.lower() in ("rtsp", "rtsps")
     if rtsp:
         # Over UDP a lost packet is a damaged picture; where TCP is not offered, UDP is used.
@@ -100,7 +108,7 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     opening = _Opening(without_password(url), url, options)
     if not rtsp:
         container = opening.open()
-        if container.duration:
+        if container.duration and not _is_picture(container):
             return Recording(opening, container) if not live else Playing(opening, container, news)
         container.close()
     return LiveVideo(opening, news, retry)
@@ -132,10 +140,13 @@ class _Decoder:
         count: frames so far, those passed over included.
         damaged: how many were passed over because of damage.
         late: how many were passed over to catch up.
+        waited: the source had to be waited for since it was opened: what comes is new. What was
+            read to find out its format is up to some seconds old by then, and comes first.
     """
 
     def __init__(self, *, live: bool) -> None:
         self.count = self.damaged = self.late = 0
+        self.waited = False
         self._live = live
         self._strict = True
         self._whole = False  # a stream may be joined between two key frames
@@ -156,6 +167,7 @@ class _Decoder:
         if self._strict:
             stream.codec_context.options = {"err_detect": "explode"}
         self._whole, self._since, self._bad_in_a_row = False, 0, 0
+        self.waited = False
         packets = container.demux(stream)
         waited_s = key_s = time.monotonic()
         skipped = 0  # frames since the last one that was decoded
@@ -167,6 +179,7 @@ class _Decoder:
             now = time.monotonic()
             if now - asked_s >= _WAITED_S:
                 waited_s = now
+                self.waited = True
             behind = self._live and now - waited_s > BEHIND_S
             if behind or skipped:
                 if packet.is_keyframe and (not behind or now - key_s >= BEHIND_S / 2):
@@ -325,6 +338,7 @@ class LiveVideo(_Video):
     def _start(self, container: InputContainer, news: News, retry: Retry) -> None:
         self._news = news
         self._retry = retry
+        self._decoded_all = False
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -340,14 +354,16 @@ class LiveVideo(_Video):
         wanted = max(due, after + 1)
 
         def ready() -> bool:
-            new = self._recent and self._recent[-1].number >= wanted
+            new = self._recent and self._recent[-1].number >= wanted and self._is_current()
             return bool(new) or self.ended or self._closed.is_set()
 
         while True:
             with self._changed:
                 self._changed.wait_for(ready, max(0.0, until - time.monotonic()))
                 recent = list(self._recent)
-            if self._closed.is_set() or not recent or recent[-1].number < wanted:
+                if self._closed.is_set() or not ready() or not recent:
+                    return None
+            if recent[-1].number < wanted:
                 return None
             frame = self._chosen(recent, after)
             if frame is not None:
@@ -372,6 +388,7 @@ class LiveVideo(_Video):
             try:
                 if opened is None:
                     opened = self._opening.open()
+                self._decoded_all = False
                 for frame in self._decoder.frames(opened):
                     if failures:
                         self.trouble = None
@@ -380,11 +397,18 @@ class LiveVideo(_Video):
                     self._keep(frame)
                     if self._closed.is_set():
                         break
+                if _is_picture(opened):
+                    self._all_decoded()
+                    opened.close()
+                    opened = None
+                    self._closed.wait(SNAPSHOT_S)
+                    continue
                 reason = "the stream ended"
             except CameraError as error:
                 reason = str(error).removeprefix(f"{self.name}: ")
             except (FFmpegError, OSError) as error:
                 reason = _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+            self._all_decoded()
             if opened is not None:
                 opened.close()
                 opened = None
@@ -397,9 +421,19 @@ class LiveVideo(_Video):
             failures += 1
             self._closed.wait(self._retry.pause_s(failures))
 
+    def _is_current(self) -> bool:
+        """Whether the last frame is new, and not left over from opening the source."""
+        return self._decoder.waited or self._decoded_all
+
     def _is_over(self, reason: str) -> bool:
         """Whether a source that was read to its end has nothing more to give."""
         return False
+
+    def _all_decoded(self) -> None:
+        """There is nothing newer than what is here."""
+        with self._changed:
+            self._decoded_all = True
+            self._changed.notify_all()
 
     def _keep(self, frame: VideoFrame) -> None:
         with self._changed:
@@ -432,6 +466,9 @@ class Playing(LiveVideo):
     def _position(self, frame: VideoFrame) -> float | None:
         return frame.time or 0.0
 
+    def _is_current(self) -> bool:
+        return True
+
     def _is_over(self, reason: str) -> bool:
         with self._changed:
             self.ended = True
@@ -441,6 +478,12 @@ class Playing(LiveVideo):
 
 
 _BLANK = "the camera shows nothing: black, grey or covered"
+
+
+def _is_picture(container: InputContainer) -> bool:
+    """Whether an address gives a single picture instead of a stream."""
+    name = container.format.name
+    return name == "image2" or name.endswith("_pipe")
 
 
 def _picture(frame: VideoFrame) -> Image:

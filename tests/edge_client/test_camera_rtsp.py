@@ -102,7 +102,7 @@ def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypa
         later = stream.take(due=first.latest + 50, wait_s=WAIT_S)
         assert later is not None
         # All of them decoded would take 12.5 s.
-        assert time.monotonic() - begin < 10.5
+        assert time.monotonic() - begin < 11.5
         assert stream._decoder.late > 10
 
 

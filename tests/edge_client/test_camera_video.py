@@ -15,7 +15,7 @@ import av
 import pytest
 from PIL import Image, ImageFilter
 
-from edge_client.cameras import CameraError, choose, open_camera, video
+from edge_client.cameras import CameraError, Frame, choose, open_camera, video
 from edge_client.keeper import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import difference, saved
@@ -33,12 +33,16 @@ def clip(tmp_path_factory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
 
 
-def seen(frame, index: int) -> float:
+def shown(frame: Frame) -> Image.Image:
+    """A frame's picture."""
+    size = frame.picture.size
+    data = frame.picture.region(Box(0, 0, *size), size, Codec.JPEG, 95)
+    return decode(data, max_pixels=10**6)
+
+
+def seen(frame: Frame, index: int) -> float:
     """How far a frame is from what the camera saw at that moment, in grey levels."""
-    shown = decode(
-        frame.picture.region(Box(0, 0, 640, 480), Size(640, 480), Codec.JPEG, 95), max_pixels=10**6
-    )
-    return difference(shown, shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
+    return difference(shown(frame), shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
 
 
 # ---- which frame -----------------------------------------------------------------------------
@@ -178,11 +182,7 @@ def test_a_turned_recording_is_shown_upright(tmp_path, clip):
         frame = camera.take()
         assert frame is not None
         assert frame.picture.size == (480, 640)
-        shown = decode(
-            frame.picture.region(Box(0, 0, 480, 640), Size(480, 640), Codec.PNG, 90),
-            max_pixels=10**6,
-        )
-    assert difference(shown, shaken(scene(3), 0).transpose(Image.Transpose.ROTATE_270)) < 6
+    assert difference(shown(frame), shaken(scene(3), 0).transpose(Image.Transpose.ROTATE_270)) < 6
 
 
 def test_frames_carry_no_metadata(clip):
@@ -233,14 +233,14 @@ def test_a_playlist_cannot_make_this_device_call_or_read(tmp_path, clip):
 
 def test_a_webcam_that_is_not_there_is_one_line():
     with pytest.raises(CameraError, match=r"^/dev/video97: No such file"):
-        open_camera("camera:97")
+        open_camera("camera:97@1280x720")
 
 
 # ---- streams over HTTP -----------------------------------------------------------------------
 
 
 @contextmanager
-def serving(data: bytes, kind: str) -> Iterator[tuple[str, list[str]]]:
+def serving(data: bytes, kind: str, *, sized: bool = False) -> Iterator[tuple[str, list[str]]]:
     """An HTTP server with one content; gives its address and the paths that were asked for."""
     asked: list[str] = []
 
@@ -249,6 +249,8 @@ def serving(data: bytes, kind: str) -> Iterator[tuple[str, list[str]]]:
             asked.append(self.path)
             self.send_response(200)
             self.send_header("Content-Type", kind)
+            if sized:
+                self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
@@ -290,6 +292,19 @@ def test_a_motion_jpeg_stream_that_ends_is_opened_again():
     assert any("is lost: " in line for line in news), news
     assert any("is back after" in line for line in news)
     assert "secret" not in "".join(news)
+
+
+def test_an_address_with_one_picture_is_asked_again_for_its_newest(monkeypatch):
+    monkeypatch.setattr(video, "SNAPSHOT_S", 0.05)
+    news: list[str] = []
+    with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, asked):
+        for path in ("/snapshot.jpg", "/cgi-bin/image?channel=1"):
+            with open_camera(url + path, news=news.append) as camera:
+                frame = camera.take(due=3, wait_s=WAIT_S)
+                assert frame is not None
+                assert difference(shown(frame), scene(3)) < 3
+        assert len(asked) >= 6
+    assert news == []
 
 
 def test_a_stream_that_is_not_there_is_one_line_without_the_password():

@@ -20,6 +20,7 @@ from tests.edge_client.scripted import unused_url
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import saved
 from tests.support.process import serving
+from tests.support.rtsp import RtspCamera, need_rtsp_server
 from vlm_collab.messages import Ask, Cancel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +228,27 @@ def test_look_takes_a_new_picture_of_a_camera(server, tmp_path):
         assert one is not None
         assert other is not None
         assert one[1] != other[1]
+
+
+def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
+    need_rtsp_server()
+    clip = write_clip(
+        tmp_path / "clip.mp4", [shaken(scene(3), step) for step in range(100)], crf=30
+    )
+    with RtspCamera(clip) as camera, Terminal(camera.url, "--server", server) as terminal:
+        terminal.see("picture \\d+, 640 x 480 px")
+        terminal.see("> $")
+        camera.unplug()
+        terminal.see(f"{camera.url} is lost: [^\n]*; trying to get it back")
+        # The picture is still there to be talked about.
+        terminal.type(SURE)
+        terminal.see(ANSWERED)
+        camera.plug_in()
+        terminal.see("is back after")
+        terminal.type("/look")
+        terminal.see("picture \\d+, 640 x 480 px")
+        terminal.type("/quit")
+        assert terminal.left() == 0
 
 
 # ---- in a pipe -------------------------------------------------------------------------------
