@@ -88,14 +88,21 @@ async def test_a_cut_in_any_stage_loses_no_question(visitor: Visitor, kind: type
 
 
 async def test_a_server_lost_for_good_in_the_second_stage_leaves_the_first_answer(
-    visitor: Visitor,
+    browser: Browser,
 ):
-    async with running(service(limits={"region_deadline_s": 0.5})) as url, Proxy(url) as proxy:
+    async with running(service()) as url, Proxy(url) as proxy, visiting(browser) as visitor:
+        await visitor.page.clock.install()
         await visitor.open(proxy.url)
         await visitor.choose(PHOTO)
         proxy.rule(RegionRequest, Where.AFTER, What.CUT)
-        proxy.rule(Ask, Where.AFTER, What.STALL, nth=2)
-        card = await visitor.ask(UNSURE, "first")
+        stalled = proxy.rule(Ask, Where.AFTER, What.STALL, nth=2)
+        card = await visitor.ask(UNSURE)
+        await asyncio.wait_for(stalled.fired.wait(), 20)
+        # The region's deadline and the grace on top of it.
+        await visitor.page.clock.fast_forward(9_900)
+        assert await card.locator.get_attribute("data-state") == "asking"
+        await visitor.page.clock.fast_forward(5_200)
+        await card.ends("first")
         assert (await card.answer()).startswith("first ")
         assert "the connection was lost" in await card.note()
 
@@ -137,7 +144,7 @@ async def test_a_view_that_is_gone_is_sent_again(visitor: Visitor):
         assert [ask.view is None for ask in visitor.sent(Ask)] == [False, True, False]
 
 
-async def test_a_question_that_brings_the_server_down_is_given_up(visitor: Visitor):
+async def test_a_question_that_brings_the_server_down_is_given_up(browser: Browser):
     def play(question: str, view: str, region: str) -> Script:
         for connection in list(mine._connections):
             if "deadly" in question:
@@ -145,10 +152,15 @@ async def test_a_question_that_brings_the_server_down_is_given_up(visitor: Visit
         return Script("first", "second")
 
     mine = service(FakeBackend(play=play))
-    async with running(mine) as url:
+    async with running(mine) as url, visiting(browser) as visitor:
+        await visitor.page.clock.install()
         await visitor.open(url)
         await visitor.choose(PHOTO)
-        card = await visitor.ask("a deadly question", "failed")
+        card = await visitor.ask("a deadly question")
+        for attempt in range(1, 7):
+            while len(visitor.sent(Ask)) < attempt:
+                await visitor.page.clock.fast_forward(2_000)  # the pauses between attempts
+        await card.ends("failed")
         assert "Given up after 6 lost connections" in await card.note()
         again = card.locator.get_by_role("button", name="Ask again")
         assert await again.is_visible()

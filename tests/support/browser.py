@@ -6,15 +6,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page, WebSocket, async_playwright
+from playwright.async_api import Browser, Page, WebSocket, async_playwright
 
 from vlm_collab.messages import AnyMessage, decode_down, decode_up, websocket_bytes
 
@@ -78,12 +78,29 @@ class Visitor:
     urls: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
-    def watch(self, context: BrowserContext) -> None:
-        """Begin to take notes."""
-        context.on("request", lambda request: self.urls.append(request.url))
-        self.page.on("websocket", self._socket)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", self._console)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take notes, and check in the end what nobody may see.
+
+        No request may have gone to another host than the page's own, nothing may have broken
+        the page's policy, and no error may have been left uncaught.
+        """
+        listeners: dict[Any, Any] = {
+            "request": lambda request: self.urls.append(request.url),
+            "websocket": self._socket,
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "console": self._console,
+        }
+        for event, listener in listeners.items():
+            self.page.on(event, listener)
+        try:
+            yield
+        finally:
+            for event, listener in listeners.items():
+                self.page.remove_listener(event, listener)
+        addresses = [url for url in self.urls if not url.startswith(("blob:", "about:"))]
+        assert len({urlsplit(url).netloc for url in addresses}) <= 1, addresses
+        assert self.complaints == []
 
     def _socket(self, socket: WebSocket) -> None:
         self.sockets += 1
@@ -216,23 +233,23 @@ def page_of(url: str) -> str:
 
 @asynccontextmanager
 async def visiting(browser: Browser, **options: Any) -> AsyncIterator[Visitor]:
-    """A fresh browser profile with the page's tab; on leaving, checks what nobody may see.
+    """A visitor with a fresh browser profile."""
+    async with tab_of(browser, **options) as page:
+        visitor = Visitor(page)
+        with visitor.watching():
+            yield visitor
 
-    No request may have gone to another host than the page's own, nothing may have broken the
-    page's policy, and no error may have been left uncaught.
-    """
+
+@asynccontextmanager
+async def tab_of(browser: Browser, **options: Any) -> AsyncIterator[Page]:
+    """A tab in a fresh profile, which complains of violations of a page's policy."""
     context = await browser.new_context(**options)
     context.set_default_timeout(PATIENCE_MS)
     try:
-        visitor = Visitor(await context.new_page())
-        visitor.watch(context)
         await context.add_init_script(
             "addEventListener('securitypolicyviolation', "
             "(event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
         )
-        yield visitor
-        hosts = {urlsplit(url).netloc for url in visitor.urls if not url.startswith("blob:")}
-        assert len(hosts) <= 1, hosts
-        assert visitor.complaints == []
+        yield await context.new_page()
     finally:
         await context.close()
