@@ -521,9 +521,8 @@ class _Post:
         sender = Sender(send, self._service.config.limits.write_timeout_s)
         counted = self._service.metrics.bytes
         try:
-            if (error := self._endpoint.guard(request)) is not None:
-                raise error
-            async with self._endpoint.bodies.read(request) as body:
+            refusal = self._endpoint.guard(request)
+            async with self._endpoint.bodies.read(request, refusal) as body:
                 counted.labels(self._kind, "up").inc(len(body))
                 work = self._told(self._answer(Client.of(request), body, sender), sender)
                 await while_connected(receive, work)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from server_plugin.service.config import OpenAiLimits
@@ -39,67 +39,56 @@ class Bodies:
         """Bytes of all requests that are being read or answered."""
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
+    async def read(self, request: Request, refusal: ApiError | None = None) -> AsyncIterator[bytes]:
         """A request's body; its bytes count until the block is left.
 
+        Args:
+            refusal: raised when the body is through; nothing of it is kept then.
+
         Raises:
-            ApiError: too large (413), too many bytes at once (429), or too slow (408).
+            ApiError: `refusal`, or too large (413), too many bytes at once (429), too slow (408).
             ClientGoneError: the client left.
         """
-        chunks: list[bytes] = []
-        size = 0
+        kept: list[bytes] = []
+        kept_bytes = received_bytes = 0
         try:
             async with asyncio.timeout(self._timeout_s):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    self.nbytes += len(chunk)
-                    if size > self._limits.max_body_bytes:
-                        await self._discard(request)
-                        raise self._too_large()
-                    if self.nbytes > self._limits.max_bodies_bytes:
-                        await self._discard(request)
-                        raise ApiError(
-                            429,
-                            "the server is busy with other pictures",
-                            "rate_limit_error",
-                            None,
-                            "busy",
-                            retry_after_s=1.0,
-                        )
-                    chunks.append(chunk)
-            body = b"".join(chunks)
-            chunks.clear()
+                more = True
+                while more and received_bytes <= self._limits.max_body_bytes * _DISCARDED:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    received_bytes += len(chunk)
+                    if refusal is None:
+                        kept.append(chunk)
+                        kept_bytes += len(chunk)
+                        self.nbytes += len(chunk)
+                        refusal = self._refusal(kept_bytes)
+                    if refusal is not None:
+                        kept.clear()
+                        self.nbytes -= kept_bytes
+                        kept_bytes = 0
+            if refusal is not None:
+                raise refusal
+            body = b"".join(kept)
+            kept.clear()
             yield body
         except TimeoutError:
             text = f"the request did not arrive within {self._timeout_s:g} s"
             raise ApiError(408, text, code="request_timeout") from None
-        except ClientDisconnect:
-            raise ClientGoneError from None
         finally:
-            self.nbytes -= size
+            self.nbytes -= kept_bytes
 
-    async def _discard(self, request: Request) -> None:
-        """Read on without keeping anything, or counting it."""
-        left = self._limits.max_body_bytes * _DISCARDED
-        async for chunk in _rest(request):
-            left -= len(chunk)
-            if left < 0:
-                return
-
-    def _too_large(self) -> ApiError:
-        mib = self._limits.max_body_bytes / 2**20
-        text = f"a request of more than {mib:g} MiB"
-        return ApiError(413, text, code="request_too_large")
-
-
-async def _rest(request: Request) -> AsyncIterator[bytes]:
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
+    def _refusal(self, size: int) -> ApiError | None:
+        if size > self._limits.max_body_bytes:
+            mib = self._limits.max_body_bytes / 2**20
+            text = f"a request of more than {mib:g} MiB"
+            return ApiError(413, text, code="request_too_large")
+        if self.nbytes > self._limits.max_bodies_bytes:
+            text = "the server is busy with other requests"
+            return ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=1.0)
+        return None
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -162,6 +151,8 @@ class Sender:
         headers = {"content-type": "application/json", **error.headers()}
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if error.status in (408, 413):
+            headers["connection"] = "close"  # more of the request may be on its way
         await self._start(error.status, headers, len(body))
         await self._write(body, more=False)
 
