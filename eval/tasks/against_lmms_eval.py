@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found,import-untyped"
 """What lmms-eval makes of questions and answers, by its own functions, as a table.
 
 With lmms-eval 0.7.3 importable (`docs/tasks.md` says how), the table is made again by ::

@@ -7,7 +7,8 @@ would change what an edge has to send.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,17 @@ class Source:
 
 
 class Table:
-    """Rows of one split."""
+    """Rows of one split.
 
-    def __init__(self, rows: Dataset, *, image: str | None = "image") -> None:
+    Attributes:
+        origin: what tells these data from others: the hub's revision, or the files and their
+            sizes in bytes.
+    """
+
+    def __init__(
+        self, rows: Dataset, origin: Mapping[str, Any], *, image: str | None = "image"
+    ) -> None:
+        self.origin = origin
         self._image = image
         self._rows = rows if image is None else rows.remove_columns(image)
         self._pictures = None if image is None else rows.select_columns(image)
@@ -85,7 +94,7 @@ def open_table(
     Raises:
         ConfigError: the data are not there, cannot be read, or lack a column.
     """
-    rows = _from_hub(source) if data is None else _from_folder(source, data)
+    rows, origin = _from_hub(source) if data is None else _from_folder(source, data)
     wanted = [*columns, *([] if image is None else [image])]
     lacking = [name for name in wanted if name not in rows.column_names]
     if lacking:
@@ -97,14 +106,14 @@ def open_table(
         from datasets import Image
 
         rows = rows.cast_column(image, Image(decode=False))
-    return Table(rows, image=image)
+    return Table(rows, origin, image=image)
 
 
-def _from_hub(source: Source) -> Dataset:
+def _from_hub(source: Source) -> tuple[Dataset, dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.repository, source.config, split=source.split)
+        rows = load_dataset(source.repository, source.config, split=source.split)
     except (OSError, ValueError) as error:
         # Both are what `datasets` raises for an unknown name, no network, and a wrong split.
         reason = " ".join(str(error).split())[:160]
@@ -113,19 +122,25 @@ def _from_hub(source: Source) -> Dataset:
             f"`hf download --repo-type dataset {source.repository} --local-dir FOLDER`, "
             "then name that FOLDER as the task's data"
         ) from None
+    # Where the files came from, such as hf://datasets/OWNER/NAME@REVISION/data/….
+    places = " ".join(rows.info.download_checksums or ())
+    found = re.search(r"@([0-9a-f]{40})/", places)
+    return rows, {"repository": source.repository, "revision": found and found[1]}
 
 
-def _from_folder(source: Source, folder: Path) -> Dataset:
+def _from_folder(source: Source, folder: Path) -> tuple[Dataset, dict[str, Any]]:
     from datasets import load_dataset
 
     files = split_files(source, folder)
     try:
-        return load_dataset(
+        rows = load_dataset(
             "parquet", data_files={source.split: [str(file) for file in files]}, split=source.split
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:160]
         raise ConfigError(f"cannot read {files[0]} as Parquet: {reason}") from None
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    return rows, {"folder": str(folder), "files": sizes}
 
 
 def split_files(source: Source, folder: Path) -> list[Path]:

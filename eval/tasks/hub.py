@@ -72,8 +72,7 @@ class HubTask(Task):
         chosen = self._chosen()
         self._indices = chosen if limit is None else chosen[:limit]
         self.settings = {
-            "repository": self.sources[split].repository,
-            "data": None if data is None else str(data),
+            "data": self._table.origin,
             "post_prompt": self._behind,
             **self._more_settings(),
         }

@@ -17,7 +17,8 @@ from difflib import SequenceMatcher
 from eval.tasks.base import Scorer, Truth
 from eval.tasks.normalise import textvqa_words, vqa_words
 
-_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)]|\s|$)")
+# Not "A plane": there it is an article.
+_LETTER = re.compile(r"\(?([A-Z])(?:[.:)]|$)")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -116,7 +117,8 @@ def normalised(answer: str, truth: Truth) -> float:
 
 def vicrop_open(answer: str, truth: Truth) -> float:
     """min(0.3 n, 1), n being how many annotators gave this answer, all ten counted: ViCrop's
-    rule for TextVQA, A-OKVQA and VQAv2. Four must agree for a full score."""
+    rule for TextVQA, A-OKVQA and VQAv2. Of ten annotators, leaving each out once comes to the
+    same number; what differs from `textvqa` is how texts are normalised."""
     return min(0.3 * _agreeing(answer, truth), 1.0)
 
 

@@ -72,7 +72,7 @@ class Signs(Task):
             self._table = open_table(source, data=data, columns=COLUMNS)
             self._length = min(limit or len(self._table), len(self._table))
         self.settings: Mapping[str, Any] = {
-            "data": None if data is None else str(data),
+            "data": "made on the spot" if self._table is None else self._table.origin,
             "first_scene": FIRST_SCENE,
             "jpeg_quality": JPEG_QUALITY,
         }
