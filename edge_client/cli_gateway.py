@@ -121,6 +121,10 @@ def gateway(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # uvicorn says this of every connection that was refused, although it was answered.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: "without completing handshake" not in record.getMessage()
+    )
     asyncio.run(_serve(config, server, options, as_json=as_json))
 
 
@@ -149,5 +153,5 @@ async def _greeting(gateway: Gateway) -> tuple[str | None, str]:
     try:
         welcome = await gateway.answerer.welcome(_GREETING_S)
     except NoServerError as error:
-        return None, f"is waiting for its server; {error}"
+        return None, f"has no model yet: {error}"
     return welcome.model, f"for {welcome.model}"

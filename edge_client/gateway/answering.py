@@ -102,7 +102,9 @@ class Answerer:
             async with asyncio.timeout(within_s):
                 return await self._client.connect()
         except TimeoutError:
-            raise NoServerError(f"no server at {self._where}; asking again by itself") from None
+            raise NoServerError(
+                f"no server answers at {self._where}; the gateway keeps trying"
+            ) from None
 
     def names(self, welcome: Welcome) -> tuple[str, ...]:
         """The names under which clients may ask for the model."""
@@ -127,11 +129,11 @@ class Answerer:
             ApiError: there is no answer, and why.
         """
         try:
+            self.check_time()
             until = asyncio.get_running_loop().time() + self._config.deadline_s
             welcome = await self.welcome()
             check_model(query.model, self.names(welcome))
             if not query.pictures:
-                self.check_time()
                 return await self._texts.ask(query, welcome.model, on_text)
             _check_features(query, welcome)
             pictures = await asyncio.gather(

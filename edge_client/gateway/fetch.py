@@ -88,7 +88,7 @@ class Fetcher:
             )
             response = await self._http.send(request, stream=True)
             try:
-                if response.is_redirect:
+                if response.has_redirect_location:
                     address = str(url.join(response.headers["location"]))
                     continue
                 return await self._read(response, param)

@@ -1,0 +1,271 @@
+"""Who may use the gateway, what its page reaches, and what a policy keeps on the device."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from edge_client.audit import RegionLine, ViewLine, read_log
+from edge_client.client import EdgeClient
+from edge_client.gateway import GatewayConfig
+from server_plugin.backends.fake import FakeBackend
+from server_plugin.service.runner import running as serving
+from tests.e2e.common import HASTY, SURE, UNSURE, check, photo
+from tests.e2e.gateways import MODEL, gateway, place, running, said, sdk
+from tests.support.wire import service
+from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
+from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.page import INDEX, TOKEN_SUBPROTOCOL, page_file
+
+
+def root(base: str) -> str:
+    return base.removesuffix("/v1")
+
+
+async def status(here: Any, path: str = "/models", **headers: str) -> int:
+    return (await here.http.get(path, headers=headers)).status_code
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": "0.0.0.0"},
+        {"host": "192.168.0.1"},
+        {"host": "gateway.example"},
+        {"port": 70000},
+        {"deadline_s": 0},
+        {"api_key": ""},
+        {"api_key": "two words"},
+        {"api_key": "schlüssel"},
+        {"origins": frozenset({"*"})},
+    ],
+)
+def test_settings_that_are_not_safe_or_not_possible(wrong: dict[str, Any]):
+    with pytest.raises(ConfigError):
+        GatewayConfig(**wrong)
+    GatewayConfig(host="0.0.0.0", api_key="key")
+    GatewayConfig(host="0.0.0.0", allow_anonymous=True)
+
+
+async def test_an_api_key():
+    async with place(api_key="right") as here:
+        assert await status(here) == 401
+        assert await status(here, Authorization="Bearer wrong") == 401
+        assert await status(here, Authorization="Basic right") == 401
+        assert await status(here, Authorization="Bearer right") == 200
+        # With a key, any name of this machine will do.
+        assert await status(here, Authorization="Bearer right", Host="camera.lan") == 200
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await here.client.models.list()
+        assert caught.value.code == "invalid_api_key"
+        async with sdk(here.base, api_key="right") as client:
+            made = await client.chat.completions.create(
+                model=MODEL, messages=[said(SURE, photo(1))]
+            )
+            assert made.choices
+        assert (await here.http.get(f"{root(here.base)}/healthz")).status_code == 200
+
+
+async def test_names_that_were_bound_to_this_machine():
+    async with place() as here:
+        for host in ("evil.example", "evil.example:8766", "localhost.evil.example", "10.0.0.1", ""):
+            assert await status(here, Host=host) == 403, host
+        for host in ("localhost", "localhost:1", "127.0.0.1", "127.0.0.9:8766", "[::1]:5"):
+            assert await status(here, Host=host) == 200, host
+
+
+async def test_pages_of_other_origins():
+    async with place(origins=frozenset({"https://mine.example"})) as here:
+        refused = await here.http.get("/models", headers={"Origin": "https://evil.example"})
+        assert refused.status_code == 403
+        assert "--origin https://evil.example" in refused.json()["error"]["message"]
+        assert "access-control-allow-origin" not in refused.headers
+        for origin in ("null", "http://[", "https://mine.example.evil.example"):
+            assert await status(here, Origin=origin) == 403
+        allowed = await here.http.get("/models", headers={"Origin": "https://mine.example"})
+        assert allowed.headers["access-control-allow-origin"] == "https://mine.example"
+        asked = {
+            "Origin": "https://mine.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os",
+        }
+        assert (await here.http.options("/chat/completions", headers=asked)).status_code == 200
+        # The gateway's own page.
+        assert await status(here, Origin=root(here.base)) == 200
+
+
+async def test_without_origins_there_are_no_cors_headers():
+    async with place() as here:
+        answer = await here.http.get("/models", headers={"Origin": root(here.base)})
+        assert answer.status_code == 200
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        assert (await here.http.options("/models", headers=asked)).status_code in (403, 405)
+
+
+async def test_the_page():
+    async with place() as here:
+        page = await here.http.get(root(here.base) + "/")
+        file = page_file(INDEX)
+        assert file is not None
+        assert page.content == file.content
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        again = await here.http.get(root(here.base) + "/", headers={"If-None-Match": file.etag})
+        assert again.status_code == 304
+        assert (await here.http.get(root(here.base) + "/page/main.js")).status_code == 200
+        assert (await here.http.get(root(here.base) + "/page/../cli.py")).status_code == 404
+        access = await here.http.post(root(here.base) + "/page/access")
+        assert access.status_code == 204
+        here.proxy.refusing = True
+        here.proxy.cut()
+
+
+def relay_of(base: str) -> str:
+    return root(base).replace("http", "ws")
+
+
+async def test_the_pages_frames_are_handed_on_with_the_gateways_own_token():
+    async with serving(service(FakeBackend(), token="upstream")) as url:
+        async with running(gateway(url, token="upstream")) as base:
+            async with EdgeClient(relay_of(base), retry=HASTY) as page:
+                check(await page.ask(photo(1), UNSURE), photo(1), UNSURE)
+                check(await page.ask(photo(1), SURE), photo(1), SURE)
+        async with running(gateway(url, token="wrong")) as base:
+            with pytest.raises(CollabError, match="502"):
+                async with EdgeClient(relay_of(base), retry=HASTY):
+                    pass
+
+
+async def test_the_relay_lets_in_who_may_ask():
+    async with place(api_key="right") as here:
+        with pytest.raises(AuthenticationError):
+            async with EdgeClient(relay_of(here.base), retry=HASTY):
+                pass
+        async with EdgeClient(relay_of(here.base), token="right", retry=HASTY) as page:
+            check(await page.ask(photo(1), SURE), photo(1), SURE)
+        # As the page does it: "right" in base64url.
+        offered = [SUBPROTOCOL, f"{TOKEN_SUBPROTOCOL}cmlnaHQ"]
+        async with connect(f"{relay_of(here.base)}/v1/collab", subprotocols=offered) as socket:  # type: ignore[arg-type]
+            assert socket.subprotocol == SUBPROTOCOL
+    async with place() as here:
+        for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+            with pytest.raises(InvalidStatus) as caught:
+                await connect(
+                    f"{relay_of(here.base)}/v1/collab",
+                    subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+                    additional_headers=headers,
+                )
+            assert caught.value.response.status_code in (400, 403)
+
+
+async def test_the_relay_ends_with_its_server_and_with_its_page():
+    async with place(limits={"max_relays": 1}) as here:
+        page = EdgeClient(relay_of(here.base), retry=HASTY)
+        await page.connect()
+        with pytest.raises(CollabError, match="503"):
+            async with EdgeClient(relay_of(here.base), retry=HASTY):
+                pass
+        here.proxy.cut()
+        # A page connects again by itself.
+        check(await page.ask(photo(2), UNSURE), photo(2), UNSURE)
+        await page.close()
+        async with asyncio.timeout(5):
+            while here.gateway._page._relays:
+                await asyncio.sleep(0.005)
+
+
+POLICY = """
+cameras:
+  default:
+    max_region_share: 0.000001
+  door:
+    hide:
+      - px: [0, 0, 240, 360]
+  night:
+    quiet_hours: ["00:00-12:00", "12:00-24:00"]
+"""
+
+
+async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
+    policy, audit = tmp_path / "policy.yaml", tmp_path / "audit.jsonl"
+    policy.write_text(POLICY)
+    async with place(policy=policy, camera="door", audit=audit) as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL,
+            messages=[said(UNSURE, photo(1))],
+            extra_body={"vlm_collab": {"retransmit": "always"}},
+        )
+        assert made.choices
+        off = await here.http.get(root(here.base) + "/")
+        assert off.status_code == 403
+        assert "\n" not in off.text
+        assert "privacy policy" in off.text
+        assert (await here.http.post(root(here.base) + "/page/access")).status_code == 403
+        with pytest.raises(AuthenticationError):
+            async with EdgeClient(relay_of(here.base), retry=HASTY):
+                pass
+    view, *regions = read_log(audit).images
+    assert isinstance(view, ViewLine)
+    assert (view.camera, view.question) == ("door", UNSURE)
+    assert view.hidden
+    assert all(isinstance(region, RegionLine) for region in regions)
+    assert made.vlm_collab["region_bytes"] == sum(region.bytes for region in regions)
+
+
+async def test_a_region_that_may_not_leave_is_declined(tmp_path: Path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    async with place(policy=policy) as here:
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[said(UNSURE, photo(1))]
+        )
+        assert made.vlm_collab["fallback"] == "declined"
+        assert made.choices[0].message.content.startswith("first ")
+
+
+async def test_in_quiet_hours_nothing_leaves(tmp_path: Path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    async with place(policy=policy, camera="night") as here:
+        for content in ([said(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
+            with pytest.raises(openai.PermissionDeniedError) as caught:
+                await here.client.chat.completions.create(model=MODEL, messages=content)
+            assert caught.value.code == "privacy_policy"
+        with pytest.raises(openai.PermissionDeniedError):
+            await here.client.responses.create(model=MODEL, input="hello")
+
+
+async def test_addresses_are_fetched_for_those_who_may_have_them(tmp_path: Path):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + photo(4))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        messages = [said(SURE, f"http://{host}/a.jpg")]
+        async with place() as here:
+            with pytest.raises(openai.BadRequestError, match=f"--allow-host {host}") as caught:
+                await here.client.chat.completions.create(model=MODEL, messages=messages)
+            assert caught.value.param == "messages[0].content[1].image_url.url"
+        async with place(fetch_hosts=frozenset({host})) as here:
+            made = await here.client.chat.completions.create(model=MODEL, messages=messages)
+            assert made.vlm_collab["original_bytes"] == len(photo(4))
+
+
+async def test_plain_http_is_enough(tmp_path: Path):
+    """What a client without the SDK sends, such as curl."""
+    async with place() as here, httpx.AsyncClient(verify=False, trust_env=False) as http:
+        answer = await http.post(
+            f"{here.base}/chat/completions",
+            json={"messages": [said(SURE, photo(1))], "stream": True},
+        )
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.text.endswith("data: [DONE]\n\n")

@@ -1,0 +1,162 @@
+"""`vlm-collab gateway` as people start it, once with the demo model behind it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from eval.demo import cases
+from tests.e2e.common import SURE, UNSURE, photo
+from tests.e2e.gateways import data_url, said
+from tests.support.process import serving
+
+VLM_COLLAB = str(Path(sys.executable).with_name("vlm-collab"))
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A gateway process and the line with which it said that it is ready."""
+    process = subprocess.Popen(
+        [VLM_COLLAB, "gateway", "--port", "0", "--json", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """What a process that was asked to stop says on stderr; it ends well."""
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [VLM_COLLAB, "gateway", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_demo_model_reads_what_is_too_small_for_its_view():
+    """The same pictures and questions as `vlm-collab demo`, through the SDK."""
+    with serving("demo") as (_, server), started("--server", str(server["url"])) as (process, own):
+        assert own["model"] == server["model"]
+        right = {False: 0, True: 0}
+        with openai.OpenAI(base_url=own["url"], api_key="any") as client:
+            for case in cases():
+                content = Path(case.photo).read_bytes()
+                made = client.chat.completions.create(
+                    model=own["model"], messages=[said(case.question, content)]
+                )
+                extra = made.vlm_collab  # type: ignore[attr-defined]
+                right[extra["refined"]] += made.choices[0].message.content == case.truth
+                assert extra["original_bytes"] == len(content)
+                assert extra["bytes_up"] < len(content) / 2
+                assert bool(extra["region_bytes"]) is extra["refined"]
+                if extra["refined"]:
+                    # The streamed answer is the same, without a word of the first one.
+                    stream = client.chat.completions.create(
+                        model=own["model"], messages=[said(case.question, content)], stream=True
+                    )
+                    text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+                    assert text == made.choices[0].message.content
+        assert right[False]
+        assert right[True]
+        assert stopped(process) == ""
+
+
+def test_the_sdk_as_its_documentation_shows_it():
+    with serving("fake") as (_, server), started("--server", str(server["url"])) as (process, own):
+        client = openai.OpenAI(base_url=own["url"], api_key="any")
+        completion = client.chat.completions.create(
+            model="fake",
+            messages=[
+                {"role": "developer", "content": "Talk like a pirate."},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": SURE},
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": data_url(photo(1)), "detail": "high"},
+                        },
+                    ],
+                },
+            ],
+        )
+        assert completion.choices[0].message.content
+        response = client.responses.create(
+            model="fake",
+            instructions="You are a coding assistant that talks like a pirate.",
+            input=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "input_text", "text": UNSURE},
+                        {"type": "input_image", "image_url": data_url(photo(1))},  # type: ignore
+                    ],
+                }
+            ],
+        )
+        assert response.output_text.startswith("second ")
+        for event in client.responses.create(
+            model="fake", previous_response_id=response.id, input="thanks", stream=True
+        ):
+            last = event
+        assert last.type in ("response.completed", "response.incomplete")
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="fake", messages=[said(SURE, photo(1))], n=2)
+        client.close()
+        assert stopped(process) == ""
+
+
+def test_a_gateway_starts_before_its_server():
+    with started("--server", "ws://127.0.0.1:9") as (process, own):
+        assert own["model"] is None
+        with openai.OpenAI(base_url=own["url"], api_key="any", max_retries=0) as client:
+            with pytest.raises(openai.InternalServerError, match="no server answers"):
+                client.models.list()
+        assert stopped(process) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--host", "0.0.0.0"], 2, "without an API key"),
+        (["--server", "http://127.0.0.1"], 2, "is no server address"),
+        (["--port", "70000"], 2, "port"),
+        (["--log-level", "loud"], 2, "log level"),
+        (["--policy", "/no/such/file.yaml"], 2, "/no/such/file.yaml"),
+        (["--ca-file", "/no/such/file.pem", "--server", "wss://127.0.0.1"], 2, "CA file"),
+        (["--frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_wrong_use_gets_one_line(arguments: list[str], code: int, line: str):
+    done = run("--port", "0", *arguments)
+    assert done.returncode == code
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_token_is_told_at_once():
+    with serving("fake", "--token", "right") as (_, server):
+        done = run("--port", "0", "--server", str(server["url"]), "--token", "wrong")
+        assert done.returncode == 5
+        assert "token" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
