@@ -158,6 +158,9 @@ def test_the_wheel_carries_presets_types_and_licence(wheel: Path):
         "server_plugin/demo_model/model.safetensors",
         "eval/pictures/pictures.json",
         "vlm_collab/py.typed",
+        "vlm_collab/page/static/index.html",
+        "vlm_collab/page/static/page/main.js",
+        "vlm_collab/page/static/page/vendor/msgpack/LICENSE",
         "edge_client/py.typed",
     ):
         assert expected in names
