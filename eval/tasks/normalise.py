@@ -46,7 +46,8 @@ _CONTRACTIONS = {
 
 
 def vqa_words(text: str) -> str:
-    """A text in the words that VQAv2, A-OKVQA and ViCrop compare."""
+    """A text in the words that VQAv2, A-OKVQA and ViCrop compare (ViCrop's own script parts
+    "1,,2", with two commas, in another way)."""
     return _words(_punctuation(text))
 
 

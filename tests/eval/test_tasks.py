@@ -17,6 +17,7 @@ from datasets import config
 
 from eval.tasks import open_task, task_kind
 from eval.tasks.catalogue import TASKS
+from eval.tasks.hub import HubTask
 from tests.support.pictures import photo, turned
 from vlm_collab.errors import ConfigError, ImageError
 
@@ -278,3 +279,23 @@ def test_scorers_are_known_without_opening_the_data(name: str) -> None:
     assert kind.name == name
     assert kind.default_scorer in kind.scorers
     assert kind.max_new_tokens > 0
+
+
+def test_the_page_lists_every_task_with_its_splits_lengths_and_scorers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    listed = {
+        line.split("`")[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in lines
+    }
+    assert list(listed) == list(TASKS)
+    same = listed["aokvqa"]
+    for name, kind in TASKS.items():
+        _, data, splits, _, longest, scorers = listed[name]
+        assert longest.removesuffix(" tokens") == str(kind.max_new_tokens)
+        assert scorers == ", ".join(f"`{scorer}`" for scorer in kind.scorers)
+        assert next(iter(kind.scorers)) == kind.default_scorer
+        if issubclass(kind, HubTask):
+            source = next(iter(kind.sources.values()))
+            assert (same[1] if data == "the same" else data) == f"`{source.repository}`"
+            told = (same[2] if splits == "the same" else splits).replace(" (all three)", "")
+            assert told == ", ".join(kind.sources)
