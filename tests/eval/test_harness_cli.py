@@ -1,0 +1,149 @@
+"""`vlm-collab eval run` as a user calls it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from edge_client.cli import main
+from eval.harness.cli import app
+from eval.harness.cli_run import _without_processes
+from eval.harness.provenance import _command
+from eval.harness.runs import open_run
+
+TIMES = {"first_s", "look_s", "second_s", "edge_s"}
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *arguments])
+    told = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, told.out, told.err
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    made = [asdict(record) for record in open_run(folder).records]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in made]
+
+
+def test_eval_is_a_group_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    points = importlib.metadata.entry_points(group="vlm_collab.commands")
+    assert points["eval"].load() is app
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert "run" in out
+    code, out, _ = call(capsys, "run", "--help")
+    assert code == 0
+    assert "--view-quality" in out
+
+
+def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    line = ("run", "--task", "signs", "--limit", "3", "--out", str(folder))
+    options = ("--view-quality", "50", "--codec", "webp", "--ratios", "1.0,2.0")
+    code, out, err = call(capsys, *line, *options, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    run = open_run(folder)
+    assert (told["samples"], told["failed"]) == (3, 0)
+    assert told["second"] == sum(record.second_score for record in run.records) / 3
+    assert run.provenance["codec"] == {"view": ["webp", 50], "region": ["webp", 90]}
+    assert run.preset.ratios == (1.0, 2.0)
+    # Once it is complete, the same command has nothing to do, and another one is refused.
+    before = {path: path.read_bytes() for path in folder.glob("part-*")}
+    code, out, _ = call(capsys, *line, *options)
+    assert code == 0
+    assert "3 samples" in out
+    assert {path: path.read_bytes() for path in folder.glob("part-*")} == before
+    code, _, err = call(capsys, *line)
+    assert code == 2
+    assert err.startswith(f"vlm-collab: {folder} holds another run")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--task", "nothing"], "there is no task 'nothing'"),
+        (["--task", "signs", "--codec", "gif"], "there is no codec 'gif'"),
+        (["--task", "signs", "--method", "best"], "there is no method 'best'"),
+        (["--task", "signs", "--ratios", "a,b"], "--ratios takes numbers"),
+        (["--task", "signs", "--model", "demo", "--server", "ws://x"], "--model or --server"),
+        (["--task", "signs", "--layer", "2", "--server", "ws://x"], "are the service's own"),
+        (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "are the service's own"),
+        (["--task", "signs", "--region-quality", "9", "--server", "ws://x"], "the service that"),
+        (["--task", "signs", "--method", "hd", "--region-quality", "9"], "hd takes neither"),
+        (["--task", "signs", "--method", "hd", "--model", "fake"], "hd needs a model"),
+        (["--task", "signs", "--limit", "0"], "--limit"),
+        (["--task", "signs", "--layer", "77", "--limit", "1"], "layer 77 does not exist"),
+        (["--task", "signs", "--device", "quantum", "--limit", "1"], "no device 'quantum'"),
+        (["--task", "signs", "--server", "ws://127.0.0.1:1", "--limit", "1"], "127.0.0.1:1"),
+    ],
+)
+def test_wrong_use_gets_one_line(
+    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, "run", *arguments, "--out", str(tmp_path / "run"))
+    assert code in (1, 2, 4)
+    assert line in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
+    assert not list(tmp_path.glob("run/part-*"))
+
+
+def test_processes_share_the_samples_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", "--task", "signs", "--limit", "7", "--batch", "1"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert call(capsys, *line, "--out", str(alone))[0] == 0
+    program = [sys.executable, "-m", "edge_client.cli", "eval", *line, "--out", str(shared)]
+    done = subprocess.run([*program, "--processes", "2"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{shared}: 7 samples")
+    assert rows(shared) == rows(alone)
+    assert len(list(shared.glob("part-*"))) == 2, "each process writes shards of its own"
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_makes_the_whole_fail(tmp_path: Path) -> None:
+    line = ["--task", "signs", "--limit", "2", "--layer", "77", "--out", str(tmp_path / "run")]
+    program = [sys.executable, "-m", "edge_client.cli", "eval", "run", *line]
+    done = subprocess.run([*program, "--processes", "2"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("vlm-collab: process 0, 1 of 2 failed")
+
+
+@pytest.mark.slow
+def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--task", "signs", "--limit", "7", "--batch", "1"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert call(capsys, "run", *line, "--out", str(alone))[0] == 0
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, *options, "-m", "eval.harness.run", *line, "--out", str(shared)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(shared.glob("part-*"))) == 2
+    assert rows(shared) == rows(alone)
+
+
+def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> None:
+    given = ["eval", "run", "--token", "s3cret", "--processes", "2", "--task", "signs"]
+    assert _command(given)[3] == "..."
+    assert _command(["--token=s3cret"]) == ["--token=..."]
+    assert _without_processes(given) == [*given[:4], *given[6:]]
+    assert _without_processes(["--processes=4", "run"]) == ["run"]

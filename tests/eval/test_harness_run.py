@@ -1,0 +1,326 @@
+"""Runs: what their rows hold, and that they survive being stopped, shared out and repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edge_client.picture import Picture
+from eval.harness.folder import FAILURES
+from eval.harness.loading import ModelOptions
+from eval.harness.records import PROVENANCE, SHARDS, Record
+from eval.harness.run import Ended, Share, StoppedError, run
+from eval.harness.runs import open_run
+from eval.harness.two_stage import TwoStage
+from eval.tasks import Sample, Task, open_task
+from server_plugin.assembly import engine_of
+from server_plugin.engine import RegionNeed
+from server_plugin.models import open_model
+from vlm_collab.errors import CollabError, ConfigError
+from vlm_collab.images import Codec, decode
+from vlm_collab.messages import Retransmit
+from vlm_collab.uncertainty import TokenStatistics
+
+LIMIT = 13
+BATCH = 2
+TIMES = ("first_s", "look_s", "second_s", "edge_s")
+STALLING = Path(__file__).parents[1] / "support" / "stalling_run.py"
+
+
+class Changed(Task):
+    """A task with some samples changed."""
+
+    name = "signs"
+
+    def __init__(self, task: Task, change: Callable[[int, Sample], Sample]) -> None:
+        self._task, self._change = task, change
+        self.split, self.max_new_tokens, self.stop = task.split, task.max_new_tokens, task.stop
+        self.default_scorer, self.scorers = task.default_scorer, task.scorers
+        self.settings = task.settings
+
+    def __len__(self) -> int:
+        return len(self._task)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._change(index, self._task[index])
+
+
+def make(folder: Path, task: Task | None = None, **options: Any) -> Ended:
+    task = task or open_task("signs", limit=LIMIT)
+    shared = {name: options.pop(name) for name in ("view_quality", "codec") if name in options}
+    method = TwoStage(task, ModelOptions(name="demo", batch=BATCH), **shared)
+    options = {"share": Share(session="a"), "limit": LIMIT, "save_every": 1, **options}
+    return asyncio.run(run(method, task, folder, **options))
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    rows = [asdict(record) for record in open_run(folder).records]
+    return [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    return folder
+
+
+async def asked_alone(sample: Sample) -> dict[str, Any]:
+    """What the engine says to one question by itself, and its edge sends."""
+    backend, preset = open_model("demo", device="cpu", dtype="float32", batch=1)
+    engine = engine_of(backend, preset, None, {}, provisional=True)
+    picture = Picture.open(sample.picture())
+    info, sent = backend.info, b""
+
+    async def fetch(need: RegionNeed) -> Image.Image:
+        nonlocal sent
+        sent = picture.region(need.box, engine.target, Codec.JPEG, preset.quality)
+        return decode(sent, max_pixels=10**6)
+
+    data = picture.view(info.view, info.fit, Codec.JPEG, preset.quality)
+    view = await backend.open_view(decode(data, max_pixels=10**6))
+    outcome = await engine.answer(
+        view, picture.size, sample.question, fetch, retransmit=Retransmit.ALWAYS
+    )
+    await backend.close()
+    assert outcome.second is not None
+    assert outcome.need is not None
+    steps: dict[str, tuple[TokenStatistics, ...]] = {
+        "first": outcome.first.steps,
+        "second": outcome.second.steps,
+    }
+    return {
+        "first_text": outcome.first.text,
+        "second_text": outcome.second.text,
+        "first_tokens": list(outcome.first.token_ids),
+        "second_tokens": list(outcome.second.token_ids),
+        "box": list(outcome.need.box),
+        "view_bytes": len(data),
+        "region_bytes": len(sent),
+        "original_bytes": len(sample.picture()),
+        "mflops": outcome.work.flops / 1e6,
+        "map": outcome.need.map.ravel().tolist(),
+        "steps": steps,
+    }
+
+
+def test_a_row_holds_what_the_engine_says_to_its_question_alone(unbroken: Path) -> None:
+    task, records = open_task("signs", limit=LIMIT), open_run(unbroken).records
+    for index in (0, 7, LIMIT - 1):
+        record = records[index]
+        alone = asyncio.run(asked_alone(task[index]))
+        for name in ("first_text", "second_text", "first_tokens", "second_tokens", "box"):
+            assert getattr(record, name) == alone[name]
+        for name in ("view_bytes", "region_bytes", "original_bytes"):
+            assert getattr(record, name) == alone[name]
+        assert record.map == pytest.approx(alone["map"], rel=1e-4)
+        assert (record.map_rows, record.map_columns) == (8, 8)
+        for which, steps in alone["steps"].items():
+            told = zip(
+                getattr(record, f"{which}_min_entropy"),
+                getattr(record, f"{which}_entropy"),
+                getattr(record, f"{which}_margin"),
+                strict=True,
+            )
+            for mine, theirs in zip(told, steps, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-5)
+        spent = record.first_mflops + record.look_mflops + record.second_mflops
+        assert spent == pytest.approx(alone["mflops"], abs=2)
+        assert record.first_score == task.scorers[task.default_scorer](
+            record.first_text, task[index].truth
+        )
+
+
+def test_questions_about_one_picture_cost_what_each_would_alone(unbroken: Path) -> None:
+    records = open_run(unbroken).records
+    images = [record.image_id for record in records]
+    assert len(set(images)) < len(images), "the benchmark asks several questions about a picture"
+    for record in records:
+        # Everything in front of the answer is prefilled for each: no pass comes for free.
+        assert min(record.first_mflops, record.look_mflops, record.second_mflops) > 0
+    looks = {record.look_mflops for record in records}
+    assert len(looks) == 1, "the generic instruction is the same for all"
+
+
+def test_provenance_says_what_was_run(unbroken: Path) -> None:
+    told = json.loads((unbroken / PROVENANCE).read_text())
+    assert told["format"] == 1
+    assert told["method"] == "two_stage"
+    assert told["task"]["name"] == "signs"
+    assert told["task"]["limit"] == LIMIT
+    assert (told["samples"], told["failed"]) == (LIMIT, 0)
+    assert told["codec"] == {"view": ["jpeg", 90], "region": ["jpeg", 90]}
+    weights = Path("server_plugin/demo_model/model.safetensors")
+    digest = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True)
+    assert told["model"]["weights"] == digest.stdout.split()[0]
+    assert told["model"]["preset"]["layer"] == 1
+    assert told["finished"] >= told["started"]
+    run = open_run(unbroken)
+    assert run.decoder == (64, 192, 4)
+    assert run.preset.eta == 0.25
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(STALLING), str(folder), str(LIMIT), str(LIMIT - 2)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    kept = sorted(folder.glob(SHARDS))
+    assert kept, "nothing was saved before the kill"
+    before = {path: path.read_bytes() for path in kept}
+    assert 0 < len(open_run(folder).records) < LIMIT
+    assert json.loads((folder / PROVENANCE).read_text())["finished"] is None
+
+    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert without_times(folder) == without_times(unbroken)
+    assert {path: path.read_bytes() for path in kept} == before, "finished samples were run again"
+    assert len(json.loads((folder / PROVENANCE).read_text())["resumed"]) == 1
+
+
+def test_several_processes_make_the_rows_of_one(unbroken: Path, tmp_path: Path) -> None:
+    # The last of them sees that all is there.
+    first = make(tmp_path, share=Share(2, 3, "b"))
+    assert not first.complete
+    assert not make(tmp_path, share=Share(0, 3, "b")).complete
+    assert json.loads((tmp_path / PROVENANCE).read_text())["finished"] is None
+    assert make(tmp_path, share=Share(1, 3, "b")).complete
+    assert without_times(tmp_path) == without_times(unbroken)
+    told = json.loads((tmp_path / PROVENANCE).read_text())
+    assert told["samples"] == LIMIT
+    assert "resumed" not in told
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_sample_belongs_to_one_process(world: int, size: int) -> None:
+    shares = [[*Share(rank, world).groups(23, size)] for rank in range(world)]
+    assert sorted(i for groups in shares for group in groups for i in group) == list(range(23))
+    for rank, groups in enumerate(shares):
+        assert all(group.start // size % world == rank for group in groups)
+
+
+def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Share.of_this_process().rank, Share.of_this_process().world) == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (Share.of_this_process().rank, Share.of_this_process().world) == (1, 4)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ConfigError, match="RANK 4 is none of a WORLD_SIZE of 4"):
+        Share.of_this_process()
+
+
+def test_an_interrupt_leaves_a_run_to_go_on_with(unbroken: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watch(record: Record) -> None:
+        seen.append(record.index)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedError):
+        # Nothing would be due to be saved yet.
+        make(tmp_path, watch=watch, save_every=1000)
+    kept = [record.index for record in open_run(tmp_path).records]
+    assert kept == seen
+    assert len(kept) < LIMIT
+    assert make(tmp_path).complete
+    assert without_times(tmp_path) == without_times(unbroken)
+
+
+def broken(index: int, sample: Sample) -> Sample:
+    if index == 3:
+        return replace(sample, image_id="no picture", picture=lambda: b"this is no picture")
+    if index == 5:
+        data = sample.picture()
+        return replace(sample, image_id="half", picture=lambda: data[: len(data) // 2])
+    if index == 8:
+        return replace(sample, question="what does <image> mean?")
+    return sample
+
+
+def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_path: Path) -> None:
+    task = Changed(open_task("signs", limit=LIMIT), broken)
+    assert make(tmp_path, task) == Ended(LIMIT - 3, 3, LIMIT)
+    listed = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
+    assert [one["index"] for one in listed] == [3, 5, 8]
+    assert "not a picture" in listed[0]["reason"] or "usable formats" in listed[0]["reason"]
+    assert "<image>" in listed[2]["reason"]
+    assert all("\n" not in one["reason"] for one in listed)
+    rows = {row["index"]: row for row in without_times(tmp_path)}
+    assert sorted(rows) == [i for i in range(LIMIT) if i not in (3, 5, 8)]
+    whole = {row["index"]: row["second_text"] for row in without_times(unbroken)}
+    assert all(row["second_text"] == whole[index] for index, row in rows.items())
+    told = json.loads((tmp_path / PROVENANCE).read_text())
+    assert (told["samples"], told["failed"]) == (LIMIT - 3, 3)
+
+    # Going on tries them once more, and neither repeats nor loses a row.
+    assert make(tmp_path, task) == Ended(LIMIT - 3, 3, LIMIT)
+    assert {row["index"]: row for row in without_times(tmp_path)} == rows
+    listed_again = (tmp_path / FAILURES).read_text().splitlines()
+    assert [json.loads(line) for line in listed_again] == listed
+    # With the pictures mended, the run becomes complete.
+    assert make(tmp_path) == Ended(LIMIT, 0, LIMIT)
+    mended = {row["index"]: row for row in without_times(tmp_path)}
+    assert {index: mended[index] for index in rows} == rows
+
+
+def test_a_run_ends_when_nothing_works(tmp_path: Path) -> None:
+    def gone(index: int, sample: Sample) -> Sample:
+        def read() -> bytes:
+            raise OSError("the disk is gone")
+
+        return replace(sample, image_id=str(index), picture=read)
+
+    task = Changed(open_task("signs", limit=60), gone)
+    with pytest.raises(CollabError, match=r"samples failed in a row.*the disk is gone"):
+        make(tmp_path, task, limit=60)
+
+
+def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
+    before = (unbroken / PROVENANCE).read_bytes()
+    refused = (
+        r"holds another run \(codec view is \[\"jpeg\", 90\] there and \[\"jpeg\", 40\] here\)"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        make(unbroken, view_quality=40)
+    with pytest.raises(ConfigError, match="task limit is 13 there and 7 here"):
+        make(unbroken, open_task("signs", limit=7), limit=7)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make(unbroken, share=Share(session="another"), resume=False)
+    assert (unbroken / PROVENANCE).read_bytes() == before
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / PROVENANCE).write_text("[]")
+    with pytest.raises(ConfigError, match="is of no run"):
+        make(tmp_path)
+    with pytest.raises(ConfigError, match="holds no run with samples"):
+        open_run(tmp_path / "nothing")
+
+
+def test_the_model_sees_what_the_codec_left(unbroken: Path, tmp_path: Path) -> None:
+    make(tmp_path, view_quality=5)
+    for rough, fine in zip(without_times(tmp_path), without_times(unbroken), strict=True):
+        assert rough["view_bytes"] < fine["view_bytes"]
+        assert rough["reference_bytes"] == fine["reference_bytes"]
+        assert rough["first_min_entropy"] != fine["first_min_entropy"]
+    assert {row["view_pixels"] for row in without_times(tmp_path)} == {112 * 112}

@@ -1,0 +1,142 @@
+"""A run over a running service against the same run in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from eval.harness.folder import FAILURES
+from eval.harness.loading import ModelOptions
+from eval.harness.over_service import OverService
+from eval.harness.records import Record
+from eval.harness.run import Share, run
+from eval.harness.runs import Run, open_run
+from eval.harness.two_stage import TwoStage
+from eval.tasks import open_task
+from server_plugin.assembly import engine_of
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.models import open_model
+from server_plugin.presets import preset_named
+from server_plugin.service import connection
+from server_plugin.service.app import Service
+from server_plugin.service.config import ServiceConfig
+from server_plugin.service.runner import running
+from vlm_collab.errors import ConfigError, LinkError
+
+LIMIT = 9
+SAME = (
+    "id", "question", "truth", "true_box", "source_width", "original_bytes",
+    "view_bytes", "region_bytes", "view_pixels", "region_pixels", "reference_bytes",
+    "ask_bytes", "request_bytes", "reply_bytes",
+    "first_text", "second_text", "first_score", "second_score", "first_ended", "second_ended",
+    "box", "map_rows", "map_columns", "first_mflops",
+)  # fmt: skip
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    backend, preset = open_model("demo", device="cpu", dtype="float32")
+    service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
+    try:
+        async with running(service) as url:
+            yield url
+    finally:
+        await backend.close()
+
+
+async def both(folder: Path) -> tuple[Run, Run]:
+    task, share = open_task("signs", limit=LIMIT), Share(session="a")
+    here = TwoStage(task, ModelOptions(name="demo"))
+    await run(here, task, folder / "here", share=share)
+    async with serving() as url:
+        there = OverService(task, url, None)
+        await run(there, task, folder / "there", share=share)
+    return open_run(folder / "here"), open_run(folder / "there")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    return asyncio.run(both(tmp_path_factory.mktemp("runs")))
+
+
+def rows(runs: tuple[Run, Run]) -> list[tuple[Record, Record]]:
+    return list(zip(*(run.records for run in runs), strict=True))
+
+
+def test_both_ways_tell_the_same(runs: tuple[Run, Run]) -> None:
+    for here, there in rows(runs):
+        told = asdict(there)
+        assert {name: told[name] for name in SAME} == {name: asdict(here)[name] for name in SAME}
+        assert there.second_mflops == pytest.approx(here.second_mflops + here.look_mflops, abs=2)
+
+
+def test_uncertainty_comes_with_the_answers_tokens(runs: tuple[Run, Run]) -> None:
+    for here, there in rows(runs):
+        assert there.first_min_entropy == pytest.approx(here.first_min_entropy, abs=1e-5)
+        assert there.second_min_entropy == pytest.approx(here.second_min_entropy, abs=1e-5)
+        assert there.first_entropy == there.first_margin == there.first_tokens == []
+
+
+def test_the_map_is_what_crossed_the_wire(runs: tuple[Run, Run]) -> None:
+    for here, there in rows(runs):
+        peak = max(here.map)
+        assert there.map == pytest.approx([value / peak for value in here.map], abs=0.51 / 255)
+
+
+def test_answers_differ_by_no_more_than_their_times_take(runs: tuple[Run, Run]) -> None:
+    # In one process, each of the four times takes three bytes; on the wire, one to three.
+    for here, there in rows(runs):
+        assert 0 <= here.answer_bytes - there.answer_bytes <= 8
+        assert 0 <= here.first_answer_bytes - there.first_answer_bytes <= 8
+
+
+def test_a_service_does_not_tell_its_sizes(runs: tuple[Run, Run]) -> None:
+    _, there = runs
+    assert there.decoder is None
+    with pytest.raises(ConfigError, match="does not know its model's preset"):
+        _ = there.preset
+
+
+async def test_without_tokens_there_is_no_uncertainty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tuple(name for name in connection.FEATURES if name != "tokens")
+    monkeypatch.setattr(connection, "FEATURES", known)
+    task = open_task("signs", limit=2)
+    async with serving() as url:
+        await run(OverService(task, url, None), task, tmp_path, share=Share(session="a"))
+    for record in open_run(tmp_path).records:
+        assert record.first_min_entropy == record.second_min_entropy == []
+        assert record.second_text
+
+
+def test_a_service_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    task = open_task("signs", limit=2)
+
+    async def ask_what_is_gone() -> None:
+        async with serving() as url:
+            pass
+        await run(OverService(task, url, None), task, tmp_path, share=Share(session="a"))
+
+    with pytest.raises(LinkError):
+        asyncio.run(ask_what_is_gone())
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_second_stage_that_fails_is_a_failed_sample(tmp_path: Path) -> None:
+    def play(question: str, view: str, region: str) -> Script:
+        return Script(first="a", second="b", fail_second="purple" in question)
+
+    task = open_task("signs", limit=6)
+    purple = sum("purple" in task[index].question for index in range(6))
+    assert 0 < purple < 6
+    engine = engine_of(FakeBackend(play), preset_named("demo"), None, {})
+    async with running(Service(engine, ServiceConfig(port=0))) as url:
+        ended = await run(OverService(task, url, None), task, tmp_path, share=Share(session="a"))
+    assert (ended.rows, ended.failed) == (6 - purple, purple)
+    assert "SERVER_FAILED" in (tmp_path / FAILURES).read_text()
