@@ -297,7 +297,8 @@ class Chat:
             raise ConfigError("/save: no region was sent for the last answer")
         codec = identify(answer.region)
         suffix = ".img" if codec is None else f".{codec.name.lower().replace('jpeg', 'jpg')}"
-        path = Path(name) if name else Path(f"region-{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
+        name = name or f"region-{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+        path = Path(os.path.expanduser(name))
         wanted = path.suffix.lower().replace(".jpeg", ".jpg")
         if wanted != suffix:
             raise ConfigError(f"/save {path}: the region was sent as {suffix}; name it so")

@@ -32,6 +32,8 @@ BEHIND_S = 1.0
 _WAITED_S = 0.004  # a read that took so long had to wait for the source
 
 MENDED_FRAMES = 300
+"""So many frames after damage, pictures without key frames have been refreshed all over."""
+
 SNAPSHOT_S = 1.0
 """An address that gives one picture is asked so often for its newest."""
 

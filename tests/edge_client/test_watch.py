@@ -117,12 +117,11 @@ async def test_a_count_ends_it(clip, tmp_path):
 
 async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
     async with world(slow(0.2)) as w:
-        watching = Watching(str(clip), w.client, tmp_path / "out", live=True, every=1)
+        watching = Watching(str(clip), w.client, tmp_path / "out", live=True, every=1, count=7)
         lines = await watching.run()
     frames = [line["frame"] for line in lines]
     assert frames == sorted(set(frames))
-    assert len(lines) < 25  # of 60: at 0.4 s a question there is time for fifteen
-    assert all(line["skipped"] > 0 for line in lines[1:-1])  # the last waits for nobody
+    assert all(line["skipped"] > 0 for line in lines[1:])
     skipped = sum(line["skipped"] for line in lines)
     assert skipped == watching.progress.skipped
     # Each of the frames from the first question to the last was asked about or skipped.
