@@ -56,7 +56,9 @@ or another public benchmark.
     rows = load_dataset(FOLDER, split="test")
 
 The samples in memory and in the folder are the same, and so are the bytes of their pictures. The
-same versions of Pillow and numpy write the same files bit by bit, with any number of workers.
+same versions of Pillow and numpy write the same files bit by bit, with any number of workers. A
+thousand questions take about half a minute of one core's time and 68 MB
+(`time python -m eval.benchmark.build --out FOLDER --count 1000 --workers 1`).
 
 ## What is asked
 

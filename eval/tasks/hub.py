@@ -98,9 +98,9 @@ class HubTask(Task):
 
 
 class TextVQA(HubTask):
-    """Reading text in photographs, ten annotators. lmms-eval sets no longest answer; 64 tokens
-    are more than any annotator's answer has. `ocr` puts the data set's OCR tokens behind the
-    question, as the "TextVQA+OCR" of 003_92b41fe49395ce1a.txt (section VII-B)."""
+    """Reading text in photographs, ten annotators. lmms-eval sets no longest answer; 64 tokens is
+    a choice of this project. `ocr` puts the data set's OCR tokens behind the question, as the
+    "TextVQA+OCR" of 003_92b41fe49395ce1a.txt (section VII-B)."""
 
     name = "textvqa"
     sources = {  # noqa: RUF012
