@@ -42,8 +42,8 @@ class Metrics:
         )
         self.bytes = Counter(
             "vlm_collab_bytes",
-            "Bytes of messages, WebSocket headers included, by kind and direction (up: from the "
-            "edge).",
+            "Bytes of messages, WebSocket headers included, and of HTTP bodies, by kind and "
+            "direction (up: from the edge).",
             ["kind", "direction"],
             registry=r,
         )

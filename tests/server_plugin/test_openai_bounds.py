@@ -83,7 +83,8 @@ async def test_garbage_is_refused_in_openai_s_form():
         for path in ("/v1/chat/completions", "/v1/responses"):
             for body in GARBAGE:
                 refused_well(await web.post(path, content=body), body)
-        assert (await web.get("/v1/chat/completions")).status_code == 405
+        for method, path in (("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings")):
+            refused_well(await web.request(method, path), path)
         assert (await web.get("/healthz")).status_code == 200
 
 

@@ -417,6 +417,27 @@ async def test_a_picture_that_cannot_be_used_is_an_error_before_any_stream(strea
         assert running_service.questions == 0
 
 
+async def test_of_several_pictures_the_broken_one_is_named():
+    async with asking(service()) as client:
+        with pytest.raises(openai.BadRequestError, match="picture 2: a broken JPEG"):
+            await chat(client, [message(SURE, PHOTO, PHOTO[:-9000], png(photo(9, 9)))])
+
+
+async def test_the_sdk_s_own_streams_are_content_with_ours():
+    async with asking(service()) as client:
+        async with client.responses.stream(model="fake", input=[said(UNSURE, PHOTO)]) as stream:
+            text = "".join([e.delta async for e in stream if e.type.endswith("text.delta")])
+            final = await stream.get_final_response()
+        assert final.output_text == text
+        assert text.startswith("second")
+        async with client.chat.completions.stream(
+            model="fake", messages=[message(UNSURE, PHOTO)], logprobs=True
+        ) as stream:
+            completion = await stream.get_final_completion()
+        assert completion.choices[0].message.content == text
+        assert completion.choices[0].logprobs.content
+
+
 async def test_nothing_is_fetched_for_a_client():
     url = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/secret.jpg"}}
     async with asking(service()) as client:

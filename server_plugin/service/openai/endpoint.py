@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
 Guard: TypeAlias = Callable[[HTTPConnection], ApiError | None]
 """Why a client is not let in; None if it is."""
 
@@ -162,6 +164,7 @@ class OpenAiEndpoint:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
+            Route("/v1/{rest:path}", self._elsewhere, methods=_ALL_METHODS),
         ]
 
     def hurry(self, patience_s: float) -> None:
@@ -209,6 +212,12 @@ class OpenAiEndpoint:
         if not self.memory.forget(Client.of(request).tenant, id):
             return _told(_unknown(id, "response_id"))
         return _json({"id": id, "object": "response", "deleted": True})
+
+    async def _elsewhere(self, request: Request) -> Response:
+        if (error := self.guard(request)) is not None:
+            return _told(error)
+        text = f"there is no {request.method} {request.url.path} here"
+        return _told(ApiError(404, text, code="unknown_url"))
 
     # ---- asking ------------------------------------------------------------------------------
 
@@ -521,8 +530,9 @@ class _Post:
         sender = Sender(send, self._service.config.limits.write_timeout_s)
         counted = self._service.metrics.bytes
         try:
-            refusal = self._endpoint.guard(request)
-            async with self._endpoint.bodies.read(request, refusal) as body:
+            if (error := self._endpoint.guard(request)) is not None:
+                raise error
+            async with self._endpoint.bodies.read(request) as body:
                 counted.labels(self._kind, "up").inc(len(body))
                 work = self._told(self._answer(Client.of(request), body, sender), sender)
                 await while_connected(receive, work)

@@ -7,17 +7,13 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
 
 T = TypeVar("T")
-
-_DISCARDED = 4
-"""A body that is too large is read on, and thrown away, up to so many times the limit: a client
-that is still sending when its connection is closed never sees why."""
 
 
 class ClientGoneError(Exception):
@@ -39,56 +35,45 @@ class Bodies:
         """Bytes of all requests that are being read or answered."""
 
     @asynccontextmanager
-    async def read(self, request: Request, refusal: ApiError | None = None) -> AsyncIterator[bytes]:
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
         """A request's body; its bytes count until the block is left.
 
-        Args:
-            refusal: raised when the body is through; nothing of it is kept then.
+        One that is refused is not read on; uvicorn throws away the rest, so that the client,
+        who is still sending, gets to see the reason.
 
         Raises:
-            ApiError: `refusal`, or too large (413), too many bytes at once (429), too slow (408).
+            ApiError: too large (413), too many bytes at once (429), or too slow (408).
             ClientGoneError: the client left.
         """
-        kept: list[bytes] = []
-        kept_bytes = received_bytes = 0
+        size = 0
+        chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(self._timeout_s):
-                more = True
-                while more and received_bytes <= self._limits.max_body_bytes * _DISCARDED:
-                    message = await request.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    chunk, more = message.get("body", b""), message.get("more_body", False)
-                    received_bytes += len(chunk)
-                    if refusal is None:
-                        kept.append(chunk)
-                        kept_bytes += len(chunk)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    async for chunk in request.stream():
+                        chunks.append(chunk)
+                        size += len(chunk)
                         self.nbytes += len(chunk)
-                        refusal = self._refusal(kept_bytes)
-                    if refusal is not None:
-                        kept.clear()
-                        self.nbytes -= kept_bytes
-                        kept_bytes = 0
-            if refusal is not None:
-                raise refusal
-            body = b"".join(kept)
-            kept.clear()
+                        self._check(size)
+            except TimeoutError:
+                text = f"the request did not arrive within {self._timeout_s:g} s"
+                raise ApiError(408, text, code="request_timeout") from None
+            except ClientDisconnect:
+                raise ClientGoneError from None
+            body = b"".join(chunks)
+            chunks.clear()
             yield body
-        except TimeoutError:
-            text = f"the request did not arrive within {self._timeout_s:g} s"
-            raise ApiError(408, text, code="request_timeout") from None
         finally:
-            self.nbytes -= kept_bytes
+            self.nbytes -= size
 
-    def _refusal(self, size: int) -> ApiError | None:
+    def _check(self, size: int) -> None:
         if size > self._limits.max_body_bytes:
             mib = self._limits.max_body_bytes / 2**20
             text = f"a request of more than {mib:g} MiB"
-            return ApiError(413, text, code="request_too_large")
+            raise ApiError(413, text, code="request_too_large")
         if self.nbytes > self._limits.max_bodies_bytes:
             text = "the server is busy with other requests"
-            return ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=1.0)
-        return None
+            raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=1.0)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -151,8 +136,8 @@ class Sender:
         headers = {"content-type": "application/json", **error.headers()}
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if error.status in (408, 413):
-            headers["connection"] = "close"  # more of the request may be on its way
+        if error.status == 408:
+            headers["connection"] = "close"  # the rest of the request may never come
         await self._start(error.status, headers, len(body))
         await self._write(body, more=False)
 

@@ -182,10 +182,15 @@ class Gallery:
             return held
 
         def made() -> list[Image.Image]:
-            return [
-                original.view(self._side, self._fit, source)
-                for original, source in zip(originals, sources, strict=True)
-            ]
+            views: list[Image.Image] = []
+            for original, source in zip(originals, sources, strict=True):
+                try:
+                    views.append(original.view(self._side, self._fit, source))
+                except ImageError as error:
+                    if len(originals) == 1:
+                        raise
+                    raise type(error)(f"picture {len(views) + 1}: {error}") from error
+            return views
 
         views = await self._workshop.run(made)
         # Another question may have brought the same picture meanwhile.
