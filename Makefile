@@ -11,7 +11,10 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin
 PACKAGES = vlm_collab edge_client server_plugin eval
 
-.PHONY: demo serve test lint types layers check browser rtsp-server clean
+# The tests in vLLM build an environment of 3.5 GB beside $(VENV). `make test VLLM=0` goes without.
+VLLM ?= 1
+
+.PHONY: demo serve test lint types layers check check-vllm browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -19,7 +22,7 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.demo
 	$(RUN)/vlm-collab serve
 
-test: $(VENV)/.dev lint types layers check
+test: $(VENV)/.dev lint types layers check $(if $(filter-out 0,$(VLLM)),check-vllm)
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
@@ -34,6 +37,11 @@ layers: $(VENV)/.dev
 # Two workers on two cores; one thread each, or their thread pools fight.
 check: $(VENV)/.dev browser rtsp-server
 	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile
+
+check-vllm: $(VENV)/.dev
+	$(RUN)/python -m tests.support.vllm_cpu.environment
+	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and not slow" --numprocesses $(JOBS) --dist loadgroup \
+	  tests/server_plugin/vllm
 
 # The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
 browser:
@@ -67,4 +75,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) .venv-vllm out build dist

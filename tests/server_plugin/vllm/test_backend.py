@@ -1,7 +1,7 @@
 """`VllmBackend` over a scripted engine: what it asks of vLLM, and what it makes of the outputs.
 
 Only the shapes of vLLM's requests and outputs are imitated here; that they are right is what the
-tests marked `slow` show, with vLLM itself.
+tests marked `vllm` show, with vLLM itself.
 """
 
 from __future__ import annotations

