@@ -232,12 +232,12 @@ class Gateway:
         return (await unless_gone(request.receive, self.answerer.welcome())).model
 
     async def _models(self, request: Request) -> Response:
-        welcome = await self.answerer.welcome(_LOOK_S)
+        welcome = await self.answerer.welcome(min(_LOOK_S, self.config.deadline_s))
         return _json(models_list(self.answerer.names(welcome), self._created))
 
     async def _model(self, request: Request) -> Response:
         name = str(request.path_params["id"])
-        welcome = await self.answerer.welcome(_LOOK_S)
+        welcome = await self.answerer.welcome(min(_LOOK_S, self.config.deadline_s))
         check_model(name, self.answerer.names(welcome))
         return _json(model_object(name, self._created))
 

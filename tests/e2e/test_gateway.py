@@ -16,7 +16,7 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.app import Service
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
-from tests.e2e.gateways import MODEL, gateway, item, place, running, said, sdk
+from tests.e2e.gateways import MODEL, data_url, gateway, item, place, running, said, sdk
 from tests.edge_client.scripted import Peer, scripted
 from tests.support.wire import service
 from vlm_collab.geometry import Box
@@ -344,6 +344,54 @@ async def ten_clients(places: list[str], rounds: int) -> None:
 async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
     async with place() as here, running(gateway(here.proxy.url)) as other:
         await ten_clients([here.base, other], rounds=3)
+
+
+async def test_what_programs_in_use_send():
+    """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision make them."""
+    url = {"url": data_url(photo(1))}
+    text = {"type": "text", "text": SURE}
+    requests: list[dict[str, Any]] = [
+        {
+            "model": MODEL,
+            "messages": [
+                {"role": "user", "content": [text, {"type": "image_url", "image_url": url}]}
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        {
+            "model": MODEL,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {**url, "detail": "low"}}, SURE],
+                }
+            ],
+        },
+        {
+            "model": MODEL,
+            "messages": [
+                {"role": "system", "content": "You analyse images."},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "Image 1:"},
+                        {"type": "image_url", "image_url": url},
+                        text,
+                    ],
+                },
+            ],
+            "max_completion_tokens": 3000,
+            "temperature": 0.5,
+            "top_p": 0.9,
+        },
+        {"model": MODEL, "messages": [{"role": "user", "content": [text]}]},
+    ]
+    async with place() as here:
+        for body in requests:
+            answer = await here.http.post("/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert "sky?" in answer.text
 
 
 async def test_text_alone_goes_to_the_servers_own_api():

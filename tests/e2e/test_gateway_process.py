@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from edge_client import cli
 from eval.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import data_url, said
@@ -47,10 +49,14 @@ def stopped(process: subprocess.Popen[str]) -> str:
     return errors
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [VLM_COLLAB, "gateway", *arguments], capture_output=True, text=True, timeout=60
-    )
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """How the command ends and what it says."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["gateway", "--port", "0", *arguments])
+    said = capsys.readouterr()
+    assert not said.out
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, said.err.removesuffix("\n")
 
 
 def test_the_demo_model_reads_what_is_too_small_for_its_view():
@@ -126,8 +132,21 @@ def test_the_sdk_as_its_documentation_shows_it():
         assert stopped(process) == ""
 
 
+def test_the_page_about_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """The example of docs/gateway.md, as it stands there."""
+    page = Path(__file__).parents[2].joinpath("docs", "gateway.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "photo.jpg").write_bytes(photo(1))
+    monkeypatch.chdir(tmp_path)
+    with serving("fake") as (_, server), started("--server", str(server["url"])) as (_, own):
+        exec(example.replace("http://127.0.0.1:8766/v1", own["url"]), {})
+    answer, cost = capsys.readouterr().out.splitlines()
+    assert answer.endswith("what number is on the red circle?")
+    assert int(cost.split()[0]) < int(cost.split()[2]) == len(photo(1))
+
+
 def test_a_gateway_starts_before_its_server():
-    with started("--server", "ws://127.0.0.1:9") as (process, own):
+    with started("--server", "ws://127.0.0.1:9", "--deadline", "0.3") as (process, own):
         assert own["model"] is None
         with openai.OpenAI(base_url=own["url"], api_key="any", max_retries=0) as client:
             with pytest.raises(openai.InternalServerError, match="no server answers"):
@@ -147,16 +166,18 @@ def test_a_gateway_starts_before_its_server():
         (["--frobnicate"], 2, "frobnicate"),
     ],
 )
-def test_wrong_use_gets_one_line(arguments: list[str], code: int, line: str):
-    done = run("--port", "0", *arguments)
-    assert done.returncode == code
-    assert line in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_wrong_use_gets_one_line(
+    arguments: list[str], code: int, line: str, capsys: pytest.CaptureFixture[str]
+):
+    ended, said = refused(capsys, *arguments)
+    assert ended == code
+    assert line in said
+    assert "\n" not in said
 
 
-def test_a_wrong_token_is_told_at_once():
+def test_a_wrong_token_is_told_at_once(capsys: pytest.CaptureFixture[str]):
     with serving("fake", "--token", "right") as (_, server):
-        done = run("--port", "0", "--server", str(server["url"]), "--token", "wrong")
-        assert done.returncode == 5
-        assert "token" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        ended, said = refused(capsys, "--server", str(server["url"]), "--token", "wrong")
+        assert ended == 5
+        assert "token" in said
+        assert "\n" not in said
