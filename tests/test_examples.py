@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_the_sdk_is_the_edge(base_url, role):
     sent, instead = map(int, re.findall(r"\d+", cost))
     assert instead >= photo.stat().st_size
     assert 1000 < sent < instead / 5
+
+
+def test_the_documentation_shows_what_it_prints(base_url):
+    """But for the sizes of JPEGs, which differ a little between versions of its library."""
+    page = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+    command, shown = re.search(
+        r"\npython docs/examples/openai_edge.py ([^\n]+)\n```\n\n```\n(.+?)\n```", page, re.DOTALL
+    ).groups()
+    file, question = shlex.split(command)
+    answer, cost = run(base_url, str(ROOT / file), question).splitlines()
+    expected_answer, expected_cost = shown.splitlines()
+    assert answer == expected_answer
+    assert re.sub(r"\d+", "#", cost) == re.sub(r"\d+", "#", expected_cost)
+    told, expected = (list(map(int, re.findall(r"\d+", line))) for line in (cost, expected_cost))
+    assert told == pytest.approx(expected, rel=0.03)
 
 
 def test_the_example_is_short():
