@@ -182,6 +182,9 @@ async def test_the_page_asks_for_the_token(visitor: Visitor):
         await field.fill("wrong")
         await field.press("Enter")
         await visitor.page.wait_for_selector("#status:has-text('not accepted')")
+        await field.fill("wróng ✓")
+        await field.press("Enter")
+        await visitor.page.wait_for_selector("#status[data-kind=token]")
         assert await visitor.page.evaluate("sessionStorage.length") == 0
         await visitor.screenshot("token")
         await field.fill("s3cret ✓")

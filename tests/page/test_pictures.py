@@ -233,7 +233,7 @@ async def test_a_huge_picture(open_page: Visitor):
         ("empty.jpg", b"", "empty.jpg is empty."),
         ("text.jpg", b"no picture at all", "not a picture that this browser can read."),
         ("IMG_1.HEIC", b"\0\0\0\x18ftypheic" + bytes(64), "Save it as a JPEG first."),
-        ("cut.png", saved(photo(), "PNG")[:60], "not a picture that this browser can read."),
+        ("cut.png", saved(photo(), "PNG")[:60], "cut.png is broken, or too large"),
         ("page.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
     ],
 )

@@ -34,6 +34,21 @@ NOT_USED = {"tokens"}
 """Fields that are newer than the page and that it does not need."""
 
 TOKENS = ["s3cret", "a", "ab", "abc", "grün ✓", "~?>" * 20, "-_" * 9]
+PAGES = {
+    "http://127.0.0.1:8765/": (
+        "ws://127.0.0.1:8765/v1/collab",
+        "http://127.0.0.1:8765/page/access",
+    ),
+    "https://h/?a=b#c": ("wss://h/v1/collab", "https://h/page/access"),
+    "https://h/v1/collab/": ("wss://h/v1/collab", "https://h/v1/collab/page/access"),
+    "https://h/behind/proxy/": (
+        "wss://h/behind/proxy/v1/collab",
+        "https://h/behind/proxy/page/access",
+    ),
+    "https://h/p/v1/collab/#x": ("wss://h/p/v1/collab", "https://h/p/v1/collab/page/access"),
+}
+"""Where the page looks for its server, by its own address."""
+
 SIDES = [1, 2, 3, 7, 100, 896, 1000, 1023, 4032, 3024, 11648, 8736, 65535, 2**20]
 VIEWS = [1, 14, 112, 224, 336, 337, 448, 672, 1036]
 
@@ -46,6 +61,7 @@ def cases(seed: int = 5, count: int = 4000) -> dict[str, Any]:
         "boxes": [_box(draw) for _ in range(count)],
         "frames": [_frame(draw)[1].hex() for _ in range(500)],
         "tokens": TOKENS,
+        "pages": list(PAGES),
     }
 
 
@@ -74,6 +90,7 @@ def check(sent: dict[str, Any], back: dict[str, Any]) -> None:
         message = _frame(draw)[0]
         assert covers({"kind": type(message).__name__, **plain(message)}, result), message
     assert [token_in([offered]) for offered in back["tokens"]] == sent["tokens"]
+    assert list(map(tuple, back["pages"])) == list(PAGES.values())
 
 
 def same(newer: list[dict[str, Any]], older: list[dict[str, Any]], name: str) -> None:

@@ -3,9 +3,10 @@
 // `base` is where the modules are; all numbers of the protocol go in and come out as JSON, bytes in
 // hexadecimal and names as Python has them.
 
-export const replay = async ({ base, transcripts, boxes, frames, tokens }) => {
+export const replay = async ({ base, transcripts, boxes, frames, tokens, pages }) => {
   const { EdgeSession } = await import(`${base}session.js`);
   const { decode, tokenSubprotocol } = await import(`${base}messages.js`);
+  const { addresses } = await import(`${base}link.js`);
   const { frameOf, paddedExtent, tokenBoxToSource } = await import(`${base}geometry.js`);
 
   const toBytes = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) => parseInt(pair, 16));
@@ -85,5 +86,6 @@ export const replay = async ({ base, transcripts, boxes, frames, tokens }) => {
     boxes: (boxes ?? []).map(box),
     frames: (frames ?? []).map((frame) => plain(decode(toBytes(frame)))),
     tokens: (tokens ?? []).map(tokenSubprotocol),
+    pages: (pages ?? []).map((page) => Object.values(addresses(page))),
   };
 };

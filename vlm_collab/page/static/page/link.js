@@ -308,8 +308,9 @@ export class LinkKeeper {
       await this.#pause(wish);
       // Later attempts leave what was said of the last one, which says more.
       if (this.#failures === 0) this.onstate({ kind: "connecting", text: "Connecting …" });
+      const token = this.#token;
       const link = new Link(this.#where.socket, {
-        token: this.#token,
+        token,
         codecs: this.codecs,
         resume: this.#key,
         traffic: (up, down) => {
@@ -330,8 +331,9 @@ export class LinkKeeper {
         }
         problem = { kind: "lost", text: link.ended.message };
       } catch (error) {
-        problem = await this.#why(error);
+        problem = await this.#why(error, token);
       }
+      if (token !== this.#token) continue; // another was entered meanwhile
       this.#failures += 1;
       this.onstate(problem);
       if (problem.kind !== "lost") {
@@ -352,19 +354,20 @@ export class LinkKeeper {
   }
 
   /** A browser does not say why a WebSocket failed; the server does when asked. */
-  async #why(error) {
+  async #why(error, token) {
     if (error instanceof ProtocolError) return { kind: "refused", text: error.message };
     try {
       const response = await fetch(this.#where.access, {
         method: "POST", // so that the browser names this page's origin
-        headers: this.#token ? { Authorization: `Bearer ${this.#token}` } : {},
+        // A header cannot carry other characters, and no other client could send such a token.
+        headers: /^[!-~ ]+$/.test(token ?? "") ? { Authorization: `Bearer ${token}` } : {},
         credentials: "omit",
         cache: "no-store",
         signal: AbortSignal.timeout(ACCESS_TIMEOUT_MS),
       });
       const line = (await response.text()).split("\n")[0].slice(0, 300);
       if (response.status === 401) {
-        const text = this.#token ? "The token was not accepted." : "This server asks for a token.";
+        const text = token ? "The token was not accepted." : "This server asks for a token.";
         return { kind: "token", text };
       }
       if (response.status === 403) return { kind: "refused", text: line };

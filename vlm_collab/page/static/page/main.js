@@ -60,7 +60,10 @@ async function open(file, name) {
   $("stage").setAttribute("aria-busy", "true");
   try {
     const picture = await Picture.open(file, name);
-    if (turn !== opening) return; // another was chosen meanwhile
+    if (turn !== opening) {
+      picture.rest(); // another was chosen meanwhile
+      return;
+    }
     views.set(picture, new ViewState(views.size + 1));
     select(null);
     await stage.show(picture, null);

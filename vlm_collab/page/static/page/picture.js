@@ -11,7 +11,6 @@ const MAX_SIDE_PX = 2 ** 20; // of the protocol
 const PAD_COLOUR = "rgb(122, 116, 104)"; // the mean colour that CLIP encoders subtract
 const PREVIEW_PX = 1600;
 const TYPES = { [Codec.JPEG]: "image/jpeg", [Codec.PNG]: "image/png", [Codec.WEBP]: "image/webp" };
-const PHONE_FORMATS = /\.(heic|heif)$/i;
 
 /** The codecs that this browser can encode. */
 export async function encodable() {
@@ -29,6 +28,8 @@ export async function encodable() {
 export class Picture {
   #blob;
   #bitmap;
+  #users = 0;
+  #resting = false;
   #views = new Map();
 
   /** Use `open`. */
@@ -99,22 +100,35 @@ export class Picture {
     canvas.height = Math.max(1, Math.round(this.size.height * shrink));
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
-    const bitmap = await this.#decoded();
-    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    this.#resting = false;
+    await this.#with((bitmap) => context.drawImage(bitmap, 0, 0, canvas.width, canvas.height));
   }
 
-  /** Let the decoded pixels go. */
+  /** Let the decoded pixels go as soon as nobody works with them, and whenever they come back. */
   rest() {
+    this.#resting = true;
+    this.#letGo();
+  }
+
+  #letGo() {
+    if (!this.#resting || this.#users > 0) return;
+    this.#bitmap?.then((bitmap) => bitmap.close()).catch(() => {});
     this.#bitmap = null;
   }
 
-  #decoded() {
-    this.#bitmap ??= decoded(this.#blob, this.name);
-    return this.#bitmap;
+  async #with(work) {
+    this.#users += 1;
+    try {
+      this.#bitmap ??= decoded(this.#blob, this.name);
+      return await work(await this.#bitmap);
+    } finally {
+      this.#users -= 1;
+      this.#letGo();
+    }
   }
 
-  async #pixels(box, size) {
-    return resample(await this.#decoded(), box, size);
+  #pixels(box, size) {
+    return this.#with((bitmap) => resample(bitmap, box, size));
   }
 }
 
@@ -122,7 +136,12 @@ async function decoded(blob, name) {
   try {
     return await createImageBitmap(blob, { imageOrientation: "from-image" });
   } catch {
-    const hint = PHONE_FORMATS.test(name) ? " Save it as a JPEG first." : "";
+    const start = new Uint8Array(await blob.slice(0, 12).arrayBuffer().catch(() => []));
+    const letters = String.fromCharCode(...start);
+    if (/^(\xff\xd8\xff|\x89PNG|RIFF....WEBP)/s.test(letters)) {
+      throw new PictureError(`${name} is broken, or too large for this browser.`);
+    }
+    const hint = letters.slice(4, 8) === "ftyp" ? " Save it as a JPEG first." : "";
     throw new PictureError(`${name} is not a picture that this browser can read.${hint}`);
   }
 }

@@ -10,7 +10,8 @@ const STRONGEST = 0.72;
 
 export class Stage {
   #shown = null;
-  #drawing = 0;
+  #region = null;
+  #drawn = false;
 
   constructor() {
     for (const [button, part] of [["show-heat", "heat-clip"], ["show-box", "box"]]) {
@@ -30,23 +31,31 @@ export class Stage {
   async show(picture, region) {
     $("empty").hidden = $("viewfinder").hidden = true;
     $("figure").hidden = false;
-    this.#region(picture, region);
-    if (this.#shown === picture) return;
+    this.#region = region;
+    if (this.#shown === picture) {
+      if (this.#drawn) this.#mark();
+      return;
+    }
     this.#shown?.rest();
     this.#shown = picture;
+    this.#drawn = false;
     const { width, height } = picture.size;
     const size = `${width} × ${height} px`;
     $("caption").textContent = `${picture.name}, ${size}, ${bytes(picture.originalBytes)}`;
     $("preview").setAttribute("aria-label", `The picture ${picture.name}, ${size}`);
     // Drawn aside first: another picture may be chosen before this one is decoded.
-    const turn = ++this.#drawing;
     const canvas = document.createElement("canvas");
     await picture.preview(canvas);
-    if (turn !== this.#drawing) return;
+    if (this.#shown !== picture) {
+      picture.rest();
+      return;
+    }
     const preview = $("preview");
     preview.width = canvas.width;
     preview.height = canvas.height;
     preview.getContext("2d").drawImage(canvas, 0, 0);
+    this.#drawn = true;
+    this.#mark();
   }
 
   /** The camera is on, or off. */
@@ -56,10 +65,12 @@ export class Stage {
     $("figure").hidden = on || this.#shown === null;
   }
 
-  #region({ size }, region) {
-    const { request, box, welcome } = region ?? {};
+  /** Lay the heat map and the box over the picture, or take them away. */
+  #mark() {
+    const { size } = this.#shown;
+    const { request, box, welcome } = this.#region ?? {};
     const map = request?.map;
-    const heated = region !== null && map.length === welcome.rows * welcome.columns;
+    const heated = this.#region !== null && map.length === welcome.rows * welcome.columns;
     $("show-heat").hidden = $("heat-clip").hidden = !heated;
     $("show-box").hidden = !box;
     $("box").classList.toggle("none", !box);
