@@ -13,7 +13,7 @@ import typer
 
 from server_plugin.assembly import engine_of
 from server_plugin.service import logs
-from server_plugin.service.config import DEFAULT_PORT, ServiceConfig, ServiceLimits
+from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
 
@@ -251,7 +251,8 @@ async def _serve(
         server = runner.server(service)
         url = runner.url_of(sock, config)
         ready = {"event": "ready", "url": url, "model": backend.info.name, "pid": os.getpid()}
-        text = f"vlm-collab: serving {backend.info.name} at {url} (Ctrl-C stops)"
+        page = f"http{url.removeprefix('ws').removesuffix(ENDPOINT)}/"
+        text = f"vlm-collab: serving {backend.info.name} at {url}, page at {page} (Ctrl-C stops)"
         # Clients that connect before uvicorn accepts wait in the socket's own queue.
         print(json.dumps(ready) if json_output else text, flush=True)
         await runner.serve(server, sock)
