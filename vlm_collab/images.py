@@ -266,6 +266,20 @@ class SourceImage:
         return cls(data, None, stored, orientation_of(image), icc)
 
     @classmethod
+    def received(cls, data: bytes, *, max_pixels: int) -> SourceImage:
+        """Take an original from a peer: checked as `decode` does, and its profile ignored.
+
+        Errors as `read_header`; pixels that are broken show when they are needed.
+        """
+        codec = agreed_codec(data, ALL_CODECS)
+        stored = stored_header(data, codec, max_pixels, 1)
+        pixels = pixels_only(data, codec)
+        _, image = open_bounded(pixels, ALL_CODECS, max_pixels, 1)
+        if image.size != (stored.width, stored.height):
+            raise ImageError(f"a broken {codec.name} picture: it names two sizes")
+        return cls(pixels, None, Size(*image.size), stored.orientation, None)
+
+    @classmethod
     def from_pil(cls, image: Image.Image, *, max_pixels: int = MAX_SOURCE_PIXELS) -> SourceImage:
         """Take a picture that Pillow holds already, a camera frame for example.
 

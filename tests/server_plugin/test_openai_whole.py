@@ -29,8 +29,9 @@ from tests.support.openai_client import (
 )
 from tests.support.pictures import photo, saved, turned
 from tests.support.wire import SURE, UNSURE, http, service
-from vlm_collab.geometry import Fit, Size
-from vlm_collab.images import SourceImage
+from vlm_collab.errors import ImageTooLargeError
+from vlm_collab.geometry import Box, Fit, Size
+from vlm_collab.images import SourceImage, decode
 from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
 
 
@@ -377,6 +378,15 @@ async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
             text, told = await chat(client, [message(UNSURE, data)])
             region = region_name(data, told["region"]["box"])
             assert text.split()[1:3] == [view_name(data), region], kind
+
+
+def test_what_is_received_has_the_pixels_that_decoding_it_gives():
+    for kind, data in PICTURES.items():
+        received = SourceImage.received(data, max_pixels=10**7)
+        whole = received.region(Box(0, 0, *received.size), received.size)
+        assert whole.tobytes() == decode(data, max_pixels=10**7).tobytes(), kind
+        with pytest.raises(ImageTooLargeError):
+            SourceImage.received(data, max_pixels=0)
 
 
 async def test_a_turned_picture_is_cropped_upright():

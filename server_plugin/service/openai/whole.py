@@ -23,9 +23,7 @@ from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.views import ClientSession, Lease, ViewGoneLocallyError, ViewStore
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.headers import pixels_only, stored_header
-from vlm_collab.images import ALL_CODECS, SourceImage, read_header
-from vlm_collab.pixels import agreed_codec, open_bounded
+from vlm_collab.images import SourceImage, read_header
 
 T = TypeVar("T")
 
@@ -80,14 +78,7 @@ class Original:
         return self._opened().region(box or Box(0, 0, *self.size), target)
 
     def _opened(self) -> SourceImage:
-        codec = agreed_codec(self.data, ALL_CODECS)
-        pixels = self.size.width * self.size.height
-        stored = stored_header(self.data, codec, pixels, 1)
-        data = pixels_only(self.data, codec)
-        _, image = open_bounded(data, ALL_CODECS, pixels, 1)
-        if image.size != (stored.width, stored.height):
-            raise ImageError(f"a broken {codec.name} picture: it names two sizes")
-        return SourceImage(data, None, Size(*image.size), stored.orientation, None)
+        return SourceImage.received(self.data, max_pixels=self.size.width * self.size.height)
 
 
 def _alike(one: Size, other: Size) -> bool:
