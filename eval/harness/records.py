@@ -48,6 +48,8 @@ class Record:
         first_min_entropy, first_entropy, first_margin, second_…: of each generated token (Eq.
             14-16 of 003_92b41fe49395ce1a.txt), bits, bits, 0 to 1.
         first_ended, second_ended: whether the last token ends the sequence.
+        first_input_tokens, second_input_tokens: of each pass's prompt, visual tokens and text
+            (Table I of 003); 0 where the run does not know.
         map: relative attention in row-major order, and its shape.
         box: what was sent, (left, top, right, bottom) in px of the upright original.
         side_px: side of the square that was searched for (b2 of Eq. 11).
@@ -104,6 +106,8 @@ class Record:
     edge_s: float
     first_answer_bytes: int = 0
     reference_bytes: int = 0
+    first_input_tokens: int = 0
+    second_input_tokens: int = 0
 
 
 _TYPES: Mapping[str, pa.DataType] = {
@@ -138,7 +142,9 @@ def read_records(folder: Path) -> list[Record]:
     rows: dict[int, Record] = {}
     for shard in shards:
         for row in pq.read_table(shard, schema=SCHEMA).to_pylist():
-            rows.setdefault(row["index"], Record(**row))
+            # A run that was made before a column was there has nothing in it.
+            told = {name: value for name, value in row.items() if value is not None}
+            rows.setdefault(row["index"], Record(**told))
     return [rows[index] for index in sorted(rows)]
 
 

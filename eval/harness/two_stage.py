@@ -207,6 +207,8 @@ class TwoStage(Method):
             second_score=self._score(outcome.text, asked.sample),
             **statistics("first", first),
             **statistics("second", second),
+            first_input_tokens=first.context_tokens,
+            second_input_tokens=second.context_tokens,
             map=need.map.ravel().tolist(),
             map_rows=need.map.shape[0],
             map_columns=need.map.shape[1],
