@@ -11,7 +11,8 @@ one that asks now and then work in *fresh* memory, whose first touch costs as mu
 decoding; one that does nothing but decode may work in *kept* memory. Both are measured (glibc).
 
 *View* opens the file, makes the 336 px global view and encodes it. *View and region* also cuts
-672 px and encodes them at 336. *Naive* decodes in full for each of the two.
+672 px and encodes them at 336. *Naive* decodes in full for each of the two. *Decoding at 1/8* is
+plain Pillow's smallest scaled decoding, and nothing else.
 
 Memory is that of a process which asks a local service about such a picture, imports included.
 
@@ -126,10 +127,19 @@ def naive(data: bytes) -> None:
     encode(cut, Codec.JPEG, 90)
 
 
+def eighth(data: bytes) -> Image.Image:
+    """The smallest scaled decoding there is; what is left is mostly entropy decoding."""
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (SOURCE.width // 8, SOURCE.height // 8))
+    image.load()
+    return image
+
+
 CASES: dict[str, Callable[[bytes], None]] = {
     "view": view,
     "view and region": view_and_region,
     "naive": naive,
+    "decoding at 1/8": lambda data: eighth(data).close(),
 }
 
 
@@ -336,6 +346,7 @@ def quality() -> Iterator[dict[str, Any]]:
             size = Size(side, side)
             best = decoded.resize(size, Image.Resampling.BICUBIC)
             ours = Picture.open(data).view(size, Fit.STRETCH, Codec.JPEG, 90)
+            least = eighth(data).resize(size, Image.Resampling.BICUBIC)
             whole = Picture.from_pil(decoded).view(size, Fit.STRETCH, Codec.JPEG, 90)
             yield {
                 "figure": "quality of the view",
@@ -344,6 +355,7 @@ def quality() -> Iterator[dict[str, Any]]:
                 "value": round(_psnr(ours, best), 2),
                 "unit": "dB to the view before it is encoded",
                 "from_a_full_decoding": round(_psnr(whole, best), 2),
+                "from_decoding_at_1/8": round(_psnr(encode(least, Codec.JPEG, 90), best), 2),
             }
 
 
