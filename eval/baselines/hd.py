@@ -366,4 +366,5 @@ class HighResolutionMethod(Method):
             look_s=0.0,
             second_s=0.0,
             edge_s=asked.edge_s,
+            first_input_tokens=made.context_tokens,
         )

@@ -215,6 +215,8 @@ class OverService(Method):
             look_s=0.0,
             second_s=refined.usage.second_ms / 1000,
             edge_s=0.0,
+            # Its view was new, so all of its prompt was computed.
+            first_input_tokens=first.usage.prefilled_tokens,
         )
 
 

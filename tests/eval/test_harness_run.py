@@ -27,6 +27,8 @@ from eval.tasks import Sample, Task, open_task
 from server_plugin.assembly import engine_of
 from server_plugin.engine import RegionNeed
 from server_plugin.models import open_model
+from tests.support.tiny_instructblip import save_tiny_instructblip
+from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec, decode
 from vlm_collab.messages import Retransmit
@@ -324,3 +326,20 @@ def test_the_model_sees_what_the_codec_left(unbroken: Path, tmp_path: Path) -> N
         assert rough["reference_bytes"] == fine["reference_bytes"]
         assert rough["first_min_entropy"] != fine["first_min_entropy"]
     assert {row["view_pixels"] for row in without_times(tmp_path)} == {112 * 112}
+
+
+@pytest.mark.parametrize(
+    "save", [save_tiny_qwen, save_tiny_instructblip], ids=["qwen2.5-vl", "instructblip"]
+)
+def test_other_families_run_and_repeat(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder, task = save(tmp_path / "model"), open_task("signs", limit=3)
+    options = ModelOptions(name=str(folder), batch=2, overrides={"layer": 1, "max_new_tokens": 4})
+    for name in ("one", "two"):
+        made = run(TwoStage(task, options), task, tmp_path / name, share=Share(session="a"))
+        assert asyncio.run(made) == Ended(3, 0, 3)
+    assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
+    told = open_run(tmp_path / "one")
+    for record in told.records:
+        assert [record.map_rows, record.map_columns] == told.provenance["model"]["grid"]
+        assert len(record.first_tokens) == len(record.first_margin) > 0
+        assert min(record.first_mflops, record.look_mflops, record.second_mflops) > 0

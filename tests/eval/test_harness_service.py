@@ -34,7 +34,7 @@ SAME = (
     "view_bytes", "region_bytes", "view_pixels", "region_pixels", "reference_bytes",
     "ask_bytes", "request_bytes", "reply_bytes",
     "first_text", "second_text", "first_score", "second_score", "first_ended", "second_ended",
-    "box", "map_rows", "map_columns", "first_mflops",
+    "box", "map_rows", "map_columns", "first_mflops", "first_input_tokens",
 )  # fmt: skip
 
 
