@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Unpack
 
 import httpx
@@ -27,7 +27,15 @@ from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import Page
 from edge_client.gateway.store import ResponseStore
-from edge_client.gateway.streaming import EventStream, Form, Gone, answer_pieces, unless_gone
+from edge_client.gateway.streaming import (
+    FAILED,
+    EventStream,
+    Form,
+    Gone,
+    answer_pieces,
+    unless_gone,
+)
+from edge_client.gateway.upstream import content_of, lost
 from vlm_collab import __version__
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import (
@@ -47,6 +55,7 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
     refuse,
+    sse,
 )
 
 log = logging.getLogger(__name__)
@@ -128,9 +137,7 @@ class Gateway:
             # A bug: its trace goes to the log, not to the client.
             except Exception:
                 log.exception("%s failed", request.url.path)
-                return _error(
-                    ApiError(500, "the gateway failed; its log knows more", "server_error")
-                )
+                return _error(FAILED)
 
         return endpoint
 
@@ -199,10 +206,17 @@ class Gateway:
             await pieces.aclose()
             raise
 
-    def _events(self, first: bytes, pieces: AsyncGenerator[bytes, None]) -> EventStream:
-        """A stream counts as a request at work until its end."""
+    def _events(
+        self,
+        first: bytes,
+        pieces: AsyncGenerator[bytes, None],
+        opened: AsyncExitStack | None = None,
+    ) -> EventStream:
+        """A stream, which counts as a request at work until its end."""
+        closing = opened or AsyncExitStack()
         self._requests += 1
-        return EventStream(first, pieces, self._ended)
+        closing.callback(self._ended)
+        return EventStream(first, pieces, closing)
 
     def _ended(self) -> None:
         self._requests -= 1
@@ -213,17 +227,16 @@ class Gateway:
         welcome = await unless_gone(request.receive, self.answerer.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:
             body = {**body, "model": welcome.model}
-        answering = self.answerer.texts.forward(body)
-        response = await unless_gone(request.receive, answering.__aenter__())
-        if body.get("stream") is True and response.status_code == 200:
-            pieces = _passed_on(answering, response)
-            return self._events(await self._first(request, pieces), pieces)
-        try:
-            content = await unless_gone(request.receive, response.aread())
-        finally:
-            await answering.__aexit__(None, None, None)
-        kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
-        return Response(content, response.status_code, kept)
+        async with AsyncExitStack() as opened:
+            forwarding = opened.enter_async_context(self.answerer.texts.forward(body))
+            response = await unless_gone(request.receive, forwarding)
+            if body.get("stream") is True and response.status_code == 200:
+                pieces = _passed_on(response)
+                first = await self._first(request, pieces)
+                return self._events(first, pieces, opened.pop_all())
+            content = await unless_gone(request.receive, content_of(response))
+            kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
+            return Response(content, response.status_code, kept)
 
     async def _model_name(self, request: Request, query: Query) -> str:
         """The name that the answer says it is from: as the client has it, if it has any."""
@@ -304,15 +317,12 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces, b"")
 
 
-async def _passed_on(answering: Any, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     try:
         async for piece in response.aiter_bytes():
             yield piece
     except httpx.HTTPError as error:
-        lost = ApiError(502, f"the server was lost: {error}", "server_error")
-        yield b"data: " + lost.encoded() + b"\n\n"
-    finally:
-        await answering.__aexit__(None, None, None)
+        yield sse(lost(error).body())
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 _QUIET_S = 15.0
 """After so much silence a comment is sent, so that nothing on the way takes the stream for dead."""
+
+
+FAILED = ApiError(500, "the gateway failed; its log knows more", "server_error")
+"""What a client is told of a bug."""
 
 
 class Gone(Exception):  # noqa: N818 - nobody is there to be told
@@ -104,6 +109,11 @@ async def answer_pieces(
         except CollabError as error:
             yield form.error(api_error(error))
             return
+        # A bug: its trace goes to the log, and the stream does not end as if all were well.
+        except Exception:
+            log.exception("a stream failed")
+            yield form.error(FAILED)
+            return
         rest = flow.finish(result.text)
         if flow.restarted:
             report = msgspec.structs.replace(result.report, restarted=True)
@@ -120,7 +130,7 @@ class EventStream(Response):
     Args:
         first: the events at hand already.
         rest: makes the others; closed at the end. It has been started.
-        ended: called at the end, however it comes.
+        closing: closed after that, however the end comes.
     """
 
     media_type = "text/event-stream"
@@ -129,13 +139,13 @@ class EventStream(Response):
         self,
         first: bytes,
         rest: AsyncGenerator[bytes, None],
-        ended: Callable[[], None],
+        closing: AsyncExitStack,
     ) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
-        self._ended = ended
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.create_task(_until_gone(receive))
@@ -167,7 +177,7 @@ class EventStream(Response):
         finally:
             await _cancelled(leaving, *([] if following is None else [following]))
             await self._rest.aclose()
-            self._ended()
+            await self._closing.aclose()
 
 
 async def _send(send: Send, body: bytes) -> None:

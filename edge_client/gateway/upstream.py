@@ -67,8 +67,8 @@ class TextUpstream:
         )
         try:
             response = await self._http.send(request, stream=True)
-        except httpx.TimeoutException:
-            raise ApiError(504, "the server did not answer in time", "timeout_error") from None
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
+            raise lost(error) from None
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
             raise ApiError(
@@ -76,7 +76,7 @@ class TextUpstream:
             ) from None
         try:
             if response.status_code != 200:
-                await _check_refusal(response)
+                _check_refusal(response.status_code, await content_of(response))
             yield response
         finally:
             await response.aclose()
@@ -90,15 +90,35 @@ class TextUpstream:
         body = _chat_body(query, model, stream=on_text is not None)
         async with self.forward(body) as response:
             if response.status_code != 200:
-                raise _refusal(response.status_code, await response.aread())
+                raise _refusal(response.status_code, response.content)
             try:
                 if on_text is None:
-                    return _result(msgspec.json.decode(await response.aread()), model)
+                    return _result(msgspec.json.decode(await content_of(response)), model)
                 return await _stream(response, model, on_text)
             except (msgspec.DecodeError, KeyError, IndexError, TypeError, AttributeError):
                 raise _nonsense() from None
             except httpx.HTTPError as error:
-                raise ApiError(502, f"the server was lost: {error}", "server_error") from None
+                raise lost(error) from None
+
+
+async def content_of(response: httpx.Response) -> bytes:
+    """All of a response.
+
+    Raises:
+        ApiError: it broke off.
+    """
+    try:
+        return await response.aread()
+    except httpx.HTTPError as error:
+        raise lost(error) from None
+
+
+def lost(error: httpx.HTTPError) -> ApiError:
+    """What it means that a server that had been reached did not answer to the end."""
+    if isinstance(error, httpx.TimeoutException):
+        return ApiError(504, "the server did not answer in time", "timeout_error")
+    why = str(error) or type(error).__name__
+    return ApiError(502, f"the server was lost: {why}", "server_error")
 
 
 def _authorities(server: Server) -> ssl.SSLContext | bool:
@@ -118,14 +138,12 @@ def _http_url(url: str) -> str:
     return urlunsplit((scheme, parts.netloc, path + _CHAT, "", ""))
 
 
-async def _check_refusal(response: httpx.Response) -> None:
+def _check_refusal(status: int, content: bytes) -> None:
     """Tell refusals in OpenAI's form from a server without this API, or without us in it.
 
     Raises:
         ApiError: it is one of the latter.
     """
-    await response.aread()
-    status = response.status_code
     if status in (401, 403):
         raise ApiError(
             502,
@@ -134,7 +152,7 @@ async def _check_refusal(response: httpx.Response) -> None:
             None,
             "upstream_authentication",
         )
-    if _error_in(response.content) is not None:
+    if _error_in(content) is not None:
         return
     if status in (404, 405, 426, 501):
         raise refuse(

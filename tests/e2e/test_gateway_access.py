@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import trustme
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -269,3 +270,22 @@ async def test_plain_http_is_enough(tmp_path: Path):
         )
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_server_with_tls(tmp_path: Path):
+    authority = trustme.CA()
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(files["cert"])
+    issued.private_key_pem.write_to_path(files["key"])
+    behind = service(FakeBackend(), tls_cert=files["cert"], tls_key=files["key"])
+    async with serving(behind) as url:
+        assert url.startswith("wss:")
+        async with running(gateway(url, ca_file=files["ca"])) as base, sdk(base) as client:
+            for content in ([said(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
+                made = await client.chat.completions.create(model=MODEL, messages=content)
+                assert made.choices[0].message.content
+        async with running(gateway(url)) as base, sdk(base) as client:
+            with pytest.raises(openai.InternalServerError, match="not trusted"):
+                await client.models.list()

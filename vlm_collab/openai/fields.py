@@ -60,10 +60,6 @@ class Fields:
         """A field of any type."""
         return self._left.pop(name, None)
 
-    def has(self, name: str) -> bool:
-        """Whether a field is there, unread and not null."""
-        return self._left.get(name) is not None
-
     def text(self, name: str) -> str | None:
         """A string."""
         value = self.take(name)

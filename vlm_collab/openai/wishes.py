@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from vlm_collab.messages import Options, Retransmit
-from vlm_collab.openai.errors import refuse
+from vlm_collab.openai.errors import ApiError, refuse
 from vlm_collab.openai.fields import UNSUPPORTED, Fields
 
 _MAX_STOPS = 4
@@ -139,6 +139,6 @@ def check_detail(fields: Fields) -> None:
     fields.only("detail", known, f"must be one of {', '.join(known)}")
 
 
-def unsupported(param: str, message: str) -> Exception:
+def unsupported(param: str, message: str) -> ApiError:
     """A refusal of what nothing here can honour."""
     return refuse(param, f"{param}: {message}", UNSUPPORTED)
