@@ -307,26 +307,31 @@ async def test_a_client_that_leaves_takes_its_question_along(api, stream):
 
 
 async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along():
+    second_pass = asyncio.Event()
+
     def play(question, view, region):
+        if region:
+            second_pass.set()
         return Script("one", "two", 2.0, delay_s=SLOW if region else 0.0)
 
-    running_service = service(FakeBackend(play=play))
+    backend = FakeBackend(play=play)
+    running_service = service(backend)
     async with asking(running_service) as client:
         response = await client.responses.create(
             model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)]
         )
-        bringing = client.responses.create(
-            model="fake",
-            previous_response_id=response.id,
-            input=[output(response.output[0], PHOTO)],
-        )
-        whole = asyncio.create_task(ask(client, UNSURE))
-        brought = asyncio.create_task(bringing)
-        await until(lambda: running_service.openai.memory.count == 0)
-        await until(lambda: running_service.metrics.retransmissions._value.get() == 2)
-        whole.cancel()
-        brought.cancel()
+        crop = output(response.output[0], PHOTO)
+        for asked in (
+            ask(client, UNSURE),
+            client.responses.create(model="fake", previous_response_id=response.id, input=[crop]),
+        ):
+            leaving = asyncio.create_task(asked)
+            await second_pass.wait()
+            second_pass.clear()
+            leaving.cancel()
+            await until(lambda: not backend._turn.locked())
         await settled(running_service)
+        assert running_service.openai.memory.count == 0
 
 
 async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_its_place():

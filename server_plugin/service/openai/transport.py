@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
@@ -76,6 +76,16 @@ class Bodies:
             raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=1.0)
 
 
+def headers_of(error: ApiError) -> dict[str, str]:
+    """HTTP headers that belong to an error."""
+    headers = error.headers()
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.status == 408:
+        headers["connection"] = "close"  # the rest of the request may never come
+    return headers
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What `work` returns; it is cancelled when the client goes.
 
@@ -133,11 +143,7 @@ class Sender:
     async def error(self, error: ApiError) -> None:
         """Send an error, and nothing else."""
         body = error.encoded()
-        headers = {"content-type": "application/json", **error.headers()}
-        if error.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        if error.status == 408:
-            headers["connection"] = "close"  # the rest of the request may never come
+        headers = {"content-type": "application/json", **headers_of(error)}
         await self._start(error.status, headers, len(body))
         await self._write(body, more=False)
 
@@ -163,12 +169,15 @@ class Sender:
             given["content-length"] = str(length)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._out({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _write(self, data: bytes, *, more: bool) -> None:
         self.sent += len(data)
+        await self._out({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _out(self, message: Message) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+                await self._send(message)
         except (TimeoutError, OSError):
             raise ClientGoneError from None
