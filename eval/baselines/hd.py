@@ -287,10 +287,7 @@ class HighResolutionMethod(Method):
 
     def prepare(self, index: int, sample: Sample) -> _Ready:
         info, codecs = self._model.info, self._codecs
-        limit, side = self._preset.max_new_tokens, Size(self._model.side, self._model.side)
-        told_as_sample_error(
-            "the question", lambda: self._model.check_question(sample.question, limit)
-        )
+        side = Size(self._model.side, self._model.side)
         asked = Asked(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
             sent: bytes = told_as_sample_error(
@@ -308,6 +305,7 @@ class HighResolutionMethod(Method):
         asked, limit = ready.asked, self._preset.max_new_tokens
         begin = time.perf_counter()
         try:
+            self._model.check_question(asked.sample.question, limit)
             answer = self._model.answer(ready.shown, asked.sample.question, limit, self._task.stop)
         # As in the two-stage run: one sample that the runtime fails on ends no run.
         except Exception as error:

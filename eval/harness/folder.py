@@ -140,6 +140,9 @@ class RunFolder:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 _replace(self.path / FAILURES, text)
             told = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
+            if not failed:  # nobody writes any more; these are of processes that were killed
+                for left in self.path.glob("part-*.writing"):
+                    left.unlink(missing_ok=True)
             told |= {"finished": now, "samples": len(self.done), "failed": len(failed)}
             _replace(self.path / PROVENANCE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         return len(self.done), len(failed)

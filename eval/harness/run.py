@@ -18,13 +18,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from eval.harness.folder import SAVE_EVERY, Failure, RunFolder
-from eval.harness.method import Method, SampleError, quiet_engine
+from eval.harness.method import Method, SampleError, quiet_engine, told_as_sample_error
 from eval.harness.progress import Progress
 from eval.harness.provenance import now, provenance
 from eval.harness.records import Record
@@ -225,12 +226,14 @@ async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepare
     def work() -> _Prepared:
         prepared: _Prepared = []
         for index in group:
-            sample = task[index]
+            id = ""
             try:
+                sample = told_as_sample_error("the sample", partial(task.__getitem__, index))
+                id = sample.id
                 made: Any = method.prepare(index, sample)
             except SampleError as error:
                 made = error
-            prepared.append((index, sample.id, made))
+            prepared.append((index, id, made))
         return prepared
 
     return await asyncio.to_thread(work)

@@ -46,6 +46,11 @@ class Run:
         return str(self.provenance["method"])
 
     @property
+    def complete(self) -> bool:
+        """Whether every sample was worked on; some may have failed (`failed.jsonl`)."""
+        return self.provenance.get("finished") is not None
+
+    @property
     def decoder(self) -> Decoder | None:
         """The model's sizes; None where the run does not know them, as over a service."""
         sizes = [self.provenance["model"].get(name) for name in Decoder._fields]

@@ -96,7 +96,6 @@ class TwoStage(Method):
 
     def prepare(self, index: int, sample: Sample) -> _Ready:
         info, codecs = self._backend.info, self._codecs
-        told_as_sample_error("the question", lambda: self._backend.check_question(sample.question))
         asked = Asked(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
             view: bytes = told_as_sample_error(
@@ -127,6 +126,8 @@ class TwoStage(Method):
             return await asyncio.to_thread(cut, need)
 
         try:
+            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            member.check_question(asked.sample.question)
             view = await member.open_view(ready.shown)
             outcome = await engine.answer(
                 view,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,8 @@ def broken(index: int, sample: Sample) -> Sample:
     if index == 5:
         data = sample.picture()
         return replace(sample, image_id="half", picture=lambda: data[: len(data) // 2])
+    if index == 6:
+        raise KeyError("answers")
     if index == 8:
         return replace(sample, question="what does <image> mean?")
     return sample
@@ -261,21 +264,22 @@ def broken(index: int, sample: Sample) -> Sample:
 
 def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_path: Path) -> None:
     task = Changed(open_task("signs", limit=LIMIT), broken)
-    assert make(tmp_path, task) == Ended(LIMIT - 3, 3, LIMIT)
+    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
     listed = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
-    assert [one["index"] for one in listed] == [3, 5, 8]
+    assert [one["index"] for one in listed] == [3, 5, 6, 8]
     assert "not a picture" in listed[0]["reason"] or "usable formats" in listed[0]["reason"]
-    assert "<image>" in listed[2]["reason"]
+    assert listed[2]["reason"] == "the sample: KeyError: 'answers'"
+    assert "<image>" in listed[3]["reason"]
     assert all("\n" not in one["reason"] for one in listed)
     rows = {row["index"]: row for row in without_times(tmp_path)}
-    assert sorted(rows) == [i for i in range(LIMIT) if i not in (3, 5, 8)]
+    assert sorted(rows) == [i for i in range(LIMIT) if i not in (3, 5, 6, 8)]
     whole = {row["index"]: row["second_text"] for row in without_times(unbroken)}
     assert all(row["second_text"] == whole[index] for index, row in rows.items())
     told = json.loads((tmp_path / PROVENANCE).read_text())
-    assert (told["samples"], told["failed"]) == (LIMIT - 3, 3)
+    assert (told["samples"], told["failed"]) == (LIMIT - 4, 4)
 
     # Going on tries them once more, and neither repeats nor loses a row.
-    assert make(tmp_path, task) == Ended(LIMIT - 3, 3, LIMIT)
+    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
     assert {row["index"]: row for row in without_times(tmp_path)} == rows
     listed_again = (tmp_path / FAILURES).read_text().splitlines()
     assert [json.loads(line) for line in listed_again] == listed
@@ -309,6 +313,17 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         make(unbroken, share=Share(session="another"), resume=False)
     assert (unbroken / PROVENANCE).read_bytes() == before
+
+
+def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    shard = min((tmp_path / "run").glob(SHARDS))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"part-00000000.parquet is damaged .* delete it"):
+        make(tmp_path / "run")
+    shard.unlink()
+    assert make(tmp_path / "run").complete
+    assert without_times(tmp_path / "run") == without_times(unbroken)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
