@@ -17,7 +17,7 @@ from edge_client.keeper import Retry
 from edge_client.picture import Album, Picture
 from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError
 from vlm_collab.images import MAX_SOURCE_PIXELS
-from vlm_collab.messages import Welcome
+from vlm_collab.messages import CUT_MARK, Fallback, Finish, Welcome
 from vlm_collab.openai import (
     Query,
     RegionReport,
@@ -197,6 +197,7 @@ def _check_features(query: Query, welcome: Welcome) -> None:
 
 def _result(answer: EdgeAnswer) -> Result:
     box = answer.box
+    cut = answer.fallback is not Fallback.NONE and answer.text.endswith(CUT_MARK)
     return Result(
         text=answer.text,
         report=Report(
@@ -214,7 +215,8 @@ def _result(answer: EdgeAnswer) -> Result:
             region_bytes=answer.region_bytes,
             original_bytes=answer.original_bytes,
         ),
-        finish=answer.finish,
+        # What stands in for a lost second answer may not have been generated to its end.
+        finish=Finish.LENGTH if cut else answer.finish,
         tokens=answer.tokens,
         prompt_tokens=answer.usage.prefilled_tokens,
         completion_tokens=answer.usage.decoded_tokens,

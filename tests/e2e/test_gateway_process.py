@@ -181,3 +181,16 @@ def test_a_wrong_token_is_told_at_once(capsys: pytest.CaptureFixture[str]):
         assert ended == 5
         assert "token" in said
         assert "\n" not in said
+
+
+def test_without_its_extra_it_says_what_to_install():
+    missing = "import sys; sys.modules['starlette'] = None; from edge_client.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", missing + "main(['gateway'])"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert 'pip install "vlm-collab[gateway]"' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -20,6 +20,7 @@ from tests.support.pictures import saved, turned
 from tests.support.proxy import What, Where
 from tests.support.wire import service
 from vlm_collab.messages import Ask, Cancel, Partial, RegionRequest
+from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
 
 
 def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:
@@ -131,6 +132,19 @@ async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
         assert stands == "a bird"
         assert chunks[-1].vlm_collab["restarted"]
         assert chunks[-1].vlm_collab["fallback"] == "deadline"
+        here.proxy.resume()
+
+
+async def test_a_first_answer_that_was_cut_says_so():
+    """It stands in for a second one that did not come, and was not generated to its end."""
+    policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
+    backend = FakeBackend(play=lambda *_: Script("a b c d", "e", uncertainty_bits=2.0))
+    async with place(backend, config={"policy": policy}, deadline_s=1.0) as here:
+        here.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
+        made = await ask(here.client, UNSURE)
+        assert made.choices[0].message.content == "a b…"
+        assert made.choices[0].finish_reason == "length"
+        assert made.vlm_collab["fallback"] == "deadline"
         here.proxy.resume()
 
 
