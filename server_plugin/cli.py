@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from server_plugin.assembly import engine_of
+from server_plugin.calibration import load_calibration
 from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
@@ -70,6 +71,10 @@ def serve(
         float | None, typer.Option(help="Share of questions for --policy random.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for --policy random.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="File of `vlm-collab calibrate`; other options go before it."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
     ] = None,
@@ -158,6 +163,8 @@ def serve(
         "k": k,
         "max_new_tokens": max_new_tokens,
     }
+    if calibration is not None:
+        overrides = _calibrated(overrides, calibration, model)
     policy_options = {"rate": rate, "seed": seed}
     if model.startswith("-"):
         raise ConfigError(f"no such option: {model}; vLLM's options stand behind the model")
@@ -212,6 +219,18 @@ serve.context_settings = {  # type: ignore[attr-defined]
     "allow_extra_args": True,
     "ignore_unknown_options": True,
 }
+
+
+def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, Any]:
+    """Options of the model, with a calibration's where a user gave none."""
+    found = load_calibration(path)
+    found.require_model(model)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if not given.keys() & {"metric", "aggregate", "k"}:
+        return {**found.overrides(), **given}
+    if "eta" not in given:
+        raise ConfigError("the calibration's threshold is for its own metric and aggregate")
+    return {"layer": found.layer, **given}
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -39,11 +39,13 @@ class Setting:
         metric: of each token.
         aggregate: over which tokens.
         k: of `Aggregate.FIRST_K`; of no meaning elsewhere.
+        include_end: as of `ThresholdPolicy`; a model's preset says it.
     """
 
     metric: Metric = Metric.MIN_ENTROPY
     aggregate: Aggregate = Aggregate.FULL
     k: int = 1
+    include_end: bool = True
 
     @property
     def name(self) -> str:
@@ -53,7 +55,25 @@ class Setting:
 
     def policy(self, eta: float) -> ThresholdPolicy:
         """The policy with this threshold."""
-        return ThresholdPolicy(self.metric, self.aggregate, eta, self.k)
+        return ThresholdPolicy(self.metric, self.aggregate, eta, self.k, self.include_end)
+
+    def value(self, record: Record) -> float:
+        """The number that the policy holds against its threshold, by the policy's own function.
+
+        Raises:
+            ConfigError: the run does not know the metric.
+        """
+        steps = first_steps(record)
+        if not steps or math.isnan(steps[0].value(self.metric)):
+            raise ConfigError(f"the run does not know the {self.metric} of its first answers")
+        return aggregate(
+            steps,
+            self.metric,
+            self.aggregate,
+            self.k,
+            include_end=self.include_end,
+            ended=record.first_ended,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,18 +121,8 @@ class Curve:
 
 
 def uncertainty(run: Run, setting: Setting) -> Column:
-    """The number that a threshold policy looks at, for each sample, by the policy's own function.
-
-    Raises:
-        ConfigError: the run does not know the metric.
-    """
-    made = []
-    for record in run.records:
-        steps = first_steps(record)
-        if not steps or math.isnan(steps[0].value(setting.metric)):
-            raise ConfigError(f"{run.folder} does not know the {setting.metric} of first answers")
-        made.append(aggregate(steps, setting.metric, setting.aggregate, setting.k))
-    return np.array(made, dtype=np.float64)
+    """`Setting.value` of each sample."""
+    return np.array([setting.value(record) for record in run.records], dtype=np.float64)
 
 
 def curve(run: Run, setting: Setting) -> Curve:
@@ -337,6 +347,12 @@ def longest_answer(run: Run) -> int:
     return max(len(record.first_tokens) for record in run.records)
 
 
+def counts_end(run: Run) -> bool:
+    """Whether the model's policy counts the end token; so it does where the run does not know."""
+    preset = run.provenance["model"].get("preset")
+    return True if preset is None else bool(preset["include_end"])
+
+
 def settings_of(
     run: Run,
     metrics: Sequence[Metric] = tuple(Metric),
@@ -352,9 +368,10 @@ def settings_of(
             for would repeat `full`, and are left out.
     """
     made = []
+    ends = counts_end(run)
     useful = [k for k in ks or range(2, 11) if k < longest_answer(run)]
     for metric in metrics:
         for how in aggregates:
             of_k = useful if how is Aggregate.FIRST_K else [1]
-            made += [Setting(metric, how, k) for k in of_k]
+            made += [Setting(metric, how, k, ends) for k in of_k]
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from eval.baselines.base import Point
 from eval.baselines.from_records import Oracle
 from eval.harness.curves import Curve, Setting, area_over_random, curve, ends
 from eval.harness.runs import Run
@@ -89,14 +90,18 @@ def draw(run: Run, curves: Sequence[Curve]) -> Figure:
     axes = figure.subplots(2, 2, sharey=True).flat
     never, always = ends(run)
     oracle = Oracle().points(run)[0]
-    costs = (
-        ("cost_pixels", "additional communication cost (pixels)"),
-        ("bytes_up", "bytes sent by the edge, mean"),
-        ("cost_bytes", "picture bytes over those of views as JPEG 100"),
-        ("relative_flops", "decoder FLOPs as spent, over first passes"),
+    costs: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
+        ("cost_pixels", "additional communication cost (pixels)", lambda p: p.cost_pixels),
+        ("bytes_up", "bytes sent by the edge, mean", lambda p: p.up),
+        ("cost_bytes", "picture bytes over those of views as JPEG 100", lambda p: p.cost_bytes),
+        (
+            "relative_flops",
+            "decoder FLOPs as spent, over first passes",
+            lambda p: p.flops / never.flops,
+        ),
     )
     metrics = list(dict.fromkeys(one.setting.metric for one in curves))
-    for panel, (name, label) in zip(axes, costs, strict=True):
+    for panel, (name, label, cost) in zip(axes, costs, strict=True):
         for one in curves:
             full = one.setting.aggregate == "full"
             panel.plot(
@@ -107,12 +112,10 @@ def draw(run: Run, curves: Sequence[Curve]) -> Figure:
                 alpha=1.0 if full else 0.5,
                 label=one.setting.metric.replace("_", "-") if full else None,
             )
-        x = [getattr(curves[0], name)[0], getattr(curves[0], name)[-1]]
+        x = [cost(never), cost(always)]
         y = [never.accuracy, always.accuracy]
         panel.plot(x, y, ":", color=MUTED, label="random")
-        begin, end = x
-        place = begin + (end - begin) * oracle.rate
-        panel.plot([place], [oracle.accuracy], "*", color=MUTED, markersize=9, label="oracle")
+        panel.plot([cost(oracle)], [oracle.accuracy], "*", color=MUTED, ms=9, label="oracle")
         panel.set_xlabel(label)
         panel.set_ylabel("accuracy")
     figure.axes[0].legend(loc="lower right")

@@ -1,0 +1,81 @@
+"""What `vlm-collab calibrate` found out, as `vlm-collab serve --calibration FILE` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from vlm_collab.errors import ConfigError
+from vlm_collab.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of a model that were chosen on data, and where they come from.
+
+    Attributes:
+        format: of this file.
+        model: as the run calls it: hub name, or a folder's last part.
+        metric, aggregate, k, eta: the retransmission policy, as in a preset. Without `eta` the file
+            says nothing of the policy.
+        layer: decoder layer whose attention is read; None for what the preset says.
+        expected: what this gives on the data that it was chosen on.
+        made: how it was chosen, and on what.
+    """
+
+    format: Literal[1]
+    model: str
+    metric: Metric = Metric.MIN_ENTROPY
+    aggregate: Aggregate = Aggregate.FULL
+    k: Annotated[int, msgspec.Meta(gt=0)] = DEFAULT_FIRST_TOKENS
+    eta: float | None = None
+    layer: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    expected: dict[str, Any] = {}
+    made: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.eta is not None:  # refuses a threshold that the metric cannot reach
+            ThresholdPolicy(self.metric, self.aggregate, self.eta, self.k)
+
+    def overrides(self) -> dict[str, Any]:
+        """As arguments of `open_model`."""
+        made: dict[str, Any] = {"layer": self.layer}
+        if self.eta is not None:
+            made |= {
+                "metric": self.metric.value,
+                "aggregate": self.aggregate.value,
+                "eta": self.eta,
+                "k": self.k if self.aggregate is Aggregate.FIRST_K else None,
+            }
+        return {name: value for name, value in made.items() if value is not None}
+
+    def require_model(self, name: str) -> None:
+        """Refuse another model than the one that was calibrated: its uncertainty is another.
+
+        Raises:
+            ConfigError: it is.
+        """
+        if Path(name).name != Path(self.model).name:
+            raise ConfigError(f"the calibration is for {self.model}, not for {name}")
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a file that `vlm-collab calibrate` wrote.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or no calibration; one line.
+    """
+    import yaml
+
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"calibration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"calibration {path} is not YAML: {line}") from error
+    try:
+        return msgspec.convert(fields, Calibration)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"calibration {path}: {' '.join(str(error).split())}") from error
