@@ -238,7 +238,7 @@ async def test_sizes_beyond_all_measure_harm_nobody():
 async def test_a_client_that_never_returns_costs_nothing_after_the_deadline():
     backend = FakeBackend()
     running_service = service(
-        backend, openai=OpenAiLimits(region_deadline_s=0.1), limits={"session_ttl_s": 0.1}
+        backend, openai=OpenAiLimits(region_deadline_s=1.0), limits={"session_ttl_s": 0.1}
     )
     async with asking(running_service) as client:
         response, call = await unsure(client)
@@ -284,7 +284,7 @@ async def test_a_crop_that_cannot_be_used_may_be_sent_again():
 
 
 async def test_the_deadline_stands_still_while_a_crop_is_read_and_goes_on_after_a_bad_one():
-    running_service = service(openai=OpenAiLimits(region_deadline_s=0.3))
+    running_service = service(openai=OpenAiLimits(region_deadline_s=1.5))
     async with asking(running_service) as client:
         response, call = await unsure(client)
         with pytest.raises(openai.BadRequestError):

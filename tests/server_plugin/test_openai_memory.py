@@ -54,9 +54,9 @@ async def test_what_is_larger_than_all_memory_is_not_kept():
 
 
 async def test_everything_is_forgotten_after_its_time():
-    memory = Memory(OpenAiLimits(keep_s=0.1))
+    memory = Memory(OpenAiLimits(keep_s=0.6))
     memory.put(b"a", "1", kept(original(10)))
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.3)
     memory.put(b"b", "2", kept(original(10)))
     async with asyncio.timeout(5):
         while memory.get(b"a", "1"):

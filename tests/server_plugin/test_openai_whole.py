@@ -11,10 +11,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from server_plugin.backend import Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
+from server_plugin.service.openai.whole import Original
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -29,7 +32,7 @@ from tests.support.openai_client import (
 )
 from tests.support.pictures import photo, saved, turned
 from tests.support.wire import SURE, UNSURE, http, service
-from vlm_collab.errors import ImageTooLargeError
+from vlm_collab.errors import ImageError, ImageTooLargeError
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.images import SourceImage, decode
 from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
@@ -387,6 +390,36 @@ def test_what_is_received_has_the_pixels_that_decoding_it_gives():
         assert whole.tobytes() == decode(data, max_pixels=10**7).tobytes(), kind
         with pytest.raises(ImageTooLargeError):
             SourceImage.received(data, max_pixels=0)
+
+
+BYTES = [
+    saved(photo(40, 30), "JPEG"),
+    saved(photo(40, 30), "JPEG", progressive=True),
+    turned(photo(40, 30), 6, "PNG"),
+    png(photo(40, 30).quantize(9)),
+    saved(photo(40, 30), "WEBP"),
+    saved(photo(40, 30), "WEBP", lossless=True),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(BYTES),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),
+    st.none() | st.integers(0, 2000),
+    st.tuples(st.integers(1, 2**20), st.integers(1, 2**20)),
+    st.sampled_from(Fit),
+)
+def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end, source, fit):
+    changed = bytearray(data)
+    for place, value in changes:
+        changed[place % len(changed)] = value
+    try:
+        original = Original.checked(bytes(changed[:end]), 10**6)
+        assert original.view(Size(28, 28), fit, Size(*source)).size == (28, 28)
+        assert max(original.region(None, Size(28, 28)).size) <= 28
+    except ImageError as error:
+        assert "\n" not in str(error)
 
 
 async def test_a_turned_picture_is_cropped_upright():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -40,6 +43,28 @@ async def client_of(url: str, key: str = "none") -> AsyncIterator[AsyncOpenAI]:
         base_url=base_url, api_key=key, max_retries=0, http_client=web
     ) as client:
         yield client
+
+
+@contextmanager
+def served(service: Service) -> Iterator[str]:
+    """A service on an event loop of its own, for tests that have none; yields its URL."""
+    started: Future[str] = Future()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with running(service) as url:
+            started.set_result(url)
+            await stop.wait()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield started.result(10)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
 
 
 def data_url(picture: bytes) -> str:
