@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Unpack
 
 from edge_client.answer import EdgeAnswer
@@ -29,6 +30,8 @@ from vlm_collab.openai import (
     refuse,
     stage_name,
 )
+
+log = logging.getLogger(__name__)
 
 _FOREVER = Retry(attempts=2**31, reconnect_attempts=2**31, longest_s=2.0)
 """A question's deadline ends its waiting; the gateway itself never gives the server up."""
@@ -143,7 +146,16 @@ class Answerer:
                 )
             )
             left_s = max(0.001, until - asyncio.get_running_loop().time())
-            return _result(await self._ask(query, pictures, on_text, left_s))
+            answer = await self._ask(query, pictures, on_text, left_s)
+            log.info(
+                "%d pictures, %s answer: %d of %s bytes up, %.2f s",
+                len(pictures),
+                "refined" if answer.refined else "first",
+                answer.bytes_up,
+                answer.original_bytes,
+                answer.elapsed_s,
+            )
+            return _result(answer)
         except CollabError as error:
             raise api_error(error, param=query.question_param) from error
 

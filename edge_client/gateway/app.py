@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import httpx
@@ -89,6 +90,7 @@ class Gateway:
         self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
         self._created = int(time.time())
         self._requests = 0
+        self._body_bytes = 0
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -143,8 +145,8 @@ class Gateway:
 
     async def _chat(self, request: Request) -> Response:
         limits = self.config.limits.wire
-        with self._working():
-            body = await self._body(request)
+        with self._working() as work:
+            body = await self._body(request, work)
             if chat_is_text(body):
                 return await self._forward(request, body)
             query = await asyncio.to_thread(parse_chat, body, limits)
@@ -160,8 +162,8 @@ class Gateway:
 
     async def _respond(self, request: Request) -> Response:
         limits = self.config.limits.wire
-        with self._working():
-            body = await self._body(request)
+        with self._working() as work:
+            body = await self._body(request, work)
             asked = await asyncio.to_thread(parse_responses, body, limits)
             if asked.region_tool or asked.outputs:
                 raise refuse(
@@ -268,36 +270,36 @@ class Gateway:
         return _json(body, 200 if model is not None else 503)
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Count a request, or refuse it."""
+    def _working(self) -> Iterator[_Work]:
+        """Count a request and its bytes, or refuse it."""
         if self._requests >= self.config.limits.max_requests:
-            raise ApiError(
-                429,
-                f"{self._requests} requests are being worked on; no more at once",
-                "rate_limit_error",
-                None,
-                "busy",
-                retry_after_s=1.0,
-            )
+            raise _busy(f"{self._requests} requests are being worked on; no more at once")
+        work = _Work()
         self._requests += 1
         try:
-            yield
+            yield work
         finally:
             self._requests -= 1
+            self._body_bytes -= work.body_bytes
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request, work: _Work) -> dict[str, Any]:
         limits = self.config.limits
-        most = limits.wire.max_body_bytes
-        data, size = bytearray(), 0
+        most, data, size = limits.wire.max_body_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 async for piece in request.stream():
                     size += len(piece)
-                    if size <= most:
-                        data += piece
-                    # A client that still sends does not read; within reason it is let finish.
-                    elif size > 4 * most:
+                    if size > 4 * most:
                         break
+                    # A client that still sends does not read; within reason it is let finish.
+                    if size > most:
+                        continue
+                    work.body_bytes += len(piece)
+                    self._body_bytes += len(piece)
+                    others = self._body_bytes - work.body_bytes
+                    if others and self._body_bytes > limits.max_body_bytes:
+                        raise _busy("no room for another request of this size now")
+                    data += piece
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time") from None
         if size > most:
@@ -308,6 +310,17 @@ class Gateway:
                 status=413,
             )
         return await asyncio.to_thread(decode_body, bytes(data), most)
+
+
+@dataclass(slots=True)
+class _Work:
+    """A request that is worked on, and the bytes of its body."""
+
+    body_bytes: int = 0
+
+
+def _busy(text: str) -> ApiError:
+    return ApiError(429, text, "rate_limit_error", None, "busy", retry_after_s=1.0)
 
 
 _KEPT = ("content-type", "retry-after")

@@ -19,6 +19,7 @@ class GatewayLimits:
     Attributes:
         wire: bounds on one request.
         max_requests: requests worked on at once; further ones get "busy, retry after".
+        max_body_bytes: bodies of all of them together, likewise; a single one always fits.
         max_picture_bytes: memory for originals, so that a later question about one costs no
             pixels; the least recently used go first.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
@@ -30,6 +31,7 @@ class GatewayLimits:
 
     wire: WireLimits = field(default_factory=WireLimits)
     max_requests: int = 32
+    max_body_bytes: int = 256 * 2**20
     max_picture_bytes: int = 256 * 2**20
     max_responses: int = 256
     max_response_bytes: int = 256 * 2**20

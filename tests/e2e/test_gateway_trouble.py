@@ -215,6 +215,19 @@ async def test_a_gateway_that_is_full_says_when_to_come_back():
         assert (await ask(here.client, SURE, photo(2))).choices
 
 
+async def test_requests_share_the_room_for_their_bodies():
+    async with place(slow(0.5), limits={"max_body_bytes": 60_000}) as here:
+        # One alone may be larger than the room for all.
+        first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
+        await here.proxy.until_passed(Ask)
+        with pytest.raises(openai.RateLimitError, match="no room") as caught:
+            await ask(here.client, SURE, photo(3))
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert (await first).choices
+        assert (await ask(here.client, SURE, photo(3))).choices
+        assert here.gateway._body_bytes == 0
+
+
 async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():
     async with serving(service(FakeBackend(), token="right")) as url:
         for token in (None, "wrong"):
