@@ -76,6 +76,7 @@ _HELP = {
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
     "eval": "Measure models on benchmarks.",
+    "calibrate": "Choose a model's threshold or layer on data.",
     "flops": "Print what a question costs on a model.",
 }
 _EXTRA = {
@@ -85,6 +86,7 @@ _EXTRA = {
     "serve": "server",
     "demo": "eval",
     "eval": "eval",
+    "calibrate": "eval",
     "flops": "server",
 }
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")

@@ -1,0 +1,165 @@
+"""`vlm-collab calibrate`: settings for `vlm-collab serve`, chosen on data."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from typer.core import TyperGroup
+
+from eval.tasks import open_task
+from server_plugin.calibration import Calibration
+from vlm_collab.errors import ConfigError
+
+_THRESHOLD, _LAYERS = "threshold", "layers"
+
+
+class CalibrateCommands(TyperGroup):
+    """`layers`, and what everything else means: a threshold from a run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments are for; a run's folder needs no command's name."""
+        if args[0] not in (_THRESHOLD, _LAYERS):
+            args = [_THRESHOLD, *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=CalibrateCommands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    # Options before the run's folder are the threshold's own.
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Choose settings on data, and write a file that `serve --calibration` reads.
+
+    `vlm-collab calibrate RUN --target-rate 0.3` is short for `calibrate threshold RUN …`.
+    """
+
+
+@app.command(_THRESHOLD)
+def threshold(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, of a split that is not reported.")],
+    target_rate: Annotated[
+        float | None, typer.Option(help="Share of questions whose region is asked for, 0 to 1.")
+    ] = None,
+    max_bytes: Annotated[
+        float | None, typer.Option(help="Most bytes that the edge sends for a question, the mean.")
+    ] = None,
+    max_accuracy_loss: Annotated[
+        float | None,
+        typer.Option(help="Most accuracy to lose against asking for every region, such as 0.01."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="Of --max-accuracy-loss: how often it has to hold.")
+    ] = 0.95,
+    metric: Annotated[
+        str | None, typer.Option(help="min_entropy, entropy or margin; by default the run's.")
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(help="full, first_k or first; by default the run's.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Tokens of first_k.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="Another rule of the task.")] = None,
+    out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
+) -> None:
+    """Choose the threshold of a run's model."""
+    from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
+    from eval.harness.curves import rescored
+    from eval.harness.runs import open_run
+
+    goals = (target_rate, max_bytes, max_accuracy_loss)
+    if sum(goal is not None for goal in goals) != 1:
+        raise ConfigError("say one of --target-rate, --max-bytes and --max-accuracy-loss")
+    opened = open_run(run)
+    opened.require("two_stage")
+    if scorer is not None:
+        opened = rescored(opened, scorer)
+    setting = setting_of(opened, metric, aggregate, k)
+    if target_rate is not None:
+        found = for_rate(opened, setting, target_rate)
+    elif max_bytes is not None:
+        found = for_bytes(opened, setting, max_bytes)
+    else:
+        assert max_accuracy_loss is not None
+        found = for_loss(opened, setting, max_accuracy_loss, confidence)
+    write(found, out)
+    if "note" in found.made:
+        print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)
+    told = found.expected
+    low, high = told["rate_interval_95"]
+    print(
+        f"{out}: {setting.name}, eta {found.eta:.4g}; sends {told['rate']:.1%} of the regions "
+        f"(95 %: {low:.1%} to {high:.1%}), {told['bytes_up']:,.0f} bytes a question, "
+        f"accuracy {told['accuracy']:.1%} (never {told['accuracy_never']:.1%}, "
+        f"always {told['accuracy_always']:.1%})"
+    )
+
+
+@app.command(_LAYERS)
+def layers(
+    task: Annotated[str, typer.Option(help="A benchmark that says where answers are.")] = "signs",
+    model: Annotated[
+        str, typer.Option(help="As in `vlm-collab serve`: hub name, local folder, or demo.")
+    ] = "demo",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmark's data, in the hub's layout.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="One that is not reported.")] = "val",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = 300,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Only this one; repeat for several.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
+) -> None:
+    """Choose the attention layer: the one whose region covers most of the true place."""
+    from eval.calibrate.layers import best_layer, measure_layers
+    from eval.harness.loading import ModelOptions
+
+    opened = open_task(task, data=data, split=split, limit=limit)
+    options = ModelOptions(name=model, device=device, dtype=dtype)
+    made, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
+    best = best_layer(made)
+    rows = [msgspec.to_builtins(one) for one in made]
+    found = Calibration(
+        format=1,
+        model=name,
+        layer=best.layer,
+        expected={"covered": best.covered, "whole": best.whole},
+        made={"task": task, "split": opened.split, "samples": best.samples, "layers": rows},
+    )
+    write(found, out)
+    for one in made:
+        mark = " *" if one is best else ""
+        print(f"layer {one.layer:2}: covers {one.covered:.1%}, whole {one.whole:.1%}{mark}")
+    print(f"{out}: layer {best.layer}")
+
+
+def write(found: Calibration, path: Path) -> None:
+    """The file, the same for the same findings.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    import yaml
+
+    fields = {
+        name: value for name, value in msgspec.to_builtins(found).items() if value is not None
+    }
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,136 @@
+"""Which decoder layer's attention finds the place that shows the answer.
+
+003_92b41fe49395ce1a.txt chooses the layer of Eq. 22 "empirically" (section VI-B). Here it is the
+one whose region holds most of what has to be seen, on data that say where that is: for every layer
+the model is opened, and each question goes through the first pass and the region search, by the
+engine itself. Nothing is sent, and no second pass runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL.Image import Image
+from tqdm import tqdm
+
+from eval.harness.loading import ModelOptions, loaded
+from eval.harness.method import Pictures
+from eval.report.boxes import covered
+from eval.tasks.base import Sample, Task
+from server_plugin.assembly import engine_of
+from server_plugin.engine import Engine, RegionNeed, RegionUnavailableError
+from server_plugin.presets import Preset
+from vlm_collab.errors import ConfigError
+from vlm_collab.images import Codec, decode
+from vlm_collab.messages import Fallback, Retransmit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """How well one layer finds the place.
+
+    Attributes:
+        layer: its index, from 0.
+        covered: share of the true box's area that lies in the region, mean over samples.
+        whole: share of the samples whose true box lies in it entirely.
+        samples: how many had a true box.
+    """
+
+    layer: int
+    covered: float
+    whole: float
+    samples: int
+
+
+async def measure_layers(
+    task: Task, options: ModelOptions, layers: Sequence[int] | None = None, *, shown: bool = False
+) -> tuple[list[Layer], str]:
+    """Measure all layers, or some.
+
+    Args:
+        task: whose samples with a true box are looked at.
+        options: of the model; without a layer.
+        layers: which; None for all.
+        shown: whether to show a progress bar on stderr.
+
+    Returns:
+        The layers in order, and the model's name.
+
+    Raises:
+        ConfigError: no sample has a true box.
+    """
+    every = (task[index] for index in range(len(task)))
+    samples = [sample for sample in every if sample.true_box is not None]
+    if not samples:
+        raise ConfigError(f"no sample of {task.name} {task.split} says where its answer is")
+    made: list[Layer] = []
+    wanted = None if layers is None else list(layers)
+    name, bar = "", None
+    while wanted is None or wanted:
+        layer = 0 if wanted is None else wanted[0]
+        chosen = ModelOptions(
+            name=options.name,
+            device=options.device,
+            dtype=options.dtype,
+            batch=1,
+            overrides={**options.overrides, "layer": layer},
+        )
+        backend, preset = await loaded(chosen, 1)
+        try:
+            if wanted is None:
+                wanted = list(range(backend.info.layers))
+            bar = bar or tqdm(
+                total=len(wanted) * len(samples), unit="sample", disable=None if shown else True
+            )
+            engine, name = engine_of(backend, preset, None, {}), backend.info.name
+            made.append(await _measure(engine, preset, layer, samples, bar.update))
+        finally:
+            await backend.close()
+        wanted.pop(0)
+    if bar is not None:
+        bar.close()
+    return made, name
+
+
+def best_layer(layers: Sequence[Layer]) -> Layer:
+    """The one that covers most; on ties the first."""
+    return max(layers, key=lambda one: (one.covered, -one.layer))
+
+
+async def _none(need: RegionNeed) -> Image:
+    """No region is fetched: where it lies is all that is asked."""
+    raise RegionUnavailableError(Fallback.DECLINED)
+
+
+async def _measure(
+    engine: Engine,
+    preset: Preset,
+    layer: int,
+    samples: Sequence[Sample],
+    done: Callable[[int], object],
+) -> Layer:
+    shares, pictures, info = [], Pictures(), engine.backend.info
+    for sample in samples:
+        picture = pictures.get(sample)
+        codec = Codec[preset.codec.upper()]
+        sent = picture.view(info.view, info.fit, codec, preset.quality)
+        shown = decode(sent, max_pixels=info.view.width * info.view.height)
+        view = await engine.backend.open_view(shown)
+        try:
+            outcome = await engine.answer(
+                view, picture.size, sample.question, _none, retransmit=Retransmit.ALWAYS
+            )
+        finally:
+            await engine.backend.release(view)
+        assert outcome.need is not None
+        assert sample.true_box is not None
+        shares.append(covered(sample.true_box, outcome.need.box))
+        done(1)
+    return Layer(
+        layer=layer,
+        covered=float(np.mean(shares)),
+        whole=float(np.mean([share == 1.0 for share in shares])),
+        samples=len(shares),
+    )

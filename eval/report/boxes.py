@@ -1,0 +1,39 @@
+"""Whether regions hold what has to be seen, against regions of their size placed at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Corners = Sequence[int]
+"""Left, top, right, bottom in px; right and bottom exclusive."""
+
+
+def covered(true_box: Corners, region: Corners) -> float:
+    """Share of a box's area that lies in a region."""
+    left, top, right, bottom = true_box
+    width = min(right, region[2]) - max(left, region[0])
+    height = min(bottom, region[3]) - max(top, region[1])
+    return max(0, width) * max(0, height) / ((right - left) * (bottom - top))
+
+
+def covered_at_random(true_box: Corners, region: Corners, width: int, height: int) -> float:
+    """Expected `covered` if the region lay anywhere in the picture, each place in whole px as
+    likely as any other. Exact: both directions are independent.
+
+    Args:
+        true_box, region: as of `covered`.
+        width, height: of the picture, in px.
+    """
+    left, top, right, bottom = true_box
+    across = _expected_overlap(left, right, region[2] - region[0], width)
+    down = _expected_overlap(top, bottom, region[3] - region[1], height)
+    return across * down / ((right - left) * (bottom - top))
+
+
+def _expected_overlap(begin: int, end: int, side: int, length: int) -> float:
+    starts: NDArray[np.int64] = np.arange(max(0, length - side) + 1)
+    overlap = np.minimum(end, starts + side) - np.maximum(begin, starts)
+    return float(np.maximum(overlap, 0).mean())
