@@ -91,14 +91,13 @@ def test_a_conversation_with_a_picture_that_is_sent_again() -> None:
 
 def test_what_one_side_says_in_a_row_is_one_text() -> None:
     query = chat(
-        {"role": "assistant", "content": "hello"},
         user(text("a"), text("b")),
         {"role": "developer", "content": "c"},
         {"role": "assistant", "content": None},
         {"role": "assistant", "content": "d"},
         user("e"),
     )
-    assert query.history == (("", "hello"), ("a\nb\nc", "\nd"))
+    assert query.history == (("a\nb\nc", "\nd"),)
     assert query.question == "e"
 
 
@@ -227,6 +226,11 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ),
         ({"messages": [user(text("x")), {"role": "assistant", "content": "y"}]}, "messages"),
         ({"messages": [user(text("  "))]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "hello"}, user("x")]}, "messages"),
+        (
+            {"messages": [user(image(JPEG)), {"role": "assistant", "content": "?"}, user("x")]},
+            "messages",
+        ),
         ({"messages": [user(image(JPEG))]}, "messages"),
         ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),
         (

@@ -198,6 +198,9 @@ def make_query(
         )
     if len(history) > MAX_TURNS:
         raise refuse(param, f"a conversation of more than {MAX_TURNS} turns", "too_large")
+    if not all(asked.strip() for asked, _ in history):
+        why = "before each answer there must be a text of the user's"
+        raise refuse(param, f"{param}: {why}", "invalid_question")
     if not question.strip():
         ends = conversation.lines and conversation.lines[-1][0] is Role.ASSISTANT
         why = "the last message must be the user's" if ends else "there is no question"
