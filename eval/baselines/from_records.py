@@ -111,7 +111,7 @@ class Oracle(Baseline):
 class SendOriginal(Baseline):
     """The original's file goes up whole, once, and both stages take place at the server.
 
-    The first point is at the threshold of the run's preset, the second one sends every question
+    One point is at the threshold of the run's preset, if the run knows one; one sends every question
     through the second stage. Costs of pictures are the same; what a second stage costs there is
     FLOPs alone. Answers are those of the run, whose views and regions went through its codec; the
     server would cut them from the original's own pixels.
@@ -121,13 +121,11 @@ class SendOriginal(Baseline):
 
     def _points(self, run: Run) -> list[Point]:
         note = "answers as with the run's codec; no region crosses the link"
-        policy = run.preset.policy()
-        chosen = np.array([decided(policy, record) for record in run.records], dtype=np.float64)
-        every = np.ones(len(run.records))
-        made = [
-            _from_the_original(run, chosen, self.name, policy.eta, note),
-            _from_the_original(run, every, self.name, None, note),
-        ]
+        made = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
+        if run.knows_preset:
+            policy = run.preset.policy()
+            chosen = np.array([decided(policy, record) for record in run.records], dtype=np.float64)
+            made.append(_from_the_original(run, chosen, self.name, policy.eta, note))
         return sorted(made, key=lambda point: point.flops)
 
 

@@ -315,3 +315,5 @@ def _tell(path: Path, ended: Ended, as_json: bool) -> None:
     failed = f", {ended.failed} failed (see failed.jsonl)" if ended.failed else ""
     both = f"{first:.1%}" if run.method != TWO_STAGE else f"{first:.1%} first, {second:.1%} second"
     print(f"{path}: {ended.rows} samples{failed}; {both}")
+    if note := run.provenance["model"].get("note"):
+        print(f"note: {note}")

@@ -57,16 +57,20 @@ class Run:
         return None if None in sizes else Decoder(*sizes)
 
     @property
+    def knows_preset(self) -> bool:
+        """Whether `preset` can be had; over a service it cannot."""
+        return self.provenance["model"].get("preset") is not None
+
+    @property
     def preset(self) -> Preset:
         """How the model was used.
 
         Raises:
             ConfigError: the run does not know it, as one over a service.
         """
-        preset = self.provenance["model"].get("preset")
-        if preset is None:
+        if not self.knows_preset:
             raise ConfigError(f"{self.folder} does not know its model's preset")
-        return msgspec.convert(preset, Preset)
+        return msgspec.convert(self.provenance["model"]["preset"], Preset)
 
     def require(self, method: str) -> None:
         """Refuse a run that is no run of a method.

@@ -236,6 +236,15 @@ def test_a_run_over_a_service_has_no_paper_flops(made: Run) -> None:
     assert point.flops == 100e6
 
 
+def test_all_baselines_read_a_run_over_a_service(made: Run) -> None:
+    model = {"view": [100, 100], "preset": None}
+    bare = [replace(row, first_entropy=[], first_margin=[]) for row in made.records]
+    service = replace(made, records=bare, provenance={"method": "two_stage", "model": model})
+    names = [point.name for point in measured([service])]
+    assert set(names) == {one.name for one in BASELINES if one.method == "two_stage"}
+    assert names.count("sending the original") == 1
+
+
 # ---- LLaVA-1.5-HD ----------------------------------------------------------------------------
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,10 @@ import pytest
 from edge_client.cli import main
 from eval.harness.cli import app
 from eval.harness.cli_run import _without_processes
+from eval.harness.folder import RunFolder
+from eval.harness.progress import Progress
 from eval.harness.provenance import _command
+from eval.harness.records import Record
 from eval.harness.runs import open_run
 
 TIMES = {"first_s", "look_s", "second_s", "edge_s"}
@@ -97,6 +103,41 @@ def test_wrong_use_gets_one_line(
     assert len(err.splitlines()) == 1
     assert out == ""
     assert not list(tmp_path.glob("run/part-*"))
+
+
+def test_an_interrupted_run_says_where_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Progress.add
+
+    def interrupted(self: Progress, records: Sequence[Record], failed: int) -> None:
+        made(self, records, failed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "add", interrupted)
+    line = ["run", "--task", "signs", "--limit", "9", "--batch", "1", "--out", str(tmp_path / "r")]
+    code, out, err = call(capsys, *line)
+    assert (code, out) == (130, "")
+    assert f"what is finished is in {tmp_path / 'r'}" in err
+    assert "Traceback" not in err
+    assert 0 < len(open_run(tmp_path / "r").records) < 9
+    assert not open_run(tmp_path / "r").complete
+
+
+def test_progress_tells_accuracy_bytes_and_failures(tmp_path: Path) -> None:
+    line = ["--task", "signs", "--limit", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["eval", "run", *line])
+    records = open_run(tmp_path).records
+    rows = [replace(r, view_bytes=1000, region_bytes=500) for r in records]
+    folder = RunFolder(tmp_path / "another")
+    with Progress(folder, range(4), others=False, shown=False) as progress:
+        assert progress.text() == ""
+        progress.add([replace(rows[0], first_score=0.0, second_score=1.0)], 1)
+        assert progress.text() == "first 0.0%, second 100.0%, 1,500 B/sample, 1 failed"
+        # A method without a second stage has no second accuracy.
+        progress.add([replace(rows[1], first_score=1.0, second_score=math.nan)], 0)
+        assert progress.text() == "first 50.0%, 1,500 B/sample, 1 failed"
 
 
 def test_processes_share_the_samples_out(
