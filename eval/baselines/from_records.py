@@ -111,10 +111,10 @@ class Oracle(Baseline):
 class SendOriginal(Baseline):
     """The original's file goes up whole, once, and both stages take place at the server.
 
-    One point is at the threshold of the run's preset, if the run knows one; one sends every question
-    through the second stage. Costs of pictures are the same; what a second stage costs there is
-    FLOPs alone. Answers are those of the run, whose views and regions went through its codec; the
-    server would cut them from the original's own pixels.
+    One point is at the threshold of the run's preset, if the run knows one; one sends every
+    question through the second stage. Costs of pictures are the same; what a second stage costs
+    there is FLOPs alone. Answers are those of the run, whose views and regions went through its
+    codec; the server would cut them from the original's own pixels.
     """
 
     name = "sending the original"
