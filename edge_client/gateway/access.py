@@ -60,8 +60,8 @@ class Access:
         origin = client.headers.get("origin")
         if origin is None or origin in self._config.origins:
             return True
-        own = urlsplit_or_none(origin)
-        if own is None or own != client.headers.get("host"):
+        place = _place_of(origin)
+        if not place or place != client.headers.get("host"):
             return False
         return self._config.api_key is not None or is_loopback(_host_of(origin))
 
@@ -76,13 +76,13 @@ class Access:
         return hmac.compare_digest(given.strip().encode(), key.encode())
 
 
-def urlsplit_or_none(origin: str) -> str | None:
-    """Host and port of an origin; None for what is none, such as `null`."""
+def _place_of(origin: str) -> str:
+    """Host and port of a page's origin; the empty text for what is none, such as `null`."""
     try:
         parts = urlsplit(origin)
     except ValueError:
-        return None
-    return parts.netloc if parts.scheme in ("http", "https") else None
+        return ""
+    return parts.netloc if parts.scheme in ("http", "https") else ""
 
 
 def _host_of(address: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import zlib
 from typing import Any
 
@@ -188,6 +190,29 @@ async def test_a_client_that_leaves_a_stream_in_the_middle():
         await stream.close()
         await here.proxy.until_passed(Cancel)
         await nothing_left(here)
+
+
+async def test_clients_that_leave_at_any_time_leave_nothing_behind():
+    words = " ".join(f"word{i}" for i in range(15))
+    backend = FakeBackend(
+        play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
+    )
+    draw = random.Random(7)
+
+    async def one(number: int) -> None:
+        body = {"model": MODEL, "messages": [said(UNSURE, photo(number % 3))]}
+        body["stream"] = bool(number % 2)
+        patience_s = draw.uniform(0.0, 0.6)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await here.http.post("/chat/completions", json=body)
+
+    async with place(backend) as here:
+        for _ in range(3):
+            await asyncio.gather(*(one(number) for number in range(20)))
+        await nothing_left(here)
+        assert here.gateway._body_bytes == 0
+        assert (await ask(here.client, UNSURE)).choices[0].message.content == words
 
 
 async def test_a_server_that_is_full_says_when_to_come_back():
