@@ -1,0 +1,250 @@
+"""Fig. 4, 5, 6, 8, 9, 10 and 12 of 003_92b41fe49395ce1a.txt: accuracy over cost.
+
+Each function makes all that its figure shows; `eval.report.panels.draw_panels` draws it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.calibrate.choose import for_loss
+from eval.harness.curves import (
+    Bootstrap,
+    Setting,
+    area_over_random,
+    curve,
+    longest_answer,
+    part,
+)
+from eval.harness.runs import Run
+from eval.report.inputs import Inputs, title_of
+from eval.report.panels import (
+    PAPER_FLOPS,
+    PIXELS,
+    RELATIVE_BYTES,
+    SPENT_FLOPS,
+    Axis,
+    Panel,
+    line,
+    panel,
+)
+from eval.report.trace import rows_of
+from vlm_collab.errors import ConfigError
+from vlm_collab.policy import Aggregate, Metric
+
+Told = dict[str, Any]
+
+METRIC_NAMES = {
+    Metric.MIN_ENTROPY: "min-entropy",
+    Metric.ENTROPY: "Shannon entropy",
+    Metric.MARGIN: "probability margin",
+}
+MAX_LOSS, CONFIDENCE = 0.01, 0.95
+"""Of the threshold that figures mark where there is a validation run."""
+
+
+def fig4(inputs: Inputs) -> Told:
+    """Accuracy over communication, with HD's point, random line and oracle."""
+    return _proposed(
+        inputs,
+        "Accuracy against communication (Fig. 4)",
+        "additional communication cost (pixels)",
+        lambda run: [line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))],
+        PIXELS,
+    )
+
+
+def fig5(inputs: Inputs) -> Told:
+    """Accuracy over computation, as the paper counts it and as executed; marks and random line
+    are by the paper's count."""
+
+    def lines(run: Run) -> list[Told]:
+        drawn = [] if run.decoder is None else [("Eq. 17-20", PAPER_FLOPS)]
+        drawn.append(("as executed", SPENT_FLOPS))
+        bootstrap = _bootstrap(inputs, run)
+        return [line(name, run, _default(inputs), axis, bootstrap) for name, axis in drawn]
+
+    axis = SPENT_FLOPS if inputs.main.decoder is None else PAPER_FLOPS
+    title = "Accuracy against computation (Fig. 5)"
+    label = "relative computation cost (first passes = 1)"
+    return _proposed(inputs, title, label, lines, axis) | {"bands": (0, 1)}
+
+
+def fig6(inputs: Inputs) -> Told:
+    """The uncertainty metrics, each aggregated over the whole answer."""
+    return _trade_offs(
+        "Uncertainty metrics, mean over the answer (Fig. 6)",
+        [
+            panel(
+                title,
+                run,
+                [
+                    line(
+                        METRIC_NAMES[metric],
+                        run,
+                        Setting(metric, include_end=inputs.include_end),
+                        PIXELS,
+                        _bootstrap(inputs, run),
+                    )
+                    for metric in inputs.metrics
+                ],
+                PIXELS,
+            )
+            for title, run in inputs.parts()
+        ],
+    )
+
+
+def fig8(inputs: Inputs) -> Told:
+    """Min-entropy over the first tokens of the answer, and over all."""
+
+    def lines(run: Run) -> list[Told]:
+        bootstrap, end = _bootstrap(inputs, run), inputs.include_end
+        longest = longest_answer(run)
+        made = [("full average", Setting(include_end=end))]
+        made.append(("starting token", Setting(aggregate=Aggregate.FIRST, include_end=end)))
+        made += [
+            (f"{k}-token average", Setting(aggregate=Aggregate.FIRST_K, k=k, include_end=end))
+            for k in (2, 3, 5, 10)
+            if k < longest
+        ]
+        return [line(name, run, setting, PIXELS, bootstrap) for name, setting in made]
+
+    panels = [panel(title, run, lines(run), PIXELS) for title, run in inputs.parts()]
+    return _trade_offs("Aggregation length, min-entropy (Fig. 8)", panels)
+
+
+def fig9(inputs: Inputs) -> Told:
+    """Data sets; of a single one, its kinds of questions."""
+    hd = inputs.hd if not inputs.tasks else None
+    panels = []
+    for title, run in inputs.kinds():
+        drawn = line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))
+        panels.append(panel(title, run, [drawn], PIXELS, hd=_same(hd, run)))
+    what = "Tasks" if inputs.tasks else "Kinds of questions"
+    return _trade_offs(f"{what} (Fig. 9)", panels) | {"columns": 2 if len(panels) == 4 else 3}
+
+
+def fig10(inputs: Inputs) -> Told:
+    """Models."""
+    panels = []
+    for run in (inputs.main, *inputs.models):
+        drawn = line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))
+        name = str(run.provenance["model"]["name"])
+        panels.append(panel(name.rpartition("/")[2], run, [drawn], PIXELS))
+    return _trade_offs(f"Models on {title_of(inputs.main)} (Fig. 10)", panels)
+
+
+def fig12(inputs: Inputs) -> Told | None:
+    """JPEG qualities on the samples that all these runs share; None without any such run."""
+    runs = [inputs.main, *inputs.qualities]
+    if len(runs) == 1 or not inputs.main.records[0].reference_bytes:
+        return None
+    shared = set.intersection(*({record.id for record in run.records} for run in runs))
+    if not shared:
+        raise ConfigError("the runs of different qualities have no samples in common")
+    lines = []
+    for run in sorted(runs, key=quality_of):
+        common = part(run, lambda record: record.id in shared)
+        bootstrap = _bootstrap(inputs, common)
+        lines.append(line(quality_name(run), common, _default(inputs), RELATIVE_BYTES, bootstrap))
+    count = lines[0]["rows"]
+    told = _trade_offs(
+        "Picture qualities (Fig. 12)",
+        [{"title": "same questions", "rows": count, "lines": lines, "marks": []}],
+    )
+    label = "relative communication cost (picture bytes over views as JPEG 100)"
+    return told | {"x_label": label, "bands": (), "wide": True}
+
+
+def areas(inputs: Inputs) -> list[Told]:
+    """How far each setting's curve lies above the random line, and how that differs from
+    min-entropy over the whole answer, with intervals from the same resamples."""
+    made = []
+    for title, run in inputs.parts():
+        bootstrap = _bootstrap(inputs, run)
+        drawn = curve(run, _default(inputs))
+        base, of_base = area_over_random(drawn), bootstrap.areas(drawn, run)
+        for setting in _compared(inputs, run):
+            drawn = curve(run, setting)
+            found = bootstrap.areas(drawn, run)
+            area = area_over_random(drawn)
+            made.append(
+                {
+                    "part": title,
+                    "setting": setting.name,
+                    "rows": rows_of(run),
+                    "area": area,
+                    "area_interval": list(bootstrap.interval(found)),
+                    "difference": area - base,
+                    "difference_interval": list(bootstrap.interval(found - of_base)),
+                }
+            )
+    return made
+
+
+def quality_of(run: Run) -> int:
+    """Of its global views."""
+    return int(run.provenance["codec"]["view"][1])
+
+
+def quality_name(run: Run) -> str:
+    """Of its pictures, such as "JPEG 50"."""
+    codec = run.provenance["codec"]
+    name, quality = codec["view"]
+    same = codec["region"] == codec["view"]
+    of_region = "" if same else f", regions {codec['region'][1]}"
+    return f"{str(name).upper()} {quality}{of_region}"
+
+
+def _compared(inputs: Inputs, run: Run) -> list[Setting]:
+    end, longest = inputs.include_end, longest_answer(run)
+    made = [Setting(metric, include_end=end) for metric in inputs.metrics]
+    for metric in inputs.metrics:
+        made.append(Setting(metric, Aggregate.FIRST, include_end=end))
+        made += [Setting(metric, Aggregate.FIRST_K, k, end) for k in (2, 3, 5, 10) if k < longest]
+    return made
+
+
+def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) -> Told:
+    eta, setting = _chosen(inputs), _default(inputs)
+    panels: list[Panel] = []
+    for name, run in inputs.parts():
+        mine = run.provenance["task"]["name"] == inputs.main.provenance["task"]["name"]
+        hd = _same(inputs.hd, run) if mine else None
+        chosen = eta if mine else None
+        panels.append(panel(name, run, lines(run), axis, hd=hd, eta=chosen, setting=setting))
+    return _trade_offs(title, panels) | {"x_label": label}
+
+
+def _trade_offs(title: str, panels: list[Panel]) -> Told:
+    return {
+        "title": title,
+        "x_label": "additional communication cost (pixels)",
+        "y_label": "accuracy",
+        "panels": panels,
+    }
+
+
+def _default(inputs: Inputs) -> Setting:
+    return Setting(include_end=inputs.include_end)
+
+
+def _chosen(inputs: Inputs) -> float | None:
+    """The threshold that loses at most `MAX_LOSS` against full retransmission, from the
+    validation run."""
+    if inputs.val is None:
+        return None
+    return for_loss(inputs.val, _default(inputs), MAX_LOSS, CONFIDENCE).eta
+
+
+def _bootstrap(inputs: Inputs, run: Run) -> Bootstrap:
+    return Bootstrap.of(run, resamples=inputs.resamples, seed=inputs.seed)
+
+
+def _same(hd: Run | None, run: Run) -> Run | None:
+    """HD on the samples of a part."""
+    if hd is None:
+        return None
+    ids = {record.id for record in run.records}
+    return part(hd, lambda record: record.id in ids)

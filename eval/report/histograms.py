@@ -1,0 +1,91 @@
+"""Fig. 7 of 003_92b41fe49395ce1a.txt: how min-entropy tells right from wrong first answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.harness.curves import Bootstrap, Setting
+from eval.report.inputs import Inputs
+from eval.report.separation import by_step, separation
+from eval.report.style import RIGHT, WRONG, new_figure
+from eval.report.trace import rows_of
+from vlm_collab.policy import Aggregate
+
+
+def fig7(inputs: Inputs) -> dict[str, Any]:
+    """Means at each step, and histograms of the starting token and of the full average."""
+    run = inputs.main
+    bootstrap = Bootstrap.of(run, resamples=inputs.resamples, seed=inputs.seed)
+    end = inputs.include_end
+    return {
+        "title": "Min-entropy of right and wrong first answers (Fig. 7)",
+        "rows": rows_of(run),
+        "steps": by_step(run, bootstrap),
+        "first": separation(run, Setting(aggregate=Aggregate.FIRST, include_end=end), bootstrap),
+        "full": separation(run, Setting(include_end=end), bootstrap),
+    }
+
+
+def draw_fig7(told: dict[str, Any]) -> Figure:
+    """A figure of what `fig7` found."""
+    figure = new_figure(12.6, 3.9)
+    steps, first, full = figure.subplots(1, 3)
+    for which, colour in (("right", RIGHT), ("wrong", WRONG)):
+        _steps(steps, told["steps"], which, colour)
+    steps.set_title("(a) each generated token")
+    steps.set_xlabel("generation step")
+    steps.set_ylabel("mean min-entropy (bits)")
+    steps.set_xticks([row["step"] for row in told["steps"]])
+    steps.set_ylim(bottom=0)
+    steps.legend(loc="upper right")
+    _histogram(first, told["first"], "(b) starting token")
+    _histogram(full, told["full"], "(c) full-sequence average")
+    figure.suptitle(told["title"], fontsize=11)
+    return figure
+
+
+def _steps(axes: Axes, rows: list[dict[str, Any]], which: str, colour: str) -> None:
+    known = [row for row in rows if row[which] is not None]
+    at = [row["step"] for row in known]
+    values = np.array([row[which] for row in known])
+    ends = np.array([row[f"{which}_interval"] for row in known]).T
+    axes.errorbar(
+        at, values, np.abs(ends - values), color=colour, marker="o", capsize=3, label=which
+    )
+    for row in known:
+        axes.annotate(
+            f"n={row[f'{which}_count']}",
+            (row["step"], row[which]),
+            (7, 4),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+        )
+
+
+def _histogram(axes: Axes, told: dict[str, Any], title: str) -> None:
+    edges = np.array(told["edges"])
+    for which, colour, hatch in (("right", RIGHT, None), ("wrong", WRONG, "////")):
+        counts = np.array(told[f"{which}_counts"], dtype=np.float64)
+        axes.stairs(
+            counts / max(1.0, counts.sum()),
+            edges,
+            fill=True,
+            facecolor=(colour, 0.3),
+            edgecolor=colour,
+            hatch=hatch,
+            linewidth=1.2,
+            label=f"{which} ({told[which]})",
+        )
+    axes.set_yscale("symlog", linthresh=0.05)
+    axes.set_yticks([0, 0.02, 0.05, 0.1, 0.5, 1.0], ["0", "0.02", "0.05", "0.1", "0.5", "1"])
+    axes.set_ylim(0, 1.0)
+    shown = "not known" if told["overlap"] is None else f"{told['overlap']:.2f}"
+    axes.set_title(f"{title}, overlap {shown}")
+    axes.set_xlabel("min-entropy (bits)")
+    axes.set_ylabel("share of answers (log above 0.05)")
+    axes.legend(loc="upper right")

@@ -1,0 +1,225 @@
+"""Panels of accuracy over cost: the data of one, and how it is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.baselines.base import Column, Point, two_stage_point
+from eval.baselines.from_records import HighResolution, Oracle, decided
+from eval.harness.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
+from eval.harness.runs import Run
+from eval.report.separation import finite
+from eval.report.style import COLOURS, MUTED, new_figure
+from eval.report.trace import rows_of
+
+Panel = dict[str, Any]
+"""JSON: title, lines, marks, levels. Everything that is drawn is in it, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A cost.
+
+    Attributes:
+        label: of the axis.
+        column: of each sample of a point, whose mean, over `unit`, is the cost.
+        unit: what one is, given the point at which nothing is sent.
+        formula: where it is defined.
+    """
+
+    label: str
+    column: Callable[[Point], Column]
+    unit: Callable[[Point], float]
+    formula: str
+
+    def of(self, point: Point, never: Point) -> float:
+        """The cost of a point."""
+        return float(self.column(point).mean()) / self.unit(never)
+
+    def along(self, drawn: Curve, run: Run) -> Column:
+        """The cost at every point of a curve."""
+        never, always = ends(run)
+        begin, end = self.column(never), self.column(always)
+        more = np.concatenate([[0.0], np.cumsum((end - begin)[drawn.order])])[drawn.sent]
+        return np.asarray((begin.sum() + more) / len(drawn.order) / self.unit(never))
+
+
+PIXELS = Axis(
+    "additional communication cost",
+    lambda point: point.pixels,
+    lambda never: 1.0,
+    "pixels of local over pixels of global views, mean over samples (section VII-A of 003)",
+)
+PAPER_FLOPS = Axis(
+    "relative computation cost (Eq. 17-20)",
+    lambda point: point.paper_mflops,
+    lambda never: float(never.paper_mflops.mean()),
+    "FLOPs by Eq. 18-20 of 003 over those of first passes (section VII-B)",
+)
+SPENT_FLOPS = Axis(
+    "relative computation cost (as executed)",
+    lambda point: point.mflops,
+    lambda never: float(never.mflops.mean()),
+    "Eq. 17 of 003 applied to the tokens really computed, over first passes",
+)
+RELATIVE_BYTES = Axis(
+    "relative communication cost (bytes over JPEG 100 views)",
+    lambda point: point.picture_bytes,
+    lambda never: float(never.reference_bytes.mean()),
+    "bytes of pictures over those of global views as JPEG 100, totals (section VII-F of 003)",
+)
+
+
+def line(
+    name: str, run: Run, setting: Setting, axis: Axis, bootstrap: Bootstrap, *, band: bool = True
+) -> dict[str, Any]:
+    """A curve, thinned to about a hundred reachable points, with its band.
+
+    Each point can be made again: `eta` is the threshold, `sent` how many of the rows reach it.
+    """
+    drawn = curve(run, setting)
+    at = drawn.thinned()
+    x = axis.along(drawn, run)[at]
+    made = {
+        "name": name,
+        "setting": setting.name,
+        "rows": rows_of(run),
+        "formula": axis.formula,
+        "eta": drawn.eta[at].tolist(),
+        "sent": drawn.sent[at].tolist(),
+        "x": x.tolist(),
+        "y": drawn.accuracy[at].tolist(),
+        "area_over_random": area_over_random(drawn),
+    }
+    if band:
+        never, _ = ends(run)
+        low, high = bootstrap.band(drawn, run, axis.column, x * axis.unit(never))
+        made |= {"low": low.tolist(), "high": high.tolist()}
+    return made
+
+
+def mark(name: str, point: Point, axis: Axis, never: Point, run: Run) -> dict[str, Any]:
+    """One point of another method."""
+    made = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
+    return {**made, "note": point.note} if point.note else made
+
+
+def panel(
+    title: str,
+    run: Run,
+    lines: Sequence[dict[str, Any]],
+    axis: Axis,
+    *,
+    hd: Run | None = None,
+    eta: float | None = None,
+    setting: Setting | None = None,
+) -> Panel:
+    """Lines with what they are held against: never, always, random, oracle and HD.
+
+    Args:
+        title: of the panel.
+        run: whose levels are drawn.
+        lines: see `line`.
+        axis: of the marks.
+        hd: LLaVA-1.5-HD on the same samples.
+        eta, setting: a threshold that was chosen on other data.
+    """
+    never, always = ends(run)
+    marks = [mark("oracle", Oracle().points(run)[0], axis, never, run)]
+    if eta is not None and setting is not None:
+        chosen = two_stage_point(run, sent_at(run, setting, eta), "chosen")
+        marks.append({**mark("η from val", chosen, axis, never, run), "eta": eta})
+    if hd is not None:
+        marks.append(mark("HD", HighResolution().points(hd)[0], axis, never, hd))
+    known = [one for one in marks if math.isfinite(one["x"])]
+    return {
+        "title": title,
+        "rows": rows_of(run),
+        "lines": list(lines),
+        "marks": known,
+        "random": {
+            "x": [finite(axis.of(never, never)), finite(axis.of(always, never))],
+            "y": [never.accuracy, always.accuracy],
+        },
+    }
+
+
+def sent_at(run: Run, setting: Setting, eta: float) -> Column:
+    """Which samples a policy with this threshold sends, 0 or 1, by the policy itself."""
+    policy = setting.policy(eta)
+    return np.array([decided(policy, record) for record in run.records], dtype=np.float64)
+
+
+def draw_panels(told: dict[str, Any]) -> Figure:
+    """A figure of panels; what it shows is what `told` holds."""
+    panels = told["panels"]
+    columns = min(len(panels), told.get("columns", 3))
+    rows = -(-len(panels) // columns)
+    width = 6.5 if told.get("wide") else 0.4 + 4.1 * columns
+    figure = new_figure(width, 0.8 + (4.2 if told.get("wide") else 3.3) * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.axis("off")
+            continue
+        _draw(axes, panels[place], told)
+        if place % columns == 0:
+            axes.set_ylabel(told["y_label"])
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(told["title"], fontsize=11)
+    return figure
+
+
+def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
+    for place, one in enumerate(shown["lines"]):
+        colour = COLOURS[place % len(COLOURS)]
+        style = ("-", "--", "-.", ":")[place % 4] if told.get("dashed") else "-"
+        axes.plot(one["x"], one["y"], style, color=colour, label=one["name"], zorder=3)
+        if "low" in one and place in told.get("bands", (0,)):
+            axes.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.15, lw=0)
+    random = shown.get("random")
+    if random is not None and None not in random["x"]:
+        (begin, end), (never, always) = random["x"], random["y"]
+        axes.plot([begin, end], [never, always], ":", color=MUTED, label="random (expected)")
+        rises = never <= always
+        for level, word, low in ((never, "initial", rises), (always, "full", not rises)):
+            axes.axhline(level, color=MUTED, linewidth=0.7, alpha=0.7)
+            axes.annotate(
+                f"{word} {level:.3f}",
+                (1.0, level),
+                (-2, -3 if low else 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="top" if low else "bottom",
+                fontsize=7.5,
+                color=MUTED,
+            )
+    for one in shown["marks"]:
+        shape, colour, size = _MARKS[one["name"]]
+        axes.plot([one["x"]], [one["y"]], shape, color=colour, markersize=size, zorder=4)
+        axes.annotate(
+            one["name"],
+            (one["x"], one["y"]),
+            (6, 3),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+        )
+    axes.set_title(f"{shown['title']} (n = {shown['rows']['count']})")
+    axes.set_xlabel(told["x_label"])
+
+
+_MARKS = {
+    "oracle": ("*", MUTED, 9),
+    "HD": ("D", COLOURS[3], 6),
+    "η from val": ("o", "#000000", 5),
+}

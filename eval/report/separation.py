@@ -1,0 +1,140 @@
+"""How far apart right and wrong first answers are (Eq. 23 and 24 of 003, Fig. 7, Table II, III).
+
+The paper, 003_92b41fe49395ce1a.txt, does not say into which bins it counts its probability mass
+functions, and both numbers depend on it. Here: `BINS` bins of equal width, from 0 to 1 for the
+margin, else from 0 to the largest value of right and wrong answers together. A first answer is
+right if it scores at least one half.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.baselines.base import Column, column
+from eval.harness.curves import Bootstrap, Setting, uncertainty
+from eval.harness.runs import Run
+from eval.report.trace import rows_of
+from vlm_collab.policy import Metric
+
+BINS = 20
+OTHER_BINS = (10, 40)
+"""Reported beside it, so that a reader sees how much hangs on the bins."""
+
+
+def right_of(run: Run) -> NDArray[np.bool_]:
+    """Which first answers count as right."""
+    return column(run, "first_score") >= 0.5
+
+
+def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
+    """Edges of the bins, shape `(bins + 1,)`."""
+    top = 1.0 if metric is Metric.MARGIN else float(values.max())
+    return np.linspace(0.0, top or 1.0, bins + 1)
+
+
+def overlap(p: Column, q: Column) -> Column:
+    """Eq. 23 of 003, over the last axis."""
+    return np.asarray(np.minimum(p, q).sum(axis=-1))
+
+
+def bhattacharyya(p: Column, q: Column) -> Column:
+    """Eq. 24 of 003, over the last axis; infinite where nothing overlaps."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(-np.log(np.minimum(np.sqrt(p * q).sum(axis=-1), 1.0)))
+
+
+def auroc(values: Column, right: NDArray[np.bool_]) -> float:
+    """Chance that a wrong answer's value is above a right one's; ties count one half."""
+    ranked, place = np.unique(values, return_inverse=True)
+    wrong = np.bincount(place, weights=~right, minlength=len(ranked))
+    correct = np.bincount(place, weights=right, minlength=len(ranked))
+    below = np.cumsum(correct) - correct / 2
+    pairs = wrong.sum() * correct.sum()
+    return float((wrong * below).sum() / pairs) if pairs else math.nan
+
+
+def separation(run: Run, setting: Setting, bootstrap: Bootstrap) -> dict[str, Any]:
+    """All that Table II and III say of one setting, and the histograms behind it."""
+    values, right = uncertainty(run, setting), right_of(run)
+    made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
+    made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
+    sign = -1.0 if setting.metric is Metric.MARGIN else 1.0
+    made["auroc"] = finite(auroc(sign * values, right))
+    edges = edges_of(values, setting.metric)
+    p, q = _counts(values, right, edges), _counts(values, ~right, edges)
+    made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
+    known = right.any() and not right.all()
+    if not known:
+        return {**made, "overlap": None, "distance": None}
+    made["overlap"] = float(overlap(p / p.sum(), q / q.sum()))
+    made["distance"] = finite(float(bhattacharyya(p / p.sum(), q / q.sum())))
+    made["by_bins"] = {
+        str(bins): _with_bins(values, right, setting.metric, bins) for bins in OTHER_BINS
+    }
+    overlaps, distances = [], []
+    place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, BINS - 1)
+    for weights in bootstrap.weights():
+        masses = []
+        for of in (right, ~right):
+            counted = np.stack(
+                [weights[:, of & (place == bin_)].sum(axis=1) for bin_ in range(BINS)], axis=1
+            )
+            masses.append(counted / np.maximum(counted.sum(axis=1, keepdims=True), 1.0))
+        overlaps.append(overlap(*masses))
+        distances.append(bhattacharyya(*masses))
+    made["overlap_interval"] = list(bootstrap.interval(np.concatenate(overlaps)))
+    made["distance_interval"] = [
+        finite(one) for one in bootstrap.interval(np.concatenate(distances))
+    ]
+    return made
+
+
+def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, Any]]:
+    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers that
+    have so many, to the paper's 20."""
+    right, made = right_of(run), []
+    longest = max(len(record.first_min_entropy) for record in run.records)
+    for step in range(min(longest, limit)):
+        there = np.array([len(record.first_min_entropy) > step for record in run.records])
+        values = np.array(
+            [
+                r.first_min_entropy[step] if t else 0.0
+                for r, t in zip(run.records, there, strict=True)
+            ]
+        )
+        row: dict[str, Any] = {"step": step + 1}
+        for name, of in (("right", right & there), ("wrong", ~right & there)):
+            row[f"{name}_count"] = int(of.sum())
+            if not of.any():
+                row[name] = row[f"{name}_interval"] = None
+                continue
+            row[name] = float(values[of].mean())
+            means = [
+                (w[:, of] * values[of]).sum(axis=1) / np.maximum(w[:, of].sum(axis=1), 1.0)
+                for w in bootstrap.weights()
+            ]
+            row[f"{name}_interval"] = list(bootstrap.interval(np.concatenate(means)))
+        made.append(row)
+    return made
+
+
+def finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _counts(values: Column, of: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:
+    return np.asarray(np.histogram(values[of], bins=edges)[0])
+
+
+def _with_bins(
+    values: Column, right: NDArray[np.bool_], metric: Metric, bins: int
+) -> dict[str, float | None]:
+    edges = edges_of(values, metric, bins)
+    p, q = _counts(values, right, edges), _counts(values, ~right, edges)
+    p, q = p / p.sum(), q / q.sum()
+    return {"overlap": float(overlap(p, q)), "distance": finite(float(bhattacharyya(p, q)))}
