@@ -1,0 +1,1 @@
+"""The two-stage method as a model of lmms-eval (`docs/lmms-eval.md`)."""

@@ -1,0 +1,94 @@
+"""Figures of a run beside its scores, for lmms-eval's metrics hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from eval.lmms_plugin.asking import Reply
+from vlm_collab.messages import Fallback, Finish, Stage
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over questions, which can be added up over processes.
+
+    Attributes:
+        questions, failed: asked in all; those without an answer among them.
+        second, fallback, cut: answers of the second pass; first ones that stand in for a second
+            one; those that reached the longest answer.
+        bytes_up, bytes_down, view_bytes, region_bytes, original_bytes, decoded_tokens, mflops:
+            as of `Reply`.
+        additional: region over view pixels, of each question.
+        own_files: questions whose originals count with their own files' sizes.
+        uncertainty: of the first answers.
+    """
+
+    questions: int = 0
+    failed: int = 0
+    second: int = 0
+    fallback: int = 0
+    cut: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    view_bytes: int = 0
+    region_bytes: int = 0
+    original_bytes: int = 0
+    decoded_tokens: int = 0
+    mflops: int = 0
+    additional: float = 0.0
+    own_files: int = 0
+    uncertainty: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """What is reported: means over the questions that were answered."""
+        answered = max(self.questions - self.failed, 1)
+        figures: dict[str, float] = {
+            "total_requests": self.questions,
+            "failed_rate": self.failed / max(self.questions, 1),
+            "retransmission_rate": self.second / answered,
+            "fallback_rate": self.fallback / answered,
+            "cut_rate": self.cut / answered,
+            "additional_cost": self.additional / answered,
+            "bytes_up": self.bytes_up / answered,
+            "bytes_down": self.bytes_down / answered,
+            "view_bytes": self.view_bytes / answered,
+            "region_bytes": self.region_bytes / answered,
+            "original_bytes": self.original_bytes / answered,
+            "own_file_rate": self.own_files / answered,
+            "mflops": self.mflops / answered,
+            "first_uncertainty": self.uncertainty / answered,
+        }
+        if self.original_bytes:
+            figures["bytes_up_of_original"] = self.bytes_up / self.original_bytes
+        return figures
+
+
+def totals_of(replies: Iterable[Reply | Exception]) -> Totals:
+    """Of one process."""
+    totals = Totals()
+    for reply in replies:
+        totals.questions += 1
+        if isinstance(reply, Exception):
+            totals.failed += 1
+            continue
+        totals.second += reply.stage is Stage.SECOND
+        totals.fallback += reply.fallback is not Fallback.NONE
+        totals.cut += reply.finish is Finish.LENGTH
+        totals.bytes_up += reply.bytes_up
+        totals.bytes_down += reply.bytes_down
+        totals.view_bytes += reply.view_bytes
+        totals.region_bytes += reply.region_bytes
+        totals.original_bytes += reply.original_bytes
+        totals.decoded_tokens += reply.decoded_tokens
+        totals.mflops += reply.mflops
+        totals.additional += reply.region_pixels / reply.view_pixels
+        totals.own_files += reply.own_files
+        totals.uncertainty += reply.first_uncertainty
+    return totals
+
+
+def added(parts: Sequence[Totals]) -> Totals:
+    """Of all processes."""
+    names = [field.name for field in fields(Totals)]
+    return Totals(**{name: sum(getattr(part, name) for part in parts) for name in names})

@@ -1,0 +1,211 @@
+"""The model in this process: the engine itself, and the edge's real work.
+
+Views and regions are really encoded, and the model sees what is decoded from these bytes. Bytes
+are those of the messages that would cross the wire. Questions of a group go through the model in
+step (`eval.harness.lockstep`), so a run repeats bit by bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from PIL.Image import Image
+
+from eval.harness.loading import ModelOptions, loaded
+from eval.harness.lockstep import Lockstep, Member
+from eval.harness.method import (
+    Codecs,
+    SampleError,
+    one_line,
+    quiet_engine,
+    told_as_sample_error,
+)
+from eval.harness.two_stage import codecs_of, region_pixels
+from eval.harness.wire import Said, answer_bytes, frame
+from eval.lmms_plugin.asking import Asker, Reply
+from eval.lmms_plugin.originals import Original
+from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.settings import Settings
+from server_plugin.assembly import engine_of
+from server_plugin.backend import Backend, Sampling
+from server_plugin.engine import Engine, Outcome, RegionNeed
+from server_plugin.models import preset_of, with_options
+from vlm_collab.images import decode
+from vlm_collab.messages import Ask, MoreView, Region, RegionRequest, micro
+
+_DEADLINE_MS = 10_000
+
+
+@dataclass(slots=True, eq=False)
+class _Ready:
+    """A question, its encoded views and what the server decodes of them, and the region."""
+
+    question: Question
+    originals: Sequence[Original]
+    views: list[bytes]
+    shown: list[Image]
+    region: bytes = field(default=b"")
+
+
+class InProcess(Asker):
+    """The engine in this process.
+
+    Args:
+        settings: of the model.
+
+    Raises:
+        ConfigError: options that the model's preset does not take.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        options = settings.preset_options()
+        with_options(preset_of(settings.model, options.pop("preset", None)), options)
+        self._backend: Backend
+        self._engine: Engine
+        self._codecs: Codecs
+
+    async def open(self, questions: Sequence[Question]) -> None:
+        settings = self._settings
+        options = ModelOptions(
+            name=settings.model,
+            device=settings.device or "auto",
+            dtype=settings.dtype or "auto",
+            batch=settings.batch,
+            overrides=settings.preset_options(),
+        )
+        # Room is kept for the longest answer that any of them may have.
+        longest = max(question.options.max_new_tokens or 1 for question in questions)
+        self._backend, preset = await loaded(options, longest)
+        await self._backend.warm_up()
+        self._engine = engine_of(self._backend, preset, None, {})
+        self._codecs = codecs_of(
+            preset, settings.picture_codec, settings.view_quality, settings.region_quality
+        )
+        self.group = self._backend.info.concurrency
+
+    async def close(self) -> None:
+        if hasattr(self, "_backend"):
+            await self._backend.close()
+
+    def prepare(self, question: Question, originals: Sequence[Original]) -> _Ready:
+        info, codecs = self._backend.info, self._codecs
+
+        def views() -> list[bytes]:
+            sizes = info.view, info.fit, codecs.view, codecs.view_quality
+            return [one.picture.view(*sizes) for one in originals]
+
+        made: list[bytes] = told_as_sample_error("the picture", views)
+        most = info.view.width * info.view.height
+        return _Ready(question, originals, made, [decode(view, max_pixels=most) for view in made])
+
+    async def answer(self, ready: Sequence[_Ready]) -> list[Reply | SampleError]:
+        group = Lockstep(self._backend, len(ready))
+        with quiet_engine():
+            return list(await asyncio.gather(*map(self._one, ready, group.members)))
+
+    async def _one(self, ready: _Ready, member: Member) -> Reply | SampleError:
+        question, engine = ready.question, replace(self._engine, backend=member)
+        options, target = question.options, engine.target
+        view = None
+
+        def cut(need: RegionNeed) -> Image:
+            picture, codecs = ready.originals[need.picture].picture, self._codecs
+            ready.region = picture.region(need.box, target, codecs.region, codecs.region_quality)
+            return decode(ready.region, max_pixels=target.width * target.height)
+
+        async def fetch(need: RegionNeed) -> Image:
+            return await asyncio.to_thread(cut, need)
+
+        try:
+            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            member.check_question(question.text, len(ready.views) + 1)
+            view = await member.open_view(*ready.shown)
+            outcome = await engine.answer(
+                view,
+                [one.picture.size for one in ready.originals],
+                question.text,
+                fetch,
+                retransmit=options.retransmit,
+                max_new_tokens=options.max_new_tokens,
+                stop=options.stop,
+                sampling=Sampling(
+                    temperature=options.temperature or 0.0,
+                    top_p=options.top_p or 1.0,
+                    seed=options.seed,
+                ),
+            )
+        # A model's runtime raises what it likes; one question that it fails on ends no run.
+        except Exception as error:
+            return SampleError(one_line(error))
+        finally:
+            member.leave()
+            if view is not None:
+                await member.release(view)
+        return self._reply(ready, outcome)
+
+    def _reply(self, ready: _Ready, outcome: Outcome) -> Reply:
+        need, work, view = outcome.need, outcome.work, self._backend.info.view
+        up, down = self._bytes(ready, need)
+        said = Said(
+            outcome.text,
+            outcome.uncertainty,
+            outcome.finish,
+            work.prefilled_tokens,
+            work.decoded_tokens,
+            work.flops // 10**6,
+        )
+        return Reply(
+            text=outcome.text,
+            stage=outcome.stage,
+            fallback=outcome.fallback,
+            finish=outcome.finish,
+            uncertainty=outcome.uncertainty,
+            first_text=outcome.text if need is None else need.first,
+            first_uncertainty=outcome.decision.value,
+            box=None if need is None else need.box,
+            picture=None if need is None else need.picture,
+            bytes_up=up,
+            bytes_down=down + answer_bytes(said, outcome.stage, up, down),
+            view_bytes=sum(map(len, ready.views)),
+            region_bytes=len(ready.region),
+            view_pixels=len(ready.views) * view.width * view.height,
+            region_pixels=region_pixels(ready.region) if ready.region else 0,
+            prefilled_tokens=said.prefilled_tokens,
+            decoded_tokens=said.decoded_tokens,
+            mflops=said.mflops,
+            original_bytes=sum(one.original_bytes for one in ready.originals),
+            own_files=all(one.own_file for one in ready.originals),
+        )
+
+    def _bytes(self, ready: _Ready, need: RegionNeed | None) -> tuple[int, int]:
+        """Of the messages up to the answer, each way."""
+        question, codecs, target = ready.question, self._codecs, self._engine.target
+        sizes = [one.picture.size for one in ready.originals]
+        more = tuple(
+            MoreView(view, *size) for view, size in zip(ready.views[1:], sizes[1:], strict=True)
+        )
+        asked = Ask(1, question.text, 1, ready.views[0], *sizes[0], question.options, more=more)
+        up, down = frame(asked, up=True), 0
+        if need is not None:
+            box = need.token_box
+            request = RegionRequest(
+                1,
+                need.first,
+                micro(need.uncertainty),
+                box.index,
+                box.side_px,
+                box.columns,
+                box.rows,
+                *target,
+                codecs.region,
+                codecs.region_quality,
+                _DEADLINE_MS,
+                picture=need.picture,
+            )
+            down = frame(request, up=False)
+        if ready.region:
+            up += frame(Region(1, ready.region), up=True)
+        return up, down

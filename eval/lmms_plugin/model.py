@@ -1,0 +1,173 @@
+# mypy: disable-error-code="import-not-found,import-untyped,misc"
+"""`python -m lmms_eval --model vlm_collab`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from tqdm import tqdm
+
+from eval.harness.method import SampleError
+from eval.lmms_plugin.asking import Asker, Reply, ask_all
+from eval.lmms_plugin.figures import added, totals_of
+from eval.lmms_plugin.in_process import InProcess
+from eval.lmms_plugin.originals import originals_of
+from eval.lmms_plugin.over_network import OverNetwork
+from eval.lmms_plugin.questions import Question, questions_of
+from eval.lmms_plugin.settings import settings_from
+from vlm_collab.errors import CollabError, ConfigError
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """End the program with one line and exit code 1.
+
+    Any other exception than `SystemExit` lmms-eval answers with a trace and exit code 0.
+    """
+    try:
+        yield
+    except CollabError as error:
+        raise SystemExit(f"vlm_collab: {error}") from None
+
+
+class VlmCollab(lmms):
+    """A model of lmms-eval that sends a view first, and a region only when unsure.
+
+    Args:
+        arguments: see `eval.lmms_plugin.settings.Settings`.
+
+    Raises:
+        SystemExit: with one line; an option is wrong, or the service cannot be reached.
+    """
+
+    is_simple = True
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        with _one_line():
+            self._settings = settings_from(arguments)
+            asker = self._asker()
+            if isinstance(asker, OverNetwork):
+                asyncio.run(asker.check())
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors lie that processes exchange."""
+        return PartialState().device
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Answers, in order.
+
+        Raises:
+            SystemExit: with one line; nothing can be answered.
+        """
+        with _one_line():
+            questions = questions_of(requests, self._settings, logger.warning)
+            if not questions:
+                return []
+            begin = time.perf_counter()
+            replies = asyncio.run(self._ask(questions))
+        self._tell(questions, replies, time.perf_counter() - begin)
+        return [_result(reply) for reply in replies]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
+        """Refused: the two stages generate answers, and score no given ones."""
+        self._refuse(requests, "scores no given answers (loglikelihood)")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
+        """Refused: a task that asks again about its own answers has no single first answer."""
+        self._refuse(requests, "asks once, not in rounds (generate_until_multi_round)")
+
+    def generate_visual_cot(self, requests: Sequence[Any]) -> NoReturn:
+        """Refused: nothing here draws pictures."""
+        self._refuse(requests, "draws no pictures (generate_visual_cot)")
+
+    def _refuse(self, requests: Sequence[Any], why: str) -> NoReturn:
+        tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
+        with _one_line():
+            raise ConfigError(f"{tasks}: vlm_collab {why}; choose tasks of type generate_until")
+        raise AssertionError
+
+    def _asker(self) -> Asker:
+        return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
+
+    async def _ask(self, questions: Sequence[Question]) -> list[Reply | SampleError]:
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(
+                tqdm(total=len(questions), desc="vlm_collab", disable=self.rank != 0)
+            )
+            log = None
+            if self._settings.log is not None:
+                log = stack.enter_context(_opened(self._settings.log, self.rank))
+
+            def done(question: Question, reply: Reply | SampleError) -> None:
+                bar.update()
+                if isinstance(reply, SampleError):
+                    logger.error(f"{question.name} counts as answered with nothing: {reply}")
+                if log is not None and not question.padding:
+                    log.write(_line(question, reply) + "\n")
+
+            return await ask_all(
+                self._asker(),
+                questions,
+                lambda question: originals_of(question, self.task_dict),
+                done,
+            )
+
+    def _tell(
+        self, questions: Sequence[Question], replies: Sequence[Reply | SampleError], seconds: float
+    ) -> None:
+        """The metrics hook; of several processes, the first one's figures are reported."""
+        real = [
+            reply
+            for question, reply in zip(questions, replies, strict=True)
+            if not question.padding
+        ]
+        parts = gather_object([totals_of(real)])
+        totals = added(parts)
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=totals.decoded_tokens,
+            avg_speed=totals.decoded_tokens / seconds,
+            additional_metrics=totals.figures(),
+        )
+
+
+def _opened(path: str, rank: int) -> Any:
+    """The log; of several processes each has its own."""
+    name = path if rank == 0 else f"{path}.{rank}"
+    try:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"model_args: log: {error}") from error
+
+
+def _line(question: Question, reply: Reply | SampleError) -> str:
+    told: dict[str, Any] = {"task": question.task, "doc_id": question.doc_id}
+    if isinstance(reply, SampleError):
+        return json.dumps({**told, "failed": str(reply)}, ensure_ascii=False)
+    for name in Reply.__dataclass_fields__:
+        value = getattr(reply, name)
+        told[name] = value.name.lower() if hasattr(value, "name") else value
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _result(reply: Reply | SampleError) -> GenerationResult:
+    if isinstance(reply, SampleError):
+        return GenerationResult(text="")
+    counts = TokenCounts(input_tokens=reply.prefilled_tokens, output_tokens=reply.decoded_tokens)
+    return GenerationResult(text=reply.text, token_counts=counts)

@@ -1,0 +1,123 @@
+"""The pictures of a document, as they were stored if that can still be had.
+
+lmms-eval hands models decoded pictures. The edge starts from the file: views are made from it, and
+what sending the original would have cost is its size. So the stored files of the document are
+looked up, and the one with the very pixels that the task handed out is taken for it.
+
+Where there is none (the task cropped the picture or drew into it), the pixels are taken as they
+are, and the original counts as a JPEG of quality 95 of them. It counts so too where the stored
+file is a PNG without a name, which is how `datasets` stores pictures that a task made itself, such
+as GQA's: a PNG of a photo is no original, and would make savings look larger than they are.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from edge_client.picture import Picture
+from eval.harness.method import SampleError
+from eval.lmms_plugin.questions import Question, require_pictures
+from vlm_collab.errors import ImageError
+from vlm_collab.images import Codec, encode
+from vlm_collab.messages import MAX_PICTURES
+
+RE_ENCODED_QUALITY = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """One picture of a question.
+
+    Attributes:
+        picture: what the edge holds.
+        original_bytes: what sending it would cost.
+        own_file: whether that is the size of its own file, and not of a JPEG made here.
+    """
+
+    picture: Picture
+    original_bytes: int
+    own_file: bool
+
+
+def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]]) -> list[Original]:
+    """The pictures of a question.
+
+    Args:
+        question: a request.
+        documents: data sets by task and split.
+
+    Raises:
+        SampleError: there is none, or it cannot be used.
+    """
+    rows = documents[question.task][question.split]
+    shown = question.visuals(rows[question.doc_id])
+    given = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
+    require_pictures(given)
+    if len(given) > MAX_PICTURES:
+        raise SampleError(f"it is about {len(given)} pictures; a question takes {MAX_PICTURES}")
+    stored = list(_stored_files(rows, question.doc_id))
+    try:
+        return [_original(one, stored) for one in given]
+    except ImageError as error:
+        raise SampleError(f"the picture: {error}") from error
+
+
+def _stored_files(rows: Any, index: int) -> Iterator[tuple[bytes, bool]]:
+    """Every file in a document, undecoded, with whether it has a name."""
+    if not hasattr(rows, "with_format"):
+        return
+    table = rows.with_format("arrow")[index : index + 1]
+    pending = list(table.to_pylist()[0].values())
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, list):
+            pending[:0] = value
+        elif isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+            named = bool(value["path"])
+            if value["bytes"]:
+                yield value["bytes"], named
+            elif named and os.path.isfile(value["path"]):
+                with open(value["path"], "rb") as file:
+                    yield file.read(), named
+
+
+def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> Original:
+    if isinstance(shown, str | os.PathLike):
+        picture = Picture.open(shown)
+        return Original(picture, picture.original_bytes or 0, own_file=True)
+    if not isinstance(shown, Image.Image):
+        raise SampleError(f"vlm_collab takes pictures, no {type(shown).__name__}")
+    pixels = shown.convert("RGB")
+    for data, named in stored:
+        if not _shows(data, pixels):
+            continue
+        picture = Picture.open(data)
+        if named or not data.startswith(b"\x89PNG"):
+            return Original(picture, len(data), own_file=True)
+        return Original(picture, _re_encoded_bytes(pixels), own_file=False)
+    # As they are: neither turned upright nor converted by what an earlier file said of them.
+    pixels.info = {}
+    return Original(Picture.from_pil(pixels), _re_encoded_bytes(pixels), own_file=False)
+
+
+def _shows(data: bytes, pixels: Image.Image) -> bool:
+    """Whether a file has these pixels, decoded as `datasets` does it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if sorted(image.size) != sorted(pixels.size):
+                return False
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            return upright.size == pixels.size and upright.tobytes() == pixels.tobytes()
+    # Not a picture (a sound, say), or a broken one; Pillow raises what the format's reader does.
+    except Exception:
+        return False
+
+
+def _re_encoded_bytes(pixels: Image.Image) -> int:
+    return len(encode(pixels, Codec.JPEG, RE_ENCODED_QUALITY))

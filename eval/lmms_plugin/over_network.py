@@ -1,0 +1,129 @@
+"""A running service: the edge client, and bytes as they were really sent.
+
+Each question brings its pictures anew, also where several are about one picture, so that what a
+question costs does not depend on which came before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_client.client import EdgeClient
+from edge_client.picture import Picture
+from eval.harness.method import SampleError, one_line
+from eval.harness.over_service import DEADLINE_S
+from eval.harness.two_stage import region_pixels
+from eval.lmms_plugin.asking import Asker, Reply
+from eval.lmms_plugin.originals import Original
+from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.settings import DEFAULT_CONCURRENCY, Settings
+from vlm_collab.errors import (
+    AuthenticationError,
+    CollabError,
+    ConfigError,
+    LinkError,
+    ProtocolError,
+)
+from vlm_collab.messages import Welcome
+
+_ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
+"""Not a question's fault."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ready:
+    question: Question
+    originals: Sequence[Original]
+
+
+class OverNetwork(Asker):
+    """A running service.
+
+    Args:
+        settings: of the model; with `server`.
+
+    Raises:
+        ConfigError: an impossible setting.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.server is not None
+        self._settings = settings
+        self._client = EdgeClient(
+            settings.server,
+            token=settings.token,
+            view_codec=settings.picture_codec,
+            view_quality=settings.view_quality or 90,
+        )
+        self._welcome: Welcome
+
+    async def check(self) -> None:
+        """See whether it is there.
+
+        Raises:
+            CollabError: it is not, or does not let this edge in.
+        """
+        try:
+            await self._client.connect()
+        finally:
+            await self._client.close()
+
+    async def open(self, questions: Sequence[Question]) -> None:
+        self._welcome = await self._client.connect()
+        needed = {
+            "stop": any(question.options.stop for question in questions),
+            "sampling": any(question.options.temperature for question in questions),
+        }
+        for feature, used in needed.items():
+            if used and feature not in self._welcome.features:
+                raise ConfigError(f"this service has no {feature}, which the task needs")
+        wanted = self._settings.concurrency or DEFAULT_CONCURRENCY
+        self.group = max(1, min(wanted, self._welcome.max_in_flight))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def prepare(self, question: Question, originals: Sequence[Original]) -> _Ready:
+        return _Ready(question, originals)
+
+    async def answer(self, ready: Sequence[_Ready]) -> list[Reply | SampleError]:
+        return list(await asyncio.gather(*map(self._one, ready)))
+
+    async def _one(self, ready: _Ready) -> Reply | SampleError:
+        question = ready.question
+        pictures: list[Picture] = [one.picture for one in ready.originals]
+        if len(pictures) > 1 and "pictures" not in self._welcome.features:
+            return SampleError("this service takes no questions about several pictures")
+        try:
+            answer = await self._client.ask(
+                pictures, question.text, options=question.options, deadline_s=DEADLINE_S
+            )
+        except _ENDS_THE_RUN:
+            raise
+        except CollabError as error:
+            return SampleError(one_line(error))
+        welcome, usage = self._welcome, answer.usage
+        return Reply(
+            text=answer.text,
+            stage=answer.stage,
+            fallback=answer.fallback,
+            finish=answer.finish,
+            uncertainty=answer.uncertainty,
+            first_text=answer.first_text,
+            first_uncertainty=answer.first_uncertainty,
+            box=answer.box,
+            picture=None if answer.box is None else answer.picture,
+            bytes_up=answer.bytes_up,
+            bytes_down=answer.bytes_down,
+            view_bytes=answer.view_bytes,
+            region_bytes=answer.region_bytes,
+            view_pixels=len(pictures) * welcome.view_width * welcome.view_height,
+            region_pixels=0 if answer.region is None else region_pixels(answer.region),
+            prefilled_tokens=usage.prefilled_tokens,
+            decoded_tokens=usage.decoded_tokens,
+            mflops=usage.mflops,
+            original_bytes=sum(one.original_bytes for one in ready.originals),
+            own_files=all(one.own_file for one in ready.originals),
+        )

@@ -1,0 +1,128 @@
+"""One request of lmms-eval, as a question of the protocol."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.harness.method import SampleError
+from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
+from server_plugin.presets import IMAGE_SLOT
+from vlm_collab.errors import ConfigError
+from vlm_collab.messages import Options
+
+_MOST_STOP_TEXTS, _LONGEST_STOP_TEXT = 4, 64
+_KNOWN = {
+    "until", "max_new_tokens", "max_gen_toks", "temperature", "top_p", "do_sample", "num_beams",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One request.
+
+    Attributes:
+        task, split, doc_id: where it comes from.
+        text: the prompt.
+        options: wishes, as they cross the wire.
+        visuals: what lmms-eval calls to get a document's pictures.
+        padding: asked only so that all processes ask equally many.
+    """
+
+    task: str
+    split: str
+    doc_id: int
+    text: str
+    options: Options
+    visuals: Callable[[Mapping[str, Any]], Any]
+    padding: bool = False
+
+    @property
+    def name(self) -> str:
+        """For messages to people."""
+        return f"{self.task}, document {self.doc_id}"
+
+
+def questions_of(
+    requests: Sequence[Any], settings: Settings, warn: Callable[[str], None]
+) -> list[Question]:
+    """The requests of `generate_until`.
+
+    Args:
+        requests: instances with arguments (context, generation options, pictures, document,
+            task, split).
+        settings: of the model.
+        warn: called once for each option that has no effect here.
+
+    Raises:
+        ConfigError: generation options that cannot be honoured.
+    """
+    asked: Counter[tuple[str, int]] = Counter()
+    warned: set[str] = set()
+    questions = []
+    for request in requests:
+        text, generation, visuals, doc_id, task, split = request.args
+        key = f"{settings.seed}:{task}:{doc_id}:{asked[task, doc_id]}"
+        asked[task, doc_id] += 1
+        for name in sorted(generation.keys() - _KNOWN - warned):
+            warned.add(name)
+            warn(f"{task}: the generation option {name} has no effect on vlm_collab")
+        question = Question(
+            task=task,
+            split=split,
+            doc_id=doc_id,
+            # Pictures always stand before the question, so their places in it mean nothing.
+            text=text.replace(IMAGE_SLOT, "").strip() if IMAGE_SLOT in text else text,
+            options=_options(generation, settings, task, seed=zlib.crc32(key.encode())),
+            visuals=visuals,
+            padding=bool(request.metadata.get("__padding_only__")),
+        )
+        questions.append(question)
+    return questions
+
+
+def _options(generation: Mapping[str, Any], settings: Settings, task: str, *, seed: int) -> Options:
+    beams = generation.get("num_beams") or 1
+    if beams != 1:
+        raise ConfigError(
+            f"{task} asks for a search with {beams} beams, which vlm_collab does not do; "
+            "`--gen_kwargs num_beams=1` answers greedily"
+        )
+    longest = generation.get("max_new_tokens") or generation.get("max_gen_toks")
+    limit = int(longest or DEFAULT_MAX_NEW_TOKENS)
+    temperature = float(generation.get("temperature") or 0.0)
+    draws = temperature > 0 and generation.get("do_sample") is not False
+    return Options(
+        retransmit=settings.retransmit,
+        # In this process, the threshold is the engine's own.
+        eta=settings.eta if settings.server is not None else None,
+        max_new_tokens=settings.max_new_tokens or limit,
+        stop=_stop_texts(generation.get("until"), task),
+        temperature=temperature if draws else None,
+        top_p=(generation.get("top_p") or None) if draws else None,
+        seed=seed if draws else None,
+    )
+
+
+def _stop_texts(until: str | Sequence[str] | None, task: str) -> tuple[str, ...]:
+    texts = [until] if isinstance(until, str) else list(until or ())
+    stops = tuple(dict.fromkeys(text for text in texts if text))
+    if len(stops) > _MOST_STOP_TEXTS or any(len(stop) > _LONGEST_STOP_TEXT for stop in stops):
+        raise ConfigError(
+            f"{task} ends its answers at {len(stops)} texts; the protocol takes "
+            f"{_MOST_STOP_TEXTS} of at most {_LONGEST_STOP_TEXT} characters"
+        )
+    return stops
+
+
+def require_pictures(pictures: Sequence[Any]) -> None:
+    """Refuse a question about no picture.
+
+    Raises:
+        SampleError: there is none.
+    """
+    if not pictures:
+        raise SampleError("it is about no picture, and vlm_collab answers about pictures")

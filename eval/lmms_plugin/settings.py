@@ -1,0 +1,148 @@
+"""What stands in `--model_args`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from server_plugin.models import DEMO_MODEL
+from vlm_collab.errors import ConfigError
+from vlm_collab.images import Codec
+from vlm_collab.messages import Retransmit
+from vlm_collab.policy import Aggregate, Metric
+
+Quality = Annotated[int, msgspec.Meta(ge=1, le=100)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+DEFAULT_MAX_NEW_TOKENS = 64
+"""Longest answer where neither the task nor the user says, as in TextVQA (`eval.tasks`)."""
+
+DEFAULT_CONCURRENCY = 16
+
+_POLICIES = {
+    "threshold": Retransmit.AUTO,
+    "always": Retransmit.ALWAYS,
+    "never": Retransmit.NEVER,
+}
+
+_PRESET = (
+    "preset", "prompt", "view_px", "layer", "base_px", "placement", "epsilon",
+    "metric", "aggregate", "eta", "k",
+)  # fmt: skip
+"""Fields that `open_model` takes as they are."""
+
+_IN_PROCESS = (
+    "pretrained", "batch", "device", "dtype", "region_quality",
+    *(name for name in _PRESET if name != "eta"),
+)  # fmt: skip
+"""What a service has settled for itself."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of `--model vlm_collab`.
+
+    Attributes:
+        pretrained: the model, as of `vlm-collab serve`; the demo model if there is no `server`.
+        server, token: address of a running service (`ws://…`), and its bearer token.
+        policy: when a region is sent: "threshold", "always", "never".
+        eta: threshold, instead of the preset's or the service's.
+        metric, aggregate, k: what is held against it.
+        codec, view_quality, region_quality: how pictures are encoded, instead of the preset's.
+        max_new_tokens: longest answer, whatever a task asks for.
+        batch: most questions that the model here works on together.
+        concurrency: most questions under way at a service.
+        device, dtype, preset, prompt, view_px, layer, base_px, placement, epsilon: see
+            `server_plugin.models.open_model`.
+        seed: of answers of tasks that ask for sampling.
+        log: file to which a line of JSON is added for each question.
+    """
+
+    pretrained: str | None = None
+    server: str | None = None
+    token: str | None = None
+    policy: Literal["threshold", "always", "never"] = "threshold"
+    eta: float | None = None
+    metric: Metric | None = None
+    aggregate: Aggregate | None = None
+    k: Positive | None = None
+    codec: Literal["jpeg", "webp", "png"] | None = None
+    view_quality: Quality | None = None
+    region_quality: Quality | None = None
+    max_new_tokens: Positive | None = None
+    batch: Positive | None = None
+    concurrency: Positive | None = None
+    device: str | None = None
+    dtype: str | None = None
+    preset: str | None = None
+    prompt: str | None = None
+    view_px: Positive | None = None
+    layer: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    base_px: Positive | None = None
+    placement: str | None = None
+    epsilon: float | None = None
+    seed: int = 0
+    log: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name, where one is opened here."""
+        return self.pretrained or DEMO_MODEL
+
+    @property
+    def retransmit(self) -> Retransmit:
+        """The policy, as a question's wish."""
+        return _POLICIES[self.policy]
+
+    @property
+    def picture_codec(self) -> Codec | None:
+        """Of both views; None leaves it to the preset or the service."""
+        return None if self.codec is None else Codec[self.codec.upper()]
+
+    def preset_options(self) -> dict[str, Any]:
+        """Arguments of `open_model` that were given."""
+        given = {name: getattr(self, name) for name in _PRESET}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def settings_from(arguments: Mapping[str, Any]) -> Settings:
+    """Settings from lmms-eval's arguments.
+
+    Args:
+        arguments: of `--model_args`, with `batch_size`, `max_batch_size` and `device` of
+            lmms-eval's own command line.
+
+    Raises:
+        ConfigError: an unknown option, an impossible value, or two that exclude each other.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    given.pop("max_batch_size", None)
+    _take_batch_size(given, str(given.pop("batch_size", 1)))
+    try:
+        settings = msgspec.convert(given, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        known = ", ".join(Settings.__struct_fields__)
+        raise ConfigError(f"model_args: {_first_line(error)}; options: {known}") from None
+    if settings.server is None:
+        for name in ("token", "concurrency"):
+            if name in given:
+                raise ConfigError(f"model_args: {name} is for a service; it needs server=ws://…")
+        return settings
+    for name in _IN_PROCESS:
+        if name in given:
+            raise ConfigError(f"model_args: {name} is the service's own with server=…")
+    token = settings.token or os.environ.get("VLM_COLLAB_TOKEN")
+    return msgspec.structs.replace(settings, token=token)
+
+
+def _take_batch_size(given: dict[str, Any], batch_size: str) -> None:
+    """lmms-eval's `--batch_size N`, unless `batch` or `concurrency` say more; 1 is its default."""
+    if batch_size.isdecimal() and int(batch_size) > 1:
+        given.setdefault("concurrency" if "server" in given else "batch", int(batch_size))
+
+
+def _first_line(error: Exception) -> str:
+    """msgspec's message, without its path's sigils."""
+    return str(error).replace(" - at `$.", " for `").replace("Object contains", "there is an")
