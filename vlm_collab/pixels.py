@@ -128,6 +128,8 @@ def flatten(image: Image.Image) -> Image.Image:
         # Pillow would clip 16-bit grey at 255. 65535 / 257 is exactly 255.
         wide = image.convert("I")
         return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ImageError("a broken picture: its palette is missing")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         page = Image.new("RGB", image.size, "white")

@@ -353,6 +353,7 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_i
     assert await following == "next"
     with pytest.raises(asyncio.CancelledError):
         await leaving
+    workshop.close()
 
 
 async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monkeypatch):

@@ -438,6 +438,7 @@ UNUSABLE = [
     (PHOTO[:200], 400, "invalid_image"),
     (PHOTO[:-9000], 400, "invalid_image"),
     (png(photo(60, 50))[:-30], 400, "invalid_image"),
+    (png(photo(60, 50).quantize(9)).replace(b"PLTE", b"\0LTE"), 400, "invalid_image"),
     (ANIMATION, 413, "image_too_large"),
     (png(Image.new("1", (9000, 8000))), 413, "image_too_large"),
 ]

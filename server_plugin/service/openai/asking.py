@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from PIL.Image import Image
@@ -23,6 +23,13 @@ from vlm_collab.openai import ApiError, PictureSource, Query, Url, WireLimits, a
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
+
+
+T = TypeVar("T")
+
+_QUICK_BYTES = 2**18
+"""A request of so many bytes is read, and its pictures decoded from base64 and hashed, in a
+millisecond or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,14 @@ class Asker:
         """End what is in flight, with first answers where there are some."""
         for question in list(self._questions):
             question.shut_down()
+
+    def close(self) -> None:
+        """Take no more questions."""
+        self.workshop.close()
+
+    async def read(self, request_bytes: int, work: Callable[[], T]) -> T:
+        """What `work` makes of a request; on the event loop only if that is quick."""
+        return work() if request_bytes <= _QUICK_BYTES else await self.workshop.run(work)
 
     def pictures(
         self, query: Query, known: Mapping[PictureSource, tuple[Original, Size]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 
@@ -30,7 +29,7 @@ class Chat:
             ApiError: it is refused, and nothing has been sent yet.
             ClientGoneError: the client left.
         """
-        query, pictures = await asyncio.to_thread(self._read, body)
+        query, pictures = await self._asker.read(len(body), lambda: self._read(body))
         question = self._asker.ask(client, query, pictures, remote=False)
         tally = Tally(up=len(body), pictures=pictures.sent_bytes)
         id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())

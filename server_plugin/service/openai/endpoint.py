@@ -101,6 +101,7 @@ class OpenAiEndpoint:
     def close(self) -> None:
         """Forget what is kept."""
         self.memory.clear()
+        self._asker.close()
 
     def _guarded(
         self, answer: Callable[[Request], dict[str, Any]]

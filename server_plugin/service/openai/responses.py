@@ -6,7 +6,6 @@ unsure of then waits in `Memory` between two requests.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -72,7 +71,7 @@ class Responses:
 
     async def answer(self, client: Client, body: bytes, sender: Sender) -> None:
         """Read a request and answer it; errors as `Chat.answer`."""
-        request = await asyncio.to_thread(self._read_request, body)
+        request = await self._asker.read(len(body), lambda: self._read_request(body))
         before = self._before(client, request)
         if request.outputs:
             turn = await self._resumed(client, request, before, len(body))
@@ -104,7 +103,9 @@ class Responses:
                 f"{before.call.id}, with the crop or, to do without it, a text"
             )
             raise refuse("input", text, "no_tool_output")
-        query, pictures = await asyncio.to_thread(self._read_question, request, before)
+        query, pictures = await self._asker.read(
+            body_bytes, lambda: self._read_question(request, before)
+        )
         return _Turn(
             client,
             request,

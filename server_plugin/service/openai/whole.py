@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -96,22 +97,23 @@ def _reshaped(picture: SourceImage, source: Size) -> Image.Image:
 
 
 class Workshop:
-    """Decodes pictures off the event loop, a few at a time."""
+    """Decodes pictures off the event loop, a few at a time.
+
+    On threads of its own: an allocator keeps what each thread once had, and a decoded picture is
+    large. A thread cannot be stopped, so the place of a client that leaves is taken until its
+    picture is done; else clients that come and go could have any number of them decoding.
+    """
 
     def __init__(self, limits: OpenAiLimits) -> None:
-        self._room = asyncio.Semaphore(limits.max_decoding)
+        self._threads = ThreadPoolExecutor(limits.max_decoding, "pictures")
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns; it runs on a thread of its own."""
-        async with self._room:
-            running = asyncio.ensure_future(asyncio.to_thread(work))
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                # A thread cannot be stopped. Its place stays taken until it is done, or clients
-                # that leave could have any number of them decoding.
-                await asyncio.wait((running,))
-                raise
+        """What `work` returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Take no more work."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Held:
