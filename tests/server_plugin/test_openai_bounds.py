@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.openai.whole import Original, Workshop
 from server_plugin.service.runner import running
@@ -459,6 +459,30 @@ async def test_connections_of_one_http_client_are_one_session_at_the_queue():
         backend.gate.set()
         await asyncio.gather(*asked)
     assert backend.order[:5].count("few") == 2
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_questions": 6}, {"max_view_bytes": 6 * DEFAULT_INFO.view_bytes}]
+)
+async def test_clients_that_do_not_come_back_leave_room_for_others(limits):
+    running_service = service(limits=limits)
+    async with running(running_service) as url, client_of(url) as client, edge(url) as other:
+        asked = {"model": "fake", "tools": [TOOL]}
+        responses = [
+            await client.responses.create(**asked, input=[said(UNSURE, png(photo(90 + i, 80)))])
+            for i in range(5)
+        ]
+        kinds = [response.output[0].type for response in responses]
+        assert kinds == ["function_call"] * 3 + ["message"] * 2
+        told = responses[-1].vlm_collab
+        assert (told["fallback"], told["refined"]) == ("overload", False)
+        await other.ask(SURE, picture())
+        assert isinstance(await other.next(), Answer)
+        for response in responses:
+            await client.responses.delete(response.id)
+        again = await client.responses.create(**asked, input=[said(UNSURE, PHOTO)])
+        assert again.output[0].type == "function_call"
+        await client.responses.delete(again.id)
 
 
 # ---- shutting down ---------------------------------------------------------------------------

@@ -194,12 +194,23 @@ class Asker:
                 hold if pictures.originals else None,
                 pictures.sources,
                 None if remote else crop,
+                self._may_wait,
             )
         except Refused as refused:
             raise told(refused, query) from refused
         self._questions.add(question)
         question.when_over(lambda: self._questions.discard(question))
         return question
+
+    def _may_wait(self) -> bool:
+        """Clients that may never come back hold at most half of the service's views and questions;
+        beyond that, first answers stand."""
+        limits = self._service.config.limits
+        waiting = [each.waiting for each in self._questions if each.waiting]
+        nbytes = sum(waiting) * self._service.engine.backend.info.view_bytes
+        return not waiting or (
+            nbytes < limits.max_view_bytes / 2 and len(waiting) < limits.max_questions / 2
+        )
 
 
 def told(refused: Refused, query: Query | None = None) -> ApiError:

@@ -111,6 +111,7 @@ class Question:
         hold: gets hold of the view, once; None for a question about text.
         sources: sizes of what the pictures show, in px.
         crop: cuts regions here; None asks the client for them.
+        may_wait: whether there is room for one more question that waits for its client.
 
     Raises:
         Refused: no room, or the model cannot take it.
@@ -126,6 +127,7 @@ class Question:
         hold: Hold | None,
         sources: Sequence[Size],
         crop: Crop | None,
+        may_wait: Callable[[], bool],
     ) -> None:
         _check(service, text, len(sources), history, options)
         self.name = secrets.token_hex(4)
@@ -136,6 +138,7 @@ class Question:
         """Where the model looked; its first answer is owed if the second stage fails."""
         self._service, self._text, self._history = service, text, history
         self._hold, self._sources, self._crop = hold, tuple(sources), crop
+        self._may_wait = may_wait
         self._held: Held | None = None
         self._turn = service.queue.turn(session)
         self._events: asyncio.Queue[Event | Refused] = asyncio.Queue()
@@ -160,6 +163,12 @@ class Question:
         if isinstance(event, Refused):
             raise event
         return event
+
+    @property
+    def waiting(self) -> int:
+        """Pictures whose view is held while the client is asked for a region; 0 if it is not."""
+        asked = self._region is not None and not self._region.done()
+        return len(self._sources) if asked else 0
 
     def cancel(self) -> None:
         """Nobody wants the answer any more. Safe to call when it has ended."""
@@ -252,6 +261,8 @@ class Question:
 
     async def _fetch(self, need: RegionNeed) -> Image:
         self.need = need
+        if self._crop is None and not self._may_wait():
+            raise RegionUnavailableError(Fallback.OVERLOAD)
         self._service.metrics.retransmissions.inc()
         if self._crop is not None:
             return await self._crop(need)
