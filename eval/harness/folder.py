@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ class RunFolder:
         Rows that are there already stay: a group is worked on again for those that failed.
         """
         for failure in failures:
-            line = {"index": failure.index, "id": failure.id, "reason": failure.reason}
-            _append(self.path / FAILURES, json.dumps(line, ensure_ascii=False))
+            _append(self.path / FAILURES, json.dumps(asdict(failure), ensure_ascii=False))
         self._unsaved += [record for record in records if record.index not in self.done]
         late = time.monotonic() - self._saved_at > SAVE_AFTER_S
         if late or len(self._unsaved) >= self._save_every:
@@ -134,17 +133,20 @@ class RunFolder:
         failed = {f.index: f for f in failures(self.path) if f.index not in self.done}
         if len(self.done) + len(failed) == samples:
             # The same failures, whoever met them in whatever order.
-            if (self.path / FAILURES).exists():
-                rows = [{"index": f.index, "id": f.id, "reason": f.reason} for f in failed.values()]
-                rows.sort(key=lambda row: int(str(row["index"])))
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                _replace(self.path / FAILURES, text)
+            lines = [json.dumps(asdict(failed[i]), ensure_ascii=False) for i in sorted(failed)]
+            if lines:
+                _replace(self.path / FAILURES, "\n".join([*lines, ""]))
+            else:
+                (self.path / FAILURES).unlink(missing_ok=True)
             told = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
             if not failed:  # nobody writes any more; these are of processes that were killed
                 for left in self.path.glob("part-*.writing"):
                     left.unlink(missing_ok=True)
-            told |= {"finished": now, "samples": len(self.done), "failed": len(failed)}
-            _replace(self.path / PROVENANCE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+            counts = {"samples": len(self.done), "failed": len(failed)}
+            if told["finished"] is None or told != {**told, **counts}:
+                told |= {"finished": now, **counts}
+                text = json.dumps(told, indent=1, ensure_ascii=False)
+                _replace(self.path / PROVENANCE, f"{text}\n")
         return len(self.done), len(failed)
 
     def _go_on(self, provenance: Mapping[str, Any], resume: bool) -> None:
@@ -164,8 +166,8 @@ class RunFolder:
             if before.get(name) != now.get(name):
                 what = _difference(name, before.get(name), now.get(name))
                 raise ConfigError(f"{self.path} holds another run ({what}); choose another folder")
-        if beside:
-            return  # another process of this session was quicker
+        if beside or (before.get("finished") and not before.get("failed")):
+            return  # another process of this session was quicker, or there is nothing to do
         listed = ("session", "commit", "versions", "machine", "command", "started")
         resumed = [*before.get("resumed", []), {name: now[name] for name in listed}]
         before["resumed"] = resumed
