@@ -58,7 +58,7 @@ class TwoStage(Method):
     Args:
         task: what is asked.
         options: of the model.
-        codecs: of the views; None takes the preset's, with the given qualities.
+        codec, view_quality, region_quality: of what is sent; None for what the preset has.
     """
 
     name = TWO_STAGE
