@@ -14,7 +14,10 @@ PACKAGES = vlm_collab edge_client server_plugin eval
 # The tests in vLLM build an environment of 3.5 GB beside $(VENV). `make test VLLM=0` goes without.
 VLLM ?= 1
 
-.PHONY: demo serve test lint types layers check check-vllm browser rtsp-server clean
+# Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
+LMMS ?= 1
+
+.PHONY: demo serve test lint types layers check check-vllm check-lmms browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -22,7 +25,8 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.demo
 	$(RUN)/vlm-collab serve
 
-test: $(VENV)/.dev lint types layers check $(if $(filter-out 0,$(VLLM)),check-vllm)
+test: $(VENV)/.dev lint types layers check $(if $(filter-out 0,$(VLLM)),check-vllm) \
+  $(if $(filter-out 0,$(LMMS)),check-lmms)
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
@@ -42,6 +46,10 @@ check-vllm: $(VENV)/.dev
 	$(RUN)/python -m tests.support.vllm_cpu.environment
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and not slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
+
+check-lmms: $(VENV)/.dev
+	$(RUN)/python -m tests.support.lmms_env
+	OMP_NUM_THREADS=1 $(RUN)/pytest -m "lmms and not slow" tests/eval/test_lmms_eval.py
 
 # The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
 browser:
@@ -75,4 +83,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm out build dist
+	rm -rf $(VENV) .venv-vllm .venv-lmms out build dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,10 +117,7 @@ async def ask_all(
     await asker.open(questions)
     coming: asyncio.Task[list[Any]] | None = None
     try:
-        groups = [
-            questions[start : start + asker.group]
-            for start in range(0, len(questions), asker.group)
-        ]
+        groups = _groups(questions, asker.group)
         for number, group in enumerate(groups):
             prepared = await (coming or asyncio.create_task(_prepare(asker, group, load)))
             coming = None
@@ -139,6 +137,15 @@ async def ask_all(
         if coming is not None:
             coming.cancel()
         await asker.close()
+
+
+def _groups(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
+    """Neighbours of one task, so that its answers do not depend on what else is run."""
+    groups: list[Sequence[Question]] = []
+    for _, same in itertools.groupby(questions, key=lambda question: question.task):
+        of_task = list(same)
+        groups += [of_task[start : start + size] for start in range(0, len(of_task), size)]
+    return groups
 
 
 async def _prepare(asker: Asker, group: Sequence[Question], load: Load) -> list[Any]:

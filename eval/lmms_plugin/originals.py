@@ -56,8 +56,7 @@ def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]])
         SampleError: there is none, or it cannot be used.
     """
     rows = documents[question.task][question.split]
-    shown = question.visuals(rows[question.doc_id])
-    given = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
+    given = list(_flat(question.visuals(rows[question.doc_id])))
     require_pictures(given)
     if len(given) > MAX_PICTURES:
         raise SampleError(f"it is about {len(given)} pictures; a question takes {MAX_PICTURES}")
@@ -66,6 +65,15 @@ def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]])
         return [_original(one, stored) for one in given]
     except ImageError as error:
         raise SampleError(f"the picture: {error}") from error
+
+
+def _flat(shown: Any) -> Iterator[Any]:
+    """Tasks return one picture, a list, or lists in lists."""
+    if isinstance(shown, list | tuple):
+        for one in shown:
+            yield from _flat(one)
+    elif shown is not None:
+        yield shown
 
 
 def _stored_files(rows: Any, index: int) -> Iterator[tuple[bytes, bool]]:

@@ -1,0 +1,119 @@
+"""A second environment with lmms-eval, and its command run in it.
+
+lmms-eval asks for a torchvision that a CPU build of torch cannot load, and for much that none of
+these tests need. So it is installed without its dependencies, with the few that its own command
+imports, and everything else is this environment's: `.venv-lmms` takes 100 MB and half a minute.
+`python -m tests.support.lmms_env` builds it, as do the tests themselves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".venv-lmms"
+PYTHON = FOLDER / "bin/python"
+LMMS_EVAL = "lmms-eval==0.7.3"
+LIGHT = ("loguru", "pytz", "tenacity", "evaluate", "sacrebleu", "aiohttp", "pytablewriter")
+"""What its command imports beside torch, transformers, accelerate, datasets and what they bring;
+the list of `docs/lmms-eval.md`."""
+
+
+class EnvironmentMissingError(Exception):
+    """The environment cannot be built here; one line."""
+
+
+def ensure() -> Path:
+    """Build the environment if it is not there; returns its interpreter.
+
+    Raises:
+        EnvironmentMissingError: it cannot be built here.
+    """
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / ".lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build()
+    return PYTHON
+
+
+def site_packages() -> Path:
+    """Where its packages lie."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return FOLDER / "lib" / version / "site-packages"
+
+
+def tasks() -> Path:
+    """lmms-eval's own tasks."""
+    return site_packages() / "lmms_eval" / "tasks"
+
+
+def _build() -> None:
+    # pip of this environment, which sees what the other one has and installs only the rest.
+    pip = (sys.executable, "-m", "pip", "--python", str(PYTHON), "--disable-pip-version-check")
+    install = (*pip, "install", "--quiet")
+    if not (FOLDER / ".ready").exists():
+        _run(sys.executable, "-m", "venv", "--without-pip", str(FOLDER))
+        _borrow()
+        _run(*install, *LIGHT)
+        _run(*install, "--no-deps", LMMS_EVAL)
+        (FOLDER / ".ready").touch()
+    _borrow()
+    # Once for each state of `pyproject.toml`, which is where entry points are.
+    mark = FOLDER / ".plugin"
+    if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
+        _run(*install, "--no-deps", "--editable", str(ROOT))
+        mark.touch()
+
+
+def _borrow() -> None:
+    """Everything that is not there is taken from the environment of these tests."""
+    line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    path = site_packages() / "borrowed.pth"
+    if not path.exists() or path.read_text() != line:
+        path.write_text(line)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise EnvironmentMissingError(
+            f"{LMMS_EVAL}, which some tests need, cannot be installed ({reason}); leave these "
+            "tests out with `make test LMMS=0`"
+        )
+
+
+def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run its interpreter.
+
+    Args:
+        arguments: of the interpreter.
+        home: a folder for caches.
+    """
+    return subprocess.run(
+        [ensure(), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            # This checkout before any other that the plugin may have been installed from.
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+
+
+if __name__ == "__main__":
+    try:
+        ensure()
+    except EnvironmentMissingError as error:
+        sys.exit(str(error))
