@@ -72,3 +72,94 @@ def _one_of(kind: type[T], option: str, name: str) -> T:
     except ValueError:
         known = ", ".join(kind)
         raise ConfigError(f"there is no {option} {name!r}; there are: {known}") from None
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of runs. The first is reported; what the others are for (HD, tasks, "
+            "models, picture qualities) follows from what they are of."
+        ),
+    ],
+    val: Annotated[
+        Path | None,
+        typer.Option(help="Run of the same on another split, to choose thresholds on."),
+    ] = None,
+    layers: Annotated[
+        Path | None, typer.Option(help="What `vlm-collab calibrate layers` wrote.")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Score the answers again by another rule of the task.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmark's data, for the picture.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="png or pdf; repeat for both, which is the default."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=10, help="Of bootstraps.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps.")] = 0,
+    against: Annotated[
+        Path | None, typer.Option(help="Another report.json; print where numbers moved.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("report"),
+) -> None:
+    """Figures and tables of the paper from runs, with one JSON that says where numbers are from."""
+    import json
+    import sys
+
+    from tqdm import tqdm
+
+    from eval.report.inputs import sort_runs
+    from eval.report.moved import moved
+    from eval.report.write import FORMATS, RESULTS, seen_from, write_report
+    from server_plugin.calibration import load_calibration
+
+    for one in formats or ():
+        if one not in FORMATS:
+            raise ConfigError(f"there is no format {one!r}; there are: {', '.join(FORMATS)}")
+    before = None
+    if against is not None:
+        try:
+            before = json.loads(against.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{against} is no report: {error}") from error
+    inputs = sort_runs(
+        [open_run(path) for path in runs],
+        val=None if val is None else open_run(val),
+        layers=None if layers is None else load_calibration(layers),
+        scorer=scorer,
+        resamples=resamples,
+        seed=seed,
+    )
+    command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
+    for option, path in (("--val", val), ("--layers", layers), ("--data", data)):
+        command += [] if path is None else [option, seen_from(out, path)]
+    command += [] if scorer is None else ["--scorer", scorer]
+    command += ["--resamples", str(resamples), "--seed", str(seed)]
+    command += [part for one in formats or () for part in ("--format", one)]
+    with tqdm(total=18, unit="part", disable=None if sys.stderr.isatty() else True) as bar:
+
+        def tell(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        told = write_report(
+            inputs,
+            out,
+            formats=formats or FORMATS,
+            data=data,
+            command=[*command, "--out", "."],
+            tell=tell,
+        )
+    made = f"{len(told['figures'])} figures, {len(told['tables'])} tables, {RESULTS}, index.md"
+    print(f"{out}: {made}")
+    for name, why in told["left_out"].items():
+        print(f"left out: {name}: {why}")
+    if before is not None:
+        lines = moved(before, told)
+        print(f"against {against}: {len(lines)} numbers or series moved")
+        for line in lines:
+            print(f"  {line}")

@@ -154,7 +154,7 @@ def fig12(inputs: Inputs) -> Told | None:
         [{"title": "same questions", "rows": count, "lines": lines, "marks": []}],
     )
     label = "relative communication cost (picture bytes over views as JPEG 100)"
-    return told | {"x_label": label, "bands": (), "wide": True}
+    return told | {"x_label": label, "bands": (), "wide": True, "direct": True}
 
 
 def areas(inputs: Inputs) -> list[Told]:

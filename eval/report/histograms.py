@@ -40,6 +40,7 @@ def draw_fig7(told: dict[str, Any]) -> Figure:
     steps.set_xlabel("generation step")
     steps.set_ylabel("mean min-entropy (bits)")
     steps.set_xticks([row["step"] for row in told["steps"]])
+    steps.set_xlim(0.5, len(told["steps"]) + 0.5)
     steps.set_ylim(bottom=0)
     steps.legend(loc="upper right")
     _histogram(first, told["first"], "(b) starting token")
@@ -60,8 +61,9 @@ def _steps(axes: Axes, rows: list[dict[str, Any]], which: str, colour: str) -> N
         axes.annotate(
             f"n={row[f'{which}_count']}",
             (row["step"], row[which]),
-            (7, 4),
+            (7, 4) if which == "wrong" else (-7, 4),
             textcoords="offset points",
+            ha="left" if which == "wrong" else "right",
             fontsize=7.5,
             color=colour,
         )

@@ -172,8 +172,9 @@ def draw_panels(told: dict[str, Any]) -> Figure:
         _draw(axes, panels[place], told)
         if place % columns == 0:
             axes.set_ylabel(told["y_label"])
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    if not told.get("direct"):
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(told["title"], fontsize=11)
     return figure
 
@@ -183,6 +184,17 @@ def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
         colour = COLOURS[place % len(COLOURS)]
         style = ("-", "--", "-.", ":")[place % 4] if told.get("dashed") else "-"
         axes.plot(one["x"], one["y"], style, color=colour, label=one["name"], zorder=3)
+        if told.get("direct"):
+            best = int(np.argmax(one["y"]))
+            axes.annotate(
+                one["name"],
+                (one["x"][best], one["y"][best]),
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=colour,
+            )
         if "low" in one and place in told.get("bands", (0,)):
             axes.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.15, lw=0)
     random = shown.get("random")

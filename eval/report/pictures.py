@@ -76,8 +76,7 @@ def draw_fig11(told: dict[str, Any], run: Run, task: Task) -> Figure:
     region = picture.region(box, target, Codec[region_codec.upper()], region_quality)
     if (sample.id, len(view), len(region)) != (row.id, row.view_bytes, row.region_bytes):
         raise ConfigError(f"{told['id']} is not the picture that {run.folder} saw")
-    original = picture.view(picture.size, run.preset.fit, Codec.PNG, 90)
-    whole = np.asarray(decode(original, max_pixels=picture.size.width * picture.size.height))
+    whole = np.asarray(picture.decoded())
     small = np.asarray(decode(view, max_pixels=side.width * side.height))
     sent = np.asarray(decode(region, max_pixels=target.width * target.height))
     frame = frame_of(picture.size, run.preset.fit, side)

@@ -1,0 +1,257 @@
+"""A report: figures, tables, one JSON that everything is traced by, and a page with all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from matplotlib.figure import Figure
+
+from eval.harness.runs import Run
+from eval.report import figures
+from eval.report.histograms import draw_fig7, fig7
+from eval.report.inputs import Inputs
+from eval.report.panels import draw_panels
+from eval.report.pictures import draw_fig11, fig11
+from eval.report.separation import BINS
+from eval.report.style import save
+from eval.report.tables import TABLES, csv_text, markdown
+from eval.report.trace import provenance_of
+from eval.tasks import Task, open_task
+from vlm_collab.errors import CollabError, ConfigError
+
+RESULTS = "report.json"
+FORMATS = ("png", "pdf")
+
+Told = dict[str, Any]
+
+_FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
+    "fig-04-communication": (
+        figures.fig4,
+        "Band: 95 % of resamples. Dotted: regions of randomly chosen questions. HD: LLaVA-1.5-HD's "
+        "procedure. η from val: the threshold that `calibrate` chose on the validation split.",
+    ),
+    "fig-05-computation": (
+        figures.fig5,
+        "Marks and the dotted line by Eq. 17-20; the engine shares what the three prompts have in "
+        "common, so it spends less.",
+    ),
+    "fig-06-metrics": (figures.fig6, "Areas and their differences are in the table below."),
+    "fig-07-separation": (
+        fig7,
+        f"Bars: 95 % of resamples. {BINS} bins of equal width up to the largest value; a first "
+        "answer is right if it scores at least one half.",
+    ),
+    "fig-08-aggregation": (
+        figures.fig8,
+        "Averages over more tokens than any answer has are left out.",
+    ),
+    "fig-09-tasks": (figures.fig9, "The paper's Fig. 9 has A-OKVQA, VQAv2 and GQA."),
+    "fig-10-models": (figures.fig10, "The models whose runs were given."),
+    "fig-11-pictures": (
+        fig11,
+        "Chosen by a rule, not by hand: the first row of the run of the "
+        "lowest quality whose first answer is wrong and second right, with the true place in the "
+        "region.",
+    ),
+    "fig-12-qualities": (
+        figures.fig12,
+        "Views and regions have the same quality. Each curve from no region to all.",
+    ),
+}
+
+
+def write_report(
+    inputs: Inputs,
+    folder: Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    data: Path | None = None,
+    command: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda name: None,
+) -> Told:
+    """Write all of it. The same runs give the same files, bit by bit.
+
+    Args:
+        inputs: see `sort_runs`.
+        folder: made if it is missing.
+        formats: of figures, of `FORMATS`.
+        data: where the benchmark's pictures are, for Fig. 11.
+        command: that a reader would call.
+        tell: is called with the name of what is being made.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        ConfigError: two runs have one name, or the folder cannot be written.
+    """
+    names = [run.folder.name for run in inputs.runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"runs are told apart by their folders' names: {', '.join(names)}")
+    told = {
+        "format": 1,
+        "command": list(command),
+        "settings": {
+            "scorer": inputs.main.provenance["task"]["scorer"],
+            "resamples": inputs.resamples,
+            "seed": inputs.seed,
+            "confidence": 0.95,
+            "clustered_by": "image_id",
+            "bins": BINS,
+        },
+        "runs": {run.folder.name: provenance_of(run) for run in inputs.runs},
+        "reported": inputs.main.folder.name,
+        "val": None if inputs.val is None else inputs.val.folder.name,
+        "layers": None if inputs.layers is None else msgspec.to_builtins(inputs.layers),
+        "figures": {},
+        "tables": {},
+        "left_out": {},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _figures(told, inputs, folder, formats, data, tell)
+        _tables(told, inputs, folder, tell)
+        (folder / RESULTS).write_text(as_json(told) + "\n", encoding="utf-8")
+        (folder / "index.md").write_text(_page(told, inputs, formats), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return told
+
+
+def draw(name: str, told: Told, inputs: Inputs, data: Path | None = None) -> Figure:
+    """A figure from its part of `report.json`; Fig. 11 needs its run and picture too.
+
+    Raises:
+        ConfigError: the picture cannot be had.
+    """
+    if name == "fig-07-separation":
+        return draw_fig7(told)
+    if name == "fig-11-pictures":
+        run = next(one for one in inputs.runs if one.folder.name == told["rows"]["run"])
+        return draw_fig11(told, run, _task_of(run, data))
+    return draw_panels(told)
+
+
+def _figures(
+    told: Told,
+    inputs: Inputs,
+    folder: Path,
+    formats: Sequence[str],
+    data: Path | None,
+    tell: Callable[[str], None],
+) -> None:
+    for name, (make, _) in _FIGURES.items():
+        tell(name)
+        made = make(inputs)
+        if made is None:
+            told["left_out"][name] = "there is no run for it"
+            continue
+        try:
+            figure = draw(name, made, inputs, data)
+        except CollabError as error:
+            if name != "fig-11-pictures":
+                raise
+            told["left_out"][name] = str(error)
+            continue
+        for kind in formats:
+            save(figure, folder / f"{name}.{kind}")
+        told["figures"][name] = made
+
+
+def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None]) -> None:
+    for name, (title, make, cells) in TABLES.items():
+        tell(name)
+        rows = make(inputs)
+        if not rows:
+            told["left_out"][name] = "there is no run for it"
+            continue
+        (folder / f"{name}.csv").write_text(csv_text(rows), encoding="utf-8")
+        text = f"# {title}\n\n{markdown(rows, cells)}"
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        told["tables"][name] = rows
+
+
+def _task_of(run: Run, data: Path | None) -> Task:
+    task = run.provenance["task"]
+    return open_task(
+        task["name"],
+        data=data,
+        split=task["split"],
+        ocr=bool((task.get("settings") or {}).get("ocr")),
+        limit=task.get("samples"),
+    )
+
+
+def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
+    main = inputs.main.provenance
+    task, model = main["task"], main["model"]
+    lines = [
+        f"# {model['name']} on {task['name']}, {task['split']} split",
+        "",
+        f"{len(inputs.main.records)} questions, scored by `{task['scorer']}`. Figures and tables "
+        "are those of `003_92b41fe49395ce1a.txt`, drawn from the runs below. Intervals are 95 % of "
+        f"{inputs.resamples} resamples of whole pictures. Every number is in `{RESULTS}`, with the "
+        "run and the rows (column `index`) that it comes from.",
+    ]
+    if model["name"] == "demo":
+        lines += [
+            "",
+            "This is the demo model on the generated benchmark: it shows the system at work, and "
+            "says nothing about the paper's models and data sets.",
+        ]
+    lines += ["", "## Figures", ""]
+    for name, (_, caption) in _FIGURES.items():
+        if name not in told["figures"]:
+            continue
+        title = told["figures"][name]["title"]
+        lines += [f"### {title}", ""]
+        if "png" in formats:
+            lines += [f"![{title}]({name}.png)", ""]
+        lines += [caption, ""]
+    lines += ["## Tables", ""]
+    for name, (title, _, cells) in TABLES.items():
+        if name in told["tables"]:
+            lines += [f"### {title}", "", markdown(told["tables"][name], cells)]
+    if told["left_out"]:
+        lines += ["## Left out", ""]
+        lines += [f"- {name}: {why}" for name, why in told["left_out"].items()] + [""]
+    lines += ["## Commands", "", "Each run:", ""]
+    lines += [f"    {_called(run)}" for run in told["runs"].values()]
+    if told["command"]:
+        lines += ["", "The report, in this folder:", "", f"    {shlex.join(told['command'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def _called(run: Told) -> str:
+    command = [str(one) for one in run.get("command") or []]
+    return shlex.join([Path(command[0]).name, *command[1:]]) if command else "unknown"
+
+
+def seen_from(folder: Path, path: Path) -> str:
+    """A path as it is called from a folder."""
+    return os.path.relpath(path, folder)
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON with lists of plain values on one line each: digits by the thousand need no lines.
+
+    Raises:
+        ValueError: there is a number that JSON does not have.
+    """
+    deeper = indent + " "
+    if isinstance(value, dict) and value:
+        items = [
+            f"{deeper}{json.dumps(str(key), ensure_ascii=False)}: {as_json(one, deeper)}"
+            for key, one in value.items()
+        ]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | list) for one in value):
+        rows = [f"{deeper}{as_json(one, deeper)}" for one in value]
+        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
