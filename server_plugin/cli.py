@@ -269,11 +269,12 @@ async def _serve(
         service = Service(engine, config)
         server = runner.server(service)
         url = runner.url_of(sock, config)
-        ready = {"event": "ready", "url": url, "model": backend.info.name, "pid": os.getpid()}
         page = f"http{url.removeprefix('ws').removesuffix(ENDPOINT)}/"
-        text = f"vlm-collab: serving {backend.info.name} at {url}, page at {page} (Ctrl-C stops)"
+        name, openai = backend.info.name, f"{page}v1"
+        ready = {"event": "ready", "url": url, "openai": openai, "model": name, "pid": os.getpid()}
+        text = f"vlm-collab: serving {name} at {url}, page at {page}, OpenAI's APIs at {openai}"
         # Clients that connect before uvicorn accepts wait in the socket's own queue.
-        print(json.dumps(ready) if json_output else text, flush=True)
+        print(json.dumps(ready) if json_output else f"{text} (Ctrl-C stops)", flush=True)
         await runner.serve(server, sock)
         await backend.close()
     finally:

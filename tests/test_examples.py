@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -24,7 +23,7 @@ OPENAI_EDGE = ROOT / "docs" / "examples" / "openai_edge.py"
 def base_url():
     """Of a service with the demo model."""
     with serving() as (_, ready):
-        yield f"http://{urlsplit(str(ready['url'])).netloc}/v1"
+        yield str(ready["openai"])
 
 
 def run(base_url: str, *arguments: str) -> str:
