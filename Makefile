@@ -1,5 +1,5 @@
-# Two commands: `make demo` shows the system at work, `make test` checks all of it.
-# Both set up everything in $(VENV) by themselves.
+# `make demo` shows the system at work, `make report` measures it, `make test` checks all of it.
+# Each sets up everything in $(VENV) by themselves.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -17,10 +17,15 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo serve test lint types layers check check-vllm check-lmms browser rtsp-server clean
+.PHONY: demo report serve test lint types layers check check-vllm check-lmms browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
+
+# Every figure and table of the paper on the demo model, from nothing; prints where numbers differ
+# from docs/results/demo. A stopped run goes on where it was; `rm -r out/report` begins again.
+report: $(VENV)/.demo
+	$(RUN)/python -m eval.report.demo --out out/report
 
 serve: $(VENV)/.demo
 	$(RUN)/vlm-collab serve

@@ -137,7 +137,13 @@ def layers(
         model=name,
         layer=best.layer,
         expected={"covered": best.covered, "whole": best.whole},
-        made={"task": task, "split": opened.split, "samples": best.samples, "layers": rows},
+        made={
+            "task": task,
+            "split": opened.split,
+            "samples": best.samples,
+            "layers": rows,
+            "command": ["vlm-collab", *sys.argv[1:]],
+        },
     )
     write(found, out)
     for one in made:

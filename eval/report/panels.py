@@ -215,23 +215,39 @@ def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
                 fontsize=7.5,
                 color=MUTED,
             )
+    _limits(axes, shown)
     for one in shown["marks"]:
-        shape, colour, size = _MARKS[one["name"]]
-        axes.plot([one["x"]], [one["y"]], shape, color=colour, markersize=size, zorder=4)
-        axes.annotate(
-            one["name"],
-            (one["x"], one["y"]),
-            (6, 3),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=colour,
-        )
+        _mark(axes, one)
     axes.set_title(f"{shown['title']} (n = {shown['rows']['count']})")
     axes.set_xlabel(told["x_label"])
 
 
+def _limits(axes: Axes, shown: Panel) -> None:
+    """The vertical axis shows the curves well, whatever else there is far below them."""
+    values = [y for one in shown["lines"] for y in (*one["y"], *one.get("low", ()))]
+    values += [y for one in shown["lines"] for y in one.get("high", ())]
+    values += [one["y"] for one in shown["marks"] if one["name"] != "HD"]
+    low, high = min(values), max(values)
+    room = max(high - low, 0.02)
+    axes.set_ylim(low - 0.12 * room, high + 0.08 * room)
+
+
+def _mark(axes: Axes, one: dict[str, Any]) -> None:
+    shape, colour, size, place = _MARKS[one["name"]]
+    (bottom, top), name, y = axes.get_ylim(), one["name"], one["y"]
+    if not bottom <= y <= top:
+        name = f"{name} {y:.2f} {'↓' if y < bottom else '↑'}"
+        y = min(max(y, bottom + 0.04 * (top - bottom)), top - 0.04 * (top - bottom))
+        place = (-6, 3)
+    axes.plot([one["x"]], [y], shape, color=colour, markersize=size, zorder=4)
+    side = "left" if place[0] > 0 else "right"
+    axes.annotate(
+        name, (one["x"], y), place, textcoords="offset points", ha=side, fontsize=7.5, color=colour
+    )
+
+
 _MARKS = {
-    "oracle": ("*", MUTED, 9),
-    "HD": ("D", COLOURS[3], 6),
-    "η from val": ("o", "#000000", 5),
+    "oracle": ("*", MUTED, 9, (6, 3)),
+    "HD": ("D", COLOURS[3], 6, (6, 3)),
+    "η from val": ("o", "#000000", 5, (6, -9)),
 }

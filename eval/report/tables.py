@@ -275,10 +275,11 @@ def count(row: Row) -> str:
     return str(row["rows"]["count"])
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell]]] = {
+TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str, Cell]]] = {
     "table-1": (
         "Visual tokens and mean length of the input (Table I)",
         table1,
+        "n_v of the model, and the mean of the columns first_input_tokens and second_input_tokens.",
         {
             "": word("pass"),
             "visual tokens": word("visual_tokens"),
@@ -289,6 +290,10 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "table-2": (
         "Right and wrong first answers by metric (Table II, Eq. 23-24)",
         table2,
+        "Overlap by Eq. 23, Bhattacharyya distance by Eq. 24 (natural logarithm), in 20 "
+        "bins of equal width from 0 to 1 for the margin, else to the largest value; 10 "
+        "and 40 bins are in report.json. The paper does not state its bins. A first "
+        "answer is right if it scores at least one half.",
         {
             "questions": word("part"),
             "metric": word("name"),
@@ -302,6 +307,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "table-3": (
         "Starting token against full average, min-entropy (Table III)",
         table3,
+        "As the table before.",
         {
             "questions": word("part"),
             "aggregation": word("name"),
@@ -313,6 +319,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "metrics": (
         "Area between trade-off curve and random line, by metric and aggregation",
         table_metrics,
+        "Mean over all rates of accuracy minus the random line, and the same minus that "
+        "of min_entropy/full, paired in each resample.",
         {
             "questions": word("part"),
             "setting": word("setting"),
@@ -323,6 +331,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "baselines": (
         "All methods on the same samples",
         table_baselines,
+        "Costs as in docs/evaluation.md; FLOPs over those of first passes.",
         {
             "method": word("name"),
             "setting": number("setting", 2),
@@ -339,6 +348,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "chosen": (
         "Thresholds chosen on the validation split",
         table_chosen,
+        "η is chosen on the validation run alone. Loss is the accuracy of full "
+        "retransmission minus that of the policy.",
         {
             "chosen for": word("name"),
             "η": number("eta", 4),
@@ -353,6 +364,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "boxes": (
         "Regions against regions placed at random, and what they are worth",
         table_boxes,
+        "Share of the true box's area that lies in the region, and its expectation if the "
+        "region lay anywhere in the picture.",
         {
             "questions": word("part"),
             "n": count,
@@ -367,6 +380,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "summaries": (
         "The task's own figures",
         table_summaries,
+        "By the summaries of the task, docs/tasks.md.",
         {
             "run": word("run"),
             "figure": word("summary"),
@@ -378,6 +392,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
     "layers": (
         "Attention layers, on the validation split",
         table_layers,
+        "Share of the true box in the region that the layer leads to; the first pass and "
+        "the region search of each layer, by the engine.",
         {
             "layer": word("layer"),
             "covers the true place": percent("covered"),
@@ -387,7 +403,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], Mapping[str, Cell
         },
     ),
 }
-"""Title, rows and columns of each table, by file name."""
+"""Title, rows, what its numbers are, and columns of each table, by file name."""
 
 
 def markdown(rows: Sequence[Row], cells: Mapping[str, Cell]) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from eval.harness.runs import Run
 from eval.report import figures
+from eval.report.findings import findings
 from eval.report.histograms import draw_fig7, fig7
 from eval.report.inputs import Inputs
 from eval.report.panels import draw_panels
@@ -33,8 +34,8 @@ Told = dict[str, Any]
 _FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
     "fig-04-communication": (
         figures.fig4,
-        "Band: 95 % of resamples. Dotted: regions of randomly chosen questions. HD: LLaVA-1.5-HD's "
-        "procedure. η from val: the threshold that `calibrate` chose on the validation split.",
+        "Band: 95 % of resamples, at each cost by itself. Dotted: regions of randomly chosen "
+        "questions. η from val: the threshold that `calibrate` chose on the validation split.",
     ),
     "fig-05-computation": (
         figures.fig5,
@@ -51,7 +52,11 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
         figures.fig8,
         "Averages over more tokens than any answer has are left out.",
     ),
-    "fig-09-tasks": (figures.fig9, "The paper's Fig. 9 has A-OKVQA, VQAv2 and GQA."),
+    "fig-09-tasks": (
+        figures.fig9,
+        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; with one benchmark, its kinds of "
+        "questions stand here.",
+    ),
     "fig-10-models": (figures.fig10, "The models whose runs were given."),
     "fig-11-pictures": (
         fig11,
@@ -161,20 +166,21 @@ def _figures(
             continue
         for kind in formats:
             save(figure, folder / f"{name}.{kind}")
-        told["figures"][name] = made
+        told["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **made}
 
 
 def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None]) -> None:
-    for name, (title, make, cells) in TABLES.items():
+    for name, (title, make, formula, cells) in TABLES.items():
         tell(name)
         rows = make(inputs)
         if not rows:
             told["left_out"][name] = "there is no run for it"
             continue
         (folder / f"{name}.csv").write_text(csv_text(rows), encoding="utf-8")
-        text = f"# {title}\n\n{markdown(rows, cells)}"
+        text = f"# {title}\n\n{formula}\n\n{markdown(rows, cells)}"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        told["tables"][name] = rows
+        made_by = f"{make.__module__}.{make.__name__}"
+        told["tables"][name] = {"made_by": made_by, "formula": formula, "rows": rows}
 
 
 def _task_of(run: Run, data: Path | None) -> Task:
@@ -205,6 +211,7 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
             "This is the demo model on the generated benchmark: it shows the system at work, and "
             "says nothing about the paper's models and data sets.",
         ]
+    lines += ["", "## What it shows", "", *(f"- {one}" for one in findings(told["tables"]))]
     lines += ["", "## Figures", ""]
     for name, (_, caption) in _FIGURES.items():
         if name not in told["figures"]:
@@ -213,16 +220,25 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
         lines += [f"### {title}", ""]
         if "png" in formats:
             lines += [f"![{title}]({name}.png)", ""]
-        lines += [caption, ""]
+        notes = {
+            one["note"]
+            for panel in told["figures"][name].get("panels", ())
+            for one in panel["marks"]
+            if "note" in one
+        }
+        lines += [" ".join([caption, *(f"HD: {note}." for note in sorted(notes))]), ""]
     lines += ["## Tables", ""]
-    for name, (title, _, cells) in TABLES.items():
+    for name, (title, _, formula, cells) in TABLES.items():
         if name in told["tables"]:
-            lines += [f"### {title}", "", markdown(told["tables"][name], cells)]
+            rows = told["tables"][name]["rows"]
+            lines += [f"### {title}", "", formula, "", markdown(rows, cells)]
     if told["left_out"]:
         lines += ["## Left out", ""]
         lines += [f"- {name}: {why}" for name, why in told["left_out"].items()] + [""]
     lines += ["## Commands", "", "Each run:", ""]
     lines += [f"    {_called(run)}" for run in told["runs"].values()]
+    if told["layers"] is not None and "command" in told["layers"]["made"]:
+        lines += ["", "The layers:", "", f"    {shlex.join(told['layers']['made']['command'])}"]
     if told["command"]:
         lines += ["", "The report, in this folder:", "", f"    {shlex.join(told['command'])}"]
     return "\n".join(lines) + "\n"
@@ -230,7 +246,7 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
 
 def _called(run: Told) -> str:
     command = [str(one) for one in run.get("command") or []]
-    return shlex.join([Path(command[0]).name, *command[1:]]) if command else "unknown"
+    return shlex.join(["vlm-collab", *command[1:]]) if command else "unknown"
 
 
 def seen_from(folder: Path, path: Path) -> str:

@@ -1,0 +1,118 @@
+"""The whole report on the demo model, from nothing: ``python -m eval.report.demo``.
+
+Runs, layers, threshold and report, each by the command that a user would call. Thresholds and
+layers come from the split `val`; `test` is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eval.harness.records import SCHEMA, SHARDS, read_records
+
+COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "demo"
+QUALITIES = (5, 15, 30, 50, 75)
+SAMPLES, SAMPLES_OF_QUALITIES, SAMPLES_OF_LAYERS = 1000, 400, 300
+
+
+def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]:
+    """What is called, in the report's folder, one after the other."""
+    run = ["eval", "run", "--task", "signs", "--split"]
+    count = str(samples)
+    made = [
+        [*run, "test", "--limit", count, "--out", "runs/test"],
+        [*run, "val", "--limit", count, "--out", "runs/val"],
+        [*run, "test", "--limit", count, "--method", "hd", "--out", "runs/hd"],
+    ]
+    for quality in QUALITIES:
+        both = ["--view-quality", str(quality), "--region-quality", str(quality)]
+        count = str(of_qualities)
+        made.append([*run, "test", "--limit", count, *both, "--out", f"runs/jpeg-{quality}"])
+    layers = ["--task", "signs", "--split", "val", "--limit", str(of_layers)]
+    made.append(["calibrate", "layers", *layers, "--out", "layers.yaml"])
+    loss = ["--max-accuracy-loss", "0.01", "--confidence", "0.95"]
+    made.append(["calibrate", "runs/val", *loss, "--out", "calibration.yaml"])
+    return made
+
+
+def report_command() -> list[str]:
+    """The last one."""
+    runs = ["runs/test", "runs/hd", *(f"runs/jpeg-{quality}" for quality in QUALITIES)]
+    return ["eval", "report", *runs, "--val", "runs/val", "--layers", "layers.yaml", "--out", "."]
+
+
+def pack(folder: Path) -> None:
+    """A finished run's rows in one small shard, to be kept.
+
+    Maps are rounded to single precision, in which the attention was computed; they are most of
+    a run's size, and no figure depends on them.
+    """
+    shards = sorted(folder.glob(SHARDS))
+    rows = [
+        asdict(replace(record, map=np.float32(record.map).tolist()))
+        for record in read_records(folder)
+    ]
+    whole = folder / "whole.parquet"
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=SCHEMA),
+        whole,
+        compression="zstd",
+        compression_level=19,
+        # The bytes of one rank together: those that rounding made zero take no room.
+        use_dictionary=False,
+        use_byte_stream_split=["map.list.element"],
+    )
+    for shard in shards:
+        shard.unlink()
+    whole.rename(folder / SHARDS.replace("*", f"{rows[0]['index']:08d}"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/report"))
+    parser.add_argument("--against", type=Path, default=COMMITTED / "report.json")
+    parser.add_argument("--processes", type=int, default=2, help="for each run")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--samples-of-qualities", type=int, default=SAMPLES_OF_QUALITIES)
+    parser.add_argument("--samples-of-layers", type=int, default=SAMPLES_OF_LAYERS)
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    for command in commands(
+        options.samples, options.samples_of_qualities, options.samples_of_layers
+    ):
+        more = ["--processes", str(options.processes)] if command[:2] == ["eval", "run"] else []
+        _call([*command, *more], out)
+        if more:
+            pack(out / command[-1])
+    against = ["--against", str(options.against.resolve())] if options.against.exists() else []
+    _call([*report_command(), *against], out)
+
+
+def _call(command: list[str], folder: Path) -> None:
+    print(f"$ vlm-collab {' '.join(command)}", file=sys.stderr, flush=True)
+    # The repository's own code, whichever folder it is called in.
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    called = subprocess.run(
+        [sys.executable, "-m", "edge_client.cli", *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    if called.returncode:
+        sys.exit(called.returncode)
+
+
+if __name__ == "__main__":
+    main()
