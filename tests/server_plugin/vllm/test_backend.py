@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from server_plugin.adapters.base import Adapter
+from server_plugin.backend import Sampling
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
 from server_plugin.vllm import capture
@@ -164,6 +165,55 @@ async def test_a_first_pass_is_one_request_with_its_row(
     assert request["multi_modal_data"]["image"] == [VIEW]
     assert (params.temperature, params.logprobs, params.max_tokens) == (0.0, 2, 9)
     assert engine.open == 0
+
+
+async def test_several_pictures_are_one_view_with_one_row_for_each(
+    backend: VllmBackend, engine: Engine, adapter: Adapter
+) -> None:
+    view = await backend.open_view(VIEW, REGION)
+    history = (("what is it?", "a sign"),)
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, history=history)
+    prompt = adapter.prompts.build(QUESTION, 2, 9, history, 2)
+    (request, params) = engine.requests[0]
+    assert request["multi_modal_data"]["image"] == [VIEW, REGION]
+    assert params.extra_args[capture.FIRST] == prompt.images[0].start
+    assert params.extra_args[capture.STOP] == prompt.images[1].stop
+    drawn = np.random.default_rng(1).random(prompt.shared - prompt.images[0].start, np.float32)
+    assert first.row is not None
+    assert first.row.shape == (2 * CELLS,)
+    np.testing.assert_allclose(first.row[:CELLS], drawn[:CELLS] + 0.1, rtol=1e-6)
+    np.testing.assert_allclose(first.row[CELLS:], drawn[-CELLS:] + 0.1, rtol=1e-6)
+    relative = await backend.relative_attention(view, first)
+    assert [one.shape for one in relative.maps] == [(8, 8), (8, 8)]
+    await backend.second_pass(view, VIEW, QUESTION, max_new_tokens=3, history=history)
+    assert len(engine.requests[-1][0]["multi_modal_data"]["image"]) == 3
+
+
+def test_more_pictures_than_the_engine_takes_are_refused(backend: VllmBackend) -> None:
+    backend.check_question(QUESTION, 3)
+    with pytest.raises(QuestionError, match="limit-mm-per-prompt"):
+        backend.check_question(QUESTION, 4)
+
+
+async def test_a_question_about_no_picture(backend: VllmBackend, engine: Engine) -> None:
+    answer = await backend.text_pass(QUESTION, max_new_tokens=9)
+    (request, params) = engine.requests[0]
+    assert "multi_modal_data" not in request
+    assert params.extra_args is None
+    assert answer.row is None
+    assert answer.token_ids == (10, 11, 12, 13, END)
+
+
+async def test_drawn_tokens_are_vllm_s_to_draw(backend: VllmBackend, engine: Engine) -> None:
+    view = await backend.open_view(VIEW)
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=5)
+    drawn = await backend.first_pass(view, QUESTION, max_new_tokens=9, sampling=sampling)
+    params = engine.requests[0][1]
+    assert (params.temperature, params.top_p, params.seed) == (0.7, 0.9, 5)
+    assert drawn.surprisals == pytest.approx([0.1 / math.log(2)] * 5)
+    await backend.first_pass(view, QUESTION, max_new_tokens=9, sampling=Sampling(top_p=0.5, seed=1))
+    params = engine.requests[1][1]
+    assert (params.temperature, params.top_p, params.seed) == (0.0, 1.0, None)
 
 
 async def test_a_second_pass_shows_both_pictures_and_asks_for_no_row(

@@ -6,6 +6,7 @@ Run with `pytest -m vllm tests/server_plugin/vllm`; see `tests/support/vllm_cpu`
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import urllib.error
@@ -28,12 +29,17 @@ from server_plugin.vllm.capture import HELD
 from tests.support.vllm_cpu.environment import Served, collab_serve
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.images import Codec, encode
+from vlm_collab.messages import Options
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("served")]
 
 KEY = "a-key-for-tests"
-ENGINE = ("--enforce-eager", "--max-model-len", "512", "--num-gpu-blocks-override", "128")
+ENGINE = (
+    *("--enforce-eager", "--max-model-len", "512", "--num-gpu-blocks-override", "128"),
+    *("--limit-mm-per-prompt", '{"image": 3}'),
+)
 COUNT = 8
+COUNT_OF_TWO = 4
 BLOCK = 32
 
 
@@ -77,9 +83,22 @@ def asked() -> list[tuple[bytes, str]]:
 
 
 async def ask_all(url: str, token: str | None) -> list[EdgeAnswer]:
+    """Plain questions; and conversations about two pictures."""
+    options = Options(tokens=True, stop=("7",))
+    pairs = list(itertools.pairwise(asked()))[:COUNT_OF_TWO]
     async with EdgeClient(url, token=token) as client:
         return await asyncio.gather(
-            *(client.ask(picture, question, deadline_s=300) for picture, question in asked())
+            *(client.ask(picture, question, deadline_s=300) for picture, question in asked()),
+            *(
+                client.ask(
+                    [one, two],
+                    question,
+                    history=[(before, "12")],
+                    options=options,
+                    deadline_s=300,
+                )
+                for (one, before), (two, question) in pairs
+            ),
         )
 
 
@@ -94,12 +113,17 @@ async def test_edge_clients_get_what_the_transformers_backend_gives(server: int)
     await backend.close()
     answers = await ask_all(f"ws://127.0.0.1:{server}", KEY)
     for got, wanted in zip(answers, expected, strict=True):
-        for field in ("text", "stage", "fallback", "first_text", "box", "view_bytes"):
+        fields = ("text", "stage", "fallback", "first_text", "box", "view_bytes", "picture")
+        for field in (*fields, "finish"):
             assert getattr(got, field) == getattr(wanted, field)
+        assert [token.text for token in got.tokens] == [token.text for token in wanted.tokens]
+        for token, same in zip(got.tokens, wanted.tokens, strict=True):
+            assert token.surprisal_micro == pytest.approx(same.surprisal_micro, abs=100)
         assert got.uncertainty == pytest.approx(wanted.uncertainty, abs=1e-4)
         assert got.first_uncertainty == pytest.approx(wanted.first_uncertainty, abs=1e-4)
     assert len({answer.box for answer in answers}) > 1
     assert all(answer.refined for answer in answers)
+    assert all(answer.tokens for answer in answers[COUNT:])
 
 
 async def test_the_key_guards_our_routes(server: int) -> None:
