@@ -66,7 +66,8 @@ class VlmCollab(lmms):
     @property
     def device(self) -> torch.device:
         """Where tensors lie that processes exchange."""
-        return PartialState().device
+        device: torch.device = PartialState().device
+        return device
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Answers, in order.
