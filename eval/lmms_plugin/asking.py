@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.harness.method import SampleError, told_as_sample_error
+from eval.harness.method import SampleError, one_line
 from eval.harness.run import MOST_FAILURES_IN_A_ROW
 from eval.lmms_plugin.originals import Original
 from eval.lmms_plugin.questions import Question
@@ -151,9 +151,11 @@ def _groups(questions: Sequence[Question], size: int) -> list[Sequence[Question]
 async def _prepare(asker: Asker, group: Sequence[Question], load: Load) -> list[Any]:
     def one(question: Question) -> Any:
         try:
-            originals: list[Original] = told_as_sample_error("its pictures", lambda: load(question))
-            return asker.prepare(question, originals)
+            return asker.prepare(question, load(question))
         except SampleError as error:
             return error
+        # Tasks and readers of data sets raise what they like.
+        except Exception as error:
+            return SampleError(f"its pictures: {one_line(error)}")
 
     return await asyncio.to_thread(lambda: [one(question) for question in group])
