@@ -54,8 +54,8 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
     ),
     "fig-09-tasks": (
         figures.fig9,
-        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; with one benchmark, its kinds of "
-        "questions stand here.",
+        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; with one benchmark, its kinds "
+        "of questions stand here.",
     ),
     "fig-10-models": (figures.fig10, "The models whose runs were given."),
     "fig-11-pictures": (
