@@ -19,7 +19,7 @@ from edge_client.gateway import GatewayConfig
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import HASTY, SURE, UNSURE, check, photo
-from tests.e2e.gateways import MODEL, gateway, place, running, said, sdk
+from tests.e2e.gateways import MODEL, data_url, gateway, place, running, said, sdk
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
 from vlm_collab.messages import SUBPROTOCOL
@@ -218,6 +218,23 @@ async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
     assert view.hidden
     assert all(isinstance(region, RegionLine) for region in regions)
     assert made.vlm_collab["region_bytes"] == sum(region.bytes for region in regions)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": SURE, "images": [data_url(photo(1))]},
+        {"role": "user", "content": said(SURE, photo(1))["content"][1]},
+    ],
+)
+async def test_a_picture_does_not_leave_as_text(tmp_path: Path, message: dict[str, Any]):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    async with place(policy=policy) as here:
+        answer = await here.http.post("/chat/completions", json={"messages": [message]})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith("messages[0].")
+        assert not here.proxy.connections
 
 
 async def test_a_region_that_may_not_leave_is_declined(tmp_path: Path):

@@ -194,6 +194,7 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"service_tier": "flex"}, "service_tier"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
         ({"seed": 1.5}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -208,6 +209,7 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"model": 3}, "model"),
         ({"vlm_collab": {"retransmit": "maybe"}}, "vlm_collab.retransmit"),
         ({"vlm_collab": {"eta": -1}}, "vlm_collab.eta"),
+        ({"vlm_collab": {"eta": -(10**400)}}, "vlm_collab.eta"),
         ({"vlm_collab": {"else": 1}}, "vlm_collab.else"),
         ({"vlm_collab": {"sources": [[1, 2]]}}, "vlm_collab.sources"),
         ({"vlm_collab": {"sources": [[1]]}}, "vlm_collab.sources[0]"),
@@ -316,10 +318,30 @@ def test_bodies_that_are_too_much() -> None:
 
 def test_text_alone_is_told_from_the_rest() -> None:
     assert chat_is_text({"messages": [user("x", text("y")), {"role": "user", "content": "z"}]})
-    assert chat_is_text({"messages": 3})
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    told = {"role": "tool", "content": [text("4")], "tool_call_id": "1"}
+    assert chat_is_text({"messages": [user(text("2 + 2?")), called, told], "tools": [{}]})
     assert not chat_is_text({"messages": [user(text("x"), image(JPEG))]})
     assert not chat_is_text({"messages": [user({"type": "input_audio"})]})
     assert not chat_is_text({"messages": [user(5)]})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        3,
+        {"0": user(image(JPEG))},
+        [data_url(JPEG)],
+        [{"role": "user", "content": image(JPEG)}],
+        [{"role": "user", "content": "x", "images": [data_url(JPEG)]}],
+        [user({**text("x"), "image_url": {"url": data_url(JPEG)}})],
+        [user({"type": "text", "text": image(JPEG)})],
+    ],
+)
+def test_what_may_hide_a_picture_is_not_text(messages: Any) -> None:
+    """It would leave the device as it is, past the view and past the policy."""
+    assert not chat_is_text({"messages": messages})
+    assert refused(parse_chat, {"messages": messages}, LIMITS).param
 
 
 def test_a_response_about_a_picture() -> None:
