@@ -131,6 +131,12 @@ class Answerer:
         Raises:
             ApiError: there is no answer, and why.
         """
+        if query.sources:
+            raise refuse(
+                "vlm_collab.sources",
+                "vlm_collab.sources: this gateway makes the views itself; send the originals",
+                "unsupported_parameter",
+            )
         try:
             self.check_time()
             until = asyncio.get_running_loop().time() + self._config.deadline_s

@@ -262,6 +262,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
     ({"store": True}, "store"),
     ({"extra_body": {"top_k": 5}}, "top_k"),
+    # Of pictures that are views already, whose originals are elsewhere.
+    ({"extra_body": {"vlm_collab": {"sources": [[4000, 3000]]}}}, "vlm_collab.sources"),
     ({"stream": True, "n": 2}, "n"),
 ]
 

@@ -89,8 +89,11 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(name, "a number")
         if not low <= value <= high:
+            # JSON's whole numbers have no bound, and the largest have no float.
+            long = isinstance(value, int) and abs(value) >= 10**300
+            told = f"a number of {len(str(abs(value)))} digits" if long else f"{value:g}"
             path = self.path(name)
-            raise refuse(path, f"{path} must be from {low:g} to {high:g}, not {value:g}")
+            raise refuse(path, f"{path} must be from {low:g} to {high:g}, not {told}")
         return float(value)
 
     def integer(self, name: str, low: int | None = None) -> int | None:
