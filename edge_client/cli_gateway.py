@@ -28,6 +28,12 @@ from vlm_collab.openai import WireLimits
 
 _GREETING_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")
+_QUIETER = {
+    "httpx": logging.WARNING,
+    "httpcore": logging.INFO,
+    "websockets": logging.INFO,
+    "uvicorn": logging.INFO,
+}
 
 
 def gateway(
@@ -121,6 +127,9 @@ def gateway(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # These tell whole addresses of pictures, and frames and headers with tokens and questions.
+    for name, lowest in _QUIETER.items():
+        logging.getLogger(name).setLevel(max(lowest, getattr(logging, log_level.upper())))
     # uvicorn says this of every connection that was refused, although it was answered.
     logging.getLogger("uvicorn.error").addFilter(
         lambda record: "without completing handshake" not in record.getMessage()

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,35 @@ def test_the_page_about_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     answer, cost = capsys.readouterr().out.splitlines()
     assert answer.endswith("what number is on the red circle?")
     assert int(cost.split()[0]) < int(cost.split()[2]) == len(photo(1))
+
+
+def test_the_log_has_no_words_and_no_secrets():
+    class Camera(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(photo(2))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with (
+        HTTPServer(("127.0.0.1", 0), Camera) as camera,
+        serving("fake", "--token", "secret-token") as (_, server),
+    ):
+        threading.Thread(target=camera.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{camera.server_port}"
+        arguments = ("--server", str(server["url"]), "--token", "secret-token")
+        with started(*arguments, "--log-level", "debug", "--allow-host", host) as (process, own):
+            with openai.OpenAI(base_url=own["url"], api_key="secret-key") as client:
+                for picture in (photo(1), f"http://{host}/snap?password=secret-word"):
+                    client.chat.completions.create(model="fake", messages=[said(UNSURE, picture)])
+                client.responses.create(model="fake", input=SURE)
+            logged = stopped(process)
+        camera.shutdown()
+    assert logged.count("1 pictures, refined answer") == 2
+    for words in ("secret", UNSURE, SURE, "small", "sky"):
+        assert words not in logged
 
 
 def test_a_gateway_starts_before_its_server():
