@@ -162,13 +162,16 @@ def is_still(path: Path) -> bool:
 
 
 def without_password(url: str) -> str:
-    """An address without the name and password in it: it is shown and logged."""
+    """An address without the name and password in it: it is shown and logged.
+
+    Many cameras want them behind the question mark, so nothing of that is shown either.
+    """
     try:
         parts = urlsplit(url)
         place = parts.netloc.rpartition("@")[2]
-        return urlunsplit(parts._replace(netloc=place))
+        return urlunsplit(parts._replace(netloc=place, query="…" if parts.query else ""))
     except ValueError:
-        return url.rpartition("@")[2]
+        return url.rpartition("@")[2].partition("?")[0]
 
 
 def _device(source: str) -> tuple[str, str | None]:

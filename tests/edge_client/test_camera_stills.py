@@ -194,6 +194,7 @@ def test_a_file_that_is_no_picture_is_one_line(tmp_path, monkeypatch, content, r
     [
         ("nowhere/at/all", CameraError, "no such file or folder"),
         ("ftp://me:secret@host/x", ConfigError, "no such kind of stream; known: rtsp://"),
+        ("ftp://host/x?user=me&password=secret", ConfigError, "//host/x\\?…: no such kind"),
         ("camera:front", ConfigError, "such as camera:0"),
         ("camera:0@huge", ConfigError, "such as camera:0"),
         ("a\0b", CameraError, "no such file"),

@@ -298,10 +298,11 @@ def test_an_address_with_one_picture_is_asked_again_for_its_newest(monkeypatch):
     monkeypatch.setattr(video, "SNAPSHOT_S", 0.05)
     news: list[str] = []
     with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, asked):
-        for path in ("/snapshot.jpg", "/cgi-bin/image?channel=1"):
+        for path in ("/snapshot.jpg", "/cgi-bin/image?channel=1&password=secret"):
             with open_camera(url + path, news=news.append) as camera:
                 frame = camera.take(due=3, wait_s=WAIT_S)
                 assert frame is not None
+                assert "secret" not in f"{camera.name} {frame.picture.name}"
                 assert difference(shown(frame), scene(3)) < 3
         assert len(asked) >= 6
     assert news == []
