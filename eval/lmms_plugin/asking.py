@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.harness.method import SampleError, one_line
 from eval.harness.run import MOST_FAILURES_IN_A_ROW
@@ -61,6 +62,14 @@ class Reply:
     own_files: bool
 
 
+class Answered(NamedTuple):
+    """All replies, in order, and the time that they took: from the model or service being there
+    to the last answer, in s."""
+
+    replies: list[Reply | SampleError]
+    seconds: float
+
+
 class Asker(ABC):
     """Answers questions. `open` it, use it, `close` it.
 
@@ -100,7 +109,7 @@ async def ask_all(
     questions: Sequence[Question],
     load: Load,
     done: Callable[[Question, Reply | SampleError], None],
-) -> list[Reply | SampleError]:
+) -> Answered:
     """Answer all questions, group by group; the next one's pictures are made meanwhile.
 
     Args:
@@ -114,9 +123,10 @@ async def ask_all(
     """
     replies: list[Reply | SampleError] = []
     in_a_row = 0
-    await asker.open(questions)
     coming: asyncio.Task[list[Any]] | None = None
     try:
+        await asker.open(questions)
+        begin = time.perf_counter()
         groups = _groups(questions, asker.group)
         for number, group in enumerate(groups):
             prepared = await (coming or asyncio.create_task(_prepare(asker, group, load)))
@@ -132,7 +142,7 @@ async def ask_all(
                 in_a_row = in_a_row + 1 if isinstance(reply, SampleError) else 0
             if in_a_row > MOST_FAILURES_IN_A_ROW or in_a_row == len(questions):
                 raise CollabError(f"{in_a_row} questions failed in a row, the last: {reply}")
-        return replies
+        return Answered(replies, time.perf_counter() - begin)
     finally:
         if coming is not None:
             coming.cancel()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +20,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from eval.harness.method import SampleError
-from eval.lmms_plugin.asking import Asker, Reply, ask_all
-from eval.lmms_plugin.figures import added, totals_of
+from eval.lmms_plugin.asking import Answered, Asker, Reply, ask_all
+from eval.lmms_plugin.figures import Totals, added, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
 from eval.lmms_plugin.over_network import OverNetwork
@@ -59,6 +58,7 @@ class VlmCollab(lmms):
         super().__init__()
         with _one_line():
             self._settings = settings_from(arguments)
+            self._totals, self._seconds = Totals(), 0.0
             asker = self._asker()
             if isinstance(asker, OverNetwork):
                 asyncio.run(asker.check())
@@ -79,10 +79,30 @@ class VlmCollab(lmms):
             questions = questions_of(requests, self._settings, logger.warning)
             if not questions:
                 return []
-            begin = time.perf_counter()
-            replies = asyncio.run(self._ask(questions))
-        self._tell(questions, replies, time.perf_counter() - begin)
+            replies, seconds = asyncio.run(self._ask(questions))
+        self._seconds += seconds
+        pairs = zip(questions, replies, strict=True)
+        real = [reply for question, reply in pairs if not question.padding]
+        self._totals = added([self._totals, totals_of(real)])
         return [_result(reply) for reply in replies]
+
+    def clean(self) -> None:
+        """Hand the figures to lmms-eval's metrics hook; of several processes, all of theirs.
+
+        lmms-eval calls it in every process once all is answered, also in one that had nothing
+        to ask because all of its answers were in lmms-eval's cache.
+        """
+        parts: list[tuple[Totals, float]] = gather_object([(self._totals, self._seconds)])
+        self._totals, self._seconds = Totals(), 0.0
+        totals, seconds = added([part for part, _ in parts]), max(took for _, took in parts)
+        if totals.questions:
+            log_metrics(
+                total_elapsed_time=seconds,
+                total_gen_tokens=totals.decoded_tokens,
+                avg_speed=totals.decoded_tokens / seconds,
+                additional_metrics=totals.figures(),
+            )
+        super().clean()
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refused: the two stages generate answers, and score no given ones."""
@@ -105,14 +125,16 @@ class VlmCollab(lmms):
     def _asker(self) -> Asker:
         return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
 
-    async def _ask(self, questions: Sequence[Question]) -> list[Reply | SampleError]:
+    async def _ask(self, questions: Sequence[Question]) -> Answered:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(
                 tqdm(total=len(questions), desc="vlm_collab", disable=self.rank != 0)
             )
             log = None
             if self._settings.log is not None:
-                log = stack.enter_context(_opened(self._settings.log, self.rank))
+                # What was asked before in this run stays.
+                mode = "a" if self._seconds else "w"
+                log = stack.enter_context(_opened(self._settings.log, self.rank, mode))
 
             def done(question: Question, reply: Reply | SampleError) -> None:
                 bar.update()
@@ -128,31 +150,13 @@ class VlmCollab(lmms):
                 done,
             )
 
-    def _tell(
-        self, questions: Sequence[Question], replies: Sequence[Reply | SampleError], seconds: float
-    ) -> None:
-        """The metrics hook; of several processes, the first one's figures are reported."""
-        real = [
-            reply
-            for question, reply in zip(questions, replies, strict=True)
-            if not question.padding
-        ]
-        parts = gather_object([totals_of(real)])
-        totals = added(parts)
-        log_metrics(
-            total_elapsed_time=seconds,
-            total_gen_tokens=totals.decoded_tokens,
-            avg_speed=totals.decoded_tokens / seconds,
-            additional_metrics=totals.figures(),
-        )
 
-
-def _opened(path: str, rank: int) -> Any:
+def _opened(path: str, rank: int, mode: str) -> Any:
     """The log; of several processes each has its own."""
     name = path if rank == 0 else f"{path}.{rank}"
     try:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        return open(name, "w", encoding="utf-8")
+        return open(name, mode, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"model_args: log: {error}") from error
 

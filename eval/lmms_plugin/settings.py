@@ -57,7 +57,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         device, dtype, preset, prompt, view_px, layer, base_px, placement, epsilon: see
             `server_plugin.models.open_model`.
         seed: of answers of tasks that ask for sampling.
-        log: file to which a line of JSON is added for each question.
+        log: file that gets a line of JSON for each question; of several processes, each has its
+            own (FILE, FILE.1 …).
     """
 
     pretrained: str | None = None

@@ -27,7 +27,7 @@ from eval.tasks import Sample, Task, open_task
 from server_plugin.presets import preset_named
 from tests.support import lmms_env
 from tests.support.process import serving
-from vlm_collab.policy import ThresholdPolicy, TokenStatistics
+from vlm_collab.policy import Decision, ThresholdPolicy, TokenStatistics
 
 pytestmark = [pytest.mark.lmms, pytest.mark.xdist_group("lmms")]
 
@@ -234,10 +234,10 @@ def there(evaluate: Evaluate) -> Iterator[Ended]:
         )
 
 
-def _unsure(record: Record, policy: ThresholdPolicy) -> bool:
+def _decided(record: Record, policy: ThresholdPolicy) -> Decision:
     columns = (record.first_min_entropy, record.first_entropy, record.first_margin)
     steps = [TokenStatistics(*step) for step in zip(*columns, strict=True)]
-    return policy.decide(steps, ended=record.first_ended).retransmit
+    return policy.decide(steps, ended=record.first_ended)
 
 
 # --- against this project's harness --------------------------------------------------------------
@@ -249,9 +249,12 @@ def test_in_process_it_answers_what_the_harness_answers(
 ) -> None:
     policy = preset_named("demo").policy()
     records, lines = ours[name], here.log[f"{name}_here"]
-    unsure = [_unsure(record, policy) for record in records]
+    decisions = [_decided(record, policy) for record in records]
+    unsure = [decision.retransmit for decision in decisions]
     assert len(records) == len(lines) == COUNT
     assert [one["stage"] == "second" for one in lines] == unsure
+    # Groups are the same, so these are the very same numbers.
+    assert [one["first_uncertainty"] for one in lines] == [one.value for one in decisions]
     texts = [r.second_text if u else r.first_text for r, u in zip(records, unsure, strict=True)]
     assert here.answers(f"{name}_here") == [one["text"] for one in lines] == texts
     for record, line, second in zip(records, lines, unsure, strict=True):
@@ -352,6 +355,30 @@ def test_a_question_about_two_pictures_counts_both(here: Ended, there: Ended) ->
 def test_an_option_without_effect_is_named(here: Ended) -> None:
     told = here.process.stdout + here.process.stderr
     assert told.count("the generation option top_k has no effect on vlm_collab") == 1
+
+
+def test_several_processes_share_a_task_and_report_all_of_it(
+    data: Data, here: Ended, tmp_path: Path
+) -> None:
+    log, limit = tmp_path / "log.jsonl", COUNT - 1  # odd: one process gets a question to pad with
+    done = lmms_env.python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("-m", "lmms_eval", "--model", "vlm_collab", "--tasks", "textvqa_here"),
+        *("--model_args", f"log={log}", "--limit", str(limit)),
+        *("--include_path", str(data.folder / "tasks"), "--output_path", str(tmp_path)),
+        home=data.folder / "home",
+        ACCELERATE_USE_CPU="true",
+    )
+    (results,) = list(tmp_path.rglob("*_results.json")) or [None]
+    assert results is not None, (done.stdout + done.stderr)[-3000:]
+    parts = [_lines(log), _lines(tmp_path / "log.jsonl.1")]
+    assert [len(part) for part in parts] == [5, 4]
+    lines = sorted((one for part in parts for one in part), key=lambda one: int(one["doc_id"]))
+    alone = here.log["textvqa_here"][:limit]
+    assert [one["text"] for one in lines] == [one["text"] for one in alone]
+    figures = json.loads(results.read_text())["throughput"]
+    for name in ("bytes_up", "original_bytes"):
+        assert figures[f"avg_{name}"] == pytest.approx(sum(one[name] for one in alone) / limit)
 
 
 # --- what cannot be -----------------------------------------------------------------------------

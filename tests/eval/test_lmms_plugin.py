@@ -298,7 +298,7 @@ def load(question: Question) -> list[Original]:
 def answers(
     asker: Asker, to_ask: Sequence[Question], load: Callable[[Question], list[Original]] = load
 ) -> list[Reply | SampleError]:
-    return asyncio.run(ask_all(asker, to_ask, load, lambda question, reply: None))
+    return asyncio.run(ask_all(asker, to_ask, load, lambda question, reply: None)).replies
 
 
 def in_process(texts: Sequence[str] = QUESTIONS, **settings: Any) -> list[Reply]:
@@ -321,7 +321,7 @@ async def over_network(
         settled = Settings(server=url, token=token, **settings)
         asker = OverNetwork(settled)
         to_ask = questions(settled, texts, until="\n\n")
-        return await ask_all(asker, to_ask, load, lambda question, reply: None)
+        return (await ask_all(asker, to_ask, load, lambda question, reply: None)).replies
 
 
 @pytest.mark.parametrize("policy", ["threshold", "always", "never"])
@@ -374,7 +374,7 @@ async def test_several_pictures_cost_the_same_both_ways() -> None:
     there = await over_network(load=load_both)
     settled = Settings(pretrained="fake")
     to_ask = questions(settled, QUESTIONS, until="\n\n")
-    here = await ask_all(InProcess(settled), to_ask, load_both, lambda question, reply: None)
+    here, _ = await ask_all(InProcess(settled), to_ask, load_both, lambda question, reply: None)
     single = await asyncio.to_thread(in_process)
     for mine, theirs, one in zip(here, there, single, strict=True):
         assert isinstance(mine, Reply)
@@ -392,7 +392,7 @@ async def test_a_question_that_fails_takes_no_other_along(way: str) -> None:
     else:
         settled = Settings(pretrained="fake")
         asker = InProcess(settled)
-        replies = await ask_all(asker, questions(settled, texts), load, lambda *_: None)
+        replies, _ = await ask_all(asker, questions(settled, texts), load, lambda *_: None)
     first, second, third = replies
     assert isinstance(first, Reply)
     assert isinstance(third, Reply)

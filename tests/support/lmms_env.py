@@ -88,12 +88,13 @@ def _run(*command: str) -> None:
         )
 
 
-def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run its interpreter.
 
     Args:
         arguments: of the interpreter.
         home: a folder for caches.
+        variables: more of the environment.
     """
     return subprocess.run(
         [ensure(), *arguments],
@@ -108,6 +109,7 @@ def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            **variables,
         },
     )
 
