@@ -269,7 +269,8 @@ class Bootstrap:
     def interval(self, values: Column) -> tuple[float, float]:
         """Percentiles of what the resamples gave."""
         out = (1.0 - self.confidence) / 2
-        low, high = np.quantile(values, [out, 1.0 - out])
+        # Values that really came up: between infinite ones nothing can be interpolated.
+        low, high = np.quantile(values, [out, 1.0 - out], method="inverted_cdf")
         return float(low), float(high)
 
     def band(
@@ -293,12 +294,15 @@ class Bootstrap:
             ]
         )
         out = (1.0 - self.confidence) / 2
-        low, high = np.quantile(made, [out, 1.0 - out], axis=0)
+        low, high = np.quantile(made, [out, 1.0 - out], axis=0, method="inverted_cdf")
         return low, high
 
     def areas(self, drawn: Curve, run: Run) -> Column:
         """Of each resample, `area_over_random`."""
-        made = [_area(rates, ys) for rates, _, ys in self._curves(drawn, run, lambda p: p.sent)]
+        never = ends(run)[0].scores
+        start = [(w * never).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
+        drawn_again = self._curves(drawn, run, lambda point: point.sent)
+        made = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
         return np.concatenate(made)
 
     def _curves(
@@ -319,20 +323,22 @@ class Bootstrap:
             )
 
 
-def area_over_random(drawn: Curve) -> float:
+def area_over_random(drawn: Curve, run: Run) -> float:
     """Mean, over all rates, of how far a curve lies above the random line, in accuracy.
 
-    The random line goes from the curve's first point to its last; the oracle's area is the
-    largest one.
+    Both go from sending nothing to sending all. The oracle's area is the largest one.
     """
-    return float(_area(drawn.rate[None, :], drawn.accuracy[None, :])[0])
+    start = np.array([ends(run)[0].accuracy])
+    return float(_area(start, drawn.rate[None, :], drawn.accuracy[None, :])[0])
 
 
-def _area(rates: Column, accuracy: Column) -> Column:
-    width = np.diff(rates, axis=1)
-    under = (width * (accuracy[:, 1:] + accuracy[:, :-1]) / 2).sum(axis=1)
-    line = width.sum(axis=1) * (accuracy[:, 0] + accuracy[:, -1]) / 2
-    return np.asarray(under - line)
+def _area(start: Column, rates: Column, accuracy: Column) -> Column:
+    """Of each row, with a point of its own for "nothing is sent", which a threshold may not
+    reach, but a mixture with a policy that never sends does."""
+    rates = np.concatenate([np.zeros((len(start), 1)), rates], axis=1)
+    accuracy = np.concatenate([start[:, None], accuracy], axis=1)
+    under = (np.diff(rates, axis=1) * (accuracy[:, 1:] + accuracy[:, :-1]) / 2).sum(axis=1)
+    return np.asarray(under - (accuracy[:, 0] + accuracy[:, -1]) / 2)
 
 
 def _summed(values: Column, counts: NDArray[np.int64]) -> Column:

@@ -73,7 +73,7 @@ def write(run: Run, curves: Sequence[Curve], folder: Path) -> None:
                 "metric": one.setting.metric,
                 "aggregate": one.setting.aggregate,
                 "k": one.setting.k if one.setting.aggregate == "first_k" else None,
-                "area_over_random": area_over_random(one),
+                "area_over_random": area_over_random(one, run),
                 **{name: _plain(getattr(one, name)) for name in FIGURES},
             }
             for one in curves

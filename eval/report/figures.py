@@ -164,11 +164,11 @@ def areas(inputs: Inputs) -> list[Told]:
     for title, run in inputs.parts():
         bootstrap = _bootstrap(inputs, run)
         drawn = curve(run, _default(inputs))
-        base, of_base = area_over_random(drawn), bootstrap.areas(drawn, run)
+        base, of_base = area_over_random(drawn, run), bootstrap.areas(drawn, run)
         for setting in _compared(inputs, run):
             drawn = curve(run, setting)
             found = bootstrap.areas(drawn, run)
-            area = area_over_random(drawn)
+            area = area_over_random(drawn, run)
             made.append(
                 {
                     "part": title,

@@ -96,7 +96,7 @@ def line(
         "sent": drawn.sent[at].tolist(),
         "x": x.tolist(),
         "y": drawn.accuracy[at].tolist(),
-        "area_over_random": area_over_random(drawn),
+        "area_over_random": area_over_random(drawn, run),
     }
     if band:
         never, _ = ends(run)

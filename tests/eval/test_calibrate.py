@@ -99,19 +99,16 @@ def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None
 
 
 def test_layers_are_measured_by_the_regions_that_they_lead_to() -> None:
-    task = open_task("signs", split="val", limit=10)
+    task = open_task("signs", split="val", limit=6)
     options = ModelOptions(name="demo", device="cpu", dtype="float32")
     made, name = asyncio.run(measure_layers(task, options, [0, 1]))
     assert name == "demo"
     assert [one.layer for one in made] == [0, 1]
-    boxed = sum(task[index].true_box is not None for index in range(10))
+    boxed = sum(task[index].true_box is not None for index in range(6))
     assert {one.samples for one in made} == {boxed}
     # The demo model's preset reads layer 1, chosen on other scenes.
     assert best_layer(made).layer == 1
     assert made[1].covered > made[0].covered
-    # The second measurement is the first one again.
-    again, _ = asyncio.run(measure_layers(task, options, [1]))
-    assert again == made[1:]
 
 
 def test_on_ties_the_first_layer_wins() -> None:

@@ -152,11 +152,15 @@ def test_scores_follow_from_texts_and_truth() -> None:
 def test_areas_of_known_curves() -> None:
     # The unsure half gains 1, the sure half nothing: a straight line to 1 at half the samples,
     # then level; above the random line by a triangle of 1/8 of the square's height.
-    made = [row(i, float(i >= 50), 1.0, bits=2.0 - i / 100) for i in range(100)]
-    assert area_over_random(curve(run_of(made), Setting())) == pytest.approx(0.125)
+    run = run_of([row(i, float(i >= 50), 1.0, bits=2.0 - i / 100) for i in range(100)])
+    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.125)
     # Random choice: the gain does not depend on the uncertainty.
-    made = [row(i, float(i % 2), 1.0, bits=float(i // 2)) for i in range(100)]
-    assert area_over_random(curve(run_of(made), Setting())) == pytest.approx(0.0, abs=1e-12)
+    run = run_of([row(i, float(i % 2), 1.0, bits=float(i // 2)) for i in range(100)])
+    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.0, abs=1e-12)
+    # Half of the samples have a margin of 0, and any threshold sends them: the curve has two
+    # points, and its area is still that above the line from sending none.
+    run = run_of([row(i, float(i >= 50), 1.0, first_margin=[i // 50] * 2) for i in range(100)])
+    assert area_over_random(curve(run, Setting(Metric.MARGIN)), run) == pytest.approx(0.125)
 
 
 # --- bootstrap ------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def test_a_band_is_what_resampled_runs_give(run: Run) -> None:
     assert low == pytest.approx(high)
     assert low == pytest.approx(np.interp(at, expected.rate, expected.accuracy))
     area = bootstrap.areas(curve(run, Setting()), run)
-    assert area == pytest.approx([area_over_random(expected)])
+    assert area == pytest.approx([area_over_random(expected, replace(run, records=again))])
 
 
 def test_chunks_draw_what_one_go_draws(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,470 @@
+"""Reports: the paper's formulas, the same files from the same runs, numbers that lead to rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_client.cli import main
+from eval.baselines.base import two_stage_point
+from eval.baselines.from_records import decided
+from eval.harness.curves import Bootstrap, Setting, ends
+from eval.harness.records import Record
+from eval.harness.runs import Run, open_run
+from eval.report import tables
+from eval.report.boxes import covered, covered_at_random
+from eval.report.demo import COMMITTED, commands, report_command
+from eval.report.figures import fig4, fig5, fig6, fig8, fig9, fig10, fig12
+from eval.report.findings import findings
+from eval.report.inputs import Inputs, sort_runs
+from eval.report.moved import moved
+from eval.report.panels import sent_at
+from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
+from eval.report.trace import expanded, provenance_of, ranges
+from eval.report.write import RESULTS, as_json
+from server_plugin.calibration import Calibration
+from tests.support.rows import row, run_of
+from vlm_collab.errors import ConfigError
+from vlm_collab.policy import Aggregate, Metric
+
+RUNS = COMMITTED / "runs"
+
+
+# --- formulas -------------------------------------------------------------------------------
+
+
+def test_equations_23_and_24_by_hand() -> None:
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
+    assert overlap(p, q) == pytest.approx(0.5)
+    assert bhattacharyya(p, q) == pytest.approx(-math.log(2 * math.sqrt(0.125)))
+    assert (overlap(p, p), bhattacharyya(p, p)) == (1.0, 0.0)
+    apart = np.array([0.0, 0.0, 1.0])
+    assert overlap(p, apart) == 0.0
+    assert bhattacharyya(p, apart) == math.inf
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    rng = np.random.default_rng(0)
+    values, right = rng.integers(0, 6, 50).astype(float), rng.random(50) < 0.4
+    pairs = [
+        1.0 if w > r else 0.5 if w == r else 0.0 for w in values[~right] for r in values[right]
+    ]
+    assert auroc(values, right) == pytest.approx(np.mean(pairs))
+    assert math.isnan(auroc(values, np.ones(50, dtype=bool)))
+
+
+def test_bins_are_those_that_are_stated() -> None:
+    values = np.array([0.0, 0.5, 3.0])
+    assert edges_of(values, Metric.ENTROPY).tolist() == np.linspace(0, 3, 21).tolist()
+    assert edges_of(values / 10, Metric.MARGIN).tolist() == np.linspace(0, 1, 21).tolist()
+
+
+def test_a_separation_counts_right_and_wrong_answers() -> None:
+    made = [row(i, 1.0, 1.0, bits=0.1) for i in range(8)]
+    made += [row(i, 0.3, 1.0, bits=2.0) for i in range(8, 10)]
+    run = run_of(made)
+    found = separation(run, Setting(), Bootstrap.of(run, resamples=50))
+    assert (found["right"], found["wrong"], found["auroc"]) == (8, 2, 1.0)
+    assert (found["overlap"], found["distance"]) == (0.0, None)  # infinite
+    assert (found["right_counts"][1], found["wrong_counts"][-1]) == (8, 2)
+    assert found["rows"] == {"run": "run", "count": 10, "index": "0-9"}
+    only_right = run_of(made[:8])
+    found = separation(only_right, Setting(), Bootstrap.of(only_right, resamples=50))
+    assert (found["overlap"], found["auroc"]) == (None, None)
+
+
+def test_steps_are_averaged_over_the_answers_that_have_them() -> None:
+    made = [
+        row(0, 1.0, 1.0, first_min_entropy=[0.0, 1.0]),
+        row(1, 1.0, 1.0, first_min_entropy=[0.5]),
+        row(2, 0.0, 1.0, first_min_entropy=[2.0, 3.0, 4.0]),
+    ]
+    run = run_of(made)
+    first, second, third = by_step(run, Bootstrap.of(run, resamples=20))
+    assert (first["right"], first["right_count"], first["wrong"]) == (0.25, 2, 2.0)
+    assert (second["right"], second["right_count"]) == (1.0, 1)
+    assert (third["right"], third["right_count"], third["wrong"]) == (None, 0, 4.0)
+
+
+def test_chance_boxes_are_averaged_over_all_places() -> None:
+    true_box, region = [3, 2, 7, 4], [0, 0, 4, 3]
+    places = [
+        covered(true_box, [x, y, x + 4, y + 3]) for x in range(10 - 4 + 1) for y in range(6 - 3 + 1)
+    ]
+    assert covered_at_random(true_box, region, 10, 6) == pytest.approx(np.mean(places))
+    assert covered(true_box, [3, 2, 5, 4]) == 0.5
+    assert covered(true_box, [7, 2, 9, 4]) == 0.0
+    assert covered_at_random(true_box, [0, 0, 10, 6], 10, 6) == 1.0
+
+
+@given(st.lists(st.integers(0, 200), unique=True).map(sorted))
+def test_short_forms_of_rows_lead_back(numbers: list[int]) -> None:
+    assert expanded(ranges(numbers)) == numbers
+
+
+# --- parts of a report ----------------------------------------------------------------------
+
+
+def answers(count: int, seed: int = 0, kinds: tuple[str, ...] = ("",)) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    truth = {"answers": ["a"], "extra": {"kind": "x", "text_size": None}}
+    return [
+        row(
+            index,
+            float(rng.random() < 0.6),
+            float(rng.random() < 0.8),
+            bits=float(rng.random()),
+            category=kinds[index % len(kinds)],
+            truth=json.dumps(truth),
+            first_input_tokens=70 + index % 3,
+            second_input_tokens=134,
+            true_box=[10, 10, 20, 20],
+        )
+        for index in range(count)
+    ]
+
+
+KINDS = ("number", "presence", "number", "colour")
+
+
+def made(**changed: Any) -> Run:
+    return run_of(answers(200, kinds=KINDS), **changed)
+
+
+def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
+    main_run = made(name="main")
+    hd = made(name="hd", method="hd")
+    quality = made(name="q", codec=5)
+    model = made(name="m", name_="other")
+    model = replace(
+        model,
+        provenance={
+            **model.provenance,
+            "model": {**model.provenance["model"], "name": "other", "weights": "w"},
+        },
+    )
+    task = made(name="t", task={"name": "gqa"})
+    val = made(name="v", task={"split": "val"})
+    inputs = sort_runs([main_run, hd, quality, model, task], val=val)
+    assert (inputs.main, inputs.hd, inputs.val) == (main_run, hd, val)
+    assert [run.folder.name for run in (*inputs.qualities, *inputs.models, *inputs.tasks)] == [
+        "q", "m", "t",
+    ]  # fmt: skip
+    for wrong, line in (
+        (val, "given by --val"),
+        (main_run, "repeats"),
+        (replace(hd, records=hd.records[:5]), "same samples"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            sort_runs([main_run, wrong])
+
+
+def test_nothing_is_chosen_on_the_split_that_is_reported() -> None:
+    main_run = made()
+    with pytest.raises(ConfigError, match="of the split that is reported"):
+        sort_runs([main_run], val=made(name="v"))
+    layers = Calibration(format=1, model="demo", layer=1, made={"task": "signs", "split": "test"})
+    with pytest.raises(ConfigError, match="split that is reported"):
+        sort_runs([main_run], layers=layers)
+    with pytest.raises(ConfigError, match="another quality"):
+        sort_runs([main_run], val=made(name="v", codec=5, task={"split": "val"}))
+
+
+def test_panels_are_tasks_or_kinds_of_questions() -> None:
+    alone = sort_runs([made()])
+    assert [title for title, _ in alone.parts()] == [
+        "all questions", "reading numbers", "yes or no",
+    ]  # fmt: skip
+    assert [title for title, _ in alone.kinds()] == ["number", "presence", "colour"]
+    several = sort_runs([made(), made(name="t", task={"name": "pope"})])
+    assert [title for title, _ in several.parts()] == ["signs", "pope"]
+    assert several.kinds()[1][1] is several.tasks[0]
+
+
+def test_the_paper_s_costs_are_on_the_axes() -> None:
+    # n_v 64, d 192, 4 layers: the paper counts 1 + (F(n) + F(2n)) / F(n) for a retransmission.
+    one, two = (24 * n * 192**2 + 4 * n**2 * 192 for n in (64, 128))
+    inputs = sort_runs([made()], resamples=20)
+    paper, spent = fig5(inputs)["panels"][0]["lines"]
+    assert paper["x"][0] == spent["x"][0] == 1.0
+    assert paper["x"][-1] == pytest.approx(2 + two / one)
+    assert spent["x"][-1] == pytest.approx(2.0)  # 100 + 10 + 90 over 100
+    pixels = fig4(inputs)["panels"][0]["lines"][0]["x"]
+    assert (pixels[0], pixels[-1]) == (0.0, 0.5)  # regions have half the view's pixels
+
+
+def test_hd_stands_where_its_pixels_put_it() -> None:
+    hd = made(name="hd", method="hd", visual_tokens=320)
+    hd = replace(hd, records=[replace(r, view_pixels=17_778) for r in hd.records])
+    inputs = sort_runs([made(), hd], resamples=20)
+    marks = {mark["name"]: mark for mark in fig4(inputs)["panels"][0]["marks"]}
+    assert marks["HD"]["x"] == pytest.approx(0.7778)  # 448² over 336²
+    assert marks["HD"]["rows"]["run"] == "hd"
+    of_numbers = {mark["name"]: mark for mark in fig4(inputs)["panels"][1]["marks"]}
+    assert of_numbers["HD"]["rows"] == {"run": "hd", "count": 100, "index": "0-198:2"}
+
+
+def test_aggregations_and_metrics_each_have_a_line() -> None:
+    longer = [replace(r, first_tokens=[1] * 12) for r in answers(40)]
+    longer = [
+        replace(
+            r,
+            first_min_entropy=r.first_min_entropy * 6,
+            first_entropy=r.first_entropy * 6,
+            first_margin=r.first_margin * 6,
+        )
+        for r in longer
+    ]
+    inputs = sort_runs([run_of(longer)], resamples=20)
+    names = [one["name"] for one in fig8(inputs)["panels"][0]["lines"]]
+    assert names[:2] == ["full average", "starting token"]
+    assert names[2:] == [f"{k}-token average" for k in (2, 3, 5, 10)]
+    names = [one["name"] for one in fig6(inputs)["panels"][0]["lines"]]
+    assert names == ["min-entropy", "Shannon entropy", "probability margin"]
+
+
+def test_a_run_over_a_service_is_reported_as_far_as_it_knows() -> None:
+    nan = [float("nan")] * 2
+    served = [replace(r, first_entropy=nan, first_margin=nan) for r in answers(40)]
+    run = run_of(served, visual_tokens=None, hidden_size=None, layers=None)
+    del run.provenance["model"]["preset"]
+    inputs = sort_runs([run], resamples=20)
+    assert [one["name"] for one in fig6(inputs)["panels"][0]["lines"]] == ["min-entropy"]
+    assert [one["name"] for one in fig5(inputs)["panels"][0]["lines"]] == ["as executed"]
+    for _, make, _, _ in tables.TABLES.values():
+        as_json(make(inputs))  # nothing that JSON does not have
+    assert tables.table1(inputs) == []
+
+
+def test_qualities_are_compared_on_the_questions_that_all_runs_have() -> None:
+    few = run_of(answers(200)[:50], name="q", codec=5)
+    told = fig12(sort_runs([run_of(answers(200)), few], resamples=20))
+    assert told is not None
+    (panel,) = told["panels"]
+    assert [one["name"] for one in panel["lines"]] == ["JPEG 5", "JPEG 90"]
+    assert {one["rows"]["count"] for one in panel["lines"]} == {50}
+    assert panel["lines"][0]["x"][0] == pytest.approx(0.4)  # 4000 of 10000 bytes
+    assert fig12(sort_runs([run_of(answers(20))], resamples=20)) is None
+
+
+def test_models_have_a_panel_each() -> None:
+    other = run_of(answers(200, seed=1), name="m", weights="w")
+    told = fig10(sort_runs([run_of(answers(200)), other], resamples=20))
+    assert len(told["panels"]) == 2
+    assert len(fig9(sort_runs([made()], resamples=20))["panels"]) == 3
+
+
+def test_thresholds_come_from_the_validation_run() -> None:
+    val = run_of(answers(200, seed=7), name="v", task={"split": "val"})
+    inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
+    for told in tables.table_chosen(inputs):
+        if not told["name"].startswith("target"):
+            continue
+        rate = float(told["name"].split()[-1])
+        assert told["val_rate"] == np.mean(sent_at(val, Setting(), told["eta"]))
+        assert told["val_rate"] == pytest.approx(rate, abs=0.01)
+        assert told["rate"] == np.mean(sent_at(inputs.main, Setting(), told["eta"]))
+
+
+def test_bad_news_is_told() -> None:
+    worse = [replace(r, second_score=0.0, first_score=1.0, box=[900, 400, 901, 401]) for r in
+             answers(60)]  # fmt: skip
+    inputs = sort_runs([run_of(worse)], resamples=50)
+    rows = {name: {"rows": make(inputs)} for name, (_, make, _, _) in tables.TABLES.items()}
+    said = "\n".join(findings(rows))
+    assert "worse than regions placed at random" in said
+    assert "Second answers, all questions: worse than first ones (-100.0%" in said
+    # A metric that beats min-entropy is named.
+    margins = [replace(r, first_margin=[float(r.second_score <= r.first_score)]) for r in
+               answers(200)]  # fmt: skip
+    margins = [replace(r, first_margin=r.first_margin * 2) for r in margins]
+    inputs = sort_runs([run_of(margins)], resamples=50)
+    said = "\n".join(findings({"metrics": {"rows": tables.table_metrics(inputs)}}))
+    assert "margin, not min-entropy, has the largest area" in said
+    assert "does not hold 0" in said
+
+
+def test_tables_are_printed_whole() -> None:
+    inputs = sort_runs([made()], resamples=20)
+    for title, make, _, cells in tables.TABLES.values():
+        rows = make(inputs)
+        lines = tables.markdown(rows, cells).splitlines()
+        assert len(lines) == 2 + len(rows), title
+        assert {line.count("|") for line in lines} == {len(cells) + 1}, title
+        if rows:
+            read = list(csv.DictReader(tables.csv_text(rows).splitlines()))
+            assert len(read) == len(rows)
+
+
+def test_a_random_table_row_is_what_the_baseline_gives() -> None:
+    inputs = sort_runs([made()], resamples=20)
+    rows = {(told["name"], told["setting"]): told for told in tables.table_baselines(inputs)}
+    never, always = ends(inputs.main)
+    assert rows["global only", None]["accuracy"] == never.accuracy
+    assert rows["full retransmission", None]["bytes_up"] == always.up
+    assert 0 < rows["random retransmission", 0.3]["rate"] < 0.6
+
+
+# --- where numbers moved --------------------------------------------------------------------
+
+
+def test_every_kind_of_difference_is_told() -> None:
+    before = {
+        "tables": {"t": {"rows": [{"name": "a", "x": 1.0}, {"name": "b", "x": 2.0}]}},
+        "figures": {"f": {"y": [1.0, 2.0], "title": "one", "z": [1.0]}},
+    }
+    after = {
+        "tables": {"t": {"rows": [{"name": "a", "x": 1.5}, {"name": "c", "x": 2.0}]}},
+        "figures": {"f": {"y": [1.0, 2.25], "title": "two", "z": [1.0, 2.0]}},
+    }
+    assert moved(before, before) == []
+    assert moved(before, after) == [
+        "tables/t/rows/a/x: 1 -> 1.5 (+0.5)",
+        "tables/t/rows/b: only before",
+        "tables/t/rows/c: only now",
+        "figures/f/title: one -> two",
+        "figures/f/y: by at most 0.25",
+        "figures/f/z: 1 numbers before, 2 now",
+    ]
+
+
+# --- the committed report -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((COMMITTED / RESULTS).read_text(encoding="utf-8"))
+    return told
+
+
+@pytest.fixture(scope="module")
+def runs(committed: dict[str, Any]) -> dict[str, Run]:
+    return {name: open_run(RUNS / name) for name in committed["runs"]}
+
+
+def test_committed_runs_are_those_that_were_reported(
+    committed: dict[str, Any], runs: dict[str, Run]
+) -> None:
+    for name, run in runs.items():
+        assert json.loads(json.dumps(provenance_of(run))) == committed["runs"][name]
+
+
+def test_every_point_of_every_curve_leads_to_its_rows(
+    committed: dict[str, Any], runs: dict[str, Run]
+) -> None:
+    lines = [
+        one
+        for told in committed["figures"].values()
+        for panel in told.get("panels", ())
+        for one in panel["lines"]
+    ]
+    assert len(lines) > 20
+    for one in lines:
+        run = runs[one["rows"]["run"]]
+        wanted = set(expanded(one["rows"]["index"]))
+        run = replace(run, records=[r for r in run.records if r.index in wanted])
+        assert len(run.records) == one["rows"]["count"]
+        metric, _, how = one["setting"].partition("/")
+        first_k = how.startswith("first_")
+        aggregate = Aggregate.FIRST_K if first_k else Aggregate(how)
+        setting = Setting(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
+        for place in (1, len(one["eta"]) // 2):
+            policy = setting.policy(one["eta"][place])
+            sent = np.array([decided(policy, r) for r in run.records], dtype=float)
+            assert sent.sum() == one["sent"][place]
+            assert two_stage_point(run, sent, "").accuracy == pytest.approx(one["y"][place])
+
+
+def test_marks_and_tables_lead_to_rows_too(committed: dict[str, Any], runs: dict[str, Run]) -> None:
+    oracle = committed["figures"]["fig-04-communication"]["panels"][1]["marks"][0]
+    wanted = set(expanded(oracle["rows"]["index"]))
+    best = [max(r.first_score, r.second_score) for r in runs["test"].records if r.index in wanted]
+    assert oracle["y"] == pytest.approx(np.mean(best))
+    for told in committed["tables"]["boxes"]["rows"]:
+        wanted = set(expanded(told["rows"]["index"]))
+        chosen = [r for r in runs[told["rows"]["run"]].records if r.index in wanted]
+        gains = [r.second_score - r.first_score for r in chosen]
+        assert told["gain"] == pytest.approx(np.mean(gains))
+        assert told["improved"] == sum(gain > 0 for gain in gains)
+    first = committed["tables"]["table-1"]["rows"][0]
+    tokens = [r.first_input_tokens for r in runs["test"].records]
+    assert first["mean_input_tokens"] == pytest.approx(np.mean(tokens))
+
+
+def test_the_committed_report_names_the_commands_that_make_it(committed: dict[str, Any]) -> None:
+    assert (
+        committed["command"][: len(report_command())]
+        == ["vlm-collab", *report_command()[:-2]][: len(report_command())]
+    )
+    called = {" ".join(run["command"][1:]) for run in committed["runs"].values()}
+    assert called == {" ".join(one) for one in commands(1000, 400, 300) if one[1] == "run"}
+    assert committed["runs"]["test"]["commit"]
+    assert not committed["left_out"]
+
+
+def test_committed_figures_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in COMMITTED.glob("*.png")}
+    assert len(sizes) == 9
+    assert max(sizes.values()) < 150_000
+
+
+def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
+    chosen = [str(RUNS / name) for name in ("test", "hd", "jpeg-5")]
+    line = ["eval", "report", *chosen, "--val", str(RUNS / "val"), "--resamples", "10"]
+    with pytest.raises(SystemExit) as ended:
+        main([*line, "--out", str(tmp_path / "a")])
+    assert ended.value.code == 0
+    # Another process, in which sets and dictionaries of strings have another order.
+    subprocess.run(
+        [sys.executable, "-m", "edge_client.cli", *line, "--out", str(tmp_path / "b")],
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"},
+        timeout=300,
+    )
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len([name for name in names if name.endswith(".pdf")]) == 9
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert all(str(tmp_path) not in (tmp_path / "a" / n).read_text() for n in names if ".md" in n)
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--format", "svg"], "there is no format 'svg'"),
+        (["--against", "nothing.json"], "nothing.json is no report"),
+        (["--val", "nowhere"], "nowhere holds no run"),
+        (["--layers", "nowhere.yaml"], "cannot be read"),
+        (["--scorer", "vqa"], "no scorer 'vqa'"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(
+    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "report", str(RUNS / "test"), *arguments, "--out", str(tmp_path / "a")])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert len(err.splitlines()) == 1
+
+
+def test_inputs_know_their_runs() -> None:
+    inputs = Inputs(main=made(), val=made(name="v", task={"split": "val"}))
+    assert [run.folder.name for run in inputs.runs] == ["run", "v"]
