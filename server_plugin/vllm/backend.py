@@ -46,6 +46,12 @@ from vlm_collab.uncertainty import TokenStatistics, token_statistics
 
 _EVERY_LOGPROB = -1
 
+_ATTEMPTS = 3
+"""How often a picture is handed over again that vLLM's two ends disagree about."""
+
+_RPC_PATIENCE_S = 2.0
+"""Between two looks at whether the engine that owes an answer is still there."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
@@ -96,7 +102,8 @@ class VllmBackend:
         owned: whether `close` shuts the engine down.
 
     Raises:
-        ConfigError: the engine is set up in a way that statistics would not be exact.
+        ConfigError: the engine is set up in a way that rows would be missing, statistics not
+            exact, or second passes impossible.
     """
 
     def __init__(self, engine: Any, adapter: Adapter, name: str, *, owned: bool = True) -> None:
@@ -105,7 +112,18 @@ class VllmBackend:
         self._adapter = adapter
         self._preset = preset = adapter.preset
         config = engine.vllm_config
+        if config.parallel_config.data_parallel_size > 1:
+            # Each of its engines' workers believes to be the only one, so they cannot tell.
+            raise ConfigError(
+                "data parallelism inside one server: only the first replica would answer for its "
+                "rows; run one server per replica, without --data-parallel-size"
+            )
         self._most_pictures = config.model_config.multimodal_config.get_limit_per_prompt("image")
+        if self._most_pictures < 2:
+            raise ConfigError(
+                "the second pass shows two pictures: start vLLM with --limit-mm-per-prompt "
+                f"'{{\"image\": 2}}' or more, not {self._most_pictures}"
+            )
         self._logprobs = 2
         if preset.metric is Metric.ENTROPY:
             self._logprobs = _EVERY_LOGPROB
@@ -291,7 +309,16 @@ class VllmBackend:
     async def _call(self, method: str, argument: Any) -> Any:
         if self._engine is None:
             raise ModelError("the model was closed")
-        return await self._engine.collective_rpc(method, args=(argument,))
+        engine = self._engine
+        call = asyncio.ensure_future(engine.collective_rpc(method, args=(argument,)))
+        try:
+            # An engine that dies leaves its calls unanswered.
+            while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
+                if engine.errored:
+                    raise ModelError("vLLM failed: its engine is gone")
+        finally:
+            call.cancel()
+        return call.result()
 
     def _picture(self, image: Image) -> _Picture:
         digest = hashlib.blake2b(image.tobytes(), key=self._secret, digest_size=16)
@@ -418,15 +445,22 @@ class VllmBackend:
             # A picture whose name is known is not processed again.
             request["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
         try:
-            # In vLLM's own threads, so that pictures hold nobody up.
-            (rendered,) = await self._engine.renderer.render_cmpl_async([request])
-            async with contextlib.aclosing(self._engine.generate(rendered, params, key)) as outputs:
-                async for output in outputs:
-                    yield output
+            for attempt in range(1, _ATTEMPTS + 1):
+                # In vLLM's own threads, so that pictures hold nobody up.
+                (rendered,) = await self._engine.renderer.render_cmpl_async([request])
+                stream = self._engine.generate(rendered, params, key)
+                async with contextlib.aclosing(stream) as outputs:
+                    async for output in outputs:
+                        if attempt < _ATTEMPTS and _missed(output):
+                            break
+                        yield output
+                    else:
+                        return
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "vllm":
                 raise
-            raise ModelError(f"vLLM failed: {' '.join(str(error).split())[:200]}") from error
+            reason = " ".join(str(error).split()) or repr(error.__cause__ or error)
+            raise ModelError(f"vLLM failed: {reason[:200]}") from error
 
     def _statistics(self, logprobs: Any) -> TokenStatistics:
         """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
@@ -450,6 +484,17 @@ def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
     if task is None or not task.done() or task.cancelled() or task.exception() is not None:
         return None
     return task.result()
+
+
+def _missed(output: Any) -> bool:
+    """Whether vLLM ended a request before its first token for want of a picture.
+
+    Its front-end sends the engine no picture that it believes to be there already. It is not if
+    the question that brought it was cancelled on the way, or if the engine needed the room. vLLM
+    notices, forgets what it believed, and leaves it to the caller to ask again.
+    """
+    ended = output.outputs[0]
+    return ended.finish_reason == "error" and not ended.token_ids
 
 
 def _pictures_of(view: View) -> tuple[_Picture, ...]:

@@ -63,6 +63,10 @@ prompt positions that it is about."""
 MAX_ROWS = 1024
 """Rows held until they are fetched; the oldest go first. A client that is gone fetches none."""
 
+MAX_ROWS_BYTES = 32 * 2**20
+"""Memory of all rows held, on the device, which vLLM's own budget knows nothing of. One row may
+be as long as a prompt."""
+
 _LAYER = "language_model.model.layers.{}.self_attn.attn"
 
 Keys = Callable[[Tensor, Tensor], Tensor]
@@ -110,7 +114,8 @@ class RowReader:
             step's queries of that request.
         lengths: queries of each request in this step.
         rows: what was captured and not fetched yet, summed over this worker's heads.
-        heads: how many these are.
+        rows_bytes: memory that these occupy.
+        heads: how many heads that is.
     """
 
     order: Callable[[], list[str]]
@@ -121,6 +126,7 @@ class RowReader:
     due: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    rows_bytes: int = 0
 
     def step(self, scheduled: Any) -> None:
         """Look at what a step schedules."""
@@ -165,13 +171,21 @@ class RowReader:
             start += self.lengths[name]
 
     def _keep(self, key: str, row: Tensor) -> None:
+        self._release(key)
         self.rows[key] = row
-        while len(self.rows) > MAX_ROWS:
-            self.rows.popitem(last=False)
+        self.rows_bytes += row.nbytes
+        while len(self.rows) > MAX_ROWS or self.rows_bytes > MAX_ROWS_BYTES:
+            self._release(next(iter(self.rows)))
+
+    def _release(self, key: str) -> Tensor | None:
+        row = self.rows.pop(key, None)
+        if row is not None:
+            self.rows_bytes -= row.nbytes
+        return row
 
     def take(self, keys: list[str]) -> list[tuple[bytes, int] | None]:
         """Rows by name, each only once: float32 bytes, and the heads that they sum up."""
-        held = [self.rows.pop(key, None) for key in keys]
+        held = [self._release(key) for key in keys]
         return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in held]
 
 
@@ -296,10 +310,9 @@ def _check(config: Any) -> None:
         raise UnsupportedError("decode context parallelism")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise UnsupportedError("prefill context parallelism")
-    if getattr(parallel, "enable_dbo", False):
-        raise UnsupportedError("dual batch overlap")
-    if parallel.data_parallel_size > 1:
-        raise UnsupportedError("data parallelism inside one server; run one server per replica")
+    if parallel.use_ubatching:  # more than dual batch overlap turns it on
+        raise UnsupportedError("steps that are cut into micro-batches")
+    # Data parallelism is the front-end's to refuse: each replica's workers see a size of 1.
     if config.speculative_config is not None:
         raise UnsupportedError("speculative decoding")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -83,7 +84,7 @@ class CollabEndpoint:
                 of a family that is not served here; one line each, and vLLM does not start.
         """
         options = options_of(engine_client.vllm_config.additional_config)
-        source = engine_client.vllm_config.model_config.model
+        source = _source_of(engine_client.vllm_config.model_config.model, args.revision)
         preset = with_options(preset_of(source, options.preset), options.overrides)
         shown = (args.served_model_name or [source])[0]
         backend = vllm_backend(engine_client, source, preset, shown, owned=False)
@@ -130,6 +131,17 @@ def options_of(additional_config: Any) -> Options:
         return msgspec.convert(given, Options)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
+
+
+def _source_of(model: str, revision: str | None) -> str:
+    # vLLM's configuration has a revision in any case; only its arguments tell that one was asked
+    # for.
+    if revision is not None and not Path(model).is_dir():
+        raise ConfigError(
+            "--revision: prompts are made from the files of the model's main revision; download "
+            "the other one, and name its folder instead of the model"
+        )
+    return model
 
 
 def _given(limits: Limits) -> dict[str, Any]:

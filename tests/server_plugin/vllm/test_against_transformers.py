@@ -170,6 +170,10 @@ def test_rows_boxes_and_answers_are_the_same(
             check_sharing(alone[number])
         elif setup == "chunks":
             assert alone[number]["second"]["prefilled"] == alone[number]["second"]["context"]
+    assert result["left"]["ids"] == expected(model)[0]["first"]["ids"]
+    np.testing.assert_allclose(
+        result["left"]["row"], expected(model)[0]["first"]["row"], rtol=1e-3, atol=0
+    )
     check_it_could_fail(expected(model))
 
 

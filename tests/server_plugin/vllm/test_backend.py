@@ -21,6 +21,7 @@ from server_plugin.adapters.base import Adapter
 from server_plugin.backend import Sampling
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
+from server_plugin.vllm import backend as vllm_backend
 from server_plugin.vllm import capture
 from server_plugin.vllm.backend import VllmBackend
 from server_plugin.vllm.model import check, weightless_adapter
@@ -41,6 +42,8 @@ class Engine:
         deltas: the tokens, as they come.
         requests: (request, its parameters), in order.
         open: requests that were neither finished nor aborted.
+        misses: how many of the next requests find their picture missing in the engine.
+        silent: whether calls to the workers stay unanswered.
     """
 
     def __init__(self, adapter: Adapter, **config: Any) -> None:
@@ -54,18 +57,26 @@ class Engine:
         self.spoil: Callable[[list[int]], list[int]] = lambda ids: ids
         self.rows: dict[str, np.ndarray] = {}
         self.loses_rows = False
+        self.misses = 0
+        self.errored = False
+        self.silent = False
         self.shut_down = 0
         self.renderer = self
+        self.pictures = config.pop("pictures", 3)
+        replicas = config.pop("replicas", 1)
         model = {"max_logprobs": 20, "logprobs_mode": "raw_logprobs"} | config
         text = SimpleNamespace(hidden_size=192, num_hidden_layers=4, num_attention_heads=HEADS)
         hf_config = SimpleNamespace(get_text_config=lambda: text)
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
                 hf_config=hf_config,
-                multimodal_config=SimpleNamespace(get_limit_per_prompt=lambda modality: 3),
+                multimodal_config=SimpleNamespace(
+                    get_limit_per_prompt=lambda modality: self.pictures
+                ),
                 **model,
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=16),
+            parallel_config=SimpleNamespace(data_parallel_size=replicas),
         )
 
     async def render_cmpl_async(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,6 +90,14 @@ class Engine:
             draw = np.random.default_rng(len(self.requests))
             self.rows[params.extra_args[capture.KEY]] = draw.random(span, np.float32) + 0.1
         try:
+            if self.misses:
+                self.misses -= 1
+                yield SimpleNamespace(
+                    prompt_token_ids=self._written_out(request["prompt_token_ids"]),
+                    num_cached_tokens=0,
+                    outputs=[SimpleNamespace(token_ids=[], logprobs=None, finish_reason="error")],
+                )
+                return
             left = params.max_tokens
             for delta in self.deltas:
                 await self.gate.wait()
@@ -93,7 +112,9 @@ class Engine:
                 yield SimpleNamespace(
                     prompt_token_ids=self.spoil(self._written_out(request["prompt_token_ids"])),
                     num_cached_tokens=32,
-                    outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)],
+                    outputs=[
+                        SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason=None)
+                    ],
                 )
                 if not left:
                     return
@@ -107,6 +128,8 @@ class Engine:
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> Any:
         if method == capture.INSTALL:
             return [{"heads": HEADS}]
+        if self.silent:
+            await asyncio.Event().wait()
         rows = [self.rows.pop(key, None) for key in args[0]]
         return [[None if row is None else ((row * HEADS).tobytes(), HEADS) for row in rows]]
 
@@ -377,11 +400,42 @@ async def test_an_answer_that_is_broken_off_is_an_error(
         await backend.first_pass(view, QUESTION, max_new_tokens=9)
 
 
+async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    view = await backend.open_view(VIEW)
+    engine.misses = 2
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    assert first.token_ids == (10, 11, 12, 13, END)
+    assert first.row is not None
+    assert len(engine.requests) == 3
+    assert engine.open == 0
+    engine.misses = 3
+    with pytest.raises(ModelError, match="before its first token"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    assert engine.open == engine.misses == 0
+
+
+async def test_an_engine_that_dies_leaves_nobody_waiting_for_a_row(
+    backend: VllmBackend, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_backend, "_RPC_PATIENCE_S", 0.01)
+    view = await backend.open_view(VIEW)
+    engine.silent = engine.errored = True
+    with pytest.raises(ModelError, match="engine is gone"):
+        await asyncio.wait_for(backend.first_pass(view, QUESTION, max_new_tokens=9), 30)
+
+
 async def test_vllm_s_own_errors_become_one_line(backend: VllmBackend, engine: Engine) -> None:
     view = await backend.open_view(VIEW)
     dead = type("EngineDeadError", (Exception,), {"__module__": "vllm.v1.engine.exceptions"})
     engine.failure = dead("EngineCore encountered\nan issue")
     with pytest.raises(ModelError, match="vLLM failed: EngineCore encountered an issue"):
+        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    # That is how it wraps errors that it did not expect: without a word.
+    engine.failure = type("EngineGenerateError", (dead,), {"__module__": dead.__module__})()
+    engine.failure.__cause__ = ZeroDivisionError("the reason")
+    with pytest.raises(ModelError, match="the reason"):
         await backend.first_pass(view, QUESTION, max_new_tokens=9)
 
 
@@ -428,6 +482,13 @@ async def test_warming_up_leaves_nothing_behind(backend: VllmBackend, engine: En
     assert len(engine.requests) == 3
     assert not engine.rows
     assert engine.open == 0
+
+
+def test_engines_that_would_lose_rows_or_second_passes_are_refused(adapter: Adapter) -> None:
+    with pytest.raises(ConfigError, match="one server per replica"):
+        VllmBackend(Engine(adapter, replicas=2), adapter, "demo")
+    with pytest.raises(ConfigError, match="--limit-mm-per-prompt"):
+        VllmBackend(Engine(adapter, pictures=1), adapter, "demo")
 
 
 def test_statistics_that_would_not_be_exact_are_refused(adapter: Adapter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
 from server_plugin.vllm import capture
 from server_plugin.vllm.client import RowClient
-from server_plugin.vllm.endpoint import options_of
+from server_plugin.vllm.endpoint import CollabEndpoint, options_of
 from server_plugin.vllm.model import check, weightless_adapter
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import ConfigError, ModelError
@@ -152,6 +153,16 @@ def test_an_adapter_without_weights_makes_prompts_of_the_engine_s_context() -> N
 def test_a_misspelled_option_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--additional-config"):
         options_of({"vlm_collab": given})
+
+
+async def test_another_revision_is_refused() -> None:
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            additional_config={}, model_config=SimpleNamespace(model="some/model")
+        )
+    )
+    with pytest.raises(ConfigError, match="--revision"):
+        await CollabEndpoint().init_state(engine, None, SimpleNamespace(revision="v2"))
 
 
 def test_options_of_others_are_none_of_ours() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from server_plugin.vllm import capture
-from server_plugin.vllm.capture import FIRST, KEY, MAX_ROWS, STOP, RowReader
+from server_plugin.vllm.capture import FIRST, KEY, MAX_ROWS, MAX_ROWS_BYTES, STOP, RowReader
 from server_plugin.vllm.rows import (
     mean_over_ranks,
     summed_row,
@@ -232,6 +232,50 @@ def test_rows_that_nobody_fetches_do_not_pile_up(reader: RowReader) -> None:
     oldest, newest = reader.take(["4", str(MAX_ROWS + 4)])
     assert oldest is None
     assert newest is not None
+
+
+def test_long_rows_that_nobody_fetches_do_not_fill_the_device(reader: RowReader) -> None:
+    entries = MAX_ROWS_BYTES // 16
+    for number in range(9):
+        reader._keep(str(number % 8), torch.zeros(entries))
+    assert sorted(reader.rows) == ["0", "5", "6", "7"]
+    assert reader.rows_bytes == MAX_ROWS_BYTES
+    assert reader.take(["0", "0"])[1] is None
+    assert reader.rows_bytes == MAX_ROWS_BYTES * 3 // 4
+
+
+def engine_of(**changes: Any) -> SimpleNamespace:
+    """What is looked at of an engine's configuration, plain but for the changes."""
+    parallel = {"use_ubatching": False} | changes
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        parallel_config=SimpleNamespace(**parallel),
+        speculative_config=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_ubatching": True},
+        {"decode_context_parallel_size": 2},
+        {"prefill_context_parallel_size": 2},
+    ],
+)
+def test_steps_that_are_divided_otherwise_are_refused(change: dict[str, Any]) -> None:
+    capture._check(engine_of())
+    with pytest.raises(capture.UnsupportedError):
+        capture._check(engine_of(**change))
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_full_graphs_are_refused(mode: str) -> None:
+    engine = engine_of()
+    engine.compilation_config.cudagraph_mode = SimpleNamespace(name="PIECEWISE")
+    capture._check(engine)
+    engine.compilation_config.cudagraph_mode = SimpleNamespace(name=mode)
+    with pytest.raises(capture.UnsupportedError, match=mode):
+        capture._check(engine)
 
 
 def test_attention_that_would_give_other_weights_is_refused() -> None:

@@ -4,7 +4,8 @@ A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": 
 "overrides": {…}, "engine": {…}, "together": [1, 8], "pairs": [{"view": file, "region": file,
 "question": text}, …]}``. The whole list is asked once for each entry of `together`, that many at
 a time. The result is `{"answers": one list for each entry, in the order of the pairs,
-"preemptions": how often vLLM took a request's blocks away and computed it again later}`.
+"preemptions": how often vLLM took a request's blocks away and computed it again later}`, and from
+vLLM "left": the first pass of the first pair, asked after it was left on its way to the engine.
 """
 
 from __future__ import annotations
@@ -55,6 +56,28 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     }
 
 
+async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, Any]:
+    """Leave a question whose picture vLLM's front-end has and its engine has not; ask it again."""
+    from PIL import Image
+
+    view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
+    renderer = backend._engine.renderer
+    render = renderer.render_cmpl_async
+
+    async def leave(requests: list[dict[str, Any]]) -> None:
+        await render(requests)
+        raise asyncio.CancelledError
+
+    renderer.render_cmpl_async = leave
+    try:
+        await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+    except asyncio.CancelledError:
+        pass
+    finally:
+        renderer.render_cmpl_async = render
+    return answer_of(await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens))
+
+
 def preemptions() -> int:
     from prometheus_client import REGISTRY
 
@@ -68,6 +91,9 @@ def preemptions() -> int:
 
 async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     await backend.warm_up()
+    result: dict[str, Any] = {}
+    if job["backend"] == "vllm":
+        result["left"] = await ask_after_leaving(backend, job["pairs"][0], new_tokens)
     answers = []
     for together in job["together"]:
         gate = asyncio.Semaphore(together)
@@ -77,7 +103,7 @@ async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, A
                 return await ask(backend, pair, new_tokens)
 
         answers.append(await asyncio.gather(*map(one, job["pairs"])))
-    result = {"answers": answers, "preemptions": preemptions()}
+    result |= {"answers": answers, "preemptions": preemptions()}
     await backend.close()
     return result
 
