@@ -94,7 +94,7 @@ def for_loss(
     drawn = curve(run, setting)
     margin = setting.metric is Metric.MARGIN
     sent = int((values <= found.eta).sum() if margin else (values >= found.eta).sum())
-    target = {
+    target: dict[str, Any] = {
         "max_accuracy_loss": max_loss,
         "confidence": confidence,
         "pictures": found.pictures,

@@ -17,7 +17,7 @@ from eval.baselines.base import Point
 from eval.baselines.from_records import Oracle
 from eval.harness.curves import Curve, Setting, area_over_random, curve, ends
 from eval.harness.runs import Run
-from eval.report.style import COLOURS, MUTED, new_figure, save
+from eval.report.style import COLOURS, MUTED, in_style, new_figure, save
 
 FIGURES = (
     "eta", "sent", "rate", "accuracy", "cost_pixels", "cost_bytes", "bytes_up", "bytes_down",
@@ -84,6 +84,7 @@ def write(run: Run, curves: Sequence[Curve], folder: Path) -> None:
     save(draw(run, curves), folder / "sweep.png")
 
 
+@in_style()
 def draw(run: Run, curves: Sequence[Curve]) -> Figure:
     """All curves against the four costs; of aggregations, the full one stands out."""
     figure = new_figure(11.0, 8.0)

@@ -59,7 +59,7 @@ def pack(folder: Path) -> None:
     """
     shards = sorted(folder.glob(SHARDS))
     rows = [
-        asdict(replace(record, map=np.float32(record.map).tolist()))
+        asdict(replace(record, map=np.asarray(record.map, np.float32).tolist()))
         for record in read_records(folder)
     ]
     whole = folder / "whole.parquet"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from eval.harness.curves import Bootstrap, Setting
 from eval.report.inputs import Inputs
 from eval.report.separation import by_step, separation
-from eval.report.style import RIGHT, WRONG, new_figure
+from eval.report.style import RIGHT, WRONG, in_style, new_figure
 from eval.report.trace import rows_of
 from vlm_collab.policy import Aggregate
 
@@ -30,6 +30,7 @@ def fig7(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+@in_style()
 def draw_fig7(told: dict[str, Any]) -> Figure:
     """A figure of what `fig7` found."""
     figure = new_figure(12.6, 3.9)

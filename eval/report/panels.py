@@ -16,7 +16,7 @@ from eval.baselines.from_records import HighResolution, Oracle, decided
 from eval.harness.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
 from eval.harness.runs import Run
 from eval.report.separation import finite
-from eval.report.style import COLOURS, MUTED, new_figure
+from eval.report.style import COLOURS, MUTED, in_style, new_figure
 from eval.report.trace import rows_of
 
 Panel = dict[str, Any]
@@ -157,6 +157,7 @@ def sent_at(run: Run, setting: Setting, eta: float) -> Column:
     return np.array([decided(policy, record) for record in run.records], dtype=np.float64)
 
 
+@in_style()
 def draw_panels(told: dict[str, Any]) -> Figure:
     """A figure of panels; what it shows is what `told` holds."""
     panels = told["panels"]

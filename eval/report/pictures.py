@@ -13,7 +13,7 @@ from eval.harness.records import Record
 from eval.harness.runs import Run
 from eval.report.figures import quality_name, quality_of
 from eval.report.inputs import Inputs
-from eval.report.style import new_figure
+from eval.report.style import in_style, new_figure
 from eval.report.trace import rows_of
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import ConfigError
@@ -51,6 +51,7 @@ def fig11(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+@in_style()
 def draw_fig11(told: dict[str, Any], run: Run, task: Task) -> Figure:
     """The pictures themselves, made again as the edge made them.
 

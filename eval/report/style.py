@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ RIGHT, WRONG = "#0072B2", "#D55E00"
 
 DPI = 110
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     # A font that comes with matplotlib: another one may not be there elsewhere.
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -34,14 +36,18 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, in the report's style.
+@contextlib.contextmanager
+def in_style() -> Iterator[None]:
+    """The report's style while axes are made and drawn, whatever a reader's own matplotlibrc
+    says; also a decorator."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
 
-    The style is matplotlib's state at the time axes are made and drawn, so it is set for good;
-    a reader's own matplotlibrc does not reach in.
-    """
-    mpl.rcdefaults()
-    mpl.rcParams.update(_STYLE)
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Call it `in_style`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -52,4 +58,5 @@ def save(figure: Figure, path: Path) -> None:
     nothing: dict[str, Any] = {"Software": None}
     if path.suffix == ".pdf":
         nothing = {"Creator": None, "Producer": None, "CreationDate": None}
-    figure.savefig(path, metadata=nothing)
+    with in_style():
+        figure.savefig(path, metadata=nothing)
