@@ -12,6 +12,7 @@ import uvicorn
 
 from edge_client.gateway.app import Gateway
 from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.http import HttpConnection
 from edge_client.gateway.page import MAX_FRAME_BYTES
 from vlm_collab.errors import ConfigError
 
@@ -87,6 +88,7 @@ def _server(gateway: Gateway) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             gateway.app(),
+            http=HttpConnection,
             ws="websockets-sansio",
             ws_max_size=MAX_FRAME_BYTES,
             ws_per_message_deflate=False,

@@ -13,6 +13,7 @@ from starlette.websockets import WebSocket
 
 from server_plugin.service.app import Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
+from server_plugin.service.http import HttpConnection
 from vlm_collab.errors import ConfigError
 
 
@@ -83,6 +84,7 @@ def server(service: Service) -> uvicorn.Server:
     config, limits = service.config, service.config.limits
     settings = uvicorn.Config(
         service.app(),
+        http=HttpConnection,
         ws="websockets-sansio",
         ws_max_size=limits.connection.max_frame_bytes,
         ws_per_message_deflate=False,  # pictures do not shrink, and byte counts stay real

@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
+from edge_client.gateway import http as connections
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
@@ -415,3 +416,18 @@ async def test_health():
             while (await here.http.get(root.join("/readyz"))).status_code != 503:
                 await asyncio.sleep(0.01)
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
+
+
+async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pytest.MonkeyPatch):
+    """Each takes one of the places for all connections, and needs no key for it."""
+    monkeypatch.setattr(connections, "IDLE_S", 0.1)
+    async with place(slow(0.4), api_key="right") as here:
+        async with sdk(here.base, api_key="right") as client:
+            asking = asyncio.create_task(ask(client))
+            host, port = here.base.removeprefix("http://").removesuffix("/v1").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
+            assert (await asking).choices

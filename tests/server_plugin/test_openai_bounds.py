@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
+from server_plugin.service import http as connections
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.openai.whole import Original, Workshop
 from server_plugin.service.runner import running
@@ -35,6 +36,7 @@ from tests.support.pictures import photo
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settled
 from vlm_collab.errors import ConfigError
 from vlm_collab.messages import Answer
+from vlm_collab.session import RegionWanted
 
 SLOW = 30.0
 """Longer than any test: what takes so long must have been cancelled."""
@@ -55,6 +57,41 @@ async def until(true) -> None:
     async with asyncio.timeout(5):
         while not true():
             await asyncio.sleep(0.005)
+
+
+# ---- connections -----------------------------------------------------------------------------
+
+NOTHING_ASKED = [
+    b"",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: local",
+    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
+]
+
+
+@pytest.mark.parametrize("sent", NOTHING_ASKED)
+async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatch):
+    """Each takes one of the places for all connections, and needs no token for it."""
+    monkeypatch.setattr(connections, "IDLE_S", 0.1)
+    async with running(service(token="right")) as url:
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(sent)
+        closed = asyncio.create_task(reader.read())
+        async with asyncio.timeout(5):
+            while not closed.done():
+                writer.write(b"a")  # as slowly as it likes
+                await asyncio.wait([closed], timeout=0.01)
+        writer.close()
+
+
+async def test_connections_on_which_something_is_asked_stay(monkeypatch):
+    monkeypatch.setattr(connections, "IDLE_S", 0.1)
+    async with running(service(slow_backend(0.4))) as url:
+        async with client_of(url) as client, edge(url) as other:
+            await other.ask(SURE, picture())
+            assert (await ask(client)).startswith("second")
+            assert isinstance(await other.next(), RegionWanted)
 
 
 # ---- garbage ---------------------------------------------------------------------------------
