@@ -241,12 +241,14 @@ class Asking:
         # new picture carries its view and is on the wire before the others refer to it.
         state, key = request.view, link.welcome.session
         carries = self._carry or state.session != key
-        if carries:
-            try:
+        try:
+            if carries:
                 request.guard.views_leave(list(zip(request.pictures, views, strict=True)), *form)
-            except BaseException:
-                link.give_back()
-                raise
+            else:
+                request.guard.begin()  # once more: the server may have been long in coming
+        except BaseException:
+            link.give_back()
+            raise
         sent = views if carries else [None] * len(views)
         sizes = [picture.size for picture in request.pictures]
         exchange = link.ask(

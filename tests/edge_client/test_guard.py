@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import io
 import threading
@@ -374,6 +375,35 @@ async def test_quiet_hours_refuse_a_question_before_it_is_sent():
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         with pytest.raises(PrivacyError, match="00:00-24:00"):
             await client.ask(PHOTO, "why?")
+
+
+async def test_quiet_hours_that_begin_while_a_question_waits_keep_it_back():
+    """Also one about a picture whose view the server has."""
+
+    async def script(peer: Peer) -> None:
+        await peer.greet(max_in_flight=1)
+        await peer.answer((await peer.asked()).id, "first")
+        await peer.answer_all()
+
+    watch = Watch()
+    start = NOON.astimezone() + datetime.timedelta(minutes=1)
+    quiet = Hours.parse(f"{start:%H:%M}-{start + datetime.timedelta(hours=1):%H:%M}")
+    policy = Policy({"default": CameraPolicy(quiet_hours=(quiet,))})
+    async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
+        client._guard._clock = watch
+        assert (await client.ask(PHOTO, "why?")).text == "first"
+        link = client._keeper.current
+        assert link is not None
+        await link.slot()
+        waiting = asyncio.create_task(client.ask(PHOTO, "and?"))
+        while not link._slots._waiters:
+            await asyncio.sleep(0.005)
+        watch.wait(minutes=2)
+        link.give_back()
+        with pytest.raises(PrivacyError):
+            await waiting
+        watch.wait(hours=2)
+        assert (await client.ask(PHOTO, "now?")).text == "echo now?"
 
 
 async def test_views_of_several_pictures_are_logged_each(tmp_path):
