@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 from starlette.routing import BaseRoute, Mount
+from starlette.websockets import WebSocket
 
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
@@ -110,7 +111,17 @@ class CollabEndpoint:
                 limits=ServiceLimits(**_given(options.limits)),
             ),
         )
+        service.abort = self.drop
         self._app.router.routes.extend(routes_of(service))
+
+    def drop(self, websocket: WebSocket) -> None:
+        """Drop a client that does not read, from vLLM's server, which is made after `init_state`;
+        ASGI itself has no way to."""
+        if websocket.client is None:
+            return
+        for protocol in list(self._app.state.server.server_state.connections):
+            if getattr(protocol, "client", None) == tuple(websocket.client):
+                protocol.transport.abort()
 
 
 def routes_of(service: Service) -> list[BaseRoute]:

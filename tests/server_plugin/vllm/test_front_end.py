@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosedError
 
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
@@ -153,6 +160,30 @@ def test_an_adapter_without_weights_makes_prompts_of_the_engine_s_context() -> N
 def test_a_misspelled_option_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--additional-config"):
         options_of({"vlm_collab": given})
+
+
+async def test_a_client_that_does_not_read_is_dropped() -> None:
+    """By uvicorn as vLLM runs it: its server is in the application's state."""
+    endpoint = CollabEndpoint()
+
+    async def refuse_to_wait(websocket: WebSocket) -> None:
+        await websocket.accept()
+        endpoint.drop(websocket)
+        await websocket.receive()
+
+    app = Starlette(routes=[WebSocketRoute("/", refuse_to_wait)])
+    app.state.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    endpoint.attach_router(app)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(app.state.server.serve(sockets=[listening]))
+        async with connect(f"ws://127.0.0.1:{listening.getsockname()[1]}") as client:
+            with pytest.raises(ConnectionClosedError) as closed:
+                await asyncio.wait_for(client.recv(), 30)
+        assert closed.value.rcvd is None, (
+            "no farewell, which a client that does not read never sees"
+        )
+        app.state.server.should_exit = True
+        await serving
 
 
 async def test_another_revision_is_refused() -> None:
