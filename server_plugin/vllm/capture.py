@@ -347,7 +347,10 @@ def _block_table(layer: Any, runner: Any) -> Callable[[Any], Tensor]:
     if layer.attn_backend.get_name() != "FLASHINFER":
         return lambda metadata: torch.as_tensor(metadata.block_table)
     if runner.vllm_config.use_v2_model_runner:
-        raise UnsupportedError("FlashInfer with the V2 model runner: no block table to be had")
+        raise UnsupportedError(
+            "FlashInfer with the V2 model runner has no block table; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or another --attention-backend"
+        )
     groups = runner.kv_cache_config.kv_cache_groups
     group = next(i for i, one in enumerate(groups) if layer.layer_name in one.layer_names)
     tables = runner.input_batch.block_table

@@ -278,6 +278,25 @@ def test_full_graphs_are_refused(mode: str) -> None:
         capture._check(engine)
 
 
+def test_flashinfer_s_block_table_is_the_runner_s() -> None:
+    backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+    layer = SimpleNamespace(attn_backend=backend, layer_name="mine")
+    groups = [SimpleNamespace(layer_names=["other"]), SimpleNamespace(layer_names=["mine"])]
+    tables = [
+        SimpleNamespace(get_device_tensor=lambda count: None),
+        SimpleNamespace(get_device_tensor=lambda count: TABLE.repeat(9, 1)[:count]),
+    ]
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(use_v2_model_runner=False),
+        kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
+        input_batch=SimpleNamespace(block_table=tables, num_reqs=2),
+    )
+    assert torch.equal(capture._block_table(layer, runner)(None), TABLE.repeat(2, 1))
+    runner.vllm_config.use_v2_model_runner = True
+    with pytest.raises(capture.UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        capture._block_table(layer, runner)
+
+
 def test_attention_that_would_give_other_weights_is_refused() -> None:
     plain = {"kv_cache_dtype": "auto", "sliding_window": None, "alibi_slopes": None}
     capture._check_layer(SimpleNamespace(**plain))
