@@ -18,6 +18,7 @@ import pytest
 import yaml
 from datasets import Dataset, Features, Image, List, Value, config
 
+from eval.benchmark.build import build
 from eval.harness.loading import ModelOptions
 from eval.harness.records import Record
 from eval.harness.run import Share, run
@@ -54,7 +55,8 @@ class Data:
 
     def ours(self, name: str) -> Task:
         """The same rows as this project opens them."""
-        return open_task(name, data=self.folder / name, post_prompt="")
+        options = {} if name == "signs" else {"post_prompt": ""}
+        return open_task(name, data=self.folder / name, **options)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         generation_kwargs={"max_new_tokens": 8, "top_k": 4},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
+    # The example of the document, as it stands there.
+    example = DOCUMENT.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (folder / "tasks" / "signs.yaml").write_text(example, encoding="utf-8")
+    build(folder / "signs", "test", COUNT)
     return Data(folder)
 
 
@@ -207,7 +213,7 @@ def ours(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, S
     kept, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, str(data.folder / "cache")
     records = {}
     try:
-        for name in ("textvqa", "pope"):
+        for name in ("textvqa", "pope", "signs"):
             folder, task = tmp_path_factory.mktemp(name), data.ours(name)
             method = TwoStage(task, ModelOptions(name="demo"))
             asyncio.run(run(method, task, folder, share=Share(session="a")))
@@ -220,7 +226,8 @@ def ours(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, S
 @pytest.fixture(scope="module")
 def here(evaluate: Evaluate) -> Ended:
     """In one process, as the preset decides."""
-    return evaluate(tasks="textvqa_here,pope_here,pairs_here", model_args="pretrained=demo")
+    tasks = "textvqa_here,pope_here,pairs_here,signs"
+    return evaluate(tasks=tasks, model_args="pretrained=demo")
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +250,12 @@ def _decided(record: Record, policy: ThresholdPolicy) -> Decision:
 # --- against this project's harness --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["textvqa", "pope"])
+@pytest.mark.parametrize("name", ["textvqa", "pope", "signs"])
 def test_in_process_it_answers_what_the_harness_answers(
     name: str, here: Ended, ours: Mapping[str, Sequence[Record]]
 ) -> None:
-    policy = preset_named("demo").policy()
-    records, lines = ours[name], here.log[f"{name}_here"]
+    policy, task = preset_named("demo").policy(), name if name == "signs" else f"{name}_here"
+    records, lines = ours[name], here.log[task]
     decisions = [_decided(record, policy) for record in records]
     unsure = [decision.retransmit for decision in decisions]
     assert len(records) == len(lines) == COUNT
@@ -256,7 +263,7 @@ def test_in_process_it_answers_what_the_harness_answers(
     # Groups are the same, so these are the very same numbers.
     assert [one["first_uncertainty"] for one in lines] == [one.value for one in decisions]
     texts = [r.second_text if u else r.first_text for r, u in zip(records, unsure, strict=True)]
-    assert here.answers(f"{name}_here") == [one["text"] for one in lines] == texts
+    assert here.answers(task) == [one["text"] for one in lines] == texts
     for record, line, second in zip(records, lines, unsure, strict=True):
         assert line["view_bytes"] == record.view_bytes
         assert line["original_bytes"] == record.original_bytes
@@ -304,6 +311,14 @@ def test_its_scores_are_ours(way: str, data: Data, request: pytest.FixtureReques
         assert found == pytest.approx(figures[mine], abs=1e-12)
     assert mean > 0
     assert figures["accuracy"] > 0
+
+
+def test_the_document_s_own_task_is_scored_as_ours(data: Data, here: Ended) -> None:
+    signs = data.ours("signs")
+    score = signs.scorers["exact"]
+    said = here.answers("signs")
+    mean = sum(score(text, one.truth) for text, one in zip(said, signs, strict=True)) / COUNT
+    assert 0 < here.score("signs", "exact_match") == pytest.approx(mean)
 
 
 def test_lmms_eval_still_makes_the_table_that_our_tasks_are_held_to(tmp_path: Path) -> None:
