@@ -74,6 +74,11 @@ def test_an_empty_folder_is_waited_on(tmp_path):
         assert widths(camera) == (1, 1, 100)
 
 
+def append(file: Path, data: bytes) -> None:
+    with file.open("ab", buffering=0) as stream:
+        stream.write(data)
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_a_half_written_file_is_waited_for(tmp_path, monkeypatch, format):
     monkeypatch.setattr(stills, "SETTLED_S", WAIT_S)
@@ -81,8 +86,9 @@ def test_a_half_written_file_is_waited_for(tmp_path, monkeypatch, format):
     file = tmp_path / f"new.{format.lower()}"
     put(file, data[: len(data) // 3], 2)
     with open_camera(str(tmp_path)) as camera:
-        for delay_s, share in ((0.2, 2), (0.4, 1)):
-            threading.Timer(delay_s, put, (file, data[: len(data) // share], 5 - share)).start()
+        third = len(data) // 3
+        for delay_s, part in ((0.2, data[third : 2 * third]), (0.4, data[2 * third :])):
+            threading.Timer(delay_s, append, (file, part)).start()
         # One picture, however often its file grew.
         assert widths(camera) == (1, 1, 640)
         assert camera.take(after=1) is None

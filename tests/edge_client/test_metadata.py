@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from functools import cache
 
 import pytest
 from PIL import Image, ImageCms
@@ -23,7 +24,9 @@ SIZE = Size(400, 300)
 TRACES = [SERIAL, OWNER, "xmpmeta", "comment", "Exif", "GPS", "ICC", "sRGB", "iCCP", "eXIf", "http"]
 
 
+@cache
 def profile() -> bytes:
+    # Once: it holds the time at which it was made.
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
