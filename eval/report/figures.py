@@ -67,7 +67,7 @@ def fig5(inputs: Inputs) -> Told:
     axis = SPENT_FLOPS if inputs.main.decoder is None else PAPER_FLOPS
     title = "Accuracy against computation (Fig. 5)"
     label = "relative computation cost (first passes = 1)"
-    return _proposed(inputs, title, label, lines, axis) | {"bands": (0, 1)}
+    return _proposed(inputs, title, label, lines, axis) | {"bands": [0, 1]}
 
 
 def fig6(inputs: Inputs) -> Told:
@@ -154,7 +154,7 @@ def fig12(inputs: Inputs) -> Told | None:
         [{"title": "same questions", "rows": count, "lines": lines, "marks": []}],
     )
     label = "relative communication cost (picture bytes over views as JPEG 100)"
-    return told | {"x_label": label, "bands": (), "wide": True, "direct": True}
+    return told | {"x_label": label, "bands": [], "wide": True, "direct": True}
 
 
 def areas(inputs: Inputs) -> list[Told]:

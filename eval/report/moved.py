@@ -9,6 +9,9 @@ from typing import Any
 _LABELS = ("run", "part", "name", "setting", "summary", "of", "layer", "title", "pass", "step")
 """What a row of a table is called by."""
 
+ROUNDING = 1e-9
+"""Differences up to this one are another processor's, not another result."""
+
 
 def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each number, or series of numbers, that is another one.
@@ -33,15 +36,15 @@ def _compare(path: str, before: Any, after: Any) -> Iterator[str]:
         if len(before) != len(after):
             yield f"{path}: {len(before)} numbers before, {len(after)} now"
             return
-        by = max((abs(a - b) for a, b in zip(before, after, strict=True)), default=0.0)
-        if by > 0:
+        by = max(abs(a - b) for a, b in zip(before, after, strict=True))
+        if by > ROUNDING:
             yield f"{path}: by at most {by:.3g}"
     elif isinstance(before, list) and isinstance(after, list):
         mine = {_label(row, place): row for place, row in enumerate(before)}
         theirs = {_label(row, place): row for place, row in enumerate(after)}
         yield from _compare(path, mine, theirs)
     elif _is_number(before) and _is_number(after):
-        if before != after:
+        if abs(after - before) > ROUNDING:
             yield f"{path}: {before:.6g} -> {after:.6g} ({after - before:+.3g})"
     elif before != after:
         yield f"{path}: {before} -> {after}"

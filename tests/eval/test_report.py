@@ -21,11 +21,11 @@ from edge_client.cli import main
 from eval.baselines.base import two_stage_point
 from eval.baselines.from_records import decided
 from eval.harness.curves import Bootstrap, Setting, ends
-from eval.harness.records import Record
+from eval.harness.records import PROVENANCE, Record, write_shard
 from eval.harness.runs import Run, open_run
 from eval.report import tables
 from eval.report.boxes import covered, covered_at_random
-from eval.report.demo import COMMITTED, commands, report_command
+from eval.report.demo import COMMITTED, commands, pack, report_command
 from eval.report.figures import fig4, fig5, fig6, fig8, fig9, fig10, fig12
 from eval.report.findings import findings
 from eval.report.inputs import Inputs, sort_runs
@@ -35,6 +35,7 @@ from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, over
 from eval.report.trace import expanded, provenance_of, ranges
 from eval.report.write import RESULTS, as_json
 from server_plugin.calibration import Calibration
+from tests.eval.test_sweep import saved
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Aggregate, Metric
@@ -147,7 +148,7 @@ def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
     main_run = made(name="main")
     hd = made(name="hd", method="hd")
     quality = made(name="q", codec=5)
-    model = made(name="m", name_="other")
+    model = made(name="m")
     model = replace(
         model,
         provenance={
@@ -330,6 +331,7 @@ def test_every_kind_of_difference_is_told() -> None:
         "figures": {"f": {"y": [1.0, 2.25], "title": "two", "z": [1.0, 2.0]}},
     }
     assert moved(before, before) == []
+    assert moved({"figures": {"x": 1.0}}, {"figures": {"x": 1.0 + 1e-12}}) == []
     assert moved(before, after) == [
         "tables/t/rows/a/x: 1 -> 1.5 (+0.5)",
         "tables/t/rows/b: only before",
@@ -439,6 +441,27 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert all(str(tmp_path) not in (tmp_path / "a" / n).read_text() for n in names if ".md" in n)
+
+
+def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", answers(5))
+    told = json.loads((folder / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(json.dumps({**told, "command": ["/some/where.py", "eval"]}))
+    third = [1 / 3] * 4
+    write_shard(folder / "part-00000005.parquet", [replace(r, index=r.index + 5, map=third) for r in
+                answers(3)])  # fmt: skip
+    before = open_run(folder)
+    pack(folder)
+    after = open_run(folder)
+    assert [path.name for path in sorted(folder.glob("*"))] == ["part-00000000.parquet", PROVENANCE]
+    assert [replace(r, map=[]) for r in after.records] == [
+        replace(r, map=[]) for r in before.records
+    ]
+    assert after.records[-1].map == pytest.approx(third, rel=1e-7)
+    assert after.provenance == {**told, "command": ["vlm-collab", "eval"]}
+    whole = (folder / "part-00000000.parquet").read_bytes()
+    pack(folder)
+    assert (folder / "part-00000000.parquet").read_bytes() == whole
 
 
 # --- command line ---------------------------------------------------------------------------
