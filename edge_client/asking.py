@@ -7,8 +7,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -44,6 +45,8 @@ from vlm_collab.messages import (
 from vlm_collab.session import FITS, RegionDeclined, RegionWanted, TextUpdate
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TextSink = Callable[[Stage, str], None]
 """Called with the text of a pass so far whenever it changes."""
@@ -100,6 +103,7 @@ class Request:
         view_codecs: formats that the view may have.
         view_quality: quality of the encoded view.
         guard: what may leave for this question.
+        decoder: threads on which pictures are decoded; None for those of `asyncio`.
     """
 
     pictures: tuple[Picture, ...]
@@ -112,6 +116,7 @@ class Request:
     view_codecs: tuple[Codec, ...]
     view_quality: int
     guard: QuestionGuard
+    decoder: Executor | None = None
 
 
 class Links(Protocol):
@@ -235,7 +240,7 @@ class Asking:
         request.guard.begin()
         link = await self._links.link()
         form = self._view_form(link.welcome)
-        views = await asyncio.to_thread(self._encode_views, form)
+        views = await self._off_loop(lambda: self._encode_views(form))
         await link.slot()
         # From here to the end of `ask` nothing waits, so the first of several questions on a
         # new picture carries its view and is on the wire before the others refer to it.
@@ -278,6 +283,10 @@ class Asking:
         codec = choose_codec(self._request.view_codecs, welcome.codecs)
         side = Size(welcome.view_width, welcome.view_height)
         return side, FITS[welcome.fit], codec, self._request.view_quality
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        """Do what decodes a picture."""
+        return await asyncio.get_running_loop().run_in_executor(self._request.decoder, work)
 
     def _encode_views(self, form: tuple[Size, Fit, Codec, int]) -> list[bytes]:
         return [picture.view(*form) for picture in self._request.pictures]
@@ -334,7 +343,7 @@ class Asking:
         try:
             reason = guard.may_send(picture, wanted.box)
             if reason is None:
-                region = await asyncio.to_thread(picture.region, *form)
+                region = await self._off_loop(lambda: picture.region(*form))
         # Whatever goes wrong with a picture, the question goes on without its region.
         except Exception:
             log.exception("%s: cropping failed", picture.name)

@@ -68,7 +68,7 @@ class Answerer:
         self._guard = open_guard(options.get("policy"), options.get("camera"), None, self._where)
         self.watched = options.get("policy") is not None or options.get("audit") is not None
         """Whether a policy or an audit log stands between pictures and the uplink."""
-        settings: ClientOptions = {"retry": _FOREVER}
+        settings: ClientOptions = {"retry": _FOREVER, "max_decoding": limits.max_decoding}
         settings.update(options)
         self._client = EdgeClient(url, **settings)
         self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS), limits.max_picture_bytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
+import time
 import zlib
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from edge_client.gateway import http as connections
+from edge_client.picture import Picture
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
@@ -431,3 +434,34 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
                 assert await reader.read() == b""
             writer.close()
             assert (await asking).choices
+
+
+async def test_few_pictures_are_decoded_at_once_whoever_leaves(monkeypatch: pytest.MonkeyPatch):
+    """The largest take gigabytes each. A client that leaves does not stop the thread it had."""
+    most, now, counting = 0, 0, threading.Lock()
+    view = Picture.view
+
+    def counted(*arguments: Any) -> bytes:
+        nonlocal most, now
+        with counting:
+            now += 1
+            most = max(most, now)
+        try:
+            time.sleep(0.1)  # a large picture
+            return view(*arguments)
+        finally:
+            with counting:
+                now -= 1
+
+    monkeypatch.setattr(Picture, "view", counted)
+    async with place(limits={"max_decoding": 2}) as here:
+        asking = [asyncio.create_task(ask(here.client, SURE, photo(i))) for i in range(8)]
+        async with asyncio.timeout(10):
+            while not now:
+                await asyncio.sleep(0.005)
+        for task in asking[:4]:
+            task.cancel()
+        await asyncio.gather(*asking[:4], return_exceptions=True)
+        for made in await asyncio.gather(*asking[4:]):
+            assert made.choices
+    assert most == 2
