@@ -57,6 +57,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     },
     "chunked prefixes": {"max_num_batched_tokens": 40, "max_num_seqs": 8},
     "compiled": {"enforce_eager": False},
+    # Each has half of the heads.
+    "two ranks": {"tensor_parallel_size": 2},
     # Room for the longest request and no other: requests lose their blocks and start anew.
     "too few blocks": {
         "enable_prefix_caching": False,
@@ -166,7 +168,7 @@ def test_rows_boxes_and_answers_are_the_same(
     for number, wanted in enumerate(expected(model)):
         compare(alone[number], wanted, number, exact_entropy)
         compare(together[number], wanted, number, exact_entropy)
-        if setup in ("prefixes", "compiled"):
+        if setup in ("prefixes", "compiled", "two ranks"):
             check_sharing(alone[number])
         elif setup == "chunks":
             assert alone[number]["second"]["prefilled"] == alone[number]["second"]["context"]
