@@ -40,6 +40,9 @@ def _one_line() -> Iterator[None]:
         yield
     except CollabError as error:
         raise SystemExit(f"vlm_collab: {error}") from None
+    except KeyboardInterrupt:
+        logger.error("vlm_collab: stopped")
+        raise SystemExit(130) from None
 
 
 class VlmCollab(lmms):

@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ class Data:
 
     def ours(self, name: str) -> Task:
         """The same rows as this project opens them."""
-        options = {} if name == "signs" else {"post_prompt": ""}
-        return open_task(name, data=self.folder / name, **options)
+        if name == "signs":
+            return open_task(name, data=self.folder / "data" / name)
+        return open_task(name, data=self.folder / name, post_prompt="")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     # The example of the document, as it stands there.
     example = DOCUMENT.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
     (folder / "tasks" / "signs.yaml").write_text(example, encoding="utf-8")
-    build(folder / "signs", "test", COUNT)
+    build(folder / "data" / "signs", "test", COUNT)
     return Data(folder)
 
 
@@ -231,11 +232,11 @@ def here(evaluate: Evaluate) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def there(evaluate: Evaluate) -> Iterator[Ended]:
+def there(evaluate: Evaluate) -> Ended:
     """Over a service, with a second stage in any case."""
     # A service has a longest answer of its own, whatever a task asks for.
     with serving("--max-new-tokens", "128") as (_, ready):
-        yield evaluate(
+        return evaluate(
             tasks="textvqa_here,pope_here,pairs_here",
             model_args=f"server={ready['url']},policy=always,concurrency=4",
         )
@@ -410,6 +411,10 @@ def said(work):
     except SystemExit as error:
         return str(error)
 
+class Stopped(VlmCollab):
+    def _asker(self):
+        raise KeyboardInterrupt
+
 model = VlmCollab(pretrained="demo", batch_size=1, device=None)
 request = SimpleNamespace(task_name="mmlu")
 print(json.dumps([
@@ -419,6 +424,7 @@ print(json.dumps([
     said(lambda: VlmCollab(server="ws://127.0.0.1:9", batch_size=1)),
     said(lambda: VlmCollab(pretrained="demo", eta=-1)),
     said(lambda: VlmCollab(pretrained="demo", etta=1)),
+    said(Stopped),
 ]))
 """
 
@@ -426,7 +432,9 @@ print(json.dumps([
 def test_what_it_does_not_do_is_refused_with_one_line(tmp_path: Path) -> None:
     done = lmms_env.python("-c", DRIVER, home=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    likelihood, rounds, drawing, nobody, eta, etta = json.loads(done.stdout.splitlines()[-1])
+    likelihood, rounds, drawing, nobody, eta, etta, stopped = json.loads(
+        done.stdout.splitlines()[-1]
+    )
     kind = "choose tasks of type generate_until"
     assert likelihood == (
         f"vlm_collab: mmlu: vlm_collab scores no given answers (loglikelihood); {kind}"
@@ -436,6 +444,7 @@ def test_what_it_does_not_do_is_refused_with_one_line(tmp_path: Path) -> None:
     assert re.match(r"vlm_collab: .*127\.0\.0\.1.*9", nobody), nobody
     assert re.match(r"vlm_collab: .*eta", eta), eta
     assert etta.startswith("vlm_collab: model_args: there is an unknown field `etta`; options: ")
+    assert stopped == "130"
     assert not any("\n" in line for line in (likelihood, rounds, drawing, nobody, eta, etta))
 
 

@@ -56,12 +56,13 @@ def _build() -> None:
     # pip of this environment, which sees what the other one has and installs only the rest.
     pip = (sys.executable, "-m", "pip", "--python", str(PYTHON), "--disable-pip-version-check")
     install = (*pip, "install", "--quiet")
-    if not (FOLDER / ".ready").exists():
+    ready, wanted = FOLDER / ".ready", " ".join((LMMS_EVAL, *LIGHT))
+    if not ready.exists() or ready.read_text() != wanted:
         _run(sys.executable, "-m", "venv", "--without-pip", str(FOLDER))
         _borrow()
         _run(*install, *LIGHT)
         _run(*install, "--no-deps", LMMS_EVAL)
-        (FOLDER / ".ready").touch()
+        ready.write_text(wanted)
     _borrow()
     # Once for each state of `pyproject.toml`, which is where entry points are.
     mark = FOLDER / ".plugin"
