@@ -92,7 +92,7 @@ def fig6(inputs: Inputs) -> Told:
             )
             for title, run in inputs.parts()
         ],
-    )
+    ) | {"dashed": True}
 
 
 def fig8(inputs: Inputs) -> Told:
@@ -111,7 +111,7 @@ def fig8(inputs: Inputs) -> Told:
         return [line(name, run, setting, PIXELS, bootstrap) for name, setting in made]
 
     panels = [panel(title, run, lines(run), PIXELS) for title, run in inputs.parts()]
-    return _trade_offs("Aggregation length, min-entropy (Fig. 8)", panels)
+    return _trade_offs("Aggregation length, min-entropy (Fig. 8)", panels) | {"dashed": True}
 
 
 def fig9(inputs: Inputs) -> Told:
