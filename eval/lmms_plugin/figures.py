@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from eval.lmms_plugin.asking import Reply
@@ -86,6 +86,22 @@ def totals_of(replies: Iterable[Reply | Exception]) -> Totals:
         totals.own_files += reply.own_files
         totals.uncertainty += reply.first_uncertainty
     return totals
+
+
+_OF_EACH_TASK = (
+    "retransmission_rate", "bytes_up", "bytes_up_of_original", "additional_cost", "cut_rate",
+    "failed_rate",
+)  # fmt: skip
+
+
+def all_figures(tasks: Mapping[str, Totals]) -> dict[str, float]:
+    """Figures of all tasks together and, of several, the main ones of each as `task/figure`."""
+    figures = added(list(tasks.values())).figures()
+    if len(tasks) > 1:
+        for task, totals in tasks.items():
+            own = totals.figures()
+            figures |= {f"{task}/{name}": own[name] for name in _OF_EACH_TASK if name in own}
+    return figures
 
 
 def added(parts: Sequence[Totals]) -> Totals:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from eval.harness.method import SampleError
 from eval.lmms_plugin.asking import Answered, Asker, Reply, ask_all
-from eval.lmms_plugin.figures import Totals, added, totals_of
+from eval.lmms_plugin.figures import Totals, added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
 from eval.lmms_plugin.over_network import OverNetwork
@@ -61,7 +61,8 @@ class VlmCollab(lmms):
         super().__init__()
         with _one_line():
             self._settings = settings_from(arguments)
-            self._totals, self._seconds = Totals(), 0.0
+            self._totals: dict[str, Totals] = {}
+            self._seconds = 0.0
             asker = self._asker()
             if isinstance(asker, OverNetwork):
                 asyncio.run(asker.check())
@@ -84,9 +85,10 @@ class VlmCollab(lmms):
                 return []
             replies, seconds = asyncio.run(self._ask(questions))
         self._seconds += seconds
-        pairs = zip(questions, replies, strict=True)
-        real = [reply for question, reply in pairs if not question.padding]
-        self._totals = added([self._totals, totals_of(real)])
+        for question, reply in zip(questions, replies, strict=True):
+            if not question.padding:
+                before = self._totals.get(question.task, Totals())
+                self._totals[question.task] = added([before, totals_of([reply])])
         return [_result(reply) for reply in replies]
 
     def clean(self) -> None:
@@ -95,15 +97,20 @@ class VlmCollab(lmms):
         lmms-eval calls it in every process once all is answered, also in one that had nothing
         to ask because all of its answers were in lmms-eval's cache.
         """
-        parts: list[tuple[Totals, float]] = gather_object([(self._totals, self._seconds)])
-        self._totals, self._seconds = Totals(), 0.0
-        totals, seconds = added([part for part, _ in parts]), max(took for _, took in parts)
-        if totals.questions:
+        parts: list[tuple[dict[str, Totals], float]] = gather_object(
+            [(self._totals, self._seconds)]
+        )
+        self._totals, self._seconds = {}, 0.0
+        names = dict.fromkeys(name for part, _ in parts for name in part)
+        tasks = {name: added([part[name] for part, _ in parts if name in part]) for name in names}
+        seconds = max(took for _, took in parts)
+        if tasks:
+            tokens = sum(totals.decoded_tokens for totals in tasks.values())
             log_metrics(
                 total_elapsed_time=seconds,
-                total_gen_tokens=totals.decoded_tokens,
-                avg_speed=totals.decoded_tokens / seconds,
-                additional_metrics=totals.figures(),
+                total_gen_tokens=tokens,
+                avg_speed=tokens / seconds,
+                additional_metrics=all_figures(tasks),
             )
         super().clean()
 

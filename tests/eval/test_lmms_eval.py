@@ -344,6 +344,9 @@ def test_the_results_file_has_bytes_and_rates(way: str, request: pytest.FixtureR
         mean = sum(one[name] for one in lines) / len(lines)
         assert figures[f"avg_{name}"] == pytest.approx(mean)
         assert mean > 0
+    for task, of_task in ended.log.items():
+        mean = sum(one["bytes_up"] for one in of_task) / len(of_task)
+        assert figures[f"avg_{task}/bytes_up"] == pytest.approx(mean)
     assert figures["avg_own_file_rate"] == 1.0
     assert figures["avg_failed_rate"] == figures["avg_fallback_rate"] == 0.0
     assert figures["total_gen_tokens"] == sum(one["decoded_tokens"] for one in lines)

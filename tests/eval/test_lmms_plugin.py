@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from eval.harness.method import SampleError
 from eval.harness.run import MOST_FAILURES_IN_A_ROW
 from eval.lmms_plugin.asking import Asker, Reply, ask_all
-from eval.lmms_plugin.figures import added, totals_of
+from eval.lmms_plugin.figures import added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, Original, originals_of
 from eval.lmms_plugin.over_network import OverNetwork
@@ -496,6 +496,16 @@ def test_figures_are_means_over_what_was_answered() -> None:
     assert figures["bytes_up_of_original"] == pytest.approx(figures["bytes_up"] / len(JPEG))
     pixels = [reply.region_pixels / reply.view_pixels for reply in replies]
     assert figures["additional_cost"] == pytest.approx(sum(pixels) / 3) != 0
+
+
+def test_several_tasks_have_figures_of_their_own() -> None:
+    replies = in_process()
+    one, other = totals_of(replies[:1]), totals_of(replies[1:])
+    figures = all_figures({"one": one, "other": other})
+    assert figures.items() >= added([one, other]).figures().items()
+    assert figures["one/bytes_up"] == replies[0].bytes_up
+    assert figures["other/retransmission_rate"] == 1 / 2
+    assert all_figures({"one": one}) == one.figures()
 
 
 def test_the_parts_that_need_no_lmms_eval_import_none() -> None:
