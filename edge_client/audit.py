@@ -16,18 +16,18 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import Annotated, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from vlm_collab.errors import ConfigError, PrivacyError
-from vlm_collab.geometry import Box, Size
+from vlm_collab.geometry import Box, Fit, Size
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
     """What all lines have."""
 
-    time: datetime.datetime
+    time: Annotated[datetime.datetime, msgspec.Meta(tz=True)]
     """UTC."""
 
 
@@ -43,11 +43,10 @@ class _Image(_Line, frozen=True, kw_only=True):
     """What of the original is seen, in its px, upright."""
     size_px: Size
     """Width and height of the image that left; a view may have bars around the original."""
-    codec: str
-    """JPEG, PNG or WEBP."""
-    quality: int
-    """1 to 100; PNG ignores it."""
-    bytes: int
+    codec: Literal["JPEG", "PNG", "WEBP"]
+    quality: Annotated[int, msgspec.Meta(ge=1, le=100)]
+    """PNG ignores it."""
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
     """Length of the encoded image."""
     sha256: str
     """Of the encoded image, in hex."""
@@ -61,8 +60,8 @@ class _Image(_Line, frozen=True, kw_only=True):
 class ViewLine(_Image, frozen=True, kw_only=True, tag="view"):
     """A global view that left."""
 
-    fit: str
-    """How the picture was brought to the view's aspect (`vlm_collab.geometry.Fit`)."""
+    fit: Fit
+    """How the picture was brought to the view's aspect."""
 
 
 class RegionLine(_Image, frozen=True, kw_only=True, tag="region"):
@@ -87,6 +86,7 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 _BLOCK_BYTES = 1 << 16
+_MOST_PIXELS = 1 << 26  # of a view; what is drawn again must fit into memory
 
 
 class AuditLog:
@@ -210,9 +210,25 @@ def read_log(path: str | os.PathLike[str]) -> Log:
 def parsed(raw: bytes) -> Line | None:
     """A line of a log; None if it is broken or empty."""
     try:
-        return _decoder.decode(raw)
+        line = _decoder.decode(raw)
     except msgspec.DecodeError:  # invalid UTF-8 and wrong fields too
         return None
+    return line if isinstance(line, HiddenLine) or _is_possible(line) else None
+
+
+def _is_possible(line: ImageLine) -> bool:
+    """Whether an image can have left as a line says; logs come from other devices, too."""
+    left, top, right, bottom = line.box
+    width, height = line.size_px
+    return (
+        1970 <= line.time.year < 9999  # so that there is a local time
+        and 0 <= left < right <= line.source_px.width
+        and 0 <= top < bottom <= line.source_px.height
+        and width > 0
+        and height > 0
+        and width * height <= _MOST_PIXELS
+        and (isinstance(line, ViewLine) or min(line.target_px) > 0)
+    )
 
 
 class Recent:

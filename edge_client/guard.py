@@ -220,7 +220,7 @@ class QuestionGuard:
                     question=self._text,
                     box=Box(left, top, right, bottom),
                     size_px=side,
-                    fit=fit.value,
+                    fit=fit,
                 )
             )
         self._guard.leave(lines, [picture.hidden for picture, _ in views])

@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance
 from edge_client.audit import ImageLine, Log, ViewLine
 from edge_client.picture import Picture
 from vlm_collab.errors import ConfigError
-from vlm_collab.geometry import Box, Fit, Size, frame_of
+from vlm_collab.geometry import Box, Size, frame_of
 from vlm_collab.images import Codec
 
 _DIMMED = 0.35
@@ -48,13 +48,15 @@ def draw_seen(picture: Picture, log: Log) -> Seen:
         log: the audit log.
 
     Raises:
-        ConfigError: nothing of it is in the log.
+        ConfigError: nothing of it is in the log, or what cannot be.
         ImageError: the picture's data are broken.
     """
     names = {picture.digest, picture.pixel_digest}
     lines = {line.sha256: line for line in log.images if line.picture in names}
     if not lines:
         raise ConfigError(f"the log says of no image that it left of {picture.name}")
+    if any(line.source_px != picture.size for line in lines.values()):
+        raise ConfigError(f"the log says otherwise how large {picture.name} is: it was changed")
     canvas = _dimmed(picture)
     same = 0
     for line in _sharpest_last(lines.values()):
@@ -84,7 +86,7 @@ def _made_again(picture: Picture, line: ImageLine, hidden: tuple[Box, ...]) -> b
     masked = picture.hiding(hidden) if hidden else picture
     codec = Codec[line.codec]
     if isinstance(line, ViewLine):
-        return masked.view(Size(*line.size_px), Fit(line.fit), codec, line.quality)
+        return masked.view(Size(*line.size_px), line.fit, codec, line.quality)
     return masked.region(line.box, line.target_px, codec, line.quality)
 
 
@@ -92,7 +94,7 @@ def _lay(canvas: Image.Image, image: Image.Image, line: ImageLine) -> None:
     """Put an image where it belongs in the original, without the bars of a padded view."""
     shown = image.convert("RGB")
     if isinstance(line, ViewLine):
-        frame = frame_of(line.source_px, Fit(line.fit), line.size_px)
+        frame = frame_of(line.source_px, line.fit, line.size_px)
         across, down = image.width / frame.width, image.height / frame.height
         # A padded picture lies on whole pixels of its view (`SourceImage.view`).
         edges = (

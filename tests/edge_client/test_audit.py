@@ -227,6 +227,47 @@ def test_fields_of_later_versions_are_ignored():
     assert parsed(b"\xff\xfe") is None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time": "2026-05-01T12:30:00"},
+        {"time": "0001-01-01T00:00:00Z"},
+        {"codec": "[/b]"},
+        {"fit": "[/b]"},
+        {"quality": 101},
+        {"bytes": -1},
+        {"size_px": [0, 112]},
+        {"size_px": [10**6, 10**6]},
+        {"source_px": [0, 0]},
+        {"box": [5, 5, 2, 2]},
+        {"box": [0, 0, 10**5, 10**5]},
+    ],
+)
+def test_a_line_that_cannot_be_is_broken(changes, run, tmp_path):
+    """Logs come from other devices, and may have been changed."""
+    path = tmp_path / "log"
+    AuditLog(path).write(view_line())
+    line = json.loads(path.read_bytes()) | changes
+    with path.open("a") as file:
+        print(json.dumps(line), file=file)
+    read = read_log(path)
+    assert (len(read.images), read.broken) == (1, 1)
+    code, out, err = run("audit", path)
+    assert code == 0
+    assert out
+    assert err.count("\n") == 1
+
+
+def test_a_line_about_another_size_of_picture_is_told(run, tmp_path):
+    photo(60, 60).save(tmp_path / "p.png")
+    digest = Picture.open(tmp_path / "p.png").digest
+    AuditLog(tmp_path / "log").write(view_line(picture=digest, source_px=Size(4000, 3000)))
+    files = ("--picture", tmp_path / "p.png", "--out", tmp_path / "s.png")
+    code, _, err = run("audit", tmp_path / "log", *files)
+    assert code == 2
+    assert "was changed" in err
+
+
 # The command
 
 
