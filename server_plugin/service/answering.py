@@ -112,11 +112,11 @@ def refusals(service: Service, **extra: object) -> Iterator[None]:
         raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
     except ConfigError as error:
         raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
-    except ModelError:
-        # Its only cause by now: the model was closed under the last questions of a shutdown.
-        raise Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0) from None
     # A bug or a failing runtime must not leave the edge waiting, nor end other questions.
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ModelError) and service.draining:
+            # The model was closed under the last questions.
+            raise Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0) from None
         log.exception("question failed", extra=extra)
         raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None
 

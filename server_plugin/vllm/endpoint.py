@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits,
 from server_plugin.vllm.model import vllm_backend
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
+from vlm_collab.session import ServerLimits
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,17 @@ class CollabEndpoint:
     def attach_router(self, app: Any) -> None:
         """Remember the application; its routes come with the service, in `init_state`."""
         self._app = app
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[Any]:
+            # By now vLLM has made its server, whose WebSockets would buffer frames of 16 MiB before
+            # we see that they are too large.
+            app.state.server.config.ws_max_size = ServerLimits().max_frame_bytes
+            async with inner(app) as state:
+                yield state
+
+        app.router.lifespan_context = lifespan
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Open the service on the running engine. Called before the server listens.

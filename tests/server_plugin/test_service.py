@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
 from tests.support.wire import SURE, UNSURE, edge, picture, service, settled, unsure
-from vlm_collab.errors import ErrorCode, LocalProtocolError
+from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
 from vlm_collab.images import Codec
 from vlm_collab.messages import (
     Answer,
@@ -198,6 +198,26 @@ async def test_a_failing_second_pass_leaves_the_first_answer(caplog):
         answer = await client.next()
         assert (answer.text, answer.fallback) == ("one", Fallback.SERVER_FAILED)
     assert "scripted failure" in caplog.text
+
+
+async def test_a_failing_runtime_is_told_and_logged_and_the_connection_goes_on(caplog):
+    """A closed model's last words mean a shutdown only while there is one."""
+    failing = True
+
+    class Failing(FakeBackend):
+        async def first_pass(self, *args, **options):
+            if failing:
+                raise ModelError("an attention row is missing")
+            return await super().first_pass(*args, **options)
+
+    async with running(service(Failing())) as url, edge(url) as client:
+        await client.ask(SURE, picture())
+        error = await client.next()
+        assert (error.code, error.retry_after_ms) == (ErrorCode.INTERNAL, 1000)
+        assert "an attention row is missing" in caplog.text
+        failing = False
+        await client.ask(SURE, picture())
+        assert isinstance(await client.next(), Answer)
 
 
 async def test_a_question_that_takes_too_long_in_its_second_stage_has_its_first_answer():

@@ -25,6 +25,7 @@ from server_plugin.vllm.endpoint import CollabEndpoint, options_of
 from server_plugin.vllm.model import check, weightless_adapter
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import ConfigError, ModelError
+from vlm_collab.session import ServerLimits
 
 
 class Workers:
@@ -172,7 +173,7 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
         await websocket.receive()
 
     app = Starlette(routes=[WebSocketRoute("/", refuse_to_wait)])
-    app.state.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    app.state.server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     endpoint.attach_router(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         serving = asyncio.create_task(app.state.server.serve(sockets=[listening]))
@@ -182,6 +183,34 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
         assert closed.value.rcvd is None, (
             "no farewell, which a client that does not read never sees"
         )
+        app.state.server.should_exit = True
+        await serving
+
+
+async def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:
+    endpoint, seen = CollabEndpoint(), []
+
+    async def take(websocket: WebSocket) -> None:
+        await websocket.accept()
+        while (message := await websocket.receive())["type"] == "websocket.receive":
+            seen.append(len(message["bytes"]))
+            await websocket.send_bytes(b"taken")
+
+    app = Starlette(routes=[WebSocketRoute("/", take)])
+    app.state.server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    endpoint.attach_router(app)
+    limit = ServerLimits().max_frame_bytes
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(app.state.server.serve(sockets=[listening]))
+        async with connect(f"ws://127.0.0.1:{listening.getsockname()[1]}") as client:
+            await client.send(b"x" * limit)
+            assert await asyncio.wait_for(client.recv(), 30) == b"taken"
+            await client.send(b"x" * (limit + 1))
+            with pytest.raises(ConnectionClosedError) as closed:
+                await asyncio.wait_for(client.recv(), 30)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009  # message too big
+        assert seen == [limit]
         app.state.server.should_exit = True
         await serving
 
