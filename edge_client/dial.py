@@ -76,6 +76,14 @@ class Server:
                 raise ConfigError(f"{name} must be more than 0")
 
 
+class _Connect(connect):
+    """The library's, but pictures go where the owner said, which is what the audit log names."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Follow none."""
+        return exc
+
+
 async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
     """Open a WebSocket. The caller bounds the time.
 
@@ -89,7 +97,7 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
     context = _tls(server)
     try:
         # On time-out or any error the library has closed what it opened.
-        connection = await connect(
+        connection = await _Connect(
             server.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             compression=None,  # pictures do not compress again, and counts stay exact
@@ -167,6 +175,8 @@ def _refused(server: Server, status: int, wish: str) -> LinkError | Authenticati
     if status in _PASSING_STATUS:
         retry_after_s = float(wish) if wish.isascii() and wish.isdecimal() else None
         return LostError(f"{server.url} takes no connection now (HTTP {status})", retry_after_s)
+    if 300 <= status < 400:
+        return LinkError(f"{server.url} points to another address (HTTP {status}); give that one")
     return LinkError(f"{server.url} is no vlm-collab server (HTTP {status})")
 
 

@@ -98,6 +98,23 @@ async def test_servers_of_another_kind(reply, kind, line):
         assert isinstance(caught.value, LostError) == (reply == b"")
 
 
+async def test_nothing_goes_where_a_server_points_to():
+    """The audit log names the address that was given."""
+    came: list[str] = []
+
+    async def script(peer: Peer) -> None:
+        came.append("here")
+        await peer.greet()
+
+    async with scripted(script) as elsewhere:
+        reply = f"HTTP/1.1 302 Found\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n"
+        async with speaking(reply.encode()) as url:
+            with pytest.raises(LinkError, match="points to another address") as caught:
+                await Link.open(Server(url=url), limits=EdgeLimits())
+    assert not isinstance(caught.value, LostError)
+    assert came == []
+
+
 async def test_the_token_goes_along_and_its_absence_is_named():
     async with scripted(Peer.greet) as server:
         await (await opened(server.url, token="s3cret")).close()
