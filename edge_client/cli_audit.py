@@ -22,6 +22,7 @@ from edge_client.cli import printable
 from vlm_collab.errors import ConfigError
 
 _WIDE = 200
+_HASH_DIGITS = 12  # tell images apart; all are in the log and in its JSON
 
 
 def audit(
@@ -101,7 +102,8 @@ def _print_json(log: Log) -> None:
 def _print_tables(log: Log) -> None:
     # Away from a terminal nobody folds lines but who reads them.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-    images = Table("time", "camera", "picture", "seen", "as", "bytes", "question", title="Images")
+    names = ("time", "camera", "picture", "seen", "as", "bytes", "sha256", "question")
+    images = Table(*names, title="Images")
     for line in log.images:
         images.add_row(
             f"{line.time.astimezone():%Y-%m-%d %H:%M:%S}",
@@ -110,6 +112,7 @@ def _print_tables(log: Log) -> None:
             _seen(line, log),
             f"{line.size_px[0]} x {line.size_px[1]} {line.codec}",
             decimal(line.bytes),
+            Text(printable(line.sha256[:_HASH_DIGITS])),
             Text(printable(line.question)),
         )
     images.columns[5].justify = "right"

@@ -284,6 +284,8 @@ async def test_a_table_for_people_and_totals(run, tmp_path):
     assert "1 line is broken" in err
     for part in ("view", "160 x 160", "door", "[red]cam", "Totals"):
         assert part in out
+    for line in read_log(log).images:
+        assert line.sha256[:12] in out
 
 
 async def test_json_for_programs(run, tmp_path):
