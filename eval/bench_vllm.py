@@ -6,9 +6,10 @@ prompts and the same new pictures, many at a time; each round times both, in alt
 that a busy machine slows both alike. The ratio is the plain engine's time over ours, which is
 ours over plain in throughput: 1 is no cost. Medians over the rounds, with quartiles, of the time
 elapsed and of the processor time that front-end and engine used, which other work on the machine
-hardly touches. A third way,
-plain requests with the log-probabilities that uncertainty needs, tells what the row alone costs.
-The tokens of all ways are compared in every round, and must be the same in float32.
+hardly touches. Two engines are never quite alike, so there are two more ways: plain requests to the
+engine with the plugin (the control: over it, the rows' cost is measured within one engine), and
+plain requests with the log-probabilities that uncertainty needs, which tell what the row alone
+costs. The tokens of all ways are compared in every round, and must be the same in float32.
 
 The last line is one JSON object. Run `python -m eval.bench_vllm` where vLLM is installed
 (docs/vllm.md says how the tests install it for the CPU).
@@ -125,35 +126,39 @@ async def measure(
         "rows": with_rows(backend, options.new_tokens),
         "plain": plain(engine, adapter, options.new_tokens, None),
         "statistics": plain(engine, adapter, options.new_tokens, 2),
+        "control": plain(backend.engine, adapter, options.new_tokens, None),
     }
+    ours = {"rows", "control"}
     side = backend.info.view.width
     wall: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-options.warm_up, options.rounds):
-        order = list(itertools.permutations(ways))[number % 6]
+        order = list(itertools.permutations(ways))[number % 24]
         answers: dict[str, list[Tokens]] = {}
         for name in order:
-            # The plain engine is asked twice: the second time must not find the first's caches.
-            seed = 2 * (number + options.warm_up) + (name == "statistics")
+            # Each engine is asked twice: the second time must not find the first's caches.
+            seed = 2 * (number + options.warm_up) + (name in ("statistics", "control"))
             views = pictures(options.questions, side, seed)
-            processes = [psutil.Process(), *workers["ours" if name == "rows" else "plain"]]
+            processes = [psutil.Process(), *workers["ours" if name in ours else "plain"]]
             began, before = time.perf_counter(), cpu_s(processes)
             answers[name] = await ask_all(ways[name], views, options.together)
             if number >= 0:
                 wall[name].append(time.perf_counter() - began)
                 work[name].append(cpu_s(processes) - before)
-        if answers["rows"] != answers["plain"]:
+        if answers["rows"] != answers["plain"] or answers["control"] != answers["statistics"]:
             raise SystemExit("the two engines do not give the same answers")
     await backend.close()
 
     def compared(times: dict[str, list[float]]) -> dict[str, Any]:
-        def over(one: str) -> dict[str, float]:
-            return spread([a / b for a, b in zip(times[one], times["rows"], strict=True)])
+        def over(one: str, other: str = "rows") -> dict[str, float]:
+            return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
         return {
             "median_s": {name: round(float(np.median(taken)), 4) for name, taken in times.items()},
             "plain_over_rows": over("plain"),
             "statistics_over_rows": over("statistics"),
+            "control_over_rows": over("control"),
+            "plain_over_control": over("plain", "control"),
         }
 
     return {"goal": GOAL, "elapsed": compared(wall), "cpu": compared(work)}

@@ -159,6 +159,11 @@ class VllmBackend:
         """The event loop itself keeps no task alive."""
 
     @property
+    def engine(self) -> Any:
+        """The engine that answers, for requests of other kinds; None once closed."""
+        return self._engine
+
+    @property
     def info(self) -> ModelInfo:
         return self._info
 
