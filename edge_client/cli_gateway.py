@@ -81,6 +81,9 @@ def gateway(
     ] = DEFAULT_DEADLINE_S,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
+    ] = 120,
     picture_memory_mb: Annotated[
         int, typer.Option(min=1, help="Memory for originals, in MiB, so that none is sent twice.")
     ] = 256,
@@ -115,6 +118,7 @@ def gateway(
             wire=wire,
             max_requests=max_requests,
             max_picture_bytes=picture_memory_mb * 2**20,
+            max_pixels=max_megapixels * 10**6,
         ),
     )
     options: ClientOptions = {

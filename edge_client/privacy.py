@@ -215,20 +215,21 @@ class Policy(msgspec.Struct, frozen=True):
     source: str = "the policy"
 
     def for_camera(self, name: str | None = None) -> CameraPolicy:
-        """The rules of a camera: its own, or those of `default` if it has none.
+        """The rules of a camera.
 
         Args:
-            name: of the camera; None for a picture that is of none.
+            name: of the camera; None for a picture that is of none, to which `default` applies.
 
         Raises:
-            ConfigError: neither is there. What nobody decided on is not sent.
+            ConfigError: it has no entry. What nobody decided on is not sent, and a misspelled
+                name must not get rules that hide less.
         """
         name = name or DEFAULT_CAMERA
-        found = self.cameras.get(name) or self.cameras.get(DEFAULT_CAMERA)
+        found = self.cameras.get(name)
         if found is None:
             raise ConfigError(
-                f'{self.source}: no camera "{name}" and no "{DEFAULT_CAMERA}"; it has '
-                f"{_listed(self.cameras)}"
+                f'{self.source}: no camera "{name}"; it has {_listed(self.cameras)} (an empty '
+                f'entry takes all rules from "{DEFAULT_CAMERA}")'
             )
         return msgspec.structs.replace(found, name=name)
 

@@ -68,7 +68,11 @@ class Answerer:
         self._guard = open_guard(options.get("policy"), options.get("camera"), None, self._where)
         self.watched = options.get("policy") is not None or options.get("audit") is not None
         """Whether a policy or an audit log stands between pictures and the uplink."""
-        settings: ClientOptions = {"retry": _FOREVER, "max_decoding": limits.max_decoding}
+        settings: ClientOptions = {
+            "retry": _FOREVER,
+            "max_decoding": limits.max_decoding,
+            "max_pixels": limits.max_pixels,
+        }
         settings.update(options)
         self._client = EdgeClient(url, **settings)
         self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS), limits.max_picture_bytes)
@@ -223,6 +227,7 @@ def _result(answer: EdgeAnswer) -> Result:
             stage=stage_name(answer.stage),
             refined=answer.refined,
             fallback=answer.fallback.name.lower(),
+            declined=None if answer.declined is None else answer.declined.name.lower(),
             uncertainty=answer.uncertainty,
             first_text=answer.first_text,
             first_uncertainty=answer.first_uncertainty,

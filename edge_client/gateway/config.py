@@ -22,6 +22,7 @@ class GatewayLimits:
         max_body_bytes: bodies of all of them together, likewise; a single one always fits.
         max_picture_bytes: memory for originals, so that a later question about one costs no
             pixels; the least recently used go first.
+        max_pixels: most pixels of a picture; decoded, each takes 4 bytes.
         max_decoding: pictures that are decoded at once; the largest take gigabytes.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
             pictures' bytes; the oldest go first.
@@ -34,6 +35,7 @@ class GatewayLimits:
     max_requests: int = 32
     max_body_bytes: int = 256 * 2**20
     max_picture_bytes: int = 256 * 2**20
+    max_pixels: int = 120_000_000
     max_decoding: int = 2
     max_responses: int = 256
     max_response_bytes: int = 256 * 2**20

@@ -62,8 +62,9 @@ def test_a_camera_takes_from_the_default_what_it_leaves_out(tmp_path):
     )
     assert (hall.max_region_share, hall.max_bytes_per_hour) == (0.5, 99)
     assert policy.for_camera(None).name == "default"
-    unnamed = policy.for_camera("attic")
-    assert (unnamed.name, unnamed.max_region_share) == ("attic", 0.5)
+    # A misspelled name must not get rules that hide less.
+    with pytest.raises(ConfigError, match="an empty entry takes all rules"):
+        policy.for_camera("gardn")
 
 
 def test_what_nobody_decided_on_is_not_sent(tmp_path):

@@ -35,6 +35,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         stage: `first` or `second`, the pass that the text comes from.
         refined: whether it comes from the second.
         fallback: why it is the first although the model was unsure; `none` otherwise.
+        declined: why the edge would not send the region, such as `privacy` or `limit`.
         uncertainty: of the text, in the unit of the server's metric.
         first_text, first_uncertainty: of the first answer.
         region: None where the model was sure.
@@ -50,6 +51,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     stage: str = "first"
     refined: bool = False
     fallback: str = "none"
+    declined: str | None = None
     uncertainty: float | None = None
     first_text: str | None = None
     first_uncertainty: float | None = None
