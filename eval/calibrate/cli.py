@@ -74,6 +74,7 @@ def threshold(
 ) -> None:
     """Choose the threshold of a run's model."""
     from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
+    from eval.harness.cli_report import tell_gaps
     from eval.harness.curves import rescored
     from eval.harness.runs import open_run
 
@@ -82,6 +83,7 @@ def threshold(
         raise ConfigError("say one of --target-rate, --max-bytes and --max-accuracy-loss")
     opened = open_run(run)
     opened.require("two_stage")
+    tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     setting = setting_of(opened, metric, aggregate, k)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from eval.harness.runs import open_run
+from eval.harness.runs import Run, open_run
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Aggregate, Metric
 
@@ -47,6 +48,7 @@ def sweep(
 
     opened = open_run(run)
     opened.require("two_stage")
+    tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     if category is not None:
@@ -64,6 +66,13 @@ def sweep(
     write(opened, curves, folder)
     points = sum(len(one.sent) for one in curves)
     print(f"{folder}: {len(curves)} curves, {points} operating points")
+
+
+def tell_gaps(*runs: Run) -> None:
+    """Say on stderr where samples are missing."""
+    for run in runs:
+        if run.gaps:
+            print(run.gaps, file=sys.stderr)
 
 
 def _one_of(kind: type[T], option: str, name: str) -> T:
@@ -108,7 +117,6 @@ def report(
 ) -> None:
     """Figures and tables of the paper from runs, with one JSON that says where numbers are from."""
     import json
-    import sys
 
     from tqdm import tqdm
 
@@ -134,6 +142,7 @@ def report(
         resamples=resamples,
         seed=seed,
     )
+    tell_gaps(*inputs.runs)
     command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
     for option, path in (("--val", val), ("--layers", layers), ("--data", data)):
         command += [] if path is None else [option, seen_from(out, path)]

@@ -72,6 +72,22 @@ class Run:
             raise ConfigError(f"{self.folder} does not know its model's preset")
         return msgspec.convert(self.provenance["model"]["preset"], Preset)
 
+    @property
+    def missing(self) -> int:
+        """Samples of the task that gave no row. Of a whole run, not of a part of its rows."""
+        return int(self.provenance["task"].get("samples") or 0) - len(self.records)
+
+    @property
+    def gaps(self) -> str | None:
+        """One line that says of how many samples there is no row and why; None if of none."""
+        if self.missing <= 0:
+            return None
+        why = "failed" if self.complete else "failed or are still to be done"
+        return (
+            f"{self.folder.name}: {self.missing} of {self.missing + len(self.records)} samples "
+            f"gave no row ({why}); all figures leave them out"
+        )
+
     def require(self, method: str) -> None:
         """Refuse a run that is no run of a method.
 

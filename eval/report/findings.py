@@ -39,8 +39,10 @@ def _metrics(rows: Rows) -> list[str]:
                 f"the random line ({best['area']:.4f} against {base['area']:.4f}; the interval of "
                 f"the difference, [{low:.4f}, {high:.4f}], {holds})"
             )
-        if base["area_interval"][1] < 0:
+        if all(row["area_interval"][1] < 0 for row in full):
             said += "; every metric does worse than random choice"
+        elif base["area_interval"][1] < 0:
+            said += "; min-entropy does worse than random choice"
         elif base["area_interval"][0] <= 0:
             said += "; min-entropy is not surely better than random choice"
         made.append(f"Metrics, {part}: {said}.")

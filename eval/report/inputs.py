@@ -120,7 +120,8 @@ def sort_runs(
         scorer: of the main run's task, instead of its default.
 
     Raises:
-        ConfigError: a run fits nowhere; the validation run is of the split that is reported.
+        ConfigError: a run fits nowhere; the validation run is of the split that is reported, or
+            has pictures of it.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -145,6 +146,10 @@ def sort_runs(
             raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
         if _codec(val) != _codec(main):
             raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
+        # Two splits may be of the same pictures, as POPE's are.
+        both = {one.image_id for one in val.records} & {one.image_id for one in main.records}
+        if both:
+            raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
     if layers is not None:
         layers.require_model(str(main.provenance["model"]["name"]))
         if (layers.made.get("task"), layers.made.get("split")) == (_task(main), _split(main)):

@@ -66,4 +66,6 @@ def provenance_of(run: Run) -> dict[str, Any]:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
     told = {name: run.provenance.get(name) for name in ("method", "task", "model", "codec")}
     about = {name: run.provenance.get(name) for name in ("versions", "commit", "command")}
+    if run.missing > 0:
+        about["missing"] = run.missing
     return {**told, **about, "rows": len(run.records), "rows_sha256": digest.hexdigest()}

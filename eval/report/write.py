@@ -205,6 +205,8 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
         f"{inputs.resamples} resamples of whole pictures. Every number is in `{RESULTS}`, with the "
         "run and the rows (column `index`) that it comes from.",
     ]
+    gaps = [f"**{run.gaps}.**" for run in inputs.runs if run.gaps]
+    lines += ["", *gaps] if gaps else []
     if model["name"] == "demo":
         lines += [
             "",

@@ -144,6 +144,11 @@ def made(**changed: Any) -> Run:
     return run_of(answers(200, kinds=KINDS), **changed)
 
 
+def others(run: Run) -> Run:
+    """A run with pictures of its own."""
+    return replace(run, records=[replace(r, image_id=f"v{r.image_id}") for r in run.records])
+
+
 def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
     main_run = made(name="main")
     hd = made(name="hd", method="hd")
@@ -157,7 +162,7 @@ def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
         },
     )
     task = made(name="t", task={"name": "gqa"})
-    val = made(name="v", task={"split": "val"})
+    val = others(made(name="v", task={"split": "val"}))
     inputs = sort_runs([main_run, hd, quality, model, task], val=val)
     assert (inputs.main, inputs.hd, inputs.val) == (main_run, hd, val)
     assert [run.folder.name for run in (*inputs.qualities, *inputs.models, *inputs.tasks)] == [
@@ -181,6 +186,9 @@ def test_nothing_is_chosen_on_the_split_that_is_reported() -> None:
         sort_runs([main_run], layers=layers)
     with pytest.raises(ConfigError, match="another quality"):
         sort_runs([main_run], val=made(name="v", codec=5, task={"split": "val"}))
+    # As POPE's three sets, which have other names and the same pictures.
+    with pytest.raises(ConfigError, match="100 pictures of v are reported"):
+        sort_runs([main_run], val=made(name="v", task={"split": "adversarial"}))
 
 
 def test_panels_are_tasks_or_kinds_of_questions() -> None:
@@ -268,7 +276,7 @@ def test_models_have_a_panel_each() -> None:
 
 
 def test_thresholds_come_from_the_validation_run() -> None:
-    val = run_of(answers(200, seed=7), name="v", task={"split": "val"})
+    val = others(run_of(answers(200, seed=7), name="v", task={"split": "val"}))
     inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
     for told in tables.table_chosen(inputs):
         if not told["name"].startswith("target"):
@@ -295,6 +303,25 @@ def test_bad_news_is_told() -> None:
     said = "\n".join(findings({"metrics": {"rows": tables.table_metrics(inputs)}}))
     assert "margin, not min-entropy, has the largest area" in said
     assert "does not hold 0" in said
+
+
+@pytest.mark.parametrize(
+    ("of_margin", "line"),
+    [(0.1, "min-entropy does worse than"), (-0.2, "every metric does worse than")],
+)
+def test_what_holds_of_min_entropy_is_not_said_of_every_metric(of_margin: float, line: str) -> None:
+    found = [
+        {
+            "part": "all",
+            "setting": f"{metric}/full",
+            "area": area,
+            "area_interval": [area - 0.05, area + 0.05],
+            "difference_interval": [area + 0.05, area + 0.15],
+        }
+        for metric, area in (("min_entropy", -0.1), ("margin", of_margin))
+    ]
+    (said,) = findings({"metrics": {"rows": found}})
+    assert f"; {line} random choice" in said
 
 
 def test_tables_are_printed_whole() -> None:
@@ -475,6 +502,31 @@ def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
 
 
 # --- command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("finished", "why"), [("now", "failed"), (None, "failed or are still to be done")]
+)
+def test_samples_that_gave_no_row_are_told(
+    finished: str | None, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path / "run", answers(40), samples=42)
+    told = json.loads((folder / PROVENANCE).read_text())
+    told["model"]["view"] = [112, 112]
+    (folder / PROVENANCE).write_text(json.dumps({**told, "finished": finished}))
+    out = tmp_path / "report"
+    line = f"2 of 42 samples gave no row ({why}); all figures leave them out"
+    for command in (
+        ["eval", "report", str(folder), "--resamples", "10", "--format", "png", "--out", str(out)],
+        ["eval", "sweep", str(folder), "--out", str(tmp_path / "sweep")],
+        ["calibrate", str(folder), "--target-rate", "0.5", "--out", str(tmp_path / "c.yaml")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 0
+        assert line in capsys.readouterr().err
+    assert line in (out / "index.md").read_text()
+    assert json.loads((out / RESULTS).read_text())["runs"]["run"]["missing"] == 2
 
 
 @pytest.mark.parametrize(
