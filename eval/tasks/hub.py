@@ -2,8 +2,8 @@
 
 Prompts, splits, answer lengths and scoring rules are those of the tasks of the same names in
 lmms-eval 0.7.3, read from its task files and checked against its functions. A-OKVQA is not among
-its tasks; its rules are the A-OKVQA authors' own, its prompts those that lmms-eval uses for open
-and for multiple-choice questions elsewhere.
+its tasks; its rules are close to the A-OKVQA authors' own (docs/tasks.md), its prompts those that
+lmms-eval uses for open and for multiple-choice questions elsewhere.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ class VQAv2(HubTask):
 
 class AOKVQA(HubTask):
     """Questions that need knowledge of the world, answered in words; ten annotators. Those that
-    the authors mark as too hard to answer without choices are left out, as in their evaluation."""
+    the authors mark as too hard to answer without choices are left out; copies of their evaluation
+    script differ in where they do so (docs/tasks.md)."""
 
     name = "aokvqa"
     sources = {  # noqa: RUF012
