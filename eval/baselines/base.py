@@ -201,8 +201,12 @@ def same_samples(runs: Sequence[Run]) -> None:
     """Refuse to compare runs over different samples.
 
     Raises:
-        ConfigError: they are not of the same task, split and samples.
+        ConfigError: they are not of the same task, split and samples, or did not ask the same.
     """
+
+    def asked(run: Run) -> list[tuple[str, str, str]]:
+        return [(record.id, record.question, record.truth) for record in run.records]
+
     for run in runs[1:]:
-        if [(r.id, r.truth) for r in run.records] != [(r.id, r.truth) for r in runs[0].records]:
+        if asked(run) != asked(runs[0]):
             raise ConfigError(f"{run.folder} and {runs[0].folder} do not hold the same samples")

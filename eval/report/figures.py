@@ -210,7 +210,8 @@ def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) ->
     eta, setting = _chosen(inputs), _default(inputs)
     panels: list[Panel] = []
     for name, run in inputs.parts():
-        mine = run.provenance["task"]["name"] == inputs.main.provenance["task"]["name"]
+        # The same task with other settings, such as without OCR tokens, is another one.
+        mine = run.folder == inputs.main.folder
         hd = _same(inputs.hd, run) if mine else None
         chosen = eta if mine else None
         panels.append(panel(name, run, lines(run), axis, hd=hd, eta=chosen, setting=setting))

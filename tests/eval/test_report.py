@@ -214,6 +214,26 @@ def test_the_paper_s_costs_are_on_the_axes() -> None:
     assert (pixels[0], pixels[-1]) == (0.0, 0.5)  # regions have half the view's pixels
 
 
+def test_the_same_task_asked_otherwise_has_neither_hd_s_point_nor_the_threshold() -> None:
+    with_ocr = {"name": "textvqa", "settings": {"ocr": True}}
+    without = made(name="t", task={"name": "textvqa", "settings": {"ocr": False}})
+    inputs = sort_runs(
+        [made(task=with_ocr), made(name="hd", method="hd", task=with_ocr), without],
+        val=others(made(name="v", task={**with_ocr, "split": "train"})),
+        resamples=20,
+    )
+    for figure in (fig4(inputs), fig5(inputs)):
+        marks = [{one["name"] for one in panel["marks"]} for panel in figure["panels"]]
+        assert marks == [{"oracle", "η from val", "HD"}, {"oracle"}]
+
+
+def test_hd_is_asked_the_same_questions() -> None:
+    hd = made(name="hd", method="hd")
+    asked = replace(hd, records=[replace(r, question="? tokens: a, b") for r in hd.records])
+    with pytest.raises(ConfigError, match="same samples"):
+        sort_runs([made(), asked])
+
+
 def test_hd_stands_where_its_pixels_put_it() -> None:
     hd = made(name="hd", method="hd", visual_tokens=320)
     hd = replace(hd, records=[replace(r, view_pixels=17_778) for r in hd.records])
