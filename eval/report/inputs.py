@@ -121,7 +121,7 @@ def sort_runs(
 
     Raises:
         ConfigError: a run fits nowhere; the validation run is of the split that is reported, or
-            has pictures of it.
+            has pictures of it, or was asked otherwise.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -146,6 +146,8 @@ def sort_runs(
             raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
         if _codec(val) != _codec(main):
             raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
+        if _asked(val) != _asked(main):
+            raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
         # Two splits may be of the same pictures, as POPE's are.
         both = {one.image_id for one in val.records} & {one.image_id for one in main.records}
         if both:
@@ -198,6 +200,12 @@ def _split(run: Run) -> str:
 
 def _settings(run: Run) -> Any:
     return run.provenance["task"].get("settings")
+
+
+def _asked(run: Run) -> tuple[Any, ...]:
+    """The task's settings that change questions; files are every split's own."""
+    settings = _settings(run) or {}
+    return bool(settings.get("ocr")), settings.get("post_prompt")
 
 
 def _model(run: Run) -> tuple[Any, ...]:

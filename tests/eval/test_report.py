@@ -186,6 +186,8 @@ def test_nothing_is_chosen_on_the_split_that_is_reported() -> None:
         sort_runs([main_run], layers=layers)
     with pytest.raises(ConfigError, match="another quality"):
         sort_runs([main_run], val=made(name="v", codec=5, task={"split": "val"}))
+    with pytest.raises(ConfigError, match="asked otherwise"):
+        sort_runs([main_run], val=made(task={"split": "val", "settings": {"ocr": True}}))
     # As POPE's three sets, which have other names and the same pictures.
     with pytest.raises(ConfigError, match="100 pictures of v are reported"):
         sort_runs([main_run], val=made(name="v", task={"split": "adversarial"}))
