@@ -38,7 +38,8 @@ class Point:
         bytes_up, bytes_down: all messages, WebSocket headers included (a).
         picture_bytes: of encoded pictures among them.
         reference_bytes: of the global view as JPEG of quality 100, the unit of (c).
-        mflops: decoder FLOPs really spent, all passes, in 10^6 (d).
+        mflops: decoder FLOPs really spent, all passes, in 10^6 (d); NaN where nothing like it was
+            executed.
         paper_mflops: by Eq. 18-20 of 003_92b41fe49395ce1a.txt, visual tokens only, in 10^6 (d);
             NaN where the model's sizes are not known.
         note: what a reader has to know about it; "" for nothing.
@@ -123,9 +124,11 @@ class Baseline(ABC):
     Attributes:
         name: as figures and tables call it.
         method: of the runs that it can read (`run.json`).
+        setting_is: what its points' `setting` is: "rate" or "η"; "" if they have none.
     """
 
     name: ClassVar[str]
+    setting_is: ClassVar[str] = ""
     method: ClassVar[str] = "two_stage"
 
     def points(self, run: Run) -> list[Point]:

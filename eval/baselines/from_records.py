@@ -61,6 +61,7 @@ class RandomRetransmission(Baseline):
     seeds: int = 10
 
     name = "random retransmission"
+    setting_is = "rate"
 
     def _points(self, run: Run) -> list[Point]:
         return [
@@ -89,6 +90,7 @@ class RandomLine(Baseline):
     rates: tuple[float, ...] = RATES
 
     name = "random retransmission (expected)"
+    setting_is = "rate"
 
     def _points(self, run: Run) -> list[Point]:
         count = len(run.records)
@@ -118,6 +120,7 @@ class SendOriginal(Baseline):
     """
 
     name = "sending the original"
+    setting_is = "η"
 
     def _points(self, run: Run) -> list[Point]:
         note = "answers as with the run's codec; no region crosses the link"
@@ -133,16 +136,17 @@ class VicropAlways(Baseline):
     """ViCrop as its authors run it: the original is with the model, every question is cropped,
     and each of its three prompts is prefilled from nothing.
 
-    So its FLOPs are those of Eq. 20 of 003_92b41fe49395ce1a.txt, 4·F(n), in both columns.
+    So its FLOPs are those of Eq. 20 of 003_92b41fe49395ce1a.txt, 4·F(n). Executed ones are not
+    known: no run prefills like this, and Eq. 20 counts visual tokens alone.
     """
 
     name = "ViCrop always"
 
     def _points(self, run: Run) -> list[Point]:
-        point = _from_the_original(
-            run, np.ones(len(run.records)), self.name, None, "nothing computed once and shared"
-        )
-        return [replace(point, mflops=point.paper_mflops)]
+        count = len(run.records)
+        note = "nothing computed once and shared; by Eq. 20 alone, it was not executed"
+        point = _from_the_original(run, np.ones(count), self.name, None, note)
+        return [replace(point, mflops=np.full(count, np.nan))]
 
 
 class HighResolution(Baseline):

@@ -94,7 +94,8 @@ def threshold(
     else:
         assert max_accuracy_loss is not None
         found = for_loss(opened, setting, max_accuracy_loss, confidence)
-    write(found, out)
+    command = ["vlm-collab", *sys.argv[1:]]
+    write(msgspec.structs.replace(found, made={**found.made, "command": command}), out)
     if "note" in found.made:
         print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)
     told = found.expected
@@ -155,7 +156,7 @@ def layers(
 
 
 def write(found: Calibration, path: Path) -> None:
-    """The file, the same for the same findings.
+    """The file, the same for the same findings and command.
 
     Raises:
         ConfigError: it cannot be written.

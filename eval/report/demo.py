@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.harness.records import PROVENANCE, SCHEMA, SHARDS, read_records
+from eval.report.tables import calibrate_command
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "demo"
 QUALITIES = (5, 15, 30, 50, 75)
@@ -40,8 +41,7 @@ def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]
         made.append([*run, "test", "--limit", count, *both, "--out", f"runs/jpeg-{quality}"])
     layers = ["--task", "signs", "--split", "val", "--limit", str(of_layers)]
     made.append(["calibrate", "layers", *layers, "--out", "layers.yaml"])
-    loss = ["--max-accuracy-loss", "0.01", "--confidence", "0.95"]
-    made.append(["calibrate", "runs/val", *loss, "--out", "calibration.yaml"])
+    made.append(calibrate_command("runs/val"))
     return made
 
 

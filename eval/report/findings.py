@@ -15,7 +15,8 @@ def findings(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
         tables: of `report.json`.
     """
     made = []
-    for name, tell in (("metrics", _metrics), ("boxes", _boxes), ("boxes", _gains)):
+    told = (("metrics", _metrics), ("metrics", _aggregations), ("boxes", _boxes), ("boxes", _gains))
+    for name, tell in told:
         if name in tables:
             made += tell(tables[name]["rows"])
     if "chosen" in tables:
@@ -29,16 +30,22 @@ def _metrics(rows: Rows) -> list[str]:
         full = [r for r in rows if r["part"] == part and r["setting"].endswith("/full")]
         best = max(full, key=lambda row: row["area"])
         base = next(row for row in full if row["setting"] == "min_entropy/full")
-        low, high = best["difference_interval"]
-        if best is base:
-            said = "min-entropy has the largest area over the random line"
+        others = [row for row in full if row is not base]
+        if others:
+            # Differences are from min-entropy: it is one of the two that are held side by side.
+            other = best if best is not base else max(others, key=lambda row: row["area"])
+            named = str(other["setting"]).partition("/")[0]
+            if _tied(other):
+                same = [str(row["setting"]).partition("/")[0] for row in others if _tied(row)]
+                listed = " and ".join([", ".join(["min-entropy", *same[:-1]]), same[-1]])
+                said = f"{listed} are tied for the largest area over the random line"
+            elif best is base:
+                said = f"min-entropy has the largest area over the random line, before {named}"
+            else:
+                said = f"{named}, not min-entropy, has the largest area over the random line"
+            said += f" ({named} {_against(other, base)})"
         else:
-            holds = "does not hold 0" if low > 0 else "holds 0"
-            said = (
-                f"{best['setting'].partition('/')[0]}, not min-entropy, has the largest area over "
-                f"the random line ({best['area']:.4f} against {base['area']:.4f}; the interval of "
-                f"the difference, [{low:.4f}, {high:.4f}], {holds})"
-            )
+            said = "min-entropy is the only one that the run knows"
         if all(row["area_interval"][1] < 0 for row in full):
             said += "; every metric does worse than random choice"
         elif base["area_interval"][1] < 0:
@@ -49,6 +56,60 @@ def _metrics(rows: Rows) -> list[str]:
     return made
 
 
+def _aggregations(rows: Rows) -> list[str]:
+    """Of min-entropy over part of the answer, and of the best of all settings."""
+    made = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        here = [row for row in rows if row["part"] == part]
+        base = next(row for row in here if row["setting"] == "min_entropy/full")
+        shorter = [
+            row
+            for row in here
+            if row["setting"].startswith("min_entropy/")
+            and row is not base
+            # Answers of one token have but one average.
+            and tuple(row["difference_interval"]) != (0.0, 0.0)
+        ]
+        if not shorter:
+            continue
+        other = max(shorter, key=lambda row: row["area"])
+        named = str(other["setting"]).partition("/")[2]
+        if _tied(other):
+            said = f"min-entropy over the whole answer and {named} are tied"
+        elif other["area"] > base["area"]:
+            said = (
+                f"min-entropy's {named} is better than its average over the whole answer, which "
+                "the paper recommends"
+            )
+        else:
+            said = "min-entropy is best averaged over the whole answer, as in the paper"
+            said += f", before {named}"
+        said += f" ({named} {_against(other, base)})"
+        best = max(here, key=lambda row: row["area"])
+        if best is not base and best is not other:
+            said += (
+                f"; of all {len(here)} settings {best['setting']} has the largest area"
+                f"{', tied with min_entropy/full' if _tied(best) else ''} ({_against(best, base)})"
+            )
+        made.append(f"Aggregation, {part}: {said}.")
+    return made
+
+
+def _tied(row: dict[str, Any]) -> bool:
+    """Whether the interval of a setting's difference from min_entropy/full holds 0."""
+    low, high = row["difference_interval"]
+    return bool(low <= 0 <= high)
+
+
+def _against(row: dict[str, Any], base: dict[str, Any]) -> str:
+    low, high = row["difference_interval"]
+    holds = "holds 0" if _tied(row) else "does not hold 0"
+    return (
+        f"{row['area']:z.4f} against {base['area']:z.4f}; the interval of the difference, "
+        f"[{low:z.4f}, {high:z.4f}], {holds}"
+    )
+
+
 def _boxes(rows: Rows) -> list[str]:
     made = []
     for row in rows:
@@ -57,8 +118,9 @@ def _boxes(rows: Rows) -> list[str]:
         low, high = row["difference_interval"]
         word = "better than" if low > 0 else "worse than" if high < 0 else "not surely better than"
         made.append(
-            f"Regions, {row['part']}: they cover {row['covered']:.1%} of the true place, {word} "
-            f"regions placed at random ({row['covered_at_random']:.1%})."
+            f"Regions, {row['part']}: of the {row['with_box']} questions whose place is known, "
+            f"they cover {row['covered']:.1%} of the true place, {word} regions placed at random "
+            f"({row['covered_at_random']:.1%})."
         )
     return made
 

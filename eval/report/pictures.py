@@ -25,22 +25,28 @@ SHOWN_PX = 700
 """Longer side of the original in the figure."""
 
 
-def chosen_row(run: Run) -> Record:
+def chosen_row(run: Run) -> tuple[Record, str]:
     """The first row whose region turns a wrong answer into a right one, among those with the
-    true place in the region if any is known; failing that, the first row."""
+    true place in the region if any is known; failing that, the first row. And the rule that found
+    it, in words."""
     turned = [r for r in run.records if r.first_score < 0.5 <= r.second_score]
     held = [r for r in turned if r.true_box and _within(r.true_box, r.box)]
-    return next(iter(held or turned or run.records))
+    rule = "the first row whose first answer is wrong and second right"
+    if held:
+        return held[0], f"{rule}, with the true place in the region"
+    if turned:
+        return turned[0], f"{rule} (of none is the true place known to be in the region)"
+    return run.records[0], "the first row (no wrong first answer has a right second one)"
 
 
 def fig11(inputs: Inputs) -> dict[str, Any]:
     """The row that is shown, from the run of the lowest quality."""
     run = min((inputs.main, *inputs.qualities), key=quality_of)
-    row = chosen_row(run)
+    row, rule = chosen_row(run)
     return {
         "title": f"View, box and region as {quality_name(run)} (Fig. 11)",
         "rows": rows_of(run) | {"count": 1, "index": str(row.index)},
-        "rule": "first row whose first answer is wrong and second right, true place in the region",
+        "rule": rule,
         "id": row.id,
         "question": row.question,
         "first": row.first_text,

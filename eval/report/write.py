@@ -21,7 +21,7 @@ from eval.report.panels import draw_panels
 from eval.report.pictures import draw_fig11, fig11
 from eval.report.separation import BINS
 from eval.report.style import save
-from eval.report.tables import TABLES, csv_text, markdown
+from eval.report.tables import TABLES, calibrate_command, chosen_notes, csv_text, markdown
 from eval.report.trace import provenance_of
 from eval.tasks import Task, open_task
 from vlm_collab.errors import CollabError, ConfigError
@@ -35,12 +35,14 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
     "fig-04-communication": (
         figures.fig4,
         "Band: 95 % of resamples, at each cost by itself. Dotted: regions of randomly chosen "
-        "questions. η from val: the threshold that `calibrate` chose on the validation split.",
+        "questions. η from val: the threshold that `calibrate` chose on the validation split, for "
+        "the mixture of questions on data like it, not for kinds of questions by themselves; what "
+        "else it does not say stands above the table of chosen thresholds.",
     ),
     "fig-05-computation": (
         figures.fig5,
         "Marks and the dotted line by Eq. 17-20; the engine shares what the three prompts have in "
-        "common, so it spends less.",
+        "common, so it spends less. η from val: as in Fig. 4.",
     ),
     "fig-06-metrics": (figures.fig6, "Areas and their differences are in the table below."),
     "fig-07-separation": (
@@ -60,9 +62,7 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
     "fig-10-models": (figures.fig10, "The models whose runs were given."),
     "fig-11-pictures": (
         fig11,
-        "Chosen by a rule, not by hand: the first row of the run of the "
-        "lowest quality whose first answer is wrong and second right, with the true place in the "
-        "region.",
+        "Chosen by a rule, not by hand, from the run of the lowest quality:",
     ),
     "fig-12-qualities": (
         figures.fig12,
@@ -176,6 +176,8 @@ def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None
         if not rows:
             told["left_out"][name] = "there is no run for it"
             continue
+        if name == "chosen":
+            formula = f"{formula} {chosen_notes(inputs, rows)}"
         (folder / f"{name}.csv").write_text(csv_text(rows), encoding="utf-8")
         text = f"# {title}\n\n{formula}\n\n{markdown(rows, cells)}"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
@@ -228,12 +230,14 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
             for one in panel["marks"]
             if "note" in one
         }
-        lines += [" ".join([caption, *(f"HD: {note}." for note in sorted(notes))]), ""]
+        rule = told["figures"][name].get("rule")
+        said = [caption] if rule is None else [caption, f"{rule}."]
+        lines += [" ".join([*said, *(f"HD: {note}." for note in sorted(notes))]), ""]
     lines += ["## Tables", ""]
-    for name, (title, _, formula, cells) in TABLES.items():
+    for name, (title, _, _, cells) in TABLES.items():
         if name in told["tables"]:
-            rows = told["tables"][name]["rows"]
-            lines += [f"### {title}", "", formula, "", markdown(rows, cells)]
+            table = told["tables"][name]
+            lines += [f"### {title}", "", table["formula"], "", markdown(table["rows"], cells)]
     if told["left_out"]:
         lines += ["## Left out", ""]
         lines += [f"- {name}: {why}" for name, why in told["left_out"].items()] + [""]
@@ -241,9 +245,18 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
     lines += [f"    {_called(run)}" for run in told["runs"].values()]
     if told["layers"] is not None and "command" in told["layers"]["made"]:
         lines += ["", "The layers:", "", f"    {shlex.join(told['layers']['made']['command'])}"]
+    if "--val" in told["command"]:
+        val, scorer = (_option(told["command"], name) for name in ("--val", "--scorer"))
+        assert val is not None
+        called = shlex.join(["vlm-collab", *calibrate_command(val, scorer)])
+        lines += ["", "The threshold with a guarantee, as a file for `serve`:", "", f"    {called}"]
     if told["command"]:
         lines += ["", "The report, in this folder:", "", f"    {shlex.join(told['command'])}"]
     return "\n".join(lines) + "\n"
+
+
+def _option(command: list[str], name: str) -> str | None:
+    return command[command.index(name) + 1] if name in command else None
 
 
 def _called(run: Told) -> str:

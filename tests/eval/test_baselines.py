@@ -200,7 +200,19 @@ def test_sending_the_original_costs_bytes_and_spares_none(made: Run) -> None:
     vicrop = one(VicropAlways().points(made))
     assert vicrop.accuracy == always.accuracy
     assert vicrop.up == always.up
-    assert vicrop.flops == pytest.approx(total_flops(N, D, LAYERS, retransmitted=True))
+    assert vicrop.paper_flops == pytest.approx(total_flops(N, D, LAYERS, retransmitted=True))
+    # Nothing prefilled like this was executed, and the run's own work is not its.
+    assert math.isnan(vicrop.flops)
+    assert "not executed" in vicrop.note
+
+
+def test_settings_say_what_they_are(made: Run) -> None:
+    for baseline in BASELINES:
+        if baseline.method != "two_stage":
+            continue
+        named = {point.setting is not None for point in baseline.points(made)}
+        assert bool(baseline.setting_is) == (True in named), baseline.name
+    assert (RandomRetransmission.setting_is, SendOriginal.setting_is) == ("rate", "η")
 
 
 def test_a_policy_decides_from_a_row_as_it_does_online() -> None:

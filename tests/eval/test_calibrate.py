@@ -133,8 +133,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_calibrate_writes_serve_reads(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("sys.argv", ["/some/where.py", "calibrate", "as it was called"])
     path = tmp_path / "deep" / "calibration.yaml"
     options = ("--metric", "entropy", "--aggregate", "first_k", "--k", "2", "--out", str(path))
     code, out, err = call(capsys, "calibrate", str(folder), "--target-rate", "0.3", *options)
@@ -144,6 +148,7 @@ def test_what_calibrate_writes_serve_reads(
     written = path.read_bytes()
     assert (found.metric, found.aggregate, found.k) == (Metric.ENTROPY, Aggregate.FIRST_K, 2)
     assert found.made["split"] == "val"
+    assert found.made["command"] == ["vlm-collab", "calibrate", "as it was called"]
     _, preset = open_model("demo", device="cpu", dtype="float32", **found.overrides())
     policy = preset.policy()
     assert (policy.metric, policy.aggregate, policy.k) == (found.metric, found.aggregate, 2)

@@ -31,10 +31,11 @@ from eval.report.findings import findings
 from eval.report.inputs import Inputs, sort_runs
 from eval.report.moved import moved
 from eval.report.panels import sent_at
+from eval.report.pictures import fig11
 from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
 from eval.report.trace import expanded, provenance_of, ranges
 from eval.report.write import RESULTS, as_json
-from server_plugin.calibration import Calibration
+from server_plugin.calibration import Calibration, load_calibration
 from tests.eval.test_sweep import saved
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
@@ -346,6 +347,96 @@ def test_what_holds_of_min_entropy_is_not_said_of_every_metric(of_margin: float,
     assert f"; {line} random choice" in said
 
 
+def test_an_area_that_is_not_surely_larger_is_a_tie() -> None:
+    def told(*rows: tuple[str, float, float, float]) -> list[str]:
+        found = [
+            {
+                "part": "all",
+                "setting": setting,
+                "area": area,
+                "area_interval": [0.01, 0.2],
+                "difference_interval": [low, high],
+            }
+            for setting, area, low, high in rows
+        ]
+        return findings({"metrics": {"rows": found}})
+
+    base = ("min_entropy/full", 0.1, 0.0, 0.0)
+    # The runner-up is named, whichever it is.
+    (said,) = told(base, ("entropy/full", 0.08, -0.03, -0.01), ("margin/full", 0.09, -0.02, 0.01))
+    assert "min-entropy and margin are tied for the largest area" in said
+    assert "(margin 0.0900 against 0.1000; the interval of the difference, " in said
+    assert "[-0.0200, 0.0100], holds 0)" in said
+    (said,) = told(base, ("margin/full", 0.1, 0.0, 0.0))
+    assert "are tied" in said
+    near = ("margin/full", 0.11, -0.01, 0.02)
+    (said,) = told(base, near, ("entropy/full", 0.1, -0.01, 0.02))
+    assert "min-entropy, margin and entropy are tied" in said
+    assert "(margin 0.1100 against 0.1000;" in said
+    (said,) = told(base, ("margin/full", 0.08, -0.03, -0.01))
+    assert "min-entropy has the largest area over the random line, before margin" in said
+    assert "does not hold 0" in said
+    (said,) = told(base)
+    assert "only one that the run knows" in said
+
+    _, said = told(
+        base,
+        ("entropy/full", 0.09, -0.02, -0.01),
+        ("min_entropy/first_2", 0.12, 0.01, 0.03),
+        ("entropy/first_2", 0.13, 0.02, 0.04),
+    )
+    assert "first_2 is better than its average over the whole answer" in said
+    assert "of all 4 settings entropy/first_2 has the largest area (0.1300 against 0.1000;" in said
+    _, said = told(base, ("margin/full", 0.08, -0.03, -0.01),
+                   ("min_entropy/first_2", 0.12, -0.01, 0.03))  # fmt: skip
+    assert "the whole answer and first_2 are tied" in said
+    assert "of all" not in said
+    _, said = told(base, ("margin/full", 0.08, -0.03, -0.01),
+                   ("min_entropy/first", 0.05, -0.07, -0.03))  # fmt: skip
+    assert "best averaged over the whole answer, as in the paper, before first" in said
+
+
+def test_coverage_is_of_the_questions_with_a_true_box() -> None:
+    half = [replace(r, true_box=[] if r.index % 2 else r.true_box) for r in answers(60)]
+    (told,) = tables.table_boxes(sort_runs([run_of(half)], resamples=20))
+    assert (told["rows"]["count"], told["with_box"]) == (60, 30)
+    assert expanded(told["index_with_box"]) == list(range(0, 60, 2))
+    (said,) = [one for one in findings({"boxes": {"rows": [told]}}) if "Regions" in one]
+    assert "of the 30 questions whose place is known" in said
+    cells = tables.TABLES["boxes"][3]
+    assert (cells["n"](told), cells["with a box"](told)) == ("60", "30")
+
+
+def test_what_a_guarantee_is_not_of_is_told() -> None:
+    val = others(run_of(answers(200, seed=7), name="v", task={"split": "val"}))
+    inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
+    rows = tables.table_chosen(inputs)
+    best = max(rows, key=lambda row: row["accuracy"])
+    best["loss_interval"] = [-0.2, -0.1]
+    said = tables.chosen_notes(inputs, rows)
+    assert "not of a kind of questions by itself" in said
+    assert "no other split has" in said
+    assert f"itself is worse than the best of these thresholds (“{best['name']}”" in said
+    best["loss_interval"] = [-0.2, 0.1]
+    assert tables.chosen_notes(inputs, rows).endswith("against full retransmission.")
+
+
+def test_the_picture_s_rule_is_the_one_that_chose_it() -> None:
+    wrong: dict[str, Any] = {"first_score": 0.0, "second_score": 1.0}
+    right: dict[str, Any] = {"first_score": 1.0}
+    inside, outside = {"true_box": [1, 1, 5, 5]}, {"true_box": [10, 10, 20, 20]}
+    first, second, third = (replace(r, box=[0, 0, 10, 10]) for r in answers(3))
+    for changed, index, rule in (
+        ((right, wrong | outside, wrong | inside), 2, "with the true place in the region"),
+        ((right, wrong | outside, right | inside), 1, "of none is the true place known"),
+        ((right, right, right), 0, "the first row (no wrong first answer"),
+    ):
+        rows = [replace(r, **c) for r, c in zip((first, second, third), changed, strict=True)]
+        told = fig11(sort_runs([run_of(rows)], resamples=20))
+        assert told["rows"]["index"] == str(index)
+        assert rule in told["rule"]
+
+
 def test_tables_are_printed_whole() -> None:
     inputs = sort_runs([made()], resamples=20)
     for title, make, _, cells in tables.TABLES.values():
@@ -365,6 +456,24 @@ def test_a_random_table_row_is_what_the_baseline_gives() -> None:
     assert rows["global only", None]["accuracy"] == never.accuracy
     assert rows["full retransmission", None]["bytes_up"] == always.up
     assert 0 < rows["random retransmission", 0.3]["rate"] < 0.6
+    printed = tables.TABLES["baselines"][3]
+    assert printed["setting"](rows["random retransmission", 0.3]) == "rate 0.3"
+    assert printed["setting"](rows["sending the original", 0.25]) == "η 0.25"
+    assert printed["setting"](rows["oracle", None]) == ""
+    # Nothing of it was executed: an empty cell, and a note that says so.
+    vicrop = rows["ViCrop always", None]
+    assert printed["FLOPs, executed"](vicrop) == ""
+    assert "not executed" in printed["note"](vicrop)
+    assert float(printed["FLOPs, Eq. 17-20"](vicrop)) > 1
+
+
+def test_hd_s_note_is_printed() -> None:
+    hd = made(name="hd", method="hd", note="not trained for it")
+    rows = tables.table_baselines(sort_runs([made(), hd], resamples=20))
+    text = tables.markdown(rows, tables.TABLES["baselines"][3])
+    (line,) = [one for one in text.splitlines() if "LLaVA-1.5-HD" in one]
+    assert "| not trained for it |" in line
+    assert rows[-1]["rows"]["run"] == "hd"
 
 
 # --- where numbers moved --------------------------------------------------------------------
@@ -461,7 +570,26 @@ def test_the_committed_report_names_the_commands_that_make_it(committed: dict[st
     called = {" ".join(run["command"][1:]) for run in committed["runs"].values()}
     assert called == {" ".join(one) for one in commands(1000, 400, 300) if one[1] == "run"}
     assert committed["runs"]["test"]["commit"]
+    # The threshold's file names its command, and the page does.
+    page = (COMMITTED / "index.md").read_text(encoding="utf-8")
+    found = load_calibration(COMMITTED / "calibration.yaml")
+    (called,) = [one for one in commands(1000, 400, 300) if one[:2] == ["calibrate", "runs/val"]]
+    assert found.made["command"] == ["vlm-collab", *called]
+    assert f"\n    vlm-collab {' '.join(called)}\n" in page
+    chosen = {row["name"]: row for row in committed["tables"]["chosen"]["rows"]}
+    assert chosen["loss at most 0.01, 95% sure"]["eta"] == found.eta
     assert not committed["left_out"]
+
+
+def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) -> None:
+    page = (COMMITTED / "index.md").read_text(encoding="utf-8")
+    for said in findings(committed["tables"]):
+        assert f"\n- {said}\n" in page
+    for name, told in committed["tables"].items():
+        printed = tables.markdown(told["rows"], tables.TABLES[name][3])
+        for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
+            assert f"\n{told['formula']}\n\n{printed}" in text
+    assert committed["figures"]["fig-11-pictures"]["rule"] in page
 
 
 def test_committed_figures_are_small() -> None:
