@@ -81,12 +81,13 @@ def plain(engine: Any, adapter: Any, new_tokens: int, logprobs: int | None) -> W
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    prompt = adapter.prompts.build(QUESTION, 1, new_tokens)
-    (place,) = prompt.images
-    ids = [*prompt.ids[: place.start + 1], *prompt.ids[place.stop :]]
     numbers = itertools.count()
 
     async def one(picture: Image.Image) -> Tokens:
+        # Every request comes as text, here as with us.
+        prompt = adapter.prompts.build(QUESTION, 1, new_tokens)
+        (place,) = prompt.images
+        ids = [*prompt.ids[: place.start + 1], *prompt.ids[place.stop :]]
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": [picture]}}
         (rendered,) = await engine.renderer.render_cmpl_async([request])
         tokens: list[int] = []

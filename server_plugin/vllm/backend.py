@@ -352,50 +352,53 @@ class VllmBackend:
         prompts.check(question, len(pictures), max_new_tokens, history)
         prompt = prompts.build(question, len(pictures), max_new_tokens, history, rows)
         key = secrets.token_hex(8)
-        ids: list[int] = []
-        steps: list[TokenStatistics] = []
-        surprisals: list[float] = []
-        ended = stopped = False
-        cached = 0
-        outputs = self._outputs(key, prompt, pictures, max_new_tokens, sampling)
-        fetched: asyncio.Task[NDArray[np.float32]] | None = None
-        # Leaving the loop, for whatever reason, aborts what is left of the request.
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                if rows and fetched is None:
-                    # It is there since the prompt ended; the answer's tokens come meanwhile.
-                    fetched = asyncio.create_task(self._row(key, prompt))
-                    fetched.add_done_callback(_seen)
-                if output.prompt_token_ids is not None:
-                    _check_prompt(prompt, output.prompt_token_ids)
-                cached = max(cached, output.num_cached_tokens or 0)
-                part = output.outputs[0]
-                for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
-                    ids.append(token)
-                    steps.append(self._statistics(logprobs))
-                    surprisals.append(max(-logprobs[token].logprob / math.log(2), 0.0))
-                    ended = token in self._adapter.end_tokens
-                    if on_text is not None:
-                        on_text(self._adapter.text_of(ids))
-                    stopped = stop is not None and stop(steps, ended)
+        try:
+            ids: list[int] = []
+            steps: list[TokenStatistics] = []
+            surprisals: list[float] = []
+            ended = stopped = False
+            cached = 0
+            outputs = self._outputs(key, prompt, pictures, max_new_tokens, sampling)
+            expected = False
+            # Leaving the loop, for whatever reason, aborts what is left of the request.
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    if rows and not expected:
+                        # It is there since the prompt ended, and travels with others' until then.
+                        self._rows.expect(key)
+                        expected = True
+                    if output.prompt_token_ids is not None:
+                        _check_prompt(prompt, output.prompt_token_ids)
+                    cached = max(cached, output.num_cached_tokens or 0)
+                    part = output.outputs[0]
+                    for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
+                        ids.append(token)
+                        steps.append(self._statistics(logprobs))
+                        surprisals.append(max(-logprobs[token].logprob / math.log(2), 0.0))
+                        ended = token in self._adapter.end_tokens
+                        if on_text is not None:
+                            on_text(self._adapter.text_of(ids))
+                        stopped = stop is not None and stop(steps, ended)
+                        if stopped:
+                            break
                     if stopped:
                         break
-                if stopped:
-                    break
-        if not ids:
-            raise ModelError("vLLM ended an answer before its first token")
-        if not (stopped or ended or len(ids) >= max_new_tokens):
-            raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
-        return Generation(
-            text=self._adapter.text_of(ids),
-            token_ids=tuple(ids),
-            steps=tuple(steps),
-            ended=ended,
-            prefilled_tokens=len(prompt.ids) - cached,
-            context_tokens=len(prompt.ids),
-            row=None if fetched is None else await fetched,
-            surprisals=tuple(surprisals),
-        )
+            if not ids:
+                raise ModelError("vLLM ended an answer before its first token")
+            if not (stopped or ended or len(ids) >= max_new_tokens):
+                raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
+            return Generation(
+                text=self._adapter.text_of(ids),
+                token_ids=tuple(ids),
+                steps=tuple(steps),
+                ended=ended,
+                prefilled_tokens=len(prompt.ids) - cached,
+                context_tokens=len(prompt.ids),
+                row=await self._row(key, prompt) if rows else None,
+                surprisals=tuple(surprisals),
+            )
+        finally:
+            self._rows.leave(key)
 
     async def _row(self, key: str, prompt: Prompt) -> NDArray[np.float32]:
         import torch

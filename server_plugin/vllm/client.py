@@ -19,8 +19,8 @@ WorkerCall = Callable[[str, Any], Awaitable[Any]]
 class RowClient:
     """Fetches rows from the workers of one engine.
 
-    Rows that are asked for while a call is under way travel together in the next one, since a
-    call holds up the engine's loop for a moment.
+    A call holds up the engine's loop for a moment, so there are few: none before a row is asked
+    for, and then all that are known to be there travel in it.
 
     Args:
         call: calls a method of all workers, by name and with one argument; gives their results.
@@ -34,7 +34,10 @@ class RowClient:
         self._heads = heads
         self._installed = False
         self._install_lock = asyncio.Lock()
-        self._wanted: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
+        self._rows: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
+        self._waiting: dict[str, None] = {}
+        """Keys that no call has carried yet, in order."""
+        self._urgent = False
         self._fetching: asyncio.Task[None] | None = None
 
     async def install(self) -> None:
@@ -67,6 +70,11 @@ class RowClient:
                 )
             self._installed = True
 
+    def expect(self, key: str) -> None:
+        """Say that a row is there now. It comes with the next call; `take` or `leave` follows."""
+        self._rows[key] = asyncio.get_running_loop().create_future()
+        self._waiting[key] = None
+
     async def take(self, key: str) -> NDArray[np.float32]:
         """A row, which can be taken once.
 
@@ -76,28 +84,42 @@ class RowClient:
         Raises:
             ModelError: no worker has it.
         """
-        future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
-        self._wanted[key] = future
-        if self._fetching is None:
-            self._fetching = asyncio.create_task(self._fetch())
-        return await future
+        if key not in self._rows:
+            self.expect(key)
+        if key in self._waiting:
+            self._urgent = True
+            if self._fetching is None:
+                self._fetching = asyncio.create_task(self._fetch())
+        try:
+            return await self._rows[key]
+        finally:
+            self.leave(key)
+
+    def leave(self, key: str) -> None:
+        """Nobody will take this row. The next call still carries it, so that no worker keeps it."""
+        future = self._rows.pop(key, None)
+        if future is not None:
+            future.cancel()
 
     async def _fetch(self) -> None:
-        while self._wanted:
-            wanted, self._wanted = self._wanted, {}
+        while self._urgent:
+            self._urgent = False
+            keys, self._waiting = list(self._waiting), {}
             try:
-                ranks = await self._call(capture.TAKE, list(wanted))
+                ranks = await self._call(capture.TAKE, keys)
                 parts = list(zip(*ranks, strict=True))  # of each row: what each rank has
             except Exception as error:
                 lost = ModelError(f"vLLM gave no attention rows: {' '.join(str(error).split())}")
-                outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(wanted)
+                outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(keys)
             else:
                 outcomes = [self._mean(part) for part in parts]
-            for future, outcome in zip(wanted.values(), outcomes, strict=True):
-                if future.done():  # whoever waited for it is gone
+            for key, outcome in zip(keys, outcomes, strict=True):
+                future = self._rows.get(key)
+                if future is None or future.done():  # whoever wanted it is gone
                     continue
                 if isinstance(outcome, ModelError):
                     future.set_exception(outcome)
+                    future.exception()  # if nobody takes it, it is no news
                 else:
                     future.set_result(outcome)
         self._fetching = None

@@ -70,6 +70,25 @@ async def test_rows_asked_for_during_a_call_travel_together_in_the_next() -> Non
     np.testing.assert_array_equal(await client.take("5"), [5, 10])
 
 
+async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for() -> None:
+    workers = Workers()
+    client = RowClient(workers.call, 1, 4)
+    for number in (1, 2, 3):
+        client.expect(str(number))
+    await asyncio.sleep(0)
+    assert workers.calls == []
+    np.testing.assert_array_equal(await client.take("2"), [2, 4])
+    np.testing.assert_array_equal(await client.take("1"), [1, 2])
+    assert [argument for _, argument in workers.calls] == [["1", "2", "3"]]
+    client.leave("3")
+    client.expect("4")
+    client.leave("4")
+    np.testing.assert_array_equal(await client.take("5"), [5, 10])
+    # A row that nobody takes any more is fetched too, so that no worker keeps it.
+    assert workers.calls[-1][1] == ["4", "5"]
+    assert client._rows == {}
+
+
 async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row() -> None:
     workers = Workers()
     client = RowClient(workers.call, 1, 4)
