@@ -32,6 +32,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from eval.bench_two_stage import SHAPES, machine, random_subject, spread
 from eval.demo_model.provenance import provenance
@@ -175,6 +176,14 @@ def saved_shapes(name: str, folder: Path) -> str:
     subject = random_subject(SHAPES[name], torch.device("cpu"), torch.float32, seed=0)
     subject.model.save_pretrained(folder)
     subject.processor.save_pretrained(folder)
+    # In the names that the hub's checkpoints have, which the newest transformers shortens and
+    # vLLM looks for.
+    (weights,) = folder.glob("*.safetensors")
+    named = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in load_file(weights).items()
+    }
+    save_file(named, weights, {"format": "pt"})
     return str(folder)
 
 
