@@ -151,7 +151,9 @@ def test_gqa_finds_a_question_s_picture_in_the_other_table(data: Callable[..., P
         task[2].picture()
 
 
-def test_aokvqa_direct_leaves_out_what_its_authors_mark_as_too_hard(data: Callable[..., Path]) -> None:
+def test_aokvqa_direct_leaves_out_what_its_authors_mark_as_too_hard(
+    data: Callable[..., Path],
+) -> None:
     task = open_task("aokvqa", data=data("data/validation-00000-of-00001", aokvqa_rows()))
     assert [sample.id for sample in task] == ["q0", "q2"]
     assert task[0].question == (
