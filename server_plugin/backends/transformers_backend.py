@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -223,7 +224,11 @@ class TransformersBackend:
         self._adapter = adapter
         self._preset = preset
         try:
-            shared = adapter.prompts.shared()
+            # By the number of pictures; mostly there is one.
+            self._shared = functools.cache(adapter.prompts.shared)
+            self._generic = functools.cache(self._generic_prompt)
+            self._generic(1)
+            shared = self._shared(1)
             adapter.prompts.build(preset.generic_instruction, 2, 1)
         except QuestionError as error:
             raise ModelError(
@@ -480,6 +485,10 @@ class TransformersBackend:
             else:
                 self._answers(jobs)
 
+    def _generic_prompt(self, pictures: int) -> Prompt:
+        instruction = self._preset.generic_instruction
+        return self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+
     def _open_views(self, jobs: list[Job], pictures: int) -> None:
         adapter = self._adapter
         every = adapter.see([image for job in jobs for image in job.payload])
@@ -488,7 +497,7 @@ class TransformersBackend:
             for job, kept in zip(jobs, seen, strict=True):
                 job.future.set_result(TransformersView(kept, pictures))
             return
-        shared = adapter.prompts.shared(pictures)
+        shared = self._shared(pictures)
         tokens = [[adapter.visual_tokens(picture, "") for picture in one] for one in seen]
         rows = [Row(shared, None, self._embedded(shared, 0, one)) for one in tokens]
         batch = Batch(adapter, rows)
@@ -507,8 +516,7 @@ class TransformersBackend:
         for job in jobs:
             if job.payload.view.generic_row is None:
                 asked[id(job.payload.view)] = job.payload
-        instruction = self._preset.generic_instruction
-        prompt = self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+        prompt = self._generic(pictures)
         computed = self._read_generic(list(asked.values()), prompt) if asked else {}
         for job in jobs:
             view: TransformersView = job.payload.view
@@ -595,7 +603,10 @@ class TransformersBackend:
             token = answer.chooser.choose(logits)
             answer.ids.append(token)
             answer.steps.append(token_statistics(logits))
-            answer.surprisals.append(surprisal(logits, token))
+            # Of the likeliest token it is known already, and a vocabulary is long.
+            drawn = ask.sampling.temperature > 0
+            bits = surprisal(logits, token) if drawn else answer.steps[-1].min_entropy_bits
+            answer.surprisals.append(bits)
             ended = token in self._end_tokens
             if ask.on_text is not None:
                 ask.on_text(self._adapter.text_of(answer.ids))

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -38,7 +37,7 @@ from eval.harness.run import Share, run
 from eval.harness.runs import Run, open_run
 from eval.tasks import open_task
 from server_plugin.models import preset_of
-from server_plugin.presets import preset_named
+from tests.support import rows
 from tests.support.pictures import photo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.cost import flops, larger_view_cost, total_flops
@@ -52,69 +51,12 @@ N, D, LAYERS = 576, 4096, 32
 
 def record(index: int, first: float, second: float, bits: float, **changed: Any) -> Record:
     """A sample whose numbers can be told apart."""
-    made = Record(
-        index=index,
-        id=f"s{index}",
-        image_id=f"i{index // 2}",
-        question="?",
-        category="",
-        truth='{"answers": ["a"], "extra": {}}',
-        true_box=[],
-        source_width=1000,
-        source_height=500,
-        original_bytes=90_000,
-        view_bytes=4000 + index,
-        region_bytes=3000 + index,
-        view_pixels=10_000,
-        region_pixels=5_000,
-        ask_bytes=50,
-        request_bytes=30,
-        reply_bytes=15,
-        answer_bytes=40,
-        first_answer_bytes=38,
-        reference_bytes=10_000,
-        first_text="a",
-        second_text="b",
-        first_score=first,
-        second_score=second,
-        first_tokens=[1, 2],
-        second_tokens=[1, 2],
-        first_min_entropy=[bits, bits],
-        first_entropy=[2 * bits, 2 * bits],
-        first_margin=[0.5, 0.5],
-        second_min_entropy=[0.1, 0.1],
-        second_entropy=[0.1, 0.1],
-        second_margin=[0.9, 0.9],
-        first_ended=True,
-        second_ended=True,
-        map=[1.0] * 4,
-        map_rows=2,
-        map_columns=2,
-        box=[0, 0, 10, 10],
-        side_px=10,
-        first_mflops=100,
-        look_mflops=10,
-        second_mflops=90,
-        first_s=0.0,
-        look_s=0.0,
-        second_s=0.0,
-        edge_s=0.0,
-    )
-    return replace(made, **changed)
+    sizes = {"view_bytes": 4000 + index, "region_bytes": 3000 + index}
+    return rows.row(index, first, second, bits=bits, **{**sizes, **changed})
 
 
 def run_of(records: list[Record], **model: Any) -> Run:
-    told = {
-        "preset": msgspec.to_builtins(preset_named("demo")),
-        "view": [100, 100],
-        "visual_tokens": N,
-        "hidden_size": D,
-        "layers": LAYERS,
-        **model,
-    }
-    return Run(
-        folder=Path("run"), provenance={"method": "two_stage", "model": told}, records=records
-    )
+    return rows.run_of(records, **{"visual_tokens": N, "hidden_size": D, "layers": LAYERS, **model})
 
 
 @pytest.fixture
