@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +14,23 @@ from edge_client import cli, show
 from edge_client.answer import EdgeAnswer
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.dial import DEFAULT_URL
+from edge_client.options import (
+    Always,
+    AuditFile,
+    CaFile,
+    CameraName,
+    Deadline,
+    Eta,
+    Never,
+    PolicyFile,
+    ServerUrl,
+    Token,
+    wishes,
+)
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.images import Codec
-from vlm_collab.messages import Options, Retransmit
+from vlm_collab.messages import Options
 
 
 class CodecName(enum.StrEnum):
@@ -38,27 +50,13 @@ def ask(
         list[str] | None,
         typer.Option("--photo", "-p", help="One more photo; each question is asked about each."),
     ] = None,
-    server: Annotated[
-        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
-    ] = DEFAULT_URL,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
-    ] = None,
-    ca_file: Annotated[
-        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
-    ] = DEFAULT_DEADLINE_S,
-    eta: Annotated[
-        float | None,
-        typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
-    ] = None,
-    always: Annotated[
-        bool, typer.Option("--always", help="Send a region however sure the server is.")
-    ] = False,
-    never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
+    server: ServerUrl = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
+    deadline: Deadline = DEFAULT_DEADLINE_S,
+    eta: Eta = None,
+    always: Always = False,
+    never: Never = False,
     show_map: Annotated[
         bool, typer.Option("--map", help="Show where the model looked, if it was unsure.")
     ] = False,
@@ -72,15 +70,9 @@ def ask(
         Path | None,
         typer.Option(help="Save the region at full resolution (.jpg, .png or .webp)."),
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
-    ] = None,
-    camera: Annotated[
-        str | None, typer.Option(help="Whose rules of the policy apply; its default's if not said.")
-    ] = None,
-    audit: Annotated[
-        Path | None, typer.Option(help="File to list every image in before it leaves.")
-    ] = None,
+    policy: PolicyFile = None,
+    camera: CameraName = None,
+    audit: AuditFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
     ] = False,
@@ -90,21 +82,10 @@ def ask(
     A small view of the photo goes to the server. If the model is unsure it says where it needs
     to look, and just that region is sent, at full resolution.
     """
-    if always and never:
-        raise ConfigError("--always and --never exclude each other")
     if not all(question.strip() for question in questions):
         raise QuestionError("the question is empty")
-    # Limits of an option let "nan" through.
-    if eta is not None and not 0 <= eta < math.inf:
-        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
-    if math.isnan(deadline):
-        raise ConfigError("--deadline must be a number of seconds, not nan")
     crop_codec = None if save_crop is None else _codec_of(save_crop)
-    options = Options(
-        retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
-        eta=eta,
-        want_map=show_map,
-    )
+    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map)
     # Opened before connecting: a wrong file name should not take a server to find out.
     pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
     pairs = list(itertools.product(pictures, questions))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import sys
 import threading
@@ -29,11 +28,24 @@ from edge_client.cli import printable
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
 from edge_client.dial import DEFAULT_URL
 from edge_client.heatmap import heat_map
+from edge_client.options import (
+    Always,
+    AuditFile,
+    CaFile,
+    CameraName,
+    Deadline,
+    Eta,
+    Never,
+    PolicyFile,
+    ServerUrl,
+    Token,
+    wishes,
+)
 from edge_client.patient import PatientClient
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.headers import identify
-from vlm_collab.messages import Options, Retransmit, Stage
+from vlm_collab.messages import Options, Stage
 from vlm_collab.session import FITS
 
 try:
@@ -55,39 +67,16 @@ COMMANDS = {
 
 def chat(
     source: Annotated[str, typer.Argument(help=SOURCES_HELP)],
-    server: Annotated[
-        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
-    ] = DEFAULT_URL,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
-    ] = None,
-    ca_file: Annotated[
-        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
-    ] = DEFAULT_DEADLINE_S,
-    eta: Annotated[
-        float | None,
-        typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
-    ] = None,
-    always: Annotated[
-        bool, typer.Option("--always", help="Send a region however sure the server is.")
-    ] = False,
-    never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
-    policy: Annotated[
-        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
-    ] = None,
-    camera_name: Annotated[
-        str | None,
-        typer.Option(
-            "--camera", help="Whose rules of the policy apply; its default's if not said."
-        ),
-    ] = None,
-    audit: Annotated[
-        Path | None, typer.Option(help="File to list every image in before it leaves.")
-    ] = None,
+    server: ServerUrl = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
+    deadline: Deadline = DEFAULT_DEADLINE_S,
+    eta: Eta = None,
+    always: Always = False,
+    never: Never = False,
+    policy: PolicyFile = None,
+    camera_name: CameraName = None,
+    audit: AuditFile = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Take a new picture for every question.")
     ] = False,
@@ -307,28 +296,6 @@ class Chat:
         except OSError as error:
             raise ConfigError(f"/save {path}: {error.strerror or error}") from error
         self._screen.note(f"saved as {path}, {len(answer.region)} bytes")
-
-
-def wishes(
-    *, always: bool, never: bool, eta: float | None, deadline_s: float, want_map: bool
-) -> Options:
-    """Options for every question, as the command line says.
-
-    Raises:
-        ConfigError: they make no sense.
-    """
-    if always and never:
-        raise ConfigError("--always and --never exclude each other")
-    # Limits of an option let "nan" through.
-    if eta is not None and not 0 <= eta < math.inf:
-        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
-    if math.isnan(deadline_s):
-        raise ConfigError("--deadline must be a number of seconds, not nan")
-    return Options(
-        retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
-        eta=eta,
-        want_map=want_map,
-    )
 
 
 def moment(time_s: float) -> str:

@@ -24,9 +24,22 @@ from edge_client.answer import EdgeAnswer
 from edge_client.cameras import Camera, CameraError, Frame, open_camera
 from edge_client.cameras.base import SOURCES_HELP
 from edge_client.cli import printable
-from edge_client.cli_chat import moment, reader_may_leave, wishes
+from edge_client.cli_chat import moment, reader_may_leave
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.dial import DEFAULT_URL
+from edge_client.options import (
+    Always,
+    AuditFile,
+    CaFile,
+    CameraName,
+    Deadline,
+    Eta,
+    Never,
+    PolicyFile,
+    ServerUrl,
+    Token,
+    wishes,
+)
 from edge_client.patient import is_passing
 from vlm_collab.errors import CollabError, ConfigError, LinkError, QuestionError
 from vlm_collab.messages import Options
@@ -57,39 +70,16 @@ def watch(
             "--live", help="Play a recording at its own speed, and skip what comes too fast."
         ),
     ] = False,
-    server: Annotated[
-        str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
-    ] = DEFAULT_URL,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
-    ] = None,
-    ca_file: Annotated[
-        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
-    ] = DEFAULT_DEADLINE_S,
-    eta: Annotated[
-        float | None,
-        typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
-    ] = None,
-    always: Annotated[
-        bool, typer.Option("--always", help="Send a region however sure the server is.")
-    ] = False,
-    never: Annotated[bool, typer.Option("--never", help="Send no region.")] = False,
-    policy: Annotated[
-        Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
-    ] = None,
-    camera_name: Annotated[
-        str | None,
-        typer.Option(
-            "--camera", help="Whose rules of the policy apply; its default's if not said."
-        ),
-    ] = None,
-    audit: Annotated[
-        Path | None, typer.Option(help="File to list every image in before it leaves.")
-    ] = None,
+    server: ServerUrl = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
+    deadline: Deadline = DEFAULT_DEADLINE_S,
+    eta: Eta = None,
+    always: Always = False,
+    never: Never = False,
+    policy: PolicyFile = None,
+    camera_name: CameraName = None,
+    audit: AuditFile = None,
 ) -> int:
     """Ask the same question of a camera again and again, and write JSON lines.
 

@@ -1,0 +1,58 @@
+"""Options that several commands have, said once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_collab.errors import ConfigError
+from vlm_collab.messages import Options, Retransmit
+
+ServerUrl = Annotated[str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
+]
+CaFile = Annotated[Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")]
+Deadline = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
+]
+Always = Annotated[bool, typer.Option("--always", help="Send a region however sure the server is.")]
+Never = Annotated[bool, typer.Option("--never", help="Send no region.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
+]
+CameraName = Annotated[
+    str | None,
+    typer.Option("--camera", help="Whose rules of the policy apply; its default's if not said."),
+]
+AuditFile = Annotated[
+    Path | None, typer.Option(help="File to list every image in before it leaves.")
+]
+
+
+def wishes(
+    *, always: bool, never: bool, eta: float | None, deadline_s: float, want_map: bool
+) -> Options:
+    """Options for every question, as the command line says.
+
+    Raises:
+        ConfigError: they make no sense.
+    """
+    if always and never:
+        raise ConfigError("--always and --never exclude each other")
+    # Limits of an option let "nan" through.
+    if eta is not None and not 0 <= eta < math.inf:
+        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
+    if math.isnan(deadline_s):
+        raise ConfigError("--deadline must be a number of seconds, not nan")
+    return Options(
+        retransmit=Retransmit.ALWAYS if always else Retransmit.NEVER if never else Retransmit.AUTO,
+        eta=eta,
+        want_map=want_map,
+    )
