@@ -13,6 +13,18 @@ import typer
 
 from server_plugin.assembly import engine_of
 from server_plugin.calibration import load_calibration
+from server_plugin.options import (
+    BaseSide,
+    BatchSize,
+    Device,
+    Dtype,
+    Epsilon,
+    Layer,
+    PlacementName,
+    PromptName,
+    Ratios,
+    ViewSide,
+)
 from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
@@ -55,8 +67,8 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin of browser pages that may connect; repeat for several."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     policy: Annotated[
         str | None,
         typer.Option(help="When to ask for a region: threshold, always, never or random."),
@@ -75,32 +87,15 @@ def serve(
         Path | None,
         typer.Option(help="File of `vlm-collab calibrate`; other options go before it."),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
-    ] = None,
-    view_px: Annotated[
-        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
-    ] = None,
-    base_px: Annotated[
-        int | None, typer.Option(help="Base side of the region search, in px of the original.")
-    ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Added to the denominator of the relative attention.")
-    ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="How the box is placed: sliding or centroid.")
-    ] = None,
+    prompt: PromptName = None,
+    view_px: ViewSide = None,
+    layer: Layer = None,
+    base_px: BaseSide = None,
+    ratios: Ratios = None,
+    epsilon: Epsilon = None,
+    placement: PlacementName = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Most questions that the model works on together.")
-    ] = None,
+    batch: BatchSize = None,
     provisional: Annotated[
         bool,
         typer.Option(

@@ -21,6 +21,18 @@ from eval.harness.run import run as run_method
 from eval.harness.runs import HD, TWO_STAGE
 from eval.tasks import Task, open_task
 from server_plugin.models import DEMO_MODEL
+from server_plugin.options import (
+    BaseSide,
+    BatchSize,
+    Device,
+    Dtype,
+    Epsilon,
+    Layer,
+    PlacementName,
+    PromptName,
+    Ratios,
+    ViewSide,
+)
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 
@@ -68,36 +80,19 @@ def run(
     token: Annotated[
         str | None, typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token for --server.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
-    ] = None,
-    view_px: Annotated[
-        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
-    ] = None,
-    base_px: Annotated[
-        int | None, typer.Option(help="Base side of the region search, in px of the original.")
-    ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Added to the denominator of the relative attention.")
-    ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="How the box is placed: sliding or centroid.")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    prompt: PromptName = None,
+    view_px: ViewSide = None,
+    layer: Layer = None,
+    base_px: BaseSide = None,
+    ratios: Ratios = None,
+    epsilon: Epsilon = None,
+    placement: PlacementName = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; by default the benchmark's.")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Most questions that the model works on together.")
-    ] = None,
+    batch: BatchSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Answer a benchmark's questions, through both stages whatever the uncertainty, and keep all.

@@ -1,0 +1,33 @@
+"""Options of the model that several commands have, said once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+PromptName = Annotated[
+    str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
+]
+ViewSide = Annotated[
+    int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+]
+Layer = Annotated[int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")]
+BaseSide = Annotated[
+    int | None, typer.Option(help="Base side of the region search, in px of the original.")
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
+]
+Epsilon = Annotated[
+    float | None, typer.Option(help="Added to the denominator of the relative attention.")
+]
+PlacementName = Annotated[
+    str | None, typer.Option(help="How the box is placed: sliding or centroid.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Most questions that the model works on together.")
+]
