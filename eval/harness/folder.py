@@ -3,7 +3,8 @@
 Several processes may work on one folder. They never write the same file: shards are named by
 their first sample, failures are appended in one write each, and `run.json` is made by whoever
 comes first. A process that is killed leaves whole shards, so going on is a matter of reading
-which samples are there.
+which samples are there. Two that have the same part of the samples would write the same shards:
+`only_one` keeps the second one out.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from eval.harness.records import PROVENANCE, SHARDS, Record, write_shard
 from vlm_collab.errors import ConfigError
@@ -189,6 +192,31 @@ class RunFolder:
         self.first_scores = [first for first, _, _ in rows.values()]
         self.second_scores = [second for _, second, _ in rows.values()]
         self.picture_bytes = [size for _, _, size in rows.values()]
+
+
+@contextmanager
+def only_one(path: Path, rank: int) -> Iterator[None]:
+    """Holds a run's folder against other processes of this number; a killed one lets go.
+
+    Args:
+        path: the folder; made if it is missing.
+        rank: number of this process among those that share the run.
+
+    Raises:
+        ConfigError: another process has it, or it cannot be written.
+    """
+    lock = FileLock(path / f"process-{rank}.lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{path}: another process is at work on this run") from None
+    except OSError as error:
+        raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def failures(folder: Path) -> list[Failure]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from eval.harness.folder import SAVE_EVERY, Failure, RunFolder
+from eval.harness.folder import SAVE_EVERY, Failure, RunFolder, only_one
 from eval.harness.method import Method, SampleError, quiet_engine, told_as_sample_error
 from eval.harness.progress import Progress
 from eval.harness.provenance import now, provenance
@@ -157,10 +157,11 @@ async def _run(
             limit=limit,
             session=share.session,
         )
-        folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
-        with quiet_engine():
-            await _groups(method, task, folder, share, watch)
-        rows, failed = folder.finish(len(task), now())
+        with only_one(path, share.rank):
+            folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
+            with quiet_engine():
+                await _groups(method, task, folder, share, watch)
+            rows, failed = folder.finish(len(task), now())
         return Ended(rows, failed, len(task))
     finally:
         await method.close()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -329,6 +330,32 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         make(unbroken, share=Share(session="another"), resume=False)
     assert (unbroken / PROVENANCE).read_bytes() == before
+
+
+def test_nobody_else_works_on_a_run_meanwhile(unbroken: Path, tmp_path: Path) -> None:
+    other = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from eval.harness.folder import only_one
+        with only_one(Path(sys.argv[1]), 0):
+            print("at work", flush=True)
+            sys.stdin.read()
+    """)
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    with subprocess.Popen(
+        [sys.executable, "-c", other, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        with pytest.raises(ConfigError, match="run: another process is at work on this run"):
+            make(folder)
+        # Another part of the samples is another matter.
+        assert make(folder, share=Share(1, 2, session="a")).complete
+        process.kill()
+    assert make(folder).complete
+    assert without_times(folder) == without_times(unbroken)
 
 
 def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
