@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval.harness.lockstep import Gathers, Lockstep, Member
 from server_plugin.backends.fake import FakeBackend
-from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.backends.passes import Passes
 from server_plugin.backends.worker import Job
 from server_plugin.models import open_model
 from vlm_collab.errors import ImageError
@@ -35,14 +35,14 @@ async def ask(member: Member, question: str, delays: int) -> Any:
 
 def test_batches_do_not_depend_on_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[tuple[str, list[int]]] = []
-    execute = TransformersBackend._execute
+    execute = Passes.execute
 
-    def watched(self: TransformersBackend, kind: Hashable, jobs: list[Job]) -> None:
+    def watched(self: Passes, kind: Hashable, jobs: list[Job]) -> None:
         assert isinstance(kind, tuple)
         batches.append((kind[0], [job.length for job in jobs]))
         execute(self, kind, jobs)
 
-    monkeypatch.setattr(TransformersBackend, "_execute", watched)
+    monkeypatch.setattr(Passes, "execute", watched)
     backend, _ = open_model("demo", device="cpu", dtype="float32", batch=2)
     assert isinstance(backend, Gathers)
 
