@@ -28,6 +28,7 @@ from vlm_collab.openai import (
     api_error,
     check_model,
     refuse,
+    refuse_pictures_in,
     stage_name,
 )
 
@@ -141,6 +142,7 @@ class Answerer:
                 "vlm_collab.sources: this gateway makes the views itself; send the originals",
                 "unsupported_parameter",
             )
+        await asyncio.to_thread(_check_texts, query)
         try:
             self.check_time()
             until = asyncio.get_running_loop().time() + self._config.deadline_s
@@ -195,6 +197,16 @@ class Answerer:
         except ImageError as error:
             param = query.picture_params[0] if len(pictures) == 1 else query.question_param
             raise api_error(error, param=param) from error
+
+
+def _check_texts(query: Query) -> None:
+    """Refuse a picture among the words, which would leave whole.
+
+    Raises:
+        ApiError: there is one.
+    """
+    for text in (query.question, *(text for turn in query.history for text in turn)):
+        refuse_pictures_in(text, query.question_param)
 
 
 def _check_features(query: Query, welcome: Welcome) -> None:

@@ -56,6 +56,7 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
     refuse,
+    refuse_pictures_in,
     sse,
 )
 
@@ -225,6 +226,7 @@ class Gateway:
 
     async def _forward(self, request: Request, body: Mapping[str, Any]) -> Response:
         """Hand a request about text alone to the server's own API, as it is."""
+        await asyncio.to_thread(refuse_pictures_in, body)
         self.answerer.check_time()
         welcome = await unless_gone(request.receive, self.answerer.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:

@@ -220,20 +220,61 @@ async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
     assert made.vlm_collab["region_bytes"] == sum(region.bytes for region in regions)
 
 
+PICTURE = data_url(photo(1))
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def saying(**message: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": SURE, **message}]}
+
+
 @pytest.mark.parametrize(
-    "message",
+    ("body", "param"),
     [
-        {"role": "user", "content": SURE, "images": [data_url(photo(1))]},
-        {"role": "user", "content": said(SURE, photo(1))["content"][1]},
+        (saying(images=[PICTURE]), "messages[0].images"),
+        (saying(content=said(SURE, photo(1))["content"][1]), "messages[0].content"),
+        (saying(content=f"{SURE} {PICTURE}"), "messages[0].content"),
+        (saying(content=[SURE, f"![]({PICTURE})"]), "messages[0].content[1]"),
+        (saying(content=[{"type": "text", "text": PICTURE[23:]}]), "messages[0].content[0].text"),
+        (saying(tool_calls=[{"image": PICTURE}]), "messages[0].tool_calls"),
+        (
+            saying(tool_calls=[{**CALL, "function": {"name": "f", "arguments": PICTURE}}]),
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({**saying(), "images": [PICTURE]}, "images"),
+        ({**saying(), "attachments": [{"name": "a.jpg", "data": PICTURE[23:]}]}, "attachments"),
+        ({**saying(), "user": PICTURE}, "user"),
+        ({**saying(), "metadata": {"snapshot": PICTURE}}, "metadata.snapshot"),
+        # Beside a picture that leaves as a view.
+        ({"messages": [said(f"{SURE} {PICTURE}", photo(2))]}, "messages"),
     ],
 )
-async def test_a_picture_does_not_leave_as_text(tmp_path: Path, message: dict[str, Any]):
+async def test_a_picture_does_not_leave_as_text(tmp_path: Path, body: dict[str, Any], param: str):
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY)
     async with place(policy=policy) as here:
-        answer = await here.http.post("/chat/completions", json={"messages": [message]})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"].startswith("messages[0].")
+        for stream in (False, True):
+            answer = await here.http.post(
+                "/chat/completions", json={"model": MODEL, "stream": stream, **body}
+            )
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == param
+        assert not here.proxy.connections
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": f"{SURE} {PICTURE}"},
+        {"input": SURE, "instructions": PICTURE},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": PICTURE[23:]}]}]},
+    ],
+)
+async def test_a_picture_does_not_leave_as_the_text_of_a_response(body: dict[str, Any]):
+    async with place() as here:
+        answer = await here.http.post("/responses", json={"model": MODEL, **body})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "input"
         assert not here.proxy.connections
 
 

@@ -316,34 +316,6 @@ def test_bodies_that_are_too_much() -> None:
     assert refused(parse_chat, b"[]," * 600_000, WireLimits()).status == 413
 
 
-def test_text_alone_is_told_from_the_rest() -> None:
-    assert chat_is_text({"messages": [user("x", text("y")), {"role": "user", "content": "z"}]})
-    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    told = {"role": "tool", "content": [text("4")], "tool_call_id": "1"}
-    assert chat_is_text({"messages": [user(text("2 + 2?")), called, told], "tools": [{}]})
-    assert not chat_is_text({"messages": [user(text("x"), image(JPEG))]})
-    assert not chat_is_text({"messages": [user({"type": "input_audio"})]})
-    assert not chat_is_text({"messages": [user(5)]})
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        3,
-        {"0": user(image(JPEG))},
-        [data_url(JPEG)],
-        [{"role": "user", "content": image(JPEG)}],
-        [{"role": "user", "content": "x", "images": [data_url(JPEG)]}],
-        [user({**text("x"), "image_url": {"url": data_url(JPEG)}})],
-        [user({"type": "text", "text": image(JPEG)})],
-    ],
-)
-def test_what_may_hide_a_picture_is_not_text(messages: Any) -> None:
-    """It would leave the device as it is, past the view and past the policy."""
-    assert not chat_is_text({"messages": messages})
-    assert refused(parse_chat, {"messages": messages}, LIMITS).param
-
-
 def test_a_response_about_a_picture() -> None:
     item = {
         "role": "user",

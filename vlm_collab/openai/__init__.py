@@ -6,7 +6,7 @@ be sent. What can't be honoured is refused with the parameter's name (`ApiError`
 No sockets, clocks or models here.
 """
 
-from vlm_collab.openai.chat import chat_is_text, parse_chat
+from vlm_collab.openai.chat import parse_chat
 from vlm_collab.openai.completion import ChatStream, completion, finish_reason
 from vlm_collab.openai.errors import ApiError, api_error, refuse
 from vlm_collab.openai.fields import decode_body
@@ -30,6 +30,7 @@ from vlm_collab.openai.result import (
     sse,
     stage_name,
 )
+from vlm_collab.openai.texts import chat_is_text, refuse_pictures_in
 
 __all__ = [
     "DONE",
@@ -60,6 +61,7 @@ __all__ = [
     "parse_chat",
     "parse_responses",
     "refuse",
+    "refuse_pictures_in",
     "sse",
     "stage_name",
 ]

@@ -74,40 +74,6 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
     )
 
 
-def chat_is_text(body: Mapping[str, Any]) -> bool:
-    """Whether a request is about text alone, for sure; it may ask for more than `parse_chat` takes.
-
-    Where anything else could hide, such as in a field that other programs show their pictures in,
-    it is not: `parse_chat` says what is wrong with it, before it goes anywhere.
-    """
-    messages = body.get(_MESSAGES)
-    return isinstance(messages, list) and all(map(_says_text, messages))
-
-
-_OF_TEXTS = {
-    *("role", "content", "name", "refusal", "annotations", "reasoning", "reasoning_content"),
-    *("tool_calls", "tool_call_id", "function_call"),
-}
-
-
-def _says_text(message: object) -> bool:
-    if not isinstance(message, dict) or not message.keys() <= _OF_TEXTS:
-        return False
-    content = message.get("content")
-    return isinstance(content, str | None) or (
-        isinstance(content, list) and all(isinstance(one, str) or _is_text(one) for one in content)
-    )
-
-
-def _is_text(part: object) -> bool:
-    return (
-        isinstance(part, dict)
-        and part.get("type") in ("text", "refusal")
-        and isinstance(part.get(part["type"]), str)
-        and part.keys() <= {"type", part["type"], "cache_control"}
-    )
-
-
 def _longest(fields: Fields) -> int | None:
     old, new = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
     if old is not None and new is not None and old != new:

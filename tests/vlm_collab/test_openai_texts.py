@@ -1,0 +1,183 @@
+"""Which chats are about text alone, and which texts are pictures."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+
+from vlm_collab.openai import ApiError, chat_is_text, refuse_pictures_in
+
+PICTURE = "data:image/jpeg;base64,/9j/4A=="
+IMAGE = {"type": "image_url", "image_url": {"url": PICTURE}}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+def user(*content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(content)}
+
+
+def refused(value: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        refuse_pictures_in(value)
+    return caught.value
+
+
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 2}'}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2]}}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        # As Open WebUI asks for titles, and with all that its settings offer.
+        {"stream": False, "max_completion_tokens": 1000, "temperature": 0.1, "top_p": None},
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "seed": 3,
+            "stop": ["\n"],
+            "logit_bias": {"5": -100},
+            "min_p": 0.1,
+            "top_k": 40,
+            "frequency_penalty": 0.5,
+            "presence_penalty": -1,
+            "repetition_penalty": 1.1,
+            "reasoning_effort": "low",
+            "response_format": {"type": "json_object"},
+        },
+        # As a program with functions of its own does.
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "parallel_tool_calls": True,
+        },
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": SCHEMA, "strict": True},
+            }
+        },
+        {"user": "me", "metadata": {"chat": "7"}, "n": 2, "logprobs": True, "top_logprobs": 3},
+    ],
+)
+def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any]) -> None:
+    """The server behind a gateway may be able to do it."""
+    messages = [
+        {"role": "system", "content": "be short"},
+        user("2 + 2?", {**text("in words"), "cache_control": {"type": "ephemeral"}}),
+        {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+        {"role": "tool", "content": [text("4")], "tool_call_id": "1"},
+        {"role": "assistant", "content": "four", "refusal": None, "annotations": []},
+        {"role": "user", "content": "why? " * 20_000, "name": "Ann"},
+    ]
+    body = {"model": "m", "messages": messages, **more}
+    assert chat_is_text(body)
+    refuse_pictures_in(body)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        3,
+        PICTURE,
+        user(5),
+        user(text("x"), IMAGE),
+        user({"type": "input_audio"}),
+        user({**text("x"), "image_url": {"url": PICTURE}}),
+        user({"type": "text", "text": IMAGE}),
+        user({**text("x"), "cache_control": {"type": "ephemeral", "of": [1]}}),
+        {"role": "user", "content": IMAGE},
+        {"role": "user", "content": "x", "images": [PICTURE]},
+        {"role": "user", "content": "x", "name": {"a": 1}},
+        {"role": "robot", "content": "x"},
+        {"role": "assistant", "content": "x", "tool_calls": [{"image": PICTURE}]},
+        {"role": "assistant", "content": "x", "tool_calls": [{**CALLED, "image": "x"}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{**CALLED, "function": {"name": "f", "arguments": {}}}],
+        },
+        {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": [1]}},
+        {"role": "assistant", "content": "x", "annotations": [IMAGE]},
+        {"role": "assistant", "content": "x", "audio": {"id": "1"}},
+    ],
+)
+def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
+    """It would leave the device as it is, past the view and past the policy."""
+    assert not chat_is_text({"messages": [message]})
+    assert not chat_is_text({"messages": {"0": message}})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", ["x"]),
+        ("attachments", []),
+        ("mm_processor_kwargs", {"a": 1}),
+        ("user", ["x"]),
+        ("metadata", {"a": {"b": "c"}}),
+        ("stop", {"a": "b"}),
+        ("seed", "x"),
+        ("logit_bias", {"1": "x"}),
+        ("tools", [{"type": "function", "function": {"name": "f"}, "image": "x"}]),
+        ("tools", [{"type": "web_search"}]),
+        ("response_format", {"type": "text", "image": "x"}),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("stream_options", {"include_image": "x"}),
+        ("vlm_collab", {"view": "x"}),
+    ],
+)
+def test_fields_that_may_hide_a_picture(name: str, value: Any) -> None:
+    body = {"messages": [user("x")]}
+    assert chat_is_text(body)
+    assert not chat_is_text({**body, name: value})
+
+
+ENCODED = base64.b64encode(bytes(range(256)) * 6).decode()
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ({"a": [{"b": f"see DATA:image/png;base64,{ENCODED[:40]}"}]}, "a[0].b"),
+        ({"a": "x", "b": ["y", f"see {ENCODED} there"]}, "b[1]"),
+        ({"a": base64.encodebytes(bytes(3000)).decode()}, "a"),
+        ({"a": base64.urlsafe_b64encode(bytes([255]) * 3000).decode()}, "a"),
+        ({"a": bytes(1500).hex()}, "a"),
+        ({"a": {ENCODED: 1}}, "a"),
+        ({"a": {"b": list(bytes(1500))}}, "a.b"),
+        ({"a": {str(i): 255 for i in range(1500)}}, "a"),
+        ({"a": "words and " * 110_000}, "a"),
+    ],
+)
+def test_a_text_that_is_a_picture(value: Any, param: str) -> None:
+    error = refused(value)
+    assert (error.status, error.param, error.code) == (400, param, "picture_in_text")
+
+
+def test_no_depth_is_too_much() -> None:
+    deep: Any = "data:image/png"
+    for _ in range(5000):
+        deep = [deep]
+    assert refused(deep).param == "[0]" * 5000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a picture has data: image, size, place. " * 1000,
+        "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft\n" * 100,
+        "what is 看 in the 图像? " * 1000 + "看" * 5000,
+        f"of sha512 {'0f' * 64}\n" * 100,
+        "https://example.org/a/b?c=" + "d" * 1500,
+        "word\n" * 5000,
+        "-" * 1000 + " \n" + "=" * 3000,
+    ],
+)
+def test_words_are_no_picture(words: str) -> None:
+    refuse_pictures_in({"messages": [user(words)]})

@@ -1,0 +1,207 @@
+"""Requests about text alone, which a gateway hands on as they are: what they may hold.
+
+Whatever is handed on leaves the device past the view and past the policy. So the form of such a
+request is closed: a field that is not named here, or is of another type, could hold a picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from vlm_collab.openai.errors import refuse
+
+
+class _Form(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class _CacheControl(_Form):
+    type: str
+    ttl: str | None = None
+
+
+class _Text(_Form, tag="text"):
+    text: str
+    cache_control: _CacheControl | None = None
+
+
+class _Refusal(_Form, tag="refusal"):
+    refusal: str
+
+
+class _Called(_Form):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Form):
+    id: str
+    type: Literal["function"]
+    function: _Called
+    index: int | None = None  # some send back what was streamed to them
+
+
+class _Message(_Form):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[str | _Text | _Refusal] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: _Called | None = None
+    annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    audio: None = None
+
+
+class _Function(_Form):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(_Form):
+    type: Literal["function"]
+    function: _Function
+
+
+class _Name(_Form):
+    name: str
+
+
+class _ToolChoice(_Form):
+    type: Literal["function"]
+    function: _Name
+
+
+class _Schema(_Form):
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(_Form):
+    type: str
+    json_schema: _Schema | None = None
+
+
+class _StreamOptions(_Form):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Extension(_Form):
+    retransmit: str | None = None
+    eta: float | None = None
+
+
+class _Chat(_Form):
+    """A chat completion about text, as OpenAI has it, with what vLLM adds and clients offer."""
+
+    messages: list[_Message]
+    model: str | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    max_completion_tokens: float | None = None
+    max_tokens: float | None = None
+    metadata: dict[str, str] | None = None
+    min_p: float | None = None
+    modalities: list[str] | None = None
+    n: float | None = None
+    parallel_tool_calls: bool | None = None
+    presence_penalty: float | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    repetition_penalty: float | None = None
+    response_format: _ResponseFormat | None = None
+    safety_identifier: str | None = None
+    seed: float | None = None
+    service_tier: str | None = None
+    stop: str | list[str] | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    tool_choice: str | _ToolChoice | None = None
+    tools: list[_Tool] | None = None
+    top_k: float | None = None
+    top_logprobs: float | None = None
+    top_p: float | None = None
+    user: str | None = None
+    verbosity: str | None = None
+    vlm_collab: _Extension | None = None
+
+
+def chat_is_text(body: Mapping[str, Any]) -> bool:
+    """Whether a chat is about text alone by its form; it may ask for more than `parse_chat` takes.
+
+    Where anything else could be, such as in a field that other programs show their pictures in,
+    it is not: `parse_chat` says what is wrong with it, before it goes anywhere. Whether its texts
+    are texts `refuse_pictures_in` says.
+    """
+    try:
+        msgspec.convert(body, _Chat)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+_DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
+_ENCODED = re.compile(r"[A-Za-z0-9+/_-]{2000}")
+_FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
+"""Where a long base64 text is broken into lines."""
+_MOST_CHARS = 2**20
+_MOST_NUMBERS = 1000
+
+
+def refuse_pictures_in(value: object, where: str = "") -> None:
+    """Refuse texts that are pictures: data URLs of them, and what can only be encoded data.
+
+    No word of any language is 2000 letters, digits, `+`, `/`, `-` and `_` long, and pictures of
+    more than 1500 bytes are that in base64. Texts of more than 2^20 characters, which no model
+    that is shown pictures can read, and lists of more than 1000 numbers, which bytes are in JSON,
+    are refused likewise.
+
+    Args:
+        value: a text, or something of JSON with texts in it; names of fields are texts, too.
+        where: its path, for `param`.
+
+    Raises:
+        ApiError: names the first.
+    """
+    left = [(where, value)]
+    while left:
+        path, one = left.pop()
+        inner: list[tuple[str, object]] = []
+        texts: Iterable[str] = ()
+        if isinstance(one, str):
+            texts = [one]
+        elif isinstance(one, Mapping):
+            texts = one
+            inner = [(f"{path}.{name}" if path else name, each) for name, each in one.items()]
+        elif isinstance(one, list):
+            inner = [(f"{path}[{i}]", each) for i, each in enumerate(one)]
+        numbers = sum(isinstance(each, int | float) for _, each in inner)
+        if numbers > _MOST_NUMBERS or any(map(_is_picture, texts)):
+            raise refuse(
+                path or None,
+                f"{path or 'the request'}: a picture among the words, or other encoded data; send "
+                "pictures as parts of their own",
+                "picture_in_text",
+            )
+        left += reversed(inner)
+
+
+def _is_picture(text: str) -> bool:
+    if len(text) > _MOST_CHARS or _DATA_URL.search(text):
+        return True
+    return _ENCODED.search(_FOLD.sub("", text)) is not None
