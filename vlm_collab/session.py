@@ -116,9 +116,15 @@ class ServerLimits:
     max_in_flight: int = 32
 
 
+MAX_VIEW_PIXELS = 1024 * 1024
+"""Largest global view that an edge sends by default, in px. Those of the presets have 12 544 to
+112 896; a view as large as the picture would be the picture."""
+
+
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What an edge lets a server have. Requests beyond are declined by the session itself.
+    """What an edge lets a server have. Requests beyond are declined by the session itself, and a
+    server whose views are beyond is refused when it greets.
 
     Attributes:
         max_region_share: largest share of a picture's area that one request may name.
@@ -126,12 +132,14 @@ class EdgeLimits:
         max_frame_bytes: largest frame read from the server; its largest message is a map of
             4096 × 4096 cells at the very most, in practice a few hundred bytes.
         max_text_chars: longest streamed text; an answer of this length is a runaway server.
+        max_view_pixels: largest global view that a server may want, width × height in px.
     """
 
     max_region_share: float = 1.0
     max_regions: int | None = None
     max_frame_bytes: int = 2 * 2**20
     max_text_chars: int = 2**20
+    max_view_pixels: int = MAX_VIEW_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +396,7 @@ class EdgeSession(_Session):
         if isinstance(message, Welcome):
             if not self._greeted or self.welcome is not None:
                 raise RemoteProtocolError("Welcome is not allowed now")
+            self._check_view(message)
             self.welcome = message
             return message
         if isinstance(message, Error) and id == 0:
@@ -404,6 +413,15 @@ class EdgeSession(_Session):
         if isinstance(message, RegionRequest):
             return self._judge(question, message)
         return message
+
+    def _check_view(self, welcome: Welcome) -> None:
+        width, height = welcome.view_width, welcome.view_height
+        if width * height > self.limits.max_view_pixels:
+            raise RemoteProtocolError(
+                f"the server wants views of {width} x {height} px; this edge sends none of more "
+                f"than {self.limits.max_view_pixels} px (EdgeLimits.max_view_pixels)",
+                ErrorCode.TOO_LARGE,
+            )
 
     def _text(self, question: _Question, message: Partial) -> TextUpdate:
         if question.stage is not message.stage:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.async_api import Browser
 
-from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.engine import Engine
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
@@ -17,6 +18,7 @@ from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, launched, page_of, visiting
 from tests.support.proxy import Proxy, What, Where
 from tests.support.wire import http, service
+from vlm_collab.geometry import Size
 from vlm_collab.messages import Answer, Ask, Hello, Region, RegionRequest, Welcome
 from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
 
@@ -198,6 +200,18 @@ async def test_the_page_asks_for_the_token(visitor: Visitor):
         await visitor.page.reload()
         await visitor.status("open")
         assert not await field.is_visible()
+
+
+async def test_a_server_that_wants_whole_pictures_as_views_is_refused(visitor: Visitor):
+    info = replace(DEFAULT_INFO, view=Size(2000, 1500), view_bytes=2000 * 1500 * 3)
+    async with running(service(FakeBackend(info=info))) as url:
+        await visitor.page.goto(page_of(url))
+        said = await visitor.status("refused")
+        assert "views of 2000 × 1500 pixels" in said
+        await visitor.choose(PHOTO)
+        card = await visitor.ask(SURE, "failed")
+        assert said in await card.note()
+        assert visitor.sent(Ask) == []
 
 
 # ---- origins ---------------------------------------------------------------------------------

@@ -144,6 +144,10 @@ def _request(id: int, side_px: int = 224, **more: Any) -> RegionRequest:
     )
 
 
+def _wanting(view_width: int, view_height: int) -> Welcome:
+    return msgspec.structs.replace(WELCOME, view_width=view_width, view_height=view_height)
+
+
 def _conversations() -> dict[str, Callable[[], list[Step]]]:
     open_ = [HELLO, _came(WELCOME)]
     usage = Usage(70_000, 300, 700, 12, 123_456_789_012, 1, 65535, 20, 40)
@@ -198,6 +202,8 @@ def _conversations() -> dict[str, Callable[[], list[Step]]]:
         "another-picture": lambda: [*open_, _ask(), _came(_request(1, picture=1))],
         "too-much-kept": lambda: [*open_, _ask(), _came(Partial(1, Stage.FIRST, 1, "x"))],
         "never-asked": lambda: [*open_, _came(sure)],
+        "view-at-the-limit": lambda: [HELLO, _came(_wanting(2**19, 2)), _ask()],
+        "view-over-the-limit": lambda: [HELLO, _came(_wanting(1025, 1024))],
         "welcomed-twice": lambda: [*open_, _came(WELCOME)],
         "region-wanted-twice": lambda: [*open_, _ask(), _came(_request(1)), _came(_request(1))],
         "answered-twice": lambda: [*open_, _ask(), _came(sure), _came(sure)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -334,6 +335,45 @@ def test_the_edge_declines_by_itself_what_its_limits_forbid(limits, side_px, ind
     assert carry(edge, server) == [Decline(id, reason)]
     answer(server, id)
     assert isinstance(carry(server, edge)[0], Answer)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "limits"),
+    [
+        (1025, 1024, EdgeLimits()),
+        (2**20, 2, EdgeLimits()),
+        (2000, 1500, EdgeLimits()),
+        (60_000, 60_000, EdgeLimits()),
+        (113, 112, EdgeLimits(max_view_pixels=112 * 112)),
+    ],
+)
+def test_a_server_that_wants_larger_views_than_the_edge_sends_is_refused(width, height, limits):
+    """A view as large as the picture would be the picture."""
+    edge = EdgeSession(limits=limits)
+    edge.hello((Codec.JPEG,))
+    greeting = msgspec.structs.replace(WELCOME, view_width=width, view_height=height)
+    with pytest.raises(RemoteProtocolError, match=f"{width} x {height} px") as caught:
+        edge.receive(encode(greeting))
+    assert caught.value.code is ErrorCode.TOO_LARGE
+    assert edge.welcome is None
+    with pytest.raises(LocalProtocolError):
+        edge.ask("what?", 1, SOURCE, b"view")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "limits"),
+    [
+        (1024, 1024, EdgeLimits()),
+        (2**20, 1, EdgeLimits()),
+        (112, 112, EdgeLimits(max_view_pixels=112 * 112)),
+        (2000, 1500, EdgeLimits(max_view_pixels=3_000_000)),
+    ],
+)
+def test_a_view_up_to_the_limit_is_fine(width, height, limits):
+    edge = EdgeSession(limits=limits)
+    edge.hello((Codec.JPEG,))
+    greeting = msgspec.structs.replace(WELCOME, view_width=width, view_height=height)
+    assert edge.receive(encode(greeting)) == greeting
 
 
 def test_closing_refuses_what_is_in_flight():

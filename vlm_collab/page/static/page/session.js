@@ -16,6 +16,7 @@ const TRANSITIONS = {
 const CROSSED = new Set(["Partial", "RegionRequest"]); // after our Cancel
 const MAX_FRAME_BYTES = 2 * 2 ** 20;
 const MAX_TEXT_CHARS = 2 ** 20;
+const MAX_VIEW_PIXELS = 1024 * 1024; // a view as large as the picture would be the picture
 
 export class EdgeSession {
   welcome = null;
@@ -112,6 +113,13 @@ export class EdgeSession {
     this.bytesDown += size;
     if (kind === "Welcome") {
       if (!this.#greeted || this.welcome !== null) throw new ProtocolError("Welcome is not allowed now");
+      const { viewWidth, viewHeight } = message;
+      if (viewWidth * viewHeight > MAX_VIEW_PIXELS) {
+        throw new ProtocolError(
+          `it wants views of ${viewWidth} × ${viewHeight} pixels, ` +
+            `and this page sends none of more than ${MAX_VIEW_PIXELS}`,
+        );
+      }
       this.welcome = message;
       return message;
     }
