@@ -17,7 +17,6 @@ from edge_client.guard import open_guard, without_secrets
 from edge_client.keeper import Retry
 from edge_client.picture import Album, Picture
 from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError
-from vlm_collab.images import MAX_SOURCE_PIXELS
 from vlm_collab.messages import CUT_MARK, Fallback, Finish, Welcome
 from vlm_collab.openai import (
     Query,
@@ -76,7 +75,7 @@ class Answerer:
         }
         settings.update(options)
         self._client = EdgeClient(url, **settings)
-        self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS), limits.max_picture_bytes)
+        self._album = Album(settings["max_pixels"], limits.max_picture_bytes)
         self._fetcher = Fetcher(
             config.fetch_hosts,
             timeout_s=limits.fetch_timeout_s,
@@ -126,12 +125,15 @@ class Answerer:
         """
         self._guard.check_time()
 
-    async def answer(self, query: Query, on_text: TextSink | None) -> Result:
+    async def answer(
+        self, query: Query, on_text: TextSink | None, fetched: dict[Url, bytes] | None = None
+    ) -> Result:
         """Ask a question.
 
         Args:
             query: the question.
             on_text: see `EdgeClient.ask`.
+            fetched: filled with what was found at the addresses of its pictures.
 
         Raises:
             ApiError: there is no answer, and why.
@@ -151,12 +153,7 @@ class Answerer:
             if not query.pictures:
                 return await self._texts.ask(query, welcome.model, on_text)
             _check_features(query, welcome)
-            pictures = await asyncio.gather(
-                *(
-                    self._open(source, param)
-                    for source, param in zip(query.pictures, query.picture_params, strict=True)
-                )
-            )
+            pictures = await self._pictures(query, {} if fetched is None else fetched)
             left_s = max(0.001, until - asyncio.get_running_loop().time())
             answer = await self._ask(query, pictures, on_text, left_s)
             log.info(
@@ -171,11 +168,25 @@ class Answerer:
         except CollabError as error:
             raise api_error(error, param=query.question_param) from error
 
-    async def _open(self, source: bytes | Url, param: str) -> Picture:
-        if isinstance(source, Url):
-            source = await self._fetcher.fetch(source, param)
+    async def _pictures(self, query: Query, fetched: dict[Url, bytes]) -> list[Picture]:
+        """A question's pictures, each once; some may only turn out the same when they are there."""
+        params = query.picture_params
+
+        async def content(source: bytes | Url, param: str) -> bytes:
+            if isinstance(source, bytes):
+                return source
+            fetched[source] = await self._fetcher.fetch(source, param)
+            return fetched[source]
+
+        contents = await asyncio.gather(*map(content, query.pictures, params))
+        found: dict[bytes, str] = {}
+        for each, param in zip(contents, params, strict=True):
+            found.setdefault(each, param)
+        return list(await asyncio.gather(*map(self._open, found, found.values())))
+
+    async def _open(self, content: bytes, param: str) -> Picture:
         try:
-            return await asyncio.to_thread(self._album.get, source)
+            return await asyncio.to_thread(self._album.get, content)
         except ImageError as error:
             raise api_error(error, param=param) from error
 

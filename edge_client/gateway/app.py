@@ -46,6 +46,7 @@ from vlm_collab.openai import (
     ResponseBuilder,
     Result,
     TextFlow,
+    Url,
     api_error,
     chat_is_text,
     check_model,
@@ -98,6 +99,7 @@ class Gateway:
         routes = [
             Route("/v1/chat/completions", self._endpoint(self._chat), methods=["POST"]),
             Route("/v1/responses", self._endpoint(self._respond), methods=["POST"]),
+            Route("/v1/responses/{id}", self._endpoint(self._forget), methods=["DELETE"]),
             Route("/v1/models", self._endpoint(self._models)),
             Route("/v1/models/{id:path}", self._endpoint(self._model)),
             Route("/healthz", self._health),
@@ -107,7 +109,7 @@ class Gateway:
         pages = Middleware(
             CORSMiddleware,
             allow_origins=sorted(self.config.origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
         return Starlette(
@@ -178,22 +180,36 @@ class Gateway:
             id, created = f"resp_{secrets.token_hex(24)}", int(time.time())
             model = await self._model_name(request, query)
             form = ResponseBuilder(asked, id=id, created=created, model=model)
+            fetched: dict[Url, bytes] = {}
 
             def keep(result: Result) -> None:
                 if asked.store:
-                    self._responses.keep(id, asked.whole(before).answered(result.text))
+                    # An address may show something else by the time it is gone on from.
+                    whole = asked.whole(before).fetched(fetched).answered(result.text)
+                    self._responses.keep(id, whole)
 
             if query.stream:
-                return await self._stream(request, query, form, keep)
-            result = await unless_gone(request.receive, self.answerer.answer(query, None))
+                return await self._stream(request, query, form, keep, fetched)
+            answering = self.answerer.answer(query, None, fetched)
+            result = await unless_gone(request.receive, answering)
             keep(result)
             return _json(form.whole(result))
 
+    async def _forget(self, request: Request) -> Response:
+        id = str(request.path_params["id"])
+        self._responses.forget(id)
+        return _json({"id": id, "object": "response", "deleted": True})
+
     async def _stream(
-        self, request: Request, query: Query, form: Form, finished: Callable[[Result], None]
+        self,
+        request: Request,
+        query: Query,
+        form: Form,
+        finished: Callable[[Result], None],
+        fetched: dict[Url, bytes] | None = None,
     ) -> Response:
         pieces = answer_pieces(
-            lambda on_text: self.answerer.answer(query, on_text),
+            lambda on_text: self.answerer.answer(query, on_text, fetched),
             form,
             TextFlow(query.options.stop),
             whole=query.options.tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from vlm_collab.openai import Conversation, refuse
+from vlm_collab.openai import ApiError, Conversation, refuse
 
 
 class ResponseStore:
@@ -38,13 +38,18 @@ class ResponseStore:
         if name is None:
             return Conversation()
         if name not in self._kept:
-            raise refuse(
-                "previous_response_id",
-                f"there is no response {name!r}, or no longer",
-                "previous_response_not_found",
-            )
+            raise _unknown(name, "previous_response_id")
         self._kept.move_to_end(name)
         return self._kept[name]
+
+    def forget(self, name: str) -> None:
+        """Keep a response no longer.
+
+        Raises:
+            ApiError: there is none, or no longer (404).
+        """
+        if self._kept.pop(name, None) is None:
+            raise _unknown(name, "response_id", status=404)
 
     def _nbytes(self) -> int:
         """Pictures and texts are handed on from response to response, so each is one object."""
@@ -56,3 +61,8 @@ class ResponseStore:
                 if isinstance(picture, bytes):
                     held[id(picture)] = len(picture)
         return sum(held.values())
+
+
+def _unknown(name: str, param: str, *, status: int = 400) -> ApiError:
+    text = f"there is no response {name!r}, or no longer"
+    return refuse(param, text, "previous_response_not_found", status=status)

@@ -16,11 +16,13 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from edge_client import cli
 from eval.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import data_url, said
+from tests.support.pictures import saved
 from tests.support.process import serving
 
 VLM_COLLAB = str(Path(sys.executable).with_name("vlm-collab"))
@@ -183,6 +185,19 @@ def test_a_gateway_starts_before_its_server():
             with pytest.raises(openai.InternalServerError, match="no server answers"):
                 client.models.list()
         assert stopped(process) == ""
+
+
+def test_the_largest_picture_is_the_one_that_was_said():
+    wide = saved(Image.new("L", (1001, 1000)), "PNG")
+    with serving("fake") as (_, server):
+        arguments = ("--server", str(server["url"]), "--max-megapixels", "1")
+        with (
+            started(*arguments) as (_, own),
+            openai.OpenAI(base_url=own["url"], api_key="any", max_retries=0) as client,
+            pytest.raises(openai.APIStatusError) as caught,
+        ):
+            client.chat.completions.create(model="fake", messages=[said(SURE, wide)])
+    assert caught.value.code == "image_too_large"
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,18 @@ async def test_limits_of_a_request():
             await ask(here.client, SURE, *(photo(i) for i in range(5)))
 
 
+async def test_a_picture_with_more_pixels_than_are_taken():
+    pixels = 480 * 360
+    async with place(limits={"max_pixels": pixels}) as here:
+        assert (await ask(here.client)).choices
+    async with place(limits={"max_pixels": pixels - 1}) as here:
+        with pytest.raises(openai.APIStatusError, match="480") as caught:
+            await ask(here.client)
+        assert caught.value.status_code == 413
+        assert caught.value.code == "image_too_large"
+        assert caught.value.param == "messages[0].content[1].image_url.url"
+
+
 async def test_a_question_that_is_too_long_or_holds_reserved_text():
     async with place() as here:
         for question in ("x" * 20_000, "what is <image>?"):

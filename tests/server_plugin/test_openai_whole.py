@@ -258,7 +258,8 @@ async def test_a_response_belongs_to_its_key_and_can_be_deleted():
             await b.responses.create(model="fake", input="?", previous_response_id=first.id)
         with pytest.raises(openai.NotFoundError):
             await b.responses.delete(first.id)
-        await a.responses.delete(first.id)
+        told = await a.responses.with_raw_response.delete(first.id)
+        assert told.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
         assert (running_service.openai.memory.count, running_service.openai.memory.nbytes) == (0, 0)
         with pytest.raises(openai.NotFoundError):
             await a.responses.create(model="fake", input="?", previous_response_id=first.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -78,6 +78,15 @@ class Conversation:
     def answered(self, text: str) -> Conversation:
         """With the answer at its end."""
         return Conversation((*self.lines, (Role.ASSISTANT, text)), self.pictures, self.params)
+
+    def fetched(self, contents: Mapping[Url, bytes]) -> Conversation:
+        """With pictures instead of their addresses; one that turns out to be there already goes."""
+        found: dict[PictureSource, str] = {}
+        for picture, param in zip(self.pictures, self.params, strict=True):
+            if isinstance(picture, Url):
+                picture = contents.get(picture, picture)
+            found.setdefault(picture, param)
+        return Conversation(self.lines, tuple(found), tuple(found.values()))
 
     def turns(self) -> tuple[tuple[tuple[str, str], ...], str]:
         """The conversation as (question, answer) pairs, and the question that is open.
