@@ -99,9 +99,7 @@ async def test_everything_by_keyboard(visitor: Visitor):
     page = visitor.page
 
     async def focused() -> str:
-        return await page.evaluate(
-            "document.activeElement.textContent.trim() || document.activeElement.id"
-        )
+        return await page.evaluate(FOCUSED)
 
     async with running(service(slow(0.2))) as url:
         await visitor.open(url)
@@ -143,15 +141,107 @@ async def test_everything_by_keyboard(visitor: Visitor):
         assert await page.evaluate("document.querySelector('#heat-clip').className") == "off"
 
 
-async def test_stopping_by_keyboard_keeps_the_place(visitor: Visitor):
+FOCUSED = "() => document.activeElement.textContent.trim() || document.activeElement.id"
+DRAWN_CAMERA = """() => {
+    const canvas = document.createElement("canvas");
+    setInterval(() => canvas.getContext("2d").fillRect(0, 0, 9, 9), 30);
+    navigator.mediaDevices.getUserMedia = async () => canvas.captureStream();
+}"""
+"""Makes the browser's camera one that every machine has."""
+
+
+async def test_the_token_by_keyboard_leads_to_the_question(visitor: Visitor):
+    page = visitor.page
+    async with running(service(token="s3cret")) as url:
+        await visitor.open(url, connected=False)
+        for press in ("Enter", "Tab"):
+            await visitor.status("token")
+            assert await page.evaluate(FOCUSED) == "token"
+            await page.keyboard.type("s3cret")
+            await page.keyboard.press(press)
+            if press == "Tab":
+                assert await page.evaluate(FOCUSED) == "Connect"
+                await page.keyboard.press("Enter")
+            await visitor.status("open")
+            assert await page.evaluate(FOCUSED) == "question"
+            await page.evaluate("sessionStorage.clear()")
+            await page.reload()
+
+
+async def test_a_connection_that_comes_back_leaves_the_keyboard_where_it_is(visitor: Visitor):
+    page = visitor.page
+    async with running(service(token="s3cret")) as url:
+        await visitor.open(url, connected=False)
+        await visitor.status("token")
+        await page.keyboard.type("s3cret")
+        await page.keyboard.press("Enter")
+        choose = page.get_by_role("button", name="Choose a picture")
+        await choose.focus()
+        await visitor.status("open")
+        assert await page.evaluate(FOCUSED) == "Choose a picture"
+
+
+async def test_the_camera_by_keyboard(visitor: Visitor):
+    page = visitor.page
+    async with running(service()) as url:
+        await visitor.open(url)
+        await page.evaluate(DRAWN_CAMERA)
+        for name in ("Take a picture", "Camera"):
+            await page.get_by_role("button", name=name, exact=True).focus()
+            await page.keyboard.press("Enter")
+            await page.locator("#viewfinder").wait_for()
+            assert await page.evaluate(FOCUSED) == "Take the picture"
+            await page.keyboard.press("Tab")
+            assert await page.evaluate(FOCUSED) == "Cancel"
+            await page.keyboard.press("Enter")
+            assert await page.evaluate(FOCUSED) == name
+            await page.keyboard.press("Enter")
+            await page.evaluate(
+                "() => video.readyState >= 2 || "
+                "new Promise((seen) => video.addEventListener('loadeddata', seen, { once: true }))"
+            )
+            await page.keyboard.press("Enter")
+            await page.wait_for_selector("#stage:not([aria-busy]) #caption:has-text('Camera')")
+            assert await page.evaluate(FOCUSED) == "question"
+        await page.get_by_role("button", name="Camera", exact=True).press("Enter")
+        await page.locator("#viewfinder").wait_for()
+        # A question is about the picture on show, and ends what was about another.
+        await visitor.ask(SURE, "sure")
+        assert await page.evaluate("video.srcObject") is None
+        assert await page.evaluate(FOCUSED) == "question"
+
+
+async def test_a_picture_that_comes_in_otherwise_closes_the_camera(visitor: Visitor):
+    page = visitor.page
+    async with running(service()) as url:
+        await visitor.open(url)
+        await page.evaluate(DRAWN_CAMERA)
+        await page.get_by_role("button", name="Take a picture").press("Enter")
+        await page.locator("#viewfinder").wait_for()
+        broken = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"no picture"}
+        await page.set_input_files("#file", broken)
+        await visitor.problem()
+        assert not await page.locator("#viewfinder").is_visible()
+        assert await page.evaluate("video.srcObject") is None
+        assert await page.evaluate(FOCUSED) == "Take a picture"
+
+
+async def test_stopping_and_asking_again_by_keyboard_keep_the_place(visitor: Visitor):
+    page = visitor.page
     async with running(service(slow(30.0))) as url:
         await visitor.open(url)
         await visitor.choose(PHOTO)
         card = await visitor.ask(UNSURE)
         await card.locator.get_by_role("button", name="Stop").focus()
-        await visitor.page.keyboard.press("Enter")
+        await page.keyboard.press("Enter")
         await card.ends("failed")
-        assert await visitor.page.evaluate("document.activeElement.textContent") == UNSURE
+        assert await page.evaluate(FOCUSED) == UNSURE
+        await page.keyboard.press("Tab")
+        assert await page.evaluate(FOCUSED) == "Ask again"
+        await page.keyboard.press("Enter")
+        # The title of the new card, which is first in the list.
+        assert await page.evaluate("document.activeElement === document.querySelector('.title')")
+        assert await page.locator(".card").count() == 2
 
 
 async def test_what_a_screen_reader_finds(visitor: Visitor):

@@ -28,7 +28,9 @@ keeper.onstate = ({ kind, text, welcome }) => {
   if (welcome) $("model").textContent = welcome.model;
   const form = $("token-form");
   const appears = kind === "token" && form.hidden;
+  const held = form.contains(document.activeElement);
   form.hidden = kind !== "token" && (kind === "open" || form.hidden);
+  if (held && form.hidden) $("question").focus(); // or the keyboard's place would vanish with it
   if (kind === "open") showMeter();
   if (kind === "token") {
     sessionStorage.removeItem(TOKEN);
@@ -56,7 +58,7 @@ document.addEventListener("visibilitychange", () => {
 async function open(file, name) {
   const turn = ++opening;
   problem("");
-  camera.close();
+  closeCamera();
   $("stage").setAttribute("aria-busy", "true");
   try {
     const picture = await Picture.open(file, name);
@@ -130,7 +132,10 @@ async function takePicture() {
 
 function closeCamera() {
   camera.close();
+  const held = $("viewfinder").contains(document.activeElement);
   stage.viewfinder(false);
+  // The keyboard's place goes back to the button that opened it.
+  if (held) [...document.querySelectorAll("[data-camera]")].find((each) => each.offsetParent).focus();
 }
 
 $("close-camera").addEventListener("click", closeCamera);
@@ -174,6 +179,7 @@ async function ask(picture, question, history = historyOf(picture)) {
     stop: () => asking.stop(),
     again: () => {
       ask(picture, question, history);
+      cards.at(-1).title.focus(); // before the button vanishes
       card.again.hidden = true;
     },
   });
@@ -209,7 +215,10 @@ function select(card) {
   selected?.select(false);
   selected = card;
   card?.select(true);
-  if (card) stage.show(card.picture, card.region).catch(problem);
+  if (card) {
+    closeCamera();
+    stage.show(card.picture, card.region).catch(problem);
+  }
   showRefer();
 }
 
