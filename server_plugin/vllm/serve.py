@@ -78,7 +78,8 @@ def invocation(
         options: what else `server_plugin.vllm.endpoint.Options` takes.
         dtype, batch: see `server_plugin.vllm.model.engine_options`.
         log_level: of vLLM's processes; None: vLLM's own choice.
-        further: options of vLLM; they win over those made here.
+        further: options of vLLM; they win over those made here, which of
+            `--compilation-config` are single keys.
 
     Raises:
         ModelError: the checkpoint is missing, or of a family without an adapter.
@@ -89,11 +90,7 @@ def invocation(
         raise ConfigError("the fake model runs without vLLM; leave out --backend vllm")
     if config.port == 0:
         raise ConfigError("vLLM takes no port 0; name a free one with --port")
-    if any(option.split("=")[0] in _ADDITIONAL_CONFIG for option in further):
-        raise ConfigError(
-            "--additional-config holds this command's options; write yours as "
-            "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
-        )
+    _refuse_what_would_hide_ours(further)
     from server_plugin.adapters.checkpoint import local_or_hub
     from server_plugin.vllm.model import check, engine_options
 
@@ -107,7 +104,8 @@ def invocation(
     if model == DEMO_MODEL:
         ours["preset"] = DEMO_MODEL
     arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
-    for name, value in engine_options(preset, dtype, batch).items():
+    defaults = engine_options(preset, dtype, batch)
+    for name, value in defaults.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         arguments += [f"--{name.replace('_', '-')}", text]
     if model == DEMO_MODEL:
@@ -115,7 +113,8 @@ def invocation(
     for name, file in (("certfile", config.tls_cert), ("keyfile", config.tls_key)):
         if file is not None:
             arguments += [f"--ssl-{name}", str(file)]
-    arguments += [*further, f"--additional-config.{PLUGIN}", json.dumps(ours)]
+    arguments += _with_defaults(further, _COMPILATION_CONFIG, defaults["compilation_config"])
+    arguments += [f"--additional-config.{PLUGIN}", json.dumps(ours)]
     environment = {"VLLM_PLUGINS": ",".join(sorted(_plugins()))}
     if config.token is not None:
         # Not on the command line, which every user of the machine can read.
@@ -133,7 +132,69 @@ def become(invocation: Invocation) -> NoReturn:
     os.execve(sys.executable, command, {**os.environ, **invocation.environment})
 
 
-_ADDITIONAL_CONFIG = ("--additional-config", "--additional_config")
+_ADDITIONAL_CONFIG = ("--additional-config",)
+_COMPILATION_CONFIG = ("--compilation-config", "-cc")
+
+
+def _named(argument: str) -> tuple[str, str, str | None]:
+    """An argument's option in vLLM's spelling, the key behind its dot, and what it is set to."""
+    name, equals, value = argument.partition("=")
+    option, _, key = name.partition(".")
+    return option.replace("_", "-"), key, value if equals else None
+
+
+def _means(option: str, names: Sequence[str]) -> bool:
+    """Whether vLLM's parser may take it for one of these; it also takes their first letters."""
+    return len(option.lstrip("-")) > 0 and any(name.startswith(option) for name in names)
+
+
+def _refuse_what_would_hide_ours(further: Sequence[str]) -> None:
+    for option, key, _ in map(_named, further):
+        if _means(option, _ADDITIONAL_CONFIG) and not (key and option in _ADDITIONAL_CONFIG):
+            raise ConfigError(
+                "--additional-config holds this command's options; write yours as "
+                "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
+            )
+        if option == "--config":
+            # vLLM lets the command line win over the file, and with it whatever is set here.
+            raise ConfigError(
+                "--config: this command's own options would win over the file's; give those of "
+                "the file on the command line, or start `vllm serve` yourself (docs/vllm.md)"
+            )
+
+
+def _with_defaults(
+    further: Sequence[str], names: Sequence[str], defaults: Mapping[str, str]
+) -> list[str]:
+    """Arguments in which each value of a dictionary's option has these keys too.
+
+    vLLM merges no dictionaries: it takes the last JSON that is given, or, if there are any, the
+    dotted keys below the spelling that came last. So each of these gets what it does not have.
+    """
+    result, dotted = list(further), dict[str, set[str]]()
+    for place, (option, key, value) in enumerate(map(_named, further)):
+        if not _means(option, names):
+            continue
+        if key:
+            dotted.setdefault(option, set()).add(key.partition(".")[0])
+        elif value is not None:
+            result[place] = f"{further[place].partition('=')[0]}={_filled(value, defaults)}"
+        elif place + 1 < len(further):
+            result[place + 1] = _filled(further[place + 1], defaults)
+    for option, keys in dotted.items():
+        for key in defaults.keys() - keys:
+            result += [f"{option}.{key}", defaults[key]]
+    return result
+
+
+def _filled(text: str, defaults: Mapping[str, str]) -> str:
+    try:
+        given = json.loads(text)
+    except ValueError:
+        return text  # vLLM says what is wrong with it
+    if not isinstance(given, dict) or defaults.keys() <= given.keys():
+        return text
+    return json.dumps({**defaults, **given})
 
 
 def _plugins() -> set[str]:

@@ -15,6 +15,7 @@ from server_plugin.models import demo_folder
 from server_plugin.service.config import ServiceConfig
 from server_plugin.vllm import serve
 from server_plugin.vllm.endpoint import options_of
+from tests.support.vllm_cpu.environment import parsed
 from vlm_collab.errors import ConfigError
 
 
@@ -95,6 +96,86 @@ def test_what_is_not_given_is_vllm_s_choice(vllm: SimpleNamespace) -> None:
     assert graphs == {"cudagraph_mode": "PIECEWISE"}
 
 
+PIECEWISE = '"cudagraph_mode": "PIECEWISE"'
+
+
+@pytest.mark.parametrize(
+    ("given", "handed_on"),
+    [
+        (["-cc", '{"mode": 3}'], ["-cc", f'{{{PIECEWISE}, "mode": 3}}']),
+        (["-c", '{"mode": 3}'], ["-c", f'{{{PIECEWISE}, "mode": 3}}']),
+        (['-cc={"mode": 3}'], [f'-cc={{{PIECEWISE}, "mode": 3}}']),
+        (
+            ["--compilation_config", '{"mode": 3}', "--seed", "1"],
+            ["--compilation_config", f'{{{PIECEWISE}, "mode": 3}}', "--seed", "1"],
+        ),
+        (["--compil.mode", "3"], ["--compil.mode", "3", "--compil.cudagraph_mode", "PIECEWISE"]),
+        (
+            ["-cc.mode=3", "--compilation-config.mode", "3", "-cc.level=1", "-O3"],
+            [
+                *("-cc.mode=3", "--compilation-config.mode", "3", "-cc.level=1", "-O3"),
+                *("-cc.cudagraph_mode", "PIECEWISE"),
+                *("--compilation-config.cudagraph_mode", "PIECEWISE"),
+            ],
+        ),
+    ],
+)
+def test_options_of_compilation_keep_the_graphs_that_rows_need(
+    given: list[str], handed_on: list[str]
+) -> None:
+    arguments = made(further=given).arguments
+    assert list(arguments[arguments.index("demo") + 1 : -2]) == handed_on
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["-cc", '{"cudagraph_mode": "NONE"}'],
+        ["-cc.cudagraph_mode=NONE", "-cc.mode", "3"],
+        ["--compilation-config.cudagraph_mode", "NONE"],
+        # What vLLM will say about these is clearer.
+        ["-cc", "3"],
+        ["-cc", "{"],
+        ["-cc"],
+        # None of these is about compilation.
+        ["--", "-", "--config-format", "hf", "-O3", "--cudagraph-capture-sizes", "1"],
+    ],
+)
+def test_graphs_that_the_user_sets_are_the_user_s(given: list[str]) -> None:
+    arguments = made(further=given).arguments
+    assert list(arguments[arguments.index("demo") + 1 : -2]) == given
+
+
+@pytest.mark.vllm
+@pytest.mark.xdist_group("parser")
+def test_vllm_s_own_parser_takes_the_user_s_options_and_the_graphs() -> None:
+    """Every form in which vLLM takes a dictionary, through its real parser."""
+    forms: dict[str, list[str]] = {
+        "none": [],
+        "dotted": ["--compilation-config.mode", "3"],
+        "short, dotted": ["-cc.mode=3"],
+        "json": ["--compilation-config", '{"mode": 3}'],
+        "short json": ['-cc={"mode": 3}'],
+        "both": ["-cc", '{"mode": 3}', "--compilation_config.cudagraph_capture_sizes+=1,2"],
+        "abbreviated": ["--compil.mode", "3"],
+        "the user's": ["-cc.mode=3", "-cc.cudagraph_mode=FULL"],
+    }
+    others = ["--limit-mm-per-prompt", '{"image": 4}', "--dtype", "bfloat16", "--block-size=64"]
+    jobs = [
+        list(made(further=[*form, *others, "--additional-config.other", "1"]).arguments)
+        for form in forms.values()
+    ]
+    results = dict(zip(forms, parsed(jobs), strict=True))
+    for name, result in results.items():
+        assert result["cudagraph_mode"] == ("FULL" if name == "the user's" else "PIECEWISE"), name
+        assert result["mode"] == (None if name in ("none", "both") else 3), name
+        assert result["sizes"] == ([1, 2] if name == "both" else None), name
+        assert result["limit_mm_per_prompt"] == {"image": 4}
+        assert (result["dtype"], result["block_size"]) == ("bfloat16", 64)
+        assert options_of(result["additional_config"]).preset == "demo"
+        assert result["additional_config"]["other"] == 1
+
+
 def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="lora_resolver")
     monkeypatch.setattr(
@@ -116,6 +197,11 @@ def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"options": {"policy_options": {"rate": 0.5}}}, "--policy random"),
         ({"options": {"policy": "sometimes"}}, "sometimes"),
         ({"further": ["--additional_config", "{}"]}, "KEY VALUE"),
+        # vLLM would take these for `--additional-config` too, and ours would be gone.
+        ({"further": ["--additional={}"]}, "KEY VALUE"),
+        ({"further": ["--addi.other", "1"]}, "KEY VALUE"),
+        ({"further": ["--config", "vllm.yaml"]}, "--config"),
+        ({"further": ["--config=vllm.yaml"]}, "--config"),
     ],
 )
 def test_wrong_options_are_refused_before_vllm_starts(given: dict[str, Any], words: str) -> None:

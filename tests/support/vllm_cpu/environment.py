@@ -96,8 +96,17 @@ def environment() -> dict[str, str]:
 
 def drive(job: dict[str, Any]) -> Any:
     """Run `drive.py` on a job; returns its answers."""
+    return _script("drive.py", job)
+
+
+def parsed(jobs: list[list[str]]) -> Any:
+    """Run `parse.py` on the arguments of commands; returns what vLLM's parser makes of each."""
+    return _script("parse.py", jobs)
+
+
+def _script(name: str, job: Any) -> Any:
     done = subprocess.run(
-        [ensure(), SUPPORT / "drive.py"],
+        [ensure(), SUPPORT / name],
         input=json.dumps(job),
         capture_output=True,
         text=True,
