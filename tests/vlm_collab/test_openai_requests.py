@@ -162,7 +162,7 @@ def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
         {"response_format": {"type": "text"}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"store": False, "service_tier": "auto", "modalities": ["text"], "top_logprobs": 0},
-        {"stop": None},
+        {"stop": None, "stream_options": None},
         {"reasoning_effort": None, "verbosity": "medium"},
     ],
 )
@@ -205,6 +205,8 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"stop": 3}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_all": True}}, "stream_options.include_all"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {}, "stream": False}, "stream_options"),
         ({"top_k": 5}, "top_k"),
         ({"model": 3}, "model"),
         ({"vlm_collab": {"retransmit": "maybe"}}, "vlm_collab.retransmit"),
@@ -351,6 +353,12 @@ def test_a_conversation_that_is_sent_back_as_it_came() -> None:
     )
     assert query.history == (("what?", "a sign"),)
     assert query.question == "?"
+
+
+def test_what_changes_nothing_about_a_response() -> None:
+    """The SDK for agents asks for its model's thoughts by itself."""
+    assert respond(include=["reasoning.encrypted_content"]) == respond()
+    assert respond(prompt_cache_retention="24h", text={"format": {"type": "text"}}) == respond()
 
 
 def test_the_region_tool() -> None:

@@ -56,7 +56,7 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
         fields, extension, longest=_longest(fields), tokens=fields.flag("logprobs")
     )
     stream = fields.flag("stream")
-    include_usage = _include_usage(fields)
+    include_usage = _include_usage(fields, stream)
     _refuse_unsupported(fields)
     fields.end()
     conversation = Conversation.joined(
@@ -81,7 +81,7 @@ def _longest(fields: Fields) -> int | None:
     return old if new is None else new
 
 
-def _include_usage(fields: Fields) -> bool:
+def _include_usage(fields: Fields, stream: bool) -> bool:
     value = fields.take("stream_options")
     if value is None:
         return False
@@ -89,6 +89,8 @@ def _include_usage(fields: Fields) -> bool:
     options.harmless("include_obfuscation")  # padding against eavesdroppers
     include_usage = options.flag("include_usage")
     options.end()
+    if not stream:
+        raise unsupported("stream_options", "only with stream: true")
     return include_usage
 
 
