@@ -420,7 +420,7 @@ class EdgeSession(_Session):
             raise RemoteProtocolError(
                 f"the server wants views of {width} x {height} px; this edge sends none of more "
                 f"than {self.limits.max_view_pixels} px (EdgeLimits.max_view_pixels)",
-                ErrorCode.TOO_LARGE,
+                ErrorCode.BAD_OPTION,
             )
 
     def _text(self, question: _Question, message: Partial) -> TextUpdate:
