@@ -240,6 +240,7 @@ class Asking:
         request.guard.begin()
         link = await self._links.link()
         form = self._view_form(link.welcome)
+        request.guard.check_view(form[0])
         views = await self._off_loop(lambda: self._encode_views(form))
         await link.slot()
         # From here to the end of `ask` nothing waits, so the first of several questions on a

@@ -104,7 +104,7 @@ class AuditLog:
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
         self.path = Path(path)
         self._fsync = fsync
-        self._told: set[tuple[int, str]] = set()
+        self._told: dict[str, tuple[int, bytes]] = {}  # offset and line of each key
         try:
             os.close(self._open())
         except OSError as error:
@@ -116,7 +116,25 @@ class AuditLog:
         Raises:
             PrivacyError: it cannot be written; what it tells of must not leave.
         """
-        data = _encoder.encode(line) + b"\n"
+        self._append(_encoder.encode(line) + b"\n")
+
+    def hidden(self, boxes: Iterable[Box], when: datetime.datetime) -> str:
+        """The key under which lines name what is black; written out unless the file has it.
+
+        Raises:
+            PrivacyError: see `write`.
+        """
+        listed = tuple(boxes)
+        if not listed:
+            return ""
+        key = hashlib.sha256(_encoder.encode(listed)).hexdigest()[:16]
+        if not self._is_told(key):
+            data = _encoder.encode(HiddenLine(time=when, key=key, boxes=listed)) + b"\n"
+            self._told[key] = self._append(data), data
+        return key
+
+    def _append(self, data: bytes) -> int:
+        """Append a line; the offset at which it lies."""
         try:
             file = self._open()
             try:
@@ -127,6 +145,8 @@ class AuditLog:
                         data = b"\n" + data  # a crash cut the last line
                 if os.write(file, data) != len(data):
                     raise OSError("the disk is full")
+                # Appending moves the position behind what was written, wherever that came to lie.
+                start = os.lseek(file, 0, os.SEEK_CUR) - len(data.lstrip(b"\n"))
                 if self._fsync:
                     os.fsync(file)
             finally:
@@ -136,28 +156,24 @@ class AuditLog:
                 f"the audit log {self.path} cannot be written, so nothing is sent: "
                 f"{error.strerror or error}"
             ) from error
+        return start
 
-    def hidden(self, boxes: Iterable[Box], when: datetime.datetime) -> str:
-        """The key under which lines name what is black; written out when it is new.
+    def _is_told(self, key: str) -> bool:
+        """Whether the line that was written for a key is still where it was.
 
-        Raises:
-            PrivacyError: see `write`.
+        The file may have been moved away or cut short since, and have grown again.
         """
-        listed = tuple(boxes)
-        if not listed:
-            return ""
-        key = hashlib.sha256(_encoder.encode(listed)).hexdigest()[:16]
-        if (self._inode(), key) not in self._told:
-            self.write(HiddenLine(time=when, key=key, boxes=listed))
-            self._told.add((self._inode(), key))
-        return key
-
-    def _inode(self) -> int:
-        """Which file it is: it may have been moved away."""
+        if key not in self._told:
+            return False
+        start, data = self._told[key]
         try:
-            return os.stat(self.path).st_ino
+            file = self._open()
+            try:
+                return os.pread(file, len(data), start) == data
+            finally:
+                os.close(file)
         except OSError:
-            return 0
+            return False  # writing it says what is wrong
 
     def _open(self) -> int:
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
@@ -172,13 +188,20 @@ class Log(NamedTuple):
 
     Attributes:
         images: what left, in the order of the file.
-        hidden: what was black in them, by key.
+        hidden: what was black in them, by key; see `black_in`.
         broken: lines that could not be read; a crash leaves one.
     """
 
     images: tuple[ImageLine, ...]
     hidden: dict[str, tuple[Box, ...]]
     broken: int
+
+    def black_in(self, line: ImageLine) -> tuple[Box, ...] | None:
+        """What was black in an image, px of the upright original; None where the log does not say.
+
+        The line that says so can be missing from a log that was cut short or put together.
+        """
+        return self.hidden.get(line.hidden) if line.hidden else ()
 
 
 def read_log(path: str | os.PathLike[str]) -> Log:
@@ -232,7 +255,7 @@ def _is_possible(line: ImageLine) -> bool:
 
 
 class Recent:
-    """Follows the end of a log: what was added since one last looked, by whomever.
+    """Follows the end of a log: what others added since one last looked.
 
     Args:
         path: the log.
@@ -241,9 +264,20 @@ class Recent:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._place: tuple[int, int] | None = None  # inode and offset
+        self._own: set[ImageLine] = set()
+
+    def wrote(self, line: ImageLine) -> None:
+        """Tell of an own line that was written; `lines` leaves it out.
+
+        Who counts a line when it is written still knows it after the log was moved away.
+        """
+        self._own.add(line)
 
     def lines(self, since: datetime.datetime) -> Iterator[ImageLine]:
-        """Images that were logged since the last call; at the first, those since a moment.
+        """Images that others logged since the last call; at the first, those since a moment.
+
+        Args:
+            since: of what is not newer nothing is told or remembered.
 
         Raises:
             PrivacyError: the log cannot be read.
@@ -270,9 +304,12 @@ class Recent:
             inode = found.st_ino
         whole = data.rfind(b"\n") + 1  # another process may be in the middle of a line
         self._place = (inode, start + whole)
+        self._own = {line for line in self._own if line.time > since}
         for raw in data[:whole].splitlines():
             line = parsed(raw)
-            if isinstance(line, ViewLine | RegionLine) and line.time >= since:
+            if line is None or isinstance(line, HiddenLine) or line.time <= since:
+                continue
+            if line not in self._own:
                 yield line
 
 

@@ -92,7 +92,7 @@ def totals(log: Log) -> list[Total]:
 def _print_json(log: Log) -> None:
     for line in log.images:
         told = msgspec.to_builtins(line)
-        told["hidden"] = log.hidden.get(line.hidden, ())
+        told["hidden"] = log.black_in(line)
         print(json.dumps(told))
     for total in totals(log):
         told = {**total._asdict(), "hour": total.hour.isoformat()}
@@ -132,7 +132,8 @@ def _print_tables(log: Log) -> None:
 
 
 def _seen(line: ImageLine, log: Log) -> str:
-    masked = ", some black" if log.hidden.get(line.hidden) else ""
+    black = log.black_in(line)
+    masked = ", black areas unknown" if black is None else ", some black" if black else ""
     if isinstance(line, ViewLine):
         return f"view ({line.fit}){masked}"
     return f"{line.box.width} x {line.box.height} px at ({line.box.left}, {line.box.top}){masked}"
@@ -154,7 +155,10 @@ def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror or error}") from error
     if as_json:
-        print(json.dumps({"out": str(out), "images": seen.drawn, "same_bytes": seen.same}))
+        counts = {"images": seen.drawn, "same_bytes": seen.same, "unknown": seen.unknown}
+        print(json.dumps({"out": str(out), **counts}))
         return
-    same = f"{seen.same} of them byte for byte as they left"
-    print(f"{printable(str(out))}: {seen.drawn} images, {same}")
+    said = f"{seen.drawn} images, {seen.same} of them byte for byte as they left"
+    if seen.unknown:
+        said += f"; {seen.unknown} more not drawn: the log does not say what was black in them"
+    print(f"{printable(str(out))}: {said}")

@@ -52,8 +52,9 @@ class BudgetError(PrivacyError):
 class Guard:
     """Enforces one camera's policy and keeps its audit log. Safe to use from several threads.
 
-    The bytes of the last hour are those of the log, so that they survive a restart and are shared
-    by all who write to it for the same camera; without a log they are counted in memory.
+    The bytes of the last hour are what left here, and what others logged for the same camera: they
+    survive a restart and are shared by all who write to a log. Moving the log away does not give
+    them back; without one they are counted in memory alone.
 
     Args:
         policy: the camera's rules.
@@ -114,6 +115,19 @@ class Guard:
                 f'camera "{self.policy.name}": the policy lets nothing leave during {hours}'
             )
 
+    def check_view(self, side: Size) -> None:
+        """Whether views of this size, in px, may leave.
+
+        Raises:
+            PrivacyError: they are larger than the policy allows.
+        """
+        most = self.policy.max_view_pixels
+        if most is not None and side.width * side.height > most:
+            raise PrivacyError(
+                f'camera "{self.policy.name}": the policy allows views of {most} px; the server '
+                f"wants {side.width} x {side.height}"
+            )
+
     def check_bytes(self, wanted: int) -> None:
         """Whether so many bytes may leave now.
 
@@ -149,12 +163,20 @@ class Guard:
         with self._lock:
             self.check_time()
             self.check_bytes(sum(line.bytes for line in lines))
-            if self._audit is None:
-                self._spent.extend((line.time, line.bytes) for line in lines)
-                return
             for line, boxes in zip(lines, hidden, strict=True):
-                key = self._audit.hidden(boxes, line.time)
-                self._audit.write(msgspec.structs.replace(line, hidden=key))
+                if self._audit is not None:
+                    key = self._audit.hidden(boxes, line.time)
+                    line = msgspec.structs.replace(line, hidden=key)
+                    self._audit.write(line)
+                self._count(line)
+
+    def _count(self, line: ImageLine) -> None:
+        """Count an image when it leaves: its line may never be read back."""
+        if self.policy.max_bytes_per_hour is None:
+            return
+        self._spent.append((line.time, line.bytes))
+        if self._recent is not None:
+            self._recent.wrote(line)
 
     def described(self, picture: Picture, image: bytes, codec: int, quality: int) -> dict[str, Any]:
         """The fields of a log line that views and regions have in common."""
@@ -191,6 +213,14 @@ class QuestionGuard:
         """
         self._guard.check_time()
 
+    def check_view(self, side: Size) -> None:
+        """Call before views of this size, in px, are made.
+
+        Raises:
+            PrivacyError: they are larger than the policy allows.
+        """
+        self._guard.check_view(side)
+
     def views_leave(
         self,
         views: Sequence[tuple[Picture, bytes]],
@@ -208,6 +238,7 @@ class QuestionGuard:
         Raises:
             PrivacyError: they must not leave.
         """
+        self.check_view(side)
         lines = []
         for picture, image in views:
             frame = frame_of(picture.size, fit, side)

@@ -13,121 +13,23 @@ a limit that is silently ignored is worse than none. `edge_client.guard` is what
 from __future__ import annotations
 
 import datetime
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby, islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 
-from vlm_collab.errors import ConfigError, ImageError, PrivacyError
+from edge_client.areas import Hidden, Mask, Rectangle
+from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
 
 DEFAULT_CAMERA = "default"
-"""The entry that fills in what a camera leaves out, and that cameras without an entry get."""
+"""The entry that fills in what a camera leaves out, and that pictures of no camera get. A camera
+without an entry gets nothing: it is refused."""
 
-MAX_MASK_PIXELS = 50_000_000
-MAX_MASK_BOXES = 20_000
-"""A mask is kept as rectangles; one with more of them is noise rather than a drawing."""
-
-_ASPECT_TOLERANCE = 0.01
-
-
-class Hidden(Protocol):
-    """Something that stays on the device."""
-
-    def boxes(self, size: Size) -> Iterable[Box]:
-        """Its rectangles in a picture of this size, px of the upright picture.
-
-        Raises:
-            PrivacyError: it cannot belong to a picture of this size.
-        """
-
-
-class Rectangle(msgspec.Struct, frozen=True):
-    """A rectangle that stays on the device.
-
-    Attributes:
-        left, top, right, bottom: its edges, in px of the upright picture, or in fractions of its
-            width and height, measured from its top left.
-        fractions: which of the two.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    fractions: bool
-
-    def boxes(self, size: Size) -> Iterator[Box]:
-        """The box of all pixels that it touches; see `Hidden`."""
-        if self.fractions:
-            yield Box(
-                int(self.left * size.width),
-                int(self.top * size.height),
-                math.ceil(self.right * size.width),
-                math.ceil(self.bottom * size.height),
-            )
-            return
-        if self.right > size.width or self.bottom > size.height:
-            # It was drawn on pictures of another size: it may lie anywhere in this one.
-            raise PrivacyError(
-                f"the policy hides pixels up to ({self.right:g}, {self.bottom:g}), which a picture "
-                f"of {size.width} x {size.height} px does not have; nothing of it is sent"
-            )
-        yield Box(int(self.left), int(self.top), int(self.right), int(self.bottom))
-
-
-class Mask(msgspec.Struct, frozen=True):
-    """A drawing that lies over the whole picture; what is dark in it stays on the device.
-
-    Attributes:
-        path: its file.
-        size: width and height of the drawing, px; pictures have its aspect, at any resolution.
-        dark: its dark parts as rectangles, px of the drawing.
-    """
-
-    path: Path
-    size: Size
-    dark: tuple[Box, ...]
-
-    @classmethod
-    def load(cls, path: Path) -> Mask:
-        """Read a JPEG, PNG or WebP drawing. Darker than mid grey is hidden; transparent is not.
-
-        Raises:
-            ConfigError: no usable picture, or no drawing of areas.
-        """
-        from vlm_collab.images import SourceImage  # Pillow, which few policies need
-
-        try:
-            source = SourceImage.open(path, max_pixels=MAX_MASK_PIXELS)
-            grey = source.region(Box(0, 0, *source.size), source.size).convert("L")
-        except ImageError as error:
-            raise ConfigError(f"the mask {error}") from error
-        dark = grey.point(lambda value: 1 if value < 128 else 0).tobytes()
-        boxes = tuple(islice(_rectangles(dark, source.size), MAX_MASK_BOXES + 1))
-        if len(boxes) > MAX_MASK_BOXES:
-            raise ConfigError(f"the mask {path} is too intricate; draw plain black areas on white")
-        return cls(path, source.size, boxes)
-
-    def boxes(self, size: Size) -> Iterator[Box]:
-        """The pixels that its dark parts touch; see `Hidden`."""
-        aspect = (size.width * self.size.height) / (size.height * self.size.width)
-        if abs(aspect - 1) > _ASPECT_TOLERANCE:
-            raise PrivacyError(
-                f"the mask {self.path} of {self.size.width} x {self.size.height} px does not fit a "
-                f"picture of {size.width} x {size.height} px; nothing of it is sent"
-            )
-        for left, top, right, bottom in self.dark:
-            yield Box(
-                left * size.width // self.size.width,
-                top * size.height // self.size.height,
-                -(-right * size.width // self.size.width),
-                -(-bottom * size.height // self.size.height),
-            )
+NO_LIMIT = "none"
+"""What a camera says of a limit of the default that is not to hold for it."""
 
 
 class Hours(msgspec.Struct, frozen=True):
@@ -175,6 +77,8 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
         max_region_share: largest region, as a share of the picture's area, 0 to 1.
         max_regions_per_question: regions that one question may have; None for no bound.
         max_bytes_per_hour: encoded pictures that may leave within any 3600 s; None for no bound.
+        max_view_pixels: largest global view, width × height in px; None for no bound beside that
+            of `vlm_collab.session.EdgeLimits`.
         quiet_hours: when nothing may leave, in the device's local time.
     """
 
@@ -183,13 +87,14 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
     max_region_share: float = 1.0
     max_regions_per_question: int | None = None
     max_bytes_per_hour: int | None = None
+    max_view_pixels: int | None = None
     quiet_hours: tuple[Hours, ...] = ()
 
     def hidden(self, size: Size) -> tuple[Box, ...]:
         """What is black in a picture of this size, px of the upright picture.
 
         Raises:
-            PrivacyError: the policy was made for pictures of another size or aspect.
+            PrivacyError: the policy was made for pictures of another aspect ratio.
         """
         return tuple(box for area in self.hide for box in area.boxes(size))
 
@@ -258,12 +163,17 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     return Policy(loaded, str(file))
 
 
-class _Area(msgspec.Struct):
-    """One entry of `hide`; exactly one field is given."""
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
 
-    fractions: tuple[float, float, float, float] | None = None
-    px: tuple[int, int, int, int] | None = None
-    mask: str | None = None
+
+class _Area(msgspec.Struct):
+    """One entry of `hide`; exactly one of the first three fields is given."""
+
+    fractions: tuple[float, float, float, float] | msgspec.UnsetType = msgspec.UNSET
+    px: tuple[int, int, int, int] | msgspec.UnsetType = msgspec.UNSET
+    mask: str | msgspec.UnsetType = msgspec.UNSET
+    of: tuple[_Positive, _Positive] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Rules(msgspec.Struct):
@@ -271,9 +181,16 @@ class _Rules(msgspec.Struct):
 
     hide: list[_Area] = []
     max_region_share: float = 1.0
-    max_regions_per_question: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    max_bytes_per_hour: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_regions_per_question: _Count | msgspec.UnsetType = msgspec.UNSET
+    max_bytes_per_hour: _Count | msgspec.UnsetType = msgspec.UNSET
+    max_view_pixels: _Positive | msgspec.UnsetType = msgspec.UNSET
     quiet_hours: list[str] = []
+
+
+_LIFTED = tuple(
+    field.name for field in msgspec.structs.fields(_Rules) if field.default is msgspec.UNSET
+)
+"""Rules that `NO_LIMIT` takes away; of the others a value lifts those of the default."""
 
 
 def _parsed(file: Path) -> object:
@@ -300,16 +217,18 @@ def _parsed(file: Path) -> object:
 
 
 def _checked(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
-    """A mapping, if it is one and has no key that is not known.
+    """A mapping, if it is one and has no key that is not known or has no value.
 
     Raises:
         ConfigError: names it, and what is known.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: must be a mapping with {_listed(known)}")
-    for key in content:
+    for key, value in content.items():
         if key not in known:
             raise ConfigError(f'{where}: "{key}" is not known; known are {_listed(known)}')
+        if value is None:  # which would lift a limit of the default without a word
+            raise ConfigError(f'{where}: "{key}" has no value; give it one or leave it out')
     return content
 
 
@@ -317,38 +236,45 @@ def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> Cam
     areas = content.get("hide")
     for number, area in enumerate(areas if isinstance(areas, list) else [], start=1):
         _checked(area, _Area.__struct_fields__, f"{where}: hide, entry {number}")
+    content = {k: v for k, v in content.items() if not (k in _LIFTED and v == NO_LIMIT)}
     try:
-        rules = msgspec.convert(content, _Rules)
-        if not 0 <= rules.max_region_share <= 1:
-            raise ValueError(f"max_region_share must be from 0 to 1, not {rules.max_region_share}")
-        return CameraPolicy(
-            name=name,
-            hide=tuple(_hidden(area, folder) for area in rules.hide),
-            max_region_share=rules.max_region_share,
-            max_regions_per_question=rules.max_regions_per_question,
-            max_bytes_per_hour=rules.max_bytes_per_hour,
-            quiet_hours=tuple(Hours.parse(text) for text in rules.quiet_hours),
-        )
+        rules = _given(msgspec.convert(content, _Rules))
+        if not 0 <= (share := rules["max_region_share"]) <= 1:
+            raise ValueError(f"max_region_share must be from 0 to 1, not {share}")
+        rules["hide"] = tuple(_hidden(area, folder) for area in rules["hide"])
+        rules["quiet_hours"] = tuple(Hours.parse(text) for text in rules["quiet_hours"])
     except (msgspec.ValidationError, ValueError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
+    return CameraPolicy(name=name, **rules)
 
 
 def _hidden(area: _Area, folder: Path) -> Hidden:
-    given = [name for name in area.__struct_fields__ if getattr(area, name) is not None]
+    given = _given(area)
+    of = given.pop("of", None)
     if len(given) != 1:
-        raise ValueError(f"an entry of hide has exactly one of {_listed(area.__struct_fields__)}")
-    if area.mask is not None:
-        return Mask.load(folder / area.mask)
-    edges = area.px or area.fractions
-    assert edges is not None
-    left, top, right, bottom = edges
-    far = 1 if area.fractions else math.inf
-    if not (0 <= left < right <= far and 0 <= top < bottom <= far):
-        within = " within 0 to 1" if area.fractions else ""
+        kinds = (name for name in area.__struct_fields__ if name != "of")
+        raise ValueError(f"an entry of hide has exactly one of {_listed(kinds)}")
+    ((kind, value),) = given.items()
+    if kind == "px" and of is None:
+        raise ValueError(f"px {list(value)} needs of: [width, height], the picture it belongs to")
+    if kind != "px" and of is not None:
+        raise ValueError(f"of belongs to px, not to {kind}")
+    if kind == "mask":
+        return Mask.load(folder / value)
+    left, top, right, bottom = value
+    width, height = of or (1, 1)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        within = "0 to 1" if of is None else f"{width} x {height} px"
         raise ValueError(
-            f"{given[0]} {list(edges)} is no rectangle [left, top, right, bottom]{within}"
+            f"{kind} {list(value)} is no rectangle [left, top, right, bottom] within {within}"
         )
-    return Rectangle(left, top, right, bottom, fractions=area.px is None)
+    return Rectangle(left, top, right, bottom, None if of is None else Size(*of))
+
+
+def _given(struct: msgspec.Struct) -> dict[str, Any]:
+    """The fields that stand in the file, or have another default than to be left out."""
+    fields = msgspec.structs.asdict(struct)
+    return {name: value for name, value in fields.items() if value is not msgspec.UNSET}
 
 
 _DAY = 24 * 60
@@ -359,21 +285,6 @@ def _minutes(text: str) -> int:
     if not (0 <= minutes < 60 and 0 <= hours * 60 + minutes <= _DAY):
         raise ValueError(text)
     return hours * 60 + minutes
-
-
-def _rectangles(dark: bytes, size: Size) -> Iterator[Box]:
-    """The ones of a bitmap as rectangles: the runs of each row, with equal rows below as one."""
-    rows = (dark[y * size.width : (y + 1) * size.width] for y in range(size.height))
-    top = 0
-    for row, same in groupby(rows):
-        bottom = top + sum(1 for _ in same)
-        left = row.find(1)
-        while left >= 0:
-            right = row.find(0, left)
-            right = size.width if right < 0 else right
-            yield Box(left, top, right, bottom)
-            left = row.find(1, right)
-        top = bottom
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 The original is dimmed; over it lies what left, at the resolution in which it left: global views
 enlarged to what they show of the original, regions sharp, hidden areas black. Each image is made
 again, the way the log says it was made, and its hash compared: where it is the logged one, the
-drawing shows the very image that left.
+drawing shows the very image that left. Images of which the log does not say what was black in them
+are counted and not drawn.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ class Seen(NamedTuple):
         drawn: how many logged images lie in it; one that left several times counts once.
         same: how many of them came out byte for byte as they left. The others left a program
             with other versions of the codecs, or were made in another way.
+        unknown: how many more left that are not drawn, since the log does not say what was black
+            in them.
     """
 
     image: Image.Image
     drawn: int
     same: int
+    unknown: int
 
 
 def draw_seen(picture: Picture, log: Log) -> Seen:
@@ -58,12 +62,16 @@ def draw_seen(picture: Picture, log: Log) -> Seen:
     if any(line.source_px != picture.size for line in lines.values()):
         raise ConfigError(f"the log says otherwise how large {picture.name} is: it was changed")
     canvas = _dimmed(picture)
-    same = 0
+    drawn = same = 0
     for line in _sharpest_last(lines.values()):
-        encoded = _made_again(picture, line, log.hidden.get(line.hidden, ()))
+        black = log.black_in(line)
+        if black is None:
+            continue  # drawn without, it would show as seen what was hidden
+        encoded = _made_again(picture, line, black)
+        drawn += 1
         same += hashlib.sha256(encoded).hexdigest() == line.sha256
         _lay(canvas, Image.open(io.BytesIO(encoded)), line)
-    return Seen(canvas, len(lines), same)
+    return Seen(canvas, drawn, same, len(lines) - drawn)
 
 
 def _dimmed(picture: Picture) -> Image.Image:

@@ -188,7 +188,7 @@ cameras:
     max_region_share: 0.000001
   door:
     hide:
-      - px: [0, 0, 240, 360]
+      - {px: [0, 0, 240, 360], of: [480, 360]}
   night:
     quiet_hours: ["00:00-12:00", "12:00-24:00"]
 """

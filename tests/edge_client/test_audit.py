@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 from edge_client import cli
+from edge_client.areas import Rectangle
 from edge_client.audit import AuditLog, HiddenLine, RegionLine, ViewLine, parsed, read_log
 from edge_client.client import EdgeClient
 from edge_client.guard import Guard
 from edge_client.picture import Picture
-from edge_client.privacy import CameraPolicy, Policy, Rectangle
+from edge_client.privacy import CameraPolicy, Policy
 from server_plugin.service.runner import running
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import difference, photo, saved, turned
@@ -34,9 +35,7 @@ from vlm_collab.messages import Ask, Region, Stage
 NOW = datetime.datetime(2026, 5, 1, 12, 30, tzinfo=datetime.UTC)
 SIZE = Size(640, 480)
 PHOTO = turned(photo(*SIZE), 6, "JPEG", quality=95)
-HIDING = Policy(
-    {"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, fractions=False),))}
-)
+HIDING = Policy({"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, SIZE),))})
 
 
 @pytest.fixture
@@ -172,6 +171,36 @@ def test_a_cut_last_line_is_skipped(cut, tmp_path):
     path.write_bytes(first + first[:cut])
     read = read_log(path)
     assert (len(read.images), read.broken) == (1, 1)
+
+
+def test_what_is_black_is_told_again_where_it_is_gone(tmp_path):
+    """`logrotate` with `copytruncate`, a shell's `>`, a file that was moved away."""
+    path, boxes = tmp_path / "audit.jsonl", (Box(0, 0, 160, 480),)
+    log, other = AuditLog(path), AuditLog(path)
+
+    def writes(writer: AuditLog) -> None:
+        writer.write(view_line(hidden=writer.hidden(boxes, NOW)))
+
+    def told() -> int:
+        read = read_log(path)
+        assert all(read.hidden[line.hidden] == boxes for line in read.images)
+        return sum(isinstance(parsed(raw), HiddenLine) for raw in path.read_bytes().splitlines())
+
+    writes(log)
+    writes(log)
+    assert told() == 1
+    os.truncate(path, 0)
+    writes(log)
+    assert told() == 1
+    os.truncate(path, 0)
+    for _ in range(9):  # until it is longer than it was
+        other.write(view_line())
+    writes(log)
+    assert b"hidden" in path.read_bytes().splitlines()[-2]
+    path.rename(tmp_path / "old")
+    writes(log)
+    writes(log)
+    assert told() == 1
 
 
 def test_writers_do_not_cut_into_each_other(tmp_path):
@@ -344,6 +373,38 @@ async def test_what_was_seen_is_drawn_over_the_original(fit, run, tmp_path):
         assert (
             np.asarray(dimmed).mean() < 0.5 * np.asarray(upright.crop((580, 20, 640, 460))).mean()
         )
+
+
+async def test_what_was_black_and_is_not_told_is_not_drawn_as_seen(run, tmp_path):
+    log, original, out = tmp_path / "audit.jsonl", tmp_path / "photo.jpg", tmp_path / "seen.png"
+    original.write_bytes(PHOTO)
+    await conversation(log)
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = [raw for raw in lines if not isinstance(parsed(raw), HiddenLine)]
+    log.write_bytes(b"".join(kept))
+    drawing = ("--picture", original, "--out", out)
+    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing)
+    assert code == 0
+    assert "0 images" in told
+    assert "2 more" in told
+    assert told.count("\n") == 1
+    grey = np.asarray(Image.open(out).convert("RGB"))
+    assert grey.std(axis=2).max() == 0  # the dimmed original, and nothing over it
+    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing, "--json")
+    assert json.loads(told) | {"out": ""} == {"out": "", "images": 0, "same_bytes": 0, "unknown": 2}
+    code, told, _ = await asyncio.to_thread(run, "audit", log)
+    assert told.count("black areas unknown") == 2
+    assert "some black" not in told
+    code, told, _ = await asyncio.to_thread(run, "audit", log, "--json")
+    images = [line for line in map(json.loads, told.splitlines()) if line["kind"] != "total"]
+    assert [line["hidden"] for line in images] == [None, None]
+    # One of them is told: by a line that another log had.
+    told_line = next(raw for raw in lines if raw not in kept)
+    AuditLog(log).write(view_line(hidden="0" * 16))
+    log.write_bytes(log.read_bytes() + told_line)
+    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing)
+    assert "2 images, 2 of them byte for byte" in told
+    assert "more" not in told
 
 
 async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import datetime
 import io
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from edge_client.areas import Rectangle
 from edge_client.audit import AuditLog, RegionLine, ViewLine, read_log
 from edge_client.client import EdgeClient
 from edge_client.guard import Guard, QuestionGuard, without_secrets
 from edge_client.picture import Picture
-from edge_client.privacy import CameraPolicy, Hours, Policy, Rectangle
+from edge_client.privacy import CameraPolicy, Hours, Policy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
-from vlm_collab.errors import ConfigError, PrivacyError
+from vlm_collab.errors import ConfigError, PrivacyError, RemoteProtocolError
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.images import Codec
 from vlm_collab.messages import Decline, DeclineReason, Fallback, Region, Stage, Usage
@@ -53,8 +56,8 @@ def region_leaves(question: QuestionGuard, size: int, box: Box) -> DeclineReason
     return question.region_leaves(picture(), bytes(size), box, *REGION)
 
 
-def hiding(*edges: int) -> CameraPolicy:
-    return CameraPolicy(hide=(Rectangle(*edges, fractions=False),))
+def hiding(*edges: int, of: tuple[int, int] = (400, 300)) -> CameraPolicy:
+    return CameraPolicy(hide=(Rectangle(*edges, Size(*of)),))
 
 
 # The guard
@@ -101,8 +104,8 @@ def test_a_region_of_which_nothing_is_left_is_declined():
     guard = Guard(
         CameraPolicy(
             hide=(
-                Rectangle(0, 0, 100, 60, fractions=False),
-                Rectangle(0, 40, 100, 100, fractions=False),
+                Rectangle(0, 0, 100, 60, Size(400, 300)),
+                Rectangle(0, 40, 100, 100, Size(400, 300)),
             )
         )
     )
@@ -183,21 +186,76 @@ def test_bytes_are_remembered_over_a_restart_and_shared_with_others(tmp_path):
     view_leaves(started(), 300)
 
 
-def test_a_log_that_was_moved_away_starts_anew_and_the_hour_does_not(tmp_path):
+def moved(log: Path) -> None:
+    log.rename(log.with_suffix(".old"))
+
+
+def cut_short(log: Path) -> None:
+    os.truncate(log, 0)
+
+
+@pytest.mark.parametrize("rotate", [moved, cut_short])
+@pytest.mark.parametrize("looks", [0, 1])
+def test_a_log_that_was_rotated_starts_anew_and_the_hour_does_not(rotate, looks, tmp_path):
     log = tmp_path / "audit.jsonl"
     policy = CameraPolicy(max_bytes_per_hour=1000, hide=hiding(0, 0, 50, 50).hide)
     guard = Guard(policy, audit=AuditLog(log))
     shown = guard.masked(picture())
     view_leaves(guard.question("why?"), 600, shown)
-    with pytest.raises(PrivacyError):
-        view_leaves(guard.question("why?"), 600, shown)
-    log.rename(tmp_path / "old.jsonl")
-    with pytest.raises(PrivacyError):
+    for _ in range(looks):  # reads what was written before
+        with pytest.raises(PrivacyError):
+            view_leaves(guard.question("why?"), 600, shown)
+    rotate(log)
+    with pytest.raises(PrivacyError, match="600 have left"):
         view_leaves(guard.question("why?"), 600, shown)
     view_leaves(guard.question("why?"), 300, shown)
     fresh = read_log(log)
     assert [image.bytes for image in fresh.images] == [300]
     assert fresh.hidden[fresh.images[0].hidden] == (Box(0, 0, 50, 50),)
+    with pytest.raises(PrivacyError, match="900 have left"):
+        view_leaves(guard.question("why?"), 101, shown)
+
+
+def test_every_image_of_the_hour_counts_once_whoever_wrote_it(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    policy = CameraPolicy(max_bytes_per_hour=1000)
+    guard, other = (Guard(policy, audit=AuditLog(log)) for _ in range(2))
+    for writer in (guard, other, other):
+        view_leaves(writer.question("why?"), 100)
+        assert region_leaves(writer.question("why?"), 50, Box(0, 0, 90, 9)) is None
+    for _ in range(2):
+        for writer in (guard, other, Guard(policy, audit=AuditLog(log))):
+            with pytest.raises(PrivacyError, match="450 have left"):
+                view_leaves(writer.question("why?"), 551)
+
+
+def test_what_is_left_of_an_hour_is_forgotten_after_it(tmp_path):
+    watch = Watch()
+    policy, log = CameraPolicy(max_bytes_per_hour=1000), AuditLog(tmp_path / "audit.jsonl")
+    guard = Guard(policy, audit=log, clock=watch)
+    for _ in range(3):
+        view_leaves(guard.question("why?"), 600)
+        moved(log.path)  # so that it is never read back
+        watch.wait(hours=1)
+    guard.check_bytes(1)
+    assert guard._spent == []
+    assert not guard._recent._own  # type: ignore[union-attr]
+
+
+def test_without_a_limit_no_image_is_remembered(tmp_path):
+    for audit in (None, AuditLog(tmp_path / "audit.jsonl")):
+        guard = Guard(CameraPolicy(), audit=audit)
+        view_leaves(guard.question("why?"), 300)
+        assert guard._spent == []
+
+
+def test_views_larger_than_the_policy_allows_do_not_leave(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    guard = Guard(CameraPolicy(max_view_pixels=2499), audit=AuditLog(log))
+    with pytest.raises(PrivacyError, match=r"2499 px.*50 x 50"):
+        view_leaves(guard.question("why?"), 300)
+    assert log.read_bytes() == b""
+    view_leaves(Guard(CameraPolicy(max_view_pixels=2500)).question("why?"), 300)
 
 
 def test_threads_do_not_spend_the_same_bytes_twice():
@@ -280,7 +338,7 @@ PHOTO = saved(photo(1000, 800), "PNG")
         (CameraPolicy(max_region_share=0.01), DeclineReason.LIMIT),
         (CameraPolicy(max_regions_per_question=0), DeclineReason.LIMIT),
         (CameraPolicy(max_bytes_per_hour=1500), DeclineReason.LIMIT),
-        (hiding(0, 0, 600, 600), DeclineReason.PRIVACY),
+        (hiding(0, 0, 600, 600, of=(1000, 800)), DeclineReason.PRIVACY),
         (CameraPolicy(), None),
     ],
 )
@@ -327,7 +385,7 @@ async def test_the_server_sees_no_hidden_pixel():
         await peer.socket.wait_closed()
 
     seen: list[bytes | None] = []
-    policy = Policy({"default": hiding(100, 0, 1000, 100)})
+    policy = Policy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         answer = await client.ask(PHOTO, "why?")
         await client.ask(PHOTO, "and?")
@@ -364,6 +422,57 @@ async def test_a_question_over_the_budget_sends_nothing_and_frees_its_turn(tmp_p
             assert asked == ["why?"]
             assert (await client.ask(small, "and?")).text == "echo and?"  # needs no bytes
     assert len(read_log(tmp_path / "log").images) == 1
+
+
+async def test_a_server_gets_no_view_as_large_as_the_original(tmp_path):
+    """With every other rule as strict as it can be."""
+
+    async def script(peer: Peer) -> None:
+        await peer.greet(view_width=2000, view_height=1500)
+        await peer.socket.wait_closed()
+
+    strict = CameraPolicy(max_region_share=0.01, max_regions_per_question=0)
+    log = tmp_path / "audit.jsonl"
+    options = {"policy": Policy({"default": strict}), "audit": log}
+    async with scripted(script) as server:
+        client = EdgeClient(server.url, **options)  # type: ignore[arg-type]
+        with pytest.raises(RemoteProtocolError, match="2000 x 1500 px"):
+            await client.ask(saved(photo(2000, 1500), "JPEG"), "why?")
+        await client.close()
+    assert log.read_bytes() == b""
+
+
+@pytest.mark.parametrize("most", [112 * 112 - 1, 1])
+async def test_the_policy_bounds_the_view_before_any_is_made(most, tmp_path, monkeypatch):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        await peer.socket.wait_closed()
+
+    made: list[Size] = []
+    monkeypatch.setattr(Picture, "view", lambda self, side, *form: made.append(side))
+    policy, log = Policy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
+    async with scripted(script) as server:
+        async with EdgeClient(server.url, policy=policy, audit=log) as client:
+            for _ in range(2):
+                with pytest.raises(PrivacyError, match=rf"{most} px.*112 x 112"):
+                    await client.ask(PHOTO, "why?")
+    assert made == []
+    assert log.read_bytes() == b""
+
+
+async def test_a_small_picture_is_enlarged_to_a_view_that_the_policy_allows(tmp_path):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        ask = await peer.asked()
+        sizes.append(Image.open(io.BytesIO(ask.view or b"")).size)
+        await peer.answer(ask.id, "small")
+        await peer.socket.wait_closed()
+
+    sizes: list[tuple[int, int]] = []
+    policy = Policy({"default": CameraPolicy(max_view_pixels=112 * 112)})
+    async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
+        assert (await client.ask(saved(photo(40, 30), "PNG"), "why?")).text == "small"
+    assert sizes == [(112, 112)]
 
 
 async def test_quiet_hours_refuse_a_question_before_it_is_sent():

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from edge_client.areas import Mask
 from edge_client.audit import RegionLine, ViewLine
-from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Hours, Mask, load_policy
+from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Hours, _Rules, load_policy
 from vlm_collab.errors import CollabError, ConfigError, PrivacyError
 from vlm_collab.geometry import Box, Size
 
@@ -39,9 +40,10 @@ def test_the_example_is_loaded_and_shows_every_rule():
     assert rules.max_region_share < 1
     assert rules.max_regions_per_question is not None
     assert rules.max_bytes_per_hour is not None
+    assert rules.max_view_pixels is not None
     assert rules.quiet_hours
     text = example.read_text()
-    assert all(word in text for word in ("fractions:", "px:", "mask:"))
+    assert all(word in text for word in ("fractions:", "px:", "of:", "mask:"))
 
 
 def test_a_camera_takes_from_the_default_what_it_leaves_out(tmp_path):
@@ -87,13 +89,22 @@ def test_what_nobody_decided_on_is_not_sent(tmp_path):
         ("cameras: {default: {hide: [{fractions: [0, 0, 100, 100]}]}}", ["within 0 to 1"]),
         ("cameras: {default: {hide: [{fractions: [0, 0, .nan, 1]}]}}", ["no rectangle"]),
         ("cameras: {default: {hide: [{px: [0, 0, 9]}]}}", ["camera default", "length 4"]),
-        ("cameras: {default: {hide: [{px: [-1, 0, 9, 9]}]}}", ["no rectangle"]),
+        ("cameras: {default: {hide: [{px: [0, 0, 9, 9]}]}}", ["of: [width, height]"]),
+        ("cameras: {default: {hide: [{px: [-1, 0, 9, 9], of: [9, 9]}]}}", ["no rectangle"]),
+        ("cameras: {default: {hide: [{px: [0, 0, 9, 9], of: [9, 8]}]}}", ["within 9 x 8 px"]),
+        ("cameras: {default: {hide: [{px: [0, 0, 9, 9], of: [9, 0]}]}}", [">= 1", "of"]),
+        ("cameras: {default: {hide: [{of: [9, 9]}]}}", ["exactly one"]),
+        ("cameras: {default: {hide: [{mask: a.png, of: [9, 9]}]}}", ["of", "px"]),
+        ("cameras: {default: {hide: [{px: , mask: a.png}]}}", ["entry 1", '"px" has no value']),
         ("cameras: {default: {hide: [{mask: gone.png}]}}", ["gone.png: no such file"]),
         ("cameras: {default: {max_region_share: 20}}", ["0 to 1"]),
         ("cameras: {default: {max_region_share: .nan}}", ["0 to 1"]),
         ("cameras: {default: {max_bytes_per_hour: lots}}", ["int", "max_bytes_per_hour"]),
         ("cameras: {default: {max_bytes_per_hour: -1}}", [">= 0", "max_bytes_per_hour"]),
         ("cameras: {default: {max_regions_per_question: 1.5}}", ["max_regions_per_question"]),
+        ("cameras: {default: {max_view_pixels: 224x224}}", ["int", "max_view_pixels"]),
+        ("cameras: {default: {max_view_pixels: 0}}", [">= 1", "max_view_pixels"]),
+        ("cameras: {default: {max_region_share: none}}", ["float", "max_region_share"]),
         ("cameras: {default: {quiet_hours: ['22-6']}}", ['"22-6"', "22:00-06:30"]),
         ("cameras: {default: {quiet_hours: ['22:00-25:00']}}", ["25:00"]),
         ("cameras: {default: {quiet_hours: ['07:00-07:00']}}", ["00:00-24:00"]),
@@ -127,12 +138,51 @@ def test_a_file_that_cannot_be_read(tmp_path):
         load_policy(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize("rule", list(_Rules.__struct_fields__))
+def test_an_empty_value_lifts_no_limit(rule, tmp_path):
+    """It looks like one that was to be filled in; of the default's nothing would be left."""
+    rules = "{max_bytes_per_hour: 1000, max_regions_per_question: 1, quiet_hours: ['1:0-2:0']}"
+    path = written(tmp_path, f"cameras:\n  default: {rules}\n  door:\n    {rule}:\n")
+    with pytest.raises(ConfigError, match=f'camera door: "{rule}" has no value'):
+        load_policy(path)
+
+
+def test_a_camera_lifts_a_limit_of_the_default_with_a_word(tmp_path):
+    numbers = ("max_regions_per_question", "max_bytes_per_hour", "max_view_pixels")
+    limits = "\n".join(f"    {name}: 1000" for name in numbers)
+    lifted = "\n".join(f"    {name}: none" for name in numbers)
+    text = f"cameras:\n  default:\n{limits}\n  door:\n{lifted}\n  hall:\n"
+    policy = load_policy(written(tmp_path, text))
+    for name in numbers:
+        assert getattr(policy.for_camera("door"), name) is None
+        assert getattr(policy.for_camera("hall"), name) == 1000
+
+
 def test_rectangles_cover_every_pixel_that_they_touch(tmp_path):
-    rules = camera(tmp_path, "hide:\n- fractions: [0.25, 0.5, 0.999, 1]\n- px: [3, 4, 10, 20]")
+    areas = "hide:\n- fractions: [0.25, 0.5, 0.999, 1]\n- {px: [3, 4, 10, 20], of: [10, 20]}"
+    rules = camera(tmp_path, areas)
     assert rules.hidden(Size(10, 20)) == (Box(2, 10, 10, 20), Box(3, 4, 10, 20))
-    # Drawn on a picture of another size, it could lie anywhere in this one.
-    with pytest.raises(PrivacyError, match="10 x 19"):
-        rules.hidden(Size(10, 19))
+    assert rules.hidden(Size(5, 10)) == (Box(1, 5, 5, 10), Box(1, 2, 5, 10))
+    assert rules.hidden(Size(25, 50)) == (Box(6, 25, 25, 50), Box(7, 10, 25, 50))
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (2560, 1440), (640, 360), (1366, 768)])
+def test_pixels_of_one_picture_are_hidden_in_one_of_another_size(size, tmp_path):
+    """A camera's streams differ in size; what is secret lies at the same place of the scene."""
+    rules = camera(tmp_path, "hide: [{px: [0, 0, 400, 300], of: [1280, 720]}]")
+    scene = Image.new("L", (1280, 720), 0)
+    scene.paste(255, (0, 0, 400, 300))
+    shown = scene.resize(size, Image.Resampling.BOX)
+    for box in rules.hidden(Size(*size)):
+        shown.paste(0, tuple(box))
+    assert shown.getbbox() is None
+
+
+@pytest.mark.parametrize("size", [(1280, 960), (720, 1280), (400, 300), (1280, 700)])
+def test_pixels_of_one_picture_say_nothing_of_one_of_another_shape(size, tmp_path):
+    rules = camera(tmp_path, "hide: [{px: [0, 0, 40, 30], of: [1280, 720]}]")
+    with pytest.raises(PrivacyError, match=f"{size[0]} x {size[1]} px; nothing of it is sent"):
+        rules.hidden(Size(*size))
 
 
 def test_a_mask_lies_over_pictures_of_any_resolution(tmp_path):
@@ -216,7 +266,7 @@ def test_quiet_hours_are_local_and_pass_midnight(hours, local, quiet):
 def test_the_documentation_names_every_rule_and_field():
     text = (ROOT / "docs/privacy.md").read_text(encoding="utf-8")
     rules = set(CameraPolicy.__struct_fields__) - {"name"}
-    areas = {"fractions:", "px:", "mask:"}
+    areas = {"fractions:", "px:", "of:", "mask:"}
     fields = {*ViewLine.__struct_fields__, *RegionLine.__struct_fields__}
     for word in (*(f"`{name}`" for name in rules | fields), *areas):
         assert word in text, word
