@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from eval.baselines.base import column
-from eval.calibrate.guarantee import guaranteed
+from eval.calibrate.guarantee import Tested, guaranteed
+from eval.calibrate.splits import reported_note
 from eval.harness.curves import Bootstrap, Curve, Setting, counts_end, curve, ends, uncertainty
 from eval.harness.runs import Run
 from server_plugin.calibration import Calibration
@@ -72,12 +73,22 @@ def for_bytes(run: Run, setting: Setting, max_bytes: float) -> Calibration:
 
 
 def for_loss(
-    run: Run, setting: Setting, max_loss: float, confidence: float, seed: int = 0
+    run: Run,
+    setting: Setting,
+    max_loss: float,
+    confidence: float,
+    *,
+    most_per_picture: int = 1,
+    seed: int = 0,
 ) -> Calibration:
     """The threshold that sends least, among those with a guarantee (`eval.calibrate.guarantee`).
 
+    Args:
+        run, setting: as above.
+        max_loss, confidence, most_per_picture, seed: as of `guaranteed`.
+
     Raises:
-        ConfigError: a bound or confidence that makes no sense.
+        ConfigError: a bound, confidence or number that makes no sense.
     """
     losses = column(run, "second_score") - column(run, "first_score")
     values = uncertainty(run, setting)
@@ -89,36 +100,67 @@ def for_loss(
         setting.metric,
         max_loss=max_loss,
         confidence=confidence,
+        most_per_picture=most_per_picture,
         seed=seed,
     )
     drawn = curve(run, setting)
     margin = setting.metric is Metric.MARGIN
-    sent = int((values <= found.eta).sum() if margin else (values >= found.eta).sum())
+    kept = values > found.eta if margin else values < found.eta
     target: dict[str, Any] = {
         "max_accuracy_loss": max_loss,
         "confidence": confidence,
+        "bound_on": (
+            "mean over pictures of the mean loss of each one's questions"
+            if most_per_picture == 1
+            else "mean loss over questions, those of a picture counting as at most_per_picture"
+        ),
+        "most_per_picture": most_per_picture,
         "pictures": found.pictures,
-        "most_questions_about_one": found.largest,
+        "questions_about_one": [found.fewest, found.largest],
         "seed": seed,
     }
+    # Between two reachable thresholds all send the same samples.
+    place = int(np.flatnonzero(drawn.sent == len(values) - kept.sum())[0])
+    made = _calibration(run, drawn, place, target, *_loss_notes(found, most_per_picture))
+    lost, cluster = losses * kept, np.unique(images, return_inverse=True)[1]
+    of_each = np.bincount(cluster, weights=lost) / np.bincount(cluster)
+    expected = {"loss": float(lost.mean()), "loss_by_picture": float(of_each.mean())}
+    return msgspec.structs.replace(made, eta=found.eta, expected={**made.expected, **expected})
+
+
+def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
+    """What a user could take the bound for that it is not."""
+    notes = []
     if found.place == 0:
-        target["note"] = (
+        notes.append(
             "no threshold could be shown to lose so little; every question is sent, which loses "
             "nothing. More pictures would help"
         )
-    # Between two reachable thresholds all send the same samples.
-    place = int(np.flatnonzero(drawn.sent == sent)[0])
-    made = _calibration(run, drawn, place, target)
-    return msgspec.structs.replace(made, eta=found.eta)
+    if most_per_picture == 1 and found.fewest < found.largest:
+        notes.append(
+            f"pictures have {found.fewest} to {found.largest} questions here, and each counts "
+            "once: the bound is on the mean over pictures, not over questions; --most-per-picture "
+            "says otherwise, where it is known without these data how many there can be"
+        )
+    elif most_per_picture > 1 and found.over:
+        notes.append(
+            f"{found.over} of {found.pictures} pictures have more than {most_per_picture} "
+            f"questions and count as {most_per_picture}: the bound is not on the mean over all "
+            "questions"
+        )
+    return notes
 
 
-def _calibration(run: Run, drawn: Curve, place: int, target: dict[str, Any]) -> Calibration:
+def _calibration(
+    run: Run, drawn: Curve, place: int, target: dict[str, Any], *notes: str
+) -> Calibration:
     setting, never_always = drawn.setting, ends(run)
     sent = np.zeros(len(run.records))
     sent[drawn.order[: drawn.sent[place]]] = 1.0
     low, high = Bootstrap.of(run).mean(sent)
     model, task = run.provenance["model"], run.provenance["task"]
     preset = model.get("preset") or {}
+    said = [*notes, *reported_note(str(task["name"]), str(task["split"]))]
     first_k = setting.aggregate is Aggregate.FIRST_K
     return Calibration(
         format=1,
@@ -138,6 +180,7 @@ def _calibration(run: Run, drawn: Curve, place: int, target: dict[str, Any]) -> 
         },
         made={
             **target,
+            **({"note": "; ".join(said)} if said else {}),
             "run": run.folder.name,
             "task": task["name"],
             "split": task["split"],

@@ -62,6 +62,14 @@ def threshold(
     confidence: Annotated[
         float, typer.Option(help="Of --max-accuracy-loss: how often it has to hold.")
     ] = 0.95,
+    most_per_picture: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Of --max-accuracy-loss: as how many questions a picture counts at most, a number "
+            "that is known without the run. By default each picture counts once.",
+        ),
+    ] = 1,
     metric: Annotated[
         str | None, typer.Option(help="min_entropy, entropy or margin; by default the run's.")
     ] = None,
@@ -93,11 +101,12 @@ def threshold(
         found = for_bytes(opened, setting, max_bytes)
     else:
         assert max_accuracy_loss is not None
-        found = for_loss(opened, setting, max_accuracy_loss, confidence)
+        found = for_loss(
+            opened, setting, max_accuracy_loss, confidence, most_per_picture=most_per_picture
+        )
     command = ["vlm-collab", *sys.argv[1:]]
     write(msgspec.structs.replace(found, made={**found.made, "command": command}), out)
-    if "note" in found.made:
-        print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)
+    tell_note(found)
     told = found.expected
     low, high = told["rate_interval_95"]
     print(
@@ -126,33 +135,55 @@ def layers(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
 ) -> None:
-    """Choose the attention layer: the one whose region covers most of the true place."""
-    from eval.calibrate.layers import best_layer, measure_layers
+    """Choose the attention layer: the one whose region covers most of the true place.
+
+    Beside the file, a Parquet file of its name holds the region of each sample and layer.
+    """
+    from eval.calibrate.layers import best_layer, by_layer, measure_layers, write_looks
+    from eval.calibrate.splits import reported_note
     from eval.harness.loading import ModelOptions
+    from eval.report.trace import ranges
 
     opened = open_task(task, data=data, split=split, limit=limit)
     options = ModelOptions(name=model, device=device, dtype=dtype)
-    made, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
+    looks, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
+    made = by_layer(looks)
     best = best_layer(made)
-    rows = [msgspec.to_builtins(one) for one in made]
+    rows = out.with_suffix(".parquet")
+    digest = write_looks(rows, looks)
+    notes = reported_note(task, opened.split)
     found = Calibration(
         format=1,
         model=name,
         layer=best.layer,
         expected={"covered": best.covered, "whole": best.whole},
         made={
+            **({"note": "; ".join(notes)} if notes else {}),
             "task": task,
             "split": opened.split,
             "samples": best.samples,
-            "layers": rows,
+            "layers": [msgspec.to_builtins(one) for one in made],
+            # The rows that the shares are means of: for each layer these samples of the task.
+            "rows": {
+                "file": rows.name,
+                "index": ranges(look.index for look in looks if look.layer == best.layer),
+                "sha256": digest,
+            },
             "command": ["vlm-collab", *sys.argv[1:]],
         },
     )
     write(found, out)
+    tell_note(found)
     for one in made:
         mark = " *" if one is best else ""
         print(f"layer {one.layer:2}: covers {one.covered:.1%}, whole {one.whole:.1%}{mark}")
     print(f"{out}: layer {best.layer}")
+
+
+def tell_note(found: Calibration) -> None:
+    """What a user should know of a finding, on stderr."""
+    if "note" in found.made:
+        print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)
 
 
 def write(found: Calibration, path: Path) -> None:

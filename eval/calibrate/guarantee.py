@@ -19,9 +19,20 @@ supermartingale if the hypothesis is true, so it rarely exceeds 1/δ (Waudby-Smi
 inequality this takes advantage of how seldom an answer differs between the passes.
 
 Questions about one picture are not independent; pictures are. So a picture is the unit of the
-test: the loss is above α exactly if the expectation of Σ (loss - α) over a picture's questions is
-above 0. That sum is bounded by the most questions that a picture has, which is taken from the
-data, as a property of the benchmark.
+test, and what it bets on is w (mean loss of the picture's questions - α), with the picture's
+weight w. Betting needs a bound of this, for every picture that could come, and one that does not
+depend on the data: were it the largest that happened to be drawn, a rare picture with many
+questions would break the guarantee in just those samples that do not hold it. So a picture with n
+questions has the weight min(n, M) / M with an M that is fixed beforehand. The loss that is bounded
+is the mean over pictures with these weights:
+
+- M = 1: each picture counts once, however many questions there are about it;
+- larger M: the mean over questions, but that pictures with more than M count as M.
+
+Either holds for data of any distribution. The plain mean over questions is bounded if M is at least
+what the benchmark has about any picture, by construction. (Without such an M no data could bound
+it: however seldom, a picture with enough questions outweighs all others.) The larger M, the more
+pictures it takes.
 """
 
 from __future__ import annotations
@@ -62,14 +73,17 @@ class Tested:
         place: of it in the sequence; 0 if none but "send everything" passed.
         capital: of the bet against each threshold that was tested, at its highest.
         pictures: units of the test.
-        largest: most questions about one picture.
+        fewest, largest: questions about one picture, in these data.
+        over: pictures with more questions than they count as.
     """
 
     eta: float
     place: int
     capital: tuple[float, ...]
     pictures: int
+    fewest: int
     largest: int
+    over: int
 
 
 def guaranteed(
@@ -80,6 +94,7 @@ def guaranteed(
     *,
     max_loss: float,
     confidence: float,
+    most_per_picture: int = 1,
     seed: int = 0,
 ) -> Tested:
     """The least that has to be sent so that the loss stays below a bound.
@@ -92,30 +107,34 @@ def guaranteed(
         max_loss: α, above 0 and below 1.
         confidence: 1 - δ: in at least this share of repetitions with new data from the same
             source the loss of what is returned is at most α.
+        most_per_picture: M, as how many questions a picture counts at most. To be fixed without
+            these data; 1 takes the mean over pictures.
         seed: of the order in which the pictures are looked at.
 
     Raises:
-        ConfigError: a bound or confidence that makes no sense.
+        ConfigError: a bound, confidence or number that makes no sense.
     """
     if not 0.0 < max_loss < 1.0:
         raise ConfigError(f"the largest loss must be between 0 and 1, not {max_loss}")
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"the confidence must be between 0 and 1, not {confidence}")
+    if most_per_picture < 1:
+        raise ConfigError(f"a picture counts as one question at least, not {most_per_picture}")
     etas = sequence(metric)
     _, cluster = np.unique(np.asarray(image_ids), return_inverse=True)
-    pictures, largest = int(cluster.max()) + 1, int(np.bincount(cluster).max())
+    questions = np.bincount(cluster)
+    pictures = len(questions)
     # Which thresholds a sample is lost at: a run of the sequence's end, from the first at which it
     # is not sent on.
     if metric is Metric.MARGIN:
         first_kept = np.searchsorted(-etas, -uncertainty, side="right")
     else:
         first_kept = np.searchsorted(etas, uncertainty, side="right")
-    # (pictures, thresholds): Σ (loss - α) over a picture's questions, over the largest number.
+    # (pictures, thresholds): weight times (mean loss of a picture's questions - α).
     excess = np.zeros((pictures, len(etas) + 1))
     np.add.at(excess, (cluster, first_kept), losses)
-    excess = np.cumsum(excess, axis=1)[:, :-1]
-    excess -= max_loss * np.bincount(cluster)[:, None]
-    excess /= largest
+    excess = np.cumsum(excess, axis=1)[:, :-1] / questions[:, None] - max_loss
+    excess *= (np.minimum(questions, most_per_picture) / most_per_picture)[:, None]
     order = np.random.default_rng(seed).permutation(pictures)
     capital = _highest_capital(excess[order, 1:], max_loss, 1.0 - confidence)
     failed = capital < 1.0 / (1.0 - confidence)
@@ -125,7 +144,9 @@ def guaranteed(
         place=place,
         capital=tuple(float(one) for one in capital[: place + 1]),
         pictures=pictures,
-        largest=largest,
+        fewest=int(questions.min()),
+        largest=int(questions.max()),
+        over=int((questions > most_per_picture).sum()),
     )
 
 

@@ -8,10 +8,14 @@ engine itself. Nothing is sent, and no second pass runs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL.Image import Image
 from tqdm import tqdm
 
@@ -25,6 +29,42 @@ from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec, decode
 from vlm_collab.messages import Fallback, Retransmit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Where one layer led on one sample; a row of the Parquet file beside what was chosen.
+
+    Attributes:
+        layer: its index, from 0.
+        index: of the sample in its task.
+        id, image_id: of the sample.
+        true_box, box: the true place and the region, (left, top, right, bottom) in px of the
+            upright original.
+        covered: share of the true box's area that lies in the region.
+    """
+
+    layer: int
+    index: int
+    id: str
+    image_id: str
+    true_box: list[int]
+    box: list[int]
+    covered: float
+
+
+_BOX = pa.list_(pa.int64())
+SCHEMA = pa.schema(
+    {
+        "layer": pa.int64(),
+        "index": pa.int64(),
+        "id": pa.string(),
+        "image_id": pa.string(),
+        "true_box": _BOX,
+        "box": _BOX,
+        "covered": pa.float64(),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +86,7 @@ class Layer:
 
 async def measure_layers(
     task: Task, options: ModelOptions, layers: Sequence[int] | None = None, *, shown: bool = False
-) -> tuple[list[Layer], str]:
+) -> tuple[list[Look], str]:
     """Measure all layers, or some.
 
     Args:
@@ -56,16 +96,16 @@ async def measure_layers(
         shown: whether to show a progress bar on stderr.
 
     Returns:
-        The layers in order, and the model's name.
+        A row for each layer and sample, in order, and the model's name.
 
     Raises:
         ConfigError: no sample has a true box.
     """
-    every = (task[index] for index in range(len(task)))
-    samples = [sample for sample in every if sample.true_box is not None]
+    every = ((index, task[index]) for index in range(len(task)))
+    samples = [(index, sample) for index, sample in every if sample.true_box is not None]
     if not samples:
         raise ConfigError(f"no sample of {task.name} {task.split} says where its answer is")
-    made: list[Layer] = []
+    made: list[Look] = []
     wanted = None if layers is None else list(layers)
     name, bar = "", None
     while wanted is None or wanted:
@@ -85,7 +125,7 @@ async def measure_layers(
                 total=len(wanted) * len(samples), unit="sample", disable=None if shown else True
             )
             engine, name = engine_of(backend, preset, None, {}), backend.info.name
-            made.append(await _measure(engine, preset, layer, samples, bar.update))
+            made += await _measure(engine, preset, layer, samples, bar.update)
         finally:
             await backend.close()
         wanted.pop(0)
@@ -94,9 +134,52 @@ async def measure_layers(
     return made, name
 
 
+def by_layer(looks: Sequence[Look]) -> list[Layer]:
+    """What the rows say of each layer, in the rows' order."""
+    made = []
+    for layer in dict.fromkeys(look.layer for look in looks):
+        shares = [look.covered for look in looks if look.layer == layer]
+        made.append(
+            Layer(
+                layer=layer,
+                covered=float(np.mean(shares)),
+                whole=float(np.mean([share == 1.0 for share in shares])),
+                samples=len(shares),
+            )
+        )
+    return made
+
+
 def best_layer(layers: Sequence[Layer]) -> Layer:
     """The one that covers most; on ties the first."""
     return max(layers, key=lambda one: (one.covered, -one.layer))
+
+
+def write_looks(path: Path, looks: Sequence[Look]) -> str:
+    """Keep the rows in a Parquet file.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    table = pa.Table.from_pylist([asdict(look) for look in looks], schema=SCHEMA)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, compression="zstd")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_looks(path: Path) -> list[Look]:
+    """What `write_looks` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [Look(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
 
 
 async def _none(need: RegionNeed) -> Image:
@@ -108,11 +191,11 @@ async def _measure(
     engine: Engine,
     preset: Preset,
     layer: int,
-    samples: Sequence[Sample],
+    samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
-) -> Layer:
-    shares, pictures, info = [], Pictures(), engine.backend.info
-    for sample in samples:
+) -> list[Look]:
+    made, pictures, info = [], Pictures(), engine.backend.info
+    for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]
         sent = picture.view(info.view, info.fit, codec, preset.quality)
@@ -126,11 +209,17 @@ async def _measure(
             await engine.backend.release(view)
         assert outcome.need is not None
         assert sample.true_box is not None
-        shares.append(covered(sample.true_box, outcome.need.box))
+        box = outcome.need.box
+        made.append(
+            Look(
+                layer=layer,
+                index=index,
+                id=sample.id,
+                image_id=sample.image_id,
+                true_box=list(sample.true_box),
+                box=list(box),
+                covered=covered(sample.true_box, box),
+            )
+        )
         done(1)
-    return Layer(
-        layer=layer,
-        covered=float(np.mean(shares)),
-        whole=float(np.mean([share == 1.0 for share in shares])),
-        samples=len(shares),
-    )
+    return made

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
@@ -15,17 +17,34 @@ import server_plugin.cli
 from edge_client.cli import main
 from eval.baselines.from_records import decided
 from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
-from eval.calibrate.layers import Layer, best_layer, measure_layers
+from eval.calibrate.layers import (
+    Layer,
+    Look,
+    best_layer,
+    by_layer,
+    measure_layers,
+    read_looks,
+)
+from eval.calibrate.splits import reported_split
 from eval.harness.curves import Setting, curve
 from eval.harness.loading import ModelOptions
 from eval.harness.runs import Run
+from eval.report import tables
+from eval.report.boxes import covered
+from eval.report.inputs import sort_runs
+from eval.report.trace import expanded
 from eval.tasks import open_task
+from eval.tasks.catalogue import TASKS
 from server_plugin.calibration import Calibration, load_calibration
 from server_plugin.models import open_model
+from tests.eval.test_report import answers
 from tests.eval.test_sweep import rows, saved
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Aggregate, Metric
+
+ROOT = Path(__file__).resolve().parents[2]
+BOX = [0, 0, 4, 3]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +95,66 @@ def test_the_loss_bound_is_applied_to_the_run(run: Run) -> None:
     assert 1.9 < found.eta <= 2.0
     assert found.expected["rate"] == 0.5 == sent(run_of(made), found)
     assert (found.expected["accuracy"], found.made["pictures"]) == (1.0, 800)
+    assert found.expected["loss"] == found.expected["loss_by_picture"] == 0.0
     few = for_loss(run_of(made[:20]), Setting(), 0.02, 0.95)
     assert (few.eta, few.expected["rate"]) == (0.0, 1.0)
     assert "every question is sent" in few.made["note"]
+
+
+def test_what_the_loss_is_the_mean_of_is_told() -> None:
+    # One picture with five questions, all lost; the others have one, and lose nothing.
+    made = [row(i, 1.0, 1.0, image_id=f"i{i}") for i in range(400)]
+    made += [row(400 + i, 0.0, 1.0, image_id="i0") for i in range(4)]
+    made[0] = row(0, 0.0, 1.0, image_id="i0")
+    val = run_of(made, task={"split": "val"})
+    once = for_loss(val, Setting(), 0.02, 0.95)
+    assert once.made["bound_on"].startswith("mean over pictures")
+    assert (once.made["most_per_picture"], once.made["questions_about_one"]) == (1, [1, 5])
+    assert "pictures have 1 to 5 questions here, and each counts once" in once.made["note"]
+    assert once.expected["loss"] == pytest.approx(5 / 404)
+    assert once.expected["loss_by_picture"] == pytest.approx(1 / 400)
+    known = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=6)
+    assert known.made["bound_on"].startswith("mean loss over questions")
+    assert "note" not in known.made
+    capped = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=3)
+    assert "1 of 400 pictures have more than 3 questions and count as 3" in capped.made["note"]
+    # Where all have the same number of questions the two means are one.
+    even = for_loss(run_of(rows(200), task={"split": "val"}), Setting(), 0.1, 0.95)
+    assert even.made["questions_about_one"] == [2, 2]
+    assert "note" not in even.made
+
+
+def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
+    assert reported_split("signs") == open_task("signs").split
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    lines = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
+    told = {name.strip(" `"): splits.split(",")[0].split()[0] for name, _, splits in lines[:7]}
+    assert told.pop("aokvqa_mc") == "the"  # the same
+    assert set(told) | {"aokvqa_mc"} == set(TASKS)
+    assert {name: reported_split(name) for name in told} == told
+    assert reported_split("aokvqa_mc") == told["aokvqa"]
+    assert reported_split("one of somebody's own") is None
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "said"),
+    [
+        ("signs", "test", "test is the split of signs that is reported"),
+        ("textvqa", "validation", "validation is the split of textvqa that is reported"),
+        ("pope", "random", "random shows pictures of the split of pope that is reported"),
+        ("textvqa", "train", None),
+        ("signs", "val", None),
+    ],
+)
+def test_choosing_on_what_is_reported_is_told(task: str, split: str, said: str | None) -> None:
+    run = run_of(rows(200), task={"name": task, "split": split})
+    for found in (
+        for_rate(run, Setting(), 0.3),
+        for_bytes(run, Setting(), 1e6),
+        for_loss(run, Setting(), 0.1, 0.95),
+    ):
+        assert found.made.get("note", "").startswith(said or "")
+        assert ("note" in found.made) == (said is not None)
 
 
 def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None:
@@ -101,14 +177,66 @@ def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None
 def test_layers_are_measured_by_the_regions_that_they_lead_to() -> None:
     task = open_task("signs", split="val", limit=6)
     options = ModelOptions(name="demo", device="cpu", dtype="float32")
-    made, name = asyncio.run(measure_layers(task, options, [0, 1]))
+    looks, name = asyncio.run(measure_layers(task, options, [0, 1]))
     assert name == "demo"
+    made = by_layer(looks)
     assert [one.layer for one in made] == [0, 1]
     boxed = sum(task[index].true_box is not None for index in range(6))
     assert {one.samples for one in made} == {boxed}
     # The demo model's preset reads layer 1, chosen on other scenes.
     assert best_layer(made).layer == 1
     assert made[1].covered > made[0].covered
+
+
+def test_every_number_of_the_layers_leads_to_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "layers.yaml"
+    options = ("--limit", "3", "--layer", "1", "--layer", "2", "--out", str(path))
+    code, _, err = call(capsys, "calibrate", "layers", "--split", "val", *options)
+    assert (code, "calibrate:" in err) == (0, False)
+    found = load_calibration(path)
+    rows = found.made["rows"]
+    file = path.with_name(rows["file"])
+    assert file.name == "layers.parquet"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == rows["sha256"]
+    looks = read_looks(file)
+    assert [msgspec.to_builtins(one) for one in by_layer(looks)] == found.made["layers"]
+    task = open_task("signs", split="val", limit=3)
+    for look in looks:
+        sample = task[look.index]
+        assert (look.id, look.image_id) == (sample.id, sample.image_id)
+        assert look.true_box == list(sample.true_box or ())
+        assert look.covered == covered(look.true_box, look.box)
+    # The report hands it on.
+    inputs = sort_runs([run_of(answers(20))], layers=found, resamples=10)
+    told = tables.table_layers(inputs)
+    assert [row["layer"] for row in told] == [1, 2]
+    for row_ in told:
+        of = row_["rows"]
+        assert (of["file"], of["sha256"]) == (rows["file"], rows["sha256"])
+        wanted = expanded(of["index"])
+        mine = [r for r in looks if r.layer == of["layer"] and r.index in wanted]
+        assert len(mine) == of["count"] == row_["samples"] == len(wanted)
+        assert np.mean([r.covered for r in mine]) == row_["covered"]
+        assert np.mean([r.covered == 1 for r in mine]) == row_["whole"]
+    assert f"{rows['file']}," in tables.csv_text(told)
+
+
+def test_layers_of_the_reported_split_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = Look(layer=1, index=0, id="s", image_id="i", true_box=BOX, box=BOX, covered=1.0)
+
+    async def measured(*_: object, **__: object) -> tuple[list[Look], str]:
+        return [look], "demo"
+
+    monkeypatch.setattr("eval.calibrate.layers.measure_layers", measured)
+    path = tmp_path / "layers.yaml"
+    _, _, err = call(capsys, "calibrate", "layers", "--split", "test", "--out", str(path))
+    said = "test is the split of signs that is reported"
+    assert said in err
+    assert said in load_calibration(path).made["note"]
 
 
 def test_on_ties_the_first_layer_wins() -> None:
@@ -125,6 +253,16 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     told = capsys.readouterr()
     assert isinstance(ended.value.code, int)
     return ended.value.code, told.out, told.err
+
+
+def test_the_reported_split_is_told_on_stderr_and_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, path = saved(tmp_path / "run", rows(100)), tmp_path / "c.yaml"
+    code, _, err = call(capsys, "calibrate", str(run), "--target-rate", "0.3", "--out", str(path))
+    assert code == 0
+    assert err.startswith("vlm-collab calibrate: test is the split of signs that is reported")
+    assert load_calibration(path).made["note"] in err
 
 
 @pytest.fixture
@@ -252,6 +390,7 @@ def test_a_copy_of_the_model_in_another_folder_is_the_same_model() -> None:
         (["--target-rate", "2"], "must be between 0 and 1"),
         (["--max-accuracy-loss", "0"], "largest loss must be"),
         (["--max-accuracy-loss", "0.1", "--confidence", "1"], "confidence must be"),
+        (["--max-accuracy-loss", "0.1", "--most-per-picture", "0"], "most-per-picture"),
         (["--target-rate", "0.3", "--metric", "doubt"], "'doubt' is not a valid Metric"),
     ],
 )

@@ -1,0 +1,29 @@
+"""Which split of a benchmark is reported, so that nothing is chosen on it unnoticed."""
+
+from __future__ import annotations
+
+from eval.tasks.catalogue import TASKS
+from eval.tasks.hub import POPE, HubTask
+
+_SHARED = {POPE.name: "all its splits show the same pictures"}
+"""Tasks of which every split has the reported one's pictures."""
+
+
+def reported_split(task: str) -> str | None:
+    """The split that `open_task(task)` opens; None of a task that there is not."""
+    kind = TASKS.get(task)
+    if kind is None:
+        return None
+    return next(iter(kind.sources)) if issubclass(kind, HubTask) else "test"
+
+
+def reported_note(task: str, split: str) -> list[str]:
+    """What has to be said of choosing on a split: a line if it is the one that is reported, or
+    shares its pictures."""
+    if split == reported_split(task):
+        why = f"{split} is the split of {task} that is reported"
+    elif task in _SHARED:
+        why = f"{split} shows pictures of the split of {task} that is reported ({_SHARED[task]})"
+    else:
+        return []
+    return [f"{why}: choose on another one, or do not report results on this one"]
