@@ -162,8 +162,8 @@ def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
 def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
     """What a reader of `table_chosen` could take for more than it is."""
     said = (
-        f"“{CONFIDENCE:.0%} sure” speaks of the mixture of questions, on data like the validation "
-        "split, not of a kind of questions by itself."
+        f"“{CONFIDENCE:.0%} sure” speaks of the mean over pictures, with the mixture of questions "
+        "that data like the validation split have, not of a kind of questions by itself."
     )
     task = inputs.main.provenance["task"]
     if (task["name"], task["split"]) == ("signs", "test"):
@@ -248,12 +248,18 @@ def table_summaries(inputs: Inputs) -> list[Row]:
 
 
 def table_layers(inputs: Inputs) -> list[Row]:
-    """What `calibrate layers` found on data that are not reported."""
+    """What `calibrate layers` found on data that are not reported, and in which rows."""
     if inputs.layers is None:
         return []
     found = inputs.layers
+    rows = found.made.get("rows")  # files that were written before there were any have none
     return [
-        {**row, "chosen": row["layer"] == found.layer, "split": found.made["split"]}
+        {
+            **row,
+            "chosen": row["layer"] == found.layer,
+            "split": found.made["split"],
+            **({"rows": {**rows, "layer": row["layer"], "count": row["samples"]}} if rows else {}),
+        }
         for row in found.made["layers"]
     ]
 
@@ -288,7 +294,7 @@ def percent(name: str) -> Cell:
 
 
 def ranged(name: str, digits: int = 2) -> Cell:
-    """A number with its interval; infinite where it is not finite."""
+    """A number with its interval, or why it has none; infinite where it is not finite."""
 
     def of(value: float | None) -> str:
         return "∞" if value is None else f"{value:z.{digits}f}"
@@ -296,8 +302,10 @@ def ranged(name: str, digits: int = 2) -> Cell:
     def text(row: Row) -> str:
         if name not in row:
             return ""
-        between = row.get(f"{name}_interval")
-        return of(row[name]) + (f" [{of(between[0])}, {of(between[1])}]" if between else "")
+        between, why = row.get(f"{name}_interval"), row.get("interval_note")
+        if between is None:
+            return of(row[name]) + (f" (no interval: {why})" if why else "")
+        return f"{of(row[name])} [{of(between[0])}, {of(between[1])}]"
 
     return text
 
@@ -345,7 +353,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
         "Overlap by Eq. 23, Bhattacharyya distance by Eq. 24 (natural logarithm), in 20 "
         "bins of equal width from 0 to 1 for the margin, else to the largest value; 10 "
         "and 40 bins are in report.json. The paper does not state its bins. A first "
-        "answer is right if it scores at least one half.",
+        "answer is right if it scores at least one half. Intervals allow for the bias of these "
+        "numbers, which may lie near an end of theirs or outside.",
         {
             "questions": word("part"),
             "metric": word("name"),
@@ -449,7 +458,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
         "Attention layers, on the validation split",
         table_layers,
         "Share of the true box in the region that the layer leads to; the first pass and "
-        "the region search of each layer, by the engine.",
+        "the region search of each layer, by the engine. The rows are in the Parquet file "
+        "beside the calibration.",
         {
             "layer": word("layer"),
             "covers the true place": percent("covered"),
@@ -485,7 +495,7 @@ def _flat(row: Row) -> Row:
     made: Row = {}
     for name, value in row.items():
         if name.endswith("_interval"):
-            made[f"{name}_low"], made[f"{name}_high"] = value
+            made[f"{name}_low"], made[f"{name}_high"] = value or (None, None)
         elif name == "rows":
             made |= {f"rows_{key}": one for key, one in value.items()}
         elif not isinstance(value, dict | list):
@@ -524,9 +534,10 @@ def _applied(
 
 def _separated(title: str, name: str, run: Run, setting: Setting, inputs: Inputs) -> Row:
     found = separation(run, setting, _bootstrap(inputs, run))
-    kept = ("overlap", "overlap_interval", "distance", "distance_interval", "auroc")
+    kept = ("overlap", "overlap_interval", "distance", "distance_interval", "interval_note")
+    kept += ("auroc", "right", "wrong", "by_bins", "rows")
     row = {"part": title, "name": name, "setting": setting.name}
-    row |= {key: found[key] for key in (*kept, "right", "wrong", "by_bins", "rows") if key in found}
+    row |= {key: found[key] for key in kept if key in found}
     return row
 
 
