@@ -62,6 +62,7 @@ def with_rows(backend: Any, new_tokens: int) -> Way:
     async def one(picture: Image.Image) -> Tokens:
         view = await backend.open_view(picture)
         first = await backend.first_pass(view, QUESTION, max_new_tokens=new_tokens)
+        await backend.row_of(first)
         await backend.release(view)
         return tuple(first.token_ids)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,8 @@ class Generation:
         context_tokens: prompt tokens it stands on, those taken from a cache included.
         row: attention of the last prompt position to the global view at the preset layer, mean
             over heads, on the token grid in row-major order, picture after picture, float32,
-            shape `(pictures * rows * columns,)`; None when it was not asked for.
+            shape `(pictures * rows * columns,)`; None when it was not asked for, or where the
+            runtime hands it out no earlier than `Backend.relative_attention` needs it.
         surprisals: −log2 of each token's probability by the raw logits, in bits.
     """
 
@@ -243,3 +244,17 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Stop threads and free the model. Operations awaited after this fail."""
+
+
+@runtime_checkable
+class Mortal(Protocol):
+    """What a backend has besides if its runtime can die while this process lives on."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is dead, for good: no operation will succeed any more."""
+
+
+def has_failed(backend: Backend) -> bool:
+    """Whether a backend's runtime is dead; one that cannot tell lives as long as the process."""
+    return isinstance(backend, Mortal) and backend.failed

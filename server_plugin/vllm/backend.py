@@ -16,7 +16,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from server_plugin.backend import (
     View,
 )
 from server_plugin.vllm import capture
-from server_plugin.vllm.client import RowClient
+from server_plugin.vllm.client import ExpectedRow, RowClient
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.policy import Metric
 from vlm_collab.roi import relative_maps
@@ -64,6 +64,19 @@ class _Picture:
 
     image: Image
     name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmGeneration(Generation):
+    """A generated answer, whose row stays in the workers until it is needed.
+
+    Attributes:
+        prompt: what it answers.
+        expected: its row; None when none was asked for.
+    """
+
+    prompt: Prompt
+    expected: ExpectedRow | None
 
 
 @dataclass(slots=True, eq=False)
@@ -152,11 +165,17 @@ class VllmBackend:
             concurrency=config.scheduler_config.max_num_seqs,
             view_bytes=math.prod(layout.view) * 3,
         )
-        self._rows = RowClient(self._call, preset.layer, text.num_attention_heads)
+        self._rows_scope = secrets.token_hex(16)
+        self._rows = RowClient(self._call, preset.layer, text.num_attention_heads, self._rows_scope)
         self._secret = secrets.token_bytes(16)
         self._scope = secrets.token_hex(16)
         self._running: set[asyncio.Task[Generation]] = set()
         """The event loop itself keeps no task alive."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine is dead; it does not come back."""
+        return self._engine is not None and bool(self._engine.errored)
 
     @property
     def engine(self) -> Any:
@@ -209,28 +228,51 @@ class VllmBackend:
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
-        if first.row is None:
-            raise ValueError("the first pass came without its attention row")
+        row = await self.row_of(first)
         pictures = _pictures_of(view)
         assert isinstance(view, VllmView)
         task, new = view.generic, False
         if task is None or (task.done() and _result(task) is None):
-            instruction = self._preset.generic_instruction
             # Of its own, so that one question that is cancelled does not take it from others.
-            task = asyncio.create_task(self._answer(pictures, instruction, 1, rows=len(pictures)))
+            task = asyncio.create_task(self._generic(pictures))
             self._running.add(task)
             task.add_done_callback(self._forget)
             view.generic, new = task, True
         generic = await asyncio.shield(task)
         assert generic.row is not None
         return RelativeAttention(
-            maps=relative_maps(
-                first.row, generic.row, self._info.grid, epsilon=self._preset.epsilon
-            ),
+            maps=relative_maps(row, generic.row, self._info.grid, epsilon=self._preset.epsilon),
             prefilled_tokens=generic.prefilled_tokens if new else 0,
             context_tokens=generic.context_tokens if new else 0,
             layers=self._info.layers,
         )
+
+    async def row_of(self, first: Generation) -> NDArray[np.float32]:
+        """The attention row of a first pass, fetched now if it was not yet.
+
+        Nothing is fetched with the answer: most questions end with it, and a row that cannot be
+        had must not cost an answer that is complete.
+
+        Returns:
+            what `Generation.row` describes.
+
+        Raises:
+            ModelError: the workers do not have it, or the engine is gone.
+            ValueError: it was not asked for.
+        """
+        if not isinstance(first, VllmGeneration) or first.expected is None:
+            raise ValueError("this answer has no attention row")
+        import torch
+
+        row = torch.from_numpy(await first.expected.fetch())
+        places = first.prompt.images[: first.prompt.views]
+        start = places[0].start
+        cells = [
+            self._adapter.on_grid(row[place.start - start : place.stop - start], None)
+            for place in places
+        ]
+        grid: NDArray[np.float32] = torch.cat(cells).numpy()
+        return grid
 
     async def second_pass(
         self,
@@ -311,11 +353,17 @@ class VllmBackend:
         self._running.discard(task)
         _seen(task)
 
-    async def _call(self, method: str, argument: Any) -> Any:
+    async def _generic(self, pictures: Sequence[_Picture]) -> Generation:
+        """The generic instruction's answer, with its row."""
+        instruction = self._preset.generic_instruction
+        answer = await self._answer(pictures, instruction, 1, rows=len(pictures))
+        return replace(answer, row=await self.row_of(answer))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
         if self._engine is None:
             raise ModelError("the model was closed")
         engine = self._engine
-        call = asyncio.ensure_future(engine.collective_rpc(method, args=(argument,)))
+        call = asyncio.ensure_future(engine.collective_rpc(method, args=arguments))
         try:
             # An engine that dies leaves its calls unanswered.
             while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
@@ -341,7 +389,7 @@ class VllmBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
         rows: int = 0,
-    ) -> Generation:
+    ) -> VllmGeneration:
         """One request, from prompt to answer.
 
         Args:
@@ -351,22 +399,21 @@ class VllmBackend:
         prompts = self._adapter.prompts
         prompts.check(question, len(pictures), max_new_tokens, history)
         prompt = prompts.build(question, len(pictures), max_new_tokens, history, rows)
-        key = secrets.token_hex(8)
+        name = secrets.token_hex(8)
+        expected: ExpectedRow | None = None
         try:
             ids: list[int] = []
             steps: list[TokenStatistics] = []
             surprisals: list[float] = []
             ended = stopped = False
             cached = 0
-            outputs = self._outputs(key, prompt, pictures, max_new_tokens, sampling)
-            expected = False
+            outputs = self._outputs(name, prompt, pictures, max_new_tokens, sampling)
             # Leaving the loop, for whatever reason, aborts what is left of the request.
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    if rows and not expected:
-                        # It is there since the prompt ended, and travels with others' until then.
-                        self._rows.expect(key)
-                        expected = True
+                    if rows and expected is None:
+                        # It is there since the prompt ended.
+                        expected = self._rows.expect(self._key(name))
                     if output.prompt_token_ids is not None:
                         _check_prompt(prompt, output.prompt_token_ids)
                     cached = max(cached, output.num_cached_tokens or 0)
@@ -387,34 +434,30 @@ class VllmBackend:
                 raise ModelError("vLLM ended an answer before its first token")
             if not (stopped or ended or len(ids) >= max_new_tokens):
                 raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
-            return Generation(
+            return VllmGeneration(
                 text=self._adapter.text_of(ids),
                 token_ids=tuple(ids),
                 steps=tuple(steps),
                 ended=ended,
                 prefilled_tokens=len(prompt.ids) - cached,
                 context_tokens=len(prompt.ids),
-                row=await self._row(key, prompt) if rows else None,
                 surprisals=tuple(surprisals),
+                prompt=prompt,
+                expected=expected,
             )
         finally:
-            self._rows.leave(key)
+            if rows and expected is None:
+                # The prompt may have ended although its first token never came here; and the
+                # request is aborted by now, so that no row can come after.
+                self._rows.expect(self._key(name))
 
-    async def _row(self, key: str, prompt: Prompt) -> NDArray[np.float32]:
-        import torch
-
-        row = torch.from_numpy(await self._rows.take(key))
-        first = prompt.images[0].start
-        cells = [
-            self._adapter.on_grid(row[place.start - first : place.stop - first], None)
-            for place in prompt.images[: prompt.views]
-        ]
-        grid: NDArray[np.float32] = torch.cat(cells).numpy()
-        return grid
+    def _key(self, name: str) -> str:
+        """What a request's row is called."""
+        return self._rows_scope + name
 
     async def _outputs(
         self,
-        key: str,
+        name: str,
         prompt: Prompt,
         pictures: Sequence[_Picture],
         max_new_tokens: int,
@@ -430,7 +473,7 @@ class VllmBackend:
         if prompt.views:
             # From the first global view to the last, what lies between included.
             first, stop = prompt.images[0].start, prompt.shared
-            span = {capture.KEY: key, capture.FIRST: first, capture.STOP: stop}
+            span = {capture.KEY: self._key(name), capture.FIRST: first, capture.STOP: stop}
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.temperature else 1.0,
@@ -456,7 +499,7 @@ class VllmBackend:
             for attempt in range(1, _ATTEMPTS + 1):
                 # In vLLM's own threads, so that pictures hold nobody up.
                 (rendered,) = await self._engine.renderer.render_cmpl_async([request])
-                stream = self._engine.generate(rendered, params, key)
+                stream = self._engine.generate(rendered, params, name)
                 async with contextlib.aclosing(stream) as outputs:
                     async for output in outputs:
                         if attempt < _ATTEMPTS and _missed(output):

@@ -57,8 +57,8 @@ INSTALL, TAKE, HELD = "vlm_collab_install", "vlm_collab_take", "vlm_collab_held"
 """Names of the worker methods."""
 
 KEY, FIRST, STOP = "vlm_collab_key", "vlm_collab_first", "vlm_collab_stop"
-"""What a request that wants its row has in `extra_args`: a name for the row, and the span of
-prompt positions that it is about."""
+"""What a request that wants its row has in `extra_args`: a name for the row, which begins with a
+secret of whoever installed the capture, and the span of prompt positions that it is about."""
 
 MAX_ROWS = 1024
 """Rows held until they are fetched; the oldest go first. A client that is gone fetches none."""
@@ -116,12 +116,14 @@ class RowReader:
         rows: what was captured and not fetched yet, summed over this worker's heads.
         rows_bytes: memory that these occupy.
         heads: how many heads that is.
+        scopes: with one of these the names of rows begin that are served.
     """
 
     order: Callable[[], list[str]]
     keys: Keys
     block_table: Callable[[Any], Tensor]
     heads: int
+    scopes: set[str]
     wishes: dict[str, _Wish] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
@@ -134,7 +136,7 @@ class RowReader:
             self.wishes.pop(gone, None)
         computed: dict[str, int] = {}
         for new in scheduled.scheduled_new_reqs:
-            if (wish := _wish_of(new)) is not None:
+            if (wish := _wish_of(new)) is not None and wish.key.startswith(tuple(self.scopes)):
                 self.wishes[new.req_id] = wish
                 computed[new.req_id] = new.num_computed_tokens
         self.due = {}
@@ -213,8 +215,12 @@ def register() -> None:
     setattr(WorkerBase, HELD, _held)
 
 
-def _install(worker: Any, layer: int) -> dict[str, Any]:
-    """Begin to serve rows of a decoder layer; nothing new if they are served already.
+def _install(worker: Any, layer: int, scope: str) -> dict[str, Any]:
+    """Begin to serve rows of a decoder layer; for another scope too if they are served already.
+
+    Args:
+        scope: a secret of the caller's, with which the names of its rows begin. Users of vLLM's
+            own endpoints set `extra_args` too, and could have others' rows pushed out.
 
     Returns:
         `{"heads": …}` of this worker, 0 if the layer is on another one (pipeline parallelism);
@@ -225,11 +231,11 @@ def _install(worker: Any, layer: int) -> dict[str, Any]:
     try:
         if not vllm.__version__.startswith(f"{SUPPORTED}."):
             raise UnsupportedError(f"release (supported: {SUPPORTED})")
-        return {"heads": _wrap(worker, layer)}
+        return {"heads": _wrap(worker, layer, scope)}
     except UnsupportedError as error:
         missing = str(error)
-    except (AttributeError, KeyError, TypeError) as error:
-        missing = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever another release may raise where this one does not
+        missing = " ".join(f"{type(error).__name__}: {error}".split())
     return {"error": f"vLLM {vllm.__version__} cannot give attention rows here: {missing}"}
 
 
@@ -247,7 +253,7 @@ def _held(worker: Any) -> dict[str, int]:
     return {"wishes": len(reader.wishes), "rows": len(reader.rows)}
 
 
-def _wrap(worker: Any, number: int) -> int:
+def _wrap(worker: Any, number: int, scope: str) -> int:
     """Wrap step and layer. Returns this worker's heads of the layer."""
     runner = worker.model_runner
     config = runner.vllm_config
@@ -255,6 +261,7 @@ def _wrap(worker: Any, number: int) -> int:
     if (served := getattr(worker, "vlm_collab_layer", number)) != number:
         raise UnsupportedError(f"rows of layer {served} are served already, not of {number}")
     if hasattr(worker, "vlm_collab_rows"):  # for another front-end of the same engine
+        worker.vlm_collab_rows.scopes.add(scope)
         return int(worker.vlm_collab_rows.heads)
     layer = config.compilation_config.static_forward_context.get(_LAYER.format(number))
     if layer is None:
@@ -263,9 +270,12 @@ def _wrap(worker: Any, number: int) -> int:
         raise UnsupportedError(f"there is no attention layer {_LAYER.format(number)}")
     impl = layer.impl
     _check_layer(impl)
-    order = _order_v2(runner) if config.use_v2_model_runner else _order_v1(runner)
-    reader = RowReader(order, _keys(layer), _block_table(layer, runner), int(impl.num_heads))
+    keys, table = _keys(layer), _block_table(layer, runner)
+    heads = int(impl.num_heads)
     run, attend = runner.execute_model, impl.forward
+    # Only now, when all the rest is there: with V2 this wraps a method.
+    order = _order_v2(runner) if config.use_v2_model_runner else _order_v1(runner)
+    reader = RowReader(order, keys, table, heads, {scope})
 
     def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("dummy_run"):
@@ -352,14 +362,20 @@ def _block_table(layer: Any, runner: Any) -> Callable[[Any], Tensor]:
             "VLLM_USE_V2_MODEL_RUNNER=0, or another --attention-backend"
         )
     groups = runner.kv_cache_config.kv_cache_groups
-    group = next(i for i, one in enumerate(groups) if layer.layer_name in one.layer_names)
-    tables = runner.input_batch.block_table
+    mine = [i for i, one in enumerate(groups) if layer.layer_name in one.layer_names]
+    if not mine:
+        raise UnsupportedError(f"there is no cache group of {layer.layer_name}")
+    group, tables = mine[0], runner.input_batch.block_table
     return lambda metadata: tables[group].get_device_tensor(runner.input_batch.num_reqs)
 
 
 def _order_v1(runner: Any) -> Callable[[], list[str]]:
-    # Asked for anew in each step: the list is replaced as requests come and go.
-    return lambda: list(runner.input_batch.req_ids)
+    def order() -> list[str]:
+        # Asked for anew in each step: the list is replaced as requests come and go.
+        return list(runner.input_batch.req_ids)
+
+    order()  # if it is not there, that shows now
+    return order
 
 
 def _order_v2(runner: Any) -> Callable[[], list[str]]:

@@ -13,30 +13,59 @@ from server_plugin.vllm import capture
 from server_plugin.vllm.rows import mean_over_ranks
 from vlm_collab.errors import ConfigError, ModelError
 
-WorkerCall = Callable[[str, Any], Awaitable[Any]]
+WorkerCall = Callable[..., Awaitable[Any]]
+"""Calls a method of all workers, by name and with its arguments; gives their results."""
+
+MOST_WAITING = 64
+"""Rows that may wait in the workers for a call to carry them, whether or not anybody wants them.
+Far fewer than the workers keep (`capture.MAX_ROWS`), which push out the oldest."""
+
+
+class ExpectedRow:
+    """A row that the workers have until it is fetched."""
+
+    def __init__(self, client: RowClient, row: asyncio.Future[NDArray[np.float32]]) -> None:
+        self._client = client
+        self._row = row
+
+    async def fetch(self) -> NDArray[np.float32]:
+        """The row; once it was fetched, at no cost.
+
+        Returns:
+            Mean over heads, float32, one entry per position of the span.
+
+        Raises:
+            ModelError: no worker has it, or the engine takes no calls any more.
+        """
+        if not self._row.done():
+            self._client.call_soon()
+        # Whoever gives up meanwhile leaves the row to others who ask for it.
+        return await asyncio.shield(self._row)
 
 
 class RowClient:
     """Fetches rows from the workers of one engine.
 
     A call holds up the engine's loop for a moment, so there are few: none before a row is asked
-    for, and then all that are known to be there travel in it.
+    for, and then all that are known to be there travel in it, so that no worker keeps those that
+    nobody wants.
 
     Args:
-        call: calls a method of all workers, by name and with one argument; gives their results.
+        call: see `WorkerCall`.
         layer: decoder layer, from 0, whose rows are read.
         heads: its attention heads, on all ranks together.
+        scope: a secret with which the keys of all rows begin; workers serve no others.
     """
 
-    def __init__(self, call: WorkerCall, layer: int, heads: int) -> None:
+    def __init__(self, call: WorkerCall, layer: int, heads: int, scope: str) -> None:
         self._call = call
         self._layer = layer
         self._heads = heads
+        self._scope = scope
         self._installed = False
         self._install_lock = asyncio.Lock()
-        self._rows: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
-        self._waiting: dict[str, None] = {}
-        """Keys that no call has carried yet, in order."""
+        self._waiting: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
+        """Rows that no call has carried yet, by key and in order."""
         self._urgent = False
         self._fetching: asyncio.Task[None] | None = None
 
@@ -50,7 +79,7 @@ class RowClient:
             if self._installed:
                 return
             try:
-                answers = await self._call(capture.INSTALL, self._layer)
+                answers = await self._call(capture.INSTALL, self._layer, self._scope)
             except ModelError:
                 raise
             except Exception as error:
@@ -70,58 +99,40 @@ class RowClient:
                 )
             self._installed = True
 
-    def expect(self, key: str) -> None:
-        """Say that a row is there now. It comes with the next call; `take` or `leave` follows."""
-        self._rows[key] = asyncio.get_running_loop().create_future()
-        self._waiting[key] = None
+    def expect(self, key: str) -> ExpectedRow:
+        """Say that a row is there, or will not come any more. Nobody has to fetch it."""
+        row: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+        self._waiting[key] = row
+        if len(self._waiting) >= MOST_WAITING:
+            self.call_soon()
+        return ExpectedRow(self, row)
 
-    async def take(self, key: str) -> NDArray[np.float32]:
-        """A row, which can be taken once.
-
-        Returns:
-            Mean over heads, float32, one entry per position of the span.
-
-        Raises:
-            ModelError: no worker has it.
-        """
-        if key not in self._rows:
-            self.expect(key)
-        if key in self._waiting:
-            self._urgent = True
-            if self._fetching is None:
-                self._fetching = asyncio.create_task(self._fetch())
-        try:
-            return await self._rows[key]
-        finally:
-            self.leave(key)
-
-    def leave(self, key: str) -> None:
-        """Nobody will take this row. The next call still carries it, so that no worker keeps it."""
-        future = self._rows.pop(key, None)
-        if future is not None:
-            future.cancel()
+    def call_soon(self) -> None:
+        """Have all rows that wait carried by one call, after the one that runs."""
+        self._urgent = True
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
 
     async def _fetch(self) -> None:
         while self._urgent:
             self._urgent = False
-            keys, self._waiting = list(self._waiting), {}
+            waiting, self._waiting = self._waiting, {}
+            if not waiting:
+                break
             try:
-                ranks = await self._call(capture.TAKE, keys)
+                ranks = await self._call(capture.TAKE, list(waiting))
                 parts = list(zip(*ranks, strict=True))  # of each row: what each rank has
             except Exception as error:
                 lost = ModelError(f"vLLM gave no attention rows: {' '.join(str(error).split())}")
-                outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(keys)
+                outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(waiting)
             else:
                 outcomes = [self._mean(part) for part in parts]
-            for key, outcome in zip(keys, outcomes, strict=True):
-                future = self._rows.get(key)
-                if future is None or future.done():  # whoever wanted it is gone
-                    continue
+            for row, outcome in zip(waiting.values(), outcomes, strict=True):
                 if isinstance(outcome, ModelError):
-                    future.set_exception(outcome)
-                    future.exception()  # if nobody takes it, it is no news
+                    row.set_exception(outcome)
+                    row.exception()  # if nobody wants it, it is no news
                 else:
-                    future.set_result(outcome)
+                    row.set_result(outcome)
         self._fetching = None
 
     def _mean(self, parts: Sequence[tuple[bytes, int] | None]) -> NDArray[np.float32] | ModelError:

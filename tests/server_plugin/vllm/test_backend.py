@@ -18,14 +18,18 @@ import pytest
 from PIL import Image
 
 from server_plugin.adapters.base import Adapter
+from server_plugin.assembly import engine_of
 from server_plugin.backend import Sampling
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
 from server_plugin.vllm import backend as vllm_backend
 from server_plugin.vllm import capture
 from server_plugin.vllm.backend import VllmBackend
+from server_plugin.vllm.client import MOST_WAITING
 from server_plugin.vllm.model import check, weightless_adapter
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from vlm_collab.geometry import Size
+from vlm_collab.messages import Fallback, Retransmit
 
 HEADS = 6
 CELLS = 64
@@ -44,6 +48,10 @@ class Engine:
         open: requests that were neither finished nor aborted.
         misses: how many of the next requests find their picture missing in the engine.
         silent: whether calls to the workers stay unanswered.
+        refuses_calls: whether they fail, as in an engine that is shutting down.
+        rows: what the workers hold.
+        names: of the requests.
+        scopes: what the keys of rows must begin with, one of each backend.
     """
 
     def __init__(self, adapter: Adapter, **config: Any) -> None:
@@ -60,6 +68,9 @@ class Engine:
         self.misses = 0
         self.errored = False
         self.silent = False
+        self.refuses_calls = False
+        self.names: list[str] = []
+        self.scopes: list[str] = []
         self.shut_down = 0
         self.renderer = self
         self.pictures = config.pop("pictures", 3)
@@ -84,6 +95,7 @@ class Engine:
 
     async def generate(self, request: dict[str, Any], params: Any, key: str) -> AsyncIterator[Any]:
         self.requests.append((request, params))
+        self.names.append(key)
         self.open += 1
         if params.extra_args is not None and not self.loses_rows:
             span = params.extra_args[capture.STOP] - params.extra_args[capture.FIRST]
@@ -127,9 +139,12 @@ class Engine:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> Any:
         if method == capture.INSTALL:
+            self.scopes.append(args[1])
             return [{"heads": HEADS}]
         if self.silent:
             await asyncio.Event().wait()
+        if self.refuses_calls:
+            raise RuntimeError("Server shutting down")
         rows = [self.rows.pop(key, None) for key in args[0]]
         return [[None if row is None else ((row * HEADS).tobytes(), HEADS) for row in rows]]
 
@@ -180,9 +195,10 @@ async def test_a_first_pass_is_one_request_with_its_row(
     assert step.min_entropy_bits == pytest.approx(0.1 / math.log(2))
     assert step.margin == pytest.approx(math.exp(-0.1) - math.exp(-3))
     assert math.isnan(step.entropy_bits)
-    assert first.row is not None
     np.testing.assert_allclose(
-        first.row, np.random.default_rng(1).random(CELLS, np.float32) + 0.1, rtol=1e-6
+        await backend.row_of(first),
+        np.random.default_rng(1).random(CELLS, np.float32) + 0.1,
+        rtol=1e-6,
     )
     (request, params) = engine.requests[0]
     assert request["multi_modal_data"]["image"] == [VIEW]
@@ -202,10 +218,10 @@ async def test_several_pictures_are_one_view_with_one_row_for_each(
     assert params.extra_args[capture.FIRST] == prompt.images[0].start
     assert params.extra_args[capture.STOP] == prompt.images[1].stop
     drawn = np.random.default_rng(1).random(prompt.shared - prompt.images[0].start, np.float32)
-    assert first.row is not None
-    assert first.row.shape == (2 * CELLS,)
-    np.testing.assert_allclose(first.row[:CELLS], drawn[:CELLS] + 0.1, rtol=1e-6)
-    np.testing.assert_allclose(first.row[CELLS:], drawn[-CELLS:] + 0.1, rtol=1e-6)
+    row = await backend.row_of(first)
+    assert row.shape == (2 * CELLS,)
+    np.testing.assert_allclose(row[:CELLS], drawn[:CELLS] + 0.1, rtol=1e-6)
+    np.testing.assert_allclose(row[CELLS:], drawn[-CELLS:] + 0.1, rtol=1e-6)
     relative = await backend.relative_attention(view, first)
     assert [one.shape for one in relative.maps] == [(8, 8), (8, 8)]
     await backend.second_pass(view, VIEW, QUESTION, max_new_tokens=3, history=history)
@@ -223,7 +239,8 @@ async def test_a_question_about_no_picture(backend: VllmBackend, engine: Engine)
     (request, params) = engine.requests[0]
     assert "multi_modal_data" not in request
     assert params.extra_args is None
-    assert answer.row is None
+    with pytest.raises(ValueError, match="row"):
+        await backend.row_of(answer)
     assert answer.token_ids == (10, 11, 12, 13, END)
 
 
@@ -247,7 +264,6 @@ async def test_a_second_pass_shows_both_pictures_and_asks_for_no_row(
     second = await backend.second_pass(view, REGION, QUESTION, max_new_tokens=3)
     assert second.token_ids == (10, 11, 12)
     assert not second.ended
-    assert second.row is None
     (before, _), (request, params) = engine.requests
     assert request["multi_modal_data"]["image"] == [VIEW, REGION]
     assert params.extra_args is None
@@ -287,7 +303,7 @@ async def test_an_early_decision_aborts_the_request(backend: VllmBackend, engine
     # The fourth token had come in the same piece; it is not part of what was decided on.
     assert first.token_ids == (10, 11, 12)
     assert seen == [(1, False), (2, False), (3, False)]
-    assert first.row is not None
+    assert len(await backend.row_of(first)) == CELLS
     assert engine.open == 0
 
 
@@ -331,9 +347,9 @@ async def test_the_generic_row_is_computed_once_for_all_questions_on_a_view(
     assert engine.requests[-1][1].max_tokens == 1
     generic = np.random.default_rng(3).random(CELLS, np.float32) + 0.1
     for got, first in zip(maps, firsts, strict=True):
-        assert first.row is not None
+        row = await backend.row_of(first)
         np.testing.assert_allclose(
-            got.map.ravel(), first.row / (generic + backend._preset.epsilon), rtol=1e-5
+            got.map.ravel(), row / (generic + backend._preset.epsilon), rtol=1e-5
         )
     assert [bool(one.prefilled_tokens) for one in (*maps, again)] == [True, False, False]
     assert view.nbytes > bare
@@ -374,8 +390,101 @@ async def test_a_row_that_is_missing_is_an_error_and_not_zeros(
 ) -> None:
     view = await backend.open_view(VIEW)
     engine.loses_rows = True
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
     with pytest.raises(ModelError, match="row is missing"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+        await backend.relative_attention(view, first)
+
+
+async def test_a_row_that_cannot_be_had_costs_nobody_the_first_answer(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    async def fetch(need: Any) -> Image.Image:
+        raise AssertionError("there is no box to ask for")
+
+    view = await backend.open_view(VIEW)
+    engine.loses_rows = True
+    two_stages = engine_of(backend, preset_named("demo"), "always", {})
+    outcome = await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    assert outcome.fallback is Fallback.SERVER_FAILED
+    assert outcome.first.token_ids == (10, 11, 12, 13, END)
+    assert outcome.text == outcome.first.text != ""
+    # Nor does a call that fails, such as the engine's that is shutting down.
+    engine.refuses_calls = True
+    outcome = await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    assert outcome.fallback is Fallback.SERVER_FAILED
+    assert outcome.text == outcome.first.text != ""
+
+
+async def test_a_row_that_nobody_needs_is_not_fetched(backend: VllmBackend, engine: Engine) -> None:
+    async def fetch(need: Any) -> Image.Image:
+        return REGION
+
+    view = await backend.open_view(VIEW)
+    engine.refuses_calls = True
+    two_stages = engine_of(backend, preset_named("demo"), "always", {})
+    outcome = await two_stages.answer(
+        view, Size(*VIEW.size), QUESTION, fetch, retransmit=Retransmit.NEVER
+    )
+    assert outcome.fallback is Fallback.NONE
+    assert len(engine.rows) == 1
+    # It goes with the next row that somebody needs.
+    engine.refuses_calls = False
+    await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    assert not engine.rows
+
+
+async def test_rows_that_nobody_needs_do_not_pile_up(backend: VllmBackend, engine: Engine) -> None:
+    view = await backend.open_view(VIEW)
+    most = 0
+    for _ in range(3 * MOST_WAITING):
+        await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        for _ in range(3):  # the call's own steps; this engine answers without waiting
+            await asyncio.sleep(0)
+        most = max(most, len(engine.rows))
+    assert most <= MOST_WAITING
+
+
+async def test_the_row_of_a_question_that_is_left_is_given_back(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    """Its prompt may have ended in the engine, although its first token never came."""
+    view = await backend.open_view(VIEW)
+    engine.gate.clear()
+    task = asyncio.create_task(backend.first_pass(view, QUESTION, max_new_tokens=9))
+    while not engine.rows:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    engine.gate.set()
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    await backend.row_of(first)
+    assert not engine.rows
+
+
+async def test_only_the_backend_can_name_its_rows(
+    backend: VllmBackend, engine: Engine, adapter: Adapter
+) -> None:
+    """Other users of the engine name theirs as they like; the workers keep none of those."""
+    view = await backend.open_view(VIEW)
+    await backend.first_pass(view, QUESTION, max_new_tokens=1)
+    await VllmBackend(engine, adapter, "demo").first_pass(view, QUESTION, max_new_tokens=1)
+    (ours, theirs) = engine.scopes
+    assert len(ours) >= 32
+    assert ours != theirs
+    keys = [params.extra_args[capture.KEY] for _, params in engine.requests]
+    assert keys[0].startswith(ours)
+    assert keys[1].startswith(theirs)
+    assert max(map(len, keys)) <= 64, "longer ones the workers do not take"
+    # vLLM writes the names of requests into its log.
+    assert not any(scope in name for scope in engine.scopes for name in engine.names)
+
+
+async def test_a_backend_knows_when_its_engine_is_dead(
+    backend: VllmBackend, engine: Engine
+) -> None:
+    assert not backend.failed
+    engine.errored = True
+    assert backend.failed
 
 
 async def test_a_prompt_that_vllm_makes_otherwise_is_an_error(
@@ -407,7 +516,7 @@ async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
     engine.misses = 2
     first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
     assert first.token_ids == (10, 11, 12, 13, END)
-    assert first.row is not None
+    assert len(await backend.row_of(first)) == CELLS
     assert len(engine.requests) == 3
     assert engine.open == 0
     engine.misses = 3
@@ -422,8 +531,9 @@ async def test_an_engine_that_dies_leaves_nobody_waiting_for_a_row(
     monkeypatch.setattr(vllm_backend, "_RPC_PATIENCE_S", 0.01)
     view = await backend.open_view(VIEW)
     engine.silent = engine.errored = True
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
     with pytest.raises(ModelError, match="engine is gone"):
-        await asyncio.wait_for(backend.first_pass(view, QUESTION, max_new_tokens=9), 30)
+        await asyncio.wait_for(backend.relative_attention(view, first), 30)
 
 
 async def test_vllm_s_own_errors_become_one_line(backend: VllmBackend, engine: Engine) -> None:

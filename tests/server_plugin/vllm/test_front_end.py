@@ -20,105 +20,136 @@ from websockets.exceptions import ConnectionClosedError
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
 from server_plugin.vllm import capture
-from server_plugin.vllm.client import RowClient
+from server_plugin.vllm.client import MOST_WAITING, RowClient
 from server_plugin.vllm.endpoint import CollabEndpoint, options_of
 from server_plugin.vllm.model import check, weightless_adapter
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import ConfigError, ModelError
 from vlm_collab.session import ServerLimits
 
+SCOPE = "a secret "
+
 
 class Workers:
     """Two ranks of two heads each, whose rows are named by what they hold."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
         self.heads: list[dict[str, Any]] = [{"heads": 2}, {"heads": 2}]
 
-    async def call(self, method: str, argument: Any) -> Any:
-        self.calls.append((method, argument))
+    async def call(self, method: str, *arguments: Any) -> Any:
+        self.calls.append((method, *arguments))
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
         if method == capture.INSTALL:
             return self.heads
-        one = [None if key == "lost" else (row(float(key)).tobytes(), 2) for key in argument]
+        one = [None if key == "lost" else (row(float(key)).tobytes(), 2) for key in arguments[0]]
         return [one, one]
+
+    @property
+    def taken(self) -> list[list[str]]:
+        """The keys of each call for rows."""
+        return [call[1] for call in self.calls if call[0] == capture.TAKE]
 
 
 def row(value: float) -> np.ndarray:
     return np.array([2 * value, 4 * value], np.float32)
 
 
-async def test_rows_asked_for_during_a_call_travel_together_in_the_next() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
+@pytest.fixture
+def workers() -> Workers:
+    return Workers()
+
+
+@pytest.fixture
+def client(workers: Workers) -> RowClient:
+    return RowClient(workers.call, 1, 4, SCOPE)
+
+
+async def test_rows_asked_for_during_a_call_travel_together_in_the_next(
+    workers: Workers, client: RowClient
+) -> None:
     workers.gate.clear()
-    first = asyncio.create_task(client.take("1"))
+    first = asyncio.create_task(client.expect("1").fetch())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    others = [asyncio.create_task(client.take(str(n))) for n in (2, 3, 4)]
+    others = [asyncio.create_task(client.expect(str(n)).fetch()) for n in (2, 3, 4)]
     await asyncio.sleep(0)
     workers.gate.set()
     rows = await asyncio.gather(first, *others)
-    assert [argument for _, argument in workers.calls] == [["1"], ["2", "3", "4"]]
+    assert workers.taken == [["1"], ["2", "3", "4"]]
     for number, got in enumerate(rows, 1):
         np.testing.assert_array_equal(got, [number, 2 * number])
-    np.testing.assert_array_equal(await client.take("5"), [5, 10])
+    np.testing.assert_array_equal(await client.expect("5").fetch(), [5, 10])
 
 
-async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
-    for number in (1, 2, 3):
-        client.expect(str(number))
+async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for(
+    workers: Workers, client: RowClient
+) -> None:
+    one, two, three = (client.expect(str(number)) for number in (1, 2, 3))
     await asyncio.sleep(0)
     assert workers.calls == []
-    np.testing.assert_array_equal(await client.take("2"), [2, 4])
-    np.testing.assert_array_equal(await client.take("1"), [1, 2])
-    assert [argument for _, argument in workers.calls] == [["1", "2", "3"]]
-    client.leave("3")
+    np.testing.assert_array_equal(await two.fetch(), [2, 4])
+    np.testing.assert_array_equal(await one.fetch(), [1, 2])
+    assert workers.taken == [["1", "2", "3"]]
+    np.testing.assert_array_equal(await three.fetch(), [3, 6])
+    np.testing.assert_array_equal(await three.fetch(), [3, 6])
+    assert len(workers.taken) == 1
     client.expect("4")
-    client.leave("4")
-    np.testing.assert_array_equal(await client.take("5"), [5, 10])
-    # A row that nobody takes any more is fetched too, so that no worker keeps it.
-    assert workers.calls[-1][1] == ["4", "5"]
-    assert client._rows == {}
+    # A row that nobody wants is fetched too, so that no worker keeps it.
+    np.testing.assert_array_equal(await client.expect("5").fetch(), [5, 10])
+    assert workers.taken[-1] == ["4", "5"]
 
 
-async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
-    results = await asyncio.gather(*map(client.take, ("1", "lost", "2")), return_exceptions=True)
+async def test_rows_that_nobody_asks_for_are_given_back_before_they_are_many(
+    workers: Workers, client: RowClient
+) -> None:
+    for number in range(MOST_WAITING - 1):
+        client.expect(str(number))
+    await asyncio.sleep(0)
+    assert workers.taken == []
+    client.expect("1000")
+    await asyncio.sleep(0)
+    assert [len(keys) for keys in workers.taken] == [MOST_WAITING]
+
+
+async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row(
+    client: RowClient,
+) -> None:
+    expected = [client.expect(key).fetch() for key in ("1", "lost", "2")]
+    results = await asyncio.gather(*expected, return_exceptions=True)
     assert isinstance(results[1], ModelError)
     np.testing.assert_array_equal(results[0], [1, 2])
     np.testing.assert_array_equal(results[2], [2, 4])
 
 
-async def test_a_failed_call_ends_those_who_wait_and_nobody_after_them() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
+async def test_a_failed_call_ends_those_who_wait_and_nobody_after_them(
+    workers: Workers, client: RowClient
+) -> None:
     workers.failure = RuntimeError("the engine\nis gone")
     with pytest.raises(ModelError, match="the engine is gone"):
-        await client.take("1")
+        await client.expect("1").fetch()
     workers.failure = None
-    np.testing.assert_array_equal(await client.take("2"), [2, 4])
+    np.testing.assert_array_equal(await client.expect("2").fetch(), [2, 4])
 
 
-async def test_who_gives_up_does_not_disturb_the_others() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
+async def test_who_gives_up_does_not_disturb_the_others(
+    workers: Workers, client: RowClient
+) -> None:
     workers.gate.clear()
-    tasks = [asyncio.create_task(client.take(str(n))) for n in (1, 2)]
+    rows = [client.expect(str(n)) for n in (1, 2)]
+    tasks = [asyncio.create_task(one.fetch()) for one in rows]
     await asyncio.sleep(0)
     tasks[0].cancel()
     await asyncio.sleep(0)
     workers.gate.set()
     np.testing.assert_array_equal(await tasks[1], [2, 4])
     assert tasks[0].cancelled()
+    np.testing.assert_array_equal(await rows[0].fetch(), [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -129,26 +160,24 @@ async def test_who_gives_up_does_not_disturb_the_others() -> None:
     ],
 )
 async def test_workers_that_cannot_serve_rows_end_the_start(
-    heads: list[dict[str, Any]], line: str
+    heads: list[dict[str, Any]], line: str, workers: Workers, client: RowClient
 ) -> None:
-    workers = Workers()
     workers.heads = heads
     with pytest.raises(ConfigError, match=line):
-        await RowClient(workers.call, 1, 4).install()
+        await client.install()
 
 
-async def test_workers_without_the_plugin_end_the_start() -> None:
-    workers = Workers()
+async def test_workers_without_the_plugin_end_the_start(
+    workers: Workers, client: RowClient
+) -> None:
     workers.failure = AttributeError("no attribute 'vlm_collab_install'")
     with pytest.raises(ConfigError, match="VLLM_PLUGINS"):
-        await RowClient(workers.call, 1, 4).install()
+        await client.install()
 
 
-async def test_installation_happens_once() -> None:
-    workers = Workers()
-    client = RowClient(workers.call, 1, 4)
+async def test_installation_happens_once(workers: Workers, client: RowClient) -> None:
     await asyncio.gather(client.install(), client.install())
-    assert workers.calls == [(capture.INSTALL, 1)]
+    assert workers.calls == [(capture.INSTALL, 1, SCOPE)]
 
 
 def test_what_vllm_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def asking(first: Any = 3, stop: Any = 40, key: Any = "row") -> dict[str, Any]:
 
 @pytest.fixture
 def reader() -> RowReader:
-    return RowReader(list, token_major_keys, lambda metadata: TABLE[None], HEADS)
+    return RowReader(list, token_major_keys, lambda metadata: TABLE[None], HEADS, {"row"})
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -171,7 +171,10 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {},
         {"other": 1},
         asking(key=7),
-        asking(key="long" * 20),
+        asking(key="row" + "long" * 20),
+        # Other users of the engine name theirs as they like, and could have ours pushed out.
+        asking(key="another's"),
+        asking(key=""),
         asking(first="3"),
         asking(stop=None),
         asking(first=-1),
@@ -196,7 +199,7 @@ def test_several_requests_in_one_step_get_their_own_rows(
     cache = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * WIDTH), torch.nan)
     put(keys, lambda block, head, offset: cache[block, head, offset, :WIDTH])
     tables = TABLE.repeat(4, 1)
-    reader = RowReader(lambda: order, token_major_keys, lambda metadata: tables, HEADS)
+    reader = RowReader(lambda: order, token_major_keys, lambda metadata: tables, HEADS, {"row"})
     reader.step(
         step(
             [

@@ -16,7 +16,14 @@ import sys
 from typing import Any
 
 
-def answer_of(generation: Any) -> dict[str, Any]:
+async def row_of(backend: Any, generation: Any) -> list[float]:
+    # vLLM's rows stay in its workers until they are fetched.
+    fetch = getattr(backend, "row_of", None)
+    row = generation.row if fetch is None else await fetch(generation)
+    return row.tolist()  # type: ignore[no-any-return]
+
+
+async def answer_of(backend: Any, generation: Any, row: bool = True) -> dict[str, Any]:
     return {
         "ids": list(generation.token_ids),
         "text": generation.text,
@@ -24,7 +31,7 @@ def answer_of(generation: Any) -> dict[str, Any]:
         "ended": generation.ended,
         "prefilled": generation.prefilled_tokens,
         "context": generation.context_tokens,
-        "row": None if generation.row is None else generation.row.tolist(),
+        "row": await row_of(backend, generation) if row else None,
     }
 
 
@@ -46,13 +53,13 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     )
     await backend.release(view)
     return {
-        "first": answer_of(first),
+        "first": await answer_of(backend, first),
         "texts": texts,
         "map": relative.map.tolist(),
         "generic": [relative.prefilled_tokens, relative.context_tokens],
         "generic_again": [again.prefilled_tokens, again.context_tokens],
-        "second": answer_of(second),
-        "cut": answer_of(cut),
+        "second": await answer_of(backend, second, row=False),
+        "cut": await answer_of(backend, cut),
     }
 
 
@@ -75,7 +82,8 @@ async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int)
         pass
     finally:
         renderer.render_cmpl_async = render
-    return answer_of(await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens))
+    asked_again = await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+    return await answer_of(backend, asked_again)
 
 
 def preemptions() -> int:
