@@ -62,10 +62,10 @@ def check_room(service: Service) -> None:
     """Refuse a question when there is no room for another one.
 
     Raises:
-        Refused: shutting down, or busy.
+        Refused: shutting down, the model is dead, or busy.
     """
-    if service.draining:
-        raise Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0)
+    if (reason := service.closed) is not None:
+        raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0)
     if service.questions >= service.config.limits.max_questions or service.views.full:
         raise Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s())
 
@@ -114,9 +114,9 @@ def refusals(service: Service, **extra: object) -> Iterator[None]:
         raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
     # A bug or a failing runtime must not leave the edge waiting, nor end other questions.
     except Exception as error:
-        if isinstance(error, ModelError) and service.draining:
-            # The model was closed under the last questions.
-            raise Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1.0) from None
+        if isinstance(error, ModelError) and (reason := service.closed) is not None:
+            # The model was closed, or died, under the last questions.
+            raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0) from None
         log.exception("question failed", extra=extra)
         raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None
 

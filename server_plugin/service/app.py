@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from server_plugin.backend import has_failed
 from server_plugin.engine import Engine
 from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
 from server_plugin.service.connection import Connection
@@ -71,6 +72,15 @@ class Service:
         ):
             self.metrics.gauge(name, text, value)
         self.openai = OpenAiEndpoint(self, self._openai_refusal)
+
+    @property
+    def closed(self) -> str | None:
+        """Why no questions are taken any more, one line; None as long as they are."""
+        if self.draining:
+            return "the server is shutting down"
+        if has_failed(self.engine.backend):
+            return "the model has failed; this server has to be started again"
+        return None
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -146,14 +156,18 @@ class Service:
         if not self._origin_allowed(client):
             origin = client.headers["origin"]
             return PlainTextResponse(
-                f"Pages at {origin} may not connect to this server, "
-                f"unless it is started with --origin {origin}.",
+                f"Pages at {origin} may not connect to this server, unless it is started with "
+                f'--origin {origin} (or, as `vllm serve`, with "origins": ["{origin}"] below '
+                '"vlm_collab" in --additional-config).',
                 403,
             )
         if client.scope["type"] == "websocket" and SUBPROTOCOL not in _offered(client):
             return PlainTextResponse(f"the subprotocol is {SUBPROTOCOL}", 400)
-        if self.draining or len(self._connections) >= self.config.limits.max_connections:
-            return PlainTextResponse("no room for another connection", 503, {"Retry-After": "1"})
+        reason = self.closed
+        if reason is None and len(self._connections) >= self.config.limits.max_connections:
+            reason = "no room for another connection"
+        if reason is not None:
+            return PlainTextResponse(reason, 503, {"Retry-After": "1"})
         return None
 
     def _openai_refusal(self, client: HTTPConnection) -> ApiError | None:
@@ -166,14 +180,17 @@ class Service:
         return None
 
     def _may_enter(self, client: HTTPConnection) -> bool:
-        """Whether a client has the token: as a header, or from a page as a subprotocol."""
-        token = self.config.token
+        """Whether a client has a token: as a header, or from a page as a subprotocol."""
+        token, *more = (self.config.token, *self.config.more_tokens)
         if token is None:
             return True
         scheme, _, given = client.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = token_in(_offered(client)) or ""
-        return hmac.compare_digest(given.strip().encode(), token.encode())
+        encoded = given.strip().encode()
+        # All are compared in any case, so that the time taken says nothing.
+        same = [hmac.compare_digest(encoded, right.encode()) for right in (token, *more)]
+        return any(same)
 
     def _origin_allowed(self, client: HTTPConnection) -> bool:
         """Browsers name the page that connects; other clients send no origin.
@@ -199,9 +216,9 @@ class Service:
 
     async def _ready(self, _: Request) -> Response:
         """Questions are taken."""
-        info = self.engine.backend.info
-        body = {"ready": not self.draining, "model": info.name, "version": __version__}
-        return JSONResponse(body, 503 if self.draining else 200)
+        info, ready = self.engine.backend.info, self.closed is None
+        body = {"ready": ready, "model": info.name, "version": __version__}
+        return JSONResponse(body, 200 if ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
         if not self._may_enter(request):

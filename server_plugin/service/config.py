@@ -95,6 +95,7 @@ class ServiceConfig:
         host, port: where it listens; port 0 takes a free one.
         token: bearer token that every client must send; None lets everyone in who can connect,
             which is refused on any address but loopback unless `allow_anonymous`.
+        more_tokens: these are as good as `token`.
         allow_anonymous: listen beyond loopback without a token all the same.
         tls_cert, tls_key: PEM files; both or neither.
         origins: origins of browser pages that may connect, besides pages served from loopback.
@@ -108,6 +109,7 @@ class ServiceConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     token: str | None = None
+    more_tokens: tuple[str, ...] = ()
     allow_anonymous: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None

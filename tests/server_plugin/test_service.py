@@ -6,12 +6,13 @@ import itertools
 import struct
 import zlib
 
+import httpx
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
-from tests.support.wire import SURE, UNSURE, edge, picture, service, settled, unsure
+from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settled, unsure
 from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
 from vlm_collab.images import Codec
 from vlm_collab.messages import (
@@ -218,6 +219,58 @@ async def test_a_failing_runtime_is_told_and_logged_and_the_connection_goes_on(c
         failing = False
         await client.ask(SURE, picture())
         assert isinstance(await client.next(), Answer)
+
+
+async def test_a_server_whose_model_is_dead_says_so_and_sends_clients_elsewhere():
+    """As at a shutdown: its balancer may have another server. It did answer before that."""
+
+    class Dying(FakeBackend):
+        failed = False
+
+        async def first_pass(self, *args, **options):
+            if self.failed:
+                raise ModelError("the engine is gone")
+            return await super().first_pass(*args, **options)
+
+    backend = Dying()
+    async with (
+        running(service(backend)) as url,
+        httpx.AsyncClient(base_url=http(url)) as web,
+        edge(url) as client,
+    ):
+        await client.ask(SURE, picture())
+        assert isinstance(await client.next(), Answer)
+        assert (await web.get("/readyz")).status_code == 200
+        backend.failed = True
+        answer = await web.get("/readyz")
+        assert (answer.status_code, answer.json()["ready"]) == (503, False)
+        await client.ask(SURE)
+        error = await client.next()
+        assert (error.code, error.text) == (
+            ErrorCode.SHUTTING_DOWN,
+            "the model has failed; this server has to be started again",
+        )
+        with pytest.raises(InvalidStatus) as refused:
+            async with edge(url):
+                pass
+        assert refused.value.response.status_code == 503
+        assert b"the model has failed" in refused.value.response.body
+        assert (await web.get("/healthz")).status_code == 200
+
+
+async def test_a_model_that_dies_under_a_question_is_told():
+    class Dying(FakeBackend):
+        failed = False
+
+        async def first_pass(self, *args, **options):
+            self.failed = True
+            raise ModelError("the engine is gone")
+
+    async with running(service(Dying())) as url, edge(url) as client:
+        await client.ask(SURE, picture())
+        error = await client.next()
+        assert error.code is ErrorCode.SHUTTING_DOWN
+        assert "the model has failed" in error.text
 
 
 async def test_a_question_that_takes_too_long_in_its_second_stage_has_its_first_answer():

@@ -42,6 +42,17 @@ async def test_the_token_guards_questions_and_metrics_but_not_health():
         assert (await web.get(http(url) + "/readyz")).json()["ready"] is True
 
 
+async def test_there_may_be_several_tokens():
+    config = {"token": "one", "more_tokens": ("two", "three")}
+    async with running(service(**config)) as url, httpx.AsyncClient() as web:
+        for right in ("one", "two", "three"):
+            headers = {"Authorization": f"Bearer {right}"}
+            assert (await web.get(http(url) + "/metrics", headers=headers)).status_code == 200
+        for wrong in ("four", "one,two", "onetwo"):
+            headers = {"Authorization": f"Bearer {wrong}"}
+            assert (await web.get(http(url) + "/metrics", headers=headers)).status_code == 401
+
+
 async def test_pages_of_other_origins_may_not_connect():
     running_service = service(origins=frozenset({"https://camera.example"}))
     async with running(running_service) as url:
