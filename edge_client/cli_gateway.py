@@ -90,7 +90,13 @@ def gateway(
     policy: Annotated[
         Path | None, typer.Option(help="Policy file: what may leave the device.")
     ] = None,
-    camera: Annotated[str | None, typer.Option(help="Whose rules of the policy apply.")] = None,
+    camera: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose rules of the policy apply at /v1; each camera has its own at "
+            "/cameras/NAME/v1."
+        ),
+    ] = None,
     audit: Annotated[
         Path | None, typer.Option(help="File in which every image that leaves is listed.")
     ] = None,
@@ -158,7 +164,7 @@ async def _serve(
         await serve(gateway, sock)
     finally:
         sock.close()
-        await gateway.answerer.close()
+        await gateway.close()
 
 
 async def _greeting(gateway: Gateway) -> tuple[str | None, str]:

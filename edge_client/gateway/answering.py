@@ -49,13 +49,23 @@ class Answerer:
     Args:
         config: see `GatewayConfig`.
         url: address of the service.
+        album: keeps originals for later questions.
         options: see `ClientOptions`; `policy` and `audit` hold for all requests.
+
+    Attributes:
+        camera: whose rules hold.
 
     Raises:
         ConfigError: an impossible setting.
     """
 
-    def __init__(self, config: GatewayConfig, url: str, **options: Unpack[ClientOptions]) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        url: str,
+        album: Album,
+        **options: Unpack[ClientOptions],
+    ) -> None:
         limits = config.limits
         self._config = config
         self.server = Server(
@@ -66,6 +76,7 @@ class Answerer:
         )
         self._where = without_secrets(self.server.url)
         self._guard = open_guard(options.get("policy"), options.get("camera"), None, self._where)
+        self.camera = self._guard.policy.name
         self.watched = options.get("policy") is not None or options.get("audit") is not None
         """Whether a policy or an audit log stands between pictures and the uplink."""
         settings: ClientOptions = {
@@ -75,7 +86,7 @@ class Answerer:
         }
         settings.update(options)
         self._client = EdgeClient(url, **settings)
-        self._album = Album(settings["max_pixels"], limits.max_picture_bytes)
+        self._album = album
         self._fetcher = Fetcher(
             config.fetch_hosts,
             timeout_s=limits.fetch_timeout_s,

@@ -19,12 +19,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
 from edge_client.dial import DEFAULT_URL
 from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
+from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import Page
 from edge_client.gateway.store import ResponseStore
@@ -77,6 +78,9 @@ class Gateway:
         url: address of the service.
         options: see `ClientOptions`; `policy` and `audit` hold for all requests.
 
+    Attributes:
+        answerer: answers those who name no camera.
+
     Raises:
         ConfigError: an impossible setting.
     """
@@ -86,7 +90,8 @@ class Gateway:
     ) -> None:
         limits = config.limits
         self.config = config
-        self.answerer = Answerer(config, url, **options)
+        self._cameras = Cameras(config, url, **options)
+        self.answerer = self._cameras.default
         self._access = Access(config)
         self._page = Page(self.answerer, self._access, limits.max_relays)
         self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
@@ -96,12 +101,16 @@ class Gateway:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        routes = [
+        api = [
             Route("/v1/chat/completions", self._endpoint(self._chat), methods=["POST"]),
             Route("/v1/responses", self._endpoint(self._respond), methods=["POST"]),
             Route("/v1/responses/{id}", self._endpoint(self._forget), methods=["DELETE"]),
             Route("/v1/models", self._endpoint(self._models)),
             Route("/v1/models/{id:path}", self._endpoint(self._model)),
+        ]
+        routes = [
+            *api,
+            Mount("/cameras/{camera}", routes=api),
             Route("/healthz", self._health),
             Route("/readyz", self._ready),
             *self._page.routes(),
@@ -122,19 +131,24 @@ class Gateway:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        await self.answerer.close()
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections to the server. Questions still open end with an error."""
+        await self._cameras.close()
 
     def _endpoint(
-        self, answer: Callable[[Request], Awaitable[Response]]
+        self, answer: Callable[[Request, Answerer], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A route that tells its errors in OpenAI's form."""
+        """A route to a camera's answerer, which tells its errors in OpenAI's form."""
 
         async def endpoint(request: Request) -> Response:
             try:
                 refusal = self._access.refusal(request)
                 if refusal is not None:
                     raise refusal
-                return await answer(request)
+                camera = self._cameras.get(request.path_params.get("camera"))
+                return await answer(request, camera)
             except CollabError as error:
                 return _error(api_error(error))
             except (Gone, ClientDisconnect):
@@ -146,24 +160,24 @@ class Gateway:
 
         return endpoint
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
         with self._working() as work:
             body = await self._body(request, work)
             if chat_is_text(body):
-                return await self._forward(request, body)
+                return await self._forward(request, camera, body)
             query = await asyncio.to_thread(parse_chat, body, limits)
             id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
-            model = await self._model_name(request, query)
+            model = await self._model_name(request, camera, query)
             if query.stream:
                 form = ChatStream(
                     id=id, created=created, model=model, include_usage=query.include_usage
                 )
-                return await self._stream(request, query, form, lambda result: None)
-            result = await unless_gone(request.receive, self.answerer.answer(query, None))
+                return await self._stream(request, camera, query, form, lambda result: None)
+            result = await unless_gone(request.receive, camera.answer(query, None))
             return _json(completion(result, id=id, created=created, model=model))
 
-    async def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
         with self._working() as work:
             body = await self._body(request, work)
@@ -175,10 +189,10 @@ class Gateway:
                     "and no tools",
                     "unsupported_parameter",
                 )
-            before = self._responses.get(asked.previous_response_id)
+            before = self._responses.get(camera.camera, asked.previous_response_id)
             query = asked.query(before)
             id, created = f"resp_{secrets.token_hex(24)}", int(time.time())
-            model = await self._model_name(request, query)
+            model = await self._model_name(request, camera, query)
             form = ResponseBuilder(asked, id=id, created=created, model=model)
             fetched: dict[Url, bytes] = {}
 
@@ -186,30 +200,31 @@ class Gateway:
                 if asked.store:
                     # An address may show something else by the time it is gone on from.
                     whole = asked.whole(before).fetched(fetched).answered(result.text)
-                    self._responses.keep(id, whole)
+                    self._responses.keep(camera.camera, id, whole)
 
             if query.stream:
-                return await self._stream(request, query, form, keep, fetched)
-            answering = self.answerer.answer(query, None, fetched)
+                return await self._stream(request, camera, query, form, keep, fetched)
+            answering = camera.answer(query, None, fetched)
             result = await unless_gone(request.receive, answering)
             keep(result)
             return _json(form.whole(result))
 
-    async def _forget(self, request: Request) -> Response:
+    async def _forget(self, request: Request, camera: Answerer) -> Response:
         id = str(request.path_params["id"])
-        self._responses.forget(id)
+        self._responses.forget(camera.camera, id)
         return _json({"id": id, "object": "response", "deleted": True})
 
     async def _stream(
         self,
         request: Request,
+        camera: Answerer,
         query: Query,
         form: Form,
         finished: Callable[[Result], None],
         fetched: dict[Url, bytes] | None = None,
     ) -> Response:
         pieces = answer_pieces(
-            lambda on_text: self.answerer.answer(query, on_text, fetched),
+            lambda on_text: camera.answer(query, on_text, fetched),
             form,
             TextFlow(query.options.stop),
             whole=query.options.tokens,
@@ -240,15 +255,17 @@ class Gateway:
     def _ended(self) -> None:
         self._requests -= 1
 
-    async def _forward(self, request: Request, body: Mapping[str, Any]) -> Response:
+    async def _forward(
+        self, request: Request, camera: Answerer, body: Mapping[str, Any]
+    ) -> Response:
         """Hand a request about text alone to the server's own API, as it is."""
         await asyncio.to_thread(refuse_pictures_in, body)
-        self.answerer.check_time()
-        welcome = await unless_gone(request.receive, self.answerer.welcome())
+        camera.check_time()
+        welcome = await unless_gone(request.receive, camera.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:
             body = {**body, "model": welcome.model}
         async with AsyncExitStack() as opened:
-            forwarding = opened.enter_async_context(self.answerer.texts.forward(body))
+            forwarding = opened.enter_async_context(camera.texts.forward(body))
             response = await unless_gone(request.receive, forwarding)
             if body.get("stream") is True and response.status_code == 200:
                 pieces = _passed_on(response)
@@ -258,20 +275,20 @@ class Gateway:
             kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
             return Response(content, response.status_code, kept)
 
-    async def _model_name(self, request: Request, query: Query) -> str:
+    async def _model_name(self, request: Request, camera: Answerer, query: Query) -> str:
         """The name that the answer says it is from: as the client has it, if it has any."""
         if query.model:
             return query.model
-        return (await unless_gone(request.receive, self.answerer.welcome())).model
+        return (await unless_gone(request.receive, camera.welcome())).model
 
-    async def _models(self, request: Request) -> Response:
-        welcome = await self.answerer.welcome(min(_LOOK_S, self.config.deadline_s))
-        return _json(models_list(self.answerer.names(welcome), self._created))
+    async def _models(self, request: Request, camera: Answerer) -> Response:
+        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
+        return _json(models_list(camera.names(welcome), self._created))
 
-    async def _model(self, request: Request) -> Response:
+    async def _model(self, request: Request, camera: Answerer) -> Response:
         name = str(request.path_params["id"])
-        welcome = await self.answerer.welcome(min(_LOOK_S, self.config.deadline_s))
-        check_model(name, self.answerer.names(welcome))
+        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
+        check_model(name, camera.names(welcome))
         return _json(model_object(name, self._created))
 
     async def _health(self, _: Request) -> Response:

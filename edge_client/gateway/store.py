@@ -10,6 +10,8 @@ from vlm_collab.openai import ApiError, Conversation, refuse
 class ResponseStore:
     """Conversations by the id of the response that ended them; the oldest go first.
 
+    Each belongs to a camera: under another's rules, more of its pictures might leave.
+
     Args:
         max_count: most responses.
         max_bytes: most bytes of their pictures and texts; what several share counts once.
@@ -18,18 +20,18 @@ class ResponseStore:
     def __init__(self, max_count: int, max_bytes: int) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, Conversation] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, name: str, conversation: Conversation) -> None:
+    def keep(self, camera: str, name: str, conversation: Conversation) -> None:
         """Keep a conversation, its answer included."""
-        self._kept[name] = conversation
+        self._kept[camera, name] = conversation
         while len(self._kept) > self._max_count or self._nbytes() > self._max_bytes:
             self._kept.popitem(last=False)
 
-    def get(self, name: str | None) -> Conversation:
+    def get(self, camera: str, name: str | None) -> Conversation:
         """A conversation; the empty one for no id.
 
         Raises:
@@ -37,18 +39,18 @@ class ResponseStore:
         """
         if name is None:
             return Conversation()
-        if name not in self._kept:
+        if (camera, name) not in self._kept:
             raise _unknown(name, "previous_response_id")
-        self._kept.move_to_end(name)
-        return self._kept[name]
+        self._kept.move_to_end((camera, name))
+        return self._kept[camera, name]
 
-    def forget(self, name: str) -> None:
+    def forget(self, camera: str, name: str) -> None:
         """Keep a response no longer.
 
         Raises:
             ApiError: there is none, or no longer (404).
         """
-        if self._kept.pop(name, None) is None:
+        if self._kept.pop((camera, name), None) is None:
             raise _unknown(name, "response_id", status=404)
 
     def _nbytes(self) -> int:

@@ -1,0 +1,66 @@
+"""One `Answerer` for each camera, so that each has its own rules of the policy."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from edge_client.client import ClientOptions
+from edge_client.gateway.answering import Answerer
+from edge_client.gateway.config import GatewayConfig
+from edge_client.picture import Album
+from edge_client.privacy import Policy, load_policy
+from vlm_collab.openai import refuse
+
+
+class Cameras:
+    """The answerers of the cameras that the policy names, made when they are first asked.
+
+    They share the memory for originals. What the policy counts, it counts for each.
+
+    Args:
+        config: see `GatewayConfig`.
+        url: address of the service.
+        options: see `ClientOptions`; `camera` is the one that is meant where none is named.
+
+    Raises:
+        ConfigError: an impossible setting.
+
+    Attributes:
+        default: the answerer for whoever names no camera.
+    """
+
+    def __init__(self, config: GatewayConfig, url: str, **options: Unpack[ClientOptions]) -> None:
+        policy = options.get("policy")
+        if policy is not None and not isinstance(policy, Policy):
+            policy = options["policy"] = load_policy(policy)
+        self._names = frozenset() if policy is None else frozenset(policy.cameras)
+        self._config = config
+        self._url = url
+        self._options = options
+        limits = config.limits
+        pixels = options.get("max_pixels", limits.max_pixels)
+        self._album = Album(pixels, limits.max_picture_bytes)
+        self.default = Answerer(config, url, self._album, **options)
+        self._made = {self.default.camera: self.default}
+
+    def get(self, name: str | None) -> Answerer:
+        """The answerer of a camera; the default one for no name.
+
+        Raises:
+            ApiError: the policy does not name it (404).
+        """
+        if name is None:
+            return self.default
+        if name not in self._names:
+            why = "" if self._names else "; cameras are named by the file of --policy"
+            text = f"there is no camera {name!r} here{why}"
+            raise refuse(None, text, "camera_not_found", status=404)
+        if name not in self._made:
+            options: ClientOptions = {**self._options, "camera": name}
+            self._made[name] = Answerer(self._config, self._url, self._album, **options)
+        return self._made[name]
+
+    async def close(self) -> None:
+        """Close all connections. Questions still open end with an error."""
+        for answerer in self._made.values():
+            await answerer.close()

@@ -1,0 +1,121 @@
+"""Several cameras behind one gateway, each with its own rules of the policy."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from edge_client.audit import ViewLine, read_log
+from tests.e2e.common import SURE, UNSURE, photo, slow
+from tests.e2e.gateways import MODEL, Place, item, place, said
+from vlm_collab.geometry import Box
+
+POLICY = f"""
+cameras:
+  default: {{}}
+  door:
+    hide:
+      - fractions: [0, 0, 0.5, 1]
+  front yard:
+    max_region_share: 0.000001
+  budget:
+    max_bytes_per_hour: {10_000}
+  night:
+    quiet_hours: ["00:00-12:00", "12:00-24:00"]
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+def at(here: Place, camera: str) -> openai.AsyncOpenAI:
+    """The SDK as a camera's client has it."""
+    root = here.base.removesuffix("/v1")
+    return here.client.with_options(base_url=f"{root}/cameras/{camera}/v1")
+
+
+async def ask(client: openai.AsyncOpenAI, question: str = SURE, number: int = 1) -> Any:
+    return await client.chat.completions.create(
+        model=MODEL, messages=[said(question, photo(number))]
+    )
+
+
+async def test_each_camera_has_its_own_rules(policy: Path, tmp_path: Path):
+    audit = tmp_path / "audit.jsonl"
+    async with place(policy=policy, audit=audit) as here:
+        assert (await ask(here.client, UNSURE)).vlm_collab["refined"]
+        assert (await ask(at(here, "door"))).choices
+        made = await ask(at(here, "front%20yard"), UNSURE)
+        assert made.vlm_collab["declined"] == "limit"
+        for content in ([said(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
+            with pytest.raises(openai.PermissionDeniedError, match='"night"'):
+                await at(here, "night").chat.completions.create(model=MODEL, messages=content)
+        assert [model.id async for model in at(here, "door").models.list()] == [MODEL]
+    log = read_log(audit)
+    views = [line for line in log.images if isinstance(line, ViewLine)]
+    assert [line.camera for line in views] == ["default", "door", "front yard"]
+    assert [log.black_in(line) for line in views] == [(), (Box(0, 0, 240, 360),), ()]
+
+
+async def test_a_camera_that_the_policy_does_not_name(policy: Path):
+    async with place(policy=policy) as here:
+        for camera in ("attic", "door%2Fdoor", "Door"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await ask(at(here, camera))
+            assert caught.value.type == "invalid_request_error"
+        with pytest.raises(openai.NotFoundError, match="no camera 'attic'") as caught:
+            await ask(at(here, "attic"))
+        assert caught.value.code == "camera_not_found"
+        assert not here.proxy.connections
+    async with place() as here:
+        with pytest.raises(openai.NotFoundError, match="--policy"):
+            await ask(at(here, "default"))
+
+
+async def test_conversations_stay_with_their_camera(policy: Path):
+    async with place(policy=policy) as here:
+        door, yard = at(here, "door"), at(here, "front%20yard")
+        first = await door.responses.create(model=MODEL, input=[item(SURE, photo(1))])
+        for other in (yard, here.client):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await other.responses.create(model=MODEL, input="?", previous_response_id=first.id)
+            assert caught.value.code == "previous_response_not_found"
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.delete(first.id)
+        await door.responses.create(model=MODEL, input="?", previous_response_id=first.id)
+        await door.responses.delete(first.id)
+
+
+async def test_a_camera_has_one_budget_whichever_way_it_is_asked(policy: Path):
+    async with place(policy=policy, camera="budget") as here:
+        assert (await ask(here.client, number=1)).vlm_collab["view_bytes"] > 5000
+        with pytest.raises(openai.PermissionDeniedError, match="10000 bytes an hour"):
+            await ask(at(here, "budget"), number=2)
+        assert (await ask(at(here, "default"), number=2)).choices
+
+
+async def test_cameras_share_the_limits(policy: Path):
+    async with place(slow(0.5), policy=policy, limits={"max_requests": 1}) as here:
+        asked = asyncio.create_task(ask(at(here, "door")))
+        while not here.proxy.connections:
+            await asyncio.sleep(0.005)
+        with pytest.raises(openai.RateLimitError):
+            await ask(at(here, "front%20yard"))
+        await asked
+
+
+async def test_cameras_need_the_key_as_well(policy: Path):
+    async with place(policy=policy, api_key="right") as here:
+        with pytest.raises(openai.AuthenticationError):
+            await ask(at(here, "door"))
+        with pytest.raises(openai.AuthenticationError):
+            await ask(at(here, "attic"))  # a stranger does not learn which there are
+        assert (await ask(at(here, "door").with_options(api_key="right"))).choices
