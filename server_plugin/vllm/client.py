@@ -83,10 +83,12 @@ class RowClient:
             except ModelError:
                 raise
             except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                if capture.INSTALL not in reason:  # vLLM names a method that it does not find
+                    raise ConfigError(f"vLLM's workers gave no answer: {reason}") from error
                 raise ConfigError(
                     "vLLM's workers do not know the plugin vlm_collab: install vlm-collab beside "
-                    "vLLM, and name it in VLLM_PLUGINS if that is set "
-                    f"({' '.join(str(error).split())[:200]})"
+                    f"vLLM, and name it in VLLM_PLUGINS if that is set ({reason})"
                 ) from error
             for answer in answers:
                 if "error" in answer:

@@ -167,11 +167,23 @@ async def test_workers_that_cannot_serve_rows_end_the_start(
         await client.install()
 
 
-async def test_workers_without_the_plugin_end_the_start(
-    workers: Workers, client: RowClient
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        # As vLLM 0.32 says it.
+        (
+            "Call to collective_rpc method failed: Worker failed with error 'Method "
+            "'vlm_collab_install' is not implemented.', please check the stack trace above",
+            "do not know the plugin .* VLLM_PLUGINS",
+        ),
+        ("RPC call to\ncheck timed out", "gave no answer: RPC call to check timed out"),
+    ],
+)
+async def test_a_call_that_fails_ends_the_start_and_says_why(
+    failure: str, line: str, workers: Workers, client: RowClient
 ) -> None:
-    workers.failure = AttributeError("no attribute 'vlm_collab_install'")
-    with pytest.raises(ConfigError, match="VLLM_PLUGINS"):
+    workers.failure = RuntimeError(failure)
+    with pytest.raises(ConfigError, match=line):
         await client.install()
 
 
