@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval.harness.folder import SAVE_EVERY
+from eval.harness.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.harness.loading import ModelOptions
 from eval.harness.method import Method
 from eval.harness.run import Ended, Share, StoppedError
@@ -74,6 +74,14 @@ def run(
     processes: Annotated[
         int, typer.Option(min=1, help="Share the samples out between so many processes here.")
     ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of each process. By default as many as the run began with; a new "
+            "one's processes have all cores between them.",
+        ),
+    ] = None,
     server: Annotated[
         str | None, typer.Option(help="Ask this running service (ws://…), not a model here.")
     ] = None,
@@ -140,8 +148,14 @@ def run(
     if processes > 1:
         if share.world > 1:
             raise ConfigError("--processes is for one command; this one was started as several")
-        _several(processes)
+        _several(processes, threads or begun_threads(path))
+        rows, failed = RunFolder(path).counts()
+        _tell(path, Ended(rows, failed, len(opened)), Share(), as_json)
         return
+    if chosen_threads := threads or begun_threads(path):
+        import torch
+
+        torch.set_num_threads(chosen_threads)
     try:
         ended = asyncio.run(
             run_method(
@@ -158,7 +172,7 @@ def run(
         kept = f"what is finished is in {path}; the same command goes on from there"
         print(f"vlm-collab eval run: stopped; {kept}", file=sys.stderr)
         raise KeyboardInterrupt from None
-    _tell(path, ended, as_json)
+    _tell(path, ended, share, as_json)
 
 
 def method_of(
@@ -226,24 +240,31 @@ def _numbers(option: str, text: str) -> list[float]:
         ) from None
 
 
-def _several(count: int) -> None:
+def _several(count: int, threads: int | None) -> None:
     """This command again, in so many processes that share the samples out.
+
+    Args:
+        count: of processes.
+        threads: of each; None for what the environment says, or for their share of the cores.
 
     Raises:
         CollabError: one of them failed.
         KeyboardInterrupt: stopped from outside, as they were.
     """
     arguments = _without_processes(sys.argv[1:])
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    of_each = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    if threads is not None:
+        of_each["OMP_NUM_THREADS"] = str(threads)
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "edge_client.cli", *arguments],
+            stdout=subprocess.DEVNULL,  # how it ended is told once, when all of them have
             env={
-                "OMP_NUM_THREADS": threads,
-                **os.environ,
+                **of_each,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
             },
         )
         for rank in range(count)
@@ -292,11 +313,22 @@ def _without_processes(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _tell(path: Path, ended: Ended, as_json: bool) -> None:
-    """How it ended; of several processes, the one that saw the end tells."""
+def _tell(path: Path, ended: Ended, share: Share, as_json: bool) -> None:
+    """How it ended; of several processes, the last one tells the result.
+
+    Raises:
+        CollabError: all samples failed; or some are missing though nobody else works on them.
+    """
     from eval.harness.runs import open_run
 
+    told: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
+    told["complete"] = ended.complete
     if not ended.complete:
+        there = f"{ended.rows + ended.failed} of {ended.samples} samples are there"
+        if share.world == 1:
+            raise CollabError(f"{path} ended incomplete: {there}; the same command goes on")
+        line = f"{path}: process {share.rank} of {share.world} is done; {there}"
+        print(json.dumps(told) if as_json else line)
         return
     if not ended.rows:
         raise CollabError(f"all {ended.failed} samples failed; {path}/failed.jsonl says why")
@@ -304,7 +336,6 @@ def _tell(path: Path, ended: Ended, as_json: bool) -> None:
     first = sum(record.first_score for record in run.records) / ended.rows
     second = sum(record.second_score for record in run.records) / ended.rows
     if as_json:
-        told: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
         print(json.dumps({**told, "first": first, "second": second}))
         return
     failed = f", {ended.failed} failed (see failed.jsonl)" if ended.failed else ""

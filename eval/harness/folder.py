@@ -3,8 +3,8 @@
 Several processes may work on one folder. They never write the same file: shards are named by
 their first sample, failures are appended in one write each, and `run.json` is made by whoever
 comes first. A process that is killed leaves whole shards, so going on is a matter of reading
-which samples are there. Two that have the same part of the samples would write the same shards:
-`only_one` keeps the second one out.
+which samples are there. Sessions that share the samples out in another way would answer them twice;
+`eval.harness.lock` keeps the second one out.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
+from eval.harness.provenance import difference
 from eval.harness.records import PROVENANCE, SHARDS, Record, write_shard
+from eval.tasks.data import wherever
 from vlm_collab.errors import ConfigError
 
 FAILURES = "failed.jsonl"
@@ -34,7 +34,7 @@ SAVE_AFTER_S = 20.0
 """… but nobody likes to lose more than this."""
 
 SETTINGS = ("format", "method", "task", "model", "codec", "group")
-"""What two sessions must have in common to make one run."""
+"""What two sessions must have in common to make one run; the number of threads too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class RunFolder:
         """
         self.save()
         self._read_rows()
-        failed = {f.index: f for f in failures(self.path) if f.index not in self.done}
+        failed = self._failed()
         if len(self.done) + len(failed) == samples:
             # The same failures, whoever met them in whatever order.
             lines = [json.dumps(asdict(failed[i]), ensure_ascii=False) for i in sorted(failed)]
@@ -152,6 +152,14 @@ class RunFolder:
                 _replace(self.path / PROVENANCE, f"{text}\n")
         return len(self.done), len(failed)
 
+    def counts(self) -> tuple[int, int]:
+        """How many rows, and how many failures there are now."""
+        self._read_rows()
+        return len(self.done), len(self._failed())
+
+    def _failed(self) -> dict[int, Failure]:
+        return {f.index: f for f in failures(self.path) if f.index not in self.done}
+
     def _go_on(self, provenance: Mapping[str, Any], resume: bool) -> None:
         path = self.path / PROVENANCE
         try:
@@ -165,9 +173,10 @@ class RunFolder:
         beside = any(one.get("session") == now["session"] for one in known)
         if not (resume or beside):
             raise ConfigError(f"{self.path} holds a run already; choose another folder")
-        for name in SETTINGS:
-            if before.get(name) != now.get(name):
-                what = _difference(name, before.get(name), now.get(name))
+        theirs, mine = _settings(before), _settings(now)
+        for name in theirs:
+            if theirs[name] != mine[name]:
+                what = difference(name, theirs[name], mine[name])
                 raise ConfigError(f"{self.path} holds another run ({what}); choose another folder")
         if beside or (before.get("finished") and not before.get("failed")):
             return  # another process of this session was quicker, or there is nothing to do
@@ -194,29 +203,16 @@ class RunFolder:
         self.picture_bytes = [size for _, _, size in rows.values()]
 
 
-@contextmanager
-def only_one(path: Path, rank: int) -> Iterator[None]:
-    """Holds a run's folder against other processes of this number; a killed one lets go.
+def begun_threads(path: Path) -> int | None:
+    """With how many threads a folder's run began, each process; None if it holds none.
 
-    Args:
-        path: the folder; made if it is missing.
-        rank: number of this process among those that share the run.
-
-    Raises:
-        ConfigError: another process has it, or it cannot be written.
+    Sums over more threads are rounded otherwise, so who goes on has to take as many.
     """
-    lock = FileLock(path / f"process-{rank}.lock")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{path}: another process is at work on this run") from None
-    except OSError as error:
-        raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        threads = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))["machine"]["threads"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # what is wrong with the folder is for `RunFolder.begin` to say
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def failures(folder: Path) -> list[Failure]:
@@ -234,18 +230,14 @@ def failures(folder: Path) -> list[Failure]:
     return list(last.values())
 
 
-def _difference(name: str, before: Any, now: Any) -> str:
-    """Where two settings differ first."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                return _difference(f"{name} {key}", before.get(key), now.get(key))
-    return f"{name} is {_short(before)} there and {_short(now)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _settings(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of a run's provenance."""
+    made = {name: told.get(name) for name in SETTINGS}
+    task, machine = made["task"], told.get("machine")
+    if isinstance(task, dict) and isinstance(task.get("settings"), dict):
+        made["task"] = {**task, "settings": wherever(task["settings"])}
+    made["threads"] = machine.get("threads") if isinstance(machine, dict) else None
+    return made
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:

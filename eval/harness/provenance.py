@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -73,6 +74,20 @@ def provenance(
     }
 
 
+def difference(name: str, there: Any, here: Any) -> str:
+    """Where two settings differ first, in a few words.
+
+    Args:
+        name: of what is compared.
+        there, here: values as in `run.json`, which differ.
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                return difference(f"{name} {key}", there.get(key), here.get(key))
+    return f"{name} is {_short(there)} there and {_short(here)} here"
+
+
 def weights_digest(source: str) -> str | None:
     """SHA-256 over a checkpoint's weight files, in order of their names.
 
@@ -101,6 +116,11 @@ def weights_digest(source: str) -> str | None:
                 while block := file.read(1 << 24):
                     digest.update(block)
     return digest.hexdigest() if found else None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _command(arguments: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ A run is a folder: `run.json` (provenance), and shards `part-*.parquet` with the
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -123,11 +124,16 @@ SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Re
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> None:
-    """Write a shard so that it is there whole or not at all."""
+    """Write a shard so that it is there whole or not at all.
+
+    Where there is one of that name already, this one gets another: rows that are there twice do no
+    harm, rows that are written over are lost.
+    """
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
-    unfinished = path.with_suffix(".writing")
+    mine = f"{path.stem}-{secrets.token_hex(4)}"
+    unfinished = path.with_name(f"{mine}.writing")
     pq.write_table(table, unfinished, compression="zstd")
-    unfinished.replace(path)
+    unfinished.replace(path.with_name(f"{mine}{path.suffix}") if path.exists() else path)
 
 
 def read_records(folder: Path) -> list[Record]:

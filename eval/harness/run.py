@@ -2,7 +2,8 @@
 
 Samples are worked on in groups of neighbours, and a group is the unit of everything: of batching,
 of sharing out between processes, and of what is saved. So a run that was killed and went on, or
-that several processes worked on, gives the rows of one that did not, bit by bit but for times.
+that several processes worked on, gives the rows of one that did not, bit by bit but for times, as
+long as each process has as many threads: a run keeps the number that it began with.
 
 Several processes: `vlm-collab eval run --processes N`, or one command for each GPU as
 `accelerate launch --multi_gpu --num_processes N -m eval.harness.run …` starts them. Process r of w
@@ -24,7 +25,8 @@ from typing import Any
 
 import psutil
 
-from eval.harness.folder import SAVE_EVERY, Failure, RunFolder, only_one
+from eval.harness.folder import SAVE_EVERY, Failure, RunFolder
+from eval.harness.lock import at_work
 from eval.harness.method import Method, SampleError, quiet_engine, told_as_sample_error
 from eval.harness.progress import Progress
 from eval.harness.provenance import now, provenance
@@ -34,6 +36,9 @@ from vlm_collab.errors import CollabError, ConfigError
 
 MOST_FAILURES_IN_A_ROW = 25
 """Beyond this it is not the samples that are broken."""
+
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell processes of one launch, on whichever machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,18 @@ class Share:
             raise ConfigError("RANK and WORLD_SIZE must be whole numbers") from None
         if not 0 <= rank < world:
             raise ConfigError(f"RANK {rank} is none of a WORLD_SIZE of {world}")
-        # Processes that were started together have one parent.
+        launch = [os.environ[name] for name in _LAUNCH if os.environ.get(name)]
+        if world > 1 and launch and os.environ.get("LOCAL_WORLD_SIZE") != str(world):
+            return cls(rank, world, "-".join(launch))
+        # Processes that were started together on one machine have one parent, and the next ones
+        # another; what launchers say may be the same for the next launch.
         one = psutil.Process(os.getpid() if world == 1 else os.getppid())
         return cls(rank, world, f"{one.pid}-{one.create_time():.2f}")
+
+    @property
+    def key(self) -> str:
+        """The same for all processes that share the samples out in the same way."""
+        return f"{self.session}/{self.world}"
 
     def groups(self, samples: int, size: int) -> Iterator[range]:
         """Indices of each of its groups."""
@@ -157,7 +171,7 @@ async def _run(
             limit=limit,
             session=share.session,
         )
-        with only_one(path, share.rank):
+        with at_work(path, share.key, share.rank):
             folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
             with quiet_engine():
                 await _groups(method, task, folder, share, watch)

@@ -66,11 +66,14 @@ class Run:
         """How the model was used.
 
         Raises:
-            ConfigError: the run does not know it, as one over a service.
+            ConfigError: the run does not know it, as one over a service, or it is none.
         """
         if not self.knows_preset:
             raise ConfigError(f"{self.folder} does not know its model's preset")
-        return msgspec.convert(self.provenance["model"]["preset"], Preset)
+        try:
+            return msgspec.convert(self.provenance["model"]["preset"], Preset)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{self.folder / PROVENANCE}: the model's preset: {error}") from error
 
     @property
     def missing(self) -> int:
@@ -100,17 +103,39 @@ class Run:
             raise ConfigError(f"{self.folder} holds no samples")
 
 
+class _Task(msgspec.Struct):
+    name: str
+    split: str
+    scorer: str
+
+
+class _Model(msgspec.Struct):
+    name: str
+
+
+class _Provenance(msgspec.Struct):
+    """What no reader of runs can do without; there is more (`eval.harness.provenance`)."""
+
+    method: str
+    task: _Task
+    model: _Model
+
+
 def open_run(folder: Path) -> Run:
     """Read a run.
 
     Raises:
-        ConfigError: there is none, or it has no samples yet.
+        ConfigError: there is none, it is damaged, or it has no samples yet; one line.
     """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        msgspec.convert(provenance, _Provenance)
         records = read_records(folder)
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no run with samples") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} cannot be read as a run: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{folder / PROVENANCE} is of no run: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{folder} cannot be read as a run: {line}") from error
     return Run(folder=folder, provenance=provenance, records=records)

@@ -72,8 +72,8 @@ def pack(folder: Path) -> None:
         use_dictionary=False,
         use_byte_stream_split=["map.list.element"],
     )
-    for shard in shards:
-        shard.unlink()
+    for left in (*shards, *folder.glob("*.lock")):
+        left.unlink()
     whole.rename(folder / SHARDS.replace("*", f"{rows[0]['index']:08d}"))
     # Where this checkout lies is of no interest to who reads the run.
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
@@ -110,10 +110,11 @@ def _call(command: list[str], folder: Path) -> None:
     # The repository's own code, whichever folder it is called in.
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    # One thread for each process: the same rounding on however many cores and processes.
     called = subprocess.run(
         [sys.executable, "-m", "edge_client.cli", *command],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     if called.returncode:

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from vlm_collab.errors import ConfigError, ImageError
@@ -32,8 +32,8 @@ class Table:
     """Rows of one split.
 
     Attributes:
-        origin: what tells these data from others: the hub's revision, or the files and their
-            sizes in bytes.
+        origin: what tells these data from others: the hub's revision, or the files' names and
+            their sizes in bytes, wherever they lie.
     """
 
     def __init__(
@@ -139,8 +139,19 @@ def _from_folder(source: Source, folder: Path) -> tuple[Dataset, dict[str, Any]]
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:160]
         raise ConfigError(f"cannot read {files[0]} as Parquet: {reason}") from None
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    return rows, {"folder": str(folder), "files": sizes}
+    return rows, {"files": {file.name: file.stat().st_size for file in files}}
+
+
+def wherever(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's settings without the place where its files lie, which older runs have in them.
+
+    Two runs are of the same data if this is the same for both.
+    """
+    data = settings.get("data")
+    if not isinstance(data, Mapping) or not isinstance(data.get("files"), Mapping):
+        return dict(settings)
+    files = {PurePath(name).name: size for name, size in data["files"].items()}
+    return {**settings, "data": {"files": files}}
 
 
 def split_files(source: Source, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,11 +148,71 @@ def test_processes_share_the_samples_out(
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert call(capsys, *line, "--out", str(alone))[0] == 0
     program = [sys.executable, "-m", "edge_client.cli", "eval", *line, "--out", str(shared)]
-    done = subprocess.run([*program, "--processes", "2"], capture_output=True, text=True)
+    # As many threads as this process has; two processes by themselves would have half of them.
+    threads = ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
+    done = subprocess.run([*program, *threads, "--processes", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{shared}: 7 samples")
+    (told,) = done.stdout.splitlines()
+    assert told.startswith(f"{shared}: 7 samples")
     assert rows(shared) == rows(alone)
     assert len(list(shared.glob("part-*"))) == 2, "each process writes shards of its own"
+
+
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """Sums over two threads are rounded otherwise than over one."""
+    program = [sys.executable, "-m", "edge_client.cli", "eval", "run", "--task", "signs"]
+    program += ["--limit", "6", "--batch", "1", "--save-every", "1"]
+
+    def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program, "--out", str(folder), *more],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+        )
+
+    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
+    assert run(alone, "--threads", "1").returncode == 0
+    assert open_run(alone).provenance["machine"]["threads"] == 1
+    # A run keeps the number that it began with, whatever each process would have by itself.
+    shutil.copytree(alone, resumed)
+    for shard in sorted(resumed.glob("part-*"))[1:]:
+        shard.unlink()
+    assert len(open_run(resumed).records) == 2
+    done = run(resumed, "--processes", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert rows(resumed) == rows(alone)
+    done = run(resumed, "--threads", "2")
+    assert done.returncode == 2
+    assert "holds another run (threads is 1 there and 2 here)" in done.stderr
+
+
+def test_a_run_that_ends_incomplete_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["run", "--task", "signs", "--limit", "4", "--batch", "1", "--save-every", "1"]
+    line += ["--out", str(tmp_path / "r")]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = call(capsys, *line)
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path / 'r'}: process 1 of 2 is done; 2 of 4 samples are there\n"
+    # By itself it answers for all of them; somebody deletes a shard meanwhile.
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    save = RunFolder.save
+
+    def losing(self: RunFolder) -> None:
+        save(self)
+        for shard in sorted(self.path.glob("part-*"))[1:]:
+            shard.unlink()
+
+    monkeypatch.setattr(RunFolder, "save", losing)
+    code, out, err = call(capsys, *line)
+    assert (code, out) == (1, "")
+    assert err.endswith(
+        f"{tmp_path / 'r'} ended incomplete: 2 of 4 samples are there; the same command goes on\n"
+    )
 
 
 @pytest.mark.slow
@@ -171,11 +232,11 @@ def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture
     assert call(capsys, "run", *line, "--out", str(alone))[0] == 0
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    line += ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
     done = subprocess.run(
         [*launch, *options, "-m", "eval.harness.run", *line, "--out", str(shared)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
     )
     assert done.returncode == 0, done.stderr
     assert len(list(shared.glob("part-*"))) == 2

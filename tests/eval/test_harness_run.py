@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from edge_client.picture import Picture
-from eval.harness.folder import FAILURES
+from eval.harness.folder import FAILURES, RunFolder
 from eval.harness.loading import ModelOptions
 from eval.harness.records import PROVENANCE, SHARDS, Record
 from eval.harness.run import Ended, Share, StoppedError, run
@@ -332,30 +334,103 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
     assert (unbroken / PROVENANCE).read_bytes() == before
 
 
-def test_nobody_else_works_on_a_run_meanwhile(unbroken: Path, tmp_path: Path) -> None:
-    other = textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from eval.harness.folder import only_one
-        with only_one(Path(sys.argv[1]), 0):
-            print("at work", flush=True)
-            sys.stdin.read()
-    """)
-    folder = tmp_path / "run"
-    shutil.copytree(unbroken, folder)
+def test_the_same_files_are_the_same_data_wherever_they_lie(unbroken: Path, tmp_path: Path) -> None:
+    def of(files: dict[str, int], **more: Any) -> Task:
+        task = signs()
+        task.settings = {**task.settings, "data": {"files": files, **more}}
+        return task
+
+    make(tmp_path, of({"data/test-0.parquet": 7}, folder="data/signs"))
+    # As another working directory spells it, and as the folder within is named.
+    for same in (of({"data/test-0.parquet": 7}, folder="/x/signs"), of({"test-0.parquet": 7})):
+        assert make(tmp_path, same).complete
+    with pytest.raises(ConfigError, match=r"files test-0.parquet is 7 there and 8 here"):
+        make(tmp_path, of({"test-0.parquet": 8}))
+
+
+# Holds a run's folder for a session until it is killed: FOLDER, session, rank.
+AT_WORK = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from eval.harness.lock import at_work
+    with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])):
+        print("at work", flush=True)
+        sys.stdin.read()
+""")
+
+
+@contextmanager
+def at_work(folder: Path, session: str, rank: int = 0) -> Iterator[None]:
     with subprocess.Popen(
-        [sys.executable, "-c", other, str(folder)],
+        [sys.executable, "-c", AT_WORK, str(folder), session, str(rank)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
-        with pytest.raises(ConfigError, match="run: another process is at work on this run"):
-            make(folder)
-        # Another part of the samples is another matter.
-        assert make(folder, share=Share(1, 2, session="a")).complete
+        yield
         process.kill()
-    assert make(folder).complete
+
+
+def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    line = "run: another session is at work on this run"
+    with at_work(folder, Share(0, 2, "a").key):
+        # Whatever part of the samples another session would have.
+        for other in (Share(0, 2, "b"), Share(1, 2, "b"), Share(0, 1, "a"), Share(2, 3, "a")):
+            with pytest.raises(ConfigError, match=line):
+                make(folder, share=other)
+        # The same process twice is no better, but another one of the session is at home.
+        with pytest.raises(ConfigError, match=line):
+            make(folder, share=Share(0, 2, "a"))
+        with at_work(folder, Share(1, 2, "a").key, 1):
+            pass
+        assert make(folder, share=Share(1, 2, "a")).complete
+    # Who is killed lets go, and leaves nothing that would be in the way.
+    assert make(folder, share=Share(0, 3, "c")).complete
     assert without_times(folder) == without_times(unbroken)
+    assert not list(folder.glob("process-*"))
+
+
+def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sessions() -> set[str]:
+        """Of processes whose parents are others, as on several machines."""
+        made = set()
+        for rank, parent in enumerate((os.getpid(), os.getppid())):
+            monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
+            monkeypatch.setenv("RANK", str(rank))
+            made.add(Share.of_this_process().session)
+        return made
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(sessions()) == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert sessions() == {"none-node-1-29500"}
+    # A launcher that started all of them here has one process of its own, and the next launch
+    # another one, whereas the identifiers may be the same.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert len(sessions()) == 2
+
+
+def test_a_shard_is_never_written_over_another_one(unbroken: Path, tmp_path: Path) -> None:
+    # As where a file system has no locks: two sessions whose shards begin with the same sample.
+    records = list(open_run(unbroken).records)
+    told = json.loads((unbroken / PROVENANCE).read_text()) | {"finished": None}
+    one, two = (RunFolder.begin(tmp_path, told, resume=True) for _ in range(2))
+    one.add(records[4:12], [])
+    one.save()
+    two.add(records[4:6], [])
+    two.save()
+    assert len(list(tmp_path.glob(SHARDS))) == 2
+    assert list(open_run(tmp_path).records) == records[4:12]
+    assert not list(tmp_path.glob("*.writing"))
 
 
 def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
@@ -375,6 +450,31 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         make(tmp_path)
     with pytest.raises(ConfigError, match="holds no run with samples"):
         open_run(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[]", r"run\.json is of no run: Expected `object`, got `array`"),
+        ("{}", r"run\.json is of no run: Object missing required field `method`"),
+        ('{"method": "two_stage", "task": {}, "model": {}}', r"field `name` - at `\$.task`"),
+        ("{", r"cannot be read as a run"),
+    ],
+)
+def test_a_damaged_run_gets_one_line(unbroken: Path, tmp_path: Path, text: str, line: str) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run" / PROVENANCE).write_text(text)
+    with pytest.raises(ConfigError, match=line) as told:
+        open_run(tmp_path / "run")
+    assert "\n" not in str(told.value)
+
+
+def test_a_shard_of_something_else_gets_one_line(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    shard = min((tmp_path / "run").glob(SHARDS))
+    pq.write_table(pq.read_table(shard).drop_columns("first_text"), shard)
+    with pytest.raises(ConfigError, match=r"cannot be read as a run.*first_text"):
+        open_run(tmp_path / "run")
 
 
 def test_the_model_sees_what_the_codec_left(unbroken: Path, tmp_path: Path) -> None:

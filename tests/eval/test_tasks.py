@@ -114,8 +114,7 @@ def test_settings_say_all_that_changes_the_samples(data: Callable[..., Path]) ->
     task = open_task("textvqa", data=folder, ocr=True, post_prompt=" Short answer:")
     assert task.settings == {
         "data": {
-            "folder": str(folder),
-            "files": {"data/validation-00000-of-00001.parquet": file.stat().st_size},
+            "files": {"validation-00000-of-00001.parquet": file.stat().st_size},
         },
         "post_prompt": " Short answer:",
         "ocr": True,
