@@ -21,7 +21,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             says nothing of the policy.
         layer: decoder layer whose attention is read; None for what the preset says.
         expected: what this gives on the data that it was chosen on.
-        made: how it was chosen, and on what.
+        made: how it was chosen, and on what; its `note` says what to be careful of.
     """
 
     format: Literal[1]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,10 @@ from eval.harness.loading import ModelOptions
 from eval.harness.runs import Run
 from eval.report import tables
 from eval.report.boxes import covered
+from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
 from eval.report.trace import expanded
+from eval.report.write import RESULTS
 from eval.tasks import open_task
 from eval.tasks.catalogue import TASKS
 from server_plugin.calibration import Calibration, load_calibration
@@ -223,20 +227,48 @@ def test_every_number_of_the_layers_leads_to_rows(
     assert f"{rows['file']}," in tables.csv_text(told)
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+    """Rows that stand for a measurement of the demo model."""
+    looks = [
+        Look(layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share)
+        for n, box, share in ((0, [0, 0, 2, 3], 0.5), (1, BOX, 1.0))
+        for i in (0, 2)
+    ]
+
+    async def found(*_: object, **__: object) -> tuple[list[Look], str]:
+        return looks, "demo"
+
+    monkeypatch.setattr("eval.calibrate.layers.measure_layers", found)
+    return looks
+
+
 def test_layers_of_the_reported_split_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    look = Look(layer=1, index=0, id="s", image_id="i", true_box=BOX, box=BOX, covered=1.0)
-
-    async def measured(*_: object, **__: object) -> tuple[list[Look], str]:
-        return [look], "demo"
-
-    monkeypatch.setattr("eval.calibrate.layers.measure_layers", measured)
     path = tmp_path / "layers.yaml"
     _, _, err = call(capsys, "calibrate", "layers", "--split", "test", "--out", str(path))
     said = "test is the split of signs that is reported"
     assert said in err
     assert said in load_calibration(path).made["note"]
+
+
+def test_a_report_names_the_rows_of_its_layers(
+    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "layers.yaml", tmp_path / "report"
+    assert call(capsys, "calibrate", "layers", "--split", "val", "--out", str(path))[0] == 0
+    given = ("--layers", str(path), "--resamples", "10", "--format", "png", "--out", str(out))
+    assert call(capsys, "eval", "report", str(COMMITTED / "runs" / "jpeg-5"), *given)[0] == 0
+    told = json.loads((out / RESULTS).read_text(encoding="utf-8"))["tables"]["layers"]["rows"]
+    looks = read_looks(tmp_path / told[0]["rows"]["file"])
+    assert looks == measured
+    for one, covers in zip(told, (0.5, 1.0), strict=True):
+        assert one["rows"]["index"] == "0,2"
+        assert one["rows"]["count"] == 2
+        assert one["covered"] == covers
+    (first, _) = csv.DictReader((out / "layers.csv").read_text(encoding="utf-8").splitlines())
+    assert (first["rows_file"], first["rows_layer"]) == ("layers.parquet", "0")
 
 
 def test_on_ties_the_first_layer_wins() -> None:
