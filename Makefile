@@ -17,7 +17,7 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check check-vllm check-lmms browser rtsp-server clean
+.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -51,6 +51,11 @@ check-vllm: $(VENV)/.dev
 	$(RUN)/python -m tests.support.vllm_cpu.environment
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and not slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
+
+# What attention rows cost in vLLM for the CPU (docs/vllm.md). Nothing else should run meanwhile.
+BENCH ?= --rounds 24
+bench-vllm: $(VENV)/.dev
+	$(RUN)/python -m tests.support.vllm_cpu.environment eval.bench_vllm $(BENCH)
 
 check-lmms: $(VENV)/.dev
 	$(RUN)/python -m tests.support.lmms_env

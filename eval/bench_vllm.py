@@ -2,17 +2,27 @@
 
 Two engines of vLLM run side by side in this process's care: one with the plugin, asked through
 `VllmBackend`, and one that loads no plugin, asked as any user of vLLM would. Both get the same
-prompts and the same new pictures, many at a time; each round times both, in alternating order, so
-that a busy machine slows both alike. The ratio is the plain engine's time over ours, which is
-ours over plain in throughput: 1 is no cost. Medians over the rounds, with quartiles, of the time
-elapsed and of the processor time that front-end and engine used, which other work on the machine
-hardly touches. Two engines are never quite alike, so there are two more ways: plain requests to the
-engine with the plugin (the control: over it, the rows' cost is measured within one engine), and
-plain requests with the log-probabilities that uncertainty needs, which tell what the row alone
-costs. The tokens of all ways are compared in every round, and must be the same in float32.
+prompts and the same new pictures, many at a time, in five ways:
 
-The last line is one JSON object. Run `python -m eval.bench_vllm` where vLLM is installed
-(docs/vllm.md says how the tests install it for the CPU).
+- `rows`: first passes, each of whose rows is fetched, as if every question went on to a region.
+- `captured`: first passes whose rows are captured and given back unread: an answer is good enough.
+- `plain`: plain requests to the engine without the plugin.
+- `statistics`: the same with the log-probabilities that uncertainty needs; so what is left is what
+  the row alone costs.
+- `control`: plain requests to the engine with the plugin. Two engines are never quite alike; over
+  the control, the rows' cost is measured within one engine.
+
+Each round times all of them, in alternating order, so that a busy machine slows all alike. Ratios
+are over ours in throughput: the other's time over that of `rows` or `captured`; 1 is no cost. Of
+each, the median over the rounds with quartiles, and an interval that holds the median in 95 % of
+bootstraps over rounds; of the time elapsed, and of the processor time that front-end and engine
+used, which other work on the machine hardly touches. The goal is met if the whole interval of
+plain over ours in elapsed time lies above it, missed if it lies below, and undecided otherwise.
+Tokens of the ways are compared as they are timed (those of `captured` while warming up), and must
+be the same in float32.
+
+The last line is one JSON object. Run `python -m eval.bench_vllm` where vLLM is installed, or
+`make bench-vllm`, which installs it for the CPU first (docs/vllm.md).
 """
 
 from __future__ import annotations
@@ -22,6 +32,9 @@ import asyncio
 import itertools
 import json
 import os
+import random
+import shlex
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -44,6 +57,10 @@ from vlm_collab.errors import CollabError
 
 QUESTION = "what is written on the large red sign?"
 GOAL = 0.97
+RESAMPLES = 10_000
+GIB = 2**30
+# What a result depends on besides the command's options, on the CPU.
+VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
 
 Tokens = tuple[int, ...]
 Way = Callable[[Image.Image], Awaitable[Tokens]]
@@ -56,13 +73,15 @@ def pictures(count: int, side: int, seed: int) -> list[Image.Image]:
     return [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in small]
 
 
-def with_rows(backend: Any, new_tokens: int) -> Way:
-    """First passes through our backend: statistics of every token, and the row."""
+def ours(backend: Any, new_tokens: int, *, fetched: bool) -> Way:
+    """First passes through our backend: statistics of every token, and the row, fetched or not."""
 
     async def one(picture: Image.Image) -> Tokens:
         view = await backend.open_view(picture)
         first = await backend.first_pass(view, QUESTION, max_new_tokens=new_tokens)
         await backend.row_of(first)
+        if fetched:
+            await backend.row_of(first)
         await backend.release(view)
         return tuple(first.token_ids)
 
@@ -126,45 +145,79 @@ async def measure(
     """
     await backend.warm_up()
     ways = {
-        "rows": with_rows(backend, options.new_tokens),
+        "rows": ours(backend, options.new_tokens, fetched=True),
+        "captured": ours(backend, options.new_tokens, fetched=False),
         "plain": plain(engine, adapter, options.new_tokens, None),
         "statistics": plain(engine, adapter, options.new_tokens, 2),
         "control": plain(backend.engine, adapter, options.new_tokens, None),
     }
-    ours = {"rows", "control"}
+    # Each engine is asked several times: no time must find another's pictures in its caches.
+    shown = {"rows": 0, "plain": 0, "control": 1, "statistics": 1, "captured": 2}
     side = backend.info.view.width
     wall: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, list[float]] = {name: [] for name in ways}
+    draw = random.Random(0)
     for number in range(-options.warm_up, options.rounds):
-        order = list(itertools.permutations(ways))[number % 24]
+        sets = [
+            pictures(options.questions, side, 3 * (number + options.warm_up) + which)
+            for which in range(3)
+        ]
         answers: dict[str, list[Tokens]] = {}
-        for name in order:
-            # Each engine is asked twice: the second time must not find the first's caches.
-            seed = 2 * (number + options.warm_up) + (name in ("statistics", "control"))
-            views = pictures(options.questions, side, seed)
-            processes = [psutil.Process(), *workers["ours" if name in ours else "plain"]]
+        for name in draw.sample(list(ways), len(ways)):
+            processes = [
+                psutil.Process(),
+                *workers["plain" if name in ("plain", "statistics") else "ours"],
+            ]
             began, before = time.perf_counter(), cpu_s(processes)
-            answers[name] = await ask_all(ways[name], views, options.together)
+            answers[name] = await ask_all(ways[name], sets[shown[name]], options.together)
             if number >= 0:
                 wall[name].append(time.perf_counter() - began)
                 work[name].append(cpu_s(processes) - before)
-        if answers["rows"] != answers["plain"] or answers["control"] != answers["statistics"]:
+        if number < 0:
+            answers["same"] = await ask_all(ways["plain"], sets[2], options.together)
+        if (
+            answers["rows"] != answers["plain"]
+            or answers["control"] != answers["statistics"]
+            or answers.get("same", answers["captured"]) != answers["captured"]
+        ):
             raise SystemExit("the two engines do not give the same answers")
     await backend.close()
+    elapsed = compared(wall)
+    return {
+        "goal": {
+            "plain_over": GOAL,
+            **{way: verdict(elapsed[f"plain_over_{way}"]) for way in ("rows", "captured")},
+        },
+        "elapsed": elapsed,
+        "cpu": compared(work),
+    }
 
-    def compared(times: dict[str, list[float]]) -> dict[str, Any]:
-        def over(one: str, other: str = "rows") -> dict[str, float]:
-            return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
-        return {
-            "median_s": {name: round(float(np.median(taken)), 4) for name, taken in times.items()},
-            "plain_over_rows": over("plain"),
-            "statistics_over_rows": over("statistics"),
-            "control_over_rows": over("control"),
-            "plain_over_control": over("plain", "control"),
-        }
+def compared(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of the ways' times in seconds, and their ratios, which are of the same rounds."""
+    result: dict[str, Any] = {
+        "median_s": {name: round(float(np.median(taken)), 4) for name, taken in times.items()}
+    }
+    pairs = [
+        (one, way) for way in ("rows", "captured") for one in ("plain", "statistics", "control")
+    ]
+    for one, other in (*pairs, ("plain", "control")):
+        ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+        result[f"{one}_over_{other}"] = {**spread(ratios), "interval": interval(ratios)}
+    return result
 
-    return {"goal": GOAL, "elapsed": compared(wall), "cpu": compared(work)}
+
+def interval(ratios: Sequence[float]) -> list[float]:
+    """What holds the median in 95 % of bootstraps over the rounds, its ends included."""
+    draw = np.random.default_rng(0)
+    resampled = draw.choice(np.asarray(ratios), (RESAMPLES, len(ratios)))
+    return [round(float(end), 4) for end in np.percentile(np.median(resampled, 1), (2.5, 97.5))]
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """Whether a ratio meets the goal, as far as these rounds can tell."""
+    low, high = ratio["interval"]
+    return "met" if low >= GOAL else "missed" if high < GOAL else "undecided"
 
 
 def cpu_s(processes: Sequence[psutil.Process]) -> float:
@@ -192,7 +245,13 @@ def run(source: str, preset: Preset, options: argparse.Namespace) -> dict[str, A
     """Open both engines on a checkpoint, and measure."""
     require_vllm()
     check(source, preset, options.model)
-    engine = {"enforce_eager": not options.compile, "max_model_len": options.max_model_len}
+    engine = {
+        "enforce_eager": not options.compile,
+        "max_model_len": options.max_model_len,
+        # There are two of them.
+        "kv_cache_memory_bytes": int(options.kv_cache_gib * GIB),
+        "gpu_memory_utilization": 0.45,
+    }
     # Which plugins an engine's processes load is settled as they start.
     os.environ["VLLM_PLUGINS"] = ""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -213,9 +272,20 @@ def run(source: str, preset: Preset, options: argparse.Namespace) -> dict[str, A
             "plain": [one for one in theirs if one.pid not in before],
             "ours": [one for one in psutil.Process().children(True) if one.pid not in known],
         }
-        return asyncio.run(measure(backend, bare, adapter, workers, options))
+        cache = bare.vllm_config.cache_config.kv_cache_memory_bytes / GIB  # variables may set it
+        return {
+            "kv_cache_gib": round(cache, 3),
+            **asyncio.run(measure(backend, bare, adapter, workers, options)),
+        }
     finally:
         bare.shutdown()
+
+
+def command() -> str:
+    """What a shell in this folder repeats the run by, with the variables that it depends on."""
+    words = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    words += [sys.executable, "-m", "eval.bench_vllm", *sys.argv[1:]]
+    return shlex.join(words).replace(f"{Path.cwd()}/", "").replace(str(Path.cwd()), ".")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,14 +298,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before the first timed one")
     parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine")
     parser.add_argument("--compile", action="store_true", help="without --enforce-eager")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     if (
         min(options.questions, options.together, options.new_tokens, options.rounds) < 1
         or options.warm_up < 0
+        or options.kv_cache_gib <= 0
     ):
-        parser.error("questions, tokens and rounds are one or more")
+        parser.error("questions, tokens, rounds and the cache are one or more")
     try:
         with TemporaryDirectory() as folder:
             if options.model in SHAPES:
@@ -255,14 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "together": options.together,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
+        "max_model_len": options.max_model_len,
         "eager": not options.compile,
         **result,
     }
-    made = provenance("bench_vllm")
-    made["command"] = made["command"].replace("eval.demo_model.", "eval.")
     from vllm import __version__
 
-    result["made_by"] = {**made, "vllm": __version__}
+    result["made_by"] = {**provenance("bench_vllm"), "command": command(), "vllm": __version__}
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -1,7 +1,8 @@
 """A second environment with vLLM for the CPU, and scripts run in it.
 
-It takes 3.5 GB (`.venv-vllm`); only tests marked `vllm` use it. `python -m
-tests.support.vllm_cpu.environment` builds it, as do the tests themselves.
+It takes 3.5 GB (`.venv-vllm`); only tests marked `vllm` and `make bench-vllm` use it. `python -m
+tests.support.vllm_cpu.environment` builds it, as do the tests themselves; with a module's name and
+arguments behind it, it goes on to run that there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +217,15 @@ def _serving(*command: str, **variables: str) -> Iterator[Served]:
         reader.join(10)
 
 
-if __name__ == "__main__":
+def main(module: Sequence[str]) -> None:
+    """Build the environment, and become `python -m MODULE ARGUMENT…` in it."""
     try:
-        ensure()
+        python = str(ensure())
     except EnvironmentMissingError as error:
         sys.exit(str(error))
+    if module:
+        os.execve(python, [python, "-m", *module], environment())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
