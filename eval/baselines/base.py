@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -200,16 +200,33 @@ def paper_mflops(run: Run) -> tuple[float, float]:
     return first_pass_flops(*decoder) / 1e6, second_stage_flops(*decoder) / 1e6
 
 
-def same_samples(runs: Sequence[Run]) -> None:
-    """Refuse to compare runs over different samples.
+def same_samples(runs: Sequence[Run]) -> list[Run]:
+    """Runs over the samples that all of them have, so that they can be held against each other.
+
+    A sample that failed in one of them is left out of all.
 
     Raises:
-        ConfigError: they are not of the same task, split and samples, or did not ask the same.
+        ConfigError: there is no such sample, or it was another question, or another truth, in one
+            of them.
     """
+    if not runs:
+        return []
+    first, *others = runs
+    asked = {record.id: (record.question, record.truth) for record in first.records}
+    shared = set(asked)
+    for run in others:
+        for record in run.records:
+            if asked.get(record.id, told := (record.question, record.truth)) != told:
+                raise ConfigError(
+                    f"{run.folder} and {first.folder} did not ask the same: {record.id}"
+                )
+        shared &= {record.id for record in run.records}
+    if not shared:
+        named = ", ".join(str(run.folder) for run in runs)
+        raise ConfigError(f"these runs have no samples in common: {named}")
 
-    def asked(run: Run) -> list[tuple[str, str, str]]:
-        return [(record.id, record.question, record.truth) for record in run.records]
+    def cut(run: Run) -> Run:
+        kept = [record for record in run.records if record.id in shared]
+        return run if len(kept) == len(run.records) else replace(run, records=kept)
 
-    for run in runs[1:]:
-        if asked(run) != asked(runs[0]):
-            raise ConfigError(f"{run.folder} and {runs[0].folder} do not hold the same samples")
+    return [cut(run) for run in runs]

@@ -191,12 +191,13 @@ BASELINES: tuple[Baseline, ...] = (
 
 
 def measured(runs: Sequence[Run]) -> list[Point]:
-    """All points of all baselines that can be read from these runs, in the baselines' order.
+    """All points of all baselines that can be read from these runs, in the baselines' order, over
+    the samples that all of them have.
 
     Raises:
-        ConfigError: the runs are not of the same samples.
+        ConfigError: see `same_samples`.
     """
-    same_samples(runs)
+    runs = same_samples(runs)
     return [
         point
         for baseline in BASELINES

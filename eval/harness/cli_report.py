@@ -142,7 +142,9 @@ def report(
         resamples=resamples,
         seed=seed,
     )
-    tell_gaps(*inputs.runs)
+    tell_gaps(*inputs.sources)
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
     command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
     for option, path in (("--val", val), ("--layers", layers), ("--data", data)):
         command += [] if path is None else [option, seen_from(out, path)]

@@ -29,6 +29,7 @@ from eval.report.panels import (
     panel,
 )
 from eval.report.trace import rows_of
+from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Aggregate, Metric
 
@@ -207,14 +208,18 @@ def _compared(inputs: Inputs, run: Run) -> list[Setting]:
 
 
 def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) -> Told:
-    eta, setting = _chosen(inputs), _default(inputs)
+    found, setting = _chosen(inputs), _default(inputs)
     panels: list[Panel] = []
     for name, run in inputs.parts():
         # The same task with other settings, such as without OCR tokens, is another one.
         mine = run.folder == inputs.main.folder
         hd = _same(inputs.hd, run) if mine else None
-        chosen = eta if mine else None
-        panels.append(panel(name, run, lines(run), axis, hd=hd, eta=chosen, setting=setting))
+        eta = found.eta if mine and found is not None else None
+        made = panel(name, run, lines(run), axis, hd=hd, eta=eta, setting=setting)
+        for one in made["marks"]:
+            if found is not None and "eta" in one:
+                one |= chosen_on(inputs, found)
+        panels.append(made)
     return _trade_offs(title, panels) | {"x_label": label}
 
 
@@ -231,12 +236,20 @@ def _default(inputs: Inputs) -> Setting:
     return Setting(include_end=inputs.include_end)
 
 
-def _chosen(inputs: Inputs) -> float | None:
+def chosen_on(inputs: Inputs, found: Calibration) -> Told:
+    """Where a threshold comes from: rows of the validation run, and what was asked of it."""
+    assert inputs.val is not None
+    asked = ("target_rate", "max_accuracy_loss", "confidence", "seed")
+    target = {name: found.made[name] for name in asked if name in found.made}
+    return {"val_rows": rows_of(inputs.val), "target": target}
+
+
+def _chosen(inputs: Inputs) -> Calibration | None:
     """The threshold that loses at most `MAX_LOSS` against full retransmission, from the
     validation run."""
     if inputs.val is None:
         return None
-    return for_loss(inputs.val, _default(inputs), MAX_LOSS, CONFIDENCE).eta
+    return for_loss(inputs.val, _default(inputs), MAX_LOSS, CONFIDENCE)
 
 
 def _bootstrap(inputs: Inputs, run: Run) -> Bootstrap:

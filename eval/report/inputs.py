@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from eval.baselines.base import same_samples
 from eval.harness.curves import counts_end, part, rescored
+from eval.harness.provenance import difference
 from eval.harness.runs import HD, TWO_STAGE, Run
+from eval.tasks.catalogue import task_kind
+from eval.tasks.data import wherever
 from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Metric
 
 FEWEST = 30
 """Samples of a kind of question that gets a panel of its own."""
+
+_NOT_IN_ROWS = {
+    *("metric", "aggregate", "eta", "k"),  # policies read rows
+    *("models", "family_default", "prompts", "turns"),  # what it is for, and could do
+    *("codec", "quality"),  # what was really taken stands elsewhere in `run.json`
+}
+"""Fields of a preset that no row of a run depends on."""
 
 _PARTS = {"signs": {"reading numbers": ("number",), "yes or no": ("presence", "colour")}}
 """Kinds of questions that stand for the paper's two tasks in its Fig. 4 and 5 (TextVQA and POPE),
@@ -23,7 +35,7 @@ where one generated benchmark has both."""
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The runs of a report.
+    """The runs of a report; main, hd and models over the samples that all of them have.
 
     Attributes:
         main: whose task, split and model it is about; of the method two_stage.
@@ -33,6 +45,9 @@ class Inputs:
         qualities: the same model on the same task, with pictures encoded otherwise.
         val: the same model and task on a split that is not reported; thresholds come from it.
         layers: what `calibrate layers` found.
+        given: the same runs with all of their rows, in the order of `runs`; none if these have
+            them.
+        notes: what a reader has to know of these inputs, one line each.
         resamples, seed: of bootstraps.
     """
 
@@ -43,8 +58,15 @@ class Inputs:
     qualities: Sequence[Run] = ()
     val: Run | None = None
     layers: Calibration | None = None
+    given: Sequence[Run] = ()
+    notes: Sequence[str] = ()
     resamples: int = 1000
     seed: int = 0
+
+    @property
+    def sources(self) -> list[Run]:
+        """What provenance is of: `runs` with all of their rows."""
+        return list(self.given) or self.runs
 
     @property
     def runs(self) -> list[Run]:
@@ -72,7 +94,8 @@ class Inputs:
         """What Fig. 4, 5, 6 and 8 have a panel for: tasks, if there are several; else the whole
         of the one and its halves."""
         if self.tasks:
-            return [(title_of(run), run) for run in (self.main, *self.tasks)]
+            runs = (self.main, *self.tasks)
+            return list(zip(_titles(runs), runs, strict=True))
         task = str(self.main.provenance["task"]["name"])
         made = [("all questions", self.main)]
         for title, kinds in _PARTS.get(task, {}).items():
@@ -103,6 +126,19 @@ def title_of(run: Run) -> str:
     return f"{task['name']}{ocr}"
 
 
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """Of panels: tasks, and where that is not enough splits, or else folders."""
+    plain = [title_of(run) for run in runs]
+    full = [f"{title}, {_split(run)}" for title, run in zip(plain, runs, strict=True)]
+    made = [
+        long if plain.count(short) > 1 else short for short, long in zip(plain, full, strict=True)
+    ]
+    return [
+        f"{title} ({run.folder.name})" if made.count(title) > 1 else title
+        for title, run in zip(made, runs, strict=True)
+    ]
+
+
 def sort_runs(
     runs: Sequence[Run],
     *,
@@ -120,8 +156,8 @@ def sort_runs(
         scorer: of the main run's task, instead of its default.
 
     Raises:
-        ConfigError: a run fits nowhere; the validation run is of the split that is reported, or
-            has pictures of it, or was asked otherwise.
+        ConfigError: a run fits nowhere, or used the model otherwise; the validation run is of a
+            split that is reported, or has pictures of it, or was asked otherwise.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -136,27 +172,14 @@ def sort_runs(
         found[_part_of(run, main)].append(run)
     if len(found["hd"]) > 1:
         raise ConfigError("a report has room for one run of hd")
-    for run in (*found["hd"], *found["models"]):
-        same_samples([main, run])
+    cut = same_samples([main, *found["hd"], *found["models"]])
     if val is not None:
-        val.require(TWO_STAGE)
-        if _task(val) != _task(main) or _model(val) != _model(main):
-            raise ConfigError(f"{val.folder} is of another model or task than {main.folder}")
-        if _split(val) == _split(main):
-            raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
-        if _codec(val) != _codec(main):
-            raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
-        if _asked(val) != _asked(main):
-            raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
-        # Two splits may be of the same pictures, as POPE's are.
-        both = {one.image_id for one in val.records} & {one.image_id for one in main.records}
-        if both:
-            raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
+        _check_val(val, main, found["tasks"])
     if layers is not None:
         layers.require_model(str(main.provenance["model"]["name"]))
         if (layers.made.get("task"), layers.made.get("split")) == (_task(main), _split(main)):
             raise ConfigError("the layers were measured on the split that is reported")
-    return Inputs(
+    given = Inputs(
         main=main,
         hd=next(iter(found["hd"]), None),
         tasks=found["tasks"],
@@ -167,22 +190,74 @@ def sort_runs(
         resamples=resamples,
         seed=seed,
     )
+    main, *others = cut
+    count = len(found["hd"])
+    return replace(
+        given,
+        main=main,
+        hd=next(iter(others[:count]), None),
+        models=others[count:],
+        given=given.runs,
+        notes=_left_out([given.main, *found["hd"], *found["models"]], len(main.records)),
+    )
+
+
+def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
+    """Says how many samples `same_samples` left `shared` of, if not all."""
+    every = set().union(*({record.id for record in run.records} for run in runs))
+    if len(every) == shared:
+        return []
+    lacking = [(run.folder.name, len(every) - len(run.records)) for run in runs]
+    listed = ", ".join(f"{name} {count}" for name, count in lacking if count)
+    return [
+        f"{len(every) - shared} of {len(every)} samples are left out of all figures: of the runs "
+        f"that are held against each other, some lack them ({listed})"
+    ]
+
+
+def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
+    """Refuse a run whose thresholds would mean something else in the one that is reported, or
+    that would be chosen on what is reported."""
+    val.require(TWO_STAGE)
+    if _task(val) != _task(main) or _model(val) != _model(main):
+        raise ConfigError(f"{val.folder} is of another model or task than {main.folder}")
+    reported = [main, *(run for run in tasks if _task(run) == _task(main))]
+    if _split(val) in {_split(run) for run in reported}:
+        raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
+    if _codec(val) != _codec(main):
+        raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
+    if _asked(val) != _asked(main):
+        raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
+    _same_use(val, main)
+    # Two splits may be of the same pictures, as POPE's are.
+    both = {one.image_id for one in val.records}
+    both &= {one.image_id for run in reported for one in run.records}
+    if both:
+        raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
 
 
 def _part_of(run: Run, main: Run) -> str:
     if run.method == HD:
+        if (_task(run), _split(run)) != (_task(main), _split(main)):
+            raise ConfigError(f"{run.folder} is of another task or split than {main.folder}")
         return "hd"
     run.require(TWO_STAGE)
-    if _split(run) != _split(main) and _task(run) == _task(main):
-        raise ConfigError(
-            f"{run.folder} is of the split {_split(run)}, the report of {_split(main)}; "
-            "a run that thresholds come from is given by --val"
-        )
-    same_task = _task(run) == _task(main) and _settings(run) == _settings(main)
+    one_set = _split(run) == _split(main)
+    if _task(run) == _task(main) and not one_set:
+        sets = task_kind(_task(main)).sets
+        if not {_split(run), _split(main)} <= set(sets):
+            named = f"; its sets {', '.join(sets)} can stand side by side" if sets else ""
+            raise ConfigError(
+                f"{run.folder} is of the split {_split(run)}, the report of {_split(main)}; "
+                f"a run that thresholds come from is given by --val{named}"
+            )
+    same_task = _task(run) == _task(main) and one_set and _settings(run) == _settings(main)
     if _model(run) != _model(main):
         if same_task:
             return "models"
         raise ConfigError(f"{run.folder} is of another model and of another task than the first")
+    # A task has a longest answer of its own, and may have a prompt.
+    _same_use(run, main, but=() if same_task else ("max_new_tokens", "prompt"))
     if not same_task:
         return "tasks"
     if _codec(run) != _codec(main):
@@ -198,14 +273,36 @@ def _split(run: Run) -> str:
     return str(run.provenance["task"]["split"])
 
 
-def _settings(run: Run) -> Any:
-    return run.provenance["task"].get("settings")
+def _settings(run: Run) -> dict[str, Any]:
+    return wherever(run.provenance["task"].get("settings") or {})
 
 
-def _asked(run: Run) -> tuple[Any, ...]:
-    """The task's settings that change questions; files are every split's own."""
-    settings = _settings(run) or {}
-    return bool(settings.get("ocr")), settings.get("post_prompt")
+def _asked(run: Run) -> dict[str, Any]:
+    """The task's settings but for files, which are every split's own; what is not set is off."""
+    settings = _settings(run).items()
+    return {
+        name: value for name, value in settings if name != "data" and value not in (None, False)
+    }
+
+
+def _used(run: Run) -> dict[str, Any]:
+    """How the model was used, as far as rows depend on it."""
+    made: dict[str, Any] = {}
+    if run.knows_preset:  # decoded, so that fields that an older one has not are their defaults
+        preset = run.preset
+        made = {**msgspec.to_builtins(preset), "prompt": preset.template}
+    made = {name: value for name, value in made.items() if name not in _NOT_IN_ROWS}
+    model = run.provenance["model"]
+    return made | {name: model.get(name) for name in ("view", "grid", "dtype")}
+
+
+def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:
+    """Refuse a run whose uncertainties or regions are others by the way the model was used."""
+    theirs, here = _used(run), _used(main)
+    for name in sorted(theirs.keys() | here.keys()):
+        if name not in but and theirs.get(name) != here.get(name):
+            what = difference(name, theirs.get(name), here.get(name))
+            raise ConfigError(f"{run.folder} used the model otherwise than {main.folder} ({what})")
 
 
 def _model(run: Run) -> tuple[Any, ...]:

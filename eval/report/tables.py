@@ -27,7 +27,7 @@ from eval.harness.curves import Bootstrap, Setting, ends
 from eval.harness.records import truth_of
 from eval.harness.runs import Run
 from eval.report.boxes import covered, covered_at_random
-from eval.report.figures import CONFIDENCE, MAX_LOSS, METRIC_NAMES, areas
+from eval.report.figures import CONFIDENCE, MAX_LOSS, METRIC_NAMES, areas, chosen_on
 from eval.report.inputs import Inputs
 from eval.report.panels import sent_at
 from eval.report.separation import finite, separation
@@ -136,13 +136,14 @@ def table_chosen(inputs: Inputs) -> list[Row]:
     made = []
     for name, found in chosen:
         assert found.eta is not None
-        on_val = {key: found.expected[key] for key in ("rate", "accuracy", "bytes_up")}
-        made.append(_applied(name, found.eta, setting, run, inputs, on_val))
+        on_val = {f"val_{key}": found.expected[key] for key in ("rate", "accuracy", "bytes_up")}
+        row = _applied(name, found.eta, setting, run, inputs)
+        made.append({**row, **on_val, **chosen_on(inputs, found)})
     preset = run.provenance["model"].get("preset")
     if preset is not None:
         policy = run.preset.policy()
         of_preset = Setting(policy.metric, policy.aggregate, policy.k, policy.include_end)
-        made.append(_applied("the preset's", policy.eta, of_preset, run, inputs, None))
+        made.append(_applied("the preset's", policy.eta, of_preset, run, inputs))
     return made
 
 
@@ -481,7 +482,7 @@ def markdown(rows: Sequence[Row], cells: Mapping[str, Cell]) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All that the rows hold, unrounded; intervals as two columns, the rows' origin as text."""
+    """All that the rows hold, unrounded; intervals as two columns, where they come from as text."""
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     buffer = io.StringIO()
@@ -496,21 +497,14 @@ def _flat(row: Row) -> Row:
     for name, value in row.items():
         if name.endswith("_interval"):
             made[f"{name}_low"], made[f"{name}_high"] = value or (None, None)
-        elif name == "rows":
-            made |= {f"rows_{key}": one for key, one in value.items()}
+        elif name in ("rows", "val_rows", "target"):
+            made |= {f"{name}_{key}": one for key, one in value.items()}
         elif not isinstance(value, dict | list):
             made[name] = value
     return made
 
 
-def _applied(
-    name: str,
-    eta: float,
-    setting: Setting,
-    run: Run,
-    inputs: Inputs,
-    on_val: Mapping[str, float] | None,
-) -> Row:
+def _applied(name: str, eta: float, setting: Setting, run: Run, inputs: Inputs) -> Row:
     sent = sent_at(run, setting, eta)
     point = two_stage_point(run, sent, name)
     bootstrap = _bootstrap(inputs, run)
@@ -527,7 +521,6 @@ def _applied(
         "loss": float(loss.mean()),
         "loss_interval": list(bootstrap.mean(loss)),
         "bytes_up": point.up,
-        **{f"val_{key}": value for key, value in (on_val or {}).items()},
         "rows": rows_of(run),
     }
 

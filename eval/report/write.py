@@ -110,13 +110,14 @@ def write_report(
             "clustered_by": "image_id",
             "bins": BINS,
         },
-        "runs": {run.folder.name: provenance_of(run) for run in inputs.runs},
+        "runs": {run.folder.name: provenance_of(run) for run in inputs.sources},
         "reported": inputs.main.folder.name,
         "val": None if inputs.val is None else inputs.val.folder.name,
         "layers": None if inputs.layers is None else msgspec.to_builtins(inputs.layers),
         "figures": {},
         "tables": {},
         "left_out": {},
+        "notes": list(inputs.notes),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +208,8 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
         f"{inputs.resamples} resamples of whole pictures. Every number is in `{RESULTS}`, with the "
         "run and the rows (column `index`) that it comes from.",
     ]
-    gaps = [f"**{run.gaps}.**" for run in inputs.runs if run.gaps]
-    lines += ["", *gaps] if gaps else []
+    for note in (*(run.gaps for run in inputs.sources), *inputs.notes):
+        lines += ["", f"**{note}.**"] if note else []
     if model["name"] == "demo":
         lines += [
             "",

@@ -70,6 +70,7 @@ class Task(ABC):
         default_scorer: name of the rule that is reported unless another one is named.
         scorers: rules by name.
         summaries: figures of a whole split, by name.
+        sets: splits that are reported side by side, as sets of one benchmark.
         settings: everything else that changes the samples (OCR, prompt, data revision); goes
             into a run's provenance.
     """
@@ -81,6 +82,7 @@ class Task(ABC):
     default_scorer: str
     scorers: Mapping[str, Scorer]
     summaries: Mapping[str, Summary] = {}
+    sets: ClassVar[Sequence[str]] = ()
     settings: Mapping[str, Any] = {}
 
     @abstractmethod

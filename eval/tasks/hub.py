@@ -140,6 +140,7 @@ class POPE(HubTask):
     "test" is all three; a sample's category says which."""
 
     name = "pope"
+    sets = ("adversarial", "popular", "random")
     sources = {"test": Source("lmms-lab/POPE", "test")} | {
         kind: Source("lmms-lab/POPE", kind, "Full") for kind in ("random", "popular", "adversarial")
     }

@@ -175,12 +175,28 @@ def test_runs_that_do_not_fit_are_refused(made: Run) -> None:
         HighResolution().points(made)
     with pytest.raises(ConfigError, match="holds no samples"):
         GlobalOnly().points(run_of([]))
-    with pytest.raises(ConfigError, match="do not hold the same samples"):
-        same_samples([made, run_of(list(made.records[:2]))])
+    with pytest.raises(ConfigError, match="no samples in common"):
+        same_samples([made, run_of([record(9, 1, 1, 0.1)])])
+    changed = [replace(made.records[0], question="another?"), *made.records[1:]]
+    with pytest.raises(ConfigError, match="did not ask the same: s0"):
+        same_samples([made, run_of(changed)])
+    changed = [*made.records[:3], replace(made.records[3], truth='{"answers": []}')]
+    with pytest.raises(ConfigError, match="did not ask the same: s3"):
+        same_samples([made, run_of(changed)])
     with pytest.raises(ValueError, match="probability"):
         two_stage_point(made, np.full(4, 1.5), "x")
     with pytest.raises(ValueError, match="3 decisions for 4"):
         two_stage_point(made, np.zeros(3), "x")
+
+
+def test_samples_that_one_run_lacks_are_left_out_of_all(made: Run) -> None:
+    # One failed in each of them.
+    other = run_of([one for one in made.records if one.id != "s1"], name="other")
+    mine = replace(made, records=[one for one in made.records if one.id != "s3"])
+    for cut in same_samples([mine, other]):
+        assert [one.id for one in cut.records] == ["s0", "s2"]
+    assert {len(point.scores) for point in measured([mine, other])} == {2}
+    assert same_samples([made, made]) == [made, made]
 
 
 def test_a_run_over_a_service_has_no_paper_flops(made: Run) -> None:

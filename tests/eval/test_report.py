@@ -34,7 +34,7 @@ from eval.report.panels import sent_at
 from eval.report.pictures import fig11
 from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
 from eval.report.trace import expanded, provenance_of, ranges
-from eval.report.write import RESULTS, as_json
+from eval.report.write import RESULTS, as_json, write_report
 from server_plugin.calibration import Calibration, load_calibration
 from tests.eval.test_sweep import saved
 from tests.support.rows import row, run_of
@@ -172,7 +172,8 @@ def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
     for wrong, line in (
         (val, "given by --val"),
         (main_run, "repeats"),
-        (replace(hd, records=hd.records[:5]), "same samples"),
+        (replace(hd, records=[replace(r, id=f"v{r.id}") for r in hd.records]), "no samples in"),
+        (made(name="hd", method="hd", task={"split": "val"}), "of another task or split"),
     ):
         with pytest.raises(ConfigError, match=line):
             sort_runs([main_run, wrong])
@@ -192,6 +193,74 @@ def test_nothing_is_chosen_on_the_split_that_is_reported() -> None:
     # As POPE's three sets, which have other names and the same pictures.
     with pytest.raises(ConfigError, match="100 pictures of v are reported"):
         sort_runs([main_run], val=made(name="v", task={"split": "adversarial"}))
+
+
+PRESET = made().provenance["model"]["preset"]
+OTHERWISE: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"preset": {**PRESET, "layer": 3}}, "layer is 3 there and 1 here"),
+    ({"preset": {**PRESET, "prompts": {"chat": "<image> {question}"}}}, "prompt is"),
+    ({"preset": {**PRESET, "epsilon": 0.5}}, "epsilon is"),
+    ({"preset": {**PRESET, "base_px": 112}}, "base_px is"),
+    ({"view": [224, 224]}, r"view is \[224, 224\] there and \[100, 100\] here"),
+    ({"grid": [2, 2]}, "grid is"),
+    ({"dtype": "bfloat16"}, "dtype is"),
+)
+
+
+@pytest.mark.parametrize(("model", "line"), OTHERWISE, ids=lambda one: str(one)[:24])
+def test_runs_of_a_model_that_is_used_otherwise_do_not_fit(
+    model: dict[str, Any], line: str
+) -> None:
+    # On another task a prompt of its own is nothing wrong.
+    elsewhere: list[tuple[int, dict[str, Any]]] = [(90, {"name": "gqa"})]
+    for codec, more in ((90, {}), (5, {}), *(() if line == "prompt is" else elsewhere)):
+        with pytest.raises(ConfigError, match=f"o used the model otherwise .*{line}"):
+            sort_runs([made(), made(name="o", codec=codec, task=more, **model)])
+    with pytest.raises(ConfigError, match=f"v used the model otherwise .*{line}"):
+        sort_runs([made()], val=others(made(name="v", task={"split": "val"}, **model)))
+
+
+def test_runs_of_other_policies_or_older_presets_fit() -> None:
+    policy = {"eta": 0.9, "metric": "entropy", "aggregate": "first", "k": 3}
+    older = {key: value for key, value in PRESET.items() if key not in ("turns", "view_px")}
+    for preset in ({**PRESET, **policy}, older, {**PRESET, "models": ["*"]}):
+        val = others(made(name="v", preset=preset, task={"split": "val"}))
+        assert sort_runs([made()], val=val).val is val
+    # Other tasks have other longest answers, and may have prompts of their own.
+    other = made(name="o", task={"name": "gqa"}, preset={**PRESET, "max_new_tokens": 64})
+    assert sort_runs([made(), other]).tasks == [other]
+
+
+def test_one_folder_spelled_in_two_ways_holds_one_task() -> None:
+    def of(folder: str, file: str, **more: Any) -> Run:
+        data = {"folder": folder, "files": {file: 1}}
+        return made(task={"settings": {"data": data}}, **more)
+
+    main_run = of("data/signs", "data/test-0.parquet")
+    for other in (of("/x/signs", "data/test-0.parquet", name="q", codec=5),
+                  of("/x/signs/data", "test-0.parquet", name="q", codec=5)):  # fmt: skip
+        assert sort_runs([main_run, other]).qualities == [other]
+    other = of("data/signs", "data/test-1.parquet", name="t")
+    assert sort_runs([main_run, other]).tasks == [other]
+
+
+def test_sets_of_one_benchmark_have_a_panel_each() -> None:
+    def of(split: str, **more: Any) -> Run:
+        return others(made(name=split, task={"name": "pope", "split": split}, **more))
+
+    random, popular, hard = of("random"), of("popular"), of("adversarial")
+    inputs = sort_runs([random, popular, hard], resamples=10)
+    titles = ["pope, random", "pope, popular", "pope, adversarial"]
+    assert [title for title, _ in inputs.parts()] == titles
+    assert [one["title"] for one in fig4(inputs)["panels"]] == titles
+    assert [one["title"] for one in fig9(inputs)["panels"]] == titles
+    # All three together are no set beside them, and none of them is for thresholds.
+    with pytest.raises(ConfigError, match=r"sets adversarial, popular, random .* side by side"):
+        sort_runs([random, of("test")])
+    with pytest.raises(ConfigError, match="of the split that is reported: popular"):
+        sort_runs([random, popular], val=made(name="v", task={"name": "pope", "split": "popular"}))
+    with pytest.raises(ConfigError, match="of another model"):
+        sort_runs([random, of("popular", weights="w")])
 
 
 def test_panels_are_tasks_or_kinds_of_questions() -> None:
@@ -233,8 +302,36 @@ def test_the_same_task_asked_otherwise_has_neither_hd_s_point_nor_the_threshold(
 def test_hd_is_asked_the_same_questions() -> None:
     hd = made(name="hd", method="hd")
     asked = replace(hd, records=[replace(r, question="? tokens: a, b") for r in hd.records])
-    with pytest.raises(ConfigError, match="same samples"):
+    with pytest.raises(ConfigError, match="did not ask the same"):
         sort_runs([made(), asked])
+
+
+def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None:
+    of_task = {"samples": 200}
+    main_run, hd = made(name="main", task=of_task), made(name="hd", method="hd", task=of_task)
+    hd = replace(hd, records=[r for r in hd.records if r.index != 7])
+    model = made(name="m", weights="w", task=of_task)
+    model = replace(model, records=[r for r in model.records if r.index not in (7, 9)])
+    quality = run_of(answers(50, kinds=KINDS), name="q", codec=5, task={"samples": 50})
+    inputs = sort_runs([main_run, hd, model, quality], resamples=10)
+    told = write_report(inputs, tmp_path, formats=["png"])
+    rows = {one["name"]: one["rows"] for one in told["tables"]["baselines"]["rows"]}
+    assert rows["LLaVA-1.5-HD"]["count"] == rows["oracle"]["count"] == 198
+    assert rows["oracle"]["index"] == "0-6,8,10-199"
+    # A run of fewer samples that is held against the first one alone takes nothing from others.
+    assert told["figures"]["fig-12-qualities"]["panels"][0]["rows"]["count"] == 48
+    (note,) = told["notes"]
+    assert note == (
+        "2 of 200 samples are left out of all figures: of the runs that are held against each "
+        "other, some lack them (hd 1, m 2)"
+    )
+    page = (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert f"**{note}.**" in page
+    # What a run itself lacks is said of it, and no more.
+    assert "main: " not in page
+    assert "hd: 1 of 200 samples gave no row" in page
+    assert (told["runs"]["main"]["rows"], told["runs"]["hd"]["rows"]) == (200, 199)
+    assert "missing" not in told["runs"]["main"]
 
 
 def test_hd_stands_where_its_pixels_put_it() -> None:
@@ -308,6 +405,29 @@ def test_thresholds_come_from_the_validation_run() -> None:
         assert told["val_rate"] == np.mean(sent_at(val, Setting(), told["eta"]))
         assert told["val_rate"] == pytest.approx(rate, abs=0.01)
         assert told["rate"] == np.mean(sent_at(inputs.main, Setting(), told["eta"]))
+
+
+def test_what_was_chosen_leads_to_the_rows_that_it_was_chosen_on() -> None:
+    val = run_of(answers(200, seed=7)[:150], name="v", task={"split": "val"})
+    val = others(replace(val, records=val.records[3:]))
+    inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
+    *chosen, of_preset = tables.table_chosen(inputs)
+    loss = {"max_accuracy_loss": 0.01, "confidence": 0.95}
+    for told in chosen:
+        assert told["val_rows"] == {"run": "v", "count": 147, "index": "3-149"}
+        assert told["rows"]["run"] == "run"
+        rate = told["name"].removeprefix("target rate ")
+        wanted = {"target_rate": float(rate)} if rate != told["name"] else loss
+        assert told["target"].items() >= wanted.items()
+    # The preset's threshold comes from no data.
+    assert not {"val_rows", "target", "val_rate"} & of_preset.keys()
+    read = list(csv.DictReader(tables.csv_text([*chosen, of_preset]).splitlines()))
+    assert (read[0]["val_rows_run"], read[0]["val_rows_index"]) == ("v", "3-149")
+    assert (read[0]["target_target_rate"], read[3]["target_confidence"]) == ("0.1", "0.95")
+    for figure in (fig4(inputs), fig5(inputs)):
+        (mark,) = [one for one in figure["panels"][0]["marks"] if "eta" in one]
+        assert mark["eta"] == chosen[3]["eta"]
+        assert (mark["val_rows"], mark["target"]) == (chosen[3]["val_rows"], chosen[3]["target"])
 
 
 def test_bad_news_is_told() -> None:
@@ -590,6 +710,19 @@ def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) 
         for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
             assert f"\n{told['formula']}\n\n{printed}" in text
     assert committed["figures"]["fig-11-pictures"]["rule"] in page
+
+
+def test_the_readme_calibrates_on_a_run_that_it_does_not_report() -> None:
+    page = (COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    called = [line.split() for line in page.splitlines() if line.startswith("vlm-collab ")]
+    runs = {line[line.index("--out") + 1]: line for line in called if line[1:3] == ["eval", "run"]}
+    (reported,) = [line[3] for line in called if line[1:3] == ["eval", "report"]]
+    chosen = {line[2] for line in called if line[1] == "calibrate"}
+    assert chosen
+    for run in chosen:
+        assert run != reported
+        assert "--split" in runs[run]
+        assert "--split" not in runs[reported]
 
 
 def test_committed_figures_are_small() -> None:
