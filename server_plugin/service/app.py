@@ -28,6 +28,7 @@ from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError
 from vlm_collab.page import token_in
+from vlm_collab.session import MAX_VIEW_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ class Service:
         self.abort: Callable[[WebSocket], None] = lambda websocket: None
         """Drops a client's connection without waiting for it; set by what runs the server."""
         self.metrics.model(engine.backend.info.name, __version__)
+        view = engine.backend.info.view
+        if view.width * view.height > MAX_VIEW_PIXELS:
+            log.warning(
+                "edges refuse so large a view unless their max_view_pixels is raised",
+                extra={"view": f"{view.width}x{view.height}", "most_pixels": MAX_VIEW_PIXELS},
+            )
         for name, text, value in (
             ("connections", "WebSockets open.", lambda: len(self._connections)),
             ("questions_in_flight", "Questions not yet ended.", lambda: self.questions),

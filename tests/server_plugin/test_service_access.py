@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import ssl
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,10 +13,12 @@ import pytest
 import trustme
 from websockets.exceptions import InvalidStatus
 
+from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.logs import JsonFormatter, PlainFormatter
 from server_plugin.service.runner import running
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, unsure
 from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Size
 from vlm_collab.messages import (
     Answer,
 )
@@ -161,3 +164,10 @@ async def test_a_log_line_per_question_without_its_words(caplog):
     plain = PlainFormatter().format(records[0])
     assert "question answered" in plain
     assert f"bytes_up={lines[0]['bytes_up']}" in plain
+
+
+def test_a_view_that_edges_refuse_is_told_at_once(caplog):
+    for width, told in ((1024, False), (1025, True)):
+        info = replace(DEFAULT_INFO, view=Size(width, 1024))
+        service(FakeBackend(info=info))
+        assert ("edges refuse so large a view" in caplog.text) is told
