@@ -163,7 +163,7 @@ class RowReader:
                     wish.key,
                     summed_row(
                         query[start + due[name]].view(impl.num_heads, impl.head_size),
-                        self.keys(cache, table[number, :count].long()),
+                        self.keys(cache, table[number, :count]),
                         wish.prompt,
                         impl.scale,
                         wish.first,

@@ -28,11 +28,10 @@ def token_major_keys(cache: Tensor, blocks: Tensor) -> Tensor:
         blocks: (n,) the request's blocks, in order.
 
     Returns:
-        (key/value heads, n · block, head).
+        (n, key/value heads, head, block), as blocks are multiplied; the values are not copied.
     """
     head = cache.shape[-1] // 2
-    keys: Tensor = cache[..., :head][blocks]  # (n, heads, block, head), without the values
-    return keys.transpose(0, 1).flatten(1, 2)
+    return cache[..., :head].index_select(0, blocks).transpose(2, 3)
 
 
 def vector_keys(cache: Tensor, blocks: Tensor) -> Tensor:
@@ -43,8 +42,8 @@ def vector_keys(cache: Tensor, blocks: Tensor) -> Tensor:
     """
     block, head = cache.shape[2], cache.shape[3] // 2
     # A view, never a copy: this is the whole cache.
-    keys: Tensor = cache.view(len(cache), cache.shape[1], 2, head, block)[:, :, 0][blocks]
-    return keys.permute(1, 0, 3, 2).flatten(1, 2)
+    both = cache.view(len(cache), cache.shape[1], 2, head, block)
+    return both[:, :, 0].index_select(0, blocks)
 
 
 def summed_row(
@@ -54,7 +53,8 @@ def summed_row(
 
     Args:
         query: (heads, head), of the last position of the context.
-        keys: (key/value heads, context or more, head); each serves equally many heads, in order.
+        keys: (n, key/value heads, head, block), n blocks that hold the context and maybe more;
+            each head of them serves equally many of the query's, in order.
         context: positions that the query sees; the softmax is over all of them.
         scale: what scores are multiplied by.
         first, stop: the span.
@@ -62,9 +62,11 @@ def summed_row(
     Returns:
         (stop − first,) float32 on the query's device.
     """
-    groups = query.float().reshape(len(keys), -1, query.shape[-1])  # (kv heads, of each, head)
-    scores = groups @ keys[:, :context].float().transpose(1, 2) * scale
-    return scores.softmax(-1)[..., first:stop].sum((0, 1))
+    groups = query.float().reshape(keys.shape[1], -1, query.shape[-1])  # (kv heads, of each, head)
+    # Block by block, so that only the scores are put in order and not the keys.
+    scores = (groups * scale) @ keys.float()  # (n, kv heads, of each, block)
+    in_order = scores.permute(1, 2, 0, 3).flatten(0, 1).flatten(1)[:, :context]
+    return in_order.softmax(-1)[:, first:stop].sum(0)
 
 
 def mean_over_ranks(parts: Sequence[tuple[bytes, int] | None], heads: int) -> NDArray[np.float32]:

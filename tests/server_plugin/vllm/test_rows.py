@@ -37,6 +37,18 @@ def put(keys: torch.Tensor, key_at: Any) -> None:
             key_at(block, head, offset)[...] = keys[head, position]
 
 
+def in_order(blocks: torch.Tensor) -> torch.Tensor:
+    """(key/value heads, context, width) out of (blocks, key/value heads, width, block)."""
+    return blocks.permute(1, 0, 3, 2).flatten(1, 2)[:, :CONTEXT]
+
+
+def in_blocks(keys: torch.Tensor) -> torch.Tensor:
+    """The other way round; what fills the last block is some other request's."""
+    tail = torch.full((len(keys), -keys.shape[1] % BLOCK, WIDTH), 9.0)
+    blocks = torch.cat([keys, tail], 1).unflatten(1, (-1, BLOCK))
+    return blocks.permute(1, 0, 3, 2)
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
 def test_token_major_keys_are_found_in_any_physical_order(
     axes: tuple[int, ...], keys: torch.Tensor
@@ -46,14 +58,14 @@ def test_token_major_keys_are_found_in_any_physical_order(
     cache = memory.permute(*(axes.index(axis) for axis in range(4)))
     assert cache.shape == sizes
     put(keys, lambda block, head, offset: cache[block, head, offset, :WIDTH])
-    assert torch.equal(token_major_keys(cache, TABLE)[:, :CONTEXT], keys)
+    assert torch.equal(in_order(token_major_keys(cache, TABLE)), keys)
 
 
 def test_vector_keys_lie_column_major_before_all_values(keys: torch.Tensor) -> None:
     cache = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * WIDTH), torch.nan)
     flat = cache.view(BLOCKS, KV_HEADS, 2 * BLOCK * WIDTH)
     put(keys, lambda block, head, offset: flat[block, head, offset : BLOCK * WIDTH : BLOCK])
-    assert torch.equal(vector_keys(cache, TABLE)[:, :CONTEXT], keys)
+    assert torch.equal(in_order(vector_keys(cache, TABLE)), keys)
 
 
 def weights(query: torch.Tensor, keys: torch.Tensor) -> np.ndarray:
@@ -73,9 +85,7 @@ def query() -> torch.Tensor:
 def test_a_row_is_softmax_attention_over_the_whole_context(
     query: torch.Tensor, keys: torch.Tensor
 ) -> None:
-    # What lies behind the context in the last block is some other request's.
-    padded = torch.cat([keys, torch.full((KV_HEADS, 13, WIDTH), 9.0)], 1)
-    row = summed_row(query, padded, CONTEXT, 0.3, 5, 69)
+    row = summed_row(query, in_blocks(keys), CONTEXT, 0.3, 5, 69)
     np.testing.assert_allclose(row, weights(query, keys).sum(0)[5:69], rtol=1e-5)
 
 
@@ -89,7 +99,7 @@ def test_ranks_add_up_to_the_mean_over_all_heads(
         # With more ranks than key/value heads, vLLM keeps a head's keys on several ranks.
         first = rank * KV_HEADS // ranks
         own = keys[first : max((rank + 1) * KV_HEADS // ranks, first + 1)]
-        row = summed_row(query[heads], own, CONTEXT, 0.3, 5, 69)
+        row = summed_row(query[heads], in_blocks(own), CONTEXT, 0.3, 5, 69)
         parts.append((row.numpy().tobytes(), HEADS // ranks))
     mean = mean_over_ranks(parts, HEADS)
     assert mean.dtype == np.float32
