@@ -43,10 +43,7 @@ def at_work(path: Path, session: str, rank: int) -> Iterator[None]:
                     _drop(other)
             lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
-            f"{path}: another session is at work on this run (processes of one session on several "
-            "machines are told by MASTER_ADDR and MASTER_PORT)"
-        ) from None
+        raise ConfigError(f"{path}: another session is at work on this run") from None
     except OSError as error:
         raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
     try:

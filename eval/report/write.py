@@ -242,7 +242,10 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
     if told["left_out"]:
         lines += ["## Left out", ""]
         lines += [f"- {name}: {why}" for name, why in told["left_out"].items()] + [""]
-    lines += ["## Commands", "", "Each run:", ""]
+    threads = {(run.provenance.get("machine") or {}).get("threads") for run in inputs.sources}
+    known = len(threads) == 1 and None not in threads
+    each = f"Each run, with `--threads {threads.pop()}`:" if known else "Each run:"
+    lines += ["## Commands", "", each, ""]
     lines += [f"    {_called(run)}" for run in told["runs"].values()]
     if told["layers"] is not None and "command" in told["layers"]["made"]:
         lines += ["", "The layers:", "", f"    {shlex.join(told['layers']['made']['command'])}"]

@@ -327,6 +327,7 @@ def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None
     )
     page = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert f"**{note}.**" in page
+    assert "\nEach run, with `--threads 1`:\n" in page  # who calls it so gets the same bits
     # What a run itself lacks is said of it, and no more.
     assert "main: " not in page
     assert "hd: 1 of 200 samples gave no row" in page

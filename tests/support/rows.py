@@ -90,5 +90,6 @@ def run_of(
         "task": {"name": "signs", "split": "test", "scorer": "exact", **(task or {})},
         "model": told,
         "codec": {"view": ["jpeg", codec], "region": ["jpeg", codec]},
+        "machine": {"threads": 1},
     }
     return Run(folder=Path(name), provenance=provenance, records=records)
