@@ -39,12 +39,11 @@ from server_plugin.backend import (
 )
 from server_plugin.vllm import capture
 from server_plugin.vllm.client import ExpectedRow, RowClient
-from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from server_plugin.vllm.setup import EVERY_LOGPROB, check_setup
+from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.policy import Metric
 from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
-
-_EVERY_LOGPROB = -1
 
 _ATTEMPTS = 3
 """How often a picture is handed over again that vLLM's two ends disagree about."""
@@ -125,31 +124,15 @@ class VllmBackend:
         self._adapter = adapter
         self._preset = preset = adapter.preset
         config = engine.vllm_config
-        if config.parallel_config.data_parallel_size > 1:
-            # Each of its engines' workers believes to be the only one, so they cannot tell.
-            raise ConfigError(
-                "data parallelism inside one server: only the first replica would answer for its "
-                "rows; run one server per replica, without --data-parallel-size"
-            )
         self._most_pictures = config.model_config.multimodal_config.get_limit_per_prompt("image")
-        if self._most_pictures < 2:
-            raise ConfigError(
-                "the second pass shows two pictures: start vLLM with --limit-mm-per-prompt "
-                f"'{{\"image\": 2}}' or more, not {self._most_pictures}"
-            )
-        self._logprobs = 2
-        if preset.metric is Metric.ENTROPY:
-            self._logprobs = _EVERY_LOGPROB
-            if config.model_config.max_logprobs != _EVERY_LOGPROB:
-                raise ConfigError(
-                    "the metric entropy is exact only over the whole vocabulary: start vLLM with "
-                    "--max-logprobs -1, or choose min_entropy or margin"
-                )
-        if config.model_config.logprobs_mode != "raw_logprobs":
-            raise ConfigError(
-                "uncertainty is defined on the raw logits: vLLM's --logprobs-mode must be "
-                f"raw_logprobs, not {config.model_config.logprobs_mode}"
-            )
+        check_setup(
+            preset,
+            replicas=config.parallel_config.data_parallel_size,
+            pictures=self._most_pictures,
+            max_logprobs=config.model_config.max_logprobs,
+            logprobs_mode=config.model_config.logprobs_mode,
+        )
+        self._logprobs = EVERY_LOGPROB if preset.metric is Metric.ENTROPY else 2
         layout, text = adapter.layout, config.model_config.hf_config.get_text_config()
         self._info = ModelInfo(
             name=name,
@@ -516,7 +499,7 @@ class VllmBackend:
     def _statistics(self, logprobs: Any) -> TokenStatistics:
         """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
         values = [one.logprob for one in logprobs.values()]
-        if self._logprobs == _EVERY_LOGPROB:
+        if self._logprobs == EVERY_LOGPROB:
             return token_statistics(np.array(values))
         best, second = sorted(values, reverse=True)[:2]
         return TokenStatistics(

@@ -1,20 +1,27 @@
 """Two-stage inference inside `vllm serve`: our routes beside vLLM's own.
 
 Registered as a `vllm.endpoint_plugins` entry point, which vLLM loads only if `VLLM_PLUGINS` names
-it. The service is the same as that of `vlm-collab serve`, over `VllmBackend`. All its routes are
-below `/v1`, so `--api-key` guards them, the WebSocket included.
+it. The service is the same as that of `vlm-collab serve`, over `VllmBackend`. Its routes are there
+twice: below `/v1`, where `--api-key` guards them, the WebSocket included; and below `/collab`,
+where the service itself asks for the key, so that the page can be had without one and ask with it.
 
 Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`;
 `vlm-collab serve --backend vllm` makes that of its own.
+
+What is touched of vLLM's server, beside the engine (`server_plugin.vllm.backend`): the settings and
+connections of the uvicorn server in `app.state.server`, and `shutdown` of the engine client, which
+the server calls in a thread when it is told to stop, before it closes any connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,14 +30,19 @@ from starlette.websockets import WebSocket
 
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
-from server_plugin.service.app import Service
+from server_plugin.service.app import FAREWELL_S, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, is_loopback
 from server_plugin.vllm.model import vllm_backend
-from vlm_collab.errors import ConfigError
+from server_plugin.vllm.setup import check_revision
+from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.session import ServerLimits
 
 log = logging.getLogger(__name__)
+
+PAGE = "/collab"
+"""Where the page lies and the service asks for the key itself: a browser cannot send it as vLLM
+wants it, neither for a page nor with a WebSocket."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,8 +96,10 @@ class CollabEndpoint:
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[Any]:
             # By now vLLM has made its server, whose WebSockets would buffer frames of 16 MiB before
-            # we see that they are too large.
-            app.state.server.config.ws_max_size = ServerLimits().max_frame_bytes
+            # we see that they are too large, and compress pictures, which do not shrink.
+            settings = app.state.server.config
+            settings.ws_max_size = ServerLimits().max_frame_bytes
+            settings.ws_per_message_deflate = False
             async with inner(app) as state:
                 yield state
 
@@ -95,37 +109,16 @@ class CollabEndpoint:
         """Open the service on the running engine. Called before the server listens.
 
         Raises:
-            ConfigError: rows cannot be read in this engine, an option is wrong, or the model is
-                of a family that is not served here; one line each, and vLLM does not start.
+            SystemExit: rows cannot be read in this engine, an option is wrong, or the model is of
+                a family that is not served here. One line on stderr says which, and vLLM ends.
         """
-        options = options_of(engine_client.vllm_config.additional_config)
-        source = _source_of(engine_client.vllm_config.model_config.model, args.revision)
-        preset = with_options(preset_of(source, options.preset), options.overrides)
-        shown = (args.served_model_name or [source])[0]
-        backend = vllm_backend(engine_client, source, preset, shown, owned=False)
-        await backend.warm_up()
-        host = args.host or "0.0.0.0"
-        keyless = not (args.api_key or os.environ.get("VLLM_API_KEY"))
-        if keyless and not is_loopback(host):
-            log.warning("anyone who reaches %s can ask questions: no --api-key is set", host)
-        service = Service(
-            engine_of(
-                backend,
-                preset,
-                options.policy,
-                options.policy_options,
-                provisional=options.provisional,
-            ),
-            ServiceConfig(
-                # vLLM's own middleware asks for the key.
-                allow_anonymous=True,
-                origins=frozenset(options.origins),
-                region_codec=Codec[preset.codec.upper()],
-                region_quality=preset.quality if options.quality is None else options.quality,
-                limits=ServiceLimits(**_given(options.limits)),
-            ),
-        )
+        try:
+            service = await _opened(engine_client, args)
+        except CollabError as error:
+            print(f"vlm-collab: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
         service.abort = self.drop
+        finish_before_shutdown(engine_client, service)
         self._app.router.routes.extend(routes_of(service))
 
     def drop(self, websocket: WebSocket) -> None:
@@ -138,11 +131,91 @@ class CollabEndpoint:
                 protocol.transport.abort()
 
 
+async def _opened(engine_client: Any, args: Any) -> Service:
+    """The service on an engine.
+
+    Raises:
+        ConfigError, ModelError: see `CollabEndpoint.init_state`.
+    """
+    options = options_of(engine_client.vllm_config.additional_config)
+    source = engine_client.vllm_config.model_config.model
+    # vLLM's configuration has a revision in any case; only its arguments tell whether one was
+    # asked for.
+    check_revision(source, args.revision)
+    preset = with_options(preset_of(source, options.preset), options.overrides)
+    keys = _keys(args)
+    config = ServiceConfig(
+        token=keys[0] if keys else None,
+        more_tokens=tuple(keys[1:]),
+        allow_anonymous=True,  # vLLM listens where it was told to
+        origins=frozenset(options.origins),
+        region_codec=Codec[preset.codec.upper()],
+        region_quality=preset.quality if options.quality is None else options.quality,
+        limits=ServiceLimits(**_given(options.limits)),
+    )
+    shown = (args.served_model_name or [source])[0]
+    backend = vllm_backend(engine_client, source, preset, shown, owned=False)
+    await backend.warm_up()
+    host = args.host or "0.0.0.0"
+    if not keys and not is_loopback(host):
+        log.warning("anyone who reaches %s can ask questions: no --api-key is set", host)
+    engine = engine_of(
+        backend,
+        preset,
+        options.policy,
+        options.policy_options,
+        provisional=options.provisional,
+    )
+    return Service(engine, config)
+
+
+def _keys(args: Any) -> list[str]:
+    """vLLM's API keys, as its own middleware has them."""
+    return [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+
+
+def finish_before_shutdown(engine_client: Any, service: Service) -> None:
+    """Have questions in flight end before their engine does, when the server is told to stop.
+
+    vLLM lets requests end that its engine has (`--shutdown-timeout`), but takes no new ones
+    meanwhile, and a question is several. So its shutdown of the engine waits for ours, within the
+    same time; of that, clients have the last seconds to read what they are told.
+    """
+    shutdown, loop = engine_client.shutdown, asyncio.get_running_loop()
+
+    def shut_down(timeout: float | None = None) -> None:
+        if service.draining or not loop.is_running() or _runs_here(loop):
+            # Questions have ended, or nobody could wait for them: vLLM cleans up at its end, or
+            # after its engine's.
+            shutdown(timeout=timeout)
+            return
+        began_s = time.monotonic()
+        grace_s = max((timeout or 0.0) - FAREWELL_S, 0.0)
+        draining = asyncio.run_coroutine_threadsafe(service.drain(grace_s), loop)
+        try:
+            draining.result(grace_s + 3 * FAREWELL_S)
+        except Exception:  # whatever it is, the engine has to go
+            log.exception("questions in flight were left")
+        if timeout is not None:
+            timeout = max(timeout - (time.monotonic() - began_s), 0.0)
+        shutdown(timeout=timeout)
+
+    engine_client.shutdown = shut_down
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether this thread is the event loop's."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
 def routes_of(service: Service) -> list[BaseRoute]:
-    """The service's routes, all below its WebSocket's path: vLLM has a `/metrics` of its own."""
-    routes: list[BaseRoute] = list(service.routes())
-    socket, others = routes[0], routes[1:]
-    return [socket, Mount(ENDPOINT, routes=others)]
+    """The service's routes: below its WebSocket's path, for vLLM has a `/metrics` of its own, and
+    as they are below `PAGE`."""
+    socket, *others = service.routes()
+    return [socket, Mount(ENDPOINT, routes=others), Mount(PAGE, routes=service.routes())]
 
 
 def options_of(additional_config: Any) -> Options:
@@ -156,17 +229,6 @@ def options_of(additional_config: Any) -> Options:
         return msgspec.convert(given, Options)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
-
-
-def _source_of(model: str, revision: str | None) -> str:
-    # vLLM's configuration has a revision in any case; only its arguments tell that one was asked
-    # for.
-    if revision is not None and not Path(model).is_dir():
-        raise ConfigError(
-            "--revision: prompts are made from the files of the model's main revision; download "
-            "the other one, and name its folder instead of the model"
-        )
-    return model
 
 
 def _given(limits: Limits) -> dict[str, Any]:

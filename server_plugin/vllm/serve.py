@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from server_plugin.assembly import policy_of
 from server_plugin.models import DEMO_MODEL, FAKE_MODEL, checkpoint_of, preset_of, with_options
 from server_plugin.service.config import ServiceConfig
+from server_plugin.vllm.setup import check_arguments
 from vlm_collab.errors import ConfigError
 
 PLUGIN = "vlm_collab"
@@ -97,6 +98,7 @@ def invocation(
     source = local_or_hub(checkpoint_of(model))
     preset = with_options(preset_of(model), overrides)
     check(source, preset, model)
+    check_arguments(source, preset, further)
     policy_of(preset, options.get("policy"), options.get("policy_options", {}))
     require_vllm()
     given = {name: value for name, value in overrides.items() if value is not None}

@@ -1,4 +1,5 @@
-"""What becomes of questions when vLLM's engine dies, and of clients where the plugin is missing.
+"""What becomes of questions when vLLM stops or its engine dies, and of clients where the plugin is
+missing or refuses.
 
 Each test starts a server of its own. Run with `pytest -m vllm tests/server_plugin/vllm`.
 """
@@ -19,9 +20,13 @@ from PIL import Image
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from server_plugin.models import demo_folder
+from server_plugin.service.config import ENDPOINT
 from tests.support.vllm_cpu.environment import Served, collab_serve, vllm_serve
-from vlm_collab.errors import CollabError
+from tests.support.wire import edge, picture
+from vlm_collab.errors import CollabError, ErrorCode
 from vlm_collab.images import Codec, encode
+from vlm_collab.messages import Answer, Error, Fallback, Options, Retransmit, Stage
+from vlm_collab.session import RegionWanted
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("failures")]
 
@@ -40,6 +45,14 @@ def ready(server: Served) -> bool:
             return True
     except OSError:  # not ready, or not there
         return False
+
+
+async def become_ready(server: Served) -> None:
+    """It says that its start is complete shortly before it takes connections."""
+    assert server.started, "\n".join(server.log[-40:])
+    async with asyncio.timeout(20):
+        while not await asyncio.to_thread(ready, server):
+            await asyncio.sleep(0.05)
 
 
 def name_of(pid: int) -> str:
@@ -64,8 +77,7 @@ async def ask_until_refused(
 )
 async def test_no_question_is_lost_when_a_process_of_the_engine_is_killed(victim: str) -> None:
     with collab_serve("demo", "--policy", "always", *ENGINE) as server:
-        assert server.started, "\n".join(server.log[-40:])
-        assert ready(server)
+        await become_ready(server)
         children = server.children()
         (killed,) = (pid for pid in children if name_of(pid).startswith(victim))
         async with EdgeClient(server.url) as client:
@@ -83,10 +95,73 @@ async def test_no_question_is_lost_when_a_process_of_the_engine_is_killed(victim
         refused = [outcome for outcome in outcomes if isinstance(outcome, CollabError)]
         assert len(refused) == len(tasks)
         assert all(map(str, refused))
-        # vLLM ends its own process then; whoever looks after it starts it anew.
+        # vLLM ends its own process then, unless it is told to live on; whoever looks after it
+        # starts it anew.
         await asyncio.to_thread(server.process.wait, 90)
         assert time.monotonic() - began < 240
         assert not ready(server)
+
+
+async def test_a_server_that_is_stopped_finishes_what_is_in_flight() -> None:
+    """Within `--shutdown-timeout`: a question then has further passes before it."""
+    stop = ("--shutdown-timeout", "60")
+    with collab_serve("demo", "--policy", "always", *ENGINE, *stop) as server:
+        await become_ready(server)
+        async with edge(server.url + ENDPOINT) as client:
+            for number in range(1, 9):
+                await client.ask(QUESTION, picture(number), view_id=number)
+            for _ in range(8):
+                assert isinstance(await client.next(), RegionWanted)
+            # These are on their way, or in their first pass.
+            for number in range(9, 13):
+                await client.ask(QUESTION, picture(number), view_id=number)
+            server.process.send_signal(signal.SIGTERM)
+            while "stopping engine client" not in "\n".join(server.log):
+                await asyncio.sleep(0.01)
+            assert not await asyncio.to_thread(ready, server)
+            late = await client.ask(QUESTION, picture(99), view_id=99)
+            for number in range(1, 9):
+                await client.region(number, picture(50 + number))
+            ended: dict[int, Answer | Error] = {}
+            while len(ended) < 13:
+                event = await client.next()
+                if isinstance(event, RegionWanted):
+                    await client.region(event.id, picture(70))
+                else:
+                    ended[event.id] = event
+        refused = ended.pop(late)
+        assert isinstance(refused, Error)
+        assert refused.code is ErrorCode.SHUTTING_DOWN
+        for number, event in ended.items():
+            if number > 8 and isinstance(event, Error):
+                assert event.code is ErrorCode.SHUTTING_DOWN
+                continue
+            assert isinstance(event, Answer)
+            assert (event.stage, event.fallback) == (Stage.SECOND, Fallback.NONE)
+        await asyncio.to_thread(server.process.wait, 60)
+
+
+async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
+    """Where vLLM is told to live on, nobody else would notice."""
+    variables = {"VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
+    with collab_serve("demo", "--policy", "always", *ENGINE, **variables) as server:
+        await become_ready(server)
+        (worker,) = (pid for pid in server.children() if name_of(pid).startswith("VLLM::Worker"))
+        async with edge(server.url + ENDPOINT) as client:
+            await client.ask(QUESTION, picture(), options=Options(retransmit=Retransmit.NEVER))
+            assert isinstance(await client.next(), Answer)
+            os.kill(worker, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                while await asyncio.to_thread(ready, server):
+                    await asyncio.sleep(0.1)
+            await client.ask(QUESTION)
+            refused = await client.next()
+            assert refused.code is ErrorCode.SHUTTING_DOWN
+            assert "the model has failed" in refused.text
+        with pytest.raises(CollabError, match="HTTP 503"):
+            async with EdgeClient(server.url):
+                pass
+        assert server.process.poll() is None
 
 
 async def test_without_the_plugin_a_client_is_told() -> None:
@@ -101,10 +176,15 @@ async def test_without_the_plugin_a_client_is_told() -> None:
         assert "\n" not in str(told.value)
 
 
-@pytest.mark.slow
 def test_an_engine_that_cannot_give_exact_statistics_does_not_start() -> None:
+    """What only the running engine tells; one line says it, and no trace."""
     options = json.dumps({"vlm_collab": {"preset": "demo", "overrides": {"metric": "entropy"}}})
     arguments = (str(demo_folder()), *ENGINE, "--additional-config", options)
     with vllm_serve(*arguments, VLLM_PLUGINS="vlm_collab") as server:
         assert not server.started
-        assert any("start vLLM with --max-logprobs -1" in line for line in server.log)
+        assert server.process.wait(60) == 1
+        told = [line for line in server.log if "vlm-collab: the metric entropy" in line]
+        assert len(told) == 1, "\n".join(server.log[-40:])
+        assert "start vLLM with --max-logprobs -1" in told[0]
+        assert not any("Traceback" in line for line in server.log), "\n".join(server.log[-40:])
+        assert not server.children()

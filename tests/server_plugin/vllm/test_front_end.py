@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,18 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
 
+from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
+from server_plugin.service.runner import running
 from server_plugin.vllm import capture
 from server_plugin.vllm.client import MOST_WAITING, RowClient
-from server_plugin.vllm.endpoint import CollabEndpoint, options_of
+from server_plugin.vllm.endpoint import CollabEndpoint, finish_before_shutdown, options_of
 from server_plugin.vllm.model import check, weightless_adapter
 from tests.support.tiny_llava import rename_family, save_tiny_llava
-from vlm_collab.errors import ConfigError, ModelError
+from tests.support.wire import SURE, edge, picture, service, unsure
+from vlm_collab.errors import ConfigError, ErrorCode, ModelError
+from vlm_collab.messages import Fallback, Stage
 from vlm_collab.session import ServerLimits
 
 SCOPE = "a secret "
@@ -275,14 +280,73 @@ async def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:
         await serving
 
 
-async def test_another_revision_is_refused() -> None:
+async def test_a_refusal_at_start_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     engine = SimpleNamespace(
         vllm_config=SimpleNamespace(
             additional_config={}, model_config=SimpleNamespace(model="some/model")
         )
     )
-    with pytest.raises(ConfigError, match="--revision"):
+    with pytest.raises(SystemExit) as ended:
         await CollabEndpoint().init_state(engine, None, SimpleNamespace(revision="v2"))
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vlm-collab: --revision: ")
+
+
+class StoppingEngine:
+    """What is asked of an engine client that is told to stop."""
+
+    def __init__(self) -> None:
+        self.timeouts: list[float | None] = []
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.timeouts.append(timeout)
+
+
+async def test_questions_end_before_their_engine_does() -> None:
+    """vLLM shuts its engine down in a thread, and once more in the loop's own at its end."""
+    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
+    engine, loop = StoppingEngine(), asyncio.get_running_loop()
+    finish_before_shutdown(engine, held)
+    async with running(held) as url, edge(url) as client:
+        id = await unsure(client)
+        stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=30))
+        while not held.draining:
+            await asyncio.sleep(0.001)
+        await client.ask(SURE)
+        assert (await client.next()).code is ErrorCode.SHUTTING_DOWN
+        assert engine.timeouts == []
+        await client.region(id, picture())
+        answer = await client.next()
+        assert (answer.text, answer.stage) == ("two", Stage.SECOND)
+        await stopping
+        (left,) = engine.timeouts
+        assert left is not None
+        assert 25 < left < 30, "what was waited counts"
+    engine.shutdown(timeout=30)
+    assert engine.timeouts[1:] == [30]
+
+
+async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
+    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0)))
+    engine, loop = StoppingEngine(), asyncio.get_running_loop()
+    finish_before_shutdown(engine, held)
+    async with running(held) as url, edge(url) as client:
+        await unsure(client)
+        stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=0))
+        answer = await client.next()
+        assert (answer.text, answer.fallback) == ("one", Fallback.OVERLOAD)
+        await asyncio.wait_for(stopping, 20)
+    assert engine.timeouts == [0]
+
+
+async def test_an_engine_that_ended_by_itself_is_not_waited_for() -> None:
+    """vLLM then cleans up in the event loop's thread, where waiting for it would be for ever."""
+    engine, held = StoppingEngine(), service()
+    finish_before_shutdown(engine, held)
+    engine.shutdown()
+    assert engine.timeouts == [None]
+    assert not held.draining
 
 
 def test_options_of_others_are_none_of_ours() -> None:

@@ -6,6 +6,7 @@ Run with `pytest -m vllm tests/server_plugin/vllm`; see `tests/support/vllm_cpu`
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
@@ -29,7 +32,9 @@ from server_plugin.vllm.capture import HELD
 from tests.support.vllm_cpu.environment import Served, collab_serve
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.images import Codec, encode
-from vlm_collab.messages import Options
+from vlm_collab.messages import SUBPROTOCOL, VERSION, Hello, Options, Welcome, decode_down
+from vlm_collab.messages import encode as to_wire
+from vlm_collab.page import TOKEN_SUBPROTOCOL
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("served")]
 
@@ -137,6 +142,46 @@ async def test_the_key_guards_our_routes(server: int) -> None:
     assert json.loads(get(server, "/v1/collab/readyz")[1])["ready"] is True
 
 
+async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int) -> None:
+    """A browser sends a key neither for a page nor with a WebSocket, but as a subprotocol."""
+    assert "<html" in get(server, "/collab/", key=None)[1]
+    assert get(server, "/collab/page/main.js", key=None)[0] == 200
+    assert get(server, "/collab/page/access", key=None, body={})[0] == 401
+    assert get(server, "/collab/page/access", body={})[0] == 204
+    assert get(server, "/collab/metrics", key=None)[0] == 401
+
+    def offered(key: str) -> str:
+        return TOKEN_SUBPROTOCOL + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+    # By whatever name the server is reached, which is what the Host header says.
+    url = "ws://vlm.example.org/collab/v1/collab"
+    here = "https://vlm.example.org"
+    for protocols, origin, status in (
+        ([SUBPROTOCOL, offered(KEY)], here, None),
+        ([SUBPROTOCOL, offered(KEY)], "https://evil.example", 403),
+        ([SUBPROTOCOL, offered("another")], here, 401),
+        ([SUBPROTOCOL], here, 401),
+    ):
+        dialled = connect(url, host="127.0.0.1", port=server, subprotocols=protocols, origin=origin)
+        try:
+            async with dialled as socket:
+                await socket.send(to_wire(Hello(VERSION, (Codec.JPEG,))))
+                assert isinstance(decode_down(await socket.recv()), Welcome)
+            refused = None
+        except InvalidStatus as error:
+            refused = error.response.status_code
+        assert refused == status, (protocols, origin)
+
+
+async def test_what_is_sent_is_not_compressed(server: int) -> None:
+    """Pictures do not shrink, and the bytes that are counted are those that are sent."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    url = f"ws://127.0.0.1:{server}/v1/collab"
+    async with connect(url, subprotocols=[SUBPROTOCOL], additional_headers=headers) as socket:
+        assert "permessage-deflate" in socket.request.headers["Sec-WebSocket-Extensions"]
+        assert socket.protocol.extensions == []
+
+
 def test_vllm_s_own_endpoints_work_beside_it(server: int) -> None:
     body = {"model": "demo", "prompt": "USER: hello ASSISTANT:", "max_tokens": 3}
     status, text = get(server, "/v1/completions", body=body)
@@ -146,12 +191,16 @@ def test_vllm_s_own_endpoints_work_beside_it(server: int) -> None:
     extra = {"vlm_collab_key": "x", "vlm_collab_first": 0, "vlm_collab_stop": 10**9}
     assert get(server, "/v1/completions", body={**body, "vllm_xargs": extra})[0] == 200
     extra["vlm_collab_stop"] = 2
-    assert get(server, "/v1/completions", body={**body, "vllm_xargs": extra})[0] == 200
+    before = held(server)
+    for number in range(3):
+        extra["vlm_collab_key"] = str(number)
+        assert get(server, "/v1/completions", body={**body, "vllm_xargs": extra})[0] == 200
+    assert held(server) == before, "others have no rows kept, which could push ours out"
     assert get(server, "/v1/completions", body=body)[0] == 200
 
 
 async def test_a_view_is_computed_once_for_all_its_questions(server: int) -> None:
-    """Requests and cached tokens as vLLM itself counts them."""
+    """Requests, cached tokens and pictures that were processed, as vLLM itself counts them."""
     picture, question = asked()[0]
     source = Picture.open(picture)
     async with EdgeClient(f"ws://127.0.0.1:{server}", token=KEY) as client:
@@ -169,6 +218,19 @@ async def test_a_view_is_computed_once_for_all_its_questions(server: int) -> Non
     assert between["hits"] - before["hits"] >= 2 * 2 * BLOCK
     assert after["hits"] - between["hits"] >= 2 * 2 * BLOCK
     assert second.usage.prefilled_tokens < first.usage.prefilled_tokens
+    # Each pass names its pictures, two in the second one. Only what is new is processed: of the
+    # first question the view and its region, of the second another region at most.
+    assert between["pictures"] - before["pictures"] == 4
+    assert after["pictures"] - between["pictures"] == 3
+    assert between["known pictures"] - before["known pictures"] >= 2
+    assert after["known pictures"] - between["known pictures"] >= 2
+
+
+def held(server: int) -> dict[str, int]:
+    """What the plugin keeps in the worker."""
+    (of_worker,) = json.loads(get(server, "/collective_rpc", KEY, {"method": HELD})[1])["results"]
+    assert isinstance(of_worker, dict)
+    return of_worker
 
 
 def counted(server: int) -> dict[str, float]:
@@ -177,7 +239,12 @@ def counted(server: int) -> dict[str, float]:
     def total(name: str) -> float:
         return sum(map(float, re.findall(rf"^vllm:{name}_total\{{.*\}} (\S+)$", text, re.M)))
 
-    return {"requests": total("request_success"), "hits": total("prefix_cache_hits")}
+    return {
+        "requests": total("request_success"),
+        "hits": total("prefix_cache_hits"),
+        "pictures": total("mm_cache_queries"),
+        "known pictures": total("mm_cache_hits"),
+    }
 
 
 async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> None:
@@ -198,13 +265,8 @@ async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> 
     for name in ("questions_in_flight", "queue_depth", "connections"):
         (value,) = re.findall(rf"^vlm_collab_{name}\S* (\S+)$", text, re.M)
         assert float(value) == 0, name
-    status, text = await asyncio.to_thread(
-        get, served.port, "/collective_rpc", KEY, {"method": HELD}
-    )
-    (held,) = json.loads(text)["results"]
-    assert held["wishes"] == 0
-    # An aborted request's row is fetched with the others, unless it was aborted in that instant.
-    assert held["rows"] <= 4
+    # The rows of questions that were left are given back with the others.
+    assert await asyncio.to_thread(held, served.port) == {"wishes": 0, "rows": 0}
     assert list(warm) == [served.process.pid, *served.children()], "the same processes"
     grown = {pid: now - warm[pid] for pid, now in served.memory_bytes().items()}
     front_end, *others = grown.values()

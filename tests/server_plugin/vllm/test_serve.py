@@ -207,3 +207,47 @@ def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_options_are_refused_before_vllm_starts(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         made(**given)
+
+
+@pytest.mark.parametrize(
+    ("further", "line"),
+    [
+        (["--logprobs-mode", "processed_logprobs"], "must be raw_logprobs, not processed_logprobs"),
+        (["--logprobs_mode=processed_logits"], "must be raw_logprobs, not processed_logits"),
+        (["-dp", "2"], "one server per replica"),
+        (["--data-parallel-size=2"], "one server per replica"),
+        (["--limit-mm-per-prompt", '{"image": 1}'], "two pictures"),
+    ],
+)
+def test_what_the_backend_would_refuse_is_refused_before_a_model_is_loaded(
+    further: list[str], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=line):
+        made(further=further)
+
+
+def test_exact_entropy_is_not_given_away_on_the_command_line() -> None:
+    entropy = {"metric": "entropy"}
+    made(overrides=entropy)
+    with pytest.raises(ConfigError, match="--max-logprobs -1"):
+        made(overrides=entropy, further=["--max-logprobs", "20"])
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        ["--logprobs-mode", "raw_logprobs", "--data-parallel-size", "1"],
+        ["--logprobs-mode", "processed_logprobs", "--logprobs-mode", "raw_logprobs"],
+        ["--limit-mm-per-prompt", '{"image": 4}'],
+        ["--limit-mm-per-prompt", '{"image": {"count": 4}}'],
+        # vLLM says what is wrong with these.
+        ["--limit-mm-per-prompt", "7"],
+        ["--limit-mm-per-prompt", "{"],
+        ["--data-parallel-size", "two"],
+        ["--data-parallel-size"],
+        # The demo model is a folder, which has no revisions.
+        ["--revision", "v2"],
+    ],
+)
+def test_nothing_else_is_refused_there(further: list[str]) -> None:
+    assert made(further=further).arguments
