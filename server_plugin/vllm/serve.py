@@ -106,6 +106,8 @@ def invocation(
     if model == DEMO_MODEL:
         ours["preset"] = DEMO_MODEL
     arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
+    # vLLM's own default ends what is in flight at once; a question once accepted is answered.
+    arguments += ["--shutdown-timeout", f"{config.limits.shutdown_grace_s:.0f}"]
     defaults = engine_options(preset, dtype, batch)
     for name, value in defaults.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)

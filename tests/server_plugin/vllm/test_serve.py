@@ -70,6 +70,7 @@ def test_every_option_has_its_place_among_vllm_s() -> None:
     assert (value(given, "--host"), value(given, "--port")) == ("::1", "7")
     assert value(given, "--ssl-certfile") == value(given, "--ssl-keyfile") == __file__
     assert value(given, "--max-num-seqs") == "9"
+    assert value(given, "--shutdown-timeout") == "20", "as with the other backend"
     assert value(given, "--max-logprobs") == "-1"
     assert value(given, "--served-model-name") == "demo"
     assert value(given, "--dtype") == "bfloat16"
