@@ -18,7 +18,7 @@ each, the median over the rounds with quartiles, and an interval that holds the 
 bootstraps over rounds; of the time elapsed, and of the processor time that front-end, engine and
 worker used, which other work on the machine touches less. (Not little: vLLM's engine process spins
 while it waits for its worker.) The goal is met if the whole interval of plain over ours in elapsed
-time lies above it, missed if it lies below, and undecided otherwise.
+time lies above it, missed if it lies below, and undecided otherwise or after a few rounds only.
 Tokens of the ways are compared as they are timed (those of `captured` while warming up), and must
 be the same in float32.
 
@@ -59,6 +59,8 @@ from vlm_collab.errors import CollabError
 QUESTION = "what is written on the large red sign?"
 GOAL = 0.97
 RESAMPLES = 10_000
+FEWEST_ROUNDS = 12
+"""Bootstraps over fewer give intervals that are too narrow."""
 GIB = 2**30
 # What a result depends on besides the command's options, on the CPU.
 VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
@@ -187,7 +189,10 @@ async def measure(
     return {
         "goal": {
             "plain_over": GOAL,
-            **{way: verdict(elapsed[f"plain_over_{way}"]) for way in ("rows", "captured")},
+            **{
+                way: verdict(elapsed[f"plain_over_{way}"], options.rounds)
+                for way in ("rows", "captured")
+            },
         },
         "elapsed": elapsed,
         "cpu": compared(work),
@@ -215,9 +220,11 @@ def interval(ratios: Sequence[float]) -> list[float]:
     return [round(float(end), 4) for end in np.percentile(np.median(resampled, 1), (2.5, 97.5))]
 
 
-def verdict(ratio: dict[str, Any]) -> str:
+def verdict(ratio: dict[str, Any], rounds: int) -> str:
     """Whether a ratio meets the goal, as far as these rounds can tell."""
     low, high = ratio["interval"]
+    if rounds < FEWEST_ROUNDS:
+        return "undecided"
     return "met" if low >= GOAL else "missed" if high < GOAL else "undecided"
 
 

@@ -59,7 +59,9 @@ def test_an_interval_holds_the_true_median_nearly_always_and_narrows_with_rounds
     ],
 )
 def test_the_goal_is_met_or_missed_only_by_the_whole_interval(ends: list[float], word: str) -> None:
-    assert bench.verdict({"median": 0.97, "interval": ends}) == word
+    ratio = {"median": 0.97, "interval": ends}
+    assert bench.verdict(ratio, 12) == word
+    assert bench.verdict(ratio, 11) == "undecided"
 
 
 class Stand:
