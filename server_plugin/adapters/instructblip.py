@@ -240,10 +240,8 @@ class InstructBlipPrompts(PromptBuilder):
         """Token ids of the text that the Q-Former reads for a question."""
         return self._qformer_tokenizer.encode(self._conversation(question, 1, ()))
 
-    def _encode(
-        self, question: str, images: int, visual_tokens: int, history: History = ()
-    ) -> list[int]:
-        pictures = [self._image_token_id] * (images * visual_tokens)
+    def _encode(self, question: str, images: int, history: History = ()) -> list[int]:
+        pictures = [self._image_token_id] * images
         return pictures + self._tokenizer.encode(self._conversation(question, images, history))
 
     def _check_qformer_length(self, ids: list[int]) -> None:

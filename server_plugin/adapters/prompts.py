@@ -125,15 +125,15 @@ class PromptBuilder:
             self._check_text(asked, "an earlier question")
             self._check_text(answered, "an earlier answer", may_be_empty=True)
         self._check_text(question, "the question")
-        ids = self._encode(question, images, 1, history)
+        ids = self._encode(question, images, history)
         # A tokenizer that normalises text may find a reserved token under another spelling.
         key = images, len(history)
         if key not in self._own_reserved:
-            plain = self._encode("?", images, 1, (("?", "?"),) * len(history))
+            plain = self._encode("?", images, (("?", "?"),) * len(history))
             self._own_reserved[key] = self._count_reserved(plain)
         if self._count_reserved(ids) != self._own_reserved[key]:
             raise QuestionError("the question spells a token that this model reserves")
-        self._check_length(len(ids), images, 1, max_new_tokens)
+        self._check_length(len(ids), images, max_new_tokens)
 
     def _check_text(self, text: str, what: str, *, may_be_empty: bool = False) -> None:
         if not (may_be_empty or text.strip()):
@@ -179,12 +179,15 @@ class PromptBuilder:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer.
         """
         visual = self._visual_tokens
-        ids = self._encode(question, images, visual, history)
-        self._check_length(len(ids), images, visual, max_new_tokens)
+        written = self._encode(question, images, history)
+        self._check_length(len(written), images, max_new_tokens)
+        ids: list[int] = []
         starts: list[int] = []
-        for _ in range(images):
-            after = starts[-1] + visual if starts else 0
-            starts.append(ids.index(self._image_token_id, after))
+        for token in written:
+            if token == self._image_token_id:
+                starts.append(len(ids))
+            ids += [token] * (visual if token == self._image_token_id else 1)
+        assert len(starts) == images, "the question was not checked"
         places = tuple(range(start, start + visual) for start in starts)
         return Prompt(tuple(ids), places, views)
 
@@ -195,11 +198,13 @@ class PromptBuilder:
         prompt = self.build("?", views, 0, views=views)
         return Prompt(prompt.ids[: prompt.shared], prompt.images, views)
 
-    def _encode(
-        self, question: str, images: int, visual_tokens: int, history: History = ()
-    ) -> list[int]:
+    def _encode(self, question: str, images: int, history: History = ()) -> list[int]:
+        """Ids with one image token for each picture, which tokenizers take hundreds of slowly.
+
+        They are atomic: how many follow each other cannot change what is around them.
+        """
         before, after = self._around_picture
-        pictures = f"{before}{self._image_token * visual_tokens}{after}" * images
+        pictures = f"{before}{self._image_token}{after}" * images
         said = self._conversation(question, images, history)
         return self._tokenizer.encode(f"{self._before}{pictures}{said}")
 
@@ -219,10 +224,9 @@ class PromptBuilder:
     def _count_reserved(self, ids: list[int]) -> int:
         return sum(token in self._reserved_ids for token in ids)
 
-    def _check_length(
-        self, length: int, images: int, visual_tokens: int, max_new_tokens: int
-    ) -> None:
-        prompt = length + images * (self._visual_tokens - visual_tokens)
+    def _check_length(self, length: int, images: int, max_new_tokens: int) -> None:
+        """Refuse so many ids, of which one stands for each picture."""
+        prompt = length + images * (self._visual_tokens - 1)
         if prompt + max_new_tokens > self._context_tokens:
             raise QuestionError(
                 f"the question is too long: {prompt} tokens with {images} picture(s) and "
