@@ -65,6 +65,7 @@ from server_plugin.adapters.checkpoint import (
 from server_plugin.adapters.llava import LlavaAdapter
 from server_plugin.adapters.registry import adapter_for
 from server_plugin.backend import Generation, ModelInfo
+from server_plugin.backends.passes import Passes
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed
 from server_plugin.presets import Preset, preset_for_family, preset_for_model
@@ -222,11 +223,17 @@ class OurSide:
         return Answered(first.token_ids, outcome.second.token_ids, outcome.need.box, first.steps)
 
 
-class WithoutCapture(TransformersBackend):
-    """The backend without the attention row, to see what the row costs."""
+class PassesWithoutCapture(Passes):
+    """What the model does, but for the attention row."""
 
     def _capture(self, *_: Any, **__: Any) -> Any:
         return None
+
+
+class WithoutCapture(TransformersBackend):
+    """The backend without the attention row, to see what the row costs."""
+
+    _passes = PassesWithoutCapture
 
 
 def timed(call: Callable[[], object]) -> float:

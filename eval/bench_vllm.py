@@ -82,7 +82,6 @@ def ours(backend: Any, new_tokens: int, *, fetched: bool) -> Way:
     async def one(picture: Image.Image) -> Tokens:
         view = await backend.open_view(picture)
         first = await backend.first_pass(view, QUESTION, max_new_tokens=new_tokens)
-        await backend.row_of(first)
         if fetched:
             await backend.row_of(first)
         await backend.release(view)

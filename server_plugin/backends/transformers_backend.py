@@ -67,6 +67,8 @@ class TransformersBackend:
     first. A cancelled operation leaves the queue; one that is running ends at its next token.
     """
 
+    _passes: type[Passes] = Passes
+
     def __init__(self, adapter: Adapter, name: str, batch: int | None = None) -> None:
         layout, text = adapter.layout, adapter.decoder.config
         preset = adapter.preset
@@ -110,7 +112,7 @@ class TransformersBackend:
             concurrency=2 * batch,
             view_bytes=view_bytes(adapter, len(shared.ids)),
         )
-        passes = Passes(adapter, lambda: self._worker.closing)
+        passes = self._passes(adapter, lambda: self._worker.closing)
         self._worker = BatchWorker(passes.execute, batch, "vlm-collab-model")
 
     @classmethod

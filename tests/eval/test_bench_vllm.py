@@ -100,6 +100,22 @@ class Stand:
         return await bench.measure(self, "plain", None, {"ours": [], "plain": []}, options)
 
 
+@pytest.mark.parametrize("fetched", [True, False])
+async def test_only_one_way_fetches_the_rows(fetched: bool) -> None:
+    called: list[str] = []
+
+    class Backend:
+        def __getattr__(self, name: str) -> Any:
+            async def call(*_: Any, **__: Any) -> Any:
+                called.append(name)
+                return SimpleNamespace(token_ids=[1])
+
+            return call
+
+    assert await bench.ours(Backend(), 8, fetched=fetched)(Image.new("RGB", (8, 8))) == (1,)
+    assert called == ["open_view", "first_pass", *(["row_of"] if fetched else []), "release"]
+
+
 async def test_no_engine_is_shown_a_picture_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caches would know it, and the second time would be too short."""
     stand = Stand(monkeypatch)
