@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -121,7 +122,8 @@ def for_loss(
     }
     # Between two reachable thresholds all send the same samples.
     place = int(np.flatnonzero(drawn.sent == len(values) - kept.sum())[0])
-    made = _calibration(run, drawn, place, target, *_loss_notes(found, most_per_picture))
+    notes = [*_loss_notes(found, most_per_picture), *_not_whole(run, found)]
+    made = _calibration(run, drawn, place, target, *notes)
     lost, cluster = losses * kept, np.unique(images, return_inverse=True)[1]
     of_each = np.bincount(cluster, weights=lost) / np.bincount(cluster)
     expected = {"loss": float(lost.mean()), "loss_by_picture": float(of_each.mean())}
@@ -149,6 +151,29 @@ def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
             "questions"
         )
     return notes
+
+
+def _not_whole(run: Run, found: Tested) -> list[str]:
+    """Why the run's pictures may not be such as the bound is sure for, with all their questions.
+
+    Where all have the same number of questions none comes or counts more than others. Where rows of
+    a picture lie together a limit cuts the last one alone.
+    """
+    if found.fewest == found.largest:
+        return []
+    task, images, why = run.provenance["task"], [one.image_id for one in run.records], []
+    limit = task.get("limit")
+    together = 1 + sum(a != b for a, b in pairwise(images)) == found.pictures
+    if limit is not None and limit <= int(task.get("samples") or 0) and not together:
+        why.append(
+            f"--limit {limit} took questions, not whole pictures, so those with many questions "
+            "come more often"
+        )
+    if run.missing > 0:
+        why.append(f"{run.missing} samples gave no row")
+    if not why:
+        return []
+    return [f"the bound is only sure for whole pictures, and here {' and '.join(why)}"]
 
 
 def _calibration(

@@ -128,6 +128,34 @@ def test_what_the_loss_is_the_mean_of_is_told() -> None:
     assert "note" not in even.made
 
 
+@pytest.mark.parametrize(
+    ("task", "apart", "said"),
+    [
+        ({"limit": 404, "samples": 404}, True, "--limit 404 took questions, not whole pictures"),
+        ({"limit": 404, "samples": 404}, False, None),  # but for the last picture all are whole
+        ({"limit": 500, "samples": 404}, True, None),  # all that there are
+        ({"limit": None, "samples": 404}, True, None),
+        ({"limit": None, "samples": 407}, False, "3 samples gave no row"),
+    ],
+)
+def test_pictures_that_are_not_whole_are_told(
+    task: dict[str, Any], apart: bool, said: str | None
+) -> None:
+    pictures = [0] * 4 + [*range(400)]
+    if apart:
+        pictures = [*range(400)] + [0] * 4
+    made = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
+    found = for_loss(run_of(made, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    note = found.made["note"]
+    assert ("the bound is only sure for whole pictures" in note) == (said is not None)
+    if said is not None:
+        assert said in note
+    # Where all pictures have as many questions there is nothing to be wrong about.
+    even = [replace(r, image_id=f"i{r.index // 2}") for r in made]
+    found = for_loss(run_of(even, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    assert "note" not in found.made
+
+
 def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
     assert reported_split("signs") == open_task("signs").split
     text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")

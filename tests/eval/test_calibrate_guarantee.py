@@ -144,6 +144,34 @@ def test_a_bound_that_is_taken_from_the_data_would_break_it() -> None:
     assert kept_everything(600, None, *population) > 2 * most(REPEATS)
 
 
+def test_questions_drawn_one_by_one_would_break_it() -> None:
+    # Nine in ten pictures have one question, lost with a chance of 0.03; one in ten has 13, which
+    # are never lost, and comes the more often.
+    rng = np.random.default_rng(0)
+    sizes = np.where(rng.random(100_000) < 0.1, 13, 1)
+    pictures = np.repeat(np.arange(len(sizes)), sizes)
+    losses = np.where(sizes[pictures] == 1, rng.random(len(pictures)) < 0.03, 0.0).astype(float)
+    of_each = np.bincount(pictures, weights=losses) / sizes
+    assert of_each.mean() > 1.2 * MAX_LOSS
+
+    def kept(rows: NDArray[np.int64], seed: int) -> bool:
+        """Whether nothing is sent, which is too much."""
+        ids = [str(one) for one in pictures[rows]]
+        tested = guaranteed(
+            np.full(len(rows), 0.5), losses[rows], ids, Metric.MIN_ENTROPY,
+            max_loss=MAX_LOSS, confidence=CONFIDENCE, seed=seed,
+        )  # fmt: skip
+        return tested.eta > 0.5
+
+    by_question = by_picture = 0
+    for seed in range(40):
+        draw = np.random.default_rng(seed)
+        by_question += kept(draw.permutation(len(pictures))[:3000], seed)
+        chosen = np.isin(pictures, draw.choice(len(sizes), 1400, replace=False))
+        by_picture += kept(np.flatnonzero(chosen), seed)
+    assert by_picture <= most(40) < 30 < by_question
+
+
 def test_what_is_rare_costs_no_power_where_pictures_count_once() -> None:
     # The picture with 50 questions would weigh as much as 50 others, if they counted as 50.
     u, losses, pictures = drawn(np.random.default_rng(3), 1, 600)
