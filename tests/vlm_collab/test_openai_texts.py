@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -164,7 +165,20 @@ def test_no_depth_is_too_much() -> None:
     deep: Any = "data:image/png"
     for _ in range(5000):
         deep = [deep]
-    assert refused(deep).param == "[0]" * 5000
+    assert refused(deep).param == ("[0]" * 5000)[:200] + "…"
+    assert refused({"a" * 300: "data:image/png"}).param == "a" * 200 + "…"
+
+
+def test_what_a_long_name_holds_costs_no_memory() -> None:
+    """Paths of all that is in it would be gigabytes, of a request of one."""
+    body = {"x y " * 2**18: {str(i): "" for i in range(100)}}
+    tracemalloc.start()
+    try:
+        refuse_pictures_in(body)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 20 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ request is closed: a field that is not named here, or is of another type, could 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -161,6 +161,7 @@ _FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
 """Where a long base64 text is broken into lines."""
 _MOST_CHARS = 2**20
 _MOST_NUMBERS = 1000
+_MOST_PATH_CHARS = 200
 
 
 def refuse_pictures_in(value: object, where: str = "") -> None:
@@ -176,29 +177,53 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
         where: its path, for `param`.
 
     Raises:
-        ApiError: names the first.
+        ApiError: names the first, by the first 200 characters of its path.
     """
-    left = [(where, value)]
-    while left:
-        path, one = left.pop()
-        inner: list[tuple[str, object]] = []
-        texts: Iterable[str] = ()
-        if isinstance(one, str):
-            texts = [one]
-        elif isinstance(one, Mapping):
-            texts = one
-            inner = [(f"{path}.{name}" if path else name, each) for name, each in one.items()]
-        elif isinstance(one, list):
-            inner = [(f"{path}[{i}]", each) for i, each in enumerate(one)]
-        numbers = sum(isinstance(each, int | float) for _, each in inner)
-        if numbers > _MOST_NUMBERS or any(map(_is_picture, texts)):
-            raise refuse(
-                path or None,
-                f"{path or 'the request'}: a picture among the words, or other encoded data; send "
-                "pictures as parts of their own",
-                "picture_in_text",
-            )
-        left += reversed(inner)
+    way: list[str | int] = []  # the keys to what is being looked through
+    within: list[Iterator[tuple[str | int, object]]] = [iter([(where, value)])]
+    while within:
+        for key, one in within[-1]:
+            if _holds_picture(one):
+                path = _path([*way, key])
+                raise refuse(
+                    path or None,
+                    f"{path or 'the request'}: a picture among the words, or other encoded data; "
+                    "send pictures as parts of their own",
+                    "picture_in_text",
+                )
+            if isinstance(one, Mapping | list):
+                way.append(key)
+                within.append(iter(one.items() if isinstance(one, Mapping) else enumerate(one)))
+                break
+        else:
+            within.pop()
+            del way[-1:]
+
+
+def _path(way: Iterable[str | int]) -> str:
+    """A path as `param` has it, cut where it is too long to read: names are the client's."""
+    path = ""
+    for key in way:
+        if isinstance(key, int):
+            path += f"[{key}]"
+        else:
+            path += f"{'.' if path else ''}{key[: _MOST_PATH_CHARS + 1]}"
+        if len(path) > _MOST_PATH_CHARS:
+            return path[:_MOST_PATH_CHARS] + "…"
+    return path
+
+
+def _holds_picture(one: object) -> bool:
+    """Whether something of JSON is a picture, leaving aside what is further in."""
+    if isinstance(one, str):
+        return _is_picture(one)
+    if isinstance(one, Mapping):
+        return any(map(_is_picture, one)) or _are_bytes(one.values())
+    return isinstance(one, list) and _are_bytes(one)
+
+
+def _are_bytes(values: Iterable[object]) -> bool:
+    return sum(isinstance(each, int | float) for each in values) > _MOST_NUMBERS
 
 
 def _is_picture(text: str) -> bool:
