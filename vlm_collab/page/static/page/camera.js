@@ -15,16 +15,29 @@ export function cameraKind() {
 
 export class Camera {
   #stream = null;
+  #turn = 0;
 
-  /** Show the live picture. Throws `PictureError` where there is none. */
+  /**
+   * Show the live picture; false if it was closed, or opened again, before the browser gave it.
+   * Throws `PictureError` where there is none.
+   */
   async open() {
+    this.close();
+    const turn = this.#turn;
+    let stream;
     try {
-      this.#stream = await navigator.mediaDevices.getUserMedia(WISH);
+      stream = await navigator.mediaDevices.getUserMedia(WISH);
     } catch (error) {
+      if (turn !== this.#turn) return false;
       const refused = error.name === "NotAllowedError";
       throw new PictureError(refused ? "The camera may not be used here." : "There is no camera that can be used.");
     }
-    $("video").srcObject = this.#stream;
+    if (turn !== this.#turn) {
+      stop(stream); // the user may take minutes to allow it
+      return false;
+    }
+    $("video").srcObject = this.#stream = stream;
+    return true;
   }
 
   /** The picture as it is now, as a file. */
@@ -39,7 +52,12 @@ export class Camera {
   }
 
   close() {
-    for (const track of this.#stream?.getTracks() ?? []) track.stop();
+    this.#turn++;
+    if (this.#stream) stop(this.#stream);
     $("video").srcObject = this.#stream = null;
   }
+}
+
+function stop(stream) {
+  for (const track of stream.getTracks()) track.stop();
 }

@@ -71,7 +71,8 @@ async function open(file, name) {
     await stage.show(picture, null);
     showRefer();
     announce(`${name} is open. Ask your question.`);
-    if (cameraKind() !== "native") $("question").focus(); // it would cover a phone's screen
+    // Its keyboard would cover a phone's screen; and the camera may have been opened meanwhile.
+    if (cameraKind() !== "native" && $("viewfinder").hidden) $("question").focus();
   } catch (error) {
     if (turn === opening) problem(error);
   } finally {
@@ -122,7 +123,7 @@ async function takePicture() {
     return;
   }
   try {
-    await camera.open();
+    if (!(await camera.open())) return;
     stage.viewfinder(true);
     $("shoot").focus();
   } catch (error) {

@@ -27,10 +27,13 @@ export class Stage {
     return this.#shown;
   }
 
-  /** Show a picture, and where the server looked in it (null for nowhere). */
+  /**
+   * Show a picture, and where the server looked in it (null for nowhere); behind the viewfinder
+   * while it is there, which is hidden only when the camera is turned off.
+   */
   async show(picture, region) {
-    $("empty").hidden = $("viewfinder").hidden = true;
-    $("figure").hidden = false;
+    $("empty").hidden = true;
+    $("figure").hidden = !$("viewfinder").hidden;
     this.#region = region;
     if (this.#shown === picture) {
       if (this.#drawn) this.#mark();
