@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
 
 
 PICTURE = data_url(photo(1))
+ESCAPED = json.dumps([PICTURE]).replace("/", "\\/")  # as PHP has it
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -241,6 +243,7 @@ def saying(**message: Any) -> dict[str, Any]:
             saying(tool_calls=[{**CALL, "function": {"name": "f", "arguments": PICTURE}}]),
             "messages[0].tool_calls[0].function.arguments",
         ),
+        (saying(role="tool", tool_call_id="1", content=ESCAPED), "messages[0].content"),
         ({**saying(), "images": [PICTURE]}, "images"),
         ({**saying(), "attachments": [{"name": "a.jpg", "data": PICTURE[23:]}]}, "attachments"),
         ({**saying(), "user": PICTURE}, "user"),

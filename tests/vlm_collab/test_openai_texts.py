@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import tracemalloc
 from typing import Any
 
@@ -140,6 +141,11 @@ def test_fields_that_may_hide_a_picture(name: str, value: Any) -> None:
 
 
 ENCODED = base64.b64encode(bytes(range(256)) * 6).decode()
+LINES = base64.encodebytes(bytes(range(256)) * 6).decode()
+
+
+def php(value: Any) -> str:
+    return json.dumps(value).replace("/", "\\/")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +156,15 @@ ENCODED = base64.b64encode(bytes(range(256)) * 6).decode()
         ({"a": base64.encodebytes(bytes(3000)).decode()}, "a"),
         ({"a": base64.urlsafe_b64encode(bytes([255]) * 3000).decode()}, "a"),
         ({"a": bytes(1500).hex()}, "a"),
+        # JSON inside the text, as tools answer.
+        ({"a": php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"})}, "a"),
+        ({"a": php(php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"}))}, "a"),
+        ({"a": php({"img": ENCODED})}, "a"),
+        ({"a": php(php({"img": ENCODED}))}, "a"),
+        ({"a": json.dumps({"img": LINES})}, "a"),
+        ({"a": json.dumps([json.dumps({"img": LINES.replace("\n", "\r\n")})])}, "a"),
+        ({"a": php({"img": LINES})}, "a"),
+        ({"a": json.dumps({"img": ENCODED}).replace("+", "\\u002B")}, "a"),
         ({"a": {ENCODED: 1}}, "a"),
         ({"a": {"b": list(bytes(1500))}}, "a.b"),
         ({"a": {str(i): 255 for i in range(1500)}}, "a"),

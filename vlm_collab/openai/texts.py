@@ -159,6 +159,12 @@ _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
 _ENCODED = re.compile(r"[A-Za-z0-9+/_-]{2000}")
 _FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
 """Where a long base64 text is broken into lines."""
+_ESCAPES = (
+    (re.compile(r"(?<!\\)\\+(?:/|u002f)", re.IGNORECASE), "/"),  # PHP
+    (re.compile(r"(?<!\\)\\+u002b", re.IGNORECASE), "+"),  # .NET
+    (re.compile(r"(?<!\\)\\+[rn]"), "\n"),
+)
+"""What JSON inside a text makes of base64, with more backslashes for JSON inside JSON."""
 _MOST_CHARS = 2**20
 _MOST_NUMBERS = 1000
 _MOST_PATH_CHARS = 200
@@ -227,6 +233,11 @@ def _are_bytes(values: Iterable[object]) -> bool:
 
 
 def _is_picture(text: str) -> bool:
-    if len(text) > _MOST_CHARS or _DATA_URL.search(text):
+    if len(text) > _MOST_CHARS:
+        return True
+    if "\\" in text:
+        for escape, char in _ESCAPES:
+            text = escape.sub(char, text)
+    if _DATA_URL.search(text):
         return True
     return _ENCODED.search(_FOLD.sub("", text)) is not None
