@@ -236,10 +236,24 @@ def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
         raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
 
 
+def _check_hd(run: Run, main: Run) -> None:
+    """Refuse LLaVA-1.5-HD on another model, or with pictures of another quality, than the method
+    that it is held against; what a run over a service does not know is not compared."""
+    (theirs, codec), (here, of_main) = (
+        (one.provenance["model"], _codec(one) or {}) for one in (run, main)
+    )
+    facts = [(name, theirs.get(name), here.get(name)) for name in ("name", "weights", "dtype")]
+    for name, there, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
+        if None not in (there, mine) and there != mine:
+            what = difference(name, there, mine)
+            raise ConfigError(f"{run.folder} cannot be held against {main.folder} ({what})")
+
+
 def _part_of(run: Run, main: Run) -> str:
     if run.method == HD:
         if (_task(run), _split(run)) != (_task(main), _split(main)):
             raise ConfigError(f"{run.folder} is of another task or split than {main.folder}")
+        _check_hd(run, main)
         return "hd"
     run.require(TWO_STAGE)
     one_set = _split(run) == _split(main)

@@ -306,6 +306,34 @@ def test_hd_is_asked_the_same_questions() -> None:
         sort_runs([made(), asked])
 
 
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"name": "another"}, 'name is "another" there and "demo" here'),
+        ({"weights": "others"}, "weights is"),
+        ({"dtype": "bfloat16"}, "dtype is"),
+        ({"codec": 5}, "codec is"),
+    ],
+)
+def test_hd_is_of_the_model_that_is_reported(changed: dict[str, Any], line: str) -> None:
+    changed = dict(changed)
+    known = {"weights": "w", "dtype": "float32"}
+    main_run, same = made(name="main", **known), made(name="hd", method="hd", **known)
+    codec = changed.pop("codec", 90)
+    wrong = made(name="hd", method="hd", codec=codec, **known)
+    wrong.provenance["model"].update(changed)
+    assert sort_runs([main_run, same]).hd == same
+    with pytest.raises(ConfigError, match=f"hd cannot be held against main .*{line}"):
+        sort_runs([main_run, wrong])
+
+
+def test_hd_may_know_more_than_a_run_over_a_service() -> None:
+    served = made(weights=None, dtype=None)
+    served.provenance["codec"]["region"] = None
+    hd = made(name="hd", method="hd", weights="w", dtype="float32")
+    assert sort_runs([served, hd]).hd == hd
+
+
 def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None:
     of_task = {"samples": 200}
     main_run, hd = made(name="main", task=of_task), made(name="hd", method="hd", task=of_task)
