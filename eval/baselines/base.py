@@ -203,7 +203,8 @@ def paper_mflops(run: Run) -> tuple[float, float]:
 def same_samples(runs: Sequence[Run]) -> list[Run]:
     """Runs over the samples that all of them have, so that they can be held against each other.
 
-    A sample that failed in one of them is left out of all.
+    A sample that failed in one of them is left out of all. All are in the order of the first, so
+    that what is held against a sample of one by its place is of the same sample.
 
     Raises:
         ConfigError: there is no such sample, or it was another question, or another truth, in one
@@ -225,8 +226,12 @@ def same_samples(runs: Sequence[Run]) -> list[Run]:
         named = ", ".join(str(run.folder) for run in runs)
         raise ConfigError(f"these runs have no samples in common: {named}")
 
+    order = [record.id for record in first.records if record.id in shared]
+
     def cut(run: Run) -> Run:
-        kept = [record for record in run.records if record.id in shared]
-        return run if len(kept) == len(run.records) else replace(run, records=kept)
+        if [record.id for record in run.records] == order:
+            return run
+        found = {record.id: record for record in run.records}
+        return replace(run, records=[found[id] for id in order])
 
     return [cut(run) for run in runs]

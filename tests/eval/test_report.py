@@ -334,6 +334,28 @@ def test_hd_may_know_more_than_a_run_over_a_service() -> None:
     assert sort_runs([served, hd]).hd == hd
 
 
+def test_the_order_of_hd_s_rows_is_none_of_its_figures() -> None:
+    # Four questions about each picture, which are right or wrong together.
+    main_run = made()
+    records = [replace(r, image_id=f"i{r.index // 4}") for r in main_run.records]
+    main_run = replace(main_run, records=records)
+    rows = [replace(r, first_score=float(r.index // 4 % 3 == 0)) for r in records]
+    shuffled = [
+        replace(rows[old], index=new)
+        for new, old in enumerate(np.random.default_rng(0).permutation(len(rows)))
+    ]
+    told = []
+    for of in (rows, shuffled):
+        hd = replace(made(name="hd", method="hd"), records=of)
+        inputs = sort_runs([main_run, hd], resamples=200)
+        (row_of_hd,) = [r for r in tables.table_baselines(inputs) if "HD" in r["name"]]
+        marks = {mark["name"]: mark for mark in fig4(inputs)["panels"][0]["marks"]}
+        told.append((row_of_hd["accuracy_interval"], marks["HD"]["y"]))
+        index = {record.id: record.index for record in of}
+        assert expanded(row_of_hd["rows"]["index"]) == [index[r.id] for r in main_run.records]
+    assert told[0] == told[1]
+
+
 def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None:
     of_task = {"samples": 200}
     main_run, hd = made(name="main", task=of_task), made(name="hd", method="hd", task=of_task)
