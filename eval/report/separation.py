@@ -79,9 +79,10 @@ def separation(run: Run, setting: Setting, bootstrap: Bootstrap) -> dict[str, An
     edges = edges_of(values, setting.metric)
     p, q = _counts(values, right, edges), _counts(values, ~right, edges)
     made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
-    known = right.any() and not right.all()
-    if not known:
-        return {**made, "overlap": None, "distance": None}
+    if right.all() or not right.any():
+        lacking = "wrong" if right.any() else "right"
+        none = dict.fromkeys(("overlap", "distance", "overlap_interval", "distance_interval"))
+        return {**made, **none, "interval_note": f"there are no {lacking} answers"}
     made["overlap"] = float(overlap(p / p.sum(), q / q.sum()))
     made["distance"] = finite(float(bhattacharyya(p / p.sum(), q / q.sum())))
     made["by_bins"] = {

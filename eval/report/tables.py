@@ -295,7 +295,8 @@ def percent(name: str) -> Cell:
 
 
 def ranged(name: str, digits: int = 2) -> Cell:
-    """A number with its interval, or why it has none; infinite where it is not finite."""
+    """A number with its interval, or why it has none, or why there is no number; a distance is
+    infinite where nothing overlaps."""
 
     def of(value: float | None) -> str:
         return "∞" if value is None else f"{value:z.{digits}f}"
@@ -304,6 +305,8 @@ def ranged(name: str, digits: int = 2) -> Cell:
         if name not in row:
             return ""
         between, why = row.get(f"{name}_interval"), row.get("interval_note")
+        if row[name] is None and not (name == "distance" and row["overlap"] == 0.0):
+            return f"none ({why})" if why else "none"
         if between is None:
             return of(row[name]) + (f" (no interval: {why})" if why else "")
         return f"{of(row[name])} [{of(between[0])}, {of(between[1])}]"

@@ -87,6 +87,23 @@ def test_a_separation_counts_right_and_wrong_answers() -> None:
     assert (found["overlap"], found["auroc"]) == (None, None)
 
 
+@pytest.mark.parametrize(("score", "lacking"), [(1.0, "wrong"), (0.0, "right")])
+def test_what_nothing_can_be_said_of_is_not_infinite(score: float, lacking: str) -> None:
+    run = run_of([replace(r, first_score=score) for r in answers(40)])
+    (row,) = tables.table3(sort_runs([run], resamples=20))[:1]
+    assert row["overlap"] is row["distance"] is row["overlap_interval"] is None
+    assert row["distance_interval"] is None
+    _, make, _, cells = tables.TABLES["table-3"]
+    printed = tables.markdown(make(sort_runs([run], resamples=20)), cells)
+    assert "∞" not in printed
+    assert printed.count(f"none (there are no {lacking} answers)") == 4
+    # It is infinite where right and wrong answers have nothing in common.
+    apart = [replace(r, first_min_entropy=[r.first_score] * 2) for r in answers(40)]
+    printed = tables.markdown(make(sort_runs([run_of(apart)], resamples=20)), cells)
+    assert "0.00 (no interval: right and wrong answers have no bins in common)" in printed
+    assert "∞ (no interval: right and wrong answers have no bins in common)" in printed
+
+
 def test_steps_are_averaged_over_the_answers_that_have_them() -> None:
     made = [
         row(0, 1.0, 1.0, first_min_entropy=[0.0, 1.0]),
