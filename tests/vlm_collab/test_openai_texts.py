@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import tracemalloc
 from typing import Any
 
@@ -210,3 +211,19 @@ def test_what_a_long_name_holds_costs_no_memory() -> None:
 )
 def test_words_are_no_picture(words: str) -> None:
     refuse_pictures_in({"messages": [user(words)]})
+
+
+@pytest.mark.parametrize("mark", ["a", "\\"])
+def test_long_runs_take_no_longer_than_short_ones(mark: str) -> None:
+    """They took tens of times as long, begun again at each of their characters."""
+
+    def seconds(run: int) -> float:
+        text = (mark * run + ".") * (2**17 // run)
+        took = []
+        for _ in range(3):
+            begin = time.thread_time()
+            refuse_pictures_in(text)
+            took.append(time.thread_time() - begin)
+        return min(took)
+
+    assert seconds(1999) < 10 * seconds(20)

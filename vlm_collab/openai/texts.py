@@ -156,7 +156,8 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
 
 
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
-_ENCODED = re.compile(r"[A-Za-z0-9+/_-]{2000}")
+# Looking behind keeps these linear: no run is begun again at each of its characters. The same holds for backslashes.
+_ENCODED = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{2000}")
 _FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
 """Where a long base64 text is broken into lines."""
 _ESCAPES = (
