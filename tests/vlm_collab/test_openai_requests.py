@@ -89,6 +89,21 @@ def test_a_conversation_with_a_picture_that_is_sent_again() -> None:
     assert query.question == "which is larger?"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"annotations": None, "audio": None, "function_call": None, "tool_calls": None},
+        {"reasoning": None, "reasoning_content": None},  # vLLM
+        {"reasoning": "a sign, since it is red"},
+        {"parsed": None},  # the SDK
+    ],
+)
+def test_an_answer_that_is_sent_back_as_it_came_before_a_picture(more: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": "hello", "refusal": None, **more}
+    query = chat(user("hi"), answer, user(text("what?"), image(JPEG)))
+    assert (query.history, query.pictures) == ((("hi", "hello"),), (JPEG,))
+
+
 def test_what_one_side_says_in_a_row_is_one_text() -> None:
     query = chat(
         user(text("a"), text("b")),
@@ -157,6 +172,7 @@ def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
     [
         {"n": 1},
         {"n": None},
+        {"top_k": None, "frobnicate": None},
         {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k"},
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
         {"response_format": {"type": "text"}},

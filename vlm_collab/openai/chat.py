@@ -125,7 +125,8 @@ def _message(value: object, where: str, limits: WireLimits) -> Conversation:
     message.only("function_call", [], "the model calls no functions")
     message.only("audio", [], "audio is not supported")
     message.only("name", [], "speakers have no names")
-    message.harmless("refusal", "annotations", "reasoning_content")  # in answers sent back
+    # In answers sent back.
+    message.harmless("refusal", "annotations", "reasoning", "reasoning_content")
     content = message.take("content")
     message.end()
     path = message.path("content")

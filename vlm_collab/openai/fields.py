@@ -128,9 +128,10 @@ class Fields:
 
     def end(self) -> None:
         """Refuse what is left."""
-        for name in self._left:
-            path = self.path(name)
-            raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
+        for name, value in self._left.items():
+            if value is not None:
+                path = self.path(name)
+                raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
 
     def _wrong(self, name: str, wanted: str) -> ApiError:
         return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)

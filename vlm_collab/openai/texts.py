@@ -57,6 +57,7 @@ class _Message(_Form):
     function_call: _Called | None = None
     annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
     audio: None = None
+    parsed: None = None  # the SDK's own, as `parsed_arguments`
 
 
 class _Function(_Form):
@@ -156,7 +157,7 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
 
 
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
-# Looking behind keeps these linear: no run is begun again at each of its characters. The same holds for backslashes.
+# Looking behind keeps these linear: no run is begun again at each of its characters.
 _ENCODED = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{2000}")
 _FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
 """Where a long base64 text is broken into lines."""
