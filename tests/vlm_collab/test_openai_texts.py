@@ -31,6 +31,7 @@ def refused(value: Any) -> ApiError:
 
 
 CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 2}'}}
+PARSED = {**CALLED, "function": {"name": "f", "arguments": "{}", "parsed_arguments": None}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2]}}}
 
 
@@ -59,6 +60,9 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
             "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
             "tool_choice": {"type": "function", "function": {"name": "f"}},
             "parallel_tool_calls": True,
+            **dict.fromkeys(
+                ("audio", "function_call", "functions", "prediction", "web_search_options")
+            ),
         },
         {
             "response_format": {
@@ -76,7 +80,9 @@ def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any])
         user("2 + 2?", {**text("in words"), "cache_control": {"type": "ephemeral"}}),
         {"role": "assistant", "content": None, "tool_calls": [CALLED]},
         {"role": "tool", "content": [text("4")], "tool_call_id": "1"},
+        {"role": "assistant", "content": None, "tool_calls": [PARSED]},
         {"role": "assistant", "content": "four", "refusal": None, "annotations": []},
+        {"role": "assistant", "content": "4", "reasoning": None, "parsed": None},
         {"role": "user", "content": "why? " * 20_000, "name": "Ann"},
     ]
     body = {"model": "m", "messages": messages, **more}
@@ -108,6 +114,7 @@ def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any])
         {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": [1]}},
         {"role": "assistant", "content": "x", "annotations": [IMAGE]},
         {"role": "assistant", "content": "x", "audio": {"id": "1"}},
+        {"role": "assistant", "content": "x", "parsed": {"image": PICTURE}},
     ],
 )
 def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
@@ -131,6 +138,7 @@ def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
         ("tools", [{"type": "web_search"}]),
         ("response_format", {"type": "text", "image": "x"}),
         ("prediction", {"type": "content", "content": "x"}),
+        ("functions", [{"name": "f", "parameters": {}}]),
         ("stream_options", {"include_image": "x"}),
         ("vlm_collab", {"view": "x"}),
     ],

@@ -36,6 +36,7 @@ class _Refusal(_Form, tag="refusal"):
 class _Called(_Form):
     name: str
     arguments: str
+    parsed_arguments: None = None  # the SDK's own
 
 
 class _ToolCall(_Form):
@@ -57,7 +58,7 @@ class _Message(_Form):
     function_call: _Called | None = None
     annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
     audio: None = None
-    parsed: None = None  # the SDK's own, as `parsed_arguments`
+    parsed: None = None  # the SDK's own
 
 
 class _Function(_Form):
@@ -108,7 +109,10 @@ class _Chat(_Form):
 
     messages: list[_Message]
     model: str | None = None
+    audio: None = None
     frequency_penalty: float | None = None
+    function_call: None = None
+    functions: None = None
     logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     max_completion_tokens: float | None = None
@@ -118,6 +122,7 @@ class _Chat(_Form):
     modalities: list[str] | None = None
     n: float | None = None
     parallel_tool_calls: bool | None = None
+    prediction: None = None
     presence_penalty: float | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -140,6 +145,7 @@ class _Chat(_Form):
     user: str | None = None
     verbosity: str | None = None
     vlm_collab: _Extension | None = None
+    web_search_options: None = None
 
 
 def chat_is_text(body: Mapping[str, Any]) -> bool:
