@@ -7,7 +7,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict, Unpack
@@ -51,8 +51,8 @@ class ClientOptions(TypedDict, total=False):
             everything (see `docs/privacy.md`).
         camera: whose rules of the policy apply; None for its default.
         audit: file in which every image that leaves is listed; None for none.
-        max_decoding: pictures that are decoded at once, each of which takes 4 bytes of memory and
-            more for every pixel; by default as many as `asyncio` has threads.
+        decoder: threads on which pictures are decoded, each of which takes 4 bytes of memory and
+            more for every pixel; whoever made them shuts them down. None for those of `asyncio`.
     """
 
     token: str | None
@@ -68,7 +68,7 @@ class ClientOptions(TypedDict, total=False):
     policy: Policy | str | os.PathLike[str] | None
     camera: str | None
     audit: str | os.PathLike[str] | None
-    max_decoding: int
+    decoder: Executor | None
 
 
 class EdgeClient:
@@ -110,10 +110,7 @@ class EdgeClient:
             options.get("policy"), options.get("camera"), options.get("audit"), url
         )
         self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
-        # Threads and no semaphore: a thread cannot be stopped, so the place of a question that is
-        # given up is taken until its picture is done.
-        threads = options.get("max_decoding")
-        self._decoder = None if threads is None else ThreadPoolExecutor(threads, "pictures")
+        self._decoder = options.get("decoder")
         # A picture that the caller lets go of takes its number along; numbers are not reused.
         self._views: weakref.WeakKeyDictionary[Picture, dict[_Others, ViewState]] = (
             weakref.WeakKeyDictionary()
@@ -146,8 +143,6 @@ class EdgeClient:
         """Close the connection. Questions still open end with `LinkError`, or with their first
         answer where there is one."""
         await self._keeper.close()
-        if self._decoder is not None:
-            self._decoder.shutdown(wait=False)
 
     async def ask(
         self,

@@ -50,7 +50,7 @@ class Answerer:
         config: see `GatewayConfig`.
         url: address of the service.
         album: keeps originals for later questions.
-        options: see `ClientOptions`; `policy` and `audit` hold for all requests.
+        options: see `ClientOptions`; `policy`, `audit` and `decoder` hold for all requests.
 
     Attributes:
         camera: whose rules hold.
@@ -81,7 +81,6 @@ class Answerer:
         """Whether a policy or an audit log stands between pictures and the uplink."""
         settings: ClientOptions = {
             "retry": _FOREVER,
-            "max_decoding": limits.max_decoding,
             "max_pixels": limits.max_pixels,
         }
         settings.update(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Unpack
 
 from edge_client.client import ClientOptions
@@ -15,7 +16,8 @@ from vlm_collab.openai import refuse
 class Cameras:
     """The answerers of the cameras that the policy names, made when they are first asked.
 
-    They share the memory for originals. What the policy counts, it counts for each.
+    They share the memory for originals and the threads that decode them. What the policy counts,
+    it counts for each.
 
     Args:
         config: see `GatewayConfig`.
@@ -40,6 +42,10 @@ class Cameras:
         limits = config.limits
         pixels = options.get("max_pixels", limits.max_pixels)
         self._album = Album(pixels, limits.max_picture_bytes)
+        # Threads and no semaphore: a thread cannot be stopped, so the place of a question that is
+        # given up is taken until its picture is done.
+        self._decoder = ThreadPoolExecutor(limits.max_decoding, "pictures")
+        options.setdefault("decoder", self._decoder)
         self.default = Answerer(config, url, self._album, **options)
         self._made = {self.default.camera: self.default}
 
@@ -64,3 +70,4 @@ class Cameras:
         """Close all connections. Questions still open end with an error."""
         for answerer in self._made.values():
             await answerer.close()
+        self._decoder.shutdown(wait=False)

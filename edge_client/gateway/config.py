@@ -23,7 +23,7 @@ class GatewayLimits:
         max_picture_bytes: memory for originals, so that a later question about one costs no
             pixels; the least recently used go first.
         max_pixels: most pixels of a picture; decoded, each takes 4 bytes.
-        max_decoding: pictures that are decoded at once; the largest take gigabytes.
+        max_decoding: pictures that are decoded at once, of all cameras; the largest take gigabytes.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
             pictures' bytes; the oldest go first.
         max_relays: connections of the page at once.

@@ -17,6 +17,7 @@ from PIL import Image
 
 from edge_client.gateway import http as connections
 from edge_client.picture import Picture
+from edge_client.privacy import CameraPolicy, Policy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
@@ -448,7 +449,10 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
             assert (await asking).choices
 
 
-async def test_few_pictures_are_decoded_at_once_whoever_leaves(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("cameras", [1, 4])
+async def test_few_pictures_are_decoded_at_once_whoever_leaves(
+    monkeypatch: pytest.MonkeyPatch, cameras: int
+):
     """The largest take gigabytes each. A client that leaves does not stop the thread it had."""
     most, now, counting = 0, 0, threading.Lock()
     view = Picture.view
@@ -466,8 +470,14 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(monkeypatch: pyte
                 now -= 1
 
     monkeypatch.setattr(Picture, "view", counted)
-    async with place(limits={"max_decoding": 2}) as here:
-        asking = [asyncio.create_task(ask(here.client, SURE, photo(i))) for i in range(8)]
+    policy = Policy({name: CameraPolicy() for name in ("default", "c0", "c1", "c2", "c3")})
+    async with place(limits={"max_decoding": 2}, policy=policy) as here:
+        root = here.base.removesuffix("/v1")
+        clients = [
+            here.client.with_options(base_url=f"{root}/cameras/c{camera}/v1")
+            for camera in range(cameras)
+        ]
+        asking = [asyncio.create_task(ask(clients[i % cameras], SURE, photo(i))) for i in range(8)]
         async with asyncio.timeout(10):
             while not now:
                 await asyncio.sleep(0.005)
