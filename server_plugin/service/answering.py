@@ -115,7 +115,10 @@ def refusals(service: Service, **extra: object) -> Iterator[None]:
     # A bug or a failing runtime must not leave the edge waiting, nor end other questions.
     except Exception as error:
         if isinstance(error, ModelError) and (reason := service.closed) is not None:
-            # The model was closed, or died, under the last questions.
+            # The model was closed, or died, under the last questions. Of a death, these errors
+            # alone have the cause: whoever asks later is refused before the model.
+            if not service.draining:
+                log.error("question failed: %s", error, extra=extra)
             raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0) from None
         log.exception("question failed", extra=extra)
         raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None

@@ -258,19 +258,36 @@ async def test_a_server_whose_model_is_dead_says_so_and_sends_clients_elsewhere(
         assert (await web.get("/healthz")).status_code == 200
 
 
-async def test_a_model_that_dies_under_a_question_is_told():
+async def test_a_model_that_dies_under_a_question_is_told(caplog):
     class Dying(FakeBackend):
         failed = False
 
         async def first_pass(self, *args, **options):
             self.failed = True
-            raise ModelError("the engine is gone")
+            raise ModelError("the engine ran out of memory")
 
     async with running(service(Dying())) as url, edge(url) as client:
         await client.ask(SURE, picture())
         error = await client.next()
         assert error.code is ErrorCode.SHUTTING_DOWN
         assert "the model has failed" in error.text
+        # Why, is for whoever runs the server.
+        assert "memory" not in error.text
+        (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert "the engine ran out of memory" in line.getMessage()
+
+
+async def test_a_model_that_is_closed_under_a_question_at_a_shutdown_is_no_fault(caplog):
+    class Closing(FakeBackend):
+        async def first_pass(self, *args, **options):
+            mine.draining = True
+            raise ModelError("the model was closed")
+
+    mine = service(Closing())
+    async with running(mine) as url, edge(url) as client:
+        await client.ask(SURE, picture())
+        assert (await client.next()).code is ErrorCode.SHUTTING_DOWN
+    assert "the model was closed" not in caplog.text
 
 
 async def test_a_question_that_takes_too_long_in_its_second_stage_has_its_first_answer():
