@@ -104,7 +104,8 @@ class AuditLog:
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
         self.path = Path(path)
         self._fsync = fsync
-        self._told: dict[str, tuple[int, bytes]] = {}  # offset and line of each key
+        self._told: dict[str, tuple[int, int, bytes]] = {}
+        """Offset, length and digest of each key's line; a mask's may have a megabyte."""
         try:
             os.close(self._open())
         except OSError as error:
@@ -130,7 +131,7 @@ class AuditLog:
         key = hashlib.sha256(_encoder.encode(listed)).hexdigest()[:16]
         if not self._is_told(key):
             data = _encoder.encode(HiddenLine(time=when, key=key, boxes=listed)) + b"\n"
-            self._told[key] = self._append(data), data
+            self._told[key] = self._append(data), len(data), hashlib.sha256(data).digest()
         return key
 
     def _append(self, data: bytes) -> int:
@@ -165,11 +166,11 @@ class AuditLog:
         """
         if key not in self._told:
             return False
-        start, data = self._told[key]
+        start, length, digest = self._told[key]
         try:
             file = self._open()
             try:
-                return os.pread(file, len(data), start) == data
+                return hashlib.sha256(os.pread(file, length, start)).digest() == digest
             finally:
                 os.close(file)
         except OSError:

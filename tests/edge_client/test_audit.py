@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,27 @@ def test_what_is_black_is_told_again_where_it_is_gone(tmp_path):
     writes(log)
     writes(log)
     assert told() == 1
+
+
+def test_what_was_told_is_not_kept_in_memory(tmp_path):
+    """A mask's boxes are many, and every size of picture has its own."""
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+
+    def tell() -> None:
+        for size in range(20):
+            log.hidden((Box(x, size, x + 5, size + 4) for x in range(2000)), NOW)
+
+    tracemalloc.start()
+    try:
+        tell()
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    written_bytes = path.stat().st_size
+    assert kept_bytes < written_bytes / 20
+    tell()  # and yet it is known
+    assert path.stat().st_size == written_bytes
 
 
 def test_writers_do_not_cut_into_each_other(tmp_path):
