@@ -38,7 +38,7 @@ MOST_FAILURES_IN_A_ROW = 25
 """Beyond this it is not the samples that are broken."""
 
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell processes of one launch, on whichever machine."""
+"""What launchers tell processes of one launch, on whichever machine; maybe the next one too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,14 @@ class Share:
 
     Attributes:
         rank, world: process number, and how many there are.
-        session: the same for all of them.
+        session: the same for all of them that have one parent, and no others ever.
+        launch: where these have several parents, the same for all, and perhaps for later ones.
     """
 
     rank: int = 0
     world: int = 1
     session: str = ""
+    launch: str = ""
 
     @classmethod
     def of_this_process(cls) -> Share:
@@ -67,18 +69,18 @@ class Share:
             raise ConfigError("RANK and WORLD_SIZE must be whole numbers") from None
         if not 0 <= rank < world:
             raise ConfigError(f"RANK {rank} is none of a WORLD_SIZE of {world}")
-        launch = [os.environ[name] for name in _LAUNCH if os.environ.get(name)]
-        if world > 1 and launch and os.environ.get("LOCAL_WORLD_SIZE") != str(world):
-            return cls(rank, world, "-".join(launch))
+        launch = ""
+        if world > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(world):
+            launch = "-".join(os.environ[name] for name in _LAUNCH if os.environ.get(name))
         # Processes that were started together on one machine have one parent, and the next ones
-        # another; what launchers say may be the same for the next launch.
+        # another.
         one = psutil.Process(os.getpid() if world == 1 else os.getppid())
-        return cls(rank, world, f"{one.pid}-{one.create_time():.2f}")
+        return cls(rank, world, f"{one.pid}-{one.create_time():.2f}", launch)
 
     @property
     def key(self) -> str:
         """The same for all processes that share the samples out in the same way."""
-        return f"{self.session}/{self.world}"
+        return f"{self.launch or self.session}/{self.world}"
 
     def groups(self, samples: int, size: int) -> Iterator[range]:
         """Indices of each of its groups."""
@@ -162,16 +164,16 @@ async def _run(
     await method.open()
     try:
         model, codec = method.told()
-        facts = provenance(
-            method=method.name,
-            task=task,
-            model=model,
-            codec=codec,
-            group=method.group,
-            limit=limit,
-            session=share.session,
-        )
-        with at_work(path, share.key, share.rank):
+        with at_work(path, share.key, share.rank, share.session) as session:
+            facts = provenance(
+                method=method.name,
+                task=task,
+                model=model,
+                codec=codec,
+                group=method.group,
+                limit=limit,
+                session=session,
+            )
             folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
             with quiet_engine():
                 await _groups(method, task, folder, share, watch)

@@ -353,7 +353,7 @@ AT_WORK = textwrap.dedent("""
     import sys
     from pathlib import Path
     from eval.harness.lock import at_work
-    with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])):
+    with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
         print("at work", flush=True)
         sys.stdin.read()
 """)
@@ -394,6 +394,32 @@ def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
     assert not list(folder.glob("process-*"))
 
 
+def test_a_launch_that_is_called_as_the_one_before_is_another_session(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other"
+    first, later = Share(0, 2, "p-1", "node-1-29500"), Share(0, 2, "p-2", "node-1-29500")
+    make(folder, share=first)
+    shutil.copytree(folder, other)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make(folder, share=later, resume=False)
+    make(folder, share=later)
+    told = json.loads((folder / PROVENANCE).read_text())
+    assert [told["session"], *(one["session"] for one in told["resumed"])] == ["p-1", "p-2"]
+    # Who comes while others of the launch are at work is of theirs, and one whose parent began the
+    # run is of that session whenever it comes.
+    with at_work(other, later.key, 1):
+        with pytest.raises(ConfigError, match="holds a run already"):
+            make(other, share=later, resume=False)
+        told = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
+        (other / PROVENANCE).write_text(json.dumps(told))
+        make(other, share=later, resume=False)
+    make(other, share=Share(1, 2, "its own", "node-1-29500"), resume=False)
+    assert "resumed" not in json.loads((other / PROVENANCE).read_text())
+    assert without_times(other) == without_times(unbroken)
+    assert not list(other.glob("process-*"))
+
+
 def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions() -> set[str]:
         """Of processes whose parents are others, as on several machines."""
@@ -401,7 +427,7 @@ def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch
         for rank, parent in enumerate((os.getpid(), os.getppid())):
             monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
             monkeypatch.setenv("RANK", str(rank))
-            made.add(Share.of_this_process().session)
+            made.add(Share.of_this_process().key)
         return made
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -412,7 +438,7 @@ def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("MASTER_ADDR", "node-1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert sessions() == {"none-node-1-29500"}
+    assert sessions() == {"none-node-1-29500/2"}
     # A launcher that started all of them here has one process of its own, and the next launch
     # another one, whereas the identifiers may be the same.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
