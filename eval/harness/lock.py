@@ -21,7 +21,7 @@ _LOOKING_S = 30.0
 
 
 @contextmanager
-def at_work(path: Path, key: str, rank: int, session: str) -> Iterator[str]:
+def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") -> Iterator[str]:
     """Holds a run's folder for a process and others of its session; a killed one lets go.
 
     Args:
@@ -30,6 +30,7 @@ def at_work(path: Path, key: str, rank: int, session: str) -> Iterator[str]:
             have the same.
         rank: number of this process among them.
         session: a name that no later one has.
+        hint: what else to say to who is refused.
 
     Yields:
         The session's name: what the first of those had that are at work together.
@@ -60,7 +61,7 @@ def at_work(path: Path, key: str, rank: int, session: str) -> Iterator[str]:
                     old.unlink()
                 name.write_text(session, encoding="utf-8")
     except Timeout:
-        raise ConfigError(f"{path}: another session is at work on this run") from None
+        raise ConfigError(f"{path}: another session is at work on this run{hint}") from None
     except OSError as error:
         raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
     try:

@@ -39,6 +39,9 @@ MOST_FAILURES_IN_A_ROW = 25
 
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 """What launchers tell processes of one launch, on whichever machine; maybe the next one too."""
+_ONE_BY_ONE = (
+    "; for processes of one run that are started one by one set MASTER_ADDR and MASTER_PORT alike"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,8 @@ async def _run(
     await method.open()
     try:
         model, codec = method.told()
-        with at_work(path, share.key, share.rank, share.session) as session:
+        hint = _ONE_BY_ONE if share.world > 1 else ""
+        with at_work(path, share.key, share.rank, share.session, hint=hint) as session:
             facts = provenance(
                 method=method.name,
                 task=task,

@@ -388,6 +388,12 @@ def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
         with at_work(folder, Share(1, 2, "a").key, 1):
             pass
         assert make(folder, share=Share(1, 2, "a")).complete
+    # Processes that were started one by one may be meant for one run.
+    with at_work(folder, Share(0, 2, "a").key):
+        with pytest.raises(ConfigError, match="set MASTER_ADDR and MASTER_PORT alike"):
+            make(folder, share=Share(1, 2, "b"))
+        with pytest.raises(ConfigError, match=f"{line}$"):
+            make(folder, share=Share(0, 1, "b"))
     # Who is killed lets go, and leaves nothing that would be in the way.
     assert make(folder, share=Share(0, 3, "c")).complete
     assert without_times(folder) == without_times(unbroken)
