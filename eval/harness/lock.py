@@ -64,6 +64,10 @@ def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") ->
         raise ConfigError(f"{path}: another session is at work on this run{hint}") from None
     except OSError as error:
         raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"the run's folder {path}: its file system has no locks ({error})"
+        ) from error
     try:
         yield session
     finally:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from edge_client.picture import Picture
@@ -424,6 +425,17 @@ def test_a_launch_that_is_called_as_the_one_before_is_another_session(
     assert "resumed" not in json.loads((other / PROVENANCE).read_text())
     assert without_times(other) == without_times(unbroken)
     assert not list(other.glob("process-*"))
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ConfigError, match=r"run: its file system has no locks \(FileSystem does"):
+        make(tmp_path / "run")
 
 
 def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
