@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import textwrap
 import time
 import tracemalloc
 from typing import Any
@@ -153,6 +155,15 @@ ENCODED = base64.b64encode(bytes(range(256)) * 6).decode()
 LINES = base64.encodebytes(bytes(range(256)) * 6).decode()
 
 
+def broken(text: str, chars: int) -> str:
+    return "\n".join(text[i : i + chars] for i in range(0, len(text), chars))
+
+
+DIGESTS = "\n".join(hashlib.sha256(bytes([i])).hexdigest() for i in range(40))
+PEM = f"-----BEGIN CERTIFICATE-----\n{broken(ENCODED, 64)}\n-----END CERTIFICATE-----\n"
+PATHS = [f"/home/user/some-long-project/node_modules/some_package_{i:02}/lib" for i in range(40)]
+
+
 def php(value: Any) -> str:
     return json.dumps(value).replace("/", "\\/")
 
@@ -165,6 +176,15 @@ def php(value: Any) -> str:
         ({"a": base64.encodebytes(bytes(3000)).decode()}, "a"),
         ({"a": base64.urlsafe_b64encode(bytes([255]) * 3000).decode()}, "a"),
         ({"a": bytes(1500).hex()}, "a"),
+        ({"a": f"img: '{LINES}'"}, "a"),
+        ({"a": f"photo:\n{textwrap.indent(broken(ENCODED, 64), '  ')}\nwhat-is-this"}, "a"),
+        ({"a": broken(base64.urlsafe_b64encode(bytes(range(256)) * 6).decode(), 100)}, "a"),
+        ({"a": broken(bytes(1500).hex(), 60)}, "a"),
+        ({"a": f"{broken(ENCODED, 64)}\n{'no-base64-' * 6}"}, "a"),
+        ({"a": broken(ENCODED, 64).replace("\n", "\n-")}, "a"),
+        ({"a": f"img-{ENCODED}\n{'no-base64-' * 6}"}, "a"),
+        ({"a": f"{DIGESTS}\n{broken(ENCODED, 64)}"}, "a"),
+        ({"a": f"-----BEGIN CERTIFICATE-----\n{LINES}"}, "a"),
         # JSON inside the text, as tools answer.
         ({"a": php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"})}, "a"),
         ({"a": php(php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"}))}, "a"),
@@ -215,6 +235,14 @@ def test_what_a_long_name_holds_costs_no_memory() -> None:
         "https://example.org/a/b?c=" + "d" * 1500,
         "word\n" * 5000,
         "-" * 1000 + " \n" + "=" * 3000,
+        DIGESTS,
+        f"which of these are there twice?\n{DIGESTS}\nand why?",
+        broken(hashlib.sha512(b"").hexdigest() * 20, 128),
+        PEM,
+        PEM * 3,
+        json.dumps({"certificate": PEM}),
+        "\n".join(PATHS),
+        "\n".join(f"/home/user/projects/{'a/b/' * 12}{'c' * (i % 10)}" for i in range(40)),
     ],
 )
 def test_words_are_no_picture(words: str) -> None:

@@ -163,16 +163,20 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
 
 
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
-# Looking behind keeps these linear: no run is begun again at each of its characters.
-_ENCODED = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{2000}")
-_FOLD = re.compile(r"(?<=[A-Za-z0-9+/_-]{60})\s+")
-"""Where a long base64 text is broken into lines."""
+# Looking behind keeps it linear: no run is begun again at each of its characters.
+_RUN = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{60,}")
+_ARMOUR = re.compile(r"-----BEGIN [A-Z0-9 ]+-----[^-]*-----END ")
+"""A certificate or a key, as PEM has them."""
 _ESCAPES = (
     (re.compile(r"(?<!\\)\\+(?:/|u002f)", re.IGNORECASE), "/"),  # PHP
     (re.compile(r"(?<!\\)\\+u002b", re.IGNORECASE), "+"),  # .NET
     (re.compile(r"(?<!\\)\\+[rn]"), "\n"),
 )
 """What JSON inside a text makes of base64, with more backslashes for JSON inside JSON."""
+_HEX = frozenset("0123456789abcdefABCDEF")
+_DIGESTS = frozenset({64, 96, 128})
+"""Characters of SHA-256, SHA-384 and SHA-512 in hexadecimal; those of others make no run."""
+_MOST_RUN = 2000
 _MOST_CHARS = 2**20
 _MOST_NUMBERS = 1000
 _MOST_PATH_CHARS = 200
@@ -182,9 +186,12 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
     """Refuse texts that are pictures: data URLs of them, and what can only be encoded data.
 
     No word of any language is 2000 letters, digits, `+`, `/`, `-` and `_` long, and pictures of
-    more than 1500 bytes are that in base64. Texts of more than 2^20 characters, which no model
-    that is shown pictures can read, and lists of more than 1000 numbers, which bytes are in JSON,
-    are refused likewise.
+    more than 1500 bytes are that in base64. Lines are joined where they have one length of at
+    least 60, and the last one no more. Lists of digests and of paths are no base64, though they
+    look like it, and what PEM encloses is a certificate or a key.
+
+    Texts of more than 2^20 characters, which no model that is shown pictures can read, and lists
+    of more than 1000 numbers, which bytes are in JSON, are refused likewise.
 
     Args:
         value: a text, or something of JSON with texts in it; names of fields are texts, too.
@@ -248,4 +255,31 @@ def _is_picture(text: str) -> bool:
             text = escape.sub(char, text)
     if _DATA_URL.search(text):
         return True
-    return _ENCODED.search(_FOLD.sub("", text)) is not None
+    return any(map(_is_encoded, _lines(_ARMOUR.sub(".", text))))
+
+
+def _lines(text: str) -> Iterator[list[str]]:
+    """Long runs, each with those that go on with it: lines of its length, and a last one."""
+    lines: list[str] = []
+    end = 0
+    for run in _RUN.finditer(text):
+        line = run.group()
+        whole = bool(lines) and len(lines[-1]) == len(lines[0]) >= len(line)
+        if not (whole and text[end : run.start()].isspace()):
+            yield lines
+            lines = []
+        lines.append(line)
+        end = run.end()
+    yield lines
+
+
+def _is_encoded(lines: list[str]) -> bool:
+    if sum(map(len, lines)) < _MOST_RUN:
+        return False
+    if len(lines[0]) >= _MOST_RUN:
+        return True
+    # Not of the last, which may be a word; nor of what is before the lines of a diff.
+    chars = set("".join(line[1:] for line in lines[:-1]))
+    digests = len(lines[0]) in _DIGESTS and chars <= _HEX
+    mixed = chars & set("+/") and chars & set("-_")  # as in paths, and in no base64
+    return not (digests or mixed)
