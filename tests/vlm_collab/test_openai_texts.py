@@ -63,7 +63,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
             "tool_choice": {"type": "function", "function": {"name": "f"}},
             "parallel_tool_calls": True,
             **dict.fromkeys(
-                ("audio", "function_call", "functions", "prediction", "web_search_options")
+                ("audio", "functions", "prediction", "web_search_options", "frobnicate")
             ),
         },
         {

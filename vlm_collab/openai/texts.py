@@ -109,10 +109,7 @@ class _Chat(_Form):
 
     messages: list[_Message]
     model: str | None = None
-    audio: None = None
     frequency_penalty: float | None = None
-    function_call: None = None
-    functions: None = None
     logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     max_completion_tokens: float | None = None
@@ -122,7 +119,6 @@ class _Chat(_Form):
     modalities: list[str] | None = None
     n: float | None = None
     parallel_tool_calls: bool | None = None
-    prediction: None = None
     presence_penalty: float | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -145,7 +141,6 @@ class _Chat(_Form):
     user: str | None = None
     verbosity: str | None = None
     vlm_collab: _Extension | None = None
-    web_search_options: None = None
 
 
 def chat_is_text(body: Mapping[str, Any]) -> bool:
@@ -156,7 +151,7 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
     are texts `refuse_pictures_in` says.
     """
     try:
-        msgspec.convert(body, _Chat)
+        msgspec.convert({name: one for name, one in body.items() if one is not None}, _Chat)
     except msgspec.ValidationError:
         return False
     return True
