@@ -4,133 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edge_client.cli import main
-from eval.baselines.base import two_stage_point
-from eval.baselines.from_records import decided
-from eval.harness.curves import Bootstrap, Setting, ends
+from eval.harness.curves import Setting, ends
 from eval.harness.records import PROVENANCE, Record, write_shard
 from eval.harness.runs import Run, open_run
 from eval.report import tables
-from eval.report.boxes import covered, covered_at_random
-from eval.report.demo import COMMITTED, commands, pack, report_command
+from eval.report.demo import COMMITTED, pack
 from eval.report.figures import fig4, fig5, fig6, fig8, fig9, fig10, fig12
 from eval.report.findings import findings
 from eval.report.inputs import Inputs, sort_runs
 from eval.report.moved import moved
 from eval.report.panels import sent_at
 from eval.report.pictures import fig11
-from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
-from eval.report.trace import expanded, provenance_of, ranges
+from eval.report.trace import expanded
 from eval.report.write import RESULTS, as_json, write_report
-from server_plugin.calibration import Calibration, load_calibration
+from server_plugin.calibration import Calibration
 from tests.eval.test_sweep import saved
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
 
 RUNS = COMMITTED / "runs"
-
-
-# --- formulas -------------------------------------------------------------------------------
-
-
-def test_equations_23_and_24_by_hand() -> None:
-    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
-    assert overlap(p, q) == pytest.approx(0.5)
-    assert bhattacharyya(p, q) == pytest.approx(-math.log(2 * math.sqrt(0.125)))
-    assert (overlap(p, p), bhattacharyya(p, p)) == (1.0, 0.0)
-    apart = np.array([0.0, 0.0, 1.0])
-    assert overlap(p, apart) == 0.0
-    assert bhattacharyya(p, apart) == math.inf
-
-
-def test_auroc_is_the_share_of_pairs_in_order() -> None:
-    rng = np.random.default_rng(0)
-    values, right = rng.integers(0, 6, 50).astype(float), rng.random(50) < 0.4
-    pairs = [
-        1.0 if w > r else 0.5 if w == r else 0.0 for w in values[~right] for r in values[right]
-    ]
-    assert auroc(values, right) == pytest.approx(np.mean(pairs))
-    assert math.isnan(auroc(values, np.ones(50, dtype=bool)))
-
-
-def test_bins_are_those_that_are_stated() -> None:
-    values = np.array([0.0, 0.5, 3.0])
-    assert edges_of(values, Metric.ENTROPY).tolist() == np.linspace(0, 3, 21).tolist()
-    assert edges_of(values / 10, Metric.MARGIN).tolist() == np.linspace(0, 1, 21).tolist()
-
-
-def test_a_separation_counts_right_and_wrong_answers() -> None:
-    made = [row(i, 1.0, 1.0, bits=0.1) for i in range(8)]
-    made += [row(i, 0.3, 1.0, bits=2.0) for i in range(8, 10)]
-    run = run_of(made)
-    found = separation(run, Setting(), Bootstrap.of(run, resamples=50))
-    assert (found["right"], found["wrong"], found["auroc"]) == (8, 2, 1.0)
-    assert (found["overlap"], found["distance"]) == (0.0, None)  # infinite
-    assert (found["right_counts"][1], found["wrong_counts"][-1]) == (8, 2)
-    assert found["rows"] == {"run": "run", "count": 10, "index": "0-9"}
-    only_right = run_of(made[:8])
-    found = separation(only_right, Setting(), Bootstrap.of(only_right, resamples=50))
-    assert (found["overlap"], found["auroc"]) == (None, None)
-
-
-@pytest.mark.parametrize(("score", "lacking"), [(1.0, "wrong"), (0.0, "right")])
-def test_what_nothing_can_be_said_of_is_not_infinite(score: float, lacking: str) -> None:
-    run = run_of([replace(r, first_score=score) for r in answers(40)])
-    (row,) = tables.table3(sort_runs([run], resamples=20))[:1]
-    assert row["overlap"] is row["distance"] is row["overlap_interval"] is None
-    assert row["distance_interval"] is None
-    _, make, _, cells = tables.TABLES["table-3"]
-    printed = tables.markdown(make(sort_runs([run], resamples=20)), cells)
-    assert "∞" not in printed
-    assert printed.count(f"none (there are no {lacking} answers)") == 4
-    # It is infinite where right and wrong answers have nothing in common.
-    apart = [replace(r, first_min_entropy=[r.first_score] * 2) for r in answers(40)]
-    printed = tables.markdown(make(sort_runs([run_of(apart)], resamples=20)), cells)
-    assert "0.00 (no interval: right and wrong answers have no bins in common)" in printed
-    assert "∞ (no interval: right and wrong answers have no bins in common)" in printed
-
-
-def test_steps_are_averaged_over_the_answers_that_have_them() -> None:
-    made = [
-        row(0, 1.0, 1.0, first_min_entropy=[0.0, 1.0]),
-        row(1, 1.0, 1.0, first_min_entropy=[0.5]),
-        row(2, 0.0, 1.0, first_min_entropy=[2.0, 3.0, 4.0]),
-    ]
-    run = run_of(made)
-    first, second, third = by_step(run, Bootstrap.of(run, resamples=20))
-    assert (first["right"], first["right_count"], first["wrong"]) == (0.25, 2, 2.0)
-    assert (second["right"], second["right_count"]) == (1.0, 1)
-    assert (third["right"], third["right_count"], third["wrong"]) == (None, 0, 4.0)
-
-
-def test_chance_boxes_are_averaged_over_all_places() -> None:
-    true_box, region = [3, 2, 7, 4], [0, 0, 4, 3]
-    places = [
-        covered(true_box, [x, y, x + 4, y + 3]) for x in range(10 - 4 + 1) for y in range(6 - 3 + 1)
-    ]
-    assert covered_at_random(true_box, region, 10, 6) == pytest.approx(np.mean(places))
-    assert covered(true_box, [3, 2, 5, 4]) == 0.5
-    assert covered(true_box, [7, 2, 9, 4]) == 0.0
-    assert covered_at_random(true_box, [0, 0, 10, 6], 10, 6) == 1.0
-
-
-@given(st.lists(st.integers(0, 200), unique=True).map(sorted))
-def test_short_forms_of_rows_lead_back(numbers: list[int]) -> None:
-    assert expanded(ranges(numbers)) == numbers
 
 
 # --- parts of a report ----------------------------------------------------------------------
@@ -664,6 +564,23 @@ def test_hd_s_note_is_printed() -> None:
     assert rows[-1]["rows"]["run"] == "hd"
 
 
+@pytest.mark.parametrize(("score", "lacking"), [(1.0, "wrong"), (0.0, "right")])
+def test_what_nothing_can_be_said_of_is_not_infinite(score: float, lacking: str) -> None:
+    run = run_of([replace(r, first_score=score) for r in answers(40)])
+    (row,) = tables.table3(sort_runs([run], resamples=20))[:1]
+    assert row["overlap"] is row["distance"] is row["overlap_interval"] is None
+    assert row["distance_interval"] is None
+    _, make, _, cells = tables.TABLES["table-3"]
+    printed = tables.markdown(make(sort_runs([run], resamples=20)), cells)
+    assert "∞" not in printed
+    assert printed.count(f"none (there are no {lacking} answers)") == 4
+    # It is infinite where right and wrong answers have nothing in common.
+    apart = [replace(r, first_min_entropy=[r.first_score] * 2) for r in answers(40)]
+    printed = tables.markdown(make(sort_runs([run_of(apart)], resamples=20)), cells)
+    assert "0.00 (no interval: right and wrong answers have no bins in common)" in printed
+    assert "∞ (no interval: right and wrong answers have no bins in common)" in printed
+
+
 # --- where numbers moved --------------------------------------------------------------------
 
 
@@ -686,149 +603,6 @@ def test_every_kind_of_difference_is_told() -> None:
         "figures/f/y: by at most 0.25",
         "figures/f/z: 1 numbers before, 2 now",
     ]
-
-
-# --- the committed report -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def committed() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((COMMITTED / RESULTS).read_text(encoding="utf-8"))
-    return told
-
-
-@pytest.fixture(scope="module")
-def runs(committed: dict[str, Any]) -> dict[str, Run]:
-    return {name: open_run(RUNS / name) for name in committed["runs"]}
-
-
-def test_committed_runs_are_those_that_were_reported(
-    committed: dict[str, Any], runs: dict[str, Run]
-) -> None:
-    for name, run in runs.items():
-        assert json.loads(json.dumps(provenance_of(run))) == committed["runs"][name]
-
-
-def test_every_point_of_every_curve_leads_to_its_rows(
-    committed: dict[str, Any], runs: dict[str, Run]
-) -> None:
-    lines = [
-        one
-        for told in committed["figures"].values()
-        for panel in told.get("panels", ())
-        for one in panel["lines"]
-    ]
-    assert len(lines) > 20
-    for one in lines:
-        run = runs[one["rows"]["run"]]
-        wanted = set(expanded(one["rows"]["index"]))
-        run = replace(run, records=[r for r in run.records if r.index in wanted])
-        assert len(run.records) == one["rows"]["count"]
-        metric, _, how = one["setting"].partition("/")
-        first_k = how.startswith("first_")
-        aggregate = Aggregate.FIRST_K if first_k else Aggregate(how)
-        setting = Setting(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
-        for place in (1, len(one["eta"]) // 2):
-            policy = setting.policy(one["eta"][place])
-            sent = np.array([decided(policy, r) for r in run.records], dtype=float)
-            assert sent.sum() == one["sent"][place]
-            assert two_stage_point(run, sent, "").accuracy == pytest.approx(one["y"][place])
-
-
-def test_marks_and_tables_lead_to_rows_too(committed: dict[str, Any], runs: dict[str, Run]) -> None:
-    oracle = committed["figures"]["fig-04-communication"]["panels"][1]["marks"][0]
-    wanted = set(expanded(oracle["rows"]["index"]))
-    best = [max(r.first_score, r.second_score) for r in runs["test"].records if r.index in wanted]
-    assert oracle["y"] == pytest.approx(np.mean(best))
-    for told in committed["tables"]["boxes"]["rows"]:
-        wanted = set(expanded(told["rows"]["index"]))
-        chosen = [r for r in runs[told["rows"]["run"]].records if r.index in wanted]
-        gains = [r.second_score - r.first_score for r in chosen]
-        assert told["gain"] == pytest.approx(np.mean(gains))
-        assert told["improved"] == sum(gain > 0 for gain in gains)
-    first = committed["tables"]["table-1"]["rows"][0]
-    tokens = [r.first_input_tokens for r in runs["test"].records]
-    assert first["mean_input_tokens"] == pytest.approx(np.mean(tokens))
-
-
-def test_the_committed_report_names_the_commands_that_make_it(committed: dict[str, Any]) -> None:
-    resampled = ["--resamples", "1000", "--seed", "0"]
-    command = report_command()
-    assert committed["command"] == ["vlm-collab", *command[:-2], *resampled, *command[-2:]]
-    called = {" ".join(run["command"][1:]) for run in committed["runs"].values()}
-    assert called == {" ".join(one) for one in commands(1000, 400, 300) if one[1] == "run"}
-    assert committed["runs"]["test"]["commit"]
-    # The threshold's file names its command, and the page does.
-    page = (COMMITTED / "index.md").read_text(encoding="utf-8")
-    found = load_calibration(COMMITTED / "calibration.yaml")
-    (called,) = [one for one in commands(1000, 400, 300) if one[:2] == ["calibrate", "runs/val"]]
-    assert found.made["command"] == ["vlm-collab", *called]
-    assert f"\n    vlm-collab {' '.join(called)}\n" in page
-    chosen = {row["name"]: row for row in committed["tables"]["chosen"]["rows"]}
-    assert chosen["loss at most 0.01, 95% sure"]["eta"] == found.eta
-    assert not committed["left_out"]
-
-
-def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) -> None:
-    page = (COMMITTED / "index.md").read_text(encoding="utf-8")
-    for said in findings(committed["tables"]):
-        assert f"\n- {said}\n" in page
-    for name, told in committed["tables"].items():
-        printed = tables.markdown(told["rows"], tables.TABLES[name][3])
-        for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
-            assert f"\n{told['formula']}\n\n{printed}" in text
-    assert committed["figures"]["fig-11-pictures"]["rule"] in page
-
-
-def test_the_readme_calibrates_on_a_run_that_it_does_not_report() -> None:
-    page = (COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    called = [line.split() for line in page.splitlines() if line.startswith("vlm-collab ")]
-    runs = {line[line.index("--out") + 1]: line for line in called if line[1:3] == ["eval", "run"]}
-    (reported,) = [line[3] for line in called if line[1:3] == ["eval", "report"]]
-    chosen = {line[2] for line in called if line[1] == "calibrate"}
-    assert chosen
-    for run in chosen:
-        assert run != reported
-        assert "--split" in runs[run]
-        assert "--split" not in runs[reported]
-
-
-def test_committed_figures_are_small() -> None:
-    sizes = {path.name: path.stat().st_size for path in COMMITTED.glob("*.png")}
-    assert len(sizes) == 9
-    assert max(sizes.values()) < 150_000
-
-
-def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
-    chosen = [str(RUNS / name) for name in ("jpeg-5", "jpeg-15")]
-    line = ["eval", "report", *chosen, "--resamples", "10"]
-    with pytest.raises(SystemExit) as ended:
-        main([*line, "--out", str(tmp_path / "a")])
-    assert ended.value.code == 0
-    # Another process, in which sets and dictionaries of strings have another order.
-    subprocess.run(
-        [sys.executable, "-m", "edge_client.cli", *line, "--out", str(tmp_path / "b")],
-        check=True,
-        env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"},
-        timeout=300,
-    )
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len([name for name in names if name.endswith(".pdf")]) == 9
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert all(str(tmp_path) not in (tmp_path / "a" / n).read_text() for n in names if ".md" in n)
-
-
-@pytest.mark.slow
-def test_the_committed_report_is_what_its_runs_give(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = [str(COMMITTED / part) if "/" in part or ".yaml" in part else part
-            for part in report_command()[:-2]]  # fmt: skip
-    with pytest.raises(SystemExit):
-        main([*line, "--out", str(tmp_path), "--against", str(COMMITTED / RESULTS)])
-    assert "0 numbers or series moved" in capsys.readouterr().out
 
 
 def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
