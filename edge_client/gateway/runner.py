@@ -12,9 +12,9 @@ import uvicorn
 
 from edge_client.gateway.app import Gateway
 from edge_client.gateway.config import GatewayConfig
-from edge_client.gateway.http import HttpConnection
 from edge_client.gateway.page import MAX_FRAME_BYTES
 from vlm_collab.errors import ConfigError
+from vlm_collab.web.serving import HttpConnection
 
 _GRACE_S = 10
 

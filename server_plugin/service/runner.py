@@ -13,8 +13,8 @@ from starlette.websockets import WebSocket
 
 from server_plugin.service.app import Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
-from server_plugin.service.http import HttpConnection
 from vlm_collab.errors import ConfigError
+from vlm_collab.web.serving import HttpConnection
 
 
 class _Server(uvicorn.Server):

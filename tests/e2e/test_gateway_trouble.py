@@ -15,7 +15,6 @@ import openai
 import pytest
 from PIL import Image
 
-from edge_client.gateway import http as connections
 from edge_client.picture import Picture
 from edge_client.privacy import CameraPolicy, Policy
 from server_plugin.backends.fake import FakeBackend, Script
@@ -28,6 +27,7 @@ from tests.support.proxy import What, Where
 from tests.support.wire import service
 from vlm_collab.messages import Ask, Cancel, Partial, RegionRequest
 from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.web import serving as connections
 
 
 def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
-from server_plugin.service import http as connections
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.openai.whole import Original, Workshop
 from server_plugin.service.runner import running
@@ -37,6 +36,7 @@ from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settl
 from vlm_collab.errors import ConfigError
 from vlm_collab.messages import Answer
 from vlm_collab.session import RegionWanted
+from vlm_collab.web import serving as connections
 
 SLOW = 30.0
 """Longer than any test: what takes so long must have been cancelled."""

@@ -15,7 +15,7 @@ class HttpConnection(H11Protocol):
 
     uvicorn bounds the silence between two requests only. A connection that never asks, or sends a
     byte now and then, would keep its place for ever, and whoever opens as many as there are places
-    would keep everyone out, without any key. The service has the same.
+    would keep everyone out, without any key.
     """
 
     _due: asyncio.TimerHandle | None = None
