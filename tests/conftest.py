@@ -6,6 +6,12 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is. On a fresh one, hypothesis also builds
+# its table of characters within the first example that needs it.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 # The root, and those that the commands for servers set up (`server_plugin.service.logs`,
 # `edge_client.cli_gateway`).

@@ -162,7 +162,7 @@ def test_no_request_makes_the_server_fail():
     running_service = service()
     with served(running_service) as url, httpx.Client(base_url=http(url)) as web:
 
-        @settings(max_examples=50, deadline=None)
+        @settings(max_examples=50)
         @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1), st.booleans())
         def asked(request: dict[str, object], sensible: bool) -> None:
             request = {**BASE, **request} if sensible else request

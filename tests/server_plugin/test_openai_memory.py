@@ -67,7 +67,7 @@ async def test_everything_is_forgotten_after_its_time():
     assert memory.nbytes == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -403,7 +403,7 @@ BYTES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(BYTES),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),

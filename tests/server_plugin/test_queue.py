@@ -65,7 +65,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(actions, st.integers(1, 3), st.integers(0, 4))
 def test_turns_are_never_lost_nor_given_twice(steps, turns, max_waiting):
     async def run():

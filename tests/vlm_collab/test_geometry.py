@@ -8,7 +8,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vlm_collab.geometry import (
@@ -26,7 +26,6 @@ from vlm_collab.geometry import (
     whole_image,
 )
 
-STEADY = settings(deadline=None)  # a busy machine is no failure
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 5000), st.integers(1, 65535))
 SIZES = st.builds(Size, SIDES, SIDES)
 VIEWS = st.builds(Size, st.integers(1, 700), st.integers(1, 700))
@@ -69,7 +68,6 @@ def test_frames_by_hand(source: Size, fit: Fit, view: Size, expected: Frame) -> 
     assert frame_of(source, fit, view) == expected
 
 
-@STEADY
 @given(SIZES, FITS, VIEWS)
 @example(HUNDRED_MP, Fit.PAD, Size(336, 336))
 def test_frame_against_exact_fractions(source: Size, fit: Fit, view: Size) -> None:
@@ -124,7 +122,6 @@ def plain_box(token_box: TokenBox, grid: Grid, source: Size) -> Box:
     )
 
 
-@STEADY
 @given(st.data(), SIZES, GRIDS)
 def test_token_box_equals_plain_rounding(data: st.DataObject, source: Size, grid: Grid) -> None:
     token_box = data.draw(windows(grid))
@@ -132,7 +129,6 @@ def test_token_box_equals_plain_rounding(data: st.DataObject, source: Size, grid
     assert token_box_to_source(token_box, grid, frame, source) == plain_box(token_box, grid, source)
 
 
-@STEADY
 @given(st.data(), SIZES, FITS, VIEWS, GRIDS)
 def test_token_box_is_inside_and_not_empty(
     data: st.DataObject, source: Size, fit: Fit, view: Size, grid: Grid
@@ -153,7 +149,6 @@ def test_token_box_is_inside_and_not_empty(
     assert box.height == min(token_box.side_px, frame.height, source.height)
 
 
-@STEADY
 @given(st.data(), SIZES, FITS, VIEWS, GRIDS)
 def test_cropped_and_padded_boxes_follow_the_frame(
     data: st.DataObject, source: Size, fit: Fit, view: Size, grid: Grid
@@ -186,7 +181,6 @@ def test_window_on_the_bars_is_moved_into_the_image() -> None:
     assert token_box_to_source(below, grid, frame, source) == (1665, 664, 2001, 1000)
 
 
-@STEADY
 @given(SIZES, FITS, VIEWS, GRIDS)
 @example(HUNDRED_MP, Fit.STRETCH, Size(336, 336), Grid(24, 24))
 @example(Size(1, 1), Fit.PAD, Size(336, 336), Grid(24, 24))
@@ -238,7 +232,6 @@ def test_impossible_grids_are_refused(grid: Grid) -> None:
         cell_to_source(0, 0, grid, frame, source)
 
 
-@STEADY
 @given(st.data(), SIZES, FITS, VIEWS, GRIDS)
 @example(None, HUNDRED_MP, Fit.PAD, Size(336, 336), Grid(24, 24))
 @example(None, Size(1, 1), Fit.STRETCH, Size(336, 336), Grid(24, 24))
@@ -266,7 +259,6 @@ def test_every_pixel_finds_its_cell_and_back(
     assert box.top <= y < box.bottom
 
 
-@STEADY
 @given(st.data(), SIZES, FITS, VIEWS, GRIDS)
 def test_every_cell_finds_its_pixels_and_back(
     data: st.DataObject, source: Size, fit: Fit, view: Size, grid: Grid
@@ -286,7 +278,6 @@ def test_every_cell_finds_its_pixels_and_back(
             assert source_to_cell(x, y, grid, frame) == (row, column)
 
 
-@STEADY
 @given(st.integers(1, 80), st.integers(1, 80), FITS, GRIDS)
 def test_cells_share_out_the_frame(width: int, height: int, fit: Fit, grid: Grid) -> None:
     source = Size(width, height)

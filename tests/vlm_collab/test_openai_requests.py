@@ -453,7 +453,7 @@ JSON = st.recursive(
             max_size=4,
         )
     ),
-    max_leaves=12,
+    max_leaves=6,
 )
 NAMES = st.sampled_from(
     [

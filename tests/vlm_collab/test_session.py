@@ -570,4 +570,4 @@ class Interleavings(RuleBasedStateMachine):
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestInterleavings.settings = settings(max_examples=200, stateful_step_count=60)
