@@ -41,6 +41,7 @@ class Script:
     Attributes:
         first, second: the two answers, split into tokens at spaces.
         uncertainty_bits: min-entropy of every token of the first answer.
+        second_bits: the same of the second answer.
         peak: (row, column) of the cell that the model looks at.
         delay_s: how long each pass takes.
         fail_second: the second pass raises, as a device out of memory would.
@@ -49,6 +50,7 @@ class Script:
     first: str
     second: str
     uncertainty_bits: float = 0.0
+    second_bits: float = 0.01
     peak: tuple[int, int] = (0, 0)
     delay_s: float = 0.0
     fail_second: bool = False
@@ -212,7 +214,7 @@ class FakeBackend:
         script = self.play(_said(question, history), held.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
-        step = statistics_of(0.01)
+        step = statistics_of(script.second_bits)
         return await self._generate(
             script.second.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
         )

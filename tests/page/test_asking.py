@@ -109,6 +109,39 @@ async def test_a_sure_answer_sends_no_region(visitor: Visitor):
         assert await counted_up(url) == await visitor.meter("sent") == visitor.bytes_up
 
 
+async def test_a_second_look_that_is_less_sure_is_not_shown_as_a_success(visitor: Visitor):
+    def play(question: str, view: str, region: str) -> Script:
+        return Script("47", "67", uncertainty_bits=2.0, second_bits=2.5)
+
+    async with running(service(FakeBackend(play=play))) as url:
+        await visitor.open(url)
+        await visitor.choose(PHOTO)
+        card = await visitor.ask(UNSURE, "less-sure")
+        assert "Less sure after a closer look" in await card.note()
+        colours = await visitor.page.evaluate(
+            "(card) => [card.querySelector('.note'), document.querySelector('#saved')]"
+            ".map((each) => getComputedStyle(each).color)",
+            await card.locator.element_handle(),
+        )
+        assert colours[0] != colours[1]  # which is the green of what went well
+        text = " ".join((await card.text()).split())
+        assert "47 uncertainty 2.000" in text
+        assert "67 uncertainty 2.500" in text
+
+
+@pytest.mark.parametrize(("bits", "state"), [(0.0, "sure"), (2.0, "refined")])
+async def test_an_answer_without_text_is_told_as_such(visitor: Visitor, bits: float, state: str):
+    def play(question: str, view: str, region: str) -> Script:
+        return Script("", "", uncertainty_bits=bits)
+
+    async with running(service(FakeBackend(play=play))) as url:
+        await visitor.open(url)
+        await visitor.choose(PHOTO)
+        card = await visitor.ask(UNSURE, state)
+        assert await card.answer() == "(the model gave no text)"
+        assert "(the model gave no text)" in await visitor.page.inner_text("#announce")
+
+
 async def test_the_answer_grows_as_it_comes(visitor: Visitor):
     async with running(service(slow(0.4))) as url:
         await visitor.open(url)

@@ -49,6 +49,11 @@ async def test_the_region_of_a_pending_question_leaves_the_camera_on(visitor: Vi
         assert await page.locator("#viewfinder").is_visible()
         assert await page.evaluate(FOCUSED) == "Take the picture"
         assert await page.evaluate(ON) == 1
+        # A question now would be about a picture that is out of sight.
+        await page.fill("#question", UNSURE)
+        await page.press("#question", "Enter")
+        assert "Take the picture first" in await visitor.problem()
+        assert await page.locator(".card").count() == 1
         await page.locator("#close-camera").press("Enter")
         assert await page.evaluate(ON) == 0
         # The region was marked meanwhile.

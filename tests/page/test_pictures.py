@@ -138,6 +138,49 @@ async def test_a_turned_picture_is_cut_as_it_is_seen(open_page: Visitor, orienta
     assert ratio == pytest.approx(620 / 400, abs=0.01)
 
 
+@pytest.mark.parametrize("format", ["WEBP", "PNG"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+async def test_formats_that_a_browser_may_not_turn_are_turned(
+    open_page: Visitor, format: str, orientation: int
+):
+    """Chromium turns a JPEG, and leaves a WebP as it is stored."""
+    data = turned(detailed(620, 400), orientation, format, lossless=True)
+    await asked(open_page, data, f"turned.{format.lower()}")
+    original = Picture.open(data)
+    assert original.size == (620, 400)
+    check(open_page, original)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"MM", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff"]
+)
+async def test_orientation_data_that_is_cut_off_turns_nothing(open_page: Visitor, exif: bytes):
+    data = saved(detailed(620, 400), "WEBP", lossless=True, exif=exif)
+    await asked(open_page, data, "cut.webp")
+    check(open_page, Picture.from_pil(detailed(620, 400)))
+
+
+async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Browser):
+    image = Image.new("RGBA", (400, 300), (0, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle((100, 100, 200, 200), fill=(0, 0, 0, 255))
+    async with running(service()) as url, visiting(browser, color_scheme="dark") as visitor:
+        await visitor.open(url)
+        await visitor.choose(saved(image, "PNG"), "drawing.png")
+        shown = await visitor.page.evaluate(
+            """() => {
+                const canvas = new OffscreenCanvas(preview.width, preview.height);
+                const context = canvas.getContext("2d", { willReadFrequently: true });
+                context.drawImage(preview, 0, 0);
+                const at = (x, y) => [...context.getImageData(x, y, 1, 1).data];
+                return [at(50, 50), at(150, 150)];
+            }"""
+        )
+        assert shown == [[255, 255, 255, 255], [0, 0, 0, 255]]
+        await visitor.ask(SURE, "sure")
+        sent = decoded(visitor.sent(Ask)[-1].view)
+        assert min(sent.getpixel((5, 5))) > 250
+
+
 @pytest.mark.parametrize("fit", list(Fit))
 @pytest.mark.parametrize("size", [(900, 500), (333, 777)])
 async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
@@ -267,6 +310,66 @@ async def test_a_broken_file_is_one_clear_line(
     await open_page.choose(saved(photo(), "JPEG"))
     assert await open_page.page.inner_text("#problem") == ""
     await open_page.ask(SURE, "sure")
+
+
+async def test_after_a_refused_file_no_question_goes_to_the_picture_before(browser: Browser):
+    phone = {"width": 360, "height": 740}
+    async with running(service()) as url, visiting(browser, viewport=phone) as visitor:
+        page = visitor.page
+        await visitor.open(url)
+        await visitor.choose(saved(photo(), "JPEG"), "before.jpg")
+        card = await visitor.ask(SURE, "sure")
+        file = {"name": "IMG_1.HEIC", "mimeType": "image/heic", "buffer": b"\0\0\0\x18ftypheic"}
+        await page.set_input_files("#file", file)
+        assert "IMG_1.HEIC" in await visitor.problem()
+        # The line is in sight, and the picture before is not on show any more.
+        assert await page.evaluate(
+            """() => {
+                const { top, bottom } = document.querySelector("#problem").getBoundingClientRect();
+                return top >= 0 && bottom <= innerHeight;
+            }"""
+        )
+        assert not await page.locator("#figure").is_visible()
+        sent = len(visitor.sent(Ask))
+        await page.fill("#question", SURE)
+        await page.press("#question", "Enter")
+        assert await visitor.problem() == "Choose a picture first."
+        assert await page.input_value("#question") == SURE
+        assert len(visitor.sent(Ask)) == sent
+        # A question of before brings its picture back.
+        await card.locator.locator(".title").click()
+        await page.wait_for_selector("#caption:has-text('before.jpg')")
+        await page.press("#question", "Enter")
+        await page.wait_for_selector(".card:nth-last-child(2)[data-state=sure]")
+        assert len(visitor.sent(Ask)) == sent + 1
+
+
+async def test_a_picture_that_is_still_being_opened_is_waited_for(visitor: Visitor):
+    """Or the question would go to the picture before."""
+    async with running(service()) as url:
+        await visitor.open(url)
+        await visitor.choose(saved(photo(), "JPEG"), "before.jpg")
+        await visitor.page.evaluate(
+            """() => {
+                const decode = createImageBitmap;
+                const ready = new Promise((done) => { window.decodes = done; });
+                window.createImageBitmap = async (...from) => {
+                    await ready;
+                    return decode(...from);
+                };
+            }"""
+        )
+        file = {"name": "next.jpg", "mimeType": "image/jpeg", "buffer": saved(photo(), "JPEG")}
+        await visitor.page.set_input_files("#file", file)
+        await visitor.page.fill("#question", SURE)
+        await visitor.page.press("#question", "Enter")
+        assert "still being opened" in await visitor.problem()
+        assert await visitor.page.locator(".card").count() == 0
+        await visitor.page.evaluate("decodes()")
+        await visitor.page.wait_for_selector("#stage:not([aria-busy])")
+        await visitor.page.press("#question", "Enter")
+        await visitor.page.wait_for_selector(".card[data-state=sure]")
+        assert "next.jpg" in await visitor.page.inner_text("#caption")
 
 
 async def test_a_picture_that_shrinks_to_a_bomb_is_refused_or_read(open_page: Visitor):

@@ -4,10 +4,11 @@
 
 import { CollabError, LostError, ServerError, StoppedError } from "./errors.js";
 import { FITS } from "./geometry.js";
+import { pauseMs } from "./link.js";
 import { DeclineReason, ErrorCode, Fallback, Stage } from "./messages.js";
 
 const RESCUE_GRACE_MS = 5_000;
-const MAX_LOSSES = 5; // beyond, it may be the question itself that brings the server down
+const ASK_AGAIN_MS = 60_000; // for so long: it may be the question itself that brings the server down
 const MAX_VIEW_GONE = 5;
 const SHORTEST_WAIT_MS = 50;
 const VIEW_QUALITY = 90;
@@ -51,6 +52,8 @@ export class Asking {
   #seen = null;
   #rescuing = false;
   #losses = 0;
+  #lostAt = null; // when it lost a link for the first time
+  #sentAt = 0;
   #gone = 0;
   #carry = false;
   #up = 0;
@@ -124,11 +127,15 @@ export class Asking {
       if (this.#carry) await pause(SHORTEST_WAIT_MS * 2 ** (this.#gone - 1), signal);
       this.#carry = true;
     } else if (error instanceof LostError) {
-      if (++this.#losses > MAX_LOSSES) {
+      this.#losses += 1;
+      const now = performance.now();
+      this.#lostAt ??= now;
+      if (now - this.#lostAt > ASK_AGAIN_MS) {
         throw new CollabError(`Given up after ${this.#losses} lost connections: ${error.message}`);
       }
       this.#tell({ kind: "again", text: "The connection was lost; this question waits for it." });
-      if (error.retryAfterMs !== null) await pause(error.retryAfterMs, signal);
+      const dueMs = this.#sentAt + pauseMs(this.#losses) - now;
+      await pause(Math.max(dueMs, error.retryAfterMs ?? 0), signal);
     } else {
       throw error;
     }
@@ -148,6 +155,7 @@ export class Asking {
     const key = welcome.session.join();
     const carries = this.#carry || this.#view.session !== key;
     const sent = carries ? image : null;
+    this.#sentAt = performance.now();
     const exchange = link.ask(this.#question, this.#view.id, this.#picture.size, sent, OPTIONS, this.#history);
     this.#view.session = key;
     if (carries) this.#tell({ kind: "sent", what: "view", image, codec });

@@ -11,6 +11,7 @@ const WHY_FIRST = {
   [Fallback.SERVER_FAILED]: "the server failed at the second look",
   [Fallback.LINK_LOST]: "the connection was lost",
 };
+const NO_TEXT = "(the model gave no text)";
 const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
 
 export class Card {
@@ -88,7 +89,7 @@ export class Card {
   }
 
   #unsure({ request, box }) {
-    this.answer.textContent = request.first;
+    this.answer.textContent = request.first || NO_TEXT;
     this.note.textContent = box ? "Unsure: looking closer …" : "Unsure, but the region makes no sense.";
     this.#firstAnswer(request.first, request.uncertaintyMicro);
     if (box) {
@@ -97,7 +98,7 @@ export class Card {
       this.place.textContent = `${size} at (${box.left}, ${box.top}) of ${width} × ${height}`;
       this.placeRow.hidden = false;
     }
-    announce(`First answer: ${request.first}. The server is unsure and looks closer.`);
+    announce(`First answer: ${request.first || NO_TEXT}. The server is unsure and looks closer.`);
   }
 
   #firstAnswer(text, uncertaintyMicro) {
@@ -130,11 +131,14 @@ export class Card {
   /** The question has its answer. */
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
-    this.#end(refined ? "refined" : answer.seen === null ? "sure" : "first");
-    this.answer.textContent = this.text = answer.text;
+    const lessSure = refined && answer.uncertaintyMicro > answer.seen.request.uncertaintyMicro;
+    this.#end(lessSure ? "less-sure" : refined ? "refined" : answer.seen === null ? "sure" : "first");
+    this.text = answer.text;
+    this.answer.textContent = answer.text || NO_TEXT;
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
-      this.note.textContent = `Refined after a closer look: ${cost}`;
+      const outcome = lessSure ? "Less sure after a closer look" : "Refined after a closer look";
+      this.note.textContent = `${outcome}: ${cost}`;
       this.refined.replaceChildren(...said(answer.text, answer.uncertaintyMicro));
       this.refinedRow.hidden = false;
     } else {
@@ -145,7 +149,7 @@ export class Card {
         answer.seen === null ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
     if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
-    announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text}. Sent ${bytes(this.#bytesUp)}.`);
+    announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text || NO_TEXT}. Sent ${bytes(this.#bytesUp)}.`);
   }
 
   /** The question has no answer, and `text` says why. */
@@ -168,5 +172,5 @@ export class Card {
 
 function said(text, uncertaintyMicro) {
   const uncertainty = `uncertainty ${(uncertaintyMicro / 1e6).toFixed(3)}`;
-  return [text, " ", element("span", { className: "uncertainty" }, uncertainty)];
+  return [text || NO_TEXT, " ", element("span", { className: "uncertainty" }, uncertainty)];
 }

@@ -379,16 +379,19 @@ export class LinkKeeper {
     }
   }
 
-  /** Pauses double, and differ between clients, so that not all come back at once. */
   async #pause(wishMs) {
     if (this.#failures === 0) return;
-    const longest = Math.min(FIRST_PAUSE_MS * 2 ** Math.min(this.#failures - 1, 30), LONGEST_PAUSE_MS);
-    const pauseMs = Math.max(longest * (0.5 + Math.random() / 2), wishMs);
     await new Promise((resolve) => {
       this.#wakeEarly = resolve;
-      setTimeout(resolve, pauseMs);
+      setTimeout(resolve, Math.max(pauseMs(this.#failures), wishMs));
     });
   }
+}
+
+/** Pauses double with each failure, and differ between clients, so that not all come back at once. */
+export function pauseMs(failures) {
+  const longest = Math.min(FIRST_PAUSE_MS * 2 ** Math.min(failures - 1, 30), LONGEST_PAUSE_MS);
+  return longest * (0.5 + Math.random() / 2);
 }
 
 /** What an `Error` about the whole connection means. */

@@ -74,7 +74,11 @@ async function open(file, name) {
     // Its keyboard would cover a phone's screen; and the camera may have been opened meanwhile.
     if (cameraKind() !== "native" && $("viewfinder").hidden) $("question").focus();
   } catch (error) {
-    if (turn === opening) problem(error);
+    if (turn !== opening) return;
+    // The next question is not about the picture before, which may be out of sight.
+    stage.clear();
+    select(null);
+    problem(error);
   } finally {
     if (turn === opening) $("stage").removeAttribute("aria-busy");
   }
@@ -155,7 +159,11 @@ $("shoot").addEventListener("click", async () => {
 $("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
-  if (stage.picture === null) {
+  if ($("stage").hasAttribute("aria-busy")) {
+    problem("The picture is still being opened; ask again in a moment.");
+  } else if (!$("viewfinder").hidden) {
+    problem("Take the picture first, or close the camera.");
+  } else if (stage.picture === null) {
     problem("Choose a picture first.");
   } else if (question === "") {
     problem("Type a question first.");
@@ -242,6 +250,7 @@ function showMeter() {
 
 function problem(error) {
   $("problem").textContent = lineOf(error);
+  if ($("problem").textContent !== "") $("problem").scrollIntoView({ block: "nearest" });
 }
 
 /** One clear line, whatever went wrong. */

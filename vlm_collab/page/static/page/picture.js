@@ -4,6 +4,7 @@ import { pixelsOnly } from "./container.js";
 import { PictureError } from "./errors.js";
 import { frameOf, paddedExtent } from "./geometry.js";
 import { Codec } from "./messages.js";
+import { upright } from "./orientation.js";
 import { resample } from "./resample.js";
 
 const MAX_SOURCE_BYTES = 2 ** 30;
@@ -93,13 +94,15 @@ export class Picture {
     return encoded(canvas, codec, quality);
   }
 
-  /** Draw the picture onto a canvas for people to look at. */
+  /** Draw the picture onto a canvas for people to look at; on white, as it is sent. */
   async preview(canvas) {
     const shrink = Math.min(1, PREVIEW_PX / Math.max(this.size.width, this.size.height));
     canvas.width = Math.max(1, Math.round(this.size.width * shrink));
     canvas.height = Math.max(1, Math.round(this.size.height * shrink));
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, canvas.width, canvas.height);
     this.#resting = false;
     await this.#with((bitmap) => context.drawImage(bitmap, 0, 0, canvas.width, canvas.height));
   }
@@ -134,7 +137,7 @@ export class Picture {
 
 async function decoded(blob, name) {
   try {
-    return await createImageBitmap(blob, { imageOrientation: "from-image" });
+    return await upright(blob);
   } catch {
     const start = new Uint8Array(await blob.slice(0, 12).arrayBuffer().catch(() => []));
     const letters = String.fromCharCode(...start);

@@ -61,6 +61,14 @@ export class Stage {
     this.#mark();
   }
 
+  /** Show nothing: what was on show is not what the next question is about. */
+  clear() {
+    this.#shown?.rest();
+    this.#shown = this.#region = null;
+    this.#drawn = false;
+    this.viewfinder(!$("viewfinder").hidden);
+  }
+
   /** The camera is on, or off. */
   viewfinder(on) {
     $("viewfinder").hidden = !on;
