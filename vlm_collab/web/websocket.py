@@ -40,7 +40,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             watched = WatchedTransport(cast(asyncio.Transport, transport), WRITE_TIMEOUT_S)
         super().connection_made(cast(asyncio.Transport, watched))
         self._watched = watched
-        watched.released = self._go_on
+        watched.released = self._go_on_soon
         self._backlog = bytearray()
         self._turn: asyncio.Handle | None = None
         self._frames = 0
@@ -67,7 +67,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._backlog += data
-        self._go_on()
+        if self._turn is None:
+            self._parse()
 
     def handle_events(self) -> None:
         """uvicorn's: after each piece that was parsed."""
@@ -95,10 +96,10 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._fragment_bytes += len(frame.data)
         return self._fragments > FREE_FRAGMENTS + self._fragment_bytes / FRAGMENT_BYTES
 
-    def _go_on(self) -> None:
-        """Parse what waits, unless there is a reason not to, or another turn comes anyway."""
-        if self._turn is None:
-            self._parse()
+    def _go_on_soon(self) -> None:
+        """Parse what waits in a turn of its own: whoever released it may go on without a pause."""
+        if self._turn is None and self._backlog:
+            self._turn = self.loop.call_soon(self._parse)
 
     def _parse(self) -> None:
         self._turn = None
@@ -112,8 +113,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 self._backlog.clear()
                 break
             self._slow_down(self._frames - before)
-            if self._frames >= FRAMES_PER_TURN and self._backlog:
-                self._turn = self.loop.call_soon(self._parse)
+            if self._frames >= FRAMES_PER_TURN:
+                self._go_on_soon()
                 break
         if self._backlog:
             self._watched.hold("backlog")
