@@ -330,9 +330,7 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
         stuck = [here.open(buffer=SMALL) for _ in range(3)]
         for number, one in enumerate(stuck, 1):
             await one.send_what_goes(request(FILE) * 50)
-            await until(
-                lambda: sum(each.transport.unsent > 0 for each in here.connections) == number
-            )
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
         for path in ("/healthz", "/readyz", "/metrics"):
             assert b" 200 " in await here.open().get(path)
         refused = await here.open().get("/v1/models")
