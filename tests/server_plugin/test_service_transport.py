@@ -27,7 +27,7 @@ from tests.support.wire import SURE, edge, picture, service
 from vlm_collab.images import Codec
 from vlm_collab.messages import Answer, Ask, Cancel, Hello, Welcome, encode
 from vlm_collab.web import places as places_module
-from vlm_collab.web import websocket
+from vlm_collab.web import transport, websocket
 from vlm_collab.web.places import Places
 
 FILE = "/page/link.js"  # of some KB
@@ -345,6 +345,21 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
         del silent
 
 
+async def test_clients_that_do_not_read_make_room_sooner_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    few(monkeypatch, others=1)
+    monkeypatch.setattr(transport, "_LOOKS", 300)
+    limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
+    async with served(service(limits=limits)) as here:
+        for number in range(1, 4):
+            await here.open(buffer=SMALL).send_what_goes(request(FILE) * 50)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
+        await until(lambda: all(each.transport.stalled for each in here.connections))
+        assert b" 200 " in await here.open().get("/v1/models")
+        assert len(here.connections) == 2
+
+
 async def test_connections_of_one_address_are_bounded():
     limits = {"max_per_address": 2, "write_timeout_s": 60}
     async with served(service(limits=limits)) as here:
@@ -366,7 +381,7 @@ def test_what_an_address_is():
         return Places(None, per_address)
 
     def let_in(where: Places, host: str | None) -> bool:
-        place = where.enter(host, lambda: None)
+        place = where.enter(host, Connected())
         assert place is not None
         where.busy(place)
         return place.refusal is None
@@ -391,16 +406,30 @@ def test_what_an_address_is():
 
 
 def test_the_address_with_most_silent_connections_loses_its_oldest():
-    dropped: list[str] = []
-    places = Places(4, 0)
-    entered = [
-        places.enter(host, lambda name=name: dropped.append(name))
-        for name, host in (("a", "192.0.2.1"), ("b1", "192.0.2.2"), ("b2", "192.0.2.2"))
-    ]
-    at_work = places.enter("192.0.2.2", lambda: dropped.append("at work"))
-    assert at_work is not None
-    places.busy(at_work)
-    assert all(place and place.refusal is None for place in entered)
-    for _ in range(2):
-        assert places.enter("192.0.2.3", lambda: None).refusal is None
-    assert dropped == ["b1", "a"]
+    one, two, three = "192.0.2.1", "192.0.2.2", "192.0.2.3"
+    silent = {name: Connected() for name in ("one", "two a", "two b")}
+    at_work, slow, new = Connected(), Connected(unsent=1), [Connected() for _ in range(3)]
+    places = Places(5, 0)
+    for host, connection in zip((one, two, two), silent.values(), strict=True):
+        assert places.enter(host, connection)
+    place = places.enter(two, at_work)
+    assert place
+    places.busy(place)
+    assert places.enter(two, slow)
+    assert places.enter(three, new[0]).refusal is None
+    assert [name for name, each in silent.items() if each.aborted] == ["two a"]
+    assert places.enter(three, new[1]).refusal is None
+    assert places.enter(three, new[2]).refusal is None
+    assert not at_work.aborted
+    assert not slow.aborted
+
+
+class Connected:
+    """A connection that does nothing."""
+
+    def __init__(self, unsent: int = 0) -> None:
+        self.unsent = unsent
+        self.stalled = self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True

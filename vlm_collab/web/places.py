@@ -6,7 +6,9 @@ import ipaddress
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,21 +23,34 @@ _TELL_S = 60.0
 """Between two lines of the log that say that there is no room."""
 
 
+class Occupant(Protocol):
+    """A connection, such as `WatchedTransport`."""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the peer to read."""
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it has read nothing for a while of what waits."""
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """What one connection occupies.
 
     Attributes:
+        connection: the connection.
         address: whose it is; None if it has none, as on a Unix socket.
         refusal: why it may ask only how the server is; None if it may ask anything.
-        leave: drops the connection at once.
     """
 
-    __slots__ = ("address", "leave", "refusal")
-
-    def __init__(self, address: str | None, refusal: str | None, leave: Callable[[], None]) -> None:
-        self.address = address
-        self.refusal = refusal
-        self.leave = leave
+    connection: Occupant
+    address: str | None
+    refusal: str | None
 
 
 class Places:
@@ -43,7 +58,7 @@ class Places:
 
     A connection on which nothing is asked gives its place up when one is needed: of the address
     that has most such connections, the oldest goes. So whoever opens many and says nothing keeps
-    nobody out but himself.
+    nobody out but himself. Where all are at work, one goes whose client does not read.
 
     Args:
         most: places in all; None for no bound.
@@ -69,16 +84,16 @@ class Places:
         self._idle: dict[Place, None] = {}
         self._told_s = -_TELL_S
 
-    def enter(self, host: str | None, leave: Callable[[], None]) -> Place | None:
+    def enter(self, host: str | None, connection: Occupant) -> Place | None:
         """A place for a new connection, on which nothing is asked yet; None if it has to go.
 
         Args:
             host: the address it comes from.
-            leave: drops it.
+            connection: it.
         """
         address = None if host is None else _network(host)
         refusal = self._refusal(host, address)
-        place = Place(address, refusal, leave)
+        place = Place(connection, address, refusal)
         if refusal is None:
             self._all[place] = None
             self._taken[address] += 1
@@ -130,7 +145,7 @@ class Places:
         return 0 if _is_loopback(host) else MAX_PER_ADDRESS
 
     def _free(self, places: dict[Place, None], of: list[str | None] | None = None) -> bool:
-        """Drop an idle connection.
+        """Drop a connection on which nothing is asked, or else one whose client does not read.
 
         Args:
             places: out of these.
@@ -139,14 +154,18 @@ class Places:
         Returns:
             whether there was one.
         """
-        idle = [p for p in self._idle if p in places and (of is None or p.address in of)]
-        if not idle:
+        theirs = [place for place in places if of is None or place.address in of]
+        # Idle ones in the order in which they became it.
+        among = set(theirs)
+        idle = [place for place in self._idle if place in among and not place.connection.unsent]
+        candidates = idle or [place for place in theirs if place.connection.stalled]
+        if not candidates:
             return False
-        counted = Counter(place.address for place in idle)
+        counted = Counter(place.address for place in candidates)
         address = max(counted, key=lambda each: counted[each])
-        oldest = next(place for place in idle if place.address == address)
+        oldest = next(place for place in candidates if place.address == address)
         self.left(oldest)
-        oldest.leave()
+        oldest.connection.abort()
         return True
 
     def _tell(self, refusal: str) -> None:

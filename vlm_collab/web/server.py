@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.web.places import Places
-from vlm_collab.web.serving import HttpConnection
+from vlm_collab.web.serving import IDLE_S, HttpConnection
 from vlm_collab.web.websocket import WebSocketConnection
 
 
@@ -66,10 +66,9 @@ def settings(
         grace_s: how long connections may take to end at a shutdown.
         certificate, key: PEM files for TLS.
     """
-    http: Any = partial(HttpConnection, places=places, write_timeout_s=write_timeout_s)
     return uvicorn.Config(
         cast(Any, app),
-        http=http,
+        http=cast(Any, partial(HttpConnection, places=places, write_timeout_s=write_timeout_s)),
         ws=WebSocketConnection,
         ws_max_size=max_frame_bytes,
         ws_per_message_deflate=False,  # pictures do not shrink, and byte counts stay real
@@ -82,6 +81,25 @@ def settings(
         lifespan="on",
         timeout_graceful_shutdown=grace_s,
     )
+
+
+def bound(
+    settings: uvicorn.Config, *, places: Places, write_timeout_s: float, max_frame_bytes: int
+) -> None:
+    """Give a server that others have set up our bounds on connections, before it listens.
+
+    Its own time for idle connections stays where it is longer.
+    """
+    http = partial(
+        HttpConnection,
+        places=places,
+        write_timeout_s=write_timeout_s,
+        idle_s=max(IDLE_S, settings.timeout_keep_alive),
+    )
+    settings.http_protocol_class = cast(Any, http)
+    settings.ws_protocol_class = WebSocketConnection
+    settings.ws_max_size = max_frame_bytes
+    settings.ws_per_message_deflate = False
 
 
 async def serve(server: uvicorn.Server, sock: socket.socket) -> None:

@@ -27,23 +27,30 @@ class HttpConnection(H11Protocol):
     Args:
         places: those of the server.
         write_timeout_s: how long a client may take nothing of what waits for it.
+        idle_s: how long nothing may be asked; None for `IDLE_S`.
     """
 
     _due: asyncio.TimerHandle | None = None
     _place: Place | None = None
 
     def __init__(
-        self, *arguments: Any, places: Places, write_timeout_s: float = WRITE_TIMEOUT_S, **more: Any
+        self,
+        *arguments: Any,
+        places: Places,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+        idle_s: float | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
         self._places = places
         self._write_timeout_s = write_timeout_s
+        self._idle_s = IDLE_S if idle_s is None else idle_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         watched = WatchedTransport(transport, self._write_timeout_s)
         super().connection_made(cast(asyncio.Transport, watched))
-        place = self._places.enter(self.client and self.client[0], transport.abort)
+        place = self._places.enter(self.client and self.client[0], watched)
         if place is None:
             transport.abort()
             return
@@ -80,7 +87,7 @@ class HttpConnection(H11Protocol):
         ours = self in self.connections  # until it is lost, or a WebSocket
         if ours and (self.cycle is None or self.cycle.response_complete):
             if self._due is None:
-                time_s = IDLE_S if place.refusal is None else min(IDLE_S, REFUSED_IDLE_S)
+                time_s = self._idle_s if place.refusal is None else REFUSED_IDLE_S
                 self._due = self.loop.call_later(time_s, self.transport.close)
             self._places.idle(place)
             return

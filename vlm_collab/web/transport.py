@@ -55,6 +55,11 @@ class WatchedTransport:
         """Bytes that wait in this process for the peer to read."""
         return unsent(self._transport)
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the peer has taken nothing for a while of what waits for it."""
+        return self._idle_looks > 0 and self.unsent > 0
+
     def pause_reading(self) -> None:
         """uvicorn's reason not to read."""
         self.hold("uvicorn")
