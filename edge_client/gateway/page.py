@@ -138,6 +138,7 @@ class Page:
             await _deny(websocket, ApiError(504, "the server does not answer", "timeout_error"))
             return
         relay, used = asyncio.current_task(), False
+        assert relay is not None
 
         def use() -> bool:
             """Take a place with the first frame that comes; whether there was one."""
@@ -145,7 +146,7 @@ class Page:
             if not used and self._relays < self._max_relays:
                 used = True
                 self._relays += 1
-                self._unused.pop(relay, None)  # type: ignore[call-overload]
+                self._unused.pop(relay, None)
             return used
 
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service import connection as messages
@@ -56,6 +59,30 @@ async def test_a_client_that_reads_no_response_is_dropped(asked: str):
         await client.send_what_goes(UNREAD[asked])
         await until(lambda: here.waiting() > 0)
         await until(gone(here))
+
+
+@pytest.mark.parametrize("asked", [request(FILE), request(FILE) * 2000])
+async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
+    asked: bytes, tmp_path: Path
+):
+    """What is encrypted already waits below the transport that the server writes to."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    async with served(service(limits=QUIET, **files)) as here:
+        client = here.open(buffer=SMALL)
+        reader, writer = await asyncio.open_connection(
+            sock=client.sock, ssl=context, server_hostname="127.0.0.1", limit=1
+        )
+        writer.write(asked)
+        await until(lambda: any(each.transport.unsent for each in here.connections))
+        await until(gone(here))
+        writer.transport.abort()
+        del reader
 
 
 async def test_what_a_client_that_does_not_read_is_sent_is_bounded():
@@ -196,8 +223,8 @@ async def test_others_get_their_turn_beside_a_flood_of_tiny_frames(
         before = turns.total
         await client.send(FLOODS[flood] * 20_000)
         await until(lambda: turns.total >= before + 20_000)
-        # Those of a turn, of the piece with which they are enough, and as messages once more.
-        assert turns.most < 2 * (websocket.FRAMES_PER_TURN + websocket.PIECE_BYTES // 6 + 1)
+        # The 64 of a turn, and up to 171 of the piece with which they are enough; as messages, too.
+        assert turns.most <= 2 * (64 + 171)
 
 
 @pytest.mark.parametrize("flood", ["pings", "Cancel of a question that ended"])

@@ -55,7 +55,7 @@ class HttpConnection(H11Protocol):
             transport.abort()
             return
         self._place = place
-        self.app = self._places.app_for(place, self.app)  # type: ignore[arg-type, assignment]
+        self.app = self._places.app_for(place, self.app)
         watched.lost = lambda: self._places.left(place)
         self._watch()
 
