@@ -80,6 +80,14 @@ def gateway(
         float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
     ] = DEFAULT_DEADLINE_S,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
+    max_per_address: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Connections at once from one address: 64, except from this machine; 0 for any "
+            "number, as behind a proxy on another machine.",
+        ),
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
@@ -123,6 +131,7 @@ def gateway(
         limits=GatewayLimits(
             wire=wire,
             max_requests=max_requests,
+            max_per_address=max_per_address,
             max_picture_bytes=picture_memory_mb * 2**20,
             max_pixels=max_megapixels * 10**6,
         ),

@@ -107,6 +107,13 @@ def serve(
         int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
     ] = None,
     max_connections: Annotated[int, typer.Option(help="WebSockets at once.")] = 256,
+    max_per_address: Annotated[
+        int | None,
+        typer.Option(
+            help="Connections at once from one address: 64, except from this machine; 0 for any "
+            "number, as behind a proxy on another machine."
+        ),
+    ] = None,
     max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
     max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
     view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
@@ -128,6 +135,7 @@ def serve(
         raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(levels)}")
     limits: dict[str, Any] = {
         "max_connections": max_connections,
+        "max_per_address": max_per_address,
         "max_questions": max_questions,
         "max_queue": max_queue,
         "max_view_bytes": view_memory_mb * 2**20,

@@ -64,6 +64,9 @@ from vlm_collab.openai import (
 
 log = logging.getLogger(__name__)
 
+HEALTH = ("/healthz", "/readyz")
+"""Paths that answer even if there is no place left for anything else."""
+
 _LOOK_S = 5.0
 _READY_S = 0.05
 
@@ -93,7 +96,7 @@ class Gateway:
         self._cameras = Cameras(config, url, **options)
         self.answerer = self._cameras.default
         self._access = Access(config)
-        self._page = Page(self.answerer, self._access, limits.max_relays)
+        self._page = Page(self.answerer, self._access, limits)
         self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
         self._created = int(time.time())
         self._requests = 0

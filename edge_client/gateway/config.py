@@ -26,7 +26,10 @@ class GatewayLimits:
         max_decoding: pictures that are decoded at once, of all cameras; the largest take gigabytes.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
             pictures' bytes; the oldest go first.
-        max_relays: connections of the page at once.
+        max_relays: connections of the page at once; as many more may not have sent anything yet.
+        max_per_address: connections of any kind from one address; None for 64, except from this
+            machine, where a proxy may stand; 0 for no bound, as behind a proxy elsewhere.
+        write_timeout_s: how long a client may take nothing of what waits for it to read.
         body_timeout_s: time for a request's body to arrive.
         fetch_timeout_s: time for a picture to be fetched.
     """
@@ -40,8 +43,14 @@ class GatewayLimits:
     max_responses: int = 256
     max_response_bytes: int = 256 * 2**20
     max_relays: int = 16
+    max_per_address: int | None = None
+    write_timeout_s: float = 20.0
     body_timeout_s: float = 60.0
     fetch_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.max_per_address is not None and self.max_per_address < 0:
+            raise ConfigError(f"max_per_address must be 0 or more, not {self.max_per_address}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from edge_client.dial import ENDPOINT, dial
 from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
+from edge_client.gateway.config import GatewayLimits
 from vlm_collab.errors import CollabError
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError, api_error
 from vlm_collab.page import HEADERS, INDEX, page_file
+from vlm_collab.web.transport import sent
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ _OFF = (
     "and the page would go around it."
 )
 _LOOK_S = 3.0
+_TRY_LATER = 1013
+_NO_ROOM = "no room for another connection"
 
 
 class Page:
@@ -41,14 +46,17 @@ class Page:
     Args:
         answerer: knows the server.
         access: who may connect.
-        max_relays: connections at once.
+        limits: bounds on its connections.
     """
 
-    def __init__(self, answerer: Answerer, access: Access, max_relays: int) -> None:
+    def __init__(self, answerer: Answerer, access: Access, limits: GatewayLimits) -> None:
         self._answerer = answerer
         self._access = access
-        self._max_relays = max_relays
+        self._max_relays = limits.max_relays
+        self._write_timeout_s = limits.write_timeout_s
         self._relays = 0
+        # Those through which nothing has come yet, oldest first. They take no place of the others.
+        self._unused: dict[asyncio.Task[None], None] = {}
 
     def routes(self) -> list[BaseRoute]:
         """The routes, relative to where the page lies."""
@@ -91,8 +99,7 @@ class Page:
         if refusal is not None:
             return refusal
         if self._relays >= self._max_relays:
-            text = "no room for another connection"
-            return ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
+            return _no_room()
         return None
 
     async def _relay(self, websocket: WebSocket) -> None:
@@ -102,11 +109,22 @@ class Page:
         if refusal is not None:
             await _deny(websocket, refusal)
             return
-        self._relays += 1
+        relay = asyncio.create_task(self._connect(websocket))
+        self._unused[relay] = None
+        if len(self._unused) > self._max_relays:
+            oldest = next(iter(self._unused))
+            del self._unused[oldest]
+            oldest.cancel()
         try:
-            await self._connect(websocket)
+            await asyncio.wait([relay])
+            if not relay.cancelled():
+                relay.result()
+            elif websocket.application_state is WebSocketState.CONNECTING:
+                await _deny(websocket, _no_room())
         finally:
-            self._relays -= 1
+            relay.cancel()
+            await asyncio.wait([relay])
+            self._unused.pop(relay, None)
 
     async def _connect(self, websocket: WebSocket) -> None:
         server = self._answerer.server
@@ -119,11 +137,28 @@ class Page:
         except TimeoutError:
             await _deny(websocket, ApiError(504, "the server does not answer", "timeout_error"))
             return
+        relay, used = asyncio.current_task(), False
+        assert relay is not None
+
+        def use() -> bool:
+            """Take a place with the first frame that comes; whether there was one."""
+            nonlocal used
+            if not used and self._relays < self._max_relays:
+                used = True
+                self._relays += 1
+                self._unused.pop(relay, None)
+            return used
+
         try:
             await websocket.accept(subprotocol=SUBPROTOCOL)
-            await _pump(websocket, upstream)
+            await _pump(websocket, upstream, use, self._write_timeout_s)
         finally:
+            self._relays -= used
             await upstream.close()
+
+
+def _no_room() -> ApiError:
+    return ApiError(503, _NO_ROOM, "server_error", None, "busy", retry_after_s=1.0)
 
 
 async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
@@ -132,10 +167,20 @@ async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
     await websocket.send_denial_response(response)
 
 
-async def _pump(websocket: WebSocket, upstream: ClientConnection) -> None:
-    """Hand frames on, both ways, until one side ends."""
+async def _pump(
+    websocket: WebSocket, upstream: ClientConnection, use: Callable[[], bool], timeout_s: float
+) -> None:
+    """Hand frames on, both ways, until one side ends.
+
+    A side that does not read what waits for it is dropped: the page by its own connection, as
+    every client is.
+
+    Args:
+        use: called before each frame of the page; whether it may go on.
+        timeout_s: the server must read something within any such time in which something waits.
+    """
     ways = [
-        asyncio.create_task(_upwards(websocket, upstream)),
+        asyncio.create_task(_upwards(websocket, upstream, use, timeout_s)),
         asyncio.create_task(_downwards(websocket, upstream)),
     ]
     try:
@@ -146,14 +191,20 @@ async def _pump(websocket: WebSocket, upstream: ClientConnection) -> None:
         await asyncio.gather(*ways, return_exceptions=True)
 
 
-async def _upwards(websocket: WebSocket, upstream: ClientConnection) -> None:
+async def _upwards(
+    websocket: WebSocket, upstream: ClientConnection, use: Callable[[], bool], timeout_s: float
+) -> None:
     with contextlib.suppress(WebSocketDisconnect, ConnectionClosed):
         while True:
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return
+            if not use():
+                await websocket.close(_TRY_LATER, _NO_ROOM)
+                return
             data = message.get("bytes")
-            await upstream.send(message["text"] if data is None else data)
+            frame = message["text"] if data is None else data
+            await sent(upstream.send(frame), upstream.transport, timeout_s)
 
 
 async def _downwards(websocket: WebSocket, upstream: ClientConnection) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
 
-from edge_client.gateway.app import Gateway
+from edge_client.gateway.app import HEALTH, Gateway
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import MAX_FRAME_BYTES
-from vlm_collab.errors import ConfigError
-from vlm_collab.web.serving import HttpConnection
+from vlm_collab.web import server as web
+from vlm_collab.web.places import Places
 
 _GRACE_S = 10
+_OTHERS = 64
+"""Places beyond the work, for refusals, and the page's files."""
 
 
 def bind(config: GatewayConfig) -> socket.socket:
@@ -25,80 +25,36 @@ def bind(config: GatewayConfig) -> socket.socket:
     Raises:
         ConfigError: the address cannot be used.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((config.host.strip("[]"), config.port))
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
-    return sock
+    return web.bind(config.host, config.port)
 
 
 def url_of(sock: socket.socket) -> str:
     """The base URL that a client on this machine uses."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"http://{web.address_of(sock)}/v1"
 
 
 async def serve(gateway: Gateway, sock: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM; questions in flight get a while to end."""
-    server = _server(gateway)
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        # Its public `serve` raises the signal again, which would end the process uncleanly.
-        await server._serve([sock])
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+    await web.serve(_server(gateway), sock)
 
 
 @asynccontextmanager
 async def running(gateway: Gateway) -> AsyncIterator[str]:
     """Run a gateway in this event loop; yields its base URL. Leaving stops it."""
     sock = bind(gateway.config)
-    server = _server(gateway)
-    task = asyncio.create_task(server._serve([sock]))
-    try:
-        while not server.started:
-            if task.done():
-                await task
-                raise RuntimeError("the gateway did not start")
-            await asyncio.sleep(0.005)
+    async with web.running(_server(gateway), sock):
         yield url_of(sock)
-    finally:
-        server.should_exit = True
-        await task
 
 
 def _server(gateway: Gateway) -> uvicorn.Server:
     limits = gateway.config.limits
-    return uvicorn.Server(
-        uvicorn.Config(
-            gateway.app(),
-            http=HttpConnection,
-            ws="websockets-sansio",
-            ws_max_size=MAX_FRAME_BYTES,
-            ws_per_message_deflate=False,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            lifespan="on",
-            timeout_graceful_shutdown=_GRACE_S,
-            # Beyond the work, room for refusals, health checks and the page's files.
-            limit_concurrency=limits.max_requests + limits.max_relays + 64,
-        )
+    # Relays that were not used yet have as many places as the others.
+    most = limits.max_requests + 2 * limits.max_relays + _OTHERS
+    settings = web.settings(
+        gateway.app(),
+        places=Places(most, limits.max_per_address, HEALTH),
+        write_timeout_s=limits.write_timeout_s,
+        max_frame_bytes=MAX_FRAME_BYTES,
+        grace_s=_GRACE_S,
     )
+    return uvicorn.Server(settings)

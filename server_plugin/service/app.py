@@ -32,6 +32,9 @@ from vlm_collab.session import MAX_VIEW_PIXELS
 
 log = logging.getLogger(__name__)
 
+HEALTH = ("/healthz", "/readyz", "/metrics")
+"""Paths that answer even if there is no place left for anything else."""
+
 FAREWELL_S = 3.0
 """How long a shutdown waits for clients to read their last messages, and for regions that are to
 come in a request of their own."""
@@ -61,6 +64,8 @@ class Service:
         """Questions accepted and not yet ended."""
         self.draining = False
         self._connections: set[Connection] = set()
+        # Those that have not said `Hello`, oldest first. They take no place of the others.
+        self._newcomers: dict[Connection, None] = {}
         self.abort: Callable[[WebSocket], None] = lambda websocket: None
         """Drops a client's connection without waiting for it; set by what runs the server."""
         self.metrics.model(engine.backend.info.name, __version__)
@@ -71,7 +76,7 @@ class Service:
                 extra={"view": f"{view.width}x{view.height}", "most_pixels": MAX_VIEW_PIXELS},
             )
         for name, text, value in (
-            ("connections", "WebSockets open.", lambda: len(self._connections)),
+            ("connections", "WebSockets open.", lambda: len(self._open())),
             ("questions_in_flight", "Questions not yet ended.", lambda: self.questions),
             ("queue_depth", "Questions waiting for the model.", lambda: self.queue.waiting),
             ("views", "Views held.", lambda: self.views.count),
@@ -117,19 +122,30 @@ class Service:
         if self.questions:
             log.warning("questions refused at shutdown", extra={"questions": self.questions})
         self.openai.shut_down()
-        for connection in list(self._connections):
+        for connection in self._open():
             connection.shut_down()
         if not await self._all_gone(FAREWELL_S):
-            for connection in list(self._connections):
+            for connection in self._open():
                 connection.abort()
             await self._all_gone(FAREWELL_S)
 
     async def _all_gone(self, patience_s: float) -> bool:
         """Wait for the connections to end; whether they have."""
         deadline_s = asyncio.get_running_loop().time() + patience_s
-        while self._connections and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
+        while self._open() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        return not self._connections
+        return not self._open()
+
+    def _open(self) -> list[Connection]:
+        return [*self._connections, *self._newcomers]
+
+    def greeted(self, connection: Connection) -> bool:
+        """Give a connection that has said `Hello` a place; whether there was one."""
+        if len(self._connections) >= self.config.limits.max_connections:
+            return False
+        self._newcomers.pop(connection, None)
+        self._connections.add(connection)
+        return True
 
     async def close(self) -> None:
         """Release what is held. The backend belongs to whoever made it."""
@@ -150,10 +166,15 @@ class Service:
             return
         await websocket.accept(subprotocol=SUBPROTOCOL)
         connection = Connection(websocket, self)
-        self._connections.add(connection)
+        self._newcomers[connection] = None
+        if len(self._newcomers) > self.config.limits.max_newcomers:
+            oldest = next(iter(self._newcomers))
+            del self._newcomers[oldest]
+            oldest.drop()
         try:
             await connection.run()
         finally:
+            self._newcomers.pop(connection, None)
             self._connections.discard(connection)
 
     def _refusal(self, client: HTTPConnection) -> Response | None:

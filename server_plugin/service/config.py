@@ -27,8 +27,12 @@ class ServiceLimits:
             used go first.
         max_sessions: sessions whose views are kept after their connection is gone.
         session_ttl_s: how long they are kept.
+        max_newcomers: WebSockets that have not said `Hello` yet, beside the others; for one more,
+            the oldest goes.
+        max_per_address: connections of any kind from one address; None for 64, except from this
+            machine, where a proxy may stand; 0 for no bound, as behind a proxy elsewhere.
         hello_timeout_s: how long a new connection may stay silent.
-        write_timeout_s: how long a client may leave a message unread.
+        write_timeout_s: how long a client may take nothing of what waits for it to read.
         question_timeout_s: longest time from accepting a question to its answer.
         region_deadline_s: longest wait for a region.
         shutdown_grace_s: how long a shutdown waits for questions in flight.
@@ -41,6 +45,8 @@ class ServiceLimits:
     max_view_bytes: int = 2 * 2**30
     max_sessions: int = 1024
     session_ttl_s: float = 300.0
+    max_newcomers: int = 64
+    max_per_address: int | None = None
     hello_timeout_s: float = 10.0
     write_timeout_s: float = 20.0
     question_timeout_s: float = 120.0
@@ -50,8 +56,12 @@ class ServiceLimits:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if not isinstance(value, ServerLimits) and value <= 0:
+            if name in ("connection", "max_per_address"):
+                continue
+            if value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+        if self.max_per_address is not None and self.max_per_address < 0:
+            raise ConfigError(f"max_per_address must be 0 or more, not {self.max_per_address}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import secrets
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ from vlm_collab.messages import (
     short_millis,
 )
 from vlm_collab.session import FITS, ServerSession
+from vlm_collab.web.rate import Rate
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
@@ -63,15 +65,24 @@ CLOSE_GOING_AWAY = 1001
 CLOSE_PROTOCOL_ERROR = 1002
 CLOSE_POLICY = 1008
 CLOSE_INTERNAL = 1011
+CLOSE_TRY_LATER = 1013
 CLOSE_TIMEOUT_S = 2.0
 """How long a closing connection may take to write what waits."""
 MAX_WAITING_FRAMES = 256
 """Frames that may wait to be written before no more are read: a peer that asks and does not read
 must not make the server remember every answer."""
+MESSAGES_PER_TURN = 32
+"""After so many messages it is the turn of other connections, however many wait."""
+MESSAGES_PER_S = 1000.0
+"""Beyond that a peer is read more slowly. It may go without a pause for as many first."""
 
 
 FEATURES = ("history", "pictures", "sampling", "stop", "tokens")
 """What this server can do beyond the two stages; see `Welcome.features`."""
+
+
+class _NoRoomError(Exception):
+    """So many have said `Hello` that there is no place for another."""
 
 
 def history_of(ask: Ask) -> History:
@@ -130,6 +141,11 @@ class Connection:
                 self._service.views.leave(self._client)
             self._service.metrics.traffic(self._session.traffic, self._published)
 
+    def drop(self) -> None:
+        """End now, and the connection with it."""
+        self.abort()
+        self._service.abort(self._websocket)
+
     def abort(self) -> None:
         """End now, whatever waits to be written."""
         for worker in self._workers:
@@ -158,6 +174,8 @@ class Connection:
                 reason, code = str(error), CLOSE_PROTOCOL_ERROR
             case TimeoutError():
                 reason, code = "no Hello in time", CLOSE_POLICY
+            case _NoRoomError():
+                reason, code = "no room", CLOSE_TRY_LATER
             case None | WebSocketDisconnect():
                 return CLOSE_NORMAL
             case _:
@@ -171,12 +189,18 @@ class Connection:
     async def _read(self) -> None:
         async with asyncio.timeout(self._service.config.limits.hello_timeout_s):
             self._take(await self._frame())
-        while True:
+        loop = asyncio.get_running_loop()
+        rate = Rate(MESSAGES_PER_S, MESSAGES_PER_S, loop.time())
+        for count in itertools.count(1):
             while self._session.waiting > MAX_WAITING_FRAMES:
                 self._flushed.clear()
                 self._wake.set()
                 await self._flushed.wait()
             self._take(await self._frame())
+            # To receive what is there already is no pause: nobody else would get a turn.
+            wait_s = rate.spend(1, loop.time())
+            if wait_s or count % MESSAGES_PER_TURN == 0:
+                await asyncio.sleep(wait_s)
 
     async def _frame(self) -> bytes:
         message = await self._websocket.receive()
@@ -244,6 +268,10 @@ class Connection:
             text = f"no image codec in common; this server takes {known}"
             self._session.close(ErrorCode.UNSUPPORTED_VERSION, text)
             raise RemoteProtocolError(text, ErrorCode.UNSUPPORTED_VERSION)
+        if not service.greeted(self):
+            text = "no room for another connection"
+            self._session.close(ErrorCode.BUSY, text, retry_after_ms=1000)
+            raise _NoRoomError
         log.info("connection opened", extra={"connection": self._name, "client": hello.client})
         self._client = service.views.enter(hello.resume)
         limits = service.config.limits.connection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,10 +10,17 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.websockets import WebSocket
 
-from server_plugin.service.app import Service
+from server_plugin.service.app import HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
 from vlm_collab.errors import ConfigError
-from vlm_collab.web.serving import HttpConnection
+from vlm_collab.web import server as web
+from vlm_collab.web.places import Places
+from vlm_collab.web.server import serve
+
+__all__ = ["bind", "running", "serve", "server", "url_of"]
+
+_OTHERS = 64
+"""Places beyond those for WebSockets."""
 
 
 class _Server(uvicorn.Server):
@@ -54,25 +60,12 @@ def bind(config: ServiceConfig) -> socket.socket:
     Raises:
         ConfigError: the address cannot be used; one clear line.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((config.host.strip("[]"), config.port))
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
-    return sock
+    return web.bind(config.host, config.port)
 
 
 def url_of(sock: socket.socket, config: ServiceConfig) -> str:
     """The URL that a client on this machine uses."""
-    host, port = sock.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
-    return f"{config.scheme}://{f'[{host}]' if ':' in host else host}:{port}{ENDPOINT}"
+    return f"{config.scheme}://{web.address_of(sock)}{ENDPOINT}"
 
 
 def server(service: Service) -> uvicorn.Server:
@@ -82,22 +75,15 @@ def server(service: Service) -> uvicorn.Server:
         ConfigError: the TLS files cannot be read.
     """
     config, limits = service.config, service.config.limits
-    settings = uvicorn.Config(
+    sockets = limits.max_connections + limits.max_newcomers
+    settings = web.settings(
         service.app(),
-        http=HttpConnection,
-        ws="websockets-sansio",
-        ws_max_size=limits.connection.max_frame_bytes,
-        ws_per_message_deflate=False,  # pictures do not shrink, and byte counts stay real
-        ssl_certfile=config.tls_cert,
-        ssl_keyfile=config.tls_key,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        timeout_graceful_shutdown=5,
-        # Beyond the WebSockets, room for health checks and scrapes; further connections get 503.
-        limit_concurrency=limits.max_connections + 64,
+        places=Places(sockets + _OTHERS, limits.max_per_address, HEALTH),
+        write_timeout_s=limits.write_timeout_s,
+        max_frame_bytes=limits.connection.max_frame_bytes,
+        grace_s=5,
+        certificate=config.tls_cert,
+        key=config.tls_key,
     )
     try:
         settings.load()
@@ -106,43 +92,9 @@ def server(service: Service) -> uvicorn.Server:
     return _Server(settings, service)
 
 
-async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal does not wait.
-
-    uvicorn's own `serve` raises the signal again afterwards, which would end the process before
-    its caller has cleaned up.
-    """
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        await server._serve([sock])
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
-
-
 @asynccontextmanager
 async def running(service: Service) -> AsyncIterator[str]:
     """Run a service in this event loop; yields its URL. Leaving shuts it down gracefully."""
     sock = bind(service.config)
-    running = server(service)
-    # Signals stay with the process that embeds the service.
-    task = asyncio.create_task(running._serve([sock]))
-    try:
-        while not running.started:
-            if task.done():
-                await task
-                raise RuntimeError("the service did not start")
-            await asyncio.sleep(0.005)
+    async with web.running(server(service), sock):
         yield url_of(sock, service.config)
-    finally:
-        running.should_exit = True
-        await task
-        sock.close()

@@ -30,13 +30,14 @@ from starlette.websockets import WebSocket
 
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
-from server_plugin.service.app import FAREWELL_S, Service
+from server_plugin.service.app import FAREWELL_S, HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, is_loopback
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
-from vlm_collab.session import ServerLimits
+from vlm_collab.web.places import Places
+from vlm_collab.web.server import bound
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,14 @@ PAGE = "/collab"
 wants it, neither for a page nor with a WebSocket."""
 
 
+_HEALTH = ("/health", "/metrics", *(root + path for root in (ENDPOINT, PAGE) for path in HEALTH))
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Those of `ServiceLimits` that can be set here; None leaves a default."""
 
     max_connections: int | None = None
+    max_per_address: int | None = None
     max_questions: int | None = None
     max_queue: int | None = None
     max_view_bytes: int | None = None
@@ -87,6 +92,7 @@ class CollabEndpoint:
 
     def __init__(self) -> None:
         self._app: Any = None
+        self._limits = ServiceLimits()
 
     def attach_router(self, app: Any) -> None:
         """Remember the application; its routes come with the service, in `init_state`."""
@@ -95,11 +101,17 @@ class CollabEndpoint:
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[Any]:
-            # By now vLLM has made its server, whose WebSockets would buffer frames of 16 MiB before
-            # we see that they are too large, and compress pictures, which do not shrink.
-            settings = app.state.server.config
-            settings.ws_max_size = ServerLimits().max_frame_bytes
-            settings.ws_per_message_deflate = False
+            # By now vLLM has made its server, which does not listen yet. Its WebSockets would
+            # buffer frames of 16 MiB before we see that they are too large, and compress pictures,
+            # which do not shrink; and it waits for ever for clients that do not read. How many
+            # connect is left to vLLM, whose own endpoints many use at once.
+            limits = self._limits
+            bound(
+                app.state.server.config,
+                places=Places(None, limits.max_per_address or 0, _HEALTH),
+                write_timeout_s=limits.write_timeout_s,
+                max_frame_bytes=limits.connection.max_frame_bytes,
+            )
             async with inner(app) as state:
                 yield state
 
@@ -118,6 +130,7 @@ class CollabEndpoint:
             print(f"vlm-collab: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         service.abort = self.drop
+        self._limits = service.config.limits
         finish_before_shutdown(engine_client, service)
         self._app.router.routes.extend(routes_of(service))
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
@@ -21,11 +22,13 @@ from websockets.exceptions import ConnectionClosedError
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.models import demo_folder
 from server_plugin.presets import preset_named
+from server_plugin.service.config import ServiceLimits
 from server_plugin.service.runner import running
 from server_plugin.vllm import capture
 from server_plugin.vllm.client import MOST_WAITING, RowClient
 from server_plugin.vllm.endpoint import CollabEndpoint, finish_before_shutdown, options_of
 from server_plugin.vllm.model import check, weightless_adapter
+from tests.support.raw import SMALL, request, serving, until
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from tests.support.wire import SURE, edge, picture, service, unsure
 from vlm_collab.errors import ConfigError, ErrorCode, ModelError
@@ -250,6 +253,40 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
         )
         app.state.server.should_exit = True
         await serving
+
+
+async def test_vllm_s_server_drops_clients_that_do_not_read() -> None:
+    """Those of vLLM's own endpoints too: they are all connections of one server."""
+    endpoint = CollabEndpoint()
+    endpoint._limits = ServiceLimits(write_timeout_s=0.4)
+    app = Starlette(routes=[Route("/v1/models", lambda _: Response(bytes(2**17)))])
+    app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    endpoint.attach_router(app)
+    sock = socket.create_server(("127.0.0.1", 0))
+    async with serving(server, sock, "", SMALL) as here:
+        client = here.open(buffer=SMALL)
+        await client.send(request("/v1/models"))
+        await until(lambda: here.waiting() > 0)
+        await until(lambda: not here.connections)
+
+
+async def test_connections_to_vllm_s_server_from_one_address_are_bounded_if_asked_for() -> None:
+    for most, status in ((1, b" 503 "), (None, b" 200 ")):
+        endpoint = CollabEndpoint()
+        endpoint._limits = ServiceLimits(max_per_address=most)
+        routes = [
+            Route("/v1/models", lambda _: Response(bytes(2**17))),
+            Route("/collab/healthz", lambda _: Response(b"ok")),
+        ]
+        app = Starlette(routes=routes)
+        app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        endpoint.attach_router(app)
+        sock = socket.create_server(("127.0.0.1", 0))
+        async with serving(server, sock, "", SMALL) as here:
+            await here.open(buffer=SMALL).send(request("/v1/models"))
+            await until(lambda here=here: here.waiting() > 0)
+            assert status in await here.open().get("/v1/models")
+            assert b" 200 " in await here.open().get("/collab/healthz")
 
 
 async def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:

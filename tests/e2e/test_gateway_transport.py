@@ -1,0 +1,173 @@
+"""Clients of the gateway that do not read, say nothing, or relay to a server that does not read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_upstream
+from websockets.typing import Subprotocol
+
+from edge_client.gateway import Gateway, bind, runner, url_of
+from server_plugin.service.runner import running as serving_service
+from tests.e2e.gateways import gateway
+from tests.support.raw import (
+    BINARY,
+    PING,
+    SMALL,
+    Served,
+    frame,
+    request,
+    serving,
+    until,
+)
+from tests.support.wire import edge, service
+from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.web import places as places_module
+
+NOWHERE = "ws://127.0.0.1:9"
+FILE = "/page/link.js"
+QUIET = {"write_timeout_s": 0.4}
+
+
+@asynccontextmanager
+async def served(made: Gateway, *, buffer: int | None = SMALL) -> AsyncIterator[Served]:
+    sock = bind(made.config)
+    async with serving(runner._server(made), sock, url_of(sock), buffer) as here:
+        yield here
+
+
+@pytest.mark.parametrize("asked", [request(FILE) * 50, request("/v1/models") * 500])
+async def test_a_client_that_reads_no_response_is_dropped(asked: bytes):
+    async with served(gateway(NOWHERE, api_key="right", limits=QUIET)) as here:
+        client = here.open(buffer=SMALL)
+        await client.send_what_goes(asked)
+        await until(lambda: here.waiting() > 0)
+        await until(lambda: not here.connections)
+
+
+async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "_OTHERS", 2)
+    monkeypatch.setattr(places_module, "RESERVED", 4)
+    limits = {"max_requests": 1, "max_relays": 1}
+    async with served(gateway(NOWHERE, limits=limits)) as here:
+        silent = [here.open() for _ in range(40)]
+        assert b" 200 " in await here.open().get("/healthz")
+        assert b" 200 " in await here.open().get(FILE)
+        assert await silent[0].read() == b""
+        assert len(here.connections) <= 5 + 4
+
+
+async def test_health_checks_are_answered_when_every_place_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(runner, "_OTHERS", 1)
+    limits = {"max_requests": 1, "max_relays": 1, "write_timeout_s": 60}
+    async with served(gateway(NOWHERE, limits=limits)) as here:
+        stuck = [here.open(buffer=SMALL) for _ in range(4)]
+        for number, one in enumerate(stuck, 1):
+            await one.send_what_goes(request(FILE) * 50)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
+        assert b" 503 " in await here.open().get(FILE)
+        assert b" 200 " in await here.open().get("/healthz")
+
+
+async def test_connections_of_one_address_are_bounded():
+    async with served(gateway(NOWHERE, limits={"max_per_address": 1})) as here:
+        stuck = here.open(buffer=SMALL)
+        await stuck.send_what_goes(request(FILE) * 50)
+        await until(lambda: here.waiting() > 0)
+        assert b" 503 " in await here.open().get(FILE)
+        assert b" 200 " in await here.open().get("/healthz")
+        assert b" 200 " in await here.open(source="127.0.0.2").get(FILE)
+
+
+# ---- the page's relay ------------------------------------------------------------------------
+
+
+async def test_a_page_that_does_not_read_is_dropped():
+    async with serving_service(service()) as url:
+        async with served(gateway(url, limits=QUIET)) as here:
+            client = here.open(buffer=SMALL)
+            assert "101" in await client.upgrade()
+            await client.send_what_goes(frame(PING, b"x" * 125) * 2**14)
+            assert 0 < here.waiting() < 2**18
+            await until(lambda: not here.connections)
+
+
+@pytest.fixture
+async def flood() -> AsyncIterator[str]:
+    """A server that sends and sends."""
+
+    async def handle(socket: ServerConnection) -> None:
+        while True:
+            await socket.send(bytes(2**16))
+
+    async with upstream(handle) as url:
+        yield url
+
+
+@pytest.fixture
+async def deaf() -> AsyncIterator[str]:
+    """A server that reads nothing."""
+
+    async def handle(socket: ServerConnection) -> None:
+        await socket.wait_closed()
+
+    async with upstream(handle) as url:
+        yield url
+
+
+@asynccontextmanager
+async def upstream(handle: Any) -> AsyncIterator[str]:
+    offered = [Subprotocol(SUBPROTOCOL)]
+    async with serve_upstream(
+        handle,
+        "127.0.0.1",
+        0,
+        subprotocols=offered,
+        max_queue=1,
+        compression=None,
+        close_timeout=0.1,
+        ping_interval=None,
+    ) as server:
+        port = server.sockets[0].getsockname()[1]
+        yield f"ws://127.0.0.1:{port}"
+
+
+async def test_a_page_that_does_not_read_a_server_that_sends_and_sends_is_dropped(flood: str):
+    async with served(gateway(flood, limits=QUIET)) as here:
+        client = here.open(buffer=SMALL)
+        assert "101" in await client.upgrade()
+        await until(lambda: here.waiting() > 0)
+        assert here.waiting() < 2**18
+        await until(lambda: not here.connections)
+
+
+async def test_a_server_that_does_not_read_is_dropped(deaf: str):
+    made = gateway(deaf, limits=QUIET)
+    async with served(made, buffer=None) as here:
+        client = here.open()
+        assert "101" in await client.upgrade()
+        await client.send_what_goes(frame(BINARY, bytes(2**15)) * 1000, 0.3)
+        await client.read_until((1011).to_bytes(2))
+        await until(lambda: made._page._relays == 0)
+
+
+async def test_relays_that_are_not_used_keep_nobody_out():
+    async with serving_service(service()) as url:
+        made = gateway(url, limits={"max_relays": 2})
+        async with served(made) as here:
+            silent = []
+            for _ in range(6):
+                silent.append(here.open())
+                assert "101" in await silent[-1].upgrade()
+            relay = here.url.replace("http", "ws").removesuffix("/v1")
+            async with edge(f"{relay}/v1/collab"), edge(f"{relay}/v1/collab"):
+                assert await silent[0].read() == b""
+                assert "503" in await here.open().upgrade()
+            await until(lambda: made._page._relays == 0)
+        assert not made._page._unused

@@ -1,0 +1,462 @@
+"""Clients of the service that do not read, say nothing, or send very much that is very small."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service import connection as messages
+from server_plugin.service import runner
+from server_plugin.service.connection import Connection
+from tests.support.raw import (
+    BINARY,
+    CONT,
+    PING,
+    SMALL,
+    Raw,
+    Served,
+    frame,
+    request,
+    served,
+    until,
+)
+from tests.support.wire import SURE, edge, picture, service
+from vlm_collab.images import Codec
+from vlm_collab.messages import Answer, Ask, Cancel, Hello, Welcome, encode
+from vlm_collab.web import places as places_module
+from vlm_collab.web import transport, websocket
+from vlm_collab.web.places import Places
+
+FILE = "/page/link.js"  # of some KB
+HELLO = encode(Hello(1, (Codec.JPEG,)))
+QUIET = {"write_timeout_s": 0.4}
+
+
+def gone(here: Served) -> Any:
+    return lambda: not here.connections
+
+
+# ---- responses that nobody reads -------------------------------------------------------------
+
+UNREAD = {
+    "one whole response": request(FILE),
+    "the last response": request(FILE, "Connection: close"),
+    "pipelined": request(FILE) * 50,
+    "refusals": request("/v1/models") * 500,
+}
+
+
+@pytest.mark.parametrize("asked", UNREAD)
+async def test_a_client_that_reads_no_response_is_dropped(asked: str):
+    async with served(service(token="right", limits=QUIET)) as here:
+        client = here.open(buffer=SMALL)
+        await client.send_what_goes(UNREAD[asked])
+        await until(lambda: here.waiting() > 0)
+        await until(gone(here))
+
+
+@pytest.mark.parametrize("asked", [request(FILE), request(FILE) * 2000])
+async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
+    asked: bytes, tmp_path: Path
+):
+    """What is encrypted already waits below the transport that the server writes to."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    async with served(service(limits=QUIET, **files)) as here:
+        client = here.open(buffer=SMALL)
+        _, writer = await asyncio.open_connection(
+            sock=client.sock, ssl=context, server_hostname="127.0.0.1"
+        )
+        writer.transport._ssl_protocol._transport.pause_reading()  # TLS itself reads no more
+        writer.write(asked)
+        await until(lambda: any(each.transport.unsent for each in here.connections))
+        await until(gone(here))
+        writer.transport.abort()
+
+
+async def test_what_a_client_that_does_not_read_is_sent_is_bounded():
+    async with served(service(limits={"write_timeout_s": 60})) as here:
+        client = here.open(buffer=SMALL)
+        await client.send(request(FILE))
+        await until(lambda: here.waiting() > 0)
+        await client.send_what_goes(request(FILE) * 50_000)
+        assert 0 < here.waiting() < 2**17
+
+
+async def test_a_client_that_reads_slowly_is_not_dropped():
+    async with served(service(limits=QUIET)) as here:
+        client = here.open(buffer=SMALL)
+        began = asyncio.get_running_loop().time()
+        await client.send(request(FILE) * 8 + request(FILE, "Connection: close"))
+        whole = b""
+        async with asyncio.timeout(20):
+            while piece := await client.read(2048):
+                whole += piece
+                await asyncio.sleep(0.02)
+        assert whole.count(b"HTTP/1.1 200 OK") == 9
+        assert asyncio.get_running_loop().time() - began > 2 * QUIET["write_timeout_s"]
+
+
+async def test_an_answer_that_takes_its_time_is_no_unread_one():
+    backend = FakeBackend(play=lambda *_: Script("one", "", delay_s=1.0))
+    async with served(service(backend, limits={"write_timeout_s": 0.1})) as here:
+        async with edge(here.url) as client:
+            await client.ask(SURE, picture())
+            assert isinstance(await client.next(), Answer)
+
+
+# ---- WebSockets whose peers do not read ------------------------------------------------------
+
+
+async def test_pongs_that_nobody_reads_are_bounded_and_their_peer_is_dropped():
+    async with served(service(limits={"write_timeout_s": 1.0})) as here:
+        client = here.open(buffer=SMALL)
+        assert "101" in await client.upgrade()
+        await client.send(frame(BINARY, HELLO))
+        sent = await client.send_what_goes(frame(PING, b"x" * 125) * 2**17, 0.3)
+        assert 0 < here.waiting() < 2**18
+        assert sent < 2**23  # the rest waits in the client
+        await until(gone(here))
+
+
+async def test_a_keep_alive_that_fails_does_not_wait_for_a_peer_that_does_not_read():
+    intervals = {"ws_ping_interval": 0.1, "ws_ping_timeout": 0.2}
+    async with served(service(limits={"write_timeout_s": 60}), **intervals) as here:
+        client = here.open(buffer=SMALL)
+        assert "101" in await client.upgrade()
+        await client.send(frame(BINARY, HELLO))
+        await client.send_what_goes(frame(PING, b"x" * 125) * 2**13)
+        assert here.waiting() > 0
+        await until(gone(here))
+
+
+async def test_pings_of_a_peer_that_reads_are_all_answered():
+    async with served(service()) as here:
+        client = here.open()
+        assert "101" in await client.upgrade()
+        await client.send(frame(BINARY, HELLO))
+        pings = b"".join(frame(PING, b"%4d" % i) for i in range(1000))
+        sending = asyncio.create_task(client.send(pings))
+        pongs = b"".join(b"\x8a\x04%4d" % i for i in range(1000))
+        await client.read_until(pongs)
+        await sending
+
+
+# ---- very many very small frames -------------------------------------------------------------
+
+FLOODS = {
+    "empty fragments": frame(CONT, fin=False),
+    "pings": frame(PING),
+    "Cancel of a question that ended": frame(BINARY, encode(Cancel(1))),
+}
+
+
+async def greeted(here: Served) -> Raw:
+    """A client whose question 1 has ended."""
+    client = here.open()
+    assert "101" in await client.upgrade()
+    await client.send(frame(BINARY, HELLO) + frame(BINARY, encode(Ask(1, SURE, 1, None, 1, 1))))
+    await client.read_until(b"this view is not held")
+    return client
+
+
+class Turns:
+    """Counts how much is done between two turns of another task."""
+
+    def __init__(self) -> None:
+        self.most = self.total = self._now = 0
+
+    def add(self, count: int) -> None:
+        self.total += count
+        self._now += count
+        self.most = max(self.most, self._now)
+
+    async def run(self) -> None:
+        while True:
+            self._now = 0
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def turns(monkeypatch: pytest.MonkeyPatch):
+    """Counts frames, and messages that reach the connection."""
+    counted = Turns()
+    handle, take = websocket.WebSocketConnection.handle_events, Connection._take
+
+    def handle_events(self: Any) -> None:
+        counted.add(len(self.conn.events))
+        handle(self)
+
+    def taken(self: Any, message: bytes) -> None:
+        counted.add(1)
+        take(self, message)
+
+    monkeypatch.setattr(websocket.WebSocketConnection, "handle_events", handle_events)
+    monkeypatch.setattr(Connection, "_take", taken)
+    running = asyncio.create_task(counted.run())
+    yield counted
+    running.cancel()
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+async def test_others_get_their_turn_beside_a_flood_of_tiny_frames(
+    flood: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(websocket, "FRAMES_PER_S", 10**6)
+    monkeypatch.setattr(websocket, "FREE_FRAGMENTS", 10**6)
+    monkeypatch.setattr(messages, "MESSAGES_PER_S", 10**6)
+    async with served(service(), buffer=None) as here:
+        client = await greeted(here)
+        if flood == "empty fragments":
+            await client.send(frame(BINARY, fin=False))
+        before = turns.total
+        await client.send(FLOODS[flood] * 20_000)
+        await until(lambda: turns.total >= before + 20_000)
+        # The 64 of a turn, and up to 171 of the piece with which they are enough; as messages, too.
+        assert turns.most <= 2 * (64 + 171)
+
+
+@pytest.mark.parametrize("flood", ["pings", "Cancel of a question that ended"])
+async def test_a_flood_is_read_no_faster_than_its_rate(
+    flood: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(websocket, "FRAMES_PER_S", 500.0)
+    monkeypatch.setattr(messages, "MESSAGES_PER_S", 10**6)
+    async with served(service(), buffer=None) as here:
+        client = await greeted(here)
+        loop = asyncio.get_running_loop()
+        before, began = turns.total, loop.time()
+        await client.send(FLOODS[flood] * 1500)
+        counted = 1 if flood == "pings" else 2  # as frames, and as messages
+        await until(lambda: turns.total - before >= counted * 1500)
+        # 500 at once, then 500 a second, and a piece of up to 170 more.
+        assert loop.time() - began > (1500 - 500 - 170) / 500
+
+
+async def test_messages_are_read_no_faster_than_their_rate(
+    turns: Turns, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever server the service is mounted in."""
+    monkeypatch.setattr(websocket, "FRAMES_PER_S", 10**6)
+    monkeypatch.setattr(messages, "MESSAGES_PER_S", 500.0)
+    async with served(service(), buffer=None) as here:
+        client = await greeted(here)
+        loop = asyncio.get_running_loop()
+        before, began = turns.total, loop.time()
+        await client.send(FLOODS["Cancel of a question that ended"] * 1000)
+        await until(lambda: turns.total - before >= 2000)
+        assert loop.time() - began > 0.9
+
+
+async def test_a_message_in_too_many_fragments_ends_the_connection():
+    async with served(service(), buffer=None) as here:
+        client = await greeted(here)
+        await client.send(frame(BINARY, fin=False) + frame(CONT, fin=False) * 1000)
+        assert (1008).to_bytes(2) in await client.read_all()
+
+
+async def test_a_message_in_many_fragments_is_taken():
+    async with served(service(), buffer=None) as here:
+        client = await greeted(here)
+        for _ in range(20):
+            pieces = [b"\x93", *(bytes([byte]) for byte in encode(Cancel(1))[1:])]
+            first, *middle, last = pieces
+            await client.send(
+                frame(BINARY, first, fin=False)
+                + b"".join(frame(CONT, piece, fin=False) for piece in middle)
+                + frame(CONT, last)
+            )
+        large = [bytes(1024)] * 1000
+        await client.send(
+            frame(BINARY, fin=False) + b"".join(frame(CONT, piece, fin=False) for piece in large)
+        )
+        (connection,) = here.connections
+        await until(lambda: connection._fragments == 1001)
+        assert here.connections == [connection]
+
+
+# ---- places ----------------------------------------------------------------------------------
+
+
+def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
+    monkeypatch.setattr(runner, "_OTHERS", others)
+    monkeypatch.setattr(places_module, "RESERVED", reserved)
+
+
+SMALLEST = {"max_connections": 2, "max_newcomers": 2}
+
+
+async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+    few(monkeypatch)
+    async with served(service(limits=SMALLEST)) as here:
+        silent = [here.open() for _ in range(40)]
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
+            assert b" 200 " in await here.open().get(path)
+        async with edge(here.url) as client:
+            await client.ask(SURE, picture())
+            assert isinstance(await client.next(), Answer)
+        assert await silent[0].read() == b""
+        assert len(here.connections) <= 6
+
+
+async def test_silent_websockets_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+    few(monkeypatch)
+    async with served(service(limits=SMALLEST)) as here:
+        silent = []
+        for _ in range(10):
+            silent.append(here.open())
+            assert "101" in await silent[-1].upgrade()
+        async with edge(here.url) as client:
+            await client.ask(SURE, picture())
+            assert isinstance(await client.next(), Answer)
+            assert await silent[0].read() == b""
+            assert b" 200 " in await here.open().get("/healthz")
+
+
+async def test_greeted_connections_are_not_dropped_for_others(monkeypatch: pytest.MonkeyPatch):
+    few(monkeypatch)
+    async with served(service(limits=SMALLEST)) as here:
+        async with edge(here.url) as one, edge(here.url) as two:
+            silent = [here.open() for _ in range(20)]
+            refused = [here.open() for _ in range(4)]
+            for each in refused:
+                assert "503" in await each.upgrade()
+            for client in (one, two):
+                await client.ask(SURE, picture())
+                assert isinstance(await client.next(), Answer)
+            del silent
+
+
+async def test_those_who_say_hello_together_are_told_that_there_is_no_room():
+    async with served(service(limits={"max_connections": 1})) as here:
+        async with edge(here.url, greet=False) as one, edge(here.url, greet=False) as two:
+            assert isinstance(await one.greet(), Welcome)
+            told = await two.greet()
+            assert (told.id, told.code.name, told.retry_after_ms) == (0, "BUSY", 1000)
+            await two.websocket.wait_closed()
+            assert two.websocket.close_code == 1013
+
+
+async def test_health_checks_are_answered_when_every_place_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    few(monkeypatch, others=1)
+    limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
+    async with served(service(limits=limits)) as here:
+        stuck = [here.open(buffer=SMALL) for _ in range(3)]
+        for number, one in enumerate(stuck, 1):
+            await one.send_what_goes(request(FILE) * 50)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert b" 200 " in await here.open().get(path)
+        refused = await here.open().get("/v1/models")
+        assert b" 503 " in refused
+        assert b"retry-after: 1" in refused.lower()
+        assert b"no room" in refused
+        assert "503" in await here.open().upgrade()
+        # Many who ask nothing do not take the places of health checks either.
+        silent = [here.open() for _ in range(20)]
+        assert b" 200 " in await here.open().get("/healthz")
+        assert len(here.connections) <= 3 + 4
+        del silent
+
+
+async def test_clients_that_do_not_read_make_room_sooner_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    few(monkeypatch, others=1)
+    monkeypatch.setattr(transport, "_LOOKS", 300)
+    limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
+    async with served(service(limits=limits)) as here:
+        for number in range(1, 4):
+            await here.open(buffer=SMALL).send_what_goes(request(FILE) * 50)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
+        await until(lambda: all(each.transport.stalled for each in here.connections))
+        assert b" 200 " in await here.open().get("/v1/models")
+        assert len(here.connections) == 2
+
+
+async def test_connections_of_one_address_are_bounded():
+    limits = {"max_per_address": 2, "write_timeout_s": 60}
+    async with served(service(limits=limits)) as here:
+        async with edge(here.url), edge(here.url):
+            refused = await here.open().get("/v1/models")
+            assert b" 503 " in refused
+            assert b"2 connections from this address" in refused
+            assert "503" in await here.open().upgrade()
+            assert b" 200 " in await here.open().get("/healthz")
+            assert b" 200 " in await here.open(source="127.0.0.2").get("/v1/models")
+        # Silent ones of the same address make room.
+        silent = [here.open() for _ in range(3)]
+        assert b" 200 " in await here.open().get("/v1/models")
+        del silent
+
+
+def test_what_an_address_is():
+    def places(per_address: int | None) -> Places:
+        return Places(None, per_address)
+
+    def let_in(where: Places, host: str | None) -> bool:
+        place = where.enter(host, Connected())
+        assert place is not None
+        where.busy(place)
+        return place.refusal is None
+
+    for same in (
+        ("192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1", "::ffff:192.0.2.1"),
+        ("2001:db8::1", "2001:db8::ffff:2"),
+        ("127.0.0.1", "127.0.0.1"),
+    ):
+        one = places(1)
+        assert [let_in(one, host) for host in same] == [True, False], same
+    for different in (("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8:0:1::1")):
+        two = places(1)
+        assert [let_in(two, host) for host in different] == [True, True], different
+    usual = places(None)
+    for host in ("127.0.0.1", "::1", "::ffff:127.0.0.1", None):  # None: a Unix socket
+        assert all(let_in(usual, host) for _ in range(100)), host
+    others = [let_in(usual, "192.0.2.1") for _ in range(65)]
+    assert others == [True] * 64 + [False]
+    assert all(let_in(places(0), "192.0.2.1") for _ in range(100))
+
+
+def test_the_address_with_most_silent_connections_loses_its_oldest():
+    one, two, three = "192.0.2.1", "192.0.2.2", "192.0.2.3"
+    silent = {name: Connected() for name in ("one", "two a", "two b")}
+    at_work, slow, new = Connected(), Connected(unsent=1), [Connected() for _ in range(3)]
+    places = Places(5, 0)
+    for host, connection in zip((one, two, two), silent.values(), strict=True):
+        assert places.enter(host, connection)
+    place = places.enter(two, at_work)
+    assert place
+    places.busy(place)
+    assert places.enter(two, slow)
+    assert places.enter(three, new[0]).refusal is None
+    assert [name for name, each in silent.items() if each.aborted] == ["two a"]
+    assert places.enter(three, new[1]).refusal is None
+    assert places.enter(three, new[2]).refusal is None
+    assert not at_work.aborted
+    assert not slow.aborted
+
+
+class Connected:
+    """A connection that does nothing."""
+
+    def __init__(self, unsent: int = 0) -> None:
+        self.unsent = unsent
+        self.stalled = self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True

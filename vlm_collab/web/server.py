@@ -1,0 +1,144 @@
+"""Putting an application on a socket, and stopping it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from vlm_collab.errors import ConfigError
+from vlm_collab.web.places import Places
+from vlm_collab.web.serving import IDLE_S, HttpConnection
+from vlm_collab.web.websocket import WebSocketConnection
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address cannot be used; one clear line.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host.strip("[]"), port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from error
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """`host:port` for a client on this machine."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def settings(
+    app: ASGIApp,
+    *,
+    places: Places,
+    write_timeout_s: float,
+    max_frame_bytes: int,
+    grace_s: int,
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> uvicorn.Config:
+    """How uvicorn serves an application: within bounds, and in silence.
+
+    Args:
+        app: the application.
+        places: for connections.
+        write_timeout_s: how long a client may take nothing of what waits for it.
+        max_frame_bytes: largest message of a WebSocket.
+        grace_s: how long connections may take to end at a shutdown.
+        certificate, key: PEM files for TLS.
+    """
+    return uvicorn.Config(
+        cast(Any, app),
+        http=cast(Any, partial(HttpConnection, places=places, write_timeout_s=write_timeout_s)),
+        ws=WebSocketConnection,
+        ws_max_size=max_frame_bytes,
+        ws_per_message_deflate=False,  # pictures do not shrink, and byte counts stay real
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        timeout_graceful_shutdown=grace_s,
+    )
+
+
+def bound(
+    settings: uvicorn.Config, *, places: Places, write_timeout_s: float, max_frame_bytes: int
+) -> None:
+    """Give a server that others have set up our bounds on connections, before it listens.
+
+    Its own time for idle connections stays where it is longer.
+    """
+    http = partial(
+        HttpConnection,
+        places=places,
+        write_timeout_s=write_timeout_s,
+        idle_s=max(IDLE_S, settings.timeout_keep_alive),
+    )
+    settings.http_protocol_class = cast(Any, http)
+    settings.ws_protocol_class = WebSocketConnection
+    settings.ws_max_size = max_frame_bytes
+    settings.ws_per_message_deflate = False
+
+
+async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal does not wait.
+
+    uvicorn's own `serve` raises the signal again afterwards, which would end the process before
+    its caller has cleaned up.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        await server._serve([sock])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def running(server: uvicorn.Server, sock: socket.socket) -> AsyncIterator[None]:
+    """Run a server in this event loop. Leaving shuts it down gracefully and closes the socket.
+
+    Signals stay with the process that embeds it.
+    """
+    task = asyncio.create_task(server._serve([sock]))
+    try:
+        while not server.started:
+            if task.done():
+                await task
+                raise RuntimeError("the server did not start")
+            await asyncio.sleep(0.005)
+        yield
+    finally:
+        server.should_exit = True
+        await task
+        sock.close()

@@ -1,0 +1,128 @@
+"""WebSockets whose peers can neither fill this process's memory nor take all of its time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame, Opcode
+
+from vlm_collab.web.rate import Rate
+from vlm_collab.web.transport import WRITE_TIMEOUT_S, WatchedTransport
+
+PIECE_BYTES = 1024
+"""What came is parsed in such pieces, each of which holds a bounded number of frames."""
+FRAMES_PER_TURN = 64
+"""After so many frames it is the turn of the other connections."""
+FRAMES_PER_S = 2000.0
+"""Beyond that a peer is read more slowly. It may go without a pause for as many first."""
+FREE_FRAGMENTS = 64
+"""A message may come in so many fragments, whatever their size ..."""
+FRAGMENT_BYTES = 256
+"""... and in one more for each so many bytes of it."""
+
+
+class WebSocketConnection(WebSocketsSansIOProtocol):
+    """uvicorn's, with bounds on what a peer may have done for it.
+
+    Bounds on bytes do not hold: a frame without content takes 6 bytes and some microseconds, and
+    a ping is answered by the library before anyone knows of it. So what came is parsed piece by
+    piece, with pauses in which other connections are served; nothing is read while more waits to
+    be sent than the transport likes to hold; and a peer that takes none of it is dropped (see
+    `WatchedTransport`).
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        watched = cast(WatchedTransport, transport)
+        if not isinstance(transport, WatchedTransport):
+            watched = WatchedTransport(cast(asyncio.Transport, transport), WRITE_TIMEOUT_S)
+        super().connection_made(cast(asyncio.Transport, watched))
+        self._watched = watched
+        watched.released = self._go_on_soon
+        self._backlog = bytearray()
+        self._turn: asyncio.Handle | None = None
+        self._frames = 0
+        self._fragments = 0
+        self._fragment_bytes = 0
+        self._rate = Rate(FRAMES_PER_S, FRAMES_PER_S, self.loop.time())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._backlog.clear()
+        super().connection_lost(exc)
+        self._watched.lost()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        self._watched.hold("unread")
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        self._watched.release("unread")
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._backlog += data
+        if self._turn is None:
+            self._parse()
+
+    def handle_events(self) -> None:
+        """uvicorn's: after each piece that was parsed."""
+        frames = [event for event in self.conn.events if isinstance(event, Frame)]
+        self._frames += len(frames)
+        if any(map(self._is_fragment_too_many, frames)):
+            self.conn.events.clear()
+            self.conn.fail(CloseCode.POLICY_VIOLATION, "a message in too many fragments")
+            self.handle_parser_exception()
+            return
+        super().handle_events()
+
+    def keepalive_timeout(self) -> None:
+        """uvicorn's: the peer does not answer. A close frame that it does not read is no use."""
+        super().keepalive_timeout()
+        if self._watched.unsent:
+            self._watched.abort()
+
+    def _is_fragment_too_many(self, frame: Frame) -> bool:
+        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._fragments = self._fragment_bytes = 0
+        elif frame.opcode is not Opcode.CONT:
+            return False
+        self._fragments += 1
+        self._fragment_bytes += len(frame.data)
+        return self._fragments > FREE_FRAGMENTS + self._fragment_bytes / FRAGMENT_BYTES
+
+    def _go_on_soon(self) -> None:
+        """Parse what waits in a turn of its own: whoever released it may go on without a pause."""
+        if self._turn is None and self._backlog:
+            self._turn = self.loop.call_soon(self._parse)
+
+    def _parse(self) -> None:
+        self._turn = None
+        self._frames = 0
+        while self._backlog and not self._watched.holds - {"backlog"}:
+            piece = bytes(self._backlog[:PIECE_BYTES])
+            del self._backlog[:PIECE_BYTES]
+            before = self._frames
+            super().data_received(piece)
+            if self._watched.is_closing():
+                self._backlog.clear()
+                break
+            self._slow_down(self._frames - before)
+            if self._frames >= FRAMES_PER_TURN:
+                self._go_on_soon()
+                break
+        if self._backlog:
+            self._watched.hold("backlog")
+        else:
+            self._watched.release("backlog")
+
+    def _slow_down(self, frames: int) -> None:
+        wait_s = self._rate.spend(frames, self.loop.time())
+        if wait_s:
+            self._watched.hold("rate")
+            self.loop.call_later(wait_s, self._watched.release, "rate")
