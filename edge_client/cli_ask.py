@@ -25,6 +25,8 @@ from edge_client.options import (
     PolicyFile,
     ServerUrl,
     Token,
+    TokenFile,
+    token_of,
     wishes,
 )
 from edge_client.picture import Picture
@@ -52,6 +54,7 @@ def ask(
     ] = None,
     server: ServerUrl = DEFAULT_URL,
     token: Token = None,
+    token_file: TokenFile = None,
     ca_file: CaFile = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
     eta: Eta = None,
@@ -93,7 +96,7 @@ def ask(
         show.JsonLines() if as_json else show.Terminal(show_map=show_map, several=len(pairs) > 1)
     )
     settings: ClientOptions = {
-        "token": token,
+        "token": token_of(token, token_file),
         "ca_file": ca_file,
         "view_quality": quality,
         "view_codec": None if codec is None else Codec[codec.name],

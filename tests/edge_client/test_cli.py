@@ -265,7 +265,7 @@ async def test_no_server_is_one_line(run, photo_file):
     assert (code, err.count("\n")) == (4, 1)
 
 
-async def test_the_token(run, photo_file, monkeypatch):
+async def test_the_token(run, photo_file, monkeypatch, tmp_path):
     async with running(service(token="s3cret")) as url:
         arguments = ("ask", photo_file, SURE, "--server", url)
         for extra in ((), ("--token", "wrong")):
@@ -273,6 +273,15 @@ async def test_the_token(run, photo_file, monkeypatch):
             assert (code, err.count("\n")) == (5, 1)
             assert "token" in err
         assert (await asyncio.to_thread(run, *arguments, "--token", "s3cret"))[0] == 0
+        file = tmp_path / "token"
+        file.write_text("s3cret\n")
+        in_file = ("--token-file", str(file))
+        assert (await asyncio.to_thread(run, *arguments, *in_file))[0] == 0
+        code, _, err = await asyncio.to_thread(run, *arguments, *in_file, "--token", "wrong")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "exclude each other" in err
+        monkeypatch.setenv("VLM_COLLAB_TOKEN", "wrong")
+        assert (await asyncio.to_thread(run, *arguments, *in_file))[0] == 0
         monkeypatch.setenv("VLM_COLLAB_TOKEN", "s3cret")
         assert (await asyncio.to_thread(run, *arguments))[0] == 0
 

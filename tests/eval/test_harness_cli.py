@@ -247,5 +247,7 @@ def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> 
     given = ["eval", "run", "--token", "s3cret", "--processes", "2", "--task", "signs"]
     assert _command(given)[3] == "..."
     assert _command(["--token=s3cret"]) == ["--token=..."]
+    assert _command(["--server", "ws://here:1?token=s3cret"]) == ["--server", "ws://here:1"]
+    assert _command(["--server=ws://here:1?token=s3cret"]) == ["--server=ws://here:1"]
     assert _without_processes(given) == [*given[:4], *given[6:]]
     assert _without_processes(["--processes=4", "run"]) == ["run"]
