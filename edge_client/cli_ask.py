@@ -31,8 +31,11 @@ from edge_client.options import (
 )
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.images import Codec
+from vlm_collab.headers import identify
+from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, encode
 from vlm_collab.messages import Options
+
+_SAVED_QUALITY = 95
 
 
 class CodecName(enum.StrEnum):
@@ -71,7 +74,10 @@ def ask(
     ] = None,
     save_crop: Annotated[
         Path | None,
-        typer.Option(help="Save the region at full resolution (.jpg, .png or .webp)."),
+        typer.Option(
+            metavar="FILE",
+            help="Save the region as it was sent, if one was (.jpg, .png or .webp).",
+        ),
     ] = None,
     policy: PolicyFile = None,
     camera: CameraName = None,
@@ -106,7 +112,7 @@ def ask(
     }
     results = asyncio.run(_ask_all(server, settings, pairs, deadline, options, screen))
     if save_crop is not None and crop_codec is not None:
-        _save_crops(save_crop, crop_codec, pairs, results, screen)
+        _save_crops(save_crop, crop_codec, results, screen)
     failed = [result for result in results if isinstance(result, CollabError)]
     return cli.exit_code(failed[0]) if failed else 0
 
@@ -162,18 +168,29 @@ def _codec_of(path: Path) -> Codec:
 def _save_crops(
     path: Path,
     codec: Codec,
-    pairs: list[tuple[Picture, str]],
     results: list[EdgeAnswer | CollabError],
     screen: show.Screen,
 ) -> None:
-    """Save what the server wanted to see; several crops get numbers."""
-    for number, ((picture, _), result) in enumerate(zip(pairs, results, strict=True), start=1):
-        if isinstance(result, CollabError) or result.box is None:
+    """Save the regions that were sent; of several questions, under numbers."""
+    saved = False
+    for number, result in enumerate(results, start=1):
+        if isinstance(result, CollabError) or result.region is None:
             continue
-        name = path if len(pairs) == 1 else path.with_stem(f"{path.stem}-{number}")
-        crop = picture.region(result.box, result.box.size, codec, 95)
+        name = path if len(results) == 1 else path.with_stem(f"{path.stem}-{number}")
+        sent_as = identify(result.region)
+        same = sent_as is codec
         try:
-            name.write_bytes(crop)
+            name.write_bytes(result.region if same else _in_format(codec, result.region))
         except OSError as error:
             raise ConfigError(f"--save-crop {name}: {error.strerror or error}") from error
-        screen.note(f"region saved as {name}")
+        form = "" if same or sent_as is None else f", which was sent as {sent_as.name}"
+        screen.note(f"region saved as {name}{form}")
+        saved = True
+    if not saved:
+        screen.note("no region was sent, so none is saved")
+
+
+def _in_format(codec: Codec, region: bytes) -> bytes:
+    """What was sent, decoded again, in the format that the user's file name asks for."""
+    pixels = decode(region, max_pixels=MAX_SOURCE_PIXELS)
+    return encode(pixels, codec, _SAVED_QUALITY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import signal
 import subprocess
@@ -169,14 +170,51 @@ def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_
     assert "full" not in out
 
 
-async def test_the_region_can_be_saved(run, photo_file, tmp_path):
+async def test_the_region_is_saved_as_it_was_sent(run, photo_file, tmp_path):
+    """With all of the picture but its top hidden, and logged: the saved bytes are those sent."""
+    file, log, policy = tmp_path / "crop.jpg", tmp_path / "audit.jsonl", tmp_path / "policy.yaml"
+    policy.write_text("cameras: {default: {hide: [{px: [0, 100, 480, 360], of: [480, 360]}]}}")
+    async with running(service()) as url:
+        code, out, _ = await asyncio.to_thread(
+            run,
+            *("ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)),
+            *("--policy", str(policy), "--audit", str(log)),
+        )
+    assert code == 0
+    assert f"region saved as {file}\n" in out
+    (sent,) = [line for line in map(json.loads, log.open()) if line["kind"] == "region"]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sent["sha256"]
+    (_, top, _, bottom) = sent["box"]
+    saved = Image.open(file).convert("L")
+    assert top < 100 < bottom
+    assert saved.crop((0, 110 - top, *saved.size)).getextrema()[1] < 30
+    assert saved.crop((0, 0, saved.width, 90 - top)).getextrema()[1] > 100
+
+
+@pytest.mark.parametrize("extra", [("--never",), ("--policy", "keeps.yaml")])
+async def test_no_region_is_saved_where_none_was_sent(
+    run, photo_file, tmp_path, monkeypatch, extra
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keeps.yaml").write_text("cameras: {default: {max_regions_per_question: 0}}")
+    async with running(service()) as url:
+        arguments = ("ask", photo_file, UNSURE, "--server", url, "--save-crop", "crop.jpg", *extra)
+        code, out, _ = await asyncio.to_thread(run, *arguments)
+    assert code == 0
+    assert "no region was sent, so none is saved" in out
+    assert "saved as" not in out
+    assert not (tmp_path / "crop.jpg").exists()
+
+
+async def test_the_region_is_saved_in_the_format_that_its_name_says(run, photo_file, tmp_path):
     file = tmp_path / "crop.png"
     async with running(service()) as url:
         code, out, _ = await asyncio.to_thread(
             run, "ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)
         )
-        assert (code, "crop.png" in out) == (0, True)
-        assert Image.open(file).size == (112, 112)
+        assert (code, "crop.png, which was sent as JPEG" in out) == (0, True)
+        saved = Image.open(file)
+        assert (saved.format, saved.size) == ("PNG", (112, 112))
         code, out, _ = await asyncio.to_thread(
             run,
             "ask",
