@@ -164,6 +164,8 @@ def test_a_port_in_use():
         (("fake", "--no-such-option"), "--no-such-option"),
         (("--no-such-option", "fake"), "--no-such-option"),
         (("fake", "another"), "another"),
+        (("demo", "--device", "meta"), "no device 'meta'"),
+        (("demo", "--device", "cuda:99"), "'cuda:99' was asked for"),
         (("fake", "--backend", "torch"), "no backend 'torch'"),
         ((*VLLM,), "vLLM takes no port 0"),
         (("fake", "--backend", "vllm", "--port", "1"), "without vLLM"),
