@@ -36,6 +36,7 @@ from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, encode
 from vlm_collab.messages import Options
 
 _SAVED_QUALITY = 95
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".heic", ".avif", ".tif", ".tiff")
 
 
 class CodecName(enum.StrEnum):
@@ -49,7 +50,7 @@ class CodecName(enum.StrEnum):
 def ask(
     photo: Annotated[str, typer.Argument(help="A JPEG, PNG or WebP file.")],
     questions: Annotated[
-        list[str], typer.Argument(metavar="QUESTION...", help="What to ask about it.")
+        list[str], typer.Argument(metavar="QUESTION", help="What to ask about it.")
     ],
     photos: Annotated[
         list[str] | None,
@@ -64,7 +65,12 @@ def ask(
     always: Always = False,
     never: Never = False,
     show_map: Annotated[
-        bool, typer.Option("--map", help="Show where the model looked, if it was unsure.")
+        bool,
+        typer.Option(
+            "--show-map",
+            "--map",
+            help="Show where the model looked, if it was unsure: here, or in the JSON. No file.",
+        ),
     ] = False,
     quality: Annotated[
         int, typer.Option(min=1, max=100, help="Quality of the small view as JPEG or WebP.")
@@ -91,8 +97,8 @@ def ask(
     A small view of the photo goes to the server. If the model is unsure it says where it needs
     to look, and just that region is sent, at full resolution.
     """
-    if not all(question.strip() for question in questions):
-        raise QuestionError("the question is empty")
+    for question in questions:
+        check_question(question)
     crop_codec = None if save_crop is None else _codec_of(save_crop)
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map)
     # Opened before connecting: a wrong file name should not take a server to find out.
@@ -115,6 +121,23 @@ def ask(
         _save_crops(save_crop, crop_codec, results, screen)
     failed = [result for result in results if isinstance(result, CollabError)]
     return cli.exit_code(failed[0]) if failed else 0
+
+
+def check_question(question: str) -> None:
+    """Refuse what cannot be meant as a question: nothing, or the name of a picture.
+
+    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would ask about `map.png` and `two.jpg`.
+
+    Raises:
+        QuestionError: one line with what to give instead.
+    """
+    if not question.strip():
+        raise QuestionError("the question is empty")
+    if question.lower().endswith(_PICTURE_ENDINGS) and not any(map(str.isspace, question)):
+        raise QuestionError(
+            f"{question} is the name of a file, not a question; more photos are given by --photo, "
+            "a file for the region by --save-crop, and --show-map takes none"
+        )
 
 
 async def _ask_all(

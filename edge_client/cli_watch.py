@@ -236,7 +236,7 @@ class Watch:
             self._progress.said = str(result)
             told |= {"error": str(result), "code": cli.error_name(result)}
         elif frame is not None:
-            self._progress.said = result.text
+            self._progress.said = show.shown_text(result.text)
             told |= show.as_dict(result, frame.picture)
             del told["grid"], told["map"]  # no map was asked for
         self._lines.write(told)

@@ -12,7 +12,9 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
 from vlm_collab.messages import Options, Retransmit
 
-ServerUrl = Annotated[str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")]
+ServerUrl = Annotated[
+    str, typer.Option(metavar="URL", envvar="VLM_COLLAB_SERVER", help="Address of the service.")
+]
 Token = Annotated[
     str | None,
     typer.Option(

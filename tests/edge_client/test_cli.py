@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from edge_client import cli, show
+from edge_client.answer import EdgeAnswer
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
@@ -23,7 +26,8 @@ from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
 from tests.support.wire import service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
-from vlm_collab.messages import Ask, Cancel, Error, Stage, encode
+from vlm_collab.geometry import Box
+from vlm_collab.messages import Ask, Cancel, Error, Fallback, Stage, Usage, encode
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def run(capsys, monkeypatch):
 async def test_answers_for_people(run, photo_file):
     async with running(service()) as url:
         code, out, err = await asyncio.to_thread(
-            run, "ask", photo_file, UNSURE, SURE, "--server", url, "--map"
+            run, "ask", photo_file, UNSURE, SURE, "--server", url, "--show-map"
         )
     assert (code, err) == (0, "")
     assert "first answer" in out
@@ -101,6 +105,61 @@ async def test_answers_for_programs(run, photo_file, tmp_path):
     assert sure["box"] is None
     assert sure["map"] is None
     assert sure["fallback"] == "none"
+
+
+async def test_an_answer_without_text_is_shown_as_one(run, photo_file):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        for text in ("", " \n", ""):
+            await peer.answer((await peer.asked()).id, text)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server:
+        arguments = ("ask", photo_file, "why?", "--server", server.url)
+        code, out, err = await asyncio.to_thread(run, *arguments[:3], "and?", *arguments[3:])
+        assert (code, err) == (0, "")
+        assert len(re.findall(r"  answer +\(no text\)  uncertainty 0\.100", out)) == 2
+    async with scripted(script) as server:
+        code, out, _ = await asyncio.to_thread(run, *arguments[:4], server.url, "--json")
+        assert (code, json.loads(out)["answer"]) == (0, "")
+
+
+def coloured(answer: EdgeAnswer, picture: Picture) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    console.print(show.history(answer, picture))
+    return console.file.getvalue()
+
+
+def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
+    """The number may rise with the second look; for a margin it should, for entropies not."""
+    picture = Picture.open(photo_file)
+    green = re.compile(r"\x1b\[(\d+;)*32m")
+    for first, second in [(0.3, 0.9), (0.9, 0.3)]:
+        refined = EdgeAnswer(
+            text="a",
+            stage=Stage.SECOND,
+            fallback=Fallback.NONE,
+            uncertainty=second,
+            first_text="b",
+            first_uncertainty=first,
+            box=Box(0, 0, 100, 100),
+            map=None,
+            rows=4,
+            columns=4,
+            bytes_up=1,
+            bytes_down=1,
+            view_bytes=1,
+            region_bytes=0,
+            region=None,
+            original_bytes=None,
+            usage=Usage(),
+            elapsed_s=1.0,
+            model="m",
+        )
+        shown = coloured(refined, picture)
+        assert f"uncertainty {first:.3f}" in shown
+        assert f"uncertainty {second:.3f}" in shown
+        assert not green.search(shown)
 
 
 async def test_one_failed_question_among_several(run, photo_file):
@@ -277,6 +336,8 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
         (["ask", photo_file, "why?", "--save-crop", "crop.gif"], 2, "--save-crop"),
         (["ask", photo_file, "why?", "--save-crop", "no/such/crop.png"], 2, "no such directory"),
         (["ask", photo_file, "why?", "--nonsense"], 2, "--nonsense"),
+        (["ask", photo_file, "why?", "--map", "map.png"], 2, "map.png is the name of a file"),
+        (["ask", photo_file, "Other.JPG", "why?"], 2, "more photos are given by --photo"),
         (["nonsense"], 2, "No such command"),
     ]:
         for extra in ([], ["--json"]):
@@ -383,6 +444,33 @@ def test_the_version():
 
 def test_every_help_documents_the_exit_codes():
     assert "interrupted" in program("ask", "--help").stdout
+
+
+_HELP_OF = [
+    *([name] for name in ("ask", "audit", "chat", "gateway", "watch", "serve", "demo", "flops")),
+    *(["eval", name] for name in ("run", "sweep", "report")),
+    *(["calibrate", name] for name in ("threshold", "layers")),
+    ["eval"],
+    ["calibrate"],
+    [],
+]
+
+
+@pytest.mark.parametrize("command", _HELP_OF, ids=" ".join)
+def test_no_help_shows_types_of_python(run, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    options = re.findall(r"^│ +(?:\* +)?(--[^│]*)", out, re.MULTILINE)
+    assert options
+    for line in options:
+        assert not re.search(r"<(?!=)|\blist\[|\b(str|int|float|bool|path|range)\b  ", line), line
+    if command == ["ask"]:
+        assert re.search(r"--photo +-p +TEXT ", out)
+        assert re.search(r"--always {10,}Send a region", out)
+        assert re.search(r"--quality +N \[1<=x<=100\] ", out)
+        assert re.search(r"--codec +jpeg\|png\|webp ", out)
 
 
 @pytest.mark.parametrize("missing", ["numpy", "starlette"])
