@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from edge_client.cli_help import Command, NamedValues
 from vlm_collab import __version__
 from vlm_collab.errors import (
     AuthenticationError,
@@ -92,7 +93,7 @@ _EXTRA = {
 _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 
-class Commands(TyperGroup):
+class Commands(NamedValues, TyperGroup):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -118,7 +119,7 @@ class Commands(TyperGroup):
             return name, typer.main.get_command(function), rest
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         settings = getattr(function, "context_settings", None)  # how it wants its line read
-        app.command(name, epilog=EXIT_CODES_HELP, context_settings=settings)(function)
+        app.command(name, cls=Command, epilog=EXIT_CODES_HELP, context_settings=settings)(function)
         return name, typer.main.get_command(app), rest
 
     def invoke(self, ctx: Any) -> Any:

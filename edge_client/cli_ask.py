@@ -25,12 +25,18 @@ from edge_client.options import (
     PolicyFile,
     ServerUrl,
     Token,
+    TokenFile,
+    token_of,
     wishes,
 )
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.images import Codec
+from vlm_collab.headers import identify
+from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, encode
 from vlm_collab.messages import Options
+
+_SAVED_QUALITY = 95
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".heic", ".avif", ".tif", ".tiff")
 
 
 class CodecName(enum.StrEnum):
@@ -44,7 +50,7 @@ class CodecName(enum.StrEnum):
 def ask(
     photo: Annotated[str, typer.Argument(help="A JPEG, PNG or WebP file.")],
     questions: Annotated[
-        list[str], typer.Argument(metavar="QUESTION...", help="What to ask about it.")
+        list[str], typer.Argument(metavar="QUESTION", help="What to ask about it.")
     ],
     photos: Annotated[
         list[str] | None,
@@ -52,13 +58,19 @@ def ask(
     ] = None,
     server: ServerUrl = DEFAULT_URL,
     token: Token = None,
+    token_file: TokenFile = None,
     ca_file: CaFile = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
     eta: Eta = None,
     always: Always = False,
     never: Never = False,
     show_map: Annotated[
-        bool, typer.Option("--map", help="Show where the model looked, if it was unsure.")
+        bool,
+        typer.Option(
+            "--show-map",
+            "--map",
+            help="Show where the model looked, if it was unsure: here, or in the JSON. No file.",
+        ),
     ] = False,
     quality: Annotated[
         int, typer.Option(min=1, max=100, help="Quality of the small view as JPEG or WebP.")
@@ -68,7 +80,10 @@ def ask(
     ] = None,
     save_crop: Annotated[
         Path | None,
-        typer.Option(help="Save the region at full resolution (.jpg, .png or .webp)."),
+        typer.Option(
+            metavar="FILE",
+            help="Save the region as it was sent, if one was (.jpg, .png or .webp).",
+        ),
     ] = None,
     policy: PolicyFile = None,
     camera: CameraName = None,
@@ -82,8 +97,8 @@ def ask(
     A small view of the photo goes to the server. If the model is unsure it says where it needs
     to look, and just that region is sent, at full resolution.
     """
-    if not all(question.strip() for question in questions):
-        raise QuestionError("the question is empty")
+    for question in questions:
+        check_question(question)
     crop_codec = None if save_crop is None else _codec_of(save_crop)
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map)
     # Opened before connecting: a wrong file name should not take a server to find out.
@@ -93,7 +108,7 @@ def ask(
         show.JsonLines() if as_json else show.Terminal(show_map=show_map, several=len(pairs) > 1)
     )
     settings: ClientOptions = {
-        "token": token,
+        "token": token_of(token, token_file),
         "ca_file": ca_file,
         "view_quality": quality,
         "view_codec": None if codec is None else Codec[codec.name],
@@ -103,9 +118,26 @@ def ask(
     }
     results = asyncio.run(_ask_all(server, settings, pairs, deadline, options, screen))
     if save_crop is not None and crop_codec is not None:
-        _save_crops(save_crop, crop_codec, pairs, results, screen)
+        _save_crops(save_crop, crop_codec, results, screen)
     failed = [result for result in results if isinstance(result, CollabError)]
     return cli.exit_code(failed[0]) if failed else 0
+
+
+def check_question(question: str) -> None:
+    """Refuse what cannot be meant as a question: nothing, or the name of a picture.
+
+    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would ask about `map.png` and `two.jpg`.
+
+    Raises:
+        QuestionError: one line with what to give instead.
+    """
+    if not question.strip():
+        raise QuestionError("the question is empty")
+    if question.lower().endswith(_PICTURE_ENDINGS) and not any(map(str.isspace, question)):
+        raise QuestionError(
+            f"{question} is the name of a file, not a question; more photos are given by --photo, "
+            "a file for the region by --save-crop, and --show-map takes none"
+        )
 
 
 async def _ask_all(
@@ -159,18 +191,29 @@ def _codec_of(path: Path) -> Codec:
 def _save_crops(
     path: Path,
     codec: Codec,
-    pairs: list[tuple[Picture, str]],
     results: list[EdgeAnswer | CollabError],
     screen: show.Screen,
 ) -> None:
-    """Save what the server wanted to see; several crops get numbers."""
-    for number, ((picture, _), result) in enumerate(zip(pairs, results, strict=True), start=1):
-        if isinstance(result, CollabError) or result.box is None:
+    """Save the regions that were sent; of several questions, under numbers."""
+    saved = False
+    for number, result in enumerate(results, start=1):
+        if isinstance(result, CollabError) or result.region is None:
             continue
-        name = path if len(pairs) == 1 else path.with_stem(f"{path.stem}-{number}")
-        crop = picture.region(result.box, result.box.size, codec, 95)
+        name = path if len(results) == 1 else path.with_stem(f"{path.stem}-{number}")
+        sent_as = identify(result.region)
+        same = sent_as is codec
         try:
-            name.write_bytes(crop)
+            name.write_bytes(result.region if same else _in_format(codec, result.region))
         except OSError as error:
             raise ConfigError(f"--save-crop {name}: {error.strerror or error}") from error
-        screen.note(f"region saved as {name}")
+        form = "" if same or sent_as is None else f", which was sent as {sent_as.name}"
+        screen.note(f"region saved as {name}{form}")
+        saved = True
+    if not saved:
+        screen.note("no region was sent, so none is saved")
+
+
+def _in_format(codec: Codec, region: bytes) -> bytes:
+    """What was sent, decoded again, in the format that the user's file name asks for."""
+    pixels = decode(region, max_pixels=MAX_SOURCE_PIXELS)
+    return encode(pixels, codec, _SAVED_QUALITY)

@@ -39,6 +39,8 @@ from edge_client.options import (
     PolicyFile,
     ServerUrl,
     Token,
+    TokenFile,
+    token_of,
     wishes,
 )
 from edge_client.patient import PatientClient
@@ -69,6 +71,7 @@ def chat(
     source: Annotated[str, typer.Argument(help=SOURCES_HELP)],
     server: ServerUrl = DEFAULT_URL,
     token: Token = None,
+    token_file: TokenFile = None,
     ca_file: CaFile = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
     eta: Eta = None,
@@ -98,7 +101,7 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is no text
     settings: ClientOptions = {
-        "token": token,
+        "token": token_of(token, token_file),
         "ca_file": ca_file,
         "policy": policy,
         "camera": camera_name,

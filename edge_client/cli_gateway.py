@@ -23,7 +23,9 @@ from edge_client.gateway import (
     serve,
     url_of,
 )
+from edge_client.options import Token, TokenFile, token_of
 from vlm_collab.errors import ConfigError
+from vlm_collab.keys import API_KEY_VARIABLE, chosen_key
 from vlm_collab.openai import WireLimits
 
 _GREETING_S = 3.0
@@ -40,10 +42,8 @@ def gateway(
     server: Annotated[
         str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")
     ] = DEFAULT_URL,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
-    ] = None,
+    token: Token = None,
+    token_file: TokenFile = None,
     ca_file: Annotated[
         Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
     ] = None,
@@ -54,9 +54,13 @@ def gateway(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="VLM_COLLAB_API_KEY",
-            help="API key that clients must send. Needed on any address but localhost.",
+            envvar=API_KEY_VARIABLE,
+            help="API key that clients must send. Needed on any address but localhost. Other "
+            "users of this machine can read it here; better give --api-key-file or the variable.",
         ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds the API key, and only it.")
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond localhost without a key.")
@@ -122,7 +126,7 @@ def gateway(
     config = GatewayConfig(
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=chosen_key(api_key, api_key_file, "--api-key", API_KEY_VARIABLE),
         allow_anonymous=allow_anonymous,
         origins=frozenset(origin or ()),
         fetch_hosts=frozenset(allow_host or ()),
@@ -137,7 +141,7 @@ def gateway(
         ),
     )
     options: ClientOptions = {
-        "token": token,
+        "token": token_of(token, token_file),
         "ca_file": ca_file,
         "policy": policy,
         "camera": camera,

@@ -38,6 +38,8 @@ from edge_client.options import (
     PolicyFile,
     ServerUrl,
     Token,
+    TokenFile,
+    token_of,
     wishes,
 )
 from edge_client.patient import is_passing
@@ -72,6 +74,7 @@ def watch(
     ] = False,
     server: ServerUrl = DEFAULT_URL,
     token: Token = None,
+    token_file: TokenFile = None,
     ca_file: CaFile = None,
     deadline: Deadline = DEFAULT_DEADLINE_S,
     eta: Eta = None,
@@ -95,7 +98,7 @@ def watch(
         raise ConfigError(f"--seconds must be a number above 0, not {seconds:g}")
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=False)
     settings: ClientOptions = {
-        "token": token,
+        "token": token_of(token, token_file),
         "ca_file": ca_file,
         "policy": policy,
         "camera": camera_name,
@@ -233,7 +236,7 @@ class Watch:
             self._progress.said = str(result)
             told |= {"error": str(result), "code": cli.error_name(result)}
         elif frame is not None:
-            self._progress.said = result.text
+            self._progress.said = show.shown_text(result.text)
             told |= show.as_dict(result, frame.picture)
             del told["grid"], told["map"]  # no map was asked for
         self._lines.write(told)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -61,7 +62,7 @@ class Server:
     """
 
     url: str = DEFAULT_URL
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     ca_file: str | Path | None = None
     proxy: str | None = None
     connect_timeout_s: float = 10.0
@@ -74,6 +75,11 @@ class Server:
         for name in ("connect_timeout_s", "ping_interval_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0")
+
+    @property
+    def shown(self) -> str:
+        """Its address for messages and logs: `without_secrets`."""
+        return without_secrets(self.url)
 
 
 class _Connect(connect):
@@ -111,43 +117,58 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
             max_size=max_frame_bytes,
             ssl=context,
         )
-    except (InvalidURI, InvalidProxy) as error:
-        raise ConfigError(str(error)) from error
+    except InvalidURI as error:
+        raise ConfigError(f"{server.shown} is no server address: {error.msg}") from error
+    except InvalidProxy as error:
+        raise ConfigError(
+            f"{without_secrets(error.proxy)} is no address of a proxy: {error.msg}"
+        ) from error
     except InvalidStatus as error:
         wish = error.response.headers.get("Retry-After", "")
         raise _refused(server, error.response.status_code, wish) from error
     except InvalidMessage as error:
         if isinstance(error.__cause__, EOFError):
-            raise LostError(f"{server.url} closed the connection without a word") from error
-        raise LinkError(f"{server.url} does not answer as a web server does") from error
+            raise LostError(f"{server.shown} closed the connection without a word") from error
+        raise LinkError(f"{server.shown} does not answer as a web server does") from error
     except (InvalidHandshake, NegotiationError) as error:
-        raise LinkError(f"{server.url} is no vlm-collab server: {error}") from error
+        raise LinkError(f"{server.shown} is no vlm-collab server: {error}") from error
     except ssl.SSLCertVerificationError as error:
         reason = error.verify_message or str(error)
         raise LinkError(
-            f"the certificate of {server.url} is not trusted: {reason} (a CA file can help)"
+            f"the certificate of {server.shown} is not trusted: {reason} (a CA file can help)"
         ) from error
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-        raise LostError(f"{server.url} closed the connection without a word") from error
+        raise LostError(f"{server.shown} closed the connection without a word") from error
     except ssl.SSLError as error:
-        raise LinkError(f"no TLS with {server.url}: {error.reason or error}") from error
+        raise LinkError(f"no TLS with {server.shown}: {error.reason or error}") from error
     except OSError as error:
-        raise LostError(f"cannot connect to {server.url}: {_why(error)}") from error
+        raise LostError(f"cannot connect to {server.shown}: {_why(error)}") from error
     if connection.subprotocol != SUBPROTOCOL:
         connection.transport.abort()
-        raise LinkError(f"{server.url} does not speak {SUBPROTOCOL}")
+        raise LinkError(f"{server.shown} does not speak {SUBPROTOCOL}")
     return connection
+
+
+def without_secrets(url: str) -> str:
+    """An address without user, password, query and fragment."""
+    scheme, mark, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def _full_url(url: str) -> str:
     example = f"it looks like {DEFAULT_URL.removesuffix(ENDPOINT)}"
+    # Where a password was not encoded, nobody can tell what is the address and what is not.
+    unclear = "@" in url
+    shown = "that" if unclear else repr(without_secrets(url))
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{url!r} is no server address ({error}); {example}") from None
+        why = "" if unclear else f" ({error})"
+        raise ConfigError(f"{shown} is no server address{why}; {example}") from None
     if parts.scheme not in ("ws", "wss") or not host or parts.fragment:
-        raise ConfigError(f"{url!r} is no server address; {example}")
+        raise ConfigError(f"{shown} is no server address; {example}")
     if parts.username is not None:
         raise ConfigError("a server address holds no name or password; there is a token for that")
     path = parts.path if parts.path.strip("/") else ENDPOINT
@@ -169,15 +190,15 @@ def _tls(server: Server) -> ssl.SSLContext | None:
 def _refused(server: Server, status: int, wish: str) -> LinkError | AuthenticationError:
     if status == 401:
         wrong = "no token was given" if server.token is None else "the token is not accepted"
-        return AuthenticationError(f"{server.url} lets nobody in unknown: {wrong} (HTTP 401)")
+        return AuthenticationError(f"{server.shown} lets nobody in unknown: {wrong} (HTTP 401)")
     if status == 403:
-        return AuthenticationError(f"{server.url} does not let this client in (HTTP 403)")
+        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403)")
     if status in _PASSING_STATUS:
         retry_after_s = float(wish) if wish.isascii() and wish.isdecimal() else None
-        return LostError(f"{server.url} takes no connection now (HTTP {status})", retry_after_s)
+        return LostError(f"{server.shown} takes no connection now (HTTP {status})", retry_after_s)
     if 300 <= status < 400:
-        return LinkError(f"{server.url} points to another address (HTTP {status}); give that one")
-    return LinkError(f"{server.url} is no vlm-collab server (HTTP {status})")
+        return LinkError(f"{server.shown} points to another address (HTTP {status}); give that one")
+    return LinkError(f"{server.shown} is no vlm-collab server (HTTP {status})")
 
 
 def _why(error: OSError) -> str:

@@ -20,12 +20,12 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from PIL import Image
 
 from edge_client.audit import AuditLog, ImageLine, Recent, RegionLine, ViewLine
+from edge_client.dial import without_secrets
 from edge_client.picture import Picture
 from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
 from vlm_collab.errors import PrivacyError
@@ -328,13 +328,6 @@ def open_guard(
         loaded = policy if isinstance(policy, Policy) else load_policy(policy)
         rules = loaded.for_camera(camera)
     return Guard(rules, audit=None if audit is None else AuditLog(audit), server=server)
-
-
-def without_secrets(url: str) -> str:
-    """An address without user, password and query."""
-    parts = urlsplit(url)
-    where = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{where}{parts.path}" if where else url.partition("?")[0]
 
 
 def _covered(box: Box, hidden: Sequence[Box]) -> bool:

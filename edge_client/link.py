@@ -155,7 +155,7 @@ class Link:
                     raise
         except TimeoutError:
             raise LostError(
-                f"{server.url} did not answer within {server.connect_timeout_s:g} s"
+                f"{server.shown} did not answer within {server.connect_timeout_s:g} s"
             ) from None
         return cls(socket, session, welcome)
 

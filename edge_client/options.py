@@ -9,12 +9,22 @@ from typing import Annotated
 import typer
 
 from vlm_collab.errors import ConfigError
+from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
 from vlm_collab.messages import Options, Retransmit
 
-ServerUrl = Annotated[str, typer.Option(envvar="VLM_COLLAB_SERVER", help="Address of the service.")]
+ServerUrl = Annotated[
+    str, typer.Option(metavar="URL", envvar="VLM_COLLAB_SERVER", help="Address of the service.")
+]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token, if the server wants one."),
+    typer.Option(
+        envvar=TOKEN_VARIABLE,
+        help="Bearer token, if the server wants one. Other users of this machine can read it "
+        "here; better give --token-file or the variable.",
+    ),
+]
+TokenFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File that holds the bearer token, and only it.")
 ]
 CaFile = Annotated[Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")]
 Deadline = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
@@ -34,6 +44,15 @@ CameraName = Annotated[
 AuditFile = Annotated[
     Path | None, typer.Option(help="File to list every image in before it leaves.")
 ]
+
+
+def token_of(token: str | None, token_file: Path | None) -> str | None:
+    """The server's token, in whichever way it was given.
+
+    Raises:
+        ConfigError: see `vlm_collab.keys.chosen_key`.
+    """
+    return chosen_key(token, token_file, "--token", TOKEN_VARIABLE)
 
 
 def wishes(

@@ -37,6 +37,9 @@ _WHY_DECLINED = {
     DeclineReason.FAILED: "it could not be made",
 }
 
+NO_TEXT = "(no text)"
+"""Stands for an answer that is empty, or nothing but blanks."""
+
 _SHADES = "·░▒▓█"
 _LIVE_LINES = 10
 
@@ -213,22 +216,30 @@ def history(answer: EdgeAnswer, picture: Picture) -> Table:
             f"of {size.width} x {size.height}",
         )
     if answer.refined:
-        rows.add_row("  refined answer", _said(answer.text, answer.uncertainty, "green"))
+        # No colour that says "better": the second look may leave the model less sure, and which
+        # way of the number is the surer one depends on the server's metric.
+        rows.add_row("  refined answer", _said(answer.text, answer.uncertainty))
     elif unsure:
         why = _WHY_FIRST.get(answer.fallback, "the server kept it")
         if answer.fallback is Fallback.DECLINED and answer.declined in _WHY_DECLINED:
             why = f"{why}, {_WHY_DECLINED[answer.declined]}"
         rows.add_row("  answer", f"the first one: {why}")
     else:
-        rows.add_row("  answer", _said(answer.text, answer.uncertainty, "green"))
+        rows.add_row("  answer", _said(answer.text, answer.uncertainty))
     rows.add_row("  sent", _cost(answer))
     return rows
 
 
-def _said(text: str, uncertainty: float, style: str) -> Text:
+def _said(text: str, uncertainty: float, colour: str = "") -> Text:
     return Text.assemble(
-        (printable(text), f"bold {style}"), (f"  uncertainty {uncertainty:.3f}", "dim")
+        (shown_text(text), f"bold {colour}"), (f"  uncertainty {uncertainty:.3f}", "dim")
     )
+
+
+def shown_text(text: str) -> str:
+    """An answer for people: printable, and `NO_TEXT` where there is nothing to see."""
+    shown = printable(text)
+    return shown if shown.strip() else NO_TEXT
 
 
 def _cost(answer: EdgeAnswer) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from edge_client import show
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
+from edge_client.options import Token, TokenFile, token_of
 from edge_client.picture import Picture
 from server_plugin.assembly import engine_of
 from server_plugin.models import open_model
@@ -67,9 +68,8 @@ def demo(
         str | None, typer.Option(help="Ask this server instead of starting one.")
     ] = None,
     model: Annotated[str, typer.Option(help="Model to start the server with.")] = "demo",
-    token: Annotated[
-        str | None, typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token for --server.")
-    ] = None,
+    token: Token = None,
+    token_file: TokenFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
     ] = False,
@@ -88,9 +88,10 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {out}: {error.strerror}") from error
+    key = token_of(token, token_file)
     screen: show.Screen = show.JsonLines() if as_json else show.Terminal(show_map=False)
     note = Console(stderr=True, highlight=False)
-    welcome, answers = asyncio.run(_ask(asked, pictures, server, model, token, screen, note))
+    welcome, answers = asyncio.run(_ask(asked, pictures, server, model, key, screen, note))
     target = out / "demo.png"
     _draw(asked, answers, welcome, target)
     records = [

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from edge_client.answer import EdgeAnswer
+from edge_client.show import shown_text
 from vlm_collab.geometry import Frame
 from vlm_collab.messages import Fallback
 
@@ -124,16 +125,17 @@ def _story(panel: Axes, told: Told) -> None:
     panel.text(0, 0.97, question, fontsize=13, fontweight="bold", va="top")
     lines = []
     if answer.box is not None:
-        lines.append((f"first answer: {answer.first_text}", UNSURE_COLOUR))
+        lines.append((f"first answer: {shown_text(answer.first_text)}", UNSURE_COLOUR))
         lines.append((f"uncertainty {answer.first_uncertainty:.2f} bits: look closer", "black"))
         box = answer.box
         lines.append((f"region {box.width} × {box.height} px at ({box.left}, {box.top})", "black"))
         if answer.refined:
-            lines.append((f"refined answer: {answer.text}", SURE_COLOUR))
+            # In no colour of certainty: the number below tells whether it is the surer one.
+            lines.append((f"refined answer: {shown_text(answer.text)}", "black"))
         else:
             lines.append((f"first answer kept: {_words(answer.fallback)}", UNSURE_COLOUR))
     else:
-        lines.append((f"answer: {answer.text}", SURE_COLOUR))
+        lines.append((f"answer: {shown_text(answer.text)}", SURE_COLOUR))
     if answer.box is None or answer.refined:
         lines.append((f"uncertainty {answer.uncertainty:.3f} bits", "black"))
     for number, (line, colour) in enumerate(lines):

@@ -29,6 +29,7 @@ from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
+from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
 
 
 def serve(
@@ -54,9 +55,14 @@ def serve(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="VLM_COLLAB_TOKEN",
-            help="Bearer token that clients must send. Needed on any address but localhost.",
+            envvar=TOKEN_VARIABLE,
+            help="Bearer token that clients must send. Needed on any address but localhost. Other "
+            "users of this machine can read it here; better give --token-file or the variable.",
         ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File that holds the bearer token, and only it."),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option(help="Listen beyond localhost without a token.")
@@ -144,7 +150,7 @@ def serve(
     config = ServiceConfig(
         host=host,
         port=port,
-        token=token,
+        token=chosen_key(token, token_file, "--token", TOKEN_VARIABLE),
         allow_anonymous=allow_anonymous,
         tls_cert=tls_cert,
         tls_key=tls_key,

@@ -1,6 +1,8 @@
 """Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
 
-Bytes from a peer are checked by `vlm_collab.headers` before a pixel is decompressed.
+Bytes are checked by `vlm_collab.headers` before a pixel is decompressed, and the decoder gets
+what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or their
+checksums, a picture whose pixels are whole is a good one.
 
 All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
 it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The
@@ -19,14 +21,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
 from vlm_collab.headers import (
+    MAX_ORIGINAL_PARTS,
     Codec,
+    StoredHeader,
     check_pixels,
     identify,
     pixels_only,
+    profile_in,
     stored_header,
     top_rows,
 )
@@ -67,6 +73,8 @@ MAX_SOURCE_BYTES = 1 << 30
 
 PAD_COLOUR = (122, 116, 104)
 """The bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become zeros."""
+
+_LONGEST_SIDES = {Codec.JPEG: 65500, Codec.WEBP: 16383}
 
 _OVERSAMPLING = 1.4
 """Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
@@ -135,8 +143,8 @@ def read_header(
 
     Raises:
         UnsupportedImageError: not a picture, or in none of these formats.
-        ImageTooLargeError: more pixels or frames than allowed, or more metadata than pictures
-            that cross the wire have (`headers.MAX_PARTS`, `headers.MAX_METADATA_BYTES`).
+        ImageTooLargeError: more pixels or frames than allowed, or more parts than pictures that
+            cross the wire have (`headers.MAX_PARTS`).
         ImageError: the header is broken.
     """
     codec = agreed_codec(data, codecs)
@@ -158,9 +166,7 @@ def decode(
     """
     codec = agreed_codec(data, codecs)
     stored = stored_header(data, codec, max_pixels, max_frames)
-    _, image = open_bounded(pixels_only(data, codec), codecs, max_pixels, max_frames)
-    if image.size != (stored.width, stored.height):
-        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
+    image = _opened(pixels_only(data, codec), codec, stored)
     upright = transposed(loaded(image).convert("RGB"), stored.orientation)
     upright.info.clear()
     return upright
@@ -198,8 +204,10 @@ def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
             case Codec.WEBP:
                 rgb.save(buffer, "WEBP", quality=quality, method=4)
     except (OSError, ValueError) as error:
+        most = _LONGEST_SIDES.get(codec, 0)
+        why = f", which holds {most} px a side at most" if max(rgb.size) > most > 0 else ""
         raise ImageError(
-            f"cannot encode {rgb.width} x {rgb.height} pixels as {codec.name}: {error}"
+            f"cannot encode {rgb.width} x {rgb.height} pixels as {codec.name}{why}"
         ) from error
     return buffer.getvalue()
 
@@ -256,14 +264,15 @@ class SourceImage:
         """
         data = source if isinstance(source, bytes) else read_source(source)
         try:
-            _, image = open_bounded(data, ALL_CODECS, max_pixels, 1)
+            codec = agreed_codec(data, ALL_CODECS)
+            stored = stored_header(data, codec, max_pixels, 1, MAX_ORIGINAL_PARTS)
+            image = _opened(pixels_only(data, codec, MAX_ORIGINAL_PARTS), codec, stored)
         except ImageError as error:
             if not isinstance(source, str | os.PathLike):
                 raise
             raise type(error)(f"{_shown(source)}: {error}") from error
-        stored = Size(*image.size)
-        icc = image.info.get("icc_profile")
-        return cls(data, None, stored, orientation_of(image), icc)
+        icc = profile_in(data, codec, MAX_ORIGINAL_PARTS)
+        return cls(data, None, Size(*image.size), stored.orientation, icc)
 
     @classmethod
     def received(cls, data: bytes, *, max_pixels: int) -> SourceImage:
@@ -274,9 +283,7 @@ class SourceImage:
         codec = agreed_codec(data, ALL_CODECS)
         stored = stored_header(data, codec, max_pixels, 1)
         pixels = pixels_only(data, codec)
-        _, image = open_bounded(pixels, ALL_CODECS, max_pixels, 1)
-        if image.size != (stored.width, stored.height):
-            raise ImageError(f"a broken {codec.name} picture: it names two sizes")
+        image = _opened(pixels, codec, stored)
         return cls(pixels, None, Size(*image.size), stored.orientation, None)
 
     @classmethod
@@ -413,7 +420,9 @@ class SourceImage:
         """
         if self._pixels is not None and self._pixels.height >= min(bottom, self._stored.height):
             return self._pixels, 1
-        codec, image = open_bounded(self._data, ALL_CODECS, math.prod(self._stored), 1)
+        codec = agreed_codec(self._data, ALL_CODECS)
+        pixels_alone = pixels_only(self._data, codec, MAX_ORIGINAL_PARTS)
+        image = open_bounded(pixels_alone, codec, math.prod(self._stored), 1)
         scale = next((s for s in (8, 4, 2) if s <= min(scale_limit, *self._stored)), 1)
         if codec is Codec.JPEG and scale > 1:
             # The decoder picks the largest of these scales that leaves this size or more.
@@ -423,9 +432,9 @@ class SourceImage:
             return pixels, scale
         rows = (bottom // _CODED_PX + 2) * _CODED_PX
         if codec is Codec.JPEG and rows < _MOST_ROWS * self._stored.height:
-            top = top_rows(self._data, rows)
+            top = top_rows(pixels_alone, rows)
             if top is not None:
-                _, image = open_bounded(top, ALL_CODECS, math.prod(self._stored), 1)
+                image = open_bounded(top, codec, math.prod(self._stored), 1)
         self._pixels = loaded(image)
         _black_out(self._pixels, self._stored_hidden())
         if self._pixels.height == self._stored.height:
@@ -434,6 +443,18 @@ class SourceImage:
 
     def _stored_hidden(self) -> Iterator[Box]:
         return (_stored_box(box, self.size, self._orientation) for box in self.hidden)
+
+
+def _opened(pixels: bytes, codec: Codec, stored: StoredHeader) -> ImageFile:
+    """What `pixels_only` left of a picture whose header has been checked, opened lazily.
+
+    Raises:
+        ImageTooLargeError, ImageError: the decoder sees it otherwise.
+    """
+    image = open_bounded(pixels, codec, stored.width * stored.height, stored.frames)
+    if image.size != (stored.width, stored.height):
+        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
+    return image
 
 
 def _black_out(image: Image.Image, boxes: Iterable[Box]) -> None:

@@ -1,19 +1,17 @@
 """Pillow's decoders, bounded and made plain: the ground that `vlm_collab.images` stands on.
 
-Three checks stand before a pixel is decompressed: the first bytes name one of the formats that
-both sides agreed on, the header's pixel count is within the limit, and so is its frame count.
-(`vlm_collab.headers` has checked a peer's bytes before they come here.) Each format is opened by
+What comes here are the pixels of a picture that `vlm_collab.headers` has checked, without its
+metadata; the decoder's own view of size and frames is checked once more. Each format is opened by
 its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
 limit is the caller's rather than Pillow's process-wide one, and the second pictures that phones
-append to a JPEG are left alone.
+append to a JPEG are left alone. None of Pillow's settings is touched, and none of its words is
+shown: whatever a decoder raises on bytes from outside becomes one line of this module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
 from collections.abc import Iterable, Iterator
 
 from PIL import Image
@@ -51,27 +49,30 @@ _DECODERS: dict[Codec, type[ImageFile]] = {
     Codec.WEBP: WebPImageFile,
 }
 
-# What Pillow's three decoders raise on broken data.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
-
 # Only to say what a refused file is.
 _OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF"}
 
 
-def open_bounded(
-    data: bytes, codecs: frozenset[Codec], max_pixels: int, max_frames: int
-) -> tuple[Codec, ImageFile]:
-    """Open a picture lazily and check what its header promises."""
-    codec = agreed_codec(data, codecs)
+def open_bounded(data: bytes, codec: Codec, max_pixels: int, max_frames: int) -> ImageFile:
+    """Open a picture lazily and check what its header promises.
+
+    Args:
+        data: of `headers.pixels_only`.
+        codec: its format.
+        max_pixels, max_frames: most of each.
+
+    Raises:
+        ImageTooLargeError, ImageError: one line.
+    """
     if codec is Codec.WEBP:
         # Pillow's WebP decoder allocates its canvas on opening, so the size is read first.
         check_pixels(webp_size(data), max_pixels)
-    with _decoder_errors(codec):
+    with _decoder_errors(codec, "its header is damaged"):
         image = _DECODERS[codec](io.BytesIO(data))
         frames = getattr(image, "n_frames", 1)
     check_pixels(image.size, max_pixels)
     check_frames(frames, max_frames)
-    return codec, image
+    return image
 
 
 def agreed_codec(data: bytes, codecs: frozenset[Codec]) -> Codec:
@@ -102,24 +103,41 @@ def codec_names(codecs: Iterable[Codec]) -> str:
 
 
 @contextlib.contextmanager
-def _decoder_errors(codec: Codec | None) -> Iterator[None]:
-    """Turn what decoders raise on broken data into one clear line."""
+def _decoder_errors(codec: Codec | None, detail: str) -> Iterator[None]:
+    """Turn what decoders raise on broken data into one clear line.
+
+    Args:
+        codec: the format; None where it is not known.
+        detail: what is wrong, as far as the place tells.
+    """
     try:
         yield
+    except ImageError:
+        raise  # one of ours
     except Image.DecompressionBombError as error:
         # Pillow's own limit, for the whole process, where it checks on opening (WebP).
-        raise ImageTooLargeError(str(error)) from error
-    except _BROKEN as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"a broken {codec.name if codec else ''} picture: {detail}") from error
+        raise ImageTooLargeError("more pixels than the decoder takes") from error
+    except MemoryError as error:
+        raise ImageTooLargeError("too many pixels for this machine's memory") from error
+    except Exception as error:
+        # Of all kinds: Pillow documents none of them, and the bytes come from anywhere.
+        if "truncated" in str(error):
+            detail = "it is cut short"
+        name = f" {codec.name}" if codec else ""
+        raise ImageError(f"a broken{name} picture: {detail}") from error
 
 
 def loaded(image: Image.Image) -> Image.Image:
-    """Decode all pixels and bring them to 8-bit L, RGB or CMYK without transparency."""
+    """Decode all pixels and bring them to 8-bit L, RGB or CMYK without transparency.
+
+    Raises:
+        UnsupportedImageError: its mode has no RGB form.
+        ImageTooLargeError, ImageError: one line.
+    """
     codec = next((c for c, kind in _DECODERS.items() if isinstance(image, kind)), None)
-    with _decoder_errors(codec):
+    with _decoder_errors(codec, "its pixels are damaged"):
         image.load()
-    return flatten(image)
+        return flatten(image)
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -9,11 +9,11 @@ from typing import Unpack
 from edge_client.answer import EdgeAnswer
 from edge_client.asking import TextSink
 from edge_client.client import ClientOptions, EdgeClient
-from edge_client.dial import Server
+from edge_client.dial import Server, without_secrets
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.fetch import Fetcher
 from edge_client.gateway.upstream import TextUpstream
-from edge_client.guard import open_guard, without_secrets
+from edge_client.guard import open_guard
 from edge_client.keeper import Retry
 from edge_client.picture import Album, Picture
 from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError

@@ -91,7 +91,7 @@ class GatewayConfig:
         if self.api_key is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
                 f"listening on {self.host} without an API key lets anyone in; "
-                "give --api-key, or --allow-anonymous to mean it"
+                "give --api-key-file or VLM_COLLAB_API_KEY, or --allow-anonymous to mean it"
             )
 
 

@@ -53,6 +53,7 @@ from server_plugin.adapters.prompts import PromptBuilder
 from server_plugin.adapters.registry import adapter_for
 from server_plugin.backend import Generation, ModelInfo
 from server_plugin.backends.batch import Batch, Row
+from server_plugin.backends.devices import device_of, dtype_of
 from server_plugin.engine import Work
 from server_plugin.models import FAKE_MODEL, checkpoint_of, preset_of, with_options
 from server_plugin.presets import Preset
@@ -147,7 +148,8 @@ class HdModel:
         if not issubclass(kind, LlavaAdapter):
             raise ConfigError(f"the method hd is LLaVA's; {name} is of the family {kind.family}")
         kind.layout_of(load_config(folder), preset)
-        model = load_model(folder, torch.device(device), getattr(torch, dtype))
+        where = device_of(device)
+        model = load_model(folder, where, dtype_of(dtype, where))
         return cls(kind(model, load_processor(folder), preset), preset, Path(name).name)
 
     def check_question(self, question: str, max_new_tokens: int) -> None:

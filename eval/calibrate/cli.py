@@ -11,6 +11,7 @@ import msgspec
 import typer
 from typer.core import TyperGroup
 
+from edge_client.cli_help import Command, NamedValues
 from eval.tasks import open_task
 from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
@@ -18,7 +19,7 @@ from vlm_collab.errors import ConfigError
 _THRESHOLD, _LAYERS = "threshold", "layers"
 
 
-class CalibrateCommands(TyperGroup):
+class CalibrateCommands(NamedValues, TyperGroup):
     """`layers`, and what everything else means: a threshold from a run."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -46,7 +47,7 @@ def _group() -> None:
     """
 
 
-@app.command(_THRESHOLD)
+@app.command(_THRESHOLD, cls=Command)
 def threshold(
     run: Annotated[Path, typer.Argument(help="Folder of a run, of a split that is not reported.")],
     target_rate: Annotated[
@@ -117,7 +118,7 @@ def threshold(
     )
 
 
-@app.command(_LAYERS)
+@app.command(_LAYERS, cls=Command)
 def layers(
     task: Annotated[str, typer.Option(help="A benchmark that says where answers are.")] = "signs",
     model: Annotated[

@@ -9,6 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from edge_client.cli_help import Command, NamedValues
+
 _COMMANDS = {
     "run": ("eval.harness.cli_run", "Answer a benchmark's questions, and keep everything."),
     "sweep": ("eval.harness.cli_report", "Trade-off curves of a run, without the model."),
@@ -16,7 +18,7 @@ _COMMANDS = {
 }
 
 
-class EvalCommands(TyperGroup):
+class EvalCommands(NamedValues, TyperGroup):
     """Commands by name; each is a function of that name in its module."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -36,7 +38,7 @@ class EvalCommands(TyperGroup):
             return name, stand_in, rest
         function = getattr(importlib.import_module(_COMMANDS[name][0]), name)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(name)(function)
+        app.command(name, cls=Command)(function)
         return name, typer.main.get_command(app), rest
 
 

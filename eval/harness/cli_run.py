@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edge_client.options import Token, TokenFile, token_of
 from eval.harness.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.harness.loading import ModelOptions
 from eval.harness.method import Method
@@ -85,9 +86,8 @@ def run(
     server: Annotated[
         str | None, typer.Option(help="Ask this running service (ws://…), not a model here.")
     ] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="VLM_COLLAB_TOKEN", help="Bearer token for --server.")
-    ] = None,
+    token: Token = None,
+    token_file: TokenFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     prompt: PromptName = None,
@@ -140,7 +140,7 @@ def run(
         view_quality=view_quality,
         region_quality=region_quality,
         server=server,
-        token=token,
+        token=token_of(token, token_file),
     )
     name = "service" if server is not None else Path(model).name
     suffix = "" if method == TWO_STAGE else f"-{method}"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.harness.provenance import difference
-from eval.harness.records import PROVENANCE, SHARDS, Record, write_shard
+from eval.harness.records import PROVENANCE, SHARDS, Record, shards_of, write_shard
 from eval.tasks.data import wherever
 from vlm_collab.errors import ConfigError
 
@@ -93,7 +93,7 @@ class RunFolder:
         """
         folder = cls(path, save_every)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            (path / SHARDS).parent.mkdir(parents=True, exist_ok=True)
             if not _create(path / PROVENANCE, provenance):
                 folder._go_on(provenance, resume)
             folder._read_rows()
@@ -143,7 +143,7 @@ class RunFolder:
                 (self.path / FAILURES).unlink(missing_ok=True)
             told = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
             if not failed:  # nobody writes any more; these are of processes that were killed
-                for left in self.path.glob("part-*.writing"):
+                for left in (self.path / SHARDS).parent.glob(".part-*.writing"):
                     left.unlink(missing_ok=True)
             counts = {"samples": len(self.done), "failed": len(failed)}
             if told["finished"] is None or told != {**told, **counts}:
@@ -189,7 +189,7 @@ class RunFolder:
         """Which samples are there, and what the progress bar says of them."""
         columns = ["index", "first_score", "second_score", "view_bytes", "region_bytes"]
         rows: dict[int, tuple[float, float, int]] = {}
-        for shard in sorted(self.path.glob(SHARDS)):
+        for shard in shards_of(self.path):
             try:
                 table = pq.read_table(shard, columns=columns).to_pydict()
             except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:

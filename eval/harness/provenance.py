@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edge_client.dial import without_secrets
 from eval.tasks.base import Task
 
 FORMAT = 1
@@ -129,8 +130,12 @@ def _command(arguments: list[str]) -> list[str]:
     for place, argument in enumerate(arguments):
         if argument.startswith("--token="):
             told[place] = "--token=..."
+        elif argument.startswith("--server="):
+            told[place] = f"--server={without_secrets(argument.removeprefix('--server='))}"
         elif argument == "--token" and place + 1 < len(told):
             told[place + 1] = "..."
+        elif argument == "--server" and place + 1 < len(told):
+            told[place + 1] = without_secrets(told[place + 1])
     return told
 
 

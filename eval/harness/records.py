@@ -4,7 +4,8 @@ A run goes through both passes for every sample, as if the threshold were 0. So 
 everything that any policy, threshold, aggregation or scorer could ask for, and every figure is
 drawn from them without the model.
 
-A run is a folder: `run.json` (provenance), and shards `part-*.parquet` with these columns.
+A run is a folder: `run.json` (provenance), and shards `rows/part-*.parquet` with these columns.
+Nothing else lies in `rows`, since readers of Parquet take every file of a folder for rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import pyarrow.parquet as pq
 from eval.tasks.base import Truth
 
 PROVENANCE = "run.json"
-SHARDS = "part-*.parquet"
+SHARDS = "rows/part-*.parquet"
+_OLD_SHARDS = "part-*.parquet"
+"""Where they lay at first, among the other files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +134,14 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     """
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
     mine = f"{path.stem}-{secrets.token_hex(4)}"
-    unfinished = path.with_name(f"{mine}.writing")
+    unfinished = path.with_name(f".{mine}.writing")  # which readers of Parquet pass over
     pq.write_table(table, unfinished, compression="zstd")
     unfinished.replace(path.with_name(f"{mine}{path.suffix}") if path.exists() else path)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files with a run's rows."""
+    return sorted([*folder.glob(SHARDS), *folder.glob(_OLD_SHARDS)])
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -142,7 +150,7 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         FileNotFoundError: there are none.
     """
-    shards = sorted(folder.glob(SHARDS))
+    shards = shards_of(folder)
     if not shards:
         raise FileNotFoundError(f"{folder} holds no run: there is no {SHARDS}")
     rows: dict[int, Record] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from server_plugin.models import DEMO_MODEL
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
+from vlm_collab.keys import TOKEN_VARIABLE, key_in
 from vlm_collab.messages import Retransmit
 from vlm_collab.policy import Aggregate, Metric
 
@@ -46,7 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         pretrained: the model, as of `vlm-collab serve`; the demo model if there is no `server`.
-        server, token: address of a running service (`ws://…`), and its bearer token.
+        server, token, token_file: address of a running service (`ws://…`), its bearer token, and
+            the file that holds it. lmms-eval prints its arguments, so the file is better.
         policy: when a region is sent: "threshold", "always", "never".
         eta: threshold, instead of the preset's or the service's.
         metric, aggregate, k: what is held against it.
@@ -64,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pretrained: str | None = None
     server: str | None = None
     token: str | None = None
+    token_file: str | None = None
     policy: Literal["threshold", "always", "never"] = "threshold"
     eta: float | None = None
     metric: Metric | None = None
@@ -127,14 +131,19 @@ def settings_from(arguments: Mapping[str, Any]) -> Settings:
         known = ", ".join(Settings.__struct_fields__)
         raise ConfigError(f"model_args: {_first_line(error)}; options: {known}") from None
     if settings.server is None:
-        for name in ("token", "concurrency"):
+        for name in ("token", "token_file", "concurrency"):
             if name in given:
                 raise ConfigError(f"model_args: {name} is for a service; it needs server=ws://…")
         return settings
     for name in _IN_PROCESS:
         if name in given:
             raise ConfigError(f"model_args: {name} is the service's own with server=…")
-    token = settings.token or os.environ.get("VLM_COLLAB_TOKEN")
+    if settings.token_file is not None:
+        if settings.token is not None:
+            raise ConfigError("model_args: token and token_file exclude each other")
+        token: str | None = key_in(Path(settings.token_file), "model_args: token_file")
+    else:
+        token = settings.token or os.environ.get(TOKEN_VARIABLE)
     return msgspec.structs.replace(settings, token=token)
 
 

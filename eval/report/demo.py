@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.harness.records import PROVENANCE, SCHEMA, SHARDS, read_records
+from eval.harness.records import PROVENANCE, SCHEMA, SHARDS, read_records, shards_of
 from eval.report.tables import calibrate_command
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "demo"
@@ -57,7 +57,7 @@ def pack(folder: Path) -> None:
     Maps are rounded to single precision, in which the attention was computed; they are most of
     a run's size, and no figure depends on them.
     """
-    shards = sorted(folder.glob(SHARDS))
+    shards = shards_of(folder)
     rows = [
         asdict(replace(record, map=np.asarray(record.map, np.float32).tolist()))
         for record in read_records(folder)
@@ -74,7 +74,9 @@ def pack(folder: Path) -> None:
     )
     for left in (*shards, *folder.glob("*.lock")):
         left.unlink()
-    whole.rename(folder / SHARDS.replace("*", f"{rows[0]['index']:08d}"))
+    shard = folder / SHARDS.replace("*", f"{rows[0]['index']:08d}")
+    shard.parent.mkdir(exist_ok=True)
+    whole.rename(shard)
     # Where this checkout lies is of no interest to who reads the run.
     told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     told["command"][0] = "vlm-collab"

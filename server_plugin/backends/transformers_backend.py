@@ -23,7 +23,6 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image as PillowImage
 from PIL.Image import Image
 from transformers import DynamicCache
@@ -50,6 +49,7 @@ from server_plugin.backend import (
     View,
 )
 from server_plugin.backends.attention import use_capturing_attention
+from server_plugin.backends.devices import device_of, dtype_of
 from server_plugin.backends.passes import Ask, Passes
 from server_plugin.backends.views import Seen, TransformersView, view_bytes
 from server_plugin.backends.worker import BatchWorker, WorkerClosedError
@@ -146,8 +146,8 @@ class TransformersBackend:
         if batch is not None and batch < 1:
             raise ConfigError(f"a batch holds one question or more, not {batch}")
         source = local_or_hub(name_or_folder)
-        where = _device(device)
-        number = _dtype(dtype, where)
+        where = device_of(device)
+        number = dtype_of(dtype, where)
         shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
         # Everything that can be refused is refused before gigabytes of weights are read.
         adapter_class = adapter_for(model_type_of(source))
@@ -334,24 +334,3 @@ def _check_layer(layer: int, text_config: Any, name: str) -> None:
             f"layer {layer} does not exist: {name} has decoder layers 0 to {count - 1}; "
             "choose one with the option `layer`"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"torch knows no device {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"the device {name!r} was asked for, but torch sees no CUDA device here")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name, None)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"{name!r} is no floating point type (float32, bfloat16, float16)")
-    return dtype

@@ -148,7 +148,7 @@ class ServiceConfig:
         if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
                 f"listening on {self.host} without a token lets anyone in; "
-                "give --token, or --allow-anonymous to mean it"
+                "give --token-file or VLM_COLLAB_TOKEN, or --allow-anonymous to mean it"
             )
 
     @property

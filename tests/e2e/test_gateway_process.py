@@ -178,6 +178,22 @@ def test_the_log_has_no_words_and_no_secrets():
         assert words not in logged
 
 
+def test_key_and_token_may_come_from_files(tmp_path: Path):
+    (tmp_path / "token").write_text("secret-token\n")
+    (tmp_path / "key").write_text("secret-key\n")
+    files = ("--token-file", str(tmp_path / "token"), "--api-key-file", str(tmp_path / "key"))
+    with (
+        serving("fake", *files[:2]) as (_, server),
+        started("--server", str(server["url"]), *files) as (_, own),
+    ):
+        with openai.OpenAI(base_url=own["url"], api_key="secret-key") as client:
+            made = client.chat.completions.create(model="fake", messages=[said(SURE, photo(1))])
+            assert made.choices[0].message.content
+        with openai.OpenAI(base_url=own["url"], api_key="other", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+
+
 def test_a_gateway_starts_before_its_server():
     with started("--server", "ws://127.0.0.1:9", "--deadline", "0.3") as (process, own):
         assert own["model"] is None

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.common import SURE, UNSURE, slow, world
-from tests.edge_client.scripted import unused_url
+from tests.edge_client.scripted import Peer, scripted, unused_url
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import saved
 from tests.support.process import serving
@@ -264,6 +264,21 @@ def test_one_question_a_line_from_a_pipe(server, file, tmp_path):
     assert f"saved as {crop}" in done.stdout
     with Image.open(crop) as image:
         assert image.format == "JPEG"
+
+
+async def test_an_answer_without_text_is_shown_and_the_talk_goes_on(file):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        for text in ("", "something"):
+            await peer.answer((await peer.asked()).id, text)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server:
+        lines = "what?\nand now?\n"
+        done = await asyncio.to_thread(piped, lines, file, "--server", server.url)
+    assert done.returncode == 0
+    assert re.search(r"answer +\(no text\)  uncertainty", done.stdout)
+    assert re.search(r"answer +something  uncertainty", done.stdout)
 
 
 def test_json_is_one_object_for_each_answer(server, file):

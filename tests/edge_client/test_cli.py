@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from edge_client import cli, show
+from edge_client.answer import EdgeAnswer
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
@@ -22,7 +26,8 @@ from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
 from tests.support.wire import service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
-from vlm_collab.messages import Ask, Cancel, Error, Stage, encode
+from vlm_collab.geometry import Box
+from vlm_collab.messages import Ask, Cancel, Error, Fallback, Stage, Usage, encode
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def run(capsys, monkeypatch):
 async def test_answers_for_people(run, photo_file):
     async with running(service()) as url:
         code, out, err = await asyncio.to_thread(
-            run, "ask", photo_file, UNSURE, SURE, "--server", url, "--map"
+            run, "ask", photo_file, UNSURE, SURE, "--server", url, "--show-map"
         )
     assert (code, err) == (0, "")
     assert "first answer" in out
@@ -100,6 +105,61 @@ async def test_answers_for_programs(run, photo_file, tmp_path):
     assert sure["box"] is None
     assert sure["map"] is None
     assert sure["fallback"] == "none"
+
+
+async def test_an_answer_without_text_is_shown_as_one(run, photo_file):
+    async def script(peer: Peer) -> None:
+        await peer.greet()
+        for text in ("", " \n", ""):
+            await peer.answer((await peer.asked()).id, text)
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as server:
+        arguments = ("ask", photo_file, "why?", "--server", server.url)
+        code, out, err = await asyncio.to_thread(run, *arguments[:3], "and?", *arguments[3:])
+        assert (code, err) == (0, "")
+        assert len(re.findall(r"  answer +\(no text\)  uncertainty 0\.100", out)) == 2
+    async with scripted(script) as server:
+        code, out, _ = await asyncio.to_thread(run, *arguments[:4], server.url, "--json")
+        assert (code, json.loads(out)["answer"]) == (0, "")
+
+
+def coloured(answer: EdgeAnswer, picture: Picture) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    console.print(show.history(answer, picture))
+    return console.file.getvalue()
+
+
+def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
+    """The number may rise with the second look; for a margin it should, for entropies not."""
+    picture = Picture.open(photo_file)
+    green = re.compile(r"\x1b\[(\d+;)*32m")
+    for first, second in [(0.3, 0.9), (0.9, 0.3)]:
+        refined = EdgeAnswer(
+            text="a",
+            stage=Stage.SECOND,
+            fallback=Fallback.NONE,
+            uncertainty=second,
+            first_text="b",
+            first_uncertainty=first,
+            box=Box(0, 0, 100, 100),
+            map=None,
+            rows=4,
+            columns=4,
+            bytes_up=1,
+            bytes_down=1,
+            view_bytes=1,
+            region_bytes=0,
+            region=None,
+            original_bytes=None,
+            usage=Usage(),
+            elapsed_s=1.0,
+            model="m",
+        )
+        shown = coloured(refined, picture)
+        assert f"uncertainty {first:.3f}" in shown
+        assert f"uncertainty {second:.3f}" in shown
+        assert not green.search(shown)
 
 
 async def test_one_failed_question_among_several(run, photo_file):
@@ -169,14 +229,51 @@ def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_
     assert "full" not in out
 
 
-async def test_the_region_can_be_saved(run, photo_file, tmp_path):
+async def test_the_region_is_saved_as_it_was_sent(run, photo_file, tmp_path):
+    """With all of the picture but its top hidden, and logged: the saved bytes are those sent."""
+    file, log, policy = tmp_path / "crop.jpg", tmp_path / "audit.jsonl", tmp_path / "policy.yaml"
+    policy.write_text("cameras: {default: {hide: [{px: [0, 100, 480, 360], of: [480, 360]}]}}")
+    async with running(service()) as url:
+        code, out, _ = await asyncio.to_thread(
+            run,
+            *("ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)),
+            *("--policy", str(policy), "--audit", str(log)),
+        )
+    assert code == 0
+    assert f"region saved as {file}\n" in out
+    (sent,) = [line for line in map(json.loads, log.open()) if line["kind"] == "region"]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sent["sha256"]
+    (_, top, _, bottom) = sent["box"]
+    saved = Image.open(file).convert("L")
+    assert top < 100 < bottom
+    assert saved.crop((0, 110 - top, *saved.size)).getextrema()[1] < 30
+    assert saved.crop((0, 0, saved.width, 90 - top)).getextrema()[1] > 100
+
+
+@pytest.mark.parametrize("extra", [("--never",), ("--policy", "keeps.yaml")])
+async def test_no_region_is_saved_where_none_was_sent(
+    run, photo_file, tmp_path, monkeypatch, extra
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keeps.yaml").write_text("cameras: {default: {max_regions_per_question: 0}}")
+    async with running(service()) as url:
+        arguments = ("ask", photo_file, UNSURE, "--server", url, "--save-crop", "crop.jpg", *extra)
+        code, out, _ = await asyncio.to_thread(run, *arguments)
+    assert code == 0
+    assert "no region was sent, so none is saved" in out
+    assert "saved as" not in out
+    assert not (tmp_path / "crop.jpg").exists()
+
+
+async def test_the_region_is_saved_in_the_format_that_its_name_says(run, photo_file, tmp_path):
     file = tmp_path / "crop.png"
     async with running(service()) as url:
         code, out, _ = await asyncio.to_thread(
             run, "ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)
         )
-        assert (code, "crop.png" in out) == (0, True)
-        assert Image.open(file).size == (112, 112)
+        assert (code, "crop.png, which was sent as JPEG" in out) == (0, True)
+        saved = Image.open(file)
+        assert (saved.format, saved.size) == ("PNG", (112, 112))
         code, out, _ = await asyncio.to_thread(
             run,
             "ask",
@@ -239,6 +336,8 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
         (["ask", photo_file, "why?", "--save-crop", "crop.gif"], 2, "--save-crop"),
         (["ask", photo_file, "why?", "--save-crop", "no/such/crop.png"], 2, "no such directory"),
         (["ask", photo_file, "why?", "--nonsense"], 2, "--nonsense"),
+        (["ask", photo_file, "why?", "--map", "map.png"], 2, "map.png is the name of a file"),
+        (["ask", photo_file, "Other.JPG", "why?"], 2, "more photos are given by --photo"),
         (["nonsense"], 2, "No such command"),
     ]:
         for extra in ([], ["--json"]):
@@ -265,7 +364,7 @@ async def test_no_server_is_one_line(run, photo_file):
     assert (code, err.count("\n")) == (4, 1)
 
 
-async def test_the_token(run, photo_file, monkeypatch):
+async def test_the_token(run, photo_file, monkeypatch, tmp_path):
     async with running(service(token="s3cret")) as url:
         arguments = ("ask", photo_file, SURE, "--server", url)
         for extra in ((), ("--token", "wrong")):
@@ -273,6 +372,15 @@ async def test_the_token(run, photo_file, monkeypatch):
             assert (code, err.count("\n")) == (5, 1)
             assert "token" in err
         assert (await asyncio.to_thread(run, *arguments, "--token", "s3cret"))[0] == 0
+        file = tmp_path / "token"
+        file.write_text("s3cret\n")
+        in_file = ("--token-file", str(file))
+        assert (await asyncio.to_thread(run, *arguments, *in_file))[0] == 0
+        code, _, err = await asyncio.to_thread(run, *arguments, *in_file, "--token", "wrong")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "exclude each other" in err
+        monkeypatch.setenv("VLM_COLLAB_TOKEN", "wrong")
+        assert (await asyncio.to_thread(run, *arguments, *in_file))[0] == 0
         monkeypatch.setenv("VLM_COLLAB_TOKEN", "s3cret")
         assert (await asyncio.to_thread(run, *arguments))[0] == 0
 
@@ -336,6 +444,33 @@ def test_the_version():
 
 def test_every_help_documents_the_exit_codes():
     assert "interrupted" in program("ask", "--help").stdout
+
+
+_HELP_OF = [
+    *([name] for name in ("ask", "audit", "chat", "gateway", "watch", "serve", "demo", "flops")),
+    *(["eval", name] for name in ("run", "sweep", "report")),
+    *(["calibrate", name] for name in ("threshold", "layers")),
+    ["eval"],
+    ["calibrate"],
+    [],
+]
+
+
+@pytest.mark.parametrize("command", _HELP_OF, ids=" ".join)
+def test_no_help_shows_types_of_python(run, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    options = re.findall(r"^│ +(?:\* +)?(--[^│]*)", out, re.MULTILINE)
+    assert options
+    for line in options:
+        assert not re.search(r"<(?!=)|\blist\[|\b(str|int|float|bool|path|range)\b  ", line), line
+    if command == ["ask"]:
+        assert re.search(r"--photo +-p +TEXT ", out)
+        assert re.search(r"--always {10,}Send a region", out)
+        assert re.search(r"--quality +N \[1<=x<=100\] ", out)
+        assert re.search(r"--codec +jpeg\|png\|webp ", out)
 
 
 @pytest.mark.parametrize("missing", ["numpy", "starlette"])

@@ -98,6 +98,53 @@ async def test_servers_of_another_kind(reply, kind, line):
         assert isinstance(caught.value, LostError) == (reply == b"")
 
 
+@pytest.mark.parametrize(
+    "reply", [b"", b"SSH\r\n", *(b"HTTP/1.1 %d No\r\n\r\n" % n for n in (302, 401, 403, 404, 503))]
+)
+async def test_a_token_in_the_address_is_not_repeated(reply):
+    async with speaking(reply) as url:
+        with pytest.raises((LinkError, AuthenticationError)) as caught:
+            await opened(f"{url}/v1/collab?token=s3cret")
+    assert "s3cret" not in str(caught.value)
+    assert f"{url}/v1/collab" in str(caught.value)
+
+
+async def test_nor_where_nobody_answers(tmp_path):
+    for address, settings in [
+        (await unused_url(), {}),
+        ("ws://no-such-host.invalid:1", {}),
+        ((await unused_url()).replace("ws:", "wss:"), {"ca_file": tmp_path / "none"}),
+        (await unused_url(), {"proxy": "http://me:s3cret@:1"}),
+        (await unused_url(), {"proxy": "nonsense://me:s3cret@here:1?key=s3cret"}),
+    ]:
+        with pytest.raises((LinkError, ConfigError)) as caught:
+            await opened(f"{address}/?token=s3cret", **settings)
+        assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in repr(Server(url="ws://here", token="s3cret"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "http://here?token=s3cret",
+        "here?token=s3cret",
+        "ws://?token=s3cret",
+        "ws://here:port/?token=s3cret",
+        "ws://here/?token=s3cret#x",
+        "ws://here/#s3cret",
+        "ws://me:s3cret@here",
+        "http://me:s3cret@here",
+        "ws://me:s3cret?more@here",
+        "ws://me:s3cret/more@here",
+        "me:s3cret@here",
+    ],
+)
+def test_nor_where_the_address_is_none(wrong):
+    with pytest.raises(ConfigError) as caught:
+        Server(url=wrong)
+    assert "s3cret" not in str(caught.value)
+
+
 async def test_nothing_goes_where_a_server_points_to():
     """The audit log names the address that was given."""
     came: list[str] = []

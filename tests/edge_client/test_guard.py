@@ -16,7 +16,8 @@ from PIL import Image
 from edge_client.areas import Rectangle
 from edge_client.audit import AuditLog, RegionLine, ViewLine, read_log
 from edge_client.client import EdgeClient
-from edge_client.guard import Guard, QuestionGuard, without_secrets
+from edge_client.dial import without_secrets
+from edge_client.guard import Guard, QuestionGuard
 from edge_client.picture import Picture
 from edge_client.privacy import CameraPolicy, Hours, Policy
 from tests.edge_client.scripted import Peer, request, scripted

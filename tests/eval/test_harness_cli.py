@@ -65,11 +65,11 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run.provenance["codec"] == {"view": ["webp", 50], "region": ["webp", 90]}
     assert run.preset.ratios == (1.0, 2.0)
     # Once it is complete, the same command has nothing to do, and another one is refused.
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     code, out, _ = call(capsys, *line, *options)
     assert code == 0
     assert "3 samples" in out
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     code, _, err = call(capsys, *line)
     assert code == 2
     assert err.startswith(f"vlm-collab: {folder} holds another run")
@@ -103,7 +103,7 @@ def test_wrong_use_gets_one_line(
     assert line in err
     assert len(err.splitlines()) == 1
     assert out == ""
-    assert not list(tmp_path.glob("run/part-*"))
+    assert not list(tmp_path.glob("run/**/part-*"))
 
 
 def test_an_interrupted_run_says_where_it_stands(
@@ -155,7 +155,7 @@ def test_processes_share_the_samples_out(
     (told,) = done.stdout.splitlines()
     assert told.startswith(f"{shared}: 7 samples")
     assert rows(shared) == rows(alone)
-    assert len(list(shared.glob("part-*"))) == 2, "each process writes shards of its own"
+    assert len(list(shared.glob("rows/*"))) == 2, "each process writes shards of its own"
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     assert open_run(alone).provenance["machine"]["threads"] == 1
     # A run keeps the number that it began with, whatever each process would have by itself.
     shutil.copytree(alone, resumed)
-    for shard in sorted(resumed.glob("part-*"))[1:]:
+    for shard in sorted(resumed.glob("rows/*"))[1:]:
         shard.unlink()
     assert len(open_run(resumed).records) == 2
     done = run(resumed, "--processes", "2")
@@ -204,7 +204,7 @@ def test_a_run_that_ends_incomplete_says_so(
 
     def losing(self: RunFolder) -> None:
         save(self)
-        for shard in sorted(self.path.glob("part-*"))[1:]:
+        for shard in sorted(self.path.glob("rows/*"))[1:]:
             shard.unlink()
 
     monkeypatch.setattr(RunFolder, "save", losing)
@@ -239,7 +239,7 @@ def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert len(list(shared.glob("part-*"))) == 2
+    assert len(list(shared.glob("rows/*"))) == 2
     assert rows(shared) == rows(alone)
 
 
@@ -247,5 +247,7 @@ def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> 
     given = ["eval", "run", "--token", "s3cret", "--processes", "2", "--task", "signs"]
     assert _command(given)[3] == "..."
     assert _command(["--token=s3cret"]) == ["--token=..."]
+    assert _command(["--server", "ws://here:1?token=s3cret"]) == ["--server", "ws://here:1"]
+    assert _command(["--server=ws://here:1?token=s3cret"]) == ["--server=ws://here:1"]
     assert _without_processes(given) == [*given[:4], *given[6:]]
     assert _without_processes(["--processes=4", "run"]) == ["run"]

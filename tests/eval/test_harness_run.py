@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from PIL import Image
 
+from edge_client.cli import main
 from edge_client.picture import Picture
 from eval.harness.folder import FAILURES, RunFolder
 from eval.harness.loading import ModelOptions
@@ -474,7 +477,49 @@ def test_a_shard_is_never_written_over_another_one(unbroken: Path, tmp_path: Pat
     two.save()
     assert len(list(tmp_path.glob(SHARDS))) == 2
     assert list(open_run(tmp_path).records) == records[4:12]
-    assert not list(tmp_path.glob("*.writing"))
+    assert not list(tmp_path.rglob("*.writing"))
+
+
+def test_any_tool_that_reads_parquet_reads_a_run(unbroken: Path, tmp_path: Path) -> None:
+    """The line of docs/evaluation.md, on a run with all that may lie in its folder."""
+    page = Path("docs/evaluation.md").read_text()
+    (line,) = re.findall(r"```python\nimport pandas\n\nrows = (.*)\n```", page)
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    assert main_sweep(folder) == 0
+    (folder / "failed.jsonl").touch()
+    for name in ("looking.lock", "rows/.part-00000000-01234567.writing"):
+        (folder / name).touch()
+    read = re.sub(r"runs/[\w-]+", str(folder), line)
+    assert str(folder) in read
+    rows = eval(read, {"pandas": pandas})
+    assert sorted(rows["index"]) == list(range(LIMIT))
+    records = {record.index: record for record in open_run(unbroken).records}
+    assert all(records[row.index].question == row.question for row in rows.itertuples(index=False))
+    assert pq.read_table(folder / "rows").num_rows == LIMIT
+
+
+def main_sweep(folder: Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "sweep", str(folder)])
+    return int(ended.value.code or 0)
+
+
+def test_a_run_of_an_earlier_version_is_read_and_gone_on_with(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    for shard in sorted(folder.glob(SHARDS)):
+        shard.rename(folder / shard.name)
+    (folder / "rows").rmdir()
+    assert without_times(folder) == without_times(unbroken)
+    max(folder.glob("part-*")).unlink()
+    kept = len(list(folder.glob("part-*")))
+    assert 0 < len(open_run(folder).records) < LIMIT
+    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert without_times(folder) == without_times(unbroken)
+    assert len(list(folder.glob("part-*"))) == kept
 
 
 def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def test_lmms_eval_s_batch_size_counts_unless_it_is_the_default(
         ({"view_quality": 0}, "for `view_quality`"),
         ({"codec": "gif"}, "Invalid enum value 'gif'"),
         ({"token": "x"}, "token is for a service"),
+        ({"token_file": "x"}, "token_file is for a service"),
         ({"concurrency": 3}, "concurrency is for a service"),
         ({"server": "ws://a", "pretrained": "demo"}, "pretrained is the service's own"),
         ({"server": "ws://a", "metric": "margin"}, "metric is the service's own"),
@@ -138,6 +139,18 @@ def test_a_token_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert settings_from({"server": "ws://a"}).token == "secret"
     assert settings_from({"server": "ws://a", "token": "mine"}).token == "mine"
     assert settings_from({}).token is None
+
+
+def test_a_token_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_COLLAB_TOKEN", "another")
+    file = tmp_path / "token"
+    given = {"server": "ws://a", "token_file": str(file)}
+    with pytest.raises(ConfigError, match=r"model_args: token_file .*: No such file"):
+        settings_from(given)
+    file.write_text("secret\n")
+    assert settings_from(given).token == "secret"
+    with pytest.raises(ConfigError, match="exclude each other"):
+        settings_from({**given, "token": "mine"})
 
 
 # --- requests -----------------------------------------------------------------------------------

@@ -615,15 +615,16 @@ def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
     before = open_run(folder)
     pack(folder)
     after = open_run(folder)
-    assert [path.name for path in sorted(folder.glob("*"))] == ["part-00000000.parquet", PROVENANCE]
+    assert {path.name for path in folder.iterdir()} == {"rows", PROVENANCE}
+    assert [path.name for path in folder.glob("rows/*")] == ["part-00000000.parquet"]
     assert [replace(r, map=[]) for r in after.records] == [
         replace(r, map=[]) for r in before.records
     ]
     assert after.records[-1].map == pytest.approx(third, rel=1e-7)
     assert after.provenance == {**told, "command": ["vlm-collab", "eval"]}
-    whole = (folder / "part-00000000.parquet").read_bytes()
+    whole = (folder / "rows" / "part-00000000.parquet").read_bytes()
     pack(folder)
-    assert (folder / "part-00000000.parquet").read_bytes() == whole
+    assert (folder / "rows" / "part-00000000.parquet").read_bytes() == whole
 
 
 # --- command line ---------------------------------------------------------------------------

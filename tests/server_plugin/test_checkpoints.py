@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
@@ -243,7 +244,12 @@ def test_a_missing_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ({"layer": 4}, "layer 4 does not exist: tiny has decoder layers 0 to 3"),
         ({}, "layer 14 does not exist"),
-        ({"layer": 1, "device": "toaster"}, "torch knows no device 'toaster'"),
+        ({"layer": 1, "device": "toaster"}, "there is no device 'toaster'; there are: auto, cpu"),
+        *(
+            ({"layer": 1, "device": name}, f"there is no device '{name}'; there are: auto, cpu")
+            for name in ("meta", "mkldnn", "cpu:x", "")
+        ),
+        ({"layer": 1, "device": "cuda:99"}, "'cuda:99' was asked for, but torch has none here"),
         ({"layer": 1, "dtype": "int8"}, "no floating point type"),
         ({"layer": 1, "dtype": "load"}, "no floating point type"),
         ({"layer": 1, "prompt": "none"}, "no prompt is named 'none'"),
@@ -254,6 +260,16 @@ def test_impossible_options_are_refused_in_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
         open_model(str(checkpoint), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu"])
+def test_a_device_that_this_machine_lacks_is_one_line(name: str, checkpoint: Path) -> None:
+    found = torch.accelerator.current_accelerator()
+    if found is not None and found.type == name:
+        pytest.skip("it is here")
+    with pytest.raises(ConfigError, match=f"'{name}' was asked for, but torch has none") as caught:
+        open_model(str(checkpoint), layer=1, device=name)
     assert "\n" not in str(caught.value)
 
 

@@ -65,6 +65,17 @@ def test_the_token_is_taken_from_the_environment(monkeypatch):
             client.ask(photo(), "what?")
 
 
+def test_the_token_is_taken_from_a_file(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("s3cret\n")
+    with serving("fake", "--token-file", str(file)) as (_, ready):
+        url = str(ready["url"])
+        with Client(url, token="s3cret") as client:
+            assert client.ask(photo(), "what?").text
+        with pytest.raises(AuthenticationError), Client(url) as client:
+            client.ask(photo(), "what?")
+
+
 def test_a_refused_client_is_one_line_in_the_log():
     with serving("fake", "--token", "s3cret") as (process, ready):
         with pytest.raises(AuthenticationError), Client(str(ready["url"]), token="no") as client:
@@ -153,6 +164,8 @@ def test_a_port_in_use():
         (("fake", "--no-such-option"), "--no-such-option"),
         (("--no-such-option", "fake"), "--no-such-option"),
         (("fake", "another"), "another"),
+        (("demo", "--device", "meta"), "no device 'meta'"),
+        (("demo", "--device", "cuda:99"), "'cuda:99' was asked for"),
         (("fake", "--backend", "torch"), "no backend 'torch'"),
         ((*VLLM,), "vLLM takes no port 0"),
         (("fake", "--backend", "vllm", "--port", "1"), "without vLLM"),

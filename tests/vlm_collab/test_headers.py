@@ -14,7 +14,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
 from vlm_collab import headers
 from vlm_collab.errors import ImageError, ImageTooLargeError
-from vlm_collab.headers import MAX_METADATA_BYTES, MAX_PARTS, MAX_SCANS, orientation_in
+from vlm_collab.headers import MAX_PARTS, MAX_SCANS, orientation_in
 from vlm_collab.images import Codec, SourceImage, decode, encode, read_header
 
 SOI = b"\xff\xd8"
@@ -179,11 +179,8 @@ def test_tiny_chunks_of_pixels_reach_the_decoder_as_one(monkeypatch: pytest.Monk
         (png(chunk(b"teXt", b"") * MAX_PARTS), f"more than {MAX_PARTS} parts"),
         (jpeg(segment(0xFE, b"") * MAX_PARTS), f"more than {MAX_PARTS} parts"),
         (webp(*[(b"abcd", b"")] * MAX_PARTS), f"more than {MAX_PARTS} parts"),
-        (png(chunk(b"teXt", bytes(MAX_METADATA_BYTES))), "1024 KiB of metadata"),
-        (jpeg(segment(0xFE, bytes(65000)) * 17), "1024 KiB of metadata"),
-        (webp((b"XMP ", bytes(MAX_METADATA_BYTES))), "1024 KiB of metadata"),
     ],
-    ids=[f"{what} {codec}" for what in ("parts", "bytes") for codec in ("png", "jpeg", "webp")],
+    ids=["png", "jpeg", "webp"],
 )
 def test_metadata_has_limits_for_peers(data: bytes, complaint: str) -> None:
     for call in (read_header, decode):
@@ -196,9 +193,9 @@ def test_metadata_has_limits_for_peers(data: bytes, complaint: str) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        png(chunk(b"teXt", bytes(900_000)), *TEXTS),
-        jpeg(segment(0xFE, bytes(60_000)) * 15),
-        webp((b"XMP ", bytes(900_000))),
+        png(chunk(b"teXt", bytes(9_000_000)), *TEXTS),
+        jpeg(segment(0xFE, bytes(65_000)) * 150),
+        webp((b"XMP ", bytes(9_000_000))),
     ],
     ids=["png", "jpeg", "webp"],
 )
@@ -234,7 +231,6 @@ def frame_header(width: int, height: int) -> bytes:
         (png()[: PNG_HEAD + 100], "cut short"),
         (png()[:8] + png()[PNG_HEAD:], "damaged"),
         (png()[:16] + bytes(4) + png()[20:], "damaged"),
-        (png(chunk(b"acTL", b"\0")), "incomplete"),
         (webp()[:20], "incomplete"),
     ],
 )

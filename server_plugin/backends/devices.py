@@ -1,0 +1,54 @@
+"""Where a model runs, and in which numbers: what users name, tried before weights are loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from vlm_collab.errors import ConfigError
+
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a user named.
+
+    Args:
+        name: as torch writes it (`cpu`, `cuda:1`); `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is none of that name, or nothing can be computed on it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = torch.accelerator.current_accelerator()
+    known = dict.fromkeys(("auto", *_KINDS, *(() if here is None else (here.type,))))
+    try:
+        # torch warns of some of its old names, and computes nothing on others.
+        device = torch.device(name) if name.partition(":")[0] in known else None
+    except RuntimeError:
+        device = None
+    if device is None:
+        raise ConfigError(f"there is no device {name!r}; there are: {', '.join(known)}")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on the device
+        usable = ["cpu"] if here is None else ["cpu", here.type]
+        raise ConfigError(
+            f"the device {name!r} was asked for, but torch has none here; it has: "
+            f"{', '.join(usable)}"
+        ) from error
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The type of numbers that a user named; `auto` is bfloat16 on CUDA, else float32.
+
+    Raises:
+        ConfigError: it is no floating point type.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"{name!r} is no floating point type (float32, bfloat16, float16)")
+    return dtype

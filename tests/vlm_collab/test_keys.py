@@ -1,0 +1,71 @@
+"""Tokens and API keys from files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vlm_collab.errors import ConfigError
+from vlm_collab.keys import MAX_KEY_BYTES, chosen_key, key_in
+
+
+@pytest.mark.parametrize(
+    "content", [b"s3cret", b"s3cret\n", b" s3cret\r\n", b"\xef\xbb\xbfs3cret\n"]
+)
+def test_a_key_stands_alone_in_its_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    assert key_in(file, "--token-file") == "s3cret"
+
+
+def test_a_key_may_come_through_a_pipe() -> None:
+    read, write = os.pipe()
+    os.write(write, b"s3cret\n")
+    os.close(write)
+    try:
+        assert key_in(Path(f"/dev/fd/{read}"), "--token-file") == "s3cret"
+    finally:
+        os.close(read)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"s3cret\nmore", "one line"),
+        (b"s3cret" * MAX_KEY_BYTES, "one line"),
+        ("s3crét".encode(), "ASCII"),
+        (b"s3cret\0", "ASCII"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_key_is_one_line_that_does_not_repeat_it(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        key_in(file, "--token-file")
+    line = str(caught.value)
+    assert line.startswith("--token-file ")
+    assert "s3cr" not in line
+    assert "\n" not in line
+
+
+def test_a_file_stands_before_the_environment_and_not_beside_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("of the file")
+    monkeypatch.delenv("KEY", raising=False)
+    assert chosen_key(None, None, "--token", "KEY") is None
+    assert chosen_key("given", None, "--token", "KEY") == "given"
+    assert chosen_key(None, file, "--token", "KEY") == "of the file"
+    with pytest.raises(ConfigError, match="exclude each other"):
+        chosen_key("given", file, "--token", "KEY")
+    monkeypatch.setenv("KEY", "of the environment")
+    assert chosen_key("of the environment", file, "--token", "KEY") == "of the file"
