@@ -391,7 +391,7 @@ class Asking:
         return EdgeAnswer(
             text=answer.text,
             stage=answer.stage,
-            fallback=answer.fallback,
+            fallback=answer.why_first,
             uncertainty=answer.uncertainty,
             # An answer of the first pass can be longer than what came with the request.
             first_text=answer.text

@@ -27,6 +27,7 @@ _WHY_FIRST = {
     Fallback.OVERLOAD: "the server had no room for a second look",
     Fallback.SERVER_FAILED: "the server failed at the second look",
     Fallback.LINK_LOST: "the connection was lost",
+    Fallback.NO_DETAIL: "no region would show more than the view does",
 }
 
 _WHY_DECLINED = {

@@ -182,6 +182,8 @@ export class Asking {
         case "Answer":
           this.#keeper.worked();
           this.#count(exchange);
+          // Older pages would not know the number, so it travels as a field of its own.
+          if (event.noDetail) event.fallback = Fallback.NO_DETAIL;
           return { ...event, seen, elapsedMs: performance.now() - this.#began };
         case "Error":
           if (carries && seen === null && VIEW_NOT_KEPT.has(event.code)) this.#view.session = null;

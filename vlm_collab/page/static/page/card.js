@@ -10,6 +10,7 @@ const WHY_FIRST = {
   [Fallback.OVERLOAD]: "the server had no room for a second look",
   [Fallback.SERVER_FAILED]: "the server failed at the second look",
   [Fallback.LINK_LOST]: "the connection was lost",
+  [Fallback.NO_DETAIL]: "no region would show more than the view does",
 };
 const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
 
@@ -130,7 +131,8 @@ export class Card {
   /** The question has its answer. */
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
-    this.#end(refined ? "refined" : answer.seen === null ? "sure" : "first");
+    const sure = answer.seen === null && answer.fallback === Fallback.NONE;
+    this.#end(refined ? "refined" : sure ? "sure" : "first");
     this.answer.textContent = this.text = answer.text;
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
@@ -142,7 +144,7 @@ export class Card {
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
       this.note.textContent =
-        answer.seen === null ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
+        sure ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
     if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
     announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text}. Sent ${bytes(this.#bytesUp)}.`);
