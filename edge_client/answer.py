@@ -38,6 +38,8 @@ class EdgeAnswer:
         model: name of the model that answered.
         finish: why the answer ends where it does.
         tokens: what `text` is made of, if that was asked for.
+        shown: share of the picture's area that its view shows (of several, the smallest). Below
+            1 the server's fit is `crop`: the model saw nothing of the rest, in neither pass.
     """
 
     text: str
@@ -63,6 +65,7 @@ class EdgeAnswer:
     finish: Finish = Finish.END
     tokens: tuple[Token, ...] = ()
     declined: DeclineReason | None = None
+    shown: float = 1.0
 
     @property
     def refined(self) -> bool:

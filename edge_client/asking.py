@@ -28,7 +28,7 @@ from vlm_collab.errors import (
     ViewGoneError,
     server_error,
 )
-from vlm_collab.geometry import Fit, Size
+from vlm_collab.geometry import Fit, Size, shown_share
 from vlm_collab.images import Codec, choose_codec
 from vlm_collab.messages import (
     Answer,
@@ -416,7 +416,12 @@ class Asking:
             finish=answer.finish,
             tokens=answer.tokens,
             declined=self._declined,
+            shown=self._shown(self._welcome),
         )
+
+    def _shown(self, welcome: Welcome) -> float:
+        fit, view = FITS[welcome.fit], Size(welcome.view_width, welcome.view_height)
+        return min(shown_share(picture.size, fit, view) for picture in self._request.pictures)
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

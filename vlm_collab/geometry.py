@@ -154,6 +154,13 @@ def frame_of(source: Size, fit: Fit, view: Size) -> Frame:
     return Frame(0, (height - kept) // 2, width, kept)
 
 
+def shown_share(source: Size, fit: Fit, view: Size) -> float:
+    """Share of a picture's area that its view shows: 1 but for `Fit.CROP`. Errors as `frame_of`."""
+    frame = frame_of(source, fit, view)
+    width, height = min(frame.width, source.width), min(frame.height, source.height)
+    return width * height / (source.width * source.height)
+
+
 def token_box_to_source(token_box: TokenBox, grid: Grid, frame: Frame, source: Size) -> Box:
     """Restore the pixel box of a region, the same on every side of the wire.
 

@@ -23,6 +23,7 @@ from vlm_collab.geometry import (
     cell_to_source,
     frame_of,
     has_more_detail,
+    shown_share,
     source_to_cell,
     token_box_to_source,
     whole_image,
@@ -372,3 +373,17 @@ def test_where_there_is_no_more_detail_no_box_adds_any(
         assert has_more_detail(source, target, frame, view) or not most
     if max(frame.width - view.width, frame.height - view.height) <= 0:
         assert not added
+
+
+@pytest.mark.parametrize(
+    ("source", "fit", "share"),
+    [
+        (Size(1600, 900), Fit.CROP, 0.5625),
+        (Size(900, 1600), Fit.CROP, 0.5625),
+        (Size(700, 700), Fit.CROP, 1.0),
+        (Size(1600, 900), Fit.PAD, 1.0),
+        (Size(1600, 900), Fit.STRETCH, 1.0),
+    ],
+)
+def test_how_much_of_a_picture_its_view_shows(source: Size, fit: Fit, share: float) -> None:
+    assert shown_share(source, fit, Size(336, 336)) == pytest.approx(share)
