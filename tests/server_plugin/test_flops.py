@@ -31,7 +31,7 @@ from vlm_collab.geometry import Size
 from vlm_collab.policy import AlwaysPolicy
 
 QUESTION = "what is written on the large red sign?"
-SOURCE = Size(300, 200)
+SOURCE = Size(1200, 800)
 LAYER = 1
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
