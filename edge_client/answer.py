@@ -22,7 +22,7 @@ class EdgeAnswer:
             `vlm_collab.messages.CUT_MARK` where the server did not generate all of it.
         first_uncertainty: of the first answer.
         box: the region that the server asked for, in px of the upright original; None when it
-            was sure.
+            was sure, or no region would have shown more than the view.
         picture: which of the question's pictures the box is in, from 0.
         map: relative attention, row-major, one byte per cell, 255 at the largest; None unless
             it was asked for and the server was unsure.
