@@ -68,6 +68,7 @@ class Retransmit(enum.IntEnum):
     AUTO = 0
     """By the server's policy."""
     ALWAYS = 1
+    """However sure the server is. Where no region adds detail, the first answer stands even so."""
     NEVER = 2
 
 
