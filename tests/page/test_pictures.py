@@ -17,7 +17,7 @@ from edge_client.picture import Picture
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE
-from tests.support.browser import Visitor, launched, visiting
+from tests.support.browser import Card, Visitor, launched, visiting
 from tests.support.pictures import difference, photo, saved, turned
 from tests.support.wire import service
 from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
@@ -147,6 +147,9 @@ async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
         data = saved(detailed(*size), "JPEG", quality=95)
         await asked(visitor, data)
         check(visitor, Picture.open(data), fit)
+        note = await Card(visitor.page, 0).note()
+        hidden = {(900, 500): "44\u00a0%", (333, 777): "57\u00a0%"}[size]
+        assert (f"{hidden} of the picture, at its edges, are hidden" in note) == (fit is Fit.CROP)
         # The heat map lies on the part that the view shows.
         frame = frame_of(Size(*size), fit, info.view)
         shown = await visitor.page.evaluate(

@@ -147,6 +147,9 @@ export class Card {
         sure ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
     if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
+    if (answer.hidden > 0) {
+      this.note.textContent += ` The model sees no more than the middle: ${percent(answer.hidden)} of the picture, at its edges, are hidden from it.`;
+    }
     announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text}. Sent ${bytes(this.#bytesUp)}.`);
   }
 
