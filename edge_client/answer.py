@@ -22,7 +22,7 @@ class EdgeAnswer:
             `vlm_collab.messages.CUT_MARK` where the server did not generate all of it.
         first_uncertainty: of the first answer.
         box: the region that the server asked for, in px of the upright original; None when it
-            was sure.
+            was sure, or no region would have shown more than the view.
         picture: which of the question's pictures the box is in, from 0.
         map: relative attention, row-major, one byte per cell, 255 at the largest; None unless
             it was asked for and the server was unsure.
@@ -38,6 +38,8 @@ class EdgeAnswer:
         model: name of the model that answered.
         finish: why the answer ends where it does.
         tokens: what `text` is made of, if that was asked for.
+        shown: share of the picture's area that its view shows (of several, the smallest). Below
+            1 the server's fit is `crop`: the model saw nothing of the rest, in neither pass.
     """
 
     text: str
@@ -63,6 +65,7 @@ class EdgeAnswer:
     finish: Finish = Finish.END
     tokens: tuple[Token, ...] = ()
     declined: DeclineReason | None = None
+    shown: float = 1.0
 
     @property
     def refined(self) -> bool:

@@ -28,7 +28,7 @@ from vlm_collab.errors import (
     ViewGoneError,
     server_error,
 )
-from vlm_collab.geometry import Fit, Size
+from vlm_collab.geometry import Fit, Size, shown_share
 from vlm_collab.images import Codec, choose_codec
 from vlm_collab.messages import (
     Answer,
@@ -391,7 +391,7 @@ class Asking:
         return EdgeAnswer(
             text=answer.text,
             stage=answer.stage,
-            fallback=answer.fallback,
+            fallback=answer.why_first,
             uncertainty=answer.uncertainty,
             # An answer of the first pass can be longer than what came with the request.
             first_text=answer.text
@@ -416,7 +416,12 @@ class Asking:
             finish=answer.finish,
             tokens=answer.tokens,
             declined=self._declined,
+            shown=self._shown(self._welcome),
         )
+
+    def _shown(self, welcome: Welcome) -> float:
+        fit, view = FITS[welcome.fit], Size(welcome.view_width, welcome.view_height)
+        return min(shown_share(picture.size, fit, view) for picture in self._request.pictures)
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

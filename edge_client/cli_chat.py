@@ -47,7 +47,7 @@ from edge_client.patient import PatientClient
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.headers import identify
-from vlm_collab.messages import Options, Stage
+from vlm_collab.messages import Fallback, Options, Stage
 from vlm_collab.session import FITS
 
 try:
@@ -408,6 +408,8 @@ class _People:
         if answer.refined:
             sure += f" at first, {answer.uncertainty:.3f} with the region"
         where = "none was asked for: the model was sure enough"
+        if answer.fallback is Fallback.NO_DETAIL:
+            where = "none was asked for: it would show no more than the view does"
         if box is not None:
             share = box.pixels / (size.width * size.height)
             where = (

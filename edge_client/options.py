@@ -32,7 +32,13 @@ Eta = Annotated[
     float | None,
     typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
 ]
-Always = Annotated[bool, typer.Option("--always", help="Send a region however sure the server is.")]
+Always = Annotated[
+    bool,
+    typer.Option(
+        "--always",
+        help="Send a region however sure the server is, if one shows more than the view.",
+    ),
+]
 Never = Annotated[bool, typer.Option("--never", help="Send no region.")]
 PolicyFile = Annotated[
     Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")

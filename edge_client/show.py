@@ -27,6 +27,7 @@ _WHY_FIRST = {
     Fallback.OVERLOAD: "the server had no room for a second look",
     Fallback.SERVER_FAILED: "the server failed at the second look",
     Fallback.LINK_LOST: "the connection was lost",
+    Fallback.NO_DETAIL: "no region would show more than the view does",
 }
 
 _WHY_DECLINED = {
@@ -194,6 +195,7 @@ def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
         "view_bytes": answer.view_bytes,
         "region_bytes": answer.region_bytes,
         "original_bytes": answer.original_bytes,
+        "shown": round(answer.shown, 4),
         "elapsed_s": round(answer.elapsed_s, 4),
         "model": answer.model,
         "usage": {name: getattr(answer.usage, name) for name in answer.usage.__struct_fields__},
@@ -226,8 +228,18 @@ def history(answer: EdgeAnswer, picture: Picture) -> Table:
         rows.add_row("  answer", f"the first one: {why}")
     else:
         rows.add_row("  answer", _said(answer.text, answer.uncertainty))
+    if answer.shown < 1:
+        rows.add_row("  not shown", Text(f"{cut_off(answer)}", style="yellow"))
     rows.add_row("  sent", _cost(answer))
     return rows
+
+
+def cut_off(answer: EdgeAnswer) -> str:
+    """That the model did not see all of the picture, in words."""
+    return (
+        f"{1 - answer.shown:.0%} of the picture, at its edges: the server's fit is `crop`, "
+        "which shows the model the middle only"
+    )
 
 
 def _said(text: str, uncertainty: float, colour: str = "") -> Text:

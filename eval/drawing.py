@@ -134,8 +134,11 @@ def _story(panel: Axes, told: Told) -> None:
             lines.append((f"refined answer: {shown_text(answer.text)}", "black"))
         else:
             lines.append((f"first answer kept: {_words(answer.fallback)}", UNSURE_COLOUR))
-    else:
+    elif answer.fallback is Fallback.NONE:
         lines.append((f"answer: {shown_text(answer.text)}", SURE_COLOUR))
+    else:
+        lines.append((f"answer: {shown_text(answer.text)}", UNSURE_COLOUR))
+        lines.append((f"the first one: {_words(answer.fallback)}", UNSURE_COLOUR))
     if answer.box is None or answer.refined:
         lines.append((f"uncertainty {answer.uncertainty:.3f} bits", "black"))
     for number, (line, colour) in enumerate(lines):

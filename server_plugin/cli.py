@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,18 +14,22 @@ import typer
 
 from server_plugin.assembly import engine_of
 from server_plugin.calibration import load_calibration
+from server_plugin.models import preset_of, with_options
 from server_plugin.options import (
     BaseSide,
     BatchSize,
     Device,
     Dtype,
     Epsilon,
+    FitName,
     Layer,
     PlacementName,
+    PresetFile,
     PromptName,
     Ratios,
     ViewSide,
 )
+from server_plugin.presets import Preset
 from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
 from vlm_collab.errors import ConfigError
@@ -93,6 +98,8 @@ def serve(
         Path | None,
         typer.Option(help="File of `vlm-collab calibrate`; other options go before it."),
     ] = None,
+    preset: PresetFile = None,
+    fit: FitName = None,
     prompt: PromptName = None,
     view_px: ViewSide = None,
     layer: Layer = None,
@@ -159,6 +166,7 @@ def serve(
         limits=ServiceLimits(**limits),
     )
     overrides = {
+        "fit": fit,
         "prompt": prompt,
         "view_px": view_px,
         "layer": layer,
@@ -187,6 +195,7 @@ def serve(
         started = invocation(
             model,
             config,
+            preset=preset,
             overrides=overrides,
             options={
                 "policy": policy,
@@ -202,6 +211,7 @@ def serve(
             further=context.args,
         )
         address = f"[{host}]" if ":" in host else host
+        _warn(with_options(preset_of(model, preset), overrides))
         print(f"vlm-collab: starting vLLM; clients connect to {config.scheme}://{address}:{port}")
         become(started)
     if backend != "transformers":
@@ -215,7 +225,13 @@ def serve(
             config,
             policy=policy,
             policy_options=policy_options,
-            model_options={"device": device, "dtype": dtype, "batch": batch, **overrides},
+            model_options={
+                "preset": preset,
+                "device": device,
+                "dtype": dtype,
+                "batch": batch,
+                **overrides,
+            },
             provisional=provisional,
             quality=quality,
             json_output=json_output,
@@ -240,6 +256,11 @@ def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, 
     if "eta" not in given:
         raise ConfigError("the calibration's threshold is for its own metric and aggregate")
     return {"layer": found.layer, **given}
+
+
+def _warn(preset: Preset) -> None:
+    if preset.warning is not None:
+        print(f"vlm-collab serve: {preset.warning}", file=sys.stderr, flush=True)
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -269,6 +290,7 @@ async def _serve(
     sock = runner.bind(config)
     try:
         backend, preset = await asyncio.to_thread(open_model, model, **model_options)
+        _warn(preset)
         await backend.warm_up()
         engine = engine_of(backend, preset, policy, policy_options, provisional=provisional)
         codec = Codec[preset.codec.upper()]

@@ -29,7 +29,15 @@ from server_plugin.backend import (
 )
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError, ImageError
-from vlm_collab.geometry import Box, Frame, Size, TokenBox, frame_of, token_box_to_source
+from vlm_collab.geometry import (
+    Box,
+    Size,
+    TokenBox,
+    adds_detail,
+    frame_of,
+    has_more_detail,
+    token_box_to_source,
+)
 from vlm_collab.messages import (
     CUT_MARK,
     Fallback,
@@ -136,7 +144,8 @@ class Outcome:
         uncertainty: of this text, in the unit of the policy's metric.
         first: the first pass, with its statistics.
         decision: what the policy said of it.
-        need: where the model looked; None when it was sure.
+        need: the region that was asked for; None when none was: the policy was content, or no
+            region would have shown more than the view.
         second: the second pass, if there was one.
         work: what it cost.
         finish: why the text ends where it does.
@@ -159,6 +168,10 @@ class Outcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """Two-stage inference.
+
+    A region is asked for only where it shows more than the view (`adds_detail`), also where a
+    caller forces the second stage. Else the first answer stands, marked `Fallback.NO_DETAIL`; a
+    picture that the view shows whole is not even searched.
 
     Where the first tokens decide (`Aggregate.FIRST_K` or `FIRST`), a first answer stops as soon
     as it is known that a second pass follows; one that the policy is content with goes on to its
@@ -235,8 +248,8 @@ class Engine:
             stop: texts that end an answer where they come up.
             sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
                 answer that is made again is the same again.
-            fetch_region: called at most once, when unsure. When it raises for a need that is
-                `cut`, the model works on this question once more.
+            fetch_region: called at most once, when unsure and a region adds detail. When it raises
+                for a need that is `cut`, the model works on this question once more.
             retransmit: leave it to the policy, force or forbid the second stage.
             eta: threshold for this question.
             max_new_tokens: at most the engine's own limit.
@@ -257,12 +270,17 @@ class Engine:
         if sampling.temperature and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         given = _Given(question, limit, history, sampling, tuple(stop), tokens)
-        early = None if self.provisional else _stop_rule(policy, retransmit, key)
+        more_to_see = self._more_to_see(source)
+        may_stop = more_to_see and not self.provisional
+        early = _stop_rule(policy, retransmit, key) if may_stop else None
         first = await self._first(view, given, work, early, on_text)
         decision = _decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
             return _ended(first, first.text, decision, None, Fallback.NONE, work)
+        if not more_to_see:
+            work.first_s = time.perf_counter() - begin
+            return _ended(first, first.text, decision, None, Fallback.NO_DETAIL, work)
         cut = early is not None and first.finish is Finish.LENGTH and len(first.steps) < limit
         first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
@@ -271,6 +289,8 @@ class Engine:
         try:
             need = await self._look(view, source, first, first_text, cut, decision, work)
             work.first_s, begin = time.perf_counter() - begin, time.perf_counter()
+            if need is None:
+                raise RegionUnavailableError(Fallback.NO_DETAIL)
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
             second = _Pass(Stage.SECOND, given, on_text)
@@ -344,6 +364,15 @@ class Engine:
         decision = self.policy.decide(one.steps, ended=one.ended, key=question)
         return _ended(one, one.text, decision._replace(retransmit=False), None, Fallback.NONE, work)
 
+    def _more_to_see(self, source: Size | Sequence[Size]) -> bool:
+        """Whether a region of one of the pictures can show more than its view."""
+        info = self.backend.info
+        sizes = [source] if isinstance(source, Size) else source
+        return any(
+            has_more_detail(size, self.target, frame_of(size, info.fit, info.view), info.view)
+            for size in sizes
+        )
+
     async def _first(
         self,
         view: View,
@@ -386,10 +415,13 @@ class Engine:
         cut: bool,
         decision: Decision,
         work: Work,
-    ) -> RegionNeed:
+    ) -> RegionNeed | None:
         """Relative attention and region search (Eq. 10, 11, 22).
 
         Of several pictures, the one with the largest relative attention is searched.
+
+        Returns:
+            None if the region found there would show no more than the view.
         """
         info = self.backend.info
         relative = await self.backend.relative_attention(view, first.generation)
@@ -397,12 +429,15 @@ class Engine:
         work.add(info, relative.prefilled_tokens, relative.context_tokens, relative.layers)
         picture = int(np.argmax([one.max() for one in relative.maps]))
         size = source if isinstance(source, Size) else source[picture]
-        frame: Frame = frame_of(size, info.fit, info.view)
+        frame = frame_of(size, info.fit, info.view)
         found = relative.maps[picture]
         token_box = place_region(found, frame, info.base_px, self.ratios, self.placement)
+        box = token_box_to_source(token_box, info.grid, frame, size)
+        if not adds_detail(box, self.target, frame, info.view):
+            return None
         return RegionNeed(
             token_box=token_box,
-            box=token_box_to_source(token_box, info.grid, frame, size),
+            box=box,
             first=first_text,
             cut=cut,
             uncertainty=decision.value,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server_plugin.options import FitName, PresetFile, PromptName
 from server_plugin.presets import Preset
 from vlm_collab.cost import extension_flops, first_pass_flops, second_stage_flops, total_flops
 from vlm_collab.errors import ConfigError
@@ -123,6 +124,11 @@ def shape_of(source: str, preset: Preset) -> Shape:
     models: Any = AutoModelForImageTextToText  # its annotations miss `from_config`
     name = local_or_hub(source)
     adapter_class = adapter_for(model_type_of(name))
+    if preset.family != adapter_class.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {source} is of "
+            f"{adapter_class.family!r}"
+        )
     config, processor = load_config(name), load_processor(name)
     with torch.device("meta"):  # modules without memory
         model = models.from_config(config)
@@ -164,13 +170,17 @@ def flops(
     layer: Annotated[
         int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
     ] = None,
+    preset: PresetFile = None,
+    prompt: PromptName = None,
+    fit: FitName = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
     """Print what a question costs on a model, by the equations and as it is computed here."""
     from server_plugin.models import checkpoint_and_preset
 
-    source, preset = checkpoint_and_preset(model)
-    shape = shape_of(source, preset.with_overrides(view_px=view_px, layer=layer))
+    source, chosen = checkpoint_and_preset(model, preset)
+    overrides = {"view_px": view_px, "layer": layer, "prompt": prompt, "fit": fit}
+    shape = shape_of(source, chosen.with_overrides(**overrides))
     costs = costs_of(shape, question_tokens, answer_tokens)
     if json_output:
         print(json.dumps({"model": model, **asdict(shape), **asdict(costs)}))

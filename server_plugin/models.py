@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def open_model(
     preset: str | Preset | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    fit: str | None = None,
     prompt: str | None = None,
     layer: int | None = None,
     ratios: Sequence[float] | None = None,
@@ -65,7 +67,7 @@ def open_model(
         dtype: a torch floating point type, or "auto": float32 on the CPU; on CUDA bfloat16, and
             with vLLM the checkpoint's own.
         prompt: name of another template of the preset, such as "vicrop".
-        layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
+        fit, layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
             max_new_tokens: replace the fields of the preset that have these names; None leaves
             them.
         batch: most questions that run together; None: a small number that suits the device.
@@ -84,6 +86,7 @@ def open_model(
     if backend == VLLM and device != "auto":
         raise ConfigError(f"vLLM chooses its devices itself; it takes no device {device!r}")
     overrides = {
+        "fit": fit,
         "prompt": prompt,
         "layer": layer,
         "ratios": None if ratios is None else list(ratios),
@@ -104,6 +107,7 @@ def open_model(
         fake = FakeBackend.demo()
         if view_px not in (None, side := fake.info.view.width):
             raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
+        fake.info = replace(fake.info, fit=chosen.fit)
         return fake, chosen
     source = checkpoint_of(name)
     shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
@@ -138,8 +142,8 @@ def with_options(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
     return chosen
 
 
-def checkpoint_and_preset(name: str) -> tuple[str, Preset]:
-    """What `open_model` would open, without opening it.
+def checkpoint_and_preset(name: str, preset: str | Preset | None = None) -> tuple[str, Preset]:
+    """What `open_model` would open, without opening it; arguments as its.
 
     Returns:
         A local folder or hub name, and the preset.
@@ -151,7 +155,7 @@ def checkpoint_and_preset(name: str) -> tuple[str, Preset]:
     if name == FAKE_MODEL:
         raise ConfigError("the fake model has no checkpoint")
     _require_server_packages()
-    return checkpoint_of(name), preset_of(name)
+    return checkpoint_of(name), preset_of(name, preset)
 
 
 def checkpoint_of(name: str | None) -> str:

@@ -11,6 +11,20 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 PromptName = Annotated[
     str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
 ]
+PresetFile = Annotated[
+    str | None,
+    typer.Option(
+        help="How the model is used: a YAML file like those in configs/models/, or the name of one "
+        "of these. By default the model's own, or its family's."
+    ),
+]
+FitName = Annotated[
+    str | None,
+    typer.Option(
+        help="How a picture becomes the square view: stretch, pad, or crop, which hides what lies "
+        "outside the middle square."
+    ),
+]
 ViewSide = Annotated[
     int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
 ]

@@ -40,7 +40,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         family: name of the adapter (`server_plugin.adapters`).
         models: hub names or folder names that this preset is for, as globs.
         family_default: whether it also serves checkpoints of its family that no preset names.
-        fit: how a source picture is brought to the encoder's input.
+        fit: how a source picture is brought to the encoder's input: `stretch`, `pad`, or `crop`,
+            which hides what lies outside the middle from both passes.
         view_px: side of the global view, in px, for models that take any; None: the only side
             that the model has, or the family's default.
         layer: decoder layer, from 0, whose attention gives the relative map.
@@ -56,6 +57,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             it for each further turn: one `{answer}`, to the question before, then one
             `{question}`.
         prompt: name of the template in use.
+        instructed: names of the templates that say by themselves how to answer. Benchmarks then put
+            no words of their own behind the question, which would say it twice.
         generic_instruction: what stands in place of the question for the generic attention.
         metric: uncertainty metric of the retransmission policy (Eq. 14-16).
         aggregate: how token statistics become one number: all tokens, the first `k`, the first.
@@ -82,6 +85,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompts: Annotated[dict[Text, Text], msgspec.Meta(min_length=1)]
     turns: dict[Text, Text] = {}
     prompt: Text
+    instructed: tuple[Text, ...] = ()
     generic_instruction: Text = GENERIC_INSTRUCTION
     metric: Metric = Metric.MIN_ENTROPY
     aggregate: Aggregate = Aggregate.FULL
@@ -109,9 +113,10 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError(f"turn {name!r} needs {ANSWER_SLOT} and {QUESTION_SLOT} once each")
             if turn.index(ANSWER_SLOT) > turn.index(QUESTION_SLOT) or IMAGE_SLOT in turn:
                 raise ValueError(f"turn {name!r} needs {ANSWER_SLOT} before {QUESTION_SLOT} only")
-        if self.prompt not in self.prompts:
-            known = ", ".join(sorted(self.prompts))
-            raise ValueError(f"no prompt is named {self.prompt!r} (there are: {known})")
+        for name in (self.prompt, *self.instructed):
+            if name not in self.prompts:
+                known = ", ".join(sorted(self.prompts))
+                raise ValueError(f"no prompt is named {name!r} (there are: {known})")
         self.policy()  # refuses a threshold that the metric cannot reach
 
     @property
@@ -128,6 +133,21 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The retransmission policy of this preset (section V-A of 003_92b41fe49395ce1a.txt)."""
         return ThresholdPolicy(
             self.metric, self.aggregate, self.eta, k=self.k, include_end=self.include_end
+        )
+
+    @property
+    def says_how_to_answer(self) -> bool:
+        """Whether the template in use does so by itself; see `instructed`."""
+        return self.prompt in self.instructed
+
+    @property
+    def warning(self) -> str | None:
+        """What whoever starts the model should know of this preset, in a line; None if nothing."""
+        if self.fit is not Fit.CROP:
+            return None
+        return (
+            "the fit is crop: of a picture that is not square the model sees the middle square "
+            "only, in both passes; --fit stretch and --fit pad show all of it"
         )
 
     def names(self, model: str) -> bool:

@@ -154,6 +154,13 @@ def frame_of(source: Size, fit: Fit, view: Size) -> Frame:
     return Frame(0, (height - kept) // 2, width, kept)
 
 
+def shown_share(source: Size, fit: Fit, view: Size) -> float:
+    """Share of a picture's area that its view shows: 1 but for `Fit.CROP`. Errors as `frame_of`."""
+    frame = frame_of(source, fit, view)
+    width, height = min(frame.width, source.width), min(frame.height, source.height)
+    return width * height / (source.width * source.height)
+
+
 def token_box_to_source(token_box: TokenBox, grid: Grid, frame: Frame, source: Size) -> Box:
     """Restore the pixel box of a region, the same on every side of the wire.
 
@@ -213,6 +220,43 @@ def whole_image(grid: Grid, frame: Frame) -> TokenBox:
     return TokenBox(0, 2 * -(-max(frame.width, frame.height) // 2), grid.columns, grid.rows)
 
 
+def adds_detail(box: Box, target: Size, frame: Frame, view: Size) -> bool:
+    """Whether the local view of a box would show more of it than the global view does.
+
+    The global view shows the box on ``box.width · view.width / frame.width`` columns of pixels, or
+    on ``box.width`` where the view is enlarged; the local view, which is never enlarged, on
+    ``min(box.width, target.width)``. It shows more if that is at least one whole pixel more, in
+    width or in height, or if part of the box is outside the frame. Less than a pixel is rounding.
+
+    Integers only, so every side that asks gets the same answer.
+
+    Args:
+        box: the region, in source px; not empty.
+        target: largest size of the local view, px.
+        frame: what the global view shows.
+        view: size of the global view, px.
+    """
+    right, bottom = frame.left + frame.width, frame.top + frame.height
+    if box.left < frame.left or box.top < frame.top or box.right > right or box.bottom > bottom:
+        return True
+    return _shows_more(box.width, target.width, frame.width, view.width) or _shows_more(
+        box.height, target.height, frame.height, view.height
+    )
+
+
+def has_more_detail(source: Size, target: Size, frame: Frame, view: Size) -> bool:
+    """Whether some region inside the frame adds detail; see `adds_detail`.
+
+    Args:
+        source: size of the upright source image, px; the rest as for `adds_detail`.
+    """
+    # The gain grows with the box until the local view has to be reduced.
+    width, height = min(source.width, target.width), min(source.height, target.height)
+    return _shows_more(width, target.width, frame.width, view.width) or _shows_more(
+        height, target.height, frame.height, view.height
+    )
+
+
 def cell_to_source(row: int, column: int, grid: Grid, frame: Frame, source: Size) -> Box:
     """The source pixels that one visual token shows.
 
@@ -270,6 +314,11 @@ def _extent(
     extent = min(end - start, limit)
     start = min(max(start + offset, 0), limit - extent)
     return start, start + extent
+
+
+def _shows_more(length: int, target: int, frame: int, view: int) -> bool:
+    """One axis of `adds_detail`, multiplied by the frame's side, so that nothing is rounded."""
+    return (min(length, target) - 1) * frame >= length * min(view, frame)
 
 
 def _cell_extent(index: int, cells: int, offset: int, length: int, limit: int) -> tuple[int, int]:

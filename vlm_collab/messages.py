@@ -68,6 +68,7 @@ class Retransmit(enum.IntEnum):
     AUTO = 0
     """By the server's policy."""
     ALWAYS = 1
+    """However sure the server is. Where no region adds detail, the first answer stands even so."""
     NEVER = 2
 
 
@@ -88,6 +89,8 @@ class Fallback(enum.IntEnum):
     """The second pass failed on the server."""
     LINK_LOST = 6
     """The link was lost in the second stage (set by the edge, never sent)."""
+    NO_DETAIL = 7
+    """No region would have shown more than the view (sent as `Answer.no_detail`, not as this)."""
 
 
 class DeclineReason(enum.IntEnum):
@@ -379,6 +382,9 @@ class Answer(Message, tag=19, frozen=True):
         finish: why it ends where it does.
         tokens: what `text` is made of, if that was asked for; of a first answer that stands in
             for a lost second one there may be none.
+        no_detail: the server was unsure, and no region would have shown more than the view. It
+            says what `Fallback.NO_DETAIL` means; `fallback` is `NONE` on the wire, because edges
+            that are older than this field refuse a number that they do not know.
     """
 
     id: QuestionId
@@ -389,11 +395,17 @@ class Answer(Message, tag=19, frozen=True):
     usage: Usage
     finish: Finish = Finish.END
     tokens: tuple[Token, ...] = ()
+    no_detail: bool = False
 
     @property
     def uncertainty(self) -> float:
         """In the unit of the server's metric."""
         return self.uncertainty_micro / 1e6
+
+    @property
+    def why_first(self) -> Fallback:
+        """`fallback`, with what `no_detail` says."""
+        return Fallback.NO_DETAIL if self.no_detail else self.fallback
 
 
 class Error(Message, tag=20, frozen=True):

@@ -599,7 +599,18 @@ class ServerSession(_Session):
             usage, bytes_up=question.bytes_up, bytes_down=question.bytes_down
         )
         self._move(id, Answer)
-        message = Answer(id, text, stage, fallback, micro(uncertainty), usage, finish, tokens)
+        no_detail = fallback is Fallback.NO_DETAIL
+        message = Answer(
+            id,
+            text,
+            stage,
+            Fallback.NONE if no_detail else fallback,
+            micro(uncertainty),
+            usage,
+            finish,
+            tokens,
+            no_detail,
+        )
         self._push(message, id)
         return message
 

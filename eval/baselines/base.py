@@ -159,7 +159,8 @@ def two_stage_point(
 
     Args:
         run: of the method two_stage.
-        sent: 1 for samples that are retransmitted, 0 for the others; between for an expectation.
+        sent: 1 for samples that are retransmitted, 0 for the others; between for an expectation. A
+            sample of which no region shows more than the view stays as it is.
         name, setting, note: of the point.
 
     Raises:
@@ -171,6 +172,7 @@ def two_stage_point(
         raise ValueError(f"{len(sent)} decisions for {len(run.records)} samples")
     if sent.min() < 0 or sent.max() > 1:
         raise ValueError("a sample is sent with a probability from 0 to 1")
+    sent = sent * sends_region(run)
     kept = 1.0 - sent
     view_pixels = column(run, "view_pixels")
     first, more = paper_mflops(run)
@@ -190,6 +192,11 @@ def two_stage_point(
         paper_mflops=first + sent * more,
         note=note,
     )
+
+
+def sends_region(run: Run) -> Column:
+    """1 for samples of which a region can be sent, 0 for those whose view shows all."""
+    return np.array([record.sends_region for record in run.records], dtype=np.float64)
 
 
 def paper_mflops(run: Run) -> tuple[float, float]:

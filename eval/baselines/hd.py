@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from server_plugin.backend import Generation, ModelInfo
 from server_plugin.backends.batch import Batch, Row
 from server_plugin.backends.devices import device_of, dtype_of
 from server_plugin.engine import Work
-from server_plugin.models import FAKE_MODEL, checkpoint_of, preset_of, with_options
+from server_plugin.models import FAKE_MODEL, checkpoint_of
 from server_plugin.presets import Preset
 from server_plugin.sampling import surprisal
 from vlm_collab.errors import ConfigError
@@ -271,8 +271,8 @@ class HighResolutionMethod(Method):
         name = self._options.name
         if name == FAKE_MODEL:
             raise ConfigError("the method hd needs a model; the fake one has none")
-        overrides = {"max_new_tokens": self._task.max_new_tokens, **self._options.overrides}
-        self._preset = with_options(preset_of(name), overrides)
+        longest = {"max_new_tokens": self._task.max_new_tokens, **self._options.overrides}
+        self._preset = replace(self._options, overrides=longest).preset()
         device, dtype = self._options.settled()
         self._model = await asyncio.to_thread(
             HdModel.load, name, self._preset, device=device, dtype=dtype

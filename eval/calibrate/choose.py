@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval.baselines.base import column
+from eval.baselines.base import column, sends_region
 from eval.calibrate.guarantee import Tested, guaranteed
 from eval.calibrate.splits import reported_note
 from eval.harness.curves import Bootstrap, Curve, Setting, counts_end, curve, ends, uncertainty
@@ -182,6 +182,7 @@ def _calibration(
     setting, never_always = drawn.setting, ends(run)
     sent = np.zeros(len(run.records))
     sent[drawn.order[: drawn.sent[place]]] = 1.0
+    sent *= sends_region(run)
     low, high = Bootstrap.of(run).mean(sent)
     model, task = run.provenance["model"], run.provenance["task"]
     preset = model.get("preset") or {}

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from edge_client.cli_help import Command, NamedValues
 from eval.tasks import open_task
 from server_plugin.calibration import Calibration
+from server_plugin.options import Device, Dtype, FitName, PresetFile, PromptName, ViewSide
 from vlm_collab.errors import ConfigError
 
 _THRESHOLD, _LAYERS = "threshold", "layers"
@@ -132,8 +133,12 @@ def layers(
     layer: Annotated[
         list[int] | None, typer.Option(help="Only this one; repeat for several.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    preset: PresetFile = None,
+    fit: FitName = None,
+    prompt: PromptName = None,
+    view_px: ViewSide = None,
     out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
 ) -> None:
     """Choose the attention layer: the one whose region covers most of the true place.
@@ -146,7 +151,11 @@ def layers(
     from eval.report.trace import ranges
 
     opened = open_task(task, data=data, split=split, limit=limit)
-    options = ModelOptions(name=model, device=device, dtype=dtype)
+    given = {"preset": preset, "fit": fit, "prompt": prompt, "view_px": view_px}
+    given = {name: value for name, value in given.items() if value is not None}
+    options = ModelOptions(name=model, device=device, dtype=dtype, overrides=given)
+    if (warning := options.preset().warning) is not None:
+        print(f"vlm-collab calibrate: {warning}", file=sys.stderr)
     looks, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
     made = by_layer(looks)
     best = best_layer(made)
@@ -163,6 +172,7 @@ def layers(
             "task": task,
             "split": opened.split,
             "samples": best.samples,
+            **({"model_options": given} if given else {}),
             "layers": [msgspec.to_builtins(one) for one in made],
             # The rows that the shares are means of: for each layer these samples of the task.
             "rows": {

@@ -27,6 +27,7 @@ from server_plugin.assembly import engine_of
 from server_plugin.engine import Engine, RegionNeed, RegionUnavailableError
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Box
 from vlm_collab.images import Codec, decode
 from vlm_collab.messages import Fallback, Retransmit
 
@@ -207,9 +208,9 @@ async def _measure(
             )
         finally:
             await engine.backend.release(view)
-        assert outcome.need is not None
         assert sample.true_box is not None
-        box = outcome.need.box
+        # Where no region would show more than the view, the view is what there is to look at.
+        box = Box(0, 0, *picture.size) if outcome.need is None else outcome.need.box
         made.append(
             Look(
                 layer=layer,

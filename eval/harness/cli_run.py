@@ -28,8 +28,10 @@ from server_plugin.options import (
     Device,
     Dtype,
     Epsilon,
+    FitName,
     Layer,
     PlacementName,
+    PresetFile,
     PromptName,
     Ratios,
     ViewSide,
@@ -52,7 +54,11 @@ def run(
     split: Annotated[str | None, typer.Option(help="Another split than the reported one.")] = None,
     ocr: Annotated[bool, typer.Option(help="Give the model the data's OCR tokens.")] = False,
     post_prompt: Annotated[
-        str | None, typer.Option(help="Put this behind each question, instead of the task's own.")
+        str | None,
+        typer.Option(
+            help="Put this behind each question, instead of the task's own words; where the prompt "
+            "template says how to answer, as vicrop does, there are none."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     out: Annotated[
@@ -90,6 +96,8 @@ def run(
     token_file: TokenFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    preset: PresetFile = None,
+    fit: FitName = None,
     prompt: PromptName = None,
     view_px: ViewSide = None,
     layer: Layer = None,
@@ -113,6 +121,8 @@ def run(
         raise ConfigError("give --model or --server, not both")
     model = model or DEMO_MODEL
     overrides = {
+        "preset": preset,
+        "fit": fit,
         "prompt": prompt,
         "view_px": view_px,
         "layer": layer,
@@ -129,7 +139,17 @@ def run(
         batch=batch,
         overrides={name: value for name, value in overrides.items() if value is not None},
     )
-    opened = open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=post_prompt)
+    chosen_preset = None if server is not None else options.preset()
+
+    def opened_with(behind: str | None) -> Task:
+        return open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=behind)
+
+    opened = opened_with(post_prompt)
+    if chosen_preset is not None:
+        if share.rank == 0 and chosen_preset.warning is not None:
+            print(f"vlm-collab eval run: {chosen_preset.warning}", file=sys.stderr)
+        if post_prompt is None and chosen_preset.says_how_to_answer:
+            opened = opened_with("") if opened.settings.get("post_prompt") else opened
     if not len(opened):
         raise ConfigError(f"{task} has no samples in its split {opened.split!r}")
     chosen = method_of(

@@ -85,8 +85,10 @@ class Curve:
     Attributes:
         setting: what it is of.
         order: samples by uncertainty, the least sure first; places in the run's records.
-        sent: how many of them are sent at each point.
-        eta: the threshold at which this is so: `setting.policy(eta)` sends exactly these.
+        sent: how many of them the policy is not content with at each point.
+        eta: the threshold at which this is so: `setting.policy(eta)` says so of exactly these.
+        rate: share of samples whose region is sent: those, but for the ones of which no region
+            shows more than the view.
         accuracy: mean score.
         cost_pixels, cost_bytes: additional communication cost (section VII-A of
             003_92b41fe49395ce1a.txt) and relative cost (section VII-F).
@@ -100,6 +102,7 @@ class Curve:
     order: NDArray[np.int64]
     sent: NDArray[np.int64]
     eta: Column
+    rate: Column
     accuracy: Column
     cost_pixels: Column
     cost_bytes: Column
@@ -109,8 +112,8 @@ class Curve:
     relative_paper_flops: Column
 
     @property
-    def rate(self) -> Column:
-        """Share of samples sent."""
+    def unsure(self) -> Column:
+        """Share of samples that the policy is not content with."""
         return self.sent / len(self.order)
 
     def thinned(self, points: int = 100) -> NDArray[np.int64]:
@@ -150,6 +153,7 @@ def curve(run: Run, setting: Setting) -> Curve:
         order=order,
         sent=sent,
         eta=eta,
+        rate=total(lambda point: point.sent) / count,
         accuracy=total(lambda point: point.scores) / count,
         cost_pixels=total(lambda point: point.pixels) / count,
         cost_bytes=pictures / reference if reference else np.full(len(sent), np.nan),
@@ -329,7 +333,7 @@ def area_over_random(drawn: Curve, run: Run) -> float:
     Both go from sending nothing to sending all. The oracle's area is the largest one.
     """
     start = np.array([ends(run)[0].accuracy])
-    return float(_area(start, drawn.rate[None, :], drawn.accuracy[None, :])[0])
+    return float(_area(start, drawn.unsure[None, :], drawn.accuracy[None, :])[0])
 
 
 def _area(start: Column, rates: Column, accuracy: Column) -> Column:

@@ -11,7 +11,7 @@ import msgspec
 
 from eval.harness.provenance import weights_digest
 from server_plugin.backend import Backend, ModelInfo
-from server_plugin.models import FAKE_MODEL, checkpoint_of, open_model
+from server_plugin.models import FAKE_MODEL, checkpoint_of, open_model, preset_of, with_options
 from server_plugin.presets import Preset
 
 
@@ -31,6 +31,15 @@ class ModelOptions:
     dtype: str = "auto"
     batch: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    def preset(self) -> Preset:
+        """The preset with all that was given in place of its fields; nothing is loaded.
+
+        Raises:
+            CollabError: as `open_model`, as far as this can be told without the weights.
+        """
+        given = dict(self.overrides)
+        return with_options(preset_of(self.name, given.pop("preset", None)), given)
 
     def settled(self) -> tuple[str, str]:
         """Device and floating point type, without "auto".

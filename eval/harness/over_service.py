@@ -33,7 +33,7 @@ from eval.harness.method import (
 )
 from eval.harness.records import Record
 from eval.harness.runs import TWO_STAGE
-from eval.harness.two_stage import REFERENCE_QUALITY, region_pixels
+from eval.harness.two_stage import REFERENCE_QUALITY, no_second, region_pixels
 from eval.harness.wire import frame
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import (
@@ -48,6 +48,7 @@ from vlm_collab.images import Codec, choose_codec, read_header
 from vlm_collab.messages import (
     Answer,
     Ask,
+    Fallback,
     Finish,
     Options,
     Region,
@@ -159,6 +160,8 @@ class OverService(Method):
             raise
         except CollabError as error:
             return SampleError(one_line(error))
+        if refined.fallback is Fallback.NO_DETAIL:
+            return self._record_of_view(ready, refined, first, both)
         if refined.stage is not Stage.SECOND or refined.region is None or refined.box is None:
             return SampleError(f"the second stage failed: {refined.fallback.name}")
         return self._record(ready, refined, first, both, refined.region, refined.box)
@@ -219,6 +222,37 @@ class OverService(Method):
             first_input_tokens=first.usage.prefilled_tokens,
         )
 
+    def _record_of_view(
+        self, ready: _Ready, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
+    ) -> Record:
+        """The row of a sample whose view shows all that a region would; see `TwoStage`."""
+        asked, welcome = ready.asked, self._welcome
+        score = self._score(first.text, asked.sample)
+        answer_bytes = frame(_answer(first), up=False)
+        return Record(
+            **asked.facts(),
+            view_bytes=first.view_bytes,
+            view_pixels=welcome.view_width * welcome.view_height,
+            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _wishes(asked, options),
+            first_answer_bytes=answer_bytes,
+            reference_bytes=ready.reference_bytes,
+            first_text=first.text,
+            first_score=score,
+            **_statistics("first", first),
+            first_input_tokens=first.usage.prefilled_tokens,
+            first_mflops=first.usage.mflops,
+            look_mflops=max(asked_for.usage.mflops - first.usage.mflops, 0),
+            first_s=first.usage.first_ms / 1000,
+            look_s=0.0,
+            edge_s=0.0,
+            **no_second(
+                text=first.text,
+                score=score,
+                answer_bytes=answer_bytes,
+                statistics=_statistics("second", first),
+            ),
+        )
+
 
 def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
     """What is known of an answer's tokens. Of a greedy one, surprisal is min-entropy."""
@@ -237,10 +271,7 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
     What the run's own wishes added is taken off. Ids are of one size here, where on the wire
     they grow by some bytes with the questions; that falls to the question and the request.
     """
-    question, source = asked.sample.question, asked.picture.size
-    wishes = frame(Ask(1, question, 1, None, *source, options), up=True) - frame(
-        Ask(1, question, 1, None, *source), up=True
-    )
+    wishes = _wishes(asked, options)
     reply = frame(Region(1, region), up=True) - len(region)
     ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - wishes
     plain = frame(_answer(refined), up=False)
@@ -268,6 +299,14 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
         "reply_bytes": reply,
         "answer_bytes": plain,
     }
+
+
+def _wishes(asked: Asked, options: Options) -> int:
+    """Bytes of the run's own wishes in a question."""
+    question, source = asked.sample.question, asked.picture.size
+    return frame(Ask(1, question, 1, None, *source, options), up=True) - frame(
+        Ask(1, question, 1, None, *source), up=True
+    )
 
 
 def _answer(answer: EdgeAnswer) -> Answer:

@@ -55,7 +55,9 @@ class Record:
         first_input_tokens, second_input_tokens: of each pass's prompt, visual tokens and text
             (Table I of 003); 0 where the run does not know.
         map: relative attention in row-major order, and its shape.
-        box: what was sent, (left, top, right, bottom) in px of the upright original.
+        box: what was sent, (left, top, right, bottom) in px of the upright original. Empty where
+            nothing was, because no region would have shown more than the view (`sends_region`);
+            the second answer is then the first one, and all that a region costs is 0.
         side_px: side of the square that was searched for (b2 of Eq. 11).
         first_mflops, look_mflops, second_mflops: decoder FLOPs by Eq. 17 applied to the tokens
             really computed, in 10^6: first pass, generic instruction, second pass. The vision
@@ -112,6 +114,11 @@ class Record:
     reference_bytes: int = 0
     first_input_tokens: int = 0
     second_input_tokens: int = 0
+
+    @property
+    def sends_region(self) -> bool:
+        """Whether a policy that is not content with the first answer gets a region."""
+        return self.region_bytes > 0
 
 
 _TYPES: Mapping[str, pa.DataType] = {

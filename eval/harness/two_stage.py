@@ -28,14 +28,14 @@ from eval.harness.method import (
 )
 from eval.harness.records import Record
 from eval.harness.runs import TWO_STAGE
-from eval.harness.wire import Said, exchange
+from eval.harness.wire import Said, exchange, one_stage
 from eval.tasks.base import Sample, Task
 from server_plugin.assembly import engine_of
 from server_plugin.backend import Backend, Generation
 from server_plugin.engine import Engine, Outcome, RegionNeed, Work
 from server_plugin.presets import Preset
 from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
-from vlm_collab.messages import Finish, Retransmit
+from vlm_collab.messages import Fallback, Finish, Retransmit
 from vlm_collab.policy import Metric
 
 REFERENCE_QUALITY = 100
@@ -144,6 +144,8 @@ class TwoStage(Method):
             member.leave()
             if view is not None:
                 await member.release(view)
+        if outcome.fallback is Fallback.NO_DETAIL:
+            return self._record_of_view(ready, outcome, member)
         if outcome.second is None or outcome.need is None:
             why = outcome.fallback.name if member.error is None else one_line(member.error)
             return SampleError(f"the second stage failed: {why}")
@@ -223,6 +225,75 @@ class TwoStage(Method):
             second_s=seconds["second_pass"],
             edge_s=asked.edge_s,
         )
+
+    def _record_of_view(self, ready: _Ready, outcome: Outcome, member: Member) -> Record:
+        """The row of a sample whose view shows all that a region would."""
+        asked, info = ready.asked, self._backend.info
+        first, seconds, work = outcome.first, member.seconds, Work()
+        work.add_generation(info, first)
+        ask, answer = one_stage(
+            asked.sample.question,
+            asked.picture.size,
+            ready.view,
+            Said(
+                outcome.text,
+                outcome.uncertainty,
+                outcome.finish,
+                work.prefilled_tokens,
+                work.decoded_tokens,
+                work.flops // 10**6,
+            ),
+        )
+        return Record(
+            **asked.facts(),
+            view_bytes=len(ready.view),
+            view_pixels=info.view.width * info.view.height,
+            ask_bytes=ask,
+            first_answer_bytes=answer,
+            reference_bytes=ready.reference_bytes,
+            first_text=outcome.text,
+            first_score=self._score(outcome.text, asked.sample),
+            **statistics("first", first),
+            first_input_tokens=first.context_tokens,
+            first_mflops=round(work.flops / 1e6),
+            look_mflops=round((outcome.work.flops - work.flops) / 1e6),
+            first_s=seconds["open_view"] + seconds["first_pass"],
+            look_s=seconds.get("relative_attention", 0.0),
+            edge_s=asked.edge_s,
+            **no_second(
+                text=outcome.text,
+                score=self._score(outcome.text, asked.sample),
+                answer_bytes=answer,
+                statistics=statistics("second", first),
+            ),
+        )
+
+
+def no_second(
+    *, text: str, score: float, answer_bytes: int, statistics: dict[str, Any]
+) -> dict[str, Any]:
+    """The columns of the second stage where no region adds detail: the first answer stands.
+
+    Args:
+        text, score, answer_bytes: of the first answer.
+        statistics: of its tokens, under the second pass's names.
+    """
+    return {
+        "second_text": text,
+        "second_score": score,
+        "answer_bytes": answer_bytes,
+        **statistics,
+        **dict.fromkeys(
+            (
+                "region_bytes", "region_pixels", "request_bytes", "reply_bytes",
+                "second_input_tokens", "map_rows", "map_columns", "side_px", "second_mflops",
+            ),
+            0,
+        ),
+        "map": [],
+        "box": [],
+        "second_s": 0.0,
+    }  # fmt: skip
 
 
 def codecs_of(

@@ -8,6 +8,7 @@ step (`eval.harness.lockstep`), so a run repeats bit by bit.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,8 @@ from server_plugin.engine import Engine, Outcome, RegionNeed
 from server_plugin.models import preset_of, with_options
 from vlm_collab.images import decode
 from vlm_collab.messages import Ask, MoreView, Region, RegionRequest, micro
+
+log = logging.getLogger(__name__)
 
 _DEADLINE_MS = 10_000
 
@@ -62,7 +65,15 @@ class InProcess(Asker):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         options = settings.preset_options()
-        with_options(preset_of(settings.model, options.pop("preset", None)), options)
+        preset = with_options(preset_of(settings.model, options.pop("preset", None)), options)
+        if preset.says_how_to_answer:
+            log.warning(
+                "the prompt %r says how to answer; a task's own words behind the question say it "
+                'twice: set its post_prompt to ""',
+                preset.prompt,
+            )
+        if preset.warning is not None:
+            log.warning("%s", preset.warning)
         self._backend: Backend
         self._engine: Engine
         self._codecs: Codecs

@@ -31,7 +31,7 @@ _POLICIES = {
 }
 
 _PRESET = (
-    "preset", "prompt", "view_px", "layer", "base_px", "placement", "epsilon",
+    "preset", "fit", "prompt", "view_px", "layer", "base_px", "placement", "epsilon",
     "metric", "aggregate", "eta", "k",
 )  # fmt: skip
 """Fields that `open_model` takes as they are."""
@@ -57,7 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         max_new_tokens: longest answer, whatever a task asks for.
         batch: most questions that the model here works on together.
         concurrency: most questions under way at a service.
-        device, dtype, preset, prompt, view_px, layer, base_px, placement, epsilon: see
+        device, dtype, preset, fit, prompt, view_px, layer, base_px, placement, epsilon: see
             `server_plugin.models.open_model`.
         seed: of answers of tasks that ask for sampling.
         log: file that gets a line of JSON for each question; of several processes, each has its
@@ -82,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     device: str | None = None
     dtype: str | None = None
     preset: str | None = None
+    fit: Literal["stretch", "pad", "crop"] | None = None
     prompt: str | None = None
     view_px: Positive | None = None
     layer: Annotated[int, msgspec.Meta(ge=0)] | None = None

@@ -49,7 +49,10 @@ def table1(inputs: Inputs) -> list[Row]:
         return []
     for pass_, pictures in (("initial inference", 1), ("second inference", 2)):
         name = "first_input_tokens" if pictures == 1 else "second_input_tokens"
-        length = float(column(run, name).mean())
+        lengths = column(run, name)
+        if not (lengths > 0).any():
+            continue
+        length = float(lengths[lengths > 0].mean())  # 0 where there was no second pass
         visual = pictures * run.decoder.visual_tokens
         made.append(
             {
@@ -203,7 +206,7 @@ def table_boxes(inputs: Inputs) -> list[Row]:
             "improved": int((gain > 0).sum()),
             "worsened": int((gain < 0).sum()),
         }
-        with_box = [record for record in run.records if record.true_box]
+        with_box = [record for record in run.records if record.true_box and record.box]
         row["with_box"] = len(with_box)
         if with_box:
             boxed = Run(folder=run.folder, provenance=run.provenance, records=with_box)

@@ -64,7 +64,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What `--additional-config` may hold under `vlm_collab`.
 
     Attributes:
-        preset: name of a preset; by default the one of the model's name or family.
+        preset: name or YAML file of a preset; by default the one of the model's name or family.
         overrides: fields of the preset by name, such as `eta` or `layer`.
         policy: threshold, always, never or random.
         policy_options: `rate` and `seed`, for the random policy.

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from server_plugin.assembly import policy_of
@@ -63,6 +64,7 @@ def invocation(
     model: str,
     config: ServiceConfig,
     *,
+    preset: str | None = None,
     overrides: Mapping[str, Any],
     options: Mapping[str, Any],
     dtype: str = "auto",
@@ -75,6 +77,7 @@ def invocation(
     Args:
         model: hub name, local folder, or "demo".
         config: where to listen, and whom to let in; checked when it was made.
+        preset: name or file of another preset than the model's own.
         overrides: fields of the preset by name; None leaves a field.
         options: what else `server_plugin.vllm.endpoint.Options` takes.
         dtype, batch: see `server_plugin.vllm.model.engine_options`.
@@ -96,19 +99,22 @@ def invocation(
     from server_plugin.vllm.model import check, engine_options
 
     source = local_or_hub(checkpoint_of(model))
-    preset = with_options(preset_of(model), overrides)
-    check(source, preset, model)
-    check_arguments(source, preset, further)
-    policy_of(preset, options.get("policy"), options.get("policy_options", {}))
+    chosen = with_options(preset_of(model, preset), overrides)
+    check(source, chosen, model)
+    check_arguments(source, chosen, further)
+    policy_of(chosen, options.get("policy"), options.get("policy_options", {}))
     require_vllm()
     given = {name: value for name, value in overrides.items() if value is not None}
     ours: dict[str, Any] = {**options, "overrides": given}
-    if model == DEMO_MODEL:
+    if preset is not None:
+        is_file = preset.endswith((".yaml", ".yml"))
+        ours["preset"] = str(Path(preset).expanduser().absolute()) if is_file else preset
+    elif model == DEMO_MODEL:
         ours["preset"] = DEMO_MODEL
     arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
     # vLLM's own default ends what is in flight at once; a question once accepted is answered.
     arguments += ["--shutdown-timeout", f"{config.limits.shutdown_grace_s:.0f}"]
-    defaults = engine_options(preset, dtype, batch)
+    defaults = engine_options(chosen, dtype, batch)
     for name, value in defaults.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         arguments += [f"--{name.replace('_', '-')}", text]

@@ -10,9 +10,10 @@ from edge_client.picture import Picture
 from edge_client.sync import ask as ask_once
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest, world
 from vlm_collab.errors import ConfigError, QuestionError
-from vlm_collab.messages import Finish, Options, Stage
+from vlm_collab.messages import Fallback, Finish, Options, Retransmit, Stage
 
 PHOTOS = [photo(i) for i in range(3)]
+PHOTO_PIXELS = Picture.open(PHOTOS[0]).decoded()
 
 
 async def test_a_region_is_cut_from_the_picture_that_the_server_names():
@@ -39,6 +40,23 @@ async def test_a_conversation_about_the_same_pictures_sends_no_pixels():
             assert (await w.client.ask(others, SURE)).view_bytes > 0
         assert (await w.client.ask(PHOTOS[0], SURE)).view_bytes == 0
         assert w.service.views.count == 4
+
+
+@pytest.mark.parametrize("retransmit", [Retransmit.AUTO, Retransmit.ALWAYS])
+@pytest.mark.parametrize("size", [(112, 112), (90, 60)])
+async def test_a_picture_no_larger_than_the_view_is_sent_once(size, retransmit):
+    small = Picture.from_pil(PHOTO_PIXELS.resize(size))
+    options = Options(retransmit=retransmit, want_map=True)
+    async with world() as w:
+        answer = await w.client.ask(small, UNSURE, options=options)
+        assert answer.text == answer.first_text
+        assert (answer.stage, answer.fallback) == (Stage.FIRST, Fallback.NO_DETAIL)
+        assert (answer.region, answer.region_bytes, answer.box) == (None, 0, None)
+        assert 0 < answer.view_bytes < answer.bytes_up < answer.view_bytes + 150
+        metrics = w.service.metrics.questions.labels("fallback_no_detail")
+        assert metrics._value.get() == 1
+        # Its larger self is looked at closer, as ever.
+        assert (await w.client.ask(PHOTOS[0], UNSURE)).stage is Stage.SECOND
 
 
 async def test_pictures_that_are_open_already():

@@ -254,6 +254,16 @@ def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
 # ---- in a pipe -------------------------------------------------------------------------------
 
 
+def test_why_no_region_was_asked_for_of_a_small_picture(server, tmp_path):
+    small = tmp_path / "small.png"
+    Image.new("RGB", (100, 80), (9, 99, 199)).save(small)
+    done = piped(f"{UNSURE}\n/why\n", small, "--server", server)
+    assert done.returncode == 0
+    assert "the first one: no region would show more than the view does" in done.stdout
+    assert "none was asked for: it would show no more than the view does" in done.stdout
+    assert "sure enough" not in done.stdout
+
+
 def test_one_question_a_line_from_a_pipe(server, file, tmp_path):
     crop = tmp_path / "crop.jpg"
     done = piped(f"{UNSURE}\n\n/why\n/save {crop}\n{SURE}\n", file, "--server", server)

@@ -31,6 +31,8 @@ from eval.baselines.from_records import (
     measured,
 )
 from eval.baselines.hd import HdModel, HighResolutionMethod, hd_side, merged
+from eval.calibrate.choose import for_rate
+from eval.harness.curves import Setting, curve
 from eval.harness.loading import ModelOptions
 from eval.harness.records import PROVENANCE, Record
 from eval.harness.run import Share, run
@@ -329,3 +331,28 @@ def test_a_run_of_hd_on_the_demo_model(tmp_path: Path) -> None:
         assert math.isnan(row.second_score)
     with pytest.raises(ConfigError, match="is a run of hd, not of two_stage"):
         GlobalOnly().points(made)
+
+
+# ---- samples whose view shows all ---------------------------------------------------------------
+
+
+def test_a_sample_of_which_no_region_can_be_sent_costs_nothing_at_any_threshold() -> None:
+    nothing = dict.fromkeys(("region_bytes", "region_pixels", "request_bytes", "reply_bytes"), 0)
+    still = {"box": [], "map": [], "map_rows": 0, "map_columns": 0, "look_mflops": 0}
+    whole = rows.row(0, 0.0, 0.0, bits=9.0, second_mflops=0, **nothing, **still)
+    made = rows.run_of([whole, rows.row(1, 0.0, 1.0, bits=2.0), rows.row(2, 1.0, 1.0, bits=1.0)])
+    (always,) = FullRetransmission().points(made)
+    (never,) = GlobalOnly().points(made)
+    assert list(always.sent) == [0.0, 1.0, 1.0]
+    assert always.bytes_up[0] == never.bytes_up[0]
+    assert always.bytes_down[0] == never.bytes_down[0]
+    assert (always.pixels[0], always.mflops[0]) == (0.0, never.mflops[0])
+    assert always.paper_mflops[0] == pytest.approx(never.paper_mflops[0], nan_ok=True)
+    drawn = curve(made, Setting())
+    # It is the least sure of the three, so the first threshold that sends anything sends nothing.
+    assert list(drawn.sent) == [0, 1, 2, 3]
+    assert list(drawn.rate) == pytest.approx([0, 0, 1 / 3, 2 / 3])
+    assert list(drawn.bytes_up)[:2] == [drawn.bytes_up[0]] * 2
+    found = for_rate(made, Setting(), 0.4)
+    assert found.expected["rate"] == pytest.approx(1 / 3)
+    assert found.expected["rate_interval_95"][1] <= 1.0

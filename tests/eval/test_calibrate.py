@@ -44,6 +44,7 @@ from server_plugin.models import open_model
 from tests.eval.test_report import answers
 from tests.eval.test_sweep import rows, saved
 from tests.support.rows import row, run_of
+from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import ConfigError
 from vlm_collab.policy import Aggregate, Metric
 
@@ -218,6 +219,30 @@ def test_layers_are_measured_by_the_regions_that_they_lead_to() -> None:
     # The demo model's preset reads layer 1, chosen on other scenes.
     assert best_layer(made).layer == 1
     assert made[1].covered > made[0].covered
+
+
+def test_a_layer_of_qwen_is_measured_and_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ViCrop's layer 22 was chosen on another size of model; here is how to find one's own."""
+    folder, path = save_tiny_qwen(tmp_path / "Qwen2.5-VL-tiny"), tmp_path / "layers.yaml"
+    options = ("--model", str(folder), "--limit", "3", "--view-px", "112", "--prompt", "vicrop")
+    code, out, err = call(capsys, "calibrate", "layers", *options, "--out", str(path))
+    assert (code, "calibrate:" in err) == (0, False), err
+    found = load_calibration(path)
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    assert [one["layer"] for one in found.made["layers"]] == list(range(layers))
+    assert found.made["model_options"] == {"prompt": "vicrop", "view_px": 112}
+    best = max(found.made["layers"], key=lambda one: (one["covered"], -one["layer"]))
+    assert found.layer == best["layer"]
+    assert f"layer {found.layer}" in out
+    # The preset's own layer does not even exist in this model.
+    with pytest.raises(ConfigError, match="layer 22 does not exist"):
+        open_model(str(folder))
+    overrides = server_plugin.cli._calibrated({"view_px": 112, "eta": None}, path, str(folder))
+    backend, preset = open_model(str(folder), **overrides)
+    assert (backend.info.layer, preset.layer) == (found.layer, found.layer)
+    asyncio.run(backend.close())
 
 
 def test_every_number_of_the_layers_leads_to_rows(

@@ -14,7 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from datasets import config
 
 from edge_client.cli import main
 from eval.harness.cli import app
@@ -24,6 +28,8 @@ from eval.harness.progress import Progress
 from eval.harness.provenance import _command
 from eval.harness.records import Record
 from eval.harness.runs import open_run
+from server_plugin.presets import config_folder
+from tests.support.pictures import photo, saved
 
 TIMES = {"first_s", "look_s", "second_s", "edge_s"}
 
@@ -251,3 +257,73 @@ def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> 
     assert _command(["--server=ws://here:1?token=s3cret"]) == ["--server=ws://here:1"]
     assert _without_processes(given) == [*given[:4], *given[6:]]
     assert _without_processes(["--processes=4", "run"]) == ["run"]
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def textvqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two questions of TextVQA's layout."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "hub" / "data" / "validation-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    picture = {"bytes": saved(photo(400, 300), "JPEG"), "path": ""}
+    row = {"image_id": "a", "answers": ["stop"] * 10, "ocr_tokens": ["STOP"]}
+    made = [
+        {**row, "question_id": n, "question": f"what is sign {n}?", "image": picture}
+        for n in range(2)
+    ]
+    pq.write_table(pa.Table.from_pylist(made), path)
+    return tmp_path / "hub"
+
+
+def preset_file(folder: Path, **changed: object) -> Path:
+    fields = yaml.safe_load((config_folder() / "models" / "demo.yaml").read_text(encoding="utf-8"))
+    prompts = {**fields["prompts"], "short": "USER: <image>\n{question} Be short. ASSISTANT:"}
+    path = folder / "mine.yaml"
+    fields |= {"prompts": prompts, "instructed": ["short"], **changed}
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return path
+
+
+def test_a_template_that_says_how_to_answer_is_not_told_again(
+    textvqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = str(preset_file(tmp_path))
+    line = ["run", "--task", "textvqa", "--data", str(textvqa), "--preset", mine]
+    for number, (more, behind) in enumerate(
+        (
+            ((), "\nAnswer the question using a single word or phrase."),
+            (("--prompt", "short"), ""),
+            (("--prompt", "short", "--post-prompt", " Please."), " Please."),
+        )
+    ):
+        out = tmp_path / f"run-{number}"
+        code, _, err = call(capsys, *line, *more, "--out", str(out))
+        assert code == 0, err
+        run = open_run(out)
+        assert [record.question for record in run.records] == [
+            f"what is sign {n}?{behind}".replace("what", "What") for n in range(2)
+        ]
+        assert run.provenance["task"]["settings"]["post_prompt"] == behind
+        assert run.preset.prompt == (more[1] if more else "chat")
+
+
+def test_a_preset_and_a_fit_are_what_a_run_is_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, out = str(preset_file(tmp_path, eta=0.75, fit="crop")), tmp_path / "run"
+    line = ("run", "--task", "signs", "--limit", "1", "--preset", mine, "--out")
+    code, _, err = call(capsys, *line, str(out))
+    assert (code, err.count("the fit is crop")) == (0, 1)
+    assert (open_run(out).preset.eta, open_run(out).preset.fit) == (0.75, "crop")
+    code, _, err = call(capsys, *line, str(tmp_path / "pad"), "--fit", "pad")
+    assert (code, err) == (0, "")
+    assert open_run(tmp_path / "pad").preset.fit == "pad"
+    code, _, err = call(capsys, *line, str(out), "--fit", "pad")
+    assert (code, "another run" in err) == (2, True)
+    # LLaVA-1.5-HD is opened in its own way.
+    code, _, err = call(capsys, *line, str(tmp_path / "hd"), "--fit", "pad", "--method", "hd")
+    assert code == 0, err
+    assert open_run(tmp_path / "hd").preset.fit == "pad"

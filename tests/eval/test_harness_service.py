@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from edge_client.picture import Picture
 from eval.harness.folder import FAILURES
 from eval.harness.loading import ModelOptions
 from eval.harness.over_service import OverService
@@ -17,7 +18,7 @@ from eval.harness.records import Record
 from eval.harness.run import Share, run
 from eval.harness.runs import Run, open_run
 from eval.harness.two_stage import TwoStage
-from eval.tasks import open_task
+from eval.tasks import Sample, Task, open_task
 from server_plugin.assembly import engine_of
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.models import open_model
@@ -26,6 +27,8 @@ from server_plugin.service import connection
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
+from tests.eval.test_harness_run import Changed
+from tests.support.pictures import saved
 from vlm_collab.errors import ConfigError, LinkError
 
 LIMIT = 9
@@ -100,6 +103,43 @@ def test_a_service_does_not_tell_its_sizes(runs: tuple[Run, Run]) -> None:
     assert there.decoder is None
     with pytest.raises(ConfigError, match="does not know its model's preset"):
         _ = there.preset
+
+
+class Smaller(Changed):
+    """Some pictures no larger than the view, some of which the search names all, and some large."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, self._sized)
+
+    def _sized(self, index: int, sample: Sample) -> Sample:
+        def picture() -> bytes:
+            side = (112, 240, 1000)[index % 3]
+            whole = Picture.open(sample.picture()).decoded()
+            return saved(whole.resize((side, side - index)), "PNG")
+
+        return replace(sample, picture=picture, image_id=f"{sample.image_id}-{index}")
+
+
+async def test_where_no_region_adds_detail_both_ways_keep_the_first_answer(tmp_path: Path) -> None:
+    task, share = Smaller(open_task("signs", limit=6)), Share(session="a")
+    await run(TwoStage(task, ModelOptions(name="demo")), task, tmp_path / "here", share=share)
+    async with serving() as url:
+        await run(OverService(task, url, None), task, tmp_path / "there", share=share)
+    here, there = (open_run(tmp_path / name).records for name in ("here", "there"))
+    assert len(here) == len(there) == 6, "no sample fails of it"
+    assert [record.sends_region for record in here] == [False, False, True] * 2
+    for one, other in zip(here, there, strict=True):
+        told = asdict(other)
+        assert {name: told[name] for name in SAME} == {name: asdict(one)[name] for name in SAME}
+        if not one.sends_region:
+            assert (one.second_text, one.second_score) == (one.first_text, one.first_score)
+            assert one.second_tokens == one.first_tokens
+            assert one.answer_bytes == one.first_answer_bytes
+            costs = (one.region_pixels, one.request_bytes, one.reply_bytes, one.second_mflops)
+            assert (costs, one.box, one.map) == ((0, 0, 0, 0), [], [])
+    # The search had to be made for those of 240 px, and is paid for both ways.
+    assert [bool(record.look_mflops) for record in here] == [False, True, True] * 2
+    assert [bool(record.look_mflops) for record in there] == [False, True, False] * 2
 
 
 async def test_without_tokens_there_is_no_uncertainty(

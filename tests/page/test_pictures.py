@@ -17,7 +17,7 @@ from edge_client.picture import Picture
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE
-from tests.support.browser import Visitor, launched, visiting
+from tests.support.browser import Card, Visitor, launched, visiting
 from tests.support.pictures import difference, photo, saved, turned
 from tests.support.wire import service
 from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
@@ -190,6 +190,9 @@ async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
         data = saved(detailed(*size), "JPEG", quality=95)
         await asked(visitor, data)
         check(visitor, Picture.open(data), fit)
+        note = await Card(visitor.page, 0).note()
+        hidden = {(900, 500): "44\u00a0%", (333, 777): "57\u00a0%"}[size]
+        assert (f"{hidden} of the picture, at its edges, are hidden" in note) == (fit is Fit.CROP)
         # The heat map lies on the part that the view shows.
         frame = frame_of(Size(*size), fit, info.view)
         shown = await visitor.page.evaluate(
@@ -263,18 +266,29 @@ async def test_each_codec_is_sent_as_pixels_alone(visitor: Visitor, codec: Codec
         assert lost <= 1.3 * difference(encoded, exact) + 0.5
 
 
-async def test_a_picture_smaller_than_the_view(open_page: Visitor):
-    data = saved(photo(40, 30), "PNG")
-    await asked(open_page, data, "small.png")
+async def test_a_picture_lower_than_the_view(open_page: Visitor):
+    data = saved(photo(400, 30), "PNG")
+    await asked(open_page, data, "low.png")
     check(open_page, Picture.open(data), within=3)
     region = decoded(open_page.sent(Region)[-1].image)
-    assert region.width <= 40
+    assert region.width <= 112
     assert region.height <= 30  # never enlarged
 
 
+async def test_a_picture_smaller_than_the_view_is_sent_once_and_the_card_says_why(
+    open_page: Visitor,
+):
+    asked, regions = len(open_page.sent(Ask)), len(open_page.sent(Region))
+    await open_page.choose(saved(photo(40, 30), "PNG"), "small.png")
+    card = await open_page.ask(UNSURE, "first")
+    assert "no region would show more than the view does" in await card.note()
+    assert (len(open_page.sent(Ask)), len(open_page.sent(Region))) == (asked + 1, regions)
+
+
 async def test_a_hair_and_a_dot(open_page: Visitor):
-    for size in ((5000, 1), (1, 1), (2, 9000)):
-        await asked(open_page, saved(photo(*size), "PNG"), f"thin-{size[0]}.png")
+    for size, state in (((5000, 1), "refined"), ((1, 1), "first"), ((2, 9000), "refined")):
+        await open_page.choose(saved(photo(*size), "PNG"), f"thin-{size[0]}.png")
+        await open_page.ask(UNSURE, state)
 
 
 async def test_a_huge_picture(open_page: Visitor):
@@ -417,7 +431,7 @@ async def test_pasting_text_stays_pasting_text(visitor: Visitor):
 async def test_a_crop_that_fails_is_declined(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
-        await visitor.choose(saved(photo(), "JPEG"))
+        await visitor.choose(saved(photo(900, 700), "JPEG"))
         # The view is made with the first question; after that, nothing can be encoded.
         await visitor.ask(SURE, "sure")
         await visitor.page.evaluate(

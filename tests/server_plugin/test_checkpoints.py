@@ -36,6 +36,7 @@ from tests.support.process import SERVE
 from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
 from vlm_collab.errors import CollabError, ConfigError, ErrorCode, ModelError, ServerError
 from vlm_collab.geometry import Fit, Size
+from vlm_collab.images import SourceImage
 from vlm_collab.messages import Stage
 
 DEMO = preset_named("demo")
@@ -291,7 +292,7 @@ async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) ->
         layer=2, eta=0.25, ratios=(1.0, 2.0), base_px=56, prompt="vicrop"
     )
     info = backend.info
-    assert (info.name, info.fit, info.layer, info.base_px) == ("tiny", Fit.CROP, 2, 56)
+    assert (info.name, info.fit, info.layer, info.base_px) == ("tiny", Fit.STRETCH, 2, 56)
     view = await backend.open_view(picture(0, info.view))
     answer = await backend.first_pass(view, "what?", max_new_tokens=2)
     assert len(answer.token_ids) == 2
@@ -330,6 +331,26 @@ async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_
     assert plain.shape == (64, 64)
     assert bool((plain == red).all()) == (fit is Fit.CROP)
     await backend.close()
+
+
+async def test_by_default_the_borders_of_a_wide_picture_are_seen(tmp_path: Path) -> None:
+    """A red bar at the left of 1600 x 900 px, with an image processor that crops the centre."""
+    folder = save_tiny_llava(tmp_path / "tiny", TinyLlava(stretch=False))
+    rows = {}
+    for fit in (None, "stretch", "pad", "crop"):
+        backend, _ = open_model(str(folder), fit=fit, layer=1, device="cpu")
+        assert isinstance(backend, TransformersBackend)
+        info, views = backend.info, []
+        for colour in ((200, 200, 200), (255, 0, 0)):
+            source = Image.new("RGB", (1600, 900), (200, 200, 200))
+            source.paste(colour, (0, 0, 300, 900))
+            views.append(SourceImage.from_pil(source).view(info.view, info.fit))
+        assert backend._adapter.fitted(views[1]) is views[1], "the view is the encoder's input"
+        plain, red = backend._adapter.see(views)
+        rows[fit] = red
+        assert bool((plain == red).all()) == (fit == "crop")
+        await backend.close()
+    assert bool((rows[None] == rows["stretch"]).all())
 
 
 def test_every_error_is_one_of_the_projects() -> None:

@@ -8,12 +8,16 @@ import signal
 import socket
 import subprocess
 from importlib.util import find_spec
+from tempfile import NamedTemporaryFile
 
 import pytest
+from PIL import Image
 
+from edge_client.cli import main
 from edge_client.picture import Picture
 from edge_client.sync import Client
 from server_plugin.models import open_model
+from server_plugin.presets import config_folder
 from tests.support.process import SERVE, serving
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import AuthenticationError, ConfigError
@@ -39,8 +43,6 @@ def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, st
 
 
 def photo() -> Picture:
-    from PIL import Image
-
     return Picture.open(encode(Image.effect_noise((800, 600), 50).convert("RGB"), Codec.JPEG, 90))
 
 
@@ -74,6 +76,51 @@ def test_the_token_is_taken_from_a_file(tmp_path):
             assert client.ask(photo(), "what?").text
         with pytest.raises(AuthenticationError), Client(url) as client:
             client.ask(photo(), "what?")
+
+
+def test_a_fit_that_cuts_something_off_is_told_at_both_ends(capsys):
+    with serving("fake", "--fit", "crop") as (process, ready):
+        url = str(ready["url"])
+        assert main_of_ask(url, capsys)["shown"] == pytest.approx(0.75)  # 600 of 800 columns
+        assert "not shown" in (told := main_of_ask(url, capsys, as_json=False))
+        assert "25% of the picture" in told
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert errors.count("the fit is crop") == 1
+    with serving("fake", "--fit", "pad") as (process, ready):
+        assert main_of_ask(str(ready["url"]), capsys)["shown"] == 1.0
+        process.send_signal(signal.SIGTERM)
+        assert "crop" not in process.communicate(timeout=30)[1]
+
+
+def main_of_ask(url, capsys, *, as_json=True):
+    """What `vlm-collab ask` prints of an 800 x 600 px photo."""
+    with NamedTemporaryFile(suffix=".jpg") as file:
+        file.write(encode(Image.effect_noise((800, 600), 50).convert("RGB"), Codec.JPEG, 90))
+        file.flush()
+        line = ["ask", file.name, "what?", "--server", url, *(["--json"] if as_json else [])]
+        with pytest.raises(SystemExit) as ended:
+            main(line)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    return json.loads(out) if as_json else out
+
+
+def test_a_preset_from_a_file(tmp_path):
+    text = (config_folder() / "models" / "demo.yaml").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace("local_view_px: 112", "local_view_px: 50"), encoding="utf-8")
+    with serving("fake", "--preset", str(mine)) as (_, ready), Client(str(ready["url"])) as client:
+        answer = client.ask(photo(), "a small thing")
+        assert answer.refined
+        region = Picture.open(answer.region or b"")
+        assert max(region.size) == 50
+    code, line = refused("fake", "--preset", str(tmp_path / "none.yaml"))
+    assert (code, "cannot be read" in line) == (2, True)
+    code, line = refused("demo", "--preset", "qwen2.5-vl")
+    assert "the preset is for the family 'qwen2.5-vl'" in line
+    code, line = refused("fake", "--fit", "zoom")
+    assert "zoom" in line
 
 
 def test_a_refused_client_is_one_line_in_the_log():

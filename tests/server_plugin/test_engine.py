@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from server_plugin.backend import RelativeAttention, Sampling
-from server_plugin.backends.fake import FakeBackend, Script, digest
+from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
 from server_plugin.engine import Engine, RegionUnavailableError
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError
@@ -283,3 +285,68 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
     assert len(seen) == 2
     assert seen[0] == seen[1]
     assert seen[0].seed is not None
+
+
+# ---- regions that would add nothing ------------------------------------------------------------
+
+
+WIDE = replace(DEFAULT_INFO, base_px=320)
+"""Windows as the demo model's, which cover all of a picture of up to 320 px."""
+
+
+async def ask_about(backend, source, *, retransmit=Retransmit.ALWAYS, **settings):
+    """One question about a picture of some size; fails if a region is asked for."""
+
+    async def fetch(need):
+        raise AssertionError(f"{need.box} of {source} was asked for")
+
+    view = await backend.open_view(*[VIEW] * (1 if isinstance(source, Size) else len(source)))
+    engine = Engine(backend=backend, policy=settings.pop("policy", THRESHOLD), **settings)
+    return await engine.answer(view, source, "what?", fetch, retransmit=retransmit)
+
+
+@pytest.mark.parametrize("retransmit", [Retransmit.AUTO, Retransmit.ALWAYS])
+@pytest.mark.parametrize(
+    "source", [Size(112, 112), Size(64, 48), Size(20, 112), [Size(112, 100), Size(40, 40)]]
+)
+async def test_a_picture_no_larger_than_the_view_is_not_even_searched(source, retransmit):
+    backend = scripted(1.0)
+    outcome = await ask_about(backend, source, retransmit=retransmit)
+    assert (outcome.text, outcome.stage) == ("one two", Stage.FIRST)
+    assert (outcome.fallback, outcome.need) == (Fallback.NO_DETAIL, None)
+    assert outcome.decision.retransmit
+    assert outcome.uncertainty == pytest.approx(1.0)
+    assert backend.generic_rows == 0
+
+
+async def test_a_region_that_is_the_view_again_is_not_asked_for():
+    backend = scripted(1.0)
+    backend.info = WIDE
+    outcome = await ask_about(backend, Size(128, 128))
+    assert (outcome.text, outcome.fallback, outcome.need) == ("one two", Fallback.NO_DETAIL, None)
+    assert backend.generic_rows == 1, "here the search had to tell"
+    assert outcome.work.flops > 0
+
+
+async def test_a_local_view_smaller_than_its_part_of_the_view_is_not_asked_for():
+    outcome = await ask_about(scripted(1.0), Size(300, 300), local_view=Size(20, 20))
+    assert outcome.fallback is Fallback.NO_DETAIL
+
+
+async def test_a_sure_answer_about_a_small_picture_is_just_sure():
+    outcome = await ask_about(scripted(0.1), Size(64, 48), retransmit=Retransmit.AUTO)
+    assert outcome.fallback is Fallback.NONE
+
+
+@pytest.mark.parametrize("source", [Size(112, 112), Size(300, 300)])
+async def test_an_answer_that_no_region_can_better_is_whole(source):
+    """An early decision may stop a first answer only where something comes in its place."""
+    script = Script("one two three four", "five", 1.0, (4, 4))
+    backend = FakeBackend(play=lambda *_: script, info=WIDE)
+    policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST, 0.5)
+    outcome = await ask_about(backend, source, retransmit=Retransmit.AUTO, policy=policy)
+    assert (outcome.text, outcome.finish) == ("one two three four", Finish.END)
+    assert outcome.fallback is Fallback.NO_DETAIL
+    once = 16 + (12 if source.width > 112 else 0)
+    again = 16 if source.width > 112 else 0  # the search was worth stopping for, in vain
+    assert outcome.work.prefilled_tokens == once + again

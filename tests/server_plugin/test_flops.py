@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edge_client.cli import main
 from eval.flop_count import counted
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed
 from server_plugin.flops import Shape, costs_of, shape_of
-from server_plugin.presets import preset_for_family, preset_named
+from server_plugin.presets import config_folder, preset_for_family, preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
@@ -31,7 +33,7 @@ from vlm_collab.geometry import Size
 from vlm_collab.policy import AlwaysPolicy
 
 QUESTION = "what is written on the large red sign?"
-SOURCE = Size(300, 200)
+SOURCE = Size(1200, 800)
 LAYER = 1
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -272,6 +274,27 @@ def test_a_7b_model_costs_half_of_what_eq_20_says() -> None:
 def test_a_layer_that_does_not_exist_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"layer 9 does not exist: .* 0 to 3"):
         shape_of(str(folder), preset_named("llava-1.5").with_overrides(layer=9))
+
+
+def test_another_preset_and_prompt_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (config_folder() / "models" / "llava-1.5.yaml").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace("layer: 14", "layer: 2"), encoding="utf-8")
+
+    def counted_by(*more: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as ended:
+            main(["flops", str(folder), "--preset", str(mine), "--json", *more])
+        assert ended.value.code == 0
+        told: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return told
+
+    plain = counted_by("--fit", "pad")
+    assert plain["read_layers"] == 3
+    assert counted_by("--prompt", "vicrop")["generic_tokens"] > plain["generic_tokens"]
+    with pytest.raises(ConfigError, match=r"for the family 'qwen2\.5-vl', but"):
+        shape_of(str(folder), preset_named("qwen2.5-vl"))
 
 
 def _entry_points() -> list[EntryPoint]:

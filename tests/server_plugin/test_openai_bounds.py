@@ -506,7 +506,7 @@ async def test_clients_that_do_not_come_back_leave_room_for_others(limits):
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
         asked = {"model": "fake", "tools": [TOOL]}
         responses = [
-            await client.responses.create(**asked, input=[said(UNSURE, png(photo(90 + i, 80)))])
+            await client.responses.create(**asked, input=[said(UNSURE, png(photo(290 + i, 280)))])
             for i in range(5)
         ]
         kinds = [response.output[0].type for response in responses]

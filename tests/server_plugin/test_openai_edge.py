@@ -53,6 +53,14 @@ async def bring(client, response, *outputs, **options):
     return await client.responses.create(input=list(outputs), **options)
 
 
+async def test_a_client_is_not_asked_for_what_it_sent_already():
+    small = png(photo(*DEFAULT_INFO.view))
+    async with asking(service()) as client:
+        made = await client.responses.create(input=[said(UNSURE, small)], **MODEL_AND_TOOL)
+    assert [item.type for item in made.output] == ["message"]
+    assert made.vlm_collab["fallback"] == "no_detail"
+
+
 def cut(call) -> tuple[bytes, Box]:
     """What a client cuts from its original, and where."""
     where = json.loads(call.arguments)
@@ -222,7 +230,7 @@ async def test_a_view_of_another_aspect_shows_all_of_its_source():
 async def test_sizes_beyond_all_measure_harm_nobody():
     backend = FakeBackend(info=replace(DEFAULT_INFO, fit=Fit.CROP))
     async with asking(service(backend)) as client:
-        for size in ([2**20, 1], [1, 2**20], [2**20, 2**20]):
+        for size in ([2**20, 300], [300, 2**20], [2**20, 2**20]):
             body = {"vlm_collab": {"sources": [size]}}
             response, call = await unsure(client, extra_body=body)
             where = json.loads(call.arguments)

@@ -152,6 +152,21 @@ async def test_a_first_answer_that_stands_is_streamed_as_it_grows(how):
     assert len([piece for piece in pieces if piece]) > 2
 
 
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_a_picture_that_the_view_shows_whole_is_looked_at_once(api):
+    small = saved(photo(100, 80), "PNG")
+    backend = FakeBackend()
+    async with asking(service(backend)) as client:
+        if api == "chat":
+            text, told = await chat(client, [message(UNSURE, small)])
+        else:
+            made = await client.responses.create(model="fake", input=[said(UNSURE, small)])
+            text, told = made.output_text, made.vlm_collab
+    assert text == f"first {view_name(small)} {UNSURE}"
+    assert (told["fallback"], told["refined"], told["region"]) == ("no_detail", False, None)
+    assert backend.generic_rows == 0
+
+
 async def test_a_failing_second_pass_leaves_the_first_answer():
     backend = FakeBackend(play=lambda *_: Script("one", "two", 2.0, fail_second=True))
     async with asking(service(backend)) as client:
@@ -380,6 +395,9 @@ async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
     async with asking(service()) as client:
         for kind, data in PICTURES.items():
             text, told = await chat(client, [message(UNSURE, data)])
+            if kind == "one pixel":  # of which a region would show no more
+                assert text == f"first {view_name(data)} {UNSURE}"
+                continue
             region = region_name(data, told["region"]["box"])
             assert text.split()[1:3] == [view_name(data), region], kind
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_shipped_values() -> None:
     demo, llava = preset_named("demo"), preset_named("llava-1.5")
     assert (demo.fit, demo.layer, demo.local_view_px) == (Fit.STRETCH, 1, 112)
     assert demo.template == "USER: <image>\n{question} ASSISTANT:"
-    assert (llava.fit, llava.layer) == (Fit.CROP, 14)
+    assert (llava.fit, llava.layer) == (Fit.STRETCH, 14)
     assert llava.template == "USER: <image>\n{question} ASSISTANT:"
     assert llava.with_overrides(prompt="vicrop").template == (
         "<image>\nUSER: {question} Answer the question using a single word or phrase.\nASSISTANT:"
@@ -60,6 +61,32 @@ def test_shipped_values() -> None:
         assert preset.generic_instruction == "Write a general description of the image."
         assert preset.ratios == DEFAULT_RATIOS == (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
         assert (preset.metric, preset.aggregate) == (Metric.MIN_ENTROPY, Aggregate.FULL)
+
+
+def test_no_shipped_preset_hides_a_part_of_a_picture() -> None:
+    for name, preset in load_presets().items():
+        assert preset.fit is Fit.STRETCH, name  # 003: Resize; and what ViCrop's boxes mean
+        assert preset.warning is None
+        for fit in ("stretch", "pad"):
+            assert preset.with_overrides(fit=fit).warning is None
+        told = preset.with_overrides(fit="crop").warning
+        assert told is not None
+        assert "middle square" in told
+
+
+def test_templates_that_say_how_to_answer_are_marked() -> None:
+    for name, preset in load_presets().items():
+        words = re.compile("short|single", re.IGNORECASE)
+        asks = {key for key, text in preset.prompts.items() if words.search(text)}
+        assert asks == set(preset.instructed), name
+        for prompt in preset.prompts:
+            changed = preset.with_overrides(prompt=prompt)
+            assert changed.says_how_to_answer == (prompt in asks)
+
+
+def test_a_marked_template_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no prompt is named 'short'"):
+        preset_from(MINIMAL + "instructed: [short]\n", tmp_path)
 
 
 @pytest.mark.parametrize(

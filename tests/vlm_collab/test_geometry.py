@@ -19,8 +19,11 @@ from vlm_collab.geometry import (
     Grid,
     Size,
     TokenBox,
+    adds_detail,
     cell_to_source,
     frame_of,
+    has_more_detail,
+    shown_share,
     source_to_cell,
     token_box_to_source,
     whole_image,
@@ -305,3 +308,73 @@ def test_core_imports_without_numpy() -> None:
         "import vlm_collab.geometry, vlm_collab.policy, vlm_collab.cost, vlm_collab.images\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# ---- what a region adds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "fit", "view", "box", "target", "adds"),
+    [
+        # A picture of the view's size, smaller, and larger by less than a pixel of the view.
+        (Size(112, 112), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), False),
+        (Size(60, 40), Fit.STRETCH, Size(112, 112), Box(0, 0, 60, 40), Size(112, 112), False),
+        (Size(60, 40), Fit.STRETCH, Size(112, 112), Box(10, 10, 40, 40), Size(112, 112), False),
+        (Size(113, 113), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), False),
+        (Size(114, 113), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), True),
+        # All of a larger picture, reduced again to the view's size; part of it; a larger target.
+        (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 128, 128), Size(112, 112), False),
+        (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 128), Size(112, 112), True),
+        (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 128, 128), Size(120, 120), True),
+        # A target so small that the region would lose what the view shows.
+        (Size(400, 400), Fit.STRETCH, Size(112, 112), Box(0, 0, 336, 336), Size(56, 56), False),
+        (Size(400, 400), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(56, 56), True),
+        # Long and thin: the view shows all rows, and a third of the columns.
+        (Size(336, 50), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 50), Size(112, 112), True),
+        (Size(336, 50), Fit.STRETCH, Size(112, 112), Box(0, 0, 336, 50), Size(112, 112), False),
+        # Bars take rows of the view, so the whole picture alone shows twice as many of its own.
+        (Size(400, 200), Fit.PAD, Size(112, 112), Box(0, 0, 400, 200), Size(112, 112), True),
+        (Size(100, 50), Fit.PAD, Size(112, 112), Box(0, 0, 100, 50), Size(112, 112), False),
+        # What a centre crop cut off is in no view.
+        (Size(224, 112), Fit.CROP, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), True),
+        (Size(224, 112), Fit.CROP, Size(112, 112), Box(56, 0, 168, 112), Size(112, 112), False),
+    ],
+)
+def test_what_a_region_adds(
+    source: Size, fit: Fit, view: Size, box: Box, target: Size, adds: bool
+) -> None:
+    assert adds_detail(box, target, frame_of(source, fit, view), view) is adds
+
+
+@STEADY
+@given(st.data(), SIZES, FITS, VIEWS, VIEWS, GRIDS)
+def test_where_there_is_no_more_detail_no_box_adds_any(
+    data: st.DataObject, source: Size, fit: Fit, view: Size, target: Size, grid: Grid
+) -> None:
+    frame = frame_of(source, fit, view)
+    box = token_box_to_source(data.draw(windows(grid)), grid, frame, source)
+    added = adds_detail(box, target, frame, view)
+    if fit is Fit.PAD:  # the frame is wider than the picture, so a little more is promised
+        assert has_more_detail(source, target, frame, view) or not added
+    else:
+        width, height = min(frame.width, target.width), min(frame.height, target.height)
+        best = Box(frame.left, frame.top, frame.left + width, frame.top + height)
+        most = adds_detail(best, target, frame, view)
+        assert most or not added
+        assert has_more_detail(source, target, frame, view) or not most
+    if max(frame.width - view.width, frame.height - view.height) <= 0:
+        assert not added
+
+
+@pytest.mark.parametrize(
+    ("source", "fit", "share"),
+    [
+        (Size(1600, 900), Fit.CROP, 0.5625),
+        (Size(900, 1600), Fit.CROP, 0.5625),
+        (Size(700, 700), Fit.CROP, 1.0),
+        (Size(1600, 900), Fit.PAD, 1.0),
+        (Size(1600, 900), Fit.STRETCH, 1.0),
+    ],
+)
+def test_how_much_of_a_picture_its_view_shows(source: Size, fit: Fit, share: float) -> None:
+    assert shown_share(source, fit, Size(336, 336)) == pytest.approx(share)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server_plugin.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Frame, Grid, Size, frame_of, token_box_to_source
 from vlm_collab.roi import DEFAULT_RATIOS, find_region, region_box, relative_map
 
@@ -272,3 +273,18 @@ def test_impossible_attention_is_refused(
 def test_impossible_epsilon_is_refused(epsilon: float) -> None:
     with pytest.raises(ValueError, match="epsilon"):
         relative_map(np.ones(4), np.ones(4), Grid(2, 2), epsilon=epsilon)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("llava-1.5", 24), ("instructblip", 16), ("qwen2.5-vl", 8)]
+)
+def test_with_the_shipped_presets_boxes_are_those_of_the_plain_loops(name: str, side: int) -> None:
+    """Twelve pictures that are not square; the loops are ViCrop's, on all of the picture."""
+    random = np.random.default_rng(side)
+    fit, base_px = preset_named(name).fit, 14 * side
+    for width, height in ((1600, 900), (900, 1600), (4000, 3000), (640, 480)) * 3:
+        source, relative = Size(width, height), a_map(random, Grid(side, side), 0)
+        frame = frame_of(source, fit, Size(base_px, base_px))
+        assert region_box(relative, frame, source, base_px) == plain_region(
+            relative, source, base_px
+        )

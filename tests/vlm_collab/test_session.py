@@ -571,3 +571,38 @@ class Interleavings(RuleBasedStateMachine):
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=200, stateful_step_count=60)
+
+
+# ---- peers of another age ----------------------------------------------------------------------
+
+
+class OlderAnswer(msgspec.Struct, array_like=True, tag=19):
+    """`Answer` as edges read it that know neither tokens nor `Fallback.NO_DETAIL`."""
+
+    id: int
+    text: str
+    stage: Stage
+    fallback: int
+    uncertainty_micro: int
+    usage: Usage
+
+
+def test_a_first_answer_that_no_region_would_better_is_told_to_new_and_old_edges():
+    edge, server = pair()
+    edge.ask("why?", 1, SOURCE, b"view")
+    carry(edge, server)
+    server.answer(1, "so", Stage.FIRST, Fallback.NO_DETAIL, 1.5, Usage())
+    (frame,) = server.data_to_send()
+    answer = edge.receive(frame)
+    assert isinstance(answer, Answer)
+    assert answer.why_first is Fallback.NO_DETAIL
+    older = msgspec.msgpack.decode(frame, type=OlderAnswer)
+    assert (older.text, older.fallback) == ("so", Fallback.NONE)
+    assert older.fallback in range(7), "numbers that were there before the new one"
+
+
+def test_all_other_answers_are_the_same_bytes_as_before():
+    for fallback in set(Fallback) - {Fallback.NO_DETAIL}:
+        answer = Answer(1, "so", Stage.FIRST, fallback, 9, Usage())
+        assert answer.why_first is fallback
+        assert msgspec.msgpack.decode(encode(answer)) == [19, 1, "so", 1, fallback, 9, [0] * 9]

@@ -59,7 +59,7 @@ class Ended:
 
     Attributes:
         text, stage, fallback, uncertainty, finish, tokens: as in `Outcome`.
-        need: where the model looked; None when it was sure.
+        need: the region that was asked for; None when none was.
         work: what it cost; of a first answer that stands in for a lost second one, unknown.
     """
 

@@ -36,6 +36,8 @@ CELLS = 64
 END = 2
 QUESTION = "what is on the sign?"
 VIEW = Image.effect_noise((112, 112), 60).convert("RGB")
+LARGE = Size(896, 896)
+"""Of an original, where regions add detail."""
 REGION = Image.effect_noise((112, 112), 90).convert("RGB")
 
 
@@ -404,13 +406,13 @@ async def test_a_row_that_cannot_be_had_costs_nobody_the_first_answer(
     view = await backend.open_view(VIEW)
     engine.loses_rows = True
     two_stages = engine_of(backend, preset_named("demo"), "always", {})
-    outcome = await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch)
     assert outcome.fallback is Fallback.SERVER_FAILED
     assert outcome.first.token_ids == (10, 11, 12, 13, END)
     assert outcome.text == outcome.first.text != ""
     # Nor does a call that fails, such as the engine's that is shutting down.
     engine.refuses_calls = True
-    outcome = await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch)
     assert outcome.fallback is Fallback.SERVER_FAILED
     assert outcome.text == outcome.first.text != ""
 
@@ -422,14 +424,12 @@ async def test_a_row_that_nobody_needs_is_not_fetched(backend: VllmBackend, engi
     view = await backend.open_view(VIEW)
     engine.refuses_calls = True
     two_stages = engine_of(backend, preset_named("demo"), "always", {})
-    outcome = await two_stages.answer(
-        view, Size(*VIEW.size), QUESTION, fetch, retransmit=Retransmit.NEVER
-    )
+    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch, retransmit=Retransmit.NEVER)
     assert outcome.fallback is Fallback.NONE
     assert len(engine.rows) == 1
     # It goes with the next row that somebody needs.
     engine.refuses_calls = False
-    await two_stages.answer(view, Size(*VIEW.size), QUESTION, fetch)
+    await two_stages.answer(view, LARGE, QUESTION, fetch)
     assert not engine.rows
 
 

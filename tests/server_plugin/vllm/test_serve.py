@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from server_plugin.models import demo_folder
+from server_plugin.models import demo_folder, preset_of, with_options
+from server_plugin.presets import config_folder
 from server_plugin.service.config import ServiceConfig
 from server_plugin.vllm import serve
 from server_plugin.vllm.endpoint import options_of
 from tests.support.vllm_cpu.environment import parsed
 from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Fit
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,20 @@ def test_every_option_has_its_place_among_vllm_s() -> None:
     assert "t" not in given, "any user of the machine can read the command line"
     assert started.environment["VLLM_API_KEY"] == "t"
     assert started.environment["VLLM_LOGGING_LEVEL"] == "ERROR"
+
+
+def test_another_preset_and_fit_reach_vllm_s_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (config_folder() / "models" / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace("eta: 0.25", "eta: 0.75"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    started = made(preset="mine.yaml", overrides={"fit": "pad"})
+    ours = json.loads(value(started.arguments, "--additional-config.vlm_collab"))
+    options = options_of({"vlm_collab": ours})
+    assert options.preset == str(tmp_path / "mine.yaml"), "wherever they are started"
+    chosen = with_options(preset_of("demo", options.preset), options.overrides)
+    assert (chosen.eta, chosen.fit) == (0.75, Fit.PAD)
 
 
 def test_what_is_not_given_is_vllm_s_choice(vllm: SimpleNamespace) -> None:

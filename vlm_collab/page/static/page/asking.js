@@ -3,7 +3,7 @@
 // back on, and from then on a question always ends with an answer.
 
 import { CollabError, LostError, ServerError, StoppedError } from "./errors.js";
-import { FITS } from "./geometry.js";
+import { FITS, frameOf } from "./geometry.js";
 import { pauseMs } from "./link.js";
 import { DeclineReason, ErrorCode, Fallback, Stage } from "./messages.js";
 
@@ -190,12 +190,22 @@ export class Asking {
         case "Answer":
           this.#keeper.worked();
           this.#count(exchange);
-          return { ...event, seen, elapsedMs: performance.now() - this.#began };
+          // Older pages would not know the number, so it travels as a field of its own.
+          if (event.noDetail) event.fallback = Fallback.NO_DETAIL;
+          return { ...event, seen, hidden: this.#hidden(welcome), elapsedMs: performance.now() - this.#began };
         case "Error":
           if (carries && seen === null && VIEW_NOT_KEPT.has(event.code)) this.#view.session = null;
           throw ended(event);
       }
     }
+  }
+
+  /** Share of the picture that its view leaves out, and so the model never sees: only a crop does. */
+  #hidden({ fit, viewWidth, viewHeight }) {
+    const { size } = this.#picture;
+    const frame = frameOf(size, FITS[fit], { width: viewWidth, height: viewHeight });
+    const shown = Math.min(frame.width, size.width) * Math.min(frame.height, size.height);
+    return 1 - shown / (size.width * size.height);
   }
 
   /** Crop, encode and send; or decline, so that the server need not wait. */

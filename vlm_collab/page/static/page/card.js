@@ -10,6 +10,7 @@ const WHY_FIRST = {
   [Fallback.OVERLOAD]: "the server had no room for a second look",
   [Fallback.SERVER_FAILED]: "the server failed at the second look",
   [Fallback.LINK_LOST]: "the connection was lost",
+  [Fallback.NO_DETAIL]: "no region would show more than the view does",
 };
 const NO_TEXT = "(the model gave no text)";
 const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
@@ -131,14 +132,14 @@ export class Card {
   /** The question has its answer. */
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
-    const lessSure = refined && answer.uncertaintyMicro > answer.seen.request.uncertaintyMicro;
-    this.#end(lessSure ? "less-sure" : refined ? "refined" : answer.seen === null ? "sure" : "first");
+    const sure = answer.seen === null && answer.fallback === Fallback.NONE;
+    this.#end(refined ? "refined" : sure ? "sure" : "first");
     this.text = answer.text;
     this.answer.textContent = answer.text || NO_TEXT;
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
-      const outcome = lessSure ? "Less sure after a closer look" : "Refined after a closer look";
-      this.note.textContent = `${outcome}: ${cost}`;
+      // In no colour of certainty: the two numbers tell which answer is the surer one.
+      this.note.textContent = `Refined after a closer look: ${cost}`;
       this.refined.replaceChildren(...said(answer.text, answer.uncertaintyMicro));
       this.refinedRow.hidden = false;
     } else {
@@ -146,9 +147,12 @@ export class Card {
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
       this.note.textContent =
-        answer.seen === null ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
+        sure ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
     if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
+    if (answer.hidden > 0) {
+      this.note.textContent += ` The model sees no more than the middle: ${percent(answer.hidden)} of the picture, at its edges, are hidden from it.`;
+    }
     announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text || NO_TEXT}. Sent ${bytes(this.#bytesUp)}.`);
   }
 

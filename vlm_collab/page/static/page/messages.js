@@ -22,6 +22,7 @@ export const Fallback = {
   OVERLOAD: 4,
   SERVER_FAILED: 5,
   LINK_LOST: 6,
+  NO_DETAIL: 7,
 };
 export const Finish = { END: 0, LENGTH: 1, STOP: 2 };
 export const DeclineReason = { LIMIT: 1, PRIVACY: 2, GONE: 3, BAD_REQUEST: 4, FAILED: 5 };
@@ -92,7 +93,7 @@ const MESSAGES = {
   Welcome: [16, ["session", bytes(8, 32)], ["model", text(512)], ["viewWidth", side], ["viewHeight", side], ["fit", int(0, 2)], ["rows", cells], ["columns", cells], ["codecs", list(code)], ["maxFrameBytes", count], ["maxQuestionBytes", count], ["maxInFlight", count], ["features", list(text(512)), []]],
   Partial: [17, ["id", questionId], ["stage", int(1, 2)], ["keep", count], ["text", text()]],
   RegionRequest: [18, ["id", questionId], ["first", text()], ["uncertaintyMicro", anyId], ["index", count], ["sidePx", int(1, 2 ** 21)], ["columns", cells], ["rows", cells], ["targetWidth", int(1, 65535)], ["targetHeight", int(1, 65535)], ["codec", code], ["quality", int(1, 100)], ["deadlineMs", shortMillis], ["map", bytes(), new Uint8Array()], ["picture", code, 0]],
-  Answer: [19, ["id", questionId], ["text", text()], ["stage", int(1, 2)], ["fallback", code], ["uncertaintyMicro", anyId], ["usage", USAGE], ["finish", code, 0]],
+  Answer: [19, ["id", questionId], ["text", text()], ["stage", int(1, 2)], ["fallback", code], ["uncertaintyMicro", anyId], ["usage", USAGE], ["finish", code, 0], ["tokens", Array.isArray, []], ["noDetail", flag, false]],
   Error: [20, ["id", anyId], ["code", code], ["text", text()], ["retryAfterMs", optional(anyId), null]],
 };
 const BY_TAG = new Map(Object.entries(MESSAGES).map(([kind, [tag, ...fields]]) => [tag, [kind, fields]]));
