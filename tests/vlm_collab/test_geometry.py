@@ -346,7 +346,6 @@ def test_what_a_region_adds(
     assert adds_detail(box, target, frame_of(source, fit, view), view) is adds
 
 
-@STEADY
 @given(st.data(), SIZES, FITS, VIEWS, VIEWS, GRIDS)
 def test_where_there_is_no_more_detail_no_box_adds_any(
     data: st.DataObject, source: Size, fit: Fit, view: Size, target: Size, grid: Grid
