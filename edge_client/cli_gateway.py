@@ -65,6 +65,13 @@ def gateway(
         list[str] | None,
         typer.Option(help="Origin of browser pages that may use it; repeat for several."),
     ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients may call the gateway without a key, beside localhost and "
+            "IP addresses; repeat for several."
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +124,7 @@ def gateway(
         api_key=api_key,
         allow_anonymous=allow_anonymous,
         origins=frozenset(origin or ()),
+        host_names=frozenset(host_name or ()),
         fetch_hosts=frozenset(allow_host or ()),
         aliases=tuple(model_name or ()),
         deadline_s=deadline,

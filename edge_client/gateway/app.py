@@ -16,14 +16,12 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
 from edge_client.dial import DEFAULT_URL
-from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
@@ -61,6 +59,7 @@ from vlm_collab.openai import (
     refuse_pictures_in,
     sse,
 )
+from vlm_collab.web.access import Gate
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +91,7 @@ class Gateway:
         self.config = config
         self._cameras = Cameras(config, url, **options)
         self.answerer = self._cameras.default
-        self._access = Access(config)
-        self._page = Page(self.answerer, self._access, limits.max_relays)
+        self._page = Page(self.answerer, limits.max_relays)
         self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
         self._created = int(time.time())
         self._requests = 0
@@ -115,15 +113,9 @@ class Gateway:
             Route("/readyz", self._ready),
             *self._page.routes(),
         ]
-        pages = Middleware(
-            CORSMiddleware,
-            allow_origins=sorted(self.config.origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-        )
         return Starlette(
             routes=routes,
-            middleware=[pages] if self.config.origins else [],
+            middleware=[Middleware(Gate, rules=self.config.rules, refused=_log_refusal)],
             exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )
@@ -144,9 +136,6 @@ class Gateway:
 
         async def endpoint(request: Request) -> Response:
             try:
-                refusal = self._access.refusal(request)
-                if refusal is not None:
-                    raise refusal
                 camera = self._cameras.get(request.path_params.get("camera"))
                 return await answer(request, camera)
             except CollabError as error:
@@ -371,6 +360,10 @@ async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
             yield piece
     except httpx.HTTPError as error:
         yield sse(lost(error).body())
+
+
+def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
+    log.info("a %s was refused: %s", client.scope["type"], error)
 
 
 def _json(value: Any, status: int = 200) -> Response:

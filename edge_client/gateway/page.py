@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -14,7 +14,6 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from edge_client.dial import ENDPOINT, dial
-from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
 from vlm_collab.errors import CollabError
 from vlm_collab.messages import SUBPROTOCOL
@@ -40,13 +39,11 @@ class Page:
 
     Args:
         answerer: knows the server.
-        access: who may connect.
         max_relays: connections at once.
     """
 
-    def __init__(self, answerer: Answerer, access: Access, max_relays: int) -> None:
+    def __init__(self, answerer: Answerer, max_relays: int) -> None:
         self._answerer = answerer
-        self._access = access
         self._max_relays = max_relays
         self._relays = 0
 
@@ -73,7 +70,7 @@ class Page:
 
     async def _may_connect(self, request: Request) -> Response:
         """Told on behalf of the page, which learns nothing from a WebSocket that failed."""
-        refusal = self._refusal(request)
+        refusal = self._refusal()
         if refusal is None:
             try:
                 await self._answerer.welcome(_LOOK_S)
@@ -84,19 +81,17 @@ class Page:
             return Response(None, 204, headers)
         return PlainTextResponse(str(refusal), refusal.status, {**headers, **refusal.headers()})
 
-    def _refusal(self, client: HTTPConnection) -> ApiError | None:
+    def _refusal(self) -> ApiError | None:
+        """Why a page that may use the gateway cannot connect through it; None if it can."""
         if self._answerer.watched:
             return ApiError(403, _OFF, "permission_error", None, "privacy_policy")
-        refusal = self._access.refusal(client)
-        if refusal is not None:
-            return refusal
         if self._relays >= self._max_relays:
             text = "no room for another connection"
             return ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
         return None
 
     async def _relay(self, websocket: WebSocket) -> None:
-        refusal = self._refusal(websocket)
+        refusal = self._refusal()
         if refusal is None and SUBPROTOCOL not in websocket.scope.get("subprotocols", []):
             refusal = ApiError(400, f"the subprotocol is {SUBPROTOCOL}")
         if refusal is not None:

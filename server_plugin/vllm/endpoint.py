@@ -25,18 +25,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
 from server_plugin.service.app import FAREWELL_S, Service
-from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, is_loopback
+from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.session import ServerLimits
+from vlm_collab.web.access import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         policy: threshold, always, never or random.
         policy_options: `rate` and `seed`, for the random policy.
         origins: origins of browser pages that may connect.
+        host_names: names by which clients may call the server without a key.
         provisional: see `Engine`.
         quality: asked of the edge for regions, 1 to 100; by default the preset's.
         limits: see `Limits`.
@@ -74,6 +76,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     policy: str | None = None
     policy_options: dict[str, Any] = {}
     origins: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()
     provisional: bool = False
     quality: int | None = None
     limits: Limits = Limits()
@@ -147,8 +150,10 @@ async def _opened(engine_client: Any, args: Any) -> Service:
     config = ServiceConfig(
         token=keys[0] if keys else None,
         more_tokens=tuple(keys[1:]),
+        host=args.host or "0.0.0.0",
         allow_anonymous=True,  # vLLM listens where it was told to
         origins=frozenset(options.origins),
+        host_names=frozenset(options.host_names),
         region_codec=Codec[preset.codec.upper()],
         region_quality=preset.quality if options.quality is None else options.quality,
         limits=ServiceLimits(**_given(options.limits)),
@@ -213,9 +218,14 @@ def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
 
 def routes_of(service: Service) -> list[BaseRoute]:
     """The service's routes: below its WebSocket's path, for vLLM has a `/metrics` of its own, and
-    as they are below `PAGE`."""
-    socket, *others = service.routes()
-    return [socket, Mount(ENDPOINT, routes=others), Mount(PAGE, routes=service.routes())]
+    as they are below `PAGE`. Our gate stands before them, and before nothing of vLLM's."""
+    gate = [service.gate()]
+    websocket, *others = service.routes()
+    return [
+        WebSocketRoute(ENDPOINT, websocket.endpoint, middleware=gate),
+        Mount(ENDPOINT, routes=others, middleware=gate),
+        Mount(PAGE, routes=service.routes(), middleware=gate),
+    ]
 
 
 def options_of(additional_config: Any) -> Options:
