@@ -153,7 +153,7 @@ class Gateway:
         limits = self.config.limits.wire
         with self._working() as work:
             body = await self._body(request, work)
-            if chat_is_text(body):
+            if await asyncio.to_thread(chat_is_text, body):
                 return await self._forward(request, camera, body)
             query = await asyncio.to_thread(parse_chat, body, limits)
             id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
