@@ -25,6 +25,7 @@ from edge_client.dial import DEFAULT_URL
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.events import EventTooLongError, whole_events
 from edge_client.gateway.page import Page
 from edge_client.gateway.store import ResponseStore
 from edge_client.gateway.streaming import (
@@ -355,11 +356,15 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
 
 
 async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """A stream as it is, event by event, with an error of our own where it breaks off."""
     try:
-        async for piece in response.aiter_bytes():
-            yield piece
+        async for events in whole_events(response.aiter_bytes()):
+            yield events
     except httpx.HTTPError as error:
         yield sse(lost(error).body())
+    except EventTooLongError:
+        text = "the server behind this gateway sends an event that has no end"
+        yield sse(ApiError(502, text, "server_error", None, "upstream_protocol").body())
 
 
 def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
