@@ -87,6 +87,9 @@ def gateway(
         float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
     ] = DEFAULT_DEADLINE_S,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait for their turn; further ones get 429.")
+    ] = 256,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
@@ -131,6 +134,7 @@ def gateway(
         limits=GatewayLimits(
             wire=wire,
             max_requests=max_requests,
+            max_waiting=max_waiting,
             max_picture_bytes=picture_memory_mb * 2**20,
             max_pixels=max_megapixels * 10**6,
         ),

@@ -18,8 +18,10 @@ class GatewayLimits:
 
     Attributes:
         wire: bounds on one request.
-        max_requests: requests worked on at once; further ones get "busy, retry after".
-        max_body_bytes: bodies of all of them together, likewise; a single one always fits.
+        max_requests: requests worked on at once; further ones wait.
+        max_waiting: requests that wait; further ones get "busy, retry after".
+        max_body_bytes: bodies of all that are worked on together; a single one always fits, and
+            others wait for room.
         max_picture_bytes: memory for originals, so that a later question about one costs no
             pixels; the least recently used go first.
         max_pixels: most pixels of a picture; decoded, each takes 4 bytes.
@@ -33,6 +35,7 @@ class GatewayLimits:
 
     wire: WireLimits = field(default_factory=WireLimits)
     max_requests: int = 32
+    max_waiting: int = 256
     max_body_bytes: int = 256 * 2**20
     max_picture_bytes: int = 256 * 2**20
     max_pixels: int = 120_000_000
@@ -58,7 +61,8 @@ class GatewayConfig:
             and IP addresses.
         fetch_hosts: hosts, as `name`, `name:port` or address, from which pictures are fetched.
         aliases: names beside the model's own under which clients may ask for it.
-        deadline_s: time for one question, waiting for the server included.
+        deadline_s: time for one question, waiting for the server included; so long a request may
+            wait for its turn before.
         limits: see `GatewayLimits`.
     """
 

@@ -99,6 +99,6 @@ def _server(gateway: Gateway) -> uvicorn.Server:
             lifespan="on",
             timeout_graceful_shutdown=_GRACE_S,
             # Beyond the work, room for refusals, health checks and the page's files.
-            limit_concurrency=limits.max_requests + limits.max_relays + 64,
+            limit_concurrency=(limits.max_requests + limits.max_waiting + limits.max_relays + 64),
         )
     )

@@ -54,7 +54,9 @@ class OpenAiEndpoint:
         self._service = service
         limits = service.config.openai
         self._asker = Asker(service)
-        self.bodies = Bodies(limits, service.config.limits.question_timeout_s)
+        self.bodies = Bodies(
+            limits, service.config.limits.question_timeout_s, service.queue.retry_after_s
+        )
         self.memory = Memory(limits)
         self._created = int(time.time())
         for name, text, value in (
