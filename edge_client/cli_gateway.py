@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from edge_client.gateway import (
     GatewayLimits,
     NoServerError,
     bind,
+    configure_logs,
     serve,
     url_of,
 )
@@ -28,12 +28,6 @@ from vlm_collab.openai import WireLimits
 
 _GREETING_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")
-_QUIETER = {
-    "httpx": logging.WARNING,
-    "httpcore": logging.INFO,
-    "websockets": logging.INFO,
-    "uvicorn": logging.INFO,
-}
 
 
 def gateway(
@@ -146,16 +140,7 @@ def gateway(
         "camera": camera,
         "audit": audit,
     }
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # These tell whole addresses of pictures, and frames and headers with tokens and questions.
-    for name, lowest in _QUIETER.items():
-        logging.getLogger(name).setLevel(max(lowest, getattr(logging, log_level.upper())))
-    # uvicorn says this of every connection that was refused, although it was answered.
-    logging.getLogger("uvicorn.error").addFilter(
-        lambda record: "without completing handshake" not in record.getMessage()
-    )
+    configure_logs(log_level)
     asyncio.run(_serve(config, server, options, as_json=as_json))
 
 

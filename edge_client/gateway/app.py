@@ -25,6 +25,7 @@ from edge_client.gateway.answering import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.events import EventTooLongError, whole_events
+from edge_client.gateway.logs import REFUSED
 from edge_client.gateway.page import Page
 from edge_client.gateway.room import Place, Room
 from edge_client.gateway.store import ResponseStore
@@ -345,7 +346,7 @@ async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
 
 
 def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
-    log.info("a %s was refused: %s", client.scope["type"], error)
+    log.info(REFUSED, client.scope["type"], error)
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from edge_client.dial import ENDPOINT, dial
 from edge_client.gateway.answering import Answerer
+from edge_client.gateway.logs import PAGE_REFUSED
 from vlm_collab.errors import CollabError
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError, api_error
@@ -122,7 +123,7 @@ class Page:
 
 
 async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
-    log.info("the page was refused: %s", refusal)
+    log.info(PAGE_REFUSED, refusal)
     response = PlainTextResponse(str(refusal), refusal.status, refusal.headers())
     await websocket.send_denial_response(response)
 

@@ -18,6 +18,7 @@ from server_plugin.backend import has_failed
 from server_plugin.engine import Engine
 from server_plugin.service.config import ENDPOINT, ServiceConfig
 from server_plugin.service.connection import Connection
+from server_plugin.service.logs import REFUSED
 from server_plugin.service.metrics import Metrics
 from server_plugin.service.openai.endpoint import OpenAiEndpoint
 from server_plugin.service.page import page_routes
@@ -193,7 +194,7 @@ def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
 
 def _log_refused(client: HTTPConnection, status: int) -> None:
     peer = client.client.host if client.client else "?"
-    log.warning("connection refused", extra={"peer": peer, "status": status})
+    log.warning(REFUSED, extra={"peer": peer, "status": status})
 
 
 def _offered(client: HTTPConnection) -> list[str]:

@@ -32,14 +32,19 @@ from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
 from server_plugin.service.app import FAREWELL_S, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits
+from server_plugin.service.logs import REFUSED
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.session import ServerLimits
 from vlm_collab.web.access import is_loopback
+from vlm_collab.web.quiet import LIBRARIES, Quiet
 
 log = logging.getLogger(__name__)
+
+_QUIET = Quiet(frozenset({REFUSED}), as_extra=False)
+"""For loggers and not for handlers, which are vLLM's own."""
 
 PAGE = "/collab"
 """Where the page lies and the service asks for the key itself: a browser cannot send it as vLLM
@@ -94,6 +99,8 @@ class CollabEndpoint:
     def attach_router(self, app: Any) -> None:
         """Remember the application; its routes come with the service, in `init_state`."""
         self._app = app
+        for name in (*LIBRARIES, "server_plugin.service.app"):
+            logging.getLogger(name).addFilter(_QUIET)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
