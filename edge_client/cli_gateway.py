@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from edge_client.gateway import (
     GatewayLimits,
     NoServerError,
     bind,
+    configure_logs,
     serve,
     url_of,
 )
@@ -30,12 +30,6 @@ from vlm_collab.openai import WireLimits
 
 _GREETING_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")
-_QUIETER = {
-    "httpx": logging.WARNING,
-    "httpcore": logging.INFO,
-    "websockets": logging.INFO,
-    "uvicorn": logging.INFO,
-}
 
 
 def gateway(
@@ -69,6 +63,13 @@ def gateway(
         list[str] | None,
         typer.Option(help="Origin of browser pages that may use it; repeat for several."),
     ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients may call the gateway without a key, beside localhost and "
+            "IP addresses; repeat for several."
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,6 +93,9 @@ def gateway(
             "number, as behind a proxy on another machine.",
         ),
     ] = None,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait for their turn; further ones get 429.")
+    ] = 256,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
@@ -129,6 +133,7 @@ def gateway(
         api_key=chosen_key(api_key, api_key_file, "--api-key", API_KEY_VARIABLE),
         allow_anonymous=allow_anonymous,
         origins=frozenset(origin or ()),
+        host_names=frozenset(host_name or ()),
         fetch_hosts=frozenset(allow_host or ()),
         aliases=tuple(model_name or ()),
         deadline_s=deadline,
@@ -136,6 +141,7 @@ def gateway(
             wire=wire,
             max_requests=max_requests,
             max_per_address=max_per_address,
+            max_waiting=max_waiting,
             max_picture_bytes=picture_memory_mb * 2**20,
             max_pixels=max_megapixels * 10**6,
         ),
@@ -147,16 +153,7 @@ def gateway(
         "camera": camera,
         "audit": audit,
     }
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # These tell whole addresses of pictures, and frames and headers with tokens and questions.
-    for name, lowest in _QUIETER.items():
-        logging.getLogger(name).setLevel(max(lowest, getattr(logging, log_level.upper())))
-    # uvicorn says this of every connection that was refused, although it was answered.
-    logging.getLogger("uvicorn.error").addFilter(
-        lambda record: "without completing handshake" not in record.getMessage()
-    )
+    configure_logs(log_level)
     asyncio.run(_serve(config, server, options, as_json=as_json))
 
 

@@ -18,6 +18,7 @@ from websockets.exceptions import (
     InvalidURI,
     NegotiationError,
 )
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from vlm_collab import __version__
@@ -31,6 +32,7 @@ CLIENT_NAME = f"vlm-collab/{__version__}"
 
 # A server that is being restarted, or one that is full: another attempt can help.
 _PASSING_STATUS = frozenset({429, 500, 502, 503, 504})
+_MOST_SAID_CHARS = 400
 
 
 class LostError(LinkError):
@@ -125,7 +127,7 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
         ) from error
     except InvalidStatus as error:
         wish = error.response.headers.get("Retry-After", "")
-        raise _refused(server, error.response.status_code, wish) from error
+        raise _refused(server, error.response.status_code, wish, _said(error.response)) from error
     except InvalidMessage as error:
         if isinstance(error.__cause__, EOFError):
             raise LostError(f"{server.shown} closed the connection without a word") from error
@@ -187,12 +189,21 @@ def _tls(server: Server) -> ssl.SSLContext | None:
         raise ConfigError(f"CA file {server.ca_file}: {reason}") from error
 
 
-def _refused(server: Server, status: int, wish: str) -> LinkError | AuthenticationError:
+def _said(response: Response) -> str:
+    """The line for a person in a refusal, behind a colon; nothing where there is none."""
+    if not response.headers.get("Content-Type", "").startswith("text/plain"):
+        return ""
+    line = bytes(response.body or b"").partition(b"\n")[0].decode(errors="replace").strip()
+    shown = "".join(char for char in line if char.isprintable())[:_MOST_SAID_CHARS]
+    return f": {shown}" if shown else ""
+
+
+def _refused(server: Server, status: int, wish: str, said: str) -> LinkError | AuthenticationError:
     if status == 401:
         wrong = "no token was given" if server.token is None else "the token is not accepted"
         return AuthenticationError(f"{server.shown} lets nobody in unknown: {wrong} (HTTP 401)")
     if status == 403:
-        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403)")
+        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403){said}")
     if status in _PASSING_STATUS:
         retry_after_s = float(wish) if wish.isascii() and wish.isdecimal() else None
         return LostError(f"{server.shown} takes no connection now (HTTP {status})", retry_after_s)

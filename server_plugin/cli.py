@@ -78,6 +78,13 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin of browser pages that may connect; repeat for several."),
     ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients may call the server without a token, beside localhost and "
+            "IP addresses; repeat for several."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     policy: Annotated[
@@ -162,6 +169,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         origins=frozenset(origin or ()),
+        host_names=frozenset(host_name or ()),
         region_quality=90 if quality is None else quality,
         limits=ServiceLimits(**limits),
     )
@@ -201,6 +209,7 @@ def serve(
                 "policy": policy,
                 "policy_options": policy_options,
                 "origins": sorted(config.origins),
+                "host_names": sorted(config.host_names),
                 "provisional": provisional,
                 "quality": quality,
                 "limits": limits,

@@ -8,6 +8,7 @@ uplink, and the region that the model asks for. `Gateway` is the application, `r
 from edge_client.gateway.answering import NoServerError
 from edge_client.gateway.app import Gateway
 from edge_client.gateway.config import DEFAULT_PORT, GatewayConfig, GatewayLimits
+from edge_client.gateway.logs import configure as configure_logs
 from edge_client.gateway.runner import bind, running, serve, url_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GatewayLimits",
     "NoServerError",
     "bind",
+    "configure_logs",
     "running",
     "serve",
     "url_of",

@@ -26,6 +26,7 @@ from vlm_collab.openai import (
     Url,
     api_error,
     check_model,
+    check_text,
     refuse,
     refuse_pictures_in,
     stage_name,
@@ -226,7 +227,9 @@ def _check_texts(query: Query) -> None:
     Raises:
         ApiError: there is one.
     """
-    for text in (query.question, *(text for turn in query.history for text in turn)):
+    texts = (query.question, *(text for turn in query.history for text in turn))
+    check_text(sum(map(len, texts)), query.question_param)
+    for text in texts:
         refuse_pictures_in(text, query.question_param)
 
 

@@ -6,9 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Unpack
 
 import httpx
@@ -16,18 +15,19 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
 from edge_client.dial import DEFAULT_URL
-from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.events import EventTooLongError, whole_events
+from edge_client.gateway.logs import REFUSED
 from edge_client.gateway.page import Page
+from edge_client.gateway.room import Place, Room
 from edge_client.gateway.store import ResponseStore
 from edge_client.gateway.streaming import (
     FAILED,
@@ -61,6 +61,7 @@ from vlm_collab.openai import (
     refuse_pictures_in,
     sse,
 )
+from vlm_collab.web.access import Gate
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Gateway:
 
     Attributes:
         answerer: answers those who name no camera.
+        room: who is worked for, and who waits.
 
     Raises:
         ConfigError: an impossible setting.
@@ -95,12 +97,10 @@ class Gateway:
         self.config = config
         self._cameras = Cameras(config, url, **options)
         self.answerer = self._cameras.default
-        self._access = Access(config)
-        self._page = Page(self.answerer, self._access, limits)
+        self._page = Page(self.answerer, limits)
         self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
         self._created = int(time.time())
-        self._requests = 0
-        self._body_bytes = 0
+        self.room = Room(limits, config.deadline_s)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -118,15 +118,9 @@ class Gateway:
             Route("/readyz", self._ready),
             *self._page.routes(),
         ]
-        pages = Middleware(
-            CORSMiddleware,
-            allow_origins=sorted(self.config.origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-        )
         return Starlette(
             routes=routes,
-            middleware=[pages] if self.config.origins else [],
+            middleware=[Middleware(Gate, rules=self.config.rules, refused=_log_refusal)],
             exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )
@@ -147,9 +141,6 @@ class Gateway:
 
         async def endpoint(request: Request) -> Response:
             try:
-                refusal = self._access.refusal(request)
-                if refusal is not None:
-                    raise refusal
                 camera = self._cameras.get(request.path_params.get("camera"))
                 return await answer(request, camera)
             except CollabError as error:
@@ -165,10 +156,10 @@ class Gateway:
 
     async def _chat(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
-        with self._working() as work:
-            body = await self._body(request, work)
-            if chat_is_text(body):
-                return await self._forward(request, camera, body)
+        async with self._place(request) as place:
+            body = await self._body(request, place)
+            if await asyncio.to_thread(chat_is_text, body):
+                return await self._forward(request, camera, body, place)
             query = await asyncio.to_thread(parse_chat, body, limits)
             id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
             model = await self._model_name(request, camera, query)
@@ -176,14 +167,14 @@ class Gateway:
                 form = ChatStream(
                     id=id, created=created, model=model, include_usage=query.include_usage
                 )
-                return await self._stream(request, camera, query, form, lambda result: None)
+                return await self._stream(request, camera, query, form, lambda result: None, place)
             result = await unless_gone(request.receive, camera.answer(query, None))
             return _json(completion(result, id=id, created=created, model=model))
 
     async def _respond(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
-        with self._working() as work:
-            body = await self._body(request, work)
+        async with self._place(request) as place:
+            body = await self._body(request, place)
             asked = await asyncio.to_thread(parse_responses, body, limits)
             if asked.region_tool or asked.outputs:
                 raise refuse(
@@ -206,7 +197,7 @@ class Gateway:
                     self._responses.keep(camera.camera, id, whole)
 
             if query.stream:
-                return await self._stream(request, camera, query, form, keep, fetched)
+                return await self._stream(request, camera, query, form, keep, place, fetched)
             answering = camera.answer(query, None, fetched)
             result = await unless_gone(request.receive, answering)
             keep(result)
@@ -224,6 +215,7 @@ class Gateway:
         query: Query,
         form: Form,
         finished: Callable[[Result], None],
+        place: Place,
         fetched: dict[Url, bytes] | None = None,
     ) -> Response:
         pieces = answer_pieces(
@@ -233,7 +225,7 @@ class Gateway:
             whole=query.options.tokens,
             finished=finished,
         )
-        return self._events(await self._first(request, pieces), pieces)
+        return _events(await self._first(request, pieces), pieces, place)
 
     async def _first(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> bytes:
         """What a stream begins with; what goes wrong before is told by a status."""
@@ -243,23 +235,8 @@ class Gateway:
             await pieces.aclose()
             raise
 
-    def _events(
-        self,
-        first: bytes,
-        pieces: AsyncGenerator[bytes, None],
-        opened: AsyncExitStack | None = None,
-    ) -> EventStream:
-        """A stream, which counts as a request at work until its end."""
-        closing = opened or AsyncExitStack()
-        self._requests += 1
-        closing.callback(self._ended)
-        return EventStream(first, pieces, closing)
-
-    def _ended(self) -> None:
-        self._requests -= 1
-
     async def _forward(
-        self, request: Request, camera: Answerer, body: Mapping[str, Any]
+        self, request: Request, camera: Answerer, body: Mapping[str, Any], place: Place
     ) -> Response:
         """Hand a request about text alone to the server's own API, as it is."""
         await asyncio.to_thread(refuse_pictures_in, body)
@@ -273,7 +250,7 @@ class Gateway:
             if body.get("stream") is True and response.status_code == 200:
                 pieces = _passed_on(response)
                 first = await self._first(request, pieces)
-                return self._events(first, pieces, opened.pop_all())
+                return _events(first, pieces, place, opened.pop_all())
             content = await unless_gone(request.receive, content_of(response))
             kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
             return Response(content, response.status_code, kept)
@@ -307,20 +284,13 @@ class Gateway:
         body = {"ready": model is not None, "model": model, "version": __version__}
         return _json(body, 200 if model is not None else 503)
 
-    @contextmanager
-    def _working(self) -> Iterator[_Work]:
-        """Count a request and its bytes, or refuse it."""
-        if self._requests >= self.config.limits.max_requests:
-            raise _busy(f"{self._requests} requests are being worked on; no more at once")
-        work = _Work()
-        self._requests += 1
-        try:
-            yield work
-        finally:
-            self._requests -= 1
-            self._body_bytes -= work.body_bytes
+    def _place(self, request: Request) -> AbstractAsyncContextManager[Place]:
+        """A place for a request, once there is one. Its body is not read before."""
+        said = request.headers.get("content-length", "")
+        nbytes = int(said) if said.isascii() and said.isdecimal() else 0
+        return self.room.place(min(nbytes, self.config.limits.wire.max_body_bytes))
 
-    async def _body(self, request: Request, work: _Work) -> dict[str, Any]:
+    async def _body(self, request: Request, place: Place) -> dict[str, Any]:
         limits = self.config.limits
         most, data, size = limits.wire.max_body_bytes, bytearray(), 0
         try:
@@ -332,11 +302,7 @@ class Gateway:
                     # A client that still sends does not read; within reason it is let finish.
                     if size > most:
                         continue
-                    work.body_bytes += len(piece)
-                    self._body_bytes += len(piece)
-                    others = self._body_bytes - work.body_bytes
-                    if others and self._body_bytes > limits.max_body_bytes:
-                        raise _busy("no room for another request of this size now")
+                    place.hold(size)
                     data += piece
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time") from None
@@ -350,18 +316,20 @@ class Gateway:
         return await asyncio.to_thread(decode_body, bytes(data), most)
 
 
-@dataclass(slots=True)
-class _Work:
-    """A request that is worked on, and the bytes of its body."""
-
-    body_bytes: int = 0
-
-
-def _busy(text: str) -> ApiError:
-    return ApiError(429, text, "rate_limit_error", None, "busy", retry_after_s=1.0)
-
-
 _KEPT = ("content-type", "retry-after")
+
+
+def _events(
+    first: bytes,
+    pieces: AsyncGenerator[bytes, None],
+    place: Place,
+    opened: AsyncExitStack | None = None,
+) -> EventStream:
+    """A stream, which keeps its request's place until its end."""
+    closing = opened or AsyncExitStack()
+    place.kept = True
+    closing.callback(place.leave)
+    return EventStream(first, pieces, closing)
 
 
 async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
@@ -369,11 +337,19 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
 
 
 async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """A stream as it is, event by event, with an error of our own where it breaks off."""
     try:
-        async for piece in response.aiter_bytes():
-            yield piece
+        async for events in whole_events(response.aiter_bytes()):
+            yield events
     except httpx.HTTPError as error:
         yield sse(lost(error).body())
+    except EventTooLongError:
+        text = "the server behind this gateway sends an event that has no end"
+        yield sse(ApiError(502, text, "server_error", None, "upstream_protocol").body())
+
+
+def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
+    log.info(REFUSED, client.scope["type"], error)
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 
 from edge_client.client import DEFAULT_DEADLINE_S
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import WireLimits
+from vlm_collab.web.access import Rules, checked_names, is_loopback
 
 DEFAULT_PORT = 8766
 
@@ -18,8 +18,10 @@ class GatewayLimits:
 
     Attributes:
         wire: bounds on one request.
-        max_requests: requests worked on at once; further ones get "busy, retry after".
-        max_body_bytes: bodies of all of them together, likewise; a single one always fits.
+        max_requests: requests worked on at once; further ones wait.
+        max_waiting: requests that wait; further ones get "busy, retry after".
+        max_body_bytes: bodies of all that are worked on together; a single one always fits, and
+            others wait for room.
         max_picture_bytes: memory for originals, so that a later question about one costs no
             pixels; the least recently used go first.
         max_pixels: most pixels of a picture; decoded, each takes 4 bytes.
@@ -36,6 +38,7 @@ class GatewayLimits:
 
     wire: WireLimits = field(default_factory=WireLimits)
     max_requests: int = 32
+    max_waiting: int = 256
     max_body_bytes: int = 256 * 2**20
     max_picture_bytes: int = 256 * 2**20
     max_pixels: int = 120_000_000
@@ -62,10 +65,13 @@ class GatewayConfig:
         api_key: what clients must send as `Authorization: Bearer`; None lets everyone in who can
             connect, which is refused on any address but loopback unless `allow_anonymous`.
         allow_anonymous: listen beyond loopback without a key all the same.
-        origins: origins of browser pages that may use it.
+        origins: origins of browser pages that may use it, besides its own.
+        host_names: names by which clients may call it without a key, besides `host`, loopback's
+            and IP addresses.
         fetch_hosts: hosts, as `name`, `name:port` or address, from which pictures are fetched.
         aliases: names beside the model's own under which clients may ask for it.
-        deadline_s: time for one question, waiting for the server included.
+        deadline_s: time for one question, waiting for the server included; so long a request may
+            wait for its turn before.
         limits: see `GatewayLimits`.
     """
 
@@ -74,6 +80,7 @@ class GatewayConfig:
     api_key: str | None = None
     allow_anonymous: bool = False
     origins: frozenset[str] = frozenset()
+    host_names: frozenset[str] = frozenset()
     fetch_hosts: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -86,6 +93,7 @@ class GatewayConfig:
             raise ConfigError(f"the deadline must be more than 0 s, not {self.deadline_s:g}")
         if self.api_key is not None and not _can_be_sent(self.api_key):
             raise ConfigError("the API key must be printable ASCII characters without blanks")
+        checked_names(self.host_names)
         if "*" in self.origins:
             raise ConfigError("--origin takes the address of a page, such as https://example.org")
         if self.api_key is None and not self.allow_anonymous and not is_loopback(self.host):
@@ -94,15 +102,15 @@ class GatewayConfig:
                 "give --api-key-file or VLM_COLLAB_API_KEY, or --allow-anonymous to mean it"
             )
 
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    @property
+    def rules(self) -> Rules:
+        """Whom the gateway lets in."""
+        return Rules(
+            tokens=() if self.api_key is None else (self.api_key,),
+            origins=self.origins,
+            host_names=checked_names(self.host_names) | {self.host.lower()},
+            who="gateway",
+        )
 
 
 def _can_be_sent(key: str) -> bool:

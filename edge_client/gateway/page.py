@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -15,9 +15,9 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from edge_client.dial import ENDPOINT, dial
-from edge_client.gateway.access import Access
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayLimits
+from edge_client.gateway.logs import PAGE_REFUSED
 from vlm_collab.errors import CollabError
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError, api_error
@@ -45,13 +45,11 @@ class Page:
 
     Args:
         answerer: knows the server.
-        access: who may connect.
         limits: bounds on its connections.
     """
 
-    def __init__(self, answerer: Answerer, access: Access, limits: GatewayLimits) -> None:
+    def __init__(self, answerer: Answerer, limits: GatewayLimits) -> None:
         self._answerer = answerer
-        self._access = access
         self._max_relays = limits.max_relays
         self._write_timeout_s = limits.write_timeout_s
         self._relays = 0
@@ -81,7 +79,7 @@ class Page:
 
     async def _may_connect(self, request: Request) -> Response:
         """Told on behalf of the page, which learns nothing from a WebSocket that failed."""
-        refusal = self._refusal(request)
+        refusal = self._refusal()
         if refusal is None:
             try:
                 await self._answerer.welcome(_LOOK_S)
@@ -92,18 +90,16 @@ class Page:
             return Response(None, 204, headers)
         return PlainTextResponse(str(refusal), refusal.status, {**headers, **refusal.headers()})
 
-    def _refusal(self, client: HTTPConnection) -> ApiError | None:
+    def _refusal(self) -> ApiError | None:
+        """Why a page that may use the gateway cannot connect through it; None if it can."""
         if self._answerer.watched:
             return ApiError(403, _OFF, "permission_error", None, "privacy_policy")
-        refusal = self._access.refusal(client)
-        if refusal is not None:
-            return refusal
         if self._relays >= self._max_relays:
             return _no_room()
         return None
 
     async def _relay(self, websocket: WebSocket) -> None:
-        refusal = self._refusal(websocket)
+        refusal = self._refusal()
         if refusal is None and SUBPROTOCOL not in websocket.scope.get("subprotocols", []):
             refusal = ApiError(400, f"the subprotocol is {SUBPROTOCOL}")
         if refusal is not None:
@@ -162,7 +158,7 @@ def _no_room() -> ApiError:
 
 
 async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
-    log.info("the page was refused: %s", refusal)
+    log.info(PAGE_REFUSED, refusal)
     response = PlainTextResponse(str(refusal), refusal.status, refusal.headers())
     await websocket.send_denial_response(response)
 

@@ -49,7 +49,7 @@ async def running(gateway: Gateway) -> AsyncIterator[str]:
 def _server(gateway: Gateway) -> uvicorn.Server:
     limits = gateway.config.limits
     # Relays that were not used yet have as many places as the others.
-    most = limits.max_requests + 2 * limits.max_relays + _OTHERS
+    most = limits.max_requests + limits.max_waiting + 2 * limits.max_relays + _OTHERS
     settings = web.settings(
         gateway.app(),
         places=Places(most, limits.max_per_address, HEALTH),

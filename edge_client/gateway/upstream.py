@@ -6,6 +6,7 @@ import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -90,7 +91,7 @@ class TextUpstream:
         body = _chat_body(query, model, stream=on_text is not None)
         async with self.forward(body) as response:
             if response.status_code != 200:
-                raise _refusal(response.status_code, response.content)
+                raise _refusal(response.status_code, response.content, response.headers)
             try:
                 if on_text is None:
                     return _result(msgspec.json.decode(await content_of(response)), model)
@@ -171,14 +172,18 @@ def _error_in(content: bytes) -> Mapping[str, Any] | None:
     return error if isinstance(error, dict) else None
 
 
-def _refusal(status: int, content: bytes) -> ApiError:
+def _refusal(
+    status: int, content: bytes, headers: Mapping[str, str] = MappingProxyType({})
+) -> ApiError:
     error = _error_in(content) or {}
+    wish = headers.get("retry-after", "")
     return ApiError(
         status,
         str(error.get("message", "the server refused the question")),
         str(error.get("type", "server_error")),
         None,
         None if error.get("code") is None else str(error["code"]),
+        retry_after_s=float(wish) if wish.isascii() and wish.isdecimal() else None,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -17,8 +16,9 @@ from starlette.websockets import WebSocket
 
 from server_plugin.backend import has_failed
 from server_plugin.engine import Engine
-from server_plugin.service.config import ENDPOINT, ServiceConfig, is_loopback
+from server_plugin.service.config import ENDPOINT, ServiceConfig
 from server_plugin.service.connection import Connection
+from server_plugin.service.logs import REFUSED
 from server_plugin.service.metrics import Metrics
 from server_plugin.service.openai.endpoint import OpenAiEndpoint
 from server_plugin.service.page import page_routes
@@ -27,8 +27,8 @@ from server_plugin.service.views import ViewStore
 from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError
-from vlm_collab.page import token_in
 from vlm_collab.session import MAX_VIEW_PIXELS
+from vlm_collab.web.access import Gate
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Service:
             ("view_bytes", "Memory that views occupy, in bytes.", lambda: self.views.nbytes),
         ):
             self.metrics.gauge(name, text, value)
-        self.openai = OpenAiEndpoint(self, self._openai_refusal)
+        self.openai = OpenAiEndpoint(self)
 
     @property
     def closed(self) -> str | None:
@@ -97,11 +97,15 @@ class Service:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [*self.routes(), *self.openai.routes()]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(routes=routes, middleware=[self.gate()], lifespan=self._lifespan)
+
+    def gate(self) -> Middleware:
+        """What lets clients in, or not. It stands before every route."""
+        return Middleware(Gate, rules=self.config.rules, refused=_log_refusal)
 
     def routes(self) -> list[Route | WebSocketRoute]:
-        """The routes, for mounting into another application, which has an OpenAI-compatible
-        endpoint of its own (`self.openai` is ours)."""
+        """The routes, for mounting into another application behind our `gate`; it has an
+        OpenAI-compatible endpoint of its own (`self.openai` is ours)."""
         return [
             WebSocketRoute(ENDPOINT, self._websocket),
             Route("/healthz", self._health),
@@ -160,8 +164,7 @@ class Service:
     async def _websocket(self, websocket: WebSocket) -> None:
         refusal = self._refusal(websocket)
         if refusal is not None:
-            peer = websocket.client.host if websocket.client else "?"
-            log.warning("connection refused", extra={"peer": peer, "status": refusal.status_code})
+            _log_refused(websocket, refusal.status_code)
             await websocket.send_denial_response(refusal)
             return
         await websocket.accept(subprotocol=SUBPROTOCOL)
@@ -178,17 +181,7 @@ class Service:
             self._connections.discard(connection)
 
     def _refusal(self, client: HTTPConnection) -> Response | None:
-        """Why this client may not connect; None if it may."""
-        if not self._may_enter(client):
-            return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
-        if not self._origin_allowed(client):
-            origin = client.headers["origin"]
-            return PlainTextResponse(
-                f"Pages at {origin} may not connect to this server, unless it is started with "
-                f'--origin {origin} (or, as `vllm serve`, with "origins": ["{origin}"] below '
-                '"vlm_collab" in --additional-config).',
-                403,
-            )
+        """Why this client, which may enter, cannot connect; None if it can."""
         if client.scope["type"] == "websocket" and SUBPROTOCOL not in _offered(client):
             return PlainTextResponse(f"the subprotocol is {SUBPROTOCOL}", 400)
         reason = self.closed
@@ -197,46 +190,6 @@ class Service:
         if reason is not None:
             return PlainTextResponse(reason, 503, {"Retry-After": "1"})
         return None
-
-    def _openai_refusal(self, client: HTTPConnection) -> ApiError | None:
-        """Why this client gets no answer from the OpenAI-compatible endpoint; None if it may."""
-        if not self._may_enter(client):
-            text = "wrong or missing API key; it is the server's token"
-            return ApiError(401, text, code="invalid_api_key")
-        if not self._origin_allowed(client):
-            return ApiError(403, f"pages at {client.headers['origin']} may not ask this server")
-        return None
-
-    def _may_enter(self, client: HTTPConnection) -> bool:
-        """Whether a client has a token: as a header, or from a page as a subprotocol."""
-        token, *more = (self.config.token, *self.config.more_tokens)
-        if token is None:
-            return True
-        scheme, _, given = client.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = token_in(_offered(client)) or ""
-        encoded = given.strip().encode()
-        # All are compared in any case, so that the time taken says nothing.
-        same = [hmac.compare_digest(encoded, right.encode()) for right in (token, *more)]
-        return any(same)
-
-    def _origin_allowed(self, client: HTTPConnection) -> bool:
-        """Browsers name the page that connects; other clients send no origin.
-
-        A page may connect if its origin is listed, or if it was served by this server and either
-        came from loopback or brought the token. Comparing with the Host header alone would let
-        a page in whose name was re-bound to this machine, so the name itself must be a loopback
-        one; or the page must know the token, which no page of another origin does.
-        """
-        origin = client.headers.get("origin")
-        if origin is None or origin in self.config.origins:
-            return True
-        try:
-            parts = urlsplit(origin)
-        except ValueError:  # no origin at all, such as "http://["
-            return False
-        own = parts.scheme in ("http", "https") and parts.netloc == client.headers.get("host")
-        return own and (self.config.token is not None or is_loopback(parts.hostname or ""))
 
     async def _health(self, _: Request) -> Response:
         """The process is alive."""
@@ -248,10 +201,21 @@ class Service:
         body = {"ready": ready, "model": info.name, "version": __version__}
         return JSONResponse(body, 200 if ready else 503)
 
-    async def _metrics(self, request: Request) -> Response:
-        if not self._may_enter(request):
-            return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
+    async def _metrics(self, _: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
+    """Note who was not let in."""
+    if client.scope["type"] == "websocket":
+        _log_refused(client, error.status)
+    else:
+        log.info("request refused", extra={"code": error.code})
+
+
+def _log_refused(client: HTTPConnection, status: int) -> None:
+    peer = client.client.host if client.client else "?"
+    log.warning(REFUSED, extra={"peer": peer, "status": status})
 
 
 def _offered(client: HTTPConnection) -> list[str]:

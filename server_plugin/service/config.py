@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.session import ServerLimits
+from vlm_collab.web.access import Rules, checked_names, is_loopback
 
 ENDPOINT = "/v1/collab"
 DEFAULT_PORT = 8765
+
+_OPTION = (
+    '--{name} {value} (or, as `vllm serve`, with "{names}": ["{value}"] below "vlm_collab" in '
+    "--additional-config)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +113,9 @@ class ServiceConfig:
         more_tokens: these are as good as `token`.
         allow_anonymous: listen beyond loopback without a token all the same.
         tls_cert, tls_key: PEM files; both or neither.
-        origins: origins of browser pages that may connect, besides pages served from loopback.
+        origins: origins of browser pages that may connect, besides this server's own.
+        host_names: names by which clients may call it without a token, besides `host`, loopback's
+            and IP addresses.
         codecs: image formats taken, best first.
         region_codec, region_quality: how the edge is asked to encode regions; a client that
             cannot encode it is asked for the best one that it can.
@@ -124,6 +131,7 @@ class ServiceConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     origins: frozenset[str] = frozenset()
+    host_names: frozenset[str] = frozenset()
     codecs: tuple[Codec, ...] = (Codec.JPEG, Codec.WEBP, Codec.PNG)
     region_codec: Codec = Codec.JPEG
     region_quality: int = 90
@@ -140,6 +148,7 @@ class ServiceConfig:
         # A header cannot carry them, so no client could ever send such a token.
         if self.token is not None and (self.token != self.token.strip() or "\n" in self.token):
             raise ConfigError("the token must not begin or end with blanks, nor hold line breaks")
+        checked_names(self.host_names)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs both a certificate and a key file")
         for file in (self.tls_cert, self.tls_key):
@@ -156,12 +165,12 @@ class ServiceConfig:
         """`wss` with TLS files, else `ws`."""
         return "wss" if self.tls_cert else "ws"
 
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    @property
+    def rules(self) -> Rules:
+        """Whom the service lets in."""
+        return Rules(
+            tokens=() if self.token is None else (self.token, *self.more_tokens),
+            origins=self.origins,
+            host_names=checked_names(self.host_names) | {self.host.lower()},
+            option=_OPTION,
+        )

@@ -11,6 +11,11 @@ import sys
 import time
 from typing import Any
 
+from vlm_collab.web.quiet import Quiet
+
+REFUSED = "connection refused"
+"""Of a WebSocket that may not or cannot connect."""
+
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
@@ -60,13 +65,10 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
+    handler.addFilter(Quiet(frozenset({REFUSED}), as_extra=True))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # uvicorn says this of every client that is refused; the service says it better.
-    logging.getLogger("uvicorn.error").addFilter(
-        lambda record: "without completing handshake" not in record.getMessage()
-    )
     # uvicorn's own handlers would print everything twice, and its access log adds nothing to
     # the line that each question gets.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

@@ -6,6 +6,9 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 
+LONGEST_WAIT_S = 60.0
+"""Most that a refused client is told to wait."""
+
 
 class QueueFullError(Exception):
     """No room to wait; carries when to come back."""
@@ -34,7 +37,8 @@ class ModelQueue:
         self._max_waiting = max_waiting
         self._returning: deque[asyncio.Future[None]] = deque()
         self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
-        self._turn_s = 0.5  # a first guess, replaced by what turns really take
+        self._turn_s = 0.5  # a guess, until the first turn has ended
+        self._measured = 0
 
     @property
     def waiting(self) -> int:
@@ -43,7 +47,13 @@ class ModelQueue:
 
     def retry_after_s(self) -> float:
         """When a refused client should come back: the time the present queue will take."""
-        return max(0.1, self._turn_s * (self.waiting + 1) / self._turns)
+        wait_s = self._turn_s * (self.waiting + 1) / self._turns
+        return min(max(0.1, wait_s), LONGEST_WAIT_S)
+
+    def took(self, seconds: float) -> None:
+        """Learn from a turn that lasted so long."""
+        self._measured += 1
+        self._turn_s += max(0.1, 1 / self._measured) * (seconds - self._turn_s)
 
     def turn(self, session: Hashable) -> Turn:
         """A turn to take and give back. Between sessions, turns alternate."""
@@ -125,5 +135,5 @@ class Turn:
             return
         took_s = asyncio.get_running_loop().time() - self._taken_at_s
         self._taken_at_s = None
-        self._queue._turn_s += 0.1 * (took_s - self._queue._turn_s)
+        self._queue.took(took_s)
         self._queue._release()

@@ -25,21 +25,27 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
 from server_plugin.service.app import FAREWELL_S, HEALTH, Service
-from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, is_loopback
+from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits
+from server_plugin.service.logs import REFUSED
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
+from vlm_collab.web.access import is_loopback
 from vlm_collab.web.places import Places
+from vlm_collab.web.quiet import LIBRARIES, Quiet
 from vlm_collab.web.server import bound
 
 log = logging.getLogger(__name__)
+
+_QUIET = Quiet(frozenset({REFUSED}), as_extra=False)
+"""For loggers and not for handlers, which are vLLM's own."""
 
 PAGE = "/collab"
 """Where the page lies and the service asks for the key itself: a browser cannot send it as vLLM
@@ -69,6 +75,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         policy: threshold, always, never or random.
         policy_options: `rate` and `seed`, for the random policy.
         origins: origins of browser pages that may connect.
+        host_names: names by which clients may call the server without a key.
         provisional: see `Engine`.
         quality: asked of the edge for regions, 1 to 100; by default the preset's.
         limits: see `Limits`.
@@ -79,6 +86,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     policy: str | None = None
     policy_options: dict[str, Any] = {}
     origins: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()
     provisional: bool = False
     quality: int | None = None
     limits: Limits = Limits()
@@ -97,6 +105,8 @@ class CollabEndpoint:
     def attach_router(self, app: Any) -> None:
         """Remember the application; its routes come with the service, in `init_state`."""
         self._app = app
+        for name in (*LIBRARIES, "server_plugin.service.app"):
+            logging.getLogger(name).addFilter(_QUIET)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -160,8 +170,10 @@ async def _opened(engine_client: Any, args: Any) -> Service:
     config = ServiceConfig(
         token=keys[0] if keys else None,
         more_tokens=tuple(keys[1:]),
+        host=args.host or "0.0.0.0",
         allow_anonymous=True,  # vLLM listens where it was told to
         origins=frozenset(options.origins),
+        host_names=frozenset(options.host_names),
         region_codec=Codec[preset.codec.upper()],
         region_quality=preset.quality if options.quality is None else options.quality,
         limits=ServiceLimits(**_given(options.limits)),
@@ -226,9 +238,14 @@ def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
 
 def routes_of(service: Service) -> list[BaseRoute]:
     """The service's routes: below its WebSocket's path, for vLLM has a `/metrics` of its own, and
-    as they are below `PAGE`."""
-    socket, *others = service.routes()
-    return [socket, Mount(ENDPOINT, routes=others), Mount(PAGE, routes=service.routes())]
+    as they are below `PAGE`. Our gate stands before them, and before nothing of vLLM's."""
+    gate = [service.gate()]
+    websocket, *others = service.routes()
+    return [
+        WebSocketRoute(ENDPOINT, websocket.endpoint, middleware=gate),
+        Mount(ENDPOINT, routes=others, middleware=gate),
+        Mount(PAGE, routes=service.routes(), middleware=gate),
+    ]
 
 
 def options_of(additional_config: Any) -> Options:

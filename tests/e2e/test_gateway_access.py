@@ -77,9 +77,16 @@ async def test_an_api_key():
 
 async def test_names_that_were_bound_to_this_machine():
     async with place() as here:
-        for host in ("evil.example", "evil.example:8766", "localhost.evil.example", "10.0.0.1", ""):
+        for host in ("evil.example", "evil.example:8766", "localhost.evil.example", ""):
             assert await status(here, Host=host) == 403, host
-        for host in ("localhost", "localhost:1", "127.0.0.1", "127.0.0.9:8766", "[::1]:5"):
+        for host in (
+            "localhost",
+            "localhost:1",
+            "127.0.0.1",
+            "127.0.0.9:8766",
+            "[::1]:5",
+            "10.0.0.1",
+        ):
             assert await status(here, Host=host) == 200, host
 
 

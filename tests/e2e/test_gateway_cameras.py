@@ -103,7 +103,9 @@ async def test_a_camera_has_one_budget_whichever_way_it_is_asked(policy: Path):
 
 
 async def test_cameras_share_the_limits(policy: Path):
-    async with place(slow(0.5), policy=policy, limits={"max_requests": 1}) as here:
+    async with place(
+        slow(0.5), policy=policy, limits={"max_requests": 1, "max_waiting": 0}
+    ) as here:
         asked = asyncio.create_task(ask(at(here, "door")))
         while not here.proxy.connections:
             await asyncio.sleep(0.005)

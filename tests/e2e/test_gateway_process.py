@@ -14,9 +14,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from edge_client import cli
 from eval.demo import cases
@@ -61,6 +64,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     assert not said.out
     assert isinstance(caught.value.code, int)
     return caught.value.code, said.err.removesuffix("\n")
+
+
+def test_strangers_do_not_fill_the_log():
+    arguments = ("--server", "ws://127.0.0.1:9", "--log-level", "info")
+    with started(*arguments) as (process, own):
+        root = str(own["url"]).removesuffix("/v1")
+        for _ in range(5):
+            with pytest.raises(InvalidStatus):
+                connect(f"ws{root.removeprefix('http')}/v1/collab", origin="http://evil.example")
+            refusal = httpx.get(f"{root}/readyz", headers={"Host": "evil.example"})
+            assert refusal.status_code == 403
+        lines = stopped(process).splitlines()
+    assert len([line for line in lines if "was refused" in line]) == 1
+    assert "Traceback" not in "".join(lines)
 
 
 def test_the_demo_model_reads_what_is_too_small_for_its_view():

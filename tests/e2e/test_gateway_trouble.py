@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai import DEFAULT_MAX_RETRIES
 from PIL import Image
 
 from edge_client.picture import Picture
@@ -178,7 +179,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
 async def nothing_left(here: Any) -> None:
     """Wait until the gateway has noticed that nobody waits for it."""
     async with asyncio.timeout(5):
-        while here.gateway._requests:
+        while here.gateway.room.working:
             await asyncio.sleep(0.005)
 
 
@@ -216,7 +217,7 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
         for _ in range(3):
             await asyncio.gather(*(one(number) for number in range(20)))
         await nothing_left(here)
-        assert here.gateway._body_bytes == 0
+        assert here.gateway.room.nbytes == 0
         assert (await ask(here.client, UNSURE)).choices[0].message.content == words
 
 
@@ -234,7 +235,7 @@ async def test_a_server_that_is_full_says_when_to_come_back():
 
 
 async def test_a_gateway_that_is_full_says_when_to_come_back():
-    async with place(slow(0.5), limits={"max_requests": 1}) as here:
+    async with place(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as here:
         first = asyncio.create_task(ask(here.client, stream=True))
         await here.proxy.until_passed(Ask)
         with pytest.raises(openai.RateLimitError, match="no more at once") as caught:
@@ -245,8 +246,47 @@ async def test_a_gateway_that_is_full_says_when_to_come_back():
         assert (await ask(here.client, SURE, photo(2))).choices
 
 
+async def test_a_burst_is_answered_to_the_last():
+    """With the SDK's default retries, two, which a queue of any length outlasts."""
+    refused: list[int] = []
+
+    async def note(response: httpx.Response) -> None:
+        if response.status_code != 200:
+            refused.append(response.status_code)
+
+    async with place(slow(0.01), limits={"max_requests": 4}) as here:
+        http = httpx.AsyncClient(trust_env=False, verify=False, event_hooks={"response": [note]})
+        async with sdk(here.base, http_client=http, max_retries=DEFAULT_MAX_RETRIES) as client:
+            asked = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
+            answers = await asyncio.gather(*asked)
+        for number, answer in enumerate(answers):
+            assert answer.choices[0].message.content.endswith(f"{SURE} {number}")
+        # None was sent away to try its luck again.
+        assert refused == []
+        await nothing_left(here)
+
+
+async def test_clients_that_leave_while_they_wait_are_passed_over():
+    async with place(slow(0.3), limits={"max_requests": 1}) as here:
+        first = asyncio.create_task(ask(here.client))
+        await here.proxy.until_passed(Ask)
+        body = {"model": MODEL, "messages": [said(SURE, photo(2))]}
+        others = [
+            asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
+        ]
+        async with asyncio.timeout(5):
+            while here.gateway.room.waiting < 5:
+                await asyncio.sleep(0.005)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert (await ask(here.client, SURE, photo(3))).choices
+        assert (await first).choices
+        await nothing_left(here)
+
+
 async def test_requests_share_the_room_for_their_bodies():
-    async with place(slow(0.5), limits={"max_body_bytes": 60_000}) as here:
+    async with place(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
         # One alone may be larger than the room for all.
         first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
         await here.proxy.until_passed(Ask)
@@ -255,7 +295,7 @@ async def test_requests_share_the_room_for_their_bodies():
         assert caught.value.response.headers["retry-after"] == "1"
         assert (await first).choices
         assert (await ask(here.client, SURE, photo(3))).choices
-        assert here.gateway._body_bytes == 0
+        assert here.gateway.room.nbytes == 0
 
 
 async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():

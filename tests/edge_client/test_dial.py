@@ -81,6 +81,16 @@ async def test_no_such_host():
         (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "as a web server does"),
         (b"HTTP/1.1 401 Unauthorized\r\n\r\n", AuthenticationError, "HTTP 401"),
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", AuthenticationError, "HTTP 403"),
+        (
+            b"HTTP/1.1 403 No\r\nContent-Type: text/plain\r\n\r\nuse \x1b[2Jlocalhost\nor go",
+            AuthenticationError,
+            r"HTTP 403\): use \[2Jlocalhost$",
+        ),
+        (
+            b"HTTP/1.1 403 No\r\nContent-Type: text/html\r\n\r\n<html>",
+            AuthenticationError,
+            r"HTTP 403\)$",
+        ),
         (b"HTTP/1.1 404 Not Found\r\n\r\n", LinkError, "HTTP 404"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", LinkError, "HTTP 200"),
         (b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n", LostError, "HTTP 503"),

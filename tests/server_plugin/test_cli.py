@@ -9,9 +9,12 @@ import socket
 import subprocess
 from importlib.util import find_spec
 from tempfile import NamedTemporaryFile
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.sync.client import connect
 
 from edge_client.cli import main
 from edge_client.picture import Picture
@@ -22,7 +25,7 @@ from tests.support.process import SERVE, serving
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import AuthenticationError, ConfigError
 from vlm_collab.images import Codec, encode
-from vlm_collab.messages import CUT_MARK
+from vlm_collab.messages import CUT_MARK, SUBPROTOCOL
 
 VLLM = ("demo", "--backend", "vllm")
 
@@ -132,6 +135,32 @@ def test_a_refused_client_is_one_line_in_the_log():
     (line,) = log.splitlines()
     assert json.loads(line)["event"] == "connection refused"
     assert json.loads(line)["status"] == 401
+
+
+def test_strangers_do_not_fill_the_log():
+    """Sockets that are refused, texts that are none, and what is no HTTP: a line of each kind."""
+    with serving("fake") as (process, ready):
+        place = urlsplit(str(ready["url"]))
+        for _ in range(5):
+            with pytest.raises(InvalidStatus):
+                connect(str(ready["url"]), subprotocols=["chat"])
+            with connect(str(ready["url"]), subprotocols=[SUBPROTOCOL]) as websocket:
+                websocket.send(b"\xff\xfe", text=True)
+                with pytest.raises(ConnectionClosedError):
+                    websocket.recv()
+            with socket.create_connection((place.hostname, place.port)) as raw:
+                raw.sendall(b"\x00\x01 garbage\r\n\r\n")
+                while raw.recv(1000):
+                    pass
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert sorted(line["event"] for line in lines) == [
+        "Invalid HTTP request received.",
+        "Invalid UTF-8 sequence received from client.",
+        "connection refused",
+    ]
+    assert all(line["level"] == "warning" and "trace" not in line for line in lines)
 
 
 def test_settings_of_the_policy_reach_the_model():

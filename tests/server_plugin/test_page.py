@@ -113,18 +113,19 @@ async def test_the_page_learns_why_it_may_not_connect():
     async with running(mine) as url, httpx.AsyncClient() as web:
         where = http(url) + "/page/access"
         bearer = {"Authorization": "Bearer s3cret"}
-        assert (await web.get(where)).status_code == 404  # it is no file
+        assert (await web.get(where, headers=bearer)).status_code == 404  # it is no file
         response = await web.post(where)
         assert response.status_code == 401
         response = await web.post(where, headers={**bearer, "Origin": "https://evil.example"})
         assert response.status_code == 403
         assert "--origin https://evil.example" in response.text
         assert response.text.count("\n") == 0
+        # No other page may read any of this.
+        assert not any(name.startswith("access-control") for name in response.headers)
         response = await web.post(where, headers={**bearer, "Origin": "https://camera.example"})
         assert (response.status_code, response.content) == (204, b"")
         assert response.headers["cache-control"] == "no-store"
-        # No other page may read any of this.
-        assert not any(name.startswith("access-control") for name in response.headers)
+        assert response.headers["access-control-allow-origin"] == "https://camera.example"
         mine.draining = True
         response = await web.post(where, headers=bearer)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server_plugin.service.queue import ModelQueue, QueueFullError
+from server_plugin.service.queue import LONGEST_WAIT_S, ModelQueue, QueueFullError
 
 
 async def test_returning_questions_go_before_new_ones():
@@ -57,6 +57,25 @@ async def test_the_wait_that_a_refusal_names_grows_with_the_queue():
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert queue.waiting == 0
+
+
+async def test_the_wait_that_a_refusal_names_is_what_the_queue_takes():
+    queue = ModelQueue(2, 200)
+    queue.took(3.0)  # what is measured once goes before any guess
+    holders = [queue.turn("a"), queue.turn("b")]
+    for holder in holders:
+        await holder.take()
+    assert queue.retry_after_s() == pytest.approx(1.5)
+    waiting = [asyncio.create_task(queue.turn(number).take()) for number in range(100)]
+    await asyncio.sleep(0)
+    assert queue.retry_after_s() == LONGEST_WAIT_S
+    for task in waiting[9:]:
+        task.cancel()
+    await asyncio.gather(*waiting[9:], return_exceptions=True)
+    assert queue.retry_after_s() == pytest.approx(15.0)
+    for task in waiting[:9]:
+        task.cancel()
+    await asyncio.gather(*waiting[:9], return_exceptions=True)
 
 
 actions = st.lists(

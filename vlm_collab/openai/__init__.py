@@ -30,7 +30,7 @@ from vlm_collab.openai.result import (
     sse,
     stage_name,
 )
-from vlm_collab.openai.texts import chat_is_text, refuse_pictures_in
+from vlm_collab.openai.texts import chat_is_text, check_text, refuse_pictures_in
 
 __all__ = [
     "DONE",
@@ -53,6 +53,7 @@ __all__ = [
     "api_error",
     "chat_is_text",
     "check_model",
+    "check_text",
     "completion",
     "decode_body",
     "finish_reason",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -76,8 +77,9 @@ class ApiError(CollabError):
         """HTTP headers that belong to it."""
         if self.retry_after_s is None:
             return {}
-        # Whole seconds, never zero: a client that comes back at once finds what it left.
-        return {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        # Whole seconds, never zero: a client that comes back at once finds what it left. The SDK
+        # goes by its own short pauses where it is told to wait for more than a minute.
+        return {"Retry-After": str(min(max(1, math.ceil(self.retry_after_s)), 60))}
 
 
 def refuse(

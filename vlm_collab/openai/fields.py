@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from vlm_collab.openai.bounds import check_amount
 from vlm_collab.openai.errors import ApiError, refuse
 
 
@@ -14,7 +15,7 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
     """A request's body as a JSON object.
 
     Raises:
-        ApiError: too long (413), or no JSON object (400).
+        ApiError: too long, or too much in it (413), or no JSON object (400).
     """
     if len(body) > max_bytes:
         raise refuse(
@@ -24,6 +25,7 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
             status=413,
         )
     # Pictures hold none of these; without a bound, 64 MiB of empty lists would fill gigabytes.
+    # Texts hold some, so what is read has a narrower one.
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_PARTS:
         raise refuse(None, "the request has too many parts", "request_too_large", status=413)
     try:
@@ -33,6 +35,7 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
         raise refuse(None, f"the request is no JSON: {error}", "invalid_json") from None
     if not isinstance(value, dict):
         raise refuse(None, "the request must be a JSON object", "invalid_json")
+    check_amount(value)
     return value
 
 
@@ -143,5 +146,5 @@ def _same(value: object, other: object) -> bool:
 
 
 _TYPE = "invalid_type"
-_MAX_PARTS = 1_000_000
+_MAX_PARTS = 500_000
 UNSUPPORTED = "unsupported_parameter"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from vlm_collab.openai.bounds import MAX_TEXT_CHARS
 from vlm_collab.openai.errors import refuse
 
 
@@ -171,6 +172,7 @@ _ESCAPES = (
 _HEX = frozenset("0123456789abcdefABCDEF")
 _DIGESTS = frozenset({64, 96, 128})
 """Characters of SHA-256, SHA-384 and SHA-512 in hexadecimal; those of others make no run."""
+_SHORTEST = len("data:image/")
 _MOST_RUN = 2000
 _MOST_CHARS = 2**20
 _MOST_NUMBERS = 1000
@@ -186,7 +188,8 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
     look like it, and what PEM encloses is a certificate or a key.
 
     Texts of more than 2^20 characters, which no model that is shown pictures can read, and lists
-    of more than 1000 numbers, which bytes are in JSON, are refused likewise.
+    of more than 1000 numbers, which bytes are in JSON, are refused likewise; and more than 2^22
+    characters together, before they are searched.
 
     Args:
         value: a text, or something of JSON with texts in it; names of fields are texts, too.
@@ -195,10 +198,13 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
     Raises:
         ApiError: names the first, by the first 200 characters of its path.
     """
+    searched = 0
     way: list[str | int] = []  # the keys to what is being looked through
     within: list[Iterator[tuple[str | int, object]]] = [iter([(where, value)])]
     while within:
         for key, one in within[-1]:
+            searched += len(one) if isinstance(one, str) else 0
+            check_text(searched, where)
             if _holds_picture(one):
                 path = _path([*way, key])
                 raise refuse(
@@ -214,6 +220,17 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
         else:
             within.pop()
             del way[-1:]
+
+
+def check_text(chars: int, where: str) -> None:
+    """Refuse more text than is worth a search.
+
+    Raises:
+        ApiError: there is more (413).
+    """
+    if chars > MAX_TEXT_CHARS:
+        text = f"more than {MAX_TEXT_CHARS} characters of text"
+        raise refuse(where or None, text, "request_too_large", status=413)
 
 
 def _path(way: Iterable[str | int]) -> str:
@@ -234,17 +251,22 @@ def _holds_picture(one: object) -> bool:
     if isinstance(one, str):
         return _is_picture(one)
     if isinstance(one, Mapping):
-        return any(map(_is_picture, one)) or _are_bytes(one.values())
+        return any(map(_is_picture, one)) or _are_bytes(one)
     return isinstance(one, list) and _are_bytes(one)
 
 
-def _are_bytes(values: Iterable[object]) -> bool:
-    return sum(isinstance(each, int | float) for each in values) > _MOST_NUMBERS
+def _are_bytes(values: Mapping[str, object] | list[object]) -> bool:
+    if len(values) <= _MOST_NUMBERS:
+        return False
+    each = values.values() if isinstance(values, Mapping) else values
+    return sum(isinstance(one, int | float) for one in each) > _MOST_NUMBERS
 
 
 def _is_picture(text: str) -> bool:
     if len(text) > _MOST_CHARS:
         return True
+    if len(text) < _SHORTEST:
+        return False
     if "\\" in text:
         for escape, char in _ESCAPES:
             text = escape.sub(char, text)

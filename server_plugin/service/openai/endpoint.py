@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -38,28 +38,25 @@ log = logging.getLogger(__name__)
 
 _ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
-Guard: TypeAlias = Callable[[HTTPConnection], ApiError | None]
-"""Why a client is not let in; None if it is."""
-
 
 class OpenAiEndpoint:
     """The endpoint's routes, and what its requests share.
 
     Args:
         service: whose engine answers.
-        guard: decides who is let in.
 
     Attributes:
         bodies: requests in memory.
         memory: responses that can be gone on from.
     """
 
-    def __init__(self, service: Service, guard: Guard) -> None:
-        self.guard = guard
+    def __init__(self, service: Service) -> None:
         self._service = service
         limits = service.config.openai
         self._asker = Asker(service)
-        self.bodies = Bodies(limits, service.config.limits.question_timeout_s)
+        self.bodies = Bodies(
+            limits, service.config.limits.question_timeout_s, service.queue.retry_after_s
+        )
         self.memory = Memory(limits)
         self._created = int(time.time())
         for name, text, value in (
@@ -74,8 +71,8 @@ class OpenAiEndpoint:
         chat, responses = Chat(self._asker), Responses(self._asker, self.memory)
         post = ["POST"]
         return [
-            Route("/v1/models", self._guarded(self._models)),
-            Route("/v1/models/{name:path}", self._guarded(self._model)),
+            Route("/v1/models", self._at_once(self._models)),
+            Route("/v1/models/{name:path}", self._at_once(self._model)),
             Route(
                 "/v1/chat/completions",
                 _Question(self._service, self, "chat_completions", chat.answer),
@@ -86,8 +83,8 @@ class OpenAiEndpoint:
                 _Question(self._service, self, "responses", responses.answer),
                 methods=post,
             ),
-            Route("/v1/responses/{id}", self._guarded(self._forget), methods=["DELETE"]),
-            Route("/v1/{rest:path}", self._guarded(_elsewhere), methods=_ALL_METHODS),
+            Route("/v1/responses/{id}", self._at_once(self._forget), methods=["DELETE"]),
+            Route("/v1/{rest:path}", self._at_once(_elsewhere), methods=_ALL_METHODS),
         ]
 
     def hurry(self, patience_s: float) -> None:
@@ -103,15 +100,13 @@ class OpenAiEndpoint:
         self.memory.clear()
         self._asker.close()
 
-    def _guarded(
+    def _at_once(
         self, answer: Callable[[Request], dict[str, Any]]
     ) -> Callable[[Request], Awaitable[Response]]:
         """A route that answers at once."""
 
         async def handle(request: Request) -> Response:
             try:
-                if (error := self.guard(request)) is not None:
-                    raise error
                 body = msgspec.json.encode(answer(request))
             except ApiError as error:
                 return Response(
@@ -149,7 +144,7 @@ def _elsewhere(request: Request) -> dict[str, Any]:
 
 
 class _Question:
-    """One route that takes a question: who is let in, how much is read, what goes wrong."""
+    """One route that takes a question: how much is read, what goes wrong."""
 
     def __init__(
         self,
@@ -165,8 +160,6 @@ class _Question:
         sender = Sender(send, self._service.config.limits.write_timeout_s)
         counted = self._service.metrics.bytes
         try:
-            if (error := self._endpoint.guard(request)) is not None:
-                raise error
             async with self._endpoint.bodies.read(request) as body:
                 counted.labels(self._kind, "up").inc(len(body))
                 work = self._told(self._answer(Client.of(request), body, sender), sender)

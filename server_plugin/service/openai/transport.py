@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,11 +26,15 @@ class Bodies:
     Args:
         limits: bounds.
         timeout_s: longest time that a client may take to send a request.
+        retry_after_s: when to come back if there is no room now.
     """
 
-    def __init__(self, limits: OpenAiLimits, timeout_s: float) -> None:
+    def __init__(
+        self, limits: OpenAiLimits, timeout_s: float, retry_after_s: Callable[[], float]
+    ) -> None:
         self._limits = limits
         self._timeout_s = timeout_s
+        self._retry_after_s = retry_after_s
         self.nbytes = 0
         """Bytes of all requests that are being read or answered."""
 
@@ -73,7 +77,8 @@ class Bodies:
             raise ApiError(413, text, code="request_too_large")
         if self.nbytes > self._limits.max_bodies_bytes:
             text = "the server is busy with other requests"
-            raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=1.0)
+            wait_s = self._retry_after_s()
+            raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=wait_s)
 
 
 def headers_of(error: ApiError) -> dict[str, str]:

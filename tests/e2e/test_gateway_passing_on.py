@@ -1,0 +1,120 @@
+"""Streams of the server's own that the gateway hands on: what it adds never breaks them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from edge_client.gateway import streaming
+from server_plugin.backends.fake import FakeBackend
+from server_plugin.engine import Engine
+from server_plugin.service.app import Service
+from server_plugin.service.config import ServiceConfig
+from server_plugin.service.runner import running as serving
+from tests.e2e.gateways import MODEL, gateway, running, sdk
+from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+
+Pieces = Callable[[], AsyncIterator[bytes]]
+
+
+def chunk(text: str) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    return json.dumps({**body, "choices": [choice]}).encode()
+
+
+class Elsewhere(Service):
+    """A service whose chats are answered by something else, as in `vllm serve`."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
+        super().__init__(Engine(backend=FakeBackend(), policy=policy), ServiceConfig(port=0))
+        self._pieces = pieces
+
+    def app(self) -> Starlette:
+        app = super().app()
+        app.router.routes.insert(0, Route("/v1/chat/completions", self._chat, methods=["POST"]))
+        return app
+
+    async def _chat(self, _: Request) -> Response:
+        return StreamingResponse(self._pieces(), media_type="text/event-stream")
+
+
+@asynccontextmanager
+async def place(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
+    async with (
+        serving(Elsewhere(pieces)) as url,
+        running(gateway(url)) as base,
+        sdk(base) as client,
+    ):
+        yield client
+
+
+async def streamed(client: AsyncOpenAI) -> str:
+    hello: Any = [{"role": "user", "content": "hello"}]
+    stream = await client.chat.completions.create(model=MODEL, messages=hello, stream=True)
+    return "".join([each.choices[0].delta.content or "" async for each in stream])
+
+
+@pytest.fixture
+def comments(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[bytes]:
+    """The gateway's own comments, as it sends them: after much less silence."""
+    sent: asyncio.Queue[bytes] = asyncio.Queue()
+    send = streaming._send
+
+    async def watched(far: Any, body: bytes) -> None:
+        await send(far, body)
+        if body.startswith(b":"):
+            sent.put_nowait(body)
+
+    monkeypatch.setattr(streaming, "_send", watched)
+    monkeypatch.setattr(streaming, "_QUIET_S", 0.01)
+    return sent
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+async def test_a_pause_within_an_event(comments: asyncio.Queue[bytes], end: bytes):
+    second = b"data: " + chunk("two") + end
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"data: " + chunk("one ") + end + second[:30]
+        for part in (second[30:60], second[60:]):
+            for _ in range(2):
+                await comments.get()
+            yield part
+        yield b"data: [DONE]" + end
+
+    async with place(pieces) as client:
+        assert await streamed(client) == "one two"
+
+
+async def test_a_server_that_is_lost_within_an_event():
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"data: " + chunk("one") + b"\n\ndata: " + chunk("two")[:30]
+        raise ConnectionResetError
+
+    async with place(pieces) as client:
+        with pytest.raises(openai.APIError, match="the server was lost"):
+            await streamed(client)
+
+
+async def test_a_server_that_sends_an_event_without_an_end():
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"data: " + chunk("one") + b"\n\ndata: "
+        for _ in range(100):
+            yield b"a" * 2**16
+
+    async with place(pieces) as client:
+        with pytest.raises(openai.APIError, match="no end"):
+            await streamed(client)

@@ -1,0 +1,175 @@
+"""Who is worked for, who waits, and when those who are refused should come back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_client.gateway.config import GatewayLimits
+from edge_client.gateway.room import LONGEST_WAIT_S, Room
+from vlm_collab.openai import ApiError
+
+
+def room(*, patience_s: float = 10.0, **limits: int) -> Room:
+    return Room(GatewayLimits(**limits), patience_s)
+
+
+class Crowd:
+    """Requests by name, each of which ends when it is told to."""
+
+    def __init__(self, where: Room) -> None:
+        self.room = where
+        self.inside: list[str] = []
+        self._leaving: dict[str, asyncio.Event] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def come(self, name: str, nbytes: int = 0) -> None:
+        self._leaving[name] = asyncio.Event()
+        self.tasks[name] = asyncio.create_task(self._stay(name, nbytes))
+        await self.settle()
+
+    async def go(self, name: str) -> None:
+        self._leaving[name].set()
+        await self.tasks[name]
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def _stay(self, name: str, nbytes: int) -> None:
+        async with self.room.place(nbytes):
+            self.inside.append(name)
+            await self._leaving[name].wait()
+        self.inside.remove(name)
+
+
+async def test_requests_wait_in_the_order_in_which_they_came():
+    crowd = Crowd(room(max_requests=2))
+    for name in "abcd":
+        await crowd.come(name)
+    assert (crowd.inside, crowd.room.waiting) == (["a", "b"], 2)
+    await crowd.go("a")
+    assert crowd.inside == ["b", "c"]
+    await crowd.go("c")
+    assert crowd.inside == ["b", "d"]
+    await crowd.go("b")
+    await crowd.go("d")
+    assert (crowd.room.working, crowd.room.waiting) == (0, 0)
+
+
+async def test_bodies_wait_for_room_and_one_alone_always_fits():
+    crowd = Crowd(room(max_requests=9, max_body_bytes=100))
+    await crowd.come("large", 1000)
+    await crowd.come("small", 60)
+    await crowd.come("tiny", 1)  # no overtaking: a large one would never have its turn
+    assert crowd.inside == ["large"]
+    await crowd.go("large")
+    assert crowd.inside == ["small", "tiny"]
+    await crowd.come("more", 60)
+    assert crowd.inside == ["small", "tiny"]
+    await crowd.go("small")
+    assert crowd.inside == ["tiny", "more"]
+    await crowd.go("tiny")
+    await crowd.go("more")
+    assert crowd.room.nbytes == 0
+
+
+async def test_a_body_that_said_less_than_it_has():
+    where = room(max_requests=9, max_body_bytes=100)
+    async with where.place(0) as alone:
+        alone.hold(1000)
+        alone.forget_body()
+        async with where.place(50), where.place(50) as other:
+            with pytest.raises(ApiError, match="no room"):
+                other.hold(51)
+            assert where.nbytes == 100
+    assert (where.nbytes, where.working) == (0, 0)
+
+
+async def test_who_gives_up_leaves_no_gap():
+    crowd = Crowd(room(max_requests=1, max_body_bytes=100))
+    await crowd.come("a", 50)
+    await crowd.come("b", 1000)
+    await crowd.come("c")
+    crowd.tasks["b"].cancel()
+    await crowd.settle()
+    assert crowd.room.waiting == 1
+    # Its turn comes and it gives up in the same moment.
+    crowd._leaving["a"].set()
+    await crowd.tasks["a"]
+    crowd.tasks["c"].cancel()
+    await crowd.settle()
+    assert (crowd.room.working, crowd.room.waiting, crowd.room.nbytes) == (0, 0, 0)
+
+
+async def test_no_longer_than_its_patience():
+    where = room(max_requests=1, patience_s=0.02)
+    async with where.place(0):
+        with pytest.raises(ApiError, match="no more at once") as caught:
+            async with where.place(0):
+                pass
+    assert (caught.value.status, caught.value.code) == (429, "busy")
+    assert (where.working, where.waiting) == (0, 0)
+
+
+async def test_a_refusal_names_the_time_that_the_queue_takes():
+    crowd = Crowd(room(max_requests=2, max_waiting=40))
+    for _ in range(20):
+        crowd.room.took(3.0)
+    told: list[float] = []
+    for number in range(42):
+        await crowd.come(str(number))
+        told.append(crowd.room.retry_after_s())
+    # Nobody waits; then three seconds for every two of them.
+    assert told[1] == pytest.approx(1.5)
+    assert told[11] == pytest.approx(16.5)
+    assert told[41] == LONGEST_WAIT_S
+    with pytest.raises(ApiError) as caught:
+        async with crowd.room.place(0):
+            pass
+    assert caught.value.headers() == {"Retry-After": "60"}
+    for task in crowd.tasks.values():
+        task.cancel()
+    await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+    assert (crowd.room.working, crowd.room.waiting) == (0, 0)
+
+
+async def test_the_time_is_what_requests_take():
+    where = room(max_requests=1)
+    for seconds in (20.0, 20.0):
+        where.took(seconds)
+    assert where.retry_after_s() == pytest.approx(20.0)
+    for _ in range(60):
+        where.took(2.0)
+    assert where.retry_after_s() == pytest.approx(2.0, rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(0, 3))
+def test_nothing_is_lost_whoever_comes_and_goes(seed: int, at_once: int, waiting: int):
+    draw = random.Random(seed)
+
+    async def run() -> None:
+        where = room(max_requests=at_once, max_waiting=waiting, max_body_bytes=10)
+        crowd = Crowd(where)
+        for number in range(30):
+            await crowd.come(str(number), draw.choice([0, 4, 8, 20]))
+            assert where.working <= at_once
+            assert where.waiting <= waiting
+            for name in list(crowd.tasks):
+                match draw.randrange(4):
+                    case 0:
+                        crowd.tasks[name].cancel()
+                    case 1:
+                        crowd._leaving[name].set()
+        for name in crowd.tasks:
+            crowd._leaving[name].set()
+        await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+        assert (where.working, where.waiting, where.nbytes) == (0, 0, 0)
+
+    asyncio.run(run())

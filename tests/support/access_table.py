@@ -1,0 +1,145 @@
+"""What each route of each server asks for, found out by asking it: the table of docs/access.md.
+
+`python -m tests.support.access_table` writes it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.types import Message
+
+from edge_client.gateway import Gateway, GatewayConfig
+from server_plugin.backends.fake import FakeBackend
+from server_plugin.vllm.endpoint import routes_of
+from tests.support.wire import service
+from vlm_collab.messages import SUBPROTOCOL
+
+PAGE = Path(__file__).parents[2] / "docs" / "access.md"
+BEGIN, END = "<!-- routes: begin -->\n", "<!-- routes: end -->\n"
+TOKEN = "right"
+FOREIGN_NAME = {"Host": "evil.example"}
+FOREIGN_PAGE = {"Origin": "https://evil.example"}
+WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Place(NamedTuple):
+    """A route as a client meets it.
+
+    Attributes:
+        method: an HTTP method, or `WebSocket`.
+        shown: its path, with the names of its parameters.
+        path: its path, with something in their place.
+    """
+
+    method: str
+    shown: str
+    path: str
+
+
+def servers(token: str | None, **config: Any) -> dict[str, Starlette]:
+    """The applications by the command that starts them, with a token or without.
+
+    The gateway's own server is away.
+    """
+    ours = service(FakeBackend(), token=token, **config)
+    gateway = Gateway(
+        GatewayConfig(port=0, api_key=token, deadline_s=0.01, **config), "ws://127.0.0.1:9"
+    )
+    inside = service(FakeBackend(), token=token, allow_anonymous=True, **config)
+    return {
+        "vlm-collab serve": ours.app(),
+        "vlm-collab gateway": gateway.app(),
+        "vllm serve": Starlette(routes=routes_of(inside)),
+    }
+
+
+def places(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Place]:
+    """All routes of an application, those of what is mounted included."""
+    for route in routes:
+        match route:
+            case Mount():
+                yield from places(route.routes, below + route.path)
+            case WebSocketRoute():
+                yield _place("WebSocket", below + route.path)
+            case Route():
+                for method in sorted((route.methods or set()) - {"HEAD"}):
+                    yield _place(method, below + route.path)
+
+
+async def asked(app: Starlette, place: Place, headers: dict[str, str]) -> int:
+    """The status of an answer; 101 for a WebSocket that was accepted."""
+    given = {"Host": "127.0.0.1", **headers}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": place.method,
+        "path": place.path,
+        "query_string": b"",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
+    }
+    coming: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+    if place.method == "WebSocket":
+        extensions = {"websocket.http.response": {}}
+        scope |= {"type": "websocket", "subprotocols": [SUBPROTOCOL], "extensions": extensions}
+        coming = [{"type": "websocket.connect"}]
+    told: list[int] = []
+
+    async def receive() -> Message:
+        gone = "websocket.disconnect" if scope["type"] == "websocket" else "http.disconnect"
+        return coming.pop() if coming else {"type": gone}
+
+    async def send(message: Message) -> None:
+        if message["type"].endswith("response.start"):
+            told.append(message["status"])
+        elif message["type"] == "websocket.accept":
+            told.append(101)
+
+    await app(scope, receive, send)
+    return told[0]
+
+
+async def table() -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| server | route | name without a token | page of another origin | no token |",
+        "|---|---|---|---|---|",
+    ]
+    locked = servers(TOKEN)
+    for server, app in servers(None).items():
+        methods: dict[tuple[str, ...], list[str]] = {}
+        for place in places(app.routes):
+            told = (
+                _told(await asked(app, place, FOREIGN_NAME)),
+                _told(await asked(app, place, FOREIGN_PAGE)),
+                _told(await asked(locked[server], place, {})),
+            )
+            methods.setdefault((place.shown, *told), []).append(place.method)
+        for (shown, *told_of), each in methods.items():
+            route = f"{', '.join(each)} {shown}"
+            lines.append(f"| `{server}` | `{route}` | {' | '.join(told_of)} |")
+    return "\n".join(lines) + "\n"
+
+
+async def page(text: str) -> str:
+    """A page with the table in its place."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + "\n" + await table() + "\n" + END + rest.partition(END)[2]
+
+
+def _place(method: str, path: str) -> Place:
+    shown = path.replace(":path", "")
+    parts = [f"any-{one[1:-1]}" if one.startswith("{") else one for one in shown.split("/")]
+    return Place(method, shown, "/".join(parts))
+
+
+def _told(status: int) -> str:
+    return f"refused ({status})" if status in (401, 403) else "answered"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(asyncio.run(page(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -1,0 +1,199 @@
+"""One rule on every route of every server: by which name, from which pages, with which token."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from tests.support.access_table import (
+    FOREIGN_NAME,
+    FOREIGN_PAGE,
+    PAGE,
+    TOKEN,
+    WITH_TOKEN,
+    Place,
+    asked,
+    page,
+    places,
+    servers,
+)
+from vlm_collab.errors import ConfigError
+from vlm_collab.web.access import checked_names
+
+COMMANDS = ("vlm-collab serve", "vlm-collab gateway", "vllm serve")
+OPEN = ("/healthz", "/readyz", "/", "/page/{path}")
+"""Routes that tell nobody's business, wherever they are mounted."""
+MINE = "https://mine.example"
+
+
+def all_of(app: Starlette) -> list[Place]:
+    """Every route, and some that are none."""
+    found = list(places(app.routes))
+    below = "/collab" if Place("GET", "/collab/healthz", "/collab/healthz") in found else ""
+    none = [below + path for path in ("/nothing", "/v1", "/metrics/", "/page", "/page/access/")]
+    return [*found, *(Place("GET", path, path) for path in none)]
+
+
+def local(app: Starlette) -> TestClient:
+    """A client on the same machine."""
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_no_route_answers_to_a_name_that_may_be_anybodys(command: str):
+    app = servers(None)[command]
+    for place in all_of(app):
+        assert await asked(app, place, FOREIGN_NAME) == 403, place
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_no_route_answers_pages_of_other_origins(command: str):
+    for token in (None, TOKEN):
+        app = servers(token)[command]
+        for place in places(app.routes):
+            assert await asked(app, place, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403, place
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_all_routes_but_the_open_ones_want_the_token(command: str):
+    app = servers(TOKEN)[command]
+    for place in places(app.routes):
+        is_open = place.method == "GET" and any(
+            place.shown.removeprefix(below) == path
+            for path in OPEN
+            for below in ("", "/collab", "/v1/collab")
+        )
+        for headers in ({}, {"Authorization": "Bearer wrong"}, FOREIGN_NAME):
+            refused = await asked(app, place, headers) == 401
+            assert refused is not is_open, (place, headers)
+        # With a token any name will do, and any route.
+        assert await asked(app, place, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), place
+
+
+@pytest.mark.parametrize("command", COMMANDS[:2])
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("localhost", True),
+        ("localhost:1", True),
+        ("LocalHost.", True),
+        ("127.0.0.1", True),
+        ("127.0.0.9:8766", True),
+        ("[::1]:5", True),
+        # An address cannot be bound anew: probes of a cluster, and people in the same network.
+        ("10.0.0.1", True),
+        ("192.168.1.20:8766", True),
+        ("[fe80::1]", True),
+        ("camera.lan", True),
+        ("Camera.LAN:8766", True),
+        ("evil.example", False),
+        ("evil.example:8766", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("sub.camera.lan", False),
+        ("2130706433", False),
+        ("0x7f.1", False),
+        ("me@localhost", False),
+        ("localhost/evil.example", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_names_without_a_token(command: str, host: str, known: bool):
+    app = servers(None, host_names=frozenset({"camera.lan"}))[command]
+    for path in ("/healthz", "/v1/nothing", "/"):
+        assert (local(app).get(path, headers={"Host": host}).status_code == 403) is not known
+    if known:  # a page that such a name served may ask
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        assert local(app).get("/v1/nothing", headers=headers).status_code == 404
+
+
+async def test_a_request_without_any_name_is_no_browsers():
+    """As probes send it that speak HTTP/1.0."""
+    told: list[int] = []
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            told.append(message["status"])
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/healthz",
+        "query_string": b"",
+        "headers": [],
+    }
+    await servers(None)["vlm-collab serve"](scope, receive, send)
+    twice = {**scope, "headers": [(b"host", b"localhost"), (b"host", b"evil.example")]}
+    await servers(None)["vlm-collab serve"](twice, receive, send)
+    # A page of no name is not of the same origin as a server without one.
+    nobodys = {**scope, "headers": [(b"origin", b"null"), (b"host", b"")]}
+    await servers(TOKEN)["vlm-collab serve"](nobodys, receive, send)
+    assert told == [200, 403, 403]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_refusal_says_which_option_lets_in(command: str):
+    app = servers(None)[command]
+    below = "/collab" if command == "vllm serve" else ""
+    named = local(app).get(f"{below}/readyz", headers=FOREIGN_NAME)
+    assert "--host-name evil.example" in named.text
+    paged = local(app).post(f"{below}/page/access", headers=FOREIGN_PAGE)
+    assert "--origin https://evil.example" in paged.text
+    long = local(app).get(f"{below}/readyz", headers={"Host": "a" * 5000})
+    assert len(long.text) < 700
+    if command == "vllm serve":
+        assert '"host_names": ["evil.example"]' in named.text
+        assert '"origins": ["https://evil.example"]' in paged.text
+    else:
+        body = local(app).get("/v1/models", headers=FOREIGN_NAME).json()
+        assert body["error"]["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize("command", COMMANDS[:2])
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_pages_of_listed_origins_get_what_browsers_want(command: str, token: str | None):
+    app = servers(token, origins=frozenset({MINE}))[command]
+    asks = {
+        "Origin": MINE,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    for path in ("/v1/chat/completions", "/v1/responses", "/healthz", "/v1/nothing"):
+        told = local(app).options(path, headers=asks)
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == MINE
+        assert "POST" in told.headers["access-control-allow-methods"]
+        assert "authorization" in told.headers["access-control-allow-headers"]
+        assert told.headers["access-control-allow-private-network"] == "true"
+        assert "access-control-allow-credentials" not in told.headers
+    # Refusals can be read, too, and all that they say of themselves.
+    answers = [local(app).get("/v1/nothing", headers={"Origin": MINE})]
+    answers.append(local(app).get("/v1/nothing", headers={"Origin": MINE, **WITH_TOKEN}))
+    assert [each.status_code for each in answers] == [401 if token else 404, 404]
+    for each in answers:
+        assert each.headers["access-control-allow-origin"] == MINE
+        assert each.headers["access-control-expose-headers"] == "*"
+        assert each.headers["vary"] == "Origin"
+    # To nobody else.
+    for headers in (FOREIGN_PAGE, {"Origin": "null"}, {"Origin": f"{MINE}.evil.example"}):
+        told = local(app).options("/v1/chat/completions", headers={**asks, **headers})
+        assert told.status_code == 403
+        assert "access-control-allow-origin" not in told.headers
+
+
+def test_names_that_can_be_listed():
+    assert checked_names(frozenset({"Camera.lan", "gateway"})) == {"camera.lan", "gateway"}
+    for wrong in ("camera.lan:8766", "http://camera.lan", "*", "*.lan", "", "a/b", "camera.lan."):
+        with pytest.raises(ConfigError, match="--host-name"):
+            checked_names(frozenset({wrong}))
+
+
+async def test_the_table_of_the_page_is_the_servers():
+    text = PAGE.read_text(encoding="utf-8")
+    assert await page(text) == text, "run `python -m tests.support.access_table`"

@@ -1,0 +1,103 @@
+"""Requests that are cheap to send and dear to read are refused before anybody looks into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from vlm_collab.openai import ApiError, chat_is_text, decode_body, refuse_pictures_in
+from vlm_collab.openai import texts as searching
+from vlm_collab.openai.bounds import MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_CHARS, MAX_VALUES
+
+TINY = {"role": "user", "content": "a"}
+MOST_BYTES = 64 * 2**20
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"messages": [TINY], **more}
+
+
+def deep(levels: int) -> Any:
+    return [] if levels == 1 else [deep(levels - 1)]
+
+
+def refused(body: dict[str, Any]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        decode_body(msgspec.json.encode(body), MOST_BYTES)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [TINY] * (MAX_MESSAGES + 1)}, "messages"),
+        ({"input": [TINY] * (MAX_MESSAGES + 1)}, "input"),
+        ({"messages": [{**TINY, "content": ["a"] * MAX_VALUES}]}, None),
+        (chat(metadata={f"a{i}": "b" for i in range(MAX_VALUES)}), None),
+        (chat(tools=[[[0] * 10] * 10] * 1000), None),
+        (chat(tools=deep(MAX_DEPTH)), None),
+        ({"messages": [{**TINY, "content": "word " * (2**20 // 5)}] * 5}, None),
+    ],
+)
+def test_too_much_of_anything_is_refused_before_it_is_read(body: dict[str, Any], param: str | None):
+    error = refused(body)
+    assert (error.status, error.code, error.param) == (413, "request_too_large", param)
+
+
+def test_what_real_programs_send_is_within_the_bounds():
+    picture = "data:image/jpeg;base64," + "A" * (8 * 2**20)
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": picture}}]
+    long = "word " * (2**20 // 5)
+    for body in (
+        # A day of an agent's work, each message in parts of its own.
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * MAX_MESSAGES},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"messages": [{**TINY, "content": long}] * 3},
+        chat(logit_bias={str(i): 1 for i in range(50_000)}),
+        chat(tools=deep(MAX_DEPTH - 2)),
+    ):
+        assert decode_body(msgspec.json.encode(body), MOST_BYTES) == body
+
+
+def test_bodies_of_tiny_messages_are_refused_without_a_search(monkeypatch: pytest.MonkeyPatch):
+    """300 000 messages in 8 MiB, which took seconds of search each."""
+    searched = 0
+
+    def count(text: str) -> bool:
+        nonlocal searched
+        searched += 1
+        return is_picture(text)
+
+    is_picture = searching._is_picture
+    monkeypatch.setattr(searching, "_is_picture", count)
+    for body in ({"messages": [TINY] * 300_000}, {"input": [TINY] * 300_000}):
+        assert refused(body).status == 413
+    assert searched == 0
+    # The most that is searched: each name and each text once.
+    body = decode_body(msgspec.json.encode({"messages": [TINY] * MAX_MESSAGES}), MOST_BYTES)
+    assert chat_is_text(body)
+    refuse_pictures_in(body)
+    assert searched == 4 * MAX_MESSAGES + 1
+
+
+def test_no_more_text_is_searched_than_anybody_reads(monkeypatch: pytest.MonkeyPatch):
+    """Nor where it is written so that it looks like pictures of its own."""
+    searched: list[int] = []
+    monkeypatch.setattr(searching, "_is_picture", lambda text: bool(searched.append(len(text))))
+
+    def texts() -> Iterator[str]:
+        while True:
+            yield "data:," + "word " * (2**20 // 6)
+
+    made = texts()
+    body = decode_body(
+        msgspec.json.encode({"messages": [{**TINY, "content": next(made)} for _ in range(40)]}),
+        MOST_BYTES,
+    )
+    with pytest.raises(ApiError) as caught:
+        refuse_pictures_in(body)
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large")
+    assert sum(searched) <= MAX_TEXT_CHARS

@@ -1,0 +1,89 @@
+"""What any peer can cause does not fill the log, and is counted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from vlm_collab.web.quiet import INTERVAL_S, Quiet
+
+REFUSED = "refused: %s"
+
+
+class Log:
+    """A handler's lines, at a time of one's own."""
+
+    def __init__(self, *, as_extra: bool = False) -> None:
+        self.now_s = 0.0
+        self.quiet = Quiet(frozenset({REFUSED}), as_extra=as_extra, now_s=lambda: self.now_s)
+
+    def say(
+        self, text: str, *args: object, name: str = "ours", **more: Any
+    ) -> logging.LogRecord | None:
+        record = logging.LogRecord(name, logging.ERROR, "", 0, text, args, more.pop("exc", None))
+        vars(record).update(more)
+        return record if self.quiet.filter(record) else None
+
+
+def test_one_line_of_a_kind_and_how_many_more_there_were():
+    log = Log()
+    first = log.say(REFUSED, "a")
+    assert first is not None
+    assert first.getMessage() == "refused: a"
+    assert [log.say(REFUSED, str(n)) for n in range(1000)] == [None] * 1000
+    log.now_s = INTERVAL_S
+    next_one = log.say(REFUSED, "100 % b")
+    assert next_one is not None
+    assert next_one.getMessage() == "refused: 100 % b (and 1000 more)"
+    log.now_s = 2 * INTERVAL_S
+    alone = log.say(REFUSED, "c")
+    assert alone is not None
+    assert alone.getMessage() == "refused: c"
+
+
+def test_the_count_beside_the_message():
+    log = Log(as_extra=True)
+    log.say(REFUSED, "a")
+    log.say(REFUSED, "a")
+    log.now_s = INTERVAL_S
+    record = log.say(REFUSED, "a")
+    assert record is not None
+    assert (record.getMessage(), vars(record)["left_out"]) == ("refused: a", 1)
+
+
+def test_kinds_do_not_hide_each_other_nor_anything_else():
+    log = Log()
+    assert log.say(REFUSED, "a", status=401)
+    assert log.say(REFUSED, "a", status=403)
+    assert log.say("Invalid HTTP request received.", name="uvicorn.error")
+    assert not log.say("Invalid HTTP request received.", name="uvicorn.error")
+    assert log.say("Exceeded concurrency limit.", name="uvicorn.error")
+    # asyncio tells of each task and connection by its address.
+    assert log.say("Fatal error\nprotocol: <0x1>", name="asyncio")
+    assert not log.say("Fatal error\nprotocol: <0x2>", name="asyncio")
+    for _ in range(3):
+        assert log.say("question failed")
+    assert not log.say("connection closed without completing handshake", name="uvicorn.error")
+
+
+def test_bytes_of_a_peer_have_no_traceback_and_faults_have_theirs():
+    log = Log()
+    with pytest.raises(UnicodeDecodeError) as caught:
+        b"\xff".decode()
+    told = (UnicodeDecodeError, caught.value, None)
+    record = log.say("Invalid UTF-8", name="uvicorn.error", exc=told)
+    assert record is not None
+    assert (record.exc_info, record.levelname) == (None, "WARNING")
+    fault = (KeyError, KeyError("x"), None)
+    record = log.say("Exception in ASGI application", name="uvicorn.error", exc=fault)
+    assert record is not None
+    assert record.exc_info
+
+
+def test_what_is_remembered_is_bounded():
+    log = Log()
+    for number in range(10_000):
+        log.say(f"{number}", name="asyncio")
+    assert len(log.quiet._kinds) <= 256
