@@ -30,6 +30,8 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
         reply = address.fetch()
     except (CameraError, ValueError) as error:
         raise CameraError(f"{name}: {error}") from None
+    if reply.other_picture:
+        raise CameraError(f"{name}: {reply.fault}")
     if reply.picture is not None:
         return Snapshots(name, address, reply, news, retry)
     # Imported when needed: pictures are fetched where PyAV is not installed.

@@ -78,7 +78,7 @@ class _Opening:
         if _is_picture(container):
             # `Picture.open` reads three formats as they are to be seen; this would read others.
             container.close()
-            raise CameraError(f"{self.name}: a picture, but no JPEG, PNG or WebP")
+            raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
         return container
 
 

@@ -16,7 +16,6 @@ import threading
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -60,6 +59,11 @@ class Reply:
         return self.kind.startswith("text/") or self.kind == "application/json"
 
     @property
+    def other_picture(self) -> bool:
+        """Whether it says that it is a picture of another format."""
+        return self.picture is None and self.kind.startswith("image/") and self.kind != "image/jpeg"
+
+    @property
     def fault(self) -> str:
         """Why it is no picture. Nothing of the content: a page may repeat a password."""
         if self.empty:
@@ -87,8 +91,8 @@ class Address:
             _Http(self._connected),
             _Https(self._connected),
             urllib.request.HTTPRedirectHandler(),
-            urllib.request.HTTPBasicAuthHandler(passwords),
-            urllib.request.HTTPDigestAuthHandler(passwords),
+            _Basic(passwords),
+            _Digest(passwords),
             urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.HTTPErrorProcessor(),
             urllib.request.UnknownHandler(),
@@ -190,16 +194,17 @@ def _read(response: http.client.HTTPResponse) -> Reply:
     return Reply(kind, bytes(data))
 
 
+_Shown = Callable[[socket.socket], None]
+
+
 class _HttpConnection(http.client.HTTPConnection):
     """Shows its connection as soon as there is one."""
 
-    def __init__(self, *args: Any, shown: Callable[[socket.socket], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._shown = shown
+    shown: _Shown
 
     def connect(self) -> None:
         super().connect()
-        self._shown(self.sock)
+        self.shown(self.sock)
 
 
 class _HttpsConnection(http.client.HTTPSConnection, _HttpConnection):
@@ -207,24 +212,50 @@ class _HttpsConnection(http.client.HTTPSConnection, _HttpConnection):
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, shown: Callable[[socket.socket], None]) -> None:
+    def __init__(self, shown: _Shown) -> None:
         super().__init__()
-        self._connection = partial(_HttpConnection, shown=shown)
+        self._shown = shown
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connection, req)
 
+    def _connection(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
+        connection = _HttpConnection(host, **options)
+        connection.shown = self._shown
+        return connection
+
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, shown: Callable[[socket.socket], None]) -> None:
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        super().__init__(context=context)
-        self._connection = partial(_HttpsConnection, shown=shown, context=context)
+    def __init__(self, shown: _Shown) -> None:
+        super().__init__()
+        self._shown = shown
+        self._unchecked = ssl.create_default_context()
+        self._unchecked.check_hostname = False
+        self._unchecked.verify_mode = ssl.CERT_NONE
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connection, req)
+
+    def _connection(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
+        connection = _HttpsConnection(host, context=self._unchecked, **options)
+        connection.shown = self._shown
+        return connection
+
+
+# A server that wants another scheme than theirs is an error to the library's handlers; here the
+# other handler has its turn, and after that the answer is what it is: HTTP 401.
+class _Basic(urllib.request.HTTPBasicAuthHandler):
+    def http_error_401(self, *args: Any) -> http.client.HTTPResponse | None:
+        with contextlib.suppress(ValueError):
+            return super().http_error_401(*args)
+        return None
+
+
+class _Digest(urllib.request.HTTPDigestAuthHandler):
+    def http_error_401(self, *args: Any) -> http.client.HTTPResponse | None:
+        with contextlib.suppress(ValueError):
+            return super().http_error_401(*args)
+        return None
 
 
 def _parted(url: str) -> tuple[str, str, str]:
