@@ -35,6 +35,7 @@ class Live(Camera):
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._failures = 0  # since the last picture
+        self._reached = False  # it is open, and may or may not deliver
         self._good_s = time.monotonic()  # when there was a good picture last
         self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
 
@@ -74,6 +75,8 @@ class Live(Camera):
         trouble, lacking_s = self._trouble, self.lacking_s
         if trouble is None and lacking_s >= SILENCE_S:
             return f"{self.name}: no picture for {lacking_s:.0f} s; {self._silence()}"
+        if trouble is not None and self._failures and self._reached:
+            return f"{trouble}; now it is there again, but {self._silence()}"
         return trouble
 
     @property

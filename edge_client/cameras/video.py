@@ -35,6 +35,8 @@ _WAITED_S = 0.004  # a read that took so long had to wait for the source
 MENDED_FRAMES = 300
 """So many frames after damage, pictures without key frames have been refreshed all over."""
 
+_JPEG_END_BYTES = 1024  # with what cameras put after the end
+
 KEPT_FRAMES = 4
 KEPT_S = 0.5
 """The picture is the sharpest of the last few frames, none older than this."""
@@ -201,6 +203,11 @@ class _Decoder:
                     continue
             if packet.is_corrupt:
                 self._harmed()
+            if not self._strict and _is_cut_off(packet):
+                self.count += 1
+                self.damaged += 1
+                self._harmed()
+                continue
             try:
                 frames = _decoded(packet)
             except InvalidDataError:
@@ -232,6 +239,12 @@ class _Decoder:
             # Some cameras bend the rules in every frame, and are readable all the same.
             self._strict = False
             raise CameraError("all its pictures are damaged")
+
+
+def _is_cut_off(packet: Packet[VideoStream]) -> bool:
+    """Whether a JPEG lacks its end. A decoder that is lenient would paint the rest grey."""
+    jpeg = packet.stream.codec_context.name == "mjpeg" and packet.size > 0
+    return jpeg and b"\xff\xd9" not in bytes(packet)[-_JPEG_END_BYTES:]
 
 
 def _decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
@@ -356,6 +369,7 @@ class LiveVideo(Live):
     def _follow(self) -> str:
         container, self._opened = self._opened or self._opening.open(), None
         self._decoded_all = False
+        self._reached = True
         try:
             for frame in self._decoder.frames(container):
                 self._keep(frame)
@@ -364,6 +378,7 @@ class LiveVideo(Live):
         except (FFmpegError, OSError) as error:
             return _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
         finally:
+            self._reached = False
             self._all_decoded()
             container.close()
         return "the stream ended"

@@ -130,8 +130,7 @@ class WebCamera:
     """
 
     def __init__(self, behaviour: Behaviour, *, tls: ssl.SSLContext | None = None) -> None:
-        self._behaviour = behaviour
-        self._over = threading.Event()
+        self._now = behaviour, threading.Event()  # replaced as one
         self.requests = 0
         camera = self
 
@@ -139,7 +138,8 @@ class WebCamera:
             def do_GET(self) -> None:
                 camera.requests += 1
                 with contextlib.suppress(ConnectionError):
-                    camera._behaviour(Request(self, camera._over))
+                    behave, over = camera._now
+                    behave(Request(self, over))
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -153,8 +153,8 @@ class WebCamera:
 
     def do(self, behaviour: Behaviour) -> None:
         """Behave otherwise from now on; requests under way end."""
-        over, self._over = self._over, threading.Event()
-        self._behaviour = behaviour
+        _, over = self._now
+        self._now = behaviour, threading.Event()
         over.set()
 
     def __enter__(self) -> Self:
@@ -162,7 +162,7 @@ class WebCamera:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._now[1].set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
