@@ -148,6 +148,7 @@ class Asking:
         self._welcome: Welcome | None = None
         self._rescuing = False
         self._losses = 0
+        self._loss: LostError | None = None  # since it was sent last
         self._sent_s = 0.0  # when it was sent last, by the event loop's clock
         self._gone = 0
         self._carry = False  # the next Ask must hold the view, whatever we believe
@@ -160,7 +161,8 @@ class Asking:
         """Ask until there is an answer, a reason, or no time left.
 
         Raises:
-            DeadlineError: no answer in time, not even a first one.
+            DeadlineError: no answer in time, not even a first one. Its cause is the `LostError`
+                of a link, if the question waited for another in the end.
             CollabError: why there is none.
         """
         deadline_s = self._request.deadline_s
@@ -173,7 +175,7 @@ class Asking:
                 raise
             if self._seen is None:
                 lost = f"; links lost meanwhile: {self._losses}" if self._losses else ""
-                raise DeadlineError(f"no answer within {deadline_s:g} s{lost}") from None
+                raise DeadlineError(f"no answer within {deadline_s:g} s{lost}") from self._loss
             return self._first_answer(Fallback.DEADLINE)
 
     async def _until_answered(self) -> EdgeAnswer:
@@ -238,6 +240,7 @@ class Asking:
             self._carry = True
         else:
             self._losses += 1
+            self._loss = error
 
     async def _link(self) -> Link:
         """A usable link, as soon as the question may be sent on it."""
@@ -284,6 +287,7 @@ class Asking:
         )
         state.session = key
         self._sent_s = asyncio.get_running_loop().time()
+        self._loss = None
         if carries:
             self._view_bytes += sum(map(len, views))
         self._welcome = link.welcome

@@ -12,6 +12,7 @@ import pytest
 from edge_client import asking
 from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
+from edge_client.patient import is_passing
 from edge_client.sync import Client
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running
@@ -179,6 +180,21 @@ async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
         with pytest.raises(LinkError, match=r"tried 3 times") as caught:
             await asking_
         assert "\n" not in str(caught.value)
+
+
+async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_was_lost():
+    patient = Retry(reconnect_attempts=1000, first_s=0.01, longest_s=0.02)
+    async with world(retry=patient) as w:
+        rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
+        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE, deadline_s=0.5))
+        await rule.fired.wait()
+        w.proxy.refusing = True
+        with pytest.raises(
+            DeadlineError, match=r"within 0\.5 s; links lost meanwhile: 1"
+        ) as caught:
+            await asking_
+        # `chat` keeps such a question, as it keeps those of a server that it cannot reach.
+        assert is_passing(caught.value)
 
 
 @pytest.mark.parametrize("kind", [RegionRequest, Region])
