@@ -16,6 +16,7 @@ import msgspec
 from edge_client.answer import EdgeAnswer
 from edge_client.dial import LostError
 from edge_client.guard import QuestionGuard
+from edge_client.keeper import Retry
 from edge_client.link import CODECS, Exchange, Link
 from edge_client.picture import Picture
 from vlm_collab.errors import (
@@ -54,10 +55,6 @@ TextSink = Callable[[Stage, str], None]
 RESCUE_GRACE_S = 5.0
 """A link lost in the second stage is given the region's own deadline to come back and answer,
 and this much more for connecting and for the first pass, which has to be made again."""
-
-MAX_LOSSES = 5
-"""Links that one question may lose before it is given up. Above this it may be the question
-itself that brings the server down."""
 
 MAX_VIEW_GONE = 5
 """How often one question sends its view again because the server dropped it meanwhile."""
@@ -103,6 +100,7 @@ class Request:
         view_codecs: formats that the view may have.
         view_quality: quality of the encoded view.
         guard: what may leave for this question.
+        pace: how soon the question may be sent again after it lost its link; see `Asking`.
         decoder: threads on which pictures are decoded; None for those of `asyncio`.
     """
 
@@ -116,6 +114,7 @@ class Request:
     view_codecs: tuple[Codec, ...]
     view_quality: int
     guard: QuestionGuard
+    pace: Retry
     decoder: Executor | None = None
 
 
@@ -132,8 +131,12 @@ class Links(Protocol):
 class Asking:
     """Drives one question; `run` once.
 
-    In the first stage a question that loses its link is asked again. Once the server has asked
-    for a region there is a first answer to fall back on, and from then on `run` always returns.
+    In the first stage a question that loses its link is asked again, as often as there is time:
+    the deadline decides. It may be the question itself that brings the server down, so it is not
+    sent again before so long after the last time as `pace` says for the links that it lost.
+
+    Once the server has asked for a region there is a first answer to fall back on, and from then
+    on `run` always returns.
     """
 
     def __init__(self, request: Request, links: Links) -> None:
@@ -145,6 +148,8 @@ class Asking:
         self._welcome: Welcome | None = None
         self._rescuing = False
         self._losses = 0
+        self._loss: LostError | None = None  # since it was sent last
+        self._sent_s = 0.0  # when it was sent last, by the event loop's clock
         self._gone = 0
         self._carry = False  # the next Ask must hold the view, whatever we believe
         self._bytes_up = self._bytes_down = 0
@@ -156,7 +161,8 @@ class Asking:
         """Ask until there is an answer, a reason, or no time left.
 
         Raises:
-            DeadlineError: no answer in time, not even a first one.
+            DeadlineError: no answer in time, not even a first one. Its cause is the `LostError`
+                of a link, if the question waited for another in the end.
             CollabError: why there is none.
         """
         deadline_s = self._request.deadline_s
@@ -168,7 +174,8 @@ class Asking:
             if not deadline.expired():
                 raise
             if self._seen is None:
-                raise DeadlineError(f"no answer within {deadline_s:g} s") from None
+                lost = f"; links lost meanwhile: {self._losses}" if self._losses else ""
+                raise DeadlineError(f"no answer within {deadline_s:g} s{lost}") from self._loss
             return self._first_answer(Fallback.DEADLINE)
 
     async def _until_answered(self) -> EdgeAnswer:
@@ -187,6 +194,7 @@ class Asking:
         """Ask again after the second stage lost its link, for a while."""
         assert self._seen is not None
         self._rescuing = True
+        self._losses += 1
         patience_s = self._seen.request.deadline_ms / 1000 + RESCUE_GRACE_S
         try:
             async with asyncio.timeout(patience_s) as patience:
@@ -232,13 +240,22 @@ class Asking:
             self._carry = True
         else:
             self._losses += 1
-            if self._losses > MAX_LOSSES:
-                raise LinkError(f"given up after {self._losses} lost links: {error}") from error
+            self._loss = error
+
+    async def _link(self) -> Link:
+        """A usable link, as soon as the question may be sent on it."""
+        link = await self._links.link()
+        due_s = self._sent_s + self._request.pace.pause_s(self._losses)
+        left_s = due_s - asyncio.get_running_loop().time()
+        if not self._losses or left_s <= 0:
+            return link
+        await asyncio.sleep(left_s)
+        return await self._links.link()  # another, if that one is lost meanwhile
 
     async def _attempt(self) -> EdgeAnswer:
         request = self._request
         request.guard.begin()
-        link = await self._links.link()
+        link = await self._link()
         form = self._view_form(link.welcome)
         request.guard.check_view(form[0])
         views = await self._off_loop(lambda: self._encode_views(form))
@@ -269,6 +286,8 @@ class Asking:
             ),
         )
         state.session = key
+        self._sent_s = asyncio.get_running_loop().time()
+        self._loss = None
         if carries:
             self._view_bytes += sum(map(len, views))
         self._welcome = link.welcome

@@ -276,7 +276,6 @@ class Watch:
         if self._camera.on_demand and self._due_s is None:
             self._due_s = 0.0
         due = self._due if self._every is not None else 0
-        trouble_s: float | None = None
         while True:
             frame = await asyncio.to_thread(
                 self._camera.take,
@@ -288,13 +287,11 @@ class Watch:
             if frame is not None or self._camera.ended:
                 self._told = ""
                 return frame
-            now = time.monotonic()
-            if self._camera.trouble is None:
-                trouble_s, self._told = None, ""
-            elif trouble_s is None:
-                trouble_s = now
-            elif now - trouble_s >= _SILENCE_S and not self._told:
-                self._told = self._camera.trouble
+            trouble = self._camera.trouble
+            if trouble is None:
+                self._told = ""
+            elif self._camera.lacking_s >= _SILENCE_S and not self._told:
+                self._told = trouble
                 self._write(
                     {
                         "source": self._camera.name,

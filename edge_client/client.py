@@ -42,7 +42,8 @@ class ClientOptions(TypedDict, total=False):
         proxy: address of a proxy; those of the environment are not used.
         connect_timeout_s: time for one attempt to connect (10).
         ping_interval_s: how often a silent link is checked (20).
-        retry: how often and how fast to connect again.
+        retry: how often and how fast to connect again, and how soon to send a question again
+            that lost its link.
         limits: what the server may have of the pictures, on one connection.
         max_pixels: most pixels of a picture (200 million).
         view_codec: format of global views; by default the one that the server likes best.
@@ -106,6 +107,7 @@ class EdgeClient:
             raise ConfigError(f"quality must be from 1 to 100, not {self._view_quality}")
         limits, retry = options.get("limits", EdgeLimits()), options.get("retry", Retry())
         self._keeper = LinkKeeper(server, limits, retry)
+        self._pace = retry
         self._guard = open_guard(
             options.get("policy"), options.get("camera"), options.get("audit"), url
         )
@@ -165,7 +167,8 @@ class EdgeClient:
                 these, in the order in which the model is to see them.
             question: the text.
             history: (question, answer) pairs that came before, oldest first.
-            deadline_s: time for everything, connecting included; None for no bound.
+            deadline_s: time for everything, connecting included; None for no bound. Until then a
+                question that loses its link is asked again, at the pace of `Retry`.
             on_text: called with (stage, text so far) as the answer grows, and with each
                 finished text. After a lost link the text starts over.
             options: wishes for this question; None for the server's defaults.
@@ -202,6 +205,7 @@ class EdgeClient:
             view_codecs=self._view_codecs,
             view_quality=self._view_quality,
             guard=self._guard.question(question),
+            pace=self._pace,
             decoder=self._decoder,
         )
         return await Asking(request, self._keeper).run()

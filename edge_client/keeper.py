@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often and how fast to connect again.
+    """How often and how fast to connect again, and how soon to ask again.
+
+    A question that lost n links is sent again no earlier than the n-th pause after it was sent
+    last. By default that is at most 10 times a second, and from the sixth loss on at most once in
+    2.5 s, for as long as its deadline is not reached.
 
     Attributes:
         attempts: for the first connection, so that a wrong address is soon told.
@@ -38,10 +42,13 @@ class Retry:
 
     def pause_s(self, failures: int) -> float:
         """The pause after so many failures in a row; none after none."""
+        return self.longest_pause_s(failures) * random.uniform(0.5, 1.0)
+
+    def longest_pause_s(self, failures: int) -> float:
+        """The same, not shortened; never is it shortened by more than a half."""
         if not failures:
             return 0.0
-        longest = min(self.first_s * 2.0 ** min(failures - 1, 30), self.longest_s)
-        return longest * random.uniform(0.5, 1.0)
+        return min(self.first_s * 2.0 ** min(failures - 1, 30), self.longest_s)
 
 
 class LinkKeeper:

@@ -177,7 +177,7 @@ class PatientClient:
 def is_passing(error: CollabError) -> bool:
     """Whether a failure is the link's, and another attempt can help."""
     return isinstance(error, LostError) or (
-        isinstance(error, LinkError) and isinstance(error.__cause__, LostError)
+        isinstance(error, LinkError | DeadlineError) and isinstance(error.__cause__, LostError)
     )
 
 

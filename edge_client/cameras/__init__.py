@@ -7,7 +7,8 @@
         answer = edge_client.ask(frame.picture, "is the gate open?")
 
 Every source gives its newest good picture when it is asked for one, and never a queue of old
-ones. Webcams, streams and recordings need the `camera` extra (PyAV); files and folders do not.
+ones. Webcams, streams and recordings need the `camera` extra (PyAV); files, folders and pictures
+on a web server do not.
 """
 
 from __future__ import annotations

@@ -61,15 +61,14 @@ class Camera(ABC):
         name: the source as people may see it, without a password.
         still: pictures on disk, which come when somebody writes them.
         on_demand: a recording that waits for who takes its frames: nothing is ever missed.
-        trouble: why there is no good picture now; None if nothing is wrong.
         ended: no more pictures will come.
     """
 
     name: str
     still: bool = False
     on_demand: bool = False
-    trouble: str | None = None
     ended: bool = False
+    _trouble: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +80,16 @@ class Camera(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no good picture now; None if nothing is wrong."""
+        return self._trouble
+
+    @property
+    def lacking_s(self) -> float:
+        """For how long the source has given no good picture, in s; 0 if it need not."""
+        return 0.0
 
     @abstractmethod
     def take(
@@ -122,10 +131,15 @@ def open_camera(
     """
     # Imported when needed: a folder of pictures works where PyAV is not installed.
     tell = news or _keep_quiet
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source):
-        if urlsplit(source).scheme.lower() not in STREAM_SCHEMES:
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", source):
+        scheme = found[1].lower()
+        if scheme not in STREAM_SCHEMES:
             known = ", ".join(f"{scheme}://" for scheme in STREAM_SCHEMES)
             raise ConfigError(f"{without_password(source)}: no such kind of stream; known: {known}")
+        if scheme in ("http", "https"):
+            from edge_client.cameras import snapshots
+
+            return snapshots.open_web(source, tell, retry, live=live)
         from edge_client.cameras import video
 
         return video.open_stream(source, tell, retry, live=live)

@@ -62,7 +62,13 @@ class _Stills(Camera):
         self._arrivals: list[_Arrival] = []
         self._count = 0
         self._good: Frame | None = None
+        self._lost_s = 0.0  # since when there is trouble
         self._closed = threading.Event()
+
+    @property
+    def lacking_s(self) -> float:
+        """See `Camera`."""
+        return 0.0 if self._trouble is None else time.monotonic() - self._lost_s
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
@@ -105,12 +111,14 @@ class _Stills(Camera):
             found = self._scan()
         except OSError as error:
             trouble = f"{self.name}: {error.strerror or error}"
-            if self.trouble != trouble:
-                self.trouble = trouble
+            if self._trouble is None:
+                self._lost_s = time.monotonic()
+            if self._trouble != trouble:
+                self._trouble = trouble
                 self._news(f"{trouble}; waiting for it")
             return
-        if self.trouble is not None:
-            self.trouble = None
+        if self._trouble is not None:
+            self._trouble = None
             self._news(f"{self.name} is back")
         self._note(sorted(found, key=lambda version: (version.mtime_ns, version.name)))
         for arrival in self._arrivals[::-1]:
@@ -144,7 +152,7 @@ class _Stills(Camera):
             return False
         try:
             data = read_source(arrival.version.name)
-            small = _checked(data)
+            small = checked(data)
             picture = Picture.open(data)
         except (ImageError, OSError) as error:
             arrival.tried = str(error)
@@ -231,7 +239,7 @@ class File(_Stills):
             super()._pass_over(arrival, reason)
 
 
-def _checked(data: bytes) -> Image:
+def checked(data: bytes) -> Image:
     """A whole picture, decoded and reduced (JPEG's scaled decoding keeps that cheap).
 
     Raises:

@@ -15,10 +15,11 @@ from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL.Image import Image, Transpose, frombytes
 
 from edge_client.cameras import choose
 from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
+from edge_client.cameras.live import Live
+from edge_client.cameras.upright import brightness_of, picture_of
 from edge_client.keeper import Retry
 from edge_client.picture import Picture
 
@@ -34,14 +35,11 @@ _WAITED_S = 0.004  # a read that took so long had to wait for the source
 MENDED_FRAMES = 300
 """So many frames after damage, pictures without key frames have been refreshed all over."""
 
-SNAPSHOT_S = 1.0
-"""An address that gives one picture is asked so often for its newest."""
+_JPEG_END_BYTES = 1024  # with what cameras put after the end
 
 KEPT_FRAMES = 4
 KEPT_S = 0.5
 """The picture is the sharpest of the last few frames, none older than this."""
-
-_TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROTATE_270}
 
 # A playlist or session description must not make this device read its files, and a file must not
 # make it call anybody.
@@ -79,6 +77,10 @@ class _Opening:
         if not container.streams.video:
             container.close()
             raise CameraError(f"{self.name}: there is no picture in it")
+        if _is_picture(container):
+            # `Picture.open` reads three formats as they are to be seen; this would read others.
+            container.close()
+            raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
         return container
 
 
@@ -97,7 +99,7 @@ def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Came
 
 
 def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """A stream, a recording on a web server, or an address with one picture, the newest.
+    """A stream, or a recording on a web server.
 
     Raises:
         CameraError: it cannot be opened.
@@ -110,7 +112,7 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     opening = _Opening(without_password(url), url, options)
     if not rtsp:
         container = opening.open()
-        if container.duration and not _is_picture(container):
+        if container.duration:
             return Recording(opening, container) if not live else Playing(opening, container, news)
         container.close()
     return LiveVideo(opening, news, retry)
@@ -160,7 +162,8 @@ class _Decoder:
 
         Raises:
             FFmpegError: the source is gone.
-            CameraError: it has nothing but damaged frames; opened again, less is called damage.
+            CameraError: it has nothing but damaged frames, or no pictures at all; opened again,
+                less is called damage.
         """
         stream = container.streams.video[0]
         # One frame at a time: several at once would each be delivered late, and FFmpeg would not
@@ -170,8 +173,9 @@ class _Decoder:
             stream.codec_context.options = {"err_detect": "explode"}
         self._whole, self._since, self._bad_in_a_row = False, 0, 0
         self.waited = False
-        packets = container.demux(stream)
-        waited_s = key_s = time.monotonic()
+        # With sound and all: while that comes, nothing would tell that there are no pictures.
+        packets = container.demux() if self._live else container.demux(stream)
+        waited_s = key_s = shown_s = time.monotonic()
         skipped = 0  # frames since the last one that was decoded
         while True:
             asked_s = time.monotonic()
@@ -179,6 +183,11 @@ class _Decoder:
             if packet is None:
                 return
             now = time.monotonic()
+            if packet.stream.index != stream.index:
+                if now - shown_s > READ_TIMEOUT_S:
+                    raise CameraError(f"no picture came for {READ_TIMEOUT_S:g} s")
+                continue
+            shown_s = now
             if now - asked_s >= _WAITED_S:
                 waited_s = now
                 self.waited = True
@@ -194,6 +203,11 @@ class _Decoder:
                     continue
             if packet.is_corrupt:
                 self._harmed()
+            if not self._strict and _is_cut_off(packet):
+                self.count += 1
+                self.damaged += 1
+                self._harmed()
+                continue
             try:
                 frames = _decoded(packet)
             except InvalidDataError:
@@ -221,10 +235,16 @@ class _Decoder:
     def _harmed(self) -> None:
         self._whole, self._since = False, 0
         self._bad_in_a_row += 1
-        if self._live and self._strict and self._bad_in_a_row > MENDED_FRAMES:
+        if self._live and self._bad_in_a_row > MENDED_FRAMES:
             # Some cameras bend the rules in every frame, and are readable all the same.
             self._strict = False
             raise CameraError("all its pictures are damaged")
+
+
+def _is_cut_off(packet: Packet[VideoStream]) -> bool:
+    """Whether a JPEG lacks its end. A decoder that is lenient would paint the rest grey."""
+    jpeg = packet.stream.codec_context.name == "mjpeg" and packet.size > 0
+    return jpeg and b"\xff\xd9" not in bytes(packet)[-_JPEG_END_BYTES:]
 
 
 def _decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
@@ -242,36 +262,25 @@ class _Kept:
     frame: VideoFrame
 
 
-class _Video(Camera):
-    """What all kinds of video share: the last few frames, and the choice among them."""
-
-    def __init__(self, opening: _Opening, *, live: bool) -> None:
-        self.name = opening.name
-        self._opening = opening
-        self._decoder = _Decoder(live=live)
-        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
-
-    def _chosen(self, recent: list[_Kept], after: int) -> Frame | None:
-        """The best of the frames that are recent enough; None if they show nothing."""
-        fresh = [
-            one
-            for one in recent
-            if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
-        ]
-        index = choose.best([_brightness(one.frame) for one in fresh])
-        if index is None:
-            return None
-        one = fresh[index]
-        return Frame(
-            number=one.number,
-            latest=recent[-1].number,
-            time_s=one.time_s,
-            position_s=one.position_s,
-            picture=Picture.from_pil(_picture(one.frame), name=f"{self.name}, frame {one.number}"),
-        )
+def _chosen(recent: list[_Kept], after: int, name: str) -> Frame | None:
+    """The best of the frames that are recent enough; None if they show nothing."""
+    fresh = [
+        one for one in recent if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
+    ]
+    index = choose.best([brightness_of(one.frame) for one in fresh])
+    if index is None:
+        return None
+    one = fresh[index]
+    return Frame(
+        number=one.number,
+        latest=recent[-1].number,
+        time_s=one.time_s,
+        position_s=one.position_s,
+        picture=Picture.from_pil(picture_of(one.frame), name=f"{name}, frame {one.number}"),
+    )
 
 
-class Recording(_Video):
+class Recording(Camera):
     """A recording that waits for who takes its frames.
 
     Raises (from `take`):
@@ -281,7 +290,9 @@ class Recording(_Video):
     on_demand = True
 
     def __init__(self, opening: _Opening, container: InputContainer) -> None:
-        super().__init__(opening, live=False)
+        self.name = opening.name
+        self._decoder = _Decoder(live=False)
+        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
         self._container = container
         self._frames = self._decoder.frames(container)
         self._reading = threading.Lock()
@@ -293,7 +304,7 @@ class Recording(_Video):
         with self._reading:
             while not self.ended:
                 if self._recent and self._reached(after, due, due_s):
-                    frame = self._chosen(list(self._recent), after)
+                    frame = _chosen(list(self._recent), after, self.name)
                     if frame is not None:
                         return frame
                 self._read()
@@ -323,113 +334,58 @@ class Recording(_Video):
         self._recent.append(_Kept(number, position_s, time.time(), position_s, frame))
 
 
-class LiveVideo(_Video):
-    """A source that delivers frames whether anybody takes them or not.
-
-    A thread reads them as they come and keeps the last few, so that a slow taker gets new frames
-    and never old ones. A source that is lost is opened again, for as long as it takes.
+class LiveVideo(Live):
+    """A webcam or a stream. The last few frames are kept, so that the sharpest can be chosen.
 
     Raises:
         CameraError: it cannot be opened at all.
     """
 
     def __init__(self, opening: _Opening, news: News, retry: Retry) -> None:
-        super().__init__(opening, live=True)
-        self._start(opening.open(), news, retry)
-
-    def _start(self, container: InputContainer, news: News, retry: Retry) -> None:
-        self._news = news
-        self._retry = retry
-        self._decoded_all = False
-        self._changed = threading.Condition()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(container,), name="camera", daemon=True
-        )
+        super().__init__(opening.name, news, retry)
+        self._setup(opening, opening.open(), live=True)
         self._thread.start()
 
-    def take(
-        self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
-        """See `Camera.take`."""
-        until = time.monotonic() + wait_s
-        wanted = max(due, after + 1)
+    def _setup(self, opening: _Opening, container: InputContainer, *, live: bool) -> None:
+        self._opening = opening
+        self._opened: InputContainer | None = container
+        self._decoder = _Decoder(live=live)
+        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+        self._decoded_all = False
+        self._damaged = 0  # frames that were damaged when the last good one came
 
-        def ready() -> bool:
-            new = self._recent and self._recent[-1].number >= wanted and self._is_current()
-            return bool(new) or self.ended or self._closed.is_set()
+    def _latest(self) -> int:
+        return self._recent[-1].number if self._recent and self._is_current() else 0
 
-        while True:
-            with self._changed:
-                self._changed.wait_for(ready, max(0.0, until - time.monotonic()))
-                recent = list(self._recent)
-                if self._closed.is_set() or not ready() or not recent:
-                    return None
-            if recent[-1].number < wanted:
-                return None
-            frame = self._chosen(recent, after)
-            if frame is not None:
-                if self.trouble == _BLANK:
-                    self.trouble = None
-                return frame
-            if self.trouble is None:
-                self.trouble = _BLANK
-            wanted = recent[-1].number + 1
-
-    def close(self) -> None:
-        """See `Camera.close`. A reader that waits for a silent camera ends when that times out."""
-        self._closed.set()
+    def _best(self, after: int) -> Frame | None:
         with self._changed:
-            self._changed.notify_all()
-        self._thread.join(timeout=1.0)
+            recent = list(self._recent)
+        return _chosen(recent, after, self.name)
 
-    def _run(self, container: InputContainer) -> None:
-        opened: InputContainer | None = container
-        failures, lost_s = 0, 0.0
-        while not self._closed.is_set():
-            try:
-                if opened is None:
-                    opened = self._opening.open()
-                self._decoded_all = False
-                for frame in self._decoder.frames(opened):
-                    if failures:
-                        self.trouble = None
-                        self._news(f"{self.name} is back after {time.monotonic() - lost_s:.0f} s")
-                        failures = 0
-                    self._keep(frame)
-                    if self._closed.is_set():
-                        break
-                if _is_picture(opened):
-                    self._all_decoded()
-                    opened.close()
-                    opened = None
-                    self._closed.wait(SNAPSHOT_S)
-                    continue
-                reason = "the stream ended"
-            except CameraError as error:
-                reason = str(error).removeprefix(f"{self.name}: ")
-            except (FFmpegError, OSError) as error:
-                reason = _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+    def _silence(self) -> str:
+        damaged = self._decoder.damaged > self._damaged
+        return "all that comes is damaged" if damaged else "nothing comes"
+
+    def _follow(self) -> str:
+        container, self._opened = self._opened or self._opening.open(), None
+        self._decoded_all = False
+        self._reached = True
+        try:
+            for frame in self._decoder.frames(container):
+                self._keep(frame)
+                if self._closed.is_set():
+                    break
+        except (FFmpegError, OSError) as error:
+            return _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+        finally:
+            self._reached = False
             self._all_decoded()
-            if opened is not None:
-                opened.close()
-                opened = None
-            if self._closed.is_set() or self._is_over(reason):
-                break
-            if not failures:
-                lost_s = time.monotonic()
-                self.trouble = f"{self.name} is lost: {reason}"
-                self._news(f"{self.trouble}; trying to get it back")
-            failures += 1
-            self._closed.wait(self._retry.pause_s(failures))
+            container.close()
+        return "the stream ended"
 
     def _is_current(self) -> bool:
         """Whether the last frame is new, and not left over from opening the source."""
         return self._decoder.waited or self._decoded_all
-
-    def _is_over(self, reason: str) -> bool:
-        """Whether a source that was read to its end has nothing more to give."""
-        return False
 
     def _all_decoded(self) -> None:
         """There is nothing newer than what is here."""
@@ -444,7 +400,8 @@ class LiveVideo(_Video):
                     self._decoder.count, time.monotonic(), time.time(), self._position(frame), frame
                 )
             )
-            self._changed.notify_all()
+            self._damaged = self._decoder.damaged
+        self._came()
 
     def _position(self, frame: VideoFrame) -> float | None:
         return None
@@ -454,16 +411,25 @@ class Playing(LiveVideo):
     """A recording played at its own speed, as a camera would deliver it."""
 
     def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
-        _Video.__init__(self, opening, live=False)  # the file waits
-        self._begin: float | None = None
-        self._start(container, news, Retry())
+        Live.__init__(self, opening.name, news, Retry())
+        self._setup(opening, container, live=False)  # the file waits
+        self._start_s: float | None = None
+        self._waiting = False  # for the next frame's time
+        self._thread.start()
+
+    @property
+    def lacking_s(self) -> float:
+        """See `Camera`."""
+        return 0.0 if self._waiting else super().lacking_s
 
     def _keep(self, frame: VideoFrame) -> None:
         position_s = frame.time or 0.0
-        if self._begin is None:
-            self._begin = time.monotonic() - position_s
-        self._closed.wait(max(0.0, self._begin + position_s - time.monotonic()))
+        if self._start_s is None:
+            self._start_s = time.monotonic() - position_s
+        self._waiting = True
+        self._closed.wait(max(0.0, self._start_s + position_s - time.monotonic()))
         super()._keep(frame)
+        self._waiting = False
 
     def _position(self, frame: VideoFrame) -> float | None:
         return frame.time or 0.0
@@ -471,7 +437,7 @@ class Playing(LiveVideo):
     def _is_current(self) -> bool:
         return True
 
-    def _is_over(self, reason: str) -> bool:
+    def _is_over(self) -> bool:
         with self._changed:
             self.ended = True
             self._changed.notify_all()
@@ -479,27 +445,10 @@ class Playing(LiveVideo):
         return True
 
 
-_BLANK = "the camera shows nothing: black, grey or covered"
-
-
 def _is_picture(container: InputContainer) -> bool:
-    """Whether an address gives a single picture instead of a stream."""
+    """Whether something is a single picture. One JPEG after the other may be a stream."""
     name = container.format.name
-    return name == "image2" or name.endswith("_pipe")
-
-
-def _picture(frame: VideoFrame) -> Image:
-    """A frame as it is to be seen, upright."""
-    image: Image = frame.to_image()  # type: ignore[no-untyped-call]
-    turn = _TURNS.get(frame.rotation % 360)
-    return image if turn is None else image.transpose(turn)
-
-
-def _brightness(frame: VideoFrame) -> Image:
-    """A frame in grey, without copying the colours of what is grey and colour apart."""
-    grey = frame.reformat(format="gray")
-    plane = grey.planes[0]
-    return frombytes("L", (grey.width, grey.height), bytes(plane), "raw", "L", plane.line_size)
+    return name == "image2" or (name.endswith("_pipe") and name != "jpeg_pipe")
 
 
 def _why(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:

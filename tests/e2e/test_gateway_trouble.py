@@ -66,6 +66,14 @@ async def test_a_question_outlives_a_server_that_goes(stream: bool):
         assert extra["original_bytes"] == len(photo(1))
 
 
+async def test_a_question_is_asked_again_as_often_as_its_connection_breaks():
+    async with place() as here:
+        cuts = [here.proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth) for nth in range(1, 10)]
+        made = await ask(here.client)
+        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+        assert all(cut.fired.is_set() for cut in cuts)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
     async with place(deadline_s=0.3) as here:

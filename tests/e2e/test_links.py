@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from edge_client import asking
 from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
+from edge_client.patient import is_passing
+from edge_client.sync import Client
+from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running
-from tests.e2e.common import HASTY, SURE, UNSURE, alone, check, photo, settled, slow, world
+from tests.e2e.common import (
+    HASTY,
+    SURE,
+    UNSURE,
+    alone,
+    check,
+    photo,
+    settled,
+    slow,
+    view_digest,
+    world,
+)
 from tests.support.proxy import Proxy, What, Where
 from tests.support.wire import service
 from vlm_collab.errors import DeadlineError, LinkError
@@ -76,6 +92,46 @@ async def test_cut_in_both_stages_of_one_question():
         assert w.proxy.connections == 4
 
 
+@pytest.mark.parametrize("question", [SURE, UNSURE])
+async def test_a_link_that_is_cut_more_often_than_one_can_count(question):
+    """Up to its deadline a question is asked again; here in the first stage."""
+    async with world() as w:
+        rules = [
+            w.proxy.rule(kind, Where.BEFORE, What.CUT, nth=nth)
+            for nth in range(1, 10)
+            for kind in (Ask, RegionRequest if question is UNSURE else Answer)
+        ]
+        answer = await w.client.ask(PHOTO, question)
+        # `check` also bounds the bytes of a few attempts.
+        assert answer.first_text == f"first {view_digest(PHOTO)} {question}"
+        assert answer.refined is (question is UNSURE)
+        assert answer.fallback is Fallback.NONE
+        assert all(rule.fired.is_set() for rule in rules)
+        assert w.proxy.connections == 1 + len(rules)
+
+
+def test_the_client_without_an_event_loop_asks_up_to_the_deadline_too():
+    async def behind_a_bad_link(told: queue.Queue[str], over: asyncio.Event) -> None:
+        async with running(service(FakeBackend())) as url, Proxy(url) as proxy:
+            for nth in range(1, 9):
+                proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth)
+            told.put(proxy.url)
+            await over.wait()
+            assert proxy.connections == 9
+
+    told: queue.Queue[str] = queue.Queue()
+    with ThreadPoolExecutor() as pool:
+        loop, over = asyncio.new_event_loop(), asyncio.Event()
+        serving = pool.submit(loop.run_until_complete, behind_a_bad_link(told, over))
+        try:
+            with Client(told.get(timeout=10), retry=HASTY) as client:
+                check(client.ask(PHOTO, SURE), PHOTO, SURE)
+        finally:
+            loop.call_soon_threadsafe(over.set)
+        serving.result(timeout=10)
+        loop.close()
+
+
 async def test_a_cut_takes_along_none_of_many_questions():
     async with world(slow(0.01)) as w:
         asked = [(photo(i % 3), f"{UNSURE} {i}") for i in range(20)]
@@ -124,6 +180,21 @@ async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
         with pytest.raises(LinkError, match=r"tried 3 times") as caught:
             await asking_
         assert "\n" not in str(caught.value)
+
+
+async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_was_lost():
+    patient = Retry(reconnect_attempts=1000, first_s=0.01, longest_s=0.02)
+    async with world(retry=patient) as w:
+        rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
+        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE, deadline_s=0.5))
+        await rule.fired.wait()
+        w.proxy.refusing = True
+        with pytest.raises(
+            DeadlineError, match=r"within 0\.5 s; links lost meanwhile: 1"
+        ) as caught:
+            await asking_
+        # `chat` keeps such a question, as it keeps those of a server that it cannot reach.
+        assert is_passing(caught.value)
 
 
 @pytest.mark.parametrize("kind", [RegionRequest, Region])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import socketserver
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from edge_client.cameras import CameraError, open_camera, video
+from edge_client.cameras import CameraError, live, open_camera, video
 from edge_client.keeper import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import difference
@@ -85,6 +88,51 @@ def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
             stream.take(after=10**6, wait_s=0.1)
         assert stream.trouble is not None
         assert "nothing came for" in stream.trouble
+
+
+class _Mute(socketserver.StreamRequestHandler):
+    """An RTSP camera that agrees to everything and sends no picture."""
+
+    SDP = (
+        "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=mute\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\n"
+        "a=rtpmap:96 H264/90000\r\na=control:track\r\n"
+    )
+
+    def handle(self) -> None:
+        while head := b"".join(iter(self.rfile.readline, b"\r\n")).decode():
+            number = re.search(r"CSeq: *(\d+)", head, re.IGNORECASE)
+            assert number is not None
+            answer = f"RTSP/1.0 200 OK\r\nCSeq: {number[1]}\r\nSession: 1\r\n"
+            if head.startswith("SETUP"):
+                answer += "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\n"
+            body = self.SDP if head.startswith("DESCRIBE") else ""
+            if body:
+                answer += f"Content-Type: application/sdp\r\nContent-Length: {len(body)}\r\n"
+            self.wfile.write(f"{answer}\r\n{body}".encode())
+
+
+def test_a_camera_that_connects_and_gives_no_picture_is_told(monkeypatch):
+    monkeypatch.setattr(live, "SILENCE_S", 0.2)
+    monkeypatch.setattr(video, "OPEN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(video, "READ_TIMEOUT_S", 1.0)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Mute) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            url = f"rtsp://127.0.0.1:{server.server_address[1]}/camera"
+            news: list[str] = []
+            with open_camera(url, news=news.append, retry=HASTY) as stream:
+                told: list[str] = []
+                until = time.monotonic() + WAIT_S
+                while len(news) < 1 and time.monotonic() < until:
+                    assert stream.take(wait_s=0.05) is None
+                    told += filter(None, [stream.trouble])
+            assert re.search(rf"^{url}: no picture for \d+ s; nothing comes$", told[0])
+            assert news == [f"{url} is lost: nothing came for 1 s; trying to get it back"]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypatch):

@@ -15,7 +15,7 @@ import av
 import pytest
 from PIL import Image, ImageFilter
 
-from edge_client.cameras import CameraError, Frame, choose, open_camera, video
+from edge_client.cameras import CameraError, Frame, choose, open_camera, snapshots, video
 from edge_client.keeper import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import difference, saved
@@ -295,7 +295,7 @@ def test_a_motion_jpeg_stream_that_ends_is_opened_again():
 
 
 def test_an_address_with_one_picture_is_asked_again_for_its_newest(monkeypatch):
-    monkeypatch.setattr(video, "SNAPSHOT_S", 0.05)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.05)
     news: list[str] = []
     with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, asked):
         for path in ("/snapshot.jpg", "/cgi-bin/image?channel=1&password=secret"):

@@ -21,6 +21,7 @@ from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import saved
 from tests.support.process import serving
 from tests.support.rtsp import RtspCamera, need_rtsp_server
+from tests.support.web_camera import WebCamera, page, picture
 from vlm_collab.messages import Ask, Cancel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +245,23 @@ def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
         terminal.type(SURE)
         terminal.see(ANSWERED)
         camera.plug_in()
+        terminal.see("is back after")
+        terminal.type("/look")
+        terminal.see("picture \\d+, 640 x 480 px")
+        terminal.type("/quit")
+        assert terminal.left() == 0
+
+
+def test_a_camera_that_is_busy_is_told_and_comes_back(server):
+    shows = [picture(saved(scene(one), "JPEG", quality=95)) for one in (3, 4)]
+    with WebCamera(shows[0]) as camera, Terminal(camera.url, "--server", server) as terminal:
+        terminal.see("picture \\d+, 640 x 480 px")
+        terminal.see("> $")
+        camera.do(page("Device Busy"))
+        terminal.see("is lost: the answer is text/html and no JPEG, PNG or WebP picture; trying")
+        terminal.type(SURE)
+        terminal.see(ANSWERED)
+        camera.do(shows[1])
         terminal.see("is back after")
         terminal.type("/look")
         terminal.see("picture \\d+, 640 x 480 px")

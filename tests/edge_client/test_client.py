@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -15,6 +17,7 @@ from vlm_collab.errors import (
     BusyError,
     CollabError,
     ConfigError,
+    DeadlineError,
     ErrorCode,
     LinkError,
     ProtocolError,
@@ -317,17 +320,69 @@ async def test_questions_under_way_on_a_leaving_server_may_still_end_well():
             assert texts == {"a first word", "a last word"}
 
 
-async def test_a_question_that_brings_every_server_down_is_given_up():
-    async def crash(peer: Peer) -> None:
-        await peer.greet()
-        await peer.asked()
-        peer.socket.transport.abort()
+async def crash(peer: Peer) -> None:
+    await peer.greet()
+    await peer.asked()
+    peer.socket.transport.abort()
 
+
+async def test_a_question_that_loses_its_link_again_and_again_has_until_its_deadline():
+    async with scripted(*[crash] * 25, echo) as server:
+        async with EdgeClient(server.url, retry=HASTY) as client:
+            assert (await client.ask(PHOTO, "why?")).text == "echo why?"
+        assert server.connections == 26
+
+
+async def test_a_question_that_brings_every_server_down_ends_at_its_deadline():
     async with scripted(crash) as server:
         async with EdgeClient(server.url, retry=HASTY) as client:
-            with pytest.raises(LinkError, match="given up after 6 lost links"):
-                await client.ask(PHOTO, "why?")
-        assert server.connections == asking.MAX_LOSSES + 1
+            with pytest.raises(DeadlineError, match=r"within 0\.5 s; links lost meanwhile: \d+$"):
+                await client.ask(PHOTO, "why?", deadline_s=0.5)
+        assert server.connections > 7
+
+
+async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
+    """Others that are answered on the same links make the pauses between connections short."""
+    pace = Retry(first_s=0.02, longest_s=0.16)
+    sent: list[float] = []
+
+    async def crash_if_told(peer: Peer) -> None:
+        await peer.greet()
+        while True:
+            ask = await peer.asked()
+            if ask.question == "crash":
+                sent.append(asyncio.get_running_loop().time())
+                peer.socket.transport.abort()
+                return
+            await peer.answer(ask.id, "fine")
+
+    async def others(client: EdgeClient) -> None:
+        while True:
+            with contextlib.suppress(CollabError):
+                await client.ask(PHOTO, "why?", deadline_s=5)
+            await asyncio.sleep(0)
+
+    async with scripted(crash_if_told) as server:
+        async with EdgeClient(server.url, retry=pace) as client:
+            beside = asyncio.create_task(others(client))
+            with pytest.raises(DeadlineError):
+                await client.ask(PHOTO, "crash", deadline_s=1.5)
+            beside.cancel()
+            await asyncio.gather(beside, return_exceptions=True)
+    gaps = [later - earlier for earlier, later in pairwise(sent)]
+    assert len(gaps) >= 5
+    for losses, gap in enumerate(gaps, 1):
+        # The server sees a question a moment after it was sent, now sooner and now later.
+        assert gap > min(0.02 * 2 ** (losses - 1), 0.16) / 2 - 0.008, (losses, gaps)
+
+
+def test_by_default_a_minute_has_room_for_few_attempts():
+    """The bound that README.md states."""
+    shortest = [Retry().longest_pause_s(losses) / 2 for losses in range(1, 100)]
+    assert min(shortest) == 0.1
+    assert set(shortest[5:]) == {2.5}
+    attempts = 1 + sum(total < 60 for total in accumulate(shortest))
+    assert attempts == 28
 
 
 async def test_a_greeting_refused_for_now_is_tried_again():

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import pexpect
 import pytest
+from PIL import Image
 
 from edge_client import cli_watch
 from edge_client.cameras import open_camera
@@ -23,12 +25,21 @@ from edge_client.cli_watch import Watch
 from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
 from server_plugin.service.runner import running
-from tests.e2e.common import HASTY, slow, world
+from tests.e2e.common import HASTY, World, slow, world
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.pictures import saved
 from tests.support.process import serving
 from tests.support.proxy import What, Where
 from tests.support.rtsp import RtspCamera, need_rtsp_server
+from tests.support.web_camera import (
+    WebCamera,
+    page,
+    part_of,
+    picture,
+    silence,
+    silent_stream,
+    stream,
+)
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, ErrorCode
 from vlm_collab.messages import Answer, Ask, Options, RegionRequest
@@ -233,6 +244,83 @@ async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_
     errors = [line for line in lines if "error" in line]
     assert [(line["frame"], line["code"]) for line in errors] == [(None, "IMAGE")]
     assert "is lost" in errors[0]["error"]
+    assert "answer" in lines[-1]
+
+
+async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes_back(tmp_path):
+    """Whatever it does instead; all at once, since each takes five seconds."""
+    good, other = (saved(scene(one), "JPEG", quality=95) for one in (3, 4))
+    part, gone = len(good) // 3, "is lost: "
+    kinds = {
+        "busy": (picture, page("Device Busy"), f"{gone}the answer is text/html and no JPEG"),
+        "half": (
+            picture,
+            part_of(good, part, sized=False),
+            f"{gone}a broken JPEG picture",
+        ),
+        "short": (picture, part_of(good, part, sized=True), f"{gone}the picture broke off after"),
+        "silent": (picture, silence(), r"no picture for \d+ s; its web server does not answer"),
+        "stuck": (picture, silence(good[:part]), r"no picture for \d+ s; its web server does not"),
+        "black": (picture, picture(saved(Image.new("RGB", (640, 480)), "JPEG")), "shows nothing"),
+        "stream, busy": (stream, page("Device Busy"), gone),
+        "stream, half": (stream, stream(good[:part]), "is damaged"),
+        "stream, silent": (stream, silent_stream(), f"{gone}|no picture for"),
+    }
+
+    async def watched(w: World, name: str) -> None:
+        serve, instead, reason = kinds[name]
+        with WebCamera(serve(good)) as camera:
+            client = EdgeClient(w.proxy.url, retry=HASTY)
+            # Frames of streams are counted, good or not.
+            watching = Watching(
+                camera.url, client, tmp_path / name, live=True, seconds=0.5, deadline_s=60.0
+            )
+            task = asyncio.create_task(watching.watch.run())
+            await watching.until_lines(2)
+            camera.do(instead)
+            errors: list[dict] = []
+            async with asyncio.timeout(30):
+                while not errors:
+                    await asyncio.sleep(0.05)
+                    errors = [line for line in read(watching.out) if "error" in line]
+            camera.do(serve(other))
+            lines = len(read(watching.out))
+            last = (await watching.until_lines(lines + 2))[-1]
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        lines = read(watching.out)
+        [lost] = [line for line in lines if "error" in line]
+        assert (lost["frame"], lost["code"]) == (None, "IMAGE")
+        assert re.search(reason, lost["error"]), (name, lost["error"])
+        before = lines[lines.index(lost) - 1]
+        took = datetime.fromisoformat(lost["time"]) - datetime.fromisoformat(before["time"])
+        assert 4 < took.total_seconds() < 9, (name, took)
+        assert "answer" in last
+
+    async with world() as w:
+        await asyncio.gather(*(watched(w, name) for name in kinds))
+
+
+async def test_a_camera_that_hangs_and_goes_on_has_one_line(clip, tmp_path, monkeypatch):
+    need_rtsp_server()
+    async with world() as w:
+        with RtspCamera(clip) as camera:
+            watching = Watching(camera.url, w.client, tmp_path / "out", every=5)
+            running_watch = asyncio.create_task(watching.run())
+            await watching.until_lines(2)
+            camera.freeze()
+            async with asyncio.timeout(30):
+                while not any("error" in line for line in read(watching.out)):
+                    await asyncio.sleep(0.02)
+            lost = len(read(watching.out))
+            camera.thaw()
+            lines = await watching.until_lines(lost + 1)
+            running_watch.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running_watch
+    [told] = [line for line in lines if "error" in line]
+    assert re.search(r"no picture for \d+ s; nothing comes", told["error"])
     assert "answer" in lines[-1]
 
 

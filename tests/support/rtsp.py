@@ -86,3 +86,8 @@ class RtspCamera:
         """Let it hang: connections stay, nothing comes."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)

@@ -1,0 +1,118 @@
+"""An address with one picture: a camera's snapshot, or a file that somebody puts there anew."""
+
+from __future__ import annotations
+
+import time
+
+from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
+from edge_client.cameras.choose import is_blank
+from edge_client.cameras.live import Live
+from edge_client.cameras.stills import checked
+from edge_client.cameras.web import Address, Reply
+from edge_client.keeper import Retry
+from edge_client.picture import Picture
+from vlm_collab.errors import ImageError
+
+SNAPSHOT_S = 1.0
+"""An address that gives one picture is asked so often for its newest."""
+
+
+def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
+    """What is at an `http://` or `https://` address: a picture, a stream or a recording.
+
+    Raises:
+        CameraError: it cannot be opened.
+        ModuleNotFoundError: it is no picture, and PyAV is not installed.
+    """
+    name = without_password(url)
+    try:
+        address = Address(url)
+        reply = address.fetch()
+    except (CameraError, ValueError) as error:
+        raise CameraError(f"{name}: {error}") from None
+    if reply.other_picture:
+        raise CameraError(f"{name}: {reply.fault}")
+    if reply.picture is not None:
+        return Snapshots(name, address, reply, news, retry)
+    # Imported when needed: pictures are fetched where PyAV is not installed.
+    from edge_client.cameras import video
+
+    try:
+        return video.open_stream(url, news, retry, live=live)
+    except CameraError as error:
+        if reply.page or reply.empty:
+            raise CameraError(f"{name}: {reply.fault}") from error
+        raise
+
+
+class Snapshots(Live):
+    """A picture on a web server, fetched again and again, and opened exactly as a file is.
+
+    Args:
+        name, news, retry: see `Live`.
+        address: where it is.
+        first: what was there.
+
+    Raises:
+        CameraError: `first` is broken, or no picture that may be used.
+    """
+
+    def __init__(self, name: str, address: Address, first: Reply, news: News, retry: Retry) -> None:
+        super().__init__(name, news, retry)
+        self._address = address
+        self._count = 0
+        self._frame: Frame | None = None
+        self._blank = False
+        try:
+            self._accept(first)
+        except CameraError as error:
+            raise CameraError(f"{name}: {error}") from error
+        self._thread.start()
+
+    def close(self) -> None:
+        """See `Camera.close`."""
+        self._closed.set()
+        self._address.stop()
+        super().close()
+
+    def _latest(self) -> int:
+        return self._count
+
+    def _best(self, after: int) -> Frame | None:
+        with self._changed:
+            return None if self._blank else self._frame
+
+    def _silence(self) -> str:
+        return "its web server does not answer"
+
+    def _follow(self) -> str:
+        while not self._closed.wait(0.0 if self._failures else SNAPSHOT_S):
+            self._accept(self._address.fetch())
+        return "it was closed"
+
+    def _accept(self, reply: Reply) -> None:
+        """Make what came the picture.
+
+        Raises:
+            CameraError: it is none that may be used.
+        """
+        if reply.picture is None:
+            raise CameraError(reply.fault)
+        try:
+            small = checked(reply.picture)
+            picture = Picture.open(reply.picture)
+        except ImageError as error:
+            raise CameraError(str(error)) from error
+        number = self._count + 1
+        picture.name = f"{self.name}, picture {number}"
+        with self._changed:
+            self._count = number
+            self._blank = is_blank(small.convert("L"))
+            self._frame = Frame(
+                number=number,
+                latest=number,
+                time_s=time.time(),
+                position_s=None,
+                picture=picture,
+            )
+        self._came()
