@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any
 
+from vlm_collab.quiet import for_users, speak
+
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
@@ -55,11 +57,15 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     """Set up the process's logs. Called by the command line, never by the library.
 
     Args:
-        level: `debug`, `info`, `warning` or `error`.
+        level: `debug`, `info`, `warning` or `error`. Only with `debug` do libraries give warnings.
         json_lines: False for plain lines.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
+    if level == "debug":
+        speak()
+    else:
+        handler.addFilter(for_users)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
