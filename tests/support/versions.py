@@ -7,7 +7,7 @@ release of any of some hundred packages could break `make test` for whoever inst
 torch is in none: which build is right depends on the machine (`TORCH`, see the Makefile).
 
     python -m tests.support.versions write          # the newest that pyproject.toml allows
-    python -m tests.support.versions drift          # what has come out since; exit code 1 if any
+    python -m tests.support.versions drift          # what has come out since; if any, exit code 1
     python -m tests.support.versions oldest FOLDER  # main.txt with the lowest that it allows
 """
 
@@ -95,7 +95,8 @@ def newest(wanted: list[str]) -> dict[str, str]:
             stdout=sys.stderr,
         )
         if done.returncode:
-            sys.exit("no versions were found; what pip says stands above")
+            print("no versions were found; what pip says stands above", file=sys.stderr)
+            raise SystemExit(2)
         items = json.loads(report.read_text(encoding="utf-8"))["install"]
     found = {canonicalize_name(i["metadata"]["name"]): i["metadata"]["version"] for i in items}
     del found["vlm-collab"]
