@@ -6,9 +6,16 @@ VENV ?= .venv
 # This exact build is a CPU one on the machines we test on; a plain `torch` may bring gigabytes
 # of CUDA. Override it on a GPU host: `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
+# Exact versions of all the rest; `make constraints` renews them. `CONSTRAINTS=` takes the newest
+# that pyproject.toml allows. With another VENV, so that both can be had: `make test-newest`.
+CONSTRAINTS ?= constraints
 JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PINNED = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)/main.txt)
+PINNED_BUILD = $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS)/main.txt)
+PINS = $(if $(CONSTRAINTS),$(CONSTRAINTS)/main.txt)
 RUN = $(VENV)/bin
+export CONSTRAINTS
 PACKAGES = vlm_collab edge_client server_plugin eval
 
 # The tests in vLLM build an environment of 3.5 GB beside $(VENV). `make test VLLM=0` goes without.
@@ -17,7 +24,8 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms browser rtsp-server clean
+.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms parity \
+  test-newest test-oldest constraints browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -61,6 +69,34 @@ check-lmms: $(VENV)/.dev
 	$(RUN)/python -m tests.support.lmms_env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "lmms and not slow" tests/eval/test_lmms_eval.py
 
+# What another version of a dependency would break first: answers, rows and boxes of all families
+# against plain transformers, how checkpoints are read, what commands print, both ends of a link.
+PARITY = $(addprefix tests/server_plugin/test_,transformers_backend.py instructblip.py \
+    qwen2_5_vl.py deprecations.py checkpoints.py service.py cli.py) \
+  $(addprefix tests/edge_client/test_,client.py cli.py picture.py)
+TESTS ?= $(PARITY)
+parity: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+
+# The newest versions that pyproject.toml allows, in an environment of their own; half a minute if
+# they are those of constraints/. CI runs it behind `make test`, so that a release that breaks
+# something here is noticed here. `make test-newest TESTS=tests` runs everything.
+test-newest: $(VENV)/.dev
+	@TORCH="$(TORCH)" $(RUN)/python -m tests.support.versions drift; case $$? in \
+	  0) echo "the newest versions that pyproject.toml allows are those of constraints/" ;; \
+	  1) rm -rf .venv-newest && $(MAKE) VENV=.venv-newest CONSTRAINTS= parity ;; \
+	  *) exit 1 ;; \
+	esac
+
+# The lowest versions that pyproject.toml allows (torch's aside). Run it before a release, and when
+# a bound changes.
+test-oldest: $(VENV)/.dev
+	rm -rf .venv-oldest && $(RUN)/python -m tests.support.versions oldest .venv-oldest/constraints
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints parity
+
+constraints: $(VENV)/.dev
+	TORCH="$(TORCH)" $(RUN)/python -m tests.support.versions write
+
 # The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
 browser:
 	@for name in chromium chromium-browser google-chrome; do \
@@ -78,19 +114,19 @@ rtsp-server:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(RTSP_SERVER) || \
 	  echo "no RTSP server here, and none can be installed: streams are not tested against one"
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade pip
-	$(PIP) install "$(TORCH)"
+	$(PIP) install --upgrade $(PINNED) pip
+	$(PIP) install $(PINNED) "$(TORCH)"
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[eval]"
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[eval]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --editable ".[dev]"
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-lmms out build dist
+	rm -rf $(VENV) .venv-vllm .venv-lmms .venv-newest .venv-oldest out build dist

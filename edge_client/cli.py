@@ -33,6 +33,7 @@ from vlm_collab.errors import (
     QuestionError,
     ServerError,
 )
+from vlm_collab.quiet import hush
 
 PROGRAM = "vlm-collab"
 GROUP = "vlm_collab.commands"
@@ -137,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; those of the process by default.
     """
+    if argv is None:  # only a process that is all ours is set up as a whole
+        hush()
     arguments = sys.argv[1:] if argv is None else argv
     # What these would log is told once, as the error that it leads to.
     for name in ("edge_client", "websockets"):

@@ -16,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from eval.demo_model.packing import PATCHES, vocabulary
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
 from eval.demo_model.words import EOS, GENERIC, IMAGE
 from eval.scenes import Box, Question
+from server_plugin.backends.batch import cache_argument
 
 _MAX_TOKENS = 5
 _BATCH = 32
@@ -98,10 +99,14 @@ class Reader:
         embeds = inner.language_model.embed_tokens(ids)
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         embeds = embeds.masked_scatter(slots, visual.to(embeds.dtype))
+        held = cache_argument(type(inner.language_model))
+        cache = DynamicCache(config=inner.language_model.config)
         before = inner.language_model.config._attn_implementation
         inner.language_model.set_attn_implementation("eager")
         try:
-            out = inner.language_model(inputs_embeds=embeds, use_cache=True, output_attentions=True)
+            out = inner.language_model(
+                inputs_embeds=embeds, use_cache=True, output_attentions=True, **{held: cache}
+            )
         finally:
             inner.language_model.set_attn_implementation(before)
         start = len(self.words.prefix())
@@ -117,8 +122,8 @@ class Reader:
             chosen.append(probabilities.argmax(-1))
             out = inner.language_model(
                 inputs_embeds=inner.language_model.embed_tokens(chosen[-1][:, None]),
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **{held: cache},
             )
         tokens = torch.stack(chosen, 1).cpu().numpy()
         values = torch.stack(measured, 1).cpu().numpy()

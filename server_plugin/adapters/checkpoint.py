@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -216,21 +221,27 @@ def _one_line(name: str, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No lines about requests; progress bars only where somebody watches them."""
+    """No lines about requests and no bar for weights that are read from a disk; bars for what is
+    downloaded only where somebody watches them."""
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
-    bars = _BARS.is_progress_bar_enabled()
+    bars, downloads = _BARS.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    if bars and not sys.stderr.isatty():
-        _BARS.disable_progress_bar()
+    _BARS.disable_progress_bar()  # the hub's too
+    if downloads and sys.stderr.isatty():
+        enable_progress_bars()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars and not _BARS.is_progress_bar_enabled():
+        if bars:
             _BARS.enable_progress_bar()
+        if downloads:
+            enable_progress_bars()
+        else:
+            disable_progress_bars()
 
 
 def _shortened(reason: str, limit: int = 200) -> str:

@@ -12,18 +12,22 @@ additions.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own usage)
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
 from server_plugin.adapters.base import Adapter
 from server_plugin.adapters.prompts import Prompt
 from server_plugin.backends.attention import CAPTURE_ARGUMENT, RowCapture
+from vlm_collab.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,11 +151,30 @@ class Batch:
             # The batch axis is the last but one: M-RoPE has another before it.
             position_ids=torch.cat(positions, dim=-2),
             attention_mask=None if self.visible is None else self.visible.long(),
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(type(self._adapter.decoder)): self.cache},
             **extra,
         ).last_hidden_state
         return hidden[:, -1]
+
+
+@functools.cache
+def cache_argument(decoder: type) -> str:
+    """Name under which the forward of a class of decoders takes its cache.
+
+    transformers renamed it in 5.24 and takes the old name up to 5.40, with a warning.
+
+    Raises:
+        ModelError: it has neither name.
+    """
+    taken = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
+    for name in ("cache", "past_key_values"):
+        if name in taken:
+            return name
+    raise ModelError(
+        f"{decoder.__name__} of transformers {transformers.__version__} takes no cache of keys and "
+        "values by a name known here"
+    )
 
 
 def layers_of(cache: DynamicCache) -> list[Any]:

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from vlm_collab.quiet import for_users, speak
 from vlm_collab.web.quiet import Quiet
 
 REFUSED = "connection refused"
@@ -60,12 +61,16 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     """Set up the process's logs. Called by the command line, never by the library.
 
     Args:
-        level: `debug`, `info`, `warning` or `error`.
+        level: `debug`, `info`, `warning` or `error`. Only with `debug` do libraries give warnings.
         json_lines: False for plain lines.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
     handler.addFilter(Quiet(frozenset({REFUSED}), as_extra=True))
+    if level == "debug":
+        speak()
+    else:
+        handler.addFilter(for_users)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
@@ -198,20 +199,28 @@ def test_a_cached_checkpoint_needs_no_hub(checkpoint: Path, tmp_path: Path) -> N
 def test_loading_leaves_the_librarys_settings_as_they_were(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, bool]] = []
-    logger = logging.getLogger("huggingface_hub")
+    seen: list[tuple[int, bool, bool]] = []
+
+    def settings() -> tuple[int, bool, bool]:
+        bars, downloads = transformers_logging.is_progress_bar_enabled(), bars_of_downloads()
+        return logging.getLogger("huggingface_hub").level, bars, downloads
 
     def watch(name: str) -> dict[str, bool]:
-        seen.append((logger.level, transformers_logging.is_progress_bar_enabled()))
+        seen.append(settings())
         return {"local_files_only": True}
 
     monkeypatch.setattr(checkpoint_module, "_where", watch)
-    before = logger.level, transformers_logging.is_progress_bar_enabled()
+    before = settings()
+    assert before[1:] == (True, True)
     for watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
         checkpoint_module.load_config(str(checkpoint))
-        assert (logger.level, transformers_logging.is_progress_bar_enabled()) == before
-    assert seen == [(logging.ERROR, False), (logging.ERROR, True)]
+        assert settings() == before
+    assert seen == [(logging.ERROR, False, False), (logging.ERROR, False, True)]
+
+
+def bars_of_downloads() -> bool:
+    return not are_progress_bars_disabled()
 
 
 def test_no_progress_bar_where_nobody_watches(

