@@ -41,6 +41,7 @@ from edge_client.gateway.upstream import content_of, lost
 from vlm_collab import __version__
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import (
+    IGNORED_HEADER,
     ApiError,
     ChatStream,
     Query,
@@ -53,6 +54,7 @@ from vlm_collab.openai import (
     check_model,
     completion,
     decode_body,
+    ignored_header,
     model_object,
     models_list,
     parse_chat,
@@ -60,6 +62,7 @@ from vlm_collab.openai import (
     refuse,
     refuse_pictures_in,
     sse,
+    without_ignored,
 )
 
 log = logging.getLogger(__name__)
@@ -164,8 +167,9 @@ class Gateway:
         limits = self.config.limits.wire
         with self._working() as work:
             body = await self._body(request, work)
-            if chat_is_text(body):
-                return await self._forward(request, camera, body)
+            texts, ignored = await asyncio.to_thread(without_ignored, body)
+            if chat_is_text(texts):
+                return await self._forward(request, camera, texts, ignored)
             query = await asyncio.to_thread(parse_chat, body, limits)
             id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
             model = await self._model_name(request, camera, query)
@@ -175,13 +179,15 @@ class Gateway:
                 )
                 return await self._stream(request, camera, query, form, lambda result: None)
             result = await unless_gone(request.receive, camera.answer(query, None))
-            return _json(completion(result, id=id, created=created, model=model))
+            whole = completion(result, id=id, created=created, model=model)
+            return _json(whole, headers=ignored_header(query.ignored))
 
     async def _respond(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
         with self._working() as work:
             body = await self._body(request, work)
             asked = await asyncio.to_thread(parse_responses, body, limits)
+            asked = asked.recalled(lambda id: self._responses.answer(camera.camera, id))
             if asked.region_tool or asked.outputs:
                 raise refuse(
                     "tools" if asked.region_tool else "input",
@@ -207,7 +213,7 @@ class Gateway:
             answering = camera.answer(query, None, fetched)
             result = await unless_gone(request.receive, answering)
             keep(result)
-            return _json(form.whole(result))
+            return _json(form.whole(result), headers=ignored_header(query.ignored))
 
     async def _forget(self, request: Request, camera: Answerer) -> Response:
         id = str(request.path_params["id"])
@@ -230,7 +236,9 @@ class Gateway:
             whole=query.options.tokens,
             finished=finished,
         )
-        return self._events(await self._first(request, pieces), pieces)
+        events = self._events(await self._first(request, pieces), pieces)
+        events.headers.update(ignored_header(query.ignored))
+        return events
 
     async def _first(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> bytes:
         """What a stream begins with; what goes wrong before is told by a status."""
@@ -256,9 +264,17 @@ class Gateway:
         self._requests -= 1
 
     async def _forward(
-        self, request: Request, camera: Answerer, body: Mapping[str, Any]
+        self,
+        request: Request,
+        camera: Answerer,
+        body: Mapping[str, Any],
+        ignored: tuple[str, ...],
     ) -> Response:
-        """Hand a request about text alone to the server's own API, as it is."""
+        """Hand a request about text alone to the server's own API, as it is.
+
+        Args:
+            ignored: what of it is not handed on.
+        """
         await asyncio.to_thread(refuse_pictures_in, body)
         camera.check_time()
         welcome = await unless_gone(request.receive, camera.welcome())
@@ -267,13 +283,17 @@ class Gateway:
         async with AsyncExitStack() as opened:
             forwarding = opened.enter_async_context(camera.texts.forward(body))
             response = await unless_gone(request.receive, forwarding)
+            theirs = response.headers.get(IGNORED_HEADER)
+            listed = ignored_header([*ignored, *([theirs] if theirs else [])])
             if body.get("stream") is True and response.status_code == 200:
                 pieces = _passed_on(response)
                 first = await self._first(request, pieces)
-                return self._events(first, pieces, opened.pop_all())
+                events = self._events(first, pieces, opened.pop_all())
+                events.headers.update(listed)
+                return events
             content = await unless_gone(request.receive, content_of(response))
             kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
-            return Response(content, response.status_code, kept)
+            return Response(content, response.status_code, kept | listed)
 
     async def _model_name(self, request: Request, camera: Answerer, query: Query) -> str:
         """The name that the answer says it is from: as the client has it, if it has any."""
@@ -373,8 +393,8 @@ async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:
         yield sse(lost(error).body())
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def _error(error: ApiError) -> Response:

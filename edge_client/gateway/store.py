@@ -44,6 +44,12 @@ class ResponseStore:
         self._kept.move_to_end((camera, name))
         return self._kept[camera, name]
 
+    def answer(self, camera: str, name: str) -> str | None:
+        """What a response said; None if it is not kept, or no longer."""
+        if (camera, name) not in self._kept:
+            return None
+        return self.get(camera, name).lines[-1][1]
+
     def forget(self, camera: str, name: str) -> None:
         """Keep a response no longer.
 

@@ -68,8 +68,11 @@ class OpenAiLimits:
             occupies its view's memory.
         keep_s: how long a response can be continued (`previous_response_id`), and with it the
             pictures of its conversation.
-        max_kept: responses kept.
+        keep_answers_s: how long a response's text can be referred to (`item_reference`); each
+            reference begins it anew.
+        max_kept: responses kept, and texts of responses.
         max_kept_bytes: memory for the texts and encoded pictures of kept responses.
+        max_answers_bytes: memory for the texts that can be referred to.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -78,8 +81,10 @@ class OpenAiLimits:
     max_decoding: int = 2
     region_deadline_s: float = 30.0
     keep_s: float = 300.0
+    keep_answers_s: float = 24 * 3600.0
     max_kept: int = 4096
     max_kept_bytes: int = 256 * 2**20
+    max_answers_bytes: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -2,7 +2,8 @@
 
 `parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
 `ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
-be sent. What can't be honoured is refused with the parameter's name (`ApiError`), never ignored.
+be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
+listed: `vlm_collab.openai.meaning` has the rule.
 No sockets, clocks or models here.
 """
 
@@ -11,6 +12,7 @@ from vlm_collab.openai.completion import ChatStream, completion, finish_reason
 from vlm_collab.openai.errors import ApiError, api_error, refuse
 from vlm_collab.openai.fields import decode_body
 from vlm_collab.openai.flow import TextFlow
+from vlm_collab.openai.meaning import IGNORED_HEADER, ignored_header, without_ignored
 from vlm_collab.openai.query import Conversation, PictureSource, Query, Role, Url, WireLimits
 from vlm_collab.openai.response import ResponseBuilder
 from vlm_collab.openai.responses import (
@@ -34,6 +36,7 @@ from vlm_collab.openai.texts import chat_is_text, refuse_pictures_in
 
 __all__ = [
     "DONE",
+    "IGNORED_HEADER",
     "REGION_TOOL",
     "ApiError",
     "CallOutput",
@@ -56,6 +59,7 @@ __all__ = [
     "completion",
     "decode_body",
     "finish_reason",
+    "ignored_header",
     "model_object",
     "models_list",
     "parse_chat",
@@ -64,4 +68,5 @@ __all__ = [
     "refuse_pictures_in",
     "sse",
     "stage_name",
+    "without_ignored",
 ]

@@ -157,6 +157,10 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
     return True
 
 
+CHAT_FIELDS = frozenset(_Chat.__struct_fields__)
+"""Fields of a request that may be handed on; each has a form of its own."""
+
+
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
 # Looking behind keeps it linear: no run is begun again at each of its characters.
 _RUN = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{60,}")

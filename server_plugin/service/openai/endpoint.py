@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -52,6 +53,7 @@ class OpenAiEndpoint:
     Attributes:
         bodies: requests in memory.
         memory: responses that can be gone on from.
+        answers: what responses said, which is referred to for longer.
     """
 
     def __init__(self, service: Service, guard: Guard) -> None:
@@ -61,6 +63,9 @@ class OpenAiEndpoint:
         self._asker = Asker(service)
         self.bodies = Bodies(limits, service.config.limits.question_timeout_s)
         self.memory = Memory(limits)
+        self.answers = Memory(
+            replace(limits, keep_s=limits.keep_answers_s, max_kept_bytes=limits.max_answers_bytes)
+        )
         self._created = int(time.time())
         for name, text, value in (
             ("kept_responses", "Responses kept for later requests.", lambda: self.memory.count),
@@ -71,7 +76,8 @@ class OpenAiEndpoint:
 
     def routes(self) -> list[Route]:
         """The routes."""
-        chat, responses = Chat(self._asker), Responses(self._asker, self.memory)
+        chat = Chat(self._asker)
+        responses = Responses(self._asker, self.memory, self.answers)
         post = ["POST"]
         return [
             Route("/v1/models", self._guarded(self._models)),
@@ -101,6 +107,7 @@ class OpenAiEndpoint:
     def close(self) -> None:
         """Forget what is kept."""
         self.memory.clear()
+        self.answers.clear()
         self._asker.close()
 
     def _guarded(
@@ -138,7 +145,9 @@ class OpenAiEndpoint:
 
     def _forget(self, request: Request) -> dict[str, Any]:
         id = request.path_params["id"]
-        if not self.memory.forget(Client.of(request).tenant, id):
+        tenant = Client.of(request).tenant
+        known = [each.forget(tenant, id) for each in (self.memory, self.answers)]
+        if not any(known):
             raise unknown_response(id, "response_id")
         return {"id": id, "object": "response", "deleted": True}
 

@@ -121,6 +121,7 @@ class Sender:
         timeout_s: how long a client may leave a piece unread.
 
     Attributes:
+        headers: more of the response's, to be set before it starts.
         sent: bytes of the body so far.
         started: whether the status line has gone; what goes wrong later is told in the stream.
     """
@@ -128,6 +129,7 @@ class Sender:
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send = send
         self._timeout_s = timeout_s
+        self.headers: dict[str, str] = {}
         self.sent = 0
         self.started = False
 
@@ -164,7 +166,7 @@ class Sender:
         await self._write(b"", more=False)
 
     async def _start(self, status: int, headers: Mapping[str, str], length: int | None) -> None:
-        given = {**headers, "cache-control": "no-store"}
+        given = {**headers, **self.headers, "cache-control": "no-store"}
         if length is not None:
             given["content-length"] = str(length)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
