@@ -80,6 +80,14 @@ def gateway(
         float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
     ] = DEFAULT_DEADLINE_S,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
+    max_question_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest question with what was said before it, in UTF-8 bytes; by default the "
+            "server's own bound.",
+        ),
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
@@ -122,6 +130,7 @@ def gateway(
         deadline_s=deadline,
         limits=GatewayLimits(
             wire=wire,
+            max_question_bytes=max_question_bytes,
             max_requests=max_requests,
             max_picture_bytes=picture_memory_mb * 2**20,
             max_pixels=max_megapixels * 10**6,

@@ -26,9 +26,10 @@ from server_plugin.options import (
     ViewSide,
 )
 from server_plugin.service import logs
-from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
+from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, service_limits
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
+from vlm_collab.session import ServerLimits
 
 
 def serve(
@@ -109,6 +110,10 @@ def serve(
     max_connections: Annotated[int, typer.Option(help="WebSockets at once.")] = 256,
     max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
     max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
+    max_question_bytes: Annotated[
+        int,
+        typer.Option(help="Longest question with what was said before it, in UTF-8 bytes."),
+    ] = ServerLimits().max_question_bytes,
     view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
     region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
     log_level: Annotated[
@@ -130,6 +135,7 @@ def serve(
         "max_connections": max_connections,
         "max_questions": max_questions,
         "max_queue": max_queue,
+        "max_question_bytes": max_question_bytes,
         "max_view_bytes": view_memory_mb * 2**20,
         "region_deadline_s": region_deadline_s,
     }
@@ -142,7 +148,7 @@ def serve(
         tls_key=tls_key,
         origins=frozenset(origin or ()),
         region_quality=90 if quality is None else quality,
-        limits=ServiceLimits(**limits),
+        limits=service_limits(**limits),
     )
     overrides = {
         "prompt": prompt,

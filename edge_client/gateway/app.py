@@ -57,13 +57,16 @@ from vlm_collab.openai import (
     ignored_header,
     model_object,
     models_list,
+    no_such_route,
     parse_chat,
     parse_responses,
     refuse,
     refuse_pictures_in,
     sse,
+    texts_of,
     without_ignored,
 )
+from vlm_collab.web.bodies import body_pieces
 
 log = logging.getLogger(__name__)
 
@@ -276,6 +279,7 @@ class Gateway:
             ignored: what of it is not handed on.
         """
         await asyncio.to_thread(refuse_pictures_in, body)
+        camera.check_size(texts_of(body))
         camera.check_time()
         welcome = await unless_gone(request.receive, camera.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:
@@ -302,14 +306,20 @@ class Gateway:
         return (await unless_gone(request.receive, camera.welcome())).model
 
     async def _models(self, request: Request, camera: Answerer) -> Response:
-        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
-        return _json(models_list(camera.names(welcome), self._created))
+        within_s = min(_LOOK_S, self.config.deadline_s)
+        welcome = await camera.welcome(within_s)
+        context = await camera.texts.context_tokens(welcome.model, within_s)
+        return _json(models_list(camera.names(welcome), self._created, context))
 
     async def _model(self, request: Request, camera: Answerer) -> Response:
         name = str(request.path_params["id"])
-        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
+        if not name:
+            return await self._models(request, camera)
+        within_s = min(_LOOK_S, self.config.deadline_s)
+        welcome = await camera.welcome(within_s)
         check_model(name, camera.names(welcome))
-        return _json(model_object(name, self._created))
+        context = await camera.texts.context_tokens(welcome.model, within_s)
+        return _json(model_object(name, self._created, context))
 
     async def _health(self, _: Request) -> Response:
         """The process is alive."""
@@ -342,7 +352,7 @@ class Gateway:
         most, data, size = limits.wire.max_body_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(limits.body_timeout_s):
-                async for piece in request.stream():
+                async for piece in body_pieces(request):
                     size += len(piece)
                     if size > 4 * most:
                         break
@@ -403,5 +413,4 @@ def _error(error: ApiError) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = f"{request.method} {request.url.path}: {error.detail.lower()}"
-    return _error(ApiError(error.status_code, text, "invalid_request_error", None, "unknown_url"))
+    return _error(no_such_route(request.method, request.url.path, error.status_code))

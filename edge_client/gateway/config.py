@@ -18,6 +18,8 @@ class GatewayLimits:
 
     Attributes:
         wire: bounds on one request.
+        max_question_bytes: longest question with what was said before it, in UTF-8 bytes; None
+            leaves it to the server, which has a bound of its own.
         max_requests: requests worked on at once; further ones get "busy, retry after".
         max_body_bytes: bodies of all of them together, likewise; a single one always fits.
         max_picture_bytes: memory for originals, so that a later question about one costs no
@@ -32,6 +34,7 @@ class GatewayLimits:
     """
 
     wire: WireLimits = field(default_factory=WireLimits)
+    max_question_bytes: int | None = None
     max_requests: int = 32
     max_body_bytes: int = 256 * 2**20
     max_picture_bytes: int = 256 * 2**20

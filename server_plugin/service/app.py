@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -26,7 +27,7 @@ from server_plugin.service.queue import ModelQueue
 from server_plugin.service.views import ViewStore
 from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
-from vlm_collab.openai import ApiError
+from vlm_collab.openai import ApiError, no_such_route
 from vlm_collab.page import token_in
 from vlm_collab.session import MAX_VIEW_PIXELS
 
@@ -92,7 +93,11 @@ class Service:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [*self.routes(), *self.openai.routes()]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: _no_such_route},
+            lifespan=self._lifespan,
+        )
 
     def routes(self) -> list[Route | WebSocketRoute]:
         """The routes, for mounting into another application, which has an OpenAI-compatible
@@ -231,6 +236,13 @@ class Service:
         if not self._may_enter(request):
             return PlainTextResponse("wrong or missing token", 401, {"WWW-Authenticate": "Bearer"})
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """Whoever comes to a wrong address is mostly a client of the OpenAI-compatible endpoint."""
+    assert isinstance(error, HTTPException)
+    told = no_such_route(request.method, request.url.path, error.status_code)
+    return Response(told.encoded(), told.status, error.headers, media_type="application/json")
 
 
 def _offered(client: HTTPConnection) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
@@ -12,6 +13,8 @@ from vlm_collab.session import ServerLimits
 
 ENDPOINT = "/v1/collab"
 DEFAULT_PORT = 8765
+MOST_QUESTION_BYTES = 2**20
+"""A view needs room in the same frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,25 @@ class ServiceLimits:
             value = getattr(self, name)
             if not isinstance(value, ServerLimits) and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+
+
+def service_limits(*, max_question_bytes: int | None = None, **others: Any) -> ServiceLimits:
+    """Limits out of options.
+
+    Args:
+        max_question_bytes: see `ServerLimits`; None leaves the default.
+        others: fields of `ServiceLimits`.
+
+    Raises:
+        ConfigError: one is impossible.
+    """
+    if max_question_bytes is None:
+        return ServiceLimits(**others)
+    if not 1 <= max_question_bytes <= MOST_QUESTION_BYTES:
+        raise ConfigError(
+            f"max_question_bytes must be from 1 to {MOST_QUESTION_BYTES}, not {max_question_bytes}"
+        )
+    return ServiceLimits(connection=ServerLimits(max_question_bytes=max_question_bytes), **others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ No sockets, clocks or models here.
 
 from vlm_collab.openai.chat import parse_chat
 from vlm_collab.openai.completion import ChatStream, completion, finish_reason
-from vlm_collab.openai.errors import ApiError, api_error, refuse
+from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
 from vlm_collab.openai.fields import decode_body
 from vlm_collab.openai.flow import TextFlow
 from vlm_collab.openai.meaning import IGNORED_HEADER, ignored_header, without_ignored
@@ -19,6 +19,7 @@ from vlm_collab.openai.responses import (
     REGION_TOOL,
     CallOutput,
     ResponsesRequest,
+    call_id,
     parse_responses,
 )
 from vlm_collab.openai.result import (
@@ -32,7 +33,7 @@ from vlm_collab.openai.result import (
     sse,
     stage_name,
 )
-from vlm_collab.openai.texts import chat_is_text, refuse_pictures_in
+from vlm_collab.openai.texts import chat_is_text, refuse_pictures_in, texts_of
 
 __all__ = [
     "DONE",
@@ -54,6 +55,7 @@ __all__ = [
     "Url",
     "WireLimits",
     "api_error",
+    "call_id",
     "chat_is_text",
     "check_model",
     "completion",
@@ -62,11 +64,13 @@ __all__ = [
     "ignored_header",
     "model_object",
     "models_list",
+    "no_such_route",
     "parse_chat",
     "parse_responses",
     "refuse",
     "refuse_pictures_in",
     "sse",
     "stage_name",
+    "texts_of",
     "without_ignored",
 ]

@@ -105,7 +105,7 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     if role is None:
         where = message.path("role")
         raise refuse(where, f"{where} must be one of {', '.join(_ROLES)}")
-    called = any([_left_out(message, name) for name in ("tool_calls", "function_call")])
+    called = bool(_left_out(message, "tool_calls")) | bool(_left_out(message, "function_call"))
     # In answers sent back, and in what tools found.
     message.harmless("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
     message.harmless("tool_call_id")

@@ -74,11 +74,6 @@ class ItemReference:
     id: str
     param: str
 
-    @property
-    def response_id(self) -> str:
-        """The response that it is an item of."""
-        return f"resp_{self.id.partition('_')[2]}"
-
 
 Said: TypeAlias = Conversation | ItemReference
 
@@ -133,7 +128,7 @@ class ResponsesRequest:
         def of(one: Said) -> Said:
             if isinstance(one, Conversation):
                 return one
-            text = answer_of(one.response_id) if one.id.startswith(_MESSAGE) else None
+            text = answer_of(_response_of(one.id)) if one.id.startswith(_MESSAGE) else None
             if text is None:
                 raise refuse(
                     one.param,
@@ -179,8 +174,18 @@ def message_id(response_id: str) -> str:
 
 
 def call_item_id(response_id: str) -> str:
-    """The id of a response's one call, as an item; its output names another one."""
+    """The id of a response's one call, as an item."""
     return _CALL + response_id.removeprefix("resp_")
+
+
+def call_id(response_id: str) -> str:
+    """The id of a response's one call, which its output names."""
+    return "call_" + response_id.removeprefix("resp_")
+
+
+def _response_of(id: str) -> str:
+    """The response of an item or a call, from either of its ids."""
+    return f"resp_{id.partition('_')[2]}"
 
 
 def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> ResponsesRequest:
@@ -289,30 +294,30 @@ class _Items:
         self._outputs: list[CallOutput] = []
         self._regions: set[str] = set()
         self._others: set[str] = set()
-        self._open: str | None = None
-        """The item of the last call of the region tool, unless something was said since."""
+        self._open = False
+        """Whether the region tool was called, and nothing was said since."""
 
     def say(self, one: Said) -> None:
         """Add what was said. A region that came before it is of a question that is over."""
         self._said.append(one)
         self._outputs = [each for each in self._outputs if each.call_id not in self._regions]
-        self._open = None
+        self._open = False
 
     def call(self, item: Fields) -> None:
         """Add a call. Other tools' tell which outputs are theirs."""
-        name, call, id = item.text("name"), item.text("call_id") or "", item.text("id")
-        item.harmless("status", "arguments", "input", "namespace", "parsed_arguments")
+        name, call = item.text("name"), item.text("call_id") or ""
+        item.harmless("id", "status", "arguments", "input", "namespace", "parsed_arguments")
         item.end()
         if name == REGION_TOOL:
             self._regions.add(call)
-            self._open = id or ""
+            self._open = True
         else:
             self._others.add(call)
 
     def refer(self, reference: ItemReference) -> None:
         """Add a reference: only the region tool is ever called here."""
         if reference.id.startswith(_CALL):
-            self._open = reference.id
+            self._open = True
         else:
             self.say(reference)
 
@@ -324,14 +329,14 @@ class _Items:
             self.say(Conversation(lines, pictures, (output.param,) * len(pictures)))
             return
         self._outputs.append(output)
-        if self._open is not None:
+        if self._open:
             self._regions.add(output.call_id)
 
     def ended(self) -> tuple[tuple[Said, ...], tuple[CallOutput, ...], str | None]:
         """What was said, outputs of the region tool, and the response that those go on from, if
         the input tells. That one knows what was said before its call."""
         if self._outputs and self._open:
-            return (), tuple(self._outputs), ItemReference(self._open, _INPUT).response_id
+            return (), tuple(self._outputs), _response_of(self._outputs[0].call_id)
         return tuple(self._said), tuple(self._outputs), None
 
 

@@ -30,7 +30,7 @@ from server_plugin.service.openai.transport import (
     headers_of,
     while_connected,
 )
-from vlm_collab.openai import ApiError, check_model, model_object, models_list
+from vlm_collab.openai import ApiError, check_model, model_object, models_list, no_such_route
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
@@ -129,12 +129,17 @@ class OpenAiEndpoint:
         return handle
 
     def _models(self, _: Request) -> dict[str, Any]:
-        listed = models_list([self._asker.model], self._created)
+        context = self._service.engine.backend.info.context_tokens
+        listed = models_list([self._asker.model], self._created, context)
         return {**listed, "data": [self._described(each) for each in listed["data"]]}
 
     def _model(self, request: Request) -> dict[str, Any]:
-        check_model(request.path_params["name"], [self._asker.model])
-        return self._described(model_object(self._asker.model, self._created))
+        name = request.path_params["name"]
+        if not name:
+            return self._models(request)
+        check_model(name, [self._asker.model])
+        context = self._service.engine.backend.info.context_tokens
+        return self._described(model_object(self._asker.model, self._created, context))
 
     def _described(self, model: dict[str, Any]) -> dict[str, Any]:
         """With what a client that makes its own views needs to know."""
@@ -153,8 +158,7 @@ class OpenAiEndpoint:
 
 
 def _elsewhere(request: Request) -> dict[str, Any]:
-    text = f"there is no {request.method} {request.url.path} here"
-    raise ApiError(404, text, code="unknown_url")
+    raise no_such_route(request.method, request.url.path)
 
 
 class _Question:

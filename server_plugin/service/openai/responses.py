@@ -29,6 +29,7 @@ from vlm_collab.openai import (
     ResponsesRequest,
     Role,
     api_error,
+    call_id,
     check_model,
     ignored_header,
     parse_responses,
@@ -207,7 +208,7 @@ class Responses:
         )
         conversation, call = turn.conversation, None
         if isinstance(settled, Wanted):
-            call = Call(f"call_{secrets.token_hex(12)}", question, turn.instructions, tally)
+            call = Call(call_id(id), question, turn.instructions, tally)
             source = turn.pictures.sources[settled.need.picture]
             where = arguments_of(settled.need, source, self._asker.target)
             end = builder.finish_call if request.stream else builder.whole_call

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
+from vlm_collab.web.bodies import body_pieces
 
 T = TypeVar("T")
 
@@ -36,13 +37,14 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """A request's body; its bytes count until the block is left.
+        """A request's body, inflated; its bytes count until the block is left.
 
         One that is refused is not read on; uvicorn throws away the rest, so that the client,
         who is still sending, gets to see the reason.
 
         Raises:
-            ApiError: too large (413), too many bytes at once (429), or too slow (408).
+            ApiError: too large (413), too many bytes at once (429), too slow (408), or see
+                `body_pieces`.
             ClientGoneError: the client left.
         """
         size = 0
@@ -50,7 +52,7 @@ class Bodies:
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    async for chunk in request.stream():
+                    async for chunk in body_pieces(request):
                         chunks.append(chunk)
                         size += len(chunk)
                         self.nbytes += len(chunk)
