@@ -6,6 +6,7 @@ are written as the programs' sources make them.
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -24,6 +25,7 @@ from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
 from tests.support.wire import SURE, http
 from vlm_collab.openai import ApiError, WireLimits
+from vlm_collab.session import ServerLimits
 
 PHOTO = saved(picture(900, 700), "JPEG", quality=90)
 IGNORED = "x-vlm-collab-ignored"
@@ -218,6 +220,44 @@ async def test_an_answer_that_is_gone_is_not_found() -> None:
                 assert id in error["message"]
 
 
+async def test_an_answer_belongs_to_whoever_asked() -> None:
+    """Of the service, to the key; of the gateway, to the camera."""
+    async with both(config={"token": "one", "more_tokens": ("two",)}, token="one") as (_, clients):
+        service, _ = clients
+        keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
+        made = await service.post("/responses", json=ai_sdk(), headers=keys[0])
+        referred = {"type": "item_reference", "id": made.json()["output"][0]["id"]}
+        body = ai_sdk(referred, ai_sdk_asks("and now?"))
+        statuses = [
+            (await service.post("/responses", json=body, headers=key)).status_code for key in keys
+        ]
+        assert statuses == [200, 404]
+
+
+async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is_referred_to():
+    limits = OpenAiLimits(keep_s=0.05, keep_answers_s=600, max_kept=2)
+    async with both(config={"openai": limits}) as (here, clients):
+        service, _ = clients
+
+        async def answered(*items: dict[str, Any]) -> dict[str, Any]:
+            response = (await service.post("/responses", json=ai_sdk(*items))).json()
+            return {"type": "item_reference", "id": response["output"][0]["id"]}
+
+        async def status(referred: dict[str, Any]) -> int:
+            body = ai_sdk(referred, ai_sdk_asks("and now?"), store=False)
+            return (await service.post("/responses", json=body)).status_code
+
+        first = await answered()
+        async with asyncio.timeout(20):
+            while here.service.openai.memory.count:
+                await asyncio.sleep(0.01)
+        second = await answered()
+        assert await status(first) == 200  # so it is the newest now
+        third = await answered()
+        assert [await status(each) for each in (first, second, third)] == [200, 404, 200]
+        assert here.service.openai.answers.count == 2
+
+
 async def test_tools_of_the_ai_sdk_are_an_offer() -> None:
     tools = [
         {"type": "function", "name": "weather", "description": "w", "parameters": {}},
@@ -231,6 +271,20 @@ async def test_tools_of_the_ai_sdk_are_an_offer() -> None:
                 answer = await client.post("/responses", json=body)
                 assert answer.status_code == 200, answer.text
                 assert answer.headers[IGNORED] == "tools"
+
+
+async def test_the_longest_question_is_an_option() -> None:
+    """In bytes of all that was said, with a picture and without one."""
+    for who in range(2):
+        service_limits = {"connection": ServerLimits(max_question_bytes=100)} if who == 0 else None
+        limits = {"max_question_bytes": 100} if who == 1 else None
+        async with both(service_limits=service_limits, limits=limits) as (_, clients):
+            for text, fits in (("ä" * 50, True), ("ä" * 51, False)):
+                for content in (text, [{"type": "text", "text": text}, SHOWN]):
+                    body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+                    answer = await clients[who].post("/chat/completions", json=body)
+                    assert answer.status_code == (200 if fits else 400), answer.text
+                    assert fits or "102 bytes" in answer.json()["error"]["message"]
 
 
 # ---- what programs ask about -----------------------------------------------------------------
