@@ -106,7 +106,8 @@ async def test_a_program_that_sends_all_of_the_conversation_back_is_an_edge_as_w
         assert answer.output_text == f"second {view_name(VIEW)} {name(crop)} {UNSURE}"
         assert answer.previous_response_id == response.id
         later = await client.responses.create(
-            **MODEL_AND_TOOL,
+            model="fake",
+            extra_body={"vlm_collab": {"retransmit": "never"}},
             input=[
                 asked,
                 called,
