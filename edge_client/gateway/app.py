@@ -100,7 +100,12 @@ class Gateway:
         self.answerer = self._cameras.default
         self._access = Access(config)
         self._page = Page(self.answerer, self._access, limits.max_relays)
-        self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
+        self._responses = ResponseStore(
+            limits.max_responses,
+            limits.max_response_bytes,
+            max_answers=limits.max_answers,
+            max_answer_bytes=limits.max_answer_bytes,
+        )
         self._created = int(time.time())
         self._requests = 0
         self._body_bytes = 0
@@ -209,7 +214,7 @@ class Gateway:
                 if asked.store:
                     # An address may show something else by the time it is gone on from.
                     whole = asked.whole(before).fetched(fetched).answered(result.text)
-                    self._responses.keep(camera.camera, id, whole)
+                    self._responses.keep(camera.camera, id, whole, result.text)
 
             if query.stream:
                 return await self._stream(request, camera, query, form, keep, fetched)
@@ -413,4 +418,7 @@ def _error(error: ApiError) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(no_such_route(request.method, request.url.path, error.status_code))
+    path = request.url.path
+    # A camera's base URL goes on before the version.
+    camera = "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""
+    return _error(no_such_route(request.method, path, error.status_code, base=camera))

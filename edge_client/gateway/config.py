@@ -28,6 +28,8 @@ class GatewayLimits:
         max_decoding: pictures that are decoded at once, of all cameras; the largest take gigabytes.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
             pictures' bytes; the oldest go first.
+        max_answers, max_answer_bytes: what responses said, kept for references to it, and its
+            UTF-8 bytes; what was referred to longest ago goes first.
         max_relays: connections of the page at once.
         body_timeout_s: time for a request's body to arrive.
         fetch_timeout_s: time for a picture to be fetched.
@@ -42,6 +44,8 @@ class GatewayLimits:
     max_decoding: int = 2
     max_responses: int = 256
     max_response_bytes: int = 256 * 2**20
+    max_answers: int = 4096
+    max_answer_bytes: int = 16 * 2**20
     max_relays: int = 16
     body_timeout_s: float = 60.0
     fetch_timeout_s: float = 10.0

@@ -112,8 +112,8 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     content = message.take("content")
     message.end()
     path = message.path("content")
-    if called and not content:
-        return Conversation()  # whoever calls a tool has not answered yet
+    if not content and (called or name in ("tool", "function")):
+        return Conversation()  # whoever calls a tool has not answered yet; it may find nothing
     if isinstance(content, str):
         return Conversation(((role, content),))
     if content is None and role is Role.ASSISTANT:
@@ -134,7 +134,8 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
 def _left_out(message: Fields, name: str) -> object:
     """A call of a tool, which says nothing to the model; a picture in it would be missed."""
     value = message.take(name)
-    refuse_pictures_in(value, message.path(name))
+    if value is not None:
+        refuse_pictures_in(value, message.path(name))
     return value
 
 

@@ -91,19 +91,17 @@ _ROUTES = ("/chat/completions", "/responses", "/models")
 _MOST_PATH_CHARS = 200
 
 
-def no_such_route(method: str, path: str, status: int = 404) -> ApiError:
+def no_such_route(method: str, path: str, status: int = 404, *, base: str = "") -> ApiError:
     """What a client is told that asks at an address where nothing is.
 
     Args:
         method: of the request.
         path: of its address.
         status: 405 where there is something, but for another method.
+        base: what stands before `/v1` here, such as `/cameras/door`.
     """
     shown = "".join(char if char.isprintable() else "?" for char in path[:_MOST_PATH_CHARS])
     text = f"there is no {method} {shown} here"
-    # A camera's base URL goes on before the version.
-    _, cameras, rest = path.partition("/cameras/")
-    base = f"{cameras}{rest.partition('/')[0]}" if path.startswith(cameras) and rest else ""
     trimmed = path.rstrip("/")
     meant = next((route for route in _ROUTES if trimmed.endswith(route)), None)
     if meant is None and trimmed.endswith("/completions"):

@@ -150,7 +150,8 @@ class Ignored:
             if not is_any_of(value, rule.neutral):
                 raise refused(path, rule.why)
         elif not is_any_of(value, _NEUTRAL.get(name, ())):
-            refuse_pictures_in(value, path)
+            if not isinstance(value, int | float):
+                refuse_pictures_in(value, path)
             self.add(path)
 
     def add(self, path: str) -> None:
