@@ -96,6 +96,14 @@ def gateway(
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that wait for their turn; further ones get 429.")
     ] = 256,
+    max_question_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest question with what was said before it, in UTF-8 bytes; by default the "
+            "server's own bound.",
+        ),
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
@@ -139,6 +147,7 @@ def gateway(
         deadline_s=deadline,
         limits=GatewayLimits(
             wire=wire,
+            max_question_bytes=max_question_bytes,
             max_requests=max_requests,
             max_per_address=max_per_address,
             max_waiting=max_waiting,

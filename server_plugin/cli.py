@@ -31,10 +31,11 @@ from server_plugin.options import (
 )
 from server_plugin.presets import Preset
 from server_plugin.service import logs
-from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, ServiceLimits
+from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, service_limits
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
+from vlm_collab.session import ServerLimits
 
 
 def serve(
@@ -136,6 +137,10 @@ def serve(
     ] = None,
     max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
     max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
+    max_question_bytes: Annotated[
+        int,
+        typer.Option(help="Longest question with what was said before it, in UTF-8 bytes."),
+    ] = ServerLimits().max_question_bytes,
     view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
     region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
     log_level: Annotated[
@@ -158,6 +163,7 @@ def serve(
         "max_per_address": max_per_address,
         "max_questions": max_questions,
         "max_queue": max_queue,
+        "max_question_bytes": max_question_bytes,
         "max_view_bytes": view_memory_mb * 2**20,
         "region_deadline_s": region_deadline_s,
     }
@@ -171,7 +177,7 @@ def serve(
         origins=frozenset(origin or ()),
         host_names=frozenset(host_name or ()),
         region_quality=90 if quality is None else quality,
-        limits=ServiceLimits(**limits),
+        limits=service_limits(**limits),
     )
     overrides = {
         "fit": fit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Unpack
 
 from edge_client.answer import EdgeAnswer
@@ -136,6 +137,27 @@ class Answerer:
         """
         self._guard.check_time()
 
+    def check_size(self, texts: Iterable[str], param: str = "messages") -> None:
+        """Whether a question, with what was said before it, is short enough.
+
+        Args:
+            param: where they were, for the error.
+
+        Raises:
+            ApiError: it is longer than this gateway lets through.
+        """
+        most = self._config.limits.max_question_bytes
+        if most is None:
+            return
+        size = sum(len(text.encode()) for text in texts)
+        if size > most:
+            raise refuse(
+                param,
+                f"{param}: the question and what was said before it have {size} bytes of text, "
+                f"more than {most} (--max-question-bytes)",
+                "invalid_question",
+            )
+
     async def answer(
         self, query: Query, on_text: TextSink | None, fetched: dict[Url, bytes] | None = None
     ) -> Result:
@@ -155,6 +177,8 @@ class Answerer:
                 "vlm_collab.sources: this gateway makes the views itself; send the originals",
                 "unsupported_parameter",
             )
+        texts = (query.question, *(text for turn in query.history for text in turn))
+        self.check_size(texts, query.question_param)
         await asyncio.to_thread(_check_texts, query)
         try:
             self.check_time()

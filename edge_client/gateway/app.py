@@ -41,6 +41,7 @@ from edge_client.gateway.upstream import content_of, lost
 from vlm_collab import __version__
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import (
+    IGNORED_HEADER,
     ApiError,
     ChatStream,
     Query,
@@ -53,15 +54,20 @@ from vlm_collab.openai import (
     check_model,
     completion,
     decode_body,
+    ignored_header,
     model_object,
     models_list,
+    no_such_route,
     parse_chat,
     parse_responses,
     refuse,
     refuse_pictures_in,
     sse,
+    texts_of,
+    without_ignored,
 )
 from vlm_collab.web.access import Gate
+from vlm_collab.web.bodies import body_pieces
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +104,12 @@ class Gateway:
         self._cameras = Cameras(config, url, **options)
         self.answerer = self._cameras.default
         self._page = Page(self.answerer, limits)
-        self._responses = ResponseStore(limits.max_responses, limits.max_response_bytes)
+        self._responses = ResponseStore(
+            limits.max_responses,
+            limits.max_response_bytes,
+            max_answers=limits.max_answers,
+            max_answer_bytes=limits.max_answer_bytes,
+        )
         self._created = int(time.time())
         self.room = Room(limits, config.deadline_s)
 
@@ -158,8 +169,9 @@ class Gateway:
         limits = self.config.limits.wire
         async with self._place(request) as place:
             body = await self._body(request, place)
-            if await asyncio.to_thread(chat_is_text, body):
-                return await self._forward(request, camera, body, place)
+            texts, ignored = await asyncio.to_thread(without_ignored, body)
+            if await asyncio.to_thread(chat_is_text, texts):
+                return await self._forward(request, camera, texts, ignored, place)
             query = await asyncio.to_thread(parse_chat, body, limits)
             id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
             model = await self._model_name(request, camera, query)
@@ -169,13 +181,15 @@ class Gateway:
                 )
                 return await self._stream(request, camera, query, form, lambda result: None, place)
             result = await unless_gone(request.receive, camera.answer(query, None))
-            return _json(completion(result, id=id, created=created, model=model))
+            whole = completion(result, id=id, created=created, model=model)
+            return _json(whole, headers=ignored_header(query.ignored))
 
     async def _respond(self, request: Request, camera: Answerer) -> Response:
         limits = self.config.limits.wire
         async with self._place(request) as place:
             body = await self._body(request, place)
             asked = await asyncio.to_thread(parse_responses, body, limits)
+            asked = asked.recalled(lambda id: self._responses.answer(camera.camera, id))
             if asked.region_tool or asked.outputs:
                 raise refuse(
                     "tools" if asked.region_tool else "input",
@@ -194,14 +208,14 @@ class Gateway:
                 if asked.store:
                     # An address may show something else by the time it is gone on from.
                     whole = asked.whole(before).fetched(fetched).answered(result.text)
-                    self._responses.keep(camera.camera, id, whole)
+                    self._responses.keep(camera.camera, id, whole, result.text)
 
             if query.stream:
                 return await self._stream(request, camera, query, form, keep, place, fetched)
             answering = camera.answer(query, None, fetched)
             result = await unless_gone(request.receive, answering)
             keep(result)
-            return _json(form.whole(result))
+            return _json(form.whole(result), headers=ignored_header(query.ignored))
 
     async def _forget(self, request: Request, camera: Answerer) -> Response:
         id = str(request.path_params["id"])
@@ -225,7 +239,9 @@ class Gateway:
             whole=query.options.tokens,
             finished=finished,
         )
-        return _events(await self._first(request, pieces), pieces, place)
+        events = _events(await self._first(request, pieces), pieces, place)
+        events.headers.update(ignored_header(query.ignored))
+        return events
 
     async def _first(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> bytes:
         """What a stream begins with; what goes wrong before is told by a status."""
@@ -236,10 +252,20 @@ class Gateway:
             raise
 
     async def _forward(
-        self, request: Request, camera: Answerer, body: Mapping[str, Any], place: Place
+        self,
+        request: Request,
+        camera: Answerer,
+        body: Mapping[str, Any],
+        ignored: tuple[str, ...],
+        place: Place,
     ) -> Response:
-        """Hand a request about text alone to the server's own API, as it is."""
+        """Hand a request about text alone to the server's own API, as it is.
+
+        Args:
+            ignored: what of it is not handed on.
+        """
         await asyncio.to_thread(refuse_pictures_in, body)
+        camera.check_size(texts_of(body))
         camera.check_time()
         welcome = await unless_gone(request.receive, camera.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:
@@ -247,13 +273,17 @@ class Gateway:
         async with AsyncExitStack() as opened:
             forwarding = opened.enter_async_context(camera.texts.forward(body))
             response = await unless_gone(request.receive, forwarding)
+            theirs = response.headers.get(IGNORED_HEADER)
+            listed = ignored_header([*ignored, *([theirs] if theirs else [])])
             if body.get("stream") is True and response.status_code == 200:
                 pieces = _passed_on(response)
                 first = await self._first(request, pieces)
-                return _events(first, pieces, place, opened.pop_all())
+                events = _events(first, pieces, place, opened.pop_all())
+                events.headers.update(listed)
+                return events
             content = await unless_gone(request.receive, content_of(response))
             kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
-            return Response(content, response.status_code, kept)
+            return Response(content, response.status_code, kept | listed)
 
     async def _model_name(self, request: Request, camera: Answerer, query: Query) -> str:
         """The name that the answer says it is from: as the client has it, if it has any."""
@@ -262,14 +292,20 @@ class Gateway:
         return (await unless_gone(request.receive, camera.welcome())).model
 
     async def _models(self, request: Request, camera: Answerer) -> Response:
-        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
-        return _json(models_list(camera.names(welcome), self._created))
+        within_s = min(_LOOK_S, self.config.deadline_s)
+        welcome = await camera.welcome(within_s)
+        context = await camera.texts.context_tokens(welcome.model, within_s)
+        return _json(models_list(camera.names(welcome), self._created, context))
 
     async def _model(self, request: Request, camera: Answerer) -> Response:
         name = str(request.path_params["id"])
-        welcome = await camera.welcome(min(_LOOK_S, self.config.deadline_s))
+        if not name:
+            return await self._models(request, camera)
+        within_s = min(_LOOK_S, self.config.deadline_s)
+        welcome = await camera.welcome(within_s)
         check_model(name, camera.names(welcome))
-        return _json(model_object(name, self._created))
+        context = await camera.texts.context_tokens(welcome.model, within_s)
+        return _json(model_object(name, self._created, context))
 
     async def _health(self, _: Request) -> Response:
         """The process is alive."""
@@ -295,7 +331,7 @@ class Gateway:
         most, data, size = limits.wire.max_body_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(limits.body_timeout_s):
-                async for piece in request.stream():
+                async for piece in body_pieces(request):
                     size += len(piece)
                     if size > 4 * most:
                         break
@@ -352,8 +388,8 @@ def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
     log.info(REFUSED, client.scope["type"], error)
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def _error(error: ApiError) -> Response:
@@ -362,5 +398,7 @@ def _error(error: ApiError) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = f"{request.method} {request.url.path}: {error.detail.lower()}"
-    return _error(ApiError(error.status_code, text, "invalid_request_error", None, "unknown_url"))
+    path = request.url.path
+    # A camera's base URL goes on before the version.
+    camera = "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""
+    return _error(no_such_route(request.method, path, error.status_code, base=camera))

@@ -18,6 +18,8 @@ class GatewayLimits:
 
     Attributes:
         wire: bounds on one request.
+        max_question_bytes: longest question with what was said before it, in UTF-8 bytes; None
+            leaves it to the server, which has a bound of its own.
         max_requests: requests worked on at once; further ones wait.
         max_waiting: requests that wait; further ones get "busy, retry after".
         max_body_bytes: bodies of all that are worked on together; a single one always fits, and
@@ -28,6 +30,8 @@ class GatewayLimits:
         max_decoding: pictures that are decoded at once, of all cameras; the largest take gigabytes.
         max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
             pictures' bytes; the oldest go first.
+        max_answers, max_answer_bytes: what responses said, kept for references to it, and its
+            UTF-8 bytes; what was referred to longest ago goes first.
         max_relays: connections of the page at once; as many more may not have sent anything yet.
         max_per_address: connections of any kind from one address; None for 64, except from this
             machine, where a proxy may stand; 0 for no bound, as behind a proxy elsewhere.
@@ -37,6 +41,7 @@ class GatewayLimits:
     """
 
     wire: WireLimits = field(default_factory=WireLimits)
+    max_question_bytes: int | None = None
     max_requests: int = 32
     max_waiting: int = 256
     max_body_bytes: int = 256 * 2**20
@@ -45,6 +50,8 @@ class GatewayLimits:
     max_decoding: int = 2
     max_responses: int = 256
     max_response_bytes: int = 256 * 2**20
+    max_answers: int = 4096
+    max_answer_bytes: int = 16 * 2**20
     max_relays: int = 16
     max_per_address: int | None = None
     write_timeout_s: float = 20.0

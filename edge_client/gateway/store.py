@@ -15,18 +15,30 @@ class ResponseStore:
     Args:
         max_count: most responses.
         max_bytes: most bytes of their pictures and texts; what several share counts once.
+        max_answers, max_answer_bytes: bounds on what they said, which is kept for longer: a client
+            that refers to it sends the pictures itself.
     """
 
-    def __init__(self, max_count: int, max_bytes: int) -> None:
+    def __init__(
+        self, max_count: int, max_bytes: int, *, max_answers: int, max_answer_bytes: int
+    ) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
+        self._max_answers = max_answers
+        self._max_answer_bytes = max_answer_bytes
         self._kept: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._answer_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, camera: str, name: str, conversation: Conversation) -> None:
-        """Keep a conversation, its answer included."""
+    def keep(self, camera: str, name: str, conversation: Conversation, answer: str) -> None:
+        """Keep a conversation, its answer included, and the answer by itself."""
+        self._answers[camera, name] = answer
+        self._answer_bytes += len(answer.encode())
+        while len(self._answers) > self._max_answers or self._answer_bytes > self._max_answer_bytes:
+            self._drop_answer(*next(iter(self._answers)))
         self._kept[camera, name] = conversation
         while len(self._kept) > self._max_count or self._nbytes() > self._max_bytes:
             self._kept.popitem(last=False)
@@ -44,14 +56,27 @@ class ResponseStore:
         self._kept.move_to_end((camera, name))
         return self._kept[camera, name]
 
+    def answer(self, camera: str, name: str) -> str | None:
+        """What a response said; None if it is not kept, or no longer."""
+        if (camera, name) not in self._answers:
+            return None
+        self._answers.move_to_end((camera, name))
+        return self._answers[camera, name]
+
     def forget(self, camera: str, name: str) -> None:
         """Keep a response no longer.
 
         Raises:
             ApiError: there is none, or no longer (404).
         """
-        if self._kept.pop((camera, name), None) is None:
+        answered = self._drop_answer(camera, name)
+        if self._kept.pop((camera, name), None) is None and not answered:
             raise _unknown(name, "response_id", status=404)
+
+    def _drop_answer(self, camera: str, name: str) -> bool:
+        answer = self._answers.pop((camera, name), None)
+        self._answer_bytes -= len((answer or "").encode())
+        return answer is not None
 
     def _nbytes(self) -> int:
         """Pictures and texts are handed on from response to response, so each is one object."""

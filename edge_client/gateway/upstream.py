@@ -18,7 +18,7 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.messages import Finish, Stage, Token, micro
 from vlm_collab.openai import ApiError, Query, Report, Result, refuse
 
-_CHAT = "/v1/chat/completions"
+_CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 _NATS_PER_BIT = math.log(2.0)
 
 TextSink = Callable[[Stage, str], None]
@@ -44,7 +44,8 @@ class TextUpstream:
             trust_env=False,
             timeout=httpx.Timeout(timeout_s, connect=server.connect_timeout_s),
         )
-        self._url = _http_url(server.url)
+        self._url = _http_url(server.url, _CHAT)
+        self._models_url = _http_url(server.url, _MODELS)
 
     async def close(self) -> None:
         """Close what is open."""
@@ -81,6 +82,18 @@ class TextUpstream:
             yield response
         finally:
             await response.aclose()
+
+    async def context_tokens(self, model: str, within_s: float) -> int | None:
+        """Tokens that the server's model takes; None if the server does not say."""
+        try:
+            response = await self._http.get(self._models_url, timeout=within_s)
+            listed = msgspec.json.decode(response.content)["data"]
+            (length,) = {one["max_model_len"] for one in listed if one["id"] == model}
+        except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        except (KeyError, TypeError, ValueError):  # a list in another form
+            return None
+        return length if isinstance(length, int) and length > 0 else None
 
     async def ask(self, query: Query, model: str, on_text: TextSink | None) -> Result:
         """Ask a question about no picture.
@@ -132,11 +145,11 @@ def _authorities(server: Server) -> ssl.SSLContext | bool:
         raise ConfigError(f"CA file {server.ca_file}: {error.strerror or error}") from error
 
 
-def _http_url(url: str) -> str:
+def _http_url(url: str, route: str) -> str:
     parts = urlsplit(url)
     scheme = "https" if parts.scheme == "wss" else "http"
     path = parts.path.removesuffix(ENDPOINT) if parts.path.endswith(ENDPOINT) else ""
-    return urlunsplit((scheme, parts.netloc, path + _CHAT, "", ""))
+    return urlunsplit((scheme, parts.netloc, path + route, "", ""))
 
 
 def _check_refusal(status: int, content: bytes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -26,7 +27,7 @@ from server_plugin.service.queue import ModelQueue
 from server_plugin.service.views import ViewStore
 from vlm_collab import __version__
 from vlm_collab.messages import SUBPROTOCOL
-from vlm_collab.openai import ApiError
+from vlm_collab.openai import ApiError, no_such_route
 from vlm_collab.session import MAX_VIEW_PIXELS
 from vlm_collab.web.access import Gate
 
@@ -97,7 +98,12 @@ class Service:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [*self.routes(), *self.openai.routes()]
-        return Starlette(routes=routes, middleware=[self.gate()], lifespan=self._lifespan)
+        return Starlette(
+            routes=routes,
+            middleware=[self.gate()],
+            exception_handlers={HTTPException: _no_such_route},
+            lifespan=self._lifespan,
+        )
 
     def gate(self) -> Middleware:
         """What lets clients in, or not. It stands before every route."""
@@ -216,6 +222,13 @@ def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
 def _log_refused(client: HTTPConnection, status: int) -> None:
     peer = client.client.host if client.client else "?"
     log.warning(REFUSED, extra={"peer": peer, "status": status})
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """Whoever comes to a wrong address is mostly a client of the OpenAI-compatible endpoint."""
+    assert isinstance(error, HTTPException)
+    told = no_such_route(request.method, request.url.path, error.status_code)
+    return Response(told.encoded(), told.status, error.headers, media_type="application/json")
 
 
 def _offered(client: HTTPConnection) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.images import Codec
@@ -12,6 +13,8 @@ from vlm_collab.web.access import Rules, checked_names, is_loopback
 
 ENDPOINT = "/v1/collab"
 DEFAULT_PORT = 8765
+MOST_QUESTION_BYTES = 2**20
+"""A view needs room in the same frame."""
 
 _OPTION = (
     '--{name} {value} (or, as `vllm serve`, with "{names}": ["{value}"] below "vlm_collab" in '
@@ -69,6 +72,25 @@ class ServiceLimits:
             raise ConfigError(f"max_per_address must be 0 or more, not {self.max_per_address}")
 
 
+def service_limits(*, max_question_bytes: int | None = None, **others: Any) -> ServiceLimits:
+    """Limits out of options.
+
+    Args:
+        max_question_bytes: see `ServerLimits`; None leaves the default.
+        others: fields of `ServiceLimits`.
+
+    Raises:
+        ConfigError: one is impossible.
+    """
+    if max_question_bytes is None:
+        return ServiceLimits(**others)
+    if not 1 <= max_question_bytes <= MOST_QUESTION_BYTES:
+        raise ConfigError(
+            f"max_question_bytes must be from 1 to {MOST_QUESTION_BYTES}, not {max_question_bytes}"
+        )
+    return ServiceLimits(connection=ServerLimits(max_question_bytes=max_question_bytes), **others)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAiLimits:
     """Bounds on the OpenAI-compatible endpoint, beside those of `ServiceLimits`.
@@ -83,8 +105,11 @@ class OpenAiLimits:
             occupies its view's memory.
         keep_s: how long a response can be continued (`previous_response_id`), and with it the
             pictures of its conversation.
-        max_kept: responses kept.
+        keep_answers_s: how long a response's text can be referred to (`item_reference`); each
+            reference begins it anew.
+        max_kept: responses kept, and texts of responses.
         max_kept_bytes: memory for the texts and encoded pictures of kept responses.
+        max_answers_bytes: memory for the texts that can be referred to.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -93,8 +118,10 @@ class OpenAiLimits:
     max_decoding: int = 2
     region_deadline_s: float = 30.0
     keep_s: float = 300.0
+    keep_answers_s: float = 24 * 3600.0
     max_kept: int = 4096
     max_kept_bytes: int = 256 * 2**20
+    max_answers_bytes: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -31,7 +31,7 @@ from starlette.websockets import WebSocket
 from server_plugin.assembly import engine_of
 from server_plugin.models import preset_of, with_options
 from server_plugin.service.app import FAREWELL_S, HEALTH, Service
-from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits
+from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, service_limits
 from server_plugin.service.logs import REFUSED
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
@@ -56,12 +56,13 @@ _HEALTH = ("/health", "/metrics", *(root + path for root in (ENDPOINT, PAGE) for
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Those of `ServiceLimits` that can be set here; None leaves a default."""
+    """Those of `service_limits` that can be set here; None leaves a default."""
 
     max_connections: int | None = None
     max_per_address: int | None = None
     max_questions: int | None = None
     max_queue: int | None = None
+    max_question_bytes: int | None = None
     max_view_bytes: int | None = None
     region_deadline_s: float | None = None
 
@@ -176,7 +177,7 @@ async def _opened(engine_client: Any, args: Any) -> Service:
         host_names=frozenset(options.host_names),
         region_codec=Codec[preset.codec.upper()],
         region_quality=preset.quality if options.quality is None else options.quality,
-        limits=ServiceLimits(**_given(options.limits)),
+        limits=service_limits(**_given(options.limits)),
     )
     shown = (args.served_model_name or [source])[0]
     backend = vllm_backend(engine_client, source, preset, shown, owned=False)

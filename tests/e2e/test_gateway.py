@@ -252,16 +252,16 @@ async def test_responses_are_kept_within_bounds():
                     await ask
 
 
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"presence_penalty": 1.0}, "presence_penalty"),
     ({"frequency_penalty": 1.0}, "frequency_penalty"),
     ({"logit_bias": {"1": 5}}, "logit_bias"),
     ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
-    ({"store": True}, "store"),
-    ({"extra_body": {"top_k": 5}}, "top_k"),
+    ({"extra_body": {"guided_choice": ["yes", "no"]}}, "guided_choice"),
     # Of pictures that are views already, whose originals are elsewhere.
     ({"extra_body": {"vlm_collab": {"sources": [[4000, 3000]]}}}, "vlm_collab.sources"),
     ({"stream": True, "n": 2}, "n"),

@@ -245,7 +245,8 @@ def saying(**message: Any) -> dict[str, Any]:
         (saying(content=f"{SURE} {PICTURE}"), "messages[0].content"),
         (saying(content=[SURE, f"![]({PICTURE})"]), "messages[0].content[1]"),
         (saying(content=[{"type": "text", "text": PICTURE[23:]}]), "messages[0].content[0].text"),
-        (saying(tool_calls=[{"image": PICTURE}]), "messages[0].tool_calls"),
+        (saying(tool_calls=[{"image": PICTURE}]), "messages[0].tool_calls[0].image"),
+        ({**saying(), "cache_prompt": PICTURE}, "cache_prompt"),
         (
             saying(tool_calls=[{**CALL, "function": {"name": "f", "arguments": PICTURE}}]),
             "messages[0].tool_calls[0].function.arguments",

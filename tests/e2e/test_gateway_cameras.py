@@ -90,6 +90,10 @@ async def test_conversations_stay_with_their_camera(policy: Path):
             assert caught.value.code == "previous_response_not_found"
             with pytest.raises(openai.NotFoundError):
                 await other.responses.delete(first.id)
+            referred: Any = {"type": "item_reference", "id": first.output[0].id}
+            with pytest.raises(openai.NotFoundError) as missing:
+                await other.responses.create(model=MODEL, input=[referred, item(SURE, photo(1))])
+            assert missing.value.code == "item_not_found"
         await door.responses.create(model=MODEL, input="?", previous_response_id=first.id)
         await door.responses.delete(first.id)
 

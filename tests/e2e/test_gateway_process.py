@@ -233,9 +233,27 @@ def test_the_largest_picture_is_the_one_that_was_said():
     assert caught.value.code == "image_too_large"
 
 
+def test_the_longest_question_is_the_one_that_was_said():
+    """Of either side: the server takes 60 bytes of text here, the gateway 50."""
+    with (
+        serving("fake", "--max-question-bytes", "60") as (_, server),
+        started("--server", str(server["url"]), "--max-question-bytes", "50") as (_, own),
+    ):
+        for base, most in ((str(server["openai"]), 60), (own["url"], 50)):
+            with openai.OpenAI(base_url=base, api_key="any", max_retries=0) as client:
+                for size in (most, most + 1):
+                    asked: Any = [{"role": "user", "content": "?" * size}]
+                    if size <= most:
+                        assert client.chat.completions.create(model="fake", messages=asked).choices
+                        continue
+                    with pytest.raises(openai.BadRequestError, match=f"more than {most}"):
+                        client.chat.completions.create(model="fake", messages=asked)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
+        (["--max-question-bytes", "0"], 2, "max-question-bytes"),
         (["--host", "0.0.0.0"], 2, "without an API key"),
         (["--server", "http://127.0.0.1"], 2, "is no server address"),
         (["--port", "70000"], 2, "port"),

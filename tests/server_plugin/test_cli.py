@@ -236,6 +236,8 @@ def test_a_port_in_use():
         (("fake", "--eta", "much"), "--eta"),
         (("fake", "--quality", "0"), "quality"),
         (("fake", "--max-queue", "0"), "max_queue"),
+        (("fake", "--max-question-bytes", "0"), "max_question_bytes"),
+        (("fake", "--max-question-bytes", "1048577"), "max_question_bytes"),
         (("fake", "--log-level", "loud"), "loud"),
         (("fake", "--no-such-option"), "--no-such-option"),
         (("--no-such-option", "fake"), "--no-such-option"),

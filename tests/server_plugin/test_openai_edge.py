@@ -97,6 +97,38 @@ async def test_a_crop_comes_back_and_refines_the_answer():
         assert len(backend.views) == 1  # the view was not sent again
 
 
+async def test_a_program_that_sends_all_of_the_conversation_back_is_an_edge_as_well():
+    """As the Vercel AI SDK does with tools: the call's own id names the response."""
+    async with asking(service()) as client:
+        response, call = await unsure(client)
+        crop, _ = cut(call)
+        asked = said(UNSURE, VIEW)
+        called = {
+            "type": "function_call",
+            "call_id": call.call_id,
+            "name": call.name,
+            "arguments": call.arguments,
+        }
+        taken = output(call, crop)
+        answer = await client.responses.create(**MODEL_AND_TOOL, input=[asked, called, taken])
+        assert answer.output_text == f"second {view_name(VIEW)} {name(crop)} {UNSURE}"
+        assert answer.previous_response_id == response.id
+        later = await client.responses.create(
+            model="fake",
+            extra_body={"vlm_collab": {"retransmit": "never"}},
+            input=[
+                asked,
+                called,
+                taken,
+                {"type": "item_reference", "id": answer.output[0].id},
+                {"role": "user", "content": SURE},
+            ],
+        )
+        assert later.output_text.startswith(f"first {view_name(VIEW)} {UNSURE} second ")
+        with pytest.raises(openai.NotFoundError):  # it was answered
+            await client.responses.create(**MODEL_AND_TOOL, input=[asked, called, taken])
+
+
 def name(crop: bytes) -> str:
     """What the fake calls a region that came as small as it was asked for."""
     whole = SourceImage.open(crop)

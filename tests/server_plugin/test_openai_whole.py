@@ -6,6 +6,7 @@ import asyncio
 import math
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -523,13 +524,14 @@ async def test_models_that_pad_or_crop_get_their_own_view(fit):
 # ---- what cannot be honoured -----------------------------------------------------------------
 
 
+TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 REFUSED = [
     ({"n": 2}, "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"frequency_penalty": 1.0}, "frequency_penalty"),
     ({"temperature": 3.0}, "temperature"),
-    ({"extra_body": {"beam_width": 4}}, "beam_width"),
+    ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
     ({"extra_body": {"vlm_collab": {"eta": 1e9}}}, "vlm_collab.eta"),
     ({"messages": [{"role": "user", "content": "an <image> of"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages"),

@@ -19,11 +19,14 @@ from vlm_collab.openai import (
     Url,
     WireLimits,
     chat_is_text,
+    ignored_header,
     parse_chat,
     parse_responses,
 )
 
 LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+REGION = {"type": "function", "name": "request_region", "parameters": {}}
 JPEG, OTHER = b"\xff\xd8\xff\xe0 one picture", b"\xff\xd8\xff\xe0 another"
 
 
@@ -41,6 +44,11 @@ def text(said: str) -> dict[str, Any]:
 
 def user(*content: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(content)}
+
+
+def allowed(mode: str) -> dict[str, Any]:
+    """A choice among some of the tools, as a chat has it."""
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": TOOLS}}
 
 
 def chat(*messages: Any, limits: WireLimits = LIMITS, **more: Any) -> Query:
@@ -173,13 +181,14 @@ def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
         {"n": 1},
         {"n": None},
         {"top_k": None, "frobnicate": None},
-        {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k"},
-        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"},
         {"response_format": {"type": "text"}},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"store": False, "service_tier": "auto", "modalities": ["text"], "top_logprobs": 0},
         {"stop": None, "stream_options": None},
         {"reasoning_effort": None, "verbosity": "medium"},
+        {"repetition_penalty": 1.0, "repeat_penalty": 1, "min_tokens": 0, "ignore_eos": False},
+        {"guided_json": None, "images": [], "plugins": [], "stop_token_ids": []},
     ],
 )
 def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
@@ -191,10 +200,26 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
     [
         ({"n": 2}, "n"),
         ({"n": True}, "n"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tools": {"type": "function"}}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+        ),
+        ({"tools": TOOLS, "tool_choice": allowed("required")}, "tool_choice"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "function_call"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"format": "json"}, "format"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"repetition_penalty": 1.05}, "repetition_penalty"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"system": "be short"}, "system"),
+        ({"images": ["x"]}, "images"),
+        ({"snapshot": data_url(JPEG)}, "snapshot"),
+        ({"extra": {"thumb": data_url(JPEG)}}, "extra.thumb"),
         ({"presence_penalty": 0.1}, "presence_penalty"),
         ({"frequency_penalty": -1}, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
@@ -202,12 +227,7 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"prediction": {"type": "content"}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"verbosity": "low"}, "verbosity"),
-        ({"store": True}, "store"),
-        ({"service_tier": "flex"}, "service_tier"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
@@ -220,10 +240,8 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"stop": ["x" * 65]}, "stop"),
         ({"stop": 3}, "stop"),
         ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"include_all": True}}, "stream_options.include_all"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream_options": {}, "stream": False}, "stream_options"),
-        ({"top_k": 5}, "top_k"),
         ({"model": 3}, "model"),
         ({"vlm_collab": {"retransmit": "maybe"}}, "vlm_collab.retransmit"),
         ({"vlm_collab": {"eta": -1}}, "vlm_collab.eta"),
@@ -235,15 +253,23 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"messages": "hello"}, "messages"),
         ({"messages": ["hello"]}, "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
-        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
         (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls",
+            {"messages": [{"role": "user", "content": "x", "images": ["aGVsbG8="]}]},
+            "messages[0].images",
         ),
+        (
+            {"messages": [{"role": "user", "content": "x", "seen": data_url(JPEG)}]},
+            "messages[0].seen",
+        ),
+        ({"messages": [{**text("x"), "role": "user", "audio": {"id": "1"}}]}, "messages[0].audio"),
+        (
+            {"messages": [user("x"), {"role": "assistant", "content": "y", "prefix": True}]},
+            "messages[1].prefix",
+        ),
+        ({"messages": [user({**text("x"), "image": "y"})]}, "messages[0].content[0].image"),
         ({"messages": [user(text("x")), {"role": "assistant", "content": "y"}]}, "messages"),
         ({"messages": [user(text("  "))]}, "messages"),
         ({"messages": [{"role": "assistant", "content": "hello"}, user("x")]}, "messages"),
@@ -258,10 +284,6 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
             "messages[0].content[0].type",
         ),
         ({"messages": [user({"type": "file", "file": {}})]}, "messages[0].content[0].type"),
-        (
-            {"messages": [user(text("x"), image(JPEG, detail="fine"))]},
-            "messages[0].content[1].image_url.detail",
-        ),
         (
             {"messages": [user({"type": "image_url", "image_url": {}})]},
             "messages[0].content[0].image_url.url",
@@ -371,10 +393,188 @@ def test_a_conversation_that_is_sent_back_as_it_came() -> None:
     assert query.question == "?"
 
 
-def test_what_changes_nothing_about_a_response() -> None:
-    """The SDK for agents asks for its model's thoughts by itself."""
-    assert respond(include=["reasoning.encrypted_content"]) == respond()
-    assert respond(prompt_cache_retention="24h", text={"format": {"type": "text"}}) == respond()
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"include": ["reasoning.encrypted_content"]},  # the SDK for agents, by itself
+        {"include": ["web_search_call.action.sources"]},  # Vercel's, when it offers a search
+        {"text": {"format": {"type": "text"}, "verbosity": "medium"}},
+        {"reasoning": {"effort": None, "summary": None}, "truncation": "disabled"},
+        {"tools": [], "tool_choice": "auto"},
+        {"stream_options": {"include_obfuscation": False}},
+    ],
+)
+def test_what_changes_nothing_about_a_response(more: dict[str, Any]) -> None:
+    assert respond(**more) == respond()
+
+
+@pytest.mark.parametrize(
+    ("more", "listed"),
+    [
+        ({"top_k": 5, "min_p": 0.1, "typical_p": 0.9}, ("top_k", "min_p", "typical_p")),
+        ({"cache_prompt": True, "id_slot": 1}, ("cache_prompt", "id_slot")),  # llama.cpp
+        ({"chat_template_kwargs": {"enable_thinking": False}}, ("chat_template_kwargs",)),
+        ({"keep_alive": "5m", "options": {"num_ctx": 8192}}, ("keep_alive", "options")),  # Ollama
+        ({"user": "me", "metadata": {"a": "b"}}, ("user", "metadata")),
+        (
+            {"prompt_cache_key": "k", "safety_identifier": "x"},
+            ("prompt_cache_key", "safety_identifier"),
+        ),
+        ({"service_tier": "flex"}, ("service_tier",)),
+        ({"store": True, "parallel_tool_calls": True}, ("store", "parallel_tool_calls")),
+        ({"reasoning_effort": "low", "verbosity": "low"}, ("reasoning_effort", "verbosity")),
+        ({"prediction": {"type": "content", "content": "x"}}, ("prediction",)),
+        ({"frobnicate": 1}, ("frobnicate",)),
+        ({"tools": TOOLS}, ("tools",)),
+        ({"tools": TOOLS, "tool_choice": "none"}, ("tools",)),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, ("tools",)),
+        ({"functions": [{"name": "f"}], "function_call": "auto"}, ("functions",)),
+        ({"stream": True, "stream_options": {"chunks": 1}}, ("stream_options.chunks",)),
+        ({"messages": [{**user("what?"), "name": "user_proxy"}]}, ("messages[].name",)),  # AutoGen
+        ({"messages": [{**user("what"), "mood": 1}] * 3}, ("messages[].mood",)),
+        (
+            {"messages": [user(text("what?"), image(JPEG, format="image/jpeg", detail="fine"))]},
+            ("messages[].content[].image_url.detail", "messages[].content[].image_url.format"),
+        ),
+    ],
+)
+def test_what_has_no_effect_is_ignored_and_listed(
+    more: dict[str, Any], listed: tuple[str, ...]
+) -> None:
+    body = {"messages": [user(text("what?"))], **more}
+    query = parse_chat(body, LIMITS)
+    assert query.ignored == listed
+    assert ignored_header(query.ignored) == {"x-vlm-collab-ignored": ", ".join(listed)}
+    assert ignored_header(()) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "listed"),
+    [
+        ({"tools": [{"type": "web_search"}, TOOLS[0]], "tool_choice": "auto"}, ("tools",)),
+        ({"tools": [{"type": "web_search"}, REGION]}, ("tools",)),
+        ({"tools": [{"type": "web_search"}], "max_tool_calls": 3}, ("tools", "max_tool_calls")),
+        ({"reasoning": {"effort": "high"}, "truncation": "auto"}, ("reasoning", "truncation")),
+        ({"text": {"verbosity": "low"}}, ("text.verbosity",)),
+        ({"prompt_cache_retention": "24h"}, ("prompt_cache_retention",)),
+        ({"input": [{**user("what?"), "content": "what?", "x": 1}]}, ("input[].x",)),
+    ],
+)
+def test_what_has_no_effect_on_a_response_is_listed(
+    more: dict[str, Any], listed: tuple[str, ...]
+) -> None:
+    assert parse_responses({"input": "what?", **more}, LIMITS).ignored == listed
+
+
+def test_names_in_the_list_are_the_clients_and_stay_a_header() -> None:
+    strange = {"a\r\nset-cookie: x": 1, "ä" * 500: 1, **{f"field{i}": 1 for i in range(1000)}}
+    names = parse_chat({"messages": [user("what?")], **strange}, LIMITS).ignored
+    assert names[:2] == ("a??set-cookie??x", "?" * 64)
+    assert len(names) == 32
+    assert all(value.isascii() and value.isprintable() for value in ignored_header(names).values())
+
+
+def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
+    """A conversation that another model began, which called tools, goes on about a picture."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    for content in (None, "", []):
+        query = chat(
+            user("what is the weather?"),
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": [text("rain, 12 degrees")]},
+            {"role": "assistant", "content": "It rains."},
+            user(text("does it here?"), image(JPEG)),
+            tools=TOOLS,
+        )
+        assert query.history == (("what is the weather?\nrain, 12 degrees", "It rains."),)
+        assert (query.question, query.pictures) == ("does it here?", (JPEG,))
+    # What it said beside the call was said.
+    query = chat(
+        user("what is the weather?"),
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "rain"},
+    )
+    assert query.history == (("what is the weather?", "I look."),)
+    assert query.question == "rain"
+
+
+def test_what_tools_found_is_told_in_a_response_as_well() -> None:
+    call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
+    query = respond(
+        [
+            {"role": "user", "content": "what is the weather?"},
+            {"type": "reasoning", "id": "rs_1", "summary": []},
+            call,
+            {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "It rains."}]},
+            {"role": "user", "content": "and now?"},
+        ]
+    )
+    assert query.history == (("what is the weather?\nrain", "It rains."),)
+    assert query.question == "and now?"
+    found = {"type": "input_image", "image_url": data_url(JPEG)}
+    taken = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
+    assert respond([{"role": "user", "content": "look"}, call, taken]).pictures == (JPEG,)
+
+
+def test_an_item_that_is_referred_to_is_what_it_said() -> None:
+    said = [
+        {"role": "user", "content": "what?"},
+        {"type": "item_reference", "id": "msg_1"},
+        {"role": "user", "content": "and?"},
+        {"id": "msg_2"},
+        {"role": "user", "content": "so?"},
+    ]
+    answers = {"resp_1": "a sign", "resp_2": "a tree"}
+    request = parse_responses({"input": said}, LIMITS)
+    query = request.recalled(answers.get).query()
+    assert query.history == (("what?", "a sign"), ("and?", "a tree"))
+    assert query.question == "so?"
+    for gone, param in (("resp_1", "input[1].id"), ("resp_2", "input[3].id")):
+        left = {name: one for name, one in answers.items() if name != gone}
+        error = refused(request.recalled, left.get)
+        assert (error.status, error.param, error.code) == (404, param, "item_not_found")
+        assert gone.removeprefix("resp_") in str(error)
+
+
+def test_an_item_of_another_kind_is_not_found() -> None:
+    request = parse_responses({"input": [{"type": "item_reference", "id": "rs_1"}]}, LIMITS)
+    assert refused(request.recalled, lambda id: "a sign").param == "input[0].id"
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"type": "item_reference", "id": "fc_1"},
+        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "request_region"},
+    ],
+)
+def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> None:
+    """Programs that keep the conversation themselves send all of it, and no response's id."""
+    shown = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
+    taken = {
+        "type": "function_call_output",
+        "call_id": "call_1",
+        "output": [{"type": "input_image", "image_url": data_url(OTHER)}],
+    }
+    resumed = parse_responses({"input": [shown, called, taken]}, LIMITS)
+    assert resumed.previous_response_id == "resp_1"
+    assert [each.picture for each in resumed.outputs] == [OTHER]
+    assert resumed.said == ()
+    # Once it has been answered, the region is of a question that is over.
+    more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
+    asked = {"role": "user", "content": "what?"}
+    later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
+    assert (later.previous_response_id, later.outputs) == (None, ())
+    query = later.recalled({"resp_2": "a sign"}.get).query()
+    assert query.history == (("what?", "a sign"),)
+    assert (query.question, query.pictures) == ("so?", (JPEG,))
+
+
+def test_outputs_of_calls_that_nobody_made_are_not_lost() -> None:
+    output = {"type": "function_call_output", "call_id": "call_9", "output": "x"}
+    asked = parse_responses({"input": [output, {"role": "user", "content": "so?"}]}, LIMITS)
+    assert [each.call_id for each in asked.outputs] == ["call_9"]
 
 
 def test_the_region_tool() -> None:
@@ -409,8 +609,8 @@ def test_the_region_tool() -> None:
         ({"input": None}, "input"),
         ({"input": 5}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
-        ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].type"),
-        ({"input": [{"type": "item_reference", "id": "1"}]}, "input[0].type"),
+        ({"input": [{"type": "mcp_call", "output": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
@@ -420,19 +620,19 @@ def test_the_region_tool() -> None:
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
             "input[0].content[0].file_id",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": ["web_search"]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [REGION], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": allowed("required")["allowed_tools"]}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
-        ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
-        ({"include": ["file_search_call.results"]}, "include[0]"),
-        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"include": [1]}, "include[0]"),
+        ({"messages": [user("x")]}, "messages"),
         ({"stop": "x"}, None),
         ({"store": "yes"}, "store"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"frobnicate": 1}, "frobnicate"),
     ],
 )
 def test_responses_that_cannot_be_had(wrong: dict[str, Any], param: str | None) -> None:

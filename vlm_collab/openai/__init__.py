@@ -2,21 +2,24 @@
 
 `parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
 `ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
-be sent. What can't be honoured is refused with the parameter's name (`ApiError`), never ignored.
+be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
+listed: `vlm_collab.openai.meaning` has the rule.
 No sockets, clocks or models here.
 """
 
 from vlm_collab.openai.chat import parse_chat
 from vlm_collab.openai.completion import ChatStream, completion, finish_reason
-from vlm_collab.openai.errors import ApiError, api_error, refuse
+from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
 from vlm_collab.openai.fields import decode_body
 from vlm_collab.openai.flow import TextFlow
+from vlm_collab.openai.meaning import IGNORED_HEADER, ignored_header, without_ignored
 from vlm_collab.openai.query import Conversation, PictureSource, Query, Role, Url, WireLimits
 from vlm_collab.openai.response import ResponseBuilder
 from vlm_collab.openai.responses import (
     REGION_TOOL,
     CallOutput,
     ResponsesRequest,
+    call_id,
     parse_responses,
 )
 from vlm_collab.openai.result import (
@@ -30,10 +33,11 @@ from vlm_collab.openai.result import (
     sse,
     stage_name,
 )
-from vlm_collab.openai.texts import chat_is_text, check_text, refuse_pictures_in
+from vlm_collab.openai.texts import chat_is_text, check_text, refuse_pictures_in, texts_of
 
 __all__ = [
     "DONE",
+    "IGNORED_HEADER",
     "REGION_TOOL",
     "ApiError",
     "CallOutput",
@@ -51,18 +55,23 @@ __all__ = [
     "Url",
     "WireLimits",
     "api_error",
+    "call_id",
     "chat_is_text",
     "check_model",
     "check_text",
     "completion",
     "decode_body",
     "finish_reason",
+    "ignored_header",
     "model_object",
     "models_list",
+    "no_such_route",
     "parse_chat",
     "parse_responses",
     "refuse",
     "refuse_pictures_in",
     "sse",
     "stage_name",
+    "texts_of",
+    "without_ignored",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.meaning import refused
 from vlm_collab.openai.query import (
     Conversation,
     PictureSource,
@@ -16,13 +17,12 @@ from vlm_collab.openai.query import (
     make_query,
     read_picture,
 )
+from vlm_collab.openai.texts import refuse_pictures_in
 from vlm_collab.openai.wishes import (
     check_detail,
-    no_tools,
+    leave_tools,
     read_extension,
     read_options,
-    refuse_unsupported,
-    unsupported,
 )
 
 _MESSAGES = "messages"
@@ -31,6 +31,9 @@ _ROLES = {
     "developer": Role.USER,
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
+    # What tools found is told to the model; only another one can have called them.
+    "tool": Role.USER,
+    "function": Role.USER,
 }
 
 
@@ -57,10 +60,11 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
     )
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
-    _refuse_unsupported(fields)
+    leave_tools(fields)
     fields.end()
     conversation = Conversation.joined(
-        _message(message, f"{_MESSAGES}[{i}]", limits) for i, message in enumerate(messages)
+        _message(fields.inner(message, f"{_MESSAGES}[{i}]"), limits)
+        for i, message in enumerate(messages)
     )
     return make_query(
         conversation,
@@ -71,6 +75,7 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
         stream=stream,
         include_usage=include_usage,
         sources=extension.sources,
+        ignored=fields.ignored.names,
     )
 
 
@@ -85,51 +90,30 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     value = fields.take("stream_options")
     if value is None:
         return False
-    options = Fields(value, "stream_options")
+    options = fields.inner(value, "stream_options")
     options.harmless("include_obfuscation")  # padding against eavesdroppers
     include_usage = options.flag("include_usage")
     options.end()
     if not stream:
-        raise unsupported("stream_options", "only with stream: true")
+        raise refused("stream_options", "only with stream: true")
     return include_usage
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    fields.only("n", [1], "one answer to a question")
-    for penalty in ("presence_penalty", "frequency_penalty"):
-        fields.only(penalty, [0], "penalties are not supported")
-    fields.only("logit_bias", [{}], "biases are not supported")
-    fields.only("response_format", [{"type": "text"}], "answers are plain text")
-    no_tools(fields)
-    fields.only("functions", [[]], "the model calls no functions")
-    fields.only("function_call", ["none", "auto"], "the model calls no functions")
-    fields.only("modalities", [["text"]], "answers are text")
-    fields.only("audio", [], "answers are text")
-    fields.only("prediction", [], "predicted output is not supported")
-    fields.only("web_search_options", [], "nothing is searched")
-    fields.only("reasoning_effort", ["none"], "the model does not reason")
-    fields.only("verbosity", ["medium"], "answers are as long as the model makes them")
-    fields.only("store", [False], "completions are not stored")
-    refuse_unsupported(fields)
-
-
-def _message(value: object, where: str, limits: WireLimits) -> Conversation:
-    message = Fields(value, where)
+def _message(message: Fields, limits: WireLimits) -> Conversation:
     name = message.text("role")
     role = _ROLES.get(name or "")
     if role is None:
-        if name in ("tool", "function"):
-            raise unsupported(message.path("role"), "the model calls no tools")
-        raise refuse(message.path("role"), f"{where}.role must be one of {', '.join(_ROLES)}")
-    message.only("tool_calls", [[]], "the model calls no tools")
-    message.only("function_call", [], "the model calls no functions")
-    message.only("audio", [], "audio is not supported")
-    message.only("name", [], "speakers have no names")
-    # In answers sent back.
-    message.harmless("refusal", "annotations", "reasoning", "reasoning_content")
+        where = message.path("role")
+        raise refuse(where, f"{where} must be one of {', '.join(_ROLES)}")
+    called = bool(_left_out(message, "tool_calls")) | bool(_left_out(message, "function_call"))
+    # In answers sent back, and in what tools found.
+    message.harmless("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
+    message.harmless("tool_call_id")
     content = message.take("content")
     message.end()
     path = message.path("content")
+    if not content and (called or name in ("tool", "function")):
+        return Conversation()  # whoever calls a tool has not answered yet; it may find nothing
     if isinstance(content, str):
         return Conversation(((role, content),))
     if content is None and role is Role.ASSISTANT:
@@ -142,9 +126,17 @@ def _message(value: object, where: str, limits: WireLimits) -> Conversation:
         if isinstance(part, str):  # cameras in use send their prompt so
             texts.append(part)
         else:
-            _part(Fields(part, f"{path}[{i}]"), role, limits, texts, pictures)
+            _part(message.inner(part, f"{path}[{i}]"), role, limits, texts, pictures)
     lines = ((role, "\n".join(texts)),) if texts else ()
     return Conversation(lines, tuple(pictures), tuple(pictures.values()))
+
+
+def _left_out(message: Fields, name: str) -> object:
+    """A call of a tool, which says nothing to the model; a picture in it would be missed."""
+    value = message.take(name)
+    if value is not None:
+        refuse_pictures_in(value, message.path(name))
+    return value
 
 
 def _part(
@@ -167,7 +159,7 @@ def _part(
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
             # Some clients leave out the object around the address.
-            image = Fields({"url": value} if isinstance(value, str) else value, part.path(kind))
+            image = part.inner({"url": value} if isinstance(value, str) else value, part.path(kind))
             part.harmless("cache_control")
             part.end()
             check_detail(image)
@@ -178,6 +170,6 @@ def _part(
                 raise refuse(param, f"{param} is missing", "missing_parameter")
             pictures.setdefault(read_picture(url, param, limits), param)
         case "image_url":
-            raise unsupported(part.path("type"), "only the user shows pictures")
+            raise refused(part.path("type"), "only the user shows pictures")
         case _:
-            raise unsupported(part.path("type"), f"text and image_url, not {kind}")
+            raise refused(part.path("type"), f"text and image_url, not {kind}")

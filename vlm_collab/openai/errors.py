@@ -89,6 +89,34 @@ def refuse(
     return ApiError(status, message, INVALID, param, code)
 
 
+_ROUTES = ("/chat/completions", "/responses", "/models")
+_MOST_PATH_CHARS = 200
+
+
+def no_such_route(method: str, path: str, status: int = 404, *, base: str = "") -> ApiError:
+    """What a client is told that asks at an address where nothing is.
+
+    Args:
+        method: of the request.
+        path: of its address.
+        status: 405 where there is something, but for another method.
+        base: what stands before `/v1` here, such as `/cameras/door`.
+    """
+    shown = "".join(char if char.isprintable() else "?" for char in path[:_MOST_PATH_CHARS])
+    text = f"there is no {method} {shown} here"
+    trimmed = path.rstrip("/")
+    meant = next((route for route in _ROUTES if trimmed.endswith(route)), None)
+    if meant is None and trimmed.endswith("/completions"):
+        meant = _ROUTES[0]
+    if status == 405:
+        text = f"{text}: method not allowed"
+    elif meant is None:
+        text = f"{text}; OpenAI's API is at {base}/v1"
+    else:
+        text = f"{text}; did you mean {base}/v1{meant}? The base URL ends in {base}/v1"
+    return ApiError(status, text, INVALID, None, "unknown_url")
+
+
 def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
     """What an error of ours is for an OpenAI client.
 

@@ -1,4 +1,4 @@
-"""Reading a request's JSON field by field: wrong types are named, what is left over is refused."""
+"""Reading a request's JSON field by field: wrong types are named, what is left over is judged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 
 from vlm_collab.openai.bounds import check_amount
 from vlm_collab.openai.errors import ApiError, refuse
+from vlm_collab.openai.meaning import Ignored, is_any_of, refused
 
 
 def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
@@ -42,22 +43,28 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 class Fields:
     """One JSON object of a request.
 
-    Each method reads one field; null stands for absent. `end` refuses what nobody read.
+    Each method reads one field; null stands for absent. `end` judges what nobody read.
 
     Args:
         value: the object.
         where: its path, for `param`; empty for the request itself.
+        ignored: where to list what has no effect; one list for a whole request.
     """
 
-    def __init__(self, value: object, where: str = "") -> None:
+    def __init__(self, value: object, where: str = "", ignored: Ignored | None = None) -> None:
         if not isinstance(value, dict):
             raise refuse(where or None, f"{where or 'the request'} must be an object", _TYPE)
         self._left: dict[str, Any] = dict(value)
         self.where = where
+        self.ignored = Ignored() if ignored is None else ignored
 
     def path(self, name: str) -> str:
         """A field's path, as `param` has it."""
         return f"{self.where}.{name}" if self.where else name
+
+    def inner(self, value: object, where: str) -> Fields:
+        """An object further in, whose fields are listed with those of this one."""
+        return Fields(value, where, self.ignored)
 
     def take(self, name: str) -> Any:
         """A field of any type."""
@@ -114,7 +121,7 @@ class Fields:
         return value
 
     def harmless(self, *names: str) -> None:
-        """Fields that change nothing about the answer, whatever they hold."""
+        """Fields that change nothing about the answer, and need not be listed."""
         for name in names:
             self.take(name)
 
@@ -126,11 +133,17 @@ class Fields:
             why: what to tell who asks for more.
         """
         value = self.take(name)
-        if value is not None and not any(_same(value, one) for one in accepted):
-            raise refuse(self.path(name), f"{self.path(name)}: {why}", UNSUPPORTED)
+        if value is not None and not is_any_of(value, accepted):
+            raise refused(self.path(name), why)
 
     def end(self) -> None:
-        """Refuse what is left."""
+        """Ignore and list what is left, or refuse it: see `vlm_collab.openai.meaning`."""
+        for name, value in self._left.items():
+            if value is not None:
+                self.ignored.unread(self.where, name, value)
+
+    def closed(self) -> None:
+        """Refuse what is left, in an object of our own, where it is a mistake."""
         for name, value in self._left.items():
             if value is not None:
                 path = self.path(name)
@@ -140,11 +153,5 @@ class Fields:
         return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)
 
 
-def _same(value: object, other: object) -> bool:
-    """Equality as JSON has it: true is no 1, although Python thinks so."""
-    return value == other and isinstance(value, bool) is isinstance(other, bool)
-
-
 _TYPE = "invalid_type"
 _MAX_PARTS = 500_000
-UNSUPPORTED = "unsupported_parameter"

@@ -129,6 +129,7 @@ class Query:
         include_usage: end a streamed chat completion with its usage.
         sources: sizes (width, height) of the originals of which the pictures are smaller views,
             in px; empty for pictures that are originals themselves. From `vlm_collab.sources`.
+        ignored: what of the request has no effect (see `vlm_collab.openai.meaning`).
     """
 
     model: str | None
@@ -141,6 +142,7 @@ class Query:
     stream: bool = False
     include_usage: bool = False
     sources: tuple[tuple[int, int], ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
@@ -187,6 +189,7 @@ def make_query(
     stream: bool = False,
     include_usage: bool = False,
     sources: Iterable[tuple[int, int]] = (),
+    ignored: tuple[str, ...] = (),
 ) -> Query:
     """A conversation as a question; checks what only the whole of it shows.
 
@@ -231,4 +234,5 @@ def make_query(
         stream=stream,
         include_usage=include_usage,
         sources=sizes,
+        ignored=ignored,
     )

@@ -8,7 +8,12 @@ import msgspec
 
 from vlm_collab.messages import Finish
 from vlm_collab.openai.errors import ApiError
-from vlm_collab.openai.responses import REGION_TOOL, ResponsesRequest
+from vlm_collab.openai.responses import (
+    REGION_TOOL,
+    ResponsesRequest,
+    call_item_id,
+    message_id,
+)
 from vlm_collab.openai.result import Result, logprobs_of, sse
 from vlm_collab.openai.wishes import EXTENSION
 
@@ -32,7 +37,7 @@ class ResponseBuilder:
         self._request = request
         self._created = created
         self._model = model
-        self._item = f"msg_{id.removeprefix('resp_')}"
+        self._item = message_id(id)
         self._number = 0
         self._text = ""
 
@@ -162,7 +167,7 @@ class ResponseBuilder:
 
     def _call(self, call_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {
-            "id": f"fc_{self.id.removeprefix('resp_')}",
+            "id": call_item_id(self.id),
             "type": "function_call",
             "status": "completed",
             "call_id": call_id,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import msgspec
 
 from vlm_collab.messages import Options, Retransmit
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.meaning import refused
 from vlm_collab.openai.query import (
     Conversation,
     PictureSource,
@@ -22,11 +23,11 @@ from vlm_collab.openai.query import (
 )
 from vlm_collab.openai.wishes import (
     check_detail,
-    no_tools,
+    leave_tools,
     read_extension,
     read_options,
-    refuse_unsupported,
-    unsupported,
+    read_tools,
+    tool_demanded,
 )
 
 REGION_TOOL = "request_region"
@@ -34,7 +35,8 @@ REGION_TOOL = "request_region"
 
 _INPUT = "input"
 _LOGPROBS = "message.output_text.logprobs"
-_NO_REASONING: list[object] = [{}, {"effort": "none"}, {"effort": None, "summary": None}]
+_LEFT_OUT = ("reasoning", "file_search_call", "web_search_call")
+"""Items of others' answers, sent back with the conversation, that say nothing to the model."""
 _ROLES = {
     "system": Role.USER,
     "developer": Role.USER,
@@ -60,13 +62,29 @@ class CallOutput:
     param: str
 
 
+@dataclass(frozen=True, slots=True)
+class ItemReference:
+    """An item of an earlier response, by its id instead of what it said.
+
+    Attributes:
+        id: of the item; `message_id` and `call_item_id` make them.
+        param: where the id was.
+    """
+
+    id: str
+    param: str
+
+
+Said: TypeAlias = Conversation | ItemReference
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponsesRequest:
     """A request to `/v1/responses`. What came before it is kept elsewhere; `query` joins the two.
 
     Attributes:
         model: the name that the client wants; None if it named none.
-        conversation: this request's own part.
+        said: this request's own part, in order; `recalled` replaces the references.
         instructions: system text for this response alone; empty for none.
         previous_response_id: the response that it goes on from.
         region_tool: the client offers `REGION_TOOL`.
@@ -76,10 +94,11 @@ class ResponsesRequest:
         stream: send the answer as it grows.
         sources: see `Query`.
         limits: those that it was read with.
+        ignored: what of it has no effect (see `vlm_collab.openai.meaning`).
     """
 
     model: str | None
-    conversation: Conversation
+    said: tuple[Said, ...]
     instructions: str
     previous_response_id: str | None
     region_tool: bool
@@ -89,6 +108,38 @@ class ResponsesRequest:
     stream: bool
     sources: tuple[tuple[int, int], ...]
     limits: WireLimits
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """This request's own part; references that were not recalled say nothing."""
+        return Conversation.joined(one for one in self.said if isinstance(one, Conversation))
+
+    def recalled(self, answer_of: Callable[[str], str | None]) -> ResponsesRequest:
+        """The same with the answers that it refers to.
+
+        Args:
+            answer_of: the text of a response, by its id; None if there is none, or no longer.
+
+        Raises:
+            ApiError: an item is not there (404).
+        """
+
+        def of(one: Said) -> Said:
+            if isinstance(one, Conversation):
+                return one
+            text = answer_of(_response_of(one.id)) if one.id.startswith(_MESSAGE) else None
+            if text is None:
+                raise refuse(
+                    one.param,
+                    f"Item with id {one.id[:_MOST_ID_CHARS]!r} not found: it is unknown here, or "
+                    "no longer kept; send what it said instead",
+                    "item_not_found",
+                    status=404,
+                )
+            return Conversation(((Role.ASSISTANT, text),))
+
+        return replace(self, said=tuple(map(of, self.said)))
 
     def whole(self, before: Conversation | None = None) -> Conversation:
         """The conversation to keep: what came before and this request's own part."""
@@ -109,7 +160,32 @@ class ResponsesRequest:
             limits=self.limits,
             stream=self.stream,
             sources=self.sources,
+            ignored=self.ignored,
         )
+
+
+_MESSAGE, _CALL = "msg_", "fc_"
+_MOST_ID_CHARS = 100
+
+
+def message_id(response_id: str) -> str:
+    """The id of a response's one message."""
+    return _MESSAGE + response_id.removeprefix("resp_")
+
+
+def call_item_id(response_id: str) -> str:
+    """The id of a response's one call, as an item."""
+    return _CALL + response_id.removeprefix("resp_")
+
+
+def call_id(response_id: str) -> str:
+    """The id of a response's one call, which its output names."""
+    return "call_" + response_id.removeprefix("resp_")
+
+
+def _response_of(id: str) -> str:
+    """The response of an item or a call, from either of its ids."""
+    return f"resp_{id.partition('_')[2]}"
 
 
 def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> ResponsesRequest:
@@ -144,14 +220,15 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
     if store not in (None, True, False):
         raise refuse("store", "store must be true or false", "invalid_type")
     stream = fields.flag("stream")
-    _refuse_unsupported(fields)
+    _read_forms(fields)
     fields.end()
-    conversation, outputs = _read_input(said, limits)
+    items = _read_input(said, fields, limits)
+    said_now, outputs, continued = items.ended()
     return ResponsesRequest(
         model=model,
-        conversation=conversation,
+        said=said_now,
         instructions=instructions,
-        previous_response_id=previous,
+        previous_response_id=previous or continued,
         region_tool=region_tool,
         outputs=outputs,
         store=store is not False,
@@ -159,87 +236,147 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
         stream=stream,
         sources=extension.sources,
         limits=limits,
+        ignored=fields.ignored.names,
     )
 
 
 def _region_tool(fields: Fields) -> bool:
-    tools = fields.items("tools")
-    for i, tool in enumerate(tools):
-        named = isinstance(tool, dict) and tool.get("type") == "function"
-        if not named or tool.get("name") != REGION_TOOL:
-            raise unsupported(f"tools[{i}]", f"the only tool is the function {REGION_TOOL}")
-    return bool(tools)
+    """Whether the region tool is among the tools; the others are left."""
+    tools = read_tools(fields)
+    regions = [one.get("type") == "function" and one.get("name") == REGION_TOOL for one in tools]
+    if not all(regions):
+        fields.ignored.add("tools")
+    return any(regions)
 
 
 def _tool_choice(fields: Fields, region_tool: bool) -> Retransmit:
     """What a choice of the region tool means for the second look."""
     if not region_tool:
-        fields.take("tools")
-        no_tools(fields)
+        leave_tools(fields)
         return Retransmit.AUTO
     choice = fields.take("tool_choice")
-    if choice in (None, "auto"):
-        return Retransmit.AUTO
     if choice == "none":
         return Retransmit.NEVER
     if choice == "required" or (isinstance(choice, dict) and choice.get("name") == REGION_TOOL):
         return Retransmit.ALWAYS
-    raise unsupported("tool_choice", f"auto, none, required or the function {REGION_TOOL}")
+    if tool_demanded(choice):
+        raise refused("tool_choice", f"auto, none, required or the function {REGION_TOOL}")
+    return Retransmit.AUTO
 
 
 def _logprobs(fields: Fields) -> bool:
     wanted = fields.items("include")
     for i, each in enumerate(wanted):
-        # The SDK of agents asks for this by default; there is never any.
-        if each not in (_LOGPROBS, "reasoning.encrypted_content"):
-            raise unsupported(f"include[{i}]", f"only {_LOGPROBS} can be included")
+        if not isinstance(each, str):
+            raise refuse(f"include[{i}]", f"include[{i}] must be a text", "invalid_type")
+    # Everything else is about calls and thoughts, of which there are none.
     return _LOGPROBS in wanted
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _read_forms(fields: Fields) -> None:
     text = fields.take("text")
     if text is not None:
-        form = Fields(text, "text")
+        form = fields.inner(text, "text")
         form.only("format", [{"type": "text"}], "answers are plain text")
-        form.only("verbosity", ["medium"], "answers are as long as the model makes them")
         form.end()
     options = fields.take("stream_options")
     if options is not None:
-        stream_options = Fields(options, "stream_options")
+        stream_options = fields.inner(options, "stream_options")
         stream_options.harmless("include_obfuscation")  # padding against eavesdroppers
         stream_options.end()
-    fields.only("reasoning", _NO_REASONING, "the model does not reason")
-    fields.only("truncation", ["disabled"], "a conversation that is too long is refused")
-    fields.only("background", [False], "nothing runs in the background")
-    fields.only("conversation", [], "use previous_response_id")
-    fields.only("prompt", [], "there are no stored prompts")
-    fields.only("max_tool_calls", [], "there are no built-in tools")
-    refuse_unsupported(fields)
 
 
-def _read_input(said: object, limits: WireLimits) -> tuple[Conversation, tuple[CallOutput, ...]]:
+class _Items:
+    """The items of an input, as far as they have been read."""
+
+    def __init__(self) -> None:
+        self._said: list[Said] = []
+        self._outputs: list[CallOutput] = []
+        self._regions: set[str] = set()
+        self._others: set[str] = set()
+        self._open = False
+        """Whether the region tool was called, and nothing was said since."""
+
+    def say(self, one: Said) -> None:
+        """Add what was said. A region that came before it is of a question that is over."""
+        self._said.append(one)
+        self._outputs = [each for each in self._outputs if each.call_id not in self._regions]
+        self._open = False
+
+    def call(self, item: Fields) -> None:
+        """Add a call. Other tools' tell which outputs are theirs."""
+        name, call = item.text("name"), item.text("call_id") or ""
+        item.harmless("id", "status", "arguments", "input", "namespace", "parsed_arguments")
+        item.end()
+        if name == REGION_TOOL:
+            self._regions.add(call)
+            self._open = True
+        else:
+            self._others.add(call)
+
+    def refer(self, reference: ItemReference) -> None:
+        """Add a reference: only the region tool is ever called here."""
+        if reference.id.startswith(_CALL):
+            self._open = True
+        else:
+            self.say(reference)
+
+    def output(self, output: CallOutput) -> None:
+        """Add an output. What other tools found is told to the model as the user's words."""
+        if output.call_id in self._others:
+            pictures = () if output.picture is None else (output.picture,)
+            lines = ((Role.USER, output.text),) if output.text else ()
+            self.say(Conversation(lines, pictures, (output.param,) * len(pictures)))
+            return
+        self._outputs.append(output)
+        if self._open:
+            self._regions.add(output.call_id)
+
+    def ended(self) -> tuple[tuple[Said, ...], tuple[CallOutput, ...], str | None]:
+        """What was said, outputs of the region tool, and the response that those go on from, if
+        the input tells. That one knows what was said before its call."""
+        if self._outputs and self._open:
+            return (), tuple(self._outputs), _response_of(self._outputs[0].call_id)
+        return tuple(self._said), tuple(self._outputs), None
+
+
+def _read_input(said: object, fields: Fields, limits: WireLimits) -> _Items:
+    items = _Items()
     if isinstance(said, str):
-        return Conversation(((Role.USER, said),)), ()
+        items.say(Conversation(((Role.USER, said),)))
+        return items
     if said is None or said == []:
         raise refuse(_INPUT, "input is missing", "missing_parameter")
     if not isinstance(said, list):
         raise refuse(_INPUT, "input must be a text or a list of items", "invalid_type")
-    parts: list[Conversation] = []
-    outputs: list[CallOutput] = []
     for i, value in enumerate(said):
-        item = Fields(value, f"{_INPUT}[{i}]")
-        match item.text("type"):
+        item = fields.inner(value, f"{_INPUT}[{i}]")
+        kind = item.text("type")
+        # The API lets a reference leave out its type.
+        if kind is None and isinstance(value, dict) and value.keys() == {"id"}:
+            kind = "item_reference"
+        match kind:
             case None | "message":
-                parts.append(_message(item, limits))
-            case "function_call_output":
-                outputs.append(_output(item, limits))
-            case "function_call" | "item_reference" as kind:
-                raise unsupported(
-                    item.path("type"), f"leave {kind} out and give previous_response_id"
-                )
-            case kind:
-                raise unsupported(item.path("type"), f"message, not {kind}")
-    return Conversation.joined(parts), tuple(outputs)
+                items.say(_message(item, limits))
+            case "function_call_output" | "custom_tool_call_output":
+                items.output(_output(item, limits))
+            case "function_call" | "custom_tool_call":
+                items.call(item)
+            case "item_reference":
+                items.refer(_reference(item))
+            case _ if kind in _LEFT_OUT:
+                pass
+            case _:
+                raise refused(item.path("type"), f"message, not {kind}")
+    return items
+
+
+def _reference(item: Fields) -> ItemReference:
+    id, param = item.text("id"), item.path("id")
+    if not id:
+        raise refuse(param, f"{param} is missing", "missing_parameter")
+    item.end()
+    return ItemReference(id, param)
 
 
 def _message(item: Fields, limits: WireLimits) -> Conversation:
@@ -255,21 +392,21 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
         return Conversation(((role, content),))
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(content, path, limits)
+    text, pictures = _parts(item, content, path, limits)
     if pictures and role is not Role.USER:
-        raise unsupported(next(iter(pictures.values())), "only the user shows pictures")
+        raise refused(next(iter(pictures.values())), "only the user shows pictures")
     lines = () if text is None else ((role, text),)
     return Conversation(lines, tuple(pictures), tuple(pictures.values()))
 
 
 def _parts(
-    content: list[Any], path: str, limits: WireLimits
+    item: Fields, content: list[Any], path: str, limits: WireLimits
 ) -> tuple[str | None, dict[PictureSource, str]]:
     """The texts of some content, joined, and its pictures with their places."""
     texts: list[str] = []
     pictures: dict[PictureSource, str] = {}
     for i, value in enumerate(content):
-        part = Fields(value, f"{path}[{i}]")
+        part = item.inner(value, f"{path}[{i}]")
         match part.text("type"):
             case "input_text" | "output_text":
                 text = part.text("text")
@@ -289,7 +426,7 @@ def _parts(
                     raise refuse(param, f"{param} is missing", "missing_parameter")
                 pictures.setdefault(read_picture(url, param, limits), param)
             case kind:
-                raise unsupported(part.path("type"), f"input_text and input_image, not {kind}")
+                raise refused(part.path("type"), f"input_text and input_image, not {kind}")
         part.end()
     return "\n".join(texts) if texts else None, pictures
 
@@ -299,7 +436,7 @@ def _output(item: Fields, limits: WireLimits) -> CallOutput:
     if not call_id:
         param = item.path("call_id")
         raise refuse(param, f"{param} is missing", "missing_parameter")
-    item.harmless("id", "status")
+    item.harmless("id", "status", "name")
     output = item.take("output")
     item.end()
     path = item.path("output")
@@ -307,7 +444,7 @@ def _output(item: Fields, limits: WireLimits) -> CallOutput:
         return CallOutput(call_id, None, output, path)
     if not isinstance(output, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(output, path, limits)
+    text, pictures = _parts(item, output, path, limits)
     if len(pictures) > 1:
         raise refuse(path, f"{path}: one region was asked for, not {len(pictures)}")
     for picture, param in pictures.items():

@@ -119,14 +119,39 @@ DONE = b"data: [DONE]\n\n"
 """Ends a stream of chat completion chunks."""
 
 
-def models_list(names: Iterable[str], created: int) -> dict[str, Any]:
+def models_list(
+    names: Iterable[str], created: int, context_tokens: int | None = None
+) -> dict[str, Any]:
     """The answer to `GET /v1/models`."""
-    return {"object": "list", "data": [model_object(name, created) for name in names]}
+    models = [model_object(name, created, context_tokens) for name in names]
+    return {"object": "list", "data": models}
 
 
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """The answer to `GET /v1/models/{id}`."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "vlm-collab"}
+def model_object(name: str, created: int, context_tokens: int | None = None) -> dict[str, Any]:
+    """The answer to `GET /v1/models/{id}`.
+
+    Beside OpenAI's fields there are those by which programs learn how much they may send, and
+    what: vLLM's `max_model_len`, and OpenRouter's `context_length` and `architecture`.
+
+    Args:
+        name: of the model.
+        created: Unix time, in seconds.
+        context_tokens: longest sequence that the model takes; None where it is not known.
+    """
+    model: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vlm-collab",
+        "architecture": {
+            "modality": "text+image->text",
+            "input_modalities": ["text", "image"],
+            "output_modalities": ["text"],
+        },
+    }
+    if context_tokens is not None:
+        model |= {"max_model_len": context_tokens, "context_length": context_tokens}
+    return model
 
 
 def check_model(wanted: str | None, names: Iterable[str]) -> None:

@@ -158,6 +158,19 @@ def chat_is_text(body: Mapping[str, Any]) -> bool:
     return True
 
 
+def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
+    """What is said in a chat about text alone (`chat_is_text`)."""
+    for message in body["messages"]:
+        content = message.get("content") or ()
+        for part in [content] if isinstance(content, str) else content:
+            text = part if isinstance(part, str) else part.get("text") or part.get("refusal")
+            yield text or ""
+
+
+CHAT_FIELDS = frozenset(_Chat.__struct_fields__)
+"""Fields of a request that may be handed on; each has a form of its own."""
+
+
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
 # Looking behind keeps it linear: no run is begun again at each of its characters.
 _RUN = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{60,}")

@@ -1,12 +1,13 @@
-"""Parameters that both APIs have: how to answer, and what is refused or changes nothing."""
+"""Parameters that both APIs have: how to answer, and the tools that are offered."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from vlm_collab.messages import Options, Retransmit
-from vlm_collab.openai.errors import ApiError, refuse
-from vlm_collab.openai.fields import UNSUPPORTED, Fields
+from vlm_collab.openai.errors import refuse
+from vlm_collab.openai.fields import Fields
+from vlm_collab.openai.meaning import refused
 
 _MAX_STOPS = 4
 _MAX_STOP_CHARS = 64
@@ -43,7 +44,7 @@ def read_extension(fields: Fields) -> Extension:
     name = mine.text("retransmit") or "auto"
     eta = mine.number("eta", 0.0, 1e6)
     sources = [_size(one, i) for i, one in enumerate(mine.items("sources"))]
-    mine.end()
+    mine.closed()
     known = {each.name.lower(): each for each in Retransmit}
     if name not in known:
         path = mine.path("retransmit")
@@ -101,44 +102,48 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def refuse_unsupported(fields: Fields) -> None:
-    """What both APIs have and nothing here can honour, unless it asks for what happens anyway.
+def read_tools(fields: Fields) -> list[dict[str, Any]]:
+    """Read the tools. They are an offer, which a model may leave; `tool_demanded` says of a choice
+    whether it is more than that.
 
     Raises:
-        ApiError: for the first that asks for more.
+        ApiError: no list of objects.
     """
-    fields.only("top_logprobs", [0], "only the token that was chosen is told")
-    fields.only("service_tier", ["auto", "default"], "there is one tier")
-    fields.harmless(
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "user",
-    )
+    tools = fields.items("tools")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            param = f"{fields.path('tools')}[{i}]"
+            raise refuse(param, f"{param} must be an object", "invalid_type")
+    return tools
 
 
-def no_tools(fields: Fields) -> None:
-    """Refuse tools; a choice among none is harmless.
+def tool_demanded(choice: object) -> bool:
+    """Whether a `tool_choice` or `function_call` demands a call, which text cannot stand in for.
+
+    `auto`, `none` and `allowed_tools` in the mode `auto` leave the choice to the model.
+    """
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        inner = choice.get("allowed_tools")
+        choice = (inner if isinstance(inner, dict) else choice).get("mode")
+    return choice not in (None, "auto", "none")
+
+
+def leave_tools(fields: Fields) -> None:
+    """Leave the tools that are offered, in either of the two forms that chats have.
 
     Raises:
-        ApiError: there are tools.
+        ApiError: a call is demanded.
     """
-    fields.only("tools", [[]], "the model calls no tools")
-    fields.only("tool_choice", ["none", "auto"], "the model calls no tools")
+    offers = {"tools": read_tools(fields), "functions": fields.items("functions")}
+    for name, offer in offers.items():
+        if offer:
+            fields.ignored.add(fields.path(name))
+    for name in ("tool_choice", "function_call"):
+        if tool_demanded(fields.take(name)):
+            raise refused(fields.path(name), "the model calls no tools; leave the choice to it")
 
 
 def check_detail(fields: Fields) -> None:
-    """`detail` of a picture: accepted and without effect, since the model's uncertainty decides.
-
-    Raises:
-        ApiError: an unknown value.
-    """
-    known = ["auto", "low", "high", "original"]
-    fields.only("detail", known, f"must be one of {', '.join(known)}")
-
-
-def unsupported(param: str, message: str) -> ApiError:
-    """A refusal of what nothing here can honour."""
-    return refuse(param, f"{param}: {message}", UNSUPPORTED)
+    """`detail` of a picture is without effect, since the model's uncertainty decides."""
+    if fields.take("detail") not in (None, "auto", "low", "high", "original"):
+        fields.ignored.add(fields.path("detail"))

@@ -13,7 +13,14 @@ from server_plugin.service.openai.memory import Tally
 from server_plugin.service.openai.question import Wanted
 from server_plugin.service.openai.reply import Reply, result_of
 from server_plugin.service.openai.transport import Sender
-from vlm_collab.openai import ChatStream, Query, check_model, completion, parse_chat
+from vlm_collab.openai import (
+    ChatStream,
+    Query,
+    check_model,
+    completion,
+    ignored_header,
+    parse_chat,
+)
 
 
 class Chat:
@@ -30,6 +37,7 @@ class Chat:
             ClientGoneError: the client left.
         """
         query, pictures = await self._asker.read(len(body), lambda: self._read(body))
+        sender.headers |= ignored_header(query.ignored)
         question = self._asker.ask(client, query, pictures, remote=False)
         tally = Tally(up=len(body), pictures=pictures.sent_bytes)
         id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())

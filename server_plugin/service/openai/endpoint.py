@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,7 +30,7 @@ from server_plugin.service.openai.transport import (
     headers_of,
     while_connected,
 )
-from vlm_collab.openai import ApiError, check_model, model_object, models_list
+from vlm_collab.openai import ApiError, check_model, model_object, models_list, no_such_route
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
@@ -48,6 +49,7 @@ class OpenAiEndpoint:
     Attributes:
         bodies: requests in memory.
         memory: responses that can be gone on from.
+        answers: what responses said, which is referred to for longer.
     """
 
     def __init__(self, service: Service) -> None:
@@ -58,6 +60,9 @@ class OpenAiEndpoint:
             limits, service.config.limits.question_timeout_s, service.queue.retry_after_s
         )
         self.memory = Memory(limits)
+        self.answers = Memory(
+            replace(limits, keep_s=limits.keep_answers_s, max_kept_bytes=limits.max_answers_bytes)
+        )
         self._created = int(time.time())
         for name, text, value in (
             ("kept_responses", "Responses kept for later requests.", lambda: self.memory.count),
@@ -68,7 +73,8 @@ class OpenAiEndpoint:
 
     def routes(self) -> list[Route]:
         """The routes."""
-        chat, responses = Chat(self._asker), Responses(self._asker, self.memory)
+        chat = Chat(self._asker)
+        responses = Responses(self._asker, self.memory, self.answers)
         post = ["POST"]
         return [
             Route("/v1/models", self._at_once(self._models)),
@@ -98,6 +104,7 @@ class OpenAiEndpoint:
     def close(self) -> None:
         """Forget what is kept."""
         self.memory.clear()
+        self.answers.clear()
         self._asker.close()
 
     def _at_once(
@@ -117,12 +124,17 @@ class OpenAiEndpoint:
         return handle
 
     def _models(self, _: Request) -> dict[str, Any]:
-        listed = models_list([self._asker.model], self._created)
+        context = self._service.engine.backend.info.context_tokens
+        listed = models_list([self._asker.model], self._created, context)
         return {**listed, "data": [self._described(each) for each in listed["data"]]}
 
     def _model(self, request: Request) -> dict[str, Any]:
-        check_model(request.path_params["name"], [self._asker.model])
-        return self._described(model_object(self._asker.model, self._created))
+        name = request.path_params["name"]
+        if not name:
+            return self._models(request)
+        check_model(name, [self._asker.model])
+        context = self._service.engine.backend.info.context_tokens
+        return self._described(model_object(self._asker.model, self._created, context))
 
     def _described(self, model: dict[str, Any]) -> dict[str, Any]:
         """With what a client that makes its own views needs to know."""
@@ -133,14 +145,15 @@ class OpenAiEndpoint:
 
     def _forget(self, request: Request) -> dict[str, Any]:
         id = request.path_params["id"]
-        if not self.memory.forget(Client.of(request).tenant, id):
+        tenant = Client.of(request).tenant
+        known = [each.forget(tenant, id) for each in (self.memory, self.answers)]
+        if not any(known):
             raise unknown_response(id, "response_id")
         return {"id": id, "object": "response", "deleted": True}
 
 
 def _elsewhere(request: Request) -> dict[str, Any]:
-    text = f"there is no {request.method} {request.url.path} here"
-    raise ApiError(404, text, code="unknown_url")
+    raise no_such_route(request.method, request.url.path)
 
 
 class _Question:

@@ -27,8 +27,11 @@ from vlm_collab.openai import (
     Query,
     ResponseBuilder,
     ResponsesRequest,
+    Role,
     api_error,
+    call_id,
     check_model,
+    ignored_header,
     parse_responses,
     refuse,
 )
@@ -64,14 +67,17 @@ class Responses:
     Args:
         asker: has questions answered.
         memory: keeps responses for later requests.
+        answers: keeps what they said, for requests that refer to it.
     """
 
-    def __init__(self, asker: Asker, memory: Memory) -> None:
-        self._asker, self._memory = asker, memory
+    def __init__(self, asker: Asker, memory: Memory, answers: Memory) -> None:
+        self._asker, self._memory, self._answers = asker, memory, answers
 
     async def answer(self, client: Client, body: bytes, sender: Sender) -> None:
         """Read a request and answer it; errors as `Chat.answer`."""
         request = await self._asker.read(len(body), lambda: self._read_request(body))
+        sender.headers |= ignored_header(request.ignored)
+        request = request.recalled(lambda id: self._answer(client, id))
         before = self._before(client, request)
         if request.outputs:
             turn = await self._resumed(client, request, before, len(body))
@@ -83,6 +89,14 @@ class Responses:
         request = parse_responses(body, self._asker.wire)
         check_model(request.model, [self._asker.model])
         return request
+
+    def _answer(self, client: Client, id: str) -> str | None:
+        """What a response said, which is kept for longer each time that it is referred to."""
+        kept = self._answers.take(client.tenant, id)
+        if kept is None:
+            return None
+        self._answers.put(client.tenant, id, kept)
+        return kept.conversation.lines[-1][1]
 
     def _before(self, client: Client, request: ResponsesRequest) -> Kept | None:
         id = request.previous_response_id
@@ -194,7 +208,7 @@ class Responses:
         )
         conversation, call = turn.conversation, None
         if isinstance(settled, Wanted):
-            call = Call(f"call_{secrets.token_hex(12)}", question, turn.instructions, tally)
+            call = Call(call_id(id), question, turn.instructions, tally)
             source = turn.pictures.sources[settled.need.picture]
             where = arguments_of(settled.need, source, self._asker.target)
             end = builder.finish_call if request.stream else builder.whole_call
@@ -206,6 +220,9 @@ class Responses:
         if request.store or call is not None:
             kept = Kept(conversation, turn.pictures.originals, turn.pictures.sources, call)
             self._memory.put(turn.client.tenant, id, kept)
+        if request.store and call is None:
+            said = Conversation(((Role.ASSISTANT, result.text),))
+            self._answers.put(turn.client.tenant, id, Kept(said, (), ()))
         if call is not None:
             question.when_over(lambda: self._call_over(turn.client.tenant, id))
         try:
@@ -216,6 +233,7 @@ class Responses:
                 await sender.json(msgspec.json.encode(last))
         except BaseException:
             self._memory.forget(turn.client.tenant, id)
+            self._answers.forget(turn.client.tenant, id)
             raise
         tally.down += sender.sent
 

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
+from vlm_collab.web.bodies import body_pieces
 
 T = TypeVar("T")
 
@@ -40,13 +41,14 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """A request's body; its bytes count until the block is left.
+        """A request's body, inflated; its bytes count until the block is left.
 
         One that is refused is not read on; uvicorn throws away the rest, so that the client,
         who is still sending, gets to see the reason.
 
         Raises:
-            ApiError: too large (413), too many bytes at once (429), or too slow (408).
+            ApiError: too large (413), too many bytes at once (429), too slow (408), or see
+                `body_pieces`.
             ClientGoneError: the client left.
         """
         size = 0
@@ -54,7 +56,7 @@ class Bodies:
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    async for chunk in request.stream():
+                    async for chunk in body_pieces(request):
                         chunks.append(chunk)
                         size += len(chunk)
                         self.nbytes += len(chunk)
@@ -126,6 +128,7 @@ class Sender:
         timeout_s: how long a client may leave a piece unread.
 
     Attributes:
+        headers: more of the response's, to be set before it starts.
         sent: bytes of the body so far.
         started: whether the status line has gone; what goes wrong later is told in the stream.
     """
@@ -133,6 +136,7 @@ class Sender:
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send = send
         self._timeout_s = timeout_s
+        self.headers: dict[str, str] = {}
         self.sent = 0
         self.started = False
 
@@ -169,7 +173,7 @@ class Sender:
         await self._write(b"", more=False)
 
     async def _start(self, status: int, headers: Mapping[str, str], length: int | None) -> None:
-        given = {**headers, "cache-control": "no-store"}
+        given = {**headers, **self.headers, "cache-control": "no-store"}
         if length is not None:
             given["content-length"] = str(length)
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]

@@ -1,0 +1,195 @@
+"""The rule for what nothing here can honour: refused, or ignored and listed.
+
+A field that this package does not know has no effect, and is ignored. The answer's headers list
+it (`IGNORED_HEADER`), so that nothing is ignored in silence. A field is refused instead if without
+it the answer would mean something else than its reader takes it for: another form, another
+number of answers, other words, or an answer about something that was not looked at. `REFUSED`
+names those fields, and the values of theirs that ask for nothing. A field that holds a picture is
+refused whatever its name.
+
+What cuts unlikely tokens off (`top_k`, `min_p`, …) is ignored. Without `temperature` the likeliest
+token is taken, which it never cuts off; with one, what is drawn is as the model has it. Penalties
+and biases are refused: they change which token is the likeliest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vlm_collab.openai.errors import ApiError, refuse
+from vlm_collab.openai.texts import CHAT_FIELDS, refuse_pictures_in
+
+IGNORED_HEADER = "x-vlm-collab-ignored"
+"""Names what of a request had no effect, as paths without indices, with commas between."""
+
+UNSUPPORTED = "unsupported_parameter"
+
+
+class _Rule(NamedTuple):
+    """Why a field is refused, and the values with which it is not."""
+
+    why: str
+    neutral: Collection[object] = ()
+
+
+_BIASED = "tokens are taken as the model has them"
+_PLAIN = "answers are plain text"
+_BEGUN = "an answer begins anew"
+_ENDED = "answers end where the model or a stop text ends them"
+_TOLD = "what the model is told goes into the messages or the input"
+_SHOWN = "send pictures as parts of what the user says; other files cannot be read"
+
+REFUSED: Mapping[str, _Rule] = {
+    # How many answers.
+    "n": _Rule("one answer to a question", [1]),
+    "best_of": _Rule("one answer to a question", [1]),
+    "top_logprobs": _Rule("only the token that was chosen is told", [0]),
+    # Which words.
+    "presence_penalty": _Rule("penalties are not supported", [0]),
+    "frequency_penalty": _Rule("penalties are not supported", [0]),
+    "repetition_penalty": _Rule("penalties are not supported", [1]),
+    "repeat_penalty": _Rule("penalties are not supported", [1]),
+    "logit_bias": _Rule("biases are not supported", [{}, []]),
+    "bad_words": _Rule(_BIASED, [[]]),
+    "allowed_token_ids": _Rule(_BIASED, [[]]),
+    "logits_processors": _Rule(_BIASED, [[]]),
+    "use_beam_search": _Rule(_BIASED, [False]),
+    # Which form.
+    "response_format": _Rule(_PLAIN, [{"type": "text"}]),
+    "format": _Rule(_PLAIN, [{"type": "text"}, ""]),
+    "json_schema": _Rule(_PLAIN, [{}]),
+    "grammar": _Rule(_PLAIN, [""]),
+    "structured_outputs": _Rule(_PLAIN, [{}]),
+    "guided_json": _Rule(_PLAIN),
+    "guided_regex": _Rule(_PLAIN),
+    "guided_choice": _Rule(_PLAIN),
+    "guided_grammar": _Rule(_PLAIN),
+    "modalities": _Rule("answers are text", [["text"]]),
+    # Where it begins and ends.
+    "continue_final_message": _Rule(_BEGUN, [False]),
+    "suffix": _Rule(_BEGUN, [""]),
+    "echo": _Rule(_BEGUN, [False]),
+    "ignore_eos": _Rule(_ENDED, [False]),
+    "min_tokens": _Rule(_ENDED, [0]),
+    "stop_token_ids": _Rule(_ENDED, [[]]),
+    # What the model is told, what it may look up, and when the answer comes.
+    "messages": _Rule(_TOLD),
+    "input": _Rule(_TOLD),
+    "instructions": _Rule(_TOLD),
+    "system": _Rule(_TOLD),
+    "prompt": _Rule(_TOLD),
+    "chat_template": _Rule("the prompt is the served model's own"),
+    "conversation": _Rule("use previous_response_id"),
+    "web_search_options": _Rule("nothing is searched"),
+    "plugins": _Rule("there are none", [[]]),
+    "background": _Rule("nothing runs in the background", [False]),
+}
+"""Fields of a request without which its answer would mean something else."""
+
+_REFUSED_ANYWHERE: Mapping[str, _Rule] = {
+    "audio": _Rule("neither heard nor spoken"),
+    "prefix": _Rule(_BEGUN, [False, ""]),
+    "attachment": _Rule(_SHOWN),
+    "attachments": _Rule(_SHOWN, [[]]),
+    "document": _Rule(_SHOWN),
+    "documents": _Rule(_SHOWN, [[]]),
+    "file": _Rule(_SHOWN),
+    "files": _Rule(_SHOWN, [[]]),
+    "file_id": _Rule(_SHOWN),
+    "file_ids": _Rule(_SHOWN, [[]]),
+    "image": _Rule(_SHOWN),
+    "images": _Rule(_SHOWN, [[]]),
+    "video": _Rule(_SHOWN),
+    "videos": _Rule(_SHOWN, [[]]),
+}
+"""Those that are also refused further in, of messages and their parts."""
+
+_NEUTRAL: Mapping[str, Collection[object]] = {
+    "store": [False],
+    "service_tier": ["auto", "default"],
+    "reasoning_effort": ["none"],
+    "reasoning": [{}, {"effort": "none"}, {"effort": None, "summary": None}],
+    "verbosity": ["medium"],
+    "truncation": ["disabled"],
+}
+"""Values that ask for what happens anyway: they are honoured, so nothing is to be listed."""
+
+_MOST_NAMES = 32
+_MOST_NAME_CHARS = 64
+_INDEX = re.compile(r"\[[0-9]+\]")
+_UNPRINTABLE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+
+
+class Ignored:
+    """What of a request has no effect, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths without indices, each once: at most 32, of at most 64 characters each."""
+        return tuple(self._paths)
+
+    def unread(self, where: str, name: str, value: object) -> None:
+        """Judge a field that nobody reads.
+
+        Args:
+            where: path of the object that it is in; empty for the request itself.
+            name: its name.
+            value: not null.
+
+        Raises:
+            ApiError: without it, the answer would mean something else.
+        """
+        path = f"{where}.{name}" if where else name
+        rule = _REFUSED_ANYWHERE.get(name) or (None if where else REFUSED.get(name))
+        if rule is not None:
+            if not is_any_of(value, rule.neutral):
+                raise refused(path, rule.why)
+        elif not is_any_of(value, _NEUTRAL.get(name, ())):
+            if not isinstance(value, int | float):
+                refuse_pictures_in(value, path)
+            self.add(path)
+
+    def add(self, path: str) -> None:
+        """List a field."""
+        if len(self._paths) < _MOST_NAMES:
+            # Names are the client's, and headers hold little.
+            shown = _UNPRINTABLE.sub("?", _INDEX.sub("[]", path)[:_MOST_NAME_CHARS])
+            self._paths.setdefault(shown)
+
+
+def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A chat without the fields that have no effect and may not be handed on, and their names.
+
+    Whether the rest is about text alone `chat_is_text` says.
+
+    Raises:
+        ApiError: see `Ignored.unread`.
+    """
+    ignored = Ignored()
+    for name, value in body.items():
+        if name not in CHAT_FIELDS and value is not None:
+            ignored.unread("", name, value)
+    return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """HTTP headers that list what had no effect; none if there is nothing to list."""
+    listed = ", ".join(names)
+    return {IGNORED_HEADER: listed} if listed else {}
+
+
+def refused(param: str, why: str) -> ApiError:
+    """A refusal of what nothing here can honour."""
+    return refuse(param, f"{param}: {why}", UNSUPPORTED)
+
+
+def is_any_of(value: object, accepted: Iterable[object]) -> bool:
+    """Equality as JSON has it: true is no 1, although Python thinks so."""
+    return any(
+        value == one and isinstance(value, bool) is isinstance(one, bool) for one in accepted
+    )
