@@ -18,13 +18,15 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_client.gateway import running
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.config import OpenAiLimits
-from tests.e2e.gateways import MODEL, Place, data_url, place
+from server_plugin.service.runner import running as serving
+from tests.e2e.gateways import MODEL, Place, data_url, gateway, place
 from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
-from tests.support.wire import SURE, http
-from vlm_collab.openai import ApiError, WireLimits
+from tests.support.wire import SURE, http, service
+from vlm_collab.openai import WireLimits
 from vlm_collab.session import ServerLimits
 
 PHOTO = saved(picture(900, 700), "JPEG", quality=90)
@@ -52,8 +54,8 @@ async def both(**options: Any) -> AsyncIterator[tuple[Place, list[httpx.AsyncCli
     """The service and the gateway, for plain HTTP below `/v1`."""
     async with place(**options) as here:
         direct = http(here.proxy.url) + "/v1"
-        async with httpx.AsyncClient(base_url=direct, trust_env=False, timeout=20) as service:
-            yield here, [service, here.http]
+        async with httpx.AsyncClient(base_url=direct, trust_env=False, timeout=20) as server:
+            yield here, [server, here.http]
 
 
 def of(stream: str) -> str:
@@ -223,13 +225,13 @@ async def test_an_answer_that_is_gone_is_not_found() -> None:
 async def test_an_answer_belongs_to_whoever_asked() -> None:
     """Of the service, to the key; of the gateway, to the camera."""
     async with both(config={"token": "one", "more_tokens": ("two",)}, token="one") as (_, clients):
-        service, _ = clients
+        server, _ = clients
         keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
-        made = await service.post("/responses", json=ai_sdk(), headers=keys[0])
+        made = await server.post("/responses", json=ai_sdk(), headers=keys[0])
         referred = {"type": "item_reference", "id": made.json()["output"][0]["id"]}
         body = ai_sdk(referred, ai_sdk_asks("and now?"))
         statuses = [
-            (await service.post("/responses", json=body, headers=key)).status_code for key in keys
+            (await server.post("/responses", json=body, headers=key)).status_code for key in keys
         ]
         assert statuses == [200, 404]
 
@@ -305,9 +307,15 @@ async def test_models_say_how_much_they_take_and_what() -> None:
 
 
 async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
-    async with place() as here:
-        here.service.openai.guard = lambda _: ApiError(401, "no")
-        (listed,) = (await here.http.get("/models")).json()["data"]
+    """As one that has the protocol and no endpoint of OpenAI's."""
+    mine = service()
+    mine.openai.routes = list  # type: ignore[method-assign]
+    async with (
+        serving(mine) as url,
+        running(gateway(url)) as base,
+        httpx.AsyncClient(base_url=base, trust_env=False, timeout=20) as client,
+    ):
+        (listed,) = (await client.get("/models")).json()["data"]
         assert listed["id"] == MODEL
         assert "max_model_len" not in listed
 

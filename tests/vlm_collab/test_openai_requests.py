@@ -515,6 +515,8 @@ def test_what_tools_found_is_told_in_a_response_as_well() -> None:
     found = {"type": "input_image", "image_url": data_url(JPEG)}
     taken = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
     assert respond([{"role": "user", "content": "look"}, call, taken]).pictures == (JPEG,)
+    both = {**taken, "output": [found, {**found, "image_url": data_url(OTHER)}]}
+    assert respond([{"role": "user", "content": "look"}, call, both]).pictures == (JPEG, OTHER)
 
 
 def test_an_item_that_is_referred_to_is_what_it_said() -> None:

@@ -321,16 +321,21 @@ class _Items:
         else:
             self.say(reference)
 
-    def output(self, output: CallOutput) -> None:
+    def output(self, item: Fields, limits: WireLimits) -> None:
         """Add an output. What other tools found is told to the model as the user's words."""
-        if output.call_id in self._others:
-            pictures = () if output.picture is None else (output.picture,)
-            lines = ((Role.USER, output.text),) if output.text else ()
-            self.say(Conversation(lines, pictures, (output.param,) * len(pictures)))
+        call = item.text("call_id")
+        if not call:
+            param = item.path("call_id")
+            raise refuse(param, f"{param} is missing", "missing_parameter")
+        item.harmless("id", "status", "name")
+        found = item.take("output")
+        item.end()
+        if call in self._others:
+            self.say(_content(item, found, "output", Role.USER, limits))
             return
-        self._outputs.append(output)
+        self._outputs.append(_output(item, found, call, limits))
         if self._open:
-            self._regions.add(output.call_id)
+            self._regions.add(call)
 
     def ended(self) -> tuple[tuple[Said, ...], tuple[CallOutput, ...], str | None]:
         """What was said, outputs of the region tool, and the response that those go on from, if
@@ -359,7 +364,7 @@ def _read_input(said: object, fields: Fields, limits: WireLimits) -> _Items:
             case None | "message":
                 items.say(_message(item, limits))
             case "function_call_output" | "custom_tool_call_output":
-                items.output(_output(item, limits))
+                items.output(item, limits)
             case "function_call" | "custom_tool_call":
                 items.call(item)
             case "item_reference":
@@ -387,7 +392,14 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
     item.harmless("id", "status", "phase")  # in answers sent back
     content = item.take("content")
     item.end()
-    path = item.path("content")
+    return _content(item, content, "content", role, limits)
+
+
+def _content(
+    item: Fields, content: object, name: str, role: Role, limits: WireLimits
+) -> Conversation:
+    """What a field of an item says, and shows."""
+    path = item.path(name)
     if isinstance(content, str):
         return Conversation(((role, content),))
     if not isinstance(content, list):
@@ -431,22 +443,15 @@ def _parts(
     return "\n".join(texts) if texts else None, pictures
 
 
-def _output(item: Fields, limits: WireLimits) -> CallOutput:
-    call_id = item.text("call_id")
-    if not call_id:
-        param = item.path("call_id")
-        raise refuse(param, f"{param} is missing", "missing_parameter")
-    item.harmless("id", "status", "name")
-    output = item.take("output")
-    item.end()
+def _output(item: Fields, output: object, call: str, limits: WireLimits) -> CallOutput:
     path = item.path("output")
     if isinstance(output, str):
-        return CallOutput(call_id, None, output, path)
+        return CallOutput(call, None, output, path)
     if not isinstance(output, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
     text, pictures = _parts(item, output, path, limits)
     if len(pictures) > 1:
         raise refuse(path, f"{path}: one region was asked for, not {len(pictures)}")
     for picture, param in pictures.items():
-        return CallOutput(call_id, picture, text or "", param)
-    return CallOutput(call_id, None, text or "", path)
+        return CallOutput(call, picture, text or "", param)
+    return CallOutput(call, None, text or "", path)
