@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -237,10 +240,41 @@ async def test_a_server_that_wants_whole_pictures_as_views_is_refused(visitor: V
 ELSEWHERE = "--host-resolver-rules=MAP camera.example 127.0.0.1"
 
 
+@asynccontextmanager
+async def renaming(url: str) -> AsyncIterator[int]:
+    """A proxy before a service that calls it by its address, whatever the browser called; yields
+    its port."""
+    at = urlsplit(url)
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                writer.write(re.sub(rb"Host: [^\r]*", b"Host: 127.0.0.1", data) if up else data)
+                await writer.drain()
+        writer.close()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(at.hostname, at.port)
+        await asyncio.gather(pipe(reader, far_writer, True), pipe(far_reader, writer, False))
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        server.close()
+
+
 async def test_a_page_beyond_localhost_needs_its_origin_listed_or_the_token():
     async with launched(ELSEWHERE) as browser:
         async with running(service()) as url, visiting(browser) as visitor:
-            origin = f"http://camera.example:{urlsplit(url).port}"
+            answer = await visitor.page.goto(f"http://camera.example:{urlsplit(url).port}/")
+            assert answer is not None
+            assert answer.status == 403
+            assert "--host-name camera.example" in await answer.text()
+        known = service(host_names=frozenset({"camera.example"}))
+        async with running(known) as url, visiting(browser) as visitor:
+            await visitor.page.goto(f"http://camera.example:{urlsplit(url).port}/")
+            await visitor.status("open")
+        async with running(service()) as url, renaming(url) as port, visiting(browser) as visitor:
+            origin = f"http://camera.example:{port}"
             await visitor.page.goto(f"{origin}/")
             said = await visitor.status("refused")
             assert f"--origin {origin}" in said

@@ -7,7 +7,9 @@ One rule for every route of an application, in one place around all of them:
    machine is of "the same origin" as it and could read whatever is answered; an address cannot be
    re-bound. With a token any name will do, since no such page knows it.
 2. `Origin`. Browsers name the page that asks; other clients send none. A page may ask if it was
-   served by this very server, under a name that passes 1, or if its origin is listed.
+   served by this very server, under a name that passes 1, or if its origin is listed. Files of our
+   own page are let go to any, for browsers name a page that loads its own modules, too; it must be
+   able to say what is wrong behind a proxy that calls the server by another name.
 3. The token, on all but the routes that tell nobody's business (`is_open`).
 
 Preflights of listed origins are answered before 3, for they carry no token.
@@ -52,7 +54,8 @@ class Rules:
     Attributes:
         tokens: any one of them opens all routes; none lets everyone in who can connect.
         origins: origins of browser pages that may use it, beside its own.
-        host_names: names that it is known by, beside loopback's and IP addresses.
+        host_names: names that it is known by, beside loopback's, IP addresses and those of
+            `origins`, whose pages may read everything in any case.
         who: what it calls itself.
         option: how an option is given, with `{name}`, `{names}` and `{value}` in it.
     """
@@ -63,12 +66,8 @@ class Rules:
     who: str = "server"
     option: str = "--{name} {value}"
 
-    def refusal(self, client: HTTPConnection) -> ApiError | None:
-        """Why a client may not use a route that is not open; None if it may."""
-        return self.refusal_of_caller(client) or self.refusal_of_token(client)
-
-    def refusal_of_caller(self, client: HTTPConnection) -> ApiError | None:
-        """Why a client may not use any route: the name that it calls, or the page that it is."""
+    def refusal_of_name(self, client: HTTPConnection) -> ApiError | None:
+        """Why a client may use no route, by the name that it calls; None if it may."""
         host = client.headers.get("host")
         # Of two names one could be checked and the other used. None at all has only what is no
         # browser: a probe that speaks HTTP/1.0.
@@ -80,11 +79,15 @@ class Rules:
                 f"it with {self._given('host-name', _shown(name))}, or with a token"
             )
             return _forbidden(text, "unknown_host")
+        return None
+
+    def refusal_of_page(self, client: HTTPConnection) -> ApiError | None:
+        """Why a client that is a page may not ask; None if it may, or is none."""
         origin = client.headers.get("origin")
         if origin is None or origin in self.origins:
             return None
         place = _place_of(origin)
-        if place and place == host:
+        if place and place == client.headers.get("host"):
             return None
         shown = _shown(origin)
         text = (
@@ -114,7 +117,8 @@ class Rules:
 
     def _is_ours(self, host: str) -> bool:
         name = _name_of(host)
-        return name == "localhost" or _is_address(name) or name in self.host_names
+        listed = name in self.host_names or name in map(_name_of, map(_place_of, self.origins))
+        return bool(name) and (name == "localhost" or _is_address(name) or listed)
 
 
 class Gate:
@@ -153,16 +157,18 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        error = self._rules.refusal_of_caller(HTTPConnection(scope))
+        client = HTTPConnection(scope)
+        error = self._rules.refusal_of_name(client)
+        if error is None and not _is_file(scope):
+            error = self._rules.refusal_of_page(client)
         if error is not None:
             await self._refuse(error, scope, receive, send)
         else:
             await self._inner(scope, receive, send)
 
     async def _with_token(self, scope: Scope, receive: Receive, send: Send) -> None:
-        open_to_all = scope["type"] == "http" and is_open(_path_of(scope))
         error = None
-        if not open_to_all:
+        if scope["type"] != "http" or not is_open(_path_of(scope)):
             error = self._rules.refusal_of_token(HTTPConnection(scope))
         if error is not None:
             await self._refuse(error, scope, receive, send)
@@ -189,6 +195,12 @@ def is_open(path: str) -> bool:
     if path in ("/", "/healthz", "/readyz"):
         return True
     return path.startswith("/page/") and path != "/page/access"
+
+
+def _is_file(scope: Scope) -> bool:
+    """Whether a file of the page is asked for."""
+    path = _path_of(scope)
+    return scope["type"] == "http" and is_open(path) and (path == "/" or path.startswith("/page/"))
 
 
 def form_of(path: str) -> Form:
