@@ -173,8 +173,8 @@ class Backend(Protocol):
             history: what came before.
 
         Raises:
-            QuestionError: empty, longer than the context leaves room for, or holding text that
-                the model reserves (special tokens), in one clear line.
+            QuestionError: empty, no text, or longer than the context leaves room for, in one
+                clear line. Texts that quote the model's special tokens are plain text.
         """
 
     async def open_view(self, *images: Image) -> View:

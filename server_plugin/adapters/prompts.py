@@ -1,41 +1,19 @@
-"""Prompts as token ids, with the places of their pictures; and what a question may not hold.
+"""Prompts as token ids, with the places of their pictures.
 
 The whole prompt is tokenised in one piece, its pictures written as runs of the image token, so
 the ids are those that the checkpoint's own processor gives. It is split afterwards, at the runs.
+Special tokens are those of the template and its pictures; a user's text that quotes one holds
+plain text (`server_plugin.adapters.tokens`).
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Protocol
 
+from server_plugin.adapters.tokens import PlainText, Tokenizer
 from server_plugin.backend import History
 from server_plugin.presets import ANSWER_SLOT, IMAGE_SLOT, QUESTION_SLOT
 from vlm_collab.errors import QuestionError
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    @property
-    def all_special_tokens(self) -> list[str]: ...
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, object]: ...
-
-    @property
-    def unk_token_id(self) -> int | None: ...
-
-    @property
-    def bos_token_id(self) -> int | None: ...
-
-    @property
-    def eos_token_id(self) -> int | None: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +49,9 @@ class PromptBuilder:
         context_tokens: longest sequence that the model takes, answer included.
         turn: what follows the template for each further turn of a conversation, with one
             `{answer}` before one `{question}`; None: no conversations.
+
+    Raises:
+        ModelError: the tokenizer cannot tell special tokens from text.
     """
 
     def __init__(
@@ -85,22 +66,16 @@ class PromptBuilder:
         around_picture: tuple[str, str] = ("", ""),
         turn: str | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._image_token = image_token
+        self._plain = plain = PlainText(tokenizer)
         self._image_token_id = image_token_id
-        self._around_picture = around_picture
+        first, last = around_picture
+        self._picture = plain.template(f"{first}{image_token}{last}")
         self._visual_tokens = visual_tokens
         self._context_tokens = context_tokens
         before, _, rest = template.partition(IMAGE_SLOT)
         middle, _, after = rest.partition(QUESTION_SLOT)
-        self._before, self._middle, self._after = before, middle, after
-        self._turn = turn
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        reserved = added | set(tokenizer.all_special_tokens) | {image_token, IMAGE_SLOT}
-        self._reserved = sorted(token for token in reserved if token.strip())
-        # Roles that a template writes as plain text, such as "USER:" and "ASSISTANT:".
-        text = "\n".join((before, middle, after, turn or ""))
-        self._role_markers = sorted(set(re.findall(r"[A-Z][A-Za-z ]*:", text)))
+        self._before, self._middle, self._after = map(plain.template, (before, middle, after))
+        self._turn = turn if turn is None else plain.template(turn)
         # A character outside the vocabulary may be spelled as the unknown token, which some
         # tokenizers do not tell from the end of the text.
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -114,10 +89,9 @@ class PromptBuilder:
         """Refuse a question that no prompt can be made of.
 
         Raises:
-            QuestionError: it or what was said before is empty, holds a reserved token or one of
-                the template's role markers, is no proper text, or leaves no room for `images`
-                pictures and `max_new_tokens` tokens of answer; or the template takes no
-                conversations.
+            QuestionError: it or what was said before is empty, is no proper text, or leaves no
+                room for `images` pictures and `max_new_tokens` tokens of answer; or the template
+                takes no conversations.
         """
         if history and self._turn is None:
             raise QuestionError("this model's prompt template takes single questions only")
@@ -126,7 +100,8 @@ class PromptBuilder:
             self._check_text(answered, "an earlier answer", may_be_empty=True)
         self._check_text(question, "the question")
         ids = self._encode(question, images, history)
-        # A tokenizer that normalises text may find a reserved token under another spelling.
+        # A tokenizer may find a reserved token by its ordinary rules, too. None that is known
+        # here does.
         key = images, len(history)
         if key not in self._own_reserved:
             plain = self._encode("?", images, (("?", "?"),) * len(history))
@@ -138,14 +113,6 @@ class PromptBuilder:
     def _check_text(self, text: str, what: str, *, may_be_empty: bool = False) -> None:
         if not (may_be_empty or text.strip()):
             raise QuestionError(f"{what} is empty")
-        for token in self._reserved:
-            if token in text:
-                raise QuestionError(f"{what} holds {token!r}, which this model reserves")
-        for marker in self._role_markers:
-            if marker in text:
-                raise QuestionError(
-                    f"{what} holds {marker!r}, which tells this model who is speaking"
-                )
         if len(text) > self._context_tokens * self._token_chars:
             raise QuestionError(
                 f"{what} is far longer than the model's {self._context_tokens} tokens"
@@ -203,10 +170,8 @@ class PromptBuilder:
 
         They are atomic: how many follow each other cannot change what is around them.
         """
-        before, after = self._around_picture
-        pictures = f"{before}{self._image_token}{after}" * images
         said = self._conversation(question, images, history)
-        return self._tokenizer.encode(f"{self._before}{pictures}{said}")
+        return self._plain.encode(f"{self._before}{self._picture * images}{said}")
 
     def _conversation(self, question: str, images: int, history: History) -> str:
         """What follows the pictures."""

@@ -54,6 +54,9 @@ class Script:
     fail_second: bool = False
 
 
+REFUSED = "<refuse>"
+"""Questions that hold it are refused, to try what becomes of those."""
+
 Play = Callable[[str, str, str], Script]
 """(question, digest of the view, digest of the region or "") -> what to do."""
 
@@ -142,8 +145,8 @@ class FakeBackend:
     def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")
-        if "<image>" in question:
-            raise QuestionError("the question holds '<image>', which the model reserves")
+        if REFUSED in question:
+            raise QuestionError(f"the question holds {REFUSED!r}, which this model reserves")
         if len(question) // 4 + images * self.info.visual_tokens > self.info.context_tokens:
             raise QuestionError("the question is longer than the model's context leaves room for")
 

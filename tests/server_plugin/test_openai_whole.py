@@ -513,7 +513,7 @@ REFUSED = [
     ({"temperature": 3.0}, "temperature"),
     ({"extra_body": {"beam_width": 4}}, "beam_width"),
     ({"extra_body": {"vlm_collab": {"eta": 1e9}}}, "vlm_collab.eta"),
-    ({"messages": [{"role": "user", "content": "an <image> of"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "an <refuse> of"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages"),
     ({"messages": [{"role": "user", "content": " "}]}, "messages"),
 ]
@@ -576,7 +576,7 @@ async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
         await chat(client, [message(UNSURE, PHOTO)])
         await respond(client, [said(SURE, PHOTO)])
         with pytest.raises(openai.BadRequestError):
-            await chat(client, [message("an <image>", PHOTO)])
+            await chat(client, [message("an <refuse>", PHOTO)])
     metrics = running_service.metrics.text().decode()
     for line in (
         'vlm_collab_questions_total{outcome="second"} 1.0',

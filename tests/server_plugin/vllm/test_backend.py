@@ -558,7 +558,7 @@ async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
         await backend.open_view(VIEW.resize((111, 112)))
     view = await backend.open_view(VIEW)
     with pytest.raises(QuestionError):
-        await backend.first_pass(view, "<image>", max_new_tokens=9)
+        await backend.first_pass(view, " ", max_new_tokens=9)
     with pytest.raises(QuestionError, match="too long"):
         backend.check_question("word " * 400)
     assert not engine.requests
