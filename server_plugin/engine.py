@@ -40,6 +40,7 @@ from vlm_collab.messages import (
     common_prefix,
     micro,
 )
+from vlm_collab.places import Places
 from vlm_collab.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
 from vlm_collab.uncertainty import TokenStatistics
@@ -216,6 +217,7 @@ class Engine:
         fetch_region: FetchRegion,
         *,
         history: History = (),
+        places: Places = (),
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
         retransmit: Retransmit = Retransmit.AUTO,
@@ -232,6 +234,7 @@ class Engine:
             source: size of the upright original, in px; of each, if the view is of several.
             question: the user's text.
             history: what was asked and answered before.
+            places: where the view's pictures stand in the texts; without any, before all of them.
             stop: texts that end an answer where they come up.
             sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
                 answer that is made again is the same again.
@@ -256,7 +259,7 @@ class Engine:
         policy = self.policy if eta is None else self._with_threshold(eta)
         if sampling.temperature and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
+        given = _Given(question, limit, history, sampling, tuple(stop), tokens, places)
         early = None if self.provisional else _stop_rule(policy, retransmit, key)
         first = await self._first(view, given, work, early, on_text)
         decision = _decide(policy, first.steps, first.ended, retransmit, key)
@@ -280,6 +283,8 @@ class Engine:
                 question,
                 max_new_tokens=limit,
                 history=history,
+                places=places,
+                picture=need.picture,
                 sampling=sampling,
                 stop=second.stop_rule(None),
                 on_text=second.sink,
@@ -358,6 +363,7 @@ class Engine:
             given.question,
             max_new_tokens=given.limit,
             history=given.history,
+            places=given.places,
             sampling=given.sampling,
             stop=one.stop_rule(early),
             on_text=one.sink,
@@ -421,6 +427,7 @@ class _Given:
     sampling: Sampling
     stops: tuple[str, ...]
     tokens: bool
+    places: Places = ()
 
 
 class _Pass:

@@ -30,6 +30,7 @@ from server_plugin.backend import History
 from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.places import Place, Places
 
 ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
 """Name of the Q-Former's attention function in transformers' registries."""
@@ -145,7 +146,8 @@ class InstructBlipAdapter(Adapter):
 class InstructBlipPrompts(PromptBuilder):
     """Makes two readings of one text: the decoder's and the Q-Former's.
 
-    In a conversation the Q-Former reads the question at hand, and the decoder all of it.
+    In a conversation the Q-Former reads the question at hand, and the decoder all of it. Places of
+    pictures in the texts cannot be kept: query tokens stand before all text, each picture's once.
 
     The decoder's begins with the image tokens, and only then comes what its tokenizer makes of
     the text, its first special token included. The Q-Former's is the text alone, in the words of
@@ -200,7 +202,14 @@ class InstructBlipPrompts(PromptBuilder):
         self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
         self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
 
-    def check(self, question: str, images: int, max_new_tokens: int, history: History = ()) -> None:
+    def check(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
         """Refuse a question that no prompt can be made of.
 
         Raises:
@@ -222,8 +231,11 @@ class InstructBlipPrompts(PromptBuilder):
         max_new_tokens: int,
         history: History = (),
         views: int = 1,
+        *,
+        places: Places = (),
+        picture: int = 0,
     ) -> Prompt:
-        """The prompt of a checked question over `images` pictures.
+        """The prompt of a checked question over `images` pictures, in their order.
 
         Raises:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer, or the
@@ -237,9 +249,9 @@ class InstructBlipPrompts(PromptBuilder):
         """Token ids of the text that the Q-Former reads for a question."""
         return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
 
-    def _encode(self, question: str, images: int, history: History = ()) -> list[int]:
-        pictures = [self._image_token_id] * images
-        return pictures + self._plain.encode(self._conversation(question, images, history))
+    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+        pictures = [self._image_token_id] * len(shown)
+        return pictures + self._plain.encode(self._conversation(question, shown, history))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:

@@ -136,25 +136,16 @@ def _message(value: object, where: str, limits: WireLimits) -> Conversation:
         return Conversation(((role, ""),))
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    texts: list[str] = []
-    pictures: dict[PictureSource, str] = {}
-    for i, part in enumerate(content):
-        if isinstance(part, str):  # cameras in use send their prompt so
-            texts.append(part)
-        else:
-            _part(Fields(part, f"{path}[{i}]"), role, limits, texts, pictures)
-    lines = ((role, "\n".join(texts)),) if texts else ()
-    return Conversation(lines, tuple(pictures), tuple(pictures.values()))
+    parts = [
+        # Cameras in use send their prompt as a bare text.
+        part if isinstance(part, str) else _part(Fields(part, f"{path}[{i}]"), role, limits)
+        for i, part in enumerate(content)
+    ]
+    return Conversation.message(role, parts)
 
 
-def _part(
-    part: Fields,
-    role: Role,
-    limits: WireLimits,
-    texts: list[str],
-    pictures: dict[PictureSource, str],
-) -> None:
-    """Add a part of a message to what its message has."""
+def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSource, str]:
+    """A text, or a picture and where it was."""
     kind = part.text("type")
     match kind:
         case "text" | "refusal":
@@ -163,7 +154,7 @@ def _part(
                 raise refuse(part.path(kind), f"{part.path(kind)} is missing", "missing_parameter")
             part.harmless("cache_control")
             part.end()
-            texts.append(text)
+            return text
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
             # Some clients leave out the object around the address.
@@ -176,7 +167,7 @@ def _part(
             param = image.path("url")
             if url is None:
                 raise refuse(param, f"{param} is missing", "missing_parameter")
-            pictures.setdefault(read_picture(url, param, limits), param)
+            return read_picture(url, param, limits), param
         case "image_url":
             raise unsupported(part.path("type"), "only the user shows pictures")
         case _:

@@ -255,19 +255,17 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
         return Conversation(((role, content),))
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(content, path, limits)
-    if pictures and role is not Role.USER:
-        raise unsupported(next(iter(pictures.values())), "only the user shows pictures")
-    lines = () if text is None else ((role, text),)
-    return Conversation(lines, tuple(pictures), tuple(pictures.values()))
+    message = Conversation.message(role, _parts(content, path, limits))
+    if message.pictures and role is not Role.USER:
+        raise unsupported(message.params[0], "only the user shows pictures")
+    return message
 
 
 def _parts(
     content: list[Any], path: str, limits: WireLimits
-) -> tuple[str | None, dict[PictureSource, str]]:
-    """The texts of some content, joined, and its pictures with their places."""
-    texts: list[str] = []
-    pictures: dict[PictureSource, str] = {}
+) -> list[str | tuple[PictureSource, str]]:
+    """Texts, and pictures with where they were, in order."""
+    parts: list[str | tuple[PictureSource, str]] = []
     for i, value in enumerate(content):
         part = Fields(value, f"{path}[{i}]")
         match part.text("type"):
@@ -277,9 +275,9 @@ def _parts(
                     param = part.path("text")
                     raise refuse(param, f"{param} is missing", "missing_parameter")
                 part.harmless("annotations", "logprobs")
-                texts.append(text)
+                parts.append(text)
             case "refusal":
-                texts.append(part.text("refusal") or "")
+                parts.append(part.text("refusal") or "")
             case "input_image":
                 part.only("file_id", [], "no files are stored; send a data URL")
                 check_detail(part)
@@ -287,11 +285,11 @@ def _parts(
                 url = part.text("image_url")
                 if url is None:
                     raise refuse(param, f"{param} is missing", "missing_parameter")
-                pictures.setdefault(read_picture(url, param, limits), param)
+                parts.append((read_picture(url, param, limits), param))
             case kind:
                 raise unsupported(part.path("type"), f"input_text and input_image, not {kind}")
         part.end()
-    return "\n".join(texts) if texts else None, pictures
+    return parts
 
 
 def _output(item: Fields, limits: WireLimits) -> CallOutput:
@@ -307,9 +305,11 @@ def _output(item: Fields, limits: WireLimits) -> CallOutput:
         return CallOutput(call_id, None, output, path)
     if not isinstance(output, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(output, path, limits)
+    parts = _parts(output, path, limits)
+    text = "\n".join(part for part in parts if isinstance(part, str))
+    pictures = dict(part for part in parts if not isinstance(part, str))
     if len(pictures) > 1:
         raise refuse(path, f"{path}: one region was asked for, not {len(pictures)}")
     for picture, param in pictures.items():
-        return CallOutput(call_id, picture, text or "", param)
-    return CallOutput(call_id, None, text or "", path)
+        return CallOutput(call_id, picture, text, param)
+    return CallOutput(call_id, None, text, path)
