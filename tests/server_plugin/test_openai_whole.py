@@ -274,6 +274,17 @@ async def test_several_pictures_are_asked_about_together():
     assert told["original_bytes"] == len(PHOTO) + len(other)
 
 
+async def test_labels_stay_with_their_pictures():
+    other = png(photo(640, 480))
+    one, two = (message(SURE, picture)["content"][-1] for picture in (PHOTO, other))
+    told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
+    content = [told[0], one, told[1], two, told[2]]
+    async with asking(service()) as client:
+        text, _ = await chat(client, [{"role": "user", "content": content}])
+    views = f"{view_name(PHOTO)}+{view_name(other)}"
+    assert text == f"first {views} Image 1:<0>\nImage 2:<1>\n{SURE}"
+
+
 async def test_questions_about_text_alone():
     async with asking(service()) as client:
         text, told = await chat(
