@@ -38,6 +38,7 @@ from vlm_collab.messages import (
     Fallback,
     MoreView,
     Options,
+    PicturePlace,
     Stage,
     Turn,
     Usage,
@@ -94,6 +95,7 @@ class Request:
     Attributes:
         pictures: one or more; the server keeps their views together.
         question, options, history: as given.
+        places: where pictures stand in the question.
         view: what is known of the pictures' views on the server.
         deadline_s: time for everything; None for no bound.
         on_text: receives the texts as they grow.
@@ -116,6 +118,7 @@ class Request:
     guard: QuestionGuard
     pace: Retry
     decoder: Executor | None = None
+    places: tuple[PicturePlace, ...] = ()
 
 
 class Links(Protocol):
@@ -284,6 +287,7 @@ class Asking:
             more=tuple(
                 MoreView(view, *size) for view, size in zip(sent[1:], sizes[1:], strict=True)
             ),
+            places=request.places,
         )
         state.session = key
         self._sent_s = asyncio.get_running_loop().time()

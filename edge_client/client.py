@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Self, TypeAlias, TypedDict, Unpack
 
 from edge_client.answer import EdgeAnswer
 from edge_client.asking import Asking, Request, TextSink, ViewState
@@ -22,13 +22,17 @@ from edge_client.picture import Album, Picture, PictureLike
 from edge_client.privacy import Policy
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.images import MAX_SOURCE_PIXELS, Codec
-from vlm_collab.messages import MAX_PICTURES, Options, Turn, Welcome
+from vlm_collab.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome
+from vlm_collab.places import Place, fault_of, joined
 from vlm_collab.session import EdgeLimits
 
 DEFAULT_DEADLINE_S = 60.0
 
 _Others = tuple[weakref.ref[Picture], ...]
 """The pictures that a question is about beside its first."""
+
+Text: TypeAlias = str | Sequence[str | int]
+"""A question, or its pieces with numbers of pictures between them."""
 
 _AT_ONCE = 32  # what a server takes at once from one connection by default
 
@@ -149,9 +153,9 @@ class EdgeClient:
     async def ask(
         self,
         picture: PictureLike | Sequence[PictureLike],
-        question: str,
+        question: Text,
         *,
-        history: Sequence[tuple[str, str]] = (),
+        history: Sequence[tuple[Text, str]] = (),
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         on_text: TextSink | None = None,
         options: Options | None = None,
@@ -165,8 +169,11 @@ class EdgeClient:
         Args:
             picture: a `Picture`, the path of one, or the content of its file; or several of
                 these, in the order in which the model is to see them.
-            question: the text.
-            history: (question, answer) pairs that came before, oldest first.
+            question: the text; or its pieces with the numbers of the pictures, from 0, where
+                these stand in it: `["Before: ", 0, " After: ", 1, " What changed?"]`. Pieces are
+                joined as they are. Without numbers, here and in the history, the pictures stand
+                before the first text; else each picture has one at least, and may have several.
+            history: (question, answer) pairs that came before, oldest first; questions as above.
             deadline_s: time for everything, connecting included; None for no bound. Until then a
                 question that loses its link is asked again, at the pace of `Retry`.
             on_text: called with (stage, text so far) as the answer grows, and with each
@@ -185,26 +192,33 @@ class EdgeClient:
         """
         if deadline_s is not None and not deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {deadline_s:g}")
-        turns = tuple(Turn(*turn) for turn in history)
-        self._check(question, turns)
+        turns = tuple(_turn(*turn) for turn in history)
+        text, places = _told(question)
+        self._check(text, turns)
         # A path and the content of a file are sequences too.
         one = isinstance(picture, Picture | str | bytes | os.PathLike)
         sources: list[PictureLike] = [picture] if one else list(picture)  # type: ignore
         if not 1 <= len(sources) <= MAX_PICTURES:
             raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
+        told = (*(turn.places for turn in turns), places)
+        shown = [Place(i, one.position, one.picture) for i, each in enumerate(told) for one in each]
+        fault = fault_of(shown, (*(turn.question for turn in turns), text), len(sources))
+        if fault is not None:
+            raise ConfigError(fault)
         opened = [await asyncio.to_thread(self._open, source) for source in sources]
         request = Request(
             pictures=tuple(opened),
-            question=question,
+            question=text,
             options=options,
             history=turns,
+            places=places,
             view=self._view(opened),
             # The event loop's clock knows no infinity.
             deadline_s=None if deadline_s == math.inf else deadline_s,
             on_text=on_text,
             view_codecs=self._view_codecs,
             view_quality=self._view_quality,
-            guard=self._guard.question(question),
+            guard=self._guard.question(text),
             pace=self._pace,
             decoder=self._decoder,
         )
@@ -269,3 +283,14 @@ class EdgeClient:
             self._last_view_id += 1
             views[others] = ViewState(self._last_view_id)
         return views[others]
+
+
+def _told(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
+    """A text, and where pictures stand in it."""
+    whole, spots = joined([text] if isinstance(text, str) else text)
+    return whole, tuple(PicturePlace(*spot) for spot in spots)
+
+
+def _turn(asked: Text, answer: str) -> Turn:
+    question, places = _told(asked)
+    return Turn(question, answer, places)

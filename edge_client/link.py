@@ -25,6 +25,7 @@ from vlm_collab.messages import (
     Error,
     MoreView,
     Options,
+    PicturePlace,
     Turn,
     Welcome,
     websocket_bytes,
@@ -191,6 +192,7 @@ class Link:
         *,
         history: tuple[Turn, ...] = (),
         more: tuple[MoreView, ...] = (),
+        places: tuple[PicturePlace, ...] = (),
     ) -> Exchange:
         """Send a question, in the slot that `slot` waited for.
 
@@ -199,7 +201,14 @@ class Link:
         """
         try:
             id = self.session.ask(
-                question, view_id, source, view, options, history=history, more=more
+                question,
+                view_id,
+                source,
+                view,
+                options,
+                history=history,
+                more=more,
+                places=places,
             )
         except BaseException:
             self._slots.release()

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from edge_client.answer import EdgeAnswer
 from edge_client.asking import TextSink
-from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient, Text
 from edge_client.dial import DEFAULT_URL
 from edge_client.picture import PictureLike
 from vlm_collab.errors import CollabError, LinkError
@@ -71,9 +71,9 @@ class Client:
     def ask(
         self,
         picture: PictureLike | Sequence[PictureLike],
-        question: str,
+        question: Text,
         *,
-        history: Sequence[tuple[str, str]] = (),
+        history: Sequence[tuple[Text, str]] = (),
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         on_text: TextSink | None = None,
         options: Options | None = None,

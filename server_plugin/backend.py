@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.places import Places
 from vlm_collab.uncertainty import TokenStatistics
 
 StopRule = Callable[[Sequence[TokenStatistics], bool], bool]
@@ -118,7 +119,8 @@ class Generation:
         prefilled_tokens: prompt tokens really computed for this answer.
         context_tokens: prompt tokens it stands on, those taken from a cache included.
         row: attention of the last prompt position to the global view at the preset layer, mean
-            over heads, on the token grid in row-major order, picture after picture, float32,
+            over heads, on the token grid in row-major order, picture after picture (of one that
+            stands at several places, the sum over them), float32,
             shape `(pictures * rows * columns,)`; None when it was not asked for, or where the
             runtime hands it out no earlier than `Backend.relative_attention` needs it.
         surprisals: −log2 of each token's probability by the raw logits, in bits.
@@ -163,18 +165,26 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
         """Refuse a question before anything is computed for it. Cheap; runs on the event loop.
 
         Args:
             question: the user's text.
-            images: pictures that the longest prompt of this question may hold; 0 for a question
-                about none.
+            images: different pictures that the longest prompt of this question may hold; 0 for a
+                question about none.
             history: what came before.
+            places: see `first_pass`.
 
         Raises:
-            QuestionError: empty, longer than the context leaves room for, or holding text that
-                the model reserves (special tokens), in one clear line.
+            QuestionError: empty, no text, or longer than the context leaves room for, in one
+                clear line. Texts that quote the model's special tokens are plain text.
         """
 
     async def open_view(self, *images: Image) -> View:
@@ -194,11 +204,17 @@ class Backend(Protocol):
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        """Answer from the global view, capturing the attention row."""
+        """Answer from the global view, capturing the attention row.
+
+        Args:
+            places: where the view's pictures stand in the texts; without any, before all of them.
+                A family that takes pictures only in front puts them there.
+        """
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         """Divide the first pass's row by the row of the generic instruction.
@@ -214,6 +230,8 @@ class Backend(Protocol):
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
+        picture: int = 0,
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -222,6 +240,8 @@ class Backend(Protocol):
 
         Args:
             region: RGB, any size; brought to the encoder's input by the backend.
+            places: as in the first pass; the local view then stands right behind its picture.
+            picture: which of the view's pictures the region is from.
         """
 
     async def text_pass(

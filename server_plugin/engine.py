@@ -48,6 +48,7 @@ from vlm_collab.messages import (
     common_prefix,
     micro,
 )
+from vlm_collab.places import Places
 from vlm_collab.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
 from vlm_collab.uncertainty import TokenStatistics
@@ -229,6 +230,7 @@ class Engine:
         fetch_region: FetchRegion,
         *,
         history: History = (),
+        places: Places = (),
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
         retransmit: Retransmit = Retransmit.AUTO,
@@ -245,6 +247,7 @@ class Engine:
             source: size of the upright original, in px; of each, if the view is of several.
             question: the user's text.
             history: what was asked and answered before.
+            places: where the view's pictures stand in the texts; without any, before all of them.
             stop: texts that end an answer where they come up.
             sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
                 answer that is made again is the same again.
@@ -269,7 +272,7 @@ class Engine:
         policy = self.policy if eta is None else self._with_threshold(eta)
         if sampling.temperature and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
+        given = _Given(question, limit, history, sampling, tuple(stop), tokens, places)
         more_to_see = self._more_to_see(source)
         may_stop = more_to_see and not self.provisional
         early = _stop_rule(policy, retransmit, key) if may_stop else None
@@ -300,6 +303,8 @@ class Engine:
                 question,
                 max_new_tokens=limit,
                 history=history,
+                places=places,
+                picture=need.picture,
                 sampling=sampling,
                 stop=second.stop_rule(None),
                 on_text=second.sink,
@@ -387,6 +392,7 @@ class Engine:
             given.question,
             max_new_tokens=given.limit,
             history=given.history,
+            places=given.places,
             sampling=given.sampling,
             stop=one.stop_rule(early),
             on_text=one.sink,
@@ -456,6 +462,7 @@ class _Given:
     sampling: Sampling
     stops: tuple[str, ...]
     tokens: bool
+    places: Places = ()
 
 
 class _Pass:

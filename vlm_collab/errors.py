@@ -7,7 +7,7 @@
     ├── ImageError                  a picture cannot be used
     │   ├── UnsupportedImageError   not a picture, or not in a format both sides agreed on
     │   └── ImageTooLargeError      more pixels, frames or bytes than the limit
-    ├── QuestionError               a question is empty, too long, or holds reserved text
+    ├── QuestionError               a question is empty, too long, or no text
     ├── ModelError                  a checkpoint is missing, broken or of an unknown family
     ├── ProtocolError               the order or content of messages is wrong
     │   ├── LocalProtocolError      this side tried to do what the protocol forbids
@@ -46,7 +46,7 @@ class ErrorCode(enum.IntEnum):
     TOO_LARGE = 5
     """A frame, picture, question or budget is over a limit that `Welcome` stated."""
     BAD_QUESTION = 6
-    """The question is empty or holds text reserved by the model."""
+    """The question is empty or no text, or the model cannot take it."""
     VIEW_GONE = 7
     """The view that the question refers to is no longer held; send it again."""
     BUSY = 8
@@ -84,7 +84,7 @@ class ImageTooLargeError(ImageError):
 
 
 class QuestionError(CollabError):
-    """A question is empty, too long, or holds text reserved by the model."""
+    """A question is empty, too long, or no text."""
 
 
 class ModelError(CollabError):

@@ -30,6 +30,7 @@ from msgspec import Meta, Struct
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.images import Codec
+from vlm_collab.places import MAX_PLACES, Place, Places
 
 VERSION = 1
 SUBPROTOCOL = "vlm-collab.v1"
@@ -123,11 +124,29 @@ class Message(Struct, array_like=True, frozen=True):
     """Base of all messages."""
 
 
+class PicturePlace(Struct, array_like=True, frozen=True):
+    """Where a picture stands in a text.
+
+    Attributes:
+        position: characters (Unicode code points) of the text before it.
+        picture: which of the question's pictures, from 0; one may stand at several places.
+    """
+
+    position: Annotated[int, Meta(ge=0, le=2**32 - 1)]
+    picture: Annotated[int, Meta(ge=0, le=MAX_PICTURES - 1)]
+
+
 class Turn(Struct, array_like=True, frozen=True):
-    """One earlier question of a conversation, and what was answered."""
+    """One earlier question of a conversation, and what was answered.
+
+    Attributes:
+        question, answer: the texts.
+        places: see `Ask.places`.
+    """
 
     question: str
     answer: str
+    places: Annotated[tuple[PicturePlace, ...], Meta(max_length=MAX_PLACES)] = ()
 
 
 class MoreView(Struct, array_like=True, frozen=True):
@@ -239,6 +258,8 @@ class Ask(Message, tag=3, frozen=True):
         options: None for the defaults.
         history: what was asked and answered about the picture before, oldest first.
         more: further pictures, in order; `view_id` stands for all of them together.
+        places: where pictures stand in the question's text, in reading order. Without any, here
+            and in the history, all stand before the first text; else each has one at least.
     """
 
     id: QuestionId
@@ -250,12 +271,26 @@ class Ask(Message, tag=3, frozen=True):
     options: Options | None = None
     history: Annotated[tuple[Turn, ...], Meta(max_length=256)] = ()
     more: Annotated[tuple[MoreView, ...], Meta(max_length=MAX_PICTURES - 1)] = ()
+    places: Annotated[tuple[PicturePlace, ...], Meta(max_length=MAX_PLACES)] = ()
 
     @property
     def sources(self) -> tuple[tuple[int, int], ...]:
         """Sizes (width, height) of the upright originals, in px."""
         first = (self.source_width, self.source_height)
         return (first, *((one.source_width, one.source_height) for one in self.more))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The texts of all questions, oldest first."""
+        return (*(turn.question for turn in self.history), self.question)
+
+    @property
+    def all_places(self) -> Places:
+        """Where pictures stand, in the whole conversation; see `vlm_collab.places`."""
+        told = (*(turn.places for turn in self.history), self.places)
+        return tuple(
+            Place(turn, one.position, one.picture) for turn, each in enumerate(told) for one in each
+        )
 
     @property
     def text_bytes(self) -> int:
@@ -298,7 +333,7 @@ class Welcome(Message, tag=16, frozen=True):
         max_question_bytes: longest question, its conversation included, in UTF-8 bytes.
         max_in_flight: questions at once on this connection.
         features: what this server can do beyond the two stages: `history`, `pictures`,
-            `sampling`, `stop`, `tokens` (see `Ask` and `Options`).
+            `places`, `sampling`, `stop`, `tokens` (see `Ask` and `Options`).
     """
 
     session: Annotated[bytes, Meta(min_length=8, max_length=32)]
@@ -443,11 +478,14 @@ def encode(message: AnyMessage) -> bytes:
         fields = _trimmed(message)
         if message.options is not None:
             fields[_OPTIONS_PLACE] = _trimmed(message.options)
+        if message.history:
+            fields[_HISTORY_PLACE] = [_trimmed(turn) for turn in message.history]
         return _encoder.encode(fields)
     return _encoder.encode(message)
 
 
 _OPTIONS_PLACE = 1 + Ask.__struct_fields__.index("options")
+_HISTORY_PLACE = 1 + Ask.__struct_fields__.index("history")
 
 
 def _trimmed(struct: Struct) -> list[object]:

@@ -40,6 +40,7 @@ from vlm_collab.messages import (
     MoreView,
     Options,
     Partial,
+    PicturePlace,
     Region,
     RegionRequest,
     Stage,
@@ -54,6 +55,7 @@ from vlm_collab.messages import (
     micro,
     websocket_bytes,
 )
+from vlm_collab.places import fault_of
 
 FITS: tuple[Fit, ...] = (Fit.STRETCH, Fit.PAD, Fit.CROP)
 """Wire values of `Welcome.fit`, by position."""
@@ -303,6 +305,7 @@ class EdgeSession(_Session):
         *,
         history: tuple[Turn, ...] = (),
         more: tuple[MoreView, ...] = (),
+        places: tuple[PicturePlace, ...] = (),
     ) -> int:
         """Ask, and return the question's id.
 
@@ -314,9 +317,11 @@ class EdgeSession(_Session):
             options: None for the server's defaults.
             history: earlier questions and answers, oldest first.
             more: further pictures; `view_id` stands for all of them together.
+            places: where pictures stand in the question's text.
 
         Raises:
-            LocalProtocolError: before `Welcome`, or over a limit that it stated.
+            LocalProtocolError: before `Welcome`, over a limit that it stated, or with places that
+                are wrong or that this server would ignore.
         """
         welcome = self.welcome
         if welcome is None or self._closed:
@@ -327,8 +332,14 @@ class EdgeSession(_Session):
             )
         id = self._last_id + 1
         message = Ask(
-            id, question, view_id, view, source.width, source.height, options, history, more
+            id, question, view_id, view, source.width, source.height, options, history, more, places
         )
+        if message.all_places:
+            fault = fault_of(message.all_places, message.questions, 1 + len(more))
+            if fault is None and "places" not in welcome.features:
+                fault = "the server does not keep the order of texts and pictures"
+            if fault is not None:
+                raise LocalProtocolError(fault, ErrorCode.BAD_QUESTION)
         if message.text_bytes > welcome.max_question_bytes:
             raise LocalProtocolError(
                 f"the server takes questions of {welcome.max_question_bytes} bytes at most, the "
@@ -536,6 +547,9 @@ class ServerSession(_Session):
             return self._refuse(message, ErrorCode.TOO_LARGE, text)
         if not message.question.strip():
             return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
+        fault = fault_of(message.all_places, message.questions, 1 + len(message.more))
+        if fault is not None:
+            return self._refuse(message, ErrorCode.BAD_QUESTION, fault)
         return message
 
     def _refuse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Unpack
 
 from edge_client.answer import EdgeAnswer
@@ -32,6 +32,7 @@ from vlm_collab.openai import (
     refuse_pictures_in,
     stage_name,
 )
+from vlm_collab.places import Place, split, spots_of
 
 log = logging.getLogger(__name__)
 
@@ -188,9 +189,10 @@ class Answerer:
             if not query.pictures:
                 return await self._texts.ask(query, welcome.model, on_text)
             _check_features(query, welcome)
-            pictures = await self._pictures(query, {} if fetched is None else fetched)
+            pictures, numbers = await self._pictures(query, {} if fetched is None else fetched)
             left_s = max(0.001, until - asyncio.get_running_loop().time())
-            answer = await self._ask(query, pictures, on_text, left_s)
+            places = [one._replace(picture=numbers[one.picture]) for one in query.places]
+            answer = await self._ask(query, pictures, places, on_text, left_s)
             log.info(
                 "%d pictures, %s answer: %d of %s bytes up, %.2f s",
                 len(pictures),
@@ -203,8 +205,14 @@ class Answerer:
         except CollabError as error:
             raise api_error(error, param=query.question_param) from error
 
-    async def _pictures(self, query: Query, fetched: dict[Url, bytes]) -> list[Picture]:
-        """A question's pictures, each once; some may only turn out the same when they are there."""
+    async def _pictures(
+        self, query: Query, fetched: dict[Url, bytes]
+    ) -> tuple[list[Picture], list[int]]:
+        """A question's pictures, each once; some may only turn out the same when they are there.
+
+        Returns:
+            the pictures, and for each of the query's which of them it is.
+        """
         params = query.picture_params
 
         async def content(source: bytes | Url, param: str) -> bytes:
@@ -217,7 +225,9 @@ class Answerer:
         found: dict[bytes, str] = {}
         for each, param in zip(contents, params, strict=True):
             found.setdefault(each, param)
-        return list(await asyncio.gather(*map(self._open, found, found.values())))
+        numbers = {each: number for number, each in enumerate(found)}
+        opened = await asyncio.gather(*map(self._open, found, found.values()))
+        return list(opened), [numbers[each] for each in contents]
 
     async def _open(self, content: bytes, param: str) -> Picture:
         try:
@@ -226,13 +236,21 @@ class Answerer:
             raise api_error(error, param=param) from error
 
     async def _ask(
-        self, query: Query, pictures: list[Picture], on_text: TextSink | None, left_s: float
+        self,
+        query: Query,
+        pictures: list[Picture],
+        places: Sequence[Place],
+        on_text: TextSink | None,
+        left_s: float,
     ) -> EdgeAnswer:
+        def told(turn: int, text: str) -> list[str | int]:
+            return split(text, spots_of(places, turn))
+
         try:
             return await self._client.ask(
                 pictures,
-                query.question,
-                history=query.history,
+                told(len(query.history), query.question),
+                history=[(told(i, asked), said) for i, (asked, said) in enumerate(query.history)],
                 deadline_s=left_s,
                 on_text=on_text,
                 options=query.options,
@@ -270,6 +288,7 @@ def _check_features(query: Query, welcome: Welcome) -> None:
         (options.tokens, "tokens", "logprobs"),
         (bool(query.history), "history", where),
         (len(query.pictures) > 1, "pictures", where),
+        (bool(query.places), "places", where),
     )
     for asked, feature, param in wanted:
         if asked and feature not in welcome.features:

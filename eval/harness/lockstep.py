@@ -30,6 +30,7 @@ from server_plugin.backend import (
     TextSink,
     View,
 )
+from vlm_collab.places import Places
 
 
 @runtime_checkable
@@ -136,8 +137,15 @@ class Member:
         """The question is over."""
         self.group.leave()
 
-    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
-        self.group.backend.check_question(question, images, history=history)
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
+        self.group.backend.check_question(question, images, history=history, places=places)
 
     async def open_view(self, *images: Image) -> View:
         view: View = await self._step("open_view", lambda: self.group.backend.open_view(*images))
@@ -150,6 +158,7 @@ class Member:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -161,6 +170,7 @@ class Member:
                 question,
                 max_new_tokens=max_new_tokens,
                 history=history,
+                places=places,
                 sampling=sampling,
                 stop=stop,
                 on_text=on_text,
@@ -182,6 +192,8 @@ class Member:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
+        picture: int = 0,
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -194,6 +206,8 @@ class Member:
                 question,
                 max_new_tokens=max_new_tokens,
                 history=history,
+                places=places,
+                picture=picture,
                 sampling=sampling,
                 stop=stop,
                 on_text=on_text,

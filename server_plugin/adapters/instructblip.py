@@ -24,11 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from server_plugin.adapters.base import Adapter, Layout, VisualTokens, square_cells
-from server_plugin.adapters.prompts import Prompt, PromptBuilder, Tokenizer
+from server_plugin.adapters.prompts import Prompt, PromptBuilder
+from server_plugin.adapters.tokens import PlainText, Tokenizer
 from server_plugin.backend import History
-from server_plugin.presets import IMAGE_SLOT, Preset
+from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.places import Place, Places
 
 ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
 """Name of the Q-Former's attention function in transformers' registries."""
@@ -144,7 +146,8 @@ class InstructBlipAdapter(Adapter):
 class InstructBlipPrompts(PromptBuilder):
     """Makes two readings of one text: the decoder's and the Q-Former's.
 
-    In a conversation the Q-Former reads the question at hand, and the decoder all of it.
+    In a conversation the Q-Former reads the question at hand, and the decoder all of it. Places of
+    pictures in the texts cannot be kept: query tokens stand before all text, each picture's once.
 
     The decoder's begins with the image tokens, and only then comes what its tokenizer makes of
     the text, its first special token included. The Q-Former's is the text alone, in the words of
@@ -191,29 +194,32 @@ class InstructBlipPrompts(PromptBuilder):
             context_tokens=context_tokens,
             turn=turn,
         )
-        self._qformer_tokenizer = qformer_tokenizer
+        self._qformer_plain = plain = PlainText(qformer_tokenizer)
+        around_question = template.removeprefix(IMAGE_SLOT).split(QUESTION_SLOT)
+        self._qformer_before, self._qformer_after = map(plain.template, around_question)
         self._qformer_tokens = qformer_tokens
         added = qformer_tokenizer.added_tokens_decoder
-        special = {str(token) for token in added.values()} | {*qformer_tokenizer.all_special_tokens}
-        self._qformer_reserved = sorted(token for token in special if token.strip())
         self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
         self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
 
-    def check(self, question: str, images: int, max_new_tokens: int, history: History = ()) -> None:
+    def check(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
         """Refuse a question that no prompt can be made of.
 
         Raises:
-            QuestionError: as in `PromptBuilder.check`, and also for what the Q-Former's
-                tokenizer reserves, and for more text than the Q-Former reads.
+            QuestionError: as in `PromptBuilder.check`, and also for more text than the Q-Former
+                reads.
         """
         super().check(question, images, max_new_tokens, history)
         if not images:
             return  # nothing for the Q-Former to look at
-        for token in self._qformer_reserved:
-            if token in question:
-                raise QuestionError(f"the question holds {token!r}, which this model reserves")
         ids = self.qformer_ids(question)
-        # Its tokenizer drops case, accents and control characters.
         if self._count_qformer_reserved(ids) != self._qformer_own_reserved:
             raise QuestionError("the question spells a token that this model reserves")
         self._check_qformer_length(ids)
@@ -225,8 +231,11 @@ class InstructBlipPrompts(PromptBuilder):
         max_new_tokens: int,
         history: History = (),
         views: int = 1,
+        *,
+        places: Places = (),
+        picture: int = 0,
     ) -> Prompt:
-        """The prompt of a checked question over `images` pictures.
+        """The prompt of a checked question over `images` pictures, in their order.
 
         Raises:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer, or the
@@ -238,11 +247,11 @@ class InstructBlipPrompts(PromptBuilder):
 
     def qformer_ids(self, question: str) -> list[int]:
         """Token ids of the text that the Q-Former reads for a question."""
-        return self._qformer_tokenizer.encode(self._conversation(question, 1, ()))
+        return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
 
-    def _encode(self, question: str, images: int, history: History = ()) -> list[int]:
-        pictures = [self._image_token_id] * images
-        return pictures + self._tokenizer.encode(self._conversation(question, images, history))
+    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+        pictures = [self._image_token_id] * len(shown)
+        return pictures + self._plain.encode(self._conversation(question, shown, history))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:

@@ -30,6 +30,7 @@ from server_plugin.backend import (
 )
 from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.places import Places, split, spots_of
 from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics
 
@@ -56,13 +57,24 @@ class Script:
     fail_second: bool = False
 
 
+REFUSED = "<refuse>"
+"""Questions that hold it are refused, to try what becomes of those."""
+
 Play = Callable[[str, str, str], Script]
 """(question, digest of the view, digest of the region or "") -> what to do."""
 
 
-def _said(question: str, history: History) -> str:
-    """All that was said, as one text: what came before stands first."""
-    return " ".join([*(text for turn in history for text in turn), question])
+def _said(question: str, history: History, places: Places = ()) -> str:
+    """All that was said, as one text: what came before stands first.
+
+    A picture that has its place in a text is `<0>`, by its number.
+    """
+    texts: list[str] = []
+    for turn, (asked, *answered) in enumerate((*history, (question,))):
+        parts = split(asked, spots_of(places, turn))
+        texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
+        texts += answered
+    return " ".join(texts)
 
 
 def digest(image: Image) -> str:
@@ -141,11 +153,18 @@ class FakeBackend:
         """What `vlm-collab serve fake` serves."""
         return cls()
 
-    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")
-        if "<image>" in question:
-            raise QuestionError("the question holds '<image>', which the model reserves")
+        if REFUSED in question:
+            raise QuestionError(f"the question holds {REFUSED!r}, which this model reserves")
         if len(question) // 4 + images * self.info.visual_tokens > self.info.context_tokens:
             raise QuestionError("the question is longer than the model's context leaves room for")
 
@@ -166,12 +185,13 @@ class FakeBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history), held.name, "")
+        script = self.play(_said(question, history, places), held.name, "")
         tokens = script.first.split(" ")
         row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
         # Of several pictures, it looks at the last.
@@ -206,12 +226,14 @@ class FakeBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
+        picture: int = 0,
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history), held.name, digest(region))
+        script = self.play(_said(question, history, places), held.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
         step = statistics_of(script.second_bits)

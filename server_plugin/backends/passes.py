@@ -121,7 +121,8 @@ class Passes:
         for number, (job, one) in enumerate(zip(jobs, tokens, strict=True)):
             # Each in memory of its own, so that views can be released one by one.
             cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
-            view = TransformersView(None, pictures)
+            kept = seen[number] if len(jobs) == 1 else tuple(part.clone() for part in seen[number])
+            view = TransformersView(kept, pictures)
             view.keep("", Prefix(cache, tuple(picture.looks for picture in one), length))
             job.future.set_result(view)
 
@@ -156,7 +157,7 @@ class Passes:
         # The capture ends the forward: layers behind the one that is read are not computed.
         with contextlib.suppress(RowReadyError):
             batch.prefill(capture)
-        rows = self._on_grid(capture, prompts, [looks for _, looks in made])
+        rows = self._on_grid(capture, batch, prompts, [looks for _, looks in made])
         return {
             id(seen.view): (
                 row,
@@ -189,7 +190,9 @@ class Passes:
             answer.prefilled_tokens = len(made[number][0].embeddings)
             self._keep_prefix(answer, batch, number, looks[number])
         if capture is not None:
-            for answer, row in zip(answers, self._on_grid(capture, prompts, looks), strict=True):
+            for answer, row in zip(
+                answers, self._on_grid(capture, batch, prompts, looks), strict=True
+            ):
                 answer.row = row
         while True:
             # Only the last positions predict anything; (batch, hidden) -> (batch, vocabulary)
@@ -254,20 +257,28 @@ class Passes:
         Args:
             local: the vision encoder's output of the local view, in a second pass.
         """
-        pictures = [self._adapter.visual_tokens(picture, question) for picture in local]
         prefix = seen.prefix
+        start = 0 if prefix is None else prefix.length
+        new = [shows for place, shows in prompt.shows() if place.start >= start]
+        made = {
+            shows: self._adapter.visual_tokens(
+                local[0] if shows == prompt.views else seen.pictures[shows], question
+            )
+            for shows in dict.fromkeys(new)
+        }
+        row = Row(
+            prompt,
+            None if prefix is None else prefix.cache,
+            self._embedded(prompt, start, [made[shows] for shows in new]),
+        )
         if prefix is not None:
-            embeddings = self._embedded(prompt, prefix.length, pictures)
-            return Row(prompt, prefix.cache, embeddings), prefix.looks
-        assert len(seen.pictures) == prompt.views, "neither a picture nor its cache was kept"
-        views = [self._adapter.visual_tokens(picture, question) for picture in seen.pictures]
-        row = Row(prompt, None, self._embedded(prompt, 0, [*views, *pictures]))
-        return row, tuple(view.looks for view in views)
+            return row, prefix.looks
+        return row, tuple(made[view].looks for view in range(prompt.views))
 
     def _keep_prefix(self, answer: _Answer, batch: Batch, number: int, looks: Looks) -> None:
         """After a prefill without a prefix: keep the one just made."""
         seen = answer.ask.seen
-        if seen.prefix is None and seen.view is not None:
+        if seen.prefix is None and seen.view is not None and not answer.ask.prompt.shown:
             cache = batch.copy_of(number, answer.ask.prompt.shared)
             seen.view.keep(seen.key, Prefix(cache, looks, 0))
 
@@ -275,26 +286,36 @@ class Passes:
         self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
     ) -> RowCapture:
         """Asks for the attention to the global views of a batch, what lies between included."""
-        keys = []
-        for number, prompt in enumerate(prompts):
-            first = prompt.images[0].start
-            begin = batch.place(number, first)
-            keys.append(slice(begin, begin + prompt.shared - first))
+        spans = [prompt.looked_at for prompt in prompts]
+        # Padding may lie within them, and in interleaved prompts they differ.
+        begin = min(batch.place(i, span.start) for i, span in enumerate(spans))
+        last = max(batch.place(i, span.stop - 1) for i, span in enumerate(spans))
+        keys = [slice(begin, last + 1)] * len(prompts)
         return RowCapture(self._preset.layer, keys, batch.visible, stop)
 
     def _on_grid(
-        self, capture: RowCapture, prompts: Sequence[Prompt], looks: Sequence[Looks]
+        self,
+        capture: RowCapture,
+        batch: Batch,
+        prompts: Sequence[Prompt],
+        looks: Sequence[Looks],
     ) -> list[NDArray[np.float32]]:
         """For each of a batch, attention to the cells of its pictures, one after the other."""
+        begin = capture.keys[0].start
         rows = []
-        for row, prompt, every in zip(capture.take(), prompts, looks, strict=True):
-            first = prompt.images[0].start
-            views = zip(prompt.images[: prompt.views], every, strict=True)
-            cells = [
-                self._adapter.on_grid(row[place.start - first : place.stop - first], one)
-                for place, one in views
-            ]
-            rows.append(torch.cat(cells).float().cpu().numpy())
+        for number, (row, prompt, every) in enumerate(
+            zip(capture.take(), prompts, looks, strict=True)
+        ):
+            cells: dict[int, Tensor] = {}
+            for place, shows in prompt.shows():
+                if shows == prompt.views:
+                    continue
+                first = batch.place(number, place.start) - begin
+                one = self._adapter.on_grid(row[first : first + len(place)], every[shows])
+                # Of a picture that stands at several places, what goes to any of them.
+                cells[shows] = cells[shows] + one if shows in cells else one
+            ordered = [cells[shows] for shows in range(prompt.views)]
+            rows.append(torch.cat(ordered).float().cpu().numpy())
         return rows
 
     def _embedded(self, prompt: Prompt, start: int, pictures: Sequence[VisualTokens]) -> Tensor:

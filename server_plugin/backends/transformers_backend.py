@@ -55,6 +55,7 @@ from server_plugin.backends.views import Seen, TransformersView, view_bytes
 from server_plugin.backends.worker import BatchWorker, WorkerClosedError
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from vlm_collab.places import Places
 from vlm_collab.roi import relative_maps
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
@@ -167,8 +168,15 @@ class TransformersBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history)
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
 
     async def open_view(self, *images: Image) -> TransformersView:
         for image in images:
@@ -188,12 +196,13 @@ class TransformersBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         return await self._answer(
-            view, question, None, max_new_tokens, history, sampling, stop, on_text
+            view, question, None, max_new_tokens, history, sampling, stop, on_text, places
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
@@ -220,6 +229,8 @@ class TransformersBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
+        picture: int = 0,
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -227,7 +238,16 @@ class TransformersBackend:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
         return await self._answer(
-            view, question, region, max_new_tokens, history, sampling, stop, on_text
+            view,
+            question,
+            region,
+            max_new_tokens,
+            history,
+            sampling,
+            stop,
+            on_text,
+            places,
+            picture,
         )
 
     async def text_pass(
@@ -290,16 +310,22 @@ class TransformersBackend:
         sampling: Sampling,
         stop: StopRule | None,
         on_text: TextSink | None,
+        places: Places = (),
+        picture: int = 0,
     ) -> Generation:
         prompts = self._adapter.prompts
         views = 0 if view is None else view.pictures
         images = views + (region is not None)
-        prompts.check(question, images, max_new_tokens, history)
-        prompt = prompts.build(question, images, max_new_tokens, history, views)
+        prompts.check(question, images, max_new_tokens, history, places)
+        prompt = prompts.build(
+            question, images, max_new_tokens, history, views, places=places, picture=picture
+        )
         seen = self._seen(view, question)
+        if prompt.shown:
+            seen = seen.interleaved(prompts.shared(views), prompt)
         ask = Ask(seen, prompt, question, region, max_new_tokens, sampling, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", views, images, seen.cached), ask, len(prompt.ids) - seen.cached
+            ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
         )
         return answer
 

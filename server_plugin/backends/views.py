@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from server_plugin.adapters.base import Adapter
+from server_plugin.adapters.prompts import Prompt
 from server_plugin.backends.batch import layers_of
 
 KEPT_PREFIXES = 2
@@ -32,16 +34,26 @@ class Prefix:
         looks: of each picture.
         uncounted_tokens: positions that no result has reported as prefilled yet; the first
             answer on it reports them, so that costs add up to what was computed.
+        of: the longer one that this is the beginning of.
     """
 
     cache: DynamicCache
     looks: Looks
     uncounted_tokens: int
+    of: Prefix | None = None
 
     @property
     def length(self) -> int:
         """Its positions."""
         return int(self.cache.get_seq_length())
+
+    def cut(self, length: int) -> Prefix:
+        """Its first positions, in the same memory."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in layers_of(cache):
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return Prefix(cache, self.looks, 0, self)
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +65,7 @@ class Prefix:
     def take_uncounted(self) -> int:
         """The positions to report now; 0 ever after."""
         tokens, self.uncounted_tokens = self.uncounted_tokens, 0
-        return tokens
+        return tokens + (0 if self.of is None else self.of.take_uncounted())
 
 
 @dataclass(slots=True, eq=False)
@@ -61,8 +73,8 @@ class TransformersView:
     """A global view as this backend keeps it: what was computed of it, and no pixels.
 
     Attributes:
-        seen: the vision encoder's output of each picture, in families that need it for every new
-            question.
+        seen: the vision encoder's output of each picture, for prompts that cannot go on from a
+            cache: of new questions in families that read them, of interleaved ones in all.
         pictures: how many it is of.
         prefixes: by question, where that matters; else one for all questions, under "".
         generic_row: attention on the grid under the generic instruction, once it was needed.
@@ -107,6 +119,32 @@ class Seen:
     prefix: Prefix | None
     pictures: tuple[Tensor, ...]
 
+    def interleaved(self, usual: Prompt, prompt: Prompt) -> Seen:
+        """The same for a prompt with pictures among its texts.
+
+        What such a prompt begins with in common with the usual one is taken from the cache, as
+        far as the same pictures stand in it at the same places.
+
+        Args:
+            usual: the part that is cached, of the prompt with all pictures in front.
+            prompt: the interleaved one.
+        """
+        if self.prefix is None:
+            return self
+        common = 0
+        for one, other in zip(usual.ids, prompt.ids, strict=False):
+            if one != other:
+                break
+            common += 1
+        for (place, shows), (here, shown) in zip(usual.shows(), prompt.shows(), strict=False):
+            if place.start >= common:
+                break
+            if place != here or shows != shown:
+                common = min(common, place.start, here.start)
+                break
+        prefix = self.prefix.cut(common) if common else None
+        return replace(self, prefix=prefix)
+
     @property
     def cached(self) -> int:
         """Positions that need not be computed."""
@@ -121,7 +159,8 @@ def view_bytes(adapter: Adapter, tokens: int) -> int:
     if adapter.reads_question:
         seen = layout.seen_numbers * adapter.dtype.itemsize
         return seen + KEPT_PREFIXES * (cached + layout.visual_tokens * cells) + cells
-    return cached + cells
+    width = int(adapter.decoder.config.hidden_size)
+    return cached + cells + layout.visual_tokens * width * adapter.dtype.itemsize
 
 
 def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,7 @@ from vlm_collab.errors import (
 )
 from vlm_collab.geometry import Size
 from vlm_collab.messages import Fallback, Options
+from vlm_collab.places import Places
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
@@ -71,12 +72,18 @@ def check_room(service: Service) -> None:
 
 
 def check_question(
-    service: Service, question: str, pictures: int, history: History, options: Options
+    service: Service,
+    question: str,
+    pictures: int,
+    history: History,
+    options: Options,
+    places: Places = (),
 ) -> None:
     """Refuse what the model cannot take, before anything is computed.
 
     Args:
         pictures: how many the question is about; of none, there is no local view either.
+        places: where they stand in the texts.
 
     Raises:
         Refused: a bad option or question.
@@ -84,7 +91,7 @@ def check_question(
     images = pictures + 1 if pictures else 0  # of the local view, there is one more
     try:
         service.engine.check_options(options.eta)
-        service.engine.backend.check_question(question, images, history=history)
+        service.engine.backend.check_question(question, images, history=history, places=places)
     except ConfigError as error:
         raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
     except QuestionError as error:
@@ -134,6 +141,7 @@ async def ask_engine(
     *,
     history: History,
     options: Options,
+    places: Places = (),
     on_text: TextSink | None,
     on_start: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -171,6 +179,7 @@ async def ask_engine(
             question,
             fetch,
             history=history,
+            places=places,
             retransmit=options.retransmit,
             eta=options.eta,
             max_new_tokens=options.max_new_tokens,

@@ -77,7 +77,7 @@ MESSAGES_PER_S = 1000.0
 """Beyond that a peer is read more slowly. It may go without a pause for as many first."""
 
 
-FEATURES = ("history", "pictures", "sampling", "stop", "tokens")
+FEATURES = ("history", "pictures", "sampling", "stop", "tokens", "places")
 """What this server can do beyond the two stages; see `Welcome.features`."""
 
 
@@ -317,7 +317,7 @@ class Connection:
         service, pictures = self._service, 1 + len(ask.more)
         check_room(service)
         options = ask.options or Options()
-        check_question(service, ask.question, pictures, history_of(ask), options)
+        check_question(service, ask.question, pictures, history_of(ask), options, ask.all_places)
         assert self._client is not None
         views = [ask.view, *(one.view for one in ask.more)]
         sent = [view for view in views if view is not None]
@@ -447,6 +447,7 @@ class Connection:
             fetch,
             history=history_of(ask),
             options=options,
+            places=ask.all_places,
             on_text=stream if options.stream else None,
         )
         self._send_answer(ask.id, outcome, turn.waited_s)

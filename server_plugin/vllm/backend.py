@@ -41,6 +41,7 @@ from server_plugin.vllm import capture
 from server_plugin.vllm.client import ExpectedRow, RowClient
 from server_plugin.vllm.setup import EVERY_LOGPROB, check_setup
 from vlm_collab.errors import ImageError, ModelError, QuestionError
+from vlm_collab.places import Places
 from vlm_collab.policy import Metric
 from vlm_collab.roi import relative_maps
 from vlm_collab.uncertainty import TokenStatistics, token_statistics
@@ -169,12 +170,21 @@ class VllmBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(self, question: str, images: int = 2, *, history: History = ()) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history)
-        if images > self._most_pictures:
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
+        # One that stands at several places is as many to vLLM.
+        again = len(places) - len({place.picture for place in places})
+        if images + again > self._most_pictures:
             raise QuestionError(
                 f"this server takes {self._most_pictures} pictures in a prompt, the local view "
-                f"included, not {images}: start vLLM with a larger --limit-mm-per-prompt"
+                f"included, not {images + again}: start vLLM with a larger --limit-mm-per-prompt"
             )
 
     async def open_view(self, *images: Image) -> VllmView:
@@ -194,6 +204,7 @@ class VllmBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -204,6 +215,7 @@ class VllmBackend:
             question,
             max_new_tokens,
             history=history,
+            places=places,
             sampling=sampling,
             stop=stop,
             on_text=on_text,
@@ -248,13 +260,14 @@ class VllmBackend:
         import torch
 
         row = torch.from_numpy(await first.expected.fetch())
-        places = first.prompt.images[: first.prompt.views]
-        start = places[0].start
-        cells = [
-            self._adapter.on_grid(row[place.start - start : place.stop - start], None)
-            for place in places
-        ]
-        grid: NDArray[np.float32] = torch.cat(cells).numpy()
+        prompt = first.prompt
+        start = prompt.looked_at.start
+        cells: dict[int, torch.Tensor] = {}
+        for place, shows in prompt.shows():
+            one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
+            # Of a picture that stands at several places, what goes to any of them.
+            cells[shows] = cells[shows] + one if shows in cells else one
+        grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()
         return grid
 
     async def second_pass(
@@ -265,6 +278,8 @@ class VllmBackend:
         *,
         max_new_tokens: int,
         history: History = (),
+        places: Places = (),
+        picture: int = 0,
         sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
@@ -277,6 +292,9 @@ class VllmBackend:
             question,
             max_new_tokens,
             history=history,
+            places=places,
+            picture=picture,
+            views=len(pictures) - 1,
             sampling=sampling,
             stop=stop,
             on_text=on_text,
@@ -372,16 +390,29 @@ class VllmBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
         rows: int = 0,
+        places: Places = (),
+        picture: int = 0,
+        views: int = 0,
     ) -> VllmGeneration:
         """One request, from prompt to answer.
 
         Args:
             rows: of how many pictures, from the first on, the attention is wanted.
+            places, picture: see `Backend.second_pass`.
+            views: of the pictures, those before the local view; only looked at with places.
         """
         await self._rows.install()
         prompts = self._adapter.prompts
-        prompts.check(question, len(pictures), max_new_tokens, history)
-        prompt = prompts.build(question, len(pictures), max_new_tokens, history, rows)
+        prompts.check(question, len(pictures), max_new_tokens, history, places)
+        prompt = prompts.build(
+            question,
+            len(pictures),
+            max_new_tokens,
+            history,
+            views if places and not rows else rows,
+            places=places,
+            picture=picture,
+        )
         name = secrets.token_hex(8)
         expected: ExpectedRow | None = None
         try:
@@ -390,7 +421,10 @@ class VllmBackend:
             surprisals: list[float] = []
             ended = stopped = False
             cached = 0
-            outputs = self._outputs(name, prompt, pictures, max_new_tokens, sampling)
+            in_order = [pictures[shows] for shows in prompt.order]
+            outputs = self._outputs(
+                name, prompt, in_order, max_new_tokens, sampling, with_row=rows > 0
+            )
             # Leaving the loop, for whatever reason, aborts what is left of the request.
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
@@ -445,6 +479,8 @@ class VllmBackend:
         pictures: Sequence[_Picture],
         max_new_tokens: int,
         sampling: Sampling,
+        *,
+        with_row: bool,
     ) -> AsyncGenerator[Any]:
         """vLLM's outputs for a request: each with the tokens since the last one."""
         from vllm import SamplingParams
@@ -453,10 +489,14 @@ class VllmBackend:
         if self._engine is None:
             raise ModelError("the model was closed")
         span = None
-        if prompt.views:
+        if with_row:
             # From the first global view to the last, what lies between included.
-            first, stop = prompt.images[0].start, prompt.shared
-            span = {capture.KEY: self._key(name), capture.FIRST: first, capture.STOP: stop}
+            seen = prompt.looked_at
+            span = {
+                capture.KEY: self._key(name),
+                capture.FIRST: seen.start,
+                capture.STOP: seen.stop,
+            }
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.temperature else 1.0,

@@ -99,3 +99,26 @@ async def test_the_plain_function_takes_them_too():
             ask_once, PHOTOS, SURE, server=w.proxy.url, history=[("who?", "me")]
         )
         assert answer.text.endswith(f"who? me {SURE}")
+
+
+async def test_pictures_stand_where_the_caller_puts_them():
+    async with world() as w:
+        answer = await w.client.ask(PHOTOS[:2], ["Before: ", 0, " after: ", 1, " a small sign?", 0])
+        views = "+".join(map(view_digest, PHOTOS[:2]))
+        told = "Before: <0> after: <1> a small sign?<0>"
+        assert answer.first_text == f"first {views} {told}"
+        assert answer.text == f"second {views} {region_digest(PHOTOS[1], answer.box)} {told}"
+        history = [(["what is ", 0, "?"], "a sign")]
+        later = await w.client.ask(PHOTOS[:2], ["and ", 1, "?"], history=history)
+        assert later.text == f"first {views} what is <0>? a sign and <1>?"
+        assert later.view_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "complaint"),
+    [(["what is ", 0, "?"], "has no place"), (["what ", 0, 1, 2], "names picture 2, of 2")],
+)
+async def test_impossible_places_are_one_clear_line(question, complaint):
+    async with world() as w:
+        with pytest.raises(ConfigError, match=complaint):
+            await w.client.ask(PHOTOS[:2], question)

@@ -96,8 +96,23 @@ async def test_several_pictures_in_one_request():
         assert extra["region"]["picture"] == 1
         region = region_digest(photo(2), Box(*extra["region"]["box"]))
         views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
-        assert made.choices[0].message.content == f"second {views} {region} {UNSURE}"
+        # One came twice: it is sent once, and shown where it stood.
+        assert made.choices[0].message.content == f"second {views} {region} {UNSURE}<0><1><0>"
         assert extra["original_bytes"] == len(photo(1)) + len(photo(2))
+
+
+async def test_labels_stay_with_their_pictures():
+    async with place() as here:
+        one, two = (said(SURE, photo(number))["content"][-1] for number in (1, 2))
+        told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
+        content = [told[0], one, told[1], two, told[2]]
+        made = await here.client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": content}]
+        )
+        views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
+        assert made.choices[0].message.content == (
+            f"first {views} Image 1:<0>\nImage 2:<1>\n{SURE}"
+        )
 
 
 async def test_a_stream_holds_the_first_answer_back():

@@ -434,7 +434,7 @@ async def test_a_picture_with_more_pixels_than_are_taken():
 
 async def test_a_question_that_is_too_long_or_holds_reserved_text():
     async with place() as here:
-        for question in ("x" * 20_000, "what is <image>?"):
+        for question in ("x" * 20_000, "what is <refuse>?"):
             with pytest.raises(openai.APIStatusError) as caught:
                 await ask(here.client, question)
             assert caught.value.status_code in (400, 413)

@@ -98,7 +98,7 @@ async def test_more_questions_than_the_server_takes_wait_for_their_turn():
 
 async def test_one_that_fails_does_not_take_the_others_along():
     async with world() as w:
-        reserved = "what is <image> here?"
+        reserved = "what is <refuse> here?"
         results = await w.client.ask_many(
             [(PHOTO, SURE), (b"no picture", SURE), (PHOTO, reserved), (PHOTO, " "), (PHOTO, UNSURE)]
         )

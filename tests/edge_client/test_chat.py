@@ -310,7 +310,7 @@ async def test_an_answer_without_text_is_shown_and_the_talk_goes_on(file):
 
 
 def test_json_is_one_object_for_each_answer(server, file):
-    done = piped(f"{UNSURE}\n/why\n/nothing\n<image>\n{SURE}", file, "--server", server, "--json")
+    done = piped(f"{UNSURE}\n/why\n/nothing\n<refuse>\n{SURE}", file, "--server", server, "--json")
     unsure, command, refused, sure = map(json.loads, done.stdout.splitlines())
     assert unsure["question"] == UNSURE
     assert unsure["photo"] == str(file)
@@ -320,7 +320,7 @@ def test_json_is_one_object_for_each_answer(server, file):
     assert unsure["view_bytes"] > 0
     assert command["code"] == "CONFIG"
     assert refused["code"] == "BAD_QUESTION"
-    assert refused["question"] == "<image>"
+    assert refused["question"] == "<refuse>"
     assert sure["view_bytes"] == 0  # a follow-up costs no pixels
     assert done.returncode == 2  # of the first that failed
 

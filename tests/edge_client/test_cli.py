@@ -164,7 +164,7 @@ def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
 
 async def test_one_failed_question_among_several(run, photo_file):
     async with running(service()) as url:
-        arguments = ("ask", photo_file, "what is <image>?", SURE, "--server", url)
+        arguments = ("ask", photo_file, "what is <refuse>?", SURE, "--server", url)
         code, out, _ = await asyncio.to_thread(run, *arguments, "--json")
         assert code == 7
         failed, answered = map(json.loads, out.splitlines())
@@ -173,16 +173,16 @@ async def test_one_failed_question_among_several(run, photo_file):
         code, out, err = await asyncio.to_thread(run, *arguments)
         assert code == 7
         # Answers on stdout, failures on stderr, and which question it was.
-        assert "<image>" not in out
+        assert "<refuse>" not in out
         assert SURE in out
-        assert err.startswith(f"vlm-collab: {photo_file}: what is <image>?: ")
+        assert err.startswith(f"vlm-collab: {photo_file}: what is <refuse>?: ")
         assert err.count("\n") == 1
 
 
 async def test_a_failed_question_is_one_line(run, photo_file):
     async with running(service()) as url:
         code, out, err = await asyncio.to_thread(
-            run, "ask", photo_file, "what is <image>?", "--server", url
+            run, "ask", photo_file, "what is <refuse>?", "--server", url
         )
     assert (code, out, err.count("\n")) == (7, "", 1)
     assert err.startswith("vlm-collab: ")

@@ -218,7 +218,7 @@ async def test_a_wrong_token_ends_it_at_once(clip, tmp_path):
 async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
     async with world() as w:
         watching = Watching(str(clip), w.client, tmp_path / "out", every=50)
-        watching.watch._question = "what is <image>?"
+        watching.watch._question = "what is <refuse>?"
         lines = await watching.run()
     assert [line["code"] for line in lines] == [ErrorCode.BAD_QUESTION.name] * 2
 

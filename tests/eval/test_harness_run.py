@@ -280,7 +280,7 @@ def broken(index: int, sample: Sample) -> Sample:
     if index == 6:
         raise KeyError("answers")
     if index == 8:
-        return replace(sample, question="what does <image> mean?")
+        return replace(sample, question="why? " * 2000)
     return sample
 
 
@@ -291,7 +291,7 @@ def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_pa
     assert [one["index"] for one in listed] == [3, 5, 6, 8]
     assert "not a picture" in listed[0]["reason"] or "usable formats" in listed[0]["reason"]
     assert listed[2]["reason"] == "the sample: KeyError: 'answers'"
-    assert "<image>" in listed[3]["reason"]
+    assert "too long" in listed[3]["reason"]
     assert all("\n" not in one["reason"] for one in listed)
     rows = {row["index"]: row for row in without_times(tmp_path)}
     assert sorted(rows) == [i for i in range(LIMIT) if i not in (3, 5, 6, 8)]

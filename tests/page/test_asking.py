@@ -243,7 +243,7 @@ async def test_a_refusal_is_one_clear_line(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.choose(PHOTO)
-        card = await visitor.ask("what is <image>?", "failed")
+        card = await visitor.ask("what is <refuse>?", "failed")
         assert "reserves" in await card.note()
         (welcome,) = visitor.came(Welcome)
         card = await visitor.ask("x" * (welcome.max_question_bytes + 1), "failed")

@@ -95,7 +95,9 @@ async def test_views_maps_and_second_passes_together_equal_those_alone(
         tasks = await queued(*(backend.open_view(image) for image in pictures))
     others = await asyncio.gather(*tasks)
     assert sizes == [4, 1]
-    assert [view.nbytes for view in others] == [views[0].prefixes[""].nbytes] * 5
+    assert [view.nbytes for view in others] == [views[0].nbytes - views[0].generic_row.nbytes] * 5
+    seen = [part.untyped_storage().nbytes() for view in others for part in view.seen]
+    assert seen == [part.nbytes for part in views[0].seen] * 5  # each in memory of its own
     with together(backend) as sizes:
         tasks = await queued(
             *(backend.relative_attention(*pair) for pair in zip(others, firsts, strict=True))

@@ -337,18 +337,6 @@ def prefer_token(folder: Path, token: int) -> None:
     [
         ("", "empty"),
         (" \n\t", "empty"),
-        ("what is <image> here?", "'<image>'"),
-        ("stop</s>", "'</s>'"),
-        ("<s>", "'<s>'"),
-        ("a[PAD]b", r"'\[PAD\]'"),
-        ("end [SEP] begin", r"'\[SEP\]'"),
-        ("[CLS]", r"'\[CLS\]'"),
-        ("[MASK][UNK]", r"'\[MASK\]'"),
-        ("read[DEC]", r"'\[DEC\]'"),
-        # The Q-Former's tokenizer looks for this one in the lower-cased text.
-        ("read [dec]", "spells a token"),
-        ("read [D\u00c9C]", "spells a token"),
-        ("read [de\u0000c]", "spells a token"),
         ("\ud800", "Unicode"),
         ("why? " * 50, "Q-Former"),
         ("why? " * 300, "too long"),
@@ -373,6 +361,16 @@ def test_no_text_becomes_a_reserved_token(backend: TransformersBackend) -> None:
     adapter = adapter_of(backend)
     dec = adapter.processor.qformer_tokenizer.bos_token_id
     texts = ["[sep]", "[ CLS ]", "<Image>", "</S>", "<ima\u0000ge>", "[S\u0301EP]", "\u0130", "[U]"]
+    texts += [
+        "what is <image> here?",
+        "stop</s>",
+        "<s>",
+        "a[PAD]b",
+        "[MASK] [UNK]",
+        "end [SEP] begin",
+    ]
+    # The Q-Former's tokenizer looks for its last one in the lower-cased text.
+    texts += ["[CLS]", "read[DEC]", "read [dec]", "read [D\u00c9C]", "read [de\u0000c]"]
     for text in [*QUESTIONS, *texts]:
         backend.check_question(text)
         prompt = adapter.prompts.build(text, 2, 0)

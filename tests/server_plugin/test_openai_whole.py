@@ -290,6 +290,17 @@ async def test_several_pictures_are_asked_about_together():
     assert told["original_bytes"] == len(PHOTO) + len(other)
 
 
+async def test_labels_stay_with_their_pictures():
+    other = png(photo(640, 480))
+    one, two = (message(SURE, picture)["content"][-1] for picture in (PHOTO, other))
+    told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
+    content = [told[0], one, told[1], two, told[2]]
+    async with asking(service()) as client:
+        text, _ = await chat(client, [{"role": "user", "content": content}])
+    views = f"{view_name(PHOTO)}+{view_name(other)}"
+    assert text == f"first {views} Image 1:<0>\nImage 2:<1>\n{SURE}"
+
+
 async def test_questions_about_text_alone():
     async with asking(service()) as client:
         text, told = await chat(
@@ -533,7 +544,7 @@ REFUSED = [
     ({"temperature": 3.0}, "temperature"),
     ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
     ({"extra_body": {"vlm_collab": {"eta": 1e9}}}, "vlm_collab.eta"),
-    ({"messages": [{"role": "user", "content": "an <image> of"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "an <refuse> of"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages"),
     ({"messages": [{"role": "user", "content": " "}]}, "messages"),
 ]
@@ -596,7 +607,7 @@ async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
         await chat(client, [message(UNSURE, PHOTO)])
         await respond(client, [said(SURE, PHOTO)])
         with pytest.raises(openai.BadRequestError):
-            await chat(client, [message("an <image>", PHOTO)])
+            await chat(client, [message("an <refuse>", PHOTO)])
     metrics = running_service.metrics.text().decode()
     for line in (
         'vlm_collab_questions_total{outcome="second"} 1.0',

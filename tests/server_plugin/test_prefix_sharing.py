@@ -95,6 +95,8 @@ async def test_the_memory_of_a_view_is_what_it_holds(backend: TransformersBacken
     view = await backend.open_view(picture(0, backend.info.view))
     tokens, width, key_heads, layers = view.prefixes[""].length, 16, 2, 4
     expected = tokens * width * key_heads * layers * 2 * 4  # keys and values, float32
+    expected += backend.info.visual_tokens * 64 * 4  # what an interleaved question begins from
+    assert view.nbytes <= backend.info.view_bytes
     assert view.nbytes == expected
     first = await backend.first_pass(view, "what?", max_new_tokens=1)
     assert view.nbytes == expected

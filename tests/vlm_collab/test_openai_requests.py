@@ -23,6 +23,7 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
 )
+from vlm_collab.places import split, spots_of
 
 LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -687,3 +688,93 @@ def test_garbage_is_refused_in_one_line(body: dict[str, Any]) -> None:
             assert 400 <= error.status < 500
             assert json.loads(error.encoded())["error"]["message"]
     chat_is_text(body)
+
+
+# ---- texts and pictures in their order -----------------------------------------------------------
+
+
+def part(one: str | bytes) -> dict[str, Any]:
+    return text(one) if isinstance(one, str) else image(one)
+
+
+def responses_part(one: str | bytes) -> dict[str, Any]:
+    if isinstance(one, str):
+        return {"type": "input_text", "text": one}
+    return {"type": "input_image", "image_url": data_url(one)}
+
+
+def written(query: Query) -> list[str]:
+    """Each question with its pictures in it, by their numbers."""
+    asked = [*(each for each, _ in query.history), query.question]
+    told = []
+    for turn, question in enumerate(asked):
+        pieces = split(question, spots_of(query.places, turn))
+        told.append("".join(p if isinstance(p, str) else f"<{p}>" for p in pieces))
+    return told
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected", "pictures"),
+    [
+        (["Image 1:", JPEG, "Image 2:", OTHER, "which?"], "Image 1:<0>\nImage 2:<1>\nwhich?", 2),
+        ([JPEG, "is it", OTHER, "?"], "<0>is it<1>\n?", 2),
+        (["the same:", JPEG, JPEG], "the same:<0><0>", 1),
+        ([JPEG, "and", OTHER, "and", JPEG], "<0>and<1>\nand<0>", 2),
+        # One run of different pictures stands in front, as ever: no place is written.
+        (["what?", JPEG], "what?", 1),
+        ([JPEG, "what?"], "what?", 1),
+        (["which", JPEG, OTHER, "is it?"], "which\nis it?", 2),
+        ([JPEG, " ", OTHER, "what?"], " \nwhat?", 2),
+    ],
+)
+def test_text_and_pictures_keep_their_order(parts, expected, pictures) -> None:
+    for query in (
+        chat(user(*map(part, parts))),
+        respond([{"role": "user", "content": list(map(responses_part, parts))}]),
+    ):
+        assert written(query) == [expected]
+        assert query.pictures == (JPEG, OTHER)[:pictures]
+
+
+def test_pictures_stay_in_their_messages() -> None:
+    query = chat(
+        {"role": "system", "content": "be brief"},
+        user(text("what?"), image(JPEG)),
+        {"role": "assistant", "content": "a sign"},
+        user(image(OTHER)),
+        user(text("and here?")),
+        {"role": "assistant", "content": "a bus"},
+        user(text("the first again:"), image(JPEG)),
+    )
+    assert written(query) == ["be brief\nwhat?<0>", "<1>and here?", "the first again:<0>"]
+    # One that is shown without a word, last of all, stands behind the words before it.
+    query = chat(
+        user(image(JPEG), text("compare this")), user(text("with this")), user(image(OTHER))
+    )
+    assert written(query) == ["<0>compare this\nwith this<1>"]
+
+
+def test_places_count_across_responses() -> None:
+    first = {"role": "user", "content": [responses_part("one:"), responses_part(JPEG)]}
+    body = {"model": "m", "input": [first]}
+    kept = parse_responses(json.dumps(body).encode(), LIMITS).whole().answered("a sign")
+    later = {"role": "user", "content": [*map(responses_part, ["two:", OTHER, "one:", JPEG])]}
+    query = respond([later], before=kept, instructions="be short")
+    assert written(query) == ["be short\none:<0>", "two:<1>\none:<0>"]
+
+
+def test_pictures_that_turn_out_the_same_stand_where_each_stood() -> None:
+    url = "https://example.org/a.jpg"
+    shown = {"type": "input_image", "image_url": url}
+    item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), shown]}
+    body = {"model": "m", "input": [item]}
+    whole = parse_responses(json.dumps(body).encode(), LIMITS).whole()
+    fetched = whole.fetched({Url(url): JPEG})
+    assert [place.picture for place in fetched.shown] == [0, 0]
+    assert fetched.pictures == (JPEG,)
+
+
+def test_more_places_than_a_question_has_are_refused() -> None:
+    error = refused(chat, user(text("what?"), *[image(JPEG)] * 65))
+    assert error.code == "too_many_images"
+    assert "64" in str(error)

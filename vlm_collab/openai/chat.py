@@ -120,15 +120,12 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
         return Conversation(((role, ""),))
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    texts: list[str] = []
-    pictures: dict[PictureSource, str] = {}
-    for i, part in enumerate(content):
-        if isinstance(part, str):  # cameras in use send their prompt so
-            texts.append(part)
-        else:
-            _part(message.inner(part, f"{path}[{i}]"), role, limits, texts, pictures)
-    lines = ((role, "\n".join(texts)),) if texts else ()
-    return Conversation(lines, tuple(pictures), tuple(pictures.values()))
+    parts = [
+        # Cameras in use send their prompt as a bare text.
+        part if isinstance(part, str) else _part(message.inner(part, f"{path}[{i}]"), role, limits)
+        for i, part in enumerate(content)
+    ]
+    return Conversation.message(role, parts)
 
 
 def _left_out(message: Fields, name: str) -> object:
@@ -139,14 +136,8 @@ def _left_out(message: Fields, name: str) -> object:
     return value
 
 
-def _part(
-    part: Fields,
-    role: Role,
-    limits: WireLimits,
-    texts: list[str],
-    pictures: dict[PictureSource, str],
-) -> None:
-    """Add a part of a message to what its message has."""
+def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSource, str]:
+    """A text, or a picture and where it was."""
     kind = part.text("type")
     match kind:
         case "text" | "refusal":
@@ -155,7 +146,7 @@ def _part(
                 raise refuse(part.path(kind), f"{part.path(kind)} is missing", "missing_parameter")
             part.harmless("cache_control")
             part.end()
-            texts.append(text)
+            return text
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
             # Some clients leave out the object around the address.
@@ -168,7 +159,7 @@ def _part(
             param = image.path("url")
             if url is None:
                 raise refuse(param, f"{param} is missing", "missing_parameter")
-            pictures.setdefault(read_picture(url, param, limits), param)
+            return read_picture(url, param, limits), param
         case "image_url":
             raise refused(part.path("type"), "only the user shows pictures")
         case _:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from vlm_collab.messages import MAX_PICTURES, Options
 from vlm_collab.openai.errors import refuse
+from vlm_collab.places import MAX_PLACES, Place, Places, needed
 
 MAX_TURNS = 256
 """Earlier questions of a conversation, as many as `Ask.history` holds."""
@@ -58,38 +59,78 @@ class Conversation:
         lines: (role, text), oldest first.
         pictures: in order of appearance, each once: the file's bytes, or where it is.
         params: where in the request each picture was.
+        shown: where pictures stand, in reading order: (line, position in its text, picture). One
+            at position 0 may stand before a line that is still to come.
     """
 
     lines: tuple[tuple[Role, str], ...] = ()
     pictures: tuple[PictureSource, ...] = ()
     params: tuple[str, ...] = ()
+    shown: Places = ()
+
+    @classmethod
+    def message(
+        cls, role: Role, parts: Iterable[str | tuple[PictureSource, str]], gap: str = "\n"
+    ) -> Conversation:
+        """One message.
+
+        Args:
+            role: whose.
+            parts: texts, and pictures with their params, in order.
+            gap: what stands between two texts.
+        """
+        texts: list[str] = []
+        found: dict[PictureSource, str] = {}
+        shown: list[Place] = []
+        for part in parts:
+            if isinstance(part, str):
+                texts.append(part)
+                continue
+            picture, param = part
+            found.setdefault(picture, param)
+            shown.append(Place(0, len(gap.join(texts)), list(found).index(picture)))
+        lines = ((role, gap.join(texts)),) if texts else ()
+        return cls(lines, tuple(found), tuple(found.values()), tuple(shown))
 
     @classmethod
     def joined(cls, parts: Iterable[Conversation]) -> Conversation:
-        """Several, one after the other; a picture that is in two of them counts once."""
+        """Several, one after the other; a picture that is in two of them is kept once, and
+        stands where it stood in both."""
         lines: list[tuple[Role, str]] = []
         found: dict[PictureSource, str] = {}
+        numbers: dict[PictureSource, int] = {}
+        shown: list[Place] = []
         for part in parts:
-            lines += part.lines
             for picture, param in zip(part.pictures, part.params, strict=True):
                 found.setdefault(picture, param)
-        return cls(tuple(lines), tuple(found), tuple(found.values()))
+                numbers.setdefault(picture, len(numbers))
+            for line, position, picture_number in part.shown:
+                number = numbers[part.pictures[picture_number]]
+                shown.append(Place(len(lines) + line, position, number))
+            lines += part.lines
+        return cls(tuple(lines), tuple(found), tuple(found.values()), tuple(shown))
 
     def answered(self, text: str) -> Conversation:
         """With the answer at its end."""
-        return Conversation((*self.lines, (Role.ASSISTANT, text)), self.pictures, self.params)
+        lines = (*self.lines, (Role.ASSISTANT, text))
+        return Conversation(lines, self.pictures, self.params, self.shown)
 
     def fetched(self, contents: Mapping[Url, bytes]) -> Conversation:
         """With pictures instead of their addresses; one that turns out to be there already goes."""
         found: dict[PictureSource, str] = {}
+        there: list[PictureSource] = []
         for picture, param in zip(self.pictures, self.params, strict=True):
             if isinstance(picture, Url):
                 picture = contents.get(picture, picture)
             found.setdefault(picture, param)
-        return Conversation(self.lines, tuple(found), tuple(found.values()))
+            there.append(picture)
+        numbers = {picture: number for number, picture in enumerate(found)}
+        shown = tuple(one._replace(picture=numbers[there[one.picture]]) for one in self.shown)
+        return Conversation(self.lines, tuple(found), tuple(found.values()), shown)
 
-    def turns(self) -> tuple[tuple[tuple[str, str], ...], str]:
-        """The conversation as (question, answer) pairs, and the question that is open.
+    def turns(self) -> tuple[tuple[tuple[str, str], ...], str, Places]:
+        """The conversation as (question, answer) pairs, the question that is open, and where the
+        pictures stand in the questions.
 
         What one side says in several messages in a row is one text, with a line break between
         them. An answer that no question came before has the empty one.
@@ -97,18 +138,30 @@ class Conversation:
         history: list[tuple[str, str]] = []
         asked: list[str] = []
         answers: list[str] = []
-        for role, text in self.lines:
+        places: list[Place] = []
+        shown = list(self.shown)
+        for line, (role, text) in enumerate(self.lines):
             if role is Role.ASSISTANT:
+                # What the user showed last without a word stands behind the words before.
+                while shown and shown[0].turn <= line:
+                    end = len("\n".join(asked))
+                    places.append(Place(len(history), end, shown.pop(0).picture))
                 answers.append(text)
                 continue
             if answers:
                 history.append(("\n".join(asked), "\n".join(answers)))
                 asked, answers = [], []
+            begin = len("\n".join([*asked, ""]))
             asked.append(text)
+            while shown and shown[0].turn <= line:
+                _, position, picture = shown.pop(0)
+                places.append(Place(len(history), begin + position, picture))
         if answers:
             history.append(("\n".join(asked), "\n".join(answers)))
             asked = []
-        return tuple(history), "\n".join(asked)
+        end = len("\n".join(asked))
+        places += [Place(len(history), end, one.picture) for one in shown]
+        return tuple(history), "\n".join(asked), tuple(places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +183,7 @@ class Query:
         sources: sizes (width, height) of the originals of which the pictures are smaller views,
             in px; empty for pictures that are originals themselves. From `vlm_collab.sources`.
         ignored: what of the request has no effect (see `vlm_collab.openai.meaning`).
+        places: where pictures stand in the texts, where that matters; see `places.needed`.
     """
 
     model: str | None
@@ -143,6 +197,7 @@ class Query:
     include_usage: bool = False
     sources: tuple[tuple[int, int], ...] = ()
     ignored: tuple[str, ...] = ()
+    places: Places = ()
 
 
 def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
@@ -200,7 +255,7 @@ def make_query(
     Raises:
         ApiError: too many pictures or turns, or nothing is asked.
     """
-    history, question = conversation.turns()
+    history, question, places = conversation.turns()
     count = len(conversation.pictures)
     if count > limits.max_pictures:
         raise refuse(
@@ -208,6 +263,9 @@ def make_query(
             f"{count} different pictures in a conversation, more than {limits.max_pictures}",
             "too_many_images",
         )
+    if len(places) > MAX_PLACES:
+        text = f"pictures at {len(places)} places of a conversation, more than {MAX_PLACES}"
+        raise refuse(param, text, "too_many_images")
     if len(history) > MAX_TURNS:
         raise refuse(param, f"a conversation of more than {MAX_TURNS} turns", "too_large")
     if not all(asked.strip() for asked, _ in history):
@@ -235,4 +293,5 @@ def make_query(
         include_usage=include_usage,
         sources=sizes,
         ignored=ignored,
+        places=needed(places, (*(asked for asked, _ in history), question)),
     )

@@ -404,19 +404,17 @@ def _content(
         return Conversation(((role, content),))
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(item, content, path, limits)
-    if pictures and role is not Role.USER:
-        raise refused(next(iter(pictures.values())), "only the user shows pictures")
-    lines = () if text is None else ((role, text),)
-    return Conversation(lines, tuple(pictures), tuple(pictures.values()))
+    message = Conversation.message(role, _parts(item, content, path, limits))
+    if message.pictures and role is not Role.USER:
+        raise refused(message.params[0], "only the user shows pictures")
+    return message
 
 
 def _parts(
     item: Fields, content: list[Any], path: str, limits: WireLimits
-) -> tuple[str | None, dict[PictureSource, str]]:
-    """The texts of some content, joined, and its pictures with their places."""
-    texts: list[str] = []
-    pictures: dict[PictureSource, str] = {}
+) -> list[str | tuple[PictureSource, str]]:
+    """Texts, and pictures with where they were, in order."""
+    parts: list[str | tuple[PictureSource, str]] = []
     for i, value in enumerate(content):
         part = item.inner(value, f"{path}[{i}]")
         match part.text("type"):
@@ -426,9 +424,9 @@ def _parts(
                     param = part.path("text")
                     raise refuse(param, f"{param} is missing", "missing_parameter")
                 part.harmless("annotations", "logprobs")
-                texts.append(text)
+                parts.append(text)
             case "refusal":
-                texts.append(part.text("refusal") or "")
+                parts.append(part.text("refusal") or "")
             case "input_image":
                 part.only("file_id", [], "no files are stored; send a data URL")
                 check_detail(part)
@@ -436,11 +434,11 @@ def _parts(
                 url = part.text("image_url")
                 if url is None:
                     raise refuse(param, f"{param} is missing", "missing_parameter")
-                pictures.setdefault(read_picture(url, param, limits), param)
+                parts.append((read_picture(url, param, limits), param))
             case kind:
                 raise refused(part.path("type"), f"input_text and input_image, not {kind}")
         part.end()
-    return "\n".join(texts) if texts else None, pictures
+    return parts
 
 
 def _output(item: Fields, output: object, call: str, limits: WireLimits) -> CallOutput:
@@ -449,9 +447,11 @@ def _output(item: Fields, output: object, call: str, limits: WireLimits) -> Call
         return CallOutput(call, None, output, path)
     if not isinstance(output, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
-    text, pictures = _parts(item, output, path, limits)
+    parts = _parts(item, output, path, limits)
+    text = "\n".join(part for part in parts if isinstance(part, str))
+    pictures = dict(part for part in parts if not isinstance(part, str))
     if len(pictures) > 1:
         raise refuse(path, f"{path}: one region was asked for, not {len(pictures)}")
     for picture, param in pictures.items():
-        return CallOutput(call, picture, text or "", param)
-    return CallOutput(call, None, text or "", path)
+        return CallOutput(call, picture, text, param)
+    return CallOutput(call, None, text, path)

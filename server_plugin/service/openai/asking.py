@@ -195,6 +195,7 @@ class Asker:
                 pictures.sources,
                 None if remote else crop,
                 self._may_wait,
+                query.places,
             )
         except Refused as refused:
             raise told(refused, query) from refused

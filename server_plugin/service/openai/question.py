@@ -30,6 +30,7 @@ from server_plugin.service.openai.whole import Held
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Size
 from vlm_collab.messages import Fallback, Finish, Options, Retransmit, Stage, Token
+from vlm_collab.places import Places
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
@@ -112,6 +113,7 @@ class Question:
         sources: sizes of what the pictures show, in px.
         crop: cuts regions here; None asks the client for them.
         may_wait: whether there is room for one more question that waits for its client.
+        places: where the pictures stand in the texts.
 
     Raises:
         Refused: no room, or the model cannot take it.
@@ -128,8 +130,9 @@ class Question:
         sources: Sequence[Size],
         crop: Crop | None,
         may_wait: Callable[[], bool],
+        places: Places = (),
     ) -> None:
-        _check(service, text, len(sources), history, options)
+        _check(service, text, len(sources), history, options, places)
         self.name = secrets.token_hex(4)
         self.options = options
         self.one_pass = hold is None or options.retransmit is Retransmit.NEVER
@@ -138,7 +141,7 @@ class Question:
         """Where the model looked; its first answer is owed if the second stage fails."""
         self._service, self._text, self._history = service, text, history
         self._hold, self._sources, self._crop = hold, tuple(sources), crop
-        self._may_wait = may_wait
+        self._may_wait, self._places = may_wait, places
         self._held: Held | None = None
         self._turn = service.queue.turn(session)
         self._events: asyncio.Queue[Event | Refused] = asyncio.Queue()
@@ -236,6 +239,7 @@ class Question:
             self._fetch,
             history=self._history,
             options=self.options,
+            places=self._places,
             on_text=self._sink(),
             on_start=lambda: self._events.put_nowait(Started()),
         )
@@ -347,7 +351,9 @@ class Question:
         self._service.metrics.questions.labels(self._outcome).inc()
 
 
-def _check(service: Service, text: str, pictures: int, history: History, options: Options) -> None:
+def _check(
+    service: Service, text: str, pictures: int, history: History, options: Options, places: Places
+) -> None:
     check_room(service)
     # Its picture is decoded before it waits for its turn, which is worth it only with a chance.
     if service.queue.waiting >= service.config.limits.max_queue:
@@ -359,4 +365,4 @@ def _check(service: Service, text: str, pictures: int, history: History, options
             ErrorCode.BAD_QUESTION,
             f"the question and what was said before it have {said} bytes of text, more than {most}",
         )
-    check_question(service, text, pictures, history, options)
+    check_question(service, text, pictures, history, options, places)

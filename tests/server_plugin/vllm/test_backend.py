@@ -30,6 +30,7 @@ from server_plugin.vllm.model import check, weightless_adapter
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Size
 from vlm_collab.messages import Fallback, Retransmit
+from vlm_collab.places import Place
 
 HEADS = 6
 CELLS = 64
@@ -228,6 +229,40 @@ async def test_several_pictures_are_one_view_with_one_row_for_each(
     assert [one.shape for one in relative.maps] == [(8, 8), (8, 8)]
     await backend.second_pass(view, VIEW, QUESTION, max_new_tokens=3, history=history)
     assert len(engine.requests[-1][0]["multi_modal_data"]["image"]) == 3
+
+
+async def test_pictures_go_to_the_engine_as_they_stand_in_the_prompt(
+    backend: VllmBackend, engine: Engine, adapter: Adapter
+) -> None:
+    view = await backend.open_view(VIEW, REGION)
+    places = (Place(0, 2, 1), Place(0, 4, 0), Place(0, 6, 1))
+    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, places=places)
+    prompt = adapter.prompts.build(QUESTION, 2, 9, (), 2, places=places)
+    (request, params) = engine.requests[0]
+    assert request["multi_modal_data"]["image"] == [REGION, VIEW, REGION]
+    assert len(set(request["multi_modal_uuids"]["image"])) == 2
+    assert params.extra_args[capture.FIRST] == prompt.images[0].start
+    assert params.extra_args[capture.STOP] == prompt.images[2].stop
+    first_token = prompt.images[0].start
+    length = prompt.images[2].stop - first_token
+    drawn = np.random.default_rng(1).random(length, np.float32)
+    one, two, three = (
+        drawn[place.start - first_token : place.stop - first_token] + 0.1 for place in prompt.images
+    )
+    row = await backend.row_of(first)
+    np.testing.assert_allclose(row[:CELLS], two, rtol=1e-6)
+    np.testing.assert_allclose(row[CELLS:], one + three, rtol=1e-6)
+    # The local view stands right behind its picture.
+    for picture, shown in ((0, [VIEW, "local", REGION]), (1, [VIEW, REGION, "local"])):
+        await backend.second_pass(
+            view, VIEW.rotate(90), QUESTION, max_new_tokens=3, places=places[1:], picture=picture
+        )
+        request, params = engine.requests[-1]
+        images = request["multi_modal_data"]["image"]
+        assert [one if one in (VIEW, REGION) else "local" for one in images] == shown
+        assert params.extra_args is None
+    with pytest.raises(QuestionError, match="not 4"):
+        backend.check_question(QUESTION, 3, places=places)
 
 
 def test_more_pictures_than_the_engine_takes_are_refused(backend: VllmBackend) -> None:
@@ -558,7 +593,7 @@ async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
         await backend.open_view(VIEW.resize((111, 112)))
     view = await backend.open_view(VIEW)
     with pytest.raises(QuestionError):
-        await backend.first_pass(view, "<image>", max_new_tokens=9)
+        await backend.first_pass(view, " ", max_new_tokens=9)
     with pytest.raises(QuestionError, match="too long"):
         backend.check_question("word " * 400)
     assert not engine.requests
