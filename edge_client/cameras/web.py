@@ -183,7 +183,7 @@ def _read(response: http.client.HTTPResponse) -> Reply:
     data = bytearray(response.read(_HEAD_BYTES))
     if identify(data) is None:
         return Reply(kind, empty=not data)
-    while piece := response.read1(1 << 16):
+    while piece := response.read(1 << 16):
         data += piece
         if len(data) > MAX_BYTES:
             raise CameraError(f"a picture of more than {MAX_BYTES >> 20} MiB")
