@@ -181,7 +181,7 @@ def _read(response: http.client.HTTPResponse) -> Reply:
     if kind.startswith(_STREAMS):
         return Reply(kind)
     data = bytearray(response.read(_HEAD_BYTES))
-    if identify(data) is None:
+    if identify(bytes(data)) is None:
         return Reply(kind, empty=not data)
     while piece := response.read(1 << 16):
         data += piece
