@@ -69,8 +69,9 @@ def _side_data(frame: VideoFrame, kind: str) -> bytes | None:
 
 def _new_kind(cls: type[Type], value: object) -> Type:
     """A kind of side data that PyAV has no name for."""
-    kind = cast(Type, object.__new__(cls))
-    kind._name_, kind._value_ = f"KIND_{value}", value
+    kind = object.__new__(cls)
+    kind._name_ = f"KIND_{value}"
+    kind._value_ = value  # type: ignore[assignment]
     return kind
 
 
