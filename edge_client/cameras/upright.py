@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from typing import cast
 
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 from PIL.Image import Image, frombytes
 
@@ -25,7 +26,7 @@ def picture_of(frame: VideoFrame) -> Image:
     size = (pixels.width, pixels.height)
     stored = frombytes(mode, size, bytes(plane), "raw", mode, plane.line_size)
     upright = transposed(stored, _orientation(frame))
-    profile = _side_data(frame, Type.ICC_PROFILE)
+    profile = _side_data(frame, "ICC_PROFILE")
     if profile is not None:
         upright.info["icc_profile"] = profile
     return upright
@@ -57,19 +58,20 @@ def orientation_of(matrix: tuple[int, ...]) -> int:
 
 
 def _orientation(frame: VideoFrame) -> int:
-    data = _side_data(frame, Type.DISPLAYMATRIX)
+    data = _side_data(frame, "DISPLAYMATRIX")
     return 1 if data is None else orientation_of(struct.unpack("=9i", data))
 
 
-def _side_data(frame: VideoFrame, kind: Type) -> bytes | None:
-    found = frame.side_data.get(kind)
+def _side_data(frame: VideoFrame, kind: str) -> bytes | None:
+    found = cast("SideData | None", frame.side_data.get(kind))
     return None if found is None else bytes(found)
 
 
 def _new_kind(cls: type[Type], value: object) -> Type:
     """A kind of side data that PyAV has no name for."""
     kind = object.__new__(cls)
-    kind._name_, kind._value_ = f"KIND_{value}", value
+    kind._name_ = f"KIND_{value}"
+    kind._value_ = value  # type: ignore[assignment]
     return kind
 
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import av
@@ -174,7 +175,8 @@ class _Decoder:
         self._whole, self._since, self._bad_in_a_row = False, 0, 0
         self.waited = False
         # With sound and all: while that comes, nothing would tell that there are no pictures.
-        packets = container.demux() if self._live else container.demux(stream)
+        streams: list[Any] = [] if self._live else [stream]
+        packets: Iterator[Packet[Any]] = container.demux(*streams)
         waited_s = key_s = shown_s = time.monotonic()
         skipped = 0  # frames since the last one that was decoded
         while True:

@@ -181,9 +181,9 @@ def _read(response: http.client.HTTPResponse) -> Reply:
     if kind.startswith(_STREAMS):
         return Reply(kind)
     data = bytearray(response.read(_HEAD_BYTES))
-    if identify(data) is None:
+    if identify(bytes(data)) is None:
         return Reply(kind, empty=not data)
-    while piece := response.read1(1 << 16):
+    while piece := response.read(1 << 16):
         data += piece
         if len(data) > MAX_BYTES:
             raise CameraError(f"a picture of more than {MAX_BYTES >> 20} MiB")

@@ -149,7 +149,7 @@ BLANK = "shows nothing"
 NO_PICTURES: dict[str, tuple[Behaviour, str]] = {
     "a page": (page("Device Busy"), "the answer is text/html and no JPEG, PNG or WebP picture"),
     "a page with an error": (page("Device Busy", 503), "HTTP 503 Service Unavailable"),
-    "half a picture": (part_of(JPEG, len(JPEG) // 2, sized=True), "the picture broke off after"),
+    "half a picture": (part_of(JPEG, len(JPEG) // 2, sized=True), "broke off"),
     "half, and it does not know": (part_of(JPEG, len(JPEG) // 2, sized=False), "truncated"),
     "half, then nothing": (silence(JPEG[:2000]), r"nothing came for 0\.8 s|no picture for"),
     "nothing in it": (part_of(b"", 0, sized=True), "the answer is empty"),
