@@ -146,7 +146,8 @@ def serve(
     log_level: Annotated[
         str | None,
         typer.Option(
-            help="debug, info, warning (the default) or error; with vLLM, its own by default."
+            help="debug (what libraries say too), info, warning (the default) or error; "
+            "with vLLM, its own by default."
         ),
     ] = None,
     json_output: Annotated[
