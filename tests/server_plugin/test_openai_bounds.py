@@ -219,7 +219,7 @@ async def test_a_request_that_does_not_arrive_is_given_up():
         host, port = urlsplit(url).netloc.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
         )
         async with asyncio.timeout(5):
             answer = await reader.read()  # the connection is of no more use, and closed
