@@ -179,6 +179,47 @@ def test_rows_boxes_and_answers_are_the_same(
     check_it_could_fail(expected(model))
 
 
+INTERLEAVED = [
+    ("Image 1:\nImage 2:\nwhich is larger?", [], [[0, 8, 0], [0, 17, 1]], 0),
+    ("compare  with  and again ", [], [[0, 8, 0], [0, 14, 1], [0, 25, 0]], 1),
+    ("and here? USER: <image> </s>", [["what is this?", "a bus"]], [[0, 0, 0], [1, 0, 1]], 1),
+]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("model", ["llava", "qwen"])
+def test_pictures_among_texts_are_the_same(model: str, jobs: dict[str, dict[str, Any]]) -> None:
+    some = jobs[model]["pairs"]
+    asked = [
+        {
+            "views": [some[number]["view"], some[number + 3]["view"]],
+            "region": some[number]["region"],
+            "question": question,
+            "history": history,
+            "places": places,
+            "picture": picture,
+        }
+        for number, (question, history, places, picture) in enumerate(INTERLEAVED)
+    ]
+    job = {**jobs[model], "pairs": some[:1], "together": [1], "interleaved": asked}
+    engine = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "limit_mm_per_prompt": {"image": 4},
+    }
+    wanted, got = (
+        drive({**job, "backend": backend, "engine": engine})["interleaved"]
+        for backend in ("transformers", "vllm")
+    )
+    assert len(got) == len(wanted) == len(INTERLEAVED)
+    for answer, other in zip(got, wanted, strict=True):
+        for part in ("first", "second"):
+            for key in ("ids", "text", "ended", "context"):
+                assert answer[part][key] == other[part][key]
+        np.testing.assert_allclose(answer["first"]["row"], other["first"]["row"], rtol=1e-3)
+        np.testing.assert_allclose(answer["maps"], other["maps"], rtol=1e-3)
+
+
 def compare(got: dict[str, Any], wanted: dict[str, Any], number: int, exact_entropy: bool) -> None:
     for part in ("first", "second", "cut"):
         for key in ("ids", "text", "ended", "context"):

@@ -6,6 +6,9 @@ A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": 
 a time. The result is `{"answers": one list for each entry, in the order of the pairs,
 "preemptions": how often vLLM took a request's blocks away and computed it again later}`, and from
 vLLM "left": the first pass of the first pair, asked after it was left on its way to the engine.
+"interleaved" of a job is a list of `{"views": files, "region": file, "question": text, "history":
+[[text, text], …], "places": [[turn, position, picture], …], "picture": number}`, asked one by one
+at the end; "interleaved" of the result are the answers.
 """
 
 from __future__ import annotations
@@ -63,6 +66,36 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     }
 
 
+async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    """Both passes of a question with pictures among its texts."""
+    from PIL import Image
+
+    from vlm_collab.places import Place
+
+    files = (*asked["views"], asked["region"])
+    *views, region = (Image.open(file).convert("RGB") for file in files)
+    view = await backend.open_view(*views)
+    given: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "history": tuple(map(tuple, asked["history"])),
+        "places": tuple(Place(*place) for place in asked["places"]),
+    }
+    backend.check_question(
+        asked["question"], len(views) + 1, history=given["history"], places=given["places"]
+    )
+    first = await backend.first_pass(view, asked["question"], **given)
+    relative = await backend.relative_attention(view, first)
+    second = await backend.second_pass(
+        view, region, asked["question"], picture=asked["picture"], **given
+    )
+    await backend.release(view)
+    return {
+        "first": await answer_of(backend, first),
+        "maps": [one.tolist() for one in relative.maps],
+        "second": await answer_of(backend, second, row=False),
+    }
+
+
 async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, Any]:
     """Leave a question whose picture vLLM's front-end has and its engine has not; ask it again."""
     from PIL import Image
@@ -112,6 +145,9 @@ async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, A
 
         answers.append(await asyncio.gather(*map(one, job["pairs"])))
     result |= {"answers": answers, "preemptions": preemptions()}
+    result["interleaved"] = [
+        await ask_interleaved(backend, asked, new_tokens) for asked in job.get("interleaved", ())
+    ]
     await backend.close()
     return result
 
