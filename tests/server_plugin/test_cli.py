@@ -149,6 +149,7 @@ def test_a_port_in_use():
         (("fake", "--eta", "much"), "--eta"),
         (("fake", "--quality", "0"), "quality"),
         (("fake", "--max-queue", "0"), "max_queue"),
+        (("fake", "--max-per-address", "-1"), "max_per_address"),
         (("fake", "--log-level", "loud"), "loud"),
         (("fake", "--no-such-option"), "--no-such-option"),
         (("--no-such-option", "fake"), "--no-such-option"),
