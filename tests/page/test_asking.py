@@ -137,8 +137,8 @@ async def test_an_answer_without_text_is_told_as_such(visitor: Visitor, bits: fl
         await visitor.open(url)
         await visitor.choose(PHOTO)
         card = await visitor.ask(UNSURE, state)
-        assert await card.answer() == "(the model gave no text)"
-        assert "(the model gave no text)" in await visitor.page.inner_text("#announce")
+        assert await card.answer() == "(no text)"
+        assert "(no text)" in await visitor.page.inner_text("#announce")
 
 
 async def test_the_answer_grows_as_it_comes(visitor: Visitor):

@@ -238,6 +238,7 @@ def test_a_port_in_use():
         (("fake", "--max-queue", "0"), "max_queue"),
         (("fake", "--max-question-bytes", "0"), "max_question_bytes"),
         (("fake", "--max-question-bytes", "1048577"), "max_question_bytes"),
+        (("fake", "--max-per-address", "-1"), "max_per_address"),
         (("fake", "--log-level", "loud"), "loud"),
         (("fake", "--no-such-option"), "--no-such-option"),
         (("--no-such-option", "fake"), "--no-such-option"),

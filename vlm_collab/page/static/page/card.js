@@ -12,7 +12,7 @@ const WHY_FIRST = {
   [Fallback.LINK_LOST]: "the connection was lost",
   [Fallback.NO_DETAIL]: "no region would show more than the view does",
 };
-const NO_TEXT = "(the model gave no text)";
+const NO_TEXT = "(no text)";
 const TYPES = { 1: "image/jpeg", 2: "image/png", 3: "image/webp" };
 
 export class Card {
