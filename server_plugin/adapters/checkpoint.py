@@ -12,12 +12,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from huggingface_hub.utils.tqdm import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -49,6 +45,7 @@ _TOKENIZERS: Any = AutoTokenizer
 _IMAGE_PROCESSORS: Any = AutoImageProcessor
 _MODELS: Any = AutoModelForImageTextToText
 _BARS: Any = transformers_logging
+_DOWNLOAD_BARS: Any = hub_utils
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +222,13 @@ def _quiet() -> Iterator[None]:
     downloaded only where somebody watches them."""
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
-    bars, downloads = _BARS.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars = _BARS.is_progress_bar_enabled()
+    downloads = not _DOWNLOAD_BARS.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     _BARS.disable_progress_bar()  # the hub's too
     if downloads and sys.stderr.isatty():
-        enable_progress_bars()
+        _DOWNLOAD_BARS.enable_progress_bars()
     try:
         yield
     finally:
@@ -239,9 +237,9 @@ def _quiet() -> Iterator[None]:
         if bars:
             _BARS.enable_progress_bar()
         if downloads:
-            enable_progress_bars()
+            _DOWNLOAD_BARS.enable_progress_bars()
         else:
-            disable_progress_bars()
+            _DOWNLOAD_BARS.disable_progress_bars()
 
 
 def _shortened(reason: str, limit: int = 200) -> str:

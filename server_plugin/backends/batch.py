@@ -152,7 +152,7 @@ class Batch:
             position_ids=torch.cat(positions, dim=-2),
             attention_mask=None if self.visible is None else self.visible.long(),
             use_cache=True,
-            **{cache_argument(type(self._adapter.decoder)): self.cache},  # type: ignore[arg-type]
+            **{cache_argument(self._adapter.decoder.__class__): self.cache},
             **extra,
         ).last_hidden_state
         return hidden[:, -1]
