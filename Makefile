@@ -24,8 +24,8 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms parity \
-  test-newest test-oldest constraints browser rtsp-server clean
+.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms test-slow \
+  parity test-newest test-oldest constraints browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -68,6 +68,15 @@ bench-vllm: $(VENV)/.dev
 check-lmms: $(VENV)/.dev
 	$(RUN)/python -m tests.support.lmms_env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "lmms and not slow" tests/eval/test_lmms_eval.py
+
+# What takes minutes and rarely breaks: models over thousands of scenes, more set-ups of vLLM. Run it
+# before a release; CI does not.
+test-slow: $(VENV)/.dev browser
+	OMP_NUM_THREADS=1 $(RUN)/pytest -m "slow and not vllm and not lmms" --numprocesses $(JOBS) \
+	  --dist loadfile
+	$(RUN)/python -m tests.support.vllm_cpu.environment
+	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and slow" --numprocesses $(JOBS) --dist loadgroup \
+	  tests/server_plugin/vllm
 
 # What another version of a dependency would break first: answers, rows and boxes of all families
 # against plain transformers, how checkpoints are read, what commands print, both ends of a link.
