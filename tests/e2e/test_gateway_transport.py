@@ -52,7 +52,7 @@ async def test_a_client_that_reads_no_response_is_dropped(asked: bytes):
 async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "_OTHERS", 2)
     monkeypatch.setattr(places_module, "RESERVED", 4)
-    limits = {"max_requests": 1, "max_relays": 1}
+    limits = {"max_requests": 1, "max_waiting": 0, "max_relays": 1}
     async with served(gateway(NOWHERE, limits=limits)) as here:
         silent = [here.open() for _ in range(40)]
         assert b" 200 " in await here.open().get("/healthz")
@@ -65,7 +65,7 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(runner, "_OTHERS", 1)
-    limits = {"max_requests": 1, "max_relays": 1, "write_timeout_s": 60}
+    limits = {"max_requests": 1, "max_waiting": 0, "max_relays": 1, "write_timeout_s": 60}
     async with served(gateway(NOWHERE, limits=limits)) as here:
         stuck = [here.open(buffer=SMALL) for _ in range(4)]
         for number, one in enumerate(stuck, 1):

@@ -205,9 +205,15 @@ async def test_the_camera_by_keyboard(visitor: Visitor):
             assert await page.evaluate(FOCUSED) == "question"
         await page.get_by_role("button", name="Camera", exact=True).press("Enter")
         await page.locator("#viewfinder").wait_for()
-        # A question is about the picture on show, and ends what was about another.
-        await visitor.ask(SURE, "sure")
+        # The picture before is out of sight, so no question is asked about it.
+        await page.fill("#question", SURE)
+        await page.press("#question", "Enter")
+        assert "Take the picture first" in await visitor.problem()
+        assert await page.input_value("#question") == SURE
+        await page.locator("#close-camera").press("Enter")
         assert await page.evaluate("video.srcObject") is None
+        await page.press("#question", "Enter")
+        await page.wait_for_selector(".card[data-state=sure]")
         assert await page.evaluate(FOCUSED) == "question"
 
 

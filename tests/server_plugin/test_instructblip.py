@@ -497,7 +497,14 @@ def test_a_qformer_with_another_vocabulary_is_refused(
     ("overrides", "complaint"),
     [
         ({"qformer_layer": 3}, "cross-attention layers 0 to 2"),
-        ({"prompts": {"chat": "Look: <image>{question}"}, "prompt": "chat"}, "begin with <image>"),
+        (
+            {
+                "prompts": {"chat": "Look: <image>{question}"},
+                "prompt": "chat",
+                "instructed": (),
+            },
+            "begin with <image>",
+        ),
     ],
 )
 def test_impossible_presets_are_refused(
