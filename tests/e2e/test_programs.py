@@ -145,6 +145,30 @@ async def test_a_tool_that_is_demanded_is_refused() -> None:
                 assert "\n" not in error["message"]
 
 
+@pytest.mark.parametrize("shown", [[], [SHOWN]])
+async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
+    shown: list[Any],
+) -> None:
+    """A gateway hands on what is about text alone, and this field is none that it hands on."""
+    content = [{"type": "text", "text": SURE}, *shown]
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": content}],
+        "functions": [FUNCTION],
+    }
+    async with both() as (_, clients):
+        for client in clients:
+            demanded = {**body, "function_call": {"name": FUNCTION["name"]}}
+            answer = await client.post("/chat/completions", json=demanded)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "function_call")
+            for choice in ("auto", "none"):
+                offered = {**body, "function_call": choice}
+                answer = await client.post("/chat/completions", json=offered)
+                assert answer.status_code == 200
+                assert answer.headers[IGNORED] == "functions"
+
+
 async def test_texts_with_tools_go_on_to_the_server_without_what_it_would_ignore() -> None:
     """Both sides say what had no effect; what may not leave the device as it is does not leave."""
     body = {

@@ -39,6 +39,8 @@ _PLAIN = "answers are plain text"
 _BEGUN = "an answer begins anew"
 _ENDED = "answers end where the model or a stop text ends them"
 _TOLD = "what the model is told goes into the messages or the input"
+CALLS_NONE = "the model calls no tools; leave the choice to it"
+"""Why a call of a tool can't be demanded."""
 _SHOWN = "send pictures as parts of what the user says; other files cannot be read"
 
 REFUSED: Mapping[str, _Rule] = {
@@ -85,6 +87,8 @@ REFUSED: Mapping[str, _Rule] = {
     "web_search_options": _Rule("nothing is searched"),
     "plugins": _Rule("there are none", [[]]),
     "background": _Rule("nothing runs in the background", [False]),
+    # `tool_choice` in its older form, which only `parse_chat` reads.
+    "function_call": _Rule(CALLS_NONE, ["auto", "none"]),
 }
 """Fields of a request without which its answer would mean something else."""
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from vlm_collab.messages import Options, Retransmit
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields
-from vlm_collab.openai.meaning import refused
+from vlm_collab.openai.meaning import CALLS_NONE, refused
 
 _MAX_STOPS = 4
 _MAX_STOP_CHARS = 64
@@ -140,7 +140,7 @@ def leave_tools(fields: Fields) -> None:
             fields.ignored.add(fields.path(name))
     for name in ("tool_choice", "function_call"):
         if tool_demanded(fields.take(name)):
-            raise refused(fields.path(name), "the model calls no tools; leave the choice to it")
+            raise refused(fields.path(name), CALLS_NONE)
 
 
 def check_detail(fields: Fields) -> None:
