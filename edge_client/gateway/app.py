@@ -401,4 +401,5 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     path = request.url.path
     # A camera's base URL goes on before the version.
     camera = "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""
-    return _error(no_such_route(request.method, path, error.status_code, base=camera))
+    told = no_such_route(request.method, path, error.status_code, base=camera)
+    return Response(told.encoded(), told.status, error.headers, media_type="application/json")

@@ -378,11 +378,17 @@ async def test_other_addresses_are_told_in_openais_form() -> None:
                 ("GET", "/a%0Ab", 404),
                 ("GET", "/v1/embeddings", 404),
                 ("DELETE", "/healthz", 405),
+                ("GET", "/v1/chat/completions", 405),
+                ("POST", "/v1/models", 405),
+                ("PUT", "/v1/responses", 405),
             ):
                 answer = await client.request(method, root + path)
                 error = answer.json()["error"]
                 assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
                 assert "\n" not in error["message"]
+                if status == 405:  # nobody is asked whether the address meant was this very one
+                    assert answer.headers["allow"]
+                    assert "did you mean" not in error["message"]
             assert "/v1" in (await client.get(root + "/api/tags")).json()["error"]["message"]
 
 
