@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vlm_collab.messages import Options, Retransmit
@@ -141,6 +142,16 @@ def leave_tools(fields: Fields) -> None:
     for name in ("tool_choice", "function_call"):
         if tool_demanded(fields.take(name)):
             raise refused(fields.path(name), CALLS_NONE)
+
+
+_OFFER = ("tools", "tool_choice", "parallel_tool_calls")
+
+
+def without_tools(chat: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A chat without the tools that it offers; None if it offers none, or demands a call."""
+    if not any(name in chat for name in _OFFER) or tool_demanded(chat.get("tool_choice")):
+        return None
+    return {name: value for name, value in chat.items() if name not in _OFFER}
 
 
 def check_detail(fields: Fields) -> None:
