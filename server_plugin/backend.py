@@ -116,7 +116,9 @@ class Generation:
         token_ids: generated token ids, the end token included when it was generated.
         steps: statistics of each generated token, from the softmax of its raw logits.
         ended: whether the last token is the end of the sequence.
-        prefilled_tokens: prompt tokens really computed for this answer.
+        prefilled_tokens: prompt tokens really computed for this answer, and for opening its view
+            if no answer before has told those; may be more than `context_tokens` where the view
+            served little.
         context_tokens: prompt tokens it stands on, those taken from a cache included.
         row: attention of the last prompt position to the global view at the preset layer, mean
             over heads, on the token grid in row-major order, picture after picture (of one that

@@ -118,12 +118,17 @@ class Work:
     ) -> None:
         """Account for `new_tokens` positions computed at the end of `context_tokens`.
 
+        More of them than that is the cost of a view that the question made little use of: what
+        is computed of it once has all pictures in front, and the question has them elsewhere.
+
         Args:
             layers: decoder layers that they went through; all by default.
         """
-        cached = context_tokens - new_tokens
+        beside = max(0, new_tokens - context_tokens)
+        new_tokens -= beside
         layers = info.layers if layers is None else layers
-        self.flops += extension_flops(cached, new_tokens, info.hidden_size, layers)
+        for cached, added in ((context_tokens - new_tokens, new_tokens), (0, beside)):
+            self.flops += extension_flops(cached, added, info.hidden_size, layers)
 
     def add_generation(self, info: ModelInfo, generation: Generation) -> None:
         """Account for one answer: its prefill, then a step for each token but the last."""

@@ -65,6 +65,7 @@ from vlm_collab.openai import (
     sse,
     texts_of,
     without_ignored,
+    without_tools,
 )
 from vlm_collab.web.access import Gate
 from vlm_collab.web.bodies import body_pieces
@@ -271,8 +272,16 @@ class Gateway:
         if not body.get("model") or body.get("model") in self.config.aliases:
             body = {**body, "model": welcome.model}
         async with AsyncExitStack() as opened:
-            forwarding = opened.enter_async_context(camera.texts.forward(body))
-            response = await unless_gone(request.receive, forwarding)
+
+            async def forwarded(body: Mapping[str, Any]) -> httpx.Response:
+                forwarding = opened.enter_async_context(camera.texts.forward(body))
+                return await unless_gone(request.receive, forwarding)
+
+            response = await forwarded(body)
+            # vLLM refuses tools unless it was started to read calls. An offer can be left.
+            if response.status_code == 400 and (untold := without_tools(body)) is not None:
+                response = await forwarded(untold)
+                ignored = (*ignored, "tools") if body.get("tools") else ignored
             theirs = response.headers.get(IGNORED_HEADER)
             listed = ignored_header([*ignored, *([theirs] if theirs else [])])
             if body.get("stream") is True and response.status_code == 200:
@@ -401,4 +410,5 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     path = request.url.path
     # A camera's base URL goes on before the version.
     camera = "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""
-    return _error(no_such_route(request.method, path, error.status_code, base=camera))
+    told = no_such_route(request.method, path, error.status_code, base=camera)
+    return Response(told.encoded(), told.status, error.headers, media_type="application/json")

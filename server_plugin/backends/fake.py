@@ -42,19 +42,19 @@ class Script:
     Attributes:
         first, second: the two answers, split into tokens at spaces.
         uncertainty_bits: min-entropy of every token of the first answer.
-        second_bits: the same of the second answer.
         peak: (row, column) of the cell that the model looks at.
         delay_s: how long each pass takes.
         fail_second: the second pass raises, as a device out of memory would.
+        second_bits: min-entropy of every token of the second answer.
     """
 
     first: str
     second: str
     uncertainty_bits: float = 0.0
-    second_bits: float = 0.01
     peak: tuple[int, int] = (0, 0)
     delay_s: float = 0.0
     fail_second: bool = False
+    second_bits: float = 0.01
 
 
 REFUSED = "<refuse>"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from edge_client.gateway import streaming
@@ -37,24 +38,24 @@ def chunk(text: str) -> bytes:
 class Elsewhere(Service):
     """A service whose chats are answered by something else, as in `vllm serve`."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, chat: Callable[[Request], Awaitable[Response]]) -> None:
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
         super().__init__(Engine(backend=FakeBackend(), policy=policy), ServiceConfig(port=0))
-        self._pieces = pieces
+        self._chat = chat
 
     def app(self) -> Starlette:
         app = super().app()
         app.router.routes.insert(0, Route("/v1/chat/completions", self._chat, methods=["POST"]))
         return app
 
-    async def _chat(self, _: Request) -> Response:
-        return StreamingResponse(self._pieces(), media_type="text/event-stream")
-
 
 @asynccontextmanager
 async def place(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
+    async def chat(_: Request) -> Response:
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
     async with (
-        serving(Elsewhere(pieces)) as url,
+        serving(Elsewhere(chat)) as url,
         running(gateway(url)) as base,
         sdk(base) as client,
     ):
@@ -118,3 +119,49 @@ async def test_a_server_that_sends_an_event_without_an_end():
     async with place(pieces) as client:
         with pytest.raises(openai.APIError, match="no end"):
             await streamed(client)
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "look"}}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("offer", "listed"),
+    [
+        ({"tools": TOOLS}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": True}, "tools"),
+        ({"tools": []}, None),
+        ({"tool_choice": "none"}, None),
+    ],
+)
+async def test_tools_that_a_server_refuses_are_left(
+    offer: dict[str, Any], listed: str | None, stream: bool
+):
+    """As vLLM does unless it was started with a parser for calls; nor has it an empty list."""
+    asked: list[dict[str, Any]] = []
+
+    async def chat(request: Request) -> Response:
+        body = await request.json()
+        asked.append(body)
+        if any("tool" in name for name in body):
+            error = {"message": "tools", "type": "BadRequestError", "param": None, "code": 400}
+            return JSONResponse({"error": error}, 400)
+        answer = b"data: " + chunk("one") + b"\n\ndata: [DONE]\n\n"
+        return Response(answer, media_type="text/event-stream")
+
+    messages = [{"role": "user", "content": "hello"}]
+    async with (
+        serving(Elsewhere(chat)) as url,
+        running(gateway(url)) as base,
+        httpx.AsyncClient(base_url=base, trust_env=False, timeout=20) as client,
+    ):
+        body = {"model": MODEL, "messages": messages, "stream": stream, **offer}
+        answer = await client.post("/chat/completions", json=body)
+        assert answer.status_code == 200
+        assert "one" in answer.text
+        assert answer.headers.get("x-vlm-collab-ignored") == listed
+        assert asked[1:] == [{"model": MODEL, "messages": messages, "stream": stream}]
+        # A demand is none that can be left.
+        demand = {**body, "tools": TOOLS, "tool_choice": "required"}
+        answer = await client.post("/chat/completions", json=demand)
+        assert (answer.status_code, len(asked)) == (400, 3)

@@ -145,6 +145,30 @@ async def test_a_tool_that_is_demanded_is_refused() -> None:
                 assert "\n" not in error["message"]
 
 
+@pytest.mark.parametrize("shown", [[], [SHOWN]])
+async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
+    shown: list[Any],
+) -> None:
+    """A gateway hands on what is about text alone, and this field is none that it hands on."""
+    content = [{"type": "text", "text": SURE}, *shown]
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": content}],
+        "functions": [FUNCTION],
+    }
+    async with both() as (_, clients):
+        for client in clients:
+            demanded = {**body, "function_call": {"name": FUNCTION["name"]}}
+            answer = await client.post("/chat/completions", json=demanded)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "function_call")
+            for choice in ("auto", "none"):
+                offered = {**body, "function_call": choice}
+                answer = await client.post("/chat/completions", json=offered)
+                assert answer.status_code == 200
+                assert answer.headers[IGNORED] == "functions"
+
+
 async def test_texts_with_tools_go_on_to_the_server_without_what_it_would_ignore() -> None:
     """Both sides say what had no effect; what may not leave the device as it is does not leave."""
     body = {
@@ -354,11 +378,17 @@ async def test_other_addresses_are_told_in_openais_form() -> None:
                 ("GET", "/a%0Ab", 404),
                 ("GET", "/v1/embeddings", 404),
                 ("DELETE", "/healthz", 405),
+                ("GET", "/v1/chat/completions", 405),
+                ("POST", "/v1/models", 405),
+                ("PUT", "/v1/responses", 405),
             ):
                 answer = await client.request(method, root + path)
                 error = answer.json()["error"]
                 assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
                 assert "\n" not in error["message"]
+                if status == 405:  # nobody is asked whether the address meant was this very one
+                    assert answer.headers["allow"]
+                    assert "did you mean" not in error["message"]
             assert "/v1" in (await client.get(root + "/api/tags")).json()["error"]["message"]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from server_plugin.backend import RelativeAttention, Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
-from server_plugin.engine import Engine, RegionUnavailableError
+from server_plugin.engine import Engine, RegionUnavailableError, Work
 from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
@@ -350,3 +350,12 @@ async def test_an_answer_that_no_region_can_better_is_whole(source):
     once = 16 + (12 if source.width > 112 else 0)
     again = 16 if source.width > 112 else 0  # the search was worth stopping for, in vain
     assert outcome.work.prefilled_tokens == once + again
+
+
+def test_what_a_view_cost_beside_a_question_is_counted_by_itself():
+    """A first question with text between its pictures uses little of what its view had cached."""
+    work = Work()
+    work.add(DEFAULT_INFO, 150, 100)
+    width, layers = DEFAULT_INFO.hidden_size, DEFAULT_INFO.layers
+    whole, beside = (extension_flops(0, tokens, width, layers) for tokens in (100, 50))
+    assert work.flops == whole + beside

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from typing import Any
 
 from eval.demo import PICTURES, cases
 from server_plugin.assembly import engine_of
@@ -35,3 +37,40 @@ async def test_whole_pictures_are_read_in_two_stages():
         await backend.close()
     assert any(refined)
     assert not all(refined)
+
+
+async def test_the_first_question_about_pictures_may_have_text_between_them():
+    """Nothing was asked before, so what opening the views cost is told with this answer."""
+    backend, preset = await asyncio.to_thread(open_model, "demo")
+    service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
+    one, other = cases(PICTURES)[:2]
+    shown = [
+        f"data:image/jpeg;base64,{base64.b64encode(case.photo.read_bytes()).decode()}"
+        for case in (one, other)
+    ]
+    content: list[Any] = [
+        {"type": "text", "text": "Image 1:"},
+        {"type": "image_url", "image_url": {"url": shown[0]}},
+        {"type": "text", "text": "Image 2:"},
+        {"type": "image_url", "image_url": {"url": shown[1]}},
+        {"type": "text", "text": other.question},
+    ]
+    asked: list[Any] = [{"role": "user", "content": content}]
+    told = []
+    try:
+        async with asking(service) as client:
+            for retransmit in ("never", "always"):
+                completion = await client.chat.completions.create(
+                    model="demo",
+                    messages=asked,
+                    extra_body={"vlm_collab": {"retransmit": retransmit}},
+                )
+                told.append(completion)
+    finally:
+        await backend.close()
+    first, second = told
+    assert first.choices[0].message.content == second.vlm_collab["first_text"]
+    assert second.vlm_collab["refined"]
+    # The views, with all pictures in front, and then nearly all of the prompt once more.
+    visual = 2 * backend.info.visual_tokens
+    assert first.usage.prompt_tokens > 2 * visual

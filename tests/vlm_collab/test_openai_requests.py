@@ -190,6 +190,7 @@ def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
         {"reasoning_effort": None, "verbosity": "medium"},
         {"repetition_penalty": 1.0, "repeat_penalty": 1, "min_tokens": 0, "ignore_eos": False},
         {"guided_json": None, "images": [], "plugins": [], "stop_token_ids": []},
+        {"no_repeat_ngram_size": 0, "dry_multiplier": 0.0, "num_beams": 1, "regex": ""},
     ],
 )
 def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
@@ -214,6 +215,13 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ({"format": "json"}, "format"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"grammar": "root ::= x"}, "grammar"),
+        ({"regex": "[0-9]+"}, "regex"),
+        ({"ebnf": "root ::= x"}, "ebnf"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"template": "{{ .Prompt }}"}, "template"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ({"repetition_penalty": 1.05}, "repetition_penalty"),
         ({"repeat_penalty": 1.1}, "repeat_penalty"),
         ({"continue_final_message": True}, "continue_final_message"),

@@ -34,6 +34,7 @@ from vlm_collab.openai.result import (
     stage_name,
 )
 from vlm_collab.openai.texts import chat_is_text, check_text, refuse_pictures_in, texts_of
+from vlm_collab.openai.wishes import without_tools
 
 __all__ = [
     "DONE",
@@ -74,4 +75,5 @@ __all__ = [
     "stage_name",
     "texts_of",
     "without_ignored",
+    "without_tools",
 ]

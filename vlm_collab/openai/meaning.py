@@ -38,7 +38,10 @@ _BIASED = "tokens are taken as the model has them"
 _PLAIN = "answers are plain text"
 _BEGUN = "an answer begins anew"
 _ENDED = "answers end where the model or a stop text ends them"
+_PROMPTED = "the prompt is the served model's own"
 _TOLD = "what the model is told goes into the messages or the input"
+CALLS_NONE = "the model calls no tools; leave the choice to it"
+"""Why a call of a tool can't be demanded."""
 _SHOWN = "send pictures as parts of what the user says; other files cannot be read"
 
 REFUSED: Mapping[str, _Rule] = {
@@ -55,7 +58,10 @@ REFUSED: Mapping[str, _Rule] = {
     "bad_words": _Rule(_BIASED, [[]]),
     "allowed_token_ids": _Rule(_BIASED, [[]]),
     "logits_processors": _Rule(_BIASED, [[]]),
+    "no_repeat_ngram_size": _Rule(_BIASED, [0]),
+    "dry_multiplier": _Rule("penalties are not supported", [0]),
     "use_beam_search": _Rule(_BIASED, [False]),
+    "num_beams": _Rule(_BIASED, [1]),
     # Which form.
     "response_format": _Rule(_PLAIN, [{"type": "text"}]),
     "format": _Rule(_PLAIN, [{"type": "text"}, ""]),
@@ -66,6 +72,8 @@ REFUSED: Mapping[str, _Rule] = {
     "guided_regex": _Rule(_PLAIN),
     "guided_choice": _Rule(_PLAIN),
     "guided_grammar": _Rule(_PLAIN),
+    "regex": _Rule(_PLAIN, [""]),
+    "ebnf": _Rule(_PLAIN, [""]),
     "modalities": _Rule("answers are text", [["text"]]),
     # Where it begins and ends.
     "continue_final_message": _Rule(_BEGUN, [False]),
@@ -80,11 +88,15 @@ REFUSED: Mapping[str, _Rule] = {
     "instructions": _Rule(_TOLD),
     "system": _Rule(_TOLD),
     "prompt": _Rule(_TOLD),
-    "chat_template": _Rule("the prompt is the served model's own"),
+    "chat_template": _Rule(_PROMPTED),
+    "template": _Rule(_PROMPTED, [""]),
+    "truncate_prompt_tokens": _Rule(_PROMPTED),
     "conversation": _Rule("use previous_response_id"),
     "web_search_options": _Rule("nothing is searched"),
     "plugins": _Rule("there are none", [[]]),
     "background": _Rule("nothing runs in the background", [False]),
+    # `tool_choice` in its older form, which only `parse_chat` reads.
+    "function_call": _Rule(CALLS_NONE, ["auto", "none"]),
 }
 """Fields of a request without which its answer would mean something else."""
 
@@ -108,6 +120,7 @@ _REFUSED_ANYWHERE: Mapping[str, _Rule] = {
 
 _NEUTRAL: Mapping[str, Collection[object]] = {
     "store": [False],
+    "functions": [[]],
     "service_tier": ["auto", "default"],
     "reasoning_effort": ["none"],
     "reasoning": [{}, {"effort": "none"}, {"effort": None, "summary": None}],

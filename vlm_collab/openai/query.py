@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import enum
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -81,14 +82,18 @@ class Conversation:
         """
         texts: list[str] = []
         found: dict[PictureSource, str] = {}
+        numbers: dict[PictureSource, int] = {}
         shown: list[Place] = []
+        end = 0  # of the texts so far, joined
         for part in parts:
             if isinstance(part, str):
+                end += len(part) + (len(gap) if texts else 0)
                 texts.append(part)
                 continue
             picture, param = part
             found.setdefault(picture, param)
-            shown.append(Place(0, len(gap.join(texts)), list(found).index(picture)))
+            number = numbers.setdefault(picture, len(numbers))
+            shown.append(Place(0, end, number))
         lines = ((role, gap.join(texts)),) if texts else ()
         return cls(lines, tuple(found), tuple(found.values()), tuple(shown))
 
@@ -139,28 +144,28 @@ class Conversation:
         asked: list[str] = []
         answers: list[str] = []
         places: list[Place] = []
-        shown = list(self.shown)
+        shown = deque(self.shown)
+        size = 0  # characters of what is asked, joined
         for line, (role, text) in enumerate(self.lines):
             if role is Role.ASSISTANT:
                 # What the user showed last without a word stands behind the words before.
                 while shown and shown[0].turn <= line:
-                    end = len("\n".join(asked))
-                    places.append(Place(len(history), end, shown.pop(0).picture))
+                    places.append(Place(len(history), size, shown.popleft().picture))
                 answers.append(text)
                 continue
             if answers:
                 history.append(("\n".join(asked), "\n".join(answers)))
-                asked, answers = [], []
-            begin = len("\n".join([*asked, ""]))
+                asked, answers, size = [], [], 0
+            begin = size + len("\n") if asked else 0
             asked.append(text)
+            size = begin + len(text)
             while shown and shown[0].turn <= line:
-                _, position, picture = shown.pop(0)
+                _, position, picture = shown.popleft()
                 places.append(Place(len(history), begin + position, picture))
         if answers:
             history.append(("\n".join(asked), "\n".join(answers)))
-            asked = []
-        end = len("\n".join(asked))
-        places += [Place(len(history), end, one.picture) for one in shown]
+            asked, size = [], 0
+        places += [Place(len(history), size, one.picture) for one in shown]
         return tuple(history), "\n".join(asked), tuple(places)
 
 

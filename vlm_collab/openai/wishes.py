@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vlm_collab.messages import Options, Retransmit
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields
-from vlm_collab.openai.meaning import refused
+from vlm_collab.openai.meaning import CALLS_NONE, refused
 
 _MAX_STOPS = 4
 _MAX_STOP_CHARS = 64
@@ -140,7 +141,17 @@ def leave_tools(fields: Fields) -> None:
             fields.ignored.add(fields.path(name))
     for name in ("tool_choice", "function_call"):
         if tool_demanded(fields.take(name)):
-            raise refused(fields.path(name), "the model calls no tools; leave the choice to it")
+            raise refused(fields.path(name), CALLS_NONE)
+
+
+_OFFER = ("tools", "tool_choice", "parallel_tool_calls")
+
+
+def without_tools(chat: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A chat without the tools that it offers; None if it offers none, or demands a call."""
+    if not any(name in chat for name in _OFFER) or tool_demanded(chat.get("tool_choice")):
+        return None
+    return {name: value for name, value in chat.items() if name not in _OFFER}
 
 
 def check_detail(fields: Fields) -> None:

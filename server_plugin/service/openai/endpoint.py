@@ -30,14 +30,12 @@ from server_plugin.service.openai.transport import (
     headers_of,
     while_connected,
 )
-from vlm_collab.openai import ApiError, check_model, model_object, models_list, no_such_route
+from vlm_collab.openai import ApiError, check_model, model_object, models_list
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service
 
 log = logging.getLogger(__name__)
-
-_ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class OpenAiEndpoint:
@@ -90,7 +88,6 @@ class OpenAiEndpoint:
                 methods=post,
             ),
             Route("/v1/responses/{id}", self._at_once(self._forget), methods=["DELETE"]),
-            Route("/v1/{rest:path}", self._at_once(_elsewhere), methods=_ALL_METHODS),
         ]
 
     def hurry(self, patience_s: float) -> None:
@@ -150,10 +147,6 @@ class OpenAiEndpoint:
         if not any(known):
             raise unknown_response(id, "response_id")
         return {"id": id, "object": "response", "deleted": True}
-
-
-def _elsewhere(request: Request) -> dict[str, Any]:
-    raise no_such_route(request.method, request.url.path)
 
 
 class _Question:
