@@ -47,6 +47,8 @@ KEPT_S = 0.5
 _NETWORK = "rtsp,rtp,udp,tcp,tls,http,https,httpproxy,crypto,hls"
 _LOCAL = "file"
 
+_PICTURE_BRANDS = {"avif", "heic", "heix", "heim", "heis", "mif1", "mif2"}  # ISO/IEC 23008-12
+
 # FFmpeg's own lines name the whole address, password included; errors are told in ours.
 av.logging.set_level(None)
 
@@ -450,7 +452,11 @@ class Playing(LiveVideo):
 def _is_picture(container: InputContainer) -> bool:
     """Whether something is a single picture. One JPEG after the other may be a stream."""
     name = container.format.name
-    return name == "image2" or (name.endswith("_pipe") and name != "jpeg_pipe")
+    # AVIF and HEIC lie in the container of an MP4 file. FFmpeg gives the first of their parts:
+    # colours without their transparency, or one tile of many.
+    brand = container.metadata.get("major_brand", "").strip()
+    single = name == "image2" or (name.endswith("_pipe") and name != "jpeg_pipe")
+    return single or brand in _PICTURE_BRANDS
 
 
 def _why(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:

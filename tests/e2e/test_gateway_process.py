@@ -220,6 +220,16 @@ def test_a_gateway_starts_before_its_server():
         assert stopped(process) == ""
 
 
+@pytest.mark.parametrize("fit", ["stretch", "pad", "crop"])
+def test_who_starts_a_gateway_is_told_that_its_server_cuts_pictures(fit: str):
+    with serving("fake", "--fit", fit) as (_, server):
+        with started("--server", str(server["url"])) as (process, own):
+            assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it serves by now
+            errors = stopped(process)
+    assert ("the server's fit is crop" in errors) == (fit == "crop")
+    assert len(errors.splitlines()) == (fit == "crop")
+
+
 def test_the_largest_picture_is_the_one_that_was_said():
     wide = saved(Image.new("L", (1001, 1000)), "PNG")
     with serving("fake") as (_, server):

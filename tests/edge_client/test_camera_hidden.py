@@ -18,7 +18,7 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 from PIL import Image
 
-from edge_client.cameras import open_camera
+from edge_client.cameras import CameraError, open_camera
 from edge_client.cameras.upright import orientation_of
 from edge_client.client import EdgeClient
 from tests.edge_client.scripted import Peer, request, scripted
@@ -252,3 +252,18 @@ def test_a_transparent_recording_lies_on_white_as_a_picture_does(tmp_path):
     page.paste((0, 0, 0), (20, 10, 40, 30))
     assert difference(taken.picture.decoded(), page) == 0
     assert saved(taken.picture.decoded(), "PNG") == saved(page, "PNG")
+
+
+@pytest.mark.parametrize("brand", ["avif", "heic", "mif1"])
+def test_a_picture_in_a_container_of_videos_is_refused_and_not_taken_in_part(brand, tmp_path):
+    # FFmpeg would show what its transparency hides, and of a picture in tiles the first one.
+    drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
+    drawing.paste((0, 0, 0, 255), (20, 10, 40, 30))
+    data = saved(drawing, "AVIF").replace(b"ftypavif", b"ftyp" + brand.encode(), 1)
+    path = tmp_path / "drawing.heic"
+    path.write_bytes(data)
+    with pytest.raises(CameraError, match="no video, and no JPEG, PNG or WebP picture"):
+        open_camera(str(path), live=False)
+    with WebCamera(picture(data, "application/octet-stream")) as camera:
+        with pytest.raises(CameraError, match="no video, and no JPEG, PNG or WebP picture"):
+            open_camera(camera.url)

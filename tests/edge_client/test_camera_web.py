@@ -150,7 +150,7 @@ NO_PICTURES: dict[str, tuple[Behaviour, str]] = {
     "a page": (page("Device Busy"), "the answer is text/html and no JPEG, PNG or WebP picture"),
     "a page with an error": (page("Device Busy", 503), "HTTP 503 Service Unavailable"),
     "half a picture": (part_of(JPEG, len(JPEG) // 2, sized=True), "broke off"),
-    "half, and it does not know": (part_of(JPEG, len(JPEG) // 2, sized=False), "truncated"),
+    "half, and it does not know": (part_of(JPEG, len(JPEG) // 2, sized=False), "it is cut short"),
     "half, then nothing": (silence(JPEG[:2000]), r"nothing came for 0\.8 s|no picture for"),
     "nothing in it": (part_of(b"", 0, sized=True), "the answer is empty"),
     "silence": (silence(), r"nothing came for 0\.8 s|no picture for .* does not answer"),
@@ -171,8 +171,6 @@ def test_what_a_camera_sends_instead_of_pictures_is_told_and_it_comes_back(inste
             assert camera.trouble is None
             server.do(instead)
             until = time.monotonic() + WAIT_S
-            import re
-
             while not re.search(reason, trouble(camera)) and time.monotonic() < until:
                 time.sleep(0.01)
             assert re.search(reason, trouble(camera))

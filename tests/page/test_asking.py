@@ -128,10 +128,13 @@ async def test_a_second_look_that_is_less_sure_is_not_shown_as_a_success(visitor
         assert "67 uncertainty 2.500" in text
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
 @pytest.mark.parametrize(("bits", "state"), [(0.0, "sure"), (2.0, "refined")])
-async def test_an_answer_without_text_is_told_as_such(visitor: Visitor, bits: float, state: str):
+async def test_an_answer_without_text_is_told_as_such(
+    visitor: Visitor, bits: float, state: str, text: str
+):
     def play(question: str, view: str, region: str) -> Script:
-        return Script("", "", uncertainty_bits=bits)
+        return Script(text, text, uncertainty_bits=bits)
 
     async with running(service(FakeBackend(play=play))) as url:
         await visitor.open(url)

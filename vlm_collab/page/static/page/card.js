@@ -90,7 +90,7 @@ export class Card {
   }
 
   #unsure({ request, box }) {
-    this.answer.textContent = request.first || NO_TEXT;
+    this.answer.textContent = visible(request.first);
     this.note.textContent = box ? "Unsure: looking closer …" : "Unsure, but the region makes no sense.";
     this.#firstAnswer(request.first, request.uncertaintyMicro);
     if (box) {
@@ -99,7 +99,7 @@ export class Card {
       this.place.textContent = `${size} at (${box.left}, ${box.top}) of ${width} × ${height}`;
       this.placeRow.hidden = false;
     }
-    announce(`First answer: ${request.first || NO_TEXT}. The server is unsure and looks closer.`);
+    announce(`First answer: ${visible(request.first)}. The server is unsure and looks closer.`);
   }
 
   #firstAnswer(text, uncertaintyMicro) {
@@ -135,7 +135,7 @@ export class Card {
     const sure = answer.seen === null && answer.fallback === Fallback.NONE;
     this.#end(refined ? "refined" : sure ? "sure" : "first");
     this.text = answer.text;
-    this.answer.textContent = answer.text || NO_TEXT;
+    this.answer.textContent = visible(answer.text);
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
       // In no colour of certainty: the two numbers tell which answer is the surer one.
@@ -153,7 +153,7 @@ export class Card {
     if (answer.hidden > 0) {
       this.note.textContent += ` The model sees no more than the middle: ${percent(answer.hidden)} of the picture, at its edges, are hidden from it.`;
     }
-    announce(`${refined ? "Refined answer" : "Answer"}: ${answer.text || NO_TEXT}. Sent ${bytes(this.#bytesUp)}.`);
+    announce(`${refined ? "Refined answer" : "Answer"}: ${visible(answer.text)}. Sent ${bytes(this.#bytesUp)}.`);
   }
 
   /** The question has no answer, and `text` says why. */
@@ -174,7 +174,12 @@ export class Card {
   }
 }
 
+/** An answer for people: what stands for one that is empty, or nothing but blanks. */
+function visible(text) {
+  return text.trim() === "" ? NO_TEXT : text;
+}
+
 function said(text, uncertaintyMicro) {
   const uncertainty = `uncertainty ${(uncertaintyMicro / 1e6).toFixed(3)}`;
-  return [text || NO_TEXT, " ", element("span", { className: "uncertainty" }, uncertainty)];
+  return [visible(text), " ", element("span", { className: "uncertainty" }, uncertainty)];
 }
