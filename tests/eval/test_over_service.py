@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from eval.demo_model.asked import Settings
 from eval.demo_model.over_service import Told, compared, through
 
@@ -27,6 +29,7 @@ def test_differences_are_in_points() -> None:
     assert figures["fallbacks"] == {"NONE": 4}
 
 
+@pytest.mark.slow
 def test_every_question_gets_a_second_pass() -> None:
     settings = Settings("val", count=3, two_digits=1.0, layer=1, base_px=320, epsilon=0.005)
     made = asyncio.run(through(settings, "sliding", 90))

@@ -137,6 +137,7 @@ def test_committed_figures_are_small() -> None:
     assert max(sizes.values()) < 150_000
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     chosen = [str(RUNS / name) for name in ("jpeg-5", "jpeg-15")]
     line = ["eval", "report", *chosen, "--resamples", "10"]
