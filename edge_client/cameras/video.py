@@ -47,7 +47,11 @@ KEPT_S = 0.5
 _NETWORK = "rtsp,rtp,udp,tcp,tls,http,https,httpproxy,crypto,hls"
 _LOCAL = "file"
 
-_PICTURE_BRANDS = {"avif", "heic", "heix", "heim", "heis", "mif1", "mif2"}  # ISO/IEC 23008-12
+# ISO/IEC 23008-12; the last four are animations.
+_PICTURE_BRANDS = {
+    *("avif", "heic", "heix", "heim", "heis", "mif1", "mif2"),
+    *("avis", "hevc", "hevx", "msf1"),
+}
 
 # FFmpeg's own lines name the whole address, password included; errors are told in ours.
 av.logging.set_level(None)
@@ -84,6 +88,10 @@ class _Opening:
             # `Picture.open` reads three formats as they are to be seen; this would read others.
             container.close()
             raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
+        if container.streams.video[0].metadata.get("alpha_mode") == "1":
+            # FFmpeg's decoders of VP8 and VP9 give the colours that it hides.
+            container.close()
+            raise CameraError(f"{self.name}: a WebM recording with transparency is not read")
         return container
 
 

@@ -254,7 +254,7 @@ def test_a_transparent_recording_lies_on_white_as_a_picture_does(tmp_path):
     assert saved(taken.picture.decoded(), "PNG") == saved(page, "PNG")
 
 
-@pytest.mark.parametrize("brand", ["avif", "heic", "mif1"])
+@pytest.mark.parametrize("brand", ["avif", "avis", "heic", "mif1"])
 def test_a_picture_in_a_container_of_videos_is_refused_and_not_taken_in_part(brand, tmp_path):
     # FFmpeg would show what its transparency hides, and of a picture in tiles the first one.
     drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
@@ -267,3 +267,17 @@ def test_a_picture_in_a_container_of_videos_is_refused_and_not_taken_in_part(bra
     with WebCamera(picture(data, "application/octet-stream")) as camera:
         with pytest.raises(CameraError, match="no video, and no JPEG, PNG or WebP picture"):
             open_camera(camera.url)
+
+
+def test_a_recording_whose_transparency_is_not_read_is_refused(tmp_path):
+    drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
+    drawing.paste((0, 0, 0, 255), (20, 10, 40, 30))
+    path = tmp_path / "drawing.webm"
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("libvpx-vp9", rate=1, options={"auto-alt-ref": "0"})
+        track.width, track.height, track.pix_fmt = 64, 48, "yuva420p"
+        frame = av.VideoFrame.from_ndarray(np.asarray(drawing), format="rgba")
+        container.mux(track.encode(frame.reformat(format="yuva420p")))
+        container.mux(track.encode(None))
+    with pytest.raises(CameraError, match="with transparency is not read"):
+        open_camera(str(path), live=False)
