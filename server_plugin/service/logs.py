@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from vlm_collab.quiet import for_users, speak
-from vlm_collab.web.quiet import Quiet
+from vlm_collab.web.repeated_logs import Quiet
 
 REFUSED = "connection refused"
 """Of a WebSocket that may not or cannot connect."""

@@ -39,7 +39,7 @@ from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.images import Codec
 from vlm_collab.web.access import is_loopback
 from vlm_collab.web.places import Places
-from vlm_collab.web.quiet import LIBRARIES, Quiet
+from vlm_collab.web.repeated_logs import LIBRARIES, Quiet
 from vlm_collab.web.server import bound
 
 log = logging.getLogger(__name__)

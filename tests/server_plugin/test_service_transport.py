@@ -30,12 +30,18 @@ from tests.support.wire import SURE, edge, picture, service
 from vlm_collab.images import Codec
 from vlm_collab.messages import Answer, Ask, Cancel, Hello, Welcome, encode
 from vlm_collab.web import places as places_module
-from vlm_collab.web import transport, websocket
+from vlm_collab.web import serving, transport, websocket
 from vlm_collab.web.places import Places
 
 FILE = "/page/link.js"  # of some KB
 HELLO = encode(Hello(1, (Codec.JPEG,)))
 QUIET = {"write_timeout_s": 0.4}
+
+
+def post(nbytes: int) -> bytes:
+    """The head of a request with so much to come."""
+    length = f"Content-Length: {nbytes}"
+    return request("/v1/chat/completions", length).replace(b"GET", b"POST", 1)
 
 
 def gone(here: Served) -> Any:
@@ -308,6 +314,44 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
             assert isinstance(await client.next(), Answer)
         assert await silent[0].read() == b""
         assert len(here.connections) <= 6
+
+
+@pytest.mark.parametrize("sent", [b"", b"[", b" " * 2**17])
+async def test_requests_whose_rest_never_comes_keep_nobody_out(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    few(monkeypatch)
+    async with served(service(limits=SMALLEST)) as here:
+        begun = [here.open() for _ in range(40)]
+        for each in begun:
+            await each.send_what_goes(post(2**20) + sent)
+        await until(lambda: len(here.connections) <= 6)
+        assert b" 200 " in await here.open().get("/v1/models")
+        assert await begun[0].read() == b""
+
+
+async def test_a_request_that_comes_slowly_stays_beside_those_that_say_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    few(monkeypatch)
+    got, receive = [], serving.HttpConnection.data_received
+
+    def received(self: Any, data: bytes) -> None:
+        receive(self, data)
+        got.append(data)
+
+    monkeypatch.setattr(serving.HttpConnection, "data_received", received)
+    async with served(service(limits=SMALLEST)) as here:
+        slow, silent = here.open(), []
+        await slow.send(post(20) + b"[")
+        for number in range(18):
+            await slow.send(b"\t")
+            await until(lambda n=number: b"".join(got).count(b"\t") == n + 1)
+            silent.append(here.open())
+            await silent[-1].send(b"GET")
+            await until(lambda n=number: b"".join(got).count(b"GET") == n + 1)
+        await slow.send(b"]")
+        assert b"must be a JSON object" in await slow.read_until(b"object")
 
 
 async def test_silent_websockets_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):

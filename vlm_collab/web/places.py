@@ -56,9 +56,9 @@ class Place:
 class Places:
     """The places of one server.
 
-    A connection on which nothing is asked gives its place up when one is needed: of the address
-    that has most such connections, the oldest goes. So whoever opens many and says nothing keeps
-    nobody out but himself. Where all are at work, one goes whose client does not read.
+    A connection on which nothing is asked, or the rest of a request is waited for, gives its place
+    up when one is needed: of the address that has most such connections, the oldest goes. So
+    whoever opens many and says nothing keeps nobody out but himself. Where all are at work, one goes whose client does not read.
 
     Args:
         most: places in all; None for no bound.
@@ -80,7 +80,7 @@ class Places:
         self._taken: Counter[str | None] = Counter()
         self._all: dict[Place, None] = {}
         self._reserved: dict[Place, None] = {}
-        # In the order in which they became idle.
+        # In the order in which they became idle, or last sent some of a request.
         self._idle: dict[Place, None] = {}
         self._told_s = -_TELL_S
 
@@ -106,7 +106,7 @@ class Places:
         return place
 
     def idle(self, place: Place) -> None:
-        """Nothing is asked on this connection now."""
+        """Nothing is asked on this connection now, or not all of it is there."""
         if place in self._all or place in self._reserved:
             self._idle.setdefault(place)
 

@@ -57,6 +57,7 @@ class HttpConnection(H11Protocol):
         self._place = place
         self.app = self._places.app_for(place, self.app)
         watched.lost = lambda: self._places.left(place)
+        watched.released = self._watch
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -80,7 +81,11 @@ class HttpConnection(H11Protocol):
         return self._place is not None and self._place.refusal is None and super()._should_upgrade()
 
     def _watch(self) -> None:
-        """Start the clock when nothing is asked, unless it runs, and stop it when something is."""
+        """Start the clock when nothing is asked, unless it runs, and stop it when something is.
+
+        A request whose body is still to come keeps its time, which is the application's, but its
+        place only as long as nobody else needs it; the last to send goes last.
+        """
         place = self._place
         if place is None:
             return
@@ -95,3 +100,5 @@ class HttpConnection(H11Protocol):
             self._due.cancel()
             self._due = None
         self._places.busy(place)
+        if ours and self.cycle.more_body and not cast(WatchedTransport, self.transport).holds:
+            self._places.idle(place)

@@ -46,9 +46,10 @@ class Quiet(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See `logging.Filter`."""
-        if record.name not in LIBRARIES and record.msg not in self._messages:
-            return True
+        # What is logged need not be a text, nor can all of it be looked up as it is.
         text = str(record.msg)
+        if record.name not in LIBRARIES and text not in self._messages:
+            return True
         if _HARMLESS in text:
             return False
         if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm_collab.web.quiet import INTERVAL_S, Quiet
+from vlm_collab.web.repeated_logs import INTERVAL_S, Quiet
 
 REFUSED = "refused: %s"
 
@@ -66,6 +66,13 @@ def test_kinds_do_not_hide_each_other_nor_anything_else():
     for _ in range(3):
         assert log.say("question failed")
     assert not log.say("connection closed without completing handshake", name="uvicorn.error")
+
+
+def test_what_is_no_text_passes():
+    log = Log()
+    for message in ({"a": 1}, ["a"], OSError("gone")):
+        record = logging.LogRecord("library", logging.ERROR, "", 0, message, (), None)
+        assert log.quiet.filter(record)
 
 
 def test_bytes_of_a_peer_have_no_traceback_and_faults_have_theirs():
