@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from eval.demo import PICTURES
+from tests.support.patience import PATIENCE_S
 from tests.support.process import serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def run(base_url: str, *arguments: str) -> str:
         [sys.executable, str(OPENAI_EDGE), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         env={**os.environ, "OPENAI_BASE_URL": base_url},
     )
     assert done.returncode == 0, done.stderr

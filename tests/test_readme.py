@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from tests.support.process import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def test_the_python_examples_run(code: str, url: str, folder: Path):
         capture_output=True,
         text=True,
         cwd=folder,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -91,7 +92,7 @@ def test_the_options_of_the_serve_command_exist():
         capture_output=True,
         text=True,
         env={"COLUMNS": "200", "PATH": ""},
-        timeout=60,
+        timeout=PATIENCE_S,
     ).stdout
     for option in re.findall(r"--[\w-]+", command):
         assert option in help_text

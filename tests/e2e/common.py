@@ -19,6 +19,7 @@ from edge_client.picture import Picture
 from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.service.app import Service
 from server_plugin.service.runner import running
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service
 from vlm_collab.geometry import Box, Fit, Size, cell_to_source, frame_of
@@ -113,14 +114,14 @@ def slow(seconds: float) -> FakeBackend:
 
 async def settled(running_service: Service) -> None:
     """Wait until the service has nothing in flight; fails if something stays."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while running_service.questions or running_service.queue.waiting:
             await asyncio.sleep(0.005)
 
 
 async def alone(running_service: Service) -> None:
     """Wait until the service has noticed that all clients are gone."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while running_service._connections:
             await asyncio.sleep(0.005)
 

@@ -16,6 +16,7 @@ from edge_client.keeper import Retry
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.app import Service
 from server_plugin.service.runner import running as serving
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service, settled
 from vlm_collab.openai import WireLimits
@@ -64,7 +65,9 @@ class Place:
         self.gateway = gateway
         self.base = base
         self.client = sdk(base)
-        self.http = httpx.AsyncClient(base_url=base, trust_env=False, verify=False, timeout=20)
+        self.http = httpx.AsyncClient(
+            base_url=base, trust_env=False, verify=False, timeout=PATIENCE_S
+        )
 
     async def close(self) -> None:
         await self.client.close()

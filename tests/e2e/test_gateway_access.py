@@ -21,6 +21,7 @@ from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import HASTY, SURE, UNSURE, check, photo
 from tests.e2e.gateways import MODEL, data_url, gateway, place, running, said, sdk
+from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
 from vlm_collab.messages import SUBPROTOCOL
@@ -185,7 +186,7 @@ async def test_the_relay_ends_with_its_server_and_with_its_page():
         # A page connects again by itself.
         check(await page.ask(photo(2), UNSURE), photo(2), UNSURE)
         await page.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while here.gateway._page._relays:
                 await asyncio.sleep(0.005)
 

@@ -24,6 +24,7 @@ from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running as serving
 from tests.e2e.gateways import MODEL, gateway, running, sdk
+from tests.support.patience import PATIENCE_S
 from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
 
 Pieces = Callable[[], AsyncIterator[bytes]]
@@ -153,7 +154,7 @@ async def test_tools_that_a_server_refuses_are_left(
     async with (
         serving(Elsewhere(chat)) as url,
         running(gateway(url)) as base,
-        httpx.AsyncClient(base_url=base, trust_env=False, timeout=20) as client,
+        httpx.AsyncClient(base_url=base, trust_env=False, timeout=PATIENCE_S) as client,
     ):
         body = {"model": MODEL, "messages": messages, "stream": stream, **offer}
         answer = await client.post("/chat/completions", json=body)

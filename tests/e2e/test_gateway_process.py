@@ -25,6 +25,7 @@ from edge_client import cli
 from eval.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import data_url, said
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import saved
 from tests.support.process import serving
 
@@ -51,7 +52,7 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, 
 def stopped(process: subprocess.Popen[str]) -> str:
     """What a process that was asked to stop says on stderr; it ends well."""
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     return errors
 
@@ -296,7 +297,7 @@ def test_without_its_extra_it_says_what_to_install():
         [sys.executable, "-c", missing + "main(['gateway'])"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert 'pip install "vlm-collab[gateway]"' in done.stderr

@@ -22,6 +22,7 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
 from tests.e2e.gateways import MODEL, SMALL, gateway, item, place, running, said, sdk
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as drawn
 from tests.support.pictures import saved, turned
 from tests.support.proxy import What, Where
@@ -175,7 +176,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
             body["stream"] = api == "stream"
         asked = asyncio.create_task(here.http.post(path, json=body))
         await here.proxy.until_passed(Ask)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not here.service.questions:
                 await asyncio.sleep(0.005)
         asked.cancel()
@@ -186,7 +187,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
 
 async def nothing_left(here: Any) -> None:
     """Wait until the gateway has noticed that nobody waits for it."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while here.gateway.room.working:
             await asyncio.sleep(0.005)
 
@@ -282,7 +283,7 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
         others = [
             asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
         ]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while here.gateway.room.waiting < 5:
                 await asyncio.sleep(0.005)
         for other in others:
@@ -449,7 +450,7 @@ async def test_a_body_that_never_ends():
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert b" 408 " in await reader.readline()
         writer.close()
 
@@ -468,7 +469,7 @@ async def test_health():
     async with place() as here:
         root = httpx.URL(here.base).join("/")
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (await here.http.get(root.join("/readyz"))).status_code != 200:
                 await asyncio.sleep(0.01)
         body = (await here.http.get(root.join("/readyz"))).json()
@@ -476,7 +477,7 @@ async def test_health():
         assert body["model"] == MODEL
         here.proxy.refusing = True
         here.proxy.cut()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (await here.http.get(root.join("/readyz"))).status_code != 503:
                 await asyncio.sleep(0.01)
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
@@ -491,7 +492,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
             host, port = here.base.removeprefix("http://").removesuffix("/v1").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await reader.read() == b""
             writer.close()
             assert (await asking).choices
@@ -526,7 +527,7 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(
             for camera in range(cameras)
         ]
         asking = [asyncio.create_task(ask(clients[i % cameras], SURE, photo(i))) for i in range(8)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not now:
                 await asyncio.sleep(0.005)
         for task in asking[:4]:

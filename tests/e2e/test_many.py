@@ -23,6 +23,7 @@ from tests.e2e.common import (
     slow,
     world,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import What, Where
 from tests.support.wire import service
 from vlm_collab.errors import BusyError, CollabError, ServerError
@@ -239,7 +240,7 @@ async def test_taking_back_while_waiting_for_a_slot():
         second = asyncio.create_task(w.client.ask(photo(2), SURE))
         third = asyncio.create_task(w.client.ask(photo(3), UNSURE))
         link = w.client._keeper.current
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(link._slots._waiters or ()) < 2:
                 await asyncio.sleep(0.001)
         second.cancel()
@@ -267,7 +268,7 @@ async def test_closing_in_the_second_stage_leaves_the_first_answer():
         w.proxy.rule(Region, Where.BEFORE, What.STALL)
         asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
         await w.proxy.until_passed(RegionRequest)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not w.client._keeper.current.session.bytes_of(1)[1]:
                 await asyncio.sleep(0.001)
         await w.client.close()

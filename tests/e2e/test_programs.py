@@ -23,6 +23,7 @@ from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.runner import running as serving
 from tests.e2e.gateways import MODEL, Place, data_url, gateway, place
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
 from tests.support.wire import SURE, http, service
@@ -54,7 +55,9 @@ async def both(**options: Any) -> AsyncIterator[tuple[Place, list[httpx.AsyncCli
     """The service and the gateway, for plain HTTP below `/v1`."""
     async with place(**options) as here:
         direct = http(here.proxy.url) + "/v1"
-        async with httpx.AsyncClient(base_url=direct, trust_env=False, timeout=20) as server:
+        async with httpx.AsyncClient(
+            base_url=direct, trust_env=False, timeout=PATIENCE_S
+        ) as server:
             yield here, [server, here.http]
 
 
@@ -275,7 +278,7 @@ async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is
                 return (await client.post("/responses", json=body)).status_code
 
             first = await answered()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 while here.service.openai.memory.count:
                     await asyncio.sleep(0.01)
             second = await answered()
@@ -337,7 +340,7 @@ async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
     async with (
         serving(mine) as url,
         running(gateway(url)) as base,
-        httpx.AsyncClient(base_url=base, trust_env=False, timeout=20) as client,
+        httpx.AsyncClient(base_url=base, trust_env=False, timeout=PATIENCE_S) as client,
     ):
         (listed,) = (await client.get("/models")).json()["data"]
         assert listed["id"] == MODEL

@@ -23,13 +23,14 @@ from edge_client.cameras.upright import orientation_of
 from edge_client.client import EdgeClient
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.clips import write_clip
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved, turned
 from tests.support.web_camera import WebCamera, picture, stream
 from vlm_collab.images import Codec
 from vlm_collab.messages import Ask, Region, Stage
 from vlm_collab.pixels import transposed
 
-WAIT_S = 20.0
+WAIT_S = PATIENCE_S
 SIZE = (640, 480)
 SECRET = (0, 0, 208, 160)
 """A magenta corner. Nothing else is magenta, and no two corners are alike."""

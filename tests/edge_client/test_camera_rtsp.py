@@ -13,12 +13,13 @@ import pytest
 from edge_client.cameras import CameraError, live, open_camera, video
 from edge_client.keeper import Retry
 from tests.support.clips import scene, shaken, write_clip
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference
 from tests.support.rtsp import RtspCamera, need_rtsp_server
 from vlm_collab.geometry import Box, Size
 from vlm_collab.images import Codec, decode
 
-WAIT_S = 30.0
+WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.05, longest_s=0.2)
 
 

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from edge_client.cameras import Camera, CameraError, open_camera, stills
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit, Size
 from vlm_collab.images import Codec
 
-WAIT_S = 20.0
+WAIT_S = PATIENCE_S
 
 
 def put(path: Path, data: bytes, age: int) -> Path:

@@ -18,11 +18,12 @@ from PIL import Image, ImageFilter
 from edge_client.cameras import CameraError, Frame, choose, open_camera, snapshots, video
 from edge_client.keeper import Retry
 from tests.support.clips import scene, shaken, write_clip
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.images import Codec, decode
 
-WAIT_S = 20.0
+WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.05, longest_s=0.1)
 
 

@@ -15,6 +15,7 @@ from edge_client.cameras import Camera, CameraError, Frame, live, open_camera, s
 from edge_client.keeper import Retry
 from edge_client.picture import Picture
 from tests.support.clips import scene
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, photo, saved, turned
 from tests.support.web_camera import (
     Behaviour,
@@ -31,7 +32,7 @@ from tests.support.web_camera import (
 from vlm_collab.geometry import Fit, Size
 from vlm_collab.images import Codec
 
-WAIT_S = 20.0
+WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.02, longest_s=0.1)
 JPEG = saved(scene(3), "JPEG", quality=95)
 OTHER = saved(scene(4), "JPEG", quality=95)

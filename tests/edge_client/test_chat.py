@@ -18,6 +18,7 @@ from PIL import Image
 from tests.e2e.common import SURE, UNSURE, slow, world
 from tests.edge_client.scripted import Peer, scripted, unused_url
 from tests.support.clips import scene, shaken, write_clip
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import saved
 from tests.support.process import serving
 from tests.support.rtsp import RtspCamera, need_rtsp_server
@@ -27,7 +28,7 @@ from vlm_collab.messages import Ask, Cancel
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = (sys.executable, "-m", "edge_client.cli", "chat")
 ENVIRONMENT = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "120"}
-WAIT_S = 30
+WAIT_S = PATIENCE_S
 ANSWERED = r"received [^\n]*\n> "
 
 
@@ -91,7 +92,7 @@ def piped(lines: str, *arguments: object, **options) -> subprocess.CompletedProc
         input=lines,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         **options,
     )
     assert "Traceback" not in done.stderr
@@ -330,7 +331,7 @@ def test_a_line_that_is_no_text_is_refused_and_the_next_is_asked(server, file):
         [*CHAT, str(file), "--server", server, "--json"],
         input=b"what \xff\xfe?\n" + SURE.encode() + b"\n",
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     refused, sure = map(json.loads, done.stdout.splitlines())
     assert refused["code"] == "QUESTION"
@@ -437,7 +438,7 @@ def test_a_file_needs_no_extra(server, file):
         input="what?\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert "answer" in done.stdout

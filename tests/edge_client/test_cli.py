@@ -23,6 +23,7 @@ from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
 from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
+from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
@@ -418,7 +419,12 @@ def test_every_error_has_a_documented_code():
 def program(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code + "from edge_client.cli import main; main()"]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        **options,
     )
 
 
@@ -514,7 +520,7 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
         )
         await w.proxy.until_passed(Ask)
         process.send_signal(signal.SIGINT)
-        out, err = await asyncio.wait_for(process.communicate(), 20)
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE_S)
         assert (process.returncode, out, err) == (130, b"", b"vlm-collab: interrupted\n")
         assert w.proxy.passed[Cancel] == 1
 
@@ -525,7 +531,7 @@ async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
         process = await asyncio.create_subprocess_shell(
             f"{command} --json | true", stderr=subprocess.PIPE
         )
-        _, err = await asyncio.wait_for(process.communicate(), 20)
+        _, err = await asyncio.wait_for(process.communicate(), PATIENCE_S)
         assert b"Traceback" not in err
 
 

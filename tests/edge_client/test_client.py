@@ -13,6 +13,7 @@ from edge_client.client import EdgeClient
 from edge_client.keeper import Retry
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
+from tests.support.patience import PATIENCE_S
 from vlm_collab.errors import (
     BusyError,
     CollabError,
@@ -220,7 +221,7 @@ async def test_the_session_key_decides_whether_views_are_sent_again():
         async with EdgeClient(server.url, retry=HASTY) as client:
             for _ in keys:
                 await client.ask(PHOTO, "why?")
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE_S):
                     while client._keeper.current.ended is None:
                         await asyncio.sleep(0.001)
     assert resumed == [b"", b"session-a", b"session-a"]

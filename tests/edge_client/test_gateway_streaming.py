@@ -12,6 +12,7 @@ import pytest
 
 from edge_client.gateway import streaming
 from edge_client.gateway.streaming import EventStream, Gone, answer_pieces, unless_gone
+from tests.support.patience import PATIENCE_S
 from vlm_collab.messages import Stage
 from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
 
@@ -45,7 +46,7 @@ class Client:
         self.received.append(message)
 
     async def until(self, text: bytes) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while text not in self.body:
                 await asyncio.sleep(0.005)
 
@@ -65,7 +66,7 @@ async def stream(client: Client, pieces: AsyncGenerator[bytes, None]) -> list[st
     first = await anext(rest)
     kept = AsyncExitStack()
     kept.callback(closed.append, "kept")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await EventStream(first, rest, kept)({}, client.receive, client.send)  # type: ignore
     return closed
 

@@ -27,6 +27,7 @@ from edge_client.keeper import Retry
 from server_plugin.service.runner import running
 from tests.e2e.common import HASTY, World, slow, world
 from tests.support.clips import scene, shaken, write_clip
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import saved
 from tests.support.process import serving
 from tests.support.proxy import What, Where
@@ -86,7 +87,7 @@ class Watching:
         return read(self.out)
 
     async def until_lines(self, count: int) -> list[dict]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while len(lines := read(self.out)) < count:
                 await asyncio.sleep(0.02)
         return lines
@@ -232,7 +233,7 @@ async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_
             running_watch = asyncio.create_task(watching.run())
             await watching.until_lines(2)
             camera.unplug()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while not any("error" in line for line in read(watching.out)):
                     await asyncio.sleep(0.02)
             lost = len(read(watching.out))
@@ -279,7 +280,7 @@ async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes
             await watching.until_lines(2)
             camera.do(instead)
             errors: list[dict] = []
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while not errors:
                     await asyncio.sleep(0.05)
                     errors = [line for line in read(watching.out) if "error" in line]
@@ -310,7 +311,7 @@ async def test_a_camera_that_hangs_and_goes_on_has_one_line(clip, tmp_path, monk
             running_watch = asyncio.create_task(watching.run())
             await watching.until_lines(2)
             camera.freeze()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while not any("error" in line for line in read(watching.out)):
                     await asyncio.sleep(0.02)
             lost = len(read(watching.out))
@@ -351,7 +352,7 @@ def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, numbe
     while out.read_text().count("\n") < 4 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
-    told, errors = process.communicate(timeout=30)
+    told, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert told == ""
     assert "Traceback" not in errors
@@ -373,7 +374,7 @@ def test_on_a_terminal_it_shows_how_it_goes(clip, tmp_path, server):
         program,
         arguments,
         encoding="utf-8",
-        timeout=30,
+        timeout=PATIENCE_S,
         dimensions=(24, 80),
         env={**os.environ, "TERM": "xterm"},
     )

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from eval.demo import cases
+from tests.support.patience import PATIENCE_S
 
 DEMO = (str(Path(sys.executable).with_name("vlm-collab")), "demo")
 
@@ -94,7 +95,9 @@ def test_it_works_on_your_own_picture(tmp_path: Path):
 )
 def test_wrong_use_gets_one_clear_line(arguments, words, tmp_path):
     folder = () if "--out" in arguments else ("--out", str(tmp_path))
-    done = subprocess.run([*DEMO, *arguments, *folder], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*DEMO, *arguments, *folder], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode not in (0, 130)
     assert done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr

@@ -14,6 +14,7 @@ from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.passes import Passes
 from server_plugin.backends.worker import Job
 from server_plugin.models import open_model
+from tests.support.patience import PATIENCE_S
 from vlm_collab.errors import ImageError
 
 GREY = Image.new("RGB", (112, 112), (128, 128, 128))
@@ -70,13 +71,13 @@ async def test_one_who_left_is_not_waited_for() -> None:
     a, b, c = group.members
     b.leave()
     opened = asyncio.gather(a.open_view(GREY), c.open_view(GREY))
-    await asyncio.wait_for(opened, 10)
+    await asyncio.wait_for(opened, PATIENCE_S)
     waiting = asyncio.create_task(a.open_view(GREY))
     for _ in range(10):
         await asyncio.sleep(0)
     assert not waiting.done(), "the group goes on together"
     c.leave()
-    await asyncio.wait_for(waiting, 10)
+    await asyncio.wait_for(waiting, PATIENCE_S)
     a.leave()
 
 

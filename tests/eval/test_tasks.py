@@ -18,6 +18,7 @@ from datasets import config
 from eval.tasks import open_task, task_kind
 from eval.tasks.catalogue import TASKS
 from eval.tasks.hub import HubTask
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, turned
 from vlm_collab.errors import ConfigError, ImageError
 
@@ -259,7 +260,7 @@ def test_without_a_network_it_says_how_to_get_the_data(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     line = ended.stderr.strip().splitlines()[-1]
     assert line.startswith(
@@ -271,7 +272,9 @@ def test_without_a_network_it_says_how_to_get_the_data(tmp_path: Path) -> None:
 def test_knowing_the_tasks_needs_no_data_library() -> None:
     code = "import sys, eval.tasks; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
     folder = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder, timeout=120).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=folder, timeout=PATIENCE_S).returncode == 0
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from server_plugin.service.runner import running
+from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def url() -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(PATIENCE_S)
     yield found[0]
     stop.set()
     thread.join()

@@ -20,6 +20,7 @@ from server_plugin.service.config import ServiceConfig, ServiceLimits
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, launched, page_of, visiting
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy, What, Where
 from tests.support.wire import http, service
 from vlm_collab.geometry import Size
@@ -103,7 +104,7 @@ async def test_a_server_lost_for_good_in_the_second_stage_leaves_the_first_answe
         proxy.rule(RegionRequest, Where.AFTER, What.CUT)
         stalled = proxy.rule(Ask, Where.AFTER, What.STALL, nth=2)
         card = await visitor.ask(UNSURE)
-        await asyncio.wait_for(stalled.fired.wait(), 20)
+        await asyncio.wait_for(stalled.fired.wait(), PATIENCE_S)
         # The region's deadline and the grace on top of it.
         await visitor.page.clock.fast_forward(9_900)
         assert await card.locator.get_attribute("data-state") == "asking"
@@ -159,7 +160,7 @@ async def test_a_question_outlasts_many_lost_links(browser: Browser):
         cuts = [proxy.rule(Ask, Where.AFTER, What.CUT, nth=number) for number in range(1, 9)]
         card = await visitor.ask(SURE)
         for number, cut in enumerate(cuts, start=1):
-            await asyncio.wait_for(cut.fired.wait(), 20)
+            await asyncio.wait_for(cut.fired.wait(), PATIENCE_S)
             await visitor.status("lost")
             assert len(visitor.sent(Ask)) == number
             await visitor.page.clock.fast_forward(5_000)

@@ -25,6 +25,7 @@ from server_plugin.presets import preset_named
 from server_plugin.service.queue import ModelQueue
 from tests.support.batches import queued, together
 from tests.support.oracle import picture
+from tests.support.patience import PATIENCE_S
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
@@ -155,7 +156,7 @@ async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBacken
 
     def on_text(_: str) -> None:
         started.set()
-        gate.wait(30)
+        gate.wait(PATIENCE_S)
 
     with together(backend) as sizes:
         kept, gone, last = await queued(
@@ -208,7 +209,7 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
 
         def hold(_: str) -> None:
             started.set()
-            gate.wait(30)
+            gate.wait(PATIENCE_S)
 
         task = asyncio.create_task(
             backend.first_pass(view, QUESTIONS[2], max_new_tokens=400, on_text=hold)

@@ -33,6 +33,7 @@ from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
 from tests.support.oracle import picture
+from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE
 from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
 from vlm_collab.errors import CollabError, ConfigError, ErrorCode, ModelError, ServerError
@@ -142,7 +143,7 @@ def without_network(tmp_path: Path, cache: Path | None = None) -> dict[str, str]
 
 def serve(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [*SERVE, *arguments, "--port", "0", "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=env)
 
 
 @pytest.mark.parametrize("log_level", ["warning", "info"])
@@ -190,7 +191,7 @@ def test_a_cached_checkpoint_needs_no_hub(checkpoint: Path, tmp_path: Path) -> N
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         env=without_network(tmp_path),
     )
     assert (done.stdout, done.stderr) == ("owner/tiny\n", "")

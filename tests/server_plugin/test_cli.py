@@ -21,6 +21,7 @@ from edge_client.picture import Picture
 from edge_client.sync import Client
 from server_plugin.models import open_model
 from server_plugin.presets import config_folder
+from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE, serving
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import AuthenticationError, ConfigError
@@ -36,7 +37,7 @@ def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, st
         [*SERVE, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         env=os.environ | (env or {}),
     )
     assert done.stdout == ""
@@ -56,7 +57,7 @@ def test_it_serves_until_it_is_told_to_stop():
         with Client(str(ready["url"])) as client:
             assert client.ask(photo(), "a small thing").refined
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, errors
 
 
@@ -88,12 +89,12 @@ def test_a_fit_that_cuts_something_off_is_told_at_both_ends(capsys):
         assert "not shown" in (told := main_of_ask(url, capsys, as_json=False))
         assert "25% of the picture" in told
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert errors.count("the fit is crop") == 1
     with serving("fake", "--fit", "pad") as (process, ready):
         assert main_of_ask(str(ready["url"]), capsys)["shown"] == 1.0
         process.send_signal(signal.SIGTERM)
-        assert "crop" not in process.communicate(timeout=30)[1]
+        assert "crop" not in process.communicate(timeout=PATIENCE_S)[1]
 
 
 def main_of_ask(url, capsys, *, as_json=True):
@@ -131,7 +132,7 @@ def test_a_refused_client_is_one_line_in_the_log():
         with pytest.raises(AuthenticationError), Client(str(ready["url"]), token="no") as client:
             client.ask(photo(), "what?")
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=PATIENCE_S)
     (line,) = log.splitlines()
     assert json.loads(line)["event"] == "connection refused"
     assert json.loads(line)["status"] == 401
@@ -153,7 +154,7 @@ def test_strangers_do_not_fill_the_log():
                 while raw.recv(1000):
                     pass
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=PATIENCE_S)
     lines = [json.loads(line) for line in log.splitlines()]
     assert sorted(line["event"] for line in lines) == [
         "Invalid HTTP request received.",

@@ -31,6 +31,7 @@ from tests.support.openai_client import (
     served,
     view_name,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settled
 from vlm_collab.errors import ConfigError
@@ -54,7 +55,7 @@ async def ask(client, question=SURE, *pictures, **options):
 
 
 async def until(true) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not true():
             await asyncio.sleep(0.005)
 
@@ -78,7 +79,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatc
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         writer.write(sent)
         closed = asyncio.create_task(reader.read())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not closed.done():
                 writer.write(b"a")  # as slowly as it likes
                 await asyncio.wait([closed], timeout=0.01)
@@ -221,7 +222,7 @@ async def test_a_request_that_does_not_arrive_is_given_up():
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
         )
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await reader.read()  # the connection is of no more use, and closed
         writer.close()
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -377,7 +378,7 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_i
 
     def work() -> str:
         at_work.set()
-        done.wait(10)
+        done.wait(PATIENCE_S)
         return "done"
 
     leaving = asyncio.create_task(workshop.run(work))
@@ -578,7 +579,7 @@ async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(m
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await running_service.drain()
         assert running_service.questions == 0
 

@@ -22,6 +22,7 @@ from tests.support.openai_client import (
     said,
     view_name,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo
 from tests.support.wire import SURE, UNSURE, service, settled
 from vlm_collab.geometry import Box, Fit, Size
@@ -285,7 +286,7 @@ async def test_a_client_that_never_returns_costs_nothing_after_the_deadline():
         assert running_service.questions == 1
         assert running_service.openai.memory.count == 1
         await settled(running_service)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while backend.views:
                 await asyncio.sleep(0.005)
         memory = running_service.openai.memory

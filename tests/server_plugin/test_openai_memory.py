@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.openai.memory import Kept, Memory
 from server_plugin.service.openai.whole import Original
+from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.openai import Conversation, Role
 
@@ -58,7 +59,7 @@ async def test_everything_is_forgotten_after_its_time():
     memory.put(b"a", "1", kept(original(10)))
     await asyncio.sleep(0.3)
     memory.put(b"b", "2", kept(original(10)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while memory.get(b"a", "1"):
             await asyncio.sleep(0.005)
         assert memory.get(b"b", "2")

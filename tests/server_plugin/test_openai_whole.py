@@ -31,6 +31,7 @@ from tests.support.openai_client import (
     said,
     view_name,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved, turned
 from tests.support.wire import SURE, UNSURE, http, service
 from vlm_collab.errors import ImageError, ImageTooLargeError
@@ -213,7 +214,7 @@ async def test_a_view_is_forgotten_after_its_time():
     backend = Watched()
     async with asking(service(backend, limits={"session_ttl_s": 0.05})) as client:
         await chat(client, [message(SURE, PHOTO)])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while backend.views:
                 await asyncio.sleep(0.005)
         await chat(client, [message(SURE, PHOTO)])

@@ -14,6 +14,7 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service import app
 from server_plugin.service.connection import MAX_WAITING_FRAMES
 from server_plugin.service.runner import running
+from tests.support.patience import PATIENCE_S
 from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, service, settled
 from vlm_collab.errors import ErrorCode
 from vlm_collab.messages import (
@@ -194,11 +195,11 @@ async def test_a_peer_that_does_not_read_is_dropped_for_good(monkeypatch):
     async with running(running_service) as url, edge(url) as client:
         monkeypatch.setattr(WebSocket, "send_bytes", never)
         await client.ask(SURE, picture())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(ConnectionClosed) as closed:
                 await client.websocket.recv()
         assert closed.value.rcvd is None  # cut, not closed: nothing waits for this peer
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while running_service._connections:
                 await asyncio.sleep(0.005)
 
@@ -213,7 +214,7 @@ async def test_a_shutdown_does_not_wait_for_peers_that_do_not_read(monkeypatch):
         await client.ask(UNSURE, picture())
         await client.next()
         monkeypatch.setattr(WebSocket, "send_bytes", never)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await running_service.drain(grace_s=0.05)
         assert not running_service._connections
 
@@ -248,7 +249,7 @@ async def test_views_of_a_client_that_left_go_even_if_nobody_else_comes():
             await client.ask(SURE, picture(1))
             await client.next()
             assert len(backend.views) == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while backend.views:
                 await asyncio.sleep(0.005)
 

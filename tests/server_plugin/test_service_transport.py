@@ -14,6 +14,7 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service import connection as messages
 from server_plugin.service import runner
 from server_plugin.service.connection import Connection
+from tests.support.patience import PATIENCE_S
 from tests.support.raw import (
     BINARY,
     CONT,
@@ -106,7 +107,7 @@ async def test_a_client_that_reads_slowly_is_not_dropped():
         began = asyncio.get_running_loop().time()
         await client.send(request(FILE) * 8 + request(FILE, "Connection: close"))
         whole = b""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while piece := await client.read(2048):
                 whole += piece
                 await asyncio.sleep(0.04)

@@ -22,6 +22,7 @@ from server_plugin.backends.views import TransformersView
 from server_plugin.models import demo_folder, open_model
 from server_plugin.presets import Preset, preset_named
 from tests.support.oracle import Oracle, compare_answer, picture
+from tests.support.patience import PATIENCE_S
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Grid, Size, frame_of, token_box_to_source
@@ -227,7 +228,7 @@ def held_up(backend: TransformersBackend) -> Iterator[tuple[Any, threading.Event
         texts.append(text)
         if len(texts) == 2:
             started.set()
-            gate.wait(30)
+            gate.wait(PATIENCE_S)
 
     try:
         yield on_text, started, texts

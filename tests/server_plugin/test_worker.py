@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError
+from tests.support.patience import PATIENCE_S
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def worker(
 def busy(worker: BatchWorker) -> Iterator[None]:
     """Keep the thread from its queue while the block fills it."""
     gate, started = threading.Event(), threading.Event()
-    worker.call(lambda: (started.set(), gate.wait(30)))
-    assert started.wait(30)
+    worker.call(lambda: (started.set(), gate.wait(PATIENCE_S)))
+    assert started.wait(PATIENCE_S)
     try:
         yield
     finally:
@@ -128,14 +129,14 @@ async def test_the_thread_survives_whatever_is_raised(error: BaseException) -> N
 
     with worker(execute=raise_it) as (made, _):
         with pytest.raises(RuntimeError, match="the model's runtime failed"):
-            await asyncio.wait_for(made.run("a", "bad"), 30)
-        assert await asyncio.wait_for(made.run("a", "good"), 30) == "good"
+            await asyncio.wait_for(made.run("a", "bad"), PATIENCE_S)
+        assert await asyncio.wait_for(made.run("a", "good"), PATIENCE_S) == "good"
 
 
 async def test_a_job_left_undone_is_an_error() -> None:
     made = BatchWorker(lambda kind, jobs: None, 4, "test")
     with pytest.raises(RuntimeError, match="a job of a was left undone"):
-        await asyncio.wait_for(made.run("a", "forgotten"), 30)
+        await asyncio.wait_for(made.run("a", "forgotten"), PATIENCE_S)
     made.close()
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from server_plugin.backends.transformers_backend import TransformersBackend
+from tests.support.patience import PATIENCE_S
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def together(backend: TransformersBackend) -> Iterator[list[int]]:
     hook = backend._adapter.decoder.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
     )
-    backend._worker.call(lambda: gate.wait(30))
+    backend._worker.call(lambda: gate.wait(PATIENCE_S))
     try:
         yield sizes
     finally:

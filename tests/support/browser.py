@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.async_api import Browser, Page, WebSocket, async_playwright
 
+from tests.support.patience import PATIENCE_S
 from vlm_collab.messages import AnyMessage, decode_down, decode_up, websocket_bytes
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"
@@ -30,7 +31,7 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
-PATIENCE_MS = 20_000
+PATIENCE_MS = 1000 * PATIENCE_S
 
 
 def executable() -> str:

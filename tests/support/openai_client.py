@@ -17,6 +17,7 @@ from PIL import Image
 from server_plugin.backends.fake import DEFAULT_INFO, digest
 from server_plugin.service.app import Service
 from server_plugin.service.runner import running
+from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved
 from tests.support.wire import http
 from vlm_collab.geometry import Box, Fit, Size
@@ -37,7 +38,7 @@ async def asking(service: Service, key: str = "none") -> AsyncIterator[AsyncOpen
 async def client_of(url: str, key: str = "none") -> AsyncIterator[AsyncOpenAI]:
     """A client of the service with this WebSocket URL."""
     # Without TLS, whose certificates take a while to load.
-    web = DefaultAsyncHttpxClient(verify=False, timeout=20)
+    web = DefaultAsyncHttpxClient(verify=False, timeout=PATIENCE_S)
     base_url = http(url) + "/v1"
     async with AsyncOpenAI(
         base_url=base_url, api_key=key, max_retries=0, http_client=web

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
+from tests.support.patience import PATIENCE_S
 from vlm_collab.messages import (
     Answer,
     Ask,
@@ -228,12 +229,12 @@ class Proxy:
 
     async def until_passed(self, kind: type[Message], count: int = 1) -> None:
         """Wait until so many messages of a kind got through."""
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(PATIENCE_S), self._news:
             await self._news.wait_for(lambda: self.passed[kind] >= count)
 
     async def until_connections(self, count: int) -> None:
         """Wait until so many connections were made."""
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(PATIENCE_S), self._news:
             await self._news.wait_for(lambda: self.connections >= count)
 
     async def _accept(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:

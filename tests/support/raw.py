@@ -12,6 +12,7 @@ import uvicorn
 
 from server_plugin.service import runner
 from server_plugin.service.app import Service
+from tests.support.patience import PATIENCE_S
 from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.web import server as web
 
@@ -54,7 +55,7 @@ class Raw:
     async def read_until(self, end: bytes) -> bytes:
         """All up to these bytes, or a little more; fails when they do not come."""
         whole = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while end not in whole:
                 piece = await self.read()
                 assert piece, f"the server closed after {whole[-200:]!r}"
@@ -64,7 +65,7 @@ class Raw:
     async def read_all(self) -> bytes:
         """All until the other side closes."""
         whole = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while piece := await self.read():
                 whole += piece
         return whole
@@ -81,7 +82,7 @@ class Raw:
         offer = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}"
         await self.send(request(path, *given, offer, *headers))
         head = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not head.endswith(b"\r\n\r\n"):
                 if not (byte := await self.read(1)):
                     break
@@ -186,6 +187,6 @@ async def serving(
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not true():
             await asyncio.sleep(0.005)

@@ -15,6 +15,7 @@ from server_plugin.backends.fake import FakeBackend
 from server_plugin.engine import Engine
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
+from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.images import Codec, encode
 from vlm_collab.messages import SUBPROTOCOL, Options
@@ -82,7 +83,7 @@ class Edge:
     async def next(self) -> Any:
         """The next event, whatever it is; fails rather than hangs."""
         await self.flush()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 frame = await self.websocket.recv()
                 assert isinstance(frame, bytes)
@@ -117,7 +118,7 @@ def http(url: str) -> str:
 
 async def settled(running_service: Service) -> None:
     """Wait until nothing is in flight; fails if something stays."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while running_service.questions or running_service.queue.waiting:
             await asyncio.sleep(0.005)
 

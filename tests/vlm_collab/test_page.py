@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import page_cases
+from tests.support.patience import PATIENCE_S
 from tests.support.transcripts import stored
 from vlm_collab.page import HEADERS, INDEX, page_file, page_paths, token_in
 
@@ -138,7 +139,7 @@ def test_the_page_s_messages_and_geometry_are_python_s_under_node():
         input=json.dumps({"base": f"file://{MODULES}/", **sent}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     page_cases.check(sent, json.loads(done.stdout))
