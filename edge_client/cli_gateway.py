@@ -26,17 +26,12 @@ from edge_client.gateway import (
 )
 from edge_client.options import Token, TokenFile, token_of
 from vlm_collab.errors import ConfigError
-from vlm_collab.geometry import Fit
 from vlm_collab.keys import API_KEY_VARIABLE, chosen_key
 from vlm_collab.openai import WireLimits
 from vlm_collab.session import FITS
 
 _GREETING_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")
-_CROP = (
-    "the server's fit is crop: of a picture that is not square its model sees the middle square "
-    "only, in both passes"
-)
 
 
 def gateway(
@@ -182,8 +177,8 @@ async def _serve(
     try:
         model, note, warning = await _greeting(gateway)
         url = url_of(sock)
-        if warning:
-            print(f"vlm-collab gateway: {warning}", file=sys.stderr, flush=True)
+        if warning is not None:
+            print(f"vlm-collab gateway: of the server, {warning}", file=sys.stderr, flush=True)
         if as_json:
             ready = {"event": "ready", "url": url, "model": model, "pid": os.getpid()}
             print(json.dumps(ready), flush=True)
@@ -195,15 +190,14 @@ async def _serve(
         await gateway.close()
 
 
-async def _greeting(gateway: Gateway) -> tuple[str | None, str, str]:
+async def _greeting(gateway: Gateway) -> tuple[str | None, str, str | None]:
     """What the server serves, if it is there; a wrong address or token is told at once.
 
     Returns:
-        The model's name, a few words on it, and a line that warns of how it sees pictures.
+        The model's name, a few words on it, and what to warn of.
     """
     try:
         welcome = await gateway.answerer.welcome(_GREETING_S)
     except NoServerError as error:
-        return None, f"has no model yet: {error}", ""
-    cut = FITS[welcome.fit] is Fit.CROP
-    return welcome.model, f"for {welcome.model}", _CROP if cut else ""
+        return None, f"has no model yet: {error}", None
+    return welcome.model, f"for {welcome.model}", FITS[welcome.fit].warning

@@ -143,12 +143,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def warning(self) -> str | None:
         """What whoever starts the model should know of this preset, in a line; None if nothing."""
-        if self.fit is not Fit.CROP:
-            return None
-        return (
-            "the fit is crop: of a picture that is not square the model sees the middle square "
-            "only, in both passes; --fit stretch and --fit pad show all of it"
-        )
+        told = self.fit.warning
+        return told and f"{told}; --fit stretch and --fit pad show all of it"
 
     def names(self, model: str) -> bool:
         """Whether one of the globs matches a hub name, or the last part of a path."""

@@ -86,6 +86,16 @@ class Fit(enum.StrEnum):
     CROP = "crop"
     """The largest centred part that has the view's aspect."""
 
+    @property
+    def warning(self) -> str | None:
+        """What people should know who ask through such views, in a line; None if nothing."""
+        if self is not Fit.CROP:
+            return None
+        return (
+            "the fit is crop: of a picture that is not square the model sees the middle square "
+            "only, in both passes"
+        )
+
 
 class Frame(NamedTuple):
     """The source rectangle that the view shows, in source pixels.

@@ -13,6 +13,7 @@ A service batches by what comes when, so its results repeat up to rounding, not 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ from vlm_collab.messages import (
     micro,
 )
 from vlm_collab.session import FITS
+
+log = logging.getLogger(__name__)
 
 DEADLINE_S = 600.0
 """For one question; with many in flight, most of it is waiting for the model."""
@@ -112,6 +115,8 @@ class OverService(Method):
 
     async def open(self) -> None:
         self._welcome = await self._client.connect()
+        if (warning := FITS[self._welcome.fit].warning) is not None:
+            log.warning("of the service, %s", warning)
         if self._task.stop and "stop" not in self._welcome.features:
             raise ConfigError("this service does not take stop texts, which the benchmark needs")
         if len(self._task.stop) > _MOST_STOP_TEXTS:

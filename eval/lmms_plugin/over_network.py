@@ -7,6 +7,7 @@ question costs does not depend on which came before it.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ from vlm_collab.errors import (
     ProtocolError,
 )
 from vlm_collab.messages import Welcome
+from vlm_collab.session import FITS
+
+log = logging.getLogger(__name__)
 
 _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
 """Not a question's fault."""
@@ -72,6 +76,8 @@ class OverNetwork(Asker):
 
     async def open(self, questions: Sequence[Question]) -> None:
         self._welcome = await self._client.connect()
+        if (warning := FITS[self._welcome.fit].warning) is not None:
+            log.warning("of the service, %s", warning)
         needed = {
             "stop": any(question.options.stop for question in questions),
             "sampling": any(question.options.temperature for question in questions),

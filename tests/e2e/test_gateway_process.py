@@ -227,7 +227,7 @@ def test_who_starts_a_gateway_is_told_that_its_server_cuts_pictures(fit: str):
         with started("--server", str(server["url"])) as (process, own):
             assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it serves by now
             errors = stopped(process)
-    assert ("the server's fit is crop" in errors) == (fit == "crop")
+    assert ("of the server, the fit is crop" in errors) == (fit == "crop")
     assert len(errors.splitlines()) == (fit == "crop")
 
 

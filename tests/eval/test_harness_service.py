@@ -142,6 +142,19 @@ async def test_where_no_region_adds_detail_both_ways_keep_the_first_answer(tmp_p
     assert [bool(record.look_mflops) for record in there] == [False, True, False] * 2
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+async def test_a_service_that_cuts_pictures_is_warned_of(
+    fit: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, preset = open_model("fake", fit=fit)
+    service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
+    async with running(service) as url:
+        method = OverService(open_task("signs", limit=1), url, None)
+        await method.open()
+        await method.close()
+    assert ("of the service, the fit is crop" in caplog.text) == (fit == "crop")
+
+
 async def test_without_tokens_there_is_no_uncertainty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -326,15 +326,23 @@ async def over_network(
     load: Callable[[Question], list[Original]] = load,
     config: ServiceConfig | None = None,
     token: str | None = None,
+    fit: str | None = None,
     **settings: Any,
 ) -> list[Reply | SampleError]:
-    backend, preset = open_model("fake", max_new_tokens=64)
+    backend, preset = open_model("fake", max_new_tokens=64, fit=fit)
     engine = engine_of(backend, preset, None, {})
     async with running(Service(engine, config or ServiceConfig(port=0))) as url:
         settled = Settings(server=url, token=token, **settings)
         asker = OverNetwork(settled)
         to_ask = questions(settled, texts, until="\n\n")
         return (await ask_all(asker, to_ask, load, lambda question, reply: None)).replies
+
+
+async def test_a_service_that_cuts_pictures_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    await over_network(fit="pad")
+    assert "fit" not in caplog.text
+    await over_network(fit="crop")
+    assert "of the service, the fit is crop" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["threshold", "always", "never"])
