@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass
+from itertools import count
 
 from edge_client.dial import LostError, Server
 from edge_client.link import Link
@@ -25,19 +26,21 @@ class Retry:
 
     Attributes:
         attempts: for the first connection, so that a wrong address is soon told.
-        reconnect_attempts: in a row, after a connection that worked was lost.
+        reconnect_attempts: in a row, after a connection that worked was lost; None for no bound,
+            so that the deadlines of questions decide.
         first_s: pause after the first failure, doubled after each further one.
         longest_s: the longest pause. Each is shortened at random by up to a half, so that the
             clients of a server that restarts do not all come at once.
     """
 
     attempts: int = 3
-    reconnect_attempts: int = 10
+    reconnect_attempts: int | None = None
     first_s: float = 0.2
     longest_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.reconnect_attempts < 1:
+        bounds = (self.attempts, self.reconnect_attempts)
+        if any(bound is not None and bound < 1 for bound in bounds):
             raise ConfigError("there must be at least one attempt to connect")
 
     def pause_s(self, failures: int) -> float:
@@ -125,19 +128,22 @@ class LinkKeeper:
             log.debug("no connection: %s", error)
 
     async def _connect(self) -> Link:
-        old, allowed = self._link, self._retry.attempts
+        old = self._link
+        allowed: int | None = self._retry.attempts
         if old is not None:
             allowed = self._retry.reconnect_attempts
             self._retire(old)
             self._failures += 1
         pause_s = self._retry.pause_s(self._failures)
-        for attempt in range(1, allowed + 1):
+        for attempt in count(1):
             await asyncio.sleep(pause_s)
             try:
                 link = await Link.open(self._server, limits=self._limits, resume=self._key)
             except LostError as lost:
-                log.info("attempt %d of %d: %s", attempt, allowed, lost)
+                log.info("attempt %d of %s: %s", attempt, allowed or "any number", lost)
                 reason = lost
+                if attempt == allowed:
+                    break
                 self._failures += 1
                 pause_s = max(self._retry.pause_s(self._failures), lost.retry_after_s or 0.0)
             else:

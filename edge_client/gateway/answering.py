@@ -36,7 +36,7 @@ from vlm_collab.places import Place, split, spots_of
 
 log = logging.getLogger(__name__)
 
-_FOREVER = Retry(attempts=2**31, reconnect_attempts=2**31, longest_s=2.0)
+_FOREVER = Retry(attempts=2**31, longest_s=2.0)
 """A question's deadline ends its waiting; the gateway itself never gives the server up."""
 
 _AT_HAND_S = 0.05

@@ -182,6 +182,17 @@ async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
         assert "\n" not in str(caught.value)
 
 
+async def test_a_server_that_stays_away_for_long_ends_no_question_before_its_deadline():
+    async with world(retry=Retry(first_s=0.001, longest_s=0.002)) as w:
+        rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
+        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        await rule.fired.wait()
+        w.proxy.refusing = True
+        await w.proxy.until_connections(w.proxy.connections + 25)
+        w.proxy.refusing = False
+        assert (await asking_).text.startswith("first")
+
+
 async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_was_lost():
     patient = Retry(reconnect_attempts=1000, first_s=0.01, longest_s=0.02)
     async with world(retry=patient) as w:
