@@ -339,8 +339,9 @@ class Gateway:
         limits = self.config.limits
         most, data, size = limits.wire.max_body_bytes, bytearray(), 0
         try:
-            async with asyncio.timeout(limits.body_timeout_s):
+            async with place.reading(limits.body_timeout_s):
                 async for piece in body_pieces(request):
+                    place.came()
                     size += len(piece)
                     if size > 4 * most:
                         break

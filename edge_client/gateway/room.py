@@ -13,6 +13,9 @@ from vlm_collab.openai import ApiError
 LONGEST_WAIT_S = 60.0
 """Most that a refused client is told to wait; OpenAI's SDK takes no longer wish seriously."""
 
+LONGEST_PAUSE_S = 3.0
+"""A client that sends nothing of its body for so long loses its place, if others wait for one."""
+
 
 class Room:
     """Lets requests in, has others wait, and refuses those beyond.
@@ -35,6 +38,7 @@ class Room:
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self.working = 0
         self.nbytes = 0
+        self._reading: set[Place] = set()
         self._measured = 0
         self._mean_s = 1.0  # a guess, until the first has ended
 
@@ -81,6 +85,7 @@ class Room:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (future, nbytes)
         self._waiting.append(entry)
+        self._set_clocks()
         try:
             async with asyncio.timeout(self._patience_s):
                 await future
@@ -137,6 +142,12 @@ class Room:
             if not future.done():
                 self._take(nbytes)
                 future.set_result(None)
+        self._set_clocks()
+
+    def _set_clocks(self) -> None:
+        """Have those whose bodies come know whether others wait."""
+        for place in self._reading:
+            place.set_clock()
 
     def _fits(self, nbytes: int) -> bool:
         if self.working >= self._limits.max_requests:
@@ -158,8 +169,35 @@ class Place:
     def __init__(self, room: Room, nbytes: int) -> None:
         self._room = room
         self._nbytes = nbytes
-        self._began_s = asyncio.get_running_loop().time()
+        self._began_s = self._came_s = asyncio.get_running_loop().time()
         self.kept = False
+
+    @asynccontextmanager
+    async def reading(self, timeout_s: float) -> AsyncIterator[None]:
+        """Time for the body to come; where others wait, some of it must always be coming.
+
+        Raises:
+            TimeoutError: it did not.
+        """
+        async with asyncio.timeout(timeout_s) as self._clock:
+            self._due_s = self._clock.when() or 0.0
+            self._room._reading.add(self)
+            try:
+                self.came()
+                yield
+            finally:
+                self._room._reading.discard(self)
+
+    def came(self) -> None:
+        """Some of the body has come."""
+        self._came_s = asyncio.get_running_loop().time()
+        self.set_clock()
+
+    def set_clock(self) -> None:
+        """Make the time right by whether others wait now."""
+        if not self._clock.expired():
+            soon_s = self._came_s + LONGEST_PAUSE_S if self._room.waiting else self._due_s
+            self._clock.reschedule(min(self._due_s, soon_s))
 
     def hold(self, nbytes: int) -> None:
         """Count a body of so many bytes so far, if it is more than was said.

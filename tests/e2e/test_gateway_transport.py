@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_upstream
 from websockets.typing import Subprotocol
 
-from edge_client.gateway import Gateway, bind, runner, url_of
+from edge_client.gateway import Gateway, bind, room, runner, url_of
 from server_plugin.service.runner import running as serving_service
 from tests.e2e.gateways import gateway
 from tests.support.raw import (
@@ -20,6 +20,7 @@ from tests.support.raw import (
     SMALL,
     Served,
     frame,
+    post,
     request,
     serving,
     until,
@@ -59,6 +60,23 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
         assert b" 200 " in await here.open().get(FILE)
         assert await silent[0].read() == b""
         assert len(here.connections) <= 5 + 4
+
+
+@pytest.mark.parametrize("nbytes", [100, 60 * 2**20])
+async def test_requests_whose_rest_never_comes_hold_nobody_up(
+    nbytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(room, "LONGEST_PAUSE_S", 0.1)
+    made = gateway(NOWHERE, limits={"max_requests": 5})
+    async with served(made) as here:
+        begun = [here.open() for _ in range(5)]
+        for each in begun:
+            await each.send(post(nbytes))
+        await until(lambda: made.room.working + made.room.waiting == 5)
+        asking = here.open()
+        await asking.send(post(2) + b"{}")
+        assert b" 400 " in await asking.read_until(b"messages")
+        assert b" 408 " in await begun[0].read_until(b"did not arrive in time")
 
 
 async def test_health_checks_are_answered_when_every_place_is_at_work(

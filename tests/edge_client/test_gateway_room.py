@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_client.gateway import room as room_module
 from edge_client.gateway.config import GatewayLimits
-from edge_client.gateway.room import LONGEST_WAIT_S, Room
+from edge_client.gateway.room import LONGEST_WAIT_S, Place, Room
 from vlm_collab.openai import ApiError
 
 
@@ -60,6 +61,51 @@ async def test_requests_wait_in_the_order_in_which_they_came():
     await crowd.go("b")
     await crowd.go("d")
     assert (crowd.room.working, crowd.room.waiting) == (0, 0)
+
+
+async def test_a_body_that_does_not_come_loses_its_place_to_those_who_wait(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(room_module, "LONGEST_PAUSE_S", 0.05)
+    where = room(max_requests=2)
+    begun: asyncio.Queue[Place] = asyncio.Queue()
+
+    async def read(*, comes: bool) -> None:
+        async with where.place(1) as place, place.reading(30.0):
+            begun.put_nowait(place)
+            while comes:
+                place.came()
+                await asyncio.sleep(0)
+            await asyncio.Event().wait()
+
+    def left_s(place: Place) -> float:
+        return (place._clock.when() or 0.0) - asyncio.get_running_loop().time()
+
+    silent, steady = (asyncio.create_task(read(comes=comes)) for comes in (False, True))
+    for _ in range(2):
+        assert left_s(await begun.get()) > 20  # nobody waits, so they have all their time
+    async with where.place(1):
+        assert isinstance(silent.exception(), TimeoutError)
+        assert not steady.done()
+    third = asyncio.create_task(read(comes=False))
+    assert left_s(await begun.get()) > 20  # nobody waits any more
+    for task in (steady, third):
+        task.cancel()
+    await asyncio.gather(steady, third, return_exceptions=True)
+    assert (where.working, where.nbytes, where._reading) == (0, 0, set())
+
+
+async def test_those_who_read_have_their_time_again_when_nobody_waits_any_more():
+    where = room(max_requests=1)
+    async with where.place(1) as place, place.reading(30.0):
+        waiting = asyncio.create_task(where.place(1).__aenter__())
+        while not where.waiting:
+            await asyncio.sleep(0)
+        due_s = asyncio.get_running_loop().time() + room_module.LONGEST_PAUSE_S
+        assert place._clock.when() <= due_s
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert place._clock.when() > due_s + 20
 
 
 async def test_bodies_wait_for_room_and_one_alone_always_fits():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 from importlib.util import find_spec
 from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -162,6 +165,25 @@ def test_strangers_do_not_fill_the_log():
         "connection refused",
     ]
     assert all(line["level"] == "warning" and "trace" not in line for line in lines)
+
+
+def test_silent_clients_keep_nobody_out_where_a_process_may_open_few_files():
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
+    try:
+        starting = serving("fake")
+        _, ready = starting.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    with contextlib.ExitStack() as opened:
+        opened.push(starting)
+        address = urlsplit(str(ready["url"]))
+        for _ in range(400):
+            silent = socket.create_connection((address.hostname, address.port), timeout=10)
+            opened.enter_context(silent)
+        # In less than the 20 s after which silent connections are closed in any case.
+        with urlopen(f"http://{address.netloc}/healthz", timeout=12) as answer:
+            assert answer.status == 200
 
 
 def test_settings_of_the_policy_reach_the_model():

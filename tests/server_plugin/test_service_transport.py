@@ -23,6 +23,7 @@ from tests.support.raw import (
     Raw,
     Served,
     frame,
+    post,
     request,
     served,
     until,
@@ -37,12 +38,6 @@ from vlm_collab.web.places import Places
 FILE = "/page/link.js"  # of some KB
 HELLO = encode(Hello(1, (Codec.JPEG,)))
 QUIET = {"write_timeout_s": 0.4}
-
-
-def post(nbytes: int) -> bytes:
-    """The head of a request with so much to come."""
-    length = f"Content-Length: {nbytes}"
-    return request("/v1/chat/completions", length).replace(b"GET", b"POST", 1)
 
 
 def gone(here: Served) -> Any:

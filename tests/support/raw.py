@@ -95,6 +95,12 @@ def request(path: str, *headers: str) -> bytes:
     return "\r\n".join(lines).encode()
 
 
+def post(nbytes: int) -> bytes:
+    """The head of a chat of so many bytes."""
+    length = f"Content-Length: {nbytes}"
+    return request("/v1/chat/completions", length).replace(b"GET", b"POST", 1)
+
+
 def frame(opcode: int, payload: bytes = b"", *, fin: bool = True) -> bytes:
     """A client's frame, masked with zeros."""
     assert len(payload) < 2**16

@@ -58,7 +58,8 @@ class Places:
 
     A connection on which nothing is asked, or the rest of a request is waited for, gives its place
     up when one is needed: of the address that has most such connections, the oldest goes. So
-    whoever opens many and says nothing keeps nobody out but himself. Where all are at work, one goes whose client does not read.
+    whoever opens many and says nothing keeps nobody out but himself. Where all are at work, one
+    goes whose client does not read.
 
     Args:
         most: places in all; None for no bound.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,9 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.web.places import Places
 from vlm_collab.web.serving import IDLE_S, HttpConnection
 from vlm_collab.web.websocket import WebSocketConnection
+
+_DESCRIPTORS = 8192
+"""More than connections have places. Many systems give a process 1024 or 256 unless it asks."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -108,6 +112,7 @@ async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
     uvicorn's own `serve` raises the signal again afterwards, which would end the process before
     its caller has cleaned up.
     """
+    _allow_descriptors()
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -122,6 +127,20 @@ async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _allow_descriptors() -> None:
+    """Let this process hold as many connections as it has places for, so that it is the places
+    that bound them: without a descriptor it could not even drop a silent one for a new one."""
+    if sys.platform == "win32":  # no such limit
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @asynccontextmanager
