@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 from pathlib import Path
 from typing import Any
@@ -403,7 +404,8 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
         refused = await here.open().get("/v1/models")
         assert b" 503 " in refused
         assert b"retry-after: 1" in refused.lower()
-        assert b"no room" in refused
+        error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
+        assert (error["message"], error["code"]) == ("no room for another connection", "busy")
         assert "503" in await here.open().upgrade()
         # Many who ask nothing do not take the places of health checks either.
         silent = [here.open() for _ in range(20)]

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlm_collab.openai import ApiError
+from vlm_collab.web.access import form_of, response_of
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +194,9 @@ class _Refused:
         if scope["method"] in ("GET", "HEAD") and scope["path"] in self._health:
             await self._app(scope, receive, once)
         else:
-            answer = PlainTextResponse(self._refusal, 503, {"Retry-After": "1"})
-            await answer(scope, receive, once)
+            text = self._refusal
+            error = ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
+            await response_of(error, form_of(scope["path"]))(scope, receive, once)
 
 
 def _network(host: str) -> str:
