@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import msgspec.inspect
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit
@@ -243,4 +244,15 @@ def preset_for_family(family: str) -> Preset:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What is wrong, and which values there are where a field takes a few only."""
+    line = " ".join(str(error).split())
+    field = line.rpartition("$.")[2].rstrip("`")
+    known = _CHOICES.get(field)
+    return f"{line}; known: {', '.join(known)}" if known else line
+
+
+_CHOICES = {
+    field.name: [str(member.value) for member in field.type.cls]
+    for field in msgspec.inspect.type_info(Preset).fields  # type: ignore[attr-defined]
+    if isinstance(field.type, msgspec.inspect.EnumType)
+}

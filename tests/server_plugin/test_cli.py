@@ -128,6 +128,7 @@ def test_a_preset_from_a_file(tmp_path):
     assert "the preset is for the family 'qwen2.5-vl'" in line
     code, line = refused("fake", "--fit", "zoom")
     assert "zoom" in line
+    assert "known: stretch, pad, crop" in line
 
 
 def test_a_refused_client_is_one_line_in_the_log():
