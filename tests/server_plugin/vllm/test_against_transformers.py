@@ -70,8 +70,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     },
 }
 OFTEN = {
-    ("llava", "prefixes"), ("llava", "too few blocks"), ("demo", "chunks"),
-    ("qwen", "chunked prefixes"),
+    ("llava", "too few blocks"), ("demo", "chunks"), ("qwen", "chunked prefixes"),
 }  # fmt: skip
 """What `make test` runs; the others are marked `slow`."""
 
@@ -187,7 +186,7 @@ INTERLEAVED = [
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("model", ["llava", "qwen"])
+@pytest.mark.parametrize("model", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_pictures_among_texts_are_the_same(model: str, jobs: dict[str, dict[str, Any]]) -> None:
     some = jobs[model]["pairs"]
     asked = [

@@ -141,6 +141,7 @@ async def test_a_server_that_is_stopped_finishes_what_is_in_flight() -> None:
         await asyncio.to_thread(server.process.wait, 60)
 
 
+@pytest.mark.slow
 async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
     """Where vLLM is told to live on, nobody else would notice."""
     variables = {"VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
@@ -164,6 +165,7 @@ async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 async def test_without_the_plugin_a_client_is_told() -> None:
     arguments = (str(demo_folder()), "--dtype", "float32", "--block-size", "32", *ENGINE)
     with vllm_serve(*arguments, VLLM_PLUGINS="another") as server:
@@ -176,6 +178,7 @@ async def test_without_the_plugin_a_client_is_told() -> None:
         assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_give_exact_statistics_does_not_start() -> None:
     """What only the running engine tells; one line says it, and no trace."""
     options = json.dumps({"vlm_collab": {"preset": "demo", "overrides": {"metric": "entropy"}}})
