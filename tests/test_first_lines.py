@@ -101,6 +101,7 @@ def test_demo(call: Call) -> None:
     assert "NOISE" not in done.stdout
 
 
+@pytest.mark.slow
 def test_demo_on_a_terminal(first: dict[str, str], tmp_path: Path) -> None:
     shown, code = pexpect.run(
         f"{PROGRAM} demo --out out",
@@ -170,6 +171,7 @@ def test_errors_of_libraries_are_heard(call: Call) -> None:
     assert done.stderr == "ERROR of somebody\nWARNING of ours\n"
 
 
+@pytest.mark.slow
 def test_what_a_user_set_stays(call: Call, first: dict[str, str]) -> None:
     first |= {"TRANSFORMERS_VERBOSITY": "warning", "PYTHONWARNINGS": "default"}
     done = call(PROGRAM, "flops", "demo")
@@ -178,6 +180,7 @@ def test_what_a_user_set_stays(call: Call, first: dict[str, str]) -> None:
     assert "NOISE of a logger" not in done.stderr
 
 
+@pytest.mark.slow
 def test_flops(call: Call) -> None:
     done = call(PROGRAM, "flops", "demo")
     assert (done.returncode, done.stderr) == (0, "")

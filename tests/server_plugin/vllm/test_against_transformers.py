@@ -69,9 +69,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "scheduler_reserve_full_isl": False,
     },
 }
-OFTEN = {
-    ("llava", "too few blocks"), ("demo", "chunks"), ("qwen", "chunked prefixes"),
-}  # fmt: skip
+OFTEN = {("llava", "too few blocks"), ("qwen", "chunked prefixes")}
 """What `make test` runs; the others are marked `slow`."""
 
 CASES = [
