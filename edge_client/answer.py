@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Box
-from vlm_collab.messages import DeclineReason, Fallback, Finish, Stage, Token, Usage
+from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish, Stage, Token, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class EdgeAnswer:
         declined: why this edge would not send the region; None if it was not asked, or sent it.
         uncertainty: of `text`, in the unit of the server's metric.
         first_text: the first answer; equal to `text` where nothing was refined. It ends in
-            `vlm_collab.messages.CUT_MARK` where the server did not generate all of it.
+            `vlm_collab.protocol.messages.CUT_MARK` where the server did not generate all of it.
         first_uncertainty: of the first answer.
         box: the region that the server asked for, in px of the upright original; None when it
             was sure, or no region would have shown more than the view.

@@ -30,8 +30,8 @@ from vlm_collab.errors import (
     server_error,
 )
 from vlm_collab.geometry import Fit, Size, shown_share
-from vlm_collab.images import Codec, choose_codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec, choose_codec
+from vlm_collab.protocol.messages import (
     Answer,
     DeclineReason,
     Error,
@@ -44,7 +44,7 @@ from vlm_collab.messages import (
     Usage,
     Welcome,
 )
-from vlm_collab.session import FITS, RegionDeclined, RegionWanted, TextUpdate
+from vlm_collab.protocol.table import FITS, RegionDeclined, RegionWanted, TextUpdate
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from typer.exceptions import TyperException
 
 from edge_client.cli_help import Command, NamedValues
 from vlm_collab import __version__
+from vlm_collab.cli.quiet import hush
 from vlm_collab.errors import (
     AuthenticationError,
     CollabError,
@@ -33,7 +34,6 @@ from vlm_collab.errors import (
     QuestionError,
     ServerError,
 )
-from vlm_collab.quiet import hush
 
 PROGRAM = "vlm-collab"
 GROUP = "vlm_collab.commands"

@@ -31,9 +31,9 @@ from edge_client.options import (
 )
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.headers import identify
-from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, encode
-from vlm_collab.messages import Options
+from vlm_collab.pictures.headers import identify
+from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, encode
+from vlm_collab.protocol.messages import Options
 
 _SAVED_QUALITY = 95
 _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".heic", ".avif", ".tif", ".tiff")

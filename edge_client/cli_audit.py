@@ -143,7 +143,7 @@ def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
     # Not needed for the tables.
     from edge_client.picture import Picture
     from edge_client.seen import draw_seen
-    from vlm_collab.images import Codec, encode
+    from vlm_collab.pictures.images import Codec, encode
 
     suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}
     codec = suffixes.get(out.suffix.lower())

@@ -46,9 +46,9 @@ from edge_client.options import (
 from edge_client.patient import PatientClient
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
-from vlm_collab.headers import identify
-from vlm_collab.messages import Fallback, Options, Stage
-from vlm_collab.session import FITS
+from vlm_collab.pictures.headers import identify
+from vlm_collab.protocol.messages import Fallback, Options, Stage
+from vlm_collab.protocol.table import FITS
 
 try:
     import readline

@@ -25,10 +25,10 @@ from edge_client.gateway import (
     url_of,
 )
 from edge_client.options import Token, TokenFile, token_of
+from vlm_collab.cli.secret_files import API_KEY_VARIABLE, chosen_key
 from vlm_collab.errors import ConfigError
-from vlm_collab.keys import API_KEY_VARIABLE, chosen_key
 from vlm_collab.openai import WireLimits
-from vlm_collab.session import FITS
+from vlm_collab.protocol.table import FITS
 
 _GREETING_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")

@@ -44,7 +44,7 @@ from edge_client.options import (
 )
 from edge_client.patient import is_passing
 from vlm_collab.errors import CollabError, ConfigError, LinkError, QuestionError
-from vlm_collab.messages import Options
+from vlm_collab.protocol.messages import Options
 
 _GLANCE_S = 0.5
 _SILENCE_S = 5.0

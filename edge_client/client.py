@@ -21,10 +21,10 @@ from edge_client.link import CODECS
 from edge_client.picture import Album, Picture, PictureLike
 from edge_client.privacy import Policy
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.images import MAX_SOURCE_PIXELS, Codec
-from vlm_collab.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome
-from vlm_collab.places import Place, fault_of, joined
-from vlm_collab.session import EdgeLimits
+from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
+from vlm_collab.protocol.image_positions import Place, fault_of, joined
+from vlm_collab.protocol.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome
+from vlm_collab.protocol.table import EdgeLimits
 
 DEFAULT_DEADLINE_S = 60.0
 

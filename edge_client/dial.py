@@ -23,7 +23,7 @@ from websockets.typing import Subprotocol
 
 from vlm_collab import __version__
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
-from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.protocol.messages import SUBPROTOCOL
 
 DEFAULT_URL = "ws://127.0.0.1:8765/v1/collab"
 ENDPOINT = "/v1/collab"

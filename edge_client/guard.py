@@ -30,8 +30,8 @@ from edge_client.picture import Picture
 from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
 from vlm_collab.errors import PrivacyError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.headers import Codec
-from vlm_collab.messages import DeclineReason
+from vlm_collab.pictures.headers import Codec
+from vlm_collab.protocol.messages import DeclineReason
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from itertools import count
 from edge_client.dial import LostError, Server
 from edge_client.link import Link
 from vlm_collab.errors import ConfigError, LinkError
-from vlm_collab.session import EdgeLimits
+from vlm_collab.protocol.table import EdgeLimits
 
 log = logging.getLogger(__name__)
 

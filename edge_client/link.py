@@ -18,8 +18,8 @@ from vlm_collab.errors import (
     server_error,
 )
 from vlm_collab.geometry import Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     DeclineReason,
     Error,
@@ -30,7 +30,7 @@ from vlm_collab.messages import (
     Welcome,
     websocket_bytes,
 )
-from vlm_collab.session import EdgeEvent, EdgeLimits, EdgeSession, State
+from vlm_collab.protocol.table import EdgeEvent, EdgeLimits, EdgeSession, State
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from vlm_collab.cli.secret_files import TOKEN_VARIABLE, chosen_key
 from vlm_collab.errors import ConfigError
-from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
-from vlm_collab.messages import Options, Retransmit
+from vlm_collab.protocol.messages import Options, Retransmit
 
 ServerUrl = Annotated[
     str, typer.Option(metavar="URL", envvar="VLM_COLLAB_SERVER", help="Address of the service.")
@@ -56,7 +56,7 @@ def token_of(token: str | None, token_file: Path | None) -> str | None:
     """The server's token, in whichever way it was given.
 
     Raises:
-        ConfigError: see `vlm_collab.keys.chosen_key`.
+        ConfigError: see `vlm_collab.cli.secret_files.chosen_key`.
     """
     return chosen_key(token, token_file, "--token", TOKEN_VARIABLE)
 

@@ -17,7 +17,7 @@ from edge_client.picture import Picture
 from edge_client.sync import Client
 from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
 from vlm_collab.errors import ErrorCode as Code
-from vlm_collab.messages import Fallback, Options, Welcome
+from vlm_collab.protocol.messages import Fallback, Options, Welcome
 
 _TOO_LONG = {Code.BAD_QUESTION, Code.TOO_LARGE}
 

@@ -20,7 +20,7 @@ from edge_client.audit import ImageLine, Log, ViewLine
 from edge_client.picture import Picture
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size, frame_of
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 _DIMMED = 0.35
 

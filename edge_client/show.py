@@ -18,7 +18,7 @@ from edge_client.asking import TextSink
 from edge_client.cli import printable
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
-from vlm_collab.messages import DeclineReason, Fallback, Stage
+from vlm_collab.protocol.messages import DeclineReason, Fallback, Stage
 
 _WHY_FIRST = {
     Fallback.DECLINED: "the region was not sent",

@@ -15,7 +15,7 @@ from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient, Te
 from edge_client.dial import DEFAULT_URL
 from edge_client.picture import PictureLike
 from vlm_collab.errors import CollabError, LinkError
-from vlm_collab.messages import Options, Welcome
+from vlm_collab.protocol.messages import Options, Welcome
 
 T = TypeVar("T")
 

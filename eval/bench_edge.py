@@ -50,7 +50,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from edge_client.picture import Picture
 from eval.scenes import generate_scene, render
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec, encode
+from vlm_collab.pictures.images import Codec, encode
 
 SOURCE = Size(4000, 3000)
 VIEW = Size(336, 336)
@@ -276,7 +276,7 @@ def _serving() -> Iterator[str]:
     from server_plugin.service.app import Service
     from server_plugin.service.config import ServiceConfig
     from server_plugin.service.runner import running
-    from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+    from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
 
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
     ready, stop = threading.Event(), threading.Event()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_collab.geometry import Box, Fit, Frame, Grid, Size, frame_of
-from vlm_collab.roi import DEFAULT_RATIOS, find_region, region_box
+from vlm_collab.method.roi import DEFAULT_RATIOS, find_region, region_box
 
 GRID = Grid(24, 24)
 BASE_PX = 336

@@ -69,10 +69,10 @@ from server_plugin.backends.passes import Passes
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed
 from server_plugin.presets import Preset, preset_for_family, preset_for_model
-from vlm_collab.cost import flops, shared_prefix_flops, total_flops
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.policy import Aggregate, AlwaysPolicy
+from vlm_collab.method.cost import flops, shared_prefix_flops, total_flops
+from vlm_collab.method.policy import Aggregate, AlwaysPolicy
 
 QUESTION = "what number is on the small red triangle?"
 SOURCE = Size(1344, 1008)

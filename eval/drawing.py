@@ -18,7 +18,7 @@ from PIL import Image
 from edge_client.answer import EdgeAnswer
 from edge_client.show import shown_text
 from vlm_collab.geometry import Frame
-from vlm_collab.messages import Fallback
+from vlm_collab.protocol.messages import Fallback
 
 SURE_COLOUR = "#2e7d32"
 UNSURE_COLOUR = "#c62828"

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import msgspec
 
-from vlm_collab import messages, session
 from vlm_collab.errors import ErrorCode
-from vlm_collab.messages import DeclineReason, Fallback, Finish
+from vlm_collab.protocol import messages
+from vlm_collab.protocol import table as session
+from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "protocol.md"
 _MARK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -29,8 +29,8 @@ from torch import Tensor
 from server_plugin.backend import ModelInfo
 from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.geometry import Box, Size, frame_of, token_box_to_source
-from vlm_collab.roi import place_region, relative_map
-from vlm_collab.uncertainty import TokenStatistics, batch_token_statistics
+from vlm_collab.method.roi import place_region, relative_map
+from vlm_collab.method.uncertainty import TokenStatistics, batch_token_statistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from server_plugin.engine import Engine
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
-from vlm_collab.policy import Policy, policy_from_config
+from vlm_collab.method.policy import Policy, policy_from_config
 
 
 def policy_of(preset: Preset, policy: str | None, options: Mapping[str, Any]) -> Policy:

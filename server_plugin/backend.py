@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.places import Places
-from vlm_collab.uncertainty import TokenStatistics
+from vlm_collab.method.uncertainty import TokenStatistics
+from vlm_collab.protocol.image_positions import Places
 
 StopRule = Callable[[Sequence[TokenStatistics], bool], bool]
 """Called after each generated token with the statistics so far and whether the last token was

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -32,10 +32,10 @@ from server_plugin.options import (
 from server_plugin.presets import Preset
 from server_plugin.service import logs
 from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, service_limits
+from vlm_collab.cli.secret_files import TOKEN_VARIABLE, chosen_key
 from vlm_collab.errors import ConfigError
-from vlm_collab.images import Codec
-from vlm_collab.keys import TOKEN_VARIABLE, chosen_key
-from vlm_collab.session import ServerLimits
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.table import ServerLimits
 
 
 def serve(

@@ -27,7 +27,6 @@ from server_plugin.backend import (
     StopRule,
     View,
 )
-from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import (
     Box,
@@ -38,7 +37,12 @@ from vlm_collab.geometry import (
     has_more_detail,
     token_box_to_source,
 )
-from vlm_collab.messages import (
+from vlm_collab.method.cost import extension_flops
+from vlm_collab.method.policy import Decision, Policy, ThresholdPolicy
+from vlm_collab.method.roi import DEFAULT_RATIOS, Placement, place_region
+from vlm_collab.method.uncertainty import TokenStatistics
+from vlm_collab.protocol.image_positions import Places
+from vlm_collab.protocol.messages import (
     CUT_MARK,
     Fallback,
     Finish,
@@ -48,10 +52,6 @@ from vlm_collab.messages import (
     common_prefix,
     micro,
 )
-from vlm_collab.places import Places
-from vlm_collab.policy import Decision, Policy, ThresholdPolicy
-from vlm_collab.roi import DEFAULT_RATIOS, Placement, place_region
-from vlm_collab.uncertainty import TokenStatistics
 
 log = logging.getLogger(__name__)
 

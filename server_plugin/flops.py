@@ -10,8 +10,13 @@ import typer
 
 from server_plugin.options import FitName, PresetFile, PromptName
 from server_plugin.presets import Preset
-from vlm_collab.cost import extension_flops, first_pass_flops, second_stage_flops, total_flops
 from vlm_collab.errors import ConfigError
+from vlm_collab.method.cost import (
+    extension_flops,
+    first_pass_flops,
+    second_stage_flops,
+    total_flops,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

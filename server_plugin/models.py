@@ -20,7 +20,7 @@ from server_plugin.presets import (
     preset_named,
 )
 from vlm_collab.errors import ConfigError, ModelError
-from vlm_collab.policy import Aggregate
+from vlm_collab.method.policy import Aggregate
 
 DEMO_MODEL = "demo"
 FAKE_MODEL = "fake"

@@ -16,8 +16,8 @@ import msgspec.inspect
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit
-from vlm_collab.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
-from vlm_collab.roi import DEFAULT_RATIOS, Placement
+from vlm_collab.method.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.roi import DEFAULT_RATIOS, Placement
 
 IMAGE_SLOT = "<image>"
 """Where a template takes the visual tokens, whatever the model's own image token is called."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import typing
 
 from eval.protocol_page import PAGE, page
-from vlm_collab import messages
 from vlm_collab.errors import ErrorCode
-from vlm_collab.session import TRANSITIONS
+from vlm_collab.protocol import messages
+from vlm_collab.protocol.table import TRANSITIONS
 
 
 def test_the_protocol_page_is_the_code_s():

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from edge_client.keeper import Retry
 from edge_client.picture import Picture
 from vlm_collab.errors import ConfigError, ImageError
-from vlm_collab.headers import identify
+from vlm_collab.pictures.headers import identify
 
 News = Callable[[str], None]
 """Called, from any thread, with a line for a person about how the camera is doing."""

@@ -9,7 +9,7 @@ from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 from PIL.Image import Image, frombytes
 
-from vlm_collab.pixels import transposed
+from vlm_collab.pictures.pixels import transposed
 
 
 def picture_of(frame: VideoFrame) -> Image:

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from edge_client.cameras.base import CameraError
 from vlm_collab import __version__
-from vlm_collab.headers import identify
+from vlm_collab.pictures.headers import identify
 
 MAX_BYTES = 64 << 20
 """Most bytes of one picture."""

@@ -18,7 +18,6 @@ from edge_client.guard import open_guard
 from edge_client.keeper import Retry
 from edge_client.picture import Album, Picture
 from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError
-from vlm_collab.messages import CUT_MARK, Fallback, Finish, Welcome
 from vlm_collab.openai import (
     Query,
     RegionReport,
@@ -32,7 +31,8 @@ from vlm_collab.openai import (
     refuse_pictures_in,
     stage_name,
 )
-from vlm_collab.places import Place, split, spots_of
+from vlm_collab.protocol.image_positions import Place, split, spots_of
+from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Welcome
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from vlm_collab.web.repeated_logs import Quiet
+from vlm_collab.web.log_throttle import Quiet
 
 REFUSED = "a %s was refused: %s"
 """Of a request that may not use the gateway."""

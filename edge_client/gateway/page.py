@@ -19,10 +19,10 @@ from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayLimits
 from edge_client.gateway.logs import PAGE_REFUSED
 from vlm_collab.errors import CollabError
-from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.openai import ApiError, api_error
 from vlm_collab.page import HEADERS, INDEX, page_file
-from vlm_collab.web.transport import sent
+from vlm_collab.protocol.messages import SUBPROTOCOL
+from vlm_collab.web.write_timeout import sent
 
 log = logging.getLogger(__name__)
 

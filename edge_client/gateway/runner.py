@@ -12,7 +12,7 @@ from edge_client.gateway.app import HEALTH, Gateway
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import MAX_FRAME_BYTES
 from vlm_collab.web import server as web
-from vlm_collab.web.places import Places
+from vlm_collab.web.connection_limits import Places
 
 _GRACE_S = 10
 _OTHERS = 64

@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from edge_client.asking import TextSink
 from vlm_collab.errors import CollabError
-from vlm_collab.messages import Stage
 from vlm_collab.openai import ApiError, Result, TextFlow, api_error
+from vlm_collab.protocol.messages import Stage
 
 log = logging.getLogger(__name__)
 

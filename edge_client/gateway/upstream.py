@@ -15,8 +15,8 @@ import msgspec
 
 from edge_client.dial import ENDPOINT, Server
 from vlm_collab.errors import ConfigError
-from vlm_collab.messages import Finish, Stage, Token, micro
 from vlm_collab.openai import ApiError, Query, Report, Result, refuse
+from vlm_collab.protocol.messages import Finish, Stage, Token, micro
 
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 _NATS_PER_BIT = math.log(2.0)

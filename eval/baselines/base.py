@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.harness.runs import Run
-from vlm_collab.cost import first_pass_flops, second_stage_flops
 from vlm_collab.errors import ConfigError
+from vlm_collab.method.cost import first_pass_flops, second_stage_flops
 
 Column = NDArray[np.float64]
 """One value for each sample, in the order of the run's records, shape `(samples,)`."""

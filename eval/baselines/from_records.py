@@ -23,7 +23,7 @@ from eval.baselines.base import (
 from eval.harness.records import Record
 from eval.harness.runs import HD, Run
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Metric, RandomPolicy, ThresholdPolicy, TokenStatistics
+from vlm_collab.method.policy import Metric, RandomPolicy, ThresholdPolicy, TokenStatistics
 
 RATES = tuple(round(0.05 * step, 2) for step in range(21))
 """Shares of samples at which random retransmission is measured."""

@@ -60,10 +60,10 @@ from server_plugin.presets import Preset
 from server_plugin.sampling import surprisal
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Grid, Size
-from vlm_collab.images import Codec, decode
-from vlm_collab.messages import Finish
-from vlm_collab.policy import Aggregate, Metric, aggregate
-from vlm_collab.uncertainty import TokenStatistics, token_statistics
+from vlm_collab.method.policy import Aggregate, Metric, aggregate
+from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
+from vlm_collab.pictures.images import Codec, decode
+from vlm_collab.protocol.messages import Finish
 
 TILES = 2
 """Along each side of the picture."""

@@ -15,7 +15,7 @@ from eval.harness.curves import Bootstrap, Curve, Setting, counts_end, curve, en
 from eval.harness.runs import Run
 from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 
 def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Setting:

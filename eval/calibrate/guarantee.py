@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 _MOST = 0.9
 """Largest part of the capital that one picture can take."""

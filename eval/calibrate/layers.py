@@ -28,8 +28,8 @@ from server_plugin.engine import Engine, RegionNeed, RegionUnavailableError
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box
-from vlm_collab.images import Codec, decode
-from vlm_collab.messages import Fallback, Retransmit
+from vlm_collab.pictures.images import Codec, decode
+from vlm_collab.protocol.messages import Fallback, Retransmit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

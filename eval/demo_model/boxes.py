@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from eval.scenes import Box, Question
 from vlm_collab.geometry import Frame, Size
-from vlm_collab.roi import Placement, region_box
+from vlm_collab.method.roi import Placement, region_box
 
 
 def contains(box: Box, text: Box) -> bool:

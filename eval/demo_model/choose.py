@@ -36,7 +36,7 @@ from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import spread
 from eval.scenes import crop
 from vlm_collab.geometry import Grid
-from vlm_collab.roi import Placement, relative_map
+from vlm_collab.method.roi import Placement, relative_map
 
 POWERS = (1.0, 2.0, 2.5, 3.0, 3.5, 4.0)
 ROOM = 0.56

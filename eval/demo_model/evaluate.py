@@ -29,7 +29,7 @@ from eval.demo_model.words import GENERIC, second_kind
 from eval.demo_model.workers import here, spread
 from eval.scenes import Box, crop
 from vlm_collab.geometry import Grid
-from vlm_collab.roi import Placement, relative_map
+from vlm_collab.method.roi import Placement, relative_map
 
 _GRID = Grid(GRID, GRID)
 

@@ -35,8 +35,8 @@ from server_plugin.models import open_model
 from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from vlm_collab.images import Codec
-from vlm_collab.messages import Options, Retransmit
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import Options, Retransmit
 
 _AT_ONCE = 8
 

@@ -34,8 +34,8 @@ from eval.demo_model.workers import load_model
 from eval.scenes import Question, SceneStyle, generate_scene, questions, render
 from server_plugin.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Grid, Size
-from vlm_collab.images import Codec
-from vlm_collab.roi import relative_map
+from vlm_collab.method.roi import relative_map
+from vlm_collab.pictures.images import Codec
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 SIZES = ((1024, 896), (896, 896), (896, 1024), (1152, 896))

@@ -19,7 +19,7 @@ from eval.demo_model.measure import Reading, auroc, touched_patches
 from eval.demo_model.views import GRID
 from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
 from vlm_collab.geometry import Grid
-from vlm_collab.roi import Placement, relative_map
+from vlm_collab.method.roi import Placement, relative_map
 
 Answer = Literal["first", "own", "centroid", "true"]
 ANSWERS: tuple[Answer, ...] = ("first", "own", "true", "centroid")

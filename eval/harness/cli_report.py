@@ -10,7 +10,7 @@ import typer
 
 from eval.harness.runs import Run, open_run
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 T = TypeVar("T", Metric, Aggregate)
 

@@ -37,7 +37,7 @@ from server_plugin.options import (
     ViewSide,
 )
 from vlm_collab.errors import CollabError, ConfigError
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 
 def run(

@@ -3,7 +3,7 @@
 A policy only chooses which samples are sent (`eval.baselines.base.two_stage_point`), and all
 figures of a point are sums over samples. So a curve is one sort by uncertainty and a running sum
 from the point "none" to the point "all"; the model is not needed, and no policy is called for
-each threshold, though the decisions are those of `vlm_collab.policy.ThresholdPolicy`.
+each threshold, though the decisions are those of `vlm_collab.method.policy.ThresholdPolicy`.
 
 Bands are percentile bootstraps that draw whole pictures: questions about one picture are not
 independent.
@@ -25,7 +25,7 @@ from eval.harness.records import Record, truth_of
 from eval.harness.runs import Run
 from eval.tasks.catalogue import task_kind
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy, aggregate
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy, aggregate
 
 _CHUNK = 2_000_000
 """Numbers in memory at once while resampling."""

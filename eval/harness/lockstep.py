@@ -30,7 +30,7 @@ from server_plugin.backend import (
     TextSink,
     View,
 )
-from vlm_collab.places import Places
+from vlm_collab.protocol.image_positions import Places
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from edge_client.picture import Picture
 from eval.harness.records import Record, truth_text
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import CollabError
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 _KEPT_PICTURES = 8
 """Questions about one picture mostly follow each other."""

@@ -45,8 +45,8 @@ from vlm_collab.errors import (
     ProtocolError,
 )
 from vlm_collab.geometry import Box, Size
-from vlm_collab.images import Codec, choose_codec, read_header
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec, choose_codec, read_header
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Fallback,
@@ -59,7 +59,7 @@ from vlm_collab.messages import (
     Welcome,
     micro,
 )
-from vlm_collab.session import FITS
+from vlm_collab.protocol.table import FITS
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from server_plugin.assembly import engine_of
 from server_plugin.backend import Backend, Generation
 from server_plugin.engine import Engine, Outcome, RegionNeed, Work
 from server_plugin.presets import Preset
-from vlm_collab.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
-from vlm_collab.messages import Fallback, Finish, Retransmit
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
+from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
+from vlm_collab.protocol.messages import Fallback, Finish, Retransmit
 
 REFERENCE_QUALITY = 100
 """Of the JPEG that relative cost is relative to (section VII-F of 003_92b41fe49395ce1a.txt)."""

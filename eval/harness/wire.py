@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Size, TokenBox
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     AnyMessage,
     Ask,

@@ -16,7 +16,7 @@ from eval.lmms_plugin.originals import Original
 from eval.lmms_plugin.questions import Question
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box
-from vlm_collab.messages import Fallback, Finish, Stage
+from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
 Load = Callable[[Question], list[Original]]
 """Gets a question's pictures; raises `SampleError`."""
@@ -28,14 +28,14 @@ class Reply:
 
     Attributes:
         text: the answer.
-        stage, fallback, finish: as of `vlm_collab.messages.Answer`.
+        stage, fallback, finish: as of `vlm_collab.protocol.messages.Answer`.
         uncertainty: of `text`, in the unit of the policy's metric.
         first_text, first_uncertainty: of the first answer, as far as it was generated.
         box, picture: the region asked for, in px, and which picture it is of; None for none.
         bytes_up, bytes_down: of all messages, WebSocket headers included.
         view_bytes, region_bytes: of the encoded pictures among them.
         view_pixels, region_pixels: of the pictures sent, width x height.
-        prefilled_tokens, decoded_tokens, mflops: as of `vlm_collab.messages.Usage`.
+        prefilled_tokens, decoded_tokens, mflops: as of `vlm_collab.protocol.messages.Usage`.
         original_bytes: of the originals together.
         own_files: whether these are the sizes of their own files (`Original`).
     """

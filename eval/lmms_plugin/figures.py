@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from eval.lmms_plugin.asking import Reply
-from vlm_collab.messages import Fallback, Finish, Stage
+from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
 
 @dataclass(slots=True)

@@ -33,8 +33,8 @@ from server_plugin.assembly import engine_of
 from server_plugin.backend import Backend, Sampling
 from server_plugin.engine import Engine, Outcome, RegionNeed
 from server_plugin.models import preset_of, with_options
-from vlm_collab.images import decode
-from vlm_collab.messages import Ask, MoreView, Region, RegionRequest, micro
+from vlm_collab.pictures.images import decode
+from vlm_collab.protocol.messages import Ask, MoreView, Region, RegionRequest, micro
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from edge_client.picture import Picture
 from eval.harness.method import SampleError
 from eval.lmms_plugin.questions import Question, require_pictures
 from vlm_collab.errors import ImageError
-from vlm_collab.images import Codec, encode
-from vlm_collab.messages import MAX_PICTURES
+from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.messages import MAX_PICTURES
 
 RE_ENCODED_QUALITY = 95
 

@@ -27,8 +27,8 @@ from vlm_collab.errors import (
     LinkError,
     ProtocolError,
 )
-from vlm_collab.messages import Welcome
-from vlm_collab.session import FITS
+from vlm_collab.protocol.messages import Welcome
+from vlm_collab.protocol.table import FITS
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from eval.harness.method import SampleError
 from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
 from server_plugin.presets import IMAGE_SLOT
 from vlm_collab.errors import ConfigError
-from vlm_collab.messages import Options
+from vlm_collab.protocol.messages import Options
 
 _MOST_STOP_TEXTS, _LONGEST_STOP_TEXT = 4, 64
 _KNOWN = {

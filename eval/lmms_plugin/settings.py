@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from server_plugin.models import DEMO_MODEL
+from vlm_collab.cli.secret_files import TOKEN_VARIABLE, key_in
 from vlm_collab.errors import ConfigError
-from vlm_collab.images import Codec
-from vlm_collab.keys import TOKEN_VARIABLE, key_in
-from vlm_collab.messages import Retransmit
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import Retransmit
 
 Quality = Annotated[int, msgspec.Meta(ge=1, le=100)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from eval.harness.records import PROVENANCE, SCHEMA, SHARDS, read_records, shards_of
 from eval.report.tables import calibrate_command
-from vlm_collab.quiet import hush
+from vlm_collab.cli.quiet import hush
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "demo"
 QUALITIES = (5, 15, 30, 50, 75)

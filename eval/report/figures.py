@@ -31,7 +31,7 @@ from eval.report.panels import (
 from eval.report.trace import rows_of
 from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 Told = dict[str, Any]
 

@@ -13,7 +13,7 @@ from eval.report.inputs import Inputs
 from eval.report.separation import by_step, separation
 from eval.report.style import RIGHT, WRONG, in_style, new_figure
 from eval.report.trace import rows_of
-from vlm_collab.policy import Aggregate
+from vlm_collab.method.policy import Aggregate
 
 
 def fig7(inputs: Inputs) -> dict[str, Any]:

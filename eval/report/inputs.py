@@ -16,7 +16,7 @@ from eval.tasks.catalogue import task_kind
 from eval.tasks.data import wherever
 from server_plugin.calibration import Calibration
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 FEWEST = 30
 """Samples of a kind of question that gets a panel of its own."""

@@ -18,7 +18,7 @@ from eval.report.trace import rows_of
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size, frame_of
-from vlm_collab.images import Codec, decode
+from vlm_collab.pictures.images import Codec, decode
 
 BOX = "#D55E00"
 SHOWN_PX = 700

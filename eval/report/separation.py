@@ -27,7 +27,7 @@ from eval.baselines.base import Column, column
 from eval.harness.curves import Bootstrap, Setting, uncertainty
 from eval.harness.runs import Run
 from eval.report.trace import rows_of
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 BINS = 20
 OTHER_BINS = (10, 40)

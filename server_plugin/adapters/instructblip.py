@@ -30,7 +30,7 @@ from server_plugin.backend import History
 from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.places import Place, Places
+from vlm_collab.protocol.image_positions import Place, Places
 
 ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
 """Name of the Q-Former's attention function in transformers' registries."""

@@ -15,7 +15,7 @@ from server_plugin.adapters.tokens import PlainText, Tokenizer
 from server_plugin.backend import History
 from server_plugin.presets import ANSWER_SLOT, IMAGE_SLOT, QUESTION_SLOT
 from vlm_collab.errors import QuestionError
-from vlm_collab.places import Place, Places, Spots, fault_of, split, spots_of
+from vlm_collab.protocol.image_positions import Place, Places, Spots, fault_of, split, spots_of
 
 
 @dataclass(frozen=True, slots=True)

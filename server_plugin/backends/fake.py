@@ -30,9 +30,9 @@ from server_plugin.backend import (
 )
 from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.places import Places, split, spots_of
-from vlm_collab.roi import relative_maps
-from vlm_collab.uncertainty import TokenStatistics
+from vlm_collab.method.roi import relative_maps
+from vlm_collab.method.uncertainty import TokenStatistics
+from vlm_collab.protocol.image_positions import Places, split, spots_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from server_plugin.backends.batch import Batch, Row
 from server_plugin.backends.views import Looks, Prefix, Seen, TransformersView
 from server_plugin.backends.worker import Job, WorkerClosedError, fail
 from server_plugin.sampling import Chooser, surprisal
-from vlm_collab.uncertainty import TokenStatistics, token_statistics
+from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
 
 @dataclass(frozen=True, slots=True)

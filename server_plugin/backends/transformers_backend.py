@@ -55,8 +55,8 @@ from server_plugin.backends.views import Seen, TransformersView, view_bytes
 from server_plugin.backends.worker import BatchWorker, WorkerClosedError
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
-from vlm_collab.places import Places
-from vlm_collab.roi import relative_maps
+from vlm_collab.method.roi import relative_maps
+from vlm_collab.protocol.image_positions import Places
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 

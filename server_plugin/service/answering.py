@@ -28,8 +28,8 @@ from vlm_collab.errors import (
     QuestionError,
 )
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Fallback, Options
-from vlm_collab.places import Places
+from vlm_collab.protocol.image_positions import Places
+from vlm_collab.protocol.messages import Fallback, Options
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service

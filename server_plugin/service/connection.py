@@ -27,7 +27,6 @@ from server_plugin.service.views import (
     Lease,
     ViewGoneLocallyError,
 )
-from vlm_collab import images
 from vlm_collab.errors import (
     ErrorCode,
     ImageError,
@@ -35,8 +34,9 @@ from vlm_collab.errors import (
     RemoteProtocolError,
 )
 from vlm_collab.geometry import Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures import images
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Ask,
     Cancel,
     Decline,
@@ -52,8 +52,8 @@ from vlm_collab.messages import (
     micro,
     short_millis,
 )
-from vlm_collab.session import FITS, ServerSession
-from vlm_collab.web.rate import Rate
+from vlm_collab.protocol.table import FITS, ServerSession
+from vlm_collab.web.rate_limit import Rate
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service

@@ -11,8 +11,8 @@ import sys
 import time
 from typing import Any
 
-from vlm_collab.quiet import for_users, speak
-from vlm_collab.web.repeated_logs import Quiet
+from vlm_collab.cli.quiet import for_users, speak
+from vlm_collab.web.log_throttle import Quiet
 
 REFUSED = "connection refused"
 """Of a WebSocket that may not or cannot connect."""

@@ -13,7 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from vlm_collab.cost import ByteCounter
+from vlm_collab.method.cost import ByteCounter
 
 STAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 UNCERTAINTY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

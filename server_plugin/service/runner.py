@@ -14,7 +14,7 @@ from server_plugin.service.app import HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
 from vlm_collab.errors import ConfigError
 from vlm_collab.web import server as web
-from vlm_collab.web.places import Places
+from vlm_collab.web.connection_limits import Places
 from vlm_collab.web.server import serve
 
 __all__ = ["bind", "running", "serve", "server", "url_of"]

@@ -41,10 +41,10 @@ from server_plugin.vllm import capture
 from server_plugin.vllm.client import ExpectedRow, RowClient
 from server_plugin.vllm.setup import EVERY_LOGPROB, check_setup
 from vlm_collab.errors import ImageError, ModelError, QuestionError
-from vlm_collab.places import Places
-from vlm_collab.policy import Metric
-from vlm_collab.roi import relative_maps
-from vlm_collab.uncertainty import TokenStatistics, token_statistics
+from vlm_collab.method.policy import Metric
+from vlm_collab.method.roi import relative_maps
+from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
+from vlm_collab.protocol.image_positions import Places
 
 _ATTEMPTS = 3
 """How often a picture is handed over again that vLLM's two ends disagree about."""

@@ -36,10 +36,10 @@ from server_plugin.service.logs import REFUSED
 from server_plugin.vllm.model import vllm_backend
 from server_plugin.vllm.setup import check_revision
 from vlm_collab.errors import CollabError, ConfigError
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 from vlm_collab.web.access import is_loopback
-from vlm_collab.web.places import Places
-from vlm_collab.web.repeated_logs import LIBRARIES, Quiet
+from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.log_throttle import LIBRARIES, Quiet
 from vlm_collab.web.server import bound
 
 log = logging.getLogger(__name__)

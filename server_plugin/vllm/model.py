@@ -23,7 +23,7 @@ from server_plugin.presets import Preset
 from server_plugin.vllm.backend import VllmBackend
 from server_plugin.vllm.capture import SUPPORTED
 from vlm_collab.errors import ConfigError, ModelError
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 FAMILIES = ("llava", "qwen2.5-vl")
 """What both this package and the supported vLLM serve."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from server_plugin.presets import Preset
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 EVERY_LOGPROB = -1
 """What vLLM calls the whole vocabulary where it counts log-probabilities."""

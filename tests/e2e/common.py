@@ -23,8 +23,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service
 from vlm_collab.geometry import Box, Fit, Size, cell_to_source, frame_of
-from vlm_collab.images import Codec, decode
-from vlm_collab.messages import Fallback, Stage
+from vlm_collab.pictures.images import Codec, decode
+from vlm_collab.protocol.messages import Fallback, Stage
 
 VIEW = Size(112, 112)
 SURE = "what colour is the sky?"

@@ -10,7 +10,7 @@ from edge_client.picture import Picture
 from edge_client.sync import ask as ask_once
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest, world
 from vlm_collab.errors import ConfigError, QuestionError
-from vlm_collab.messages import Fallback, Finish, Options, Retransmit, Stage
+from vlm_collab.protocol.messages import Fallback, Finish, Options, Retransmit, Stage
 
 PHOTOS = [photo(i) for i in range(3)]
 PHOTO_PIXELS = Picture.open(PHOTOS[0]).decoded()

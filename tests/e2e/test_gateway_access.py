@@ -24,8 +24,8 @@ from tests.e2e.gateways import MODEL, data_url, gateway, place, running, said, s
 from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
-from vlm_collab.messages import SUBPROTOCOL
 from vlm_collab.page import INDEX, TOKEN_SUBPROTOCOL, page_file
+from vlm_collab.protocol.messages import SUBPROTOCOL
 
 
 def root(base: str) -> str:

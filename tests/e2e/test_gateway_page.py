@@ -8,7 +8,7 @@ from server_plugin.backends.fake import FakeBackend
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import place
 from tests.support.browser import launched, visiting
-from vlm_collab.messages import Ask, Region
+from vlm_collab.protocol.messages import Ask, Region
 
 
 @pytest.mark.parametrize("key", [None, "right"])

@@ -25,7 +25,7 @@ from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running as serving
 from tests.e2e.gateways import MODEL, gateway, running, sdk
 from tests.support.patience import PATIENCE_S
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
 
 Pieces = Callable[[], AsyncIterator[bytes]]
 

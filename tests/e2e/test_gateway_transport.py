@@ -26,8 +26,8 @@ from tests.support.raw import (
     until,
 )
 from tests.support.wire import edge, service
-from vlm_collab.messages import SUBPROTOCOL
-from vlm_collab.web import places as places_module
+from vlm_collab.protocol.messages import SUBPROTOCOL
+from vlm_collab.web import connection_limits as places_module
 
 NOWHERE = "ws://127.0.0.1:9"
 FILE = "/page/link.js"

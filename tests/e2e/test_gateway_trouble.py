@@ -27,9 +27,9 @@ from tests.support.pictures import photo as drawn
 from tests.support.pictures import saved, turned
 from tests.support.proxy import What, Where
 from tests.support.wire import service
-from vlm_collab.messages import Ask, Cancel, Partial, RegionRequest
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
-from vlm_collab.web import serving as connections
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.protocol.messages import Ask, Cancel, Partial, RegionRequest
+from vlm_collab.web import http_protocol as connections
 
 
 def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:

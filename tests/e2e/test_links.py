@@ -31,7 +31,7 @@ from tests.e2e.common import (
 from tests.support.proxy import Proxy, What, Where
 from tests.support.wire import service
 from vlm_collab.errors import DeadlineError, LinkError
-from vlm_collab.messages import Answer, Ask, Fallback, Region, RegionRequest, Welcome
+from vlm_collab.protocol.messages import Answer, Ask, Fallback, Region, RegionRequest, Welcome
 
 PHOTO = photo(1)
 

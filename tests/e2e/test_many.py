@@ -28,8 +28,8 @@ from tests.support.proxy import What, Where
 from tests.support.wire import service
 from vlm_collab.errors import BusyError, CollabError, ServerError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Cancel,
@@ -41,7 +41,7 @@ from vlm_collab.messages import (
     Retransmit,
     Stage,
 )
-from vlm_collab.session import EdgeLimits, ServerLimits
+from vlm_collab.protocol.table import EdgeLimits, ServerLimits
 
 PHOTO = photo(1)
 

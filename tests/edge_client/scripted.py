@@ -11,8 +11,8 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from edge_client.keeper import Retry
 from vlm_collab.errors import ErrorCode
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     SUBPROTOCOL,
     Ask,
     Fallback,
@@ -22,7 +22,7 @@ from vlm_collab.messages import (
     Usage,
     Welcome,
 )
-from vlm_collab.session import ServerEvent, ServerSession
+from vlm_collab.protocol.table import ServerEvent, ServerSession
 
 HASTY = Retry(attempts=3, reconnect_attempts=3, first_s=0.01, longest_s=0.02)
 

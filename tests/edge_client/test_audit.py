@@ -30,8 +30,8 @@ from tests.support.pictures import difference, photo, saved, turned
 from tests.support.wire import UNSURE, service
 from vlm_collab.errors import ConfigError, PrivacyError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import Ask, Region, Stage
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import Ask, Region, Stage
 
 NOW = datetime.datetime(2026, 5, 1, 12, 30, tzinfo=datetime.UTC)
 SIZE = Size(640, 480)

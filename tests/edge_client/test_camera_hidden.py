@@ -26,9 +26,9 @@ from tests.support.clips import write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved, turned
 from tests.support.web_camera import WebCamera, picture, stream
-from vlm_collab.images import Codec
-from vlm_collab.messages import Ask, Region, Stage
-from vlm_collab.pixels import transposed
+from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.pixels import transposed
+from vlm_collab.protocol.messages import Ask, Region, Stage
 
 WAIT_S = PATIENCE_S
 SIZE = (640, 480)

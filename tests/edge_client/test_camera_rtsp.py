@@ -17,7 +17,7 @@ from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference
 from tests.support.rtsp import RtspCamera, need_rtsp_server
 from vlm_collab.geometry import Box, Size
-from vlm_collab.images import Codec, decode
+from vlm_collab.pictures.images import Codec, decode
 
 WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.05, longest_s=0.2)

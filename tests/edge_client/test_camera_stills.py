@@ -15,7 +15,7 @@ from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit, Size
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 WAIT_S = PATIENCE_S
 

@@ -21,7 +21,7 @@ from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec, decode
+from vlm_collab.pictures.images import Codec, decode
 
 WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.05, longest_s=0.1)

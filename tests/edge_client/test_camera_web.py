@@ -30,7 +30,7 @@ from tests.support.web_camera import (
     trickle,
 )
 from vlm_collab.geometry import Fit, Size
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 WAIT_S = PATIENCE_S
 HASTY = Retry(first_s=0.02, longest_s=0.1)

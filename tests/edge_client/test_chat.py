@@ -23,7 +23,7 @@ from tests.support.pictures import saved
 from tests.support.process import serving
 from tests.support.rtsp import RtspCamera, need_rtsp_server
 from tests.support.web_camera import WebCamera, page, picture
-from vlm_collab.messages import Ask, Cancel
+from vlm_collab.protocol.messages import Ask, Cancel
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = (sys.executable, "-m", "edge_client.cli", "chat")

@@ -11,7 +11,7 @@ from rich.console import Console
 from edge_client.answer import EdgeAnswer
 from edge_client.heatmap import MOST_LINES, heat_map
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.messages import Fallback, Stage, Usage
+from vlm_collab.protocol.messages import Fallback, Stage, Usage
 
 VIEW = Size(112, 112)
 

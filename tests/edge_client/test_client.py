@@ -27,8 +27,8 @@ from vlm_collab.errors import (
     UnsupportedImageError,
     ViewGoneError,
 )
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Ask,
     Error,
     encode,

@@ -9,7 +9,7 @@ from edge_client.client import EdgeClient
 from edge_client.privacy import CameraPolicy, Policy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
-from vlm_collab.messages import Decline, Region, Stage
+from vlm_collab.protocol.messages import Decline, Region, Stage
 
 
 @pytest.fixture

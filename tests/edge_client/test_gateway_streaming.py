@@ -13,8 +13,8 @@ import pytest
 from edge_client.gateway import streaming
 from edge_client.gateway.streaming import EventStream, Gone, answer_pieces, unless_gone
 from tests.support.patience import PATIENCE_S
-from vlm_collab.messages import Stage
 from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
+from vlm_collab.protocol.messages import Stage
 
 FORM = ChatStream(id="c", created=1, model="m", include_usage=False)
 

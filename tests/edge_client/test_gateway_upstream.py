@@ -11,8 +11,8 @@ import pytest
 
 from edge_client.dial import Server
 from edge_client.gateway.upstream import TextUpstream
-from vlm_collab.messages import Finish, Options
 from vlm_collab.openai import ApiError, Query
+from vlm_collab.protocol.messages import Finish, Options
 
 QUERY = Query(
     model=None,

@@ -24,8 +24,8 @@ from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.errors import ConfigError, PrivacyError, RemoteProtocolError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import Decline, DeclineReason, Fallback, Region, Stage, Usage
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import Decline, DeclineReason, Fallback, Region, Stage, Usage
 
 NOON = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC)
 FORM = (Size(50, 50), Fit.STRETCH, Codec.JPEG, 90)

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from edge_client.picture import Picture
 from tests.support.pictures import photo, saved
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec
+from vlm_collab.pictures.images import Codec
 
 SERIAL = "SERIAL-0815-4711"
 OWNER = "Owner Jane Roe"

@@ -18,7 +18,7 @@ from edge_client.picture import Album, Picture
 from tests.e2e.common import photo
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import Codec, SourceImage, decode, encode
+from vlm_collab.pictures.images import Codec, SourceImage, decode, encode
 
 VIEW = Size(64, 64)
 

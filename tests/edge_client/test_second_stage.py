@@ -10,8 +10,8 @@ from edge_client.client import EdgeClient
 from tests.e2e.common import photo
 from tests.edge_client.scripted import Peer, request, scripted
 from vlm_collab.errors import DeadlineError, ErrorCode
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Ask,
     Cancel,
     Decline,

@@ -43,7 +43,7 @@ from tests.support.web_camera import (
 )
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, ErrorCode
-from vlm_collab.messages import Answer, Ask, Options, RegionRequest
+from vlm_collab.protocol.messages import Answer, Ask, Options, RegionRequest
 
 UNSURE = "what is on the small sign?"
 

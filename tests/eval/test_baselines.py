@@ -42,11 +42,11 @@ from server_plugin.models import preset_of
 from tests.support import rows
 from tests.support.pictures import photo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
-from vlm_collab.cost import flops, larger_view_cost, total_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Grid, Size
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
-from vlm_collab.uncertainty import batch_token_statistics
+from vlm_collab.method.cost import flops, larger_view_cost, total_flops
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.uncertainty import batch_token_statistics
 
 N, D, LAYERS = 576, 4096, 32
 

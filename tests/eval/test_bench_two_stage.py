@@ -12,8 +12,8 @@ from eval import bench_two_stage
 from eval.straightforward import Straightforward
 from server_plugin.backend import ModelInfo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
-from vlm_collab.cost import flops
 from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.method.cost import flops
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ from tests.eval.test_sweep import rows, saved
 from tests.support.rows import row, run_of
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = [0, 0, 4, 3]

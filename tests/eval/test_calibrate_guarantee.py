@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eval.calibrate.guarantee import guaranteed, sequence
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 MAX_LOSS, CONFIDENCE = 0.02, 0.9
 REPEATS = 200

@@ -18,7 +18,7 @@ from eval.demo_model.measure import Reading, auroc
 from eval.demo_model.provenance import weights_digest
 from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
 from server_plugin.presets import preset_named
-from vlm_collab.roi import Placement
+from vlm_collab.method.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SETTINGS = Settings(split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005)

@@ -39,9 +39,9 @@ from server_plugin.models import open_model
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import CollabError, ConfigError
-from vlm_collab.images import Codec, decode
-from vlm_collab.messages import Retransmit
-from vlm_collab.uncertainty import TokenStatistics
+from vlm_collab.method.uncertainty import TokenStatistics
+from vlm_collab.pictures.images import Codec, decode
+from vlm_collab.protocol.messages import Retransmit
 
 LIMIT = 13
 BATCH = 2

@@ -28,7 +28,7 @@ from eval.tasks import Sample, Task, open_task
 from server_plugin.presets import preset_named
 from tests.support import lmms_env
 from tests.support.process import serving
-from vlm_collab.policy import Decision, ThresholdPolicy, TokenStatistics
+from vlm_collab.method.policy import Decision, ThresholdPolicy, TokenStatistics
 
 pytestmark = [pytest.mark.lmms, pytest.mark.xdist_group("lmms")]
 

@@ -32,9 +32,9 @@ from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
-from vlm_collab.images import Codec, encode
-from vlm_collab.messages import Options, Retransmit
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
+from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.messages import Options, Retransmit
 
 JPEG = saved(photo(640, 480), "JPEG", quality=90)
 TURNED = turned(photo(640, 480), 6)

@@ -24,7 +24,7 @@ from eval.report.findings import findings
 from eval.report.trace import expanded, provenance_of
 from eval.report.write import RESULTS
 from server_plugin.calibration import load_calibration
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 RUNS = COMMITTED / "runs"
 

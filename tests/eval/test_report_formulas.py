@@ -15,7 +15,7 @@ from eval.report.demo import COMMITTED
 from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
 from eval.report.trace import expanded, ranges
 from tests.support.rows import row, run_of
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 RUNS = COMMITTED / "runs"
 

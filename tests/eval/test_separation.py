@@ -27,7 +27,7 @@ from eval.report.inputs import sort_runs
 from eval.report.separation import BINS, FEWEST, bhattacharyya, overlap, right_of, separation
 from tests.eval.test_report import answers
 from tests.support.rows import row, run_of
-from vlm_collab.policy import Metric
+from vlm_collab.method.policy import Metric
 
 Floats = NDArray[np.float64]
 NUMBERS, YES_OR_NO = ("number",), ("presence", "colour")

@@ -31,7 +31,7 @@ from eval.harness.runs import Run
 from server_plugin.presets import preset_named
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import Aggregate, Metric
+from vlm_collab.method.policy import Aggregate, Metric
 
 
 def rows(count: int, seed: int = 0, images: int = 2) -> list[Record]:

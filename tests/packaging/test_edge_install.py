@@ -70,7 +70,7 @@ def test_the_core_and_the_edge_import_without_torch_and_numpy(device: Path, tmp_
 import sys, importlib.util
 assert importlib.util.find_spec("numpy") is None and importlib.util.find_spec("torch") is None
 import vlm_collab, edge_client
-import vlm_collab.messages, vlm_collab.session, vlm_collab.policy, vlm_collab.cost
+import vlm_collab.protocol.messages, vlm_collab.protocol.table, vlm_collab.method.policy, vlm_collab.method.cost
 import edge_client.client, edge_client.sync, edge_client.cli
 print(edge_client.__version__)
 """

@@ -22,7 +22,7 @@ from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support import page_cases
 from tests.support.browser import Visitor, visiting
 from tests.support.wire import http, service
-from vlm_collab.messages import Answer, Ask, Cancel, Partial, Region, Stage, Welcome
+from vlm_collab.protocol.messages import Answer, Ask, Cancel, Partial, Region, Stage, Welcome
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -24,8 +24,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy, What, Where
 from tests.support.wire import http, service
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Answer, Ask, Hello, Region, RegionRequest, Welcome
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.protocol.messages import Answer, Ask, Hello, Region, RegionRequest, Welcome
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,7 +13,7 @@ from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, visiting
 from tests.support.wire import service
-from vlm_collab.messages import Ask
+from vlm_collab.protocol.messages import Ask
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -21,8 +21,8 @@ from tests.support.browser import Card, Visitor, launched, visiting
 from tests.support.pictures import difference, photo, saved, turned
 from tests.support.wire import service
 from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.images import ALL_CODECS, Codec, decode, read_header
-from vlm_collab.messages import Ask, Decline, Region, RegionRequest
+from vlm_collab.pictures.images import ALL_CODECS, Codec, decode, read_header
+from vlm_collab.protocol.messages import Ask, Decline, Region, RegionRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -28,8 +28,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE, serving
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from vlm_collab.errors import AuthenticationError, ConfigError
-from vlm_collab.images import Codec, encode
-from vlm_collab.messages import CUT_MARK, SUBPROTOCOL
+from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.messages import CUT_MARK, SUBPROTOCOL
 
 VLLM = ("demo", "--backend", "vllm")
 

@@ -18,11 +18,10 @@ from tests.e2e.common import photo
 from tests.support.oracle import picture as blocks
 from tests.support.tiny_llava import save_tiny_llava
 from tests.support.wire import UNSURE, edge, picture, service, settled
-from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Size
-from vlm_collab.messages import CUT_MARK, DeclineReason, Fallback, Retransmit, Stage
-from vlm_collab.policy import (
+from vlm_collab.method.cost import extension_flops
+from vlm_collab.method.policy import (
     Aggregate,
     AlwaysPolicy,
     Metric,
@@ -32,7 +31,8 @@ from vlm_collab.policy import (
     ThresholdPolicy,
     aggregate,
 )
-from vlm_collab.session import RegionWanted
+from vlm_collab.protocol.messages import CUT_MARK, DeclineReason, Fallback, Retransmit, Stage
+from vlm_collab.protocol.table import RegionWanted
 
 FIRST = "one two three four five six seven"
 VIEW = Image.new("RGB", (112, 112), (1, 2, 3))

@@ -11,11 +11,10 @@ from PIL import Image
 from server_plugin.backend import RelativeAttention, Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
 from server_plugin.engine import Engine, RegionUnavailableError, Work
-from vlm_collab.cost import extension_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.messages import CUT_MARK, Fallback, Finish, Retransmit, Stage
-from vlm_collab.policy import (
+from vlm_collab.method.cost import extension_flops
+from vlm_collab.method.policy import (
     Aggregate,
     AlwaysPolicy,
     Metric,
@@ -23,6 +22,7 @@ from vlm_collab.policy import (
     RandomPolicy,
     ThresholdPolicy,
 )
+from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Retransmit, Stage
 
 SOURCE = Size(896, 896)
 VIEW = Image.new("RGB", (112, 112), (1, 2, 3))

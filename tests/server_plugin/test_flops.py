@@ -27,10 +27,10 @@ from tests.support.oracle import picture
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from tests.support.tiny_qwen import save_tiny_qwen
-from vlm_collab.cost import extension_flops, flops, total_flops
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
-from vlm_collab.policy import AlwaysPolicy
+from vlm_collab.method.cost import extension_flops, flops, total_flops
+from vlm_collab.method.policy import AlwaysPolicy
 
 QUESTION = "what is written on the large red sign?"
 SOURCE = Size(1200, 800)

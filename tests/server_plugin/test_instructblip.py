@@ -25,7 +25,7 @@ from tests.support.oracle_instructblip import InstructBlipOracle
 from tests.support.tiny_instructblip import TinyInstructBlip, save_tiny_instructblip
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
-from vlm_collab.roi import find_region
+from vlm_collab.method.roi import find_region
 
 GENERIC = "Write a general description of the image."
 NEW_TOKENS = 12

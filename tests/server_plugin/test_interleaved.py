@@ -24,7 +24,7 @@ from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
 from vlm_collab.errors import QuestionError
 from vlm_collab.geometry import Size
-from vlm_collab.places import Place, Places, joined, split, spots_of
+from vlm_collab.protocol.image_positions import Place, Places, joined, split, spots_of
 
 NEW_TOKENS = 8
 GENERIC = "Write a general description of the image."

@@ -36,8 +36,8 @@ from tests.support.pictures import photo, saved, turned
 from tests.support.wire import SURE, UNSURE, http, service
 from vlm_collab.errors import ImageError, ImageTooLargeError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import SourceImage, decode
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.pictures.images import SourceImage, decode
 
 
 class Watched(FakeBackend):

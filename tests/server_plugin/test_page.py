@@ -13,8 +13,8 @@ from websockets.exceptions import InvalidStatus
 from server_plugin.service.config import ENDPOINT
 from server_plugin.service.runner import running
 from tests.support.wire import SURE, edge, http, picture, service
-from vlm_collab.messages import SUBPROTOCOL, Answer
 from vlm_collab.page import HEADERS, INDEX, TOKEN_SUBPROTOCOL, page_file, page_paths
+from vlm_collab.protocol.messages import SUBPROTOCOL, Answer
 
 RIGHT = f"{TOKEN_SUBPROTOCOL}czNjcmV0"  # s3cret
 WRONG = f"{TOKEN_SUBPROTOCOL}czNjcmV1"

@@ -21,8 +21,8 @@ from server_plugin.presets import (
 )
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit
-from vlm_collab.policy import Aggregate, Metric, ThresholdPolicy
-from vlm_collab.roi import DEFAULT_RATIOS
+from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.method.roi import DEFAULT_RATIOS
 
 MINIMAL = """
 family: llava

@@ -32,7 +32,7 @@ from tests.support.oracle_qwen import QwenOracle
 from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
-from vlm_collab.roi import find_region
+from vlm_collab.method.roi import find_region
 
 GENERIC = "Write a general description of the image."
 VICROP_SUFFIX = " Answer the question using a single word or phrase."

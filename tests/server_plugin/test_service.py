@@ -14,8 +14,9 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settled, unsure
 from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.method.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Error,
@@ -30,8 +31,7 @@ from vlm_collab.messages import (
     decode_down,
     encode,
 )
-from vlm_collab.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
-from vlm_collab.session import RegionWanted, ServerLimits
+from vlm_collab.protocol.table import RegionWanted, ServerLimits
 
 # ---- the two stages --------------------------------------------------------------------------
 

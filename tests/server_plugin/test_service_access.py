@@ -19,7 +19,7 @@ from server_plugin.service.runner import running
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, unsure
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Size
-from vlm_collab.messages import (
+from vlm_collab.protocol.messages import (
     Answer,
 )
 

@@ -17,14 +17,14 @@ from server_plugin.service.runner import running
 from tests.support.patience import PATIENCE_S
 from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, service, settled
 from vlm_collab.errors import ErrorCode
-from vlm_collab.messages import (
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Error,
     Fallback,
     encode,
 )
-from vlm_collab.session import RegionWanted
+from vlm_collab.protocol.table import RegionWanted
 
 # ---- bounds on all clients together ----------------------------------------------------------
 

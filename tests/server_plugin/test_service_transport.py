@@ -30,11 +30,13 @@ from tests.support.raw import (
     until,
 )
 from tests.support.wire import SURE, edge, picture, service
-from vlm_collab.images import Codec
-from vlm_collab.messages import Answer, Ask, Cancel, Hello, Welcome, encode
-from vlm_collab.web import places as places_module
-from vlm_collab.web import serving, transport, websocket
-from vlm_collab.web.places import Places
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import Answer, Ask, Cancel, Hello, Welcome, encode
+from vlm_collab.web import connection_limits as places_module
+from vlm_collab.web import http_protocol as serving
+from vlm_collab.web import websocket_protocol as websocket
+from vlm_collab.web import write_timeout as transport
+from vlm_collab.web.connection_limits import Places
 
 FILE = "/page/link.js"  # of some KB
 HELLO = encode(Hello(1, (Codec.JPEG,)))

@@ -26,7 +26,7 @@ from tests.support.patience import PATIENCE_S
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Grid, Size, frame_of, token_box_to_source
-from vlm_collab.roi import find_region
+from vlm_collab.method.roi import find_region
 
 GENERIC = "Write a general description of the image."
 NEW_TOKENS = 12

@@ -18,7 +18,7 @@ from edge_client.gateway import Gateway, GatewayConfig
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.vllm.endpoint import routes_of
 from tests.support.wire import service
-from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.protocol.messages import SUBPROTOCOL
 
 PAGE = Path(__file__).parents[2] / "docs" / "access.md"
 BEGIN, END = "<!-- routes: begin -->\n", "<!-- routes: end -->\n"

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from server_plugin.backend import Generation
 from vlm_collab.geometry import Size
-from vlm_collab.policy import Aggregate, Metric, aggregate
+from vlm_collab.method.policy import Aggregate, Metric, aggregate
 
 
 @dataclass

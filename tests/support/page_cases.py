@@ -13,8 +13,9 @@ import msgspec
 from tests.support.transcripts import plain, replay, stored
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.images import Codec, _padded_extent
-from vlm_collab.messages import (
+from vlm_collab.page import token_in
+from vlm_collab.pictures.images import Codec, _padded_extent
+from vlm_collab.protocol.messages import (
     Answer,
     DownMessage,
     Error,
@@ -28,7 +29,6 @@ from vlm_collab.messages import (
     encode,
     websocket_bytes,
 )
-from vlm_collab.page import token_in
 
 NOT_USED = {"tokens"}
 """Fields that are newer than the page and that it does not need."""

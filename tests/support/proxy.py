@@ -17,7 +17,7 @@ from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from tests.support.patience import PATIENCE_S
-from vlm_collab.messages import (
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Cancel,

@@ -13,7 +13,7 @@ import uvicorn
 from server_plugin.service import runner
 from server_plugin.service.app import Service
 from tests.support.patience import PATIENCE_S
-from vlm_collab.messages import SUBPROTOCOL
+from vlm_collab.protocol.messages import SUBPROTOCOL
 from vlm_collab.web import server as web
 
 CONT, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9

@@ -17,8 +17,8 @@ import msgspec
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.geometry import Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     AnyMessage,
     DeclineReason,
@@ -33,7 +33,7 @@ from vlm_collab.messages import (
     Welcome,
     encode,
 )
-from vlm_collab.session import EdgeSession
+from vlm_collab.protocol.table import EdgeSession
 
 FOLDER = Path(__file__).resolve().parents[1] / "vlm_collab" / "transcripts"
 SOURCE = Size(1000, 700)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_collab.cost import (
+from vlm_collab.geometry import Size
+from vlm_collab.method.cost import (
     ByteCounter,
     additional_communication_cost,
     extension_flops,
@@ -18,7 +19,6 @@ from vlm_collab.cost import (
     shared_prefix_flops,
     total_flops,
 )
-from vlm_collab.geometry import Size
 
 LLAVA = {"d_llm": 4096, "layers": 32}
 COUNTS = st.integers(0, 3000)

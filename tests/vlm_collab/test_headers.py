@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
-from vlm_collab import headers
 from vlm_collab.errors import ImageError, ImageTooLargeError
-from vlm_collab.headers import MAX_PARTS, MAX_SCANS, orientation_in
-from vlm_collab.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures import headers
+from vlm_collab.pictures.headers import MAX_PARTS, MAX_SCANS, orientation_in
+from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
 
 SOI = b"\xff\xd8"
 PNG_HEAD = 33  # signature and IHDR

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vlm_collab.cli.secret_files import MAX_KEY_BYTES, chosen_key, key_in
 from vlm_collab.errors import ConfigError
-from vlm_collab.keys import MAX_KEY_BYTES, chosen_key, key_in
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     Answer,
     Ask,
     Cancel,

@@ -28,7 +28,6 @@ from vlm_collab.errors import (
     QuestionError,
     server_error,
 )
-from vlm_collab.messages import Finish, Stage, Token
 from vlm_collab.openai import (
     ApiError,
     ChatStream,
@@ -40,9 +39,10 @@ from vlm_collab.openai import (
     WireLimits,
     api_error,
     check_model,
-    completion,
     parse_responses,
 )
+from vlm_collab.openai import chat_reply as completion
+from vlm_collab.protocol.messages import Finish, Stage, Token
 
 FIRST, SECOND = Stage.FIRST, Stage.SECOND
 REPORT = Report(

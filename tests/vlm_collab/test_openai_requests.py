@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_collab.messages import Options, Retransmit
 from vlm_collab.openai import (
     ApiError,
     Conversation,
@@ -23,7 +22,8 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
 )
-from vlm_collab.places import split, spots_of
+from vlm_collab.protocol.image_positions import split, spots_of
+from vlm_collab.protocol.messages import Options, Retransmit
 
 LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
 
 
 @pytest.mark.parametrize("codec", Codec)

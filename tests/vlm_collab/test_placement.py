@@ -17,7 +17,7 @@ from vlm_collab.geometry import (
     token_box_to_source,
     whole_image,
 )
-from vlm_collab.roi import Placement, centroid_region, find_region, place_region, region_box
+from vlm_collab.method.roi import Placement, centroid_region, find_region, place_region, region_box
 
 GRID = Grid(8, 8)
 SOURCE = Size(800, 800)

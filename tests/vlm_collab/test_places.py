@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.geometry import Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.image_positions import Place, fault_of, joined, needed, split
+from vlm_collab.protocol.messages import (
     Ask,
     Error,
     MoreView,
@@ -20,8 +21,7 @@ from vlm_collab.messages import (
     decode_up,
     encode,
 )
-from vlm_collab.places import Place, fault_of, joined, needed, split
-from vlm_collab.session import EdgeSession, ServerSession
+from vlm_collab.protocol.table import EdgeSession, ServerSession
 
 VIEW = b"\xff\xd8\xff"
 MORE = (MoreView(VIEW, 30, 40),)

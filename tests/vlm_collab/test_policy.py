@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_collab.errors import ConfigError
-from vlm_collab.policy import (
+from vlm_collab.method.policy import (
     DEFAULT_FIRST_TOKENS,
     Aggregate,
     AlwaysPolicy,
@@ -182,7 +182,7 @@ def test_random_policy_is_nested_in_its_rate() -> None:
 
 def test_random_policy_draws_the_same_in_every_process() -> None:
     script = (
-        "from vlm_collab.policy import *\n"
+        "from vlm_collab.method.policy import *\n"
         "s = [TokenStatistics(1, 1, 1)]\n"
         "print([RandomPolicy(0.5, 7).decide(s, ended=True, key=f'q{i}').retransmit"
         " for i in range(20)])"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm_collab.web.repeated_logs import INTERVAL_S, Quiet
+from vlm_collab.web.log_throttle import INTERVAL_S, Quiet
 
 REFUSED = "refused: %s"
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from server_plugin.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Frame, Grid, Size, frame_of, token_box_to_source
-from vlm_collab.roi import DEFAULT_RATIOS, find_region, region_box, relative_map
+from vlm_collab.method.roi import DEFAULT_RATIOS, find_region, region_box, relative_map
 
 VIEW = Size(336, 336)
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import (
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
     Ask,
@@ -37,7 +37,7 @@ from vlm_collab.messages import (
     encode,
     websocket_bytes,
 )
-from vlm_collab.session import (
+from vlm_collab.protocol.table import (
     TRANSITIONS,
     EdgeLimits,
     EdgeSession,

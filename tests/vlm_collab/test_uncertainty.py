@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vlm_collab import policy, uncertainty
-from vlm_collab.uncertainty import batch_token_statistics, token_statistics
+from vlm_collab.method import policy, uncertainty
+from vlm_collab.method.uncertainty import batch_token_statistics, token_statistics
 
 LOGITS = st.lists(st.floats(-60, 60) | st.just(-math.inf), min_size=1, max_size=40).filter(
     lambda row: max(row) > -math.inf

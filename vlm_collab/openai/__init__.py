@@ -3,26 +3,11 @@
 `parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
 `ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
 be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
-listed: `vlm_collab.openai.meaning` has the rule.
+listed: `vlm_collab.openai.unsupported` has the rule.
 No sockets, clocks or models here.
 """
 
-from vlm_collab.openai.chat import parse_chat
-from vlm_collab.openai.completion import ChatStream, completion, finish_reason
-from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
-from vlm_collab.openai.fields import decode_body
-from vlm_collab.openai.flow import TextFlow
-from vlm_collab.openai.meaning import IGNORED_HEADER, ignored_header, without_ignored
-from vlm_collab.openai.query import Conversation, PictureSource, Query, Role, Url, WireLimits
-from vlm_collab.openai.response import ResponseBuilder
-from vlm_collab.openai.responses import (
-    REGION_TOOL,
-    CallOutput,
-    ResponsesRequest,
-    call_id,
-    parse_responses,
-)
-from vlm_collab.openai.result import (
+from vlm_collab.openai.answer import (
     DONE,
     RegionReport,
     Report,
@@ -33,8 +18,23 @@ from vlm_collab.openai.result import (
     sse,
     stage_name,
 )
-from vlm_collab.openai.texts import chat_is_text, check_text, refuse_pictures_in, texts_of
-from vlm_collab.openai.wishes import without_tools
+from vlm_collab.openai.chat_reply import ChatStream, completion, finish_reason
+from vlm_collab.openai.chat_request import parse_chat
+from vlm_collab.openai.conversation import Conversation, PictureSource, Query, Role, Url, WireLimits
+from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
+from vlm_collab.openai.fields import decode_body
+from vlm_collab.openai.parameters import without_tools
+from vlm_collab.openai.responses_reply import ResponseBuilder
+from vlm_collab.openai.responses_request import (
+    REGION_TOOL,
+    CallOutput,
+    ResponsesRequest,
+    call_id,
+    parse_responses,
+)
+from vlm_collab.openai.text_only import chat_is_text, check_text, refuse_pictures_in, texts_of
+from vlm_collab.openai.text_stream import TextFlow
+from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header, without_ignored
 
 __all__ = [
     "DONE",

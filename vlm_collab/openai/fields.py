@@ -9,7 +9,7 @@ import msgspec
 
 from vlm_collab.openai.bounds import check_amount
 from vlm_collab.openai.errors import ApiError, refuse
-from vlm_collab.openai.meaning import Ignored, is_any_of, refused
+from vlm_collab.openai.unsupported import Ignored, is_any_of, refused
 
 
 def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Fields:
             raise refused(self.path(name), why)
 
     def end(self) -> None:
-        """Ignore and list what is left, or refuse it: see `vlm_collab.openai.meaning`."""
+        """Ignore and list what is left, or refuse it: see `vlm_collab.openai.unsupported`."""
         for name, value in self._left.items():
             if value is not None:
                 self.ignored.unread(self.where, name, value)

@@ -16,9 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from vlm_collab.errors import ConfigError
-from vlm_collab.web.places import Places
-from vlm_collab.web.serving import IDLE_S, HttpConnection
-from vlm_collab.web.websocket import WebSocketConnection
+from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.http_protocol import IDLE_S, HttpConnection
+from vlm_collab.web.websocket_protocol import WebSocketConnection
 
 _DESCRIPTORS = 8192
 """More than connections have places. Many systems give a process 1024 or 256 unless it asks."""

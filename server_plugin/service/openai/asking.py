@@ -18,8 +18,8 @@ from server_plugin.service.openai.reply import error_of
 from server_plugin.service.openai.whole import Gallery, Held, Original, Workshop
 from vlm_collab.errors import ErrorCode, ImageError
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Fallback
 from vlm_collab.openai import ApiError, PictureSource, Query, Url, WireLimits, api_error, refuse
+from vlm_collab.protocol.messages import Fallback
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service

@@ -13,14 +13,8 @@ from server_plugin.service.openai.memory import Tally
 from server_plugin.service.openai.question import Wanted
 from server_plugin.service.openai.reply import Reply, result_of
 from server_plugin.service.openai.transport import Sender
-from vlm_collab.openai import (
-    ChatStream,
-    Query,
-    check_model,
-    completion,
-    ignored_header,
-    parse_chat,
-)
+from vlm_collab.openai import ChatStream, Query, check_model, ignored_header, parse_chat
+from vlm_collab.openai import chat_reply as completion
 
 
 class Chat:

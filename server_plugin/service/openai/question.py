@@ -29,8 +29,8 @@ from server_plugin.service.answering import (
 from server_plugin.service.openai.whole import Held
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Fallback, Finish, Options, Retransmit, Stage, Token
-from vlm_collab.places import Places
+from vlm_collab.protocol.image_positions import Places
+from vlm_collab.protocol.messages import Fallback, Finish, Options, Retransmit, Stage, Token
 
 if TYPE_CHECKING:
     from server_plugin.service.app import Service

@@ -11,7 +11,6 @@ from server_plugin.service.openai.question import Ended, Question, Said, Wanted
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import server_error
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Stage
 from vlm_collab.openai import (
     ApiError,
     RegionReport,
@@ -21,6 +20,7 @@ from vlm_collab.openai import (
     api_error,
     stage_name,
 )
+from vlm_collab.protocol.messages import Stage
 
 
 class Writer(Protocol):

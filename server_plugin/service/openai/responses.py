@@ -19,7 +19,6 @@ from server_plugin.service.openai.question import Question, Wanted
 from server_plugin.service.openai.reply import Reply, arguments_of, result_of
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import ImageError
-from vlm_collab.messages import Options
 from vlm_collab.openai import (
     ApiError,
     CallOutput,
@@ -35,6 +34,7 @@ from vlm_collab.openai import (
     parse_responses,
     refuse,
 )
+from vlm_collab.protocol.messages import Options
 
 
 @dataclass(frozen=True, slots=True)

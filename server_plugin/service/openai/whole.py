@@ -1,7 +1,7 @@
 """Whole pictures from clients that cannot crop: checked, made into views, cropped here.
 
 The bytes are a stranger's, so their headers are checked before anything is decompressed, and
-what no decoder needs is left out of them (`vlm_collab.headers`). Colour profiles are ignored, as
+what no decoder needs is left out of them (`vlm_collab.pictures.headers`). Colour profiles are ignored, as
 everywhere on the server.
 
 Views are made from the original's pixels as the edge makes them, without its JPEG in between. An
@@ -24,7 +24,7 @@ from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.views import ClientSession, Lease, ViewGoneLocallyError, ViewStore
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.images import SourceImage, read_header
+from vlm_collab.pictures.images import SourceImage, read_header
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
 from tests.support.vllm_cpu.environment import drive
 from vlm_collab.geometry import Fit, Size, frame_of
-from vlm_collab.roi import find_region
+from vlm_collab.method.roi import find_region
 
 PAIRS = 30
 NEW_TOKENS = 8

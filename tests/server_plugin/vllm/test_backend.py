@@ -29,8 +29,8 @@ from server_plugin.vllm.client import MOST_WAITING
 from server_plugin.vllm.model import check, weightless_adapter
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Size
-from vlm_collab.messages import Fallback, Retransmit
-from vlm_collab.places import Place
+from vlm_collab.protocol.image_positions import Place
+from vlm_collab.protocol.messages import Fallback, Retransmit
 
 HEADS = 6
 CELLS = 64

@@ -32,8 +32,8 @@ from tests.support.raw import SMALL, request, serving, until
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from tests.support.wire import SURE, edge, picture, service, unsure
 from vlm_collab.errors import ConfigError, ErrorCode, ModelError
-from vlm_collab.messages import Fallback, Stage
-from vlm_collab.session import ServerLimits
+from vlm_collab.protocol.messages import Fallback, Stage
+from vlm_collab.protocol.table import ServerLimits
 
 SCOPE = "a secret "
 

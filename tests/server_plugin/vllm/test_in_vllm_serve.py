@@ -31,10 +31,10 @@ from server_plugin.service.runner import running
 from server_plugin.vllm.capture import HELD
 from tests.support.vllm_cpu.environment import Served, collab_serve
 from vlm_collab.errors import AuthenticationError
-from vlm_collab.images import Codec, encode
-from vlm_collab.messages import SUBPROTOCOL, VERSION, Hello, Options, Welcome, decode_down
-from vlm_collab.messages import encode as to_wire
 from vlm_collab.page import TOKEN_SUBPROTOCOL
+from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.messages import SUBPROTOCOL, VERSION, Hello, Options, Welcome, decode_down
+from vlm_collab.protocol.messages import encode as to_wire
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("served")]
 

@@ -70,7 +70,7 @@ async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) 
     """Both passes of a question with pictures among its texts."""
     from PIL import Image
 
-    from vlm_collab.places import Place
+    from vlm_collab.protocol.image_positions import Place
 
     files = (*asked["views"], asked["region"])
     *views, region = (Image.open(file).convert("RGB") for file in files)

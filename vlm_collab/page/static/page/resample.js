@@ -1,4 +1,4 @@
-// Reducing pictures with an antialiased bicubic filter, as Pillow does it (vlm_collab/images.py).
+// Reducing pictures with an antialiased bicubic filter, as Pillow does it (vlm_collab/pictures/images.py).
 //
 // Vision encoders are trained with that filter. A canvas resizes with whatever filter its browser
 // has, some of them without antialiasing, so only pixels are taken from it.

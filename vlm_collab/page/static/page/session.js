@@ -1,5 +1,5 @@
 // The edge's end of one connection as a state machine without a socket, after
-// vlm_collab/session.py: frames and requests in, frames and events out. It owns the order of
+// vlm_collab/protocol/table.py: frames and requests in, frames and events out. It owns the order of
 // messages, the limits and the byte counts.
 
 import { FITS, frameOf, tokenBoxToSource } from "./geometry.js";

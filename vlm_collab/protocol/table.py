@@ -20,11 +20,12 @@ from types import MappingProxyType
 
 import msgspec
 
-from vlm_collab.cost import ByteCounter
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.images import Codec
-from vlm_collab.messages import (
+from vlm_collab.method.cost import ByteCounter
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
     AnyMessage,
@@ -55,7 +56,6 @@ from vlm_collab.messages import (
     micro,
     websocket_bytes,
 )
-from vlm_collab.places import fault_of
 
 FITS: tuple[Fit, ...] = (Fit.STRETCH, Fit.PAD, Fit.CROP)
 """Wire values of `Welcome.fit`, by position."""

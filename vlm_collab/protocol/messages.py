@@ -29,8 +29,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
-from vlm_collab.images import Codec
-from vlm_collab.places import MAX_PLACES, Place, Places
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places
 
 VERSION = 1
 SUBPROTOCOL = "vlm-collab.v1"
@@ -286,7 +286,7 @@ class Ask(Message, tag=3, frozen=True):
 
     @property
     def all_places(self) -> Places:
-        """Where pictures stand, in the whole conversation; see `vlm_collab.places`."""
+        """Where pictures stand, in the whole conversation; see `vlm_collab.protocol.image_positions`."""
         told = (*(turn.places for turn in self.history), self.places)
         return tuple(
             Place(turn, one.position, one.picture) for turn, each in enumerate(told) for one in each

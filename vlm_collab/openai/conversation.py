@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vlm_collab.messages import MAX_PICTURES, Options
 from vlm_collab.openai.errors import refuse
-from vlm_collab.places import MAX_PLACES, Place, Places, needed
+from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places, needed
+from vlm_collab.protocol.messages import MAX_PICTURES, Options
 
 MAX_TURNS = 256
 """Earlier questions of a conversation, as many as `Ask.history` holds."""
@@ -187,7 +187,7 @@ class Query:
         include_usage: end a streamed chat completion with its usage.
         sources: sizes (width, height) of the originals of which the pictures are smaller views,
             in px; empty for pictures that are originals themselves. From `vlm_collab.sources`.
-        ignored: what of the request has no effect (see `vlm_collab.openai.meaning`).
+        ignored: what of the request has no effect (see `vlm_collab.openai.unsupported`).
         places: where pictures stand in the texts, where that matters; see `places.needed`.
     """
 

@@ -1,6 +1,6 @@
 """Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
 
-Bytes are checked by `vlm_collab.headers` before a pixel is decompressed, and the decoder gets
+Bytes are checked by `vlm_collab.pictures.headers` before a pixel is decompressed, and the decoder gets
 what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or their
 checksums, a picture whose pixels are whole is a good one.
 
@@ -25,7 +25,7 @@ from PIL.ImageFile import ImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.headers import (
+from vlm_collab.pictures.headers import (
     MAX_ORIGINAL_PARTS,
     Codec,
     StoredHeader,
@@ -36,7 +36,7 @@ from vlm_collab.headers import (
     stored_header,
     top_rows,
 )
-from vlm_collab.pixels import (
+from vlm_collab.pictures.pixels import (
     ALL_CODECS,
     agreed_codec,
     codec_names,

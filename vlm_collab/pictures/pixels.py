@@ -1,6 +1,6 @@
-"""Pillow's decoders, bounded and made plain: the ground that `vlm_collab.images` stands on.
+"""Pillow's decoders, bounded and made plain: the ground that `vlm_collab.pictures.images` stands on.
 
-What comes here are the pixels of a picture that `vlm_collab.headers` has checked, without its
+What comes here are the pixels of a picture that `vlm_collab.pictures.headers` has checked, without its
 metadata; the decoder's own view of size and frames is checked once more. Each format is opened by
 its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
 limit is the caller's rather than Pillow's process-wide one, and the second pictures that phones
@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.headers import (
+from vlm_collab.pictures.headers import (
     Codec,
     check_frames,
     check_pixels,

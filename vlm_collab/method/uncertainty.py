@@ -1,7 +1,7 @@
 """Uncertainty of generated tokens, from their raw logits (numpy).
 
 What needs no arrays (`Metric`, `Aggregate`, `TokenStatistics`, `aggregate`) is defined in
-`vlm_collab.policy`, which imports without numpy, and re-exported here.
+`vlm_collab.method.policy`, which imports without numpy, and re-exported here.
 
 Sources: Eq. 14-16 of `003_92b41fe49395ce1a.txt`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_collab.policy import Aggregate, Metric, TokenStatistics, aggregate
+from vlm_collab.method.policy import Aggregate, Metric, TokenStatistics, aggregate
 
 __all__ = [
     "Aggregate",

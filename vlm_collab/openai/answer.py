@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from vlm_collab.messages import Finish, Stage, Token
 from vlm_collab.openai.errors import ApiError
+from vlm_collab.protocol.messages import Finish, Stage, Token
 
 _MICRO_BITS_TO_NATS = math.log(2.0) / 1e6
 

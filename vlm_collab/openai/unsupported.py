@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_collab.openai.errors import ApiError, refuse
-from vlm_collab.openai.texts import CHAT_FIELDS, refuse_pictures_in
+from vlm_collab.openai.text_only import CHAT_FIELDS, refuse_pictures_in
 
 IGNORED_HEADER = "x-vlm-collab-ignored"
 """Names what of a request had no effect, as paths without indices, with commas between."""

@@ -2,7 +2,7 @@
 
 The definitions that need no arrays live here (`Metric`, `Aggregate`, `TokenStatistics`,
 `aggregate`), so that the edge and the messages can use them where numpy is not installed.
-`vlm_collab.uncertainty` computes the statistics from logits and re-exports these names.
+`vlm_collab.method.uncertainty` computes the statistics from logits and re-exports these names.
 
 Sources: section V-A and Eq. 9, 13-16 of `003_92b41fe49395ce1a.txt`.
 """

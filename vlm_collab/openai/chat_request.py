@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_collab.openai.errors import refuse
-from vlm_collab.openai.fields import Fields, decode_body
-from vlm_collab.openai.meaning import refused
-from vlm_collab.openai.query import (
+from vlm_collab.openai.conversation import (
     Conversation,
     PictureSource,
     Query,
@@ -17,13 +14,16 @@ from vlm_collab.openai.query import (
     make_query,
     read_picture,
 )
-from vlm_collab.openai.texts import refuse_pictures_in
-from vlm_collab.openai.wishes import (
+from vlm_collab.openai.errors import refuse
+from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.parameters import (
     check_detail,
     leave_tools,
     read_extension,
     read_options,
 )
+from vlm_collab.openai.text_only import refuse_pictures_in
+from vlm_collab.openai.unsupported import refused
 
 _MESSAGES = "messages"
 _ROLES = {

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vlm_collab.web.places import Place, Places
-from vlm_collab.web.transport import WRITE_TIMEOUT_S, WatchedTransport
+from vlm_collab.web.connection_limits import Place, Places
+from vlm_collab.web.write_timeout import WRITE_TIMEOUT_S, WatchedTransport
 
 IDLE_S = 20.0
 """A connection on which nothing is asked, or only begun to be, for so long is closed."""

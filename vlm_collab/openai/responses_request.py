@@ -8,11 +8,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from vlm_collab.messages import Options, Retransmit
-from vlm_collab.openai.errors import refuse
-from vlm_collab.openai.fields import Fields, decode_body
-from vlm_collab.openai.meaning import refused
-from vlm_collab.openai.query import (
+from vlm_collab.openai.conversation import (
     Conversation,
     PictureSource,
     Query,
@@ -21,7 +17,9 @@ from vlm_collab.openai.query import (
     make_query,
     read_picture,
 )
-from vlm_collab.openai.wishes import (
+from vlm_collab.openai.errors import refuse
+from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.parameters import (
     check_detail,
     leave_tools,
     read_extension,
@@ -29,6 +27,8 @@ from vlm_collab.openai.wishes import (
     read_tools,
     tool_demanded,
 )
+from vlm_collab.openai.unsupported import refused
+from vlm_collab.protocol.messages import Options, Retransmit
 
 REGION_TOOL = "request_region"
 """The one tool that the model calls: it names a box, and gets the crop."""
@@ -94,7 +94,7 @@ class ResponsesRequest:
         stream: send the answer as it grows.
         sources: see `Query`.
         limits: those that it was read with.
-        ignored: what of it has no effect (see `vlm_collab.openai.meaning`).
+        ignored: what of it has no effect (see `vlm_collab.openai.unsupported`).
     """
 
     model: str | None

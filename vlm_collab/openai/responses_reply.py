@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from vlm_collab.messages import Finish
+from vlm_collab.openai.answer import Result, logprobs_of, sse
 from vlm_collab.openai.errors import ApiError
-from vlm_collab.openai.responses import (
+from vlm_collab.openai.parameters import EXTENSION
+from vlm_collab.openai.responses_request import (
     REGION_TOOL,
     ResponsesRequest,
     call_item_id,
     message_id,
 )
-from vlm_collab.openai.result import Result, logprobs_of, sse
-from vlm_collab.openai.wishes import EXTENSION
+from vlm_collab.protocol.messages import Finish
 
 
 class ResponseBuilder:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vlm_collab.messages import Options, Retransmit
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields
-from vlm_collab.openai.meaning import CALLS_NONE, refused
+from vlm_collab.openai.unsupported import CALLS_NONE, refused
+from vlm_collab.protocol.messages import Options, Retransmit
 
 _MAX_STOPS = 4
 _MAX_STOP_CHARS = 64

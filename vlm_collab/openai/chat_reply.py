@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_collab.messages import Finish
+from vlm_collab.openai.answer import DONE, Result, logprobs_of, sse
 from vlm_collab.openai.errors import ApiError
-from vlm_collab.openai.result import DONE, Result, logprobs_of, sse
-from vlm_collab.openai.wishes import EXTENSION
+from vlm_collab.openai.parameters import EXTENSION
+from vlm_collab.protocol.messages import Finish
 
 
 def finish_reason(finish: Finish) -> str:

@@ -8,8 +8,8 @@ from typing import cast
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame, Opcode
 
-from vlm_collab.web.rate import Rate
-from vlm_collab.web.transport import WRITE_TIMEOUT_S, WatchedTransport
+from vlm_collab.web.rate_limit import Rate
+from vlm_collab.web.write_timeout import WRITE_TIMEOUT_S, WatchedTransport
 
 PIECE_BYTES = 1024
 """What came is parsed in such pieces, each of which holds a bounded number of frames."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_collab.messages import Stage
+from vlm_collab.protocol.messages import Stage
 
 _UNSETTLED_CHARS = 4
 """The end of a growing text, which a later token may still spell in another way."""

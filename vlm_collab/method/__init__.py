@@ -1,0 +1,1 @@
+"""The method itself: uncertainty, policies, regions and costs."""

@@ -1,0 +1,1 @@
+"""Pictures as bytes: headers, bounded decoding, views and crops."""
