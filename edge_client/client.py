@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Self, TypeAlias, TypedDict, Unpack
 
 from edge_client.answer import EdgeAnswer
-from edge_client.asking import Asking, Request, TextSink, ViewState
-from edge_client.dial import DEFAULT_URL, Server
-from edge_client.guard import open_guard
-from edge_client.keeper import LinkKeeper, Retry
-from edge_client.link import CODECS
+from edge_client.link.dial import DEFAULT_URL, Server
+from edge_client.link.link import CODECS
+from edge_client.link.question import Asking, Request, TextSink, ViewState
+from edge_client.link.reconnect import LinkKeeper, Retry
 from edge_client.picture import Album, Picture, PictureLike
-from edge_client.privacy import Policy
+from edge_client.privacy.guard import open_guard
+from edge_client.privacy.policy import Policy
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
 from vlm_collab.protocol.image_positions import Place, fault_of, joined

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from edge_client.answer import EdgeAnswer
-from edge_client.asking import TextSink
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient, Text
-from edge_client.dial import DEFAULT_URL
+from edge_client.link.dial import DEFAULT_URL
+from edge_client.link.question import TextSink
 from edge_client.picture import PictureLike
 from vlm_collab.errors import CollabError, LinkError
 from vlm_collab.protocol.messages import Options, Welcome

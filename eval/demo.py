@@ -16,10 +16,10 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from edge_client import show
 from edge_client.answer import EdgeAnswer
+from edge_client.cli import output as show
+from edge_client.cli.options import Token, TokenFile, token_of
 from edge_client.client import EdgeClient
-from edge_client.options import Token, TokenFile, token_of
 from edge_client.picture import Picture
 from server_plugin.assembly import engine_of
 from server_plugin.models import open_model

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from edge_client.answer import EdgeAnswer
-from edge_client.show import shown_text
+from edge_client.cli.output import shown_text
 from vlm_collab.geometry import Frame
 from vlm_collab.protocol.messages import Fallback
 

@@ -14,7 +14,7 @@ settings.register_profile("steady", deadline=None, suppress_health_check=[Health
 settings.load_profile("steady")
 
 # The root, and those that the commands for servers set up (`server_plugin.service.logs`,
-# `edge_client.cli_gateway`).
+# `edge_client.cli.gateway`).
 _SET_UP = (None, "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "httpx", "httpcore")
 
 

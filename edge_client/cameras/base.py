@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.pictures.headers import identify

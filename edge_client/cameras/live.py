@@ -8,7 +8,7 @@ from abc import abstractmethod
 from functools import partial
 
 from edge_client.cameras.base import Camera, CameraError, Frame, News
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 
 SILENCE_S = 5.0
 """A source without a good picture for so long is in trouble, whatever it does meanwhile."""

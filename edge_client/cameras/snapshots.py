@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
-from edge_client.cameras.choose import is_blank
 from edge_client.cameras.live import Live
+from edge_client.cameras.sharpest import is_blank
 from edge_client.cameras.stills import checked
 from edge_client.cameras.web import Address, Reply
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from edge_client.cameras.base import PICTURE_SUFFIXES, Camera, CameraError, Frame, News
-from edge_client.cameras.choose import is_blank
+from edge_client.cameras.sharpest import is_blank
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Size

@@ -17,11 +17,11 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from edge_client.cameras import choose
+from edge_client.cameras import sharpest as choose
 from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
 from edge_client.cameras.live import Live
 from edge_client.cameras.upright import brightness_of, picture_of
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 
 OPEN_TIMEOUT_S = 10.0

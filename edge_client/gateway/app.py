@@ -20,15 +20,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
-from edge_client.dial import DEFAULT_URL
+from edge_client.gateway.admission import Place, Room
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
-from edge_client.gateway.events import EventTooLongError, whole_events
 from edge_client.gateway.logs import REFUSED
 from edge_client.gateway.page import Page
-from edge_client.gateway.room import Place, Room
-from edge_client.gateway.store import ResponseStore
+from edge_client.gateway.response_store import ResponseStore
+from edge_client.gateway.sse_relay import EventTooLongError, whole_events
 from edge_client.gateway.streaming import (
     FAILED,
     EventStream,
@@ -38,6 +37,7 @@ from edge_client.gateway.streaming import (
     unless_gone,
 )
 from edge_client.gateway.upstream import content_of, lost
+from edge_client.link.dial import DEFAULT_URL
 from vlm_collab import __version__
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import (

@@ -9,7 +9,7 @@ from edge_client.client import ClientOptions
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayConfig
 from edge_client.picture import Album
-from edge_client.privacy import Policy, load_policy
+from edge_client.privacy.policy import Policy, load_policy
 from vlm_collab.openai import refuse
 
 

@@ -14,10 +14,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from edge_client.dial import ENDPOINT, dial
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayLimits
 from edge_client.gateway.logs import PAGE_REFUSED
+from edge_client.link.dial import ENDPOINT, dial
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, api_error
 from vlm_collab.page import HEADERS, INDEX, page_file

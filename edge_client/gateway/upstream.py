@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import msgspec
 
-from edge_client.dial import ENDPOINT, Server
+from edge_client.link.dial import ENDPOINT, Server
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import ApiError, Query, Report, Result, refuse
 from vlm_collab.protocol.messages import Finish, Stage, Token, micro

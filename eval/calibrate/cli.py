@@ -11,7 +11,7 @@ import msgspec
 import typer
 from typer.core import TyperGroup
 
-from edge_client.cli_help import Command, NamedValues
+from edge_client.cli.help import Command, NamedValues
 from eval.tasks import open_task
 from server_plugin.calibration import Calibration
 from server_plugin.options import Device, Dtype, FitName, PresetFile, PromptName, ViewSide

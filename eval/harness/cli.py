@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edge_client.cli_help import Command, NamedValues
+from edge_client.cli.help import Command, NamedValues
 
 _COMMANDS = {
     "run": ("eval.harness.cli_run", "Answer a benchmark's questions, and keep everything."),

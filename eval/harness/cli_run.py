@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edge_client.options import Token, TokenFile, token_of
+from edge_client.cli.options import Token, TokenFile, token_of
 from eval.harness.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.harness.loading import ModelOptions
 from eval.harness.method import Method
@@ -277,7 +277,7 @@ def _several(count: int, threads: int | None) -> None:
         of_each["OMP_NUM_THREADS"] = str(threads)
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "edge_client.cli", *arguments],
+            [sys.executable, "-m", "edge_client.cli.main", *arguments],
             stdout=subprocess.DEVNULL,  # how it ended is told once, when all of them have
             env={
                 **of_each,

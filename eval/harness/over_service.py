@@ -22,7 +22,7 @@ import msgspec
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
-from edge_client.link import CODECS
+from edge_client.link.link import CODECS
 from edge_client.picture import Picture
 from eval.harness.method import (
     Asked,

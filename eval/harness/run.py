@@ -284,6 +284,6 @@ def _stops(task: asyncio.Task[Any]) -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    from edge_client.cli import main
+    from edge_client.cli.main import main
 
     main(["eval", "run", *sys.argv[1:]])

@@ -116,7 +116,7 @@ def _call(command: list[str], folder: Path) -> None:
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     # One thread for each process: the same rounding on however many cores and processes.
     called = subprocess.run(
-        [sys.executable, "-m", "edge_client.cli", *command],
+        [sys.executable, "-m", "edge_client.cli.main", *command],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         check=False,

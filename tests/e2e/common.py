@@ -14,7 +14,7 @@ from PIL import Image
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.service.app import Service

@@ -14,9 +14,9 @@ import trustme
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from edge_client.audit import RegionLine, ViewLine, read_log
 from edge_client.client import EdgeClient
 from edge_client.gateway import GatewayConfig
+from edge_client.privacy.audit_log import RegionLine, ViewLine, read_log
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import HASTY, SURE, UNSURE, check, photo

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from edge_client.audit import ViewLine, read_log
+from edge_client.privacy.audit_log import ViewLine, read_log
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.e2e.gateways import MODEL, Place, item, place, said
 from vlm_collab.geometry import Box

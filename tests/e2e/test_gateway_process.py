@@ -21,7 +21,7 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from edge_client import cli
+from edge_client.cli import main as cli
 from eval.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import data_url, said
@@ -292,7 +292,7 @@ def test_a_wrong_token_is_told_at_once(capsys: pytest.CaptureFixture[str]):
 
 
 def test_without_its_extra_it_says_what_to_install():
-    missing = "import sys; sys.modules['starlette'] = None; from edge_client.cli import main; "
+    missing = "import sys; sys.modules['starlette'] = None; from edge_client.cli.main import main; "
     done = subprocess.run(
         [sys.executable, "-c", missing + "main(['gateway'])"],
         capture_output=True,

@@ -11,7 +11,8 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_upstream
 from websockets.typing import Subprotocol
 
-from edge_client.gateway import Gateway, bind, room, runner, url_of
+from edge_client.gateway import Gateway, bind, runner, url_of
+from edge_client.gateway import admission as room
 from server_plugin.service.runner import running as serving_service
 from tests.e2e.gateways import gateway
 from tests.support.raw import (

@@ -17,7 +17,7 @@ from openai import DEFAULT_MAX_RETRIES
 from PIL import Image
 
 from edge_client.picture import Picture
-from edge_client.privacy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, Policy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest

@@ -17,13 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_client import cli
-from edge_client.areas import Rectangle
-from edge_client.audit import AuditLog, HiddenLine, RegionLine, ViewLine, parsed, read_log
+from edge_client.cli import main as cli
 from edge_client.client import EdgeClient
-from edge_client.guard import Guard
 from edge_client.picture import Picture
-from edge_client.privacy import CameraPolicy, Policy
+from edge_client.privacy.areas import Rectangle
+from edge_client.privacy.audit_log import (
+    AuditLog,
+    HiddenLine,
+    RegionLine,
+    ViewLine,
+    parsed,
+    read_log,
+)
+from edge_client.privacy.guard import Guard
+from edge_client.privacy.policy import CameraPolicy, Policy
 from server_plugin.service.runner import running
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import difference, photo, saved, turned

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.cameras import CameraError, live, open_camera, video
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference

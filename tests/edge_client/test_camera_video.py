@@ -15,8 +15,9 @@ import av
 import pytest
 from PIL import Image, ImageFilter
 
-from edge_client.cameras import CameraError, Frame, choose, open_camera, snapshots, video
-from edge_client.keeper import Retry
+from edge_client.cameras import CameraError, Frame, open_camera, snapshots, video
+from edge_client.cameras import sharpest as choose
+from edge_client.link.reconnect import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved

@@ -12,7 +12,7 @@ import trustme
 from PIL import Image, ImageCms
 
 from edge_client.cameras import Camera, CameraError, Frame, live, open_camera, snapshots, video, web
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from tests.support.clips import scene
 from tests.support.patience import PATIENCE_S

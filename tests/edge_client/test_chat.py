@@ -26,7 +26,7 @@ from tests.support.web_camera import WebCamera, page, picture
 from vlm_collab.protocol.messages import Ask, Cancel
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT = (sys.executable, "-m", "edge_client.cli", "chat")
+CHAT = (sys.executable, "-m", "edge_client.cli.main", "chat")
 ENVIRONMENT = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "120"}
 WAIT_S = PATIENCE_S
 ANSWERED = r"received [^\n]*\n> "
@@ -401,7 +401,7 @@ async def test_in_a_pipe_a_server_that_stays_away_is_told_after_the_deadline(fil
     ],
 )
 def test_wrong_use_is_one_line(capsys, arguments, code, line):
-    from edge_client import cli
+    from edge_client.cli import main as cli
 
     with pytest.raises(SystemExit) as ended:
         cli.main(["chat", *arguments])
@@ -416,7 +416,7 @@ def test_a_missing_extra_is_named(command, tmp_path):
     arguments = ["rtsp://127.0.0.1/x", *(["what?", "--every", "1"] if command == "watch" else [])]
     code = (
         "import sys; sys.modules['av'] = None\n"
-        f"from edge_client.cli import main; main({[command, *arguments]})"
+        f"from edge_client.cli.main import main; main({[command, *arguments]})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input="", capture_output=True, text=True, timeout=60
@@ -430,7 +430,7 @@ def test_a_missing_extra_is_named(command, tmp_path):
 def test_a_file_needs_no_extra(server, file):
     code = (
         "import sys; sys.modules['av'] = None; sys.modules['numpy'] = None\n"
-        "from edge_client.cli import main\n"
+        "from edge_client.cli.main import main\n"
         f"main(['chat', {str(file)!r}, '--server', {server!r}])"
     )
     done = subprocess.run(

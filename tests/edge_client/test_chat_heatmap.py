@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from edge_client.answer import EdgeAnswer
-from edge_client.heatmap import MOST_LINES, heat_map
+from edge_client.cli.heatmap import MOST_LINES, heat_map
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.protocol.messages import Fallback, Stage, Usage
 

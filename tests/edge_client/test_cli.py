@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from edge_client import cli, show
 from edge_client.answer import EdgeAnswer
+from edge_client.cli import main as cli
+from edge_client.cli import output as show
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
@@ -417,7 +418,7 @@ def test_every_error_has_a_documented_code():
 
 
 def program(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code + "from edge_client.cli import main; main()"]
+    command = [sys.executable, "-c", code + "from edge_client.cli.main import main; main()"]
     return subprocess.run(
         [*command, *arguments],
         capture_output=True,
@@ -506,7 +507,7 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "edge_client.cli",
+            "edge_client.cli.main",
             "ask",
             photo_file,
             SURE,
@@ -527,7 +528,7 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
 
 async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
     async with running(service()) as url:
-        command = f"{sys.executable} -m edge_client.cli ask {photo_file} q1 q2 --server {url}"
+        command = f"{sys.executable} -m edge_client.cli.main ask {photo_file} q1 q2 --server {url}"
         process = await asyncio.create_subprocess_shell(
             f"{command} --json | true", stderr=subprocess.PIPE
         )

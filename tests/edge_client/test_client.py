@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from edge_client import asking
 from edge_client.client import EdgeClient
-from edge_client.keeper import Retry
+from edge_client.link import question as asking
+from edge_client.link.reconnect import Retry
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
 from tests.support.patience import PATIENCE_S

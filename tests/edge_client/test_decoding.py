@@ -6,7 +6,7 @@ import pytest
 from PIL.ImageFile import ImageFile
 
 from edge_client.client import EdgeClient
-from edge_client.privacy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, Policy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.protocol.messages import Decline, Region, Stage

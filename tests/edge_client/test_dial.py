@@ -7,8 +7,8 @@ import ssl
 import pytest
 import trustme
 
-from edge_client.dial import DEFAULT_URL, LostError, Server
-from edge_client.link import Link
+from edge_client.link.dial import DEFAULT_URL, LostError, Server
+from edge_client.link.link import Link
 from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
 from vlm_collab.protocol.table import EdgeLimits

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.gateway.events import MAX_EVENT_BYTES, EventTooLongError, whole_events
+from edge_client.gateway.sse_relay import MAX_EVENT_BYTES, EventTooLongError, whole_events
 
 
 async def made(*pieces: bytes) -> AsyncGenerator[bytes, None]:

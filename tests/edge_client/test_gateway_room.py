@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.gateway import room as room_module
+from edge_client.gateway import admission as room_module
+from edge_client.gateway.admission import LONGEST_WAIT_S, Place, Room
 from edge_client.gateway.config import GatewayLimits
-from edge_client.gateway.room import LONGEST_WAIT_S, Place, Room
 from vlm_collab.openai import ApiError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from edge_client.dial import Server
 from edge_client.gateway.upstream import TextUpstream
+from edge_client.link.dial import Server
 from vlm_collab.openai import ApiError, Query
 from vlm_collab.protocol.messages import Finish, Options
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from edge_client.areas import Rectangle
-from edge_client.audit import AuditLog, RegionLine, ViewLine, read_log
 from edge_client.client import EdgeClient
-from edge_client.dial import without_secrets
-from edge_client.guard import Guard, QuestionGuard
+from edge_client.link.dial import without_secrets
 from edge_client.picture import Picture
-from edge_client.privacy import CameraPolicy, Hours, Policy
+from edge_client.privacy.areas import Rectangle
+from edge_client.privacy.audit_log import AuditLog, RegionLine, ViewLine, read_log
+from edge_client.privacy.guard import Guard, QuestionGuard
+from edge_client.privacy.policy import CameraPolicy, Hours, Policy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.errors import ConfigError, PrivacyError, RemoteProtocolError

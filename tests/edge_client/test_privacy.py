@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from edge_client.areas import Mask
-from edge_client.audit import RegionLine, ViewLine
-from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Hours, _Rules, load_policy
+from edge_client.privacy.areas import Mask
+from edge_client.privacy.audit_log import RegionLine, ViewLine
+from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, Hours, _Rules, load_policy
 from vlm_collab.errors import CollabError, ConfigError, PrivacyError
 from vlm_collab.geometry import Box, Size
 

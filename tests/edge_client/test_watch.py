@@ -19,11 +19,11 @@ import pexpect
 import pytest
 from PIL import Image
 
-from edge_client import cli_watch
 from edge_client.cameras import open_camera
-from edge_client.cli_watch import Watch
+from edge_client.cli import watch as cli_watch
+from edge_client.cli.watch import Watch
 from edge_client.client import EdgeClient
-from edge_client.keeper import Retry
+from edge_client.link.reconnect import Retry
 from server_plugin.service.runner import running
 from tests.e2e.common import HASTY, World, slow, world
 from tests.support.clips import scene, shaken, write_clip
@@ -335,7 +335,7 @@ def server() -> Iterator[str]:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "edge_client.cli", "watch", *map(str, arguments)]
+    return [sys.executable, "-m", "edge_client.cli.main", "watch", *map(str, arguments)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -422,7 +422,7 @@ def test_lines_on_stdout_may_be_read_as_long_as_one_likes(clip, server):
     ],
 )
 def test_wrong_use_is_one_line(capsys, clip, arguments, line):
-    from edge_client import cli
+    from edge_client.cli import main as cli
 
     with pytest.raises(SystemExit) as ended:
         cli.main(["watch", str(clip), "what?", *arguments])

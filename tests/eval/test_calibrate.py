@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import server_plugin.cli
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.baselines.from_records import decided
 from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
 from eval.calibrate.layers import (

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from datasets import config
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.harness.cli import app
 from eval.harness.cli_run import _without_processes
 from eval.harness.folder import RunFolder
@@ -153,7 +153,7 @@ def test_processes_share_the_samples_out(
     line = ["run", "--task", "signs", "--limit", "7", "--batch", "1"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert call(capsys, *line, "--out", str(alone))[0] == 0
-    program = [sys.executable, "-m", "edge_client.cli", "eval", *line, "--out", str(shared)]
+    program = [sys.executable, "-m", "edge_client.cli.main", "eval", *line, "--out", str(shared)]
     # As many threads as this process has; two processes by themselves would have half of them.
     threads = ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
     done = subprocess.run([*program, *threads, "--processes", "2"], capture_output=True, text=True)
@@ -166,7 +166,7 @@ def test_processes_share_the_samples_out(
 
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """Sums over two threads are rounded otherwise than over one."""
-    program = [sys.executable, "-m", "edge_client.cli", "eval", "run", "--task", "signs"]
+    program = [sys.executable, "-m", "edge_client.cli.main", "eval", "run", "--task", "signs"]
     program += ["--limit", "6", "--batch", "1", "--save-every", "1"]
 
     def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -224,7 +224,7 @@ def test_a_run_that_ends_incomplete_says_so(
 @pytest.mark.slow
 def test_a_process_that_fails_makes_the_whole_fail(tmp_path: Path) -> None:
     line = ["--task", "signs", "--limit", "2", "--layer", "77", "--out", str(tmp_path / "run")]
-    program = [sys.executable, "-m", "edge_client.cli", "eval", "run", *line]
+    program = [sys.executable, "-m", "edge_client.cli.main", "eval", "run", *line]
     done = subprocess.run([*program, "--processes", "2"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

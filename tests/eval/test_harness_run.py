@@ -24,7 +24,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from edge_client.picture import Picture
 from eval.harness.folder import FAILURES, RunFolder
 from eval.harness.loading import ModelOptions

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.harness.curves import Setting, ends
 from eval.harness.records import PROVENANCE, Record, write_shard
 from eval.harness.runs import Run, open_run

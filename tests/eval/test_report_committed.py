@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.baselines.base import two_stage_point
 from eval.baselines.from_records import decided
 from eval.harness.curves import Setting
@@ -146,7 +146,7 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     assert ended.value.code == 0
     # Another process, in which sets and dictionaries of strings have another order.
     subprocess.run(
-        [sys.executable, "-m", "edge_client.cli", *line, "--out", str(tmp_path / "b")],
+        [sys.executable, "-m", "edge_client.cli.main", *line, "--out", str(tmp_path / "b")],
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"},
         timeout=300,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.baselines.base import two_stage_point
 from eval.baselines.from_records import decided
 from eval.harness.curves import (

@@ -71,7 +71,7 @@ import sys, importlib.util
 assert importlib.util.find_spec("numpy") is None and importlib.util.find_spec("torch") is None
 import vlm_collab, edge_client
 import vlm_collab.protocol.messages, vlm_collab.protocol.table, vlm_collab.method.policy, vlm_collab.method.cost
-import edge_client.client, edge_client.sync, edge_client.cli
+import edge_client.client, edge_client.sync, edge_client.cli.main
 print(edge_client.__version__)
 """
     done = _run(str(device / "bin/python"), "-c", code, cwd=tmp_path)

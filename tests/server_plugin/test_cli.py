@@ -19,7 +19,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from edge_client.picture import Picture
 from edge_client.sync import Client
 from server_plugin.models import open_model

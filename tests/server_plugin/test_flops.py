@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.cli import main
+from edge_client.cli.main import main
 from eval.flop_count import counted
 from server_plugin.backends.transformers_backend import TransformersBackend
 from server_plugin.engine import Engine, RegionNeed

@@ -1,5 +1,5 @@
 // One question from asking to its answer, over as many links and attempts as it takes, after
-// edge_client/asking.py. Once the server has asked for a region there is a first answer to fall
+// edge_client/link/question.py. Once the server has asked for a region there is a first answer to fall
 // back on, and from then on a question always ends with an answer.
 
 import { CollabError, LostError, ServerError, StoppedError } from "./errors.js";

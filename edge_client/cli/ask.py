@@ -10,11 +10,10 @@ from typing import Annotated
 
 import typer
 
-from edge_client import cli, show
 from edge_client.answer import EdgeAnswer
-from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
-from edge_client.dial import DEFAULT_URL
-from edge_client.options import (
+from edge_client.cli import main as cli
+from edge_client.cli import output as show
+from edge_client.cli.options import (
     Always,
     AuditFile,
     CaFile,
@@ -29,6 +28,8 @@ from edge_client.options import (
     token_of,
     wishes,
 )
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
+from edge_client.link.dial import DEFAULT_URL
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.headers import identify

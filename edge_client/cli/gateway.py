@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from edge_client.cli.options import Token, TokenFile, token_of
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
-from edge_client.dial import DEFAULT_URL
 from edge_client.gateway import (
     DEFAULT_PORT,
     Gateway,
@@ -24,7 +24,7 @@ from edge_client.gateway import (
     serve,
     url_of,
 )
-from edge_client.options import Token, TokenFile, token_of
+from edge_client.link.dial import DEFAULT_URL
 from vlm_collab.cli.secret_files import API_KEY_VARIABLE, chosen_key
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import WireLimits

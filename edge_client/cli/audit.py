@@ -16,9 +16,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from edge_client import cli
-from edge_client.audit import ImageLine, Log, ViewLine, read_log
-from edge_client.cli import printable
+from edge_client.cli import main as cli
+from edge_client.cli.main import printable
+from edge_client.privacy.audit_log import ImageLine, Log, ViewLine, read_log
 from vlm_collab.errors import ConfigError
 
 _WIDE = 200
@@ -142,7 +142,7 @@ def _seen(line: ImageLine, log: Log) -> str:
 def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
     # Not needed for the tables.
     from edge_client.picture import Picture
-    from edge_client.seen import draw_seen
+    from edge_client.privacy.audit_overlay import draw_seen
     from vlm_collab.pictures.images import Codec, encode
 
     suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}

@@ -7,7 +7,7 @@
 
 The file is YAML; `docs/privacy.md` describes it and `configs/edge-policy.yaml` is a complete
 example. Everything in it is checked when it is loaded: a word that is not known is refused, since
-a limit that is silently ignored is worse than none. `edge_client.guard` is what enforces it.
+a limit that is silently ignored is worse than none. `edge_client.privacy.guard` is what enforces it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from edge_client.areas import Hidden, Mask, Rectangle
+from edge_client.privacy.areas import Hidden, Mask, Rectangle
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
 

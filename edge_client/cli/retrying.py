@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Self
 
 from edge_client.answer import EdgeAnswer
-from edge_client.asking import TextSink
 from edge_client.client import ClientOptions
-from edge_client.dial import LostError
-from edge_client.keeper import Retry
+from edge_client.link.dial import LostError
+from edge_client.link.question import TextSink
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from edge_client.sync import Client
 from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
@@ -55,7 +55,7 @@ class PatientClient:
         self._client: Client | None = None
         self._welcome: Welcome | None = None
         self._log = _Attempts(note)
-        logger = logging.getLogger("edge_client.keeper")
+        logger = logging.getLogger("edge_client.link.reconnect")
         logger.addHandler(self._log)
         logger.setLevel(logging.INFO)
 
@@ -150,7 +150,7 @@ class PatientClient:
 
     def close(self) -> None:
         """Close the connection. Closing twice does nothing."""
-        logging.getLogger("edge_client.keeper").removeHandler(self._log)
+        logging.getLogger("edge_client.link.reconnect").removeHandler(self._log)
         if self._client is not None:
             self._client.close()
 

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from edge_client.cli_help import Command, NamedValues
+from edge_client.cli.help import Command, NamedValues
 from vlm_collab import __version__
 from vlm_collab.cli.quiet import hush
 from vlm_collab.errors import (
@@ -61,11 +61,11 @@ EXIT_CODES_HELP = (
 )
 
 _BUILT_IN = {
-    "ask": "edge_client.cli_ask:ask",
-    "audit": "edge_client.cli_audit:audit",
-    "chat": "edge_client.cli_chat:chat",
-    "gateway": "edge_client.cli_gateway:gateway",
-    "watch": "edge_client.cli_watch:watch",
+    "ask": "edge_client.cli.ask:ask",
+    "audit": "edge_client.cli.audit:audit",
+    "chat": "edge_client.cli.chat:chat",
+    "gateway": "edge_client.cli.gateway:gateway",
+    "watch": "edge_client.cli.watch:watch",
 }
 
 # What `--help` says of commands without importing them, and which extra they need.

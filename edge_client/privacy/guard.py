@@ -24,10 +24,10 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from edge_client.audit import AuditLog, ImageLine, Recent, RegionLine, ViewLine
-from edge_client.dial import without_secrets
+from edge_client.link.dial import without_secrets
 from edge_client.picture import Picture
-from edge_client.privacy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
+from edge_client.privacy.audit_log import AuditLog, ImageLine, Recent, RegionLine, ViewLine
+from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
 from vlm_collab.errors import PrivacyError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
 from vlm_collab.pictures.headers import Codec

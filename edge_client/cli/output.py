@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_client import cli
 from edge_client.answer import EdgeAnswer
-from edge_client.asking import TextSink
-from edge_client.cli import printable
+from edge_client.cli import main as cli
+from edge_client.cli.main import printable
+from edge_client.link.question import TextSink
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Stage

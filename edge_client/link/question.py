@@ -14,11 +14,11 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from edge_client.answer import EdgeAnswer
-from edge_client.dial import LostError
-from edge_client.guard import QuestionGuard
-from edge_client.keeper import Retry
-from edge_client.link import CODECS, Exchange, Link
+from edge_client.link.dial import LostError
+from edge_client.link.link import CODECS, Exchange, Link
+from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.privacy.guard import QuestionGuard
 from vlm_collab.errors import (
     BusyError,
     CollabError,

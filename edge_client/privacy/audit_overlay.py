@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageEnhance
 
-from edge_client.audit import ImageLine, Log, ViewLine
 from edge_client.picture import Picture
+from edge_client.privacy.audit_log import ImageLine, Log, ViewLine
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size, frame_of
 from vlm_collab.pictures.images import Codec

@@ -19,16 +19,14 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from edge_client import cli, show
 from edge_client.answer import EdgeAnswer
-from edge_client.asking import TextSink
 from edge_client.cameras import Camera, CameraError, Frame, open_camera
 from edge_client.cameras.base import SOURCES_HELP
-from edge_client.cli import printable
-from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
-from edge_client.dial import DEFAULT_URL
-from edge_client.heatmap import heat_map
-from edge_client.options import (
+from edge_client.cli import main as cli
+from edge_client.cli import output as show
+from edge_client.cli.heatmap import heat_map
+from edge_client.cli.main import printable
+from edge_client.cli.options import (
     Always,
     AuditFile,
     CaFile,
@@ -43,7 +41,10 @@ from edge_client.options import (
     token_of,
     wishes,
 )
-from edge_client.patient import PatientClient
+from edge_client.cli.retrying import PatientClient
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
+from edge_client.link.dial import DEFAULT_URL
+from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.headers import identify

@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from itertools import count
 
-from edge_client.dial import LostError, Server
-from edge_client.link import Link
+from edge_client.link.dial import LostError, Server
+from edge_client.link.link import Link
 from vlm_collab.errors import ConfigError, LinkError
 from vlm_collab.protocol.table import EdgeLimits
 

@@ -19,15 +19,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from edge_client import cli, show
 from edge_client.answer import EdgeAnswer
 from edge_client.cameras import Camera, CameraError, Frame, open_camera
 from edge_client.cameras.base import SOURCES_HELP
-from edge_client.cli import printable
-from edge_client.cli_chat import moment, reader_may_leave
-from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
-from edge_client.dial import DEFAULT_URL
-from edge_client.options import (
+from edge_client.cli import main as cli
+from edge_client.cli import output as show
+from edge_client.cli.chat import moment, reader_may_leave
+from edge_client.cli.main import printable
+from edge_client.cli.options import (
     Always,
     AuditFile,
     CaFile,
@@ -42,7 +41,9 @@ from edge_client.options import (
     token_of,
     wishes,
 )
-from edge_client.patient import is_passing
+from edge_client.cli.retrying import is_passing
+from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
+from edge_client.link.dial import DEFAULT_URL
 from vlm_collab.errors import CollabError, ConfigError, LinkError, QuestionError
 from vlm_collab.protocol.messages import Options
 

@@ -9,7 +9,7 @@ import logging
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from edge_client.dial import CLIENT_NAME, LostError, Server, dial
+from edge_client.link.dial import CLIENT_NAME, LostError, Server, dial
 from vlm_collab.errors import (
     CollabError,
     ErrorCode,

@@ -1,0 +1,1 @@
+"""The `vlm-collab` command and the commands that run on the device."""

@@ -1,0 +1,1 @@
+"""Links to servers: connecting, reconnecting, and the questions on them."""
