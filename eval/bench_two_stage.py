@@ -1,7 +1,7 @@
 """How much does computing every visual token once save? Engine against straightforward pipeline.
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
-`server_plugin.engine` on the Transformers backend, and `eval.straightforward`, which is what a
+`server_plugin.engines.two_stage` on the Transformers backend, and `eval.straightforward`, which is what a
 reader of the paper would write on plain transformers. Answers have a fixed length; the end token
 is switched off for both. Tokens and boxes of both sides are compared before anything is timed, and
 must be the same in float32. (In 16-bit numbers near-ties fall differently with the shape of a
@@ -56,19 +56,19 @@ from eval.demo_model.provenance import provenance
 from eval.demo_model.words import BOS, EOS, IMAGE, PAD, build_tokenizer
 from eval.flop_count import counted, flop_counter
 from eval.straightforward import Answered, Straightforward
-from server_plugin.adapters.checkpoint import (
+from server_plugin.backends.base import Generation, ModelInfo
+from server_plugin.backends.transformers.adapters.checkpoint import (
     load_model,
     load_processor,
     local_or_hub,
     model_type_of,
 )
-from server_plugin.adapters.llava import LlavaAdapter
-from server_plugin.adapters.registry import adapter_for
-from server_plugin.backend import Generation, ModelInfo
-from server_plugin.backends.passes import Passes
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.engine import Engine, RegionNeed
-from server_plugin.presets import Preset, preset_for_family, preset_for_model
+from server_plugin.backends.transformers.adapters.llava import LlavaAdapter
+from server_plugin.backends.transformers.adapters.registry import adapter_for
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.backends.transformers.passes import Passes
+from server_plugin.engines.two_stage import Engine, RegionNeed
+from server_plugin.models.presets import Preset, preset_for_family, preset_for_model
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.method.cost import flops, shared_prefix_flops, total_flops

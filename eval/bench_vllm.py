@@ -50,10 +50,15 @@ from safetensors.torch import load_file, save_file
 
 from eval.bench_two_stage import SHAPES, machine, random_subject, spread
 from eval.demo_model.provenance import provenance
-from server_plugin.models import checkpoint_of, preset_of
-from server_plugin.presets import Preset
-from server_plugin.vllm.model import check, engine_options, open_vllm_model, weightless_adapter
-from server_plugin.vllm.serve import PLUGIN, require_vllm
+from server_plugin.backends.open import checkpoint_of, preset_of
+from server_plugin.backends.vllm.model import (
+    check,
+    engine_options,
+    open_vllm_model,
+    weightless_adapter,
+)
+from server_plugin.models.presets import Preset
+from server_plugin.vllm_server.launch import PLUGIN, require_vllm
 from vlm_collab.errors import CollabError
 
 QUESTION = "what is written on the large red sign?"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.backends.transformers.backend import TransformersBackend
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

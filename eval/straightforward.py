@@ -26,8 +26,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from server_plugin.backend import ModelInfo
-from server_plugin.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
+from server_plugin.backends.base import ModelInfo
+from server_plugin.models.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.geometry import Box, Size, frame_of, token_box_to_source
 from vlm_collab.method.roi import place_region, relative_map
 from vlm_collab.method.uncertainty import TokenStatistics, batch_token_statistics

@@ -165,7 +165,7 @@ def test_errors_of_libraries_are_heard(call: Call) -> None:
         "hush()\n"
         "logging.getLogger('somebody').warning('WARNING of somebody')\n"
         "logging.getLogger('somebody').error('ERROR of somebody')\n"
-        "logging.getLogger('server_plugin.engine').warning('WARNING of ours')\n"
+        "logging.getLogger('server_plugin.engines.two_stage').warning('WARNING of ours')\n"
     )
     done = call(sys.executable, "-c", code)
     assert done.stderr == "ERROR of somebody\nWARNING of ours\n"

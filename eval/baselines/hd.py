@@ -41,23 +41,23 @@ from eval.harness.runs import HD
 from eval.harness.two_stage import REFERENCE_QUALITY, codecs_of, statistics
 from eval.harness.wire import Said, one_stage
 from eval.tasks.base import Sample, Task
-from server_plugin.adapters.checkpoint import (
+from server_plugin.backends.base import Generation, ModelInfo
+from server_plugin.backends.open import FAKE_MODEL, checkpoint_of
+from server_plugin.backends.transformers.adapters.checkpoint import (
     load_config,
     load_model,
     load_processor,
     local_or_hub,
     model_type_of,
 )
-from server_plugin.adapters.llava import LlavaAdapter
-from server_plugin.adapters.prompts import PromptBuilder
-from server_plugin.adapters.registry import adapter_for
-from server_plugin.backend import Generation, ModelInfo
-from server_plugin.backends.batch import Batch, Row
-from server_plugin.backends.devices import device_of, dtype_of
-from server_plugin.engine import Work
-from server_plugin.models import FAKE_MODEL, checkpoint_of
-from server_plugin.presets import Preset
-from server_plugin.sampling import surprisal
+from server_plugin.backends.transformers.adapters.llava import LlavaAdapter
+from server_plugin.backends.transformers.adapters.prompts import PromptBuilder
+from server_plugin.backends.transformers.adapters.registry import adapter_for
+from server_plugin.backends.transformers.batch import Batch, Row
+from server_plugin.backends.transformers.devices import device_of, dtype_of
+from server_plugin.backends.transformers.sampling import surprisal
+from server_plugin.engines.two_stage import Work
+from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Grid, Size
 from vlm_collab.method.policy import Aggregate, Metric, aggregate
@@ -137,7 +137,7 @@ class HdModel:
 
     @classmethod
     def load(cls, name: str, preset: Preset, *, device: str, dtype: str) -> HdModel:
-        """Load a checkpoint; arguments as of `server_plugin.models.open_model`.
+        """Load a checkpoint; arguments as of `server_plugin.backends.open.open_model`.
 
         Raises:
             ModelError: it is missing or damaged.

@@ -13,7 +13,7 @@ from eval.calibrate.guarantee import Tested, guaranteed
 from eval.calibrate.splits import reported_note
 from eval.harness.curves import Bootstrap, Curve, Setting, counts_end, curve, ends, uncertainty
 from eval.harness.runs import Run
-from server_plugin.calibration import Calibration
+from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 

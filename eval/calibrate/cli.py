@@ -13,8 +13,8 @@ from typer.core import TyperGroup
 
 from edge_client.cli.help import Command, NamedValues
 from eval.tasks import open_task
-from server_plugin.calibration import Calibration
-from server_plugin.options import Device, Dtype, FitName, PresetFile, PromptName, ViewSide
+from server_plugin.cli.options import Device, Dtype, FitName, PresetFile, PromptName, ViewSide
+from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 
 _THRESHOLD, _LAYERS = "threshold", "layers"

@@ -23,9 +23,9 @@ from eval.harness.loading import ModelOptions, loaded
 from eval.harness.method import Pictures
 from eval.report.boxes import covered
 from eval.tasks.base import Sample, Task
-from server_plugin.assembly import engine_of
-from server_plugin.engine import Engine, RegionNeed, RegionUnavailableError
-from server_plugin.presets import Preset
+from server_plugin.engines.assembly import engine_of
+from server_plugin.engines.two_stage import Engine, RegionNeed, RegionUnavailableError
+from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box
 from vlm_collab.pictures.images import Codec, decode

@@ -23,7 +23,7 @@ from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
 from eval.demo_model.words import EOS, GENERIC, IMAGE
 from eval.scenes import Box, Question
-from server_plugin.backends.batch import cache_argument
+from server_plugin.backends.transformers.batch import cache_argument
 
 _MAX_TOKENS = 5
 _BATCH = 32

@@ -30,11 +30,11 @@ from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
 from eval.demo_model.workers import chunks
-from server_plugin.assembly import engine_of
-from server_plugin.models import open_model
-from server_plugin.service.app import Service
+from server_plugin.backends.open import open_model
+from server_plugin.engines.assembly import engine_of
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
+from server_plugin.service.service import Service
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import Options, Retransmit
 

@@ -32,7 +32,7 @@ from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import load_model
 from eval.scenes import Question, SceneStyle, generate_scene, questions, render
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Grid, Size
 from vlm_collab.method.roi import relative_map
 from vlm_collab.pictures.images import Codec

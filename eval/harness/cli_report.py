@@ -123,7 +123,7 @@ def report(
     from eval.report.inputs import sort_runs
     from eval.report.moved import moved
     from eval.report.write import FORMATS, RESULTS, seen_from, write_report
-    from server_plugin.calibration import load_calibration
+    from server_plugin.models.calibration import load_calibration
 
     for one in formats or ():
         if one not in FORMATS:

@@ -21,8 +21,8 @@ from eval.harness.run import Ended, Share, StoppedError
 from eval.harness.run import run as run_method
 from eval.harness.runs import HD, TWO_STAGE
 from eval.tasks import Task, open_task
-from server_plugin.models import DEMO_MODEL
-from server_plugin.options import (
+from server_plugin.backends.open import DEMO_MODEL
+from server_plugin.cli.options import (
     BaseSide,
     BatchSize,
     Device,

@@ -10,9 +10,15 @@ from typing import Any
 import msgspec
 
 from eval.harness.provenance import weights_digest
-from server_plugin.backend import Backend, ModelInfo
-from server_plugin.models import FAKE_MODEL, checkpoint_of, open_model, preset_of, with_options
-from server_plugin.presets import Preset
+from server_plugin.backends.base import Backend, ModelInfo
+from server_plugin.backends.open import (
+    FAKE_MODEL,
+    checkpoint_of,
+    open_model,
+    preset_of,
+    with_options,
+)
+from server_plugin.models.presets import Preset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
-from server_plugin.backend import (
+from server_plugin.backends.base import (
     GREEDY,
     Backend,
     Generation,
@@ -116,7 +116,7 @@ async def _settle(step: _Step) -> None:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """The backend as one question of a group sees it; see `server_plugin.backend.Backend`.
+    """The backend as one question of a group sees it; see `server_plugin.backends.base.Backend`.
 
     Attributes:
         seconds: time of each operation, by its name, in s. Operations that ran in one batch each

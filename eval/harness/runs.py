@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from eval.harness.records import PROVENANCE, Record, read_records
-from server_plugin.presets import Preset
+from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
 
 TWO_STAGE, HD = "two_stage", "hd"

@@ -30,10 +30,10 @@ from eval.harness.records import Record
 from eval.harness.runs import TWO_STAGE
 from eval.harness.wire import Said, exchange, one_stage
 from eval.tasks.base import Sample, Task
-from server_plugin.assembly import engine_of
-from server_plugin.backend import Backend, Generation
-from server_plugin.engine import Engine, Outcome, RegionNeed, Work
-from server_plugin.presets import Preset
+from server_plugin.backends.base import Backend, Generation
+from server_plugin.engines.assembly import engine_of
+from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, Work
+from server_plugin.models.presets import Preset
 from vlm_collab.method.policy import Metric
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
 from vlm_collab.protocol.messages import Fallback, Finish, Retransmit

@@ -29,10 +29,10 @@ from eval.lmms_plugin.asking import Asker, Reply
 from eval.lmms_plugin.originals import Original
 from eval.lmms_plugin.questions import Question
 from eval.lmms_plugin.settings import Settings
-from server_plugin.assembly import engine_of
-from server_plugin.backend import Backend, Sampling
-from server_plugin.engine import Engine, Outcome, RegionNeed
-from server_plugin.models import preset_of, with_options
+from server_plugin.backends.base import Backend, Sampling
+from server_plugin.backends.open import preset_of, with_options
+from server_plugin.engines.assembly import engine_of
+from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed
 from vlm_collab.pictures.images import decode
 from vlm_collab.protocol.messages import Ask, MoreView, Region, RegionRequest, micro
 

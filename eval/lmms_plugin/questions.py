@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.harness.method import SampleError
 from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
-from server_plugin.presets import IMAGE_SLOT
+from server_plugin.models.presets import IMAGE_SLOT
 from vlm_collab.errors import ConfigError
 from vlm_collab.protocol.messages import Options
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from server_plugin.models import DEMO_MODEL
+from server_plugin.backends.open import DEMO_MODEL
 from vlm_collab.cli.secret_files import TOKEN_VARIABLE, key_in
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         batch: most questions that the model here works on together.
         concurrency: most questions under way at a service.
         device, dtype, preset, fit, prompt, view_px, layer, base_px, placement, epsilon: see
-            `server_plugin.models.open_model`.
+            `server_plugin.backends.open.open_model`.
         seed: of answers of tasks that ask for sampling.
         log: file that gets a line of JSON for each question; of several processes, each has its
             own (FILE, FILE.1 …).

@@ -29,7 +29,7 @@ from eval.report.panels import (
     panel,
 )
 from eval.report.trace import rows_of
-from server_plugin.calibration import Calibration
+from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 

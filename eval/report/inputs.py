@@ -14,7 +14,7 @@ from eval.harness.provenance import difference
 from eval.harness.runs import HD, TWO_STAGE, Run
 from eval.tasks.catalogue import task_kind
 from eval.tasks.data import wherever
-from server_plugin.calibration import Calibration
+from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 

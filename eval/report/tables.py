@@ -33,7 +33,7 @@ from eval.report.panels import sent_at
 from eval.report.separation import finite, separation
 from eval.report.trace import rows_of
 from eval.tasks.catalogue import task_kind
-from server_plugin.calibration import Calibration
+from server_plugin.models.calibration import Calibration
 from vlm_collab.method.policy import Aggregate
 
 Row = dict[str, Any]

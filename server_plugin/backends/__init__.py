@@ -1,1 +1,1 @@
-"""Model runtimes behind `server_plugin.backend.Backend`, each loaded only when asked for."""
+"""Model runtimes behind `server_plugin.backends.base.Backend`, each loaded only when asked for."""

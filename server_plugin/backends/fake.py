@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL.Image import Image
 
-from server_plugin.backend import (
+from server_plugin.backends.base import (
     GREEDY,
     Generation,
     History,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
-from server_plugin.backend import History, Sampling
-from server_plugin.engine import (
+from server_plugin.backends.base import History, Sampling
+from server_plugin.engines.two_stage import (
     FetchRegion,
     Outcome,
     RegionNeed,
@@ -19,7 +19,7 @@ from server_plugin.engine import (
 )
 from server_plugin.service.metrics import Metrics
 from server_plugin.service.queue import QueueFullError, Turn
-from server_plugin.service.views import Lease, ViewsFullError
+from server_plugin.service.view_store import Lease, ViewsFullError
 from vlm_collab.errors import (
     ConfigError,
     ErrorCode,
@@ -32,7 +32,7 @@ from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import Fallback, Options
 
 if TYPE_CHECKING:
-    from server_plugin.service.app import Service
+    from server_plugin.service.service import Service
 
 log = logging.getLogger(__name__)
 

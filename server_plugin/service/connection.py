@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from server_plugin.backend import History
-from server_plugin.engine import Outcome, RegionNeed, RegionUnavailableError
+from server_plugin.backends.base import History
+from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError
 from server_plugin.service.answering import (
     Refused,
     ask_engine,
@@ -22,7 +22,7 @@ from server_plugin.service.answering import (
     count_answer,
     refusals,
 )
-from server_plugin.service.views import (
+from server_plugin.service.view_store import (
     ClientSession,
     Lease,
     ViewGoneLocallyError,
@@ -56,7 +56,7 @@ from vlm_collab.protocol.table import FITS, ServerSession
 from vlm_collab.web.rate_limit import Rate
 
 if TYPE_CHECKING:
-    from server_plugin.service.app import Service
+    from server_plugin.service.service import Service
 
 log = logging.getLogger(__name__)
 

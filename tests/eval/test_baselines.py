@@ -38,7 +38,7 @@ from eval.harness.records import PROVENANCE, Record
 from eval.harness.run import Share, run
 from eval.harness.runs import Run, open_run
 from eval.tasks import open_task
-from server_plugin.models import preset_of
+from server_plugin.backends.open import preset_of
 from tests.support import rows
 from tests.support.pictures import photo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava

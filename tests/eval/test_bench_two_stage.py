@@ -10,7 +10,7 @@ import pytest
 
 from eval import bench_two_stage
 from eval.straightforward import Straightforward
-from server_plugin.backend import ModelInfo
+from server_plugin.backends.base import ModelInfo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.cost import flops

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-import server_plugin.cli
+import server_plugin.cli.serve
 from edge_client.cli.main import main
 from eval.baselines.from_records import decided
 from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
@@ -39,8 +39,8 @@ from eval.report.trace import expanded
 from eval.report.write import RESULTS
 from eval.tasks import open_task
 from eval.tasks.catalogue import TASKS
-from server_plugin.calibration import Calibration, load_calibration
-from server_plugin.models import open_model
+from server_plugin.backends.open import open_model
+from server_plugin.models.calibration import Calibration, load_calibration
 from tests.eval.test_report import answers
 from tests.eval.test_sweep import rows, saved
 from tests.support.rows import row, run_of
@@ -239,7 +239,9 @@ def test_a_layer_of_qwen_is_measured_and_served(
     # The preset's own layer does not even exist in this model.
     with pytest.raises(ConfigError, match="layer 22 does not exist"):
         open_model(str(folder))
-    overrides = server_plugin.cli._calibrated({"view_px": 112, "eta": None}, path, str(folder))
+    overrides = server_plugin.cli.serve._calibrated(
+        {"view_px": 112, "eta": None}, path, str(folder)
+    )
     backend, preset = open_model(str(folder), **overrides)
     assert (backend.info.layer, preset.layer) == (found.layer, found.layer)
     asyncio.run(backend.close())
@@ -391,7 +393,7 @@ def served(
     async def start(model: str, config: object, *, model_options: Any, **rest: object) -> None:
         seen.update({key: value for key, value in model_options.items() if value is not None})
 
-    monkeypatch.setattr(server_plugin.cli, "_serve", start)
+    monkeypatch.setattr(server_plugin.cli.serve, "_serve", start)
     _, _, err = call(capsys, "serve", *arguments)
     return seen, err
 

@@ -17,7 +17,7 @@ from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reading, auroc
 from eval.demo_model.provenance import weights_digest
 from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 from vlm_collab.method.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from eval.scenes import crop, generate_scene, questions, render
-from server_plugin.models import demo_folder, open_model
+from server_plugin.backends.open import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 
 

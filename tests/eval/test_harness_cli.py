@@ -28,7 +28,7 @@ from eval.harness.progress import Progress
 from eval.harness.provenance import _command
 from eval.harness.records import Record
 from eval.harness.runs import open_run
-from server_plugin.presets import config_folder
+from server_plugin.models.presets import config_folder
 from tests.support.pictures import photo, saved
 
 TIMES = {"first_s", "look_s", "second_s", "edge_s"}

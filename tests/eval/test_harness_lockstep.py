@@ -11,9 +11,9 @@ from PIL import Image
 
 from eval.harness.lockstep import Gathers, Lockstep, Member
 from server_plugin.backends.fake import FakeBackend
-from server_plugin.backends.passes import Passes
-from server_plugin.backends.worker import Job
-from server_plugin.models import open_model
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.passes import Passes
+from server_plugin.backends.transformers.worker import Job
 from tests.support.patience import PATIENCE_S
 from vlm_collab.errors import ImageError
 

@@ -33,9 +33,9 @@ from eval.harness.run import Ended, Share, StoppedError, run
 from eval.harness.runs import open_run
 from eval.harness.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
-from server_plugin.assembly import engine_of
-from server_plugin.engine import RegionNeed
-from server_plugin.models import open_model
+from server_plugin.backends.open import open_model
+from server_plugin.engines.assembly import engine_of
+from server_plugin.engines.two_stage import RegionNeed
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import CollabError, ConfigError

@@ -25,7 +25,7 @@ from eval.harness.run import Share, run
 from eval.harness.runs import open_run
 from eval.harness.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 from tests.support import lmms_env
 from tests.support.process import serving
 from vlm_collab.method.policy import Decision, ThresholdPolicy, TokenStatistics

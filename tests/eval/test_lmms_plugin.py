@@ -24,12 +24,12 @@ from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, Original, originals_o
 from eval.lmms_plugin.over_network import OverNetwork
 from eval.lmms_plugin.questions import Question, questions_of
 from eval.lmms_plugin.settings import Settings, settings_from
-from server_plugin.assembly import engine_of
-from server_plugin.models import open_model
+from server_plugin.backends.open import open_model
+from server_plugin.engines.assembly import engine_of
 from server_plugin.service import connection
-from server_plugin.service.app import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
+from server_plugin.service.service import Service
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
 from vlm_collab.method.policy import Aggregate, Metric

@@ -25,7 +25,7 @@ from eval.report.panels import sent_at
 from eval.report.pictures import fig11
 from eval.report.trace import expanded
 from eval.report.write import RESULTS, as_json, write_report
-from server_plugin.calibration import Calibration
+from server_plugin.models.calibration import Calibration
 from tests.eval.test_sweep import saved
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError

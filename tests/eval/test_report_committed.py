@@ -23,7 +23,7 @@ from eval.report.demo import COMMITTED, commands, report_command
 from eval.report.findings import findings
 from eval.report.trace import expanded, provenance_of
 from eval.report.write import RESULTS
-from server_plugin.calibration import load_calibration
+from server_plugin.models.calibration import load_calibration
 from vlm_collab.method.policy import Aggregate, Metric
 
 RUNS = COMMITTED / "runs"

@@ -28,7 +28,7 @@ from eval.harness.curves import (
 )
 from eval.harness.records import PROVENANCE, Record, write_shard
 from eval.harness.runs import Run
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from server_plugin.backends.attention import (
+from server_plugin.backends.transformers.attention import (
     ATTENTION_NAME,
     RowCapture,
     RowReadyError,

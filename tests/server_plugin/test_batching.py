@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backend import Generation
-from server_plugin.backends.batch import Batch
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import preset_named
+from server_plugin.backends.base import Generation
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.backends.transformers.batch import Batch
+from server_plugin.models.presets import preset_named
 from server_plugin.service.queue import ModelQueue
 from tests.support.batches import queued, together
 from tests.support.oracle import picture
@@ -193,7 +193,7 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
 ) -> None:
     """Cancelled, or failed by the caller's function or by the runtime: the caches go at once."""
     # The records that pytest keeps hold traces, and with them the frames.
-    caplog.set_level(logging.CRITICAL, "server_plugin.backends.worker")
+    caplog.set_level(logging.CRITICAL, "server_plugin.backends.transformers.worker")
     caches: list[weakref.ref[Any]] = []
     prefill = Batch.prefill
 

@@ -21,17 +21,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-import server_plugin.models
+import server_plugin.backends.open
 from edge_client import EdgeClient, Picture
-from server_plugin.adapters import checkpoint as checkpoint_module
-from server_plugin.assembly import engine_of
 from server_plugin.backends.fake import FakeBackend
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import preset_named
-from server_plugin.service.app import Service
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.adapters import checkpoint as checkpoint_module
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.engines.assembly import engine_of
+from server_plugin.models.presets import preset_named
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
+from server_plugin.service.service import Service
 from tests.support.oracle import picture
 from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE
@@ -183,7 +183,7 @@ def test_a_cached_checkpoint_needs_no_hub(checkpoint: Path, tmp_path: Path) -> N
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     code = (
-        "from server_plugin.models import open_model\n"
+        "from server_plugin.backends.open import open_model\n"
         "backend, _ = open_model('owner/tiny', layer=1, device='cpu')\n"
         "print(backend.info.name)"
     )
@@ -244,7 +244,7 @@ async def test_the_fake_opens_without_a_checkpoint() -> None:
 
 
 def test_a_missing_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_plugin.models, "demo_folder", lambda: tmp_path)
+    monkeypatch.setattr(server_plugin.backends.open, "demo_folder", lambda: tmp_path)
     for name in (None, "demo"):
         with pytest.raises(ModelError, match="demo model is not installed"):
             open_model(name)

@@ -22,8 +22,8 @@ from websockets.sync.client import connect
 from edge_client.cli.main import main
 from edge_client.picture import Picture
 from edge_client.sync import Client
-from server_plugin.models import open_model
-from server_plugin.presets import config_folder
+from server_plugin.backends.open import open_model
+from server_plugin.models.presets import config_folder
 from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE, serving
 from tests.support.tiny_llava import rename_family, save_tiny_llava

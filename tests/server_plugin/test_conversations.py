@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from server_plugin.backend import Sampling
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import preset_named
-from server_plugin.sampling import Chooser, surprisal
+from server_plugin.backends.base import Sampling
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.backends.transformers.sampling import Chooser, surprisal
+from server_plugin.models.presets import preset_named
 from tests.support.oracle import Oracle, compare_answer, picture
 from tests.support.oracle_instructblip import InstructBlipOracle
 from tests.support.oracle_qwen import QwenOracle

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server_plugin.backends.batch import cache_argument
+from server_plugin.backends.transformers.batch import cache_argument
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import save_tiny_llava
 from tests.support.tiny_qwen import save_tiny_qwen
@@ -20,7 +20,7 @@ from vlm_collab.errors import ModelError
 # Both passes and a map, as a server does before its first question; nothing is hushed.
 ANSWER = """
 import asyncio, sys
-from server_plugin.models import open_model
+from server_plugin.backends.open import open_model
 backend, _ = open_model(sys.argv[1], device="cpu", layer=1)
 asyncio.run(backend.warm_up())
 """

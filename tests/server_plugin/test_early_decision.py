@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from edge_client.client import EdgeClient
-from server_plugin.backend import Generation
+from server_plugin.backends.base import Generation
 from server_plugin.backends.fake import FakeBackend, Script
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.engine import Engine, Outcome, RegionNeed, RegionUnavailableError
-from server_plugin.presets import preset_named
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, RegionUnavailableError
+from server_plugin.models.presets import preset_named
 from server_plugin.service.runner import running
 from tests.e2e.common import photo
 from tests.support.oracle import picture as blocks

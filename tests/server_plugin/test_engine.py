@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backend import RelativeAttention, Sampling
+from server_plugin.backends.base import RelativeAttention, Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
-from server_plugin.engine import Engine, RegionUnavailableError, Work
+from server_plugin.engines.two_stage import Engine, RegionUnavailableError, Work
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.method.cost import extension_flops

@@ -19,10 +19,10 @@ import pytest
 
 from edge_client.cli.main import main
 from eval.flop_count import counted
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.engine import Engine, RegionNeed
-from server_plugin.flops import Shape, costs_of, shape_of
-from server_plugin.presets import config_folder, preset_for_family, preset_named
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.cli.flops import Shape, costs_of, shape_of
+from server_plugin.engines.two_stage import Engine, RegionNeed
+from server_plugin.models.presets import config_folder, preset_for_family, preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava

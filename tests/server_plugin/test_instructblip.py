@@ -14,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from server_plugin.adapters.instructblip import ATTENTION_NAME, InstructBlipAdapter
-from server_plugin.backends import attention
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import Preset, preset_for_model, preset_named
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers import attention
+from server_plugin.backends.transformers.adapters.instructblip import (
+    ATTENTION_NAME,
+    InstructBlipAdapter,
+)
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.models.presets import Preset, preset_for_model, preset_named
 from tests.support.batches import queued, together
 from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_instructblip import InstructBlipOracle

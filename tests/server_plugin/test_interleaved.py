@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import preset_named
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.models.presets import preset_named
 from tests.support.batches import queued, together
 from tests.support.oracle import Oracle, compare_answer, picture
 from tests.support.oracle_instructblip import InstructBlipOracle

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.openai.whole import Original, Workshop
+from server_plugin.service.openai.uploads import Original, Workshop
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -575,7 +575,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
 
 
 async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(monkeypatch):
-    monkeypatch.setattr("server_plugin.service.app.FAREWELL_S", 0.1)
+    monkeypatch.setattr("server_plugin.service.service.FAREWELL_S", 0.1)
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])

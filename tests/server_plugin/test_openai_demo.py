@@ -7,10 +7,10 @@ import base64
 from typing import Any
 
 from eval.demo import PICTURES, cases
-from server_plugin.assembly import engine_of
-from server_plugin.models import open_model
-from server_plugin.service.app import Service
+from server_plugin.backends.open import open_model
+from server_plugin.engines.assembly import engine_of
 from server_plugin.service.config import ServiceConfig
+from server_plugin.service.service import Service
 from tests.support.openai_client import asking, message, said
 
 

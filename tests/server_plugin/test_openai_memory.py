@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.openai.memory import Kept, Memory
-from server_plugin.service.openai.whole import Original
+from server_plugin.service.openai.response_store import Kept, Memory
+from server_plugin.service.openai.uploads import Original
 from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.openai import Conversation, Role

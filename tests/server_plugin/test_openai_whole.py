@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server_plugin.backend import Sampling
+from server_plugin.backends.base import Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
-from server_plugin.service.openai.whole import Original
+from server_plugin.service.openai.uploads import Original
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,

@@ -15,11 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from server_plugin.adapters.instructblip import InstructBlipPrompts
-from server_plugin.adapters.prompts import PromptBuilder
-from server_plugin.adapters.tokens import PlainText
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.presets import preset_named
+from server_plugin.backends.transformers.adapters.instructblip import InstructBlipPrompts
+from server_plugin.backends.transformers.adapters.prompts import PromptBuilder
+from server_plugin.backends.transformers.adapters.tokens import PlainText
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.models.presets import preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.presets import preset_named
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.models.presets import preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.geometry import Size

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server_plugin.models import open_model
-from server_plugin.presets import (
+from server_plugin.backends.open import open_model
+from server_plugin.models.presets import (
     Preset,
     config_folder,
     load_preset,
@@ -201,7 +201,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded() -> None:
 
 def test_no_model_runtime_is_imported_with_presets_and_names() -> None:
     code = (
-        "import sys, server_plugin.models, server_plugin.presets;"
+        "import sys, server_plugin.backends.open, server_plugin.models.presets;"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

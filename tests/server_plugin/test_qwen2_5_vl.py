@@ -17,15 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
-from server_plugin.adapters.base import Adapter
-from server_plugin.adapters.checkpoint import load_processor
-from server_plugin.adapters.prompts import Prompt
-from server_plugin.adapters.qwen2_5_vl import Qwen25VLAdapter
-from server_plugin.backend import Generation
-from server_plugin.backends.attention import ATTENTION_NAME
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.models import open_model
-from server_plugin.presets import Preset, preset_for_model, preset_named
+from server_plugin.backends.base import Generation
+from server_plugin.backends.open import open_model
+from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.checkpoint import load_processor
+from server_plugin.backends.transformers.adapters.prompts import Prompt
+from server_plugin.backends.transformers.adapters.qwen2_5_vl import Qwen25VLAdapter
+from server_plugin.backends.transformers.attention import ATTENTION_NAME
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.models.presets import Preset, preset_for_model, preset_named
 from tests.support.batches import queued, together
 from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_qwen import QwenOracle

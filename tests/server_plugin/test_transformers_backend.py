@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from eval.scenes import generate_scene, questions, render
-from server_plugin.backend import Generation
-from server_plugin.backends.attention import ATTENTION_NAME
-from server_plugin.backends.transformers_backend import TransformersBackend
-from server_plugin.backends.views import TransformersView
-from server_plugin.models import demo_folder, open_model
-from server_plugin.presets import Preset, preset_named
+from server_plugin.backends.base import Generation
+from server_plugin.backends.open import demo_folder, open_model
+from server_plugin.backends.transformers.attention import ATTENTION_NAME
+from server_plugin.backends.transformers.backend import TransformersBackend
+from server_plugin.backends.transformers.views import TransformersView
+from server_plugin.models.presets import Preset, preset_named
 from tests.support.oracle import Oracle, compare_answer, picture
 from tests.support.patience import PATIENCE_S
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from server_plugin.backends.worker import BatchWorker, Job, WorkerClosedError
+from server_plugin.backends.transformers.worker import BatchWorker, Job, WorkerClosedError
 from tests.support.patience import PATIENCE_S
 
 

@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from edge_client.gateway import Gateway, GatewayConfig
 from server_plugin.backends.fake import FakeBackend
-from server_plugin.vllm.endpoint import routes_of
+from server_plugin.vllm_server.endpoint import routes_of
 from tests.support.wire import service
 from vlm_collab.protocol.messages import SUBPROTOCOL
 

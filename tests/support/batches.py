@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from server_plugin.backends.transformers_backend import TransformersBackend
+from server_plugin.backends.transformers.backend import TransformersBackend
 from tests.support.patience import PATIENCE_S
 
 

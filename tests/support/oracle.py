@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from server_plugin.backend import Generation
+from server_plugin.backends.base import Generation
 from vlm_collab.geometry import Size
 from vlm_collab.method.policy import Aggregate, Metric, aggregate
 

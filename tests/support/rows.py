@@ -10,7 +10,7 @@ import msgspec
 
 from eval.harness.records import Record
 from eval.harness.runs import Run
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 
 
 def row(index: int, first: float, second: float, *, bits: float = 1.0, **changed: Any) -> Record:

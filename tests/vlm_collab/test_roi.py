@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server_plugin.presets import preset_named
+from server_plugin.models.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Frame, Grid, Size, frame_of, token_box_to_source
 from vlm_collab.method.roi import DEFAULT_RATIOS, find_region, region_box, relative_map
 

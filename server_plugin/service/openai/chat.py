@@ -8,10 +8,10 @@ import time
 import msgspec
 
 from server_plugin.service.answering import Refused
-from server_plugin.service.openai.asking import Asker, Client, Pictures, told
-from server_plugin.service.openai.memory import Tally
-from server_plugin.service.openai.question import Wanted
+from server_plugin.service.openai.intake import Asker, Client, Pictures, told
+from server_plugin.service.openai.pending import Wanted
 from server_plugin.service.openai.reply import Reply, result_of
+from server_plugin.service.openai.response_store import Tally
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.openai import ChatStream, Query, check_model, ignored_header, parse_chat
 from vlm_collab.openai import chat_reply as completion

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from server_plugin.service.openai.asking import Asker, Client
 from server_plugin.service.openai.chat import Chat
-from server_plugin.service.openai.memory import Memory
+from server_plugin.service.openai.intake import Asker, Client
+from server_plugin.service.openai.response_store import Memory
 from server_plugin.service.openai.responses import Responses, unknown_response
 from server_plugin.service.openai.transport import (
     Bodies,
@@ -33,7 +33,7 @@ from server_plugin.service.openai.transport import (
 from vlm_collab.openai import ApiError, check_model, model_object, models_list
 
 if TYPE_CHECKING:
-    from server_plugin.service.app import Service
+    from server_plugin.service.service import Service
 
 log = logging.getLogger(__name__)
 

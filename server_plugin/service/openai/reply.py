@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from server_plugin.engine import RegionNeed
+from server_plugin.engines.two_stage import RegionNeed
 from server_plugin.service.answering import Refused
-from server_plugin.service.openai.memory import Tally
-from server_plugin.service.openai.question import Ended, Question, Said, Wanted
+from server_plugin.service.openai.pending import Ended, Question, Said, Wanted
+from server_plugin.service.openai.response_store import Tally
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import server_error
 from vlm_collab.geometry import Size

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from server_plugin.service.answering import Refused
-from server_plugin.service.openai.asking import Asker, Client, Pictures, told
-from server_plugin.service.openai.memory import Call, Kept, Memory, Tally
-from server_plugin.service.openai.question import Question, Wanted
+from server_plugin.service.openai.intake import Asker, Client, Pictures, told
+from server_plugin.service.openai.pending import Question, Wanted
 from server_plugin.service.openai.reply import Reply, arguments_of, result_of
+from server_plugin.service.openai.response_store import Call, Kept, Memory, Tally
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import ImageError
 from vlm_collab.openai import (

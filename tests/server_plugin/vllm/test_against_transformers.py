@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from server_plugin.models import demo_folder
-from server_plugin.presets import preset_named
+from server_plugin.backends.open import demo_folder
+from server_plugin.models.presets import preset_named
 from tests.support.oracle import picture
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen

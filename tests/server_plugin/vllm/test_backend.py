@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.adapters.base import Adapter
-from server_plugin.assembly import engine_of
-from server_plugin.backend import Sampling
-from server_plugin.models import demo_folder
-from server_plugin.presets import preset_named
-from server_plugin.vllm import backend as vllm_backend
-from server_plugin.vllm import capture
-from server_plugin.vllm.backend import VllmBackend
-from server_plugin.vllm.client import MOST_WAITING
-from server_plugin.vllm.model import check, weightless_adapter
+from server_plugin.backends.base import Sampling
+from server_plugin.backends.open import demo_folder
+from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.vllm import backend as vllm_backend
+from server_plugin.backends.vllm import capture
+from server_plugin.backends.vllm.backend import VllmBackend
+from server_plugin.backends.vllm.client import MOST_WAITING
+from server_plugin.backends.vllm.model import check, weightless_adapter
+from server_plugin.engines.assembly import engine_of
+from server_plugin.models.presets import preset_named
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.geometry import Size
 from vlm_collab.protocol.image_positions import Place

@@ -19,7 +19,7 @@ from PIL import Image
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
-from server_plugin.models import demo_folder
+from server_plugin.backends.open import demo_folder
 from server_plugin.service.config import ENDPOINT
 from tests.support.vllm_cpu.environment import Served, collab_serve, vllm_serve
 from tests.support.wire import edge, picture

@@ -20,14 +20,14 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
 
 from server_plugin.backends.fake import FakeBackend, Script
-from server_plugin.models import demo_folder
-from server_plugin.presets import preset_named
+from server_plugin.backends.open import demo_folder
+from server_plugin.backends.vllm import capture
+from server_plugin.backends.vllm.client import MOST_WAITING, RowClient
+from server_plugin.backends.vllm.model import check, weightless_adapter
+from server_plugin.models.presets import preset_named
 from server_plugin.service.config import ServiceLimits
 from server_plugin.service.runner import running
-from server_plugin.vllm import capture
-from server_plugin.vllm.client import MOST_WAITING, RowClient
-from server_plugin.vllm.endpoint import CollabEndpoint, finish_before_shutdown, options_of
-from server_plugin.vllm.model import check, weightless_adapter
+from server_plugin.vllm_server.endpoint import CollabEndpoint, finish_before_shutdown, options_of
 from tests.support.raw import SMALL, request, serving, until
 from tests.support.tiny_llava import rename_family, save_tiny_llava
 from tests.support.wire import SURE, edge, picture, service, unsure

@@ -1,7 +1,7 @@
 """Beginning to read rows in a worker, without vLLM: what is wrapped, and what is refused.
 
 The stand-ins below have what is looked at of vLLM's objects and no more, so that a point of
-contact which the ledger in `server_plugin.vllm.capture` does not name fails here.
+contact which the ledger in `server_plugin.backends.vllm.capture` does not name fails here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from server_plugin.vllm import capture
-from server_plugin.vllm.capture import FIRST, KEY, STOP
+from server_plugin.backends.vllm import capture
+from server_plugin.backends.vllm.capture import FIRST, KEY, STOP
 
 SCOPE, ROW = "a secret ", "a secret b"
 LAYER = 3

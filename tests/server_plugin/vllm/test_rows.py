@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from server_plugin.vllm import capture
-from server_plugin.vllm.capture import FIRST, KEY, MAX_ROWS, MAX_ROWS_BYTES, STOP, RowReader
-from server_plugin.vllm.rows import (
+from server_plugin.backends.vllm import capture
+from server_plugin.backends.vllm.capture import (
+    FIRST,
+    KEY,
+    MAX_ROWS,
+    MAX_ROWS_BYTES,
+    STOP,
+    RowReader,
+)
+from server_plugin.backends.vllm.rows import (
     mean_over_ranks,
     summed_row,
     token_major_keys,

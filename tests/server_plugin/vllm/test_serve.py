@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from server_plugin.models import demo_folder, preset_of, with_options
-from server_plugin.presets import config_folder
+from server_plugin.backends.open import demo_folder, preset_of, with_options
+from server_plugin.models.presets import config_folder
 from server_plugin.service.config import ServiceConfig
-from server_plugin.vllm import serve
-from server_plugin.vllm.endpoint import options_of
+from server_plugin.vllm_server import launch as serve
+from server_plugin.vllm_server.endpoint import options_of
 from tests.support.vllm_cpu.environment import parsed
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Fit

@@ -153,18 +153,18 @@ async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, A
 
 
 def main() -> None:
-    from server_plugin.presets import preset_named
+    from server_plugin.models.presets import preset_named
 
     job = json.load(sys.stdin)
     preset = preset_named(job["preset"]).with_overrides(**job["overrides"])
     if job["backend"] == "vllm":
-        from server_plugin.vllm.model import open_vllm_model
+        from server_plugin.backends.vllm.model import open_vllm_model
 
         backend: Any = open_vllm_model(
             job["checkpoint"], preset, dtype="float32", engine=job["engine"]
         )
     else:
-        from server_plugin.backends.transformers_backend import TransformersBackend
+        from server_plugin.backends.transformers.backend import TransformersBackend
 
         backend = TransformersBackend.load(job["checkpoint"], preset, device="cpu", dtype="float32")
     print(json.dumps(asyncio.run(run(backend, job, preset.max_new_tokens))))

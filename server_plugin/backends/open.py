@@ -1,0 +1,207 @@
+"""Opening a model by name: which checkpoint, which preset, which backend.
+
+This module imports neither torch nor transformers; the backend that is asked for does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from server_plugin.backends.base import Backend
+from server_plugin.models.presets import (
+    Preset,
+    load_preset,
+    preset_for_family,
+    preset_for_model,
+    preset_named,
+)
+from vlm_collab.errors import ConfigError, ModelError
+from vlm_collab.method.policy import Aggregate
+
+DEMO_MODEL = "demo"
+FAKE_MODEL = "fake"
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+"""Names of the model runtimes."""
+
+
+def demo_folder() -> Path:
+    """Where the embedded demo checkpoint lies, in a checkout as in an installed package."""
+    return Path(__file__).resolve().parents[1] / "demo_model"
+
+
+def open_model(
+    name: str | None = None,
+    *,
+    preset: str | Preset | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    fit: str | None = None,
+    prompt: str | None = None,
+    layer: int | None = None,
+    ratios: Sequence[float] | None = None,
+    base_px: int | None = None,
+    view_px: int | None = None,
+    epsilon: float | None = None,
+    placement: str | None = None,
+    metric: str | None = None,
+    aggregate: str | None = None,
+    eta: float | None = None,
+    k: int | None = None,
+    max_new_tokens: int | None = None,
+    batch: int | None = None,
+    backend: str = TRANSFORMERS,
+) -> tuple[Backend, Preset]:
+    """Open a model. Blocks while it loads; a hub name may be downloaded.
+
+    Args:
+        name: None or "demo" for the embedded demo model, "fake" for the scripted backend
+            without a model, else a local folder or a name on the hub.
+        preset: a preset, the name of one in `configs/models/`, or the path of a YAML file. By
+            default the one whose globs match `name`, else the default one of the family.
+        device: a torch device, or "auto": CUDA where there is one, else the CPU.
+        dtype: a torch floating point type, or "auto": float32 on the CPU; on CUDA bfloat16, and
+            with vLLM the checkpoint's own.
+        prompt: name of another template of the preset, such as "vicrop".
+        fit, layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
+            max_new_tokens: replace the fields of the preset that have these names; None leaves
+            them.
+        batch: most questions that run together; None: a small number that suits the device.
+        backend: "transformers" or "vllm".
+
+    Returns:
+        The backend, and the preset with all replacements, which policy and engine are made of.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged, or of a family without an adapter.
+        ConfigError: there is no such preset, an option has an impossible value, or the server's
+            packages are not installed.
+    """
+    if backend not in (TRANSFORMERS, VLLM):
+        raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
+    if backend == VLLM and device != "auto":
+        raise ConfigError(f"vLLM chooses its devices itself; it takes no device {device!r}")
+    overrides = {
+        "fit": fit,
+        "prompt": prompt,
+        "layer": layer,
+        "ratios": None if ratios is None else list(ratios),
+        "base_px": base_px,
+        "view_px": view_px,
+        "epsilon": epsilon,
+        "placement": placement,
+        "metric": metric,
+        "aggregate": aggregate,
+        "eta": eta,
+        "k": k,
+        "max_new_tokens": max_new_tokens,
+    }
+    chosen = with_options(preset_of(name, preset), overrides)
+    if name == FAKE_MODEL:
+        from server_plugin.backends.fake import FakeBackend
+
+        fake = FakeBackend.demo()
+        if view_px not in (None, side := fake.info.view.width):
+            raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
+        fake.info = replace(fake.info, fit=chosen.fit)
+        return fake, chosen
+    source = checkpoint_of(name)
+    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
+    if backend == VLLM:
+        from server_plugin.vllm_server.launch import require_vllm
+
+        require_vllm()
+        _require_server_packages()
+        from server_plugin.backends.vllm.model import open_vllm_model
+
+        return open_vllm_model(source, chosen, dtype=dtype, name=shown, batch=batch), chosen
+    _require_server_packages()
+    from server_plugin.backends.transformers.backend import TransformersBackend
+
+    loaded = TransformersBackend.load(
+        source, chosen, device=device, dtype=dtype, name=shown, batch=batch
+    )
+    return loaded, chosen
+
+
+def with_options(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
+    """A preset with what a user set instead of some of its fields.
+
+    Raises:
+        ConfigError: an unknown field, or a value that it does not take or that has no effect.
+    """
+    chosen = preset.with_overrides(**overrides)
+    if not math.isfinite(chosen.epsilon):
+        raise ConfigError(f"model option: epsilon must be a finite number, not {chosen.epsilon}")
+    if overrides.get("k") is not None and chosen.aggregate is not Aggregate.FIRST_K:
+        raise ConfigError(f"model option: k needs the aggregate first_k, not {chosen.aggregate}")
+    return chosen
+
+
+def checkpoint_and_preset(name: str, preset: str | Preset | None = None) -> tuple[str, Preset]:
+    """What `open_model` would open, without opening it; arguments as its.
+
+    Returns:
+        A local folder or hub name, and the preset.
+
+    Raises:
+        ModelError: the checkpoint is missing, or of a family without an adapter.
+        ConfigError: the fake model was asked for, or the server's packages are not installed.
+    """
+    if name == FAKE_MODEL:
+        raise ConfigError("the fake model has no checkpoint")
+    _require_server_packages()
+    return checkpoint_of(name), preset_of(name, preset)
+
+
+def checkpoint_of(name: str | None) -> str:
+    """The local folder or hub name behind a model's name.
+
+    Raises:
+        ModelError: the demo model is not installed.
+    """
+    if name not in (None, DEMO_MODEL):
+        return name
+    if not (demo_folder() / "config.json").is_file():
+        raise ModelError(
+            f"the demo model is not installed: {demo_folder()} holds no checkpoint "
+            "(train one with eval/, or name another model)"
+        )
+    return str(demo_folder())
+
+
+def preset_of(name: str | None, preset: str | Preset | None = None) -> Preset:
+    """The preset for a model; see `open_model` for the arguments.
+
+    Raises:
+        ModelError, ConfigError: as `open_model`.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset is not None:
+        is_file = preset.endswith((".yaml", ".yml"))
+        return load_preset(Path(preset).expanduser()) if is_file else preset_named(preset)
+    if name is None or name in (DEMO_MODEL, FAKE_MODEL):
+        return preset_named(DEMO_MODEL)
+    if (by_name := preset_for_model(name)) is not None:
+        return by_name
+    _require_server_packages()
+    from server_plugin.backends.transformers.adapters.checkpoint import local_or_hub, model_type_of
+    from server_plugin.backends.transformers.adapters.registry import adapter_for
+
+    return preset_for_family(adapter_for(model_type_of(local_or_hub(name))).family)
+
+
+def _require_server_packages() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"models need the package {error.name!r}; install them with "
+            "`pip install 'vlm-collab[server]'`"
+        ) from error

@@ -1,0 +1,393 @@
+"""InstructBLIP with a Vicuna decoder: ViT, a Q-Former that reads the question, Llama decoder.
+
+Covers `Salesforce/instructblip-vicuna-*`. The Q-Former turns a picture's patches into a few query
+tokens while it reads the prompt, so a picture's visual tokens depend on the question. They stand
+before everything else in the decoder's prompt, even before its first special token. A second
+picture's query tokens, computed under the same question, follow right behind the first's.
+
+Concurrency: an adapter keeps nothing of a question between calls. What one forward of the
+Q-Former is asked for travels as an argument of that forward, so forwards may run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from PIL import Image as PillowImage
+from PIL import ImageOps
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from server_plugin.backends.base import History
+from server_plugin.backends.transformers.adapters.base import (
+    Adapter,
+    Layout,
+    VisualTokens,
+    square_cells,
+)
+from server_plugin.backends.transformers.adapters.prompts import Prompt, PromptBuilder
+from server_plugin.backends.transformers.adapters.tokens import PlainText, Tokenizer
+from server_plugin.models.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
+from vlm_collab.errors import ConfigError, ModelError, QuestionError
+from vlm_collab.geometry import Fit, Grid, Size
+from vlm_collab.protocol.image_positions import Place, Places
+
+ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
+"""Name of the Q-Former's attention function in transformers' registries."""
+
+_CAPTURE_ARGUMENT: Final = "cross_capture"
+
+
+class InstructBlipAdapter(Adapter):
+    """An `InstructBlipForConditionalGeneration` checkpoint with a Llama decoder.
+
+    Raises:
+        ModelError: the language model is no Llama, tokenizer or image processor do not belong to
+            the model, the Q-Former's tokenizer is missing, or the vision tower is none with
+            square patches.
+        ConfigError: the preset's Q-Former layer does not exist, or its template begins with
+            anything but the picture.
+    """
+
+    family = "instructblip"
+    model_types = ("instructblip",)
+    reads_question = True
+
+    def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
+        super().__init__(model, processor, preset)
+        # In half precision transformers keeps the query tokens, which come first, in float32.
+        self.dtype = model.language_model.dtype
+        _check_picture_size(processor.image_processor, self.layout.view)
+        self._prompts = _prompts(model.config, processor, preset, self.layout)
+        self._cross_attention = _cross_attention(model.qformer, preset.qformer_layer)
+        _use_capturing_attention(model.qformer)
+
+    @classmethod
+    def layout_of(cls, config: Any, preset: Preset) -> Layout:
+        decoder = config.text_config.model_type
+        if decoder != "llama":
+            raise ModelError(
+                "InstructBLIP is supported with a Llama decoder (Vicuna); this checkpoint's is "
+                f"{decoder!r}"
+            )
+        side, cells = square_cells(config.vision_config, preset)
+        return Layout(
+            view=Size(side, side),
+            grid=Grid(rows=cells, columns=cells),
+            visual_tokens=config.num_query_tokens,
+            context_tokens=config.text_config.max_position_embeddings,
+            # The vision tower's output, class token included: all that no question changes.
+            seen_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
+        )
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.language_model.model
+
+    @property
+    def output_head(self) -> Any:
+        return self.model.language_model.lm_head
+
+    @property
+    def prompts(self) -> InstructBlipPrompts:
+        return self._prompts
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer.
+
+        Those that `generate` obeys, which for this family are the inner language model's, and
+        the tokenizer's end token besides: in the hub's files the former name another token
+        (`<s>`), and what a model writes behind its `</s>` is no part of the answer.
+        """
+        end = self.model.language_model.generation_config.eos_token_id
+        ids = [] if end is None else [end] if isinstance(end, int) else end
+        own = self.processor.tokenizer.eos_token_id
+        return frozenset(ids) if own is None else frozenset([*ids, own])
+
+    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+        """The vision tower's last hidden states, class token first: `(1 + cells, width)` each."""
+        pixels: Tensor = self.processor.image_processor(
+            images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
+        )["pixel_values"]
+        features = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype))
+        return list(features.last_hidden_state)
+
+    def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
+        """Query tokens of a picture under a question, and which patches they were taken from.
+
+        The `looks` are the attention of one cross-attention layer of the Q-Former (softmax over
+        class token and patches, mean over heads, class token dropped), float32.
+        """
+        ids = torch.tensor([self._prompts.qformer_ids(question)], device=self.device)
+        capture = _CrossCapture(self._cross_attention)
+        hidden = self.model.qformer(
+            input_ids=ids,
+            query_embeds=self.model.query_tokens,
+            encoder_hidden_states=seen[None],
+            **{_CAPTURE_ARGUMENT: capture},
+        ).last_hidden_state
+        # Behind the query tokens come those of the text, which the decoder reads by itself.
+        queries = hidden[0, : self.layout.visual_tokens]
+        return VisualTokens(self.model.language_projection(queries), capture.take()[:, 1:])
+
+    def fitted(self, picture: Image) -> Image:
+        """Bring a picture to the view's shape, except by stretching: the processor does that."""
+        view = self.layout.view
+        if picture.size == view or self.preset.fit is Fit.STRETCH:
+            return picture
+        if self.preset.fit is Fit.CROP:
+            return ImageOps.fit(picture, view, PillowImage.Resampling.BICUBIC)
+        mean = self.processor.image_processor.image_mean
+        colour = tuple(round(channel * 255) for channel in mean)
+        return ImageOps.pad(picture, view, PillowImage.Resampling.BICUBIC, color=colour)
+
+
+class InstructBlipPrompts(PromptBuilder):
+    """Makes two readings of one text: the decoder's and the Q-Former's.
+
+    In a conversation the Q-Former reads the question at hand, and the decoder all of it. Places of
+    pictures in the texts cannot be kept: query tokens stand before all text, each picture's once.
+
+    The decoder's begins with the image tokens, and only then comes what its tokenizer makes of
+    the text, its first special token included. The Q-Former's is the text alone, in the words of
+    its own tokenizer. This is what the checkpoints' own processor does.
+
+    Args:
+        tokenizer: of the decoder.
+        qformer_tokenizer: of the Q-Former.
+        template: with `<image>` first, then one `{question}`.
+        image_token: how the checkpoint writes the place of a visual token.
+        image_token_id: its id.
+        visual_tokens: tokens of one picture.
+        context_tokens: longest sequence that the decoder takes, answer included.
+        qformer_tokens: longest text that the Q-Former takes.
+
+    Raises:
+        ConfigError: the template has something before the picture.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        qformer_tokenizer: Tokenizer,
+        template: str,
+        *,
+        image_token: str,
+        image_token_id: int,
+        visual_tokens: int,
+        context_tokens: int,
+        qformer_tokens: int,
+        turn: str | None = None,
+    ) -> None:
+        if not template.startswith(IMAGE_SLOT):
+            raise ConfigError(
+                f"prompts of this family begin with {IMAGE_SLOT}: the query tokens stand before "
+                f"all text (the prompt in use is {template!r})"
+            )
+        super().__init__(
+            tokenizer,
+            template,
+            image_token=image_token,
+            image_token_id=image_token_id,
+            visual_tokens=visual_tokens,
+            context_tokens=context_tokens,
+            turn=turn,
+        )
+        self._qformer_plain = plain = PlainText(qformer_tokenizer)
+        around_question = template.removeprefix(IMAGE_SLOT).split(QUESTION_SLOT)
+        self._qformer_before, self._qformer_after = map(plain.template, around_question)
+        self._qformer_tokens = qformer_tokens
+        added = qformer_tokenizer.added_tokens_decoder
+        self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
+        self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
+
+    def check(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
+        """Refuse a question that no prompt can be made of.
+
+        Raises:
+            QuestionError: as in `PromptBuilder.check`, and also for more text than the Q-Former
+                reads.
+        """
+        super().check(question, images, max_new_tokens, history)
+        if not images:
+            return  # nothing for the Q-Former to look at
+        ids = self.qformer_ids(question)
+        if self._count_qformer_reserved(ids) != self._qformer_own_reserved:
+            raise QuestionError("the question spells a token that this model reserves")
+        self._check_qformer_length(ids)
+
+    def build(
+        self,
+        question: str,
+        images: int,
+        max_new_tokens: int,
+        history: History = (),
+        views: int = 1,
+        *,
+        places: Places = (),
+        picture: int = 0,
+    ) -> Prompt:
+        """The prompt of a checked question over `images` pictures, in their order.
+
+        Raises:
+            QuestionError: it leaves no room for `max_new_tokens` tokens of answer, or the
+                Q-Former cannot read all of it.
+        """
+        if images:
+            self._check_qformer_length(self.qformer_ids(question))
+        return super().build(question, images, max_new_tokens, history, views)
+
+    def qformer_ids(self, question: str) -> list[int]:
+        """Token ids of the text that the Q-Former reads for a question."""
+        return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
+
+    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+        pictures = [self._image_token_id] * len(shown)
+        return pictures + self._plain.encode(self._conversation(question, shown, history))
+
+    def _check_qformer_length(self, ids: list[int]) -> None:
+        if len(ids) > self._qformer_tokens:
+            raise QuestionError(
+                f"the question is too long: {len(ids)} tokens exceed the {self._qformer_tokens} "
+                "that this model's Q-Former reads"
+            )
+
+    def _count_qformer_reserved(self, ids: list[int]) -> int:
+        return sum(token in self._qformer_reserved_ids for token in ids)
+
+
+class _CrossCapture:
+    """Asks one forward of the Q-Former for one cross-attention layer's weights. Used once.
+
+    Args:
+        layer: the attention module to watch.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self._layer = layer
+        self._weights: Tensor | None = None
+
+    def see(self, layer: torch.nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Keep the weights if this is the layer asked for.
+
+        Args:
+            layer: the module that attends.
+            query: `(1, heads, queries, width)`.
+            key: `(1, heads, keys, width)`.
+            scaling: factor on the products.
+        """
+        if layer is self._layer:
+            # A few query tokens by a few hundred patches: nothing beside the layer itself.
+            scores = query[0].float() @ key[0].float().transpose(1, 2) * scaling
+            self._weights = torch.softmax(scores, dim=-1).mean(dim=0)
+
+    def take(self) -> Tensor:
+        """The weights, mean over heads, float32, shape `(queries, keys)`.
+
+        Raises:
+            RuntimeError: the layer did not report them: the installed transformers does not hand
+                keyword arguments down to attention.
+        """
+        if self._weights is None:
+            import transformers
+
+            raise RuntimeError(
+                f"the Q-Former's attention was not captured (transformers "
+                f"{transformers.__version__})"
+            )
+        return self._weights
+
+
+def _capturing_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cross_capture: _CrossCapture | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The Q-Former's attention: stock SDPA, with one layer's weights on the side."""
+    if cross_capture is not None:
+        cross_capture.see(module, query, key, scaling)
+    output: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **rest
+    )
+    return output
+
+
+def _use_capturing_attention(qformer: Any) -> None:
+    """Make one Q-Former run on `_capturing_attention`. Other models are left alone."""
+    AttentionInterface.register(ATTENTION_NAME, _capturing_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    qformer.set_attn_implementation(ATTENTION_NAME)
+
+
+def _cross_attention(qformer: Any, index: int) -> torch.nn.Module:
+    """The attention module of a cross-attention layer, counted among those layers."""
+    found = [layer for layer in qformer.encoder.layer if layer.has_cross_attention]
+    if index >= len(found):
+        raise ConfigError(
+            f"qformer_layer {index} does not exist: the Q-Former has cross-attention layers 0 to "
+            f"{len(found) - 1}"
+        )
+    module: torch.nn.Module = found[index].crossattention.attention
+    return module
+
+
+def _prompts(config: Any, processor: Any, preset: Preset, layout: Layout) -> InstructBlipPrompts:
+    tokenizer, image_token = processor.tokenizer, str(processor.image_token)
+    qformer_tokenizer = getattr(processor, "qformer_tokenizer", None)
+    # Where the folder is missing, transformers loads the decoder's tokenizer a second time.
+    if qformer_tokenizer is None or qformer_tokenizer.get_vocab() == tokenizer.get_vocab():
+        raise ModelError("the checkpoint has no tokenizer for its Q-Former (qformer_tokenizer/)")
+    image_token_id: int | None = config.image_token_id
+    if tokenizer.encode(image_token, add_special_tokens=False) != [image_token_id]:
+        raise ModelError(
+            f"the checkpoint's tokenizer has no image token {image_token!r} with id "
+            f"{image_token_id}; tokenizer and weights do not belong together"
+        )
+    for which, vocabulary, tokens in (
+        ("language model", config.text_config.vocab_size, tokenizer),
+        ("Q-Former", config.qformer_config.vocab_size, qformer_tokenizer),
+    ):
+        # Added tokens may lie behind the embeddings: no question can hold one.
+        if tokens.vocab_size > vocabulary:
+            raise ModelError(
+                f"the tokenizer of the {which} has {tokens.vocab_size} tokens, the model "
+                f"{vocabulary}; tokenizer and weights do not belong together"
+            )
+    return InstructBlipPrompts(
+        tokenizer,
+        qformer_tokenizer,
+        preset.template,
+        image_token=image_token,
+        image_token_id=config.image_token_id,
+        visual_tokens=layout.visual_tokens,
+        context_tokens=layout.context_tokens,
+        turn=preset.turn,
+        qformer_tokens=config.qformer_config.max_position_embeddings,
+    )
+
+
+def _check_picture_size(image_processor: Any, view: Size) -> None:
+    size = image_processor.size
+    if (size.get("width"), size.get("height")) != view:
+        raise ModelError(
+            f"the image processor makes pictures of {dict(size)}, but the vision tower takes "
+            f"{view.width} x {view.height} px"
+        )

@@ -1,0 +1,362 @@
+"""The Transformers backend: both passes over one cached prefix, in small batches on one thread.
+
+What 003_92b41fe49395ce1a.txt counts as 4·F(n) FLOPs for a retransmitted question (Eq. 17-20) is
+about 2·F(n) here, with the same numbers out. The prompt starts with the global view's visual
+tokens whatever the question is, so their keys and values are computed once per view; the first
+pass, the generic instruction and the second pass each continue from a fork of that cache and
+compute only what is new: a few text tokens, and for the second pass the local view. In a family
+whose visual tokens depend on the question, first and second pass share them.
+
+Operations that wait run together where their shapes allow (`server_plugin.backends.transformers.worker`,
+`server_plugin.backends.transformers.passes`, `server_plugin.backends.transformers.batch`). Greedy decoding gives what
+`generate(do_sample=False)` gives.
+Logits processors that a checkpoint's generation settings may ask for (repetition penalties and the
+like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PillowImage
+from PIL.Image import Image
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from server_plugin.backends.base import (
+    GREEDY,
+    Generation,
+    History,
+    ModelInfo,
+    RelativeAttention,
+    Sampling,
+    StopRule,
+    TextSink,
+    View,
+)
+from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.checkpoint import (
+    load_config,
+    load_model,
+    load_processor,
+    local_or_hub,
+    model_type_of,
+)
+from server_plugin.backends.transformers.adapters.registry import adapter_for
+from server_plugin.backends.transformers.attention import use_capturing_attention
+from server_plugin.backends.transformers.devices import device_of, dtype_of
+from server_plugin.backends.transformers.passes import Ask, Passes
+from server_plugin.backends.transformers.views import Seen, TransformersView, view_bytes
+from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosedError
+from server_plugin.models.presets import Preset
+from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from vlm_collab.method.roi import relative_maps
+from vlm_collab.protocol.image_positions import Places
+
+_BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
+
+
+class TransformersBackend:
+    """One checkpoint on one device. See `server_plugin.backends.base.Backend`.
+
+    Make it with `load`. All model work runs on one thread of its own, the oldest operation
+    first. A cancelled operation leaves the queue; one that is running ends at its next token.
+    """
+
+    _passes: type[Passes] = Passes
+
+    def __init__(self, adapter: Adapter, name: str, batch: int | None = None) -> None:
+        layout, text = adapter.layout, adapter.decoder.config
+        preset = adapter.preset
+        _check_layer(preset.layer, text, name)
+        # Prefixes share tensors, which is right only for layers that never write in place.
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
+            raise ModelError(f"{name} has sliding or hybrid attention, which cannot be shared")
+        use_capturing_attention(adapter.decoder)
+        self._adapter = adapter
+        self._preset = preset
+        try:
+            shared = adapter.prompts.shared(1)
+            adapter.prompts.build(preset.generic_instruction, 1, 0, views=1)
+            adapter.prompts.build(preset.generic_instruction, 2, 1)
+        except QuestionError as error:
+            raise ModelError(
+                f"{name} has a context of {layout.context_tokens} tokens, too few for two "
+                f"pictures of {layout.visual_tokens} and the generic instruction"
+            ) from error
+        try:
+            adapter.prompts.build(preset.generic_instruction, 2, preset.max_new_tokens)
+        except QuestionError as error:
+            raise ConfigError(
+                f"answers of max_new_tokens {preset.max_new_tokens} leave no room for two pictures "
+                f"and a question in the {layout.context_tokens} tokens of {name}"
+            ) from error
+        if batch is None:
+            batch = _BATCH_ON_GPU if adapter.device.type == "cuda" else _BATCH_ON_CPU
+        self._info = ModelInfo(
+            name=name,
+            view=layout.view,
+            fit=preset.fit,
+            grid=layout.grid,
+            base_px=preset.base_px or max(layout.view),
+            layer=preset.layer,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            visual_tokens=layout.visual_tokens,
+            context_tokens=layout.context_tokens,
+            # Twice, so that a batch can gather while another runs.
+            concurrency=2 * batch,
+            view_bytes=view_bytes(adapter, len(shared.ids)),
+        )
+        passes = self._passes(adapter, lambda: self._worker.closing)
+        self._worker = BatchWorker(passes.execute, batch, "vlm-collab-model")
+
+    @classmethod
+    def load(
+        cls,
+        name_or_folder: str,
+        preset: Preset,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        name: str | None = None,
+        batch: int | None = None,
+    ) -> TransformersBackend:
+        """Load a checkpoint through the ordinary `from_pretrained`. Blocks; may download.
+
+        Args:
+            name_or_folder: hub name, or local folder.
+            preset: how the model is used; its family must be the checkpoint's.
+            device: a torch device; "auto" is CUDA where there is one, else the CPU.
+            dtype: a torch floating point type; "auto" is bfloat16 on CUDA, else float32.
+            name: what clients see; by default the hub name, or the folder's last part.
+            batch: most questions that run together; each takes memory for a prompt's keys and
+                values. None: a small number that suits the device.
+
+        Raises:
+            ModelError: the checkpoint is missing, truncated, incomplete, without tokenizer, or
+                of a family without an adapter.
+            ConfigError: the preset is for another family, its layer does not exist, device or
+                dtype are none that torch knows here, or `batch` is not positive.
+        """
+        if batch is not None and batch < 1:
+            raise ConfigError(f"a batch holds one question or more, not {batch}")
+        source = local_or_hub(name_or_folder)
+        where = device_of(device)
+        number = dtype_of(dtype, where)
+        shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
+        # Everything that can be refused is refused before gigabytes of weights are read.
+        adapter_class = adapter_for(model_type_of(source))
+        if preset.family != adapter_class.family:
+            raise ConfigError(
+                f"the preset is for the family {preset.family!r}, but {name_or_folder} is of "
+                f"{adapter_class.family!r}"
+            )
+        config = load_config(source)
+        _check_layer(preset.layer, config.get_text_config(), shown)
+        adapter_class.layout_of(config, preset)
+        processor = load_processor(source)
+        adapter = adapter_class(load_model(source, where, number), processor, preset)
+        return cls(adapter, shown, batch)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def check_question(
+        self,
+        question: str,
+        images: int = 2,
+        *,
+        history: History = (),
+        places: Places = (),
+    ) -> None:
+        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
+
+    async def open_view(self, *images: Image) -> TransformersView:
+        for image in images:
+            if image.mode != "RGB" or image.size != self._info.view:
+                raise ImageError(
+                    f"a global view must be RGB of {self._info.view.width} x "
+                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
+                    f"{image.height}"
+                )
+        view: TransformersView = await self._run(("view", len(images)), images)
+        return view
+
+    async def first_pass(
+        self,
+        view: View,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        places: Places = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        return await self._answer(
+            view, question, None, max_new_tokens, history, sampling, stop, on_text, places
+        )
+
+    async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
+        if first.row is None:
+            raise ValueError("the first pass came without its attention row")
+        seen = self._seen(view, self._preset.generic_instruction)
+        assert seen.view is not None
+        generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
+        if generic is None:
+            kind = "generic", view.pictures, seen.cached
+            generic, new_tokens, context_tokens = await self._run(kind, seen)
+        return RelativeAttention(
+            maps=relative_maps(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
+            prefilled_tokens=new_tokens,
+            context_tokens=context_tokens,
+            layers=self._info.layer + 1,
+        )
+
+    async def second_pass(
+        self,
+        view: View,
+        region: Image,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        places: Places = (),
+        picture: int = 0,
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        if region.mode != "RGB" or 0 in region.size:
+            raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
+        return await self._answer(
+            view,
+            question,
+            region,
+            max_new_tokens,
+            history,
+            sampling,
+            stop,
+            on_text,
+            places,
+            picture,
+        )
+
+    async def text_pass(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int,
+        history: History = (),
+        sampling: Sampling = GREEDY,
+        stop: StopRule | None = None,
+        on_text: TextSink | None = None,
+    ) -> Generation:
+        return await self._answer(
+            None, question, None, max_new_tokens, history, sampling, stop, on_text
+        )
+
+    async def release(self, view: View) -> None:
+        # An operation that runs on it now holds its own references and ends undisturbed.
+        assert isinstance(view, TransformersView)
+        view.released = True
+        view.seen = view.generic_row = None
+        view.prefixes.clear()
+
+    async def close(self) -> None:
+        # What is queued fails at once; what runs, at its next token.
+        await asyncio.to_thread(self._worker.close)
+        self._adapter.model = self._adapter.processor = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Hold the model back until all of the operations queued meanwhile are there.
+
+        Which operations run together then depends on nothing but their order, and so do the last
+        bits of their results. For evaluations; a service would rather start at once.
+        """
+        gate = threading.Event()
+        self._worker.call(gate.wait)
+        try:
+            yield
+        finally:
+            gate.set()
+
+    async def warm_up(self) -> None:
+        """Run both passes once, so that the first question does not pay for kernel set-up."""
+        grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
+        instruction = self._preset.generic_instruction
+        view = await self.open_view(grey)
+        first = await self.first_pass(view, instruction, max_new_tokens=2)
+        await self.relative_attention(view, first)
+        await self.second_pass(view, grey, instruction, max_new_tokens=2)
+        await self.release(view)
+
+    async def _answer(
+        self,
+        view: View | None,
+        question: str,
+        region: Image | None,
+        max_new_tokens: int,
+        history: History,
+        sampling: Sampling,
+        stop: StopRule | None,
+        on_text: TextSink | None,
+        places: Places = (),
+        picture: int = 0,
+    ) -> Generation:
+        prompts = self._adapter.prompts
+        views = 0 if view is None else view.pictures
+        images = views + (region is not None)
+        prompts.check(question, images, max_new_tokens, history, places)
+        prompt = prompts.build(
+            question, images, max_new_tokens, history, views, places=places, picture=picture
+        )
+        seen = self._seen(view, question)
+        if prompt.shown:
+            seen = seen.interleaved(prompts.shared(views), prompt)
+        ask = Ask(seen, prompt, question, region, max_new_tokens, sampling, stop, on_text)
+        answer: Generation = await self._run(
+            ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
+        )
+        return answer
+
+    def _seen(self, view: View | None, question: str) -> Seen:
+        """What is at hand of a view for a question.
+
+        Raises:
+            RuntimeError: the view was released.
+        """
+        if view is None:
+            return Seen(None, "", None, ())
+        assert isinstance(view, TransformersView)
+        if view.released:
+            raise RuntimeError("the view was released")
+        key = question if self._adapter.reads_question else ""
+        return Seen(view, key, view.prefixes.get(key), view.seen or ())
+
+    async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
+        """Queue an operation for the model's thread and wait for it."""
+        if self._worker.closing:
+            raise ModelError("the model was closed")
+        try:
+            return await self._worker.run(kind, payload, length)
+        except WorkerClosedError as error:
+            raise ModelError("the model was closed") from error
+
+
+def _check_layer(layer: int, text_config: Any, name: str) -> None:
+    count = text_config.num_hidden_layers
+    if layer >= count:
+        raise ConfigError(
+            f"layer {layer} does not exist: {name} has decoder layers 0 to {count - 1}; "
+            "choose one with the option `layer`"
+        )

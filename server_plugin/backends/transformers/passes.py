@@ -1,0 +1,338 @@
+"""What the Transformers backend's model does, on its thread: views, generic rows and answers.
+
+Operations of one kind run together, each from what is cached of its view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Tensor
+
+from server_plugin.backends.base import Generation, Sampling, StopRule, TextSink
+from server_plugin.backends.transformers.adapters.base import Adapter, VisualTokens
+from server_plugin.backends.transformers.adapters.prompts import Prompt
+from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
+from server_plugin.backends.transformers.batch import Batch, Row
+from server_plugin.backends.transformers.sampling import Chooser, surprisal
+from server_plugin.backends.transformers.views import Looks, Prefix, Seen, TransformersView
+from server_plugin.backends.transformers.worker import Job, WorkerClosedError, fail
+from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A pass to be run.
+
+    Attributes:
+        seen: the global view.
+        prompt: over all pictures.
+        question: the user's text.
+        region: the local view, in a second pass.
+        max_new_tokens, sampling, stop, on_text: see `Backend.first_pass`.
+    """
+
+    seen: Seen
+    prompt: Prompt
+    question: str
+    region: Image | None
+    max_new_tokens: int
+    sampling: Sampling
+    stop: StopRule | None
+    on_text: TextSink | None
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """An answer in the making."""
+
+    job: Job
+    chooser: Chooser
+    ids: list[int] = field(default_factory=list)
+    steps: list[TokenStatistics] = field(default_factory=list)
+    surprisals: list[float] = field(default_factory=list)
+    prefilled_tokens: int = 0
+    row: NDArray[np.float32] | None = None
+
+    @property
+    def ask(self) -> Ask:
+        return cast(Ask, self.job.payload)
+
+
+class Passes:
+    """Runs operations on a model that nothing else uses meanwhile.
+
+    Args:
+        adapter: the model.
+        closing: whether answers shall end at their next token.
+    """
+
+    def __init__(self, adapter: Adapter, closing: Callable[[], bool]) -> None:
+        self._adapter = adapter
+        self._preset = adapter.preset
+        self._closing = closing
+        self._end_tokens = adapter.end_tokens
+        # By the number of pictures; mostly there is one.
+        self._shared = functools.cache(adapter.prompts.shared)
+        self._generic = functools.cache(self._generic_prompt)
+
+    def execute(self, kind: Hashable, jobs: list[Job]) -> None:
+        """Work on operations of one kind together, and settle the future of each.
+
+        Args:
+            kind: begins with "view", "generic" or "answer", and the number of pictures.
+            jobs: payloads are a tuple of images, a `Seen` and an `Ask`, respectively.
+        """
+        with torch.inference_mode():
+            what, pictures, *_ = cast(tuple[Any, ...], kind)
+            if what == "view":
+                self._open_views(jobs, pictures)
+            elif what == "generic":
+                self._generic_rows(jobs, pictures)
+            else:
+                self._answers(jobs)
+
+    def _generic_prompt(self, pictures: int) -> Prompt:
+        instruction = self._preset.generic_instruction
+        return self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+
+    def _open_views(self, jobs: list[Job], pictures: int) -> None:
+        adapter = self._adapter
+        every = adapter.see([image for job in jobs for image in job.payload])
+        seen = [tuple(every[i : i + pictures]) for i in range(0, len(every), pictures)]
+        if adapter.reads_question:
+            for job, kept in zip(jobs, seen, strict=True):
+                job.future.set_result(TransformersView(kept, pictures))
+            return
+        shared = self._shared(pictures)
+        tokens = [[adapter.visual_tokens(picture, "") for picture in one] for one in seen]
+        rows = [Row(shared, None, self._embedded(shared, 0, one)) for one in tokens]
+        batch = Batch(adapter, rows)
+        batch.prefill()
+        length = len(shared.ids)
+        for number, (job, one) in enumerate(zip(jobs, tokens, strict=True)):
+            # Each in memory of its own, so that views can be released one by one.
+            cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
+            kept = seen[number] if len(jobs) == 1 else tuple(part.clone() for part in seen[number])
+            view = TransformersView(kept, pictures)
+            view.keep("", Prefix(cache, tuple(picture.looks for picture in one), length))
+            job.future.set_result(view)
+
+    def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
+        """Attention under the generic instruction, once for each view."""
+        asked: dict[int, Seen] = {}
+        for job in jobs:
+            if job.payload.view.generic_row is None:
+                asked[id(job.payload.view)] = job.payload
+        prompt = self._generic(pictures)
+        computed = self._read_generic(list(asked.values()), prompt) if asked else {}
+        for job in jobs:
+            view: TransformersView = job.payload.view
+            if id(view) not in computed:  # the row came while this job waited
+                job.future.set_result((view.generic_row, 0, 0))
+                continue
+            row, new_tokens = computed[id(view)]
+            computed[id(view)] = row, 0  # for the next to ask for it, it costs nothing
+            if not view.released:
+                view.generic_row = row
+            context_tokens = len(prompt.ids) if new_tokens else 0
+            job.future.set_result((row, new_tokens, context_tokens))
+
+    def _read_generic(
+        self, views: list[Seen], prompt: Prompt
+    ) -> dict[int, tuple[NDArray[np.float32], int]]:
+        """Rows on the grid and newly computed positions, by the identity of the view."""
+        made = [self._row(seen, prompt, self._preset.generic_instruction, []) for seen in views]
+        batch = Batch(self._adapter, [row for row, _ in made])
+        prompts = [prompt] * len(made)
+        capture = self._capture(batch, prompts, stop=True)
+        # The capture ends the forward: layers behind the one that is read are not computed.
+        with contextlib.suppress(RowReadyError):
+            batch.prefill(capture)
+        rows = self._on_grid(capture, batch, prompts, [looks for _, looks in made])
+        return {
+            id(seen.view): (
+                row,
+                len(prompt.ids)
+                - seen.cached
+                + (0 if seen.prefix is None else seen.prefix.take_uncounted()),
+            )
+            for seen, row in zip(views, rows, strict=True)
+        }
+
+    def _answers(self, jobs: list[Job]) -> None:
+        """Prefill what the caches do not hold yet, then decode greedily, all together."""
+        answers = [_Answer(job, Chooser(job.payload.sampling)) for job in jobs]
+        asks = [answer.ask for answer in answers]
+        regions = [ask.region for ask in asks if ask.region is not None]
+        local = iter(self._adapter.see(regions)) if regions else iter(())
+        made = [
+            self._row(
+                ask.seen, ask.prompt, ask.question, [] if ask.region is None else [next(local)]
+            )
+            for ask in asks
+        ]
+        batch = Batch(self._adapter, [row for row, _ in made])
+        looks = [one for _, one in made]
+        prompts = [ask.prompt for ask in asks]
+        without_row = regions or not prompts[0].views
+        capture = None if without_row else self._capture(batch, prompts)
+        hidden = batch.prefill(capture)
+        for number, answer in enumerate(answers):
+            answer.prefilled_tokens = len(made[number][0].embeddings)
+            self._keep_prefix(answer, batch, number, looks[number])
+        if capture is not None:
+            for answer, row in zip(
+                answers, self._on_grid(capture, batch, prompts, looks), strict=True
+            ):
+                answer.row = row
+        while True:
+            # Only the last positions predict anything; (batch, hidden) -> (batch, vocabulary)
+            logits = self._adapter.output_head(hidden).float()
+            numbers = logits.cpu().numpy()
+            live = [
+                number
+                for number, answer in enumerate(answers)
+                if not self._add(answer, numbers[number])
+            ]
+            if not live:
+                return
+            if len(live) < len(answers):
+                batch.keep(live)
+                answers = [answers[number] for number in live]
+            hidden = batch.step([answer.ids[-1] for answer in answers])
+
+    def _add(self, answer: _Answer, logits: NDArray[np.float32]) -> bool:
+        """Append a token; returns whether the answer is over, its future settled."""
+        ask, future = answer.ask, answer.job.future
+        if answer.job.abandoned or self._closing():
+            # Made here and not raised, for the reason that `fail` gives.
+            future.set_exception(WorkerClosedError())
+            return True
+        try:
+            token = answer.chooser.choose(logits)
+            answer.ids.append(token)
+            answer.steps.append(token_statistics(logits))
+            # Of the likeliest token it is known already, and a vocabulary is long.
+            drawn = ask.sampling.temperature > 0
+            bits = surprisal(logits, token) if drawn else answer.steps[-1].min_entropy_bits
+            answer.surprisals.append(bits)
+            ended = token in self._end_tokens
+            if ask.on_text is not None:
+                ask.on_text(self._adapter.text_of(answer.ids))
+            stopped = ask.stop is not None and ask.stop(answer.steps, ended)
+            if not (ended or stopped or len(answer.ids) >= ask.max_new_tokens):
+                return False
+            result = Generation(
+                text=self._adapter.text_of(answer.ids),
+                token_ids=tuple(answer.ids),
+                steps=tuple(answer.steps),
+                ended=ended,
+                prefilled_tokens=answer.prefilled_tokens
+                + (0 if ask.seen.prefix is None else ask.seen.prefix.take_uncounted()),
+                context_tokens=len(ask.prompt.ids),
+                row=answer.row,
+                surprisals=tuple(answer.surprisals),
+            )
+        # A caller's own function may raise anything; that ends this answer and no other.
+        except BaseException as error:
+            fail(answer.job, error)
+        else:
+            future.set_result(result)
+        return True
+
+    def _row(
+        self, seen: Seen, prompt: Prompt, question: str, local: Sequence[Tensor]
+    ) -> tuple[Row, Looks]:
+        """A prompt ready to run, and what its global views' tokens look at.
+
+        Args:
+            local: the vision encoder's output of the local view, in a second pass.
+        """
+        prefix = seen.prefix
+        start = 0 if prefix is None else prefix.length
+        new = [shows for place, shows in prompt.shows() if place.start >= start]
+        made = {
+            shows: self._adapter.visual_tokens(
+                local[0] if shows == prompt.views else seen.pictures[shows], question
+            )
+            for shows in dict.fromkeys(new)
+        }
+        row = Row(
+            prompt,
+            None if prefix is None else prefix.cache,
+            self._embedded(prompt, start, [made[shows] for shows in new]),
+        )
+        if prefix is not None:
+            return row, prefix.looks
+        return row, tuple(made[view].looks for view in range(prompt.views))
+
+    def _keep_prefix(self, answer: _Answer, batch: Batch, number: int, looks: Looks) -> None:
+        """After a prefill without a prefix: keep the one just made."""
+        seen = answer.ask.seen
+        if seen.prefix is None and seen.view is not None and not answer.ask.prompt.shown:
+            cache = batch.copy_of(number, answer.ask.prompt.shared)
+            seen.view.keep(seen.key, Prefix(cache, looks, 0))
+
+    def _capture(
+        self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
+    ) -> RowCapture:
+        """Asks for the attention to the global views of a batch, what lies between included."""
+        spans = [prompt.looked_at for prompt in prompts]
+        # Padding may lie within them, and in interleaved prompts they differ.
+        begin = min(batch.place(i, span.start) for i, span in enumerate(spans))
+        last = max(batch.place(i, span.stop - 1) for i, span in enumerate(spans))
+        keys = [slice(begin, last + 1)] * len(prompts)
+        return RowCapture(self._preset.layer, keys, batch.visible, stop)
+
+    def _on_grid(
+        self,
+        capture: RowCapture,
+        batch: Batch,
+        prompts: Sequence[Prompt],
+        looks: Sequence[Looks],
+    ) -> list[NDArray[np.float32]]:
+        """For each of a batch, attention to the cells of its pictures, one after the other."""
+        begin = capture.keys[0].start
+        rows = []
+        for number, (row, prompt, every) in enumerate(
+            zip(capture.take(), prompts, looks, strict=True)
+        ):
+            cells: dict[int, Tensor] = {}
+            for place, shows in prompt.shows():
+                if shows == prompt.views:
+                    continue
+                first = batch.place(number, place.start) - begin
+                one = self._adapter.on_grid(row[first : first + len(place)], every[shows])
+                # Of a picture that stands at several places, what goes to any of them.
+                cells[shows] = cells[shows] + one if shows in cells else one
+            ordered = [cells[shows] for shows in range(prompt.views)]
+            rows.append(torch.cat(ordered).float().cpu().numpy())
+        return rows
+
+    def _embedded(self, prompt: Prompt, start: int, pictures: Sequence[VisualTokens]) -> Tensor:
+        """Embeddings of a prompt from position `start` on, shape `(length - start, hidden)`.
+
+        Args:
+            prompt: the whole prompt.
+            start: where to begin; not inside a picture.
+            pictures: the pictures behind `start`.
+        """
+        parts: list[Tensor] = []
+        places = [place for place in prompt.images if place.start >= start]
+        for place, picture in zip(places, pictures, strict=True):
+            if place.start > start:
+                parts.append(self._adapter.embed(prompt.ids[start : place.start]))
+            parts.append(picture.embeddings)
+            start = place.stop
+        if start < len(prompt.ids):
+            parts.append(self._adapter.embed(prompt.ids[start:]))
+        return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""The vLLM backend. Importing this package needs no vLLM; see docs/vllm.md."""

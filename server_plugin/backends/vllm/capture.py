@@ -1,0 +1,392 @@
+"""The worker side of the vLLM plugin: attention rows of requests that ask for them.
+
+Registered as a `vllm.general_plugins` entry point, so vLLM calls `register` in each of its
+processes. It gives the workers three methods, for `collective_rpc`; nothing else changes until the
+first of them is called. From then on two functions of each worker are wrapped: the one that runs
+a step, to learn whose prompt ends in it, and the one attention layer whose row is wanted. A step
+in which no such prompt ends costs a look into its list of requests.
+
+All contact with vLLM's internals is in this module. Each point of contact:
+
+what                                                why                               since
+`WorkerBase`, with a method set on it               `collective_rpc` finds it there   0.11
+`Worker.model_runner.execute_model(scheduler_out…)` a step, and what it schedules     0.11
+`SchedulerOutput.{scheduled_new_reqs,               ids, prompt lengths and positions 0.11
+  scheduled_cached_reqs, num_scheduled_tokens,      of what is scheduled
+  finished_req_ids}`
+`SamplingParams.extra_args`                         carries the wish for a row        0.10
+V1: `runner.input_batch.req_ids`                    order of requests in the step     0.8
+V2: `runner.prepare_inputs(…).req_ids`              the same (read, never run)        0.25
+`compilation_config.static_forward_context`         the attention layers by name      0.8
+`layer.impl.forward(layer, query, key, value,       query of the step; keys of the    0.32
+  kv_cache, metadata, output, …)` as an attribute   step are in the cache when it is
+  of the instance                                   called
+`layer.impl.{scale, num_heads, num_kv_heads,        to compute the same scores, or    0.32
+  sliding_window, alibi_slopes, logits_soft_cap,    to refuse what is not computed
+  sinks, kv_cache_dtype}`
+`kv_cache` (blocks, kv heads, block, 2 · head)      the keys                          0.32
+`layer.isa` (CPU)                                   how a block's keys lie            0.12
+`metadata.block_table`; FlashInfer: `runner.        where a request's blocks are      0.32
+  input_batch.block_table[group]` (read only)
+`compilation_config.cudagraph_mode`                 a full CUDA graph replays past    0.11
+                                                    any Python, and rows with it
+
+Versions before 0.32 were not tried. Rows were compared on CPU attention; the CUDA paths are
+written from vLLM's source and were never run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server_plugin.backends.vllm.rows import summed_row, token_major_keys, vector_keys
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = "0.32"
+"""The vLLM release whose internals these are."""
+
+INSTALL, TAKE, HELD = "vlm_collab_install", "vlm_collab_take", "vlm_collab_held"
+"""Names of the worker methods."""
+
+KEY, FIRST, STOP = "vlm_collab_key", "vlm_collab_first", "vlm_collab_stop"
+"""What a request that wants its row has in `extra_args`: a name for the row, which begins with a
+secret of whoever installed the capture, and the span of prompt positions that it is about."""
+
+MAX_ROWS = 1024
+"""Rows held until they are fetched; the oldest go first. A client that is gone fetches none."""
+
+MAX_ROWS_BYTES = 32 * 2**20
+"""Memory of all rows held, on the device, which vLLM's own budget knows nothing of. One row may
+be as long as a prompt."""
+
+_LAYER = "language_model.model.layers.{}.self_attn.attn"
+
+Keys = Callable[[Tensor, Tensor], Tensor]
+"""(cache, blocks) -> keys; see `server_plugin.backends.vllm.rows`."""
+
+_CPU_KEYS: dict[str, Keys] = {"vec": vector_keys, "vec16": vector_keys}
+_CUDA_KEYS: dict[str, Keys] = {
+    "FLASH_ATTN": token_major_keys,
+    "TRITON_ATTN": token_major_keys,
+    "FLEX_ATTENTION": token_major_keys,
+    "FLASHINFER": token_major_keys,
+}
+
+
+class UnsupportedError(Exception):
+    """This vLLM, or the way it is set up, has no place where the row could be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A request that asked for its row.
+
+    Attributes:
+        key: name of the row.
+        first, stop: the span of prompt positions.
+        prompt: length of the prompt.
+    """
+
+    key: str
+    first: int
+    stop: int
+    prompt: int
+
+
+@dataclass(slots=True, eq=False)
+class RowReader:
+    """What one worker knows of rows.
+
+    Attributes:
+        order: the requests of the step that is running, as its attention layers have them.
+        keys: how the layer's keys are read.
+        block_table: from metadata to (requests, blocks).
+        wishes: requests whose prompt has not ended yet.
+        due: of those whose prompt ends in this step, the place of the last prompt token in the
+            step's queries of that request.
+        lengths: queries of each request in this step.
+        rows: what was captured and not fetched yet, summed over this worker's heads.
+        rows_bytes: memory that these occupy.
+        heads: how many heads that is.
+        scopes: with one of these the names of rows begin that are served.
+    """
+
+    order: Callable[[], list[str]]
+    keys: Keys
+    block_table: Callable[[Any], Tensor]
+    heads: int
+    scopes: set[str]
+    wishes: dict[str, _Wish] = field(default_factory=dict)
+    due: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    rows_bytes: int = 0
+
+    def step(self, scheduled: Any) -> None:
+        """Look at what a step schedules."""
+        for gone in scheduled.finished_req_ids:
+            self.wishes.pop(gone, None)
+        computed: dict[str, int] = {}
+        for new in scheduled.scheduled_new_reqs:
+            if (wish := _wish_of(new)) is not None and wish.key.startswith(tuple(self.scopes)):
+                self.wishes[new.req_id] = wish
+                computed[new.req_id] = new.num_computed_tokens
+        self.due = {}
+        if not self.wishes:
+            return
+        going_on = scheduled.scheduled_cached_reqs
+        computed.update(zip(going_on.req_ids, going_on.num_computed_tokens, strict=True))
+        self.lengths = scheduled.num_scheduled_tokens
+        for name, wish in self.wishes.items():
+            place = wish.prompt - 1 - computed.get(name, wish.prompt)
+            if 0 <= place < self.lengths.get(name, 0):
+                self.due[name] = place
+
+    def read(self, layer: Any, query: Tensor, cache: Tensor, metadata: Any) -> None:
+        """After the layer's attention: the rows that are due, once."""
+        due, self.due = self.due, {}
+        table, start = self.block_table(metadata), 0
+        impl = layer.impl
+        for number, name in enumerate(self.order()):
+            if name in due:
+                wish = self.wishes.pop(name)
+                count = -(-wish.prompt // cache.shape[2])
+                self._keep(
+                    wish.key,
+                    summed_row(
+                        query[start + due[name]].view(impl.num_heads, impl.head_size),
+                        self.keys(cache, table[number, :count]),
+                        wish.prompt,
+                        impl.scale,
+                        wish.first,
+                        wish.stop,
+                    ),
+                )
+            start += self.lengths[name]
+
+    def _keep(self, key: str, row: Tensor) -> None:
+        self._release(key)
+        self.rows[key] = row
+        self.rows_bytes += row.nbytes
+        while len(self.rows) > MAX_ROWS or self.rows_bytes > MAX_ROWS_BYTES:
+            self._release(next(iter(self.rows)))
+
+    def _release(self, key: str) -> Tensor | None:
+        row = self.rows.pop(key, None)
+        if row is not None:
+            self.rows_bytes -= row.nbytes
+        return row
+
+    def take(self, keys: list[str]) -> list[tuple[bytes, int] | None]:
+        """Rows by name, each only once: float32 bytes, and the heads that they sum up."""
+        held = [self._release(key) for key in keys]
+        return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in held]
+
+
+def _wish_of(request: Any) -> _Wish | None:
+    """What a new request asks for. Anything malformed is no wish: users can set `extra_args`
+    through vLLM's own endpoints, and a worker must not fall over it."""
+    extra = getattr(request.sampling_params, "extra_args", None)
+    if not extra or request.prompt_token_ids is None:
+        return None
+    key, first, stop = extra.get(KEY), extra.get(FIRST), extra.get(STOP)
+    prompt = len(request.prompt_token_ids)
+    if not (isinstance(key, str) and len(key) <= 64):
+        return None
+    if not (isinstance(first, int) and isinstance(stop, int)):
+        return None
+    return _Wish(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
+
+
+def register() -> None:
+    """The entry point: give vLLM's workers the three methods. Called in every vLLM process."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, INSTALL, _install)
+    setattr(WorkerBase, TAKE, _take)
+    setattr(WorkerBase, HELD, _held)
+
+
+def _install(worker: Any, layer: int, scope: str) -> dict[str, Any]:
+    """Begin to serve rows of a decoder layer; for another scope too if they are served already.
+
+    Args:
+        scope: a secret of the caller's, with which the names of its rows begin. Users of vLLM's
+            own endpoints set `extra_args` too, and could have others' rows pushed out.
+
+    Returns:
+        `{"heads": …}` of this worker, 0 if the layer is on another one (pipeline parallelism);
+        or `{"error": …}`, one line. Exceptions would reach the caller as a stack trace.
+    """
+    import vllm
+
+    try:
+        if not vllm.__version__.startswith(f"{SUPPORTED}."):
+            raise UnsupportedError(f"release (supported: {SUPPORTED})")
+        return {"heads": _wrap(worker, layer, scope)}
+    except UnsupportedError as error:
+        missing = str(error)
+    except Exception as error:  # whatever another release may raise where this one does not
+        missing = " ".join(f"{type(error).__name__}: {error}".split())
+    return {"error": f"vLLM {vllm.__version__} cannot give attention rows here: {missing}"}
+
+
+def _take(worker: Any, keys: list[str]) -> list[tuple[bytes, int] | None]:
+    """See `RowReader.take`; for `collective_rpc`."""
+    reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
+    return [None] * len(keys) if reader is None else reader.take(keys)
+
+
+def _held(worker: Any) -> dict[str, int]:
+    """What this worker keeps: requests whose row is still to come, and rows nobody fetched yet."""
+    reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
+    if reader is None:
+        return {"wishes": 0, "rows": 0}
+    return {"wishes": len(reader.wishes), "rows": len(reader.rows)}
+
+
+def _wrap(worker: Any, number: int, scope: str) -> int:
+    """Wrap step and layer. Returns this worker's heads of the layer."""
+    runner = worker.model_runner
+    config = runner.vllm_config
+    _check(config)
+    if (served := getattr(worker, "vlm_collab_layer", number)) != number:
+        raise UnsupportedError(f"rows of layer {served} are served already, not of {number}")
+    if hasattr(worker, "vlm_collab_rows"):  # for another front-end of the same engine
+        worker.vlm_collab_rows.scopes.add(scope)
+        return int(worker.vlm_collab_rows.heads)
+    layer = config.compilation_config.static_forward_context.get(_LAYER.format(number))
+    if layer is None:
+        if config.parallel_config.pipeline_parallel_size > 1:
+            return 0
+        raise UnsupportedError(f"there is no attention layer {_LAYER.format(number)}")
+    impl = layer.impl
+    _check_layer(impl)
+    keys, table = _keys(layer), _block_table(layer, runner)
+    heads = int(impl.num_heads)
+    run, attend = runner.execute_model, impl.forward
+    # Only now, when all the rest is there: with V2 this wraps a method.
+    order = _order_v2(runner) if config.use_v2_model_runner else _order_v1(runner)
+    reader = RowReader(order, keys, table, heads, {scope})
+
+    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("dummy_run"):
+            reader.step(scheduled)
+        try:
+            return run(scheduled, *args, **kwargs)
+        finally:
+            reader.due = {}
+
+    def forward(
+        layer: Any,
+        query: Tensor,
+        key: Any,
+        value: Any,
+        cache: Tensor,
+        metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = attend(layer, query, key, value, cache, metadata, *args, **kwargs)
+        if reader.due and metadata is not None:
+            try:
+                reader.read(layer, query, cache, metadata)
+            except Exception:  # the engine serves others too; who misses the row is told
+                log.exception("attention rows were lost")
+        return result
+
+    runner.execute_model, impl.forward = execute_model, forward
+    worker.vlm_collab_rows, worker.vlm_collab_layer = reader, number
+    return reader.heads
+
+
+def _check(config: Any) -> None:
+    """Refuse set-ups of the engine in which rows would be missing or wrong."""
+    graphs = config.compilation_config.cudagraph_mode
+    if graphs is not None and graphs.name not in ("NONE", "PIECEWISE"):
+        raise UnsupportedError(
+            f"cudagraph_mode {graphs.name} runs past the capture; set it to PIECEWISE"
+        )
+    parallel = config.parallel_config
+    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        raise UnsupportedError("decode context parallelism")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise UnsupportedError("prefill context parallelism")
+    if parallel.use_ubatching:  # more than dual batch overlap turns it on
+        raise UnsupportedError("steps that are cut into micro-batches")
+    # Data parallelism is the front-end's to refuse: each replica's workers see a size of 1.
+    if config.speculative_config is not None:
+        raise UnsupportedError("speculative decoding")
+
+
+def _check_layer(impl: Any) -> None:
+    """Refuse attention whose weights are not the softmax of scaled products."""
+    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise UnsupportedError(f"a key cache of type {impl.kv_cache_dtype}")
+    if getattr(impl, "sliding_window", None) not in (None, -1, (-1, -1)):
+        raise UnsupportedError("sliding-window attention")
+    # What an implementation does not have, it cannot do either.
+    if getattr(impl, "logits_soft_cap", None):
+        raise UnsupportedError("soft-capped attention")
+    if getattr(impl, "alibi_slopes", None) is not None:
+        raise UnsupportedError("attention with ALiBi")
+    if getattr(impl, "sinks", None) is not None:
+        raise UnsupportedError("attention with sinks")
+
+
+def _keys(layer: Any) -> Keys:
+    name = layer.attn_backend.get_name()
+    if name == "CPU_ATTN":
+        if layer.isa not in _CPU_KEYS:
+            raise UnsupportedError(f"keys laid out for the instruction set {layer.isa}")
+        return _CPU_KEYS[layer.isa]
+    if name not in _CUDA_KEYS:
+        raise UnsupportedError(f"the attention backend {name}")
+    return _CUDA_KEYS[name]
+
+
+def _block_table(layer: Any, runner: Any) -> Callable[[Any], Tensor]:
+    if layer.attn_backend.get_name() != "FLASHINFER":
+        return lambda metadata: torch.as_tensor(metadata.block_table)
+    if runner.vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "FlashInfer with the V2 model runner has no block table; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or another --attention-backend"
+        )
+    groups = runner.kv_cache_config.kv_cache_groups
+    mine = [i for i, one in enumerate(groups) if layer.layer_name in one.layer_names]
+    if not mine:
+        raise UnsupportedError(f"there is no cache group of {layer.layer_name}")
+    group, tables = mine[0], runner.input_batch.block_table
+    return lambda metadata: tables[group].get_device_tensor(runner.input_batch.num_reqs)
+
+
+def _order_v1(runner: Any) -> Callable[[], list[str]]:
+    def order() -> list[str]:
+        # Asked for anew in each step: the list is replaced as requests come and go.
+        return list(runner.input_batch.req_ids)
+
+    order()  # if it is not there, that shows now
+    return order
+
+
+def _order_v2(runner: Any) -> Callable[[], list[str]]:
+    """The V2 runner makes a new batch for each step and keeps it to itself."""
+    prepare = runner.prepare_inputs
+    latest: list[str] = []
+
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        batch = prepare(*args, **kwargs)
+        latest[:] = batch.req_ids
+        return batch
+
+    runner.prepare_inputs = prepare_inputs
+    return lambda: latest

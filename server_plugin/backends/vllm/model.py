@@ -1,0 +1,181 @@
+"""Opening a checkpoint on the vLLM backend: everything that can be refused first, then vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.checkpoint import (
+    load_config,
+    load_processor,
+    local_or_hub,
+    model_type_of,
+)
+from server_plugin.backends.transformers.adapters.registry import adapter_for
+from server_plugin.backends.vllm.backend import VllmBackend
+from server_plugin.backends.vllm.capture import SUPPORTED
+from server_plugin.models.presets import Preset
+from vlm_collab.errors import ConfigError, ModelError
+from vlm_collab.method.policy import Metric
+
+FAMILIES = ("llava", "qwen2.5-vl")
+"""What both this package and the supported vLLM serve."""
+
+
+def open_vllm_model(
+    name_or_folder: str,
+    preset: Preset,
+    *,
+    dtype: str = "auto",
+    name: str | None = None,
+    batch: int | None = None,
+    engine: Mapping[str, Any] | None = None,
+) -> VllmBackend:
+    """Start vLLM's engine in this process, with its workers beside it. Blocks; may download.
+
+    Args:
+        name_or_folder: hub name, or local folder.
+        preset: how the model is used; its family must be the checkpoint's.
+        dtype: a torch floating point type; "auto" is float32 on the CPU, else the checkpoint's.
+        name: what clients see; by default the hub name, or the folder's last part.
+        batch: most requests that run together; None: vLLM's own choice.
+        engine: arguments of vLLM's `AsyncEngineArgs`, which take precedence over those made
+            here.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged or of a family without an adapter, or vLLM
+            cannot load it.
+        ConfigError: vLLM is not installed or takes none of these options, the family is none
+            that it serves, or the preset does not fit the checkpoint.
+    """
+    source = local_or_hub(name_or_folder)
+    shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
+    check(source, preset, shown)
+    # stdout is the command's, which may have promised JSON on it.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise ConfigError(
+            f"the vLLM backend needs the package {error.name!r}; install it with "
+            "`pip install 'vlm-collab[vllm]'`"
+        ) from error
+    options = {"model": source, **engine_options(preset, dtype, batch)}
+    try:
+        started = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**options, **(engine or {})}))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"vLLM cannot serve {name_or_folder}: {reason}") from error
+    try:
+        return vllm_backend(started, source, preset, shown)
+    except BaseException:
+        started.shutdown()
+        raise
+
+
+def engine_options(preset: Preset, dtype: str = "auto", batch: int | None = None) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs` that a preset needs on this machine.
+
+    Args:
+        dtype, batch: as `open_vllm_model`.
+    """
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {
+        "limit_mm_per_prompt": {"image": 2},
+        # Full CUDA graphs would run past the capture.
+        "compilation_config": {"cudagraph_mode": "PIECEWISE"},
+    }
+    if preset.metric is Metric.ENTROPY:
+        options["max_logprobs"] = -1
+    if current_platform.is_cpu():
+        # Blocks there are of 128 tokens if one may choose, more than some views have; only whole
+        # blocks are shared.
+        options["block_size"] = 32
+    if dtype != "auto":
+        options["dtype"] = dtype
+    elif current_platform.is_cpu():
+        options["dtype"] = "float32"
+    if batch is not None:
+        options["max_num_seqs"] = batch
+    return options
+
+
+def vllm_backend(
+    engine: Any, source: str, preset: Preset, shown: str, *, owned: bool = True
+) -> VllmBackend:
+    """The backend over an engine that runs.
+
+    Args:
+        engine: `AsyncLLM`, or what vLLM's server calls an engine client.
+        source: the folder or hub name that the engine has loaded.
+        preset: how the model is used.
+        shown: what clients see.
+        owned: whether closing the backend shuts the engine down.
+
+    Raises:
+        ModelError, ConfigError: as `open_vllm_model`.
+    """
+    adapter_class = check(source, preset, shown)
+    adapter = weightless_adapter(adapter_class, source, preset, engine.model_config.max_model_len)
+    return VllmBackend(engine, adapter, shown, owned=owned)
+
+
+def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
+    """Refuse what cannot be served, from the checkpoint's small files alone.
+
+    Raises:
+        ModelError, ConfigError: as `open_vllm_model`.
+    """
+    adapter_class = adapter_for(model_type_of(source))
+    if adapter_class.family not in FAMILIES:
+        raise ConfigError(
+            f"vLLM {SUPPORTED} does not serve {adapter_class.family}; use --backend transformers"
+        )
+    if preset.family != adapter_class.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {shown} is of "
+            f"{adapter_class.family!r}"
+        )
+    config = load_config(source)
+    layers = config.get_text_config().num_hidden_layers
+    if preset.layer >= layers:
+        raise ConfigError(
+            f"layer {preset.layer} does not exist: {shown} has decoder layers 0 to {layers - 1}; "
+            "choose one with the option `layer`"
+        )
+    adapter_class.layout_of(config, preset)
+    return adapter_class
+
+
+def weightless_adapter(
+    adapter_class: type[Adapter], source: str, preset: Preset, context_tokens: int
+) -> Adapter:
+    """An adapter that makes prompts and reads answers; the weights are the engine's.
+
+    Args:
+        source: folder or hub name of the checkpoint.
+        context_tokens: longest sequence that the engine takes; cuts the checkpoint's own.
+    """
+    config = load_config(source)
+    text = config.get_text_config()
+    text.max_position_embeddings = min(text.max_position_embeddings, context_tokens)
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # there are none; transformers then takes them from the configuration
+        generation = GenerationConfig.from_model_config(config)
+    model = SimpleNamespace(
+        config=config,
+        generation_config=generation,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return adapter_class(model, load_processor(source), preset)

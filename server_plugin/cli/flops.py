@@ -1,0 +1,207 @@
+"""`vlm-collab flops`: what a retransmitted question costs on a model, from its files alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from server_plugin.cli.options import FitName, PresetFile, PromptName
+from server_plugin.models.presets import Preset
+from vlm_collab.errors import ConfigError
+from vlm_collab.method.cost import (
+    extension_flops,
+    first_pass_flops,
+    second_stage_flops,
+    total_flops,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the cost of a question depends on.
+
+    Attributes:
+        visual_tokens: n of Eq. 17 of `003_92b41fe49395ce1a.txt`.
+        hidden_size: its d_LLM.
+        layers: its L.
+        read_layers: layers that the generic instruction goes through, up to the one whose
+            attention is read.
+        prefix_tokens: tokens of a prompt up to the end of the global view.
+        local_tokens: tokens that a local view adds to a prompt.
+        generic_tokens: tokens behind the global view under the generic instruction.
+        shared: whether the global view's tokens are the same for every question.
+    """
+
+    visual_tokens: int
+    hidden_size: int
+    layers: int
+    read_layers: int
+    prefix_tokens: int
+    local_tokens: int
+    generic_tokens: int
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Decoder operations of one question, in FLOPs.
+
+    Attributes:
+        eq_18_first_pass, eq_19_second_stage, eq_20_total: as 003 counts them, visual tokens only.
+        first_pass, generic_instruction, second_pass, total: prefills of this project's engine,
+            text tokens included; the generic instruction once for each view.
+        decoding: both answers, token by token; in neither total.
+        ratio: `eq_20_total` over `total`.
+    """
+
+    eq_18_first_pass: int
+    eq_19_second_stage: int
+    eq_20_total: int
+    first_pass: int
+    generic_instruction: int
+    second_pass: int
+    total: int
+    decoding: int
+    ratio: float
+
+
+def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
+    """Eq. 17-20 of `003_92b41fe49395ce1a.txt`, and what the engine computes.
+
+    Args:
+        shape: of the model.
+        question_tokens: tokens of a prompt behind its pictures.
+        answer_tokens: tokens of each of the two answers; the first comes out of the prefill.
+    """
+    n, width, layers = shape.visual_tokens, shape.hidden_size, shape.layers
+    prefix = shape.prefix_tokens
+    first_context = prefix + question_tokens
+    second_context = first_context + shape.local_tokens
+    first = extension_flops(0, first_context, width, layers)
+    held, new = (prefix, 0) if shape.shared else (0, prefix)
+    generic = extension_flops(held, new + shape.generic_tokens, width, shape.read_layers)
+    second = extension_flops(prefix, second_context - prefix, width, layers)
+    total = first + generic + second
+    eq_20 = total_flops(n, width, layers, retransmitted=True)
+    return Costs(
+        eq_18_first_pass=first_pass_flops(n, width, layers),
+        eq_19_second_stage=second_stage_flops(n, width, layers),
+        eq_20_total=eq_20,
+        first_pass=first,
+        generic_instruction=generic,
+        second_pass=second,
+        total=total,
+        decoding=sum(
+            extension_flops(context + step, 1, width, layers)
+            for context in (first_context, second_context)
+            for step in range(answer_tokens - 1)
+        ),
+        ratio=eq_20 / total,
+    )
+
+
+def shape_of(source: str, preset: Preset) -> Shape:
+    """Read a checkpoint's configuration and tokenizer; no weights.
+
+    Args:
+        source: local folder, or hub name.
+        preset: how the model is used.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the family has no adapter.
+        ConfigError: the preset's layer does not exist.
+        QuestionError: the context is too short for the model's own pictures.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from server_plugin.backends.transformers.adapters.checkpoint import (
+        load_config,
+        load_processor,
+        local_or_hub,
+        model_type_of,
+    )
+    from server_plugin.backends.transformers.adapters.registry import adapter_for
+
+    models: Any = AutoModelForImageTextToText  # its annotations miss `from_config`
+    name = local_or_hub(source)
+    adapter_class = adapter_for(model_type_of(name))
+    if preset.family != adapter_class.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {source} is of "
+            f"{adapter_class.family!r}"
+        )
+    config, processor = load_config(name), load_processor(name)
+    with torch.device("meta"):  # modules without memory
+        model = models.from_config(config)
+    adapter = adapter_class(model, processor, preset)
+    text, prefix = adapter.decoder.config, len(adapter.prompts.shared().ids)
+    if preset.layer >= text.num_hidden_layers:
+        raise ConfigError(
+            f"layer {preset.layer} does not exist: {source} has decoder layers 0 to "
+            f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
+        )
+    one, two = (
+        len(adapter.prompts.build(preset.generic_instruction, pictures, 0).ids)
+        for pictures in (1, 2)
+    )
+    return Shape(
+        visual_tokens=adapter.layout.visual_tokens,
+        hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers,
+        read_layers=preset.layer + 1,
+        prefix_tokens=prefix,
+        local_tokens=two - one,
+        generic_tokens=one - prefix,
+        shared=not adapter.reads_question,
+    )
+
+
+def flops(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub name or local folder of a checkpoint, or `demo`."),
+    ] = "demo",
+    question_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt behind its pictures.")
+    ] = 20,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 20,
+    view_px: Annotated[
+        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
+    ] = None,
+    preset: PresetFile = None,
+    prompt: PromptName = None,
+    fit: FitName = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+) -> None:
+    """Print what a question costs on a model, by the equations and as it is computed here."""
+    from server_plugin.backends.open import checkpoint_and_preset
+
+    source, chosen = checkpoint_and_preset(model, preset)
+    overrides = {"view_px": view_px, "layer": layer, "prompt": prompt, "fit": fit}
+    shape = shape_of(source, chosen.with_overrides(**overrides))
+    costs = costs_of(shape, question_tokens, answer_tokens)
+    if json_output:
+        print(json.dumps({"model": model, **asdict(shape), **asdict(costs)}))
+        return
+    print(
+        f"{model}: {shape.visual_tokens} visual tokens, {shape.layers} layers of width "
+        f"{shape.hidden_size}; GFLOP of one question that is retransmitted"
+    )
+    for line, count in (
+        ("Eq. 18, first pass: F(n)", costs.eq_18_first_pass),
+        ("Eq. 19, second stage: F(n) + F(2n)", costs.eq_19_second_stage),
+        ("Eq. 20, total", costs.eq_20_total),
+        ("here: first pass", costs.first_pass),
+        ("here: generic instruction, once a view", costs.generic_instruction),
+        ("here: second pass", costs.second_pass),
+        (f"here: total (Eq. 20 is {costs.ratio:.2f} times as much)", costs.total),
+        (f"decoding two answers of {answer_tokens} tokens", costs.decoding),
+    ):
+        print(f"  {line:<48}{count / 1e9:>14,.3f}")

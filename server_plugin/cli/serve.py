@@ -1,0 +1,328 @@
+"""`vlm-collab serve`: one command from nothing to a listening service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server_plugin.backends.open import preset_of, with_options
+from server_plugin.cli.options import (
+    BaseSide,
+    BatchSize,
+    Device,
+    Dtype,
+    Epsilon,
+    FitName,
+    Layer,
+    PlacementName,
+    PresetFile,
+    PromptName,
+    Ratios,
+    ViewSide,
+)
+from server_plugin.engines.assembly import engine_of
+from server_plugin.models.calibration import load_calibration
+from server_plugin.models.presets import Preset
+from server_plugin.service import logs
+from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, service_limits
+from vlm_collab.cli.secret_files import TOKEN_VARIABLE, chosen_key
+from vlm_collab.errors import ConfigError
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.table import ServerLimits
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hub name or local folder of a checkpoint; `demo` is the small one that comes "
+            "with the package, `fake` a scripted one without torch."
+        ),
+    ] = "demo",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="transformers or vllm. With vllm, this starts vLLM's own server with the same "
+            "service in it, and any option that is not listed here is vLLM's."
+        ),
+    ] = "transformers",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
+        DEFAULT_PORT
+    ),
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar=TOKEN_VARIABLE,
+            help="Bearer token that clients must send. Needed on any address but localhost. Other "
+            "users of this machine can read it here; better give --token-file or the variable.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File that holds the bearer token, and only it."),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option(help="Listen beyond localhost without a token.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="TLS certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="TLS private key (PEM).")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of browser pages that may connect; repeat for several."),
+    ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients may call the server without a token, beside localhost and "
+            "IP addresses; repeat for several."
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="When to ask for a region: threshold, always, never or random."),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Threshold, in the metric's unit (bits, or 0 to 1).")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
+    k: Annotated[int | None, typer.Option(help="Tokens that --aggregate first_k takes.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Share of questions for --policy random.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for --policy random.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="File of `vlm-collab calibrate`; other options go before it."),
+    ] = None,
+    preset: PresetFile = None,
+    fit: FitName = None,
+    prompt: PromptName = None,
+    view_px: ViewSide = None,
+    layer: Layer = None,
+    base_px: BaseSide = None,
+    ratios: Ratios = None,
+    epsilon: Epsilon = None,
+    placement: PlacementName = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    batch: BatchSize = None,
+    provisional: Annotated[
+        bool,
+        typer.Option(
+            help="Generate every first answer to its end, even where its first tokens decide that "
+            "another follows."
+        ),
+    ] = False,
+    quality: Annotated[
+        int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
+    ] = None,
+    max_connections: Annotated[int, typer.Option(help="WebSockets at once.")] = 256,
+    max_per_address: Annotated[
+        int | None,
+        typer.Option(
+            help="Connections at once from one address: 64, except from this machine; 0 for any "
+            "number, as behind a proxy on another machine."
+        ),
+    ] = None,
+    max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
+    max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
+    max_question_bytes: Annotated[
+        int,
+        typer.Option(help="Longest question with what was said before it, in UTF-8 bytes."),
+    ] = ServerLimits().max_question_bytes,
+    view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
+    region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            help="debug (what libraries say too), info, warning (the default) or error; "
+            "with vLLM, its own by default."
+        ),
+    ] = None,
+    json_output: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON line when ready, and JSON lines as logs."),
+    ] = False,
+) -> None:
+    """Start the two-stage service (needs the `server` extra)."""
+    levels = ("debug", "info", "warning", "error")
+    if log_level not in (None, *levels):
+        raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(levels)}")
+    limits: dict[str, Any] = {
+        "max_connections": max_connections,
+        "max_per_address": max_per_address,
+        "max_questions": max_questions,
+        "max_queue": max_queue,
+        "max_question_bytes": max_question_bytes,
+        "max_view_bytes": view_memory_mb * 2**20,
+        "region_deadline_s": region_deadline_s,
+    }
+    config = ServiceConfig(
+        host=host,
+        port=port,
+        token=chosen_key(token, token_file, "--token", TOKEN_VARIABLE),
+        allow_anonymous=allow_anonymous,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        origins=frozenset(origin or ()),
+        host_names=frozenset(host_name or ()),
+        region_quality=90 if quality is None else quality,
+        limits=service_limits(**limits),
+    )
+    overrides = {
+        "fit": fit,
+        "prompt": prompt,
+        "view_px": view_px,
+        "layer": layer,
+        "base_px": base_px,
+        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "epsilon": epsilon,
+        "placement": placement,
+        "metric": metric,
+        "aggregate": aggregate,
+        "eta": eta,
+        "k": k,
+        "max_new_tokens": max_new_tokens,
+    }
+    if calibration is not None:
+        overrides = _calibrated(overrides, calibration, model)
+    policy_options = {"rate": rate, "seed": seed}
+    if model.startswith("-"):
+        raise ConfigError(f"no such option: {model}; vLLM's options stand behind the model")
+    if backend == "vllm":
+        if device != "auto":
+            raise ConfigError("vLLM chooses its devices itself; leave out --device")
+        if json_output:
+            raise ConfigError("--json is not for --backend vllm, whose logs are vLLM's own")
+        from server_plugin.vllm_server.launch import become, invocation
+
+        started = invocation(
+            model,
+            config,
+            preset=preset,
+            overrides=overrides,
+            options={
+                "policy": policy,
+                "policy_options": policy_options,
+                "origins": sorted(config.origins),
+                "host_names": sorted(config.host_names),
+                "provisional": provisional,
+                "quality": quality,
+                "limits": limits,
+            },
+            dtype=dtype,
+            batch=batch,
+            log_level=log_level,
+            further=context.args,
+        )
+        address = f"[{host}]" if ":" in host else host
+        _warn(with_options(preset_of(model, preset), overrides))
+        print(f"vlm-collab: starting vLLM; clients connect to {config.scheme}://{address}:{port}")
+        become(started)
+    if backend != "transformers":
+        raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
+    if context.args:
+        raise ConfigError(f"no such option: {context.args[0]} (see vlm-collab serve --help)")
+    logs.configure(log_level or "warning", json_lines=json_output)
+    asyncio.run(
+        _serve(
+            model,
+            config,
+            policy=policy,
+            policy_options=policy_options,
+            model_options={
+                "preset": preset,
+                "device": device,
+                "dtype": dtype,
+                "batch": batch,
+                **overrides,
+            },
+            provisional=provisional,
+            quality=quality,
+            json_output=json_output,
+        )
+    )
+
+
+# Options that are not ours are vLLM's; without it, they are refused above.
+serve.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}
+
+
+def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, Any]:
+    """Options of the model, with a calibration's where a user gave none."""
+    found = load_calibration(path)
+    found.require_model(model)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if not given.keys() & {"metric", "aggregate", "k"}:
+        return {**found.overrides(), **given}
+    if "eta" not in given:
+        raise ConfigError("the calibration's threshold is for its own metric and aggregate")
+    return {"layer": found.layer, **given}
+
+
+def _warn(preset: Preset) -> None:
+    if preset.warning is not None:
+        print(f"vlm-collab serve: {preset.warning}", file=sys.stderr, flush=True)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
+        ) from None
+
+
+async def _serve(
+    model: str,
+    config: ServiceConfig,
+    *,
+    policy: str | None,
+    policy_options: dict[str, Any],
+    model_options: dict[str, Any],
+    provisional: bool,
+    quality: int | None,
+    json_output: bool,
+) -> None:
+    from server_plugin.backends.open import open_model
+    from server_plugin.service import runner
+    from server_plugin.service.service import Service
+
+    sock = runner.bind(config)
+    try:
+        backend, preset = await asyncio.to_thread(open_model, model, **model_options)
+        _warn(preset)
+        await backend.warm_up()
+        engine = engine_of(backend, preset, policy, policy_options, provisional=provisional)
+        codec = Codec[preset.codec.upper()]
+        config = replace(config, region_codec=codec)
+        if quality is None:
+            config = replace(config, region_quality=preset.quality)
+        service = Service(engine, config)
+        server = runner.server(service)
+        url = runner.url_of(sock, config)
+        page = f"http{url.removeprefix('ws').removesuffix(ENDPOINT)}/"
+        name, openai = backend.info.name, f"{page}v1"
+        ready = {"event": "ready", "url": url, "openai": openai, "model": name, "pid": os.getpid()}
+        text = f"vlm-collab: serving {name} at {url}, page at {page}, OpenAI's APIs at {openai}"
+        # Clients that connect before uvicorn accepts wait in the socket's own queue.
+        print(json.dumps(ready) if json_output else f"{text} (Ctrl-C stops)", flush=True)
+        await runner.serve(server, sock)
+        await backend.close()
+    finally:
+        sock.close()

@@ -1,0 +1,1 @@
+"""Engines: what is done with a question, whatever runtime holds the model."""

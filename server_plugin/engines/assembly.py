@@ -1,0 +1,62 @@
+"""From a preset and a loaded model to the engine that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server_plugin.backends.base import Backend
+from server_plugin.engines.two_stage import Engine
+from server_plugin.models.presets import Preset
+from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Size
+from vlm_collab.method.policy import Policy, policy_from_config
+
+
+def policy_of(preset: Preset, policy: str | None, options: Mapping[str, Any]) -> Policy:
+    """The policy that decides about regions.
+
+    Args:
+        preset: its metric, aggregate and threshold.
+        policy: name of another policy than the preset's threshold: always, never or random.
+        options: what that policy takes; None values are left out.
+
+    Raises:
+        ConfigError: an unknown policy, or an option that it does not take.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if policy not in (None, "threshold"):
+        fields = {"metric": preset.metric.value, "aggregate": preset.aggregate.value}
+        return policy_from_config({"kind": policy, "k": preset.k, **fields, **given})
+    if given:
+        raise ConfigError(f"--{next(iter(given))} needs --policy random")
+    return preset.policy()
+
+
+def engine_of(
+    backend: Backend,
+    preset: Preset,
+    policy: str | None,
+    policy_options: Mapping[str, Any],
+    *,
+    provisional: bool = False,
+) -> Engine:
+    """The engine that a preset describes.
+
+    Args:
+        policy, policy_options: see `policy_of`.
+        provisional: see `Engine`.
+
+    Raises:
+        ConfigError: see `policy_of`.
+    """
+    side = preset.local_view_px
+    return Engine(
+        backend=backend,
+        policy=policy_of(preset, policy, policy_options),
+        ratios=preset.ratios,
+        placement=preset.placement,
+        max_new_tokens=preset.max_new_tokens,
+        local_view=None if side is None else Size(side, side),
+        provisional=provisional,
+    )

@@ -1,0 +1,1 @@
+"""What is known of models without loading them: presets and calibration files."""

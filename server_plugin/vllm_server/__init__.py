@@ -1,0 +1,1 @@
+"""Two-stage inference inside vLLM's own server; see docs/vllm.md."""

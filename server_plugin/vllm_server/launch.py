@@ -1,0 +1,223 @@
+"""`vlm-collab serve --backend vllm`: vLLM's own server, started with this package's plugin in it.
+
+What the command's options say is checked here and handed on as vLLM's options; every other option
+is vLLM's. What can be refused without vLLM is refused before it is looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from server_plugin.backends.open import (
+    DEMO_MODEL,
+    FAKE_MODEL,
+    checkpoint_of,
+    preset_of,
+    with_options,
+)
+from server_plugin.backends.vllm.setup import check_arguments
+from server_plugin.engines.assembly import policy_of
+from server_plugin.service.config import ServiceConfig
+from vlm_collab.errors import ConfigError
+
+PLUGIN = "vlm_collab"
+"""What both entry points are called, and our options in vLLM's `--additional-config`."""
+
+# Loaded by default, but not once VLLM_PLUGINS names any plugin.
+_DEFAULT_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """How vLLM's server is started.
+
+    Attributes:
+        arguments: of `vllm serve`.
+        environment: variables to set, besides those that there are.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def require_vllm() -> None:
+    """Refuse to go on without vLLM.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
+        raise ConfigError(
+            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
+        )
+
+
+def invocation(
+    model: str,
+    config: ServiceConfig,
+    *,
+    preset: str | None = None,
+    overrides: Mapping[str, Any],
+    options: Mapping[str, Any],
+    dtype: str = "auto",
+    batch: int | None = None,
+    log_level: str | None = None,
+    further: Sequence[str] = (),
+) -> Invocation:
+    """Translate the command's options to vLLM's. Reads the checkpoint's small files.
+
+    Args:
+        model: hub name, local folder, or "demo".
+        config: where to listen, and whom to let in; checked when it was made.
+        preset: name or file of another preset than the model's own.
+        overrides: fields of the preset by name; None leaves a field.
+        options: what else `server_plugin.vllm_server.endpoint.Options` takes.
+        dtype, batch: see `server_plugin.backends.vllm.model.engine_options`.
+        log_level: of vLLM's processes; None: vLLM's own choice.
+        further: options of vLLM; they win over those made here, which of
+            `--compilation-config` are single keys.
+
+    Raises:
+        ModelError: the checkpoint is missing, or of a family without an adapter.
+        ConfigError: vLLM is not installed, an option has an impossible value, or the model is
+            none that vLLM serves.
+    """
+    if model == FAKE_MODEL:
+        raise ConfigError("the fake model runs without vLLM; leave out --backend vllm")
+    if config.port == 0:
+        raise ConfigError("vLLM takes no port 0; name a free one with --port")
+    _refuse_what_would_hide_ours(further)
+    from server_plugin.backends.transformers.adapters.checkpoint import local_or_hub
+    from server_plugin.backends.vllm.model import check, engine_options
+
+    source = local_or_hub(checkpoint_of(model))
+    chosen = with_options(preset_of(model, preset), overrides)
+    check(source, chosen, model)
+    check_arguments(source, chosen, further)
+    policy_of(chosen, options.get("policy"), options.get("policy_options", {}))
+    require_vllm()
+    given = {name: value for name, value in overrides.items() if value is not None}
+    ours: dict[str, Any] = {**options, "overrides": given}
+    if preset is not None:
+        is_file = preset.endswith((".yaml", ".yml"))
+        ours["preset"] = str(Path(preset).expanduser().absolute()) if is_file else preset
+    elif model == DEMO_MODEL:
+        ours["preset"] = DEMO_MODEL
+    arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
+    # vLLM's own default ends what is in flight at once; a question once accepted is answered.
+    arguments += ["--shutdown-timeout", f"{config.limits.shutdown_grace_s:.0f}"]
+    defaults = engine_options(chosen, dtype, batch)
+    for name, value in defaults.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        arguments += [f"--{name.replace('_', '-')}", text]
+    if model == DEMO_MODEL:
+        arguments += ["--served-model-name", DEMO_MODEL]
+    for name, file in (("certfile", config.tls_cert), ("keyfile", config.tls_key)):
+        if file is not None:
+            arguments += [f"--ssl-{name}", str(file)]
+    arguments += _with_defaults(further, _COMPILATION_CONFIG, defaults["compilation_config"])
+    arguments += [f"--additional-config.{PLUGIN}", json.dumps(ours)]
+    environment = {"VLLM_PLUGINS": ",".join(sorted(_plugins()))}
+    if config.token is not None:
+        # Not on the command line, which every user of the machine can read.
+        environment["VLLM_API_KEY"] = config.token
+    if log_level is not None:
+        environment["VLLM_LOGGING_LEVEL"] = log_level.upper()
+    return Invocation(arguments=tuple(arguments), environment=environment)
+
+
+def become(invocation: Invocation) -> NoReturn:
+    """Turn this process into vLLM's server: signals and exit code are its own from here on."""
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *invocation.arguments]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command, {**os.environ, **invocation.environment})
+
+
+_ADDITIONAL_CONFIG = ("--additional-config",)
+_COMPILATION_CONFIG = ("--compilation-config", "-cc")
+
+
+def _named(argument: str) -> tuple[str, str, str | None]:
+    """An argument's option in vLLM's spelling, the key behind its dot, and what it is set to."""
+    name, equals, value = argument.partition("=")
+    option, _, key = name.partition(".")
+    return option.replace("_", "-"), key, value if equals else None
+
+
+def _means(option: str, names: Sequence[str]) -> bool:
+    """Whether vLLM's parser may take it for one of these; it also takes their first letters."""
+    return len(option.lstrip("-")) > 0 and any(name.startswith(option) for name in names)
+
+
+def _refuse_what_would_hide_ours(further: Sequence[str]) -> None:
+    for option, key, _ in map(_named, further):
+        if _means(option, _ADDITIONAL_CONFIG) and not (key and option in _ADDITIONAL_CONFIG):
+            raise ConfigError(
+                "--additional-config holds this command's options; write yours as "
+                "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
+            )
+        if option == "--config":
+            # vLLM lets the command line win over the file, and with it whatever is set here.
+            raise ConfigError(
+                "--config: this command's own options would win over the file's; give those of "
+                "the file on the command line, or start `vllm serve` yourself (docs/vllm.md)"
+            )
+
+
+def _with_defaults(
+    further: Sequence[str], names: Sequence[str], defaults: Mapping[str, str]
+) -> list[str]:
+    """Arguments in which each value of a dictionary's option has these keys too.
+
+    vLLM merges no dictionaries: it takes the last JSON that is given, or, if there are any, the
+    dotted keys below the spelling that came last. So each of these gets what it does not have.
+    """
+    result, dotted = list(further), dict[str, set[str]]()
+    for place, (option, key, value) in enumerate(map(_named, further)):
+        if not _means(option, names):
+            continue
+        if key:
+            dotted.setdefault(option, set()).add(key.partition(".")[0])
+        elif value is not None:
+            result[place] = f"{further[place].partition('=')[0]}={_filled(value, defaults)}"
+        elif place + 1 < len(further):
+            result[place + 1] = _filled(further[place + 1], defaults)
+    for option, keys in dotted.items():
+        for key in defaults.keys() - keys:
+            result += [f"{option}.{key}", defaults[key]]
+    return result
+
+
+def _filled(text: str, defaults: Mapping[str, str]) -> str:
+    try:
+        given = json.loads(text)
+    except ValueError:
+        return text  # vLLM says what is wrong with it
+    if not isinstance(given, dict) or defaults.keys() <= given.keys():
+        return text
+    return json.dumps({**defaults, **given})
+
+
+def _plugins() -> set[str]:
+    """Plugins that vLLM shall load: those that it would anyway, and this one."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        return {*filter(None, named.split(",")), PLUGIN}
+    return {PLUGIN} | {
+        point.name for group in _DEFAULT_GROUPS for point in entry_points(group=group)
+    }
