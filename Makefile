@@ -70,7 +70,7 @@ check-vllm: vllm-env
 # What attention rows cost in vLLM for the CPU (docs/vllm.md). Nothing else should run meanwhile.
 BENCH ?= --rounds 24
 bench-vllm: vllm-env
-	$(RUN)/python -m tests.support.vllm_cpu.environment eval.bench_vllm $(BENCH)
+	$(RUN)/python -m tests.support.vllm_cpu.environment eval.bench.vllm $(BENCH)
 
 lmms-env: $(VENV)/.dev
 	$(RUN)/python -m tests.support.lmms_env

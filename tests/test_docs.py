@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 
-from eval.protocol_page import PAGE, page
+from tests.support.protocol_page import PAGE, page
 from vlm_collab.errors import ErrorCode
 from vlm_collab.protocol import messages
 from vlm_collab.protocol.table import TRANSITIONS
@@ -12,7 +12,7 @@ from vlm_collab.protocol.table import TRANSITIONS
 
 def test_the_protocol_page_is_the_code_s():
     text = PAGE.read_text(encoding="utf-8")
-    assert page(text) == text, "run `python -m eval.protocol_page`"
+    assert page(text) == text, "run `python -m tests.support.protocol_page`"
 
 
 def test_the_protocol_page_names_every_message_move_and_error():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.demo import PICTURES
+from eval.cli.demo import PICTURES
 from tests.support.patience import PATIENCE_S
 from tests.support.process import serving
 

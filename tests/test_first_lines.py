@@ -193,7 +193,7 @@ def test_evaluation(call: Call) -> None:
     done = call(*run, "run")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("run: 4 samples")
-    build = ("-m", "eval.benchmark.build", "--out", "data", "--split", "test", "--count", "4")
+    build = ("-m", "eval.signs.build", "--out", "data", "--split", "test", "--count", "4")
     assert call(sys.executable, *build).returncode == 0
     done = call(*run, "from-files", "--data", "data")
     assert (done.returncode, done.stderr) == (0, "")

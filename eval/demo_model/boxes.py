@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.scenes import Box, Question
+from eval.signs.scenes import Box, Question
 from vlm_collab.geometry import Frame, Size
 from vlm_collab.method.roi import Placement, region_box
 

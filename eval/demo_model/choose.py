@@ -26,15 +26,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.demo_model.asked import Asked, Settings, ask
 from eval.demo_model.boxes import contains, own_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
+from eval.demo_model.questions import Asked, Settings, ask
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import spread
-from eval.scenes import crop
+from eval.signs.scenes import crop
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 

@@ -18,7 +18,7 @@ from eval.demo_model.recipe import Recipe, Stage
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, SIDE, random_window, view_style
 from eval.demo_model.words import IMAGE
-from eval.scenes import draw, generate_scene, questions
+from eval.signs.scenes import draw, generate_scene, questions
 
 if TYPE_CHECKING:
     from eval.demo_model.train import Run

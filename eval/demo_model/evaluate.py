@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from transformers import LlavaForConditionalGeneration
 
-from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask, through_jpeg
 from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask, through_jpeg
 from eval.demo_model.report import Outcome, preset, report
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC, second_kind
 from eval.demo_model.workers import here, spread
-from eval.scenes import Box, crop
+from eval.signs.scenes import Box, crop
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 

@@ -22,7 +22,7 @@ from eval.demo_model.packing import PATCHES, vocabulary
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
 from eval.demo_model.words import EOS, GENERIC, IMAGE
-from eval.scenes import Box, Question
+from eval.signs.scenes import Box, Question
 from server_plugin.backends.transformers.batch import cache_argument
 
 _MAX_TOKENS = 5

@@ -25,10 +25,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.demo_model.asked import Asked, Settings, ask, settings_of
 from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
+from eval.demo_model.questions import Asked, Settings, ask, settings_of
 from eval.demo_model.workers import chunks
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of

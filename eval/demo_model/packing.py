@@ -33,7 +33,7 @@ from eval.demo_model.words import (
     second_kind,
     sign_list,
 )
-from eval.scenes import Question, Scene, generate_scene, questions
+from eval.signs.scenes import Question, Scene, generate_scene, questions
 
 PATCHES = GRID * GRID
 LOCAL_VIEWS = 2

@@ -25,13 +25,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
 from edge_client.picture import Picture
-from eval.demo_model.asked import Settings
 from eval.demo_model.boxes import own_box
 from eval.demo_model.measure import Reader, Reading
+from eval.demo_model.questions import Settings
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import load_model
-from eval.scenes import Question, SceneStyle, generate_scene, questions, render
+from eval.signs.scenes import Question, SceneStyle, generate_scene, questions, render
 from server_plugin.models.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Grid, Size
 from vlm_collab.method.roi import relative_map

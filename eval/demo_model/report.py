@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.demo_model.asked import SIZES, Settings
 from eval.demo_model.boxes import contains, own_box, random_box
 from eval.demo_model.measure import Reading, auroc, touched_patches
+from eval.demo_model.questions import SIZES, Settings
 from eval.demo_model.views import GRID
-from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from eval.demo_model.views import IGNORE, TowerBatch
-from eval.scenes import COLOURS, SHAPES
+from eval.signs.scenes import COLOURS, SHAPES
 
 _SIZES = (1, len(COLOURS), len(SHAPES), 11, 11, 11)
 

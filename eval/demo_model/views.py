@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, draw, generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, draw, generate_scene
 
 SIDE = 112
 GRID = 8

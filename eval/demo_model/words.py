@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from eval.scenes import COLOURS, LINE_WORDS, SHAPES, TINTS, Scene
+from eval.signs.scenes import COLOURS, LINE_WORDS, SHAPES, TINTS, Scene
 
 PREFIX = "USER: "
 TEMPLATE = "USER: {images}\n{question} ASSISTANT:"

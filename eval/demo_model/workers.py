@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
-from eval.demo_model.asked import Settings
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
+from eval.demo_model.questions import Settings
 
 T = TypeVar("T")
 Work = Callable[[Reader, Settings, list[int]], list[T]]

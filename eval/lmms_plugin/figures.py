@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from eval.lmms_plugin.asking import Reply
+from eval.lmms_plugin.runner import Reply
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
 

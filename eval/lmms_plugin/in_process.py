@@ -2,7 +2,7 @@
 
 Views and regions are really encoded, and the model sees what is decoded from these bytes. Bytes
 are those of the messages that would cross the wire. Questions of a group go through the model in
-step (`eval.harness.lockstep`), so a run repeats bit by bit.
+step (`eval.runs.lockstep`), so a run repeats bit by bit.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass, field, replace
 
 from PIL.Image import Image
 
-from eval.harness.loading import ModelOptions, loaded
-from eval.harness.lockstep import Lockstep, Member
-from eval.harness.method import (
+from eval.lmms_plugin.originals import Original
+from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.runner import Asker, Reply
+from eval.lmms_plugin.settings import Settings
+from eval.runs.loading import ModelOptions, loaded
+from eval.runs.lockstep import Lockstep, Member
+from eval.runs.methods.method import (
     Codecs,
     SampleError,
     one_line,
     quiet_engine,
     told_as_sample_error,
 )
-from eval.harness.two_stage import codecs_of, region_pixels
-from eval.harness.wire import Said, answer_bytes, frame
-from eval.lmms_plugin.asking import Asker, Reply
-from eval.lmms_plugin.originals import Original
-from eval.lmms_plugin.questions import Question
-from eval.lmms_plugin.settings import Settings
+from eval.runs.methods.two_stage import codecs_of, region_pixels
+from eval.runs.wire import Said, answer_bytes, frame
 from server_plugin.backends.base import Backend, Sampling
 from server_plugin.backends.open import preset_of, with_options
 from server_plugin.engines.assembly import engine_of

@@ -19,14 +19,14 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from eval.harness.method import SampleError
-from eval.lmms_plugin.asking import Answered, Asker, Reply, ask_all
 from eval.lmms_plugin.figures import Totals, added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
 from eval.lmms_plugin.over_network import OverNetwork
 from eval.lmms_plugin.questions import Question, questions_of
+from eval.lmms_plugin.runner import Answered, Asker, Reply, ask_all
 from eval.lmms_plugin.settings import settings_from
+from eval.runs.methods.method import SampleError
 from vlm_collab.errors import CollabError, ConfigError
 
 

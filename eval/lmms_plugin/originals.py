@@ -21,8 +21,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from edge_client.picture import Picture
-from eval.harness.method import SampleError
 from eval.lmms_plugin.questions import Question, require_pictures
+from eval.runs.methods.method import SampleError
 from vlm_collab.errors import ImageError
 from vlm_collab.pictures.images import Codec, encode
 from vlm_collab.protocol.messages import MAX_PICTURES

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.harness.method import SampleError, one_line
-from eval.harness.over_service import DEADLINE_S
-from eval.harness.two_stage import region_pixels
-from eval.lmms_plugin.asking import Asker, Reply
 from eval.lmms_plugin.originals import Original
 from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.runner import Asker, Reply
 from eval.lmms_plugin.settings import DEFAULT_CONCURRENCY, Settings
+from eval.runs.methods.method import SampleError, one_line
+from eval.runs.methods.over_service import DEADLINE_S
+from eval.runs.methods.two_stage import region_pixels
 from vlm_collab.errors import (
     AuthenticationError,
     CollabError,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.harness.method import SampleError
 from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
+from eval.runs.methods.method import SampleError
 from server_plugin.models.presets import IMAGE_SLOT
 from vlm_collab.errors import ConfigError
 from vlm_collab.protocol.messages import Options

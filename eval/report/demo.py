@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.harness.records import PROVENANCE, SCHEMA, SHARDS, read_records, shards_of
+from eval.analysis.records import PROVENANCE, SCHEMA, SHARDS, read_records, shards_of
 from eval.report.tables import calibrate_command
 from vlm_collab.cli.quiet import hush
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.calibrate.choose import for_loss
-from eval.harness.curves import (
+from eval.analysis.curves import (
     Bootstrap,
     Setting,
     area_over_random,
@@ -16,7 +15,9 @@ from eval.harness.curves import (
     longest_answer,
     part,
 )
-from eval.harness.runs import Run
+from eval.analysis.run import Run
+from eval.analysis.thresholds import for_loss
+from eval.analysis.trace import rows_of
 from eval.report.inputs import Inputs, title_of
 from eval.report.panels import (
     PAPER_FLOPS,
@@ -28,7 +29,6 @@ from eval.report.panels import (
     line,
     panel,
 )
-from eval.report.trace import rows_of
 from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.harness.curves import Bootstrap, Setting
+from eval.analysis.curves import Bootstrap, Setting
+from eval.analysis.separation import by_step, separation
+from eval.analysis.trace import rows_of
 from eval.report.inputs import Inputs
-from eval.report.separation import by_step, separation
 from eval.report.style import RIGHT, WRONG, in_style, new_figure
-from eval.report.trace import rows_of
 from vlm_collab.method.policy import Aggregate
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from eval.baselines.base import same_samples
-from eval.harness.curves import counts_end, part, rescored
-from eval.harness.provenance import difference
-from eval.harness.runs import HD, TWO_STAGE, Run
+from eval.analysis.curves import counts_end, part, rescored
+from eval.analysis.operating_points import same_samples
+from eval.analysis.run import HD, TWO_STAGE, Run
+from eval.runs.provenance import difference
 from eval.tasks.catalogue import task_kind
 from eval.tasks.data import wherever
 from server_plugin.models.calibration import Calibration

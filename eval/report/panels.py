@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.baselines.base import Column, Point, two_stage_point
-from eval.baselines.from_records import HighResolution, Oracle, decided
-from eval.harness.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
-from eval.harness.runs import Run
-from eval.report.separation import finite
+from eval.analysis.baselines import HighResolution, Oracle, decided
+from eval.analysis.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
+from eval.analysis.operating_points import Column, Point, two_stage_point
+from eval.analysis.run import Run
+from eval.analysis.separation import finite
+from eval.analysis.trace import rows_of
 from eval.report.style import COLOURS, MUTED, in_style, new_figure
-from eval.report.trace import rows_of
 
 Panel = dict[str, Any]
 """JSON: title, lines, marks, levels. Everything that is drawn is in it, and nothing else."""

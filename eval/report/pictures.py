@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from edge_client.picture import Picture
-from eval.harness.records import Record
-from eval.harness.runs import Run
+from eval.analysis.records import Record
+from eval.analysis.run import Run
+from eval.analysis.trace import rows_of
 from eval.report.figures import quality_name, quality_of
 from eval.report.inputs import Inputs
 from eval.report.style import in_style, new_figure
-from eval.report.trace import rows_of
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size, frame_of

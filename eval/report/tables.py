@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.baselines.base import Baseline, Column, column, two_stage_point
-from eval.baselines.from_records import (
+from eval.analysis.baselines import (
     FullRetransmission,
     GlobalOnly,
     HighResolution,
@@ -22,16 +21,17 @@ from eval.baselines.from_records import (
     SendOriginal,
     VicropAlways,
 )
-from eval.calibrate.choose import for_loss, for_rate
-from eval.harness.curves import Bootstrap, Setting, ends
-from eval.harness.records import truth_of
-from eval.harness.runs import Run
-from eval.report.boxes import covered, covered_at_random
+from eval.analysis.boxes import covered, covered_at_random
+from eval.analysis.curves import Bootstrap, Setting, ends
+from eval.analysis.operating_points import Baseline, Column, column, two_stage_point
+from eval.analysis.records import truth_of
+from eval.analysis.run import Run
+from eval.analysis.separation import finite, separation
+from eval.analysis.thresholds import for_loss, for_rate
+from eval.analysis.trace import rows_of
 from eval.report.figures import CONFIDENCE, MAX_LOSS, METRIC_NAMES, areas, chosen_on
 from eval.report.inputs import Inputs
 from eval.report.panels import sent_at
-from eval.report.separation import finite, separation
-from eval.report.trace import rows_of
 from eval.tasks.catalogue import task_kind
 from server_plugin.models.calibration import Calibration
 from vlm_collab.method.policy import Aggregate

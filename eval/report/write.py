@@ -12,17 +12,17 @@ from typing import Any
 import msgspec
 from matplotlib.figure import Figure
 
-from eval.harness.runs import Run
+from eval.analysis.run import Run
+from eval.analysis.separation import BINS
+from eval.analysis.trace import provenance_of
 from eval.report import figures
 from eval.report.findings import findings
 from eval.report.histograms import draw_fig7, fig7
 from eval.report.inputs import Inputs
 from eval.report.panels import draw_panels
 from eval.report.pictures import draw_fig11, fig11
-from eval.report.separation import BINS
 from eval.report.style import save
 from eval.report.tables import TABLES, calibrate_command, chosen_notes, csv_text, markdown
-from eval.report.trace import provenance_of
 from eval.tasks import Task, open_task
 from vlm_collab.errors import CollabError, ConfigError
 

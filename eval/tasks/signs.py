@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark.samples import (
+from eval.signs.samples import (
     DEFAULT_COUNT,
     FIRST_SCENE,
     JPEG_QUALITY,
@@ -16,7 +16,7 @@ from eval.benchmark.samples import (
     photograph,
     row_of,
 )
-from eval.scenes import Split
+from eval.signs.scenes import Split
 from eval.tasks import scoring
 from eval.tasks.base import Sample, Summary, Task, Truth
 from eval.tasks.data import Source, Table, open_table
@@ -40,7 +40,7 @@ class Signs(Task):
     `limit` says.
 
     Args:
-        data: a folder that `python -m eval.benchmark.build` wrote; None makes the same samples
+        data: a folder that `python -m eval.signs.build` wrote; None makes the same samples
             and the same picture files in memory.
         split: "train", "val" or "test", the default.
         limit: only the first so many; None for `DEFAULT_COUNT`, or for all that the folder has.

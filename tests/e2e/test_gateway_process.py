@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from edge_client.cli import main as cli
-from eval.demo import cases
+from eval.cli.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
 from tests.e2e.gateways import data_url, said
 from tests.support.patience import PATIENCE_S

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval.baselines.base import Point, column, same_samples, two_stage_point
-from eval.baselines.from_records import (
+from eval.analysis.baselines import (
     BASELINES,
     FullRetransmission,
     GlobalOnly,
@@ -30,13 +29,14 @@ from eval.baselines.from_records import (
     decided,
     measured,
 )
-from eval.baselines.hd import HdModel, HighResolutionMethod, hd_side, merged
-from eval.calibrate.choose import for_rate
-from eval.harness.curves import Setting, curve
-from eval.harness.loading import ModelOptions
-from eval.harness.records import PROVENANCE, Record
-from eval.harness.run import Share, run
-from eval.harness.runs import Run, open_run
+from eval.analysis.curves import Setting, curve
+from eval.analysis.operating_points import Point, column, same_samples, two_stage_point
+from eval.analysis.records import PROVENANCE, Record
+from eval.analysis.run import Run, open_run
+from eval.analysis.thresholds import for_rate
+from eval.runs.loading import ModelOptions
+from eval.runs.loop import Share, run
+from eval.runs.methods.hd import HdModel, HighResolutionMethod, hd_side, merged
 from eval.tasks import open_task
 from server_plugin.backends.open import preset_of
 from tests.support import rows

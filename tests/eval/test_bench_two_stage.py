@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eval import bench_two_stage
-from eval.straightforward import Straightforward
+from eval.bench import two_stage as bench_two_stage
+from eval.bench.straightforward import Straightforward
 from server_plugin.backends.base import ModelInfo
 from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from vlm_collab.geometry import Fit, Grid, Size
@@ -50,7 +50,7 @@ def test_both_sides_answer_alike_and_everything_is_reported(
         ratio = one["ratio"]
         assert one["ours_s"] > 0
         assert ratio["low"] <= ratio["median"] <= ratio["high"]
-    assert result["made_by"]["command"].startswith("python -m eval.bench_two_stage --model")
+    assert result["made_by"]["command"].startswith("python -m eval.bench.two_stage --model")
 
 
 def test_shapes_need_no_checkpoint(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import bench_vllm as bench
+from eval.bench import vllm as bench
 from tests.support.vllm_cpu import environment
 
 
@@ -148,7 +148,7 @@ def test_the_command_of_a_result_can_be_given_to_a_shell(monkeypatch: pytest.Mon
     words = shlex.split(bench.command())
     assert words == [
         *("PYTHONPATH=tests/support/vllm_cpu:.", "OMP_NUM_THREADS=1"),
-        *(".venv-vllm/bin/python", "-m", "eval.bench_vllm"),
+        *(".venv-vllm/bin/python", "-m", "eval.bench.vllm"),
         *("--model", "a b", "--rounds", "3"),
     ]
 
@@ -161,9 +161,9 @@ def test_a_module_runs_in_the_environment_with_its_variables(
     monkeypatch.setattr(os, "execve", lambda *arguments: became.extend(arguments))
     environment.main([])
     assert not became
-    environment.main(["eval.bench_vllm", "--rounds", "3"])
+    environment.main(["eval.bench.vllm", "--rounds", "3"])
     path, command, variables = became
     assert path == "/there/python"
-    assert command == ["/there/python", "-m", "eval.bench_vllm", "--rounds", "3"]
+    assert command == ["/there/python", "-m", "eval.bench.vllm", "--rounds", "3"]
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert str(environment.SUPPORT) in variables["PYTHONPATH"]

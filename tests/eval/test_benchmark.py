@@ -16,9 +16,10 @@ from datasets import Image as ImageFeature
 from datasets import config, load_dataset
 from PIL import Image
 
-from eval.benchmark.build import build, main
-from eval.benchmark.card import PAGE, card, digest, page
-from eval.benchmark.samples import (
+from eval.demo_model.words import COUNT_SIGNS, presence_question
+from eval.signs.build import build, main
+from eval.signs.card import PAGE, card, digest, page
+from eval.signs.samples import (
     DEFAULT_COUNT,
     FIRST_SCENE,
     SPLITS,
@@ -31,8 +32,7 @@ from eval.benchmark.samples import (
     scene_of,
     text_size,
 )
-from eval.demo_model.words import COUNT_SIGNS, presence_question
-from eval.scenes import COLOURS, SHAPES, Split, generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Split, generate_scene
 from eval.tasks import open_task
 from eval.tasks.signs import Signs
 
@@ -245,7 +245,7 @@ def test_the_same_command_writes_the_same_bytes_with_any_number_of_workers(
     tmp_path: Path,
 ) -> None:
     one = build(tmp_path / "one", "test", 18)
-    command = ["-m", "eval.benchmark.build", "--split", "test", "--count", "18", "--workers", "2"]
+    command = ["-m", "eval.signs.build", "--split", "test", "--count", "18", "--workers", "2"]
     ended = subprocess.run(
         [sys.executable, *command, "--out", str(tmp_path / "two")],
         cwd=ROOT,
@@ -268,7 +268,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(
             raise KeyboardInterrupt
         return photograph(split, picture)
 
-    monkeypatch.setattr("eval.benchmark.build.photograph", drawn)
+    monkeypatch.setattr("eval.signs.build.photograph", drawn)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, "test", 10)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -300,7 +300,7 @@ def test_a_wrong_command_gets_one_clear_line(
 def test_the_page_is_the_code_s() -> None:
     """Its digests also pin every question, answer and box of the default splits."""
     assert PAGE.read_text(encoding="utf-8") == page([(s, DEFAULT_COUNT) for s in SPLITS]), (
-        "run `python -m eval.benchmark.card`"
+        "run `python -m eval.signs.card`"
     )
 
 

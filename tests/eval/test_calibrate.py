@@ -17,9 +17,18 @@ import yaml
 
 import server_plugin.cli.serve
 from edge_client.cli.main import main
-from eval.baselines.from_records import decided
-from eval.calibrate.choose import for_bytes, for_loss, for_rate, setting_of
-from eval.calibrate.layers import (
+from eval.analysis.baselines import decided
+from eval.analysis.boxes import covered
+from eval.analysis.curves import Setting, curve
+from eval.analysis.run import Run
+from eval.analysis.splits import reported_split
+from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
+from eval.analysis.trace import expanded
+from eval.report import tables
+from eval.report.demo import COMMITTED
+from eval.report.inputs import sort_runs
+from eval.report.write import RESULTS
+from eval.runs.layers import (
     Layer,
     Look,
     best_layer,
@@ -27,16 +36,7 @@ from eval.calibrate.layers import (
     measure_layers,
     read_looks,
 )
-from eval.calibrate.splits import reported_split
-from eval.harness.curves import Setting, curve
-from eval.harness.loading import ModelOptions
-from eval.harness.runs import Run
-from eval.report import tables
-from eval.report.boxes import covered
-from eval.report.demo import COMMITTED
-from eval.report.inputs import sort_runs
-from eval.report.trace import expanded
-from eval.report.write import RESULTS
+from eval.runs.loading import ModelOptions
 from eval.tasks import open_task
 from eval.tasks.catalogue import TASKS
 from server_plugin.backends.open import open_model
@@ -294,7 +294,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
     async def found(*_: object, **__: object) -> tuple[list[Look], str]:
         return looks, "demo"
 
-    monkeypatch.setattr("eval.calibrate.layers.measure_layers", found)
+    monkeypatch.setattr("eval.runs.layers.measure_layers", found)
     return looks
 
 

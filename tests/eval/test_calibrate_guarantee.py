@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.calibrate.guarantee import guaranteed, sequence
+from eval.analysis.guarantee import guaranteed, sequence
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 

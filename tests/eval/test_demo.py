@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.demo import cases
+from eval.cli.demo import cases
 from tests.support.patience import PATIENCE_S
 
 DEMO = (str(Path(sys.executable).with_name("vlm-collab")), "demo")

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from eval.demo_model import train
-from eval.demo_model.asked import settings_of
 from eval.demo_model.build import build_model
 from eval.demo_model.decoder import train_decoder
 from eval.demo_model.evaluate import run
@@ -23,13 +22,14 @@ from eval.demo_model.export import FOLDER, curve, hub_name, write_checkpoint
 from eval.demo_model.measure import Reader
 from eval.demo_model.optim import make_optimisers, rate_at
 from eval.demo_model.packing import decoder_batch, tree_mask, vocabulary
+from eval.demo_model.questions import settings_of
 from eval.demo_model.recipe import Stage, load_recipe
 from eval.demo_model.report import report
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, patch_labels, tower_batch, whole
 from eval.demo_model.words import GENERIC, IMAGE, build_tokenizer
 from eval.demo_model.workers import load_model
-from eval.scenes import SceneStyle, generate_scene, questions, render_view
+from eval.signs.scenes import SceneStyle, generate_scene, questions, render_view
 
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "demo-model.json"

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from eval.demo_model import boxes, card, choose, report
-from eval.demo_model.asked import TEXT_HEIGHT_POWERS, Settings, ask
 from eval.demo_model.evaluate import FRESH
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reading, auroc
 from eval.demo_model.provenance import weights_digest
-from eval.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
 from server_plugin.models.presets import preset_named
 from vlm_collab.method.roi import Placement
 

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from eval.scenes import crop, generate_scene, questions, render
+from eval.signs.scenes import crop, generate_scene, questions, render
 from server_plugin.backends.open import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 

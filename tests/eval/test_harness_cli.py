@@ -21,13 +21,13 @@ import yaml
 from datasets import config
 
 from edge_client.cli.main import main
-from eval.harness.cli import app
-from eval.harness.cli_run import _without_processes
-from eval.harness.folder import RunFolder
-from eval.harness.progress import Progress
-from eval.harness.provenance import _command
-from eval.harness.records import Record
-from eval.harness.runs import open_run
+from eval.analysis.records import Record
+from eval.analysis.run import open_run
+from eval.cli.main import app
+from eval.cli.run import _without_processes
+from eval.runs.folder import RunFolder
+from eval.runs.progress import Progress
+from eval.runs.provenance import _command
 from server_plugin.models.presets import config_folder
 from tests.support.pictures import photo, saved
 
@@ -240,7 +240,7 @@ def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture
     options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     line += ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
     done = subprocess.run(
-        [*launch, *options, "-m", "eval.harness.run", *line, "--out", str(shared)],
+        [*launch, *options, "-m", "eval.runs.loop", *line, "--out", str(shared)],
         capture_output=True,
         text=True,
     )

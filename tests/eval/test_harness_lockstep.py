@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.harness.lockstep import Gathers, Lockstep, Member
+from eval.runs.lockstep import Gathers, Lockstep, Member
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.passes import Passes

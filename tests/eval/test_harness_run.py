@@ -26,12 +26,12 @@ from PIL import Image
 
 from edge_client.cli.main import main
 from edge_client.picture import Picture
-from eval.harness.folder import FAILURES, RunFolder
-from eval.harness.loading import ModelOptions
-from eval.harness.records import PROVENANCE, SHARDS, Record
-from eval.harness.run import Ended, Share, StoppedError, run
-from eval.harness.runs import open_run
-from eval.harness.two_stage import TwoStage
+from eval.analysis.records import PROVENANCE, SHARDS, Record
+from eval.analysis.run import open_run
+from eval.runs.folder import FAILURES, RunFolder
+from eval.runs.loading import ModelOptions
+from eval.runs.loop import Ended, Share, StoppedError, run
+from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
@@ -356,7 +356,7 @@ def test_the_same_files_are_the_same_data_wherever_they_lie(unbroken: Path, tmp_
 AT_WORK = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from eval.harness.lock import at_work
+    from eval.runs.lock import at_work
     with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
         print("at work", flush=True)
         sys.stdin.read()

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from edge_client.picture import Picture
-from eval.harness.folder import FAILURES
-from eval.harness.loading import ModelOptions
-from eval.harness.over_service import OverService
-from eval.harness.records import Record
-from eval.harness.run import Share, run
-from eval.harness.runs import Run, open_run
-from eval.harness.two_stage import TwoStage
+from eval.analysis.records import Record
+from eval.analysis.run import Run, open_run
+from eval.runs.folder import FAILURES
+from eval.runs.loading import ModelOptions
+from eval.runs.loop import Share, run
+from eval.runs.methods.over_service import OverService
+from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import open_model

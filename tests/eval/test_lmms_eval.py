@@ -18,12 +18,12 @@ import pytest
 import yaml
 from datasets import Dataset, Features, Image, List, Value, config
 
-from eval.benchmark.build import build
-from eval.harness.loading import ModelOptions
-from eval.harness.records import Record
-from eval.harness.run import Share, run
-from eval.harness.runs import open_run
-from eval.harness.two_stage import TwoStage
+from eval.analysis.records import Record
+from eval.analysis.run import open_run
+from eval.runs.loading import ModelOptions
+from eval.runs.loop import Share, run
+from eval.runs.methods.two_stage import TwoStage
+from eval.signs.build import build
 from eval.tasks import Sample, Task, open_task
 from server_plugin.models.presets import preset_named
 from tests.support import lmms_env

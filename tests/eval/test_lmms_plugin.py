@@ -15,15 +15,15 @@ import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as Pillow
 
-from eval.harness.method import SampleError
-from eval.harness.run import MOST_FAILURES_IN_A_ROW
-from eval.lmms_plugin.asking import Asker, Reply, ask_all
 from eval.lmms_plugin.figures import added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, Original, originals_of
 from eval.lmms_plugin.over_network import OverNetwork
 from eval.lmms_plugin.questions import Question, questions_of
+from eval.lmms_plugin.runner import Asker, Reply, ask_all
 from eval.lmms_plugin.settings import Settings, settings_from
+from eval.runs.loop import MOST_FAILURES_IN_A_ROW
+from eval.runs.methods.method import SampleError
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service import connection

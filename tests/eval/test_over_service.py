@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from eval.demo_model.asked import Settings
 from eval.demo_model.over_service import Told, compared, through
+from eval.demo_model.questions import Settings
 
 
 def test_differences_are_in_points() -> None:

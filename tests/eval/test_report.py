@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from edge_client.cli.main import main
-from eval.harness.curves import Setting, ends
-from eval.harness.records import PROVENANCE, Record, write_shard
-from eval.harness.runs import Run, open_run
+from eval.analysis.curves import Setting, ends
+from eval.analysis.records import PROVENANCE, Record, write_shard
+from eval.analysis.run import Run, open_run
+from eval.analysis.trace import expanded
 from eval.report import tables
 from eval.report.demo import COMMITTED, pack
 from eval.report.figures import fig4, fig5, fig6, fig8, fig9, fig10, fig12
@@ -23,7 +24,6 @@ from eval.report.inputs import Inputs, sort_runs
 from eval.report.moved import moved
 from eval.report.panels import sent_at
 from eval.report.pictures import fig11
-from eval.report.trace import expanded
 from eval.report.write import RESULTS, as_json, write_report
 from server_plugin.models.calibration import Calibration
 from tests.eval.test_sweep import saved

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from edge_client.cli.main import main
-from eval.baselines.base import two_stage_point
-from eval.baselines.from_records import decided
-from eval.harness.curves import Setting
-from eval.harness.runs import Run, open_run
+from eval.analysis.baselines import decided
+from eval.analysis.curves import Setting
+from eval.analysis.operating_points import two_stage_point
+from eval.analysis.run import Run, open_run
+from eval.analysis.trace import expanded, provenance_of
 from eval.report import tables
 from eval.report.demo import COMMITTED, commands, report_command
 from eval.report.findings import findings
-from eval.report.trace import expanded, provenance_of
 from eval.report.write import RESULTS
 from server_plugin.models.calibration import load_calibration
 from vlm_collab.method.policy import Aggregate, Metric

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.harness.curves import Bootstrap, Setting
-from eval.report.boxes import covered, covered_at_random
+from eval.analysis.boxes import covered, covered_at_random
+from eval.analysis.curves import Bootstrap, Setting
+from eval.analysis.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
+from eval.analysis.trace import expanded, ranges
 from eval.report.demo import COMMITTED
-from eval.report.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
-from eval.report.trace import expanded, ranges
 from tests.support.rows import row, run_of
 from vlm_collab.method.policy import Metric
 

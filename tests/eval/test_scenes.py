@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval import scenes
 from eval.demo_model.views import whole
-from eval.scenes import SceneStyle, draw, generate_scene, questions, render, render_view
+from eval.signs import scenes
+from eval.signs.scenes import SceneStyle, draw, generate_scene, questions, render, render_view
 
 SMALL = (448, 448)
 WHOLE = (0.0, 0.0, 448.0, 448.0)

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.harness.curves import Bootstrap, Setting, uncertainty
-from eval.harness.runs import open_run
+from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.run import open_run
+from eval.analysis.separation import BINS, FEWEST, bhattacharyya, overlap, right_of, separation
 from eval.report import tables
 from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
-from eval.report.separation import BINS, FEWEST, bhattacharyya, overlap, right_of, separation
 from tests.eval.test_report import answers
 from tests.support.rows import row, run_of
 from vlm_collab.method.policy import Metric

@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from edge_client.cli.main import main
-from eval.baselines.base import two_stage_point
-from eval.baselines.from_records import decided
-from eval.harness.curves import (
+from eval.analysis.baselines import decided
+from eval.analysis.curves import (
     Bootstrap,
     Setting,
     area_over_random,
@@ -26,8 +25,9 @@ from eval.harness.curves import (
     rescored,
     settings_of,
 )
-from eval.harness.records import PROVENANCE, Record, write_shard
-from eval.harness.runs import Run
+from eval.analysis.operating_points import two_stage_point
+from eval.analysis.records import PROVENANCE, Record, write_shard
+from eval.analysis.run import Run
 from server_plugin.models.presets import preset_named
 from tests.support.rows import row, run_of
 from vlm_collab.errors import ConfigError
@@ -218,7 +218,7 @@ def test_a_band_is_what_resampled_runs_give(run: Run) -> None:
 def test_chunks_draw_what_one_go_draws(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(60.0)
     whole = Bootstrap.of(run, resamples=50).mean(values)
-    monkeypatch.setattr("eval.harness.curves._CHUNK", 60 * 7)
+    monkeypatch.setattr("eval.analysis.curves._CHUNK", 60 * 7)
     assert Bootstrap.of(run, resamples=50).mean(values) == whole
 
 

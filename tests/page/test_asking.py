@@ -11,7 +11,7 @@ from starlette.routing import Mount
 
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.demo import PICTURES
+from eval.cli.demo import PICTURES
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import open_model
 from server_plugin.cli.serve import engine_of

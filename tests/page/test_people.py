@@ -7,7 +7,7 @@ import json
 import pytest
 from playwright.async_api import Browser
 
-from eval.demo import PICTURES
+from eval.cli.demo import PICTURES
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from edge_client.cli.main import main
-from eval.flop_count import counted
+from eval.bench.flop_count import counted
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.cli.flops import Shape, costs_of, shape_of
 from server_plugin.engines.two_stage import Engine, RegionNeed

@@ -6,7 +6,7 @@ import asyncio
 import base64
 from typing import Any
 
-from eval.demo import PICTURES, cases
+from eval.cli.demo import PICTURES, cases
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service.config import ServiceConfig

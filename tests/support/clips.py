@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from eval import scenes
+from eval.signs import scenes
 
 
 @functools.cache

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from eval.harness.records import Record
-from eval.harness.runs import Run
+from eval.analysis.records import Record
+from eval.analysis.run import Run
 from server_plugin.models.presets import preset_named
 
 

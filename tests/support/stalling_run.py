@@ -12,9 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
-from eval.harness.loading import ModelOptions
-from eval.harness.run import Share, run
-from eval.harness.two_stage import TwoStage
+from eval.runs.loading import ModelOptions
+from eval.runs.loop import Share, run
+from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, open_task
 from eval.tasks.signs import Signs
 

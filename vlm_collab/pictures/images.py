@@ -80,7 +80,7 @@ _OVERSAMPLING = 1.4
 """Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
 this many times the target leaves the rest, which shows, to the bicubic filter. Of scenes and
 small texts, the encoded view is then as near to a perfect one as when everything is decoded, to
-0.2 dB (`python -m eval.bench_edge --quality`; of texts it is not at 1.3)."""
+0.2 dB (`python -m eval.bench.edge --quality`; of texts it is not at 1.3)."""
 
 _REDUCING_GAP = 2
 """The same for Pillow's own averaging before its filter, which loses more."""

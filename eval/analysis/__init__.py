@@ -1,0 +1,1 @@
+"""Figures computed from the rows of runs. Nothing here needs a model."""

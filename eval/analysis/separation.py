@@ -1,0 +1,178 @@
+"""How far apart right and wrong first answers are (Eq. 23 and 24 of 003, Fig. 7, Table II, III).
+
+The paper, 003_92b41fe49395ce1a.txt, does not say into which bins it counts its probability mass
+functions, and both numbers depend on it. Here: `BINS` bins of equal width, from 0 to 1 for the
+margin, else from 0 to the largest value of right and wrong answers together. A first answer is
+right if it scores at least one half.
+
+Both numbers are the paper's, put into counts. So the overlap comes out too small and the distance
+too large, the more so the fewer answers there are: chance keeps counts apart. What resamples are
+drawn from is such a sample too, so theirs are off twice, and their percentiles miss the truth far
+more often than stated. Intervals here are reflected ("basic", Davison and Hinkley, Bootstrap
+Methods and their Application, 1997, section 5.2): that the resamples lie too far on one side of
+the sample's number says how far that lies on the same side of the truth. The overlap is reflected
+in its odds, which keeps it between 0 and 1. How often these intervals hold the truth is measured by
+`tests/eval/test_separation.py`. A number may lie outside its own interval: that is its bias.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.operating_points import Column, column
+from eval.analysis.run import Run
+from eval.analysis.trace import rows_of
+from vlm_collab.method.policy import Metric
+
+BINS = 20
+OTHER_BINS = (10, 40)
+"""Reported beside it, so that a reader sees how much hangs on the bins."""
+FEWEST = 10
+"""Pictures with a right, and with a wrong answer, from which on there are intervals: with fewer
+they hold the truth too seldom."""
+
+
+def right_of(run: Run) -> NDArray[np.bool_]:
+    """Which first answers count as right."""
+    return column(run, "first_score") >= 0.5
+
+
+def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
+    """Edges of the bins, shape `(bins + 1,)`."""
+    top = 1.0 if metric is Metric.MARGIN else float(values.max())
+    return np.linspace(0.0, top or 1.0, bins + 1)
+
+
+def overlap(p: Column, q: Column) -> Column:
+    """Eq. 23 of 003, over the last axis."""
+    return np.asarray(np.minimum(p, q).sum(axis=-1))
+
+
+def bhattacharyya(p: Column, q: Column) -> Column:
+    """Eq. 24 of 003, over the last axis; infinite where nothing overlaps."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(-np.log(np.minimum(np.sqrt(p * q).sum(axis=-1), 1.0)))
+
+
+def auroc(values: Column, right: NDArray[np.bool_]) -> float:
+    """Chance that a wrong answer's value is above a right one's; ties count one half."""
+    ranked, place = np.unique(values, return_inverse=True)
+    wrong = np.bincount(place, weights=~right, minlength=len(ranked))
+    correct = np.bincount(place, weights=right, minlength=len(ranked))
+    below = np.cumsum(correct) - correct / 2
+    pairs = wrong.sum() * correct.sum()
+    return float((wrong * below).sum() / pairs) if pairs else math.nan
+
+
+def separation(run: Run, setting: Setting, bootstrap: Bootstrap) -> dict[str, Any]:
+    """All that Table II and III say of one setting, and the histograms behind it."""
+    values, right = uncertainty(run, setting), right_of(run)
+    made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
+    made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
+    sign = -1.0 if setting.metric is Metric.MARGIN else 1.0
+    made["auroc"] = finite(auroc(sign * values, right))
+    edges = edges_of(values, setting.metric)
+    p, q = _counts(values, right, edges), _counts(values, ~right, edges)
+    made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
+    if right.all() or not right.any():
+        lacking = "wrong" if right.any() else "right"
+        none = dict.fromkeys(("overlap", "distance", "overlap_interval", "distance_interval"))
+        return {**made, **none, "interval_note": f"there are no {lacking} answers"}
+    made["overlap"] = float(overlap(p / p.sum(), q / q.sum()))
+    made["distance"] = finite(float(bhattacharyya(p / p.sum(), q / q.sum())))
+    made["by_bins"] = {
+        str(bins): _with_bins(values, right, setting.metric, bins) for bins in OTHER_BINS
+    }
+    return made | _intervals(made, values, right, edges, bootstrap)
+
+
+def _intervals(
+    made: dict[str, Any],
+    values: Column,
+    right: NDArray[np.bool_],
+    edges: Column,
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    """Of overlap and distance, in the bins at hand; None, and why, where there can be none."""
+    none = {"overlap_interval": None, "distance_interval": None}
+    for name, of in (("right", right), ("wrong", ~right)):
+        pictures = len(np.unique(bootstrap.clusters[of]))
+        if pictures < FEWEST:
+            why = f"{pictures} pictures with {name} answers; intervals need {FEWEST}"
+            return {**none, "interval_note": why}
+    if not 0.0 < made["overlap"] < 1.0:
+        far = "no" if made["overlap"] == 0.0 else "all"
+        return {**none, "interval_note": f"right and wrong answers have {far} bins in common"}
+    bins = len(edges) - 1
+    place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, bins - 1)
+    member = np.zeros((len(values), 2 * bins))
+    member[np.arange(len(values)), place + bins * ~right] = 1.0
+    overlaps, distances = [], []
+    for weights in bootstrap.weights():
+        counts = (weights @ member).reshape(-1, 2, bins)
+        masses = counts / np.maximum(counts.sum(axis=2, keepdims=True), 1.0)
+        overlaps.append(overlap(masses[:, 0], masses[:, 1]))
+        distances.append(bhattacharyya(masses[:, 0], masses[:, 1]))
+    low, high = bootstrap.interval(np.concatenate(distances))
+    near, far_off = (max(0.0, 2 * made["distance"] - end) for end in (high, low))
+    low, high = bootstrap.interval(np.concatenate(overlaps))
+    least, most = (_reflected(made["overlap"], end) for end in (high, low))
+    return {"overlap_interval": [least, most], "distance_interval": [near, far_off]}
+
+
+def _reflected(share: float, end: float) -> float:
+    """The share whose odds are to those of `share` as these are to those of `end`."""
+    odds = share / (1.0 - share)
+    return odds**2 * (1.0 - end) / (odds**2 * (1.0 - end) + end)
+
+
+def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, Any]]:
+    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers that
+    have so many, to the paper's 20."""
+    right, made = right_of(run), []
+    longest = max(len(record.first_min_entropy) for record in run.records)
+    for step in range(min(longest, limit)):
+        there = np.array([len(record.first_min_entropy) > step for record in run.records])
+        values = np.array(
+            [
+                r.first_min_entropy[step] if t else 0.0
+                for r, t in zip(run.records, there, strict=True)
+            ]
+        )
+        row: dict[str, Any] = {"step": step + 1}
+        for name, of in (("right", right & there), ("wrong", ~right & there)):
+            row[f"{name}_count"] = int(of.sum())
+            if not of.any():
+                row[name] = row[f"{name}_interval"] = None
+                continue
+            row[name] = float(values[of].mean())
+            means = [
+                (w[:, of] * values[of]).sum(axis=1) / np.maximum(w[:, of].sum(axis=1), 1.0)
+                for w in bootstrap.weights()
+            ]
+            row[f"{name}_interval"] = list(bootstrap.interval(np.concatenate(means)))
+        made.append(row)
+    return made
+
+
+def finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _counts(values: Column, of: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:
+    return np.asarray(np.histogram(values[of], bins=edges)[0])
+
+
+def _with_bins(
+    values: Column, right: NDArray[np.bool_], metric: Metric, bins: int
+) -> dict[str, float | None]:
+    edges = edges_of(values, metric, bins)
+    p, q = _counts(values, right, edges), _counts(values, ~right, edges)
+    p, q = p / p.sum(), q / q.sum()
+    return {"overlap": float(overlap(p, q)), "distance": finite(float(bhattacharyya(p, q)))}

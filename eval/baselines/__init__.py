@@ -1,1 +1,0 @@
-"""What the two-stage protocol is held against, each behind one small interface."""

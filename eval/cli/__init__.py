@@ -1,0 +1,1 @@
+"""The commands `vlm-collab eval`, `vlm-collab calibrate` and `vlm-collab demo`."""

@@ -1,0 +1,176 @@
+"""`vlm-collab eval sweep` and `vlm-collab eval report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from eval.analysis.run import Run, open_run
+from vlm_collab.errors import ConfigError
+from vlm_collab.method.policy import Aggregate, Metric
+
+T = TypeVar("T", Metric, Aggregate)
+
+
+def sweep(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="min_entropy, entropy or margin; repeat for several. All by default."),
+    ] = None,
+    aggregate: Annotated[
+        list[str] | None,
+        typer.Option(help="full, first_k or first; repeat for several. All by default."),
+    ] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of first_k; repeat for several. 2 to 10 by default."),
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Score the answers again by another rule of the task.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="Only questions of this kind.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; by default `sweep` in the run's.")
+    ] = None,
+) -> None:
+    """Draw every trade-off curve of a run, for each reachable threshold, without the model.
+
+    Writes sweep.parquet, sweep.csv, sweep.json and sweep.png.
+    """
+    # matplotlib takes a moment; not for `--help`.
+    from eval.analysis.curves import part, rescored, settings_of
+    from eval.report.sweep import sweep as sweep_run
+    from eval.report.sweep import write
+
+    opened = open_run(run)
+    opened.require("two_stage")
+    tell_gaps(opened)
+    if scorer is not None:
+        opened = rescored(opened, scorer)
+    if category is not None:
+        opened = part(opened, lambda record: record.category == category)
+    settings = settings_of(
+        opened,
+        [_one_of(Metric, "metric", one) for one in metric or list(Metric)],
+        [_one_of(Aggregate, "aggregate", one) for one in aggregate or list(Aggregate)],
+        k,
+    )
+    if not settings:
+        raise ConfigError(f"no answer of {run} is longer than k tokens; take --aggregate full")
+    folder = out or run / "sweep"
+    curves = sweep_run(opened, settings)
+    write(opened, curves, folder)
+    points = sum(len(one.sent) for one in curves)
+    print(f"{folder}: {len(curves)} curves, {points} operating points")
+
+
+def tell_gaps(*runs: Run) -> None:
+    """Say on stderr where samples are missing."""
+    for run in runs:
+        if run.gaps:
+            print(run.gaps, file=sys.stderr)
+
+
+def _one_of(kind: type[T], option: str, name: str) -> T:
+    try:
+        return kind(name)
+    except ValueError:
+        known = ", ".join(kind)
+        raise ConfigError(f"there is no {option} {name!r}; there are: {known}") from None
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of runs. The first is reported; what the others are for (HD, tasks, "
+            "models, picture qualities) follows from what they are of."
+        ),
+    ],
+    val: Annotated[
+        Path | None,
+        typer.Option(help="Run of the same on another split, to choose thresholds on."),
+    ] = None,
+    layers: Annotated[
+        Path | None, typer.Option(help="What `vlm-collab calibrate layers` wrote.")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Score the answers again by another rule of the task.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmark's data, for the picture.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="png or pdf; repeat for both, which is the default."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=10, help="Of bootstraps.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps.")] = 0,
+    against: Annotated[
+        Path | None, typer.Option(help="Another report.json; print where numbers moved.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("report"),
+) -> None:
+    """Figures and tables of the paper from runs, with one JSON that says where numbers are from."""
+    import json
+
+    from tqdm import tqdm
+
+    from eval.report.inputs import sort_runs
+    from eval.report.moved import moved
+    from eval.report.write import FORMATS, RESULTS, seen_from, write_report
+    from server_plugin.models.calibration import load_calibration
+
+    for one in formats or ():
+        if one not in FORMATS:
+            raise ConfigError(f"there is no format {one!r}; there are: {', '.join(FORMATS)}")
+    before = None
+    if against is not None:
+        try:
+            before = json.loads(against.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{against} is no report: {error}") from error
+    inputs = sort_runs(
+        [open_run(path) for path in runs],
+        val=None if val is None else open_run(val),
+        layers=None if layers is None else load_calibration(layers),
+        scorer=scorer,
+        resamples=resamples,
+        seed=seed,
+    )
+    tell_gaps(*inputs.sources)
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
+    command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
+    for option, path in (("--val", val), ("--layers", layers), ("--data", data)):
+        command += [] if path is None else [option, seen_from(out, path)]
+    command += [] if scorer is None else ["--scorer", scorer]
+    command += ["--resamples", str(resamples), "--seed", str(seed)]
+    command += [part for one in formats or () for part in ("--format", one)]
+    with tqdm(total=18, unit="part", disable=None if sys.stderr.isatty() else True) as bar:
+
+        def tell(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        told = write_report(
+            inputs,
+            out,
+            formats=formats or FORMATS,
+            data=data,
+            command=[*command, "--out", "."],
+            tell=tell,
+        )
+    made = f"{len(told['figures'])} figures, {len(told['tables'])} tables, {RESULTS}, index.md"
+    print(f"{out}: {made}")
+    for name, why in told["left_out"].items():
+        print(f"left out: {name}: {why}")
+    if before is not None:
+        lines = moved(before, told)
+        print(f"against {against}: {len(lines)} numbers or series moved")
+        for line in lines:
+            print(f"  {line}")

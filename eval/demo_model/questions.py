@@ -1,0 +1,86 @@
+"""The questions of an evaluation: which scene, which question, and what the model is shown."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from eval.demo_model.measure import Sample
+from eval.demo_model.views import SIDE
+from eval.signs.scenes import Scene, SceneStyle, generate_scene, questions, render
+
+SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
+"""Picture sizes (w, h) in px, taken in turn."""
+
+TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.0, "harder": 3.5}
+"""Scene styles by name. The benchmark's texts are mostly small, so that the global view alone is
+right little more than half the time; its power was chosen on validation scenes
+(`eval.demo_model.choose`, `docs/results/demo-model-choices.json`). Those of "harder" are smaller
+still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to run: the split, the share of two-digit texts, and how regions are placed.
+
+    ``base_px`` is the base side of the region search, ``centroid_px`` the side of the second
+    placement's square, both in source px. Text heights have a density proportional to
+    h^-``text_height_power`` (`eval.signs.scenes.SceneStyle`), which ``style`` names.
+    """
+
+    split: Literal["val", "test"]
+    count: int
+    two_digits: float
+    layer: int
+    base_px: int
+    epsilon: float = 0.0
+    jpeg: int | None = None
+    first_index: int = 0
+    centroid_px: int = 256
+    style: str = "default"
+    text_height_power: float = 1.0
+
+    def scene_style(self) -> SceneStyle:
+        """How the scenes are drawn up."""
+        return SceneStyle(two_digits=self.two_digits, text_height_power=self.text_height_power)
+
+    def indices(self) -> range:
+        """The scenes."""
+        return range(self.first_index, self.first_index + self.count)
+
+
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Settings as a result file holds them."""
+    return Settings(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question: its scene, the full-size picture, and the sample for the model."""
+
+    scene: Scene
+    picture: Image.Image
+    sample: Sample
+
+
+def ask(settings: Settings, index: int) -> Asked:
+    """The question about scene ``index``; it names each of the scene's signs in turn."""
+    size, style = SIZES[index % len(SIZES)], settings.scene_style()
+    scene = generate_scene(settings.split, index, size=size, style=style)
+    choice = questions(scene)
+    picture = render(scene)
+    view = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    question = choice[(index // len(SIZES)) % len(choice)]
+    return Asked(scene, picture, Sample(through_jpeg(view, settings.jpeg), question, scene.size))
+
+
+def through_jpeg(picture: Image.Image, quality: int | None) -> Image.Image:
+    """The picture as it arrives over the uplink; unchanged without a quality."""
+    if quality is None:
+        return picture
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,1 @@
+"""Runs: samples in, rows out."""

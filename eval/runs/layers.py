@@ -1,0 +1,226 @@
+"""Which decoder layer's attention finds the place that shows the answer.
+
+003_92b41fe49395ce1a.txt chooses the layer of Eq. 22 "empirically" (section VI-B). Here it is the
+one whose region holds most of what has to be seen, on data that say where that is: for every layer
+the model is opened, and each question goes through the first pass and the region search, by the
+engine itself. Nothing is sent, and no second pass runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL.Image import Image
+from tqdm import tqdm
+
+from eval.analysis.boxes import covered
+from eval.runs.loading import ModelOptions, loaded
+from eval.runs.methods.method import Pictures
+from eval.tasks.base import Sample, Task
+from server_plugin.engines.assembly import engine_of
+from server_plugin.engines.two_stage import Engine, RegionNeed, RegionUnavailableError
+from server_plugin.models.presets import Preset
+from vlm_collab.errors import ConfigError
+from vlm_collab.geometry import Box
+from vlm_collab.pictures.images import Codec, decode
+from vlm_collab.protocol.messages import Fallback, Retransmit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Where one layer led on one sample; a row of the Parquet file beside what was chosen.
+
+    Attributes:
+        layer: its index, from 0.
+        index: of the sample in its task.
+        id, image_id: of the sample.
+        true_box, box: the true place and the region, (left, top, right, bottom) in px of the
+            upright original.
+        covered: share of the true box's area that lies in the region.
+    """
+
+    layer: int
+    index: int
+    id: str
+    image_id: str
+    true_box: list[int]
+    box: list[int]
+    covered: float
+
+
+_BOX = pa.list_(pa.int64())
+SCHEMA = pa.schema(
+    {
+        "layer": pa.int64(),
+        "index": pa.int64(),
+        "id": pa.string(),
+        "image_id": pa.string(),
+        "true_box": _BOX,
+        "box": _BOX,
+        "covered": pa.float64(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """How well one layer finds the place.
+
+    Attributes:
+        layer: its index, from 0.
+        covered: share of the true box's area that lies in the region, mean over samples.
+        whole: share of the samples whose true box lies in it entirely.
+        samples: how many had a true box.
+    """
+
+    layer: int
+    covered: float
+    whole: float
+    samples: int
+
+
+async def measure_layers(
+    task: Task, options: ModelOptions, layers: Sequence[int] | None = None, *, shown: bool = False
+) -> tuple[list[Look], str]:
+    """Measure all layers, or some.
+
+    Args:
+        task: whose samples with a true box are looked at.
+        options: of the model; without a layer.
+        layers: which; None for all.
+        shown: whether to show a progress bar on stderr.
+
+    Returns:
+        A row for each layer and sample, in order, and the model's name.
+
+    Raises:
+        ConfigError: no sample has a true box.
+    """
+    every = ((index, task[index]) for index in range(len(task)))
+    samples = [(index, sample) for index, sample in every if sample.true_box is not None]
+    if not samples:
+        raise ConfigError(f"no sample of {task.name} {task.split} says where its answer is")
+    made: list[Look] = []
+    wanted = None if layers is None else list(layers)
+    name, bar = "", None
+    while wanted is None or wanted:
+        layer = 0 if wanted is None else wanted[0]
+        chosen = ModelOptions(
+            name=options.name,
+            device=options.device,
+            dtype=options.dtype,
+            batch=1,
+            overrides={**options.overrides, "layer": layer},
+        )
+        backend, preset = await loaded(chosen, 1)
+        try:
+            if wanted is None:
+                wanted = list(range(backend.info.layers))
+            bar = bar or tqdm(
+                total=len(wanted) * len(samples), unit="sample", disable=None if shown else True
+            )
+            engine, name = engine_of(backend, preset, None, {}), backend.info.name
+            made += await _measure(engine, preset, layer, samples, bar.update)
+        finally:
+            await backend.close()
+        wanted.pop(0)
+    if bar is not None:
+        bar.close()
+    return made, name
+
+
+def by_layer(looks: Sequence[Look]) -> list[Layer]:
+    """What the rows say of each layer, in the rows' order."""
+    made = []
+    for layer in dict.fromkeys(look.layer for look in looks):
+        shares = [look.covered for look in looks if look.layer == layer]
+        made.append(
+            Layer(
+                layer=layer,
+                covered=float(np.mean(shares)),
+                whole=float(np.mean([share == 1.0 for share in shares])),
+                samples=len(shares),
+            )
+        )
+    return made
+
+
+def best_layer(layers: Sequence[Layer]) -> Layer:
+    """The one that covers most; on ties the first."""
+    return max(layers, key=lambda one: (one.covered, -one.layer))
+
+
+def write_looks(path: Path, looks: Sequence[Look]) -> str:
+    """Keep the rows in a Parquet file.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    table = pa.Table.from_pylist([asdict(look) for look in looks], schema=SCHEMA)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, compression="zstd")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_looks(path: Path) -> list[Look]:
+    """What `write_looks` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [Look(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+
+
+async def _none(need: RegionNeed) -> Image:
+    """No region is fetched: where it lies is all that is asked."""
+    raise RegionUnavailableError(Fallback.DECLINED)
+
+
+async def _measure(
+    engine: Engine,
+    preset: Preset,
+    layer: int,
+    samples: Sequence[tuple[int, Sample]],
+    done: Callable[[int], object],
+) -> list[Look]:
+    made, pictures, info = [], Pictures(), engine.backend.info
+    for index, sample in samples:
+        picture = pictures.get(sample)
+        codec = Codec[preset.codec.upper()]
+        sent = picture.view(info.view, info.fit, codec, preset.quality)
+        shown = decode(sent, max_pixels=info.view.width * info.view.height)
+        view = await engine.backend.open_view(shown)
+        try:
+            outcome = await engine.answer(
+                view, picture.size, sample.question, _none, retransmit=Retransmit.ALWAYS
+            )
+        finally:
+            await engine.backend.release(view)
+        assert sample.true_box is not None
+        # Where no region would show more than the view, the view is what there is to look at.
+        box = Box(0, 0, *picture.size) if outcome.need is None else outcome.need.box
+        made.append(
+            Look(
+                layer=layer,
+                index=index,
+                id=sample.id,
+                image_id=sample.image_id,
+                true_box=list(sample.true_box),
+                box=list(box),
+                covered=covered(sample.true_box, box),
+            )
+        )
+        done(1)
+    return made

@@ -1,0 +1,289 @@
+"""The loop of every run: samples in, rows out, in a way that survives being stopped.
+
+Samples are worked on in groups of neighbours, and a group is the unit of everything: of batching,
+of sharing out between processes, and of what is saved. So a run that was killed and went on, or
+that several processes worked on, gives the rows of one that did not, bit by bit but for times, as
+long as each process has as many threads: a run keeps the number that it began with.
+
+Several processes: `vlm-collab eval run --processes N`, or one command for each GPU as
+`accelerate launch --multi_gpu --num_processes N -m eval.runs.loop …` starts them. Process r of w
+takes the groups g with g ≡ r mod w.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from eval.analysis.records import Record
+from eval.runs.folder import SAVE_EVERY, Failure, RunFolder
+from eval.runs.lock import at_work
+from eval.runs.methods.method import Method, SampleError, quiet_engine, told_as_sample_error
+from eval.runs.progress import Progress
+from eval.runs.provenance import now, provenance
+from eval.tasks.base import Task
+from vlm_collab.errors import CollabError, ConfigError
+
+MOST_FAILURES_IN_A_ROW = 25
+"""Beyond this it is not the samples that are broken."""
+
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell processes of one launch, on whichever machine; maybe the next one too."""
+_ONE_BY_ONE = (
+    "; for processes of one run that are started one by one set MASTER_ADDR and MASTER_PORT alike"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of a run a process has.
+
+    Attributes:
+        rank, world: process number, and how many there are.
+        session: the same for all of them that have one parent, and no others ever.
+        launch: where these have several parents, the same for all, and perhaps for later ones.
+    """
+
+    rank: int = 0
+    world: int = 1
+    session: str = ""
+    launch: str = ""
+
+    @classmethod
+    def of_this_process(cls) -> Share:
+        """As the environment says: `RANK` and `WORLD_SIZE`, which accelerate sets too.
+
+        Raises:
+            ConfigError: they are no such numbers.
+        """
+        try:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        except ValueError:
+            raise ConfigError("RANK and WORLD_SIZE must be whole numbers") from None
+        if not 0 <= rank < world:
+            raise ConfigError(f"RANK {rank} is none of a WORLD_SIZE of {world}")
+        launch = ""
+        if world > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(world):
+            launch = "-".join(os.environ[name] for name in _LAUNCH if os.environ.get(name))
+        # Processes that were started together on one machine have one parent, and the next ones
+        # another.
+        one = psutil.Process(os.getpid() if world == 1 else os.getppid())
+        return cls(rank, world, f"{one.pid}-{one.create_time():.2f}", launch)
+
+    @property
+    def key(self) -> str:
+        """The same for all processes that share the samples out in the same way."""
+        return f"{self.launch or self.session}/{self.world}"
+
+    def groups(self, samples: int, size: int) -> Iterator[range]:
+        """Indices of each of its groups."""
+        for start in range(self.rank * size, samples, self.world * size):
+            yield range(start, min(start + size, samples))
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process's part of a run ended.
+
+    Attributes:
+        rows, failed: in the folder so far, whichever process they come from.
+        samples: of the task.
+    """
+
+    rows: int
+    failed: int
+    samples: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample was worked on."""
+        return self.rows + self.failed == self.samples
+
+
+class StoppedError(Exception):
+    """The run was stopped from outside; what is finished is saved."""
+
+
+async def run(
+    method: Method,
+    task: Task,
+    path: Path,
+    *,
+    share: Share,
+    limit: int | None = None,
+    resume: bool = True,
+    save_every: int = SAVE_EVERY,
+    watch: Callable[[Record], None] | None = None,
+) -> Ended:
+    """Answer all samples that a folder does not hold yet.
+
+    Args:
+        method: what is run; opened and closed here.
+        task: the samples.
+        path: the run's folder.
+        share: this process's part.
+        limit: as it was asked for, for provenance.
+        resume: go on with a run of the same settings that the folder holds.
+        save_every: samples that may wait to be written.
+        watch: sees each row as it is made.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        CollabError: the model cannot be opened, or all samples fail.
+        StoppedError: stopped by SIGINT or SIGTERM.
+    """
+    current = asyncio.current_task()
+    assert current is not None
+    with _stops(current) as stopped:
+        try:
+            return await _run(method, task, path, share, limit, resume, save_every, watch)
+        except asyncio.CancelledError:
+            if not stopped:
+                raise
+            current.uncancel()
+            raise StoppedError from None
+
+
+async def _run(
+    method: Method,
+    task: Task,
+    path: Path,
+    share: Share,
+    limit: int | None,
+    resume: bool,
+    save_every: int,
+    watch: Callable[[Record], None] | None,
+) -> Ended:
+    await method.open()
+    try:
+        model, codec = method.told()
+        hint = _ONE_BY_ONE if share.world > 1 else ""
+        with at_work(path, share.key, share.rank, share.session, hint=hint) as session:
+            facts = provenance(
+                method=method.name,
+                task=task,
+                model=model,
+                codec=codec,
+                group=method.group,
+                limit=limit,
+                session=session,
+            )
+            folder = RunFolder.begin(path, facts, resume=resume, save_every=save_every)
+            with quiet_engine():
+                await _groups(method, task, folder, share, watch)
+            rows, failed = folder.finish(len(task), now())
+        return Ended(rows, failed, len(task))
+    finally:
+        await method.close()
+
+
+async def _groups(
+    method: Method,
+    task: Task,
+    folder: RunFolder,
+    share: Share,
+    watch: Callable[[Record], None] | None,
+) -> None:
+    """All groups that are not there yet; the next one's pictures are made meanwhile."""
+    groups = [
+        group
+        for group in share.groups(len(task), method.group)
+        if not folder.done.issuperset(group)
+    ]
+    coming: asyncio.Task[_Prepared] | None = None
+    in_a_row = 0
+    mine = [index for group in share.groups(len(task), method.group) for index in group]
+    shown = share.rank == 0
+    with Progress(folder, mine, others=share.world > 1, shown=shown) as progress:
+        try:
+            for number, group in enumerate(groups):
+                coming = coming or asyncio.create_task(_prepare(method, task, group))
+                prepared = await coming
+                coming = None
+                if number + 1 < len(groups):
+                    coming = asyncio.create_task(_prepare(method, task, groups[number + 1]))
+                ready = [made for _, _, made in prepared if not isinstance(made, SampleError)]
+                answered = iter(await method.answer(ready))
+                records: list[Record] = []
+                failures: list[Failure] = []
+                for index, id, made in prepared:
+                    result = made if isinstance(made, SampleError) else next(answered)
+                    if isinstance(result, SampleError):
+                        failures.append(Failure(index, id, str(result)))
+                        in_a_row += 1
+                    else:
+                        records.append(result)
+                        in_a_row = 0
+                folder.add(records, failures)
+                progress.add(records, len(failures))
+                for record in records:
+                    if watch is not None:
+                        watch(record)
+                if in_a_row > MOST_FAILURES_IN_A_ROW:
+                    raise CollabError(
+                        f"{in_a_row} samples failed in a row, the last: {failures[-1].reason}"
+                    )
+        finally:
+            if coming is not None:
+                coming.cancel()
+            folder.save()
+
+
+_Prepared = list[tuple[int, str, Any]]
+"""Index, id, and what the method made of a sample: a `SampleError` where it failed."""
+
+
+async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepared:
+    def work() -> _Prepared:
+        prepared: _Prepared = []
+        for index in group:
+            id = ""
+            try:
+                sample = told_as_sample_error("the sample", partial(task.__getitem__, index))
+                id = sample.id
+                made: Any = method.prepare(index, sample)
+            except SampleError as error:
+                made = error
+            prepared.append((index, id, made))
+        return prepared
+
+    return await asyncio.to_thread(work)
+
+
+@contextlib.contextmanager
+def _stops(task: asyncio.Task[Any]) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM cancel the task; yields those that came."""
+    loop, came = asyncio.get_running_loop(), list[int]()
+
+    def stop(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handled: list[signal.Signals] = []
+    for number in numbers:
+        # Not in a thread other than the main one, nor on every system.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(number, stop, number)
+            handled.append(number)
+    try:
+        yield came
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
+
+
+if __name__ == "__main__":
+    from edge_client.cli.main import main
+
+    main(["eval", "run", *sys.argv[1:]])

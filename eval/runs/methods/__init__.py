@@ -1,0 +1,1 @@
+"""The methods that a run can measure, behind one interface."""

@@ -1,0 +1,327 @@
+"""Both passes of every sample over a running service: the edge client and real bytes.
+
+Each sample is asked about twice, each time with a view of its own, as if nothing had been sent
+before: once with a second stage in any case, which gives everything but the first answer's own
+tokens, and once without one, which gives these. What a service does not tell stays empty: token
+ids, Shannon entropy, margin, and min-entropy too without the feature `tokens`. FLOPs of the
+generic instruction are counted with the second pass's, and the map has the eight bits that cross
+the wire. Bytes are those really sent, less what the run's own wishes (map, tokens, stage) take.
+
+A service batches by what comes when, so its results repeat up to rounding, not bit by bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from edge_client.answer import EdgeAnswer
+from edge_client.client import EdgeClient
+from edge_client.link.link import CODECS
+from edge_client.picture import Picture
+from eval.analysis.records import Record
+from eval.analysis.run import TWO_STAGE
+from eval.runs.methods.method import (
+    Asked,
+    Method,
+    SampleError,
+    Scores,
+    one_line,
+    told_as_sample_error,
+)
+from eval.runs.methods.two_stage import REFERENCE_QUALITY, no_second, region_pixels
+from eval.runs.wire import frame
+from eval.tasks.base import Sample, Task
+from vlm_collab.errors import (
+    AuthenticationError,
+    CollabError,
+    ConfigError,
+    LinkError,
+    ProtocolError,
+)
+from vlm_collab.geometry import Box, Size
+from vlm_collab.pictures.images import Codec, choose_codec, read_header
+from vlm_collab.protocol.messages import (
+    Answer,
+    Ask,
+    Fallback,
+    Finish,
+    Options,
+    Region,
+    RegionRequest,
+    Retransmit,
+    Stage,
+    Welcome,
+    micro,
+)
+from vlm_collab.protocol.table import FITS
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 600.0
+"""For one question; with many in flight, most of it is waiting for the model."""
+
+_GROUP = 16
+_MOST_STOP_TEXTS = 4
+
+_ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
+"""Not a sample's fault."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ready:
+    """A sample, and its picture once more: views are the server's by picture."""
+
+    asked: Asked
+    again: Picture
+    reference_bytes: int
+
+
+class OverService(Method):
+    """A running service.
+
+    Args:
+        task: what is asked.
+        url, token: of the service.
+        codec, view_quality: of the views; None leaves the format to the service. Regions are
+            encoded as the service asks.
+        max_new_tokens: longest answer, if not the benchmark's.
+    """
+
+    name = TWO_STAGE
+    group = _GROUP
+
+    def __init__(
+        self,
+        task: Task,
+        url: str,
+        token: str | None,
+        *,
+        codec: Codec | None = None,
+        view_quality: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self._task, self._score = task, Scores(task)
+        self._limit = max_new_tokens or task.max_new_tokens
+        self._quality = 90 if view_quality is None else view_quality
+        self._asked_codec = codec
+        self._client = EdgeClient(url, token=token, view_codec=codec, view_quality=self._quality)
+        self._welcome: Welcome
+
+    async def open(self) -> None:
+        self._welcome = await self._client.connect()
+        if (warning := FITS[self._welcome.fit].warning) is not None:
+            log.warning("of the service, %s", warning)
+        if self._task.stop and "stop" not in self._welcome.features:
+            raise ConfigError("this service does not take stop texts, which the benchmark needs")
+        if len(self._task.stop) > _MOST_STOP_TEXTS:
+            raise ConfigError(f"a service takes {_MOST_STOP_TEXTS} stop texts, the task has more")
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        welcome = self._welcome
+        model = {
+            "name": welcome.model,
+            "weights": None,
+            "preset": None,
+            "dtype": None,
+            "device": None,
+            "view": [welcome.view_width, welcome.view_height],
+            "grid": [welcome.rows, welcome.columns],
+            "service": True,
+        }
+        codec = self._asked_codec or choose_codec(CODECS, welcome.codecs)
+        return model, {"view": [codec.name.lower(), self._quality], "region": None}
+
+    def prepare(self, index: int, sample: Sample) -> _Ready:
+        data: bytes = told_as_sample_error("the picture", sample.picture)
+        picture: Picture = told_as_sample_error("the picture", lambda: Picture.open(data))
+        welcome = self._welcome
+        side, fit = Size(welcome.view_width, welcome.view_height), FITS[welcome.fit]
+        reference: bytes = told_as_sample_error(
+            "the picture", lambda: picture.view(side, fit, Codec.JPEG, REFERENCE_QUALITY)
+        )
+        return _Ready(Asked(index, sample, picture), Picture.open(data), len(reference))
+
+    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+        return list(await asyncio.gather(*map(self._one, ready)))
+
+    async def _one(self, ready: _Ready) -> Record | SampleError:
+        asked = ready.asked
+        both, alone = self._options(Retransmit.ALWAYS), self._options(Retransmit.NEVER)
+        try:
+            refined, first = await asyncio.gather(
+                self._ask(asked.picture, asked.sample, both),
+                self._ask(ready.again, asked.sample, alone),
+            )
+        except _ENDS_THE_RUN:
+            raise
+        except CollabError as error:
+            return SampleError(one_line(error))
+        if refined.fallback is Fallback.NO_DETAIL:
+            return self._record_of_view(ready, refined, first, both)
+        if refined.stage is not Stage.SECOND or refined.region is None or refined.box is None:
+            return SampleError(f"the second stage failed: {refined.fallback.name}")
+        return self._record(ready, refined, first, both, refined.region, refined.box)
+
+    async def _ask(self, picture: Picture, sample: Sample, options: Options) -> EdgeAnswer:
+        return await self._client.ask(
+            picture, sample.question, options=options, deadline_s=DEADLINE_S
+        )
+
+    def _options(self, retransmit: Retransmit) -> Options:
+        return Options(
+            retransmit=retransmit,
+            max_new_tokens=self._limit,
+            want_map=retransmit is Retransmit.ALWAYS,
+            stop=tuple(self._task.stop),
+            tokens="tokens" in self._welcome.features,
+        )
+
+    def _record(
+        self,
+        ready: _Ready,
+        refined: EdgeAnswer,
+        first: EdgeAnswer,
+        options: Options,
+        region: bytes,
+        box: Box,
+    ) -> Record:
+        asked, welcome = ready.asked, self._welcome
+        sizes = _sizes(asked, refined, options, region)
+        return Record(
+            **asked.facts(),
+            view_bytes=refined.view_bytes,
+            region_bytes=refined.region_bytes,
+            view_pixels=welcome.view_width * welcome.view_height,
+            region_pixels=region_pixels(region),
+            **sizes,
+            first_answer_bytes=frame(_answer(first), up=False),
+            reference_bytes=ready.reference_bytes,
+            first_text=first.text,
+            second_text=refined.text,
+            first_score=self._score(first.text, asked.sample),
+            second_score=self._score(refined.text, asked.sample),
+            **_statistics("first", first),
+            **_statistics("second", refined),
+            map=[value / 255 for value in refined.map or b""],
+            map_rows=refined.rows if refined.map else 0,
+            map_columns=refined.columns if refined.map else 0,
+            box=list(box),
+            side_px=max(box.width, box.height),
+            first_mflops=first.usage.mflops,
+            look_mflops=0,
+            second_mflops=max(refined.usage.mflops - first.usage.mflops, 0),
+            first_s=first.usage.first_ms / 1000,
+            look_s=0.0,
+            second_s=refined.usage.second_ms / 1000,
+            edge_s=0.0,
+            # Its view was new, so all of its prompt was computed.
+            first_input_tokens=first.usage.prefilled_tokens,
+        )
+
+    def _record_of_view(
+        self, ready: _Ready, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
+    ) -> Record:
+        """The row of a sample whose view shows all that a region would; see `TwoStage`."""
+        asked, welcome = ready.asked, self._welcome
+        score = self._score(first.text, asked.sample)
+        answer_bytes = frame(_answer(first), up=False)
+        return Record(
+            **asked.facts(),
+            view_bytes=first.view_bytes,
+            view_pixels=welcome.view_width * welcome.view_height,
+            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _wishes(asked, options),
+            first_answer_bytes=answer_bytes,
+            reference_bytes=ready.reference_bytes,
+            first_text=first.text,
+            first_score=score,
+            **_statistics("first", first),
+            first_input_tokens=first.usage.prefilled_tokens,
+            first_mflops=first.usage.mflops,
+            look_mflops=max(asked_for.usage.mflops - first.usage.mflops, 0),
+            first_s=first.usage.first_ms / 1000,
+            look_s=0.0,
+            edge_s=0.0,
+            **no_second(
+                text=first.text,
+                score=score,
+                answer_bytes=answer_bytes,
+                statistics=_statistics("second", first),
+            ),
+        )
+
+
+def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
+    """What is known of an answer's tokens. Of a greedy one, surprisal is min-entropy."""
+    return {
+        f"{which}_tokens": [],
+        f"{which}_min_entropy": [token.surprisal_micro / 1e6 for token in answer.tokens],
+        f"{which}_entropy": [],
+        f"{which}_margin": [],
+        f"{which}_ended": answer.finish is Finish.END,
+    }
+
+
+def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -> dict[str, Any]:
+    """The bytes that were counted, shared out between the messages.
+
+    What the run's own wishes added is taken off. Ids are of one size here, where on the wire
+    they grow by some bytes with the questions; that falls to the question and the request.
+    """
+    wishes = _wishes(asked, options)
+    reply = frame(Region(1, region), up=True) - len(region)
+    ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - wishes
+    plain = frame(_answer(refined), up=False)
+    with_tokens = frame(msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False)
+    header = read_header(region, max_pixels=2**31)
+    request = RegionRequest(
+        1,
+        refined.first_text,
+        micro(refined.first_uncertainty),
+        0,
+        max(asked.picture.size),
+        1,
+        1,
+        header.width,
+        header.height,
+        header.codec,
+        90,
+        10_000,
+    )
+    with_map = msgspec.structs.replace(request, map=refined.map or b"")
+    map_bytes = frame(with_map, up=False) - frame(request, up=False)
+    return {
+        "ask_bytes": ask,
+        "request_bytes": refined.bytes_down - with_tokens - map_bytes,
+        "reply_bytes": reply,
+        "answer_bytes": plain,
+    }
+
+
+def _wishes(asked: Asked, options: Options) -> int:
+    """Bytes of the run's own wishes in a question."""
+    question, source = asked.sample.question, asked.picture.size
+    return frame(Ask(1, question, 1, None, *source, options), up=True) - frame(
+        Ask(1, question, 1, None, *source), up=True
+    )
+
+
+def _answer(answer: EdgeAnswer) -> Answer:
+    """The message that it came as, without the tokens."""
+    return Answer(
+        1,
+        answer.text,
+        answer.stage,
+        answer.fallback,
+        micro(answer.uncertainty),
+        answer.usage,
+        answer.finish,
+    )

@@ -1,0 +1,216 @@
+"""Samples of the generated benchmark, each made from ``(split, index)`` alone.
+
+Two questions about each picture: one that asks for a number, which is tiny more often than not,
+and one about the signs themselves (`Kind`), which a small view mostly answers. All are asked in
+the words that the demo model learned (`server_plugin/demo_model/README.md`).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import io
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.signs.scenes import (
+    COLOURS,
+    SHAPES,
+    Question,
+    Scene,
+    SceneStyle,
+    Sign,
+    Split,
+    generate_scene,
+    questions,
+    render,
+)
+from vlm_collab.geometry import Box
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+DEFAULT_COUNT = 1000
+PER_PICTURE = 2
+STYLE = SceneStyle(two_digits=1.0, text_height_power=3.0)
+"""The style of the demo model's figures, chosen on validation scenes
+(`docs/results/demo-model-choices.json`)."""
+PICTURE_SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
+"""Width and height in px, taken in turn."""
+FIRST_SCENE = 1_000_000
+"""Scenes before this one served to choose and to report the demo model's settings."""
+JPEG_QUALITY = 95
+VIEW_PX = 112
+"""Side of the view that text sizes are stated for: the demo model's."""
+_SEED = 20_262
+_SPLIT_IDS = {"train": 1, "val": 2, "test": 3}
+
+
+class Kind(enum.StrEnum):
+    """What a question is about."""
+
+    NUMBER = "number"
+    """Reads the two digits on a sign."""
+    PRESENCE = "presence"
+    """Is there such a sign? If not, neither its colour nor its shape need be there: the random
+    set of POPE."""
+    COLOUR = "colour"
+    """The same, but if not, a sign of that shape and another colour is there: only its colour
+    tells. As POPE's adversarial set."""
+    COUNT = "count"
+    """How many signs are there?"""
+
+
+_OTHERS = (Kind.PRESENCE, Kind.COLOUR, Kind.COUNT)
+
+
+class TextSize(enum.StrEnum):
+    """Height of the asked number in a view of `VIEW_PX` px on a side."""
+
+    TINY = "tiny"
+    """Less than 4 px."""
+    SMALL = "small"
+    """4 px to less than 5 px."""
+    MEDIUM = "medium"
+    """5 px to less than 8 px."""
+    LARGE = "large"
+    """8 px and more."""
+
+
+_BELOW_PX = {TextSize.TINY: 4.0, TextSize.SMALL: 5.0, TextSize.MEDIUM: 8.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id, image_id: unique in the split; shared by the questions about one picture.
+        picture: number of the picture in the split.
+        width, height: of the picture, in px.
+        question, answer: as asked and as it should be answered.
+        kind: what it is about.
+        text_size: how hard it is to read; None unless a number is asked for.
+        text_height_px: of the asked number, in px of the picture; None likewise.
+        box: what has to be seen, in px of the picture: the digits, or the sign; None for a count
+            and for what is not there.
+    """
+
+    id: str
+    image_id: str
+    picture: int
+    width: int
+    height: int
+    question: str
+    answer: str
+    kind: Kind
+    text_size: TextSize | None = None
+    text_height_px: int | None = None
+    box: Box | None = None
+
+
+def text_size(view_height_px: float) -> TextSize:
+    """The bin of a text height, in px of the view."""
+    for size, below in _BELOW_PX.items():
+        if view_height_px < below:
+            return size
+    return TextSize.LARGE
+
+
+@functools.lru_cache(maxsize=4)
+def scene_of(split: Split, picture: int) -> Scene:
+    """What is on a picture."""
+    size = PICTURE_SIZES[picture % len(PICTURE_SIZES)]
+    return generate_scene(split, FIRST_SCENE + picture, size=size, style=STYLE)
+
+
+@functools.lru_cache(maxsize=4)
+def photograph(split: Split, picture: int) -> bytes:
+    """A picture's file: a JPEG as a camera would keep it."""
+    buffer = io.BytesIO()
+    render(scene_of(split, picture)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def item(split: Split, index: int) -> Item:
+    """Sample `index` of a split.
+
+    Raises:
+        ValueError: the index is negative.
+    """
+    picture, place = divmod(index, PER_PICTURE)
+    scene = scene_of(split, picture)
+    rng = np.random.default_rng(np.random.SeedSequence([_SEED, _SPLIT_IDS[split], picture, place]))
+    kind = _OTHERS[picture % len(_OTHERS)] if place else Kind.NUMBER
+    # In turn, so that exactly every other answer is yes.
+    told = _asked(scene, kind, yes=picture // len(_OTHERS) % 2 == 0, rng=rng)
+    number = told.number
+    return Item(
+        id=f"{split}-{index:06d}",
+        image_id=f"{split}-{picture:06d}",
+        picture=picture,
+        width=scene.size[0],
+        height=scene.size[1],
+        question=told.question,
+        answer=told.answer,
+        kind=kind,
+        text_size=None if number is None else text_size(number.view_text_height_px),
+        text_height_px=None if number is None else number.sign.text_height_px,
+        box=told.box,
+    )
+
+
+def row_of(made: Item) -> dict[str, Any]:
+    """A sample as a row of the data set, without its picture."""
+    return {
+        "question_id": made.id,
+        "image_id": made.image_id,
+        "question": made.question,
+        "answer": made.answer,
+        "kind": made.kind.value,
+        "text_size": made.text_size and made.text_size.value,
+        "text_height_px": made.text_height_px,
+        "box": None if made.box is None else list(made.box),
+        "image_width": made.width,
+        "image_height": made.height,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    question: str
+    answer: str
+    box: Box | None = None
+    number: Question | None = None
+
+
+def _asked(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator) -> _Asked:
+    if kind is Kind.NUMBER:
+        choice = questions(scene)
+        one = choice[int(rng.integers(len(choice)))]
+        return _Asked(one.text, one.answer, Box(*one.text_box), one)
+    if kind is Kind.COUNT:
+        return _Asked("how many signs are there?", str(len(scene.signs)))
+    askable = _signs_to_ask(scene, kind)
+    sign = askable[int(rng.integers(len(askable)))]
+    if yes:
+        return _Asked(_presence(sign.colour, sign.shape), "yes", Box(*sign.box))
+    there = {(one.colour, one.shape) for one in scene.signs}
+    shapes = (sign.shape,) if kind is Kind.COLOUR else SHAPES
+    absent = [(c, s) for c in COLOURS for s in shapes if (c, s) not in there]
+    colour, shape = absent[int(rng.integers(len(absent)))]
+    box = Box(*sign.box) if kind is Kind.COLOUR else None
+    return _Asked(_presence(colour, shape), "no", box)
+
+
+def _signs_to_ask(scene: Scene, kind: Kind) -> list[Sign]:
+    """Of colours, signs that alone have their shape, if there are any: one look settles it."""
+    if kind is not Kind.COLOUR:
+        return list(scene.signs)
+    shapes = Counter(sign.shape for sign in scene.signs)
+    return [sign for sign in scene.signs if shapes[sign.shape] == 1] or list(scene.signs)
+
+
+def _presence(colour: str, shape: str) -> str:
+    return f"is there a {colour} {shape}?"
