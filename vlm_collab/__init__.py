@@ -1,8 +1,8 @@
 """Core of vlm-collab: messages, sans-I/O sessions, geometry, image codecs, uncertainty, regions.
 
 Imports nothing heavy: neither torch nor numpy is needed to import this package. The modules
-that compute on arrays (`vlm_collab.method.uncertainty`, `vlm_collab.method.roi`) need numpy and are imported
-by name.
+that compute on arrays (`vlm_collab.method.uncertainty`, `vlm_collab.method.roi`) need numpy and are
+imported by name.
 """
 
 from __future__ import annotations

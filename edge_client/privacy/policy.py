@@ -7,7 +7,8 @@
 
 The file is YAML; `docs/privacy.md` describes it and `configs/edge-policy.yaml` is a complete
 example. Everything in it is checked when it is loaded: a word that is not known is refused, since
-a limit that is silently ignored is worse than none. `edge_client.privacy.guard` is what enforces it.
+a limit that is silently ignored is worse than none. `edge_client.privacy.guard` is what enforces
+it.
 """
 
 from __future__ import annotations

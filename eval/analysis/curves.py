@@ -1,8 +1,8 @@
 """Trade-off curves of a run: every threshold at once, and how sure they are.
 
-A policy only chooses which samples are sent (`eval.analysis.operating_points.two_stage_point`), and all
-figures of a point are sums over samples. So a curve is one sort by uncertainty and a running sum
-from the point "none" to the point "all"; the model is not needed, and no policy is called for
+A policy only chooses which samples are sent (`eval.analysis.operating_points.two_stage_point`), and
+all figures of a point are sums over samples. So a curve is one sort by uncertainty and a running
+sum from the point "none" to the point "all"; the model is not needed, and no policy is called for
 each threshold, though the decisions are those of `vlm_collab.method.policy.ThresholdPolicy`.
 
 Bands are percentile bootstraps that draw whole pictures: questions about one picture are not

@@ -1,11 +1,11 @@
 """How much does computing every visual token once save? Engine against straightforward pipeline.
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
-`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`, which is what a
-reader of the paper would write on plain transformers. Answers have a fixed length; the end token
-is switched off for both. Tokens and boxes of both sides are compared before anything is timed, and
-must be the same in float32. (In 16-bit numbers near-ties fall differently with the shape of a
-matrix; how many tokens agree is reported instead.)
+`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`,
+which is what a reader of the paper would write on plain transformers. Answers have a fixed length;
+the end token is switched off for both. Tokens and boxes of both sides are compared before anything
+is timed, and must be the same in float32. (In 16-bit numbers near-ties fall differently with the
+shape of a matrix; how many tokens agree is reported instead.)
 
 The prefill side is everything but token-by-token decoding: a run with answers of one token, which
 comes out of the prefill. Decoding is what a longer answer takes beyond that. `first_k` lets the

@@ -1,7 +1,7 @@
 """What the engine asks of a model runtime: five operations, typed.
 
-The engine (`server_plugin.engines.two_stage`) is written once over this interface. A backend is one model
-runtime (Transformers, vLLM, the scripted fake); it keeps its own threads and queues and makes
+The engine (`server_plugin.engines.two_stage`) is written once over this interface. A backend is one
+model runtime (Transformers, vLLM, the scripted fake); it keeps its own threads and queues and makes
 its blocking work awaitable. Operations on different views may be awaited concurrently; a backend
 that can run only one at a time queues them in order of arrival.
 

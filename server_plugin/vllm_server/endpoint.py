@@ -8,9 +8,9 @@ where the service itself asks for the key, so that the page can be had without o
 Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`;
 `vlm-collab serve --backend vllm` makes that of its own.
 
-What is touched of vLLM's server, beside the engine (`server_plugin.backends.vllm.backend`): the settings and
-connections of the uvicorn server in `app.state.server`, and `shutdown` of the engine client, which
-the server calls in a thread when it is told to stop, before it closes any connection.
+What is touched of vLLM's server, beside the engine (`server_plugin.backends.vllm.backend`): the
+settings and connections of the uvicorn server in `app.state.server`, and `shutdown` of the engine
+client, which the server calls in a thread when it is told to stop, before it closes any connection.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
 
-Bytes are checked by `vlm_collab.pictures.headers` before a pixel is decompressed, and the decoder gets
-what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or their
-checksums, a picture whose pixels are whole is a good one.
+Bytes are checked by `vlm_collab.pictures.headers` before a pixel is decompressed, and the decoder
+gets what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or
+their checksums, a picture whose pixels are whole is a good one.
 
 All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
 it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The

@@ -1,8 +1,8 @@
-"""Pillow's decoders, bounded and made plain: the ground that `vlm_collab.pictures.images` stands on.
+"""Pillow's decoders within bounds; `vlm_collab.pictures.images` builds on them.
 
-What comes here are the pixels of a picture that `vlm_collab.pictures.headers` has checked, without its
-metadata; the decoder's own view of size and frames is checked once more. Each format is opened by
-its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
+What comes here are the pixels of a picture that `vlm_collab.pictures.headers` has checked, without
+its metadata; the decoder's own view of size and frames is checked once more. Each format is opened
+by its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
 limit is the caller's rather than Pillow's process-wide one, and the second pictures that phones
 append to a JPEG are left alone. None of Pillow's settings is touched, and none of its words is
 shown: whatever a decoder raises on bytes from outside becomes one line of this module.

@@ -286,7 +286,7 @@ class Ask(Message, tag=3, frozen=True):
 
     @property
     def all_places(self) -> Places:
-        """Where pictures stand, in the whole conversation; see `vlm_collab.protocol.image_positions`."""
+        """Where pictures stand in the whole conversation; see `image_positions` beside this."""
         told = (*(turn.places for turn in self.history), self.places)
         return tuple(
             Place(turn, one.position, one.picture) for turn, each in enumerate(told) for one in each

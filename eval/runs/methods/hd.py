@@ -246,7 +246,7 @@ class _Ready:
 
 
 class HighResolutionMethod(Method):
-    """The larger picture for every sample. Arguments as of `eval.runs.methods.two_stage.TwoStage`."""
+    """The larger picture for every sample; arguments as in `eval.runs.methods.two_stage`."""
 
     name = HD
     group = _GROUP

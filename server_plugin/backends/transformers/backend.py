@@ -7,11 +7,11 @@ pass, the generic instruction and the second pass each continue from a fork of t
 compute only what is new: a few text tokens, and for the second pass the local view. In a family
 whose visual tokens depend on the question, first and second pass share them.
 
-Operations that wait run together where their shapes allow (`server_plugin.backends.transformers.worker`,
-`server_plugin.backends.transformers.passes`, `server_plugin.backends.transformers.batch`). Greedy decoding gives what
-`generate(do_sample=False)` gives.
-Logits processors that a checkpoint's generation settings may ask for (repetition penalties and the
-like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
+Operations that wait run together where their shapes allow
+(`server_plugin.backends.transformers.worker`, `server_plugin.backends.transformers.passes`,
+`server_plugin.backends.transformers.batch`). Greedy decoding gives what `generate(do_sample=False)`
+gives. Logits processors that a checkpoint's generation settings may ask for (repetition penalties
+and the like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ second pass share its blocks through vLLM's automatic prefix caching; how many q
 together is the engine's affair. What makes blocks and pictures the same is a secret of the
 backend's own and a digest of the pixels: no other user of the engine can hit upon them.
 
-vLLM gives no attention weights; `server_plugin.backends.vllm.capture` reads the one row in its workers.
+vLLM gives no attention weights; `server_plugin.backends.vllm.capture` reads the one row in its
+workers.
 """
 
 from __future__ import annotations

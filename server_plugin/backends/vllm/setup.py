@@ -1,6 +1,7 @@
 """Set-ups of vLLM that are refused whatever it runs on, before a model is loaded if that can be.
 
-Nothing here needs vLLM. What depends on its internals is `server_plugin.backends.vllm.capture`'s to refuse.
+Nothing here needs vLLM. What depends on its internals is `server_plugin.backends.vllm.capture`'s to
+refuse.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole pictures from clients that cannot crop: checked, made into views, cropped here.
 
 The bytes are a stranger's, so their headers are checked before anything is decompressed, and
-what no decoder needs is left out of them (`vlm_collab.pictures.headers`). Colour profiles are ignored, as
-everywhere on the server.
+what no decoder needs is left out of them (`vlm_collab.pictures.headers`). Colour profiles are
+ignored, as everywhere on the server.
 
 Views are made from the original's pixels as the edge makes them, without its JPEG in between. An
 answer can therefore differ from the one that an edge gets, as it can between two qualities.
