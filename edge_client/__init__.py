@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from edge_client.sync import Client as Client
     from edge_client.sync import ask as ask
     from vlm_collab.pictures.images import Codec as Codec
+    from vlm_collab.protocol.edge_session import EdgeLimits as EdgeLimits
     from vlm_collab.protocol.messages import Fallback as Fallback
     from vlm_collab.protocol.messages import Options as Options
     from vlm_collab.protocol.messages import Retransmit as Retransmit
     from vlm_collab.protocol.messages import Stage as Stage
-    from vlm_collab.protocol.table import EdgeLimits as EdgeLimits
 
 _HOME = {
     "Client": "edge_client.sync",
     "Codec": "vlm_collab.pictures.images",
     "EdgeAnswer": "edge_client.answer",
     "EdgeClient": "edge_client.client",
-    "EdgeLimits": "vlm_collab.protocol.table",
+    "EdgeLimits": "vlm_collab.protocol.edge_session",
     "Fallback": "vlm_collab.protocol.messages",
     "Options": "vlm_collab.protocol.messages",
     "Picture": "edge_client.picture",

@@ -52,6 +52,7 @@ from vlm_collab.openai import (
     api_error,
     chat_is_text,
     check_model,
+    completion,
     decode_body,
     ignored_header,
     model_object,
@@ -66,7 +67,6 @@ from vlm_collab.openai import (
     without_ignored,
     without_tools,
 )
-from vlm_collab.openai import chat_reply as completion
 from vlm_collab.web.access import Gate
 from vlm_collab.web.bodies import body_pieces
 

@@ -19,6 +19,7 @@ from vlm_collab.errors import (
 )
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import EdgeEvent, EdgeLimits, EdgeSession
 from vlm_collab.protocol.messages import (
     Answer,
     DeclineReason,
@@ -30,7 +31,7 @@ from vlm_collab.protocol.messages import (
     Welcome,
     websocket_bytes,
 )
-from vlm_collab.protocol.table import EdgeEvent, EdgeLimits, EdgeSession, State
+from vlm_collab.protocol.table import State
 
 log = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from vlm_collab.errors import (
 )
 from vlm_collab.geometry import Fit, Size, shown_share
 from vlm_collab.pictures.images import Codec, choose_codec
+from vlm_collab.protocol.edge_session import RegionDeclined, RegionWanted, TextUpdate
 from vlm_collab.protocol.messages import (
     Answer,
     DeclineReason,
@@ -44,7 +45,7 @@ from vlm_collab.protocol.messages import (
     Usage,
     Welcome,
 )
-from vlm_collab.protocol.table import FITS, RegionDeclined, RegionWanted, TextUpdate
+from vlm_collab.protocol.table import FITS
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from itertools import count
 from edge_client.link.dial import LostError, Server
 from edge_client.link.link import Link
 from vlm_collab.errors import ConfigError, LinkError
-from vlm_collab.protocol.table import EdgeLimits
+from vlm_collab.protocol.edge_session import EdgeLimits
 
 log = logging.getLogger(__name__)
 

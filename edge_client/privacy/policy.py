@@ -79,7 +79,7 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
         max_regions_per_question: regions that one question may have; None for no bound.
         max_bytes_per_hour: encoded pictures that may leave within any 3600 s; None for no bound.
         max_view_pixels: largest global view, width × height in px; None for no bound beside that
-            of `vlm_collab.protocol.table.EdgeLimits`.
+            of `vlm_collab.protocol.edge_session.EdgeLimits`.
         quiet_hours: when nothing may leave, in the device's local time.
     """
 

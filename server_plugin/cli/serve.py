@@ -35,7 +35,7 @@ from server_plugin.service.config import DEFAULT_PORT, ENDPOINT, ServiceConfig, 
 from vlm_collab.cli.secret_files import TOKEN_VARIABLE, chosen_key
 from vlm_collab.errors import ConfigError
 from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.table import ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 
 
 def serve(

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.table import ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 from vlm_collab.web.access import Rules, checked_names, is_loopback
 
 ENDPOINT = "/v1/collab"

@@ -52,7 +52,8 @@ from vlm_collab.protocol.messages import (
     micro,
     short_millis,
 )
-from vlm_collab.protocol.table import FITS, ServerSession
+from vlm_collab.protocol.server_session import ServerSession
+from vlm_collab.protocol.table import FITS
 from vlm_collab.web.rate_limit import Rate
 
 if TYPE_CHECKING:

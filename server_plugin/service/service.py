@@ -27,8 +27,8 @@ from server_plugin.service.queue import ModelQueue
 from server_plugin.service.view_store import ViewStore
 from vlm_collab import __version__
 from vlm_collab.openai import ApiError, no_such_route
+from vlm_collab.protocol.edge_session import MAX_VIEW_PIXELS
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.protocol.table import MAX_VIEW_PIXELS
 from vlm_collab.web.access import Gate
 
 log = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from tests.support.wire import service
 from vlm_collab.errors import BusyError, CollabError, ServerError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import EdgeLimits
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -41,7 +42,7 @@ from vlm_collab.protocol.messages import (
     Retransmit,
     Stage,
 )
-from vlm_collab.protocol.table import EdgeLimits, ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 
 PHOTO = photo(1)
 

@@ -28,7 +28,7 @@ from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
 from tests.support.wire import SURE, http, service
 from vlm_collab.openai import WireLimits
-from vlm_collab.protocol.table import ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 
 PHOTO = saved(picture(900, 700), "JPEG", quality=90)
 IGNORED = "x-vlm-collab-ignored"

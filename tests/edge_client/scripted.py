@@ -22,7 +22,7 @@ from vlm_collab.protocol.messages import (
     Usage,
     Welcome,
 )
-from vlm_collab.protocol.table import ServerEvent, ServerSession
+from vlm_collab.protocol.server_session import ServerEvent, ServerSession
 
 HASTY = Retry(attempts=3, reconnect_attempts=3, first_s=0.01, longest_s=0.02)
 

@@ -11,7 +11,7 @@ from edge_client.link.dial import DEFAULT_URL, LostError, Server
 from edge_client.link.link import Link
 from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
-from vlm_collab.protocol.table import EdgeLimits
+from vlm_collab.protocol.edge_session import EdgeLimits
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_core_and_the_edge_import_without_torch_and_numpy(device: Path, tmp_
 import sys, importlib.util
 assert importlib.util.find_spec("numpy") is None and importlib.util.find_spec("torch") is None
 import vlm_collab, edge_client
-import vlm_collab.protocol.messages, vlm_collab.protocol.table
+import vlm_collab.protocol.messages, vlm_collab.protocol.edge_session
 import vlm_collab.method.policy, vlm_collab.method.cost
 import edge_client.client, edge_client.sync, edge_client.cli.main
 print(edge_client.__version__)

@@ -31,8 +31,8 @@ from vlm_collab.method.policy import (
     ThresholdPolicy,
     aggregate,
 )
+from vlm_collab.protocol.edge_session import RegionWanted
 from vlm_collab.protocol.messages import CUT_MARK, DeclineReason, Fallback, Retransmit, Stage
-from vlm_collab.protocol.table import RegionWanted
 
 FIRST = "one two three four five six seven"
 VIEW = Image.new("RGB", (112, 112), (1, 2, 3))

@@ -35,8 +35,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo
 from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settled
 from vlm_collab.errors import ConfigError
+from vlm_collab.protocol.edge_session import RegionWanted
 from vlm_collab.protocol.messages import Answer
-from vlm_collab.protocol.table import RegionWanted
 from vlm_collab.web import http_protocol as connections
 
 SLOW = 30.0

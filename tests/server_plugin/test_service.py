@@ -16,6 +16,7 @@ from tests.support.wire import SURE, UNSURE, edge, http, picture, service, settl
 from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
 from vlm_collab.method.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import RegionWanted
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -31,7 +32,7 @@ from vlm_collab.protocol.messages import (
     decode_down,
     encode,
 )
-from vlm_collab.protocol.table import RegionWanted, ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 
 # ---- the two stages --------------------------------------------------------------------------
 

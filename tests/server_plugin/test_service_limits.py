@@ -17,6 +17,7 @@ from server_plugin.service.runner import running
 from tests.support.patience import PATIENCE_S
 from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, service, settled
 from vlm_collab.errors import ErrorCode
+from vlm_collab.protocol.edge_session import RegionWanted
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -24,7 +25,6 @@ from vlm_collab.protocol.messages import (
     Fallback,
     encode,
 )
-from vlm_collab.protocol.table import RegionWanted
 
 # ---- bounds on all clients together ----------------------------------------------------------
 

@@ -16,8 +16,8 @@ import msgspec
 
 from vlm_collab.errors import ErrorCode
 from vlm_collab.protocol import messages
-from vlm_collab.protocol import table as session
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish
+from vlm_collab.protocol.table import TRANSITIONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 _MARK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -26,7 +26,7 @@ _MARK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 def diagram() -> str:
     """The transition table as a Mermaid state diagram."""
     lines = ["```mermaid", "stateDiagram-v2"]
-    for (state, message), after in session.TRANSITIONS.items():
+    for (state, message), after in TRANSITIONS.items():
         lines.append(f"    {state.name} --> {after.name}: {message.__name__}")
     return "\n".join([*lines, "```"])
 

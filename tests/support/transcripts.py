@@ -18,6 +18,7 @@ import msgspec
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import EdgeSession
 from vlm_collab.protocol.messages import (
     Answer,
     AnyMessage,
@@ -33,7 +34,6 @@ from vlm_collab.protocol.messages import (
     Welcome,
     encode,
 )
-from vlm_collab.protocol.table import EdgeSession
 
 FOLDER = Path(__file__).resolve().parents[1] / "vlm_collab" / "transcripts"
 SOURCE = Size(1000, 700)

@@ -19,8 +19,8 @@ from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.method.policy import Aggregate, Metric, Policy, ThresholdPolicy
 from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.edge_session import EdgeSession, RegionWanted
 from vlm_collab.protocol.messages import SUBPROTOCOL, Options
-from vlm_collab.protocol.table import EdgeSession, RegionWanted
 
 SOURCE = Size(896, 896)
 UNSURE = "what is on the small sign?"

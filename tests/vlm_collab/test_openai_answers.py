@@ -39,9 +39,9 @@ from vlm_collab.openai import (
     WireLimits,
     api_error,
     check_model,
+    completion,
     parse_responses,
 )
-from vlm_collab.openai import chat_reply as completion
 from vlm_collab.protocol.messages import Finish, Stage, Token
 
 FIRST, SECOND = Stage.FIRST, Stage.SECOND

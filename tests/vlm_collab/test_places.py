@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import EdgeSession
 from vlm_collab.protocol.image_positions import Place, fault_of, joined, needed, split
 from vlm_collab.protocol.messages import (
     Ask,
@@ -21,7 +22,7 @@ from vlm_collab.protocol.messages import (
     decode_up,
     encode,
 )
-from vlm_collab.protocol.table import EdgeSession, ServerSession
+from vlm_collab.protocol.server_session import ServerSession
 
 VIEW = b"\xff\xd8\xff"
 MORE = (MoreView(VIEW, 30, 40),)

@@ -18,6 +18,13 @@ from hypothesis.stateful import (
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.edge_session import (
+    EdgeLimits,
+    EdgeSession,
+    RegionDeclined,
+    RegionWanted,
+    TextUpdate,
+)
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -37,17 +44,8 @@ from vlm_collab.protocol.messages import (
     encode,
     websocket_bytes,
 )
-from vlm_collab.protocol.table import (
-    TRANSITIONS,
-    EdgeLimits,
-    EdgeSession,
-    RegionDeclined,
-    RegionWanted,
-    ServerLimits,
-    ServerSession,
-    State,
-    TextUpdate,
-)
+from vlm_collab.protocol.server_session import ServerLimits, ServerSession
+from vlm_collab.protocol.table import TRANSITIONS, State
 
 SOURCE = Size(896, 448)
 WELCOME = Welcome(bytes(16), "m", 112, 112, 0, 8, 8, (Codec.JPEG,), 10_000, 100, 4)

@@ -13,8 +13,7 @@ from server_plugin.service.openai.pending import Wanted
 from server_plugin.service.openai.reply import Reply, result_of
 from server_plugin.service.openai.response_store import Tally
 from server_plugin.service.openai.transport import Sender
-from vlm_collab.openai import ChatStream, Query, check_model, ignored_header, parse_chat
-from vlm_collab.openai import chat_reply as completion
+from vlm_collab.openai import ChatStream, Query, check_model, completion, ignored_header, parse_chat
 
 
 class Chat:

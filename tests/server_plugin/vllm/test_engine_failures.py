@@ -25,8 +25,8 @@ from tests.support.vllm_cpu.environment import Served, collab_serve, vllm_serve
 from tests.support.wire import edge, picture
 from vlm_collab.errors import CollabError, ErrorCode
 from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.protocol.edge_session import RegionWanted
 from vlm_collab.protocol.messages import Answer, Error, Fallback, Options, Retransmit, Stage
-from vlm_collab.protocol.table import RegionWanted
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("failures")]
 

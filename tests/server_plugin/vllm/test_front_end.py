@@ -33,7 +33,7 @@ from tests.support.tiny_llava import rename_family, save_tiny_llava
 from tests.support.wire import SURE, edge, picture, service, unsure
 from vlm_collab.errors import ConfigError, ErrorCode, ModelError
 from vlm_collab.protocol.messages import Fallback, Stage
-from vlm_collab.protocol.table import ServerLimits
+from vlm_collab.protocol.server_session import ServerLimits
 
 SCOPE = "a secret "
 

@@ -1,6 +1,6 @@
 // The edge's end of one connection as a state machine without a socket, after
-// vlm_collab/protocol/table.py: frames and requests in, frames and events out. It owns the order of
-// messages, the limits and the byte counts.
+// vlm_collab/protocol/edge_session.py: frames and requests in, frames and events out. It owns the
+// order of messages, the limits and the byte counts.
 
 import { FITS, frameOf, tokenBoxToSource } from "./geometry.js";
 import { ProtocolError, QuestionError } from "./errors.js";

@@ -1,0 +1,294 @@
+"""The edge's end of `vlm-collab/1` as a sans-I/O state machine.
+
+`EdgeSession` takes frames and requests in and gives frames and events out. It knows no socket,
+clock, model or picture: a shell reads frames from somewhere, calls `receive`, acts on the events,
+and writes whatever `data_to_send` returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
+from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.messages import (
+    VERSION,
+    Answer,
+    Ask,
+    Cancel,
+    Decline,
+    DeclineReason,
+    Error,
+    Hello,
+    MoreView,
+    Options,
+    Partial,
+    PicturePlace,
+    Region,
+    RegionRequest,
+    Stage,
+    Turn,
+    Welcome,
+    decode_down,
+)
+from vlm_collab.protocol.session import QuestionProgress, Session
+from vlm_collab.protocol.table import CROSSED_AT_EDGE, FITS
+
+MAX_VIEW_PIXELS = 1024 * 1024
+"""Largest global view that an edge sends by default, in px. Those of the presets have 12 544 to
+112 896; a view as large as the picture would be the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLimits:
+    """What an edge lets a server have. Requests beyond are declined by the session itself, and a
+    server whose views are beyond is refused when it greets.
+
+    Attributes:
+        max_region_share: largest share of a picture's area that one request may name.
+        max_regions: region requests honoured on one connection; None for no bound.
+        max_frame_bytes: largest frame read from the server; its largest message is a map of
+            4096 × 4096 cells at the very most, in practice a few hundred bytes.
+        max_text_chars: longest streamed text; an answer of this length is a runaway server.
+        max_view_pixels: largest global view that a server may want, width × height in px.
+    """
+
+    max_region_share: float = 1.0
+    max_regions: int | None = None
+    max_frame_bytes: int = 2 * 2**20
+    max_text_chars: int = 2**20
+    max_view_pixels: int = MAX_VIEW_PIXELS
+
+
+@dataclass(frozen=True, slots=True)
+class TextUpdate:
+    """The text of a pass so far."""
+
+    id: int
+    stage: Stage
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegionWanted:
+    """The server asks for a region, and the edge's limits allow it.
+
+    Attributes:
+        box: what to crop, in px of the upright original.
+        target: largest useful size of the local view, in px.
+    """
+
+    id: int
+    box: Box
+    target: Size
+    request: RegionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RegionDeclined:
+    """The session declined a request by itself; the answer is on its way."""
+
+    id: int
+    reason: DeclineReason
+    request: RegionRequest
+
+
+EdgeEvent = Welcome | TextUpdate | RegionWanted | RegionDeclined | Answer | Error
+
+
+@dataclass(slots=True)
+class EdgeSession(Session):
+    """The edge's end of one connection.
+
+    Every method that sends raises `LocalProtocolError` when the protocol does not allow it now.
+    """
+
+    limits: EdgeLimits = field(default_factory=EdgeLimits)
+    welcome: Welcome | None = None
+    _regions: int = 0
+
+    def hello(self, codecs: tuple[Codec, ...], *, resume: bytes = b"", client: str = "") -> None:
+        """Open the conversation."""
+        if self._greeted or self._closed:
+            raise LocalProtocolError("Hello was sent already")
+        self._greeted = True
+        self._push(Hello(version=VERSION, codecs=codecs, resume=resume, client=client[:64]))
+
+    def ask(
+        self,
+        question: str,
+        view_id: int,
+        source: Size,
+        view: bytes | None = None,
+        options: Options | None = None,
+        *,
+        history: tuple[Turn, ...] = (),
+        more: tuple[MoreView, ...] = (),
+        places: tuple[PicturePlace, ...] = (),
+    ) -> int:
+        """Ask, and return the question's id.
+
+        Args:
+            question: the user's text.
+            view_id: this edge's number for the view.
+            source: size of the upright original, in px.
+            view: the encoded global view; None if the server has it under `view_id`.
+            options: None for the server's defaults.
+            history: earlier questions and answers, oldest first.
+            more: further pictures; `view_id` stands for all of them together.
+            places: where pictures stand in the question's text.
+
+        Raises:
+            LocalProtocolError: before `Welcome`, over a limit that it stated, or with places that
+                are wrong or that this server would ignore.
+        """
+        welcome = self.welcome
+        if welcome is None or self._closed:
+            raise LocalProtocolError("Ask before Welcome")
+        if len(self._questions) >= welcome.max_in_flight:
+            raise LocalProtocolError(
+                f"the server takes {welcome.max_in_flight} questions at once on a connection"
+            )
+        id = self._last_id + 1
+        message = Ask(
+            id, question, view_id, view, source.width, source.height, options, history, more, places
+        )
+        if message.all_places:
+            fault = fault_of(message.all_places, message.questions, 1 + len(more))
+            if fault is None and "places" not in welcome.features:
+                fault = "the server does not keep the order of texts and pictures"
+            if fault is not None:
+                raise LocalProtocolError(fault, ErrorCode.BAD_QUESTION)
+        if message.text_bytes > welcome.max_question_bytes:
+            raise LocalProtocolError(
+                f"the server takes questions of {welcome.max_question_bytes} bytes at most, the "
+                "conversation before them included",
+                ErrorCode.TOO_LARGE,
+            )
+        views = [one for one in (view, *(one.view for one in more)) if one is not None]
+        size_bytes = sum(map(len, views))
+        if views and size_bytes + 64 * len(views) + message.text_bytes > welcome.max_frame_bytes:
+            what = f"a view of {size_bytes}" if not more else f"views of {size_bytes}"
+            raise LocalProtocolError(
+                f"{what} bytes is over the server's limit of "
+                f"{welcome.max_frame_bytes} bytes a frame",
+                ErrorCode.TOO_LARGE,
+            )
+        self._move(id, Ask)
+        self._questions[id].sources = tuple(Size(*one) for one in message.sources)
+        self._push(message, id)
+        return id
+
+    def send_region(self, id: int, image: bytes) -> None:
+        """Send the encoded local view."""
+        if self._move(id, Region) is None:
+            raise self._local(id, Region)
+        self._push(Region(id, image), id)
+
+    def decline(self, id: int, reason: DeclineReason) -> None:
+        """Say that the region will not come."""
+        if self._move(id, Decline) is None:
+            raise self._local(id, Decline)
+        self._push(Decline(id, reason), id)
+
+    def cancel(self, id: int) -> None:
+        """Give the question up; the server still ends it."""
+        if self._move(id, Cancel) is None:
+            raise self._local(id, Cancel)
+        self._push(Cancel(id), id)
+
+    def bytes_of(self, id: int) -> tuple[int, int]:
+        """Bytes (up, down) of a question in flight, WebSocket headers included."""
+        question = self._questions[id]
+        return question.bytes_up, question.bytes_down
+
+    def receive(self, frame: bytes) -> EdgeEvent | None:
+        """Take one frame from the server.
+
+        Returns:
+            What happened; None for a message that crossed one of ours.
+
+        Raises:
+            RemoteProtocolError: the frame breaks the protocol. The session is closed; the shell
+                drops the connection.
+        """
+        self._check_frame(frame, self.limits.max_frame_bytes)
+        try:
+            return self._receive(frame)
+        except RemoteProtocolError:
+            self._closed = True
+            raise
+
+    def _receive(self, frame: bytes) -> EdgeEvent | None:
+        message = decode_down(frame)
+        id = 0 if isinstance(message, Welcome) else message.id
+        self._count(message, frame, id)
+        if isinstance(message, Welcome):
+            if not self._greeted or self.welcome is not None:
+                raise RemoteProtocolError("Welcome is not allowed now")
+            self._check_view(message)
+            self.welcome = message
+            return message
+        if isinstance(message, Error) and id == 0:
+            self._closed = True
+            return message
+        before = self.state(id)
+        question = self._questions.get(id)
+        if (before, type(message)) in CROSSED_AT_EDGE:
+            return None
+        if self._move(id, type(message)) is None or question is None:
+            raise self._remote(id, type(message))
+        if isinstance(message, Partial):
+            return self._text(question, message)
+        if isinstance(message, RegionRequest):
+            return self._judge(question, message)
+        return message
+
+    def _check_view(self, welcome: Welcome) -> None:
+        width, height = welcome.view_width, welcome.view_height
+        if width * height > self.limits.max_view_pixels:
+            raise RemoteProtocolError(
+                f"the server wants views of {width} x {height} px; this edge sends none of more "
+                f"than {self.limits.max_view_pixels} px (EdgeLimits.max_view_pixels)",
+                ErrorCode.BAD_OPTION,
+            )
+
+    def _text(self, question: QuestionProgress, message: Partial) -> TextUpdate:
+        if question.stage is not message.stage:
+            question.stage, question.text = message.stage, ""
+        if message.keep > len(question.text):
+            raise RemoteProtocolError("Partial keeps more text than there is")
+        if message.keep + len(message.text) > self.limits.max_text_chars:
+            raise RemoteProtocolError("the streamed text is too long", ErrorCode.TOO_LARGE)
+        question.text = question.text[: message.keep] + message.text
+        return TextUpdate(message.id, message.stage, question.text)
+
+    def _judge(
+        self, question: QuestionProgress, request: RegionRequest
+    ) -> RegionWanted | RegionDeclined:
+        """Restore the box and hold it against this edge's own limits."""
+        assert self.welcome is not None  # `ask` saw it
+        if request.picture >= len(question.sources):
+            return self._decline_by_itself(request, DeclineReason.BAD_REQUEST)
+        source = question.sources[request.picture]
+        view = Size(self.welcome.view_width, self.welcome.view_height)
+        grid = Grid(self.welcome.rows, self.welcome.columns)
+        token_box = TokenBox(request.index, request.side_px, request.columns, request.rows)
+        try:
+            frame = frame_of(source, FITS[self.welcome.fit], view)
+            box = token_box_to_source(token_box, grid, frame, source)
+        except ValueError:
+            return self._decline_by_itself(request, DeclineReason.BAD_REQUEST)
+        share = box.pixels / (source.width * source.height)
+        over = self.limits.max_regions is not None and self._regions >= self.limits.max_regions
+        if over or share > self.limits.max_region_share:
+            return self._decline_by_itself(request, DeclineReason.LIMIT)
+        self._regions += 1
+        target = Size(request.target_width, request.target_height)
+        return RegionWanted(request.id, box, target, request)
+
+    def _decline_by_itself(self, request: RegionRequest, reason: DeclineReason) -> RegionDeclined:
+        self.decline(request.id, reason)
+        return RegionDeclined(request.id, reason, request)

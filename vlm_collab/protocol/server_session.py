@@ -1,0 +1,240 @@
+"""The server's end of `vlm-collab/1` as a sans-I/O state machine.
+
+`ServerSession` takes frames and answers in and gives frames and events out. It knows no socket,
+clock, model or picture: a shell reads frames from somewhere, calls `receive`, acts on the events,
+and writes whatever `data_to_send` returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.messages import (
+    VERSION,
+    Answer,
+    Ask,
+    Cancel,
+    Decline,
+    Error,
+    Fallback,
+    Finish,
+    Hello,
+    Partial,
+    Region,
+    RegionRequest,
+    Stage,
+    Token,
+    Usage,
+    Welcome,
+    common_prefix,
+    decode_up,
+    micro,
+)
+from vlm_collab.protocol.session import QuestionProgress, Session
+from vlm_collab.protocol.table import CROSSED_AT_SERVER, State
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a server lets one connection do. Each bound is there before anything is decoded.
+
+    Attributes:
+        max_frame_bytes: a global view of 336 × 336 px is 20-60 kB as JPEG and 340 kB as PNG.
+        max_question_bytes: UTF-8 bytes of one question and the conversation before it.
+        max_in_flight: questions at once on one connection.
+    """
+
+    max_frame_bytes: int = 2 * 2**20
+    max_question_bytes: int = 32768
+    max_in_flight: int = 32
+
+
+ServerEvent = Hello | Ask | Region | Decline | Cancel | Error
+
+
+@dataclass(slots=True)
+class ServerSession(Session):
+    """The server's end of one connection.
+
+    Methods that send return False, and send nothing, when the question has meanwhile ended or
+    been cancelled, since both can happen while a model works; a move that can never be right
+    raises `LocalProtocolError`.
+    """
+
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    _said_goodbye: bool = False
+
+    def receive(self, frame: bytes) -> ServerEvent | None:
+        """Take one frame from the edge.
+
+        Returns:
+            The message to act on; an `Error` for a question that was refused here (it waits in
+            `data_to_send`); None when there is nothing to do, because the message crossed one
+            of ours, a goodbye included.
+
+        Raises:
+            RemoteProtocolError: the frame breaks the protocol. The session is closed; the
+                reason waits in `data_to_send`, and the shell then drops the connection.
+        """
+        if self._said_goodbye:
+            return None
+        try:
+            self._check_frame(frame, self.limits.max_frame_bytes)
+            return self._receive(frame)
+        except RemoteProtocolError as error:
+            self._closed = True
+            self._push(Error(0, error.code, str(error)))
+            raise
+
+    def _receive(self, frame: bytes) -> ServerEvent | None:
+        message = decode_up(frame)
+        id = 0 if isinstance(message, Hello) else message.id
+        if isinstance(message, Hello):
+            self._count(message, frame, id)
+            return self._hello(message)
+        if not self._greeted:
+            raise RemoteProtocolError(f"{type(message).__name__} before Hello")
+        before = self.state(id)
+        if self._move(id, type(message)) is None:
+            self._count(message, frame, id)
+            if (before, type(message)) in CROSSED_AT_SERVER:
+                return None
+            raise self._remote(id, type(message))
+        self._count(message, frame, id)
+        if isinstance(message, Ask):
+            return self._ask(message)
+        return message
+
+    def _hello(self, message: Hello) -> Hello:
+        if self._greeted:
+            raise RemoteProtocolError("Hello was sent already")
+        if message.version != VERSION:
+            raise RemoteProtocolError(
+                f"this server speaks version {VERSION}, not {message.version}",
+                ErrorCode.UNSUPPORTED_VERSION,
+            )
+        self._greeted = True
+        return message
+
+    def _ask(self, message: Ask) -> Ask | Error:
+        """Apply the limits; a question over one of them ends here."""
+        limits, size_bytes = self.limits, message.text_bytes
+        if len(self._questions) > limits.max_in_flight:
+            text = f"{limits.max_in_flight} questions at once on a connection, no more"
+            return self._refuse(message, ErrorCode.BUSY, text, retry_after_ms=1000)
+        if size_bytes > limits.max_question_bytes:
+            what = "question and history have" if message.history else "question has"
+            text = f"the {what} {size_bytes} bytes, more than {limits.max_question_bytes}"
+            return self._refuse(message, ErrorCode.TOO_LARGE, text)
+        if not message.question.strip():
+            return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
+        fault = fault_of(message.all_places, message.questions, 1 + len(message.more))
+        if fault is not None:
+            return self._refuse(message, ErrorCode.BAD_QUESTION, fault)
+        return message
+
+    def _refuse(
+        self, ask: Ask, code: ErrorCode, text: str, retry_after_ms: int | None = None
+    ) -> Error:
+        self.error(ask.id, code, text, retry_after_ms)
+        return Error(ask.id, code, text, retry_after_ms)
+
+    def send_welcome(self, welcome: Welcome) -> None:
+        """Accept the connection."""
+        if not self._greeted:
+            raise LocalProtocolError("Welcome before Hello")
+        self._push(welcome)
+
+    def partial(self, id: int, stage: Stage, text: str) -> bool:
+        """Send what changed since the last text of this pass."""
+        question = self._live(id)
+        if question is None:
+            return False
+        if self._move(id, Partial) is None:
+            raise self._local(id, Partial)
+        if question.stage is not stage:
+            question.stage, question.text = stage, ""
+        keep = common_prefix(question.text, text)
+        question.text = text
+        self._push(Partial(id, stage, keep, text[keep:]), id)
+        return True
+
+    def request_region(self, request: RegionRequest) -> bool:
+        """Ask for a region."""
+        if self._live(request.id) is None:
+            return False
+        if self._move(request.id, RegionRequest) is None:
+            raise self._local(request.id, RegionRequest)
+        self._push(request, request.id)
+        return True
+
+    def answer(
+        self,
+        id: int,
+        text: str,
+        stage: Stage,
+        fallback: Fallback,
+        uncertainty: float,
+        usage: Usage,
+        *,
+        finish: Finish = Finish.END,
+        tokens: tuple[Token, ...] = (),
+    ) -> Answer | None:
+        """End a question with an answer. The byte counts of `usage` are filled in here.
+
+        Returns:
+            What was sent; None when the question had ended before.
+        """
+        question = self._questions.get(id)
+        if question is None:
+            if self.state(id) is State.NEW:
+                raise self._local(id, Answer)
+            return None
+        usage = msgspec.structs.replace(
+            usage, bytes_up=question.bytes_up, bytes_down=question.bytes_down
+        )
+        self._move(id, Answer)
+        no_detail = fallback is Fallback.NO_DETAIL
+        message = Answer(
+            id,
+            text,
+            stage,
+            Fallback.NONE if no_detail else fallback,
+            micro(uncertainty),
+            usage,
+            finish,
+            tokens,
+            no_detail,
+        )
+        self._push(message, id)
+        return message
+
+    def error(self, id: int, code: ErrorCode, text: str, retry_after_ms: int | None = None) -> bool:
+        """End a question with a reason."""
+        if id not in self._questions:
+            if self.state(id) is State.NEW:
+                raise self._local(id, Error)
+            return False
+        self._move(id, Error)
+        self._push(Error(id, code, text, retry_after_ms), id)
+        return True
+
+    def close(self, code: ErrorCode, text: str, retry_after_ms: int | None = None) -> None:
+        """Refuse everything in flight and end the conversation."""
+        if self._closed:
+            return
+        for id in self.in_flight:
+            self.error(id, code, text, retry_after_ms)
+        self._closed = self._said_goodbye = True
+        self._push(Error(0, code, text, retry_after_ms))
+
+    def _live(self, id: int) -> QuestionProgress | None:
+        """The question unless it has ended or been cancelled."""
+        question = self._questions.get(id)
+        if question is None and self.state(id) is State.NEW:
+            raise LocalProtocolError(f"question {id} was never asked")
+        return None if question is None or question.state is State.CANCELLED else question
