@@ -8,7 +8,7 @@ from edge_client.cameras.base import Camera, CameraError, Frame, News, without_p
 from edge_client.cameras.live import Live
 from edge_client.cameras.sharpest import is_blank
 from edge_client.cameras.stills import checked
-from edge_client.cameras.web import Address, Reply
+from edge_client.cameras.http_fetch import Address, Reply
 from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError

@@ -11,7 +11,7 @@ import pytest
 import trustme
 from PIL import Image, ImageCms
 
-from edge_client.cameras import Camera, CameraError, Frame, live, open_camera, snapshots, video, web
+from edge_client.cameras import Camera, CameraError, Frame, http_fetch, live, open_camera, snapshots, video
 from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from tests.support.clips import scene
@@ -43,8 +43,8 @@ def impatient(monkeypatch):
     """What takes seconds in the field."""
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.02)
     monkeypatch.setattr(live, "SILENCE_S", 0.3)
-    monkeypatch.setattr(web, "SILENCE_S", 0.8)
-    monkeypatch.setattr(web, "WHOLE_S", 1.2)
+    monkeypatch.setattr(http_fetch, "SILENCE_S", 0.8)
+    monkeypatch.setattr(http_fetch, "WHOLE_S", 1.2)
     monkeypatch.setattr(video, "OPEN_TIMEOUT_S", 0.8)
     monkeypatch.setattr(video, "READ_TIMEOUT_S", 0.8)
 
@@ -263,15 +263,15 @@ def test_a_camera_without_a_picture_at_the_start_is_one_line(instead, reason):
 
 
 def test_a_picture_is_read_only_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(web, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(http_fetch, "MAX_BYTES", 1 << 20)
     with WebCamera(picture(JPEG + bytes(1 << 20))) as server:
         with pytest.raises(CameraError, match="a picture of more than 1 MiB"):
             open_camera(server.url)
 
 
 def test_closing_does_not_wait_for_a_silent_camera(monkeypatch):
-    monkeypatch.setattr(web, "SILENCE_S", 60.0)
-    monkeypatch.setattr(web, "WHOLE_S", 60.0)
+    monkeypatch.setattr(http_fetch, "SILENCE_S", 60.0)
+    monkeypatch.setattr(http_fetch, "WHOLE_S", 60.0)
     with WebCamera(picture(JPEG)) as server, open_camera(server.url) as camera:
         taken(camera)
         server.do(silence())
