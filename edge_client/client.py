@@ -16,10 +16,11 @@ from edge_client.answer import EdgeAnswer
 from edge_client.link.dial import DEFAULT_URL, Server
 from edge_client.link.link import CODECS
 from edge_client.link.question import Asking, Request, TextSink, ViewState
-from edge_client.link.reconnect import LinkKeeper, Retry
+from edge_client.link.reconnect import LinkKeeper
 from edge_client.picture import Album, Picture, PictureLike
 from edge_client.privacy.guard import open_guard
 from edge_client.privacy.policy import Policy
+from edge_client.retry import Retry
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
 from vlm_collab.protocol.edge_session import EdgeLimits

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from edge_client.cameras.base import Camera as Camera
 from edge_client.cameras.base import CameraError as CameraError
-from edge_client.cameras.base import Frame as Frame
-from edge_client.cameras.base import open_camera as open_camera
+from edge_client.cameras.base import CameraFrame as CameraFrame
+from edge_client.cameras.open import open_camera as open_camera
 
-__all__ = ["Camera", "CameraError", "Frame", "open_camera"]
+__all__ = ["Camera", "CameraError", "CameraFrame", "open_camera"]

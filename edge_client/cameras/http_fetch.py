@@ -39,7 +39,7 @@ _KIND = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}/[a-z0-9][a-z0-9.+-]{0,60}")
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class FetchedContent:
     """An answer to a request that succeeded.
 
     Attributes:
@@ -71,7 +71,7 @@ class Reply:
         return f"the answer is {self.kind or 'something'} and no JPEG, PNG or WebP picture"
 
 
-class Address:
+class PictureUrl:
     """An address, asked again and again by one thread.
 
     Args:
@@ -103,7 +103,7 @@ class Address:
         self._socket: socket.socket | None = None
         self._stopped = False
 
-    def fetch(self) -> Reply:
+    def fetch(self) -> FetchedContent:
         """Ask once.
 
         Raises:
@@ -136,7 +136,7 @@ class Address:
         self._stopped = True
         self._shut()
 
-    def _fetched(self) -> Reply:
+    def _fetched(self) -> FetchedContent:
         try:
             with self._opener.open(self._url, timeout=SILENCE_S) as response:
                 return _read(response)
@@ -146,7 +146,7 @@ class Address:
         except URLError as error:
             raise CameraError(_why(error.reason)) from None
         except http.client.BadStatusLine:
-            return Reply("")  # some streams begin in their own way
+            return FetchedContent("")  # some streams begin in their own way
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise CameraError(_why(error)) from None
 
@@ -170,7 +170,7 @@ class Address:
                 self._socket = None
 
 
-def _read(response: http.client.HTTPResponse) -> Reply:
+def _read(response: http.client.HTTPResponse) -> FetchedContent:
     """The content of an answer, if it is a picture.
 
     Raises:
@@ -179,10 +179,10 @@ def _read(response: http.client.HTTPResponse) -> Reply:
     found = _KIND.match(response.headers.get("Content-Type", "").strip().lower())
     kind = found.group() if found else ""
     if kind.startswith(_STREAMS):
-        return Reply(kind)
+        return FetchedContent(kind)
     data = bytearray(response.read(_HEAD_BYTES))
     if identify(bytes(data)) is None:
-        return Reply(kind, empty=not data)
+        return FetchedContent(kind, empty=not data)
     while piece := response.read(1 << 16):
         data += piece
         if len(data) > MAX_BYTES:
@@ -191,7 +191,7 @@ def _read(response: http.client.HTTPResponse) -> Reply:
         raise CameraError(
             f"the picture broke off after {len(data)} of {len(data) + response.length} bytes"
         )
-    return Reply(kind, bytes(data))
+    return FetchedContent(kind, bytes(data))
 
 
 _Shown = Callable[[socket.socket], None]

@@ -7,8 +7,8 @@ import time
 from abc import abstractmethod
 from functools import partial
 
-from edge_client.cameras.base import Camera, CameraError, Frame, News
-from edge_client.link.reconnect import Retry
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
+from edge_client.retry import Retry
 
 SILENCE_S = 5.0
 """A source without a good picture for so long is in trouble, whatever it does meanwhile."""
@@ -41,7 +41,7 @@ class Live(Camera):
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
+    ) -> CameraFrame | None:
         """See `Camera.take`."""
         until = time.monotonic() + wait_s
         wanted = max(due, after + 1)
@@ -92,7 +92,7 @@ class Live(Camera):
         """Number of the newest picture that may be taken; 0 for none."""
 
     @abstractmethod
-    def _best(self, after: int) -> Frame | None:
+    def _best(self, after: int) -> CameraFrame | None:
         """The best of the newest pictures after a number; None if they show nothing."""
 
     @abstractmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
-from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
+from edge_client.addresses import without_password
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
+from edge_client.cameras.http_fetch import FetchedContent, PictureUrl
 from edge_client.cameras.live import Live
 from edge_client.cameras.sharpest import is_blank
 from edge_client.cameras.stills import checked
-from edge_client.cameras.http_fetch import Address, Reply
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from vlm_collab.errors import ImageError
 
 SNAPSHOT_S = 1.0
@@ -26,7 +27,7 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     """
     name = without_password(url)
     try:
-        address = Address(url)
+        address = PictureUrl(url)
         reply = address.fetch()
     except (CameraError, ValueError) as error:
         raise CameraError(f"{name}: {error}") from None
@@ -57,11 +58,13 @@ class Snapshots(Live):
         CameraError: `first` is broken, or no picture that may be used.
     """
 
-    def __init__(self, name: str, address: Address, first: Reply, news: News, retry: Retry) -> None:
+    def __init__(
+        self, name: str, address: PictureUrl, first: FetchedContent, news: News, retry: Retry
+    ) -> None:
         super().__init__(name, news, retry)
         self._address = address
         self._count = 0
-        self._frame: Frame | None = None
+        self._frame: CameraFrame | None = None
         self._blank = False
         try:
             self._accept(first)
@@ -78,7 +81,7 @@ class Snapshots(Live):
     def _latest(self) -> int:
         return self._count
 
-    def _best(self, after: int) -> Frame | None:
+    def _best(self, after: int) -> CameraFrame | None:
         with self._changed:
             return None if self._blank else self._frame
 
@@ -90,7 +93,7 @@ class Snapshots(Live):
             self._accept(self._address.fetch())
         return "it was closed"
 
-    def _accept(self, reply: Reply) -> None:
+    def _accept(self, reply: FetchedContent) -> None:
         """Make what came the picture.
 
         Raises:
@@ -108,7 +111,7 @@ class Snapshots(Live):
         with self._changed:
             self._count = number
             self._blank = is_blank(small.convert("L"))
-            self._frame = Frame(
+            self._frame = CameraFrame(
                 number=number,
                 latest=number,
                 time_s=time.time(),

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from edge_client.cameras.base import PICTURE_SUFFIXES, Camera, CameraError, Frame, News
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
 from edge_client.cameras.sharpest import is_blank
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Size
+from vlm_collab.pictures.headers import identify
 from vlm_collab.pictures.images import SourceImage, read_source
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 POLL_S = 0.2
 SETTLED_S = 2.0
 """A file that cannot be decoded may still be being written, unless it has not changed for so
@@ -61,7 +63,7 @@ class _Stills(Camera):
         self._known: dict[str, _Version] | None = None  # None: not looked yet
         self._arrivals: list[_Arrival] = []
         self._count = 0
-        self._good: Frame | None = None
+        self._good: CameraFrame | None = None
         self._lost_s = 0.0  # since when there is trouble
         self._closed = threading.Event()
 
@@ -72,7 +74,7 @@ class _Stills(Camera):
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
+    ) -> CameraFrame | None:
         """See `Camera.take`; a file that is being written is waited for in any case."""
         until = time.monotonic() + wait_s
         until_settled = time.monotonic() + SETTLED_S + 2 * POLL_S
@@ -80,7 +82,7 @@ class _Stills(Camera):
             self._look()
             good = self._good
             if good is not None and good.number > after and self._count >= due:
-                return Frame(
+                return CameraFrame(
                     number=good.number,
                     latest=self._count,
                     time_s=good.time_s,
@@ -165,7 +167,7 @@ class _Stills(Camera):
             self._pass_over(arrival, "it shows nothing")
             return False
         picture.name = arrival.version.name
-        self._good = Frame(
+        self._good = CameraFrame(
             number=arrival.number,
             latest=arrival.number,
             time_s=arrival.version.mtime_ns / 1e9,
@@ -237,6 +239,14 @@ class File(_Stills):
         self._reason = reason.removeprefix(f"{arrival.version.name}: ")
         if self._good is not None:
             super()._pass_over(arrival, reason)
+
+
+def is_still(path: Path) -> bool:
+    """Whether a file is a picture rather than a recording, by its name or its first bytes."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        return identify(file.read(32)) is not None
 
 
 def checked(data: bytes) -> Image:

@@ -20,8 +20,8 @@ from rich.live import Live
 from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cameras import Camera, CameraError, Frame, open_camera
-from edge_client.cameras.base import SOURCES_HELP
+from edge_client.cameras import Camera, CameraError, CameraFrame, open_camera
+from edge_client.cameras.open import SOURCES_HELP
 from edge_client.cli import main as cli
 from edge_client.cli import output as show
 from edge_client.cli.heatmap import heat_map
@@ -158,7 +158,7 @@ class Chat:
         self._deadline_s = deadline_s
         self._fresh = fresh
         self._single = single
-        self._frame: Frame | None = None
+        self._frame: CameraFrame | None = None
         self._answer: EdgeAnswer | None = None
         self._turns: list[tuple[str, str]] = []
         self._failed = 0
@@ -223,7 +223,7 @@ class Chat:
             case _:
                 raise ConfigError(f"{command} is no command; /help shows those there are")
 
-    def _look(self) -> Frame:
+    def _look(self) -> CameraFrame:
         """Take the newest picture, if there is a newer one."""
         old = self._frame
         frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._patience())
@@ -338,10 +338,10 @@ class _Screen(Protocol):
     def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
         """While an answer is waited for; gives where its growing text goes."""
 
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
         """Tell an answer."""
 
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
         """Tell how an answer came about."""
 
     def draw(self, drawn: Text) -> None:
@@ -398,12 +398,12 @@ class _People:
         with Live(console=self._console, transient=True, get_renderable=growing):
             yield texts.__setitem__
 
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
         if not self._talking:
             self._console.print(Text(printable(question), style="bold"))
         self._console.print(show.history(answer, frame.picture))
 
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
         first, size, box = answer.first_uncertainty, frame.picture.size, answer.box
         sure = f"{first:.3f}"
         if answer.refined:
@@ -462,7 +462,7 @@ class _Programs:
     def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
         return contextlib.nullcontext()
 
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
+    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
         told: dict[str, object] = {
             "photo": frame.picture.name,
             "question": question,
@@ -472,7 +472,7 @@ class _Programs:
         told |= show.as_dict(answer, frame.picture)
         print(msgspec.json.encode(told).decode(), flush=True)
 
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
+    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
         """The answer's object has it all."""
 
     def draw(self, drawn: Text) -> None:

@@ -12,8 +12,8 @@ from edge_client.answer import EdgeAnswer
 from edge_client.client import ClientOptions
 from edge_client.link.dial import LostError
 from edge_client.link.question import TextSink
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from edge_client.sync import Client
 from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
 from vlm_collab.errors import ErrorCode as Code

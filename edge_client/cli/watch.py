@@ -20,8 +20,8 @@ from rich.live import Live
 from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cameras import Camera, CameraError, Frame, open_camera
-from edge_client.cameras.base import SOURCES_HELP
+from edge_client.cameras import Camera, CameraError, CameraFrame, open_camera
+from edge_client.cameras.open import SOURCES_HELP
 from edge_client.cli import main as cli
 from edge_client.cli import output as show
 from edge_client.cli.chat import moment, reader_may_leave
@@ -207,7 +207,7 @@ class Watch:
                     break
                 await self._ask(frame, skipped)
 
-    async def _ask(self, frame: Frame, skipped: int) -> None:
+    async def _ask(self, frame: CameraFrame, skipped: int) -> None:
         told: dict[str, object] = {
             "source": self._camera.name,
             "frame": frame.number,
@@ -230,7 +230,7 @@ class Watch:
         self._progress.update()
 
     def _write(
-        self, told: dict[str, object], result: EdgeAnswer | CollabError, frame: Frame | None
+        self, told: dict[str, object], result: EdgeAnswer | CollabError, frame: CameraFrame | None
     ) -> None:
         if isinstance(result, CollabError):
             self._progress.failed += 1
@@ -242,7 +242,7 @@ class Watch:
             del told["grid"], told["map"]  # no map was asked for
         self._lines.write(told)
 
-    async def _next(self) -> tuple[Frame | None, int]:
+    async def _next(self) -> tuple[CameraFrame | None, int]:
         """The next frame to ask about, and how many were skipped that were due before it."""
         skipped = 0
         if self._seconds is not None and not self._camera.on_demand:
@@ -272,7 +272,7 @@ class Watch:
         await asyncio.sleep(max(0.0, self._due_s - now))
         return skipped
 
-    async def _take(self) -> Frame | None:
+    async def _take(self) -> CameraFrame | None:
         """The newest frame when one is due; None when there will be no more."""
         if self._camera.on_demand and self._due_s is None:
             self._due_s = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from websockets.exceptions import (
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
+from edge_client.addresses import without_secrets
 from vlm_collab import __version__
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
 from vlm_collab.protocol.messages import SUBPROTOCOL
@@ -149,13 +149,6 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
         connection.transport.abort()
         raise LinkError(f"{server.shown} does not speak {SUBPROTOCOL}")
     return connection
-
-
-def without_secrets(url: str) -> str:
-    """An address without user, password, query and fragment."""
-    scheme, mark, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def _full_url(url: str) -> str:

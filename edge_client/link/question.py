@@ -16,9 +16,9 @@ import msgspec
 from edge_client.answer import EdgeAnswer
 from edge_client.link.dial import LostError
 from edge_client.link.link import CODECS, Exchange, Link
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from edge_client.privacy.guard import QuestionGuard
+from edge_client.retry import Retry
 from vlm_collab.errors import (
     BusyError,
     CollabError,

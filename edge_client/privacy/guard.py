@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from edge_client.link.dial import without_secrets
+from edge_client.addresses import without_secrets
 from edge_client.picture import Picture
 from edge_client.privacy.audit_log import AuditLog, ImageLine, Recent, RegionLine, ViewLine
 from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy

@@ -12,7 +12,7 @@ import pytest
 from edge_client.cli.retrying import is_passing
 from edge_client.client import EdgeClient
 from edge_client.link import question as asking
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from edge_client.sync import Client
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running

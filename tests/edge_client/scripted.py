@@ -9,7 +9,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
 
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from vlm_collab.errors import ErrorCode
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import (

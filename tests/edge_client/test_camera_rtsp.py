@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.cameras import CameraError, live, open_camera, video
-from edge_client.link.reconnect import Retry
+from edge_client.cameras import CameraError, decoder, live, open_camera, video
+from edge_client.retry import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference
@@ -137,13 +137,13 @@ def test_a_camera_that_connects_and_gives_no_picture_is_told(monkeypatch):
 
 
 def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypatch):
-    decoded = video._decoded
+    decoded = decoder._decoded
 
     def slowly(packet):
         time.sleep(0.25)  # frames come every 0.1 s
         return decoded(packet)
 
-    monkeypatch.setattr(video, "_decoded", slowly)
+    monkeypatch.setattr(decoder, "_decoded", slowly)
     with open_camera(camera.url) as stream:
         first = stream.take(wait_s=WAIT_S)
         assert first is not None

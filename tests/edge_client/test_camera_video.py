@@ -15,9 +15,9 @@ import av
 import pytest
 from PIL import Image, ImageFilter
 
-from edge_client.cameras import CameraError, Frame, open_camera, snapshots, video
+from edge_client.cameras import CameraError, CameraFrame, open_camera, snapshots, video
 from edge_client.cameras import sharpest as choose
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved
@@ -35,14 +35,14 @@ def clip(tmp_path_factory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
 
 
-def shown(frame: Frame) -> Image.Image:
+def shown(frame: CameraFrame) -> Image.Image:
     """A frame's picture."""
     size = frame.picture.size
     data = frame.picture.region(Box(0, 0, *size), size, Codec.JPEG, 95)
     return decode(data, max_pixels=10**6)
 
 
-def seen(frame: Frame, index: int) -> float:
+def seen(frame: CameraFrame, index: int) -> float:
     """How far a frame is from what the camera saw at that moment, in grey levels."""
     return difference(shown(frame), shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
 

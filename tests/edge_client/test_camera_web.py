@@ -11,9 +11,19 @@ import pytest
 import trustme
 from PIL import Image, ImageCms
 
-from edge_client.cameras import Camera, CameraError, Frame, http_fetch, live, open_camera, snapshots, video
-from edge_client.link.reconnect import Retry
+from edge_client.cameras import (
+    Camera,
+    CameraError,
+    CameraFrame,
+    decoder,
+    http_fetch,
+    live,
+    open_camera,
+    snapshots,
+    video,
+)
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from tests.support.clips import scene
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, photo, saved, turned
@@ -53,7 +63,7 @@ def view(picture: Picture) -> bytes:
     return picture.view(Size(112, 112), Fit.STRETCH, Codec.PNG, 90)
 
 
-def taken(camera: Camera, after: int = 0) -> Frame:
+def taken(camera: Camera, after: int = 0) -> CameraFrame:
     frame = camera.take(after=after, wait_s=WAIT_S)
     assert frame is not None, camera.trouble
     return frame
@@ -215,7 +225,7 @@ def test_a_stream_that_gives_no_pictures_is_told_and_comes_back(instead, reason)
 
 
 def test_half_pictures_are_not_taken_however_lenient_the_decoder_has_become(monkeypatch):
-    monkeypatch.setattr(video, "MENDED_FRAMES", 5)
+    monkeypatch.setattr(decoder, "MENDED_FRAMES", 5)
     with WebCamera(stream(JPEG, interval_s=0.01)) as server:
         with open_camera(server.url, retry=HASTY) as camera:
             assert isinstance(camera, video.LiveVideo)

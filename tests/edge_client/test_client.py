@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.client import EdgeClient
 from edge_client.link import question as asking
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
 from tests.support.patience import PATIENCE_S

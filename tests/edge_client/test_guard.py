@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from edge_client.addresses import without_secrets
 from edge_client.client import EdgeClient
-from edge_client.link.dial import without_secrets
 from edge_client.picture import Picture
 from edge_client.privacy.areas import Rectangle
 from edge_client.privacy.audit_log import AuditLog, RegionLine, ViewLine, read_log

@@ -23,7 +23,7 @@ from edge_client.cameras import open_camera
 from edge_client.cli import watch as cli_watch
 from edge_client.cli.watch import Watch
 from edge_client.client import EdgeClient
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from server_plugin.service.runner import running
 from tests.e2e.common import HASTY, World, slow, world
 from tests.support.clips import scene, shaken, write_clip
