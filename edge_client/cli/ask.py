@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cli import main as cli
 from edge_client.cli import output as show
+from edge_client.cli.errors import exit_code
 from edge_client.cli.options import (
     Always,
     AuditFile,
@@ -121,7 +121,7 @@ def ask(
     if save_crop is not None and crop_codec is not None:
         _save_crops(save_crop, crop_codec, results, screen)
     failed = [result for result in results if isinstance(result, CollabError)]
-    return cli.exit_code(failed[0]) if failed else 0
+    return exit_code(failed[0]) if failed else 0
 
 
 def check_question(question: str) -> None:

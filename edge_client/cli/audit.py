@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.cli import main as cli
-from edge_client.cli.main import printable
+from edge_client.cli.errors import report
+from edge_client.cli.printing import printable
 from edge_client.privacy.audit_log import ImageLine, Log, ViewLine, read_log
 from vlm_collab.errors import ConfigError
 
@@ -51,7 +51,7 @@ def audit(
     if log.broken:
         lines = "1 line is" if log.broken == 1 else f"{log.broken} lines are"
         note = f"note: {lines} broken and left out (a crash leaves such a line)"
-        cli.report(note, "BROKEN", as_json=False)
+        report(note, "BROKEN", as_json=False)
     if picture is not None and out is not None:
         _draw(picture, out, log, as_json)
     elif as_json:

@@ -6,26 +6,20 @@ import contextlib
 import io
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
 from edge_client.cameras import Camera, CameraError, CameraFrame, open_camera
 from edge_client.cameras.open import SOURCES_HELP
-from edge_client.cli import main as cli
-from edge_client.cli import output as show
+from edge_client.cli.chat_screens import ChatScreen, JsonScreen, TerminalScreen
+from edge_client.cli.errors import exit_code
 from edge_client.cli.heatmap import heat_map
-from edge_client.cli.main import printable
 from edge_client.cli.options import (
     Always,
     AuditFile,
@@ -41,23 +35,17 @@ from edge_client.cli.options import (
     token_of,
     wishes,
 )
+from edge_client.cli.printing import ignore_closed_output
 from edge_client.cli.retrying import PatientClient
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
 from edge_client.link.dial import DEFAULT_URL
-from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.headers import identify
-from vlm_collab.protocol.messages import Fallback, Options, Stage
+from vlm_collab.protocol.messages import Options
 from vlm_collab.protocol.table import FITS
 
-try:
-    import readline
-except ImportError:  # where there is none, lines are typed without editing
-    readline = None  # type: ignore[assignment]
-
 PICTURE_WAIT_S = 10.0
-PROMPT = "> "
 
 COMMANDS = {
     "/look": "take a new picture; what was said about the old one is forgotten",
@@ -97,7 +85,7 @@ def chat(
     lines; they may also come from a pipe. Those asked while the server is away are kept.
     """
     options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
-    screen: _Screen = _Programs() if as_json else _People()
+    screen: ChatScreen = JsonScreen() if as_json else TerminalScreen()
     talking = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is no text
@@ -110,12 +98,12 @@ def chat(
     }
     code = 0
     with (
-        reader_may_leave(),
+        ignore_closed_output(),
         open_camera(source, news=screen.note) as camera,
         PatientClient(server, screen.note, forever=talking, settings=settings) as client,
     ):
         client.connect()
-        talk = Chat(
+        talk = CameraChat(
             camera,
             client,
             screen,
@@ -128,7 +116,7 @@ def chat(
     return code
 
 
-class Chat:
+class CameraChat:
     """One conversation.
 
     Args:
@@ -144,7 +132,7 @@ class Chat:
         self,
         camera: Camera,
         client: PatientClient,
-        screen: _Screen,
+        screen: ChatScreen,
         *,
         options: Options,
         deadline_s: float,
@@ -202,7 +190,7 @@ class Chat:
         try:
             self._do(line)
         except CollabError as error:
-            self._failed = self._failed or cli.exit_code(error)
+            self._failed = self._failed or exit_code(error)
             self._screen.fail(line, error)
 
     def _do(self, line: str) -> None:
@@ -300,186 +288,6 @@ class Chat:
         except OSError as error:
             raise ConfigError(f"/save {path}: {error.strerror or error}") from error
         self._screen.note(f"saved as {path}, {len(answer.region)} bytes")
-
-
-def moment(time_s: float) -> str:
-    """A time as JSON has it: ISO 8601, UTC, milliseconds."""
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
-
-
-@contextlib.contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Whoever reads the output may stop doing so: that ends the command, and is no failure."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Screen(Protocol):
-    """Where a conversation is told.
-
-    Attributes:
-        colour: it shows colours.
-        columns: room in a line, in characters.
-    """
-
-    colour: bool
-    columns: int
-
-    def note(self, line: str) -> None:
-        """Tell something beside the answers; any thread may."""
-
-    def fail(self, line: str, error: CollabError) -> None:
-        """Tell why a line had no answer."""
-
-    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
-        """While an answer is waited for; gives where its growing text goes."""
-
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        """Tell an answer."""
-
-    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
-        """Tell how an answer came about."""
-
-    def draw(self, drawn: Text) -> None:
-        """Show a heat map."""
-
-    def read(self) -> str:
-        """A line that somebody types.
-
-        Raises:
-            EOFError: there are no more.
-        """
-
-
-class _People:
-    """Text for people; in a terminal with colours, and with answers growing as they come."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self.colour = self._console.is_terminal and not self._console.no_color
-        self.columns = self._console.width - 2
-        self._writing = threading.Lock()
-        self._at_prompt = False
-        self._talking = sys.stdin.isatty()
-
-    def note(self, line: str) -> None:
-        with self._writing:
-            at_prompt = self._at_prompt and self._console.is_terminal
-            if at_prompt:
-                print("\r\x1b[2K", end="")
-            self._console.print(Text(printable(line), style="dim"))
-            if at_prompt:  # what was typed so far
-                typed = "" if readline is None else readline.get_line_buffer()
-                print(PROMPT + typed, end="", flush=True)
-
-    def fail(self, line: str, error: CollabError) -> None:
-        which = "" if self._talking or line.startswith("/") else f"{line}: "
-        cli.report(f"{which}{error}", cli.error_name(error), as_json=False)
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[TextSink | None]:
-        if not self._console.is_terminal:
-            yield None  # nobody watches it grow, and each step would cost bytes
-            return
-        texts: dict[Stage, str] = {}
-
-        def growing() -> Group:
-            names = {Stage.FIRST: "first answer", Stage.SECOND: "refined answer"}
-            rows = [
-                Text.assemble((f"  {names[stage]:14}  ", "dim"), printable(text))
-                for stage, text in sorted(texts.items())
-            ]
-            return Group(*(rows or [Text("  …", style="dim")]))
-
-        with Live(console=self._console, transient=True, get_renderable=growing):
-            yield texts.__setitem__
-
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        if not self._talking:
-            self._console.print(Text(printable(question), style="bold"))
-        self._console.print(show.history(answer, frame.picture))
-
-    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
-        first, size, box = answer.first_uncertainty, frame.picture.size, answer.box
-        sure = f"{first:.3f}"
-        if answer.refined:
-            sure += f" at first, {answer.uncertainty:.3f} with the region"
-        where = "none was asked for: the model was sure enough"
-        if answer.fallback is Fallback.NO_DETAIL:
-            where = "none was asked for: it would show no more than the view does"
-        if box is not None:
-            share = box.pixels / (size.width * size.height)
-            where = (
-                f"{box.width} x {box.height} px at ({box.left}, {box.top}) of "
-                f"{size.width} x {size.height}, {share:.1%} of the picture"
-            )
-        rest = answer.bytes_up - answer.view_bytes - answer.region_bytes
-        for name, value in (
-            ("uncertainty", sure),
-            ("region", where),
-            (
-                "bytes sent",
-                f"{answer.bytes_up}: view {answer.view_bytes}, region {answer.region_bytes}, "
-                f"question and headers {rest}",
-            ),
-            ("bytes received", f"{answer.bytes_down}"),
-        ):
-            self._console.print(Text.assemble((f"  {name:14}  ", "dim"), value))
-
-    def draw(self, drawn: Text) -> None:
-        self._console.print(drawn)
-
-    def read(self) -> str:
-        self._at_prompt = True
-        try:
-            return input(PROMPT)
-        finally:
-            self._at_prompt = False
-
-
-class _Programs:
-    """One JSON object for each question on stdout; everything else on stderr."""
-
-    colour = False
-    columns = 78
-
-    def __init__(self) -> None:
-        self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
-
-    def note(self, line: str) -> None:
-        self._beside.print(Text(printable(line), style="dim"))
-
-    def fail(self, line: str, error: CollabError) -> None:
-        # What is no text is told as far as it is.
-        line = line.encode(errors="replace").decode()
-        told = {"question": line, "error": str(error), "code": cli.error_name(error)}
-        print(msgspec.json.encode(told).decode(), flush=True)
-
-    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
-        return contextlib.nullcontext()
-
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        told: dict[str, object] = {
-            "photo": frame.picture.name,
-            "question": question,
-            "frame": frame.number,
-            "time": moment(frame.time_s),
-        }
-        told |= show.as_dict(answer, frame.picture)
-        print(msgspec.json.encode(told).decode(), flush=True)
-
-    def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
-        """The answer's object has it all."""
-
-    def draw(self, drawn: Text) -> None:
-        self._beside.print(drawn)
-
-    def read(self) -> str:
-        return input()
 
 
 def _piped() -> str:

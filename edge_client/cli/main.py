@@ -8,7 +8,6 @@ is used: `vlm-collab --help` stays quick where torch is installed and works wher
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -20,45 +19,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from edge_client.cli.errors import (
+    EXIT_CODES_HELP,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    PROGRAM,
+    error_name,
+    exit_code,
+    report,
+)
 from edge_client.cli.help import Command, NamedValues
 from vlm_collab import __version__
 from vlm_collab.cli.quiet import hush
-from vlm_collab.errors import (
-    AuthenticationError,
-    CollabError,
-    ConfigError,
-    DeadlineError,
-    ImageError,
-    LinkError,
-    PrivacyError,
-    QuestionError,
-    ServerError,
-)
+from vlm_collab.errors import CollabError, ConfigError
 
-PROGRAM = "vlm-collab"
 GROUP = "vlm_collab.commands"
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
-# By base class; a more special one stands before the one it derives from.
-_EXIT_CODES: dict[type[CollabError], int] = {
-    ConfigError: EXIT_USAGE,
-    QuestionError: EXIT_USAGE,
-    ImageError: 3,
-    LinkError: 4,
-    AuthenticationError: 5,
-    DeadlineError: 6,
-    ServerError: 7,
-    PrivacyError: 8,
-}
-
-EXIT_CODES_HELP = (
-    "Exit codes: 0 answered · 1 failed · 2 wrong use · 3 picture unusable · 4 no server · "
-    "5 not let in · 6 no answer in time · 7 refused by the server · 8 kept back by the policy · "
-    "130 interrupted"
-)
 
 _BUILT_IN = {
     "ask": "edge_client.cli.ask:ask",
@@ -160,41 +135,6 @@ def main(argv: list[str] | None = None) -> None:
     if code == EXIT_INTERRUPTED:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
     sys.exit(code)
-
-
-def report(line: str, code: str, *, as_json: bool) -> None:
-    """Tell a failure: a line on stderr, or with `--json` an object on stdout."""
-    line = printable(" ".join(line.split()))
-    if as_json:
-        print(json.dumps({"error": line, "code": code}), flush=True)
-    else:
-        named = line.startswith(f"{PROGRAM} ")
-        print(line if named else f"{PROGRAM}: {line}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Text without what would move the cursor or change the terminal: it comes from outside."""
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def exit_code(error: CollabError) -> int:
-    """The documented exit code for an error."""
-    for kind, code in _EXIT_CODES.items():
-        if isinstance(error, kind):
-            return code
-    return EXIT_FAILED
-
-
-def error_name(error: CollabError) -> str:
-    """What `--json` calls an error: the server's code, or the class without its ending."""
-    if isinstance(error, ServerError):
-        return error.code.name
-    for kind in _EXIT_CODES:
-        if isinstance(error, kind):
-            return kind.__name__.removesuffix("Error").upper()
-    return type(error).__name__.removesuffix("Error").upper()
 
 
 def _app() -> typer.Typer:

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cli import main as cli
-from edge_client.cli.main import printable
+from edge_client.cli.errors import error_name, report
+from edge_client.cli.printing import printable
 from edge_client.link.question import TextSink
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
@@ -90,7 +90,7 @@ class JsonLines:
         """Print the object."""
         told: dict[str, object] = {"photo": picture.name, "question": question}
         if isinstance(result, CollabError):
-            told |= {"error": str(result), "code": cli.error_name(result)}
+            told |= {"error": str(result), "code": error_name(result)}
         else:
             told |= as_dict(result, picture)
         # msgspec writes numbers that JSON does not have as null.
@@ -164,7 +164,7 @@ class Terminal:
     def _fail(self, line: str, error: CollabError) -> None:
         if self._live is not None:
             self._live.stop()  # it would draw over a line on stderr
-        cli.report(line, cli.error_name(error), as_json=False)
+        report(line, error_name(error), as_json=False)
         if self._live is not None:
             self._live.start()
 

@@ -5,27 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Self
+from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
 from edge_client.cameras import Camera, CameraError, CameraFrame, open_camera
 from edge_client.cameras.open import SOURCES_HELP
-from edge_client.cli import main as cli
 from edge_client.cli import output as show
-from edge_client.cli.chat import moment, reader_may_leave
-from edge_client.cli.main import printable
+from edge_client.cli.errors import error_name
 from edge_client.cli.options import (
     Always,
     AuditFile,
@@ -41,7 +33,9 @@ from edge_client.cli.options import (
     token_of,
     wishes,
 )
+from edge_client.cli.printing import ignore_closed_output, utc_timestamp
 from edge_client.cli.retrying import is_passing
+from edge_client.cli.watch_output import JsonLinesFile, WatchProgress
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.link.dial import DEFAULT_URL
 from vlm_collab.errors import CollabError, ConfigError, LinkError, QuestionError
@@ -105,10 +99,10 @@ def watch(
         "camera": camera_name,
         "audit": audit,
     }
-    progress = _Progress(beside=out is None and sys.stdout.isatty())
+    progress = WatchProgress(beside=out is None and sys.stdout.isatty())
     with (
-        reader_may_leave(),
-        _Lines(out) as lines,
+        ignore_closed_output(),
+        JsonLinesFile(out) as lines,
         open_camera(source, news=progress.note, live=live) as camera,
         progress,
     ):
@@ -161,8 +155,8 @@ class Watch:
         camera: Camera,
         question: str,
         client: EdgeClient,
-        lines: _Lines,
-        progress: _Progress,
+        lines: JsonLinesFile,
+        progress: WatchProgress,
         *,
         every: int | None,
         seconds: float | None,
@@ -211,7 +205,7 @@ class Watch:
         told: dict[str, object] = {
             "source": self._camera.name,
             "frame": frame.number,
-            "time": moment(frame.time_s),
+            "time": utc_timestamp(frame.time_s),
         }
         if frame.position_s is not None:
             told["position_s"] = round(frame.position_s, 3)
@@ -235,7 +229,7 @@ class Watch:
         if isinstance(result, CollabError):
             self._progress.failed += 1
             self._progress.said = str(result)
-            told |= {"error": str(result), "code": cli.error_name(result)}
+            told |= {"error": str(result), "code": error_name(result)}
         elif frame is not None:
             self._progress.said = show.shown_text(result.text)
             told |= show.as_dict(result, frame.picture)
@@ -297,124 +291,10 @@ class Watch:
                     {
                         "source": self._camera.name,
                         "frame": None,
-                        "time": moment(time.time()),
+                        "time": utc_timestamp(time.time()),
                         "skipped": 0,
                         "question": self._question,
                     },
                     CameraError(self._told),
                     None,
                 )
-
-
-class _Lines:
-    """JSON lines, each written at once and whole.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file: int | None = None
-        if path is None:
-            return
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            self._mend()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            os.close(self._file)
-
-    def write(self, told: dict[str, object]) -> None:
-        """Write one object."""
-        line = msgspec.json.encode(told) + b"\n"
-        if self._file is None:
-            print(line.decode(), end="", flush=True)
-            return
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _mend(self) -> None:
-        """End the last line of an earlier watch that lost its power in the middle of it."""
-        assert self._file is not None
-        if os.lseek(self._file, 0, os.SEEK_END):
-            os.lseek(self._file, -1, os.SEEK_END)
-            if os.read(self._file, 1) != b"\n":
-                os.write(self._file, b"\n")
-
-    def _failed(self, error: OSError) -> ConfigError:
-        return ConfigError(f"--out {self._path}: {error.strerror or error}")
-
-
-class _Progress:
-    """How a watch goes, on stderr: a line that changes where somebody can see it.
-
-    Attributes:
-        asked, failed, skipped: counts.
-        frame: number of the last one asked about.
-        said: the last answer, or why there is none.
-    """
-
-    def __init__(self, *, beside: bool) -> None:
-        self.asked = self.failed = self.skipped = self.frame = 0
-        self.said = ""
-        self._console = Console(highlight=False, soft_wrap=True, stderr=True)
-        self._live: Live | None = None
-        # Not where the lines themselves go by.
-        if self._console.is_terminal and not beside:
-            self._live = Live(
-                console=self._console,
-                auto_refresh=False,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                get_renderable=self._line,
-            )
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-        if exc is None or self.asked:
-            self.note(self._counts())
-
-    def note(self, line: str) -> None:
-        """Tell something; any thread may."""
-        self._console.print(Text(printable(line), style="dim"))
-
-    def update(self) -> None:
-        """Show the counts as they are now."""
-        if self._live is not None:
-            self._live.refresh()
-
-    def _line(self) -> Text:
-        said = printable(self.said)
-        text = Text(f"picture {self.frame}: {self._counts()}: {said}", no_wrap=True)
-        text.truncate(self._console.width, overflow="ellipsis")
-        return text
-
-    def _counts(self) -> str:
-        return f"{self.asked} asked, {self.failed} failed, {self.skipped} skipped"

@@ -20,6 +20,8 @@ from rich.console import Console
 from edge_client.answer import EdgeAnswer
 from edge_client.cli import main as cli
 from edge_client.cli import output as show
+from edge_client.cli.errors import EXIT_CODES_HELP, error_name, exit_code
+from edge_client.cli.printing import printable
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
@@ -405,13 +407,13 @@ def test_every_error_has_a_documented_code():
         if issubclass(kind, errors.ServerError) or kind.__module__ == "vlm_collab.openai.errors":
             continue
         error = kind("a line")
-        assert cli.exit_code(error) in range(1, 9)
-        assert cli.error_name(error).isupper()
+        assert exit_code(error) in range(1, 9)
+        assert error_name(error).isupper()
     for code in ErrorCode:
         error = server_error(code, "a line", None)
-        assert (cli.exit_code(error), cli.error_name(error)) == (7, code.name)
+        assert (exit_code(error), error_name(error)) == (7, code.name)
     for code in range(8):
-        assert f"{code} " in cli.EXIT_CODES_HELP
+        assert f"{code} " in EXIT_CODES_HELP
 
 
 # ---- the program -----------------------------------------------------------------------------
@@ -540,7 +542,7 @@ async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
 
 
 def test_text_from_outside_cannot_drive_the_terminal():
-    told = cli.printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
+    told = printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
     assert all(c.isprintable() for c in told)
     assert "\x1b" not in told
     assert told.startswith("fine ")

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from edge_client.cameras import open_camera
-from edge_client.cli import watch as cli_watch
+from edge_client.cli import watch
 from edge_client.cli.watch import Watch
+from edge_client.cli.watch_output import JsonLinesFile, WatchProgress
 from edge_client.client import EdgeClient
 from edge_client.retry import Retry
 from server_plugin.service.runner import running
@@ -69,8 +70,8 @@ class Watching:
         self.out = out
         self.news: list[str] = []
         self.camera = open_camera(source, news=self.news.append, live=live)
-        self.lines = cli_watch._Lines(out)
-        self.progress = cli_watch._Progress(beside=True)
+        self.lines = JsonLinesFile(out)
+        self.progress = WatchProgress(beside=True)
         settings = {"every": None, "seconds": None, "count": None, "deadline_s": 20.0}
         self.watch = Watch(
             self.camera,
@@ -226,7 +227,7 @@ async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
 
 async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_path, monkeypatch):
     need_rtsp_server()
-    monkeypatch.setattr(cli_watch, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(watch, "_SILENCE_S", 0.3)
     async with world() as w:
         with RtspCamera(clip) as camera:
             watching = Watching(camera.url, w.client, tmp_path / "out", every=5)
