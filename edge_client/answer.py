@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Box
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish, Stage, Token, Usage
+
+TextSink = Callable[[Stage, str], None]
+"""Called with the text of a pass so far whenever it changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

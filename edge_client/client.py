@@ -12,14 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, TypedDict, Unpack
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.link.dial import DEFAULT_URL, Server
 from edge_client.link.link import CODECS
-from edge_client.link.question import Asking, Request, TextSink, ViewState
+from edge_client.link.question import QuestionDriver
 from edge_client.link.reconnect import LinkKeeper
-from edge_client.picture import Album, Picture, PictureLike
+from edge_client.link.request import QuestionRequest, ViewState
+from edge_client.picture import Picture, PictureCache, PictureLike
 from edge_client.privacy.guard import open_guard
-from edge_client.privacy.policy import Policy
+from edge_client.privacy.policy import PrivacyPolicy
 from edge_client.retry import Retry
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
@@ -71,7 +72,7 @@ class ClientOptions(TypedDict, total=False):
     max_pixels: int
     view_codec: Codec | None
     view_quality: int
-    policy: Policy | str | os.PathLike[str] | None
+    policy: PrivacyPolicy | str | os.PathLike[str] | None
     camera: str | None
     audit: str | os.PathLike[str] | None
     decoder: Executor | None
@@ -116,7 +117,7 @@ class EdgeClient:
         self._guard = open_guard(
             options.get("policy"), options.get("camera"), options.get("audit"), url
         )
-        self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
+        self._album = PictureCache(options.get("max_pixels", MAX_SOURCE_PIXELS))
         self._decoder = options.get("decoder")
         # A picture that the caller lets go of takes its number along; numbers are not reused.
         self._views: weakref.WeakKeyDictionary[Picture, dict[_Others, ViewState]] = (
@@ -179,7 +180,7 @@ class EdgeClient:
                 question that loses its link is asked again, at the pace of `Retry`.
             on_text: called with (stage, text so far) as the answer grows, and with each
                 finished text. After a lost link the text starts over.
-            options: wishes for this question; None for the server's defaults.
+            options: settings of this question; None for the server's defaults.
 
         Raises:
             ImageError: the picture cannot be used.
@@ -207,7 +208,7 @@ class EdgeClient:
         if fault is not None:
             raise ConfigError(fault)
         opened = [await asyncio.to_thread(self._open, source) for source in sources]
-        request = Request(
+        request = QuestionRequest(
             pictures=tuple(opened),
             question=text,
             options=options,
@@ -223,7 +224,7 @@ class EdgeClient:
             pace=self._pace,
             decoder=self._decoder,
         )
-        return await Asking(request, self._keeper).run()
+        return await QuestionDriver(request, self._keeper).run()
 
     async def ask_many(
         self,

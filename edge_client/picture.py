@@ -190,7 +190,7 @@ class Picture:
         return f"<Picture {self.name}, {self.size.width} x {self.size.height} px>"
 
 
-class Album:
+class PictureCache:
     """Recently used pictures by path or content, so that asking twice about a file sends it once.
 
     A file that changed on disk is a new picture.

@@ -9,10 +9,9 @@ from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient, Text
 from edge_client.link.dial import DEFAULT_URL
-from edge_client.link.question import TextSink
 from edge_client.picture import PictureLike
 from vlm_collab.errors import CollabError, LinkError
 from vlm_collab.protocol.messages import Options, Welcome

@@ -25,8 +25,8 @@ from edge_client.cli.options import (
     ServerUrl,
     Token,
     TokenFile,
+    question_options,
     token_of,
-    wishes,
 )
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.link.dial import DEFAULT_URL
@@ -101,7 +101,9 @@ def ask(
     for question in questions:
         check_question(question)
     crop_codec = None if save_crop is None else _codec_of(save_crop)
-    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map)
+    options = question_options(
+        always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map
+    )
     # Opened before connecting: a wrong file name should not take a server to find out.
     pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
     pairs = list(itertools.product(pictures, questions))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from edge_client.cli.errors import report
 from edge_client.cli.printing import printable
-from edge_client.privacy.audit_log import ImageLine, Log, ViewLine, read_log
+from edge_client.privacy.audit_log import ImageLine, LoadedLog, ViewLine, read_log
 from vlm_collab.errors import ConfigError
 
 _WIDE = 200
@@ -47,7 +47,7 @@ def audit(
     log = read_log(log_file)
     if camera is not None:
         kept = tuple(line for line in log.images if line.camera == camera)
-        log = Log(kept, log.hidden, log.broken)
+        log = LoadedLog(kept, log.hidden, log.broken)
     if log.broken:
         lines = "1 line is" if log.broken == 1 else f"{log.broken} lines are"
         note = f"note: {lines} broken and left out (a crash leaves such a line)"
@@ -71,7 +71,7 @@ class Total(NamedTuple):
     bytes: int
 
 
-def totals(log: Log) -> list[Total]:
+def totals(log: LoadedLog) -> list[Total]:
     """What left, by hour (of the device's local time) and camera, in this order."""
     found: dict[tuple[datetime.datetime, str], list[ImageLine]] = defaultdict(list)
     for line in log.images:
@@ -89,7 +89,7 @@ def totals(log: Log) -> list[Total]:
     ]
 
 
-def _print_json(log: Log) -> None:
+def _print_json(log: LoadedLog) -> None:
     for line in log.images:
         told = msgspec.to_builtins(line)
         told["hidden"] = log.black_in(line)
@@ -99,7 +99,7 @@ def _print_json(log: Log) -> None:
         print(json.dumps({"kind": "total", **told}))
 
 
-def _print_tables(log: Log) -> None:
+def _print_tables(log: LoadedLog) -> None:
     # Away from a terminal nobody folds lines but who reads them.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     names = ("time", "camera", "picture", "seen", "as", "bytes", "sha256", "question")
@@ -131,7 +131,7 @@ def _print_tables(log: Log) -> None:
     console.print(sums)
 
 
-def _seen(line: ImageLine, log: Log) -> str:
+def _seen(line: ImageLine, log: LoadedLog) -> str:
     black = log.black_in(line)
     masked = ", black areas unknown" if black is None else ", some black" if black else ""
     if isinstance(line, ViewLine):
@@ -139,17 +139,17 @@ def _seen(line: ImageLine, log: Log) -> str:
     return f"{line.box.width} x {line.box.height} px at ({line.box.left}, {line.box.top}){masked}"
 
 
-def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
+def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
     # Not needed for the tables.
     from edge_client.picture import Picture
-    from edge_client.privacy.audit_overlay import draw_seen
+    from edge_client.privacy.audit_overlay import draw_overlay
     from vlm_collab.pictures.images import Codec, encode
 
     suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}
     codec = suffixes.get(out.suffix.lower())
     if codec is None:
         raise ConfigError(f"--out {out}: the name must end in .jpg, .png or .webp")
-    seen = draw_seen(Picture.open(photo), log)
+    seen = draw_overlay(Picture.open(photo), log)
     try:
         out.write_bytes(encode(seen.image, codec, 92))
     except OSError as error:

@@ -32,11 +32,11 @@ from edge_client.cli.options import (
     ServerUrl,
     Token,
     TokenFile,
+    question_options,
     token_of,
-    wishes,
 )
 from edge_client.cli.printing import ignore_closed_output
-from edge_client.cli.retrying import PatientClient
+from edge_client.cli.retrying import RetryingClient
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
 from edge_client.link.dial import DEFAULT_URL
 from vlm_collab.errors import CollabError, ConfigError
@@ -84,7 +84,9 @@ def chat(
     The newest good picture is what you talk about, until /look takes another. Questions are
     lines; they may also come from a pipe. Those asked while the server is away are kept.
     """
-    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
+    options = question_options(
+        always=always, never=never, eta=eta, deadline_s=deadline, want_map=True
+    )
     screen: ChatScreen = JsonScreen() if as_json else TerminalScreen()
     talking = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -100,7 +102,7 @@ def chat(
     with (
         ignore_closed_output(),
         open_camera(source, news=screen.note) as camera,
-        PatientClient(server, screen.note, forever=talking, settings=settings) as client,
+        RetryingClient(server, screen.note, forever=talking, settings=settings) as client,
     ):
         client.connect()
         talk = CameraChat(
@@ -131,7 +133,7 @@ class CameraChat:
     def __init__(
         self,
         camera: Camera,
-        client: PatientClient,
+        client: RetryingClient,
         screen: ChatScreen,
         *,
         options: Options,

@@ -13,12 +13,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.cameras import CameraFrame
 from edge_client.cli import output as show
 from edge_client.cli.errors import error_name, report
 from edge_client.cli.printing import printable, utc_timestamp
-from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError
 from vlm_collab.protocol.messages import Fallback, Stage
 

@@ -30,7 +30,7 @@ from edge_client.cli.errors import (
 )
 from edge_client.cli.help import Command, NamedValues
 from vlm_collab import __version__
-from vlm_collab.cli.quiet import hush
+from vlm_collab.cli.quiet import silence_libraries
 from vlm_collab.errors import CollabError, ConfigError
 
 GROUP = "vlm_collab.commands"
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: arguments without the program's name; those of the process by default.
     """
     if argv is None:  # only a process that is all ours is set up as a whole
-        hush()
+        silence_libraries()
     arguments = sys.argv[1:] if argv is None else argv
     # What these would log is told once, as the error that it leads to.
     for name in ("edge_client", "websockets"):

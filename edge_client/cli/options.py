@@ -61,7 +61,7 @@ def token_of(token: str | None, token_file: Path | None) -> str | None:
     return chosen_key(token, token_file, "--token", TOKEN_VARIABLE)
 
 
-def wishes(
+def question_options(
     *, always: bool, never: bool, eta: float | None, deadline_s: float, want_map: bool
 ) -> Options:
     """Options for every question, as the command line says.

@@ -12,10 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.cli.errors import error_name, report
 from edge_client.cli.printing import printable
-from edge_client.link.question import TextSink
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Stage

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.client import ClientOptions
 from edge_client.link.dial import LostError
-from edge_client.link.question import TextSink
 from edge_client.picture import Picture
 from edge_client.retry import Retry
 from edge_client.sync import Client
@@ -26,7 +25,7 @@ _PAUSES = Retry(first_s=1.0, longest_s=15.0)
 Turns = Sequence[tuple[str, str]]
 
 
-class PatientClient:
+class RetryingClient:
     """Asks one question at a time, for as long as it takes.
 
     Connects when the first question needs it. A server that is away is waited for; what cannot
@@ -84,7 +83,7 @@ class PatientClient:
         try:
             self._connected()
         except LinkError as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
             kept = "until it answers" if self._forever else "for as long as their deadline"
             self._note(f"{error}; questions are kept {kept}")
@@ -124,7 +123,7 @@ class PatientClient:
                     options=options,
                 )
             except (LinkError, DeadlineError) as error:
-                if not (is_passing(error) or self._log.away):
+                if not (is_transient(error) or self._log.away):
                     raise
                 failures += 1
                 pause_s = _PAUSES.pause_s(failures)
@@ -174,7 +173,7 @@ class PatientClient:
                 self._welcome = None  # gone again; the next answer will tell
 
 
-def is_passing(error: CollabError) -> bool:
+def is_transient(error: CollabError) -> bool:
     """Whether a failure is the link's, and another attempt can help."""
     return isinstance(error, LostError) or (
         isinstance(error, LinkError | DeadlineError) and isinstance(error.__cause__, LostError)

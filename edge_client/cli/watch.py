@@ -30,11 +30,11 @@ from edge_client.cli.options import (
     ServerUrl,
     Token,
     TokenFile,
+    question_options,
     token_of,
-    wishes,
 )
 from edge_client.cli.printing import ignore_closed_output, utc_timestamp
-from edge_client.cli.retrying import is_passing
+from edge_client.cli.retrying import is_transient
 from edge_client.cli.watch_output import JsonLinesFile, WatchProgress
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.link.dial import DEFAULT_URL
@@ -91,7 +91,9 @@ def watch(
         raise ConfigError("say how often to ask: either --every N pictures or --seconds S")
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"--seconds must be a number above 0, not {seconds:g}")
-    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=False)
+    options = question_options(
+        always=always, never=never, eta=eta, deadline_s=deadline, want_map=False
+    )
     settings: ClientOptions = {
         "token": token_of(token, token_file),
         "ca_file": ca_file,
@@ -192,7 +194,7 @@ class Watch:
             try:
                 await self._client.connect()
             except LinkError as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 self._progress.note(f"{error}; going on until it answers")
             while self._count is None or self._progress.asked < self._count:

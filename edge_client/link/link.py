@@ -44,7 +44,7 @@ _PASSING_ERRORS = {ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL}
 _FLUSH_S = 1.0
 
 
-class Exchange:
+class QuestionExchange:
     """One question on one link, up to its end there.
 
     Attributes:
@@ -126,7 +126,7 @@ class Link:
         self.retired = False
         self._closing = False
         self._socket = socket
-        self._exchanges: dict[int, Exchange] = {}
+        self._exchanges: dict[int, QuestionExchange] = {}
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._slots = asyncio.Semaphore(max(1, welcome.max_in_flight))
         self._writer = asyncio.create_task(self._write())
@@ -194,7 +194,7 @@ class Link:
         history: tuple[Turn, ...] = (),
         more: tuple[MoreView, ...] = (),
         places: tuple[PicturePlace, ...] = (),
-    ) -> Exchange:
+    ) -> QuestionExchange:
         """Send a question, in the slot that `slot` waited for.
 
         Raises:
@@ -214,12 +214,12 @@ class Link:
         except BaseException:
             self._slots.release()
             raise
-        exchange = Exchange(self, id)
+        exchange = QuestionExchange(self, id)
         self._exchanges[id] = exchange
         self.flush(exchange)
         return exchange
 
-    def flush(self, exchange: Exchange) -> None:
+    def flush(self, exchange: QuestionExchange) -> None:
         """Queue the frames that the session made on behalf of an exchange."""
         for frame in self.session.data_to_send():
             exchange.bytes_up += websocket_bytes(len(frame), masked=True)

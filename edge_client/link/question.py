@@ -7,18 +7,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from edge_client.answer import EdgeAnswer
 from edge_client.link.dial import LostError
-from edge_client.link.link import CODECS, Exchange, Link
-from edge_client.picture import Picture
-from edge_client.privacy.guard import QuestionGuard
-from edge_client.retry import Retry
+from edge_client.link.link import CODECS, Link, QuestionExchange
+from edge_client.link.request import QuestionRequest
 from vlm_collab.errors import (
     BusyError,
     CollabError,
@@ -39,9 +35,7 @@ from vlm_collab.protocol.messages import (
     Fallback,
     MoreView,
     Options,
-    PicturePlace,
     Stage,
-    Turn,
     Usage,
     Welcome,
 )
@@ -50,9 +44,6 @@ from vlm_collab.protocol.table import FITS
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-TextSink = Callable[[Stage, str], None]
-"""Called with the text of a pass so far whenever it changes."""
 
 RESCUE_GRACE_S = 5.0
 """A link lost in the second stage is given the region's own deadline to come back and answer,
@@ -75,54 +66,7 @@ _VIEW_NOT_KEPT = {
 view sent twice costs some bytes; one that is not there costs a round trip first."""
 
 
-@dataclass(eq=False, slots=True)
-class ViewState:
-    """What is known of a picture's view on the server.
-
-    Attributes:
-        id: this client's number for the picture, or for several that are asked about together.
-        session: key of the server session that was sent the view last; empty for none, or if
-            that session may not have kept it.
-    """
-
-    id: int
-    session: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the caller wants.
-
-    Attributes:
-        pictures: one or more; the server keeps their views together.
-        question, options, history: as given.
-        places: where pictures stand in the question.
-        view: what is known of the pictures' views on the server.
-        deadline_s: time for everything; None for no bound.
-        on_text: receives the texts as they grow.
-        view_codecs: formats that the view may have.
-        view_quality: quality of the encoded view.
-        guard: what may leave for this question.
-        pace: how soon the question may be sent again after it lost its link; see `Asking`.
-        decoder: threads on which pictures are decoded; None for those of `asyncio`.
-    """
-
-    pictures: tuple[Picture, ...]
-    question: str
-    options: Options | None
-    history: tuple[Turn, ...]
-    view: ViewState
-    deadline_s: float | None
-    on_text: TextSink | None
-    view_codecs: tuple[Codec, ...]
-    view_quality: int
-    guard: QuestionGuard
-    pace: Retry
-    decoder: Executor | None = None
-    places: tuple[PicturePlace, ...] = ()
-
-
-class Links(Protocol):
+class LinkSource(Protocol):
     """Where links come from."""
 
     async def link(self) -> Link:
@@ -132,7 +76,7 @@ class Links(Protocol):
         """A question was answered."""
 
 
-class Asking:
+class QuestionDriver:
     """Drives one question; `run` once.
 
     In the first stage a question that loses its link is asked again, as often as there is time:
@@ -143,7 +87,7 @@ class Asking:
     on `run` always returns.
     """
 
-    def __init__(self, request: Request, links: Links) -> None:
+    def __init__(self, request: QuestionRequest, links: LinkSource) -> None:
         self._request = request
         self._links = links
         self._begin = time.monotonic()
@@ -322,7 +266,7 @@ class Asking:
             return options
         return msgspec.structs.replace(options or Options(), stream=True)
 
-    async def _converse(self, exchange: Exchange, carries: bool) -> EdgeAnswer:
+    async def _converse(self, exchange: QuestionExchange, carries: bool) -> EdgeAnswer:
         """Follow one exchange, which may carry the view, to its end."""
         seen: RegionWanted | RegionDeclined | None = None
         cropping: asyncio.Task[None] | None = None
@@ -355,7 +299,7 @@ class Asking:
         if self._request.on_text is not None:
             self._request.on_text(stage, text)
 
-    async def _send_region(self, exchange: Exchange, wanted: RegionWanted) -> None:
+    async def _send_region(self, exchange: QuestionExchange, wanted: RegionWanted) -> None:
         """Crop, encode and send; or decline, so that the server need not wait."""
         request, welcome = wanted.request, self._welcome
         assert welcome is not None
@@ -383,11 +327,11 @@ class Asking:
             self._region_bytes += len(region)
             self._region = region
 
-    def _decline(self, exchange: Exchange, reason: DeclineReason) -> None:
+    def _decline(self, exchange: QuestionExchange, reason: DeclineReason) -> None:
         self._declined = reason
         exchange.decline(reason)
 
-    def _count(self, exchange: Exchange) -> None:
+    def _count(self, exchange: QuestionExchange) -> None:
         """Move an exchange's bytes to this question's."""
         self._bytes_up += exchange.bytes_up
         self._bytes_down += exchange.bytes_down

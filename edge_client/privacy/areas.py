@@ -24,7 +24,7 @@ MAX_MASK_BOXES = 20_000
 _ASPECT_TOLERANCE = 0.01
 
 
-class Hidden(Protocol):
+class HiddenArea(Protocol):
     """Something that stays on the device."""
 
     def boxes(self, size: Size) -> Iterable[Box]:
@@ -50,7 +50,7 @@ class Rectangle(msgspec.Struct, frozen=True):
     of: Size | None = None
 
     def boxes(self, size: Size) -> Iterator[Box]:
-        """The box of all pixels that it touches; see `Hidden`."""
+        """The box of all pixels that it touches; see `HiddenArea`."""
         if self.of is not None:
             _check_aspect("an area that the policy hides in pictures", self.of, size)
         width, height = self.of or (1, 1)
@@ -96,7 +96,7 @@ class Mask(msgspec.Struct, frozen=True):
         return cls(path, source.size, boxes)
 
     def boxes(self, size: Size) -> Iterator[Box]:
-        """The pixels that its dark parts touch; see `Hidden`."""
+        """The pixels that its dark parts touch; see `HiddenArea`."""
         _check_aspect(f"the mask {self.path}", self.size, size)
         for left, top, right, bottom in self.dark:
             yield Box(

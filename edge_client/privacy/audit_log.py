@@ -184,7 +184,7 @@ class AuditLog:
         return file
 
 
-class Log(NamedTuple):
+class LoadedLog(NamedTuple):
     """A log that was read.
 
     Attributes:
@@ -205,7 +205,7 @@ class Log(NamedTuple):
         return self.hidden.get(line.hidden) if line.hidden else ()
 
 
-def read_log(path: str | os.PathLike[str]) -> Log:
+def read_log(path: str | os.PathLike[str]) -> LoadedLog:
     """Read a whole audit log.
 
     Raises:
@@ -228,7 +228,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         raise ConfigError(f"the audit log {path}: {error.strerror or error}") from error
     if broken and not images and not hidden:
         raise ConfigError(f"{path} is no audit log of this program")
-    return Log(tuple(images), hidden, broken)
+    return LoadedLog(tuple(images), hidden, broken)
 
 
 def parsed(raw: bytes) -> Line | None:
@@ -255,7 +255,7 @@ def _is_possible(line: ImageLine) -> bool:
     )
 
 
-class Recent:
+class LogTail:
     """Follows the end of a log: what others added since one last looked.
 
     Args:

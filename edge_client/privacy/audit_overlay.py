@@ -17,7 +17,7 @@ from typing import NamedTuple
 from PIL import Image, ImageEnhance
 
 from edge_client.picture import Picture
-from edge_client.privacy.audit_log import ImageLine, Log, ViewLine
+from edge_client.privacy.audit_log import ImageLine, LoadedLog, ViewLine
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size, frame_of
 from vlm_collab.pictures.images import Codec
@@ -25,7 +25,7 @@ from vlm_collab.pictures.images import Codec
 _DIMMED = 0.35
 
 
-class Seen(NamedTuple):
+class AuditOverlay(NamedTuple):
     """A drawing of what was seen.
 
     Attributes:
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     unknown: int
 
 
-def draw_seen(picture: Picture, log: Log) -> Seen:
+def draw_overlay(picture: Picture, log: LoadedLog) -> AuditOverlay:
     """Draw what left of a picture.
 
     Args:
@@ -71,7 +71,7 @@ def draw_seen(picture: Picture, log: Log) -> Seen:
         drawn += 1
         same += hashlib.sha256(encoded).hexdigest() == line.sha256
         _lay(canvas, Image.open(io.BytesIO(encoded)), line)
-    return Seen(canvas, drawn, same, len(lines) - drawn)
+    return AuditOverlay(canvas, drawn, same, len(lines) - drawn)
 
 
 def _dimmed(picture: Picture) -> Image.Image:

@@ -26,8 +26,8 @@ from PIL import Image
 
 from edge_client.addresses import without_secrets
 from edge_client.picture import Picture
-from edge_client.privacy.audit_log import AuditLog, ImageLine, Recent, RegionLine, ViewLine
-from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
+from edge_client.privacy.audit_log import AuditLog, ImageLine, LogTail, RegionLine, ViewLine
+from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, PrivacyPolicy, load_policy
 from vlm_collab.errors import PrivacyError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
 from vlm_collab.pictures.headers import Codec
@@ -76,7 +76,7 @@ class Guard:
         self._server = without_secrets(server)
         self._clock = clock
         self._masked: weakref.WeakKeyDictionary[Picture, Picture] = weakref.WeakKeyDictionary()
-        self._recent = None if audit is None else Recent(audit.path)
+        self._recent = None if audit is None else LogTail(audit.path)
         self._spent: list[tuple[datetime.datetime, int]] = []
         self._lock = threading.Lock()
 
@@ -306,7 +306,7 @@ class QuestionGuard:
 
 
 def open_guard(
-    policy: Policy | str | os.PathLike[str] | None,
+    policy: PrivacyPolicy | str | os.PathLike[str] | None,
     camera: str | None,
     audit: str | os.PathLike[str] | None,
     server: str,
@@ -325,7 +325,7 @@ def open_guard(
     if policy is None:
         rules = CameraPolicy(name=camera or DEFAULT_CAMERA)
     else:
-        loaded = policy if isinstance(policy, Policy) else load_policy(policy)
+        loaded = policy if isinstance(policy, PrivacyPolicy) else load_policy(policy)
         rules = loaded.for_camera(camera)
     return Guard(rules, audit=None if audit is None else AuditLog(audit), server=server)
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from edge_client.privacy.areas import Hidden, Mask, Rectangle
+from edge_client.privacy.areas import HiddenArea, Mask, Rectangle
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
 
@@ -84,7 +84,7 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str = DEFAULT_CAMERA
-    hide: tuple[Hidden, ...] = ()
+    hide: tuple[HiddenArea, ...] = ()
     max_region_share: float = 1.0
     max_regions_per_question: int | None = None
     max_bytes_per_hour: int | None = None
@@ -109,7 +109,7 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
         return next((hours for hours in self.quiet_hours if hours.holds(local)), None)
 
 
-class Policy(msgspec.Struct, frozen=True):
+class PrivacyPolicy(msgspec.Struct, frozen=True):
     """A loaded policy file.
 
     Attributes:
@@ -140,7 +140,7 @@ class Policy(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(found, name=name)
 
 
-def load_policy(path: str | os.PathLike[str]) -> Policy:
+def load_policy(path: str | os.PathLike[str]) -> PrivacyPolicy:
     """Read a policy file, with the masks that it names.
 
     Raises:
@@ -161,7 +161,7 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
             raise ConfigError(f"{where}: a name must be text; put it in quotes")
         rules = _checked(cameras[name], _Rules.__struct_fields__, where)
         loaded[name] = _camera(name, defaults | rules, where, file.parent)
-    return Policy(loaded, str(file))
+    return PrivacyPolicy(loaded, str(file))
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -249,7 +249,7 @@ def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> Cam
     return CameraPolicy(name=name, **rules)
 
 
-def _hidden(area: _Area, folder: Path) -> Hidden:
+def _hidden(area: _Area, folder: Path) -> HiddenArea:
     given = _given(area)
     of = given.pop("of", None)
     if len(given) != 1:

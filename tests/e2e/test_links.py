@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from edge_client.cli.retrying import is_passing
+from edge_client.cli.retrying import is_transient
 from edge_client.client import EdgeClient
 from edge_client.link import question as asking
 from edge_client.retry import Retry
@@ -205,7 +205,7 @@ async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_
         ) as caught:
             await asking_
         # `chat` keeps such a question, as it keeps those of a server that it cannot reach.
-        assert is_passing(caught.value)
+        assert is_transient(caught.value)
 
 
 @pytest.mark.parametrize("kind", [RegionRequest, Region])

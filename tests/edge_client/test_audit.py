@@ -30,7 +30,7 @@ from edge_client.privacy.audit_log import (
     read_log,
 )
 from edge_client.privacy.guard import Guard
-from edge_client.privacy.policy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.service.runner import running
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import difference, photo, saved, turned
@@ -43,7 +43,7 @@ from vlm_collab.protocol.messages import Ask, Region, Stage
 NOW = datetime.datetime(2026, 5, 1, 12, 30, tzinfo=datetime.UTC)
 SIZE = Size(640, 480)
 PHOTO = turned(photo(*SIZE), 6, "JPEG", quality=95)
-HIDING = Policy({"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, SIZE),))})
+HIDING = PrivacyPolicy({"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, SIZE),))})
 
 
 @pytest.fixture

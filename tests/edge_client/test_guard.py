@@ -19,7 +19,7 @@ from edge_client.picture import Picture
 from edge_client.privacy.areas import Rectangle
 from edge_client.privacy.audit_log import AuditLog, RegionLine, ViewLine, read_log
 from edge_client.privacy.guard import Guard, QuestionGuard
-from edge_client.privacy.policy import CameraPolicy, Hours, Policy
+from edge_client.privacy.policy import CameraPolicy, Hours, PrivacyPolicy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.errors import ConfigError, PrivacyError, RemoteProtocolError
@@ -353,7 +353,7 @@ async def test_a_declined_region_leaves_the_first_answer_marked(policy, reason, 
     log = tmp_path / "audit.jsonl"
     async with scripted(script) as server:
         async with EdgeClient(
-            server.url, policy=Policy({"default": policy}), audit=log, view_quality=30
+            server.url, policy=PrivacyPolicy({"default": policy}), audit=log, view_quality=30
         ) as client:
             answer = await client.ask(PHOTO, "why?")
             assert answer.declined is reason
@@ -386,7 +386,7 @@ async def test_the_server_sees_no_hidden_pixel():
         await peer.socket.wait_closed()
 
     seen: list[bytes | None] = []
-    policy = Policy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
+    policy = PrivacyPolicy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         answer = await client.ask(PHOTO, "why?")
         await client.ask(PHOTO, "and?")
@@ -407,7 +407,7 @@ async def test_a_question_over_the_budget_sends_nothing_and_frees_its_turn(tmp_p
         await peer.answer_all()
 
     asked: list[str] = []
-    policy = Policy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
+    policy = PrivacyPolicy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
     small, large = (
         saved(photo(60, 60), "PNG"),
         saved(Image.effect_noise((300, 300), 90).convert("RGB"), "PNG"),
@@ -434,7 +434,7 @@ async def test_a_server_gets_no_view_as_large_as_the_original(tmp_path):
 
     strict = CameraPolicy(max_region_share=0.01, max_regions_per_question=0)
     log = tmp_path / "audit.jsonl"
-    options = {"policy": Policy({"default": strict}), "audit": log}
+    options = {"policy": PrivacyPolicy({"default": strict}), "audit": log}
     async with scripted(script) as server:
         client = EdgeClient(server.url, **options)  # type: ignore[arg-type]
         with pytest.raises(RemoteProtocolError, match="2000 x 1500 px"):
@@ -451,7 +451,7 @@ async def test_the_policy_bounds_the_view_before_any_is_made(most, tmp_path, mon
 
     made: list[Size] = []
     monkeypatch.setattr(Picture, "view", lambda self, side, *form: made.append(side))
-    policy, log = Policy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
+    policy, log = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
     async with scripted(script) as server:
         async with EdgeClient(server.url, policy=policy, audit=log) as client:
             for _ in range(2):
@@ -470,7 +470,7 @@ async def test_a_small_picture_is_enlarged_to_a_view_that_the_policy_allows(tmp_
         await peer.socket.wait_closed()
 
     sizes: list[tuple[int, int]] = []
-    policy = Policy({"default": CameraPolicy(max_view_pixels=112 * 112)})
+    policy = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=112 * 112)})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         assert (await client.ask(saved(photo(40, 30), "PNG"), "why?")).text == "small"
     assert sizes == [(112, 112)]
@@ -481,7 +481,7 @@ async def test_quiet_hours_refuse_a_question_before_it_is_sent():
         await peer.greet()
         await peer.socket.wait_closed()
 
-    policy = Policy({"default": CameraPolicy(quiet_hours=(Hours.parse("00:00-24:00"),))})
+    policy = PrivacyPolicy({"default": CameraPolicy(quiet_hours=(Hours.parse("00:00-24:00"),))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         with pytest.raises(PrivacyError, match="00:00-24:00"):
             await client.ask(PHOTO, "why?")
@@ -498,7 +498,7 @@ async def test_quiet_hours_that_begin_while_a_question_waits_keep_it_back():
     watch = Watch()
     start = NOON.astimezone() + datetime.timedelta(minutes=1)
     quiet = Hours.parse(f"{start:%H:%M}-{start + datetime.timedelta(hours=1):%H:%M}")
-    policy = Policy({"default": CameraPolicy(quiet_hours=(quiet,))})
+    policy = PrivacyPolicy({"default": CameraPolicy(quiet_hours=(quiet,))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         client._guard._clock = watch
         assert (await client.ask(PHOTO, "why?")).text == "first"
@@ -542,4 +542,4 @@ def test_a_wrong_policy_or_log_is_told_before_anything_is_opened(tmp_path):
     with pytest.raises(ConfigError, match="audit log"):
         EdgeClient(audit=tmp_path)
     with pytest.raises(ConfigError, match='no camera "attic"'):
-        EdgeClient(policy=Policy({"door": CameraPolicy()}), camera="attic")
+        EdgeClient(policy=PrivacyPolicy({"door": CameraPolicy()}), camera="attic")

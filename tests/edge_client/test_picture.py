@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from edge_client.picture import Album, Picture
+from edge_client.picture import Picture, PictureCache
 from tests.e2e.common import photo
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size
@@ -141,7 +141,7 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe.jpg")
-    for open_picture in (Picture.open, Album(10**6).get):
+    for open_picture in (Picture.open, PictureCache(10**6).get):
         with pytest.raises(ImageError, match=r"pipe\.jpg: is no regular file"):
             open_picture(pipe)
 
@@ -174,7 +174,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
 def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
     file = tmp_path / "photo.png"
     file.write_bytes(png(1))
-    album = Album(10**6)
+    album = PictureCache(10**6)
     picture = album.get(file)
     assert album.get(str(file)) is picture
     monkeypatch.chdir(tmp_path)
@@ -186,7 +186,7 @@ def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
 
 
 def test_a_wrong_file_may_become_right(tmp_path):
-    album, file = Album(10**6), tmp_path / "late.png"
+    album, file = PictureCache(10**6), tmp_path / "late.png"
     with pytest.raises(ImageError):
         album.get(file)
     file.write_bytes(png())
@@ -195,7 +195,7 @@ def test_a_wrong_file_may_become_right(tmp_path):
 
 def test_the_least_recently_used_pictures_go_first():
     files = [png(i) for i in range(4)]
-    album = Album(10**6, max_bytes=sum(len(file) for file in files[:3]) + 100)
+    album = PictureCache(10**6, max_bytes=sum(len(file) for file in files[:3]) + 100)
     kept, forgotten = album.get(files[0]), album.get(files[1])
     album.get(files[2])
     album.get(files[0])
@@ -208,5 +208,5 @@ def test_the_least_recently_used_pictures_go_first():
 
 
 def test_one_picture_over_the_budget_still_works():
-    album = Album(10**6, max_bytes=10)
+    album = PictureCache(10**6, max_bytes=10)
     assert album.get(png(1)) is album.get(png(1))

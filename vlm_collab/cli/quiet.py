@@ -30,7 +30,7 @@ _SPEAK: Final = (
 _set: list[str] = []
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Keep the warnings of libraries off this process's terminal, and bars that nobody watches.
 
     For command lines, before they import anything else. `PYTHONWARNINGS`, `python -W` and the
@@ -44,20 +44,20 @@ def hush() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if logging.lastResort is not None:  # what prints where nobody has set up logs
-        logging.lastResort.addFilter(for_users)
+        logging.lastResort.addFilter(is_for_users)
 
 
-def speak() -> None:
-    """Take `hush` back, for who asks for everything."""
+def restore_library_output() -> None:
+    """Take `silence_libraries` back, for who asks for everything."""
     while _set:
         os.environ.pop(_set.pop(), None)
     if not sys.warnoptions:
         warnings.resetwarnings()
         warnings.simplefilter("default")
     if logging.lastResort is not None:
-        logging.lastResort.removeFilter(for_users)
+        logging.lastResort.removeFilter(is_for_users)
 
 
-def for_users(record: logging.LogRecord) -> bool:
+def is_for_users(record: logging.LogRecord) -> bool:
     """Whether a line of a log is for users: all of ours, and of libraries what is an error."""
     return record.levelno >= logging.ERROR or record.name.partition(".")[0] in _SPEAK

@@ -32,10 +32,10 @@ def chosen_key(given: str | None, file: Path | None, option: str, variable: str)
         return given
     if given is not None and given != os.environ.get(variable):
         raise ConfigError(f"{option} and {option}-file exclude each other")
-    return key_in(file, f"{option}-file")
+    return read_key(file, f"{option}-file")
 
 
-def key_in(file: Path, option: str) -> str:
+def read_key(file: Path, option: str) -> str:
     """The key that a file holds, alone on its only line.
 
     Args:
