@@ -1,4 +1,4 @@
-"""Network addresses as they may be shown and logged: without passwords and tokens."""
+"""Remove passwords and tokens from network addresses before they are shown or logged."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 def without_secrets(url: str) -> str:
-    """An address without user, password, query and fragment."""
+    """Return an address without user, password, query and fragment."""
     scheme, mark, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
     authority, slash, path = rest.partition("/")
     return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def without_password(url: str) -> str:
-    """An address without the name and password in it: it is shown and logged.
+    """Return a camera's address without user name, password and query.
 
-    Many cameras want them behind the question mark, so nothing of that is shown either.
+    Many cameras take the password in the query, so a query is shown as "…".
     """
     try:
         parts = urlsplit(url)

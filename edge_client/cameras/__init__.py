@@ -1,4 +1,4 @@
-"""Where pictures come from: a file, a folder that fills, a webcam, a stream, a recording.
+"""Sources of pictures: a file, a folder that receives pictures, a webcam, a stream, a recording.
 
 ::
 
@@ -6,9 +6,9 @@
         frame = camera.take(wait_s=5)
         answer = edge_client.ask(frame.picture, "is the gate open?")
 
-Every source gives its newest good picture when it is asked for one, and never a queue of old
-ones. Webcams, streams and recordings need the `camera` extra (PyAV); files, folders and pictures
-on a web server do not.
+Every source returns its newest good picture on request; it keeps no queue of old ones. Webcams,
+streams and recordings need the `camera` extra (PyAV); files, folders and pictures on a web server
+do not.
 """
 
 from __future__ import annotations

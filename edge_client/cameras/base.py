@@ -12,23 +12,23 @@ from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 
 News = Callable[[str], None]
-"""Called, from any thread, with a line for a person about how the camera is doing."""
+"""Called, from any thread, with a line of text about the state of the camera."""
 
 
 class CameraError(ImageError):
-    """There is no picture to be had from a camera."""
+    """The camera gives no picture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraFrame:
-    """A picture that a camera took.
+    """A picture from a camera.
 
     Attributes:
-        number: its number, from 1, among all the pictures that the source delivered.
-        latest: number of the newest picture at the time; `number` is smaller where an earlier one
-            was sharper.
-        time_s: when it came, in Unix time.
-        position_s: where it lies in a recording; None for everything else.
+        number: counts the pictures that the source delivered, from 1.
+        latest: number of the newest picture at that time. `number` is smaller if an earlier
+            picture was sharper.
+        time_s: time of arrival, Unix time.
+        position_s: position in a recording; None for other sources.
         picture: the picture, upright and without metadata.
     """
 
@@ -40,12 +40,13 @@ class CameraFrame:
 
 
 class Camera(ABC):
-    """A source of pictures. Close it when done; `take` is for one thread at a time.
+    """A source of pictures. Close it when done. Only one thread at a time may call `take`.
 
     Attributes:
-        name: the source as people may see it, without a password.
-        still: pictures on disk, which come when somebody writes them.
-        on_demand: a recording that waits for who takes its frames: nothing is ever missed.
+        name: the source without a password, for messages.
+        still: the pictures are files on disk, which change only when somebody writes them.
+        on_demand: a recording that is read only as fast as frames are taken, so that none is
+            missed.
         ended: no more pictures will come.
     """
 
@@ -68,30 +69,30 @@ class Camera(ABC):
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no good picture now; None if nothing is wrong."""
+        """Reason why there is no good picture now; None if nothing is wrong."""
         return self._trouble
 
     @property
-    def lacking_s(self) -> float:
-        """For how long the source has given no good picture, in s; 0 if it need not."""
+    def without_picture_s(self) -> float:
+        """Time since the last good picture, in s; 0 for a source that need not deliver any."""
         return 0.0
 
     @abstractmethod
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
     ) -> CameraFrame | None:
-        """The newest good picture.
+        """Return the newest good picture.
 
         Args:
-            after: only one with a larger number than this.
-            due: wait until the source delivered so many pictures.
-            due_s: in a recording on demand, read on to this position, in s. Others ignore it.
-            wait_s: how long to wait.
+            after: accept only a picture with a larger number.
+            due: wait until the source has delivered this many pictures.
+            due_s: read a recording on demand up to this position, in s. Other sources ignore it.
+            wait_s: longest time to wait, in s.
 
         Returns:
-            None if there was none in time; `trouble` and `ended` may say why.
+            None if there was none in time; `trouble` and `ended` may tell the reason.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the source; a `take` under way returns. Closing twice does nothing."""
+        """Close the source; a running `take` returns. Closing twice does nothing."""

@@ -15,36 +15,36 @@ from av.video.stream import VideoStream
 from edge_client.cameras.base import CameraError
 
 READ_TIMEOUT_S = 10.0
-"""A camera that sends nothing for so long is lost."""
+"""A camera that sends nothing for this time is lost."""
 
 BEHIND_S = 1.0
-"""A live source that had always a frame ready for so long is ahead of its decoder."""
+"""If no read had to wait for a live source during this time, the decoder is behind the source."""
 
-_WAITED_S = 0.004  # a read that took so long had to wait for the source
+_WAITED_S = 0.004  # a read that takes this long had to wait for the source
 
 MENDED_FRAMES = 300
-"""So many frames after damage, pictures without key frames have been refreshed all over."""
+"""In streams without key frames, damage has been refreshed away after this many frames."""
 
-_JPEG_END_BYTES = 1024  # with what cameras put after the end
+_JPEG_END_BYTES = 1024  # includes what cameras append after the end marker
 
 
 class FrameDecoder:
-    """The frames of an open source that are whole, each with its number.
+    """Yields the undamaged frames of an open source, and counts all frames.
 
-    After damage, a decoder goes on from a broken picture; so what follows is passed over up to
-    the next key frame, from which it starts afresh. Streams that refresh their pictures bit by
-    bit have none; they are mended after so many frames.
+    After damage, a decoder continues from a broken picture. So frames are skipped up to the next
+    key frame. Streams that refresh their pictures bit by bit have no key frames; they count as
+    repaired after `MENDED_FRAMES`.
 
-    A live source that is faster than this machine decodes would be shown later and later. When
-    it has not had to be waited for in a while, it is ahead; then only key frames are decoded
-    until it has to be waited for again.
+    If a live source is faster than this machine decodes, the delay would keep growing. When no
+    read has had to wait for the source for `BEHIND_S`, only key frames are decoded until a read
+    waits again.
 
     Attributes:
-        count: frames so far, those passed over included.
-        damaged: how many were passed over because of damage.
-        late: how many were passed over to catch up.
-        waited: the source had to be waited for since it was opened: what comes is new. What was
-            read to find out its format is up to some seconds old by then, and comes first.
+        count: frames so far, including skipped ones.
+        damaged: frames skipped because of damage.
+        late: frames skipped to catch up.
+        waited: a read has waited for the source since it was opened, so frames are current. The
+            first frames were buffered while FFmpeg detected the format, and may be seconds old.
     """
 
     def __init__(self, *, live: bool) -> None:
@@ -52,27 +52,27 @@ class FrameDecoder:
         self.waited = False
         self._live = live
         self._strict = True
-        self._whole = False  # a stream may be joined between two key frames
-        self._since = 0  # frames since the last damage
+        self._intact = False  # False at first: a stream may be joined between two key frames
+        self._since_damage = 0  # frames
         self._bad_in_a_row = 0
 
     def frames(self, container: InputContainer) -> Iterator[VideoFrame]:
-        """Whole frames, as they come.
+        """Yield undamaged frames as they come.
 
         Raises:
             FFmpegError: the source is gone.
-            CameraError: it has nothing but damaged frames, or no pictures at all; opened again,
-                less is called damage.
+            CameraError: it sends only damaged frames, or no pictures at all. When it is opened
+                again, fewer faults count as damage.
         """
         stream = container.streams.video[0]
-        # One frame at a time: several at once would each be delivered late, and FFmpeg would not
-        # tell of damage, but patch it up.
+        # One thread: with several, FFmpeg delivers each frame later, and conceals damage instead
+        # of reporting it.
         stream.codec_context.thread_count = 1
         if self._strict:
             stream.codec_context.options = {"err_detect": "explode"}
-        self._whole, self._since, self._bad_in_a_row = False, 0, 0
+        self._intact, self._since_damage, self._bad_in_a_row = False, 0, 0
         self.waited = False
-        # With sound and all: while that comes, nothing would tell that there are no pictures.
+        # Live: read sound packets too, to notice a source that sends sound but no pictures.
         streams: list[Any] = [] if self._live else [stream]
         packets: Iterator[Packet[Any]] = container.demux(*streams)
         waited_s = key_s = shown_s = time.monotonic()
@@ -99,50 +99,50 @@ class FrameDecoder:
                     skipped += 1
                     self.count += 1
                     self.late += 1
-                    self._whole, self._since = False, 0
+                    self._intact, self._since_damage = False, 0
                     continue
             if packet.is_corrupt:
-                self._harmed()
+                self._note_damage()
             if not self._strict and _is_cut_off(packet):
                 self.count += 1
                 self.damaged += 1
-                self._harmed()
+                self._note_damage()
                 continue
             try:
                 frames = _decoded(packet)
             except InvalidDataError:
                 self.count += 1
                 self.damaged += 1
-                self._harmed()
+                self._note_damage()
                 continue
             for frame in frames:
                 self.count += 1
-                if self._is_whole(frame):
+                if self._is_intact(frame):
                     yield frame
                 else:
                     self.damaged += 1
 
-    def _is_whole(self, frame: VideoFrame) -> bool:
-        self._since += 1
+    def _is_intact(self, frame: VideoFrame) -> bool:
+        self._since_damage += 1
         if frame.is_corrupt:
-            self._harmed()
-        elif frame.key_frame or self._since > MENDED_FRAMES:
-            self._whole = True
-        if self._whole:
+            self._note_damage()
+        elif frame.key_frame or self._since_damage > MENDED_FRAMES:
+            self._intact = True
+        if self._intact:
             self._bad_in_a_row = 0
-        return self._whole
+        return self._intact
 
-    def _harmed(self) -> None:
-        self._whole, self._since = False, 0
+    def _note_damage(self) -> None:
+        self._intact, self._since_damage = False, 0
         self._bad_in_a_row += 1
         if self._live and self._bad_in_a_row > MENDED_FRAMES:
-            # Some cameras bend the rules in every frame, and are readable all the same.
+            # Some cameras break the standard in every frame, but can still be decoded.
             self._strict = False
             raise CameraError("all its pictures are damaged")
 
 
 def _is_cut_off(packet: Packet[VideoStream]) -> bool:
-    """Whether a JPEG lacks its end. A decoder that is lenient would paint the rest grey."""
+    """Whether a JPEG lacks its end. A lenient decoder would fill the rest with grey."""
     jpeg = packet.stream.codec_context.name == "mjpeg" and packet.size > 0
     return jpeg and b"\xff\xd9" not in bytes(packet)[-_JPEG_END_BYTES:]
 

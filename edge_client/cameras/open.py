@@ -28,14 +28,14 @@ def open_camera(
 
     Args:
         source: see `SOURCES_HELP`.
-        news: is told when the camera is lost and when it is back.
-        live: play a recording at its own speed, as a camera would deliver it; otherwise it waits
-            for who takes its frames.
-        retry: pauses between attempts to get a lost camera back.
+        news: called when the camera is lost and when it is back.
+        live: play a recording at its own speed, like a camera; otherwise read it only as fast as
+            frames are taken.
+        retry: pauses between attempts to reopen a lost camera.
 
     Raises:
-        CameraError: it cannot be opened, or is none of these.
-        ConfigError: an address of an unknown kind.
+        CameraError: the source cannot be opened, or is not a picture source.
+        ConfigError: unknown URL scheme, or invalid webcam name.
         ModuleNotFoundError: PyAV is needed and not installed.
     """
     tell = news or _keep_quiet
@@ -70,10 +70,10 @@ def open_camera(
 
 
 def _device(source: str) -> tuple[str, str | None]:
-    """A webcam's file, and the size of picture that is wanted of it."""
-    place, _, size = source.partition("@")
-    number = place.removeprefix("camera:")
-    numbered = number != place
+    """Split a webcam's name into its device file and its requested picture size."""
+    device, _, size = source.partition("@")
+    number = device.removeprefix("camera:")
+    numbered = number != device
     if (numbered and not (number.isascii() and number.isdecimal())) or (
         "@" in source and not re.fullmatch(r"[0-9]{2,5}x[0-9]{2,5}", size)
     ):
@@ -84,7 +84,7 @@ def _device(source: str) -> tuple[str, str | None]:
         raise ConfigError(
             f"{source}: webcams are read on Linux only; give the address of a stream instead"
         )
-    return (f"/dev/video{int(number)}" if numbered else place), size or None
+    return (f"/dev/video{int(number)}" if numbered else device), size or None
 
 
 def _keep_quiet(_: str) -> None:

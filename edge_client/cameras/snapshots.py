@@ -1,4 +1,4 @@
-"""An address with one picture: a camera's snapshot, or a file that somebody puts there anew."""
+"""A picture on a web server, such as a camera's snapshot URL, fetched again and again."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
 from edge_client.cameras.http_fetch import FetchedContent, PictureUrl
 from edge_client.cameras.live import Live
 from edge_client.cameras.sharpest import is_blank
-from edge_client.cameras.stills import checked
+from edge_client.cameras.stills import decode_small
 from edge_client.picture import Picture
 from edge_client.retry import Retry
 from vlm_collab.errors import ImageError
 
 SNAPSHOT_S = 1.0
-"""An address that gives one picture is asked so often for its newest."""
+"""Pause between two fetches."""
 
 
 def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """What is at an `http://` or `https://` address: a picture, a stream or a recording.
+    """Open a picture, stream or recording at an `http://` or `https://` address.
 
     Raises:
         CameraError: it cannot be opened.
-        ModuleNotFoundError: it is no picture, and PyAV is not installed.
+        ModuleNotFoundError: it is not a picture, and PyAV is not installed.
     """
     name = without_password(url)
     try:
@@ -47,15 +47,15 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
 
 
 class Snapshots(Live):
-    """A picture on a web server, fetched again and again, and opened exactly as a file is.
+    """A picture on a web server, fetched again and again, and opened exactly like a file.
 
     Args:
         name, news, retry: see `Live`.
-        address: where it is.
-        first: what was there.
+        address: URL of the picture.
+        first: content of the first fetch.
 
     Raises:
-        CameraError: `first` is broken, or no picture that may be used.
+        CameraError: `first` is not a usable picture.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Snapshots(Live):
         return "it was closed"
 
     def _accept(self, reply: FetchedContent) -> None:
-        """Make what came the picture.
+        """Make the fetched content the newest picture.
 
         Raises:
-            CameraError: it is none that may be used.
+            CameraError: it is not a usable picture.
         """
         if reply.picture is None:
             raise CameraError(reply.fault)
         try:
-            small = checked(reply.picture)
+            small = decode_small(reply.picture)
             picture = Picture.open(reply.picture)
         except ImageError as error:
             raise CameraError(str(error)) from error
@@ -118,4 +118,4 @@ class Snapshots(Live):
                 position_s=None,
                 picture=picture,
             )
-        self._came()
+        self._arrived()

@@ -26,10 +26,10 @@ OPEN_TIMEOUT_S = 10.0
 
 KEPT_FRAMES = 4
 KEPT_S = 0.5
-"""The picture is the sharpest of the last few frames, none older than this."""
+"""`take` returns the sharpest of the last frames; none of them is older than this."""
 
-# A playlist or session description must not make this device read its files, and a file must not
-# make it call anybody.
+# A playlist or session description must not make this device read local files, and a file must
+# not make it open network connections.
 _NETWORK = "rtsp,rtp,udp,tcp,tls,http,https,httpproxy,crypto,hls"
 _LOCAL = "file"
 
@@ -39,13 +39,13 @@ _PICTURE_BRANDS = {
     *("avis", "hevc", "hevx", "msf1"),
 }
 
-# FFmpeg's own lines name the whole address, password included; errors are told in ours.
+# FFmpeg's own log lines contain the full address with its password; our errors replace them.
 av.logging.set_level(None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opening:
-    """How to open a source: what PyAV wants to know."""
+    """PyAV's arguments to open a source."""
 
     name: str
     address: str
@@ -56,7 +56,7 @@ class _Opening:
         """Open it.
 
         Raises:
-            CameraError: why it cannot be.
+            CameraError: it cannot be opened; the message is the reason.
         """
         try:
             container = av.open(
@@ -66,27 +66,27 @@ class _Opening:
                 timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
             )
         except (FFmpegError, OSError, ValueError) as error:
-            raise CameraError(f"{self.name}: {_why(error)}") from error
+            raise CameraError(f"{self.name}: {_reason(error)}") from error
         if not container.streams.video:
             container.close()
             raise CameraError(f"{self.name}: there is no picture in it")
         if _is_picture(container):
-            # `Picture.open` reads three formats as they are to be seen; this would read others.
+            # `Picture.open` handles the three supported formats; FFmpeg would accept others.
             container.close()
             raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
         if container.streams.video[0].metadata.get("alpha_mode") == "1":
-            # FFmpeg's decoders of VP8 and VP9 give the colours that it hides.
+            # FFmpeg's VP8 and VP9 decoders ignore transparency and would show hidden colours.
             container.close()
             raise CameraError(f"{self.name}: a WebM recording with transparency is not read")
         return container
 
 
 def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Camera:
-    """A webcam, through Video4Linux.
+    """Open a webcam through Video4Linux.
 
     Args:
-        device: its file.
-        size: such as "1920x1080"; None for what it is set to.
+        device: device file.
+        size: picture size such as "1920x1080"; None for the webcam's current setting.
 
     Raises:
         CameraError: it cannot be opened.
@@ -96,7 +96,7 @@ def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Came
 
 
 def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """A stream, or a recording on a web server.
+    """Open a stream, or a recording on a web server.
 
     Raises:
         CameraError: it cannot be opened.
@@ -104,7 +104,7 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     options = {"protocol_whitelist": _NETWORK, "analyzeduration": "1000000"}
     rtsp = urlsplit(url).scheme.lower() in ("rtsp", "rtsps")
     if rtsp:
-        # Over UDP a lost packet is a damaged picture; where TCP is not offered, UDP is used.
+        # Over UDP a lost packet damages the picture. UDP is used only where TCP is not offered.
         options |= {"rtsp_flags": "prefer_tcp", "allowed_media_types": "video"}
     opening = _Opening(without_password(url), url, options)
     if not rtsp:
@@ -116,7 +116,7 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
 
 
 def open_recording(path: str, news: News, *, live: bool) -> Camera:
-    """A video file.
+    """Open a video file.
 
     Raises:
         CameraError: it cannot be opened.
@@ -128,7 +128,7 @@ def open_recording(path: str, news: News, *, live: bool) -> Camera:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A frame that may become the picture. `moment_s` is on a clock that only compares."""
+    """A recent frame. `moment_s` is monotonic time, for comparisons only."""
 
     number: int
     moment_s: float
@@ -137,8 +137,8 @@ class _Kept:
     frame: VideoFrame
 
 
-def _chosen(recent: list[_Kept], after: int, name: str) -> CameraFrame | None:
-    """The best of the frames that are recent enough; None if they show nothing."""
+def _best_frame(recent: list[_Kept], after: int, name: str) -> CameraFrame | None:
+    """Return the best of the recent frames; None if all are blank."""
     fresh = [
         one for one in recent if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
     ]
@@ -156,10 +156,10 @@ def _chosen(recent: list[_Kept], after: int, name: str) -> CameraFrame | None:
 
 
 class Recording(Camera):
-    """A recording that waits for who takes its frames.
+    """A recording that is read only as fast as frames are taken.
 
     Raises (from `take`):
-        CameraError: it cannot be read on.
+        CameraError: the rest cannot be read.
     """
 
     on_demand = True
@@ -175,11 +175,11 @@ class Recording(Camera):
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
     ) -> CameraFrame | None:
-        """See `Camera.take`; waits for nothing but the disk or the web server."""
+        """See `Camera.take`; waits only for the disk or the web server."""
         with self._reading:
             while not self.ended:
                 if self._recent and self._reached(after, due, due_s):
-                    frame = _chosen(list(self._recent), after, self.name)
+                    frame = _best_frame(list(self._recent), after, self.name)
                     if frame is not None:
                         return frame
                 self._read()
@@ -188,7 +188,7 @@ class Recording(Camera):
     def close(self) -> None:
         """See `Camera.close`."""
         self.ended = True
-        with self._reading:  # nobody may be decoding from it
+        with self._reading:  # no thread may be decoding from it
             self._container.close()
 
     def _reached(self, after: int, due: int, due_s: float) -> bool:
@@ -200,7 +200,7 @@ class Recording(Camera):
             frame = next(self._frames, None)
         except (FFmpegError, OSError) as error:
             self.ended = True
-            raise CameraError(f"{self.name}: {_why(error)}") from error
+            raise CameraError(f"{self.name}: {_reason(error)}") from error
         if frame is None:
             self.ended = True
             return
@@ -235,7 +235,7 @@ class LiveVideo(Live):
     def _best(self, after: int) -> CameraFrame | None:
         with self._changed:
             recent = list(self._recent)
-        return _chosen(recent, after, self.name)
+        return _best_frame(recent, after, self.name)
 
     def _silence(self) -> str:
         damaged = self._decoder.damaged > self._damaged
@@ -251,7 +251,7 @@ class LiveVideo(Live):
                 if self._closed.is_set():
                     break
         except (FFmpegError, OSError) as error:
-            return _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+            return _reason(error, f"nothing came for {READ_TIMEOUT_S:g} s")
         finally:
             self._reached = False
             self._all_decoded()
@@ -259,11 +259,11 @@ class LiveVideo(Live):
         return "the stream ended"
 
     def _is_current(self) -> bool:
-        """Whether the last frame is new, and not left over from opening the source."""
+        """Whether the last frame is new, not buffered from when the source was opened."""
         return self._decoder.waited or self._decoded_all
 
     def _all_decoded(self) -> None:
-        """There is nothing newer than what is here."""
+        """Note that no newer frame will come."""
         with self._changed:
             self._decoded_all = True
             self._changed.notify_all()
@@ -276,26 +276,26 @@ class LiveVideo(Live):
                 )
             )
             self._damaged = self._decoder.damaged
-        self._came()
+        self._arrived()
 
     def _position(self, frame: VideoFrame) -> float | None:
         return None
 
 
 class Playing(LiveVideo):
-    """A recording played at its own speed, as a camera would deliver it."""
+    """A recording played at its own speed, like a camera."""
 
     def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
         Live.__init__(self, opening.name, news, Retry())
-        self._setup(opening, container, live=False)  # the file waits
+        self._setup(opening, container, live=False)  # a file is never ahead of the decoder
         self._start_s: float | None = None
         self._waiting = False  # for the next frame's time
         self._thread.start()
 
     @property
-    def lacking_s(self) -> float:
+    def without_picture_s(self) -> float:
         """See `Camera`."""
-        return 0.0 if self._waiting else super().lacking_s
+        return 0.0 if self._waiting else super().without_picture_s
 
     def _keep(self, frame: VideoFrame) -> None:
         position_s = frame.time or 0.0
@@ -321,17 +321,17 @@ class Playing(LiveVideo):
 
 
 def _is_picture(container: InputContainer) -> bool:
-    """Whether something is a single picture. One JPEG after the other may be a stream."""
+    """Whether a source is a single picture. A sequence of JPEGs may be a stream."""
     name = container.format.name
-    # AVIF and HEIC lie in the container of an MP4 file. FFmpeg gives the first of their parts:
-    # colours without their transparency, or one tile of many.
+    # AVIF and HEIC use the MP4 container. FFmpeg decodes only the first part: colours without
+    # transparency, or one tile of many.
     brand = container.metadata.get("major_brand", "").strip()
     single = name == "image2" or (name.endswith("_pipe") and name != "jpeg_pipe")
     return single or brand in _PICTURE_BRANDS
 
 
-def _why(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:
-    """One line about why a source cannot be read; never its address, which may hold a password."""
+def _reason(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:
+    """Return a one-line reason why a source cannot be read, without its address (password!)."""
     if isinstance(error, av.error.ExitError):
         return silence
     if isinstance(error, InvalidDataError):

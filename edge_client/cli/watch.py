@@ -287,7 +287,7 @@ class Watch:
             trouble = self._camera.trouble
             if trouble is None:
                 self._told = ""
-            elif self._camera.lacking_s >= _SILENCE_S and not self._told:
+            elif self._camera.without_picture_s >= _SILENCE_S and not self._told:
                 self._told = trouble
                 self._write(
                     {

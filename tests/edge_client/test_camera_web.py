@@ -54,7 +54,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.02)
     monkeypatch.setattr(live, "SILENCE_S", 0.3)
     monkeypatch.setattr(http_fetch, "SILENCE_S", 0.8)
-    monkeypatch.setattr(http_fetch, "WHOLE_S", 1.2)
+    monkeypatch.setattr(http_fetch, "TOTAL_S", 1.2)
     monkeypatch.setattr(video, "OPEN_TIMEOUT_S", 0.8)
     monkeypatch.setattr(video, "READ_TIMEOUT_S", 0.8)
 
@@ -281,7 +281,7 @@ def test_a_picture_is_read_only_up_to_a_bound(monkeypatch):
 
 def test_closing_does_not_wait_for_a_silent_camera(monkeypatch):
     monkeypatch.setattr(http_fetch, "SILENCE_S", 60.0)
-    monkeypatch.setattr(http_fetch, "WHOLE_S", 60.0)
+    monkeypatch.setattr(http_fetch, "TOTAL_S", 60.0)
     with WebCamera(picture(JPEG)) as server, open_camera(server.url) as camera:
         taken(camera)
         server.do(silence())
