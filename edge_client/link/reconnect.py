@@ -1,4 +1,4 @@
-"""Keeping a link to one server: connecting, and connecting again."""
+"""Keep a link to one server: connect, and reconnect when the link is lost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class LinkKeeper:
-    """Hands out a usable link, and makes a new one when there is none.
+    """Returns a usable link, and opens a new one if there is none.
 
-    However many ask for one at the same time, one connection is made.
+    Concurrent callers share one connection attempt.
 
     Args:
-        server: where.
-        limits: what this edge lets the server have, on one connection.
-        retry: how to try again.
+        server: where to connect.
+        limits: what this edge allows the server to request on one connection.
+        retry: attempts and pauses.
     """
 
     def __init__(self, server: Server, limits: EdgeLimits, retry: Retry) -> None:
@@ -34,24 +34,24 @@ class LinkKeeper:
         self._retired: set[Link] = set()
         self._connecting: asyncio.Task[Link] | None = None
         self._key = b""
-        # Connections that failed, or were lost before anything was answered on them.
+        # Connections that failed, or were lost before a question was answered.
         self._failures = 0
         self._closed = False
 
     @property
     def current(self) -> Link | None:
-        """The latest link, whatever its state."""
+        """The latest link, in whatever state; None before the first."""
         return self._link
 
     def worked(self) -> None:
-        """A question was answered: the link does what it should, pauses start small again."""
+        """Note that a question was answered: the pauses start small again."""
         self._failures = 0
 
     async def link(self) -> Link:
-        """A usable link.
+        """Return a usable link.
 
         Raises:
-            LinkError: the server could not be reached in the allowed number of attempts, is no
+            LinkError: the server was not reached in the allowed number of attempts, is not a
                 vlm-collab server, or this keeper was closed.
             AuthenticationError, ConfigError, RemoteProtocolError: trying again would not help.
         """
@@ -62,7 +62,7 @@ class LinkKeeper:
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._connect())
             self._connecting.add_done_callback(self._connected)
-        # Shielded: who gives up waiting does not take the connection from the others.
+        # Shielded: a caller that stops waiting must not cancel the attempt for the others.
         connecting = self._connecting
         try:
             return await asyncio.shield(connecting)
@@ -73,7 +73,7 @@ class LinkKeeper:
             raise
 
     async def close(self) -> None:
-        """Close everything; whoever waits for a link gets `LinkError`."""
+        """Close all links; callers that wait for one get `LinkError`."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
@@ -85,7 +85,7 @@ class LinkKeeper:
     def _connected(self, task: asyncio.Task[Link]) -> None:
         self._connecting = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Retrieved here, because all who waited may have given up.
+            # Retrieve the exception here: no caller may be waiting any more.
             log.debug("no connection: %s", error)
 
     async def _connect(self) -> Link:
@@ -110,12 +110,12 @@ class LinkKeeper:
             else:
                 self._link, self._key = link, link.welcome.session
                 return link
-        self._failures = 0  # who asks again later should not pay for this with a long pause
+        self._failures = 0  # a later call starts with a short pause again
         tried = "" if allowed == 1 else f" (tried {allowed} times)"
         raise LinkError(f"{reason}{tried}") from reason
 
     def _retire(self, link: Link) -> None:
-        """Let questions end that are still under way on a link that takes no new ones."""
+        """Keep a link open for its running questions only."""
         self._retired = {old for old in self._retired if old.ended is None}
         if link.ended is None:
             self._retired.add(link)

@@ -1,4 +1,4 @@
-"""What a caller asks: the pictures, the question, and the limits on both."""
+"""A question with its pictures, options and limits, as the caller gave them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vlm_collab.protocol.messages import Options, PicturePlace, Turn
 
 @dataclass(eq=False, slots=True)
 class ViewState:
-    """What is known of a picture's view on the server.
+    """Which server session has a picture's view.
 
     Attributes:
-        id: this client's number for the picture, or for several that are asked about together.
-        session: key of the server session that was sent the view last; empty for none, or if
-            that session may not have kept it.
+        id: this client's number for the picture, or for several pictures of one question.
+        session: key of the server session that got the view last; empty if none did, or if that
+            session may not have kept it.
     """
 
     id: int
@@ -29,20 +29,20 @@ class ViewState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionRequest:
-    """What the caller wants.
+    """A question as the caller asked it.
 
     Attributes:
         pictures: one or more; the server keeps their views together.
         question, options, history: as given.
-        places: where pictures stand in the question.
-        view: what is known of the pictures' views on the server.
-        deadline_s: time for everything; None for no bound.
-        on_text: receives the texts as they grow.
-        view_codecs: formats that the view may have.
-        view_quality: quality of the encoded view.
-        guard: what may leave for this question.
-        pace: how soon the question may be sent again after it lost its link.
-        decoder: threads on which pictures are decoded; None for those of `asyncio`.
+        places: positions of the pictures in the question's text.
+        view: state of the pictures' views on the server.
+        deadline_s: time for everything, in s; None for no limit.
+        on_text: receives the growing texts.
+        view_codecs: allowed formats of the view.
+        view_quality: quality of the encoded view, 1 to 100.
+        guard: checks what may leave the device for this question.
+        pace: pauses before the question is sent again after a lost link.
+        decoder: threads that decode pictures; None for those of `asyncio`.
     """
 
     pictures: tuple[Picture, ...]
