@@ -451,7 +451,7 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
     frame.save(copy)
     code, _, err = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
     assert code == 2
-    assert "the log says of no image" in err
+    assert "the log lists no image" in err
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
         (["log", "--picture", "p.png"], "--out belong together"),
         (["log", "--picture", "none.png", "--out", "s.png"], "none.png: no such file"),
         (["log", "--picture", "p.png", "--out", "s.tiff"], "must end in"),
-        (["log", "--picture", "p.png", "--out", "s.png"], "says of no image"),
+        (["log", "--picture", "p.png", "--out", "s.png"], "lists no image"),
     ],
 )
 def test_wrong_use_gets_one_line(arguments, told, run, tmp_path, monkeypatch):
