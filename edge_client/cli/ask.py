@@ -1,4 +1,4 @@
-"""`vlm-collab ask`: questions about photos from the command line."""
+"""`vlm-collab ask`: ask questions about photos."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".heic", ".avif", 
 
 
 class CodecName(enum.StrEnum):
-    """Spelling of the codecs on the command line."""
+    """Codec names on the command line."""
 
     JPEG = "jpeg"
     PNG = "png"
@@ -70,14 +70,15 @@ def ask(
         typer.Option(
             "--show-map",
             "--map",
-            help="Show where the model looked, if it was unsure: here, or in the JSON. No file.",
+            help="Show where the model looked, if it was unsure: on screen or in the JSON.",
         ),
     ] = False,
     quality: Annotated[
         int, typer.Option(min=1, max=100, help="Quality of the small view as JPEG or WebP.")
     ] = 90,
     codec: Annotated[
-        CodecName | None, typer.Option(help="Format of the small view; the server's by default.")
+        CodecName | None,
+        typer.Option(help="Format of the small view; default: the server's choice."),
     ] = None,
     save_crop: Annotated[
         Path | None,
@@ -90,7 +91,7 @@ def ask(
     camera: CameraName = None,
     audit: AuditFile = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
     ] = False,
 ) -> int:
     """Ask questions about photos.
@@ -104,7 +105,7 @@ def ask(
     options = question_options(
         always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map
     )
-    # Opened before connecting: a wrong file name should not take a server to find out.
+    # Open before connecting: a wrong file name is reported without a server.
     pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
     pairs = list(itertools.product(pictures, questions))
     screen: show.Screen = (
@@ -127,12 +128,12 @@ def ask(
 
 
 def check_question(question: str) -> None:
-    """Refuse what cannot be meant as a question: nothing, or the name of a picture.
+    """Refuse a question that is empty or the name of a picture.
 
-    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would ask about `map.png` and `two.jpg`.
+    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would make questions of file names.
 
     Raises:
-        QuestionError: one line with what to give instead.
+        QuestionError: one line that says what to give instead.
     """
     if not question.strip():
         raise QuestionError("the question is empty")
@@ -151,7 +152,7 @@ async def _ask_all(
     options: Options,
     screen: show.Screen,
 ) -> list[EdgeAnswer | CollabError]:
-    """Ask everything at once; tell the results in the order of the questions."""
+    """Ask all questions at the same time; show the results in the order of the questions."""
     async with EdgeClient(server, **settings) as client:
         turns = asyncio.Semaphore(max(1, (await client.connect()).max_in_flight))
 
@@ -176,7 +177,7 @@ async def _ask_all(
         with screen:
             for number, (task, (picture, question)) in enumerate(zip(asked, pairs, strict=True)):
                 result = await task
-                screen.tell(number, picture, question, result)
+                screen.show(number, picture, question, result)
                 results.append(result)
         return results
 
@@ -197,7 +198,7 @@ def _save_crops(
     results: list[EdgeAnswer | CollabError],
     screen: show.Screen,
 ) -> None:
-    """Save the regions that were sent; of several questions, under numbers."""
+    """Save the regions that were sent; for several questions, in numbered files."""
     saved = False
     for number, result in enumerate(results, start=1):
         if isinstance(result, CollabError) or result.region is None:
@@ -217,6 +218,6 @@ def _save_crops(
 
 
 def _in_format(codec: Codec, region: bytes) -> bytes:
-    """What was sent, decoded again, in the format that the user's file name asks for."""
+    """Encode a sent region again in the format of the user's file name."""
     pixels = decode(region, max_pixels=MAX_SOURCE_PIXELS)
     return encode(pixels, codec, _SAVED_QUALITY)

@@ -1,4 +1,4 @@
-"""`vlm-collab audit`: what left the device, as a table, as JSON, or drawn over the original."""
+"""`vlm-collab audit`: show what left the device as a table, as JSON, or drawn over the original."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from edge_client.privacy.audit_log import ImageLine, LoadedLog, ViewLine, read_l
 from vlm_collab.errors import ConfigError
 
 _WIDE = 200
-_HASH_DIGITS = 12  # tell images apart; all are in the log and in its JSON
+_HASH_DIGITS = 12  # enough to tell images apart; the log and its JSON have all digits
 
 
 def audit(
     log_file: Annotated[Path, typer.Argument(metavar="FILE", help="An audit log.")],
-    camera: Annotated[str | None, typer.Option(help="Only what left of this camera.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Show only this camera's images.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw what was seen of this original; with --out.")
+        Path | None,
+        typer.Option(help="Draw what the server saw of this original; needs --out."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the drawing (.jpg, .png or .webp).")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line: images, then totals.")
+        bool, typer.Option("--json", help="Print one JSON object per line: images, then totals.")
     ] = False,
 ) -> int:
     """Show which images left the device.
@@ -62,7 +63,7 @@ def audit(
 
 
 class Total(NamedTuple):
-    """What left of a camera in an hour."""
+    """What left of one camera's pictures in one hour."""
 
     hour: datetime.datetime
     camera: str
@@ -72,7 +73,7 @@ class Total(NamedTuple):
 
 
 def totals(log: LoadedLog) -> list[Total]:
-    """What left, by hour (of the device's local time) and camera, in this order."""
+    """Sum up what left per hour (device's local time) and camera, sorted by both."""
     found: dict[tuple[datetime.datetime, str], list[ImageLine]] = defaultdict(list)
     for line in log.images:
         hour = line.time.astimezone().replace(minute=0, second=0, microsecond=0)
@@ -100,7 +101,7 @@ def _print_json(log: LoadedLog) -> None:
 
 
 def _print_tables(log: LoadedLog) -> None:
-    # Away from a terminal nobody folds lines but who reads them.
+    # Do not wrap lines to a terminal's width if stdout is not a terminal.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     names = ("time", "camera", "picture", "seen", "as", "bytes", "sha256", "question")
     images = Table(*names, title="Images")
@@ -140,7 +141,7 @@ def _seen(line: ImageLine, log: LoadedLog) -> str:
 
 
 def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
-    # Not needed for the tables.
+    # The tables need none of these.
     from edge_client.picture import Picture
     from edge_client.privacy.audit_overlay import draw_overlay
     from vlm_collab.pictures.images import Codec, encode

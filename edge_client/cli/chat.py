@@ -1,4 +1,4 @@
-"""`vlm-collab chat`: a conversation about what a camera sees."""
+"""`vlm-collab chat`: talk about what a camera sees."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ from vlm_collab.protocol.table import FITS
 PICTURE_WAIT_S = 10.0
 
 COMMANDS = {
-    "/look": "take a new picture; what was said about the old one is forgotten",
-    "/why": "how sure the model was, where it looked, and what was sent",
-    "/save [FILE]": "write the region as it was sent",
+    "/look": "take a new picture and forget the conversation about the old one",
+    "/why": "show how sure the model was, where it looked, and what was sent",
+    "/save [FILE]": "save the region as it was sent",
     "/help": "show this",
     "/quit": "leave (so does Ctrl-D; Ctrl-C takes a question back)",
 }
@@ -73,16 +73,16 @@ def chat(
         bool, typer.Option("--fresh", help="Take a new picture for every question.")
     ] = False,
     single: Annotated[
-        bool, typer.Option("--single", help="Ask each question without those before it.")
+        bool, typer.Option("--single", help="Ask each question without the earlier ones.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
     ] = False,
 ) -> int:
     """Talk about what a camera sees, or a picture.
 
-    The newest good picture is what you talk about, until /look takes another. Questions are
-    lines; they may also come from a pipe. Those asked while the server is away are kept.
+    You talk about the newest good picture until /look takes another. Each line is a question;
+    lines may also come from a pipe. Questions asked while the server is away are kept.
     """
     options = question_options(
         always=always, never=never, eta=eta, deadline_s=deadline, want_map=True
@@ -90,7 +90,7 @@ def chat(
     screen: ChatScreen = JsonScreen() if as_json else TerminalScreen()
     talking = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is no text
+        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses invalid UTF-8
     settings: ClientOptions = {
         "token": token_of(token, token_file),
         "ca_file": ca_file,
@@ -105,7 +105,7 @@ def chat(
         RetryingClient(server, screen.note, forever=talking, settings=settings) as client,
     ):
         client.connect()
-        talk = CameraChat(
+        conversation = CameraChat(
             camera,
             client,
             screen,
@@ -114,7 +114,7 @@ def chat(
             fresh=fresh,
             single=single,
         )
-        code = talk.run(screen.read if talking else _piped)
+        code = conversation.run(screen.read if talking else _piped)
     return code
 
 
@@ -122,12 +122,12 @@ class CameraChat:
     """One conversation.
 
     Args:
-        camera: where pictures come from.
-        client: who answers.
-        screen: where things are told.
+        camera: source of the pictures.
+        client: asks the questions.
+        screen: shows the answers.
         options, deadline_s: for every question.
         fresh: take a new picture for every question.
-        single: ask each question without those before it.
+        single: ask each question without the earlier ones.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ class CameraChat:
         self._failed = 0
 
     def run(self, read: Callable[[], str]) -> int:
-        """Talk until there is nothing more to read.
+        """Answer lines until there are no more.
 
         Args:
-            read: gives the next line; raises EOFError after the last.
+            read: returns the next line; raises EOFError after the last.
 
         Returns:
             The exit code of the first question that failed, if the lines came from a pipe.
@@ -165,7 +165,7 @@ class CameraChat:
         patient = sys.stdin.isatty()
         if patient:
             with contextlib.suppress(KeyboardInterrupt):
-                self._guarded("/look")
+                self._handle("/look")
             self._screen.note("Ask about the picture; /help shows the commands.")
         while True:
             try:
@@ -175,27 +175,27 @@ class CameraChat:
             except KeyboardInterrupt:
                 if not patient:
                     raise
-                print()  # a line that was not finished
+                print()  # end the unfinished line
                 continue
             if line == "/quit":
                 break
             try:
                 if line:
-                    self._guarded(line)
+                    self._handle(line)
             except KeyboardInterrupt:
                 if not patient:
                     raise
                 self._screen.note("taken back")
         return 0 if patient else self._failed
 
-    def _guarded(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         try:
-            self._do(line)
+            self._run_line(line)
         except CollabError as error:
             self._failed = self._failed or exit_code(error)
             self._screen.fail(line, error)
 
-    def _do(self, line: str) -> None:
+    def _run_line(self, line: str) -> None:
         if not line.startswith("/"):
             self._ask(line)
             return
@@ -216,7 +216,7 @@ class CameraChat:
     def _look(self) -> CameraFrame:
         """Take the newest picture, if there is a newer one."""
         old = self._frame
-        frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._patience())
+        frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._wait_s())
         if frame is None:
             why = self._camera.trouble or "there is no new picture"
             if old is None:
@@ -234,8 +234,8 @@ class CameraChat:
         )
         return frame
 
-    def _patience(self) -> float:
-        """A picture on disk changes or it does not; a camera that is lost may come back."""
+    def _wait_s(self) -> float:
+        """Return how long to wait for a picture, in s: a lost camera may come back."""
         still = self._frame is not None and self._camera.still
         return 0.0 if still else PICTURE_WAIT_S
 
@@ -252,7 +252,7 @@ class CameraChat:
             )
         self._answer = answer
         self._turns.append((question, answer.text))
-        self._screen.tell(frame, question, answer)
+        self._screen.show_answer(frame, question, answer)
 
     def _why(self) -> None:
         answer, frame = self._answer, self._frame
@@ -293,7 +293,7 @@ class CameraChat:
 
 
 def _piped() -> str:
-    """The next line of a pipe.
+    """Read the next line of a pipe.
 
     Raises:
         EOFError: there are no more.

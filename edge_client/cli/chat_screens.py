@@ -1,4 +1,4 @@
-"""What `vlm-collab chat` shows: text for people in a terminal, or JSON lines for programs."""
+"""Output of `vlm-collab chat`: text for people, or JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from vlm_collab.protocol.messages import Fallback, Stage
 
 try:
     import readline
-except ImportError:  # where there is none, lines are typed without editing
+except ImportError:  # lines are then typed without editing
     readline = None  # type: ignore[assignment]
 
 PROMPT = "> "
 
 
 class ChatScreen(Protocol):
-    """Where a conversation is told.
+    """Output of a conversation.
 
     Attributes:
         colour: it shows colours.
-        columns: room in a line, in characters.
+        columns: width of a line, in characters.
     """
 
     colour: bool
     columns: int
 
     def note(self, line: str) -> None:
-        """Tell something beside the answers; any thread may."""
+        """Show a notice. Any thread may call this."""
 
     def fail(self, line: str, error: CollabError) -> None:
-        """Tell why a line had no answer."""
+        """Show why a line has no answer."""
 
     def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
-        """While an answer is waited for; gives where its growing text goes."""
+        """Context while an answer is awaited; gives the sink of its growing text."""
 
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        """Tell an answer."""
+    def show_answer(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
+        """Show an answer."""
 
     def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
-        """Tell how an answer came about."""
+        """Show how an answer was made."""
 
     def draw(self, drawn: Text) -> None:
         """Show a heat map."""
 
     def read(self) -> str:
-        """A line that somebody types.
+        """Read a typed line.
 
         Raises:
             EOFError: there are no more.
@@ -67,7 +67,7 @@ class ChatScreen(Protocol):
 
 
 class TerminalScreen:
-    """Text for people; in a terminal with colours, and with answers growing as they come."""
+    """Text for people; in a terminal with colours and growing answers."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -83,7 +83,7 @@ class TerminalScreen:
             if at_prompt:
                 print("\r\x1b[2K", end="")
             self._console.print(Text(printable(line), style="dim"))
-            if at_prompt:  # what was typed so far
+            if at_prompt:  # restore the text typed so far
                 typed = "" if readline is None else readline.get_line_buffer()
                 print(PROMPT + typed, end="", flush=True)
 
@@ -94,7 +94,7 @@ class TerminalScreen:
     @contextlib.contextmanager
     def answering(self) -> Iterator[TextSink | None]:
         if not self._console.is_terminal:
-            yield None  # nobody watches it grow, and each step would cost bytes
+            yield None  # nobody watches the text grow, and each update would cost bytes
             return
         texts: dict[Stage, str] = {}
 
@@ -109,7 +109,7 @@ class TerminalScreen:
         with Live(console=self._console, transient=True, get_renderable=growing):
             yield texts.__setitem__
 
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
+    def show_answer(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
         if not self._talking:
             self._console.print(Text(printable(question), style="bold"))
         self._console.print(show.history(answer, frame.picture))
@@ -165,26 +165,26 @@ class JsonScreen:
         self._beside.print(Text(printable(line), style="dim"))
 
     def fail(self, line: str, error: CollabError) -> None:
-        # What is no text is told as far as it is.
+        # Replace invalid characters.
         line = line.encode(errors="replace").decode()
-        told = {"question": line, "error": str(error), "code": error_name(error)}
-        print(msgspec.json.encode(told).decode(), flush=True)
+        row = {"question": line, "error": str(error), "code": error_name(error)}
+        print(msgspec.json.encode(row).decode(), flush=True)
 
     def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
         return contextlib.nullcontext()
 
-    def tell(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        told: dict[str, object] = {
+    def show_answer(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
+        row: dict[str, object] = {
             "photo": frame.picture.name,
             "question": question,
             "frame": frame.number,
             "time": utc_timestamp(frame.time_s),
         }
-        told |= show.as_dict(answer, frame.picture)
-        print(msgspec.json.encode(told).decode(), flush=True)
+        row |= show.as_dict(answer, frame.picture)
+        print(msgspec.json.encode(row).decode(), flush=True)
 
     def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
-        """The answer's object has it all."""
+        """Show nothing: the answer's JSON object has all of it."""
 
     def draw(self, drawn: Text) -> None:
         self._beside.print(drawn)

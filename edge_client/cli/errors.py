@@ -1,4 +1,4 @@
-"""Exit codes of the command line, and the one line that reports a failure."""
+"""Exit codes and error lines of the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# By base class; a more special one stands before the one it derives from.
+# By base class; a subclass stands before its base class.
 _EXIT_CODES: dict[type[CollabError], int] = {
     ConfigError: EXIT_USAGE,
     QuestionError: EXIT_USAGE,
@@ -44,7 +44,7 @@ EXIT_CODES_HELP = (
 
 
 def report(line: str, code: str, *, as_json: bool) -> None:
-    """Tell a failure: a line on stderr, or with `--json` an object on stdout."""
+    """Report a failure: a line on stderr, or with `--json` an object on stdout."""
     line = printable(" ".join(line.split()))
     if as_json:
         print(json.dumps({"error": line, "code": code}), flush=True)
@@ -54,7 +54,7 @@ def report(line: str, code: str, *, as_json: bool) -> None:
 
 
 def exit_code(error: CollabError) -> int:
-    """The documented exit code for an error."""
+    """Return the documented exit code of an error."""
     for kind, code in _EXIT_CODES.items():
         if isinstance(error, kind):
             return code
@@ -62,7 +62,8 @@ def exit_code(error: CollabError) -> int:
 
 
 def error_name(error: CollabError) -> str:
-    """What `--json` calls an error: the server's code, or the class without its ending."""
+    """Return an error's `code` in JSON output: the server's code, or the class name in capitals
+    without "Error"."""
     if isinstance(error, ServerError):
         return error.code.name
     for kind in _EXIT_CODES:

@@ -1,8 +1,9 @@
 """The `vlm-collab` command.
 
-Commands are plain functions that Typer reads. `ask` is here; others come from the entry-point
-group `vlm_collab.commands`, so that this package imports no server. None is imported before it
-is used: `vlm-collab --help` stays quick where torch is installed and works where it is not.
+Commands are plain functions that Typer reads. The edge's commands are listed here. Other packages
+add theirs through the entry-point group `vlm_collab.commands`, so that this package imports no
+server. A command is imported only when it is used, so `vlm-collab --help` is quick if torch is
+installed, and works if it is not.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _BUILT_IN = {
     "watch": "edge_client.cli.watch:watch",
 }
 
-# What `--help` says of commands without importing them, and which extra they need.
+# Help lines of commands that are not imported yet, and the extras that they need.
 _HELP = {
     "ask": "Ask questions about photos.",
     "audit": "Show which images left the device.",
@@ -70,20 +71,20 @@ _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 
 class Commands(NamedValues, TyperGroup):
-    """A group whose commands are imported when they are called."""
+    """A command group that imports a command when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands, those of this package first."""
+        """Return the names of all commands, those of this package first."""
         return [*_BUILT_IN, *sorted(set(_extensions()) - set(_BUILT_IN))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A stand-in with name and help text; enough for listings."""
+        """Return a stand-in with name and help text, for listings."""
         if cmd_name not in self.list_commands(ctx):
             return None
         return TyperCommand(cmd_name, help=_HELP.get(cmd_name, "Added by another package."))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command itself, for running it."""
+        """Import and return the command that is to run."""
         name, stand_in, rest = super().resolve_command(ctx, args)
         if stand_in is None or name is None:
             return name, stand_in, rest
@@ -91,10 +92,10 @@ class Commands(NamedValues, TyperGroup):
             function = _load(name)
         except ModuleNotFoundError as error:
             raise _incomplete(name, error) from error
-        if isinstance(function, typer.Typer):  # a group with commands of its own
+        if isinstance(function, typer.Typer):  # a group of commands
             return name, typer.main.get_command(function), rest
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        settings = getattr(function, "context_settings", None)  # how it wants its line read
+        settings = getattr(function, "context_settings", None)  # parsing options for Click
         app.command(name, cls=Command, epilog=EXIT_CODES_HELP, context_settings=settings)(function)
         return name, typer.main.get_command(app), rest
 
@@ -103,20 +104,20 @@ class Commands(NamedValues, TyperGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            # A command may import what it needs when it runs.
+            # A command may import further packages while it runs.
             raise _incomplete(ctx.invoked_subcommand or "", error) from error
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; ends the process with one of the documented exit codes.
+    """Run the command line; end the process with a documented exit code.
 
     Args:
-        argv: arguments without the program's name; those of the process by default.
+        argv: arguments without the program's name; by default those of the process.
     """
-    if argv is None:  # only a process that is all ours is set up as a whole
+    if argv is None:  # change process-wide settings only in a process of our own
         silence_libraries()
     arguments = sys.argv[1:] if argv is None else argv
-    # What these would log is told once, as the error that it leads to.
+    # Without handlers these would print warnings; the error that follows reports the cause.
     for name in ("edge_client", "websockets"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:
@@ -180,7 +181,7 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _incomplete(name: str, error: ModuleNotFoundError) -> ConfigError:
-    """One line for a command whose packages are not all installed."""
+    """Make the error for a command that needs a package which is not installed."""
     missing = (error.name or "").partition(".")[0]
     if missing in _OWN_PACKAGES or not missing:
         return ConfigError(f"{PROGRAM} {name} is not part of this installation ({error})")
@@ -191,7 +192,7 @@ def _incomplete(name: str, error: ModuleNotFoundError) -> ConfigError:
 
 
 def _usage(error: TyperException) -> str:
-    """One line for a wrong option or argument, and where to read about the right ones."""
+    """Return one line about a wrong option or argument that points to `--help`."""
     context = getattr(error, "ctx", None)
     line = error.format_message().rstrip(".")
     return line if context is None else f"{line} (see {context.command_path} --help)"

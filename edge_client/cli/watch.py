@@ -1,4 +1,4 @@
-"""`vlm-collab watch`: the same question, asked of a camera again and again."""
+"""`vlm-collab watch`: ask the same question about a camera's pictures again and again."""
 
 from __future__ import annotations
 
@@ -43,20 +43,21 @@ from vlm_collab.protocol.messages import Options
 
 _GLANCE_S = 0.5
 _SILENCE_S = 5.0
-"""A camera in trouble for so long is told of in a line of its own."""
+"""A camera in trouble for this time gets an output line of its own."""
 
 
 def watch(
     source: Annotated[str, typer.Argument(help=SOURCES_HELP)],
-    question: Annotated[str, typer.Argument(help="What to ask of each picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about each picture.")],
     every: Annotated[
-        int | None, typer.Option(min=1, help="Ask of every n-th picture that the camera delivers.")
+        int | None,
+        typer.Option(min=1, help="Ask about every n-th picture that the camera delivers."),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Ask every so many seconds instead.")
+        float | None, typer.Option(min=0.0, help="Ask every S seconds instead.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="End after so many questions; by default never.")
+        int | None, typer.Option(min=1, help="End after this many questions; default: never.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Append the lines to this file instead of stdout.")
@@ -64,7 +65,8 @@ def watch(
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="Play a recording at its own speed, and skip what comes too fast."
+            "--live",
+            help="Play a recording at its own speed, and skip pictures that come too fast.",
         ),
     ] = False,
     server: ServerUrl = DEFAULT_URL,
@@ -79,11 +81,10 @@ def watch(
     camera_name: CameraName = None,
     audit: AuditFile = None,
 ) -> int:
-    """Ask the same question of a camera again and again, and write JSON lines.
+    """Ask the same question about a camera's pictures again and again, and write JSON lines.
 
-    One question is under way at a time. Where the camera is faster, its pictures are skipped and
-    counted. A question that fails is a line with its error, and the watch goes on. Ctrl-C and
-    SIGTERM end it.
+    One question runs at a time. If the camera is faster, pictures are skipped and counted. A
+    failed question is a line with its error, and the watch continues. Ctrl-C and SIGTERM end it.
     """
     if not question.strip():
         raise QuestionError("the question is empty")
@@ -120,16 +121,16 @@ def watch(
             deadline_s=deadline,
             options=options,
         )
-        asyncio.run(_until_told(watching))
+        asyncio.run(_run_until_signal(watching))
     return 0
 
 
-async def _until_told(watching: Watch) -> None:
-    """Run a watch to its end, or until a signal."""
+async def _run_until_signal(watching: Watch) -> None:
+    """Run a watch to its end, or until SIGINT or SIGTERM."""
     task = asyncio.ensure_future(watching.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # not every system has them
+        with contextlib.suppress(NotImplementedError):  # not available on every system
             loop.add_signal_handler(number, task.cancel)
     try:
         await task
@@ -139,17 +140,17 @@ async def _until_told(watching: Watch) -> None:
 
 
 class Watch:
-    """One question, many pictures.
+    """One question about many pictures.
 
     Args:
-        camera: where pictures come from.
+        camera: source of the pictures.
         question: the text.
-        client: who asks; is closed at the end.
-        lines: where answers go.
-        progress: is told how it goes.
-        every, seconds: how often; one of them is None.
-        count: how many questions; None for no end.
-        deadline_s, options: for each.
+        client: asks the questions; it is closed at the end.
+        lines: receives the answers.
+        progress: shows the counts.
+        every, seconds: interval in pictures or in s; one of them is None.
+        count: number of questions; None for no end.
+        deadline_s, options: for each question.
     """
 
     def __init__(
@@ -176,20 +177,21 @@ class Watch:
         self._count = count
         self._deadline_s = deadline_s
         self._options = options
-        self._last = 0  # number of the frame asked about last
-        self._due = 1  # frame to be asked about next
-        self._due_s: float | None = None  # time to ask next, by this machine or by the recording
-        self._told = ""  # the camera's trouble that has its line already
+        self._last = 0  # number of the last frame asked about
+        self._due = 1  # number of the next frame to ask about
+        self._due_s: float | None = None  # when to ask next: monotonic, or recording position
+        self._reported = ""  # the camera's trouble that has got its line already
 
     async def run(self) -> None:
         """Watch until the count is reached, a recording ends, or the task is cancelled.
 
         Raises:
-            CollabError: the server's address, token or kind is wrong; the output is full.
+            CollabError: the server's address or token is wrong, it is not a vlm-collab server, or
+                the output cannot be written.
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._client.close)
-            # Wakes the thread that waits for a frame when this task is cancelled.
+            # On cancellation, this wakes the thread that waits for a frame.
             stack.callback(self._camera.close)
             try:
                 await self._client.connect()
@@ -204,42 +206,42 @@ class Watch:
                 await self._ask(frame, skipped)
 
     async def _ask(self, frame: CameraFrame, skipped: int) -> None:
-        told: dict[str, object] = {
+        row: dict[str, object] = {
             "source": self._camera.name,
             "frame": frame.number,
             "time": utc_timestamp(frame.time_s),
         }
         if frame.position_s is not None:
-            told["position_s"] = round(frame.position_s, 3)
-        told |= {"skipped": skipped, "question": self._question}
+            row["position_s"] = round(frame.position_s, 3)
+        row |= {"skipped": skipped, "question": self._question}
         try:
             answer = await self._client.ask(
                 frame.picture, self._question, deadline_s=self._deadline_s, options=self._options
             )
         except CollabError as error:
-            self._write(told, error, frame)
+            self._write(row, error, frame)
         else:
-            self._write(told, answer, frame)
+            self._write(row, answer, frame)
         self._progress.asked += 1
         self._progress.skipped += skipped
         self._progress.frame = frame.number
         self._progress.update()
 
     def _write(
-        self, told: dict[str, object], result: EdgeAnswer | CollabError, frame: CameraFrame | None
+        self, row: dict[str, object], result: EdgeAnswer | CollabError, frame: CameraFrame | None
     ) -> None:
         if isinstance(result, CollabError):
             self._progress.failed += 1
-            self._progress.said = str(result)
-            told |= {"error": str(result), "code": error_name(result)}
+            self._progress.latest = str(result)
+            row |= {"error": str(result), "code": error_name(result)}
         elif frame is not None:
-            self._progress.said = show.shown_text(result.text)
-            told |= show.as_dict(result, frame.picture)
-            del told["grid"], told["map"]  # no map was asked for
-        self._lines.write(told)
+            self._progress.latest = show.shown_text(result.text)
+            row |= show.as_dict(result, frame.picture)
+            del row["grid"], row["map"]  # no map was asked for
+        self._lines.write(row)
 
     async def _next(self) -> tuple[CameraFrame | None, int]:
-        """The next frame to ask about, and how many were skipped that were due before it."""
+        """Return the next frame to ask about, and the number of due frames skipped before it."""
         skipped = 0
         if self._seconds is not None and not self._camera.on_demand:
             skipped = await self._until_due(self._seconds)
@@ -247,7 +249,7 @@ class Watch:
         if frame is None:
             return None, skipped
         if self._every is not None and not self._last and not self._camera.on_demand:
-            self._due = frame.latest  # the count begins with the first question
+            self._due = frame.latest  # start counting at the first question
         self._last = frame.number
         if self._every is not None:
             skipped = max(0, frame.latest - self._due) // self._every
@@ -259,7 +261,7 @@ class Watch:
         return frame, skipped
 
     async def _until_due(self, seconds: float) -> int:
-        """Wait until the next question is due; how many that were due went by during the last."""
+        """Wait until the next question is due; return how many were missed during the last."""
         now = time.monotonic()
         if self._due_s is None:
             self._due_s = now
@@ -269,7 +271,7 @@ class Watch:
         return skipped
 
     async def _take(self) -> CameraFrame | None:
-        """The newest frame when one is due; None when there will be no more."""
+        """Return the newest frame when one is due; None if there will be no more."""
         if self._camera.on_demand and self._due_s is None:
             self._due_s = 0.0
         due = self._due if self._every is not None else 0
@@ -282,13 +284,13 @@ class Watch:
                 wait_s=_GLANCE_S,
             )
             if frame is not None or self._camera.ended:
-                self._told = ""
+                self._reported = ""
                 return frame
             trouble = self._camera.trouble
             if trouble is None:
-                self._told = ""
-            elif self._camera.without_picture_s >= _SILENCE_S and not self._told:
-                self._told = trouble
+                self._reported = ""
+            elif self._camera.without_picture_s >= _SILENCE_S and not self._reported:
+                self._reported = trouble
                 self._write(
                     {
                         "source": self._camera.name,
@@ -297,6 +299,6 @@ class Watch:
                         "skipped": 0,
                         "question": self._question,
                     },
-                    CameraError(self._told),
+                    CameraError(self._reported),
                     None,
                 )

@@ -1,4 +1,4 @@
-"""What `vlm-collab watch` writes: JSON lines, and its progress on stderr."""
+"""Output of `vlm-collab watch`: JSON lines, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vlm_collab.errors import ConfigError
 
 
 class JsonLinesFile:
-    """JSON lines, each written at once and whole.
+    """Writes JSON lines to a file or stdout, each one at once and completely.
+
+    Args:
+        path: the file, which is appended to; None for stdout.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -46,9 +49,9 @@ class JsonLinesFile:
         if self._file is not None:
             os.close(self._file)
 
-    def write(self, told: dict[str, object]) -> None:
-        """Write one object."""
-        line = msgspec.json.encode(told) + b"\n"
+    def write(self, row: dict[str, object]) -> None:
+        """Write one object as a line."""
+        line = msgspec.json.encode(row) + b"\n"
         if self._file is None:
             print(line.decode(), end="", flush=True)
             return
@@ -59,7 +62,7 @@ class JsonLinesFile:
             raise self._failed(error) from error
 
     def _mend(self) -> None:
-        """End the last line of an earlier watch that lost its power in the middle of it."""
+        """End the last line if an earlier watch was cut off in the middle of it."""
         assert self._file is not None
         if os.lseek(self._file, 0, os.SEEK_END):
             os.lseek(self._file, -1, os.SEEK_END)
@@ -71,20 +74,23 @@ class JsonLinesFile:
 
 
 class WatchProgress:
-    """How a watch goes, on stderr: a line that changes where somebody can see it.
+    """Progress of a watch on stderr; in a terminal, a line that is updated.
+
+    Args:
+        beside: stdout shows the JSON lines on the same terminal, so no line is updated.
 
     Attributes:
         asked, failed, skipped: counts.
-        frame: number of the last one asked about.
-        said: the last answer, or why there is none.
+        frame: number of the last frame asked about.
+        latest: the last answer or error.
     """
 
     def __init__(self, *, beside: bool) -> None:
         self.asked = self.failed = self.skipped = self.frame = 0
-        self.said = ""
+        self.latest = ""
         self._console = Console(highlight=False, soft_wrap=True, stderr=True)
         self._live: Live | None = None
-        # Not where the lines themselves go by.
+        # Not where the JSON lines scroll by.
         if self._console.is_terminal and not beside:
             self._live = Live(
                 console=self._console,
@@ -112,7 +118,7 @@ class WatchProgress:
             self.note(self._counts())
 
     def note(self, line: str) -> None:
-        """Tell something; any thread may."""
+        """Print a notice. Any thread may call this."""
         self._console.print(Text(printable(line), style="dim"))
 
     def update(self) -> None:
@@ -121,8 +127,8 @@ class WatchProgress:
             self._live.refresh()
 
     def _line(self) -> Text:
-        said = printable(self.said)
-        text = Text(f"picture {self.frame}: {self._counts()}: {said}", no_wrap=True)
+        latest = printable(self.latest)
+        text = Text(f"picture {self.frame}: {self._counts()}: {latest}", no_wrap=True)
         text.truncate(self._console.width, overflow="ellipsis")
         return text
 

@@ -224,7 +224,7 @@ def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_
     with show.Terminal(show_map=False, several=True) as screen:
         take = screen.sink(1, picture, SURE)
         assert take is not None
-        screen.tell(0, picture, UNSURE, server_error(ErrorCode.BUSY, "full", None))
+        screen.show(0, picture, UNSURE, server_error(ErrorCode.BUSY, "full", None))
         take(Stage.FIRST, "growing")
         screen._live.refresh()
     out, err = capsys.readouterr()
