@@ -1,4 +1,4 @@
-"""Cameras on web servers: a picture is opened as a file is, and what is no picture is told."""
+"""Cameras on web servers: pictures are opened like files, and other content is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ OTHER = saved(scene(4), "JPEG", quality=95)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """What takes seconds in the field."""
+    """Shorten the time-outs, which are seconds in practice."""
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.02)
     monkeypatch.setattr(live, "SILENCE_S", 0.3)
     monkeypatch.setattr(http_fetch, "SILENCE_S", 0.8)
@@ -70,7 +70,7 @@ def taken(camera: Camera, after: int = 0) -> CameraFrame:
 
 
 def trouble(camera: Camera) -> str:
-    """What is wrong, once something is."""
+    """Wait for the camera's trouble, and return it."""
     until = time.monotonic() + WAIT_S
     while (told := camera.trouble) is None and time.monotonic() < until:
         camera.take(after=camera._latest(), wait_s=0.02)
@@ -79,7 +79,7 @@ def trouble(camera: Camera) -> str:
 
 
 def comes_back(camera: Camera, after: int) -> None:
-    """Wait until the other picture is there, and all is well."""
+    """Wait until the other picture is there and there is no trouble."""
     until = time.monotonic() + WAIT_S
     while True:
         frame = taken(camera, after)
@@ -90,11 +90,11 @@ def comes_back(camera: Camera, after: int) -> None:
     assert camera.trouble is None
 
 
-# ---- a picture is opened as a file is ----------------------------------------------------------
+# ---- a picture is opened like a file -----------------------------------------------------------
 
 
 def transparent() -> Image.Image:
-    """A black drawing on nothing, with a colour under the transparency."""
+    """A black drawing on a transparent background that hides a colour."""
     image = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
     image.paste((0, 0, 0, 255), (20, 10, 40, 30))
     return image
@@ -112,7 +112,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
-def test_a_picture_on_a_web_server_is_seen_as_the_same_file_is(data):
+def test_a_picture_on_a_web_server_is_read_like_the_same_file(data):
     with WebCamera(picture(data)) as server, open_camera(server.url) as camera:
         frame = taken(camera)
     assert frame.picture.size == Picture.open(data).size
@@ -121,7 +121,7 @@ def test_a_picture_on_a_web_server_is_seen_as_the_same_file_is(data):
 
 
 def swapped_profile() -> bytes:
-    """An RGB profile whose red and blue are exchanged."""
+    """An RGB profile with red and blue swapped."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
     data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -173,7 +173,7 @@ NO_PICTURES: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize(("instead", "reason"), NO_PICTURES.values(), ids=NO_PICTURES)
-def test_what_a_camera_sends_instead_of_pictures_is_told_and_it_comes_back(instead, reason):
+def test_wrong_content_is_reported_and_the_camera_comes_back(instead, reason):
     news: list[str] = []
     with WebCamera(picture(JPEG)) as server:
         address = server.url.replace("//", "//me:secret@") + "?password=secret"
@@ -209,7 +209,7 @@ STREAMS_WITHOUT: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize(("instead", "reason"), STREAMS_WITHOUT.values(), ids=STREAMS_WITHOUT)
-def test_a_stream_that_gives_no_pictures_is_told_and_comes_back(instead, reason):
+def test_a_stream_without_pictures_is_reported_and_comes_back(instead, reason):
     news: list[str] = []
     with WebCamera(stream(JPEG)) as server:
         with open_camera(server.url, news=news.append, retry=HASTY) as camera:
@@ -224,7 +224,7 @@ def test_a_stream_that_gives_no_pictures_is_told_and_comes_back(instead, reason)
             comes_back(camera, before.number)
 
 
-def test_half_pictures_are_not_taken_however_lenient_the_decoder_has_become(monkeypatch):
+def test_a_lenient_decoder_takes_no_half_pictures(monkeypatch):
     monkeypatch.setattr(decoder, "MENDED_FRAMES", 5)
     with WebCamera(stream(JPEG, interval_s=0.01)) as server:
         with open_camera(server.url, retry=HASTY) as camera:
@@ -294,11 +294,11 @@ def test_closing_does_not_wait_for_a_silent_camera(monkeypatch):
         assert not camera._thread.is_alive()
 
 
-# ---- names, passwords, other places -----------------------------------------------------------
+# ---- names, passwords, redirects --------------------------------------------------------------
 
 
 def digest_of(request: Request, name: str, password: str) -> str:
-    """What a client that knows the password answers (RFC 7616, MD5, qop=auth)."""
+    """The digest of a client that knows the password (RFC 7616, MD5, qop=auth)."""
     said = dict(re.findall(r'(\w+)="?([^",]*)"?', request.authorization))
 
     def md5(*parts: str) -> str:
@@ -310,7 +310,7 @@ def digest_of(request: Request, name: str, password: str) -> str:
 
 
 def guarded(shows: Behaviour, *challenges: str) -> Behaviour:
-    """Shows something only to `me`, whose password is `se cret`."""
+    """Serve content only to the user `me` with the password `se cret`."""
 
     def behave(request: Request) -> None:
         kind, _, rest = request.authorization.partition(" ")
@@ -330,7 +330,7 @@ DIGEST = 'Digest realm="camera", qop="auth", nonce="0123456789", algorithm=MD5'
 
 @pytest.mark.parametrize("challenge", [BASIC, DIGEST])
 @pytest.mark.parametrize("serve", [picture, stream])
-def test_name_and_password_are_given_as_the_camera_wants_them(challenge, serve):
+def test_name_and_password_are_sent_by_the_cameras_scheme(challenge, serve):
     with WebCamera(guarded(serve(JPEG), challenge)) as server:
         with open_camera(server.url.replace("//", "//me:se%20cret@")) as camera:
             taken(camera, taken(camera).number)
@@ -339,7 +339,7 @@ def test_name_and_password_are_given_as_the_camera_wants_them(challenge, serve):
 
 
 @pytest.mark.parametrize("challenge", [BASIC, DIGEST])
-def test_a_redirect_is_followed_and_takes_no_password_along(challenge):
+def test_a_redirect_is_followed_without_the_password(challenge):
     seen: list[str] = []
 
     def elsewhere(request: Request) -> None:
@@ -366,7 +366,7 @@ def test_a_redirect_is_followed_and_takes_no_password_along(challenge):
 
 
 @pytest.mark.parametrize("place", ["file:///etc/hostname", "ftp://127.0.0.1/x", "/again"])
-def test_a_redirect_leads_to_the_web_only_and_not_for_ever(place):
+def test_redirects_are_limited_in_scheme_and_number(place):
     def moved(request: Request) -> None:
         request.head(302, Location=place, Content_Length=0)
 
@@ -375,7 +375,7 @@ def test_a_redirect_leads_to_the_web_only_and_not_for_ever(place):
             open_camera(server.url)
 
 
-def test_a_camera_may_have_a_certificate_of_its_own():
+def test_a_camera_may_have_a_self_signed_certificate():
     certificate = trustme.CA().issue_cert("camera.invalid")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)

@@ -1,4 +1,4 @@
-"""What of a large photo is decoded while questions are asked about it."""
+"""How much of a large photo is decoded for a question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures at the edge: what is read, made, kept and let go."""
+"""Pictures at the edge: reading, encoding, caching and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def png(seed: int = 0, size: tuple[int, int] = (200, 100)) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_view_is_made_once_for_each_way_of_making_it():
+def test_a_view_is_made_once_per_combination_of_arguments():
     picture = Picture.open(photo(1))
     view = picture.view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
     assert picture.view(VIEW, Fit.STRETCH, Codec.JPEG, 90) is view
@@ -55,11 +55,11 @@ def test_views_and_regions_are_those_of_the_core():
     assert picture.original_bytes == len(data)
 
 
-def test_decoded_pixels_are_let_go():
+def test_decoded_pixels_are_dropped():
     picture = Picture.open(png())
     picture.region(Box(0, 0, 50, 50), VIEW, Codec.PNG, 90)
     assert picture._source is None
-    # And come back when they are needed.
+    # They are decoded again when needed.
     assert decode(picture.region(Box(0, 0, 50, 40), VIEW, Codec.PNG, 90), max_pixels=9999).size == (
         50,
         40,
@@ -146,7 +146,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
             open_picture(pipe)
 
 
-def test_what_is_no_picture_is_not_read(tmp_path):
+def test_a_file_that_is_no_picture_is_not_read(tmp_path):
     file = tmp_path / "film.mkv"
     with file.open("wb") as hole:
         hole.truncate(400 * 2**20)
@@ -168,7 +168,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         Picture.open(file)
 
 
-# ---- the album -------------------------------------------------------------------------------
+# ---- the picture cache -----------------------------------------------------------------------
 
 
 def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
