@@ -291,8 +291,8 @@ class EdgeClient:
 
 def _text_and_places(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
     """Split a question into its text and the positions of pictures in it."""
-    whole, spots = joined([text] if isinstance(text, str) else text)
-    return whole, tuple(PicturePlace(*spot) for spot in spots)
+    joined_text, spots = joined([text] if isinstance(text, str) else text)
+    return joined_text, tuple(PicturePlace(*spot) for spot in spots)
 
 
 def _turn(asked: Text, answer: str) -> Turn:

@@ -38,35 +38,35 @@ def open_camera(
         ConfigError: unknown URL scheme, or invalid webcam name.
         ModuleNotFoundError: PyAV is needed and not installed.
     """
-    tell = news or _keep_quiet
+    notify = news or _ignore
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", source):
         scheme = found[1].lower()
         if scheme not in STREAM_SCHEMES:
             known = ", ".join(f"{scheme}://" for scheme in STREAM_SCHEMES)
             raise ConfigError(f"{without_password(source)}: no such kind of stream; known: {known}")
         if scheme in ("http", "https"):
-            return snapshots.open_web(source, tell, retry, live=live)
+            return snapshots.open_web(source, notify, retry, live=live)
         from edge_client.cameras import video  # needs PyAV
 
-        return video.open_stream(source, tell, retry, live=live)
+        return video.open_stream(source, notify, retry, live=live)
     if source.startswith(("camera:", "/dev/video")):
         from edge_client.cameras import video  # needs PyAV
 
-        return video.open_webcam(*_device(source), tell, retry)
+        return video.open_webcam(*_device(source), notify, retry)
     path = Path(source)
     try:
         if path.is_dir():
-            return stills.Folder(path, tell)
+            return stills.Folder(path, notify)
         if not path.exists():
             raise CameraError(f"{source}: no such file or folder")
         if stills.is_still(path):
-            return stills.File(path, tell)
+            return stills.File(path, notify)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CameraError(f"{source}: {reason}") from error
     from edge_client.cameras import video  # needs PyAV
 
-    return video.open_recording(source, tell, live=live)
+    return video.open_recording(source, notify, live=live)
 
 
 def _device(source: str) -> tuple[str, str | None]:
@@ -87,5 +87,5 @@ def _device(source: str) -> tuple[str, str | None]:
     return (f"/dev/video{int(number)}" if numbered else device), size or None
 
 
-def _keep_quiet(_: str) -> None:
+def _ignore(_: str) -> None:
     pass

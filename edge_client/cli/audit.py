@@ -92,12 +92,12 @@ def totals(log: LoadedLog) -> list[Total]:
 
 def _print_json(log: LoadedLog) -> None:
     for line in log.images:
-        told = msgspec.to_builtins(line)
-        told["hidden"] = log.black_in(line)
-        print(json.dumps(told))
+        record = msgspec.to_builtins(line)
+        record["hidden"] = log.black_in(line)
+        print(json.dumps(record))
     for total in totals(log):
-        told = {**total._asdict(), "hour": total.hour.isoformat()}
-        print(json.dumps({"kind": "total", **told}))
+        record = {**total._asdict(), "hour": total.hour.isoformat()}
+        print(json.dumps({"kind": "total", **record}))
 
 
 def _print_tables(log: LoadedLog) -> None:
@@ -150,16 +150,18 @@ def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
     codec = suffixes.get(out.suffix.lower())
     if codec is None:
         raise ConfigError(f"--out {out}: the name must end in .jpg, .png or .webp")
-    seen = draw_overlay(Picture.open(photo), log)
+    overlay = draw_overlay(Picture.open(photo), log)
     try:
-        out.write_bytes(encode(seen.image, codec, 92))
+        out.write_bytes(encode(overlay.image, codec, 92))
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror or error}") from error
     if as_json:
-        counts = {"images": seen.drawn, "same_bytes": seen.same, "unknown": seen.unknown}
+        counts = {"images": overlay.drawn, "same_bytes": overlay.same, "unknown": overlay.unknown}
         print(json.dumps({"out": str(out), **counts}))
         return
-    said = f"{seen.drawn} images, {seen.same} of them byte for byte as they left"
-    if seen.unknown:
-        said += f"; {seen.unknown} more not drawn: the log does not say what was black in them"
-    print(f"{printable(str(out))}: {said}")
+    summary = f"{overlay.drawn} images, {overlay.same} of them byte for byte as they left"
+    if overlay.unknown:
+        summary += (
+            f"; {overlay.unknown} more not drawn: the log does not say what was black in them"
+        )
+    print(f"{printable(str(out))}: {summary}")

@@ -198,7 +198,7 @@ def _refusal(server: Server, response: Response) -> LinkError | AuthenticationEr
     status = response.status_code
     if status == 401:
         wrong = "no token was given" if server.token is None else "the token is not accepted"
-        return AuthenticationError(f"{server.shown} lets nobody in unknown: {wrong} (HTTP 401)")
+        return AuthenticationError(f"{server.shown} needs a valid token: {wrong} (HTTP 401)")
     if status == 403:
         text = _refusal_text(response)
         return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403){text}")

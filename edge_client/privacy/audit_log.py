@@ -264,7 +264,7 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._place: tuple[int, int] | None = None  # inode and offset
+        self._position: tuple[int, int] | None = None  # inode and offset
         self._own: set[ImageLine] = set()
 
     def wrote(self, line: ImageLine) -> None:
@@ -286,12 +286,12 @@ class LogTail:
         try:
             with open(self._path, "rb") as file:
                 found = os.fstat(file.fileno())
-                if self._place is None:
+                if self._position is None:
                     start = _start_of(since, file, found.st_size)
-                elif self._place[0] != found.st_ino or self._place[1] > found.st_size:
+                elif self._position[0] != found.st_ino or self._position[1] > found.st_size:
                     start = 0  # a new file
                 else:
-                    start = self._place[1]
+                    start = self._position[1]
                 file.seek(start)
                 data = file.read()
         except FileNotFoundError:
@@ -303,10 +303,10 @@ class LogTail:
             ) from error
         else:
             inode = found.st_ino
-        whole = data.rfind(b"\n") + 1  # another process may be in the middle of a line
-        self._place = (inode, start + whole)
+        complete = data.rfind(b"\n") + 1  # another process may be in the middle of a line
+        self._position = (inode, start + complete)
         self._own = {line for line in self._own if line.time > since}
-        for raw in data[:whole].splitlines():
+        for raw in data[:complete].splitlines():
             line = parsed(raw)
             if line is None or isinstance(line, HiddenLine) or line.time <= since:
                 continue

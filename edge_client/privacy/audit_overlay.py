@@ -74,8 +74,8 @@ def draw_overlay(picture: Picture, log: LoadedLog) -> AuditOverlay:
 
 
 def _dimmed(picture: Picture) -> Image.Image:
-    whole = picture.decoded()
-    grey = whole.convert("L").convert("RGB")
+    upright = picture.decoded()
+    grey = upright.convert("L").convert("RGB")
     return ImageEnhance.Brightness(grey).enhance(_DIMMED)
 
 

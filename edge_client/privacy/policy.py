@@ -133,7 +133,7 @@ class PrivacyPolicy(msgspec.Struct, frozen=True):
         found = self.cameras.get(name)
         if found is None:
             raise ConfigError(
-                f'{self.source}: no camera "{name}"; it has {_listed(self.cameras)} (an empty '
+                f'{self.source}: no camera "{name}"; it has {_comma_list(self.cameras)} (an empty '
                 f'entry takes all rules from "{DEFAULT_CAMERA}")'
             )
         return msgspec.structs.replace(found, name=name)
@@ -147,7 +147,7 @@ def load_policy(path: str | os.PathLike[str]) -> PrivacyPolicy:
             value. The message names the file, the place and the known keys.
     """
     file = Path(path)
-    cameras = _checked(_parsed(file), ("cameras",), str(file)).get("cameras")
+    cameras = _checked_mapping(_load_yaml(file), ("cameras",), str(file)).get("cameras")
     if not isinstance(cameras, dict) or not cameras:
         raise ConfigError(f'{file}: "cameras" must map the names of cameras to their rules')
     cameras = {name: {} if rules is None else rules for name, rules in cameras.items()}
@@ -158,7 +158,7 @@ def load_policy(path: str | os.PathLike[str]) -> PrivacyPolicy:
         where = f"{file}: camera {name}"
         if not isinstance(name, str):
             raise ConfigError(f"{where}: a name must be text; put it in quotes")
-        rules = _checked(cameras[name], _Rules.__struct_fields__, where)
+        rules = _checked_mapping(cameras[name], _Rules.__struct_fields__, where)
         loaded[name] = _camera(name, defaults | rules, where, file.parent)
     return PrivacyPolicy(loaded, str(file))
 
@@ -193,7 +193,7 @@ _LIFTED = tuple(
 """Rules that `NO_LIMIT` can lift. The others are lifted by a value, such as 1.0 or []."""
 
 
-def _parsed(file: Path) -> object:
+def _load_yaml(file: Path) -> object:
     import yaml  # takes some milliseconds; only needed with a policy
 
     class Loader(yaml.SafeLoader):
@@ -216,17 +216,17 @@ def _parsed(file: Path) -> object:
         raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
 
 
-def _checked(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
+def _checked_mapping(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
     """Return a mapping after checking that all keys are known and have values.
 
     Raises:
         ConfigError: names the wrong key and the known keys.
     """
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must be a mapping with {_listed(known)}")
+        raise ConfigError(f"{where}: must be a mapping with {_comma_list(known)}")
     for key, value in content.items():
         if key not in known:
-            raise ConfigError(f'{where}: "{key}" is not known; known are {_listed(known)}')
+            raise ConfigError(f'{where}: "{key}" is not known; known are {_comma_list(known)}')
         if value is None:  # would silently lift a limit of the default
             raise ConfigError(f'{where}: "{key}" has no value; give it one or leave it out')
     return content
@@ -235,10 +235,10 @@ def _checked(content: object, known: Iterable[str], where: str) -> dict[str, Any
 def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> CameraPolicy:
     areas = content.get("hide")
     for number, area in enumerate(areas if isinstance(areas, list) else [], start=1):
-        _checked(area, _Area.__struct_fields__, f"{where}: hide, entry {number}")
+        _checked_mapping(area, _Area.__struct_fields__, f"{where}: hide, entry {number}")
     content = {k: v for k, v in content.items() if not (k in _LIFTED and v == NO_LIMIT)}
     try:
-        rules = _given(msgspec.convert(content, _Rules))
+        rules = _set_fields(msgspec.convert(content, _Rules))
         if not 0 <= (share := rules["max_region_share"]) <= 1:
             raise ValueError(f"max_region_share must be from 0 to 1, not {share}")
         rules["hide"] = tuple(_hidden(area, folder) for area in rules["hide"])
@@ -249,11 +249,11 @@ def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> Cam
 
 
 def _hidden(area: _Area, folder: Path) -> HiddenArea:
-    given = _given(area)
+    given = _set_fields(area)
     of = given.pop("of", None)
     if len(given) != 1:
         kinds = (name for name in area.__struct_fields__ if name != "of")
-        raise ValueError(f"an entry of hide has exactly one of {_listed(kinds)}")
+        raise ValueError(f"an entry of hide has exactly one of {_comma_list(kinds)}")
     ((kind, value),) = given.items()
     if kind == "px" and of is None:
         raise ValueError(f"px {list(value)} needs of: [width, height], the picture it belongs to")
@@ -271,7 +271,7 @@ def _hidden(area: _Area, folder: Path) -> HiddenArea:
     return Rectangle(left, top, right, bottom, None if of is None else Size(*of))
 
 
-def _given(struct: msgspec.Struct) -> dict[str, Any]:
+def _set_fields(struct: msgspec.Struct) -> dict[str, Any]:
     """Return the fields that are in the file or have a default other than UNSET."""
     fields = msgspec.structs.asdict(struct)
     return {name: value for name, value in fields.items() if value is not msgspec.UNSET}
@@ -287,5 +287,5 @@ def _minutes(text: str) -> int:
     return hours * 60 + minutes
 
 
-def _listed(names: Iterable[str]) -> str:
+def _comma_list(names: Iterable[str]) -> str:
     return ", ".join(names)
