@@ -275,10 +275,10 @@ class LogTail:
         self._own.add(line)
 
     def lines(self, since: datetime.datetime) -> Iterator[ImageLine]:
-        """Yield the images that others logged since the last call.
+        """Yield the images that other processes logged since the last call.
 
         Args:
-            since: older lines are skipped.
+            since: older lines are skipped. The first call yields all newer ones.
 
         Raises:
             PrivacyError: the log cannot be read.
