@@ -16,7 +16,7 @@ SILENCE_S = 5.0
 _BLANK = "the camera shows nothing: black, grey or covered"
 
 
-class Live(Camera):
+class LiveCamera(Camera):
     """A source that a thread reads continuously, so that a slow caller gets no old pictures.
 
     A lost source is reopened without limit. If it sends no good pictures, or nothing at all,

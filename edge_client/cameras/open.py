@@ -56,11 +56,11 @@ def open_camera(
     path = Path(source)
     try:
         if path.is_dir():
-            return stills.Folder(path, notify)
+            return stills.PictureFolder(path, notify)
         if not path.exists():
             raise CameraError(f"{source}: no such file or folder")
         if stills.is_still(path):
-            return stills.File(path, notify)
+            return stills.PictureFile(path, notify)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CameraError(f"{source}: {reason}") from error

@@ -7,7 +7,7 @@ import time
 from edge_client.addresses import without_password
 from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
 from edge_client.cameras.http_fetch import FetchedContent, PictureUrl
-from edge_client.cameras.live import Live
+from edge_client.cameras.live import LiveCamera
 from edge_client.cameras.sharpest import is_blank
 from edge_client.cameras.stills import decode_small
 from edge_client.picture import Picture
@@ -34,7 +34,7 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     if reply.other_picture:
         raise CameraError(f"{name}: {reply.fault}")
     if reply.picture is not None:
-        return Snapshots(name, address, reply, news, retry)
+        return SnapshotCamera(name, address, reply, news, retry)
     # Imported when needed: pictures are fetched where PyAV is not installed.
     from edge_client.cameras import video
 
@@ -46,11 +46,11 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
         raise
 
 
-class Snapshots(Live):
+class SnapshotCamera(LiveCamera):
     """A picture on a web server, fetched again and again, and opened exactly like a file.
 
     Args:
-        name, news, retry: see `Live`.
+        name, news, retry: see `LiveCamera`.
         address: URL of the picture.
         first: content of the first fetch.
 

@@ -47,7 +47,7 @@ class _Arrival:
     error: str | None = None  # why the last attempt to load it failed
 
 
-class _Stills(Camera):
+class _PictureFiles(Camera):
     """Picture files that appear and change on disk.
 
     `take` returns the newest complete file. A file is complete when it can be decoded, so a file
@@ -184,7 +184,7 @@ class _Stills(Camera):
         self._news(f"{name} is passed over: {reason.removeprefix(f'{name}: ')}")
 
 
-class Folder(_Stills):
+class PictureFolder(_PictureFiles):
     """The newest picture in a folder. Subfolders, hidden files and other files are ignored.
 
     Blank pictures are skipped.
@@ -215,7 +215,7 @@ class Folder(_Stills):
         return is_blank(small.convert("L"))
 
 
-class File(_Stills):
+class PictureFile(_PictureFiles):
     """One picture file, which may be overwritten with newer pictures.
 
     Raises:

@@ -14,10 +14,10 @@ from av.error import FFmpegError, InvalidDataError
 from av.video.frame import VideoFrame
 
 from edge_client.addresses import without_password
-from edge_client.cameras import sharpest as choose
+from edge_client.cameras import sharpest
 from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
 from edge_client.cameras.decoder import READ_TIMEOUT_S, FrameDecoder
-from edge_client.cameras.live import Live
+from edge_client.cameras.live import LiveCamera
 from edge_client.cameras.upright import brightness_of, picture_of
 from edge_client.picture import Picture
 from edge_client.retry import Retry
@@ -44,7 +44,7 @@ av.logging.set_level(None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Opening:
+class _OpenArguments:
     """PyAV's arguments to open a source."""
 
     name: str
@@ -92,7 +92,7 @@ def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Came
         CameraError: it cannot be opened.
     """
     options = {} if size is None else {"video_size": size}
-    return LiveVideo(_Opening(device, device, options, "v4l2"), news, retry)
+    return LiveVideo(_OpenArguments(device, device, options, "v4l2"), news, retry)
 
 
 def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
@@ -106,11 +106,13 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     if rtsp:
         # Over UDP a lost packet damages the picture. UDP is used only where TCP is not offered.
         options |= {"rtsp_flags": "prefer_tcp", "allowed_media_types": "video"}
-    opening = _Opening(without_password(url), url, options)
+    opening = _OpenArguments(without_password(url), url, options)
     if not rtsp:
         container = opening.open()
         if container.duration:
-            return Recording(opening, container) if not live else Playing(opening, container, news)
+            if live:
+                return RecordingPlayback(opening, container, news)
+            return Recording(opening, container)
         container.close()
     return LiveVideo(opening, news, retry)
 
@@ -121,13 +123,13 @@ def open_recording(path: str, news: News, *, live: bool) -> Camera:
     Raises:
         CameraError: it cannot be opened.
     """
-    opening = _Opening(path, f"file:{path}", {"protocol_whitelist": _LOCAL})
+    opening = _OpenArguments(path, f"file:{path}", {"protocol_whitelist": _LOCAL})
     container = opening.open()
-    return Playing(opening, container, news) if live else Recording(opening, container)
+    return RecordingPlayback(opening, container, news) if live else Recording(opening, container)
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _RecentFrame:
     """A recent frame. `moment_s` is monotonic time, for comparisons only."""
 
     number: int
@@ -137,12 +139,12 @@ class _Kept:
     frame: VideoFrame
 
 
-def _best_frame(recent: list[_Kept], after: int, name: str) -> CameraFrame | None:
+def _best_frame(recent: list[_RecentFrame], after: int, name: str) -> CameraFrame | None:
     """Return the best of the recent frames; None if all are blank."""
     fresh = [
         one for one in recent if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
     ]
-    index = choose.best([brightness_of(one.frame) for one in fresh])
+    index = sharpest.best([brightness_of(one.frame) for one in fresh])
     if index is None:
         return None
     one = fresh[index]
@@ -164,10 +166,10 @@ class Recording(Camera):
 
     on_demand = True
 
-    def __init__(self, opening: _Opening, container: InputContainer) -> None:
+    def __init__(self, opening: _OpenArguments, container: InputContainer) -> None:
         self.name = opening.name
         self._decoder = FrameDecoder(live=False)
-        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+        self._recent: deque[_RecentFrame] = deque(maxlen=KEPT_FRAMES)
         self._container = container
         self._frames = self._decoder.frames(container)
         self._reading = threading.Lock()
@@ -206,26 +208,26 @@ class Recording(Camera):
             return
         position_s = frame.time or 0.0
         number = self._decoder.count
-        self._recent.append(_Kept(number, position_s, time.time(), position_s, frame))
+        self._recent.append(_RecentFrame(number, position_s, time.time(), position_s, frame))
 
 
-class LiveVideo(Live):
+class LiveVideo(LiveCamera):
     """A webcam or a stream. The last few frames are kept, so that the sharpest can be chosen.
 
     Raises:
         CameraError: it cannot be opened at all.
     """
 
-    def __init__(self, opening: _Opening, news: News, retry: Retry) -> None:
+    def __init__(self, opening: _OpenArguments, news: News, retry: Retry) -> None:
         super().__init__(opening.name, news, retry)
         self._setup(opening, opening.open(), live=True)
         self._thread.start()
 
-    def _setup(self, opening: _Opening, container: InputContainer, *, live: bool) -> None:
+    def _setup(self, opening: _OpenArguments, container: InputContainer, *, live: bool) -> None:
         self._opening = opening
         self._opened: InputContainer | None = container
         self._decoder = FrameDecoder(live=live)
-        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+        self._recent: deque[_RecentFrame] = deque(maxlen=KEPT_FRAMES)
         self._decoded_all = False
         self._damaged = 0  # frames that were damaged when the last good one came
 
@@ -271,7 +273,7 @@ class LiveVideo(Live):
     def _keep(self, frame: VideoFrame) -> None:
         with self._changed:
             self._recent.append(
-                _Kept(
+                _RecentFrame(
                     self._decoder.count, time.monotonic(), time.time(), self._position(frame), frame
                 )
             )
@@ -282,11 +284,11 @@ class LiveVideo(Live):
         return None
 
 
-class Playing(LiveVideo):
+class RecordingPlayback(LiveVideo):
     """A recording played at its own speed, like a camera."""
 
-    def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
-        Live.__init__(self, opening.name, news, Retry())
+    def __init__(self, opening: _OpenArguments, container: InputContainer, news: News) -> None:
+        LiveCamera.__init__(self, opening.name, news, Retry())
         self._setup(opening, container, live=False)  # a file is never ahead of the decoder
         self._start_s: float | None = None
         self._waiting = False  # for the next frame's time

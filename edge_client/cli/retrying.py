@@ -52,7 +52,7 @@ class RetryingClient:
         self._settings = settings
         self._client: Client | None = None
         self._welcome: Welcome | None = None
-        self._log = _Attempts(note)
+        self._log = _AttemptReporter(note)
         logger = logging.getLogger("edge_client.link.reconnect")
         logger.addHandler(self._log)
         logger.setLevel(logging.INFO)
@@ -180,7 +180,7 @@ def is_transient(error: CollabError) -> bool:
     )
 
 
-class _Attempts(logging.Handler):
+class _AttemptReporter(logging.Handler):
     """Reports attempts to reconnect, which `LinkKeeper` logs.
 
     Attributes:
