@@ -1,4 +1,4 @@
-"""The edge: asks questions about pictures over `vlm-collab/1`, and sends only what is needed.
+"""The edge client: ask questions about pictures over `vlm-collab/1`, and send only what is needed.
 
 ::
 
@@ -7,9 +7,8 @@
     answer = edge_client.ask("photo.jpg", "What does the small sign say?")
     print(answer.text, answer.bytes_up, "of", answer.original_bytes)
 
-`EdgeClient` is the async client, `Client` the same for programs without an event loop, and
-`ask` one question with neither. Names are imported when they are first used, so that importing
-the package costs next to nothing.
+`EdgeClient` is the async client, `Client` is the synchronous one, and `ask` asks one question
+without either. Names are imported on first use, so that importing the package is quick.
 """
 
 from __future__ import annotations

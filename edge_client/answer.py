@@ -1,45 +1,49 @@
-"""What a question came to, as the edge sees it."""
+"""The answer to a question, with its cost at the edge."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlm_collab.geometry import Box
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish, Stage, Token, Usage
 
+TextSink = Callable[[Stage, str], None]
+"""Called with the text of a pass so far whenever it changes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeAnswer:
-    """An answer, how it came about, and what it cost this edge.
+    """An answer, how it was made, and what it cost this edge.
 
     Attributes:
         text: the answer.
-        stage: which pass it comes from.
-        fallback: why it is the first one although the server was unsure.
-        declined: why this edge would not send the region; None if it was not asked, or sent it.
+        stage: pass that the answer comes from.
+        fallback: why it is the first answer although the server was unsure.
+        declined: why this edge did not send the region; None if it sent it or was not asked.
         uncertainty: of `text`, in the unit of the server's metric.
-        first_text: the first answer; equal to `text` where nothing was refined. It ends in
-            `vlm_collab.protocol.messages.CUT_MARK` where the server did not generate all of it.
-        first_uncertainty: of the first answer.
-        box: the region that the server asked for, in px of the upright original; None when it
-            was sure, or no region would have shown more than the view.
-        picture: which of the question's pictures the box is in, from 0.
+        first_text: the first answer; equal to `text` if nothing was refined. It ends in
+            `vlm_collab.protocol.messages.CUT_MARK` if the server did not generate all of it.
+        first_uncertainty: uncertainty of the first answer.
+        box: the region that the server asked for, in px of the upright original; None if the
+            server was sure, or if no region would have shown more than the view.
+        picture: index of the question's picture that contains the box, from 0.
         map: relative attention, row-major, one byte per cell, 255 at the largest; None unless
-            it was asked for and the server was unsure.
+            it was requested and the server was unsure.
         rows, columns: the token grid, which is the shape of `map`.
-        bytes_up, bytes_down: bytes sent and received for this question, WebSocket headers
-            included, over all attempts. (TLS, TCP and IP come on top.)
-        view_bytes: bytes of global views among them; 0 when the server had the view already.
-        region_bytes: bytes of regions among them.
-        region: the encoded region as it was sent; None when none was.
-        original_bytes: size of the originals' files together; None if one has none.
-        usage: what it cost the server.
-        elapsed_s: from asking to this answer.
+        bytes_up, bytes_down: bytes sent and received for this question over all attempts,
+            including WebSocket headers, without TLS, TCP and IP.
+        view_bytes: bytes of global views among `bytes_up`; 0 if the server had the view already.
+        region_bytes: bytes of regions among `bytes_up`.
+        region: the encoded region as it was sent; None if none was sent.
+        original_bytes: total size of the originals' files; None if a picture has no file.
+        usage: cost at the server.
+        elapsed_s: time from asking to this answer, in s.
         model: name of the model that answered.
-        finish: why the answer ends where it does.
-        tokens: what `text` is made of, if that was asked for.
+        finish: why the answer ends.
+        tokens: the tokens of `text`, if they were requested.
         shown: share of the picture's area that its view shows (of several, the smallest). Below
-            1 the server's fit is `crop`: the model saw nothing of the rest, in neither pass.
+            1 the server's fit is `crop`, and the model saw the rest in neither pass.
     """
 
     text: str

@@ -12,14 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, TypedDict, Unpack
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.link.dial import DEFAULT_URL, Server
 from edge_client.link.link import CODECS
-from edge_client.link.question import Asking, Request, TextSink, ViewState
-from edge_client.link.reconnect import LinkKeeper, Retry
-from edge_client.picture import Album, Picture, PictureLike
+from edge_client.link.question import QuestionDriver
+from edge_client.link.reconnect import LinkKeeper
+from edge_client.link.request import QuestionRequest, ViewState
+from edge_client.picture import Picture, PictureCache, PictureLike
 from edge_client.privacy.guard import open_guard
-from edge_client.privacy.policy import Policy
+from edge_client.privacy.policy import PrivacyPolicy
+from edge_client.retry import Retry
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
 from vlm_collab.protocol.edge_session import EdgeLimits
@@ -29,35 +31,35 @@ from vlm_collab.protocol.messages import MAX_PICTURES, Options, PicturePlace, Tu
 DEFAULT_DEADLINE_S = 60.0
 
 _Others = tuple[weakref.ref[Picture], ...]
-"""The pictures that a question is about beside its first."""
+"""A question's pictures after the first."""
 
 Text: TypeAlias = str | Sequence[str | int]
-"""A question, or its pieces with numbers of pictures between them."""
+"""A question, or a list of text pieces and picture indices."""
 
-_AT_ONCE = 32  # what a server takes at once from one connection by default
+_MAX_CONCURRENT = 32  # a server's default limit for one connection
 
 
 class ClientOptions(TypedDict, total=False):
-    """Settings of a client beyond the address; all have defaults.
+    """Settings of a client besides the address; all have defaults.
 
     Attributes:
         token: bearer token.
-        ca_file: PEM file of authorities to trust instead of the system's.
-        proxy: address of a proxy; those of the environment are not used.
-        connect_timeout_s: time for one attempt to connect (10).
-        ping_interval_s: how often a silent link is checked (20).
-        retry: how often and how fast to connect again, and how soon to send a question again
-            that lost its link.
-        limits: what the server may have of the pictures, on one connection.
+        ca_file: PEM file of certificate authorities to trust instead of the system's.
+        proxy: address of a proxy; proxy settings from the environment are ignored.
+        connect_timeout_s: time for one attempt to connect, in s (10).
+        ping_interval_s: how often a silent link is checked, in s (20).
+        retry: attempts and pauses for reconnecting, and for sending a question again that lost
+            its link.
+        limits: what the server may request of the pictures on one connection.
         max_pixels: most pixels of a picture (200 million).
-        view_codec: format of global views; by default the one that the server likes best.
+        view_codec: format of global views; by default the server's first choice.
         view_quality: JPEG or WebP quality of global views, 1 to 100 (90).
-        policy: what may leave the device: a policy file, or one that was loaded. None allows
+        policy: what may leave the device: a policy file or a loaded policy. None allows
             everything (see `docs/privacy.md`).
-        camera: whose rules of the policy apply; None for its default.
-        audit: file in which every image that leaves is listed; None for none.
-        decoder: threads on which pictures are decoded, each of which takes 4 bytes of memory and
-            more for every pixel; whoever made them shuts them down. None for those of `asyncio`.
+        camera: camera of the policy whose rules apply; None for its `default` entry.
+        audit: file that lists every image that leaves; None for no log.
+        decoder: threads that decode pictures. Each needs at least 4 bytes of memory per pixel.
+            The caller shuts them down. None for those of `asyncio`.
     """
 
     token: str | None
@@ -70,29 +72,29 @@ class ClientOptions(TypedDict, total=False):
     max_pixels: int
     view_codec: Codec | None
     view_quality: int
-    policy: Policy | str | os.PathLike[str] | None
+    policy: PrivacyPolicy | str | os.PathLike[str] | None
     camera: str | None
     audit: str | os.PathLike[str] | None
     decoder: Executor | None
 
 
 class EdgeClient:
-    """Asks questions about pictures, many at once, over one connection.
+    """Asks questions about pictures, many at the same time, over one connection.
 
     ::
 
         async with EdgeClient("ws://server:8765", token="…") as client:
             answer = await client.ask("photo.jpg", "What does the small sign say?")
 
-    The connection is made on entering, and made again when it is lost and a question needs it.
-    Views that the server still has are not sent again.
+    Connects on entering, and reconnects when a question needs a link and it is lost. Views that
+    the server still has are not sent again.
 
     Args:
         url: `ws://host:port` or `wss://host:port`.
         options: see `ClientOptions`.
 
     Raises:
-        ConfigError: an impossible setting.
+        ConfigError: a setting is invalid.
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
@@ -115,9 +117,9 @@ class EdgeClient:
         self._guard = open_guard(
             options.get("policy"), options.get("camera"), options.get("audit"), url
         )
-        self._album = Album(options.get("max_pixels", MAX_SOURCE_PIXELS))
+        self._album = PictureCache(options.get("max_pixels", MAX_SOURCE_PIXELS))
         self._decoder = options.get("decoder")
-        # A picture that the caller lets go of takes its number along; numbers are not reused.
+        # Entries vanish with their pictures; view numbers are not reused.
         self._views: weakref.WeakKeyDictionary[Picture, dict[_Others, ViewState]] = (
             weakref.WeakKeyDictionary()
         )
@@ -136,18 +138,20 @@ class EdgeClient:
         await self.close()
 
     async def connect(self) -> Welcome:
-        """Connect, unless connected, and return what the server says of itself.
+        """Connect, unless connected, and return the server's `Welcome`.
 
         Raises:
-            LinkError: nothing answers there, or no vlm-collab server.
+            LinkError: nothing answers there, or it is not a vlm-collab server.
             AuthenticationError: wrong token.
-            RemoteProtocolError: it speaks another version, or something else altogether.
+            RemoteProtocolError: the server speaks another version or another protocol.
         """
         return (await self._keeper.link()).welcome
 
     async def close(self) -> None:
-        """Close the connection. Questions still open end with `LinkError`, or with their first
-        answer where there is one."""
+        """Close the connection.
+
+        Open questions end with their first answer if there is one, else with `LinkError`.
+        """
         await self._keeper.close()
 
     async def ask(
@@ -160,31 +164,31 @@ class EdgeClient:
         on_text: TextSink | None = None,
         options: Options | None = None,
     ) -> EdgeAnswer:
-        """Ask a question about a picture, or about several together.
+        """Ask a question about one or several pictures.
 
-        When the server is unsure it asks for a region, which is cut from the original here.
+        If the server is unsure it asks for a region, which is cut from the original here.
         Whatever goes wrong after that, the first answer is returned and marked (`fallback`).
-        Cancelling the task tells the server to forget the question.
+        Cancelling the task cancels the question at the server.
 
         Args:
-            picture: a `Picture`, the path of one, or the content of its file; or several of
-                these, in the order in which the model is to see them.
-            question: the text; or its pieces with the numbers of the pictures, from 0, where
-                these stand in it: `["Before: ", 0, " After: ", 1, " What changed?"]`. Pieces are
-                joined as they are. Without numbers, here and in the history, the pictures stand
-                before the first text; else each picture has one at least, and may have several.
-            history: (question, answer) pairs that came before, oldest first; questions as above.
-            deadline_s: time for everything, connecting included; None for no bound. Until then a
-                question that loses its link is asked again, at the pace of `Retry`.
+            picture: a `Picture`, the path of one, or the content of its file; or a sequence of
+                these, in the order in which the model sees them.
+            question: the text; or a list of text pieces and picture indices (from 0) at their
+                positions: `["Before: ", 0, " After: ", 1, " What changed?"]`. Pieces are joined
+                without separators. Without indices, here and in the history, the pictures stand
+                before the first text. With indices, each picture must occur at least once.
+            history: earlier (question, answer) pairs, oldest first; questions as above.
+            deadline_s: time for everything including connecting, in s; None for no limit. Until
+                then a question that loses its link is asked again, at the pace of `Retry`.
             on_text: called with (stage, text so far) as the answer grows, and with each
-                finished text. After a lost link the text starts over.
-            options: wishes for this question; None for the server's defaults.
+                finished text. After a lost link the text starts from the beginning.
+            options: settings of this question; None for the server's defaults.
 
         Raises:
             ImageError: the picture cannot be used.
-            QuestionError: the question is empty, too long or no text.
+            QuestionError: the question is empty, too long or not text.
             DeadlineError: no answer in time, not even a first one.
-            PrivacyError: the policy does not let the views leave, or nothing at this hour.
+            PrivacyError: the policy does not let the views leave, or anything at this hour.
             LinkError: the server cannot be reached, or was lost and did not come back in time.
             AuthenticationError: wrong token.
             ServerError: the server refused the question; it says why.
@@ -193,20 +197,20 @@ class EdgeClient:
         if deadline_s is not None and not deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {deadline_s:g}")
         turns = tuple(_turn(*turn) for turn in history)
-        text, places = _told(question)
+        text, places = _text_and_places(question)
         self._check(text, turns)
         # A path and the content of a file are sequences too.
         one = isinstance(picture, Picture | str | bytes | os.PathLike)
         sources: list[PictureLike] = [picture] if one else list(picture)  # type: ignore
         if not 1 <= len(sources) <= MAX_PICTURES:
             raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
-        told = (*(turn.places for turn in turns), places)
-        shown = [Place(i, one.position, one.picture) for i, each in enumerate(told) for one in each]
-        fault = fault_of(shown, (*(turn.question for turn in turns), text), len(sources))
+        all_places = enumerate((*(turn.places for turn in turns), places))
+        positions = [Place(i, one.position, one.picture) for i, each in all_places for one in each]
+        fault = fault_of(positions, (*(turn.question for turn in turns), text), len(sources))
         if fault is not None:
             raise ConfigError(fault)
         opened = [await asyncio.to_thread(self._open, source) for source in sources]
-        request = Request(
+        request = QuestionRequest(
             pictures=tuple(opened),
             question=text,
             options=options,
@@ -222,7 +226,7 @@ class EdgeClient:
             pace=self._pace,
             decoder=self._decoder,
         )
-        return await Asking(request, self._keeper).run()
+        return await QuestionDriver(request, self._keeper).run()
 
     async def ask_many(
         self,
@@ -231,20 +235,20 @@ class EdgeClient:
         deadline_s: float | None = DEFAULT_DEADLINE_S,
         options: Options | None = None,
     ) -> list[EdgeAnswer | CollabError]:
-        """Ask many questions at once.
+        """Ask many questions at the same time.
 
-        A question that fails does not take the others' answers along: its error stands in its
-        place. Some are under way at once; the others wait, their pictures not yet opened.
+        A failed question does not affect the others: its error is returned in its place. At most
+        32 questions run at the same time; the pictures of the others are not opened yet.
 
         Args:
             items: (picture, question) pairs.
-            deadline_s: time for each, from when its turn comes.
-            options: wishes for all of them.
+            deadline_s: time for each question from when it starts, in s.
+            options: settings of all questions.
 
         Returns:
             For each pair, in order, its answer or its error.
         """
-        turns = asyncio.Semaphore(_AT_ONCE)
+        turns = asyncio.Semaphore(_MAX_CONCURRENT)
 
         async def one(picture: PictureLike, question: str) -> EdgeAnswer:
             async with turns:
@@ -254,7 +258,7 @@ class EdgeClient:
         results: list[EdgeAnswer | CollabError] = []
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, CollabError):
-                raise result  # a wrong call, not a failed question
+                raise result  # a programming error, not a failed question
             results.append(result)
         return results
 
@@ -264,14 +268,14 @@ class EdgeClient:
     def _check(self, question: str, history: Iterable[Turn] = ()) -> None:
         if not question.strip():
             raise QuestionError("the question is empty")
-        said = [question, *(text for turn in history for text in (turn.question, turn.answer))]
+        texts = [question, *(text for turn in history for text in (turn.question, turn.answer))]
         try:
-            size_bytes = sum(len(text.encode()) for text in said)
+            size_bytes = sum(len(text.encode()) for text in texts)
         except UnicodeEncodeError:
             raise QuestionError("the question holds bytes that are no text") from None
         link = self._keeper.current
         if link is not None and size_bytes > link.welcome.max_question_bytes:
-            what = "question has" if len(said) == 1 else "question and history have"
+            what = "question has" if len(texts) == 1 else "question and history have"
             raise QuestionError(
                 f"the {what} {size_bytes} bytes; the server takes {link.welcome.max_question_bytes}"
             )
@@ -285,12 +289,12 @@ class EdgeClient:
         return views[others]
 
 
-def _told(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
-    """A text, and where pictures stand in it."""
-    whole, spots = joined([text] if isinstance(text, str) else text)
-    return whole, tuple(PicturePlace(*spot) for spot in spots)
+def _text_and_places(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
+    """Split a question into its text and the positions of pictures in it."""
+    joined_text, spots = joined([text] if isinstance(text, str) else text)
+    return joined_text, tuple(PicturePlace(*spot) for spot in spots)
 
 
 def _turn(asked: Text, answer: str) -> Turn:
-    question, places = _told(asked)
+    question, places = _text_and_places(asked)
     return Turn(question, answer, places)

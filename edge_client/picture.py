@@ -1,4 +1,4 @@
-"""Pictures at the edge: an original, its encoded views, and crops of it."""
+"""Pictures at the edge: an original, its encoded views and its regions."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PictureLike: TypeAlias = "Picture | str | os.PathLike[str] | bytes"
-"""What a question can be about: a picture, the path of one, or the content of its file."""
+"""A picture, the path of a picture file, or the content of one."""
 
 
 class Picture:
-    """An original, kept encoded, with the views that were made of it.
+    """An original, stored encoded, with the views that were made of it.
 
-    Ask several questions about the same `Picture` and its view is made and sent once. The file
-    is read when the picture is opened and never again, so that a region is cut from the very
-    picture that the view shows. Safe to use from several threads.
+    For several questions about the same `Picture`, the view is made and sent once. The file is
+    read only when the picture is opened, so that a region is cut from the same picture that the
+    view shows. Safe to use from several threads.
 
     Attributes:
-        size: of the upright picture, in px.
-        name: its path, or a word for what it is; for messages to people.
-        original_bytes: size of its file; None for a picture that came without one.
-        digest: names the original: `sha256:` and the hash of its file; `pixels:` and the hash of
-            its size and upright 8-bit RGB pixels for one that came without. Computed when it is
-            first read.
-        hidden: boxes that are black in all that is made of it, in px of the upright picture.
+        size: size of the upright picture, in px.
+        name: path or description of the picture, for messages.
+        original_bytes: size of the file; None for a picture without a file.
+        digest: identifies the original: `sha256:` and the hash of the file; for a picture without
+            a file, `pixels:` and the hash of its size and upright 8-bit RGB pixels. Computed on
+            first access.
+        hidden: boxes that are black in all views and regions, in px of the upright picture.
     """
 
     def __init__(self, name: str, data: bytes | None, source: SourceImage, max_pixels: int) -> None:
@@ -57,15 +57,15 @@ class Picture:
     def open(
         cls, source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_SOURCE_PIXELS
     ) -> Picture:
-        """Open a JPEG, PNG or WebP picture: its header is read, nothing is decoded.
+        """Open a JPEG, PNG or WebP picture. Only its header is read; pixels are not decoded.
 
         Args:
             source: path of a file, or its content.
             max_pixels: most pixels to accept.
 
         Raises:
-            ImageError: missing, unreadable, broken, too large, or no picture; the message says
-                which file and why.
+            ImageError: the file is missing, unreadable, broken, too large or not a picture; the
+                message names the file and the reason.
         """
         if isinstance(source, bytes):
             image = SourceImage.open(source, max_pixels=max_pixels)
@@ -82,18 +82,18 @@ class Picture:
     def from_pil(
         cls, image: Image, *, name: str = "the picture", max_pixels: int = MAX_SOURCE_PIXELS
     ) -> Picture:
-        """Take a picture that is decoded already, such as a camera frame.
+        """Make a picture from a decoded image, such as a camera frame.
 
         Raises:
-            ImageError: too many pixels, or a mode that has no RGB form.
+            ImageError: too many pixels, or a mode that cannot be converted to RGB.
         """
         return cls(name, None, SourceImage.from_pil(image, max_pixels=max_pixels), max_pixels)
 
     def hiding(self, boxes: Iterable[Box]) -> Picture:
-        """The same picture with boxes black in all that is made of it; see `SourceImage.hiding`.
+        """Return the picture with boxes black in all its views and regions.
 
         Args:
-            boxes: px of the upright picture; clipped to it.
+            boxes: in px of the upright picture; clipped to it. See `SourceImage.hiding`.
 
         Raises:
             ImageError: the picture's data are broken.
@@ -102,7 +102,7 @@ class Picture:
             hiding = source.hiding(boxes)
         hidden = Picture(self.name, self._data, hiding, self._max_pixels)
         if self._data is None:
-            hidden.digest = self.digest  # the original's, not that of what is left of it
+            hidden.digest = self.digest  # of the original, not of the masked pixels
         return hidden
 
     @cached_property
@@ -114,7 +114,7 @@ class Picture:
 
     @property
     def pixel_digest(self) -> str:
-        """What `digest` is for a picture with these pixels that came without a file.
+        """The `digest` of a picture with these pixels and without a file.
 
         Raises:
             ImageError: the picture's data are broken.
@@ -123,21 +123,21 @@ class Picture:
             return f"pixels:{source.pixel_digest()}"
 
     def decoded(self) -> Image:
-        """All of the picture: upright RGB, for the device's own use.
+        """Return the whole picture as upright RGB, for use on the device.
 
         Raises:
-            ImageError: its data are broken.
+            ImageError: the picture's data are broken.
         """
         with self._opened() as source:
             return source.region(Box(0, 0, *self.size), self.size)
 
     def view(self, side: Size, fit: Fit, codec: Codec, quality: int) -> bytes:
-        """The encoded global view; made once for each combination of arguments.
+        """Return the encoded global view, which is made once per combination of arguments.
 
         Args:
             side: size of the view, in px.
-            fit: how the picture is brought to that aspect.
-            codec, quality: how it is encoded (quality 1 to 100; PNG ignores it).
+            fit: how the picture is fitted to that aspect ratio.
+            codec, quality: encoding (quality 1 to 100; PNG ignores it).
 
         Raises:
             ImageError: the picture's data are broken.
@@ -153,8 +153,8 @@ class Picture:
         """Cut a region at full resolution and encode it.
 
         Args:
-            box: what to cut, in px of the upright picture.
-            target: largest useful size, in px; the region is never enlarged.
+            box: area to cut, in px of the upright picture.
+            target: largest useful size, in px. The region is never enlarged.
             codec, quality: as for `view`.
 
         Raises:
@@ -166,17 +166,17 @@ class Picture:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[SourceImage]:
-        """The original, for one thread at a time.
+        """Lock the decoded original for one thread.
 
-        Decoded pixels are large, so they stay only while somebody works on this picture or waits
-        to: several questions about it share one decoding, and a hundred pictures do not pile up.
+        Decoded pixels are large, so they are kept only while a thread uses this picture or waits
+        for it. Several questions about it share one decoding, and pictures do not fill the memory.
         """
         with self._counting:
             self._users += 1
         try:
             with self._working:
                 if self._source is None:
-                    assert self._data is not None  # only what can be opened again is let go
+                    assert self._data is not None  # only then is the decoded source dropped
                     opened = SourceImage.open(self._data, max_pixels=self._max_pixels)
                     self._source = opened.hiding(self.hidden)
                 yield self._source
@@ -190,14 +190,14 @@ class Picture:
         return f"<Picture {self.name}, {self.size.width} x {self.size.height} px>"
 
 
-class Album:
-    """Recently used pictures by path or content, so that asking twice about a file sends it once.
+class PictureCache:
+    """Recently used pictures by path or content, so that two questions about a file send it once.
 
-    A file that changed on disk is a new picture.
+    A file that has changed on disk is a new picture.
 
     Args:
         max_pixels: most pixels of a picture.
-        max_bytes: memory for the encoded originals; the least recently used go first.
+        max_bytes: memory for the encoded originals; the least recently used are dropped first.
     """
 
     def __init__(self, max_pixels: int, max_bytes: int = 64 * 2**20) -> None:
@@ -207,7 +207,7 @@ class Album:
         self._lock = threading.Lock()
 
     def get(self, source: PictureLike) -> Picture:
-        """The picture of a path or content, opened if need be; a `Picture` is returned as is.
+        """Return the picture of a path or content; a `Picture` is returned unchanged.
 
         Raises:
             ImageError: see `Picture.open`.
@@ -215,7 +215,7 @@ class Album:
         if isinstance(source, Picture):
             return source
         key = _key(source)
-        # Opening under the lock: two questions at once on a new file must get the same picture.
+        # Open under the lock: concurrent questions about a new file must get the same picture.
         with self._lock:
             picture = self._pictures.get(key)
             if picture is None:
@@ -239,5 +239,5 @@ def _key(source: str | os.PathLike[str] | bytes) -> object:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return path  # opening it says what is wrong
+        return path  # opening it will report the error
     return path, found.st_mtime_ns, found.st_size

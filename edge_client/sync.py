@@ -1,4 +1,4 @@
-"""The same client for programs without an event loop."""
+"""The synchronous client, for programs without an event loop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient, Text
 from edge_client.link.dial import DEFAULT_URL
-from edge_client.link.question import TextSink
 from edge_client.picture import PictureLike
 from vlm_collab.errors import CollabError, LinkError
 from vlm_collab.protocol.messages import Options, Welcome
@@ -21,14 +20,14 @@ T = TypeVar("T")
 
 
 class Client:
-    """`EdgeClient` without `await`: its event loop runs on a thread of its own.
+    """`EdgeClient` without `await`: its event loop runs in a thread of its own.
 
     ::
 
         with Client("ws://server:8765") as client:
             answer = client.ask("photo.jpg", "What does the small sign say?")
 
-    Connects when it is made. Any thread may ask, several at once; close it when done.
+    Connects when created. Several threads may ask at the same time. Close it when done.
 
     Args:
         url: `ws://host:port` or `wss://host:port`.
@@ -41,10 +40,10 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
         self._client = EdgeClient(url, **options)
         self._loop = asyncio.new_event_loop()
-        # Nothing is handed to the loop once it was told to stop: nobody would ever run it.
-        self._handing = threading.Lock()
+        # Nothing may be submitted after the loop was told to stop: it would never run.
+        self._submitting = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._turn, name="edge-client", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="edge-client", daemon=True)
         self._thread.start()
         try:
             self._run(self._client.connect())
@@ -65,7 +64,7 @@ class Client:
 
     @property
     def welcome(self) -> Welcome:
-        """What the server says of itself; connects again if need be."""
+        """The server's `Welcome`; reconnects if necessary."""
         return self._run(self._client.connect())
 
     def ask(
@@ -78,10 +77,10 @@ class Client:
         on_text: TextSink | None = None,
         options: Options | None = None,
     ) -> EdgeAnswer:
-        """Ask a question about a picture; arguments and errors as `EdgeClient.ask`.
+        """Ask a question about a picture; arguments and errors as for `EdgeClient.ask`.
 
-        `on_text` is called on the client's own thread. An interrupt (Ctrl-C) takes the question
-        back.
+        `on_text` is called in the client's own thread. An interrupt (Ctrl-C) cancels the
+        question.
         """
         return self._run(
             self._client.ask(
@@ -106,7 +105,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the thread. Closing twice does nothing."""
-        with self._handing:
+        with self._submitting:
             if self._closed:
                 return
             self._closed = True
@@ -115,10 +114,10 @@ class Client:
         self._thread.join()
         self._loop.close()
 
-    def _turn(self) -> None:
+    def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
-        # Questions that other threads still wait for have been told by now; let them end.
+        # Questions of other threads have got their error by now; let their tasks end.
         rest = asyncio.all_tasks(self._loop)
         for task in rest:
             task.cancel()
@@ -126,7 +125,7 @@ class Client:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._handing:
+        with self._submitting:
             if self._closed:
                 work.close()
                 raise LinkError("the client was closed")
@@ -151,13 +150,13 @@ def ask(
     options: Options | None = None,
     **settings: Unpack[ClientOptions],
 ) -> EdgeAnswer:
-    """Ask one question about one picture, or about several together, on a connection of its own.
+    """Ask one question about one or several pictures, on a connection of its own.
 
     Args:
         photo: path of a picture, the content of its file, or a `Picture`; or several of these.
         question: the text.
-        history: (question, answer) pairs that came before.
-        server: where the service is.
+        history: earlier (question, answer) pairs, oldest first.
+        server: address of the service.
         deadline_s, on_text, options: see `EdgeClient.ask`.
         settings: see `ClientOptions`.
 

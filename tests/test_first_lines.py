@@ -161,8 +161,8 @@ def test_serve_says_everything_to_who_asks_for_it(first: dict[str, str]) -> None
 def test_errors_of_libraries_are_heard(call: Call) -> None:
     code = (
         "import logging\n"
-        "from vlm_collab.cli.quiet import hush\n"
-        "hush()\n"
+        "from vlm_collab.cli.quiet import silence_libraries\n"
+        "silence_libraries()\n"
         "logging.getLogger('somebody').warning('WARNING of somebody')\n"
         "logging.getLogger('somebody').error('ERROR of somebody')\n"
         "logging.getLogger('server_plugin.engines.two_stage').warning('WARNING of ours')\n"

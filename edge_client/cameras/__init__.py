@@ -1,4 +1,4 @@
-"""Where pictures come from: a file, a folder that fills, a webcam, a stream, a recording.
+"""Sources of pictures: a file, a folder that receives pictures, a webcam, a stream, a recording.
 
 ::
 
@@ -6,16 +6,16 @@
         frame = camera.take(wait_s=5)
         answer = edge_client.ask(frame.picture, "is the gate open?")
 
-Every source gives its newest good picture when it is asked for one, and never a queue of old
-ones. Webcams, streams and recordings need the `camera` extra (PyAV); files, folders and pictures
-on a web server do not.
+Every source returns its newest good picture on request; it keeps no queue of old ones. Webcams,
+streams and recordings need the `camera` extra (PyAV); files, folders and pictures on a web server
+do not.
 """
 
 from __future__ import annotations
 
 from edge_client.cameras.base import Camera as Camera
 from edge_client.cameras.base import CameraError as CameraError
-from edge_client.cameras.base import Frame as Frame
-from edge_client.cameras.base import open_camera as open_camera
+from edge_client.cameras.base import CameraFrame as CameraFrame
+from edge_client.cameras.open import open_camera as open_camera
 
-__all__ = ["Camera", "CameraError", "Frame", "open_camera"]
+__all__ = ["Camera", "CameraError", "CameraFrame", "open_camera"]

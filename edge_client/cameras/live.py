@@ -1,4 +1,4 @@
-"""What all sources share that deliver pictures whether anybody takes them or not."""
+"""Base class of live sources, which deliver pictures whether or not they are taken."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import time
 from abc import abstractmethod
 from functools import partial
 
-from edge_client.cameras.base import Camera, CameraError, Frame, News
-from edge_client.link.reconnect import Retry
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
+from edge_client.retry import Retry
 
 SILENCE_S = 5.0
-"""A source without a good picture for so long is in trouble, whatever it does meanwhile."""
+"""After this time without a good picture, a source counts as in trouble."""
 
 _BLANK = "the camera shows nothing: black, grey or covered"
 
 
-class Live(Camera):
-    """A source that a thread reads as it comes, so that a slow taker gets no old pictures.
+class LiveCamera(Camera):
+    """A source that a thread reads continuously, so that a slow caller gets no old pictures.
 
-    A source that is lost is opened again, for as long as it takes. Whatever it sends instead of
-    good pictures, and if it sends nothing at all, `trouble` says so after `SILENCE_S`.
+    A lost source is reopened without limit. If it sends no good pictures, or nothing at all,
+    `trouble` says so after `SILENCE_S`.
 
     Args:
         name: see `Camera`.
-        news: is told when the source is lost and when it is back.
-        retry: pauses between attempts to get it back.
+        news: called when the source is lost and when it is back.
+        retry: pauses between attempts to reopen it.
     """
 
     def __init__(self, name: str, news: News, retry: Retry) -> None:
@@ -35,13 +35,13 @@ class Live(Camera):
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._failures = 0  # since the last picture
-        self._reached = False  # it is open, and may or may not deliver
-        self._good_s = time.monotonic()  # when there was a good picture last
+        self._reached = False  # it is open; it may still deliver nothing
+        self._good_s = time.monotonic()  # time of the last good picture
         self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
+    ) -> CameraFrame | None:
         """See `Camera.take`."""
         until = time.monotonic() + wait_s
         wanted = max(due, after + 1)
@@ -63,7 +63,7 @@ class Live(Camera):
             wanted = latest + 1
 
     def close(self) -> None:
-        """See `Camera.close`. A reader that waits for a silent camera ends when that times out."""
+        """See `Camera.close`. A thread that waits for a silent camera ends after its time-out."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
@@ -72,15 +72,15 @@ class Live(Camera):
     @property
     def trouble(self) -> str | None:
         """See `Camera`."""
-        trouble, lacking_s = self._trouble, self.lacking_s
-        if trouble is None and lacking_s >= SILENCE_S:
-            return f"{self.name}: no picture for {lacking_s:.0f} s; {self._silence()}"
+        trouble, without_picture_s = self._trouble, self.without_picture_s
+        if trouble is None and without_picture_s >= SILENCE_S:
+            return f"{self.name}: no picture for {without_picture_s:.0f} s; {self._silence()}"
         if trouble is not None and self._failures and self._reached:
             return f"{trouble}; now it is there again, but {self._silence()}"
         return trouble
 
     @property
-    def lacking_s(self) -> float:
+    def without_picture_s(self) -> float:
         """See `Camera`."""
         return 0.0 if self.ended else time.monotonic() - self._good_s
 
@@ -89,31 +89,31 @@ class Live(Camera):
 
     @abstractmethod
     def _latest(self) -> int:
-        """Number of the newest picture that may be taken; 0 for none."""
+        """Return the number of the newest picture that may be taken; 0 for none."""
 
     @abstractmethod
-    def _best(self, after: int) -> Frame | None:
-        """The best of the newest pictures after a number; None if they show nothing."""
+    def _best(self, after: int) -> CameraFrame | None:
+        """Return the best of the newest pictures after a number; None if all are blank."""
 
     @abstractmethod
     def _follow(self) -> str:
-        """Open the source and read it as long as it goes; call `_came` for each picture.
+        """Open the source and read it to its end; call `_arrived` for each picture.
 
         Returns:
-            Why it ended.
+            The reason why it ended.
 
         Raises:
-            CameraError: the same.
+            CameraError: it cannot be opened or read; the message is the reason.
         """
 
     @abstractmethod
     def _silence(self) -> str:
-        """What the source does while no picture comes."""
+        """Describe what the source does while no picture comes."""
 
-    def _came(self) -> None:
-        """There is a new picture."""
+    def _arrived(self) -> None:
+        """Note that a new picture is there, and wake a waiting `take`."""
         if self._failures:
-            self._news(f"{self.name} is back after {self.lacking_s:.0f} s")
+            self._news(f"{self.name} is back after {self.without_picture_s:.0f} s")
         with self._changed:
             if self._failures:
                 self._failures, self._trouble = 0, None
@@ -122,7 +122,7 @@ class Live(Camera):
             self._changed.notify_all()
 
     def _is_over(self) -> bool:
-        """Whether a source that was read to its end has nothing more to give."""
+        """Whether the source has ended for good after it was read to its end."""
         return False
 
     def _run(self) -> None:

@@ -1,39 +1,40 @@
-"""An address with one picture: a camera's snapshot, or a file that somebody puts there anew."""
+"""A picture on a web server, such as a camera's snapshot URL, fetched again and again."""
 
 from __future__ import annotations
 
 import time
 
-from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
-from edge_client.cameras.live import Live
+from edge_client.addresses import without_password
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
+from edge_client.cameras.http_fetch import FetchedContent, PictureUrl
+from edge_client.cameras.live import LiveCamera
 from edge_client.cameras.sharpest import is_blank
-from edge_client.cameras.stills import checked
-from edge_client.cameras.web import Address, Reply
-from edge_client.link.reconnect import Retry
+from edge_client.cameras.stills import decode_small
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from vlm_collab.errors import ImageError
 
 SNAPSHOT_S = 1.0
-"""An address that gives one picture is asked so often for its newest."""
+"""Pause between two fetches."""
 
 
 def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """What is at an `http://` or `https://` address: a picture, a stream or a recording.
+    """Open a picture, stream or recording at an `http://` or `https://` address.
 
     Raises:
         CameraError: it cannot be opened.
-        ModuleNotFoundError: it is no picture, and PyAV is not installed.
+        ModuleNotFoundError: it is not a picture, and PyAV is not installed.
     """
     name = without_password(url)
     try:
-        address = Address(url)
+        address = PictureUrl(url)
         reply = address.fetch()
     except (CameraError, ValueError) as error:
         raise CameraError(f"{name}: {error}") from None
     if reply.other_picture:
         raise CameraError(f"{name}: {reply.fault}")
     if reply.picture is not None:
-        return Snapshots(name, address, reply, news, retry)
+        return SnapshotCamera(name, address, reply, news, retry)
     # Imported when needed: pictures are fetched where PyAV is not installed.
     from edge_client.cameras import video
 
@@ -45,23 +46,25 @@ def open_web(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
         raise
 
 
-class Snapshots(Live):
-    """A picture on a web server, fetched again and again, and opened exactly as a file is.
+class SnapshotCamera(LiveCamera):
+    """A picture on a web server, fetched again and again, and opened exactly like a file.
 
     Args:
-        name, news, retry: see `Live`.
-        address: where it is.
-        first: what was there.
+        name, news, retry: see `LiveCamera`.
+        address: URL of the picture.
+        first: content of the first fetch.
 
     Raises:
-        CameraError: `first` is broken, or no picture that may be used.
+        CameraError: `first` is not a usable picture.
     """
 
-    def __init__(self, name: str, address: Address, first: Reply, news: News, retry: Retry) -> None:
+    def __init__(
+        self, name: str, address: PictureUrl, first: FetchedContent, news: News, retry: Retry
+    ) -> None:
         super().__init__(name, news, retry)
         self._address = address
         self._count = 0
-        self._frame: Frame | None = None
+        self._frame: CameraFrame | None = None
         self._blank = False
         try:
             self._accept(first)
@@ -78,7 +81,7 @@ class Snapshots(Live):
     def _latest(self) -> int:
         return self._count
 
-    def _best(self, after: int) -> Frame | None:
+    def _best(self, after: int) -> CameraFrame | None:
         with self._changed:
             return None if self._blank else self._frame
 
@@ -90,16 +93,16 @@ class Snapshots(Live):
             self._accept(self._address.fetch())
         return "it was closed"
 
-    def _accept(self, reply: Reply) -> None:
-        """Make what came the picture.
+    def _accept(self, reply: FetchedContent) -> None:
+        """Make the fetched content the newest picture.
 
         Raises:
-            CameraError: it is none that may be used.
+            CameraError: it is not a usable picture.
         """
         if reply.picture is None:
             raise CameraError(reply.fault)
         try:
-            small = checked(reply.picture)
+            small = decode_small(reply.picture)
             picture = Picture.open(reply.picture)
         except ImageError as error:
             raise CameraError(str(error)) from error
@@ -108,11 +111,11 @@ class Snapshots(Live):
         with self._changed:
             self._count = number
             self._blank = is_blank(small.convert("L"))
-            self._frame = Frame(
+            self._frame = CameraFrame(
                 number=number,
                 latest=number,
                 time_s=time.time(),
                 position_s=None,
                 picture=picture,
             )
-        self._came()
+        self._arrived()

@@ -1,4 +1,4 @@
-"""A picture file, and a folder that fills with them."""
+"""Picture files on disk: one file, or a folder that receives new ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from edge_client.cameras.base import PICTURE_SUFFIXES, Camera, CameraError, Frame, News
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
 from edge_client.cameras.sharpest import is_blank
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Size
+from vlm_collab.pictures.headers import identify
 from vlm_collab.pictures.images import SourceImage, read_source
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 POLL_S = 0.2
 SETTLED_S = 2.0
-"""A file that cannot be decoded may still be being written, unless it has not changed for so
-long."""
+"""A file that cannot be decoded counts as broken if it has not changed for this time; before that,
+it may still be being written."""
 
 _CHECK_SIZE = Size(128, 128)
 
@@ -37,19 +39,19 @@ class _Version:
 
 @dataclass(slots=True)
 class _Arrival:
-    """A version that has not become a picture yet."""
+    """A file version that has not been loaded yet."""
 
     version: _Version
     number: int
     seen_s: float
-    tried: str | None = None  # why it was no picture
+    error: str | None = None  # why the last attempt to load it failed
 
 
-class _Stills(Camera):
+class _PictureFiles(Camera):
     """Picture files that appear and change on disk.
 
-    The newest one that is complete is the picture. A file is complete when it can be decoded, so
-    one that is still being written is not used before it is done, and holds up no other.
+    `take` returns the newest complete file. A file is complete when it can be decoded, so a file
+    that is still being written is not used yet, and does not hold up others.
     """
 
     still = True
@@ -58,29 +60,29 @@ class _Stills(Camera):
         self.name = str(path)
         self._path = path
         self._news = news
-        self._known: dict[str, _Version] | None = None  # None: not looked yet
+        self._known: dict[str, _Version] | None = None  # None: not scanned yet
         self._arrivals: list[_Arrival] = []
         self._count = 0
-        self._good: Frame | None = None
-        self._lost_s = 0.0  # since when there is trouble
+        self._good: CameraFrame | None = None
+        self._lost_s = 0.0  # when the trouble began
         self._closed = threading.Event()
 
     @property
-    def lacking_s(self) -> float:
+    def without_picture_s(self) -> float:
         """See `Camera`."""
         return 0.0 if self._trouble is None else time.monotonic() - self._lost_s
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
-        """See `Camera.take`; a file that is being written is waited for in any case."""
+    ) -> CameraFrame | None:
+        """See `Camera.take`; always waits for a file that is being written."""
         until = time.monotonic() + wait_s
         until_settled = time.monotonic() + SETTLED_S + 2 * POLL_S
         while not self._closed.is_set():
             self._look()
             good = self._good
             if good is not None and good.number > after and self._count >= due:
-                return Frame(
+                return CameraFrame(
                     number=good.number,
                     latest=self._count,
                     time_s=good.time_s,
@@ -99,14 +101,14 @@ class _Stills(Camera):
 
     @abstractmethod
     def _scan(self) -> list[_Version]:
-        """What is there now."""
+        """List the files that are there now."""
 
     @abstractmethod
-    def _shows_nothing(self, small: Image) -> bool:
-        """Whether a picture is to be passed over."""
+    def _is_useless(self, small: Image) -> bool:
+        """Whether a picture has to be skipped because it is blank."""
 
     def _look(self) -> None:
-        """Take note of what is new, and load the newest that can be."""
+        """Note new files, and load the newest one that can be loaded."""
         try:
             found = self._scan()
         except OSError as error:
@@ -129,7 +131,7 @@ class _Stills(Camera):
         now = time.monotonic()
         if self._known is None:
             self._known = {version.name: version for version in found}
-            fresh = found[-1:]  # what was there before is history
+            fresh = found[-1:]  # older files do not count
         else:
             fresh = [version for version in found if self._known.get(version.name) != version]
             self._known = {version.name: version for version in found}
@@ -142,50 +144,50 @@ class _Stills(Camera):
                 self._count += 1
                 number = self._count
             self._arrivals.append(_Arrival(version, number, now))
-        there = [one for one in self._arrivals if one.version.name in self._known]
-        self._arrivals = sorted(there, key=lambda one: (one.version.mtime_ns, one.version.name))
+        existing = [one for one in self._arrivals if one.version.name in self._known]
+        self._arrivals = sorted(existing, key=lambda one: (one.version.mtime_ns, one.version.name))
 
     def _load(self, arrival: _Arrival) -> bool:
-        """Make an arrival the picture; False if it is not complete, or of no use."""
+        """Load an arrival as the newest picture; False if it is incomplete, broken or blank."""
         settled = time.monotonic() - arrival.seen_s >= SETTLED_S
-        if arrival.tried is not None and not settled:
+        if arrival.error is not None and not settled:
             return False
         try:
             data = read_source(arrival.version.name)
-            small = checked(data)
+            small = decode_small(data)
             picture = Picture.open(data)
         except (ImageError, OSError) as error:
-            arrival.tried = str(error)
+            arrival.error = str(error)
             if settled:
                 self._arrivals.remove(arrival)
-                self._pass_over(arrival, str(error))
+                self._skip(arrival, str(error))
             return False
-        if self._shows_nothing(small):
+        if self._is_useless(small):
             self._arrivals.remove(arrival)
-            self._pass_over(arrival, "it shows nothing")
+            self._skip(arrival, "it shows nothing")
             return False
         picture.name = arrival.version.name
-        self._good = Frame(
+        self._good = CameraFrame(
             number=arrival.number,
             latest=arrival.number,
             time_s=arrival.version.mtime_ns / 1e9,
             position_s=None,
             picture=picture,
         )
-        # Older ones that were not used yet have been overtaken; newer ones are still waited for.
+        # Drop older arrivals; newer ones may still become complete.
         index = self._arrivals.index(arrival)
         self._arrivals = self._arrivals[index + 1 :]
         return True
 
-    def _pass_over(self, arrival: _Arrival, reason: str) -> None:
+    def _skip(self, arrival: _Arrival, reason: str) -> None:
         name = arrival.version.name
         self._news(f"{name} is passed over: {reason.removeprefix(f'{name}: ')}")
 
 
-class Folder(_Stills):
+class PictureFolder(_PictureFiles):
     """The newest picture in a folder. Subfolders, hidden files and other files are ignored.
 
-    Pictures that show nothing are passed over.
+    Blank pictures are skipped.
 
     Raises:
         OSError: the folder cannot be read.
@@ -205,19 +207,19 @@ class Folder(_Stills):
                 try:
                     stat = entry.stat()
                 except FileNotFoundError:
-                    continue  # gone since
+                    continue  # deleted meanwhile
                 found.append(_Version(stat.st_mtime_ns, entry.path, stat.st_size))
         return found
 
-    def _shows_nothing(self, small: Image) -> bool:
+    def _is_useless(self, small: Image) -> bool:
         return is_blank(small.convert("L"))
 
 
-class File(_Stills):
+class PictureFile(_PictureFiles):
     """One picture file, which may be overwritten with newer pictures.
 
     Raises:
-        CameraError: it cannot be decoded, and is not being written either.
+        CameraError: it cannot be decoded, and is not being written.
     """
 
     def __init__(self, path: Path, news: News) -> None:
@@ -230,19 +232,29 @@ class File(_Stills):
         stat = os.stat(self._path)
         return [_Version(stat.st_mtime_ns, str(self._path), stat.st_size)]
 
-    def _shows_nothing(self, small: Image) -> bool:
-        return False  # somebody named this very picture
+    def _is_useless(self, small: Image) -> bool:
+        return False  # the user asked for exactly this picture
 
-    def _pass_over(self, arrival: _Arrival, reason: str) -> None:
+    def _skip(self, arrival: _Arrival, reason: str) -> None:
         self._reason = reason.removeprefix(f"{arrival.version.name}: ")
         if self._good is not None:
-            super()._pass_over(arrival, reason)
+            super()._skip(arrival, reason)
 
 
-def checked(data: bytes) -> Image:
-    """A whole picture, decoded and reduced (JPEG's scaled decoding keeps that cheap).
+def is_still(path: Path) -> bool:
+    """Whether a file is a picture rather than a recording, by its name or its first bytes."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        return identify(file.read(32)) is not None
+
+
+def decode_small(data: bytes) -> Image:
+    """Decode a picture at reduced size, to check that it is complete.
+
+    JPEG's scaled decoding keeps this cheap.
 
     Raises:
-        ImageError: it is no picture, or the file is not complete.
+        ImageError: it is not a picture, or it is incomplete.
     """
     return SourceImage.open(data).view(_CHECK_SIZE, Fit.STRETCH)

@@ -1,4 +1,4 @@
-"""What FFmpeg decoded, as the picture that is to be seen: upright, opaque, in its own colours."""
+"""Convert frames decoded by FFmpeg to upright Pillow images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vlm_collab.pictures.pixels import transposed
 
 
 def picture_of(frame: VideoFrame) -> Image:
-    """A frame as `Picture.from_pil` wants it.
+    """Convert a frame for `Picture.from_pil`.
 
-    It is turned and mirrored as its display matrix says, which is how FFmpeg tells of a
-    recording's own matrix, of H.264's and HEVC's, and of the EXIF orientation in a picture. Its
-    transparency and its ICC profile come along, and are applied as those of a file are.
+    The image is rotated and mirrored by the frame's display matrix. FFmpeg fills that matrix from
+    a recording's own matrix, from H.264 or HEVC, or from a picture's EXIF orientation.
+    Transparency and ICC profile are kept; they are applied later, as for a picture file.
     """
     opaque = not any(component.is_alpha for component in frame.format.components)
     mode = "RGB" if opaque else "RGBA"
@@ -33,14 +33,14 @@ def picture_of(frame: VideoFrame) -> Image:
 
 
 def brightness_of(frame: VideoFrame) -> Image:
-    """A frame in grey as it lies, without copying the colours of what is grey and colour apart."""
+    """Convert a frame to grey (mode "L"), not rotated; colour planes are not copied."""
     grey = frame.reformat(format="gray")
     plane = grey.planes[0]
     return frombytes("L", (grey.width, grey.height), bytes(plane), "raw", "L", plane.line_size)
 
 
 def orientation_of(matrix: tuple[int, ...]) -> int:
-    """The EXIF orientation (1 to 8) that a display matrix amounts to; of others the nearest.
+    """Return the EXIF orientation (1 to 8) nearest to a display matrix.
 
     Args:
         matrix: nine numbers, row by row. A pixel at (p, q), q downwards, is shown at
@@ -51,7 +51,7 @@ def orientation_of(matrix: tuple[int, ...]) -> int:
         return {(False, False): 1, (True, False): 2, (True, True): 3, (False, True): 4}[
             across < 0, down < 0
         ]
-    across, down = matrix[3], matrix[1]  # shown across is what lies downwards
+    across, down = matrix[3], matrix[1]  # the axes are swapped
     return {(False, False): 5, (True, False): 6, (True, True): 7, (False, True): 8}[
         across < 0, down < 0
     ]
@@ -68,13 +68,13 @@ def _side_data(frame: VideoFrame, kind: str) -> bytes | None:
 
 
 def _new_kind(cls: type[Type], value: object) -> Type:
-    """A kind of side data that PyAV has no name for."""
+    """Make an enum member for a kind of side data that PyAV does not know."""
     kind = object.__new__(cls)
     kind._name_ = f"KIND_{value}"
     kind._value_ = value  # type: ignore[assignment]
     return kind
 
 
-# FFmpeg names kinds that PyAV (18) does not know, such as EXIF, and of a frame with one of them
-# PyAV tells none at all, its display matrix included.
+# FFmpeg has kinds of side data that PyAV (18) does not know, such as EXIF. If a frame has one of
+# them, PyAV returns no side data at all, not even the display matrix.
 Type._missing_ = classmethod(_new_kind)  # type: ignore[assignment, method-assign]

@@ -5,45 +5,31 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import av
 from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
-from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
-from edge_client.cameras import sharpest as choose
-from edge_client.cameras.base import Camera, CameraError, Frame, News, without_password
-from edge_client.cameras.live import Live
+from edge_client.addresses import without_password
+from edge_client.cameras import sharpest
+from edge_client.cameras.base import Camera, CameraError, CameraFrame, News
+from edge_client.cameras.decoder import READ_TIMEOUT_S, FrameDecoder
+from edge_client.cameras.live import LiveCamera
 from edge_client.cameras.upright import brightness_of, picture_of
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 
 OPEN_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 10.0
-"""A camera that sends nothing for so long is lost."""
-
-BEHIND_S = 1.0
-"""A live source that had always a frame ready for so long is ahead of its decoder."""
-
-_WAITED_S = 0.004  # a read that took so long had to wait for the source
-
-MENDED_FRAMES = 300
-"""So many frames after damage, pictures without key frames have been refreshed all over."""
-
-_JPEG_END_BYTES = 1024  # with what cameras put after the end
 
 KEPT_FRAMES = 4
 KEPT_S = 0.5
-"""The picture is the sharpest of the last few frames, none older than this."""
+"""`take` returns the sharpest of the last frames; none of them is older than this."""
 
-# A playlist or session description must not make this device read its files, and a file must not
-# make it call anybody.
+# A playlist or session description must not make this device read local files, and a file must
+# not make it open network connections.
 _NETWORK = "rtsp,rtp,udp,tcp,tls,http,https,httpproxy,crypto,hls"
 _LOCAL = "file"
 
@@ -53,13 +39,13 @@ _PICTURE_BRANDS = {
     *("avis", "hevc", "hevx", "msf1"),
 }
 
-# FFmpeg's own lines name the whole address, password included; errors are told in ours.
+# FFmpeg's own log lines contain the full address with its password; our errors replace them.
 av.logging.set_level(None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Opening:
-    """How to open a source: what PyAV wants to know."""
+class _OpenArguments:
+    """PyAV's arguments to open a source."""
 
     name: str
     address: str
@@ -70,7 +56,7 @@ class _Opening:
         """Open it.
 
         Raises:
-            CameraError: why it cannot be.
+            CameraError: it cannot be opened; the message is the reason.
         """
         try:
             container = av.open(
@@ -80,37 +66,37 @@ class _Opening:
                 timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
             )
         except (FFmpegError, OSError, ValueError) as error:
-            raise CameraError(f"{self.name}: {_why(error)}") from error
+            raise CameraError(f"{self.name}: {_reason(error)}") from error
         if not container.streams.video:
             container.close()
             raise CameraError(f"{self.name}: there is no picture in it")
         if _is_picture(container):
-            # `Picture.open` reads three formats as they are to be seen; this would read others.
+            # `Picture.open` handles the three supported formats; FFmpeg would accept others.
             container.close()
             raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
         if container.streams.video[0].metadata.get("alpha_mode") == "1":
-            # FFmpeg's decoders of VP8 and VP9 give the colours that it hides.
+            # FFmpeg's VP8 and VP9 decoders ignore transparency and would show hidden colours.
             container.close()
             raise CameraError(f"{self.name}: a WebM recording with transparency is not read")
         return container
 
 
 def open_webcam(device: str, size: str | None, news: News, retry: Retry) -> Camera:
-    """A webcam, through Video4Linux.
+    """Open a webcam through Video4Linux.
 
     Args:
-        device: its file.
-        size: such as "1920x1080"; None for what it is set to.
+        device: device file.
+        size: picture size such as "1920x1080"; None for the webcam's current setting.
 
     Raises:
         CameraError: it cannot be opened.
     """
     options = {} if size is None else {"video_size": size}
-    return LiveVideo(_Opening(device, device, options, "v4l2"), news, retry)
+    return LiveVideo(_OpenArguments(device, device, options, "v4l2"), news, retry)
 
 
 def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
-    """A stream, or a recording on a web server.
+    """Open a stream, or a recording on a web server.
 
     Raises:
         CameraError: it cannot be opened.
@@ -118,154 +104,33 @@ def open_stream(url: str, news: News, retry: Retry, *, live: bool) -> Camera:
     options = {"protocol_whitelist": _NETWORK, "analyzeduration": "1000000"}
     rtsp = urlsplit(url).scheme.lower() in ("rtsp", "rtsps")
     if rtsp:
-        # Over UDP a lost packet is a damaged picture; where TCP is not offered, UDP is used.
+        # Over UDP a lost packet damages the picture. UDP is used only where TCP is not offered.
         options |= {"rtsp_flags": "prefer_tcp", "allowed_media_types": "video"}
-    opening = _Opening(without_password(url), url, options)
+    opening = _OpenArguments(without_password(url), url, options)
     if not rtsp:
         container = opening.open()
         if container.duration:
-            return Recording(opening, container) if not live else Playing(opening, container, news)
+            if live:
+                return RecordingPlayback(opening, container, news)
+            return Recording(opening, container)
         container.close()
     return LiveVideo(opening, news, retry)
 
 
 def open_recording(path: str, news: News, *, live: bool) -> Camera:
-    """A video file.
+    """Open a video file.
 
     Raises:
         CameraError: it cannot be opened.
     """
-    opening = _Opening(path, f"file:{path}", {"protocol_whitelist": _LOCAL})
+    opening = _OpenArguments(path, f"file:{path}", {"protocol_whitelist": _LOCAL})
     container = opening.open()
-    return Playing(opening, container, news) if live else Recording(opening, container)
-
-
-class _Decoder:
-    """The frames of an open source that are whole, each with its number.
-
-    After damage, a decoder goes on from a broken picture; so what follows is passed over up to
-    the next key frame, from which it starts afresh. Streams that refresh their pictures bit by
-    bit have none; they are mended after so many frames.
-
-    A live source that is faster than this machine decodes would be shown later and later. When
-    it has not had to be waited for in a while, it is ahead; then only key frames are decoded
-    until it has to be waited for again.
-
-    Attributes:
-        count: frames so far, those passed over included.
-        damaged: how many were passed over because of damage.
-        late: how many were passed over to catch up.
-        waited: the source had to be waited for since it was opened: what comes is new. What was
-            read to find out its format is up to some seconds old by then, and comes first.
-    """
-
-    def __init__(self, *, live: bool) -> None:
-        self.count = self.damaged = self.late = 0
-        self.waited = False
-        self._live = live
-        self._strict = True
-        self._whole = False  # a stream may be joined between two key frames
-        self._since = 0  # frames since the last damage
-        self._bad_in_a_row = 0
-
-    def frames(self, container: InputContainer) -> Iterator[VideoFrame]:
-        """Whole frames, as they come.
-
-        Raises:
-            FFmpegError: the source is gone.
-            CameraError: it has nothing but damaged frames, or no pictures at all; opened again,
-                less is called damage.
-        """
-        stream = container.streams.video[0]
-        # One frame at a time: several at once would each be delivered late, and FFmpeg would not
-        # tell of damage, but patch it up.
-        stream.codec_context.thread_count = 1
-        if self._strict:
-            stream.codec_context.options = {"err_detect": "explode"}
-        self._whole, self._since, self._bad_in_a_row = False, 0, 0
-        self.waited = False
-        # With sound and all: while that comes, nothing would tell that there are no pictures.
-        streams: list[Any] = [] if self._live else [stream]
-        packets: Iterator[Packet[Any]] = container.demux(*streams)
-        waited_s = key_s = shown_s = time.monotonic()
-        skipped = 0  # frames since the last one that was decoded
-        while True:
-            asked_s = time.monotonic()
-            packet = next(packets, None)
-            if packet is None:
-                return
-            now = time.monotonic()
-            if packet.stream.index != stream.index:
-                if now - shown_s > READ_TIMEOUT_S:
-                    raise CameraError(f"no picture came for {READ_TIMEOUT_S:g} s")
-                continue
-            shown_s = now
-            if now - asked_s >= _WAITED_S:
-                waited_s = now
-                self.waited = True
-            behind = self._live and now - waited_s > BEHIND_S
-            if behind or skipped:
-                if packet.is_keyframe and (not behind or now - key_s >= BEHIND_S / 2):
-                    skipped, key_s = 0, now
-                elif skipped < MENDED_FRAMES:
-                    skipped += 1
-                    self.count += 1
-                    self.late += 1
-                    self._whole, self._since = False, 0
-                    continue
-            if packet.is_corrupt:
-                self._harmed()
-            if not self._strict and _is_cut_off(packet):
-                self.count += 1
-                self.damaged += 1
-                self._harmed()
-                continue
-            try:
-                frames = _decoded(packet)
-            except InvalidDataError:
-                self.count += 1
-                self.damaged += 1
-                self._harmed()
-                continue
-            for frame in frames:
-                self.count += 1
-                if self._is_whole(frame):
-                    yield frame
-                else:
-                    self.damaged += 1
-
-    def _is_whole(self, frame: VideoFrame) -> bool:
-        self._since += 1
-        if frame.is_corrupt:
-            self._harmed()
-        elif frame.key_frame or self._since > MENDED_FRAMES:
-            self._whole = True
-        if self._whole:
-            self._bad_in_a_row = 0
-        return self._whole
-
-    def _harmed(self) -> None:
-        self._whole, self._since = False, 0
-        self._bad_in_a_row += 1
-        if self._live and self._bad_in_a_row > MENDED_FRAMES:
-            # Some cameras bend the rules in every frame, and are readable all the same.
-            self._strict = False
-            raise CameraError("all its pictures are damaged")
-
-
-def _is_cut_off(packet: Packet[VideoStream]) -> bool:
-    """Whether a JPEG lacks its end. A decoder that is lenient would paint the rest grey."""
-    jpeg = packet.stream.codec_context.name == "mjpeg" and packet.size > 0
-    return jpeg and b"\xff\xd9" not in bytes(packet)[-_JPEG_END_BYTES:]
-
-
-def _decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
-    return [frame for frame in packet.decode() if isinstance(frame, VideoFrame)]
+    return RecordingPlayback(opening, container, news) if live else Recording(opening, container)
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A frame that may become the picture. `moment_s` is on a clock that only compares."""
+class _RecentFrame:
+    """A recent frame. `moment_s` is monotonic time, for comparisons only."""
 
     number: int
     moment_s: float
@@ -274,16 +139,16 @@ class _Kept:
     frame: VideoFrame
 
 
-def _chosen(recent: list[_Kept], after: int, name: str) -> Frame | None:
-    """The best of the frames that are recent enough; None if they show nothing."""
+def _best_frame(recent: list[_RecentFrame], after: int, name: str) -> CameraFrame | None:
+    """Return the best of the recent frames; None if all are blank."""
     fresh = [
         one for one in recent if one.number > after and one.moment_s >= recent[-1].moment_s - KEPT_S
     ]
-    index = choose.best([brightness_of(one.frame) for one in fresh])
+    index = sharpest.best([brightness_of(one.frame) for one in fresh])
     if index is None:
         return None
     one = fresh[index]
-    return Frame(
+    return CameraFrame(
         number=one.number,
         latest=recent[-1].number,
         time_s=one.time_s,
@@ -293,30 +158,30 @@ def _chosen(recent: list[_Kept], after: int, name: str) -> Frame | None:
 
 
 class Recording(Camera):
-    """A recording that waits for who takes its frames.
+    """A recording that is read only as fast as frames are taken.
 
     Raises (from `take`):
-        CameraError: it cannot be read on.
+        CameraError: the rest cannot be read.
     """
 
     on_demand = True
 
-    def __init__(self, opening: _Opening, container: InputContainer) -> None:
+    def __init__(self, opening: _OpenArguments, container: InputContainer) -> None:
         self.name = opening.name
-        self._decoder = _Decoder(live=False)
-        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+        self._decoder = FrameDecoder(live=False)
+        self._recent: deque[_RecentFrame] = deque(maxlen=KEPT_FRAMES)
         self._container = container
         self._frames = self._decoder.frames(container)
         self._reading = threading.Lock()
 
     def take(
         self, *, after: int = 0, due: int = 0, due_s: float = 0.0, wait_s: float = 0.0
-    ) -> Frame | None:
-        """See `Camera.take`; waits for nothing but the disk or the web server."""
+    ) -> CameraFrame | None:
+        """See `Camera.take`; waits only for the disk or the web server."""
         with self._reading:
             while not self.ended:
                 if self._recent and self._reached(after, due, due_s):
-                    frame = _chosen(list(self._recent), after, self.name)
+                    frame = _best_frame(list(self._recent), after, self.name)
                     if frame is not None:
                         return frame
                 self._read()
@@ -325,7 +190,7 @@ class Recording(Camera):
     def close(self) -> None:
         """See `Camera.close`."""
         self.ended = True
-        with self._reading:  # nobody may be decoding from it
+        with self._reading:  # no thread may be decoding from it
             self._container.close()
 
     def _reached(self, after: int, due: int, due_s: float) -> bool:
@@ -337,42 +202,42 @@ class Recording(Camera):
             frame = next(self._frames, None)
         except (FFmpegError, OSError) as error:
             self.ended = True
-            raise CameraError(f"{self.name}: {_why(error)}") from error
+            raise CameraError(f"{self.name}: {_reason(error)}") from error
         if frame is None:
             self.ended = True
             return
         position_s = frame.time or 0.0
         number = self._decoder.count
-        self._recent.append(_Kept(number, position_s, time.time(), position_s, frame))
+        self._recent.append(_RecentFrame(number, position_s, time.time(), position_s, frame))
 
 
-class LiveVideo(Live):
+class LiveVideo(LiveCamera):
     """A webcam or a stream. The last few frames are kept, so that the sharpest can be chosen.
 
     Raises:
         CameraError: it cannot be opened at all.
     """
 
-    def __init__(self, opening: _Opening, news: News, retry: Retry) -> None:
+    def __init__(self, opening: _OpenArguments, news: News, retry: Retry) -> None:
         super().__init__(opening.name, news, retry)
         self._setup(opening, opening.open(), live=True)
         self._thread.start()
 
-    def _setup(self, opening: _Opening, container: InputContainer, *, live: bool) -> None:
+    def _setup(self, opening: _OpenArguments, container: InputContainer, *, live: bool) -> None:
         self._opening = opening
         self._opened: InputContainer | None = container
-        self._decoder = _Decoder(live=live)
-        self._recent: deque[_Kept] = deque(maxlen=KEPT_FRAMES)
+        self._decoder = FrameDecoder(live=live)
+        self._recent: deque[_RecentFrame] = deque(maxlen=KEPT_FRAMES)
         self._decoded_all = False
         self._damaged = 0  # frames that were damaged when the last good one came
 
     def _latest(self) -> int:
         return self._recent[-1].number if self._recent and self._is_current() else 0
 
-    def _best(self, after: int) -> Frame | None:
+    def _best(self, after: int) -> CameraFrame | None:
         with self._changed:
             recent = list(self._recent)
-        return _chosen(recent, after, self.name)
+        return _best_frame(recent, after, self.name)
 
     def _silence(self) -> str:
         damaged = self._decoder.damaged > self._damaged
@@ -388,7 +253,7 @@ class LiveVideo(Live):
                 if self._closed.is_set():
                     break
         except (FFmpegError, OSError) as error:
-            return _why(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+            return _reason(error, f"nothing came for {READ_TIMEOUT_S:g} s")
         finally:
             self._reached = False
             self._all_decoded()
@@ -396,11 +261,11 @@ class LiveVideo(Live):
         return "the stream ended"
 
     def _is_current(self) -> bool:
-        """Whether the last frame is new, and not left over from opening the source."""
+        """Whether the last frame is new, not buffered from when the source was opened."""
         return self._decoder.waited or self._decoded_all
 
     def _all_decoded(self) -> None:
-        """There is nothing newer than what is here."""
+        """Note that no newer frame will come."""
         with self._changed:
             self._decoded_all = True
             self._changed.notify_all()
@@ -408,31 +273,31 @@ class LiveVideo(Live):
     def _keep(self, frame: VideoFrame) -> None:
         with self._changed:
             self._recent.append(
-                _Kept(
+                _RecentFrame(
                     self._decoder.count, time.monotonic(), time.time(), self._position(frame), frame
                 )
             )
             self._damaged = self._decoder.damaged
-        self._came()
+        self._arrived()
 
     def _position(self, frame: VideoFrame) -> float | None:
         return None
 
 
-class Playing(LiveVideo):
-    """A recording played at its own speed, as a camera would deliver it."""
+class RecordingPlayback(LiveVideo):
+    """A recording played at its own speed, like a camera."""
 
-    def __init__(self, opening: _Opening, container: InputContainer, news: News) -> None:
-        Live.__init__(self, opening.name, news, Retry())
-        self._setup(opening, container, live=False)  # the file waits
+    def __init__(self, opening: _OpenArguments, container: InputContainer, news: News) -> None:
+        LiveCamera.__init__(self, opening.name, news, Retry())
+        self._setup(opening, container, live=False)  # a file is never ahead of the decoder
         self._start_s: float | None = None
         self._waiting = False  # for the next frame's time
         self._thread.start()
 
     @property
-    def lacking_s(self) -> float:
+    def without_picture_s(self) -> float:
         """See `Camera`."""
-        return 0.0 if self._waiting else super().lacking_s
+        return 0.0 if self._waiting else super().without_picture_s
 
     def _keep(self, frame: VideoFrame) -> None:
         position_s = frame.time or 0.0
@@ -458,17 +323,17 @@ class Playing(LiveVideo):
 
 
 def _is_picture(container: InputContainer) -> bool:
-    """Whether something is a single picture. One JPEG after the other may be a stream."""
+    """Whether a source is a single picture. A sequence of JPEGs may be a stream."""
     name = container.format.name
-    # AVIF and HEIC lie in the container of an MP4 file. FFmpeg gives the first of their parts:
-    # colours without their transparency, or one tile of many.
+    # AVIF and HEIC use the MP4 container. FFmpeg decodes only the first part: colours without
+    # transparency, or one tile of many.
     brand = container.metadata.get("major_brand", "").strip()
     single = name == "image2" or (name.endswith("_pipe") and name != "jpeg_pipe")
     return single or brand in _PICTURE_BRANDS
 
 
-def _why(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:
-    """One line about why a source cannot be read; never its address, which may hold a password."""
+def _reason(error: Exception, silence: str = f"no answer within {OPEN_TIMEOUT_S:g} s") -> str:
+    """Return a one-line reason why a source cannot be read, without its address (password!)."""
     if isinstance(error, av.error.ExitError):
         return silence
     if isinstance(error, InvalidDataError):

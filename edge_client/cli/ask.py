@@ -1,4 +1,4 @@
-"""`vlm-collab ask`: questions about photos from the command line."""
+"""`vlm-collab ask`: ask questions about photos."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cli import main as cli
 from edge_client.cli import output as show
+from edge_client.cli.errors import exit_code
 from edge_client.cli.options import (
     Always,
     AuditFile,
@@ -25,8 +25,8 @@ from edge_client.cli.options import (
     ServerUrl,
     Token,
     TokenFile,
+    question_options,
     token_of,
-    wishes,
 )
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions, EdgeClient
 from edge_client.link.dial import DEFAULT_URL
@@ -41,7 +41,7 @@ _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".heic", ".avif", 
 
 
 class CodecName(enum.StrEnum):
-    """Spelling of the codecs on the command line."""
+    """Codec names on the command line."""
 
     JPEG = "jpeg"
     PNG = "png"
@@ -70,14 +70,15 @@ def ask(
         typer.Option(
             "--show-map",
             "--map",
-            help="Show where the model looked, if it was unsure: here, or in the JSON. No file.",
+            help="Show where the model looked, if it was unsure: on screen or in the JSON.",
         ),
     ] = False,
     quality: Annotated[
         int, typer.Option(min=1, max=100, help="Quality of the small view as JPEG or WebP.")
     ] = 90,
     codec: Annotated[
-        CodecName | None, typer.Option(help="Format of the small view; the server's by default.")
+        CodecName | None,
+        typer.Option(help="Format of the small view; default: the server's choice."),
     ] = None,
     save_crop: Annotated[
         Path | None,
@@ -90,7 +91,7 @@ def ask(
     camera: CameraName = None,
     audit: AuditFile = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
     ] = False,
 ) -> int:
     """Ask questions about photos.
@@ -101,8 +102,10 @@ def ask(
     for question in questions:
         check_question(question)
     crop_codec = None if save_crop is None else _codec_of(save_crop)
-    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map)
-    # Opened before connecting: a wrong file name should not take a server to find out.
+    options = question_options(
+        always=always, never=never, eta=eta, deadline_s=deadline, want_map=show_map
+    )
+    # Open before connecting: a wrong file name is reported without a server.
     pictures = [Picture.open(name) for name in [photo, *(photos or [])]]
     pairs = list(itertools.product(pictures, questions))
     screen: show.Screen = (
@@ -121,16 +124,16 @@ def ask(
     if save_crop is not None and crop_codec is not None:
         _save_crops(save_crop, crop_codec, results, screen)
     failed = [result for result in results if isinstance(result, CollabError)]
-    return cli.exit_code(failed[0]) if failed else 0
+    return exit_code(failed[0]) if failed else 0
 
 
 def check_question(question: str) -> None:
-    """Refuse what cannot be meant as a question: nothing, or the name of a picture.
+    """Refuse a question that is empty or the name of a picture.
 
-    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would ask about `map.png` and `two.jpg`.
+    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would make questions of file names.
 
     Raises:
-        QuestionError: one line with what to give instead.
+        QuestionError: one line that says what to give instead.
     """
     if not question.strip():
         raise QuestionError("the question is empty")
@@ -149,7 +152,7 @@ async def _ask_all(
     options: Options,
     screen: show.Screen,
 ) -> list[EdgeAnswer | CollabError]:
-    """Ask everything at once; tell the results in the order of the questions."""
+    """Ask all questions at the same time; show the results in the order of the questions."""
     async with EdgeClient(server, **settings) as client:
         turns = asyncio.Semaphore(max(1, (await client.connect()).max_in_flight))
 
@@ -174,7 +177,7 @@ async def _ask_all(
         with screen:
             for number, (task, (picture, question)) in enumerate(zip(asked, pairs, strict=True)):
                 result = await task
-                screen.tell(number, picture, question, result)
+                screen.show(number, picture, question, result)
                 results.append(result)
         return results
 
@@ -195,7 +198,7 @@ def _save_crops(
     results: list[EdgeAnswer | CollabError],
     screen: show.Screen,
 ) -> None:
-    """Save the regions that were sent; of several questions, under numbers."""
+    """Save the regions that were sent; for several questions, in numbered files."""
     saved = False
     for number, result in enumerate(results, start=1):
         if isinstance(result, CollabError) or result.region is None:
@@ -215,6 +218,6 @@ def _save_crops(
 
 
 def _in_format(codec: Codec, region: bytes) -> bytes:
-    """What was sent, decoded again, in the format that the user's file name asks for."""
+    """Encode a sent region again in the format of the user's file name."""
     pixels = decode(region, max_pixels=MAX_SOURCE_PIXELS)
     return encode(pixels, codec, _SAVED_QUALITY)

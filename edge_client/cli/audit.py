@@ -1,4 +1,4 @@
-"""`vlm-collab audit`: what left the device, as a table, as JSON, or drawn over the original."""
+"""`vlm-collab audit`: show what left the device as a table, as JSON, or drawn over the original."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.cli import main as cli
-from edge_client.cli.main import printable
-from edge_client.privacy.audit_log import ImageLine, Log, ViewLine, read_log
+from edge_client.cli.errors import report
+from edge_client.cli.printing import printable
+from edge_client.privacy.audit_log import ImageLine, LoadedLog, ViewLine, read_log
 from vlm_collab.errors import ConfigError
 
 _WIDE = 200
-_HASH_DIGITS = 12  # tell images apart; all are in the log and in its JSON
+_HASH_DIGITS = 12  # enough to tell images apart; the log and its JSON have all digits
 
 
 def audit(
     log_file: Annotated[Path, typer.Argument(metavar="FILE", help="An audit log.")],
-    camera: Annotated[str | None, typer.Option(help="Only what left of this camera.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Show only this camera's images.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw what was seen of this original; with --out.")
+        Path | None,
+        typer.Option(help="Draw what the server saw of this original; needs --out."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the drawing (.jpg, .png or .webp).")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line: images, then totals.")
+        bool, typer.Option("--json", help="Print one JSON object per line: images, then totals.")
     ] = False,
 ) -> int:
     """Show which images left the device.
@@ -47,11 +48,11 @@ def audit(
     log = read_log(log_file)
     if camera is not None:
         kept = tuple(line for line in log.images if line.camera == camera)
-        log = Log(kept, log.hidden, log.broken)
+        log = LoadedLog(kept, log.hidden, log.broken)
     if log.broken:
         lines = "1 line is" if log.broken == 1 else f"{log.broken} lines are"
         note = f"note: {lines} broken and left out (a crash leaves such a line)"
-        cli.report(note, "BROKEN", as_json=False)
+        report(note, "BROKEN", as_json=False)
     if picture is not None and out is not None:
         _draw(picture, out, log, as_json)
     elif as_json:
@@ -62,7 +63,7 @@ def audit(
 
 
 class Total(NamedTuple):
-    """What left of a camera in an hour."""
+    """What left of one camera's pictures in one hour."""
 
     hour: datetime.datetime
     camera: str
@@ -71,8 +72,8 @@ class Total(NamedTuple):
     bytes: int
 
 
-def totals(log: Log) -> list[Total]:
-    """What left, by hour (of the device's local time) and camera, in this order."""
+def totals(log: LoadedLog) -> list[Total]:
+    """Sum up what left per hour (device's local time) and camera, sorted by both."""
     found: dict[tuple[datetime.datetime, str], list[ImageLine]] = defaultdict(list)
     for line in log.images:
         hour = line.time.astimezone().replace(minute=0, second=0, microsecond=0)
@@ -89,18 +90,18 @@ def totals(log: Log) -> list[Total]:
     ]
 
 
-def _print_json(log: Log) -> None:
+def _print_json(log: LoadedLog) -> None:
     for line in log.images:
-        told = msgspec.to_builtins(line)
-        told["hidden"] = log.black_in(line)
-        print(json.dumps(told))
+        record = msgspec.to_builtins(line)
+        record["hidden"] = log.black_in(line)
+        print(json.dumps(record))
     for total in totals(log):
-        told = {**total._asdict(), "hour": total.hour.isoformat()}
-        print(json.dumps({"kind": "total", **told}))
+        record = {**total._asdict(), "hour": total.hour.isoformat()}
+        print(json.dumps({"kind": "total", **record}))
 
 
-def _print_tables(log: Log) -> None:
-    # Away from a terminal nobody folds lines but who reads them.
+def _print_tables(log: LoadedLog) -> None:
+    # Do not wrap lines to a terminal's width if stdout is not a terminal.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     names = ("time", "camera", "picture", "seen", "as", "bytes", "sha256", "question")
     images = Table(*names, title="Images")
@@ -131,7 +132,7 @@ def _print_tables(log: Log) -> None:
     console.print(sums)
 
 
-def _seen(line: ImageLine, log: Log) -> str:
+def _seen(line: ImageLine, log: LoadedLog) -> str:
     black = log.black_in(line)
     masked = ", black areas unknown" if black is None else ", some black" if black else ""
     if isinstance(line, ViewLine):
@@ -139,26 +140,28 @@ def _seen(line: ImageLine, log: Log) -> str:
     return f"{line.box.width} x {line.box.height} px at ({line.box.left}, {line.box.top}){masked}"
 
 
-def _draw(photo: Path, out: Path, log: Log, as_json: bool) -> None:
-    # Not needed for the tables.
+def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
+    # The tables need none of these.
     from edge_client.picture import Picture
-    from edge_client.privacy.audit_overlay import draw_seen
+    from edge_client.privacy.audit_overlay import draw_overlay
     from vlm_collab.pictures.images import Codec, encode
 
     suffixes = {".jpg": Codec.JPEG, ".jpeg": Codec.JPEG, ".png": Codec.PNG, ".webp": Codec.WEBP}
     codec = suffixes.get(out.suffix.lower())
     if codec is None:
         raise ConfigError(f"--out {out}: the name must end in .jpg, .png or .webp")
-    seen = draw_seen(Picture.open(photo), log)
+    overlay = draw_overlay(Picture.open(photo), log)
     try:
-        out.write_bytes(encode(seen.image, codec, 92))
+        out.write_bytes(encode(overlay.image, codec, 92))
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror or error}") from error
     if as_json:
-        counts = {"images": seen.drawn, "same_bytes": seen.same, "unknown": seen.unknown}
+        counts = {"images": overlay.drawn, "same_bytes": overlay.same, "unknown": overlay.unknown}
         print(json.dumps({"out": str(out), **counts}))
         return
-    said = f"{seen.drawn} images, {seen.same} of them byte for byte as they left"
-    if seen.unknown:
-        said += f"; {seen.unknown} more not drawn: the log does not say what was black in them"
-    print(f"{printable(str(out))}: {said}")
+    summary = f"{overlay.drawn} images, {overlay.same} of them byte for byte as they left"
+    if overlay.unknown:
+        summary += (
+            f"; {overlay.unknown} more not drawn: the log does not say what was black in them"
+        )
+    print(f"{printable(str(out))}: {summary}")

@@ -1,4 +1,4 @@
-"""`vlm-collab chat`: a conversation about what a camera sees."""
+"""`vlm-collab chat`: talk about what a camera sees."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import contextlib
 import io
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 from edge_client.answer import EdgeAnswer
-from edge_client.cameras import Camera, CameraError, Frame, open_camera
-from edge_client.cameras.base import SOURCES_HELP
-from edge_client.cli import main as cli
-from edge_client.cli import output as show
+from edge_client.cameras import Camera, CameraError, CameraFrame, open_camera
+from edge_client.cameras.open import SOURCES_HELP
+from edge_client.cli.chat_screens import ChatScreen, JsonScreen, TerminalScreen
+from edge_client.cli.errors import exit_code
 from edge_client.cli.heatmap import heat_map
-from edge_client.cli.main import printable
 from edge_client.cli.options import (
     Always,
     AuditFile,
@@ -38,31 +32,25 @@ from edge_client.cli.options import (
     ServerUrl,
     Token,
     TokenFile,
+    question_options,
     token_of,
-    wishes,
 )
-from edge_client.cli.retrying import PatientClient
+from edge_client.cli.printing import ignore_closed_output
+from edge_client.cli.retrying import RetryingClient
 from edge_client.client import DEFAULT_DEADLINE_S, ClientOptions
 from edge_client.link.dial import DEFAULT_URL
-from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.headers import identify
-from vlm_collab.protocol.messages import Fallback, Options, Stage
+from vlm_collab.protocol.messages import Options
 from vlm_collab.protocol.table import FITS
 
-try:
-    import readline
-except ImportError:  # where there is none, lines are typed without editing
-    readline = None  # type: ignore[assignment]
-
 PICTURE_WAIT_S = 10.0
-PROMPT = "> "
 
 COMMANDS = {
-    "/look": "take a new picture; what was said about the old one is forgotten",
-    "/why": "how sure the model was, where it looked, and what was sent",
-    "/save [FILE]": "write the region as it was sent",
+    "/look": "take a new picture and forget the conversation about the old one",
+    "/why": "show how sure the model was, where it looked, and what was sent",
+    "/save [FILE]": "save the region as it was sent",
     "/help": "show this",
     "/quit": "leave (so does Ctrl-D; Ctrl-C takes a question back)",
 }
@@ -85,22 +73,24 @@ def chat(
         bool, typer.Option("--fresh", help="Take a new picture for every question.")
     ] = False,
     single: Annotated[
-        bool, typer.Option("--single", help="Ask each question without those before it.")
+        bool, typer.Option("--single", help="Ask each question without the earlier ones.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
     ] = False,
 ) -> int:
     """Talk about what a camera sees, or a picture.
 
-    The newest good picture is what you talk about, until /look takes another. Questions are
-    lines; they may also come from a pipe. Those asked while the server is away are kept.
+    You talk about the newest good picture until /look takes another. Each line is a question;
+    lines may also come from a pipe. Questions asked while the server is away are kept.
     """
-    options = wishes(always=always, never=never, eta=eta, deadline_s=deadline, want_map=True)
-    screen: _Screen = _Programs() if as_json else _People()
+    options = question_options(
+        always=always, never=never, eta=eta, deadline_s=deadline, want_map=True
+    )
+    screen: ChatScreen = JsonScreen() if as_json else TerminalScreen()
     talking = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is no text
+        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses invalid UTF-8
     settings: ClientOptions = {
         "token": token_of(token, token_file),
         "ca_file": ca_file,
@@ -110,12 +100,12 @@ def chat(
     }
     code = 0
     with (
-        reader_may_leave(),
+        ignore_closed_output(),
         open_camera(source, news=screen.note) as camera,
-        PatientClient(server, screen.note, forever=talking, settings=settings) as client,
+        RetryingClient(server, screen.note, forever=talking, settings=settings) as client,
     ):
         client.connect()
-        talk = Chat(
+        conversation = CameraChat(
             camera,
             client,
             screen,
@@ -124,27 +114,27 @@ def chat(
             fresh=fresh,
             single=single,
         )
-        code = talk.run(screen.read if talking else _piped)
+        code = conversation.run(screen.read if talking else _piped)
     return code
 
 
-class Chat:
+class CameraChat:
     """One conversation.
 
     Args:
-        camera: where pictures come from.
-        client: who answers.
-        screen: where things are told.
+        camera: source of the pictures.
+        client: asks the questions.
+        screen: shows the answers.
         options, deadline_s: for every question.
         fresh: take a new picture for every question.
-        single: ask each question without those before it.
+        single: ask each question without the earlier ones.
     """
 
     def __init__(
         self,
         camera: Camera,
-        client: PatientClient,
-        screen: _Screen,
+        client: RetryingClient,
+        screen: ChatScreen,
         *,
         options: Options,
         deadline_s: float,
@@ -158,16 +148,16 @@ class Chat:
         self._deadline_s = deadline_s
         self._fresh = fresh
         self._single = single
-        self._frame: Frame | None = None
+        self._frame: CameraFrame | None = None
         self._answer: EdgeAnswer | None = None
         self._turns: list[tuple[str, str]] = []
         self._failed = 0
 
     def run(self, read: Callable[[], str]) -> int:
-        """Talk until there is nothing more to read.
+        """Answer lines until there are no more.
 
         Args:
-            read: gives the next line; raises EOFError after the last.
+            read: returns the next line; raises EOFError after the last.
 
         Returns:
             The exit code of the first question that failed, if the lines came from a pipe.
@@ -175,7 +165,7 @@ class Chat:
         patient = sys.stdin.isatty()
         if patient:
             with contextlib.suppress(KeyboardInterrupt):
-                self._guarded("/look")
+                self._handle("/look")
             self._screen.note("Ask about the picture; /help shows the commands.")
         while True:
             try:
@@ -185,27 +175,27 @@ class Chat:
             except KeyboardInterrupt:
                 if not patient:
                     raise
-                print()  # a line that was not finished
+                print()  # end the unfinished line
                 continue
             if line == "/quit":
                 break
             try:
                 if line:
-                    self._guarded(line)
+                    self._handle(line)
             except KeyboardInterrupt:
                 if not patient:
                     raise
                 self._screen.note("taken back")
         return 0 if patient else self._failed
 
-    def _guarded(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         try:
-            self._do(line)
+            self._run_line(line)
         except CollabError as error:
-            self._failed = self._failed or cli.exit_code(error)
+            self._failed = self._failed or exit_code(error)
             self._screen.fail(line, error)
 
-    def _do(self, line: str) -> None:
+    def _run_line(self, line: str) -> None:
         if not line.startswith("/"):
             self._ask(line)
             return
@@ -223,10 +213,10 @@ class Chat:
             case _:
                 raise ConfigError(f"{command} is no command; /help shows those there are")
 
-    def _look(self) -> Frame:
+    def _look(self) -> CameraFrame:
         """Take the newest picture, if there is a newer one."""
         old = self._frame
-        frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._patience())
+        frame = self._camera.take(after=0 if old is None else old.number, wait_s=self._wait_s())
         if frame is None:
             why = self._camera.trouble or "there is no new picture"
             if old is None:
@@ -244,8 +234,8 @@ class Chat:
         )
         return frame
 
-    def _patience(self) -> float:
-        """A picture on disk changes or it does not; a camera that is lost may come back."""
+    def _wait_s(self) -> float:
+        """Return how long to wait for a picture, in s: a lost camera may come back."""
         still = self._frame is not None and self._camera.still
         return 0.0 if still else PICTURE_WAIT_S
 
@@ -262,7 +252,7 @@ class Chat:
             )
         self._answer = answer
         self._turns.append((question, answer.text))
-        self._screen.tell(frame, question, answer)
+        self._screen.show_answer(frame, question, answer)
 
     def _why(self) -> None:
         answer, frame = self._answer, self._frame
@@ -302,188 +292,8 @@ class Chat:
         self._screen.note(f"saved as {path}, {len(answer.region)} bytes")
 
 
-def moment(time_s: float) -> str:
-    """A time as JSON has it: ISO 8601, UTC, milliseconds."""
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
-
-
-@contextlib.contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Whoever reads the output may stop doing so: that ends the command, and is no failure."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Screen(Protocol):
-    """Where a conversation is told.
-
-    Attributes:
-        colour: it shows colours.
-        columns: room in a line, in characters.
-    """
-
-    colour: bool
-    columns: int
-
-    def note(self, line: str) -> None:
-        """Tell something beside the answers; any thread may."""
-
-    def fail(self, line: str, error: CollabError) -> None:
-        """Tell why a line had no answer."""
-
-    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
-        """While an answer is waited for; gives where its growing text goes."""
-
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
-        """Tell an answer."""
-
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
-        """Tell how an answer came about."""
-
-    def draw(self, drawn: Text) -> None:
-        """Show a heat map."""
-
-    def read(self) -> str:
-        """A line that somebody types.
-
-        Raises:
-            EOFError: there are no more.
-        """
-
-
-class _People:
-    """Text for people; in a terminal with colours, and with answers growing as they come."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self.colour = self._console.is_terminal and not self._console.no_color
-        self.columns = self._console.width - 2
-        self._writing = threading.Lock()
-        self._at_prompt = False
-        self._talking = sys.stdin.isatty()
-
-    def note(self, line: str) -> None:
-        with self._writing:
-            at_prompt = self._at_prompt and self._console.is_terminal
-            if at_prompt:
-                print("\r\x1b[2K", end="")
-            self._console.print(Text(printable(line), style="dim"))
-            if at_prompt:  # what was typed so far
-                typed = "" if readline is None else readline.get_line_buffer()
-                print(PROMPT + typed, end="", flush=True)
-
-    def fail(self, line: str, error: CollabError) -> None:
-        which = "" if self._talking or line.startswith("/") else f"{line}: "
-        cli.report(f"{which}{error}", cli.error_name(error), as_json=False)
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[TextSink | None]:
-        if not self._console.is_terminal:
-            yield None  # nobody watches it grow, and each step would cost bytes
-            return
-        texts: dict[Stage, str] = {}
-
-        def growing() -> Group:
-            names = {Stage.FIRST: "first answer", Stage.SECOND: "refined answer"}
-            rows = [
-                Text.assemble((f"  {names[stage]:14}  ", "dim"), printable(text))
-                for stage, text in sorted(texts.items())
-            ]
-            return Group(*(rows or [Text("  …", style="dim")]))
-
-        with Live(console=self._console, transient=True, get_renderable=growing):
-            yield texts.__setitem__
-
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
-        if not self._talking:
-            self._console.print(Text(printable(question), style="bold"))
-        self._console.print(show.history(answer, frame.picture))
-
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
-        first, size, box = answer.first_uncertainty, frame.picture.size, answer.box
-        sure = f"{first:.3f}"
-        if answer.refined:
-            sure += f" at first, {answer.uncertainty:.3f} with the region"
-        where = "none was asked for: the model was sure enough"
-        if answer.fallback is Fallback.NO_DETAIL:
-            where = "none was asked for: it would show no more than the view does"
-        if box is not None:
-            share = box.pixels / (size.width * size.height)
-            where = (
-                f"{box.width} x {box.height} px at ({box.left}, {box.top}) of "
-                f"{size.width} x {size.height}, {share:.1%} of the picture"
-            )
-        rest = answer.bytes_up - answer.view_bytes - answer.region_bytes
-        for name, value in (
-            ("uncertainty", sure),
-            ("region", where),
-            (
-                "bytes sent",
-                f"{answer.bytes_up}: view {answer.view_bytes}, region {answer.region_bytes}, "
-                f"question and headers {rest}",
-            ),
-            ("bytes received", f"{answer.bytes_down}"),
-        ):
-            self._console.print(Text.assemble((f"  {name:14}  ", "dim"), value))
-
-    def draw(self, drawn: Text) -> None:
-        self._console.print(drawn)
-
-    def read(self) -> str:
-        self._at_prompt = True
-        try:
-            return input(PROMPT)
-        finally:
-            self._at_prompt = False
-
-
-class _Programs:
-    """One JSON object for each question on stdout; everything else on stderr."""
-
-    colour = False
-    columns = 78
-
-    def __init__(self) -> None:
-        self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
-
-    def note(self, line: str) -> None:
-        self._beside.print(Text(printable(line), style="dim"))
-
-    def fail(self, line: str, error: CollabError) -> None:
-        # What is no text is told as far as it is.
-        line = line.encode(errors="replace").decode()
-        told = {"question": line, "error": str(error), "code": cli.error_name(error)}
-        print(msgspec.json.encode(told).decode(), flush=True)
-
-    def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
-        return contextlib.nullcontext()
-
-    def tell(self, frame: Frame, question: str, answer: EdgeAnswer) -> None:
-        told: dict[str, object] = {
-            "photo": frame.picture.name,
-            "question": question,
-            "frame": frame.number,
-            "time": moment(frame.time_s),
-        }
-        told |= show.as_dict(answer, frame.picture)
-        print(msgspec.json.encode(told).decode(), flush=True)
-
-    def explain(self, frame: Frame, answer: EdgeAnswer) -> None:
-        """The answer's object has it all."""
-
-    def draw(self, drawn: Text) -> None:
-        self._beside.print(drawn)
-
-    def read(self) -> str:
-        return input()
-
-
 def _piped() -> str:
-    """The next line of a pipe.
+    """Read the next line of a pipe.
 
     Raises:
         EOFError: there are no more.

@@ -1,4 +1,4 @@
-"""`vlm-collab gateway`: OpenAI's APIs on the device."""
+"""`vlm-collab gateway`: serve OpenAI's APIs on the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.openai import WireLimits
 from vlm_collab.protocol.table import FITS
 
-_GREETING_S = 3.0
+_WELCOME_TIMEOUT_S = 3.0
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -41,7 +41,7 @@ def gateway(
     token: Token = None,
     token_file: TokenFile = None,
     ca_file: Annotated[
-        Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")
+        Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
@@ -52,7 +52,8 @@ def gateway(
         typer.Option(
             envvar=API_KEY_VARIABLE,
             help="API key that clients must send. Needed on any address but localhost. Other "
-            "users of this machine can read it here; better give --api-key-file or the variable.",
+            "users of this machine can see it on the command line; prefer --api-key-file or the "
+            "variable.",
         ),
     ] = None,
     api_key_file: Annotated[
@@ -81,37 +82,41 @@ def gateway(
     ] = None,
     model_name: Annotated[
         list[str] | None,
-        typer.Option(help="One more name for the model, for clients that insist on theirs."),
+        typer.Option(help="Another name for the model, for clients with a fixed model name."),
     ] = None,
     deadline: Annotated[
         float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
     ] = DEFAULT_DEADLINE_S,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests worked on at once.")] = 32,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests in progress at once.")] = 32,
     max_per_address: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Connections at once from one address: 64, except from this machine; 0 for any "
-            "number, as behind a proxy on another machine.",
+            help="Connections at once from one address; default: 64, without limit from this "
+            "machine. 0 for no limit, as needed behind a proxy on another machine.",
         ),
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that wait for their turn; further ones get 429.")
+        int, typer.Option(min=0, help="Requests that may wait; further ones get HTTP 429.")
     ] = 256,
     max_question_bytes: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Longest question with what was said before it, in UTF-8 bytes; by default the "
-            "server's own bound.",
+            help="Longest question including its conversation, in UTF-8 bytes; default: the "
+            "server's limit.",
         ),
     ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
     max_megapixels: Annotated[
-        int, typer.Option(min=1, max=200, help="Largest picture; decoded, 4 bytes a pixel.")
+        int,
+        typer.Option(
+            min=1, max=200, help="Largest picture, in megapixels; decoding needs 4 bytes a pixel."
+        ),
     ] = 120,
     picture_memory_mb: Annotated[
-        int, typer.Option(min=1, help="Memory for originals, in MiB, so that none is sent twice.")
+        int,
+        typer.Option(min=1, help="Memory for originals, in MiB, so that no view is sent twice."),
     ] = 256,
     policy: Annotated[
         Path | None, typer.Option(help="Policy file: what may leave the device.")
@@ -119,20 +124,20 @@ def gateway(
     camera: Annotated[
         str | None,
         typer.Option(
-            help="Whose rules of the policy apply at /v1; each camera has its own at "
+            help="Camera whose rules of the policy apply at /v1; each camera has its own API at "
             "/cameras/NAME/v1."
         ),
     ] = None,
     audit: Annotated[
-        Path | None, typer.Option(help="File in which every image that leaves is listed.")
+        Path | None, typer.Option(help="Log file that lists every image before it leaves.")
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line when ready.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line when ready.")] = False,
 ) -> None:
     """Speak OpenAI's API on this device, and send only what the model needs to see.
 
-    Clients send full pictures as they always do; a small view goes up to the server, and the
-    region that the model asks for. Needs the `gateway` extra.
+    Clients send full pictures as usual. Only a small view goes to the server, and the region that
+    the model asks for. Needs the `gateway` extra.
     """
     if log_level not in _LEVELS:
         raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(_LEVELS)}")
@@ -171,11 +176,11 @@ def gateway(
 async def _serve(
     config: GatewayConfig, server: str, options: ClientOptions, *, as_json: bool
 ) -> None:
-    # Inside the event loop, where the connections belong.
+    # Inside the event loop, to which the connections belong.
     gateway = Gateway(config, server, **options)
     sock = bind(config)
     try:
-        model, note, warning = await _greeting(gateway)
+        model, note, warning = await _server_model(gateway)
         url = url_of(sock)
         if warning is not None:
             print(f"vlm-collab gateway: of the server, {warning}", file=sys.stderr, flush=True)
@@ -190,14 +195,14 @@ async def _serve(
         await gateway.close()
 
 
-async def _greeting(gateway: Gateway) -> tuple[str | None, str, str | None]:
-    """What the server serves, if it is there; a wrong address or token is told at once.
+async def _server_model(gateway: Gateway) -> tuple[str | None, str, str | None]:
+    """Ask the server for its model; a wrong address or token is reported at once.
 
     Returns:
-        The model's name, a few words on it, and what to warn of.
+        The model's name, a description for the start line, and a warning; None where unknown.
     """
     try:
-        welcome = await gateway.answerer.welcome(_GREETING_S)
+        welcome = await gateway.answerer.welcome(_WELCOME_TIMEOUT_S)
     except NoServerError as error:
         return None, f"has no model yet: {error}", None
     return welcome.model, f"for {welcome.model}", FITS[welcome.fit].warning

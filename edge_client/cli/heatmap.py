@@ -1,4 +1,4 @@
-"""The relative attention map in a terminal, in the shape of the picture, with the region's box."""
+"""Draw the relative attention map in a terminal, in the picture's shape, with the region's box."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _LETTERS = " .:-=+*#%@"
 _BOX_COLOUR = (90, 220, 255)
 _OUTSIDE = (60, 60, 60)
 
-# From dark to bright as the eye sees it, so that "hotter" also shows without colour vision.
+# Brightness increases with heat, so that the map is readable without colour vision.
 _HEAT = ((10, 8, 30), (90, 20, 110), (190, 50, 85), (245, 125, 20), (252, 245, 165))
 
 Dot = tuple[int, bool]
-"""Heat, 0 to 255, or -1 where the view shows nothing; and whether the box's edge runs here."""
+"""Heat, 0 to 255, or -1 outside the view; and whether the dot is on the box's edge."""
 
 
 def heat_map(
     answer: EdgeAnswer, size: Size, fit: Fit, view: Size, *, colour: bool, columns: int = COLUMNS
 ) -> Text | None:
-    """Where the model looked.
+    """Draw where the model looked.
 
     Args:
-        answer: with the map in it.
-        size: of the upright picture, in px.
-        fit, view: how the view shows the picture, and its size in px.
-        colour: half-block characters, two dots each, in colours; otherwise plain letters, darker
-            for hotter, the box drawn with `+`, `-` and `|`.
-        columns: the widest that it may be, in characters, beside its margin of two.
+        answer: the answer that contains the map.
+        size: size of the upright picture, in px.
+        fit, view: how the picture is fitted to the view, and the view's size in px.
+        colour: draw coloured half-block characters with two dots each; otherwise ASCII
+            characters, denser for more heat, with the box as `+`, `-` and `|`.
+        columns: largest width in characters, without the margin of two.
 
     Returns:
         None if the answer has no map.
     """
     if answer.map is None:
         return None
-    # A letter is about twice as tall as wide, so with half blocks a dot is a square.
+    # A character is about twice as tall as wide, so half a block is square.
     columns = max(2, min(columns, COLUMNS))
     lines = max(1, round(columns * size.height / size.width / 2))
     if lines > MOST_LINES:
@@ -83,7 +83,7 @@ def _dot(
 
 
 def _edges(box: Box, size: Size, columns: int, rows: int) -> Box:
-    """Dots of the box's outermost pixels; right and bottom inclusive."""
+    """Return the dots of the box's outermost pixels; right and bottom are inclusive."""
     return Box(
         box.left * columns // size.width,
         box.top * rows // size.height,

@@ -1,4 +1,4 @@
-"""What `--help` calls the values of options: words for people instead of Python's types."""
+"""Show plain words for option values in `--help` instead of Python's types."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _WORDS = {
     "int range": "N",
     "float": "NUMBER",
     "float range": "NUMBER",
-    "bool": "",  # a flag takes none
+    "bool": "",  # a flag takes no value
 }
 
 
 class NamedValues:
-    """For commands and groups of them, before Typer's own class: options say what they take."""
+    """Mixin before Typer's command or group class: names the values of options."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` included."""
+        """Return the parameters, including `--help`."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if param.param_type_name == "argument":
-                # Its name says it already.
+                # An argument's name is enough.
                 param.display_type_rich = lambda ctx: ""
             elif param.metavar is None:
                 kind = str(param.display_type(ctx)).strip("<>")
@@ -35,4 +35,4 @@ class NamedValues:
 
 
 class Command(NamedValues, TyperCommand):
-    """A command whose help calls values by words."""
+    """A command whose help names option values in plain words."""

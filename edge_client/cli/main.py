@@ -1,14 +1,14 @@
 """The `vlm-collab` command.
 
-Commands are plain functions that Typer reads. `ask` is here; others come from the entry-point
-group `vlm_collab.commands`, so that this package imports no server. None is imported before it
-is used: `vlm-collab --help` stays quick where torch is installed and works where it is not.
+Commands are plain functions that Typer reads. The edge's commands are listed here. Other packages
+add theirs through the entry-point group `vlm_collab.commands`, so that this package imports no
+server. A command is imported only when it is used, so `vlm-collab --help` is quick if torch is
+installed, and works if it is not.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -20,45 +20,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from edge_client.cli.errors import (
+    EXIT_CODES_HELP,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    PROGRAM,
+    error_name,
+    exit_code,
+    report,
+)
 from edge_client.cli.help import Command, NamedValues
 from vlm_collab import __version__
-from vlm_collab.cli.quiet import hush
-from vlm_collab.errors import (
-    AuthenticationError,
-    CollabError,
-    ConfigError,
-    DeadlineError,
-    ImageError,
-    LinkError,
-    PrivacyError,
-    QuestionError,
-    ServerError,
-)
+from vlm_collab.cli.quiet import silence_libraries
+from vlm_collab.errors import CollabError, ConfigError
 
-PROGRAM = "vlm-collab"
 GROUP = "vlm_collab.commands"
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
-# By base class; a more special one stands before the one it derives from.
-_EXIT_CODES: dict[type[CollabError], int] = {
-    ConfigError: EXIT_USAGE,
-    QuestionError: EXIT_USAGE,
-    ImageError: 3,
-    LinkError: 4,
-    AuthenticationError: 5,
-    DeadlineError: 6,
-    ServerError: 7,
-    PrivacyError: 8,
-}
-
-EXIT_CODES_HELP = (
-    "Exit codes: 0 answered · 1 failed · 2 wrong use · 3 picture unusable · 4 no server · "
-    "5 not let in · 6 no answer in time · 7 refused by the server · 8 kept back by the policy · "
-    "130 interrupted"
-)
 
 _BUILT_IN = {
     "ask": "edge_client.cli.ask:ask",
@@ -68,7 +44,7 @@ _BUILT_IN = {
     "watch": "edge_client.cli.watch:watch",
 }
 
-# What `--help` says of commands without importing them, and which extra they need.
+# Help lines of commands that are not imported yet, and the extras that they need.
 _HELP = {
     "ask": "Ask questions about photos.",
     "audit": "Show which images left the device.",
@@ -95,20 +71,20 @@ _OWN_PACKAGES = ("vlm_collab", "edge_client", "server_plugin", "eval")
 
 
 class Commands(NamedValues, TyperGroup):
-    """A group whose commands are imported when they are called."""
+    """A command group that imports a command when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands, those of this package first."""
+        """Return the names of all commands, those of this package first."""
         return [*_BUILT_IN, *sorted(set(_extensions()) - set(_BUILT_IN))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A stand-in with name and help text; enough for listings."""
+        """Return a stand-in with name and help text, for listings."""
         if cmd_name not in self.list_commands(ctx):
             return None
         return TyperCommand(cmd_name, help=_HELP.get(cmd_name, "Added by another package."))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command itself, for running it."""
+        """Import and return the command that is to run."""
         name, stand_in, rest = super().resolve_command(ctx, args)
         if stand_in is None or name is None:
             return name, stand_in, rest
@@ -116,10 +92,10 @@ class Commands(NamedValues, TyperGroup):
             function = _load(name)
         except ModuleNotFoundError as error:
             raise _incomplete(name, error) from error
-        if isinstance(function, typer.Typer):  # a group with commands of its own
+        if isinstance(function, typer.Typer):  # a group of commands
             return name, typer.main.get_command(function), rest
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        settings = getattr(function, "context_settings", None)  # how it wants its line read
+        settings = getattr(function, "context_settings", None)  # parsing options for Click
         app.command(name, cls=Command, epilog=EXIT_CODES_HELP, context_settings=settings)(function)
         return name, typer.main.get_command(app), rest
 
@@ -128,20 +104,20 @@ class Commands(NamedValues, TyperGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            # A command may import what it needs when it runs.
+            # A command may import further packages while it runs.
             raise _incomplete(ctx.invoked_subcommand or "", error) from error
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; ends the process with one of the documented exit codes.
+    """Run the command line; end the process with a documented exit code.
 
     Args:
-        argv: arguments without the program's name; those of the process by default.
+        argv: arguments without the program's name; by default those of the process.
     """
-    if argv is None:  # only a process that is all ours is set up as a whole
-        hush()
+    if argv is None:  # change process-wide settings only in a process of our own
+        silence_libraries()
     arguments = sys.argv[1:] if argv is None else argv
-    # What these would log is told once, as the error that it leads to.
+    # Without handlers these would print warnings; the error that follows reports the cause.
     for name in ("edge_client", "websockets"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:
@@ -160,41 +136,6 @@ def main(argv: list[str] | None = None) -> None:
     if code == EXIT_INTERRUPTED:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
     sys.exit(code)
-
-
-def report(line: str, code: str, *, as_json: bool) -> None:
-    """Tell a failure: a line on stderr, or with `--json` an object on stdout."""
-    line = printable(" ".join(line.split()))
-    if as_json:
-        print(json.dumps({"error": line, "code": code}), flush=True)
-    else:
-        named = line.startswith(f"{PROGRAM} ")
-        print(line if named else f"{PROGRAM}: {line}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Text without what would move the cursor or change the terminal: it comes from outside."""
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def exit_code(error: CollabError) -> int:
-    """The documented exit code for an error."""
-    for kind, code in _EXIT_CODES.items():
-        if isinstance(error, kind):
-            return code
-    return EXIT_FAILED
-
-
-def error_name(error: CollabError) -> str:
-    """What `--json` calls an error: the server's code, or the class without its ending."""
-    if isinstance(error, ServerError):
-        return error.code.name
-    for kind in _EXIT_CODES:
-        if isinstance(error, kind):
-            return kind.__name__.removesuffix("Error").upper()
-    return type(error).__name__.removesuffix("Error").upper()
 
 
 def _app() -> typer.Typer:
@@ -240,7 +181,7 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _incomplete(name: str, error: ModuleNotFoundError) -> ConfigError:
-    """One line for a command whose packages are not all installed."""
+    """Make the error for a command that needs a package which is not installed."""
     missing = (error.name or "").partition(".")[0]
     if missing in _OWN_PACKAGES or not missing:
         return ConfigError(f"{PROGRAM} {name} is not part of this installation ({error})")
@@ -251,7 +192,7 @@ def _incomplete(name: str, error: ModuleNotFoundError) -> ConfigError:
 
 
 def _usage(error: TyperException) -> str:
-    """One line for a wrong option or argument, and where to read about the right ones."""
+    """Return one line about a wrong option or argument that points to `--help`."""
     context = getattr(error, "ctx", None)
     line = error.format_message().rstrip(".")
     return line if context is None else f"{line} (see {context.command_path} --help)"

@@ -1,4 +1,4 @@
-"""Options that several commands have, said once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ Token = Annotated[
     str | None,
     typer.Option(
         envvar=TOKEN_VARIABLE,
-        help="Bearer token, if the server wants one. Other users of this machine can read it "
-        "here; better give --token-file or the variable.",
+        help="Bearer token, if the server needs one. Other users of this machine can see it on "
+        "the command line; prefer --token-file or the variable.",
     ),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File that holds the bearer token, and only it.")
 ]
-CaFile = Annotated[Path | None, typer.Option(help="Authorities to trust for wss:// (PEM).")]
+CaFile = Annotated[
+    Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
+]
 Deadline = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
 Eta = Annotated[
     float | None,
@@ -45,15 +47,18 @@ PolicyFile = Annotated[
 ]
 CameraName = Annotated[
     str | None,
-    typer.Option("--camera", help="Whose rules of the policy apply; its default's if not said."),
+    typer.Option(
+        "--camera",
+        help="Camera whose rules of the policy apply; default: the policy's `default` entry.",
+    ),
 ]
 AuditFile = Annotated[
-    Path | None, typer.Option(help="File to list every image in before it leaves.")
+    Path | None, typer.Option(help="Log file that lists every image before it leaves.")
 ]
 
 
 def token_of(token: str | None, token_file: Path | None) -> str | None:
-    """The server's token, in whichever way it was given.
+    """Return the server's token, given as an option, in a file or in the environment.
 
     Raises:
         ConfigError: see `vlm_collab.cli.secret_files.chosen_key`.
@@ -61,17 +66,17 @@ def token_of(token: str | None, token_file: Path | None) -> str | None:
     return chosen_key(token, token_file, "--token", TOKEN_VARIABLE)
 
 
-def wishes(
+def question_options(
     *, always: bool, never: bool, eta: float | None, deadline_s: float, want_map: bool
 ) -> Options:
-    """Options for every question, as the command line says.
+    """Make the options of all questions from the command line's.
 
     Raises:
-        ConfigError: they make no sense.
+        ConfigError: they contradict each other, or a value is invalid.
     """
     if always and never:
         raise ConfigError("--always and --never exclude each other")
-    # Limits of an option let "nan" through.
+    # Typer's `min` accepts "nan".
     if eta is not None and not 0 <= eta < math.inf:
         raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
     if math.isnan(deadline_s):

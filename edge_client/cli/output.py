@@ -1,4 +1,4 @@
-"""How `vlm-collab ask` tells its answers: for people with Rich, for programs as JSON lines."""
+"""Show answers: as text with Rich for people, as JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.answer import EdgeAnswer
-from edge_client.cli import main as cli
-from edge_client.cli.main import printable
-from edge_client.link.question import TextSink
+from edge_client.answer import EdgeAnswer, TextSink
+from edge_client.cli.errors import error_name, report
+from edge_client.cli.printing import printable
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Stage
 
-_WHY_FIRST = {
+_FALLBACK_REASONS = {
     Fallback.DECLINED: "the region was not sent",
     Fallback.DEADLINE: "the refined one did not come in time",
     Fallback.BAD_REGION: "the server could not use the region",
@@ -30,7 +29,7 @@ _WHY_FIRST = {
     Fallback.NO_DETAIL: "no region would show more than the view does",
 }
 
-_WHY_DECLINED = {
+_DECLINE_REASONS = {
     DeclineReason.LIMIT: "it is over a limit",
     DeclineReason.PRIVACY: "the policy keeps it back",
     DeclineReason.GONE: "the original is gone",
@@ -39,17 +38,17 @@ _WHY_DECLINED = {
 }
 
 NO_TEXT = "(no text)"
-"""Stands for an answer that is empty, or nothing but blanks."""
+"""Shown for an answer that is empty or blank."""
 
 _SHADES = "·░▒▓█"
 _LIVE_LINES = 10
 
 
 class Screen(Protocol):
-    """Where answers are told."""
+    """Output of `vlm-collab ask`."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start."""
 
     def __exit__(
         self,
@@ -60,19 +59,19 @@ class Screen(Protocol):
         """End."""
 
     def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
-        """Where the growing text of a question goes; None to not have it sent at all."""
+        """Return the sink for a question's growing text; None if it is not needed."""
 
-    def tell(
+    def show(
         self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
     ) -> None:
-        """Tell a result."""
+        """Show a result."""
 
     def note(self, line: str) -> None:
-        """Tell something beside the answers."""
+        """Show a notice."""
 
 
 class JsonLines:
-    """One JSON object a line; failed questions have `error` and `code` in place of an answer."""
+    """One JSON object per line; a failed question has `error` and `code` instead of an answer."""
 
     def __enter__(self) -> Self:
         return self
@@ -81,31 +80,31 @@ class JsonLines:
         pass
 
     def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
-        """No program reads half an answer, and each step would cost bytes."""
+        """Return None: no program reads half an answer, and each update would cost bytes."""
         return None
 
-    def tell(
+    def show(
         self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
     ) -> None:
         """Print the object."""
-        told: dict[str, object] = {"photo": picture.name, "question": question}
+        row: dict[str, object] = {"photo": picture.name, "question": question}
         if isinstance(result, CollabError):
-            told |= {"error": str(result), "code": cli.error_name(result)}
+            row |= {"error": str(result), "code": error_name(result)}
         else:
-            told |= as_dict(result, picture)
-        # msgspec writes numbers that JSON does not have as null.
-        print(msgspec.json.encode(told).decode(), flush=True)
+            row |= as_dict(result, picture)
+        # msgspec writes NaN and infinity, which JSON lacks, as null.
+        print(msgspec.json.encode(row).decode(), flush=True)
 
     def note(self, line: str) -> None:
-        """Only answers belong on this output."""
+        """Show nothing: stdout is for answers only."""
 
 
 class Terminal:
-    """Text for people; in a terminal with colours, and with answers growing as they come.
+    """Text for people; in a terminal with colours and growing answers.
 
     Args:
         show_map: show where the model looked.
-        several: there is more than one question, so that failures must say which one they are of.
+        several: there are several questions, so an error line must name its question.
     """
 
     def __init__(self, *, show_map: bool, several: bool = False) -> None:
@@ -127,7 +126,7 @@ class Terminal:
             self._live.stop()
 
     def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
-        """Shows the growing text, where somebody can watch."""
+        """Return a sink that shows the growing text in a terminal; None without a terminal."""
         if self._live is None:
             return None
 
@@ -140,14 +139,14 @@ class Terminal:
 
         return take
 
-    def tell(
+    def show(
         self, number: int, picture: Picture, question: str, result: EdgeAnswer | CollabError
     ) -> None:
-        """Print the answer with its history and its cost; a failure as a line on stderr."""
+        """Print an answer with its history and cost, or an error as a line on stderr."""
         self._texts.pop(number, None)
         if isinstance(result, CollabError):
             which = f"{picture.name}: {question}: " if self._several else ""
-            self._fail(f"{which}{result}", result)
+            self._print_error(f"{which}{result}", result)
             return
         title = Text.assemble(
             (f"{printable(picture.name)}: ", "dim"), (printable(question), "bold")
@@ -161,10 +160,10 @@ class Terminal:
         """Print a line."""
         self._console.print(Text(printable(line), style="dim"))
 
-    def _fail(self, line: str, error: CollabError) -> None:
+    def _print_error(self, line: str, error: CollabError) -> None:
         if self._live is not None:
-            self._live.stop()  # it would draw over a line on stderr
-        cli.report(line, cli.error_name(error), as_json=False)
+            self._live.stop()  # it would overwrite a line on stderr
+        report(line, error_name(error), as_json=False)
         if self._live is not None:
             self._live.start()
 
@@ -173,7 +172,7 @@ class Terminal:
 
 
 def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
-    """What `--json` says of an answer; names and units are part of the command's contract."""
+    """Return an answer as a JSON object; names and units are part of the command's interface."""
     heat_map = answer.map and [
         list(answer.map[i : i + answer.columns]) for i in range(0, len(answer.map), answer.columns)
     ]
@@ -203,13 +202,15 @@ def as_dict(answer: EdgeAnswer, picture: Picture) -> dict[str, object]:
 
 
 def history(answer: EdgeAnswer, picture: Picture) -> Table:
-    """The answer, how it came about and what it cost, as rows."""
+    """Return the answer, how it was made, and its cost as table rows."""
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
     unsure = answer.box is not None or answer.refined or answer.fallback is not Fallback.NONE
     if unsure:
-        rows.add_row("  first answer", _said(answer.first_text, answer.first_uncertainty, "yellow"))
+        rows.add_row(
+            "  first answer", _answer_text(answer.first_text, answer.first_uncertainty, "yellow")
+        )
     if answer.box is not None:
         box, size = answer.box, picture.size
         rows.add_row(
@@ -218,16 +219,16 @@ def history(answer: EdgeAnswer, picture: Picture) -> Table:
             f"of {size.width} x {size.height}",
         )
     if answer.refined:
-        # No colour that says "better": the second look may leave the model less sure, and which
-        # way of the number is the surer one depends on the server's metric.
-        rows.add_row("  refined answer", _said(answer.text, answer.uncertainty))
+        # No colour that means "better": the refined answer may be less sure, and whether a larger
+        # number means more or less sure depends on the server's metric.
+        rows.add_row("  refined answer", _answer_text(answer.text, answer.uncertainty))
     elif unsure:
-        why = _WHY_FIRST.get(answer.fallback, "the server kept it")
-        if answer.fallback is Fallback.DECLINED and answer.declined in _WHY_DECLINED:
-            why = f"{why}, {_WHY_DECLINED[answer.declined]}"
+        why = _FALLBACK_REASONS.get(answer.fallback, "the server kept it")
+        if answer.fallback is Fallback.DECLINED and answer.declined in _DECLINE_REASONS:
+            why = f"{why}, {_DECLINE_REASONS[answer.declined]}"
         rows.add_row("  answer", f"the first one: {why}")
     else:
-        rows.add_row("  answer", _said(answer.text, answer.uncertainty))
+        rows.add_row("  answer", _answer_text(answer.text, answer.uncertainty))
     if answer.shown < 1:
         rows.add_row("  not shown", Text(f"{cut_off(answer)}", style="yellow"))
     rows.add_row("  sent", _cost(answer))
@@ -235,21 +236,21 @@ def history(answer: EdgeAnswer, picture: Picture) -> Table:
 
 
 def cut_off(answer: EdgeAnswer) -> str:
-    """That the model did not see all of the picture, in words."""
+    """Describe the part of the picture that the model did not see."""
     return (
         f"{1 - answer.shown:.0%} of the picture, at its edges: the server's fit is `crop`, "
         "which shows the model the middle only"
     )
 
 
-def _said(text: str, uncertainty: float, colour: str = "") -> Text:
+def _answer_text(text: str, uncertainty: float, colour: str = "") -> Text:
     return Text.assemble(
         (shown_text(text), f"bold {colour}"), (f"  uncertainty {uncertainty:.3f}", "dim")
     )
 
 
 def shown_text(text: str) -> str:
-    """An answer for people: printable, and `NO_TEXT` where there is nothing to see."""
+    """Return an answer for people: printable, or `NO_TEXT` if it is blank."""
     shown = printable(text)
     return shown if shown.strip() else NO_TEXT
 
@@ -263,7 +264,7 @@ def _cost(answer: EdgeAnswer) -> str:
 
 
 def heat(answer: EdgeAnswer) -> Text:
-    """The relative attention map as shades, two characters a cell."""
+    """Draw the relative attention map as shades, two characters per cell."""
     assert answer.map is not None
     text = Text(no_wrap=True, end="")
     for row in range(answer.rows):

@@ -1,4 +1,4 @@
-"""A client that keeps a question while the server is away, and says what it is doing."""
+"""A client that keeps a question while the server is away, and reports its attempts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from edge_client.answer import EdgeAnswer
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.client import ClientOptions
 from edge_client.link.dial import LostError
-from edge_client.link.question import TextSink
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from edge_client.sync import Client
 from vlm_collab.errors import CollabError, DeadlineError, LinkError, ServerError
 from vlm_collab.errors import ErrorCode as Code
@@ -26,17 +25,16 @@ _PAUSES = Retry(first_s=1.0, longest_s=15.0)
 Turns = Sequence[tuple[str, str]]
 
 
-class PatientClient:
-    """Asks one question at a time, for as long as it takes.
+class RetryingClient:
+    """Asks one question at a time, and asks again while the server is away.
 
-    Connects when the first question needs it. A server that is away is waited for; what cannot
-    get better by waiting (a wrong token, a question that is refused) is raised at once.
+    Connects when the first question needs it. Errors that waiting cannot cure (a wrong token, a
+    refused question) are raised at once.
 
     Args:
         url: address of the service.
-        note: is told, from any thread, what happens to the connection.
-        forever: wait for a server that is away without end; otherwise as long as a question's
-            deadline.
+        note: called, from any thread, with lines about the connection.
+        forever: wait for the server without limit; otherwise until a question's deadline.
         settings: see `ClientOptions`.
     """
 
@@ -54,7 +52,7 @@ class PatientClient:
         self._settings = settings
         self._client: Client | None = None
         self._welcome: Welcome | None = None
-        self._log = _Attempts(note)
+        self._log = _AttemptReporter(note)
         logger = logging.getLogger("edge_client.link.reconnect")
         logger.addHandler(self._log)
         logger.setLevel(logging.INFO)
@@ -72,11 +70,11 @@ class PatientClient:
 
     @property
     def welcome(self) -> Welcome | None:
-        """What the server said of itself when it last answered; None before that."""
+        """The latest `Welcome` of the server; None before the first."""
         return self._welcome
 
     def connect(self) -> None:
-        """Try to connect, so that a wrong address is told before anybody asks anything.
+        """Try to connect, so that a wrong address is reported before the first question.
 
         Raises:
             CollabError: waiting would not help.
@@ -84,7 +82,7 @@ class PatientClient:
         try:
             self._connected()
         except LinkError as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
             kept = "until it answers" if self._forever else "for as long as their deadline"
             self._note(f"{error}; questions are kept {kept}")
@@ -101,7 +99,8 @@ class PatientClient:
     ) -> EdgeAnswer:
         """Ask a question about a picture; see `EdgeClient.ask`.
 
-        A conversation that is too long for the model loses its older half, as often as need be.
+        If a conversation is too long for the model, its older half is dropped, repeatedly if
+        necessary.
 
         Raises:
             CollabError: see `EdgeClient.ask`; without `forever` also `LinkError`.
@@ -124,7 +123,7 @@ class PatientClient:
                     options=options,
                 )
             except (LinkError, DeadlineError) as error:
-                if not (is_passing(error) or self._log.away):
+                if not (is_transient(error) or self._log.away):
                     raise
                 failures += 1
                 pause_s = _PAUSES.pause_s(failures)
@@ -145,7 +144,7 @@ class PatientClient:
                         "the conversation is longer than the model takes: it was told the last "
                         f"{len(turns)} of {len(history)} questions and answers"
                     )
-                self._remember(client, answer)
+                self._update_welcome(client, answer)
                 return answer
 
     def close(self) -> None:
@@ -160,8 +159,8 @@ class PatientClient:
             self._welcome = self._client.welcome
         return self._client
 
-    def _remember(self, client: Client, answer: EdgeAnswer) -> None:
-        """Another server, or another model, may have answered than the one that greeted."""
+    def _update_welcome(self, client: Client, answer: EdgeAnswer) -> None:
+        """Update `welcome` if another server or model answered."""
         old = self._welcome
         if old is None or (old.model, old.rows, old.columns) != (
             answer.model,
@@ -171,21 +170,21 @@ class PatientClient:
             try:
                 self._welcome = client.welcome
             except CollabError:
-                self._welcome = None  # gone again; the next answer will tell
+                self._welcome = None  # lost again; the next answer tries again
 
 
-def is_passing(error: CollabError) -> bool:
-    """Whether a failure is the link's, and another attempt can help."""
+def is_transient(error: CollabError) -> bool:
+    """Whether a failure is the link's, so that another attempt can help."""
     return isinstance(error, LostError) or (
         isinstance(error, LinkError | DeadlineError) and isinstance(error.__cause__, LostError)
     )
 
 
-class _Attempts(logging.Handler):
-    """Tells of attempts to connect again, from what the link's keeper logs.
+class _AttemptReporter(logging.Handler):
+    """Reports attempts to reconnect, which `LinkKeeper` logs.
 
     Attributes:
-        away: the server could not be reached, and has not answered since.
+        away: the server could not be reached, and has not answered since then.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -194,13 +193,13 @@ class _Attempts(logging.Handler):
         self.away = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say why, once for each time that the server is away."""
+        """Report the reason, once per outage."""
         if record.levelno >= logging.INFO and not self.away:
             self.away = True
             self._tell(f"no server ({record.getMessage()}); trying again")
 
     def answered(self) -> None:
-        """The server is there."""
+        """Note that the server has answered."""
         if self.away:
             self.away = False
             self._tell("the server is back")

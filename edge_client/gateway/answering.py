@@ -7,16 +7,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
-from edge_client.answer import EdgeAnswer
+from edge_client.addresses import without_secrets
+from edge_client.answer import EdgeAnswer, TextSink
 from edge_client.client import ClientOptions, EdgeClient
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.fetch import Fetcher
 from edge_client.gateway.upstream import TextUpstream
-from edge_client.link.dial import Server, without_secrets
-from edge_client.link.question import TextSink
-from edge_client.link.reconnect import Retry
-from edge_client.picture import Album, Picture
+from edge_client.link.dial import Server
+from edge_client.picture import Picture, PictureCache
 from edge_client.privacy.guard import open_guard
+from edge_client.retry import Retry
 from vlm_collab.errors import CollabError, DeadlineError, ImageError, LinkError
 from vlm_collab.openai import (
     Query,
@@ -66,7 +66,7 @@ class Answerer:
         self,
         config: GatewayConfig,
         url: str,
-        album: Album,
+        album: PictureCache,
         **options: Unpack[ClientOptions],
     ) -> None:
         limits = config.limits

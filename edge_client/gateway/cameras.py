@@ -8,8 +8,8 @@ from typing import Unpack
 from edge_client.client import ClientOptions
 from edge_client.gateway.answering import Answerer
 from edge_client.gateway.config import GatewayConfig
-from edge_client.picture import Album
-from edge_client.privacy.policy import Policy, load_policy
+from edge_client.picture import PictureCache
+from edge_client.privacy.policy import PrivacyPolicy, load_policy
 from vlm_collab.openai import refuse
 
 
@@ -33,7 +33,7 @@ class Cameras:
 
     def __init__(self, config: GatewayConfig, url: str, **options: Unpack[ClientOptions]) -> None:
         policy = options.get("policy")
-        if policy is not None and not isinstance(policy, Policy):
+        if policy is not None and not isinstance(policy, PrivacyPolicy):
             policy = options["policy"] = load_policy(policy)
         self._names = frozenset() if policy is None else frozenset(policy.cameras)
         self._config = config
@@ -41,7 +41,7 @@ class Cameras:
         self._options = options
         limits = config.limits
         pixels = options.get("max_pixels", limits.max_pixels)
-        self._album = Album(pixels, limits.max_picture_bytes)
+        self._album = PictureCache(pixels, limits.max_picture_bytes)
         # Threads and no semaphore: a thread cannot be stopped, so the place of a question that is
         # given up is taken until its picture is done.
         self._decoder = ThreadPoolExecutor(limits.max_decoding, "pictures")

@@ -14,7 +14,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edge_client.link.question import TextSink
+from edge_client.answer import TextSink
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, Result, TextFlow, api_error
 from vlm_collab.protocol.messages import Stage

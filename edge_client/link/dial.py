@@ -1,8 +1,7 @@
-"""Reaching a server: its address, and one WebSocket to it or one clear line about why not."""
+"""Open a WebSocket to a server, or report in one line why that failed."""
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from websockets.exceptions import (
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
+from edge_client.addresses import without_secrets
 from vlm_collab import __version__
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
 from vlm_collab.protocol.messages import SUBPROTOCOL
@@ -30,17 +30,17 @@ ENDPOINT = "/v1/collab"
 
 CLIENT_NAME = f"vlm-collab/{__version__}"
 
-# A server that is being restarted, or one that is full: another attempt can help.
-_PASSING_STATUS = frozenset({429, 500, 502, 503, 504})
-_MOST_SAID_CHARS = 400
+# The server is restarting or full: another attempt can help.
+_TRANSIENT_STATUS = frozenset({429, 500, 502, 503, 504})
+_MAX_REFUSAL_CHARS = 400
 
 
 class LostError(LinkError):
-    """The link is not there now; another attempt can help.
+    """The link is lost or cannot be made now; another attempt can help.
 
     Args:
-        message: one line for a person.
-        retry_after_s: the server's own wish for when to come back; None if it has none.
+        message: one line for the user.
+        retry_after_s: when to come back, as the server asked; None if it did not say.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -50,17 +50,20 @@ class LostError(LinkError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where the service is and how to reach it.
+    """Address of the service and how to connect to it.
 
     Attributes:
-        url: `ws://host:port` or `wss://host:port`; without a path, the service's own is added.
+        url: `ws://host:port` or `wss://host:port`; without a path, `ENDPOINT` is added.
         token: sent as `Authorization: Bearer`; None for a server that needs none.
-        ca_file: PEM file of the authorities to trust instead of the system's, for `wss`.
-        proxy: address of an HTTP or SOCKS proxy. Proxies from the environment are not used, so
-            that the same call always takes the same way.
-        connect_timeout_s: time for one attempt, up to the server's greeting.
-        ping_interval_s: how often a silent link is checked; a link that does not answer for
-            as long again is lost.
+        ca_file: PEM file of certificate authorities to trust instead of the system's, for `wss`.
+        proxy: address of an HTTP or SOCKS proxy. Proxy settings from the environment are ignored,
+            so that the same call always takes the same route.
+        connect_timeout_s: time for one attempt, until the server's `Welcome`.
+        ping_interval_s: how often a silent link is checked. A link that does not answer within
+            the same time is lost.
+
+    Raises:
+        ConfigError: invalid address, token or time.
     """
 
     url: str = DEFAULT_URL
@@ -80,35 +83,35 @@ class Server:
 
     @property
     def shown(self) -> str:
-        """Its address for messages and logs: `without_secrets`."""
+        """The address without secrets, for messages and logs."""
         return without_secrets(self.url)
 
 
 class _Connect(connect):
-    """The library's, but pictures go where the owner said, which is what the audit log names."""
+    """`connect` without redirects: pictures go only to the server that the audit log names."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """Follow none."""
+        """Refuse the redirect."""
         return exc
 
 
 async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
-    """Open a WebSocket. The caller bounds the time.
+    """Open a WebSocket. The caller limits the time.
 
     Raises:
-        LostError: it cannot be reached now.
-        AuthenticationError: it does not accept the token or the origin.
-        LinkError: what answers there is no such server, or is not to be trusted.
+        LostError: the server cannot be reached now.
+        AuthenticationError: the server does not accept the token or the origin.
+        LinkError: it is not a vlm-collab server, or its certificate is not trusted.
         ConfigError: the address, proxy or CA file is wrong.
     """
     headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
     context = _tls(server)
     try:
-        # On time-out or any error the library has closed what it opened.
+        # On time-out or any other error the library closes the connection itself.
         connection = await _Connect(
             server.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
-            compression=None,  # pictures do not compress again, and counts stay exact
+            compression=None,  # images do not compress further, and byte counts stay exact
             additional_headers=headers,
             user_agent_header=CLIENT_NAME,
             proxy=server.proxy,
@@ -126,8 +129,7 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
             f"{without_secrets(error.proxy)} is no address of a proxy: {error.msg}"
         ) from error
     except InvalidStatus as error:
-        wish = error.response.headers.get("Retry-After", "")
-        raise _refused(server, error.response.status_code, wish, _said(error.response)) from error
+        raise _refusal(server, error.response) from error
     except InvalidMessage as error:
         if isinstance(error.__cause__, EOFError):
             raise LostError(f"{server.shown} closed the connection without a word") from error
@@ -151,16 +153,9 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
     return connection
 
 
-def without_secrets(url: str) -> str:
-    """An address without user, password, query and fragment."""
-    scheme, mark, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
-
-
 def _full_url(url: str) -> str:
     example = f"it looks like {DEFAULT_URL.removesuffix(ENDPOINT)}"
-    # Where a password was not encoded, nobody can tell what is the address and what is not.
+    # If a password was not percent-encoded, address and password cannot be told apart.
     unclear = "@" in url
     shown = "that" if unclear else repr(without_secrets(url))
     try:
@@ -189,23 +184,27 @@ def _tls(server: Server) -> ssl.SSLContext | None:
         raise ConfigError(f"CA file {server.ca_file}: {reason}") from error
 
 
-def _said(response: Response) -> str:
-    """The line for a person in a refusal, behind a colon; nothing where there is none."""
+def _refusal_text(response: Response) -> str:
+    """Return the text line of a refusal after a colon; empty if there is none."""
     if not response.headers.get("Content-Type", "").startswith("text/plain"):
         return ""
     line = bytes(response.body or b"").partition(b"\n")[0].decode(errors="replace").strip()
-    shown = "".join(char for char in line if char.isprintable())[:_MOST_SAID_CHARS]
+    shown = "".join(char for char in line if char.isprintable())[:_MAX_REFUSAL_CHARS]
     return f": {shown}" if shown else ""
 
 
-def _refused(server: Server, status: int, wish: str, said: str) -> LinkError | AuthenticationError:
+def _refusal(server: Server, response: Response) -> LinkError | AuthenticationError:
+    """Convert an HTTP status other than 101 to an error."""
+    status = response.status_code
     if status == 401:
         wrong = "no token was given" if server.token is None else "the token is not accepted"
-        return AuthenticationError(f"{server.shown} lets nobody in unknown: {wrong} (HTTP 401)")
+        return AuthenticationError(f"{server.shown} needs a valid token: {wrong} (HTTP 401)")
     if status == 403:
-        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403){said}")
-    if status in _PASSING_STATUS:
-        retry_after_s = float(wish) if wish.isascii() and wish.isdecimal() else None
+        text = _refusal_text(response)
+        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403){text}")
+    if status in _TRANSIENT_STATUS:
+        wait = response.headers.get("Retry-After", "")
+        retry_after_s = float(wait) if wait.isascii() and wait.isdecimal() else None
         return LostError(f"{server.shown} takes no connection now (HTTP {status})", retry_after_s)
     if 300 <= status < 400:
         return LinkError(f"{server.shown} points to another address (HTTP {status}); give that one")

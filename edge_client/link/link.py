@@ -1,4 +1,4 @@
-"""One connection: a WebSocket, the session it drives, and the questions that wait on it."""
+"""One connection to a server: a WebSocket, its protocol session, and the questions on it."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from vlm_collab.protocol.table import State
 log = logging.getLogger(__name__)
 
 CODECS = (Codec.JPEG, Codec.WEBP, Codec.PNG)
-"""What this edge can encode."""
+"""The formats that this edge can encode."""
 
-# With these a server says that what it read cannot be right; saying it again would not help.
+# The server rejects what it received; sending it again would not help.
 _FATAL_CLOSE = {1002, 1003, 1007, 1008, 1009}
-_PASSING_ERRORS = {ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL}
+_TRANSIENT_ERRORS = {ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL}
 _FLUSH_S = 1.0
 
 
-class Exchange:
-    """One question on one link, up to its end there.
+class QuestionExchange:
+    """The messages of one question on one link.
 
     Attributes:
-        id: its number on this link.
-        bytes_up, bytes_down: bytes so far, WebSocket headers included.
+        id: number of the question on this link.
+        bytes_up, bytes_down: bytes sent and received so far, including WebSocket headers.
     """
 
     def __init__(self, link: Link, id: int) -> None:
@@ -60,11 +60,11 @@ class Exchange:
         self._events: asyncio.Queue[EdgeEvent | CollabError] = asyncio.Queue()
 
     async def next(self) -> EdgeEvent:
-        """What happens next.
+        """Wait for the next event.
 
         Raises:
-            LostError: the link is gone; asking again may help.
-            CollabError: the link ended for good, and why.
+            LostError: the link is lost; asking again may help.
+            CollabError: the link ended for good; the message is the reason.
         """
         event = await self._events.get()
         if isinstance(event, CollabError):
@@ -72,11 +72,11 @@ class Exchange:
         return event
 
     def put(self, event: EdgeEvent | CollabError) -> None:
-        """Called by the link."""
+        """Add an event. Called by the link."""
         self._events.put_nowait(event)
 
     def send_region(self, image: bytes) -> bool:
-        """Send the crop; False if the question ended or was cancelled meanwhile."""
+        """Send the encoded region; False if the question ended or was cancelled meanwhile."""
         if not self.wants_region:
             return False
         self._link.session.send_region(self.id, image)
@@ -84,13 +84,13 @@ class Exchange:
         return True
 
     def decline(self, reason: DeclineReason) -> None:
-        """Say that no crop will come, if the question still wants one."""
+        """Decline the region, if the question still wants one."""
         if self.wants_region:
             self._link.session.decline(self.id, reason)
             self._link.flush(self)
 
     def abandon(self) -> None:
-        """Tell the server to forget the question, unless it ended already."""
+        """Cancel the question at the server, unless it has ended."""
         link = self._link
         state = link.session.state(self.id)
         if link.ended is None and state not in (State.ENDED, State.CANCELLED):
@@ -105,16 +105,16 @@ class Exchange:
 
 
 class Link:
-    """An open, greeted connection.
+    """An open connection, after `Hello` and `Welcome`.
 
-    Frames leave in the order in which the session made them: one task writes them all. Once
-    `ended` is set nothing moves any more, and every exchange has been told.
+    One task writes all frames, in the order in which the session made them. Once `ended` is set,
+    nothing is sent or received, and every exchange has got the error.
 
     Attributes:
-        session: the protocol's state on this side.
-        welcome: what the server said of itself.
-        ended: why the link is over; None while it is not.
-        retired: the server is going away; questions under way may still end well, new ones
+        session: protocol state of this side.
+        welcome: the server's `Welcome`.
+        ended: why the link ended; None while it is open.
+        retired: the server is shutting down. Running questions may still be answered; new ones
             belong on another link.
     """
 
@@ -126,7 +126,7 @@ class Link:
         self.retired = False
         self._closing = False
         self._socket = socket
-        self._exchanges: dict[int, Exchange] = {}
+        self._exchanges: dict[int, QuestionExchange] = {}
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._slots = asyncio.Semaphore(max(1, welcome.max_in_flight))
         self._writer = asyncio.create_task(self._write())
@@ -134,16 +134,17 @@ class Link:
 
     @classmethod
     async def open(cls, server: Server, *, limits: EdgeLimits, resume: bytes = b"") -> Link:
-        """Connect and greet.
+        """Connect, and exchange `Hello` and `Welcome`.
 
         Args:
-            server: where.
-            limits: what this edge lets the server have.
-            resume: key of an earlier session, whose views may still be there.
+            server: where to connect.
+            limits: what this edge allows the server to request.
+            resume: key of an earlier session whose views the server may still have.
 
         Raises:
-            LostError: not now; another attempt can help.
-            AuthenticationError, ConfigError, LinkError, RemoteProtocolError: and no attempt will.
+            LostError: not possible now; another attempt can help.
+            AuthenticationError, ConfigError, LinkError, RemoteProtocolError: another attempt
+                would not help.
         """
         session = EdgeSession(limits=limits)
         session.hello(CODECS, resume=resume, client=CLIENT_NAME)
@@ -163,24 +164,24 @@ class Link:
 
     @property
     def usable(self) -> bool:
-        """Whether new questions can go out here."""
+        """Whether new questions can be sent."""
         return self.ended is None and not self.retired
 
     async def slot(self) -> None:
-        """Wait until the server takes one more question; `ask` must follow without a pause.
+        """Wait until the server takes one more question. `ask` must follow without an `await`.
 
         Raises:
-            LostError: the link is gone, or going.
-            CollabError: it ended for good.
+            LostError: the link is lost, or the server is shutting down.
+            CollabError: the link ended for good.
         """
         await self._slots.acquire()
         if self.usable:
             return
-        self._slots.release()  # wakes the next who waits, who comes here too
+        self._slots.release()  # wakes the next waiting caller, which ends up here too
         raise self.ended or LostError("the server is going away")
 
     def give_back(self) -> None:
-        """Leave the slot that `slot` waited for to somebody else, instead of `ask`."""
+        """Release the slot from `slot` without calling `ask`."""
         self._slots.release()
 
     def ask(
@@ -194,11 +195,11 @@ class Link:
         history: tuple[Turn, ...] = (),
         more: tuple[MoreView, ...] = (),
         places: tuple[PicturePlace, ...] = (),
-    ) -> Exchange:
-        """Send a question, in the slot that `slot` waited for.
+    ) -> QuestionExchange:
+        """Send a question in the slot from `slot`.
 
         Raises:
-            LocalProtocolError: it is over a limit that the server stated.
+            LocalProtocolError: the question is over a limit that the server stated.
         """
         try:
             id = self.session.ask(
@@ -214,19 +215,19 @@ class Link:
         except BaseException:
             self._slots.release()
             raise
-        exchange = Exchange(self, id)
+        exchange = QuestionExchange(self, id)
         self._exchanges[id] = exchange
         self.flush(exchange)
         return exchange
 
-    def flush(self, exchange: Exchange) -> None:
-        """Queue the frames that the session made on behalf of an exchange."""
+    def flush(self, exchange: QuestionExchange) -> None:
+        """Queue the frames that the session made, and count their bytes for an exchange."""
         for frame in self.session.data_to_send():
             exchange.bytes_up += websocket_bytes(len(frame), masked=True)
             self._outbox.put_nowait(frame)
 
     async def close(self) -> None:
-        """Say good-bye; questions still open end with `LinkError`."""
+        """Close the connection; open questions end with `LinkError`."""
         self._closing = True
         self._end(LinkError("the client was closed"))
         self._outbox.put_nowait(None)
@@ -243,7 +244,7 @@ class Link:
 
     async def _read(self) -> None:
         try:
-            # When it is us who say good-bye, what still comes is read and dropped.
+            # While this side closes the connection, further frames are read and dropped.
             while self.ended is None or self._closing:
                 frame = _binary(await self._socket.recv())
                 if self.ended is None:
@@ -254,7 +255,7 @@ class Link:
             log.warning("the connection is dropped: %s", error)
             self._end(error)
         except Exception as bug:
-            # Nothing may be left waiting, whatever happens here.
+            # No question may be left waiting, whatever happens here.
             log.exception("the connection is dropped")
             self._end(LinkError(f"the connection failed on this side: {bug!r}"))
         finally:
@@ -265,13 +266,13 @@ class Link:
     def _receive(self, frame: bytes) -> None:
         event = self.session.receive(frame)
         if event is None or isinstance(event, Welcome):
-            return  # it crossed our Cancel (a second Welcome the session does not let through)
+            return  # None: for a question that was cancelled. (The session refuses a Welcome.)
         if isinstance(event, Error) and event.id == 0:
             self._end(_farewell(event))
             return
         exchange = self._exchanges[event.id]
         exchange.bytes_down += websocket_bytes(len(frame), masked=False)
-        self.flush(exchange)  # the session may have declined a region by itself
+        self.flush(exchange)  # the session itself may have declined a region
         if isinstance(event, Error) and event.code is ErrorCode.SHUTTING_DOWN:
             self.retired = True
         if isinstance(event, Answer | Error):
@@ -286,7 +287,7 @@ class Link:
         exchanges, self._exchanges = self._exchanges, {}
         for exchange in exchanges.values():
             exchange.put(error)
-        self._slots.release()  # the first who waits passes it on; see `slot`
+        self._slots.release()  # each waiting caller wakes the next; see `slot`
 
 
 async def _greet(socket: ClientConnection, session: EdgeSession) -> Welcome:
@@ -298,7 +299,7 @@ async def _greet(socket: ClientConnection, session: EdgeSession) -> Welcome:
         raise _loss(closed) from closed
     if isinstance(event, Welcome):
         return event
-    assert isinstance(event, Error)  # the session lets nothing else come first
+    assert isinstance(event, Error)  # the session accepts nothing else as the first message
     raise _farewell(event)
 
 
@@ -309,10 +310,10 @@ def _binary(frame: str | bytes) -> bytes:
 
 
 def _farewell(error: Error) -> CollabError:
-    """What an `Error` about the whole connection means."""
+    """Convert an `Error` about the whole connection to an exception."""
     retry_after_s = None if error.retry_after_ms is None else error.retry_after_ms / 1000
     text = f"the server ended the connection: {error.text}"
-    if error.code in _PASSING_ERRORS:
+    if error.code in _TRANSIENT_ERRORS:
         return LostError(text, retry_after_s)
     if error.code in (ErrorCode.BAD_FRAME, ErrorCode.BAD_ORDER, ErrorCode.UNSUPPORTED_VERSION):
         return RemoteProtocolError(text, error.code)
@@ -320,7 +321,7 @@ def _farewell(error: Error) -> CollabError:
 
 
 def _loss(closed: ConnectionClosed) -> CollabError:
-    """What a closed WebSocket means."""
+    """Convert a closed WebSocket to an exception."""
     if closed.rcvd is not None and closed.rcvd.code in _FATAL_CLOSE:
         text = f"the server closed the connection: {closed.rcvd.reason or closed.rcvd.code}"
         return RemoteProtocolError(text)
@@ -328,5 +329,5 @@ def _loss(closed: ConnectionClosed) -> CollabError:
         reason = closed.sent.reason or closed.sent.code
         return RemoteProtocolError(f"the server does not speak the protocol: {reason}")
     if closed.sent is not None and closed.rcvd is None and closed.sent.code == 1011:
-        return LostError("the server stopped answering")  # by our pings
+        return LostError("the server stopped answering")  # our ping timed out
     return LostError("the connection to the server was lost")

@@ -1,4 +1,4 @@
-"""One question from asking to its answer, over as many links and attempts as it takes."""
+"""Ask one question until it is answered, over several links and attempts if necessary."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from edge_client.answer import EdgeAnswer
 from edge_client.link.dial import LostError
-from edge_client.link.link import CODECS, Exchange, Link
-from edge_client.link.reconnect import Retry
-from edge_client.picture import Picture
-from edge_client.privacy.guard import QuestionGuard
+from edge_client.link.link import CODECS, Link, QuestionExchange
+from edge_client.link.request import QuestionRequest
 from vlm_collab.errors import (
     BusyError,
     CollabError,
@@ -39,9 +35,7 @@ from vlm_collab.protocol.messages import (
     Fallback,
     MoreView,
     Options,
-    PicturePlace,
     Stage,
-    Turn,
     Usage,
     Welcome,
 )
@@ -51,15 +45,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TextSink = Callable[[Stage, str], None]
-"""Called with the text of a pass so far whenever it changes."""
-
 RESCUE_GRACE_S = 5.0
-"""A link lost in the second stage is given the region's own deadline to come back and answer,
-and this much more for connecting and for the first pass, which has to be made again."""
+"""After a link is lost in the second stage, the question may be asked again for the region's
+deadline plus this time, which covers connecting and repeating the first pass."""
 
 MAX_VIEW_GONE = 5
-"""How often one question sends its view again because the server dropped it meanwhile."""
+"""How often one question sends its view again because the server has dropped it."""
 
 _SHORTEST_WAIT_S = 0.05
 
@@ -71,103 +62,56 @@ _VIEW_NOT_KEPT = {
     ErrorCode.BAD_OPTION,
     ErrorCode.BAD_QUESTION,
 }
-"""Refusals that a server may decide on before it stores the view that came with the question. A
-view sent twice costs some bytes; one that is not there costs a round trip first."""
+"""Errors that a server may send before it stores the view of the question. Sending a view twice
+costs some bytes; referring to a missing one costs a round trip as well."""
 
 
-@dataclass(eq=False, slots=True)
-class ViewState:
-    """What is known of a picture's view on the server.
-
-    Attributes:
-        id: this client's number for the picture, or for several that are asked about together.
-        session: key of the server session that was sent the view last; empty for none, or if
-            that session may not have kept it.
-    """
-
-    id: int
-    session: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the caller wants.
-
-    Attributes:
-        pictures: one or more; the server keeps their views together.
-        question, options, history: as given.
-        places: where pictures stand in the question.
-        view: what is known of the pictures' views on the server.
-        deadline_s: time for everything; None for no bound.
-        on_text: receives the texts as they grow.
-        view_codecs: formats that the view may have.
-        view_quality: quality of the encoded view.
-        guard: what may leave for this question.
-        pace: how soon the question may be sent again after it lost its link; see `Asking`.
-        decoder: threads on which pictures are decoded; None for those of `asyncio`.
-    """
-
-    pictures: tuple[Picture, ...]
-    question: str
-    options: Options | None
-    history: tuple[Turn, ...]
-    view: ViewState
-    deadline_s: float | None
-    on_text: TextSink | None
-    view_codecs: tuple[Codec, ...]
-    view_quality: int
-    guard: QuestionGuard
-    pace: Retry
-    decoder: Executor | None = None
-    places: tuple[PicturePlace, ...] = ()
-
-
-class Links(Protocol):
-    """Where links come from."""
+class LinkSource(Protocol):
+    """What gives a question its links; see `edge_client.link.reconnect.LinkKeeper`."""
 
     async def link(self) -> Link:
-        """A usable link; see `LinkKeeper.link`."""
+        """Return a usable link."""
 
     def worked(self) -> None:
-        """A question was answered."""
+        """Note that a question was answered."""
 
 
-class Asking:
-    """Drives one question; `run` once.
+class QuestionDriver:
+    """Drives one question to its answer. Call `run` once.
 
-    In the first stage a question that loses its link is asked again, as often as there is time:
-    the deadline decides. It may be the question itself that brings the server down, so it is not
-    sent again before so long after the last time as `pace` says for the links that it lost.
+    A question that loses its link in the first stage is asked again until its deadline. The
+    question itself may be what crashes the server, so `pace` sets a minimum pause between two
+    sendings, which grows with the number of lost links.
 
-    Once the server has asked for a region there is a first answer to fall back on, and from then
-    on `run` always returns.
+    Once the server has asked for a region there is a first answer to fall back on. From then on
+    `run` returns an answer in any case.
     """
 
-    def __init__(self, request: Request, links: Links) -> None:
+    def __init__(self, request: QuestionRequest, links: LinkSource) -> None:
         self._request = request
         self._links = links
-        self._begin = time.monotonic()
+        self._started_s = time.monotonic()
         self._until_s: float | None = None  # by the event loop's clock
-        self._seen: RegionWanted | RegionDeclined | None = None
+        self._region_event: RegionWanted | RegionDeclined | None = None
         self._welcome: Welcome | None = None
         self._rescuing = False
         self._losses = 0
         self._loss: LostError | None = None  # since it was sent last
         self._sent_s = 0.0  # when it was sent last, by the event loop's clock
-        self._gone = 0
-        self._carry = False  # the next Ask must hold the view, whatever we believe
+        self._times_view_gone = 0
+        self._must_send_view = False  # the next Ask must contain the view
         self._bytes_up = self._bytes_down = 0
         self._view_bytes = self._region_bytes = 0
         self._region: bytes | None = None
         self._declined: DeclineReason | None = None
 
     async def run(self) -> EdgeAnswer:
-        """Ask until there is an answer, a reason, or no time left.
+        """Ask until there is an answer, a final error, or no time left.
 
         Raises:
-            DeadlineError: no answer in time, not even a first one. Its cause is the `LostError`
-                of a link, if the question waited for another in the end.
-            CollabError: why there is none.
+            DeadlineError: no answer in time, not even a first one. Its cause is a `LostError` if
+                the question was waiting for a new link at the end.
+            CollabError: there is no answer; the message is the reason.
         """
         deadline_s = self._request.deadline_s
         try:
@@ -177,7 +121,7 @@ class Asking:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            if self._seen is None:
+            if self._region_event is None:
                 lost = f"; links lost meanwhile: {self._losses}" if self._losses else ""
                 raise DeadlineError(f"no answer within {deadline_s:g} s{lost}") from self._loss
             return self._first_answer(Fallback.DEADLINE)
@@ -186,20 +130,20 @@ class Asking:
         try:
             return await self._rounds()
         except LostError:
-            if self._seen is None:
+            if self._region_event is None:
                 raise
         except CollabError as error:
-            if self._seen is None:
+            if self._region_event is None:
                 raise
             return self._first_answer(_fallback(error))
         return await self._rescue()
 
     async def _rescue(self) -> EdgeAnswer:
-        """Ask again after the second stage lost its link, for a while."""
-        assert self._seen is not None
+        """Ask again for a limited time after the link was lost in the second stage."""
+        assert self._region_event is not None
         self._rescuing = True
         self._losses += 1
-        patience_s = self._seen.request.deadline_ms / 1000 + RESCUE_GRACE_S
+        patience_s = self._region_event.request.deadline_ms / 1000 + RESCUE_GRACE_S
         try:
             async with asyncio.timeout(patience_s) as patience:
                 self._until_s = patience.when()
@@ -212,20 +156,20 @@ class Asking:
         return self._first_answer(Fallback.LINK_LOST)
 
     async def _rounds(self) -> EdgeAnswer:
-        """Attempts until one ends well, or with an error that another would not cure."""
+        """Make attempts until one succeeds, or fails with an error that another cannot cure."""
         while True:
             try:
                 return await self._attempt()
             except (LostError, BusyError, ViewGoneError) as error:
-                if self._seen is not None and not self._rescuing:
-                    raise  # there is a first answer now; the caller decides
+                if self._region_event is not None and not self._rescuing:
+                    raise  # the caller can fall back on the first answer
                 await self._recover(error)
 
     async def _recover(self, error: LostError | BusyError | ViewGoneError) -> None:
         """Prepare another attempt.
 
         Raises:
-            CollabError: there is no point in one.
+            CollabError: another attempt would not help.
         """
         loop = asyncio.get_running_loop()
         if isinstance(error, BusyError):
@@ -233,28 +177,30 @@ class Asking:
                 raise error
             pause_s = max(error.retry_after_s, _SHORTEST_WAIT_S) * _jitter()
             if self._until_s is not None and loop.time() + pause_s >= self._until_s:
-                raise error  # it says more than "no answer in time", and says it now
+                raise error  # more precise than "no answer in time", and sooner
             await asyncio.sleep(pause_s)
         elif isinstance(error, ViewGoneError):
-            self._gone += 1
-            if self._gone > MAX_VIEW_GONE:
+            self._times_view_gone += 1
+            if self._times_view_gone > MAX_VIEW_GONE:
                 raise error
-            if self._carry:  # it was in that very Ask: the server is short of room just now
-                await asyncio.sleep(_SHORTEST_WAIT_S * 2.0 ** (self._gone - 2) * _jitter())
-            self._carry = True
+            if self._must_send_view:  # that Ask contained the view: the server is short of memory
+                await asyncio.sleep(
+                    _SHORTEST_WAIT_S * 2.0 ** (self._times_view_gone - 2) * _jitter()
+                )
+            self._must_send_view = True
         else:
             self._losses += 1
             self._loss = error
 
     async def _link(self) -> Link:
-        """A usable link, as soon as the question may be sent on it."""
+        """Return a usable link once the question may be sent again."""
         link = await self._links.link()
         due_s = self._sent_s + self._request.pace.pause_s(self._losses)
         left_s = due_s - asyncio.get_running_loop().time()
         if not self._losses or left_s <= 0:
             return link
         await asyncio.sleep(left_s)
-        return await self._links.link()  # another, if that one is lost meanwhile
+        return await self._links.link()  # a new one, if that one was lost meanwhile
 
     async def _attempt(self) -> EdgeAnswer:
         request = self._request
@@ -262,21 +208,21 @@ class Asking:
         link = await self._link()
         form = self._view_form(link.welcome)
         request.guard.check_view(form[0])
-        views = await self._off_loop(lambda: self._encode_views(form))
+        views = await self._in_thread(lambda: self._encode_views(form))
         await link.slot()
-        # From here to the end of `ask` nothing waits, so the first of several questions on a
-        # new picture carries its view and is on the wire before the others refer to it.
+        # There is no `await` from here to the end of `ask`. So the first of several questions
+        # about a new picture sends its view before the others refer to it.
         state, key = request.view, link.welcome.session
-        carries = self._carry or state.session != key
+        sends_view = self._must_send_view or state.session != key
         try:
-            if carries:
+            if sends_view:
                 request.guard.views_leave(list(zip(request.pictures, views, strict=True)), *form)
             else:
-                request.guard.begin()  # once more: the server may have been long in coming
+                request.guard.begin()  # check again: waiting for the slot may have taken long
         except BaseException:
             link.give_back()
             raise
-        sent = views if carries else [None] * len(views)
+        sent = views if sends_view else [None] * len(views)
         sizes = [picture.size for picture in request.pictures]
         exchange = link.ask(
             request.question,
@@ -293,24 +239,24 @@ class Asking:
         state.session = key
         self._sent_s = asyncio.get_running_loop().time()
         self._loss = None
-        if carries:
+        if sends_view:
             self._view_bytes += sum(map(len, views))
         self._welcome = link.welcome
         try:
-            return await self._converse(exchange, carries)
+            return await self._converse(exchange, sends_view)
         finally:
             exchange.abandon()
-            # After an answer these are in it already; otherwise the next attempt adds to them.
+            # After an answer the bytes are counted already, and this adds 0.
             self._count(exchange)
 
     def _view_form(self, welcome: Welcome) -> tuple[Size, Fit, Codec, int]:
-        """Size, fit, codec and quality of the views that this server gets."""
+        """Return size, fit, codec and quality of the views for this server."""
         codec = choose_codec(self._request.view_codecs, welcome.codecs)
         side = Size(welcome.view_width, welcome.view_height)
         return side, FITS[welcome.fit], codec, self._request.view_quality
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        """Do what decodes a picture."""
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run work that decodes a picture in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._request.decoder, work)
 
     def _encode_views(self, form: tuple[Size, Fit, Codec, int]) -> list[bytes]:
@@ -322,41 +268,46 @@ class Asking:
             return options
         return msgspec.structs.replace(options or Options(), stream=True)
 
-    async def _converse(self, exchange: Exchange, carries: bool) -> EdgeAnswer:
-        """Follow one exchange, which may carry the view, to its end."""
-        seen: RegionWanted | RegionDeclined | None = None
+    async def _converse(self, exchange: QuestionExchange, sends_view: bool) -> EdgeAnswer:
+        """Handle the events of one exchange until its end.
+
+        Args:
+            exchange: the question on its link.
+            sends_view: the question was sent with its view.
+        """
+        region_event: RegionWanted | RegionDeclined | None = None
         cropping: asyncio.Task[None] | None = None
         try:
             while True:
                 match await exchange.next():
                     case TextUpdate() as update:
-                        self._tell(update.stage, update.text)
+                        self._report_text(update.stage, update.text)
                     case (RegionWanted() | RegionDeclined()) as event:
-                        self._seen = seen = event
+                        self._region_event = region_event = event
                         self._declined = getattr(event, "reason", None)
-                        self._tell(Stage.FIRST, event.request.first)
+                        self._report_text(Stage.FIRST, event.request.first)
                         if isinstance(event, RegionWanted):
-                            # Beside listening: the server may end the question meanwhile.
+                            # A task, because the server may end the question meanwhile.
                             cropping = asyncio.create_task(self._send_region(exchange, event))
                     case Answer() as answer:
                         self._links.worked()
                         self._count(exchange)
-                        self._tell(answer.stage, answer.text)
-                        return self._made(answer, seen)
+                        self._report_text(answer.stage, answer.text)
+                        return self._edge_answer(answer, region_event)
                     case Error() as error:
-                        if carries and seen is None and error.code in _VIEW_NOT_KEPT:
+                        if sends_view and region_event is None and error.code in _VIEW_NOT_KEPT:
                             self._request.view.session = b""
-                        raise _ended(error)
+                        raise _error_from(error)
         finally:
             if cropping is not None:
                 cropping.cancel()
 
-    def _tell(self, stage: Stage, text: str) -> None:
+    def _report_text(self, stage: Stage, text: str) -> None:
         if self._request.on_text is not None:
             self._request.on_text(stage, text)
 
-    async def _send_region(self, exchange: Exchange, wanted: RegionWanted) -> None:
-        """Crop, encode and send; or decline, so that the server need not wait."""
+    async def _send_region(self, exchange: QuestionExchange, wanted: RegionWanted) -> None:
+        """Crop, encode and send the region, or decline it so that the server need not wait."""
         request, welcome = wanted.request, self._welcome
         assert welcome is not None
         picture, guard = self._request.pictures[request.picture], self._request.guard
@@ -368,8 +319,8 @@ class Asking:
         try:
             reason = guard.may_send(picture, wanted.box)
             if reason is None:
-                region = await self._off_loop(lambda: picture.region(*form))
-        # Whatever goes wrong with a picture, the question goes on without its region.
+                region = await self._in_thread(lambda: picture.region(*form))
+        # After any failure with a picture, the question continues without its region.
         except Exception:
             log.exception("%s: cropping failed", picture.name)
             reason = DeclineReason.FAILED
@@ -383,20 +334,20 @@ class Asking:
             self._region_bytes += len(region)
             self._region = region
 
-    def _decline(self, exchange: Exchange, reason: DeclineReason) -> None:
+    def _decline(self, exchange: QuestionExchange, reason: DeclineReason) -> None:
         self._declined = reason
         exchange.decline(reason)
 
-    def _count(self, exchange: Exchange) -> None:
-        """Move an exchange's bytes to this question's."""
+    def _count(self, exchange: QuestionExchange) -> None:
+        """Move the exchange's byte counts to this question's."""
         self._bytes_up += exchange.bytes_up
         self._bytes_down += exchange.bytes_down
         exchange.bytes_up = exchange.bytes_down = 0
 
     def _first_answer(self, fallback: Fallback) -> EdgeAnswer:
-        """The first answer, standing in for the one that did not come."""
-        assert self._seen is not None
-        request = self._seen.request
+        """Return the first answer in place of the missing refined one."""
+        assert self._region_event is not None
+        request = self._region_event.request
         stand_in = Answer(
             request.id,
             request.first,
@@ -405,25 +356,29 @@ class Asking:
             request.uncertainty_micro,
             Usage(),
         )
-        return self._made(stand_in, self._seen)
+        return self._edge_answer(stand_in, self._region_event)
 
-    def _made(self, answer: Answer, seen: RegionWanted | RegionDeclined | None) -> EdgeAnswer:
-        """An answer, with what this edge knows of its making."""
+    def _edge_answer(
+        self, answer: Answer, region_event: RegionWanted | RegionDeclined | None
+    ) -> EdgeAnswer:
+        """Combine the server's answer with what this edge counted."""
         assert self._welcome is not None
         rows, columns = self._welcome.rows, self._welcome.columns
-        heat = seen.request.map if seen is not None else b""
+        heat = region_event.request.map if region_event is not None else b""
         return EdgeAnswer(
             text=answer.text,
             stage=answer.stage,
             fallback=answer.why_first,
             uncertainty=answer.uncertainty,
-            # An answer of the first pass can be longer than what came with the request.
+            # The final first answer can be longer than the text in the region request.
             first_text=answer.text
-            if seen is None or answer.stage is Stage.FIRST
-            else seen.request.first,
-            first_uncertainty=answer.uncertainty if seen is None else seen.request.uncertainty,
-            box=seen.box if isinstance(seen, RegionWanted) else None,
-            # A map of another size than the grid is no map.
+            if region_event is None or answer.stage is Stage.FIRST
+            else region_event.request.first,
+            first_uncertainty=answer.uncertainty
+            if region_event is None
+            else region_event.request.uncertainty,
+            box=region_event.box if isinstance(region_event, RegionWanted) else None,
+            # Ignore a map whose size differs from the grid's.
             map=heat if len(heat) == rows * columns else None,
             rows=rows,
             columns=columns,
@@ -434,36 +389,36 @@ class Asking:
             region=self._region,
             original_bytes=_total(p.original_bytes for p in self._request.pictures),
             usage=answer.usage,
-            elapsed_s=time.monotonic() - self._begin,
+            elapsed_s=time.monotonic() - self._started_s,
             model=self._welcome.model,
-            picture=0 if seen is None else seen.request.picture,
+            picture=0 if region_event is None else region_event.request.picture,
             finish=answer.finish,
             tokens=answer.tokens,
             declined=self._declined,
-            shown=self._shown(self._welcome),
+            shown=self._shown_share(self._welcome),
         )
 
-    def _shown(self, welcome: Welcome) -> float:
+    def _shown_share(self, welcome: Welcome) -> float:
         fit, view = FITS[welcome.fit], Size(welcome.view_width, welcome.view_height)
         return min(shown_share(picture.size, fit, view) for picture in self._request.pictures)
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:
-    """The sum; None if one of them is not known."""
+    """Return the sum; None if one of the sizes is unknown."""
     known = list(sizes)
     return None if None in known else sum(size for size in known if size is not None)
 
 
-def _ended(error: Error) -> CollabError:
+def _error_from(error: Error) -> CollabError:
     retry_after_s = None if error.retry_after_ms is None else error.retry_after_ms / 1000
     if error.code is ErrorCode.SHUTTING_DOWN:
-        # Its successor may answer; to this question it is a lost link.
+        # The restarted server may answer: handle this like a lost link.
         return LostError(error.text, retry_after_s)
     return server_error(error.code, error.text, retry_after_s)
 
 
 def _fallback(error: CollabError) -> Fallback:
-    """Why the first answer stands, when an error ended the second stage."""
+    """Map an error that ended the second stage to the reason for the first answer."""
     if isinstance(error, BusyError):
         return Fallback.OVERLOAD
     if isinstance(error, LinkError):
@@ -474,5 +429,5 @@ def _fallback(error: CollabError) -> Fallback:
 
 
 def _jitter() -> float:
-    """Spreads clients that were sent away at the same time."""
+    """Return a random factor that spreads clients rejected at the same time."""
     return random.uniform(1.0, 1.5)

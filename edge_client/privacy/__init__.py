@@ -1,1 +1,1 @@
-"""What may leave the device, and the log of what left."""
+"""The privacy policy and the audit log of the device."""

@@ -1,7 +1,7 @@
 """Areas of a camera's pictures that stay on the device: rectangles and masks.
 
-An area belongs to pictures of one aspect ratio, at any resolution, and says of a picture's size
-which pixels it covers. Areas in fractions belong to pictures of any size.
+An area in px or a mask applies to pictures of one aspect ratio, at any resolution. An area in
+fractions applies to pictures of any size.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from vlm_collab.geometry import Box, Size
 
 MAX_MASK_PIXELS = 50_000_000
 MAX_MASK_BOXES = 20_000
-"""A mask is kept as rectangles; one with more of them is noise rather than a drawing."""
+"""A mask is stored as rectangles. One that needs more of them is noise rather than a drawing."""
 
 _ASPECT_TOLERANCE = 0.01
 
 
-class Hidden(Protocol):
-    """Something that stays on the device."""
+class HiddenArea(Protocol):
+    """An area that stays on the device."""
 
     def boxes(self, size: Size) -> Iterable[Box]:
-        """Its rectangles in a picture of this size, px of the upright picture.
+        """Return its rectangles in a picture of this size, in px of the upright picture.
 
         Raises:
-            PrivacyError: it belongs to pictures of another aspect ratio.
+            PrivacyError: the area was made for another aspect ratio.
         """
 
 
@@ -39,8 +39,8 @@ class Rectangle(msgspec.Struct, frozen=True):
     """A rectangle that stays on the device.
 
     Attributes:
-        left, top, right, bottom: its edges, measured from the top left of the upright picture.
-        of: width and height of the picture that they are px of; None for fractions of any.
+        left, top, right, bottom: edges, measured from the top left of the upright picture.
+        of: size of the picture in whose px the edges are given; None for fractions.
     """
 
     left: float
@@ -50,7 +50,7 @@ class Rectangle(msgspec.Struct, frozen=True):
     of: Size | None = None
 
     def boxes(self, size: Size) -> Iterator[Box]:
-        """The box of all pixels that it touches; see `Hidden`."""
+        """Yield the box of all pixels that it touches; see `HiddenArea`."""
         if self.of is not None:
             _check_aspect("an area that the policy hides in pictures", self.of, size)
         width, height = self.of or (1, 1)
@@ -63,12 +63,12 @@ class Rectangle(msgspec.Struct, frozen=True):
 
 
 class Mask(msgspec.Struct, frozen=True):
-    """A drawing that lies over the whole picture; what is dark in it stays on the device.
+    """A drawing that covers the whole picture; its dark parts stay on the device.
 
     Attributes:
-        path: its file.
-        size: width and height of the drawing, px; pictures have its aspect, at any resolution.
-        dark: its dark parts as rectangles, px of the drawing.
+        path: file of the drawing.
+        size: width and height of the drawing, in px. Pictures must have the same aspect ratio.
+        dark: the dark parts as rectangles, in px of the drawing.
     """
 
     path: Path
@@ -77,12 +77,13 @@ class Mask(msgspec.Struct, frozen=True):
 
     @classmethod
     def load(cls, path: Path) -> Mask:
-        """Read a JPEG, PNG or WebP drawing. Darker than mid grey is hidden; transparent is not.
+        """Read a JPEG, PNG or WebP drawing. Pixels darker than mid grey are dark parts;
+        transparent pixels are not.
 
         Raises:
-            ConfigError: no usable picture, or no drawing of areas.
+            ConfigError: the file is not a usable picture, or the drawing is too intricate.
         """
-        from vlm_collab.pictures.images import SourceImage  # Pillow, which few policies need
+        from vlm_collab.pictures.images import SourceImage  # imports Pillow; few policies need it
 
         try:
             source = SourceImage.open(path, max_pixels=MAX_MASK_PIXELS)
@@ -96,7 +97,7 @@ class Mask(msgspec.Struct, frozen=True):
         return cls(path, source.size, boxes)
 
     def boxes(self, size: Size) -> Iterator[Box]:
-        """The pixels that its dark parts touch; see `Hidden`."""
+        """Yield the boxes of all pixels that its dark parts touch; see `HiddenArea`."""
         _check_aspect(f"the mask {self.path}", self.size, size)
         for left, top, right, bottom in self.dark:
             yield Box(
@@ -108,7 +109,7 @@ class Mask(msgspec.Struct, frozen=True):
 
 
 def _rectangles(dark: bytes, size: Size) -> Iterator[Box]:
-    """The ones of a bitmap as rectangles: the runs of each row, with equal rows below as one."""
+    """Yield the ones of a bitmap as rectangles: each row's runs, merged over equal rows."""
     rows = (dark[y * size.width : (y + 1) * size.width] for y in range(size.height))
     top = 0
     for row, same in groupby(rows):
@@ -123,13 +124,14 @@ def _rectangles(dark: bytes, size: Size) -> Iterator[Box]:
 
 
 def _check_aspect(what: str, drawn_on: Size, size: Size) -> None:
-    """Whether a picture of this size can show the scene that an area was drawn on.
+    """Check that a picture of this size can show the scene that an area was drawn on.
 
-    The streams of a camera differ in size and by roundings of it. A picture of another aspect was
-    cut or turned, and the area may lie anywhere in it.
+    A camera's streams differ in size, and slightly in aspect ratio because sizes are rounded. A
+    picture of a clearly different aspect ratio was cropped or rotated, and the area may lie
+    anywhere in it.
 
     Raises:
-        PrivacyError: it cannot.
+        PrivacyError: the aspect ratios differ by more than 1 %.
     """
     aspect = (size.width * drawn_on.height) / (size.height * drawn_on.width)
     if abs(aspect - 1) > _ASPECT_TOLERANCE:

@@ -1,11 +1,11 @@
 """The audit log: one JSON line for each image that left the device, written before it leaves.
 
-A line is appended with a single write to a file that only its owner may read (mode 0600), so
-several processes may share one, and a crash can at most cut the last line, which readers skip. It
-may stand for an image that was stopped on its way after all; no image leaves without a line.
+A line is appended with a single write to a file that only its owner may read (mode 0600). So
+several processes may share a file, and a crash can at most cut the last line, which readers skip.
+No image leaves without a line; a line may exist for an image that was not sent after all.
 
-The file is opened for each line and only ever grows. To start a new one, move it away: the next
-line makes a new file.
+The file is opened for each line and only ever grows. To start a new log, move the file away: the
+next line creates a new file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlm_collab.geometry import Box, Fit, Size
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """What all lines have."""
+    """The field of all lines."""
 
     time: Annotated[datetime.datetime, msgspec.Meta(tz=True)]
     """UTC."""
@@ -34,45 +34,45 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
 class _Image(_Line, frozen=True, kw_only=True):
     camera: str
     picture: str
-    """Names the original, see `edge_client.picture.Picture.digest`."""
+    """Identifies the original; see `edge_client.picture.Picture.digest`."""
     name: str
-    """Path of the original, or a word for what it is."""
+    """Path or description of the original."""
     source_px: Size
     """Width and height of the upright original."""
     box: Box
-    """What of the original is seen, in its px, upright."""
+    """The part of the original that is visible, in px of the upright original."""
     size_px: Size
-    """Width and height of the image that left; a view may have bars around the original."""
+    """Width and height of the image that left. A view may include bars around the original."""
     codec: Literal["JPEG", "PNG", "WEBP"]
     quality: Annotated[int, msgspec.Meta(ge=1, le=100)]
     """PNG ignores it."""
     bytes: Annotated[int, msgspec.Meta(ge=0)]
     """Length of the encoded image."""
     sha256: str
-    """Of the encoded image, in hex."""
+    """Hash of the encoded image, in hex."""
     question: str
     server: str
-    """Its address, without token or password."""
+    """Address without token or password."""
     hidden: str = ""
-    """Key of the `HiddenLine` that lists what was black; empty for nothing."""
+    """Key of the `HiddenLine` that lists the black areas; empty if there are none."""
 
 
 class ViewLine(_Image, frozen=True, kw_only=True, tag="view"):
     """A global view that left."""
 
     fit: Fit
-    """How the picture was brought to the view's aspect."""
+    """How the picture was fitted to the view's aspect ratio."""
 
 
 class RegionLine(_Image, frozen=True, kw_only=True, tag="region"):
     """A region that left."""
 
     target_px: Size
-    """Size that the server asked for; regions are never enlarged."""
+    """Size that the server asked for. Regions are never enlarged."""
 
 
 class HiddenLine(_Line, frozen=True, kw_only=True, tag="hidden"):
-    """What is black in the images that name it. Stands before the first of them."""
+    """The black areas of all images that refer to its key. It precedes the first of them."""
 
     key: str
     boxes: tuple[Box, ...]
@@ -86,16 +86,16 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 _BLOCK_BYTES = 1 << 16
-_MOST_PIXELS = 1 << 26  # of a view; what is drawn again must fit into memory
+_MOST_PIXELS = 1 << 26  # per image; `vlm-collab audit --picture` must fit into memory
 
 
 class AuditLog:
     """Appends to an audit log.
 
     Args:
-        path: the file; made if it is missing.
-        fsync: wait for the disk at each line, so that it survives a power failure too. Costs
-            milliseconds for each image, during which nothing else is sent.
+        path: the file; created if it is missing.
+        fsync: wait for the disk after each line, so that it survives a power failure too. Costs
+            milliseconds per image, during which nothing else is sent.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -104,8 +104,8 @@ class AuditLog:
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
         self.path = Path(path)
         self._fsync = fsync
-        self._told: dict[str, tuple[int, int, bytes]] = {}
-        """Offset, length and digest of each key's line; a mask's may have a megabyte."""
+        self._written: dict[str, tuple[int, int, bytes]] = {}
+        """Offset, length and digest of each key's line. (A mask's line may have a megabyte.)"""
         try:
             os.close(self._open())
         except OSError as error:
@@ -115,12 +115,12 @@ class AuditLog:
         """Append a line.
 
         Raises:
-            PrivacyError: it cannot be written; what it tells of must not leave.
+            PrivacyError: it cannot be written, so the image must not leave.
         """
         self._append(_encoder.encode(line) + b"\n")
 
     def hidden(self, boxes: Iterable[Box], when: datetime.datetime) -> str:
-        """The key under which lines name what is black; written out unless the file has it.
+        """Return the key of a list of black areas; write its line unless the file has it.
 
         Raises:
             PrivacyError: see `write`.
@@ -129,13 +129,13 @@ class AuditLog:
         if not listed:
             return ""
         key = hashlib.sha256(_encoder.encode(listed)).hexdigest()[:16]
-        if not self._is_told(key):
+        if not self._is_written(key):
             data = _encoder.encode(HiddenLine(time=when, key=key, boxes=listed)) + b"\n"
-            self._told[key] = self._append(data), len(data), hashlib.sha256(data).digest()
+            self._written[key] = self._append(data), len(data), hashlib.sha256(data).digest()
         return key
 
     def _append(self, data: bytes) -> int:
-        """Append a line; the offset at which it lies."""
+        """Append a line, and return its offset."""
         try:
             file = self._open()
             try:
@@ -146,7 +146,7 @@ class AuditLog:
                         data = b"\n" + data  # a crash cut the last line
                 if os.write(file, data) != len(data):
                     raise OSError("the disk is full")
-                # Appending moves the position behind what was written, wherever that came to lie.
+                # Another process may have appended too; the position is after our own line.
                 start = os.lseek(file, 0, os.SEEK_CUR) - len(data.lstrip(b"\n"))
                 if self._fsync:
                     os.fsync(file)
@@ -159,14 +159,14 @@ class AuditLog:
             ) from error
         return start
 
-    def _is_told(self, key: str) -> bool:
-        """Whether the line that was written for a key is still where it was.
+    def _is_written(self, key: str) -> bool:
+        """Whether the line that was written for a key is still at its offset.
 
-        The file may have been moved away or cut short since, and have grown again.
+        The file may have been moved away or truncated since, and may have grown again.
         """
-        if key not in self._told:
+        if key not in self._written:
             return False
-        start, length, digest = self._told[key]
+        start, length, digest = self._written[key]
         try:
             file = self._open()
             try:
@@ -174,7 +174,7 @@ class AuditLog:
             finally:
                 os.close(file)
         except OSError:
-            return False  # writing it says what is wrong
+            return False  # writing the line will report the error
 
     def _open(self) -> int:
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
@@ -184,13 +184,13 @@ class AuditLog:
         return file
 
 
-class Log(NamedTuple):
-    """A log that was read.
+class LoadedLog(NamedTuple):
+    """The content of an audit log.
 
     Attributes:
-        images: what left, in the order of the file.
-        hidden: what was black in them, by key; see `black_in`.
-        broken: lines that could not be read; a crash leaves one.
+        images: lines of the images that left, in file order.
+        hidden: black areas by key; see `black_in`.
+        broken: number of unreadable lines; a crash leaves one.
     """
 
     images: tuple[ImageLine, ...]
@@ -198,18 +198,18 @@ class Log(NamedTuple):
     broken: int
 
     def black_in(self, line: ImageLine) -> tuple[Box, ...] | None:
-        """What was black in an image, px of the upright original; None where the log does not say.
+        """Return an image's black areas, in px of the upright original; None if unknown.
 
-        The line that says so can be missing from a log that was cut short or put together.
+        Their line can be missing from a log that was truncated or merged.
         """
         return self.hidden.get(line.hidden) if line.hidden else ()
 
 
-def read_log(path: str | os.PathLike[str]) -> Log:
+def read_log(path: str | os.PathLike[str]) -> LoadedLog:
     """Read a whole audit log.
 
     Raises:
-        ConfigError: it is missing or unreadable, or no audit log at all.
+        ConfigError: it is missing or unreadable, or not an audit log.
     """
     images: list[ImageLine] = []
     hidden: dict[str, tuple[Box, ...]] = {}
@@ -228,11 +228,11 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         raise ConfigError(f"the audit log {path}: {error.strerror or error}") from error
     if broken and not images and not hidden:
         raise ConfigError(f"{path} is no audit log of this program")
-    return Log(tuple(images), hidden, broken)
+    return LoadedLog(tuple(images), hidden, broken)
 
 
 def parsed(raw: bytes) -> Line | None:
-    """A line of a log; None if it is broken or empty."""
+    """Parse a line of a log; None if it is broken or empty."""
     try:
         line = _decoder.decode(raw)
     except msgspec.DecodeError:  # invalid UTF-8 and wrong fields too
@@ -241,7 +241,7 @@ def parsed(raw: bytes) -> Line | None:
 
 
 def _is_possible(line: ImageLine) -> bool:
-    """Whether an image can have left as a line says; logs come from other devices, too."""
+    """Whether a line's values are possible; logs may come from other devices."""
     left, top, right, bottom = line.box
     width, height = line.size_px
     return (
@@ -255,8 +255,8 @@ def _is_possible(line: ImageLine) -> bool:
     )
 
 
-class Recent:
-    """Follows the end of a log: what others added since one last looked.
+class LogTail:
+    """Follows the end of a log to find lines that other processes added.
 
     Args:
         path: the log.
@@ -264,21 +264,21 @@ class Recent:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._place: tuple[int, int] | None = None  # inode and offset
+        self._position: tuple[int, int] | None = None  # inode and offset
         self._own: set[ImageLine] = set()
 
     def wrote(self, line: ImageLine) -> None:
-        """Tell of an own line that was written; `lines` leaves it out.
+        """Note a line that this process wrote; `lines` leaves it out.
 
-        Who counts a line when it is written still knows it after the log was moved away.
+        The caller counts it at once, so that it still counts after the log is moved away.
         """
         self._own.add(line)
 
     def lines(self, since: datetime.datetime) -> Iterator[ImageLine]:
-        """Images that others logged since the last call; at the first, those since a moment.
+        """Yield the images that other processes logged since the last call.
 
         Args:
-            since: of what is not newer nothing is told or remembered.
+            since: older lines are skipped. The first call yields all newer ones.
 
         Raises:
             PrivacyError: the log cannot be read.
@@ -286,16 +286,16 @@ class Recent:
         try:
             with open(self._path, "rb") as file:
                 found = os.fstat(file.fileno())
-                if self._place is None:
+                if self._position is None:
                     start = _start_of(since, file, found.st_size)
-                elif self._place[0] != found.st_ino or self._place[1] > found.st_size:
+                elif self._position[0] != found.st_ino or self._position[1] > found.st_size:
                     start = 0  # a new file
                 else:
-                    start = self._place[1]
+                    start = self._position[1]
                 file.seek(start)
                 data = file.read()
         except FileNotFoundError:
-            data, start, inode = b"", 0, 0  # moved away; the next line makes a new one
+            data, start, inode = b"", 0, 0  # moved away; the next line creates a new file
         except OSError as error:
             raise PrivacyError(
                 f"the audit log {self._path} cannot be read, so nothing is sent: "
@@ -303,10 +303,10 @@ class Recent:
             ) from error
         else:
             inode = found.st_ino
-        whole = data.rfind(b"\n") + 1  # another process may be in the middle of a line
-        self._place = (inode, start + whole)
+        complete = data.rfind(b"\n") + 1  # another process may be in the middle of a line
+        self._position = (inode, start + complete)
         self._own = {line for line in self._own if line.time > since}
-        for raw in data[:whole].splitlines():
+        for raw in data[:complete].splitlines():
             line = parsed(raw)
             if line is None or isinstance(line, HiddenLine) or line.time <= since:
                 continue
@@ -315,9 +315,9 @@ class Recent:
 
 
 def _start_of(since: datetime.datetime, file: BinaryIO, size: int) -> int:
-    """An offset in a log, at the start of a line, before which nothing is as new as `since`.
+    """Return the offset of a line before which all lines are older than `since`.
 
-    A log grows for years, so it is searched from its end.
+    A log grows for years, so the search starts at its end.
     """
     start = size
     while start > 0:

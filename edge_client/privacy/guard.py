@@ -1,13 +1,13 @@
-"""Stands at the door: lets images leave if the policy allows it, and writes them into the log.
+"""Check the privacy policy before an image leaves the device, and write the image to the audit log.
 
-A shell that sends pictures keeps one `Guard` for a camera and asks it at four places:
+A program that sends pictures keeps one `Guard` per camera and calls it at four places:
 
-1. `guard.masked(picture)`: from here on only the masked picture is used;
+1. `guard.masked(picture)`: from then on, use only the masked picture;
 2. `question = guard.question(text)`, then `question.begin()` before anything is sent;
-3. `question.views_leave(…)` right before the message with the views is handed to the network;
+3. `question.views_leave(…)` right before the message with the views is sent;
 4. `question.may_send(…)` before a region is cut, `question.region_leaves(…)` before it is sent.
 
-`EdgeClient` does all of this by itself when it is given a policy or an audit log.
+`EdgeClient` does all of this itself if it has a policy or an audit log.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from edge_client.link.dial import without_secrets
+from edge_client.addresses import without_secrets
 from edge_client.picture import Picture
-from edge_client.privacy.audit_log import AuditLog, ImageLine, Recent, RegionLine, ViewLine
-from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, Policy, load_policy
+from edge_client.privacy.audit_log import AuditLog, ImageLine, LogTail, RegionLine, ViewLine
+from edge_client.privacy.policy import DEFAULT_CAMERA, CameraPolicy, PrivacyPolicy, load_policy
 from vlm_collab.errors import PrivacyError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
 from vlm_collab.pictures.headers import Codec
@@ -41,26 +41,27 @@ Clock = Callable[[], datetime.datetime]
 
 
 def utc_now() -> datetime.datetime:
-    """The device's clock."""
+    """Return the time of the device's clock."""
     return datetime.datetime.now(datetime.UTC)
 
 
 class BudgetError(PrivacyError):
-    """The bytes of the hour are used up."""
+    """The hourly byte limit is used up."""
 
 
 class Guard:
-    """Enforces one camera's policy and keeps its audit log. Safe to use from several threads.
+    """Enforces one camera's policy and writes its audit log. Safe to use from several threads.
 
-    The bytes of the last hour are what left here, and what others logged for the same camera: they
-    survive a restart and are shared by all who write to a log. Moving the log away does not give
-    them back; without one they are counted in memory alone.
+    The hourly byte limit counts what this process sent and what other processes logged for the
+    same camera. So the count survives a restart, and all processes that share a log share it.
+    Moving the log away does not reset the count of a running process. Without a log, bytes are
+    counted in memory only.
 
     Args:
         policy: the camera's rules.
-        audit: where images that leave are listed; None for nowhere.
-        server: address that they go to; token, user and password are not kept.
-        clock: gives the time, with a zone.
+        audit: log of the images that leave; None for no log.
+        server: address that images go to; it is stored without user, password and query.
+        clock: returns the time, with a time zone.
     """
 
     def __init__(
@@ -76,21 +77,21 @@ class Guard:
         self._server = without_secrets(server)
         self._clock = clock
         self._masked: weakref.WeakKeyDictionary[Picture, Picture] = weakref.WeakKeyDictionary()
-        self._recent = None if audit is None else Recent(audit.path)
+        self._recent = None if audit is None else LogTail(audit.path)
         self._spent: list[tuple[datetime.datetime, int]] = []
         self._lock = threading.Lock()
 
     def masked(self, picture: Picture) -> Picture:
-        """The picture with what the policy hides in black; itself where nothing is hidden.
+        """Return the picture with hidden areas black; the same picture if none are hidden.
 
-        The same picture gets the same masked one, so follow-up questions send no pixels.
+        A picture always gets the same masked picture, so that follow-up questions send no pixels.
 
         Raises:
-            PrivacyError: the policy was made for pictures of another size.
+            PrivacyError: the policy was made for another aspect ratio.
         """
         boxes = self.policy.hidden(picture.size)
         if self._audit is not None:
-            _ = picture.digest  # now, on the caller's thread, rather than in the middle of sending
+            _ = picture.digest  # compute it in the caller's thread, not while sending
         if not boxes:
             return picture
         with self._lock:
@@ -100,14 +101,14 @@ class Guard:
         return masked
 
     def question(self, text: str) -> QuestionGuard:
-        """What watches over one question, about one or several pictures."""
+        """Return the guard of one question, about one or several pictures."""
         return QuestionGuard(self, text)
 
     def check_time(self) -> None:
-        """Whether anything may leave now.
+        """Check that anything may leave now.
 
         Raises:
-            PrivacyError: these are quiet hours.
+            PrivacyError: during quiet hours.
         """
         hours = self.policy.quiet(self._clock())
         if hours is not None:
@@ -116,7 +117,7 @@ class Guard:
             )
 
     def check_view(self, side: Size) -> None:
-        """Whether views of this size, in px, may leave.
+        """Check that views of this size, in px, may leave.
 
         Raises:
             PrivacyError: they are larger than the policy allows.
@@ -129,10 +130,10 @@ class Guard:
             )
 
     def check_bytes(self, wanted: int) -> None:
-        """Whether so many bytes may leave now.
+        """Check that this many bytes may leave now.
 
         Raises:
-            BudgetError: with them the last hour would hold more than the policy allows.
+            BudgetError: the last hour's bytes would exceed the policy's limit.
         """
         limit = self.policy.max_bytes_per_hour
         if limit is None:
@@ -151,14 +152,14 @@ class Guard:
             )
 
     def leave(self, lines: Sequence[ImageLine], hidden: Sequence[tuple[Box, ...]]) -> None:
-        """Let images leave: count them and write them down, all or none.
+        """Count and log images before they leave, all or none.
 
         Args:
-            lines: one for each image, without `hidden`.
-            hidden: what is black in each.
+            lines: one for each image, with `hidden` not set.
+            hidden: black areas of each image.
 
         Raises:
-            PrivacyError: they may not, or cannot be written down.
+            PrivacyError: they may not leave, or cannot be logged.
         """
         with self._lock:
             self.check_time()
@@ -171,7 +172,7 @@ class Guard:
                 self._count(line)
 
     def _count(self, line: ImageLine) -> None:
-        """Count an image when it leaves: its line may never be read back."""
+        """Count an image when it leaves; its log line may never be read back."""
         if self.policy.max_bytes_per_hour is None:
             return
         self._spent.append((line.time, line.bytes))
@@ -179,25 +180,24 @@ class Guard:
             self._recent.wrote(line)
 
     def described(self, picture: Picture, image: bytes, codec: int, quality: int) -> dict[str, Any]:
-        """The fields of a log line that views and regions have in common."""
-        # Hashes are for the log alone.
-        kept = self._audit is not None
+        """Return the fields that the log lines of views and regions have in common."""
+        logged = self._audit is not None  # only the log needs hashes
         return {
             "time": self._clock().astimezone(datetime.UTC),
             "camera": self.policy.name,
-            "picture": picture.digest if kept else "",
+            "picture": picture.digest if logged else "",
             "name": picture.name,
             "source_px": picture.size,
             "codec": Codec(codec).name,
             "quality": quality,
             "bytes": len(image),
-            "sha256": hashlib.sha256(image).hexdigest() if kept else "",
+            "sha256": hashlib.sha256(image).hexdigest() if logged else "",
             "server": self._server,
         }
 
 
 class QuestionGuard:
-    """Watches over one question, however often it has to be asked; see `Guard.question`."""
+    """Checks what leaves for one question, over all its attempts; see `Guard.question`."""
 
     def __init__(self, guard: Guard, text: str) -> None:
         """Use `Guard.question` instead."""
@@ -229,11 +229,11 @@ class QuestionGuard:
         codec: int,
         quality: int,
     ) -> None:
-        """Call right before a message with views is handed on; once it returns they may leave.
+        """Call right before a message with views is sent; after it returns they may leave.
 
         Args:
             views: masked pictures, each with its encoded view.
-            side, fit, codec, quality: as they were encoded.
+            side, fit, codec, quality: how the views were encoded.
 
         Raises:
             PrivacyError: they must not leave.
@@ -257,7 +257,7 @@ class QuestionGuard:
         self._guard.leave(lines, [picture.hidden for picture, _ in views])
 
     def may_send(self, picture: Picture, box: Box) -> DeclineReason | None:
-        """Whether a region may be cut; None if it may, else the reason to give to the server.
+        """Return None if a region may be cut, else the reason to send to the server.
 
         Args:
             picture: masked.
@@ -272,7 +272,7 @@ class QuestionGuard:
         if box.pixels > policy.max_region_share * picture.size.width * picture.size.height:
             return DeclineReason.LIMIT
         most = policy.max_regions_per_question
-        # The same region once more, after a lost link, shows nothing new.
+        # The same region may be sent again after a lost link.
         if most is not None and len(self._regions | {(picture, box)}) > most:
             return DeclineReason.LIMIT
         return DeclineReason.PRIVACY if _covered(box, picture.hidden) else None
@@ -280,14 +280,17 @@ class QuestionGuard:
     def region_leaves(
         self, picture: Picture, image: bytes, box: Box, target: Size, codec: int, quality: int
     ) -> DeclineReason | None:
-        """Call right before a region is handed on; once it returns None, it may leave.
+        """Call right before a region is sent; if it returns None, the region may leave.
 
         Args:
             picture: masked.
             image: the encoded region.
             box: px of the upright original.
             target: size that the server asked for.
-            codec, quality: as it was encoded.
+            codec, quality: how it was encoded.
+
+        Returns:
+            None, or the reason to decline.
         """
         line = RegionLine(
             **self._guard.described(picture, image, codec, quality),
@@ -306,32 +309,33 @@ class QuestionGuard:
 
 
 def open_guard(
-    policy: Policy | str | os.PathLike[str] | None,
+    policy: PrivacyPolicy | str | os.PathLike[str] | None,
     camera: str | None,
     audit: str | os.PathLike[str] | None,
     server: str,
 ) -> Guard:
-    """The guard that these settings ask for; without a policy it lets everything leave.
+    """Make a guard from settings; without a policy it lets everything leave.
 
     Args:
-        policy: a policy file, or one that was loaded.
-        camera: whose rules apply; None for those of `default`.
-        audit: file of the audit log.
+        policy: a policy file or a loaded policy.
+        camera: camera whose rules apply; None for the `default` entry.
+        audit: file of the audit log; None for no log.
         server: address that images go to.
 
     Raises:
-        ConfigError: the policy or the log cannot be used, or the policy has no rules for it.
+        ConfigError: the policy or the log cannot be used, or the policy has no entry for the
+            camera.
     """
     if policy is None:
         rules = CameraPolicy(name=camera or DEFAULT_CAMERA)
     else:
-        loaded = policy if isinstance(policy, Policy) else load_policy(policy)
+        loaded = policy if isinstance(policy, PrivacyPolicy) else load_policy(policy)
         rules = loaded.for_camera(camera)
     return Guard(rules, audit=None if audit is None else AuditLog(audit), server=server)
 
 
 def _covered(box: Box, hidden: Sequence[Box]) -> bool:
-    """Whether nothing of a box is left to see."""
+    """Whether hidden areas cover a box completely."""
     over = [Box(*map(max, other[:2], box[:2]), *map(min, other[2:], box[2:])) for other in hidden]
     over = [part for part in over if part.left < part.right and part.top < part.bottom]
     if sum(part.pixels for part in over) < box.pixels:

@@ -1,4 +1,4 @@
-"""What may leave the device, camera by camera, as its owner wrote it down in a policy file.
+"""Load the policy file, which says for each camera what may leave the device.
 
 ::
 
@@ -6,9 +6,8 @@
     camera = policy.for_camera("front-door")
 
 The file is YAML; `docs/privacy.md` describes it and `configs/edge-policy.yaml` is a complete
-example. Everything in it is checked when it is loaded: a word that is not known is refused, since
-a limit that is silently ignored is worse than none. `edge_client.privacy.guard` is what enforces
-it.
+example. Everything in it is checked when it is loaded. An unknown key is refused, because a limit
+that is silently ignored is worse than none. `edge_client.privacy.guard` enforces the policy.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from typing import Annotated, Any
 
 import msgspec
 
-from edge_client.privacy.areas import Hidden, Mask, Rectangle
+from edge_client.privacy.areas import HiddenArea, Mask, Rectangle
 from vlm_collab.errors import ConfigError
 from vlm_collab.geometry import Box, Size
 
 DEFAULT_CAMERA = "default"
-"""The entry that fills in what a camera leaves out, and that pictures of no camera get. A camera
-without an entry gets nothing: it is refused."""
+"""This entry provides the rules that a camera's entry leaves out, and the rules for pictures that
+belong to no camera. A camera without an entry of its own is refused."""
 
 NO_LIMIT = "none"
-"""What a camera says of a limit of the default that is not to hold for it."""
+"""Value that lifts a limit of the `default` entry for a camera."""
 
 
 class Hours(msgspec.Struct, frozen=True):
-    """A daily time window; it passes midnight where its end is before its start.
+    """A daily time window; it spans midnight if its end is before its start.
 
     Attributes:
-        start, end: minutes after midnight, local time; the end does not belong to it.
+        start, end: minutes after midnight, local time; the end is excluded.
     """
 
     start: int
@@ -45,10 +44,10 @@ class Hours(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> Hours:
-        """Read `22:00-06:30`.
+        """Parse a text such as `22:00-06:30`.
 
         Raises:
-            ValueError: it is written otherwise, or of no length.
+            ValueError: another format, or an empty window.
         """
         try:
             start, end = (_minutes(part) for part in text.split("-"))
@@ -59,7 +58,7 @@ class Hours(msgspec.Struct, frozen=True):
         return cls(start, end)
 
     def holds(self, when: datetime.time) -> bool:
-        """Whether a local time of day is in it."""
+        """Whether a local time of day lies in the window."""
         minute = when.hour * 60 + when.minute
         if self.start < self.end:
             return self.start <= minute < self.end
@@ -70,21 +69,21 @@ class Hours(msgspec.Struct, frozen=True):
 
 
 class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What may leave of one camera's pictures. The defaults allow everything.
+    """The rules of one camera. The defaults allow everything.
 
     Attributes:
-        name: of the camera.
-        hide: what is black in everything that leaves.
+        name: name of the camera.
+        hide: areas that are black in everything that leaves.
         max_region_share: largest region, as a share of the picture's area, 0 to 1.
-        max_regions_per_question: regions that one question may have; None for no bound.
-        max_bytes_per_hour: encoded pictures that may leave within any 3600 s; None for no bound.
-        max_view_pixels: largest global view, width × height in px; None for no bound beside that
-            of `vlm_collab.protocol.edge_session.EdgeLimits`.
+        max_regions_per_question: most regions of one question; None for no limit.
+        max_bytes_per_hour: most bytes of encoded images within any 3600 s; None for no limit.
+        max_view_pixels: largest global view, width × height in px; None for no limit besides
+            that of `vlm_collab.protocol.edge_session.EdgeLimits`.
         quiet_hours: when nothing may leave, in the device's local time.
     """
 
     name: str = DEFAULT_CAMERA
-    hide: tuple[Hidden, ...] = ()
+    hide: tuple[HiddenArea, ...] = ()
     max_region_share: float = 1.0
     max_regions_per_question: int | None = None
     max_bytes_per_hour: int | None = None
@@ -92,24 +91,24 @@ class CameraPolicy(msgspec.Struct, frozen=True, kw_only=True):
     quiet_hours: tuple[Hours, ...] = ()
 
     def hidden(self, size: Size) -> tuple[Box, ...]:
-        """What is black in a picture of this size, px of the upright picture.
+        """Return the hidden boxes of a picture of this size, in px of the upright picture.
 
         Raises:
-            PrivacyError: the policy was made for pictures of another aspect ratio.
+            PrivacyError: the policy was made for another aspect ratio.
         """
         return tuple(box for area in self.hide for box in area.boxes(size))
 
     def quiet(self, when: datetime.datetime) -> Hours | None:
-        """The quiet hours that a moment lies in, if it does.
+        """Return the quiet hours that contain a moment; None if none do.
 
         Args:
-            when: with a time zone; seen in the device's local time.
+            when: a time with a time zone; it is converted to the device's local time.
         """
         local = when.astimezone().time()
         return next((hours for hours in self.quiet_hours if hours.holds(local)), None)
 
 
-class Policy(msgspec.Struct, frozen=True):
+class PrivacyPolicy(msgspec.Struct, frozen=True):
     """A loaded policy file.
 
     Attributes:
@@ -121,47 +120,47 @@ class Policy(msgspec.Struct, frozen=True):
     source: str = "the policy"
 
     def for_camera(self, name: str | None = None) -> CameraPolicy:
-        """The rules of a camera.
+        """Return the rules of a camera.
 
         Args:
-            name: of the camera; None for a picture that is of none, to which `default` applies.
+            name: name of the camera; None for a picture of no camera, which gets `default`.
 
         Raises:
-            ConfigError: it has no entry. What nobody decided on is not sent, and a misspelled
-                name must not get rules that hide less.
+            ConfigError: the camera has no entry. It is not sent without a decision of the owner,
+                and a misspelled name must not get rules that hide less.
         """
         name = name or DEFAULT_CAMERA
         found = self.cameras.get(name)
         if found is None:
             raise ConfigError(
-                f'{self.source}: no camera "{name}"; it has {_listed(self.cameras)} (an empty '
+                f'{self.source}: no camera "{name}"; it has {_comma_list(self.cameras)} (an empty '
                 f'entry takes all rules from "{DEFAULT_CAMERA}")'
             )
         return msgspec.structs.replace(found, name=name)
 
 
-def load_policy(path: str | os.PathLike[str]) -> Policy:
-    """Read a policy file, with the masks that it names.
+def load_policy(path: str | os.PathLike[str]) -> PrivacyPolicy:
+    """Read a policy file and its masks.
 
     Raises:
-        ConfigError: it is missing, no YAML, or says something that is not known or not possible.
-            The line names the file and the place, and what is known there.
+        ConfigError: the file is missing, is not YAML, or has an unknown key or an impossible
+            value. The message names the file, the place and the known keys.
     """
     file = Path(path)
-    cameras = _checked(_parsed(file), ("cameras",), str(file)).get("cameras")
+    cameras = _checked_mapping(_load_yaml(file), ("cameras",), str(file)).get("cameras")
     if not isinstance(cameras, dict) or not cameras:
         raise ConfigError(f'{file}: "cameras" must map the names of cameras to their rules')
     cameras = {name: {} if rules is None else rules for name, rules in cameras.items()}
     defaults = cameras.get(DEFAULT_CAMERA, {})
     loaded = {}
-    # The default first: a mistake in it is then told of it, not of a camera that takes it over.
+    # The default first, so that a mistake in it is not reported for a camera that inherits it.
     for name in sorted(cameras, key=lambda name: name != DEFAULT_CAMERA):
         where = f"{file}: camera {name}"
         if not isinstance(name, str):
             raise ConfigError(f"{where}: a name must be text; put it in quotes")
-        rules = _checked(cameras[name], _Rules.__struct_fields__, where)
+        rules = _checked_mapping(cameras[name], _Rules.__struct_fields__, where)
         loaded[name] = _camera(name, defaults | rules, where, file.parent)
-    return Policy(loaded, str(file))
+    return PrivacyPolicy(loaded, str(file))
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -178,7 +177,7 @@ class _Area(msgspec.Struct):
 
 
 class _Rules(msgspec.Struct):
-    """The rules of a camera as they stand in the file."""
+    """The rules of a camera as written in the file."""
 
     hide: list[_Area] = []
     max_region_share: float = 1.0
@@ -191,14 +190,14 @@ class _Rules(msgspec.Struct):
 _LIFTED = tuple(
     field.name for field in msgspec.structs.fields(_Rules) if field.default is msgspec.UNSET
 )
-"""Rules that `NO_LIMIT` takes away; of the others a value lifts those of the default."""
+"""Rules that `NO_LIMIT` can lift. The others are lifted by a value, such as 1.0 or []."""
 
 
-def _parsed(file: Path) -> object:
-    import yaml  # takes some milliseconds, which only those with a policy pay
+def _load_yaml(file: Path) -> object:
+    import yaml  # takes some milliseconds; only needed with a policy
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice, of which YAML's own loader would drop one."""
+        """Refuses a duplicate key, which PyYAML's loader would drop silently."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value]
@@ -217,18 +216,18 @@ def _parsed(file: Path) -> object:
         raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
 
 
-def _checked(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
-    """A mapping, if it is one and has no key that is not known or has no value.
+def _checked_mapping(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
+    """Return a mapping after checking that all keys are known and have values.
 
     Raises:
-        ConfigError: names it, and what is known.
+        ConfigError: names the wrong key and the known keys.
     """
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must be a mapping with {_listed(known)}")
+        raise ConfigError(f"{where}: must be a mapping with {_comma_list(known)}")
     for key, value in content.items():
         if key not in known:
-            raise ConfigError(f'{where}: "{key}" is not known; known are {_listed(known)}')
-        if value is None:  # which would lift a limit of the default without a word
+            raise ConfigError(f'{where}: "{key}" is not known; known are {_comma_list(known)}')
+        if value is None:  # would silently lift a limit of the default
             raise ConfigError(f'{where}: "{key}" has no value; give it one or leave it out')
     return content
 
@@ -236,10 +235,10 @@ def _checked(content: object, known: Iterable[str], where: str) -> dict[str, Any
 def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> CameraPolicy:
     areas = content.get("hide")
     for number, area in enumerate(areas if isinstance(areas, list) else [], start=1):
-        _checked(area, _Area.__struct_fields__, f"{where}: hide, entry {number}")
+        _checked_mapping(area, _Area.__struct_fields__, f"{where}: hide, entry {number}")
     content = {k: v for k, v in content.items() if not (k in _LIFTED and v == NO_LIMIT)}
     try:
-        rules = _given(msgspec.convert(content, _Rules))
+        rules = _set_fields(msgspec.convert(content, _Rules))
         if not 0 <= (share := rules["max_region_share"]) <= 1:
             raise ValueError(f"max_region_share must be from 0 to 1, not {share}")
         rules["hide"] = tuple(_hidden(area, folder) for area in rules["hide"])
@@ -249,12 +248,12 @@ def _camera(name: str, content: dict[str, Any], where: str, folder: Path) -> Cam
     return CameraPolicy(name=name, **rules)
 
 
-def _hidden(area: _Area, folder: Path) -> Hidden:
-    given = _given(area)
+def _hidden(area: _Area, folder: Path) -> HiddenArea:
+    given = _set_fields(area)
     of = given.pop("of", None)
     if len(given) != 1:
         kinds = (name for name in area.__struct_fields__ if name != "of")
-        raise ValueError(f"an entry of hide has exactly one of {_listed(kinds)}")
+        raise ValueError(f"an entry of hide has exactly one of {_comma_list(kinds)}")
     ((kind, value),) = given.items()
     if kind == "px" and of is None:
         raise ValueError(f"px {list(value)} needs of: [width, height], the picture it belongs to")
@@ -272,8 +271,8 @@ def _hidden(area: _Area, folder: Path) -> Hidden:
     return Rectangle(left, top, right, bottom, None if of is None else Size(*of))
 
 
-def _given(struct: msgspec.Struct) -> dict[str, Any]:
-    """The fields that stand in the file, or have another default than to be left out."""
+def _set_fields(struct: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields that are in the file or have a default other than UNSET."""
     fields = msgspec.structs.asdict(struct)
     return {name: value for name, value in fields.items() if value is not msgspec.UNSET}
 
@@ -288,5 +287,5 @@ def _minutes(text: str) -> int:
     return hours * 60 + minutes
 
 
-def _listed(names: Iterable[str]) -> str:
+def _comma_list(names: Iterable[str]) -> str:
     return ", ".join(names)

@@ -140,7 +140,7 @@ async def _ask(
         for number, case in enumerate(asked):
             picture = pictures[case.photo]
             answer = await client.ask(picture, case.question, options=Options(want_map=True))
-            screen.tell(number, picture, case.question, answer)
+            screen.show(number, picture, case.question, answer)
             answers.append(answer)
     return welcome, answers
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from server_plugin.backends.open import DEMO_MODEL
-from vlm_collab.cli.secret_files import TOKEN_VARIABLE, key_in
+from vlm_collab.cli.secret_files import TOKEN_VARIABLE, read_key
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 from vlm_collab.pictures.images import Codec
@@ -142,7 +142,7 @@ def settings_from(arguments: Mapping[str, Any]) -> Settings:
     if settings.token_file is not None:
         if settings.token is not None:
             raise ConfigError("model_args: token and token_file exclude each other")
-        token: str | None = key_in(Path(settings.token_file), "model_args: token_file")
+        token: str | None = read_key(Path(settings.token_file), "model_args: token_file")
     else:
         token = settings.token or os.environ.get(TOKEN_VARIABLE)
     return msgspec.structs.replace(settings, token=token)

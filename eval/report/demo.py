@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from eval.analysis.records import PROVENANCE, SCHEMA, SHARDS, read_records, shards_of
 from eval.report.tables import calibrate_command
-from vlm_collab.cli.quiet import hush
+from vlm_collab.cli.quiet import silence_libraries
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "demo"
 QUALITIES = (5, 15, 30, 50, 75)
@@ -87,7 +87,7 @@ def pack(folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    hush()
+    silence_libraries()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/report"))
     parser.add_argument("--against", type=Path, default=COMMITTED / "report.json")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_client.link.dial import without_secrets
+from edge_client.addresses import without_secrets
 from eval.tasks.base import Task
 
 FORMAT = 1

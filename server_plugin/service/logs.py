@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from vlm_collab.cli.quiet import for_users, speak
+from vlm_collab.cli.quiet import is_for_users, restore_library_output
 from vlm_collab.web.log_throttle import Quiet
 
 REFUSED = "connection refused"
@@ -68,9 +68,9 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
     handler.addFilter(Quiet(frozenset({REFUSED}), as_extra=True))
     if level == "debug":
-        speak()
+        restore_library_output()
     else:
-        handler.addFilter(for_users)
+        handler.addFilter(is_for_users)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

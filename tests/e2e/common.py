@@ -14,8 +14,8 @@ from PIL import Image
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
-from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from server_plugin.backends.fake import FakeBackend, Script, digest
 from server_plugin.service.runner import running
 from server_plugin.service.service import Service

@@ -12,7 +12,7 @@ import httpx
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from edge_client.gateway import Gateway, GatewayConfig, GatewayLimits, running
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running as serving
 from server_plugin.service.service import Service

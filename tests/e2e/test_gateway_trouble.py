@@ -17,7 +17,7 @@ from openai import DEFAULT_MAX_RETRIES
 from PIL import Image
 
 from edge_client.picture import Picture
-from edge_client.privacy.policy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
@@ -519,7 +519,7 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(
                 now -= 1
 
     monkeypatch.setattr(Picture, "view", counted)
-    policy = Policy({name: CameraPolicy() for name in ("default", "c0", "c1", "c2", "c3")})
+    policy = PrivacyPolicy({name: CameraPolicy() for name in ("default", "c0", "c1", "c2", "c3")})
     async with place(limits={"max_decoding": 2}, policy=policy) as here:
         root = here.base.removesuffix("/v1")
         clients = [

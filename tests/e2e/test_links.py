@@ -1,4 +1,4 @@
-"""Links cut and stalled in every phase of a question, and servers that come back as others."""
+"""Links that are cut or stall in every phase of a question, and servers that restart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from edge_client.cli.retrying import is_passing
+from edge_client.cli.retrying import is_transient
 from edge_client.client import EdgeClient
 from edge_client.link import question as asking
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from edge_client.sync import Client
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running
@@ -36,7 +36,7 @@ from vlm_collab.protocol.messages import Answer, Ask, Fallback, Region, RegionRe
 PHOTO = photo(1)
 
 
-# ---- cut, and the server is still there ------------------------------------------------------
+# ---- cut, with the server still running ------------------------------------------------------
 
 
 async def test_cut_before_the_welcome():
@@ -93,8 +93,8 @@ async def test_cut_in_both_stages_of_one_question():
 
 
 @pytest.mark.parametrize("question", [SURE, UNSURE])
-async def test_a_link_that_is_cut_more_often_than_one_can_count(question):
-    """Up to its deadline a question is asked again; here in the first stage."""
+async def test_a_question_survives_very_many_cuts(question):
+    """A question is asked again until its deadline; here in the first stage."""
     async with world() as w:
         rules = [
             w.proxy.rule(kind, Where.BEFORE, What.CUT, nth=nth)
@@ -102,7 +102,7 @@ async def test_a_link_that_is_cut_more_often_than_one_can_count(question):
             for kind in (Ask, RegionRequest if question is UNSURE else Answer)
         ]
         answer = await w.client.ask(PHOTO, question)
-        # `check` also bounds the bytes of a few attempts.
+        # `check` also limits the bytes of a few attempts.
         assert answer.first_text == f"first {view_digest(PHOTO)} {question}"
         assert answer.refined is (question is UNSURE)
         assert answer.fallback is Fallback.NONE
@@ -132,7 +132,7 @@ def test_the_client_without_an_event_loop_asks_up_to_the_deadline_too():
         loop.close()
 
 
-async def test_a_cut_takes_along_none_of_many_questions():
+async def test_a_cut_loses_none_of_many_questions():
     async with world(slow(0.01)) as w:
         asked = [(photo(i % 3), f"{UNSURE} {i}") for i in range(20)]
         w.proxy.rule(Ask, Where.AFTER, What.CUT, nth=7)
@@ -144,7 +144,7 @@ async def test_a_cut_takes_along_none_of_many_questions():
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_cuts_anywhere_lose_and_cross_nothing(seed):
+async def test_random_cuts_lose_and_mix_up_no_answers(seed):
     draw = random.Random(seed)
     pictures = [photo(i) for i in range(3)]
     async with world(slow(0.005)) as w, EdgeClient(w.proxy.url, retry=HASTY) as other:
@@ -168,7 +168,7 @@ async def test_cuts_anywhere_lose_and_cross_nothing(seed):
         assert any(rule.fired.is_set() for rule in rules)
 
 
-# ---- cut, and the server does not come back --------------------------------------------------
+# ---- cut, without a server afterwards --------------------------------------------------------
 
 
 async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
@@ -182,7 +182,7 @@ async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
         assert "\n" not in str(caught.value)
 
 
-async def test_a_server_that_stays_away_for_long_ends_no_question_before_its_deadline():
+async def test_questions_wait_until_their_deadline_for_an_absent_server():
     async with world(retry=Retry(first_s=0.001, longest_s=0.002)) as w:
         rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
         asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE))
@@ -204,8 +204,8 @@ async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_
             DeadlineError, match=r"within 0\.5 s; links lost meanwhile: 1"
         ) as caught:
             await asking_
-        # `chat` keeps such a question, as it keeps those of a server that it cannot reach.
-        assert is_passing(caught.value)
+        # `chat` keeps such a question, as it does when it cannot reach a server.
+        assert is_transient(caught.value)
 
 
 @pytest.mark.parametrize("kind", [RegionRequest, Region])
@@ -257,8 +257,8 @@ async def test_stalled_in_the_first_stage_ends_at_the_deadline(question, where):
         with pytest.raises(DeadlineError):
             await w.client.ask(PHOTO, question, deadline_s=0.4)
         assert rule.fired.is_set()
-        # The link was only slow: what it held back, our taking back included, still arrives,
-        # and the next question is answered on it.
+        # The link was only slow: delayed messages, including our `Cancel`, still arrive, and the
+        # next question is answered on it.
         w.proxy.resume()
         check(await w.client.ask(PHOTO, question), PHOTO, question)
         assert w.proxy.connections == 1
@@ -293,13 +293,13 @@ async def test_a_link_that_stays_stalled_is_noticed_and_replaced(kind):
         assert w.proxy.connections == 2
 
 
-async def test_the_server_does_not_wait_for_a_region_for_ever():
+async def test_the_server_waits_for_a_region_only_until_its_deadline():
     async with world(limits={"region_deadline_s": 0.1}) as w:
         w.proxy.rule(Region, Where.WITHIN, What.STALL_UP)
         answer = await w.client.ask(PHOTO, UNSURE)
         assert answer.fallback is Fallback.DEADLINE
         check(answer, PHOTO, UNSURE, refined=False)
-        w.proxy.resume()  # the rest of the region arrives after the end, and is nobody's fault
+        w.proxy.resume()  # the rest of the region arrives after the end; that is no violation
         check(await w.client.ask(PHOTO, UNSURE), PHOTO, UNSURE)
         assert w.proxy.connections == 1
 
@@ -325,7 +325,7 @@ async def test_views_that_the_server_kept_are_not_sent_again():
         assert w.service.views.count == 3
 
 
-async def test_a_session_that_the_server_forgot_has_its_views_sent_again():
+async def test_views_of_a_forgotten_session_are_sent_again():
     async with world(limits={"session_ttl_s": 0.01}) as w:
         await w.client.ask(PHOTO, SURE)
         w.proxy.refusing = True
@@ -341,7 +341,7 @@ async def test_a_session_that_the_server_forgot_has_its_views_sent_again():
 # ---- restarts --------------------------------------------------------------------------------
 
 
-async def test_a_crash_between_the_stages_is_made_good_by_the_next_server():
+async def test_a_crash_between_the_stages_is_repaired_by_the_next_server():
     async with running(service()) as second, world() as w:
         rule = w.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
         asking_ = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
@@ -370,7 +370,7 @@ async def test_a_graceful_stop_between_the_stages_leaves_the_first_answer():
             answer = await asking_
             assert answer.fallback is Fallback.OVERLOAD
             check(answer, PHOTO, UNSURE, refined=False)
-            # And the client goes on with the server that took over.
+            # The client continues with the new server.
             check(await client.ask(PHOTO, UNSURE), PHOTO, UNSURE)
             await client.close()
             await draining

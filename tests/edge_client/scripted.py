@@ -1,4 +1,4 @@
-"""A server that says what a test tells it to, in real frames on a real WebSocket."""
+"""A scripted server that sends real frames over a real WebSocket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
 
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from vlm_collab.errors import ErrorCode
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import (
@@ -28,7 +28,7 @@ HASTY = Retry(attempts=3, reconnect_attempts=3, first_s=0.01, longest_s=0.02)
 
 
 def welcome(**changes: Any) -> Welcome:
-    """A greeting like the service's."""
+    """A `Welcome` like the service's."""
     fields: dict[str, Any] = {
         "session": b"session-1",
         "model": "scripted",
@@ -72,7 +72,7 @@ class Peer:
         self.session = ServerSession()
 
     async def next(self) -> ServerEvent:
-        """The next message of the edge; what waits to be sent goes out first."""
+        """Send what is queued, and return the edge's next message."""
         await self.flush()
         while True:
             frame = await self.socket.recv()
@@ -106,7 +106,7 @@ class Peer:
         await self.flush()
 
     async def answer_all(self) -> None:
-        """Echo every question until the edge goes."""
+        """Echo every question until the edge disconnects."""
         while True:
             ask = await self.asked()
             await self.answer(ask.id, f"echo {ask.question}")
@@ -116,7 +116,7 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 class Server:
-    """Plays one script for each connection, the last one again for further ones."""
+    """Plays one script per connection, and the last script for further connections."""
 
     def __init__(self, scripts: tuple[Script, ...]) -> None:
         self.scripts = scripts
@@ -139,7 +139,7 @@ class Server:
 
 @asynccontextmanager
 async def scripted(*scripts: Script, **options: Any) -> AsyncIterator[Server]:
-    """A listening server; on leaving, fails if a script did. Options go to `serve`."""
+    """A listening server. On exit it fails if a script failed. Options go to `serve`."""
     server = Server(scripts)
     settings: dict[str, Any] = {"subprotocols": [SUBPROTOCOL], "compression": None, **options}
     async with serve(server.play, "127.0.0.1", 0, **settings) as listening:
@@ -152,7 +152,7 @@ async def scripted(*scripts: Script, **options: Any) -> AsyncIterator[Server]:
 
 @asynccontextmanager
 async def speaking(reply: bytes) -> AsyncIterator[str]:
-    """A TCP server that answers anything with the same bytes, and hangs up."""
+    """A TCP server that answers everything with the same bytes and closes the connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(65536)

@@ -1,4 +1,4 @@
-"""The audit log: what it says, how it survives, and how it is shown."""
+"""The audit log: its content, its robustness, and the command that shows it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from edge_client.privacy.audit_log import (
     read_log,
 )
 from edge_client.privacy.guard import Guard
-from edge_client.privacy.policy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.service.runner import running
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import difference, photo, saved, turned
@@ -43,12 +43,12 @@ from vlm_collab.protocol.messages import Ask, Region, Stage
 NOW = datetime.datetime(2026, 5, 1, 12, 30, tzinfo=datetime.UTC)
 SIZE = Size(640, 480)
 PHOTO = turned(photo(*SIZE), 6, "JPEG", quality=95)
-HIDING = Policy({"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, SIZE),))})
+HIDING = PrivacyPolicy({"door": CameraPolicy(name="door", hide=(Rectangle(0, 0, 160, 480, SIZE),))})
 
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line; returns its exit code and what it wrote."""
+    """Run a command line; return its exit code, stdout and stderr."""
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -81,7 +81,7 @@ def view_line(**changes: object) -> ViewLine:
 
 
 async def conversation(log: Path, *, fit: int = 0) -> tuple[list[bytes], str]:
-    """A question with its region over the wire; what the server got, and its address."""
+    """Ask a question with a region; return the images that the server got, and its address."""
 
     async def script(peer: Peer) -> None:
         await peer.greet(fit=fit)
@@ -132,7 +132,7 @@ async def test_every_image_that_left_is_in_the_log(tmp_path):
 
 
 async def test_an_image_is_in_the_log_before_it_leaves(tmp_path, monkeypatch):
-    """When the server has it, it is there; and when it cannot be written, it does not come."""
+    """The line exists when the server has the image. Without a line, no image is sent."""
     log = tmp_path / "audit.jsonl"
 
     async def script(peer: Peer) -> None:
@@ -181,7 +181,7 @@ def test_a_cut_last_line_is_skipped(cut, tmp_path):
     assert (len(read.images), read.broken) == (1, 1)
 
 
-def test_what_is_black_is_told_again_where_it_is_gone(tmp_path):
+def test_black_areas_are_written_again_when_their_line_is_gone(tmp_path):
     """`logrotate` with `copytruncate`, a shell's `>`, a file that was moved away."""
     path, boxes = tmp_path / "audit.jsonl", (Box(0, 0, 160, 480),)
     log, other = AuditLog(path), AuditLog(path)
@@ -201,7 +201,7 @@ def test_what_is_black_is_told_again_where_it_is_gone(tmp_path):
     writes(log)
     assert told() == 1
     os.truncate(path, 0)
-    for _ in range(9):  # until it is longer than it was
+    for _ in range(9):  # until it is longer than before
         other.write(view_line())
     writes(log)
     assert b"hidden" in path.read_bytes().splitlines()[-2]
@@ -211,8 +211,8 @@ def test_what_is_black_is_told_again_where_it_is_gone(tmp_path):
     assert told() == 1
 
 
-def test_what_was_told_is_not_kept_in_memory(tmp_path):
-    """A mask's boxes are many, and every size of picture has its own."""
+def test_written_black_areas_are_not_kept_in_memory(tmp_path):
+    """A mask has many boxes, and each picture size has its own."""
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
 
@@ -228,7 +228,7 @@ def test_what_was_told_is_not_kept_in_memory(tmp_path):
         tracemalloc.stop()
     written_bytes = path.stat().st_size
     assert kept_bytes < written_bytes / 20
-    tell()  # and yet it is known
+    tell()  # the file still has the line, so nothing is written
     assert path.stat().st_size == written_bytes
 
 
@@ -249,7 +249,7 @@ def test_writers_do_not_cut_into_each_other(tmp_path):
     assert (len(read.images), read.broken) == (300, 0)
 
 
-def test_a_new_log_is_its_owners_alone_and_an_old_one_is_left_as_it_is(tmp_path):
+def test_a_new_log_is_private_and_an_old_one_keeps_its_mode(tmp_path):
     old = os.umask(0)
     try:
         AuditLog(tmp_path / "new")
@@ -261,7 +261,7 @@ def test_a_new_log_is_its_owners_alone_and_an_old_one_is_left_as_it_is(tmp_path)
     assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o640
 
 
-def test_fsync_is_called_where_it_is_wanted(tmp_path, monkeypatch):
+def test_fsync_is_called_if_it_is_on(tmp_path, monkeypatch):
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     AuditLog(tmp_path / "log").write(view_line())
@@ -270,7 +270,7 @@ def test_fsync_is_called_where_it_is_wanted(tmp_path, monkeypatch):
     assert len(synced) == 1
 
 
-def test_a_full_disk_stops_what_was_about_to_leave(tmp_path, monkeypatch):
+def test_a_full_disk_stops_the_image(tmp_path, monkeypatch):
     log = AuditLog(tmp_path / "log")
     monkeypatch.setattr(os, "write", lambda file, data: len(data) - 1)
     with pytest.raises(PrivacyError, match="the disk is full"):
@@ -301,8 +301,8 @@ def test_fields_of_later_versions_are_ignored():
         {"box": [0, 0, 10**5, 10**5]},
     ],
 )
-def test_a_line_that_cannot_be_is_broken(changes, run, tmp_path):
-    """Logs come from other devices, and may have been changed."""
+def test_a_line_with_impossible_values_is_broken(changes, run, tmp_path):
+    """Logs may come from other devices, and may have been changed."""
     path = tmp_path / "log"
     AuditLog(path).write(view_line())
     line = json.loads(path.read_bytes()) | changes
@@ -316,7 +316,7 @@ def test_a_line_that_cannot_be_is_broken(changes, run, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_a_line_about_another_size_of_picture_is_told(run, tmp_path):
+def test_a_line_with_another_picture_size_is_reported(run, tmp_path):
     photo(60, 60).save(tmp_path / "p.png")
     digest = Picture.open(tmp_path / "p.png").digest
     AuditLog(tmp_path / "log").write(view_line(picture=digest, source_px=Size(4000, 3000)))
@@ -388,14 +388,14 @@ async def test_what_was_seen_is_drawn_over_the_original(fit, run, tmp_path):
     upright = photo(*SIZE)
     view, region = read_log(log).images
     hidden = Box(0, 0, 160, 480)
-    # Hidden areas are black where something of them would have left, apart from JPEG's noise.
+    # Hidden areas are black wherever they would have been visible, apart from JPEG noise.
     assert np.asarray(drawn.crop((view.box.left, 20, 140, 460))).max() < 40
-    # The region is as sharp as it left, the view as coarse, and both look like the original.
+    # Region and view have the resolution in which they left, and both look like the original.
     sharp = Image.open(io.BytesIO(got[1])).resize(region.box.size, Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(drawn.crop(region.box)), np.asarray(sharp))
     kept = (max(hidden.right + 20, view.box.left), 0, min(view.box.right, SIZE.width), 480)
     assert difference(drawn.crop(kept), upright.crop(kept)) < 6
-    if fit == 2:  # cut at the sides, which nobody saw
+    if fit == 2:  # crop: the server did not see the sides
         assert view.box == Box(80, 0, 560, 480)
         dimmed = drawn.crop((580, 20, 640, 460))
         assert np.asarray(dimmed).std(axis=2).max() == 0
@@ -404,7 +404,7 @@ async def test_what_was_seen_is_drawn_over_the_original(fit, run, tmp_path):
         )
 
 
-async def test_what_was_black_and_is_not_told_is_not_drawn_as_seen(run, tmp_path):
+async def test_images_with_unknown_black_areas_are_not_drawn(run, tmp_path):
     log, original, out = tmp_path / "audit.jsonl", tmp_path / "photo.jpg", tmp_path / "seen.png"
     original.write_bytes(PHOTO)
     await conversation(log)
@@ -418,7 +418,7 @@ async def test_what_was_black_and_is_not_told_is_not_drawn_as_seen(run, tmp_path
     assert "2 more" in told
     assert told.count("\n") == 1
     grey = np.asarray(Image.open(out).convert("RGB"))
-    assert grey.std(axis=2).max() == 0  # the dimmed original, and nothing over it
+    assert grey.std(axis=2).max() == 0  # only the dimmed original
     code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing, "--json")
     assert json.loads(told) | {"out": ""} == {"out": "", "images": 0, "same_bytes": 0, "unknown": 2}
     code, told, _ = await asyncio.to_thread(run, "audit", log)
@@ -427,7 +427,7 @@ async def test_what_was_black_and_is_not_told_is_not_drawn_as_seen(run, tmp_path
     code, told, _ = await asyncio.to_thread(run, "audit", log, "--json")
     images = [line for line in map(json.loads, told.splitlines()) if line["kind"] != "total"]
     assert [line["hidden"] for line in images] == [None, None]
-    # One of them is told: by a line that another log had.
+    # A line from another log supplies one of the missing areas.
     told_line = next(raw for raw in lines if raw not in kept)
     AuditLog(log).write(view_line(hidden="0" * 16))
     log.write_bytes(log.read_bytes() + told_line)
@@ -451,7 +451,7 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
     frame.save(copy)
     code, _, err = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
     assert code == 2
-    assert "the log says of no image" in err
+    assert "the log lists no image" in err
 
 
 @pytest.mark.parametrize(
@@ -463,10 +463,10 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
         (["log", "--picture", "p.png"], "--out belong together"),
         (["log", "--picture", "none.png", "--out", "s.png"], "none.png: no such file"),
         (["log", "--picture", "p.png", "--out", "s.tiff"], "must end in"),
-        (["log", "--picture", "p.png", "--out", "s.png"], "says of no image"),
+        (["log", "--picture", "p.png", "--out", "s.png"], "lists no image"),
     ],
 )
-def test_wrong_use_gets_one_line(arguments, told, run, tmp_path, monkeypatch):
+def test_wrong_use_is_one_line(arguments, told, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("noise").write_bytes(b"\x00\xff\n\n\x01")
     AuditLog("log").write(view_line())

@@ -1,7 +1,7 @@
-"""What a policy hides is black in what leaves, wherever a camera's picture comes from.
+"""Hidden areas are black in every image that leaves, for every source of pictures.
 
-A picture may be stored in eight ways and say which. Whatever decodes it must turn it first: else
-the wrong place is blacked out, and what was to be hidden leaves.
+A picture may be stored in eight orientations. It must be turned upright before areas are blacked
+out; otherwise the wrong area is black, and the hidden one leaves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECRET = (0, 0, 208, 160)
 """A magenta corner. Nothing else is magenta, and no two corners are alike."""
 
 HIDDEN = (0, 0, 224, 176)
-"""As much larger as a JPEG's block, over which compression spreads a trace (docs/privacy.md)."""
+"""Larger by a JPEG block, over which compression spreads traces (docs/privacy.md)."""
 
 POLICY = f"""
 cameras:
@@ -48,7 +48,7 @@ cameras:
 
 
 def seen() -> Image.Image:
-    """What the camera saw, upright."""
+    """The scene in front of the camera, upright."""
     x, y = np.meshgrid(np.linspace(0, 1, SIZE[0]), np.linspace(0, 1, SIZE[1]))
     grey = (60 + 90 * x + 70 * y + 20 * np.sin(40 * x)).astype(np.uint8)
     image = Image.fromarray(grey).convert("RGB")
@@ -56,8 +56,8 @@ def seen() -> Image.Image:
     return image
 
 
-# The display matrix of each EXIF orientation, by its own definition: where the stored picture's
-# columns and rows run when it is shown. (a, b, c, d) shows (p, q) at (a·p + c·q, b·p + d·q).
+# The display matrix of each EXIF orientation, by definition: the directions of the stored picture's
+# columns and rows on screen. (a, b, c, d) shows (p, q) at (a·p + c·q, b·p + d·q).
 MATRICES = {
     1: (1, 0, 0, 1),
     2: (-1, 0, 0, 1),
@@ -71,7 +71,7 @@ MATRICES = {
 
 
 def stored(image: Image.Image, orientation: int) -> Image.Image:
-    """How a picture lies in a file of an orientation."""
+    """The picture as it is stored in a file with this orientation."""
     file = Image.open(io.BytesIO(turned(image, orientation, "PNG")))
     file.load()
     return file.convert("RGB")
@@ -82,7 +82,7 @@ def stored(image: Image.Image, orientation: int) -> Image.Image:
 def test_a_display_matrix_is_one_of_eight_orientations(orientation, scale):
     a, b, c, d = (scale * value for value in MATRICES[orientation])
     assert orientation_of((a, b, 0, c, d, 0, 7, 9, 1 << 30)) == orientation
-    # Against the matrix itself, pixel by pixel.
+    # Compare with the matrix itself, pixel by pixel.
     lying = np.arange(6, dtype=np.uint8).reshape(2, 3)
     a, b, c, d = MATRICES[orientation]
     shown = {(a * p + c * q, b * p + d * q): lying[q, p] for q in range(2) for p in range(3)}
@@ -125,7 +125,7 @@ def motion_jpeg(orientation: int, folder: Path, stack: ExitStack) -> str:
 
 
 def recording(orientation: int, folder: Path, stack: ExitStack) -> str:
-    """An MP4 whose track has a matrix: phones write it, of front cameras a mirrored one."""
+    """An MP4 with a track matrix, as phones write it; front cameras write a mirrored one."""
     path = write_clip(folder / "clip.mp4", [stored(seen(), orientation)] * 4)
     data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + 4 + 40
@@ -142,7 +142,7 @@ def recording_on_the_web(orientation: int, folder: Path, stack: ExitStack) -> st
 
 
 def h264(orientation: int, folder: Path, stack: ExitStack) -> str:
-    """H.264 that says in itself how it is to be shown, as in a stream (H.264, D.2.27)."""
+    """An H.264 stream with its own display orientation (H.264, D.2.27)."""
     flips = {1: "", 2: ":flip=horizontal", 3: ":rotate=180", 4: ":flip=vertical"}
     flips |= {6: ":rotate=270", 8: ":rotate=90"}
     plain = write_clip(folder / "plain.mp4", [stored(seen(), orientation)] * 4, key_every=1)
@@ -174,14 +174,14 @@ SOURCES = {
 
 def cases() -> Iterator[tuple[str, int]]:
     for name, orientation in itertools.product(SOURCES, MATRICES):
-        missing = name == "H.264" and orientation in (5, 7)  # it has no such
+        missing = name == "H.264" and orientation in (5, 7)  # H.264 cannot express these
         same = name == "recording on the web" and orientation not in (2, 6)  # as a recording
         if not (missing or same):
             yield name, orientation
 
 
 @pytest.mark.parametrize(("source", "orientation"), list(cases()))
-async def test_what_is_hidden_is_black_in_what_leaves(source, orientation, tmp_path):
+async def test_hidden_areas_are_black_in_every_image_that_leaves(source, orientation, tmp_path):
     left: list[Image.Image] = []
 
     async def script(peer: Peer) -> None:
@@ -189,7 +189,7 @@ async def test_what_is_hidden_is_black_in_what_leaves(source, orientation, tmp_p
         ask = await peer.asked()
         assert isinstance(ask, Ask)
         assert ask.view is not None
-        # The left half, with the secret in it.
+        # The left half, which contains the hidden area.
         form = {"columns": 4, "rows": 4, "side_px": 320, "codec": Codec.PNG}
         peer.session.request_region(request(ask.id, target_width=320, target_height=320, **form))
         region = await peer.next()
@@ -226,7 +226,7 @@ async def test_what_is_hidden_is_black_in_what_leaves(source, orientation, tmp_p
             int((HIDDEN[3] - box[1]) * down),
         )
         assert np.asarray(image.crop(hidden)).max() == 0
-        # The rest is what the camera saw there.
+        # The rest is unchanged.
         expected = seen()
         expected.paste((0, 0, 0), HIDDEN)
         expected = expected.crop(box).resize(image.size, Image.Resampling.BICUBIC)
@@ -236,7 +236,7 @@ async def test_what_is_hidden_is_black_in_what_leaves(source, orientation, tmp_p
 # ---- transparency, which a recording may have as well --------------------------------------------
 
 
-def test_a_transparent_recording_lies_on_white_as_a_picture_does(tmp_path):
+def test_a_transparent_recording_gets_a_white_background_like_a_picture(tmp_path):
     drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
     drawing.paste((0, 0, 0, 255), (20, 10, 40, 30))
     path = tmp_path / "drawing.mov"
@@ -256,8 +256,8 @@ def test_a_transparent_recording_lies_on_white_as_a_picture_does(tmp_path):
 
 
 @pytest.mark.parametrize("brand", ["avif", "avis", "heic", "mif1"])
-def test_a_picture_in_a_container_of_videos_is_refused_and_not_taken_in_part(brand, tmp_path):
-    # FFmpeg would show what its transparency hides, and of a picture in tiles the first one.
+def test_a_picture_in_a_video_container_is_refused(brand, tmp_path):
+    # FFmpeg would show transparent areas, and only the first tile of a tiled picture.
     drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
     drawing.paste((0, 0, 0, 255), (20, 10, 40, 30))
     data = saved(drawing, "AVIF").replace(b"ftypavif", b"ftyp" + brand.encode(), 1)
@@ -270,7 +270,7 @@ def test_a_picture_in_a_container_of_videos_is_refused_and_not_taken_in_part(bra
             open_camera(camera.url)
 
 
-def test_a_recording_whose_transparency_is_not_read_is_refused(tmp_path):
+def test_a_recording_with_unsupported_transparency_is_refused(tmp_path):
     drawing = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
     drawing.paste((0, 0, 0, 255), (20, 10, 40, 30))
     path = tmp_path / "drawing.webm"

@@ -1,4 +1,4 @@
-"""RTSP against a real server: the newest frame, and a camera that goes and comes back."""
+"""RTSP against a real server: the newest frame, and a camera that is lost and comes back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.cameras import CameraError, live, open_camera, video
-from edge_client.link.reconnect import Retry
+from edge_client.cameras import CameraError, decoder, live, open_camera, video
+from edge_client.retry import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference
@@ -52,7 +52,7 @@ def test_the_newest_frame_of_a_stream(camera):
         assert min(difference(shown, shaken(scene(3), step)) for step in range(15)) < 8
 
 
-def test_a_camera_that_is_unplugged_comes_back_by_itself(camera):
+def test_an_unplugged_camera_is_reopened(camera):
     news: list[str] = []
     with open_camera(
         camera.url.replace("//", "//me:secret@"), news=news.append, retry=HASTY
@@ -92,7 +92,7 @@ def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
 
 
 class _Mute(socketserver.StreamRequestHandler):
-    """An RTSP camera that agrees to everything and sends no picture."""
+    """An RTSP camera that accepts every request and sends no picture."""
 
     SDP = (
         "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=mute\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\n"
@@ -112,7 +112,7 @@ class _Mute(socketserver.StreamRequestHandler):
             self.wfile.write(f"{answer}\r\n{body}".encode())
 
 
-def test_a_camera_that_connects_and_gives_no_picture_is_told(monkeypatch):
+def test_a_camera_that_connects_and_sends_no_picture_is_reported(monkeypatch):
     monkeypatch.setattr(live, "SILENCE_S", 0.2)
     monkeypatch.setattr(video, "OPEN_TIMEOUT_S", 1.0)
     monkeypatch.setattr(video, "READ_TIMEOUT_S", 1.0)
@@ -137,25 +137,25 @@ def test_a_camera_that_connects_and_gives_no_picture_is_told(monkeypatch):
 
 
 def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypatch):
-    decoded = video._decoded
+    decoded = decoder._decoded
 
     def slowly(packet):
         time.sleep(0.25)  # frames come every 0.1 s
         return decoded(packet)
 
-    monkeypatch.setattr(video, "_decoded", slowly)
+    monkeypatch.setattr(decoder, "_decoded", slowly)
     with open_camera(camera.url) as stream:
         first = stream.take(wait_s=WAIT_S)
         assert first is not None
         begin = time.monotonic()
         later = stream.take(due=first.latest + 50, wait_s=WAIT_S)
         assert later is not None
-        # All of them decoded would take 12.5 s.
+        # Decoding all of them would take 12.5 s.
         assert time.monotonic() - begin < 11.5
         assert stream._decoder.late > 10
 
 
-def test_what_the_server_does_not_have_is_one_line(camera):
+def test_a_missing_stream_is_one_line(camera):
     with pytest.raises(CameraError, match=r"404|Not Found") as error:
         open_camera(camera.url + "/../nothing")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Files and folders as cameras: the newest complete picture, and never half of one."""
+"""Files and folders as cameras: always the newest complete picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_S = PATIENCE_S
 
 
 def put(path: Path, data: bytes, age: int) -> Path:
-    """Write a file; of two, the one with the larger `age` counts as newer."""
+    """Write a file; a file with a larger `age` counts as newer."""
     path.write_bytes(data)
     os.utime(path, ns=(age * 10**9, age * 10**9))
     return path
@@ -55,7 +55,7 @@ def test_the_newest_picture_of_a_folder_is_taken(tmp_path):
         assert frame.time_s == 3
 
 
-def test_pictures_that_came_in_between_are_counted_and_passed_over(tmp_path):
+def test_pictures_between_two_takes_are_counted_and_skipped(tmp_path):
     put(tmp_path / "0.jpg", picture(100), 1)
     with open_camera(str(tmp_path)) as camera:
         assert widths(camera) == (1, 1, 100)
@@ -90,7 +90,7 @@ def test_a_half_written_file_is_waited_for(tmp_path, monkeypatch, format):
         third = len(data) // 3
         for delay_s, part in ((0.2, data[third : 2 * third]), (0.4, data[2 * third :])):
             threading.Timer(delay_s, append, (file, part)).start()
-        # One picture, however often its file grew.
+        # It counts as one picture, however often its file grew.
         assert widths(camera) == (1, 1, 640)
         assert camera.take(after=1) is None
 
@@ -107,7 +107,7 @@ def test_while_one_file_is_written_the_complete_one_before_it_is_used(tmp_path):
         assert widths(camera, after=2) == (3, 3, 640)
 
 
-def test_what_never_becomes_a_picture_is_passed_over_and_told(tmp_path, monkeypatch):
+def test_files_that_never_become_pictures_are_reported(tmp_path, monkeypatch):
     put(tmp_path / "good.jpg", picture(100), 1)
     monkeypatch.setattr(stills, "SETTLED_S", 0.2)
     news: list[str] = []
@@ -157,7 +157,7 @@ def test_a_file_is_one_picture_until_it_is_overwritten(tmp_path):
     file = put(tmp_path / "latest.jpg", black, 1)
     with open_camera(str(file)) as camera:
         assert camera.still
-        assert widths(camera) == (1, 1, 120)  # black, but it is the one that was named
+        assert widths(camera) == (1, 1, 120)  # black, but the user named this file
         assert camera.take(after=1) is None
         put(file, picture(200), 2)
         assert widths(camera, after=1) == (2, 2, 200)

@@ -1,4 +1,4 @@
-"""Recordings and streams: whole frames only, the sharpest of the last few, never an old one."""
+"""Recordings and streams: undamaged, current frames, and the sharpest of the last few."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import av
 import pytest
 from PIL import Image, ImageFilter
 
-from edge_client.cameras import CameraError, Frame, open_camera, snapshots, video
+from edge_client.cameras import CameraError, CameraFrame, open_camera, snapshots, video
 from edge_client.cameras import sharpest as choose
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from tests.support.clips import scene, shaken, write_clip
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, saved
@@ -35,22 +35,22 @@ def clip(tmp_path_factory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
 
 
-def shown(frame: Frame) -> Image.Image:
+def shown(frame: CameraFrame) -> Image.Image:
     """A frame's picture."""
     size = frame.picture.size
     data = frame.picture.region(Box(0, 0, *size), size, Codec.JPEG, 95)
     return decode(data, max_pixels=10**6)
 
 
-def seen(frame: Frame, index: int) -> float:
-    """How far a frame is from what the camera saw at that moment, in grey levels."""
+def seen(frame: CameraFrame, index: int) -> float:
+    """Difference between a frame and the scene at that moment, in grey levels."""
     return difference(shown(frame), shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
 
 
 # ---- which frame -----------------------------------------------------------------------------
 
 
-def test_the_sharpest_frame_is_chosen_and_nothing_is_not_chosen():
+def test_the_sharpest_frame_is_chosen_and_never_a_blank_one():
     sharp = scene(3).convert("L")
     blurred = sharp.filter(ImageFilter.GaussianBlur(3))
     black, grey = Image.new("L", sharp.size), Image.new("L", sharp.size, 128)
@@ -125,7 +125,7 @@ def test_a_recording_is_read_on_to_a_position(clip):
     assert positions == [0.0, 1.5, 3.0]
 
 
-def test_a_recording_played_live_does_not_wait_for_anybody(tmp_path):
+def test_a_recording_played_live_does_not_wait_for_takers(tmp_path):
     pictures = [shaken(scene(3), step) for step in range(60)]
     clip = write_clip(tmp_path / "clip.mp4", pictures, fps=30)
     with open_camera(str(clip), live=True) as camera:
@@ -135,7 +135,7 @@ def test_a_recording_played_live_does_not_wait_for_anybody(tmp_path):
         later = camera.take(due=21, wait_s=WAIT_S)
         assert later is not None
         assert time.monotonic() - begin > 0.5  # at its own speed
-        # The newest, not the one after the first.
+        # The newest frame, not the second.
         assert later.latest >= 21
         assert later.number > 21 - video.KEPT_FRAMES
         last = camera.take(due=60, wait_s=WAIT_S)
@@ -162,7 +162,7 @@ def test_damaged_frames_are_never_taken(tmp_path, clip):
             after = frame.number
             numbers.append(after)
             assert seen(frame, after) < 6, after
-    # Each from the damage to the next key frame; key frames are 1, 11, 21 ...
+    # Frames are skipped from the damage to the next key frame (1, 11, 21 ...).
     assert numbers == [*range(1, 13), *range(21, 45), *range(51, 61)]
 
 
@@ -175,7 +175,7 @@ def test_a_turned_recording_is_shown_upright(tmp_path, clip):
                 packet.stream = stream
                 target.mux(packet)
     data = bytearray(turned.read_bytes())
-    # The track's matrix in its `tkhd` box: a phone held upright writes a quarter turn.
+    # The track's matrix in its `tkhd` box: a phone held upright writes a rotation by 90 degrees.
     place = data.index(b"tkhd") + 4 + 40
     turn = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
     data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
@@ -224,7 +224,7 @@ def test_a_recording_without_pictures_is_one_line(tmp_path):
         open_camera(str(file))
 
 
-def test_a_playlist_cannot_make_this_device_call_or_read(tmp_path, clip):
+def test_a_playlist_cannot_open_local_files_or_connections(tmp_path, clip):
     with serving(b"", "video/mp4") as (url, asked):
         playlist = tmp_path / "list.m3u8"
         playlist.write_text(f"#EXTM3U\n#EXTINF:5,\n{url}/x.ts\n#EXT-X-ENDLIST\n")
@@ -233,7 +233,7 @@ def test_a_playlist_cannot_make_this_device_call_or_read(tmp_path, clip):
         assert not asked
 
 
-def test_a_webcam_that_is_not_there_is_one_line():
+def test_a_missing_webcam_is_one_line():
     with pytest.raises(CameraError, match=r"^/dev/video97: No such file"):
         open_camera("camera:97@1280x720")
 
@@ -243,7 +243,7 @@ def test_a_webcam_that_is_not_there_is_one_line():
 
 @contextmanager
 def serving(data: bytes, kind: str, *, sized: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server with one content; gives its address and the paths that were asked for."""
+    """An HTTP server with one content; yields its address and the requested paths."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -296,7 +296,7 @@ def test_a_motion_jpeg_stream_that_ends_is_opened_again():
     assert "secret" not in "".join(news)
 
 
-def test_an_address_with_one_picture_is_asked_again_for_its_newest(monkeypatch):
+def test_an_address_with_one_picture_is_fetched_again(monkeypatch):
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.05)
     news: list[str] = []
     with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, asked):
@@ -310,7 +310,7 @@ def test_an_address_with_one_picture_is_asked_again_for_its_newest(monkeypatch):
     assert news == []
 
 
-def test_a_stream_that_is_not_there_is_one_line_without_the_password():
+def test_a_missing_stream_is_one_line_without_the_password():
     with serving(b"", "text/plain") as (url, _):
         pass
     with pytest.raises(CameraError, match="refused") as error:

@@ -1,4 +1,4 @@
-"""Cameras on web servers: a picture is opened as a file is, and what is no picture is told."""
+"""Cameras on web servers: pictures are opened like files, and other content is reported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ import pytest
 import trustme
 from PIL import Image, ImageCms
 
-from edge_client.cameras import Camera, CameraError, Frame, live, open_camera, snapshots, video, web
-from edge_client.link.reconnect import Retry
+from edge_client.cameras import (
+    Camera,
+    CameraError,
+    CameraFrame,
+    decoder,
+    http_fetch,
+    live,
+    open_camera,
+    snapshots,
+    video,
+)
 from edge_client.picture import Picture
+from edge_client.retry import Retry
 from tests.support.clips import scene
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import difference, photo, saved, turned
@@ -40,11 +50,11 @@ OTHER = saved(scene(4), "JPEG", quality=95)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """What takes seconds in the field."""
+    """Shorten the time-outs, which are seconds in practice."""
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.02)
     monkeypatch.setattr(live, "SILENCE_S", 0.3)
-    monkeypatch.setattr(web, "SILENCE_S", 0.8)
-    monkeypatch.setattr(web, "WHOLE_S", 1.2)
+    monkeypatch.setattr(http_fetch, "SILENCE_S", 0.8)
+    monkeypatch.setattr(http_fetch, "TOTAL_S", 1.2)
     monkeypatch.setattr(video, "OPEN_TIMEOUT_S", 0.8)
     monkeypatch.setattr(video, "READ_TIMEOUT_S", 0.8)
 
@@ -53,14 +63,14 @@ def view(picture: Picture) -> bytes:
     return picture.view(Size(112, 112), Fit.STRETCH, Codec.PNG, 90)
 
 
-def taken(camera: Camera, after: int = 0) -> Frame:
+def taken(camera: Camera, after: int = 0) -> CameraFrame:
     frame = camera.take(after=after, wait_s=WAIT_S)
     assert frame is not None, camera.trouble
     return frame
 
 
 def trouble(camera: Camera) -> str:
-    """What is wrong, once something is."""
+    """Wait for the camera's trouble, and return it."""
     until = time.monotonic() + WAIT_S
     while (told := camera.trouble) is None and time.monotonic() < until:
         camera.take(after=camera._latest(), wait_s=0.02)
@@ -69,7 +79,7 @@ def trouble(camera: Camera) -> str:
 
 
 def comes_back(camera: Camera, after: int) -> None:
-    """Wait until the other picture is there, and all is well."""
+    """Wait until the other picture is there and there is no trouble."""
     until = time.monotonic() + WAIT_S
     while True:
         frame = taken(camera, after)
@@ -80,11 +90,11 @@ def comes_back(camera: Camera, after: int) -> None:
     assert camera.trouble is None
 
 
-# ---- a picture is opened as a file is ----------------------------------------------------------
+# ---- a picture is opened like a file -----------------------------------------------------------
 
 
 def transparent() -> Image.Image:
-    """A black drawing on nothing, with a colour under the transparency."""
+    """A black drawing on a transparent background that hides a colour."""
     image = Image.new("RGBA", (64, 48), (200, 30, 30, 0))
     image.paste((0, 0, 0, 255), (20, 10, 40, 30))
     return image
@@ -102,7 +112,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
-def test_a_picture_on_a_web_server_is_seen_as_the_same_file_is(data):
+def test_a_picture_on_a_web_server_is_read_like_the_same_file(data):
     with WebCamera(picture(data)) as server, open_camera(server.url) as camera:
         frame = taken(camera)
     assert frame.picture.size == Picture.open(data).size
@@ -111,7 +121,7 @@ def test_a_picture_on_a_web_server_is_seen_as_the_same_file_is(data):
 
 
 def swapped_profile() -> bytes:
-    """An RGB profile whose red and blue are exchanged."""
+    """An RGB profile with red and blue swapped."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
     data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -163,7 +173,7 @@ NO_PICTURES: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize(("instead", "reason"), NO_PICTURES.values(), ids=NO_PICTURES)
-def test_what_a_camera_sends_instead_of_pictures_is_told_and_it_comes_back(instead, reason):
+def test_wrong_content_is_reported_and_the_camera_comes_back(instead, reason):
     news: list[str] = []
     with WebCamera(picture(JPEG)) as server:
         address = server.url.replace("//", "//me:secret@") + "?password=secret"
@@ -199,7 +209,7 @@ STREAMS_WITHOUT: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize(("instead", "reason"), STREAMS_WITHOUT.values(), ids=STREAMS_WITHOUT)
-def test_a_stream_that_gives_no_pictures_is_told_and_comes_back(instead, reason):
+def test_a_stream_without_pictures_is_reported_and_comes_back(instead, reason):
     news: list[str] = []
     with WebCamera(stream(JPEG)) as server:
         with open_camera(server.url, news=news.append, retry=HASTY) as camera:
@@ -214,8 +224,8 @@ def test_a_stream_that_gives_no_pictures_is_told_and_comes_back(instead, reason)
             comes_back(camera, before.number)
 
 
-def test_half_pictures_are_not_taken_however_lenient_the_decoder_has_become(monkeypatch):
-    monkeypatch.setattr(video, "MENDED_FRAMES", 5)
+def test_a_lenient_decoder_takes_no_half_pictures(monkeypatch):
+    monkeypatch.setattr(decoder, "MENDED_FRAMES", 5)
     with WebCamera(stream(JPEG, interval_s=0.01)) as server:
         with open_camera(server.url, retry=HASTY) as camera:
             assert isinstance(camera, video.LiveVideo)
@@ -263,15 +273,15 @@ def test_a_camera_without_a_picture_at_the_start_is_one_line(instead, reason):
 
 
 def test_a_picture_is_read_only_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(web, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(http_fetch, "MAX_BYTES", 1 << 20)
     with WebCamera(picture(JPEG + bytes(1 << 20))) as server:
         with pytest.raises(CameraError, match="a picture of more than 1 MiB"):
             open_camera(server.url)
 
 
 def test_closing_does_not_wait_for_a_silent_camera(monkeypatch):
-    monkeypatch.setattr(web, "SILENCE_S", 60.0)
-    monkeypatch.setattr(web, "WHOLE_S", 60.0)
+    monkeypatch.setattr(http_fetch, "SILENCE_S", 60.0)
+    monkeypatch.setattr(http_fetch, "TOTAL_S", 60.0)
     with WebCamera(picture(JPEG)) as server, open_camera(server.url) as camera:
         taken(camera)
         server.do(silence())
@@ -284,11 +294,11 @@ def test_closing_does_not_wait_for_a_silent_camera(monkeypatch):
         assert not camera._thread.is_alive()
 
 
-# ---- names, passwords, other places -----------------------------------------------------------
+# ---- names, passwords, redirects --------------------------------------------------------------
 
 
 def digest_of(request: Request, name: str, password: str) -> str:
-    """What a client that knows the password answers (RFC 7616, MD5, qop=auth)."""
+    """The digest of a client that knows the password (RFC 7616, MD5, qop=auth)."""
     said = dict(re.findall(r'(\w+)="?([^",]*)"?', request.authorization))
 
     def md5(*parts: str) -> str:
@@ -300,7 +310,7 @@ def digest_of(request: Request, name: str, password: str) -> str:
 
 
 def guarded(shows: Behaviour, *challenges: str) -> Behaviour:
-    """Shows something only to `me`, whose password is `se cret`."""
+    """Serve content only to the user `me` with the password `se cret`."""
 
     def behave(request: Request) -> None:
         kind, _, rest = request.authorization.partition(" ")
@@ -320,7 +330,7 @@ DIGEST = 'Digest realm="camera", qop="auth", nonce="0123456789", algorithm=MD5'
 
 @pytest.mark.parametrize("challenge", [BASIC, DIGEST])
 @pytest.mark.parametrize("serve", [picture, stream])
-def test_name_and_password_are_given_as_the_camera_wants_them(challenge, serve):
+def test_name_and_password_are_sent_by_the_cameras_scheme(challenge, serve):
     with WebCamera(guarded(serve(JPEG), challenge)) as server:
         with open_camera(server.url.replace("//", "//me:se%20cret@")) as camera:
             taken(camera, taken(camera).number)
@@ -329,7 +339,7 @@ def test_name_and_password_are_given_as_the_camera_wants_them(challenge, serve):
 
 
 @pytest.mark.parametrize("challenge", [BASIC, DIGEST])
-def test_a_redirect_is_followed_and_takes_no_password_along(challenge):
+def test_a_redirect_is_followed_without_the_password(challenge):
     seen: list[str] = []
 
     def elsewhere(request: Request) -> None:
@@ -356,7 +366,7 @@ def test_a_redirect_is_followed_and_takes_no_password_along(challenge):
 
 
 @pytest.mark.parametrize("place", ["file:///etc/hostname", "ftp://127.0.0.1/x", "/again"])
-def test_a_redirect_leads_to_the_web_only_and_not_for_ever(place):
+def test_redirects_are_limited_in_scheme_and_number(place):
     def moved(request: Request) -> None:
         request.head(302, Location=place, Content_Length=0)
 
@@ -365,7 +375,7 @@ def test_a_redirect_leads_to_the_web_only_and_not_for_ever(place):
             open_camera(server.url)
 
 
-def test_a_camera_may_have_a_certificate_of_its_own():
+def test_a_camera_may_have_a_self_signed_certificate():
     certificate = trustme.CA().issue_cert("camera.invalid")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)

@@ -1,4 +1,4 @@
-"""`vlm-collab chat` as people and pipes meet it."""
+"""`vlm-collab chat` in a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def file(tmp_path_factory) -> Path:
 
 
 class Terminal:
-    """The command on a terminal of its own, and somebody who types."""
+    """The command in a pseudo-terminal, with simulated typing."""
 
     def __init__(self, *arguments: object, cwd: Path | None = None) -> None:
         command, *first = CHAT
@@ -70,12 +70,12 @@ class Terminal:
         self.child.sendline(line)
 
     def see(self, pattern: str) -> str:
-        """Wait for a text; everything up to it, without colours."""
+        """Wait for a text; return everything up to it, without colours."""
         self.child.expect(pattern)
         return plain(self.child.before + self.child.after)
 
     def left(self) -> int:
-        """Wait for its end; the exit code."""
+        """Wait for its end; return the exit code."""
         self.child.expect(pexpect.EOF)
         self.child.close()
         return self.child.exitstatus
@@ -127,7 +127,7 @@ def test_a_conversation(server, file, tmp_path):
             assert crop.size == (112, 112)
             assert not crop.getexif()
 
-        # A follow-up: the view is there already, and so is what was said.
+        # A follow-up: the server has the view, and the conversation is sent along.
         terminal.type("and what else?")
         told = terminal.see(ANSWERED)
         assert f"{UNSURE} second" in told
@@ -180,7 +180,7 @@ async def test_an_answer_is_shown_as_it_grows(file):
             grown = await asyncio.to_thread(terminal.see, ANSWERED)
         steps = re.findall(r"first answer +(.*)", grown)
         assert len({len(step.strip()) for step in steps}) > 2
-        # Both answers are still to be seen while the second one grows.
+        # Both answers are visible while the second one grows.
         assert re.search(
             r"first answer +first[^\n]*\n[^\n]*refined answer +second (?![^\n]*uncertainty)", grown
         )
@@ -219,7 +219,7 @@ def test_look_takes_a_new_picture_of_a_camera(server, tmp_path):
         terminal.see("picture [1-4], 640 x 480 px")
         terminal.type(SURE)
         one = re.search(r"first (\w+) what", terminal.see(ANSWERED))
-        # News while somebody types: what was typed so far stays.
+        # A notice while somebody types: the typed text stays.
         terminal.child.send("/lo")
         terminal.see("the recording has ended")
         terminal.see("> /lo$")
@@ -232,7 +232,7 @@ def test_look_takes_a_new_picture_of_a_camera(server, tmp_path):
         assert one[1] != other[1]
 
 
-def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
+def test_an_unplugged_camera_is_reported_and_comes_back(server, tmp_path):
     need_rtsp_server()
     clip = write_clip(
         tmp_path / "clip.mp4", [shaken(scene(3), step) for step in range(100)], crf=30
@@ -242,7 +242,7 @@ def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
         terminal.see("> $")
         camera.unplug()
         terminal.see(f"{camera.url} is lost: [^\n]*; trying to get it back")
-        # The picture is still there to be talked about.
+        # The last picture can still be asked about.
         terminal.type(SURE)
         terminal.see(ANSWERED)
         camera.plug_in()
@@ -253,7 +253,7 @@ def test_a_camera_that_is_unplugged_is_told_and_comes_back(server, tmp_path):
         assert terminal.left() == 0
 
 
-def test_a_camera_that_is_busy_is_told_and_comes_back(server):
+def test_a_busy_camera_is_reported_and_comes_back(server):
     shows = [picture(saved(scene(one), "JPEG", quality=95)) for one in (3, 4)]
     with WebCamera(shows[0]) as camera, Terminal(camera.url, "--server", server) as terminal:
         terminal.see("picture \\d+, 640 x 480 px")
@@ -273,7 +273,7 @@ def test_a_camera_that_is_busy_is_told_and_comes_back(server):
 # ---- in a pipe -------------------------------------------------------------------------------
 
 
-def test_why_no_region_was_asked_for_of_a_small_picture(server, tmp_path):
+def test_why_explains_that_a_small_picture_needs_no_region(server, tmp_path):
     small = tmp_path / "small.png"
     Image.new("RGB", (100, 80), (9, 99, 199)).save(small)
     done = piped(f"{UNSURE}\n/why\n", small, "--server", server)
@@ -288,7 +288,7 @@ def test_one_question_a_line_from_a_pipe(server, file, tmp_path):
     done = piped(f"{UNSURE}\n\n/why\n/save {crop}\n{SURE}\n", file, "--server", server)
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
-    assert done.stdout.count("\n  refined answer  second ") == 2  # of what was said before, too
+    assert done.stdout.count("\n  refined answer  second ") == 2  # the history is sent, too
     assert done.stdout.index(UNSURE) < done.stdout.index("+--")  # the map, in plain characters
     assert f"saved as {crop}" in done.stdout
     with Image.open(crop) as image:
@@ -323,10 +323,10 @@ def test_json_is_one_object_for_each_answer(server, file):
     assert refused["code"] == "BAD_QUESTION"
     assert refused["question"] == "<refuse>"
     assert sure["view_bytes"] == 0  # a follow-up costs no pixels
-    assert done.returncode == 2  # of the first that failed
+    assert done.returncode == 2  # exit code of the first failure
 
 
-def test_a_line_that_is_no_text_is_refused_and_the_next_is_asked(server, file):
+def test_a_line_of_invalid_text_is_refused_and_the_next_is_asked(server, file):
     done = subprocess.run(
         [*CHAT, str(file), "--server", server, "--json"],
         input=b"what \xff\xfe?\n" + SURE.encode() + b"\n",
@@ -339,7 +339,7 @@ def test_a_line_that_is_no_text_is_refused_and_the_next_is_asked(server, file):
     assert b"Traceback" not in done.stderr
 
 
-async def test_a_policy_is_obeyed_and_what_leaves_is_listed(file, tmp_path):
+async def test_a_policy_is_obeyed_and_images_are_logged(file, tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text("cameras:\n  door:\n    max_region_share: 0.001\n")
     audit = tmp_path / "audit.jsonl"
@@ -354,7 +354,7 @@ async def test_a_policy_is_obeyed_and_what_leaves_is_listed(file, tmp_path):
     assert len(audit.read_text().splitlines()) >= 1
 
 
-def test_single_questions_know_nothing_of_each_other(server, file):
+def test_single_questions_have_no_history(server, file):
     done = piped(f"{UNSURE}\n{SURE}\n", file, "--server", server, "--json", "--single")
     _, sure = map(json.loads, done.stdout.splitlines())
     assert sure["answer"].startswith("first")
@@ -383,7 +383,7 @@ def test_fresh_takes_a_new_picture_for_every_question(server, tmp_path):
     assert one["answer"] != other["answer"]
 
 
-async def test_in_a_pipe_a_server_that_stays_away_is_told_after_the_deadline(file):
+async def test_in_a_pipe_an_absent_server_is_reported_after_the_deadline(file):
     url = await unused_url()
     done = await asyncio.to_thread(piped, "what?\n", file, "--server", url, "--deadline", 2)
     assert done.returncode == 4

@@ -1,4 +1,4 @@
-"""The heat map in a terminal: right cells, right shape, the box where it is."""
+"""The heat map in a terminal: cells, shape and box are in the right place."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_it_has_the_picture_s_shape(size, shape):
     assert (len(rows), len(rows[0])) == shape
 
 
-def test_what_the_view_does_not_show_stays_empty():
-    # Cropped to the middle square: a fifth on either side is not in the view.
+def test_the_map_is_empty_outside_the_view():
+    # Cropped to the middle square: the view lacks a fifth on either side.
     rows = lines((0, 0), Size(1000, 600), Fit.CROP)
     hot = {x for row in rows for x, mark in enumerate(row) if mark == "@"}
     assert min(hot) == round(48 * 0.2)

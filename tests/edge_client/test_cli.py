@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it ends, and that nobody meets a traceback."""
+"""The command line: output, exit codes, and no tracebacks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rich.console import Console
 from edge_client.answer import EdgeAnswer
 from edge_client.cli import main as cli
 from edge_client.cli import output as show
+from edge_client.cli.errors import EXIT_CODES_HELP, error_name, exit_code
+from edge_client.cli.printing import printable
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
@@ -41,7 +43,7 @@ def photo_file(tmp_path) -> str:
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Runs a command line; returns its exit code and what it wrote."""
+    """Run a command line; return its exit code, stdout and stderr."""
     monkeypatch.delenv("VLM_COLLAB_TOKEN", raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -133,7 +135,7 @@ def coloured(answer: EdgeAnswer, picture: Picture) -> str:
 
 
 def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
-    """The number may rise with the second look; for a margin it should, for entropies not."""
+    """The number may rise in the second pass: good for a margin, bad for entropies."""
     picture = Picture.open(photo_file)
     green = re.compile(r"\x1b\[(\d+;)*32m")
     for first, second in [(0.3, 0.9), (0.9, 0.3)]:
@@ -174,7 +176,7 @@ async def test_one_failed_question_among_several(run, photo_file):
         assert answered["answer"].startswith("first")
         code, out, err = await asyncio.to_thread(run, *arguments)
         assert code == 7
-        # Answers on stdout, failures on stderr, and which question it was.
+        # Answers on stdout; failures on stderr, with their question.
         assert "<refuse>" not in out
         assert SURE in out
         assert err.startswith(f"vlm-collab: {photo_file}: what is <refuse>?: ")
@@ -191,7 +193,7 @@ async def test_a_failed_question_is_one_line(run, photo_file):
     assert photo_file not in err
 
 
-async def test_a_server_cannot_drive_the_terminal_by_what_it_refuses_with(run, photo_file):
+async def test_a_refusal_text_cannot_drive_the_terminal(run, photo_file):
     evil = "sorry \x1b[2J\x1b]0;title\x07 \x9b1A"
 
     async def refuse(peer: Peer) -> None:
@@ -222,7 +224,7 @@ def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_
     with show.Terminal(show_map=False, several=True) as screen:
         take = screen.sink(1, picture, SURE)
         assert take is not None
-        screen.tell(0, picture, UNSURE, server_error(ErrorCode.BUSY, "full", None))
+        screen.show(0, picture, UNSURE, server_error(ErrorCode.BUSY, "full", None))
         take(Stage.FIRST, "growing")
         screen._live.refresh()
     out, err = capsys.readouterr()
@@ -232,7 +234,7 @@ def test_failures_do_not_disturb_the_growing_answers(monkeypatch, capsys, photo_
 
 
 async def test_the_region_is_saved_as_it_was_sent(run, photo_file, tmp_path):
-    """With all of the picture but its top hidden, and logged: the saved bytes are those sent."""
+    """All but the top of the picture is hidden. The saved bytes are the logged ones."""
     file, log, policy = tmp_path / "crop.jpg", tmp_path / "audit.jsonl", tmp_path / "policy.yaml"
     policy.write_text("cameras: {default: {hide: [{px: [0, 100, 480, 360], of: [480, 360]}]}}")
     async with running(service()) as url:
@@ -253,9 +255,7 @@ async def test_the_region_is_saved_as_it_was_sent(run, photo_file, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [("--never",), ("--policy", "keeps.yaml")])
-async def test_no_region_is_saved_where_none_was_sent(
-    run, photo_file, tmp_path, monkeypatch, extra
-):
+async def test_no_region_is_saved_if_none_was_sent(run, photo_file, tmp_path, monkeypatch, extra):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keeps.yaml").write_text("cameras: {default: {max_regions_per_question: 0}}")
     async with running(service()) as url:
@@ -401,17 +401,17 @@ def test_every_error_has_a_documented_code():
         return {kind}.union(*map(kinds, kind.__subclasses__()))
 
     for kind in kinds(CollabError):
-        # Server errors come with their code, below; those in OpenAI's form go to HTTP clients.
+        # Server errors are tested by code below; OpenAI's errors only go to HTTP clients.
         if issubclass(kind, errors.ServerError) or kind.__module__ == "vlm_collab.openai.errors":
             continue
         error = kind("a line")
-        assert cli.exit_code(error) in range(1, 9)
-        assert cli.error_name(error).isupper()
+        assert exit_code(error) in range(1, 9)
+        assert error_name(error).isupper()
     for code in ErrorCode:
         error = server_error(code, "a line", None)
-        assert (cli.exit_code(error), cli.error_name(error)) == (7, code.name)
+        assert (exit_code(error), error_name(error)) == (7, code.name)
     for code in range(8):
-        assert f"{code} " in cli.EXIT_CODES_HELP
+        assert f"{code} " in EXIT_CODES_HELP
 
 
 # ---- the program -----------------------------------------------------------------------------
@@ -515,7 +515,7 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
             w.proxy.url,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # A test run that a shell put into the background ignores this signal, and its
+            # A test run that a shell started in the background ignores this signal, and its
             # children would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -526,7 +526,7 @@ async def test_an_interrupt_takes_the_question_back(photo_file):
         assert w.proxy.passed[Cancel] == 1
 
 
-async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
+async def test_closed_output_is_no_failure(photo_file):
     async with running(service()) as url:
         command = f"{sys.executable} -m edge_client.cli.main ask {photo_file} q1 q2 --server {url}"
         process = await asyncio.create_subprocess_shell(
@@ -540,7 +540,7 @@ async def test_a_reader_that_leaves_is_no_failure_of_ours(photo_file):
 
 
 def test_text_from_outside_cannot_drive_the_terminal():
-    told = cli.printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
+    told = printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
     assert all(c.isprintable() for c in told)
     assert "\x1b" not in told
     assert told.startswith("fine ")
@@ -548,7 +548,7 @@ def test_text_from_outside_cannot_drive_the_terminal():
 
 def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
     code = (
-        # Time of the processor, not of the clock: others may be using this machine.
+        # CPU time, not wall time: the machine may be busy.
         "import sys, time; begin = time.process_time(); import edge_client;"
         "print(time.process_time() - begin);"
         "edge_client.EdgeClient, edge_client.Client, edge_client.ask, edge_client.Picture;"

@@ -1,4 +1,4 @@
-"""What the client makes of what a server says, one script at a time."""
+"""The client against scripted servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.client import EdgeClient
 from edge_client.link import question as asking
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
 from tests.support.patience import PATIENCE_S
@@ -57,7 +57,7 @@ def test_there_is_at_least_one_attempt():
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "\udc80 is no text"])
-async def test_questions_that_are_none_need_no_server(question):
+async def test_empty_questions_are_refused_without_a_server(question):
     with pytest.raises(QuestionError):
         await EdgeClient(await unused_url()).ask(PHOTO, question)
 
@@ -68,7 +68,7 @@ async def test_impossible_deadlines(deadline_s):
         await EdgeClient(await unused_url()).ask(PHOTO, "why?", deadline_s=deadline_s)
 
 
-async def test_no_deadline_is_spelled_two_ways():
+async def test_no_deadline_is_none_or_infinity():
     async with scripted(echo) as server, EdgeClient(server.url) as client:
         for deadline_s in (None, float("inf")):
             assert (await client.ask(PHOTO, "why?", deadline_s=deadline_s)).text == "echo why?"
@@ -87,7 +87,7 @@ async def test_a_format_that_the_server_does_not_take():
             await client.ask(PHOTO, "why?")
 
 
-async def test_a_view_over_the_servers_limit_is_told():
+async def test_a_view_over_the_servers_limit_is_an_error():
     async def small(peer: Peer) -> None:
         await peer.greet(max_frame_bytes=500)
         await peer.socket.wait_closed()
@@ -123,7 +123,7 @@ async def test_only_the_first_of_several_questions_carries_the_view():
         assert first.view is not None
 
 
-async def test_view_gone_is_answered_with_the_view_and_not_for_ever():
+async def test_view_gone_is_answered_with_the_view_a_limited_number_of_times():
     asked: list[Ask] = []
 
     async def forgetful(peer: Peer) -> None:
@@ -141,7 +141,7 @@ async def test_view_gone_is_answered_with_the_view_and_not_for_ever():
         answer = await client.ask(PHOTO, "two?")
         assert answer.text == "fine"
         assert [ask.view is not None for ask in asked] == [True, False, True]
-        # A server that never keeps one has it told so.
+        # If a server never keeps the view, the error is raised.
         with pytest.raises(ViewGoneError):
             await client.ask(PHOTO, "three?")
         assert len(asked) == 3 + 1 + asking.MAX_VIEW_GONE
@@ -177,12 +177,12 @@ async def test_a_refusal_decides_whether_its_view_is_sent_again(code, kept):
             with pytest.raises(ServerError):
                 await client.ask(PHOTO, "one?")
             assert (await client.ask(PHOTO, "two?")).text == "fine"
-    # The third refers to a view that the second left there, whatever becomes of it.
+    # The third refers to the view that the second sent, whether or not it was kept.
     assert [ask.view is not None for ask in asked] == [True, not kept, False, False]
 
 
-async def test_a_question_sent_away_by_a_leaving_server_brings_its_view_again():
-    """To its successor under the same session key, which may share no memory with it."""
+async def test_a_question_refused_at_shutdown_sends_its_view_again():
+    """The next server may use the same session key without the views of the first."""
     asked: list[Ask] = []
 
     async def leaving(peer: Peer) -> None:
@@ -231,7 +231,7 @@ async def test_the_session_key_decides_whether_views_are_sent_again():
 # ---- refusals --------------------------------------------------------------------------------
 
 
-async def test_a_busy_server_is_asked_again_no_earlier_than_it_wishes():
+async def test_a_busy_server_is_asked_again_no_earlier_than_it_says():
     times: list[float] = []
 
     async def busy_twice(peer: Peer) -> None:
@@ -241,7 +241,7 @@ async def test_a_busy_server_is_asked_again_no_earlier_than_it_wishes():
             await peer.error((await peer.asked()).id, ErrorCode.BUSY, 80)
         ask = await peer.asked()
         times.append(asyncio.get_running_loop().time())
-        assert ask.view is not None  # a busy server need not have looked at it
+        assert ask.view is not None  # a busy server may not have stored it
         await peer.answer(ask.id, "at last")
         await peer.socket.wait_closed()
 
@@ -264,7 +264,7 @@ async def test_busy_for_good():
 @pytest.mark.parametrize(
     "code", [ErrorCode.BAD_IMAGE, ErrorCode.BAD_QUESTION, ErrorCode.BAD_OPTION, ErrorCode.INTERNAL]
 )
-async def test_a_refusal_is_told_and_nothing_else_ends(code):
+async def test_a_refusal_is_raised_and_other_questions_continue(code):
     async def script(peer: Peer) -> None:
         await peer.greet()
         ask, other = await peer.asked(), await peer.asked()
@@ -297,7 +297,7 @@ async def test_a_server_that_goes_away_is_replaced_by_the_next():
         assert server.connections == 2
 
 
-async def test_questions_under_way_on_a_leaving_server_may_still_end_well():
+async def test_running_questions_on_a_stopping_server_may_still_be_answered():
     async def leaving(peer: Peer) -> None:
         await peer.greet()
         first, second = await peer.asked(), await peer.asked()
@@ -334,7 +334,7 @@ async def test_a_question_that_loses_its_link_again_and_again_has_until_its_dead
         assert server.connections == 26
 
 
-async def test_a_question_that_brings_every_server_down_ends_at_its_deadline():
+async def test_a_question_that_crashes_every_server_ends_at_its_deadline():
     async with scripted(crash) as server:
         async with EdgeClient(server.url, retry=HASTY) as client:
             with pytest.raises(DeadlineError, match=r"within 0\.5 s; links lost meanwhile: \d+$"):
@@ -343,7 +343,7 @@ async def test_a_question_that_brings_every_server_down_ends_at_its_deadline():
 
 
 async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
-    """Others that are answered on the same links make the pauses between connections short."""
+    """Answers to other questions on the same links shorten the pauses between connections."""
     pace = Retry(first_s=0.02, longest_s=0.16)
     sent: list[float] = []
 
@@ -373,12 +373,12 @@ async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
     gaps = [later - earlier for earlier, later in pairwise(sent)]
     assert len(gaps) >= 5
     for losses, gap in enumerate(gaps, 1):
-        # The server sees a question a moment after it was sent, now sooner and now later.
+        # The server receives a question with a varying delay after it was sent.
         assert gap > min(0.02 * 2 ** (losses - 1), 0.16) / 2 - 0.008, (losses, gaps)
 
 
 def test_by_default_a_minute_has_room_for_few_attempts():
-    """The bound that README.md states."""
+    """The limit that README.md states."""
     shortest = [Retry().longest_pause_s(losses) / 2 for losses in range(1, 100)]
     assert min(shortest) == 0.1
     assert set(shortest[5:]) == {2.5}
@@ -423,7 +423,7 @@ async def test_the_bytes_of_all_attempts_count():
 # ---- connecting ------------------------------------------------------------------------------
 
 
-async def test_one_connection_for_all_who_ask_at_once():
+async def test_concurrent_questions_share_one_connection_attempt():
     async with scripted(echo) as server:
         client = EdgeClient(server.url)
         await asyncio.gather(*(client.ask(PHOTO, f"{i}?") for i in range(8)))
@@ -431,7 +431,7 @@ async def test_one_connection_for_all_who_ask_at_once():
         await client.close()
 
 
-async def test_nobody_there_is_told_to_all_who_ask():
+async def test_a_missing_server_is_reported_to_all_callers():
     client = EdgeClient(await unused_url(), retry=HASTY)
     results = await client.ask_many([(PHOTO, f"{i}?") for i in range(5)])
     assert all("nothing listens there (tried 3 times)" in str(result) for result in results)
@@ -458,7 +458,7 @@ async def test_closing_while_connecting_ends_the_wait():
 
 
 @pytest.mark.parametrize("failures", range(1, 12))
-def test_pauses_grow_to_a_bound_and_differ(failures):
+def test_pauses_grow_to_a_limit_and_are_random(failures):
     retry = Retry(first_s=0.2, longest_s=5.0)
     longest = min(0.2 * 2 ** (failures - 1), 5.0)
     pauses = {retry.pause_s(failures) for _ in range(50)}

@@ -1,4 +1,4 @@
-"""What of a large photo is decoded while questions are asked about it."""
+"""How much of a large photo is decoded for a question."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from PIL.ImageFile import ImageFile
 
 from edge_client.client import EdgeClient
-from edge_client.privacy.policy import CameraPolicy, Policy
+from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.protocol.messages import Decline, Region, Stage
@@ -47,7 +47,7 @@ async def test_a_12_megapixel_jpeg_is_decoded_in_full_only_for_a_region(decoded)
     large = saved(photo(4000, 3000), "JPEG", quality=90)
     decoded.clear()
     async with scripted(script) as server:
-        policy = Policy({"default": CameraPolicy(max_region_share=0.5)})
+        policy = PrivacyPolicy({"default": CameraPolicy(max_region_share=0.5)})
         async with EdgeClient(server.url, policy=policy) as client:
             await client.ask(large, "why?")
             assert decoded == [(1000, 750)]

@@ -1,4 +1,4 @@
-"""Addresses, and what is said when there is no server behind one."""
+"""Server addresses, and the error messages when no server answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_wrong_addresses_show_a_right_one(wrong):
 
 
 @pytest.mark.parametrize("token", ["two\nlines", "schlüssel", "a\0b"])
-def test_a_token_that_fits_no_header(token):
+def test_a_token_must_fit_in_a_header(token):
     with pytest.raises(ConfigError, match="token"):
         Server(token=token)
 
@@ -97,7 +97,7 @@ async def test_no_such_host():
         (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is no vlm-collab server"),
     ],
 )
-async def test_servers_of_another_kind(reply, kind, line):
+async def test_other_kinds_of_servers(reply, kind, line):
     async with speaking(reply) as url:
         with pytest.raises(kind, match=line) as caught:
             await opened(url)
@@ -119,7 +119,7 @@ async def test_a_token_in_the_address_is_not_repeated(reply):
     assert f"{url}/v1/collab" in str(caught.value)
 
 
-async def test_nor_where_nobody_answers(tmp_path):
+async def test_a_token_in_the_address_is_not_repeated_if_nothing_answers(tmp_path):
     for address, settings in [
         (await unused_url(), {}),
         ("ws://no-such-host.invalid:1", {}),
@@ -149,14 +149,14 @@ async def test_nor_where_nobody_answers(tmp_path):
         "me:s3cret@here",
     ],
 )
-def test_nor_where_the_address_is_none(wrong):
+def test_a_token_in_a_wrong_address_is_not_repeated(wrong):
     with pytest.raises(ConfigError) as caught:
         Server(url=wrong)
     assert "s3cret" not in str(caught.value)
 
 
-async def test_nothing_goes_where_a_server_points_to():
-    """The audit log names the address that was given."""
+async def test_redirects_are_not_followed():
+    """The audit log names the given address, so pictures must go there."""
     came: list[str] = []
 
     async def script(peer: Peer) -> None:
@@ -172,7 +172,7 @@ async def test_nothing_goes_where_a_server_points_to():
     assert came == []
 
 
-async def test_the_token_goes_along_and_its_absence_is_named():
+async def test_the_token_is_sent_and_its_absence_is_reported():
     async with scripted(Peer.greet) as server:
         await (await opened(server.url, token="s3cret")).close()
         assert server.headers[0]["Authorization"] == "Bearer s3cret"
@@ -219,7 +219,7 @@ async def test_tls_is_checked(tmp_path):
         with pytest.raises(LinkError, match="not trusted") as caught:
             await opened(server.url)
         assert not isinstance(caught.value, LostError)
-        # Plain where TLS is spoken, and the other way round.
+        # A plain connection to a TLS server, and the reverse.
         with pytest.raises(LinkError):
             await opened(server.url.replace("wss:", "ws:"))
     async with scripted(Peer.greet) as plain:

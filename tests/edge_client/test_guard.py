@@ -1,4 +1,4 @@
-"""What leaves, what is declined and what is refused, by the policy and by the clock."""
+"""What leaves, is declined or is refused by the privacy policy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from edge_client.addresses import without_secrets
 from edge_client.client import EdgeClient
-from edge_client.link.dial import without_secrets
 from edge_client.picture import Picture
 from edge_client.privacy.areas import Rectangle
 from edge_client.privacy.audit_log import AuditLog, RegionLine, ViewLine, read_log
 from edge_client.privacy.guard import Guard, QuestionGuard
-from edge_client.privacy.policy import CameraPolicy, Hours, Policy
+from edge_client.privacy.policy import CameraPolicy, Hours, PrivacyPolicy
 from tests.edge_client.scripted import Peer, request, scripted
 from tests.support.pictures import photo, saved
 from vlm_collab.errors import ConfigError, PrivacyError, RemoteProtocolError
@@ -64,7 +64,7 @@ def hiding(*edges: int, of: tuple[int, int] = (400, 300)) -> CameraPolicy:
 # The guard
 
 
-def test_nothing_is_in_the_way_without_a_policy():
+def test_everything_may_leave_without_a_policy():
     question = Guard(CameraPolicy()).question("why?")
     question.begin()
     one = picture()
@@ -96,12 +96,12 @@ def test_regions_of_one_question_whatever_the_picture():
         assert question.may_send(shown, box) is None
         assert question.region_leaves(shown, b"jpeg", box, *REGION) is None
     assert question.may_send(one, middle) is DeclineReason.LIMIT
-    # Once more after a lost link, it shows nothing new.
+    # The same region again, as after a lost link, does not count.
     assert question.may_send(other, corner) is None
     assert guard.question("and?").may_send(one, middle) is None
 
 
-def test_a_region_of_which_nothing_is_left_is_declined():
+def test_a_completely_hidden_region_is_declined():
     guard = Guard(
         CameraPolicy(
             hide=(
@@ -135,7 +135,7 @@ def test_a_masked_file_stays_masked_when_it_is_opened_again():
         assert shown.getbbox() is not None
 
 
-def test_bytes_of_any_hour():
+def test_the_byte_limit_holds_for_any_hour():
     watch = Watch()
     guard = Guard(CameraPolicy(max_bytes_per_hour=1000), clock=watch)
     question = guard.question("why?")
@@ -197,7 +197,7 @@ def cut_short(log: Path) -> None:
 
 @pytest.mark.parametrize("rotate", [moved, cut_short])
 @pytest.mark.parametrize("looks", [0, 1])
-def test_a_log_that_was_rotated_starts_anew_and_the_hour_does_not(rotate, looks, tmp_path):
+def test_rotating_the_log_does_not_reset_the_hour(rotate, looks, tmp_path):
     log = tmp_path / "audit.jsonl"
     policy = CameraPolicy(max_bytes_per_hour=1000, hide=hiding(0, 0, 50, 50).hide)
     guard = Guard(policy, audit=AuditLog(log))
@@ -230,7 +230,7 @@ def test_every_image_of_the_hour_counts_once_whoever_wrote_it(tmp_path):
                 view_leaves(writer.question("why?"), 551)
 
 
-def test_what_is_left_of_an_hour_is_forgotten_after_it(tmp_path):
+def test_counts_are_dropped_after_an_hour(tmp_path):
     watch = Watch()
     policy, log = CameraPolicy(max_bytes_per_hour=1000), AuditLog(tmp_path / "audit.jsonl")
     guard = Guard(policy, audit=log, clock=watch)
@@ -299,7 +299,7 @@ def test_quiet_hours_begin_in_the_middle_of_a_question(tmp_path):
     question.begin()
 
 
-def test_what_cannot_be_logged_does_not_leave(tmp_path):
+def test_an_image_that_cannot_be_logged_does_not_leave(tmp_path):
     log = tmp_path / "audit.jsonl"
     guard = Guard(CameraPolicy(), audit=AuditLog(log))
     log.unlink()
@@ -309,7 +309,7 @@ def test_what_cannot_be_logged_does_not_leave(tmp_path):
     assert region_leaves(guard.question("why?"), 10, Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
 
 
-def test_secrets_in_an_address_are_not_kept():
+def test_secrets_in_an_address_are_not_stored():
     assert without_secrets("wss://me:word@host:8765/v1?token=abc") == "wss://host:8765/v1"
     assert without_secrets("ws://127.0.0.1:8765") == "ws://127.0.0.1:8765"
 
@@ -353,7 +353,7 @@ async def test_a_declined_region_leaves_the_first_answer_marked(policy, reason, 
     log = tmp_path / "audit.jsonl"
     async with scripted(script) as server:
         async with EdgeClient(
-            server.url, policy=Policy({"default": policy}), audit=log, view_quality=30
+            server.url, policy=PrivacyPolicy({"default": policy}), audit=log, view_quality=30
         ) as client:
             answer = await client.ask(PHOTO, "why?")
             assert answer.declined is reason
@@ -386,7 +386,7 @@ async def test_the_server_sees_no_hidden_pixel():
         await peer.socket.wait_closed()
 
     seen: list[bytes | None] = []
-    policy = Policy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
+    policy = PrivacyPolicy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         answer = await client.ask(PHOTO, "why?")
         await client.ask(PHOTO, "and?")
@@ -399,7 +399,7 @@ async def test_the_server_sees_no_hidden_pixel():
     assert region.crop((0, 0, 42, 56)).getextrema()[2][0] > 0
 
 
-async def test_a_question_over_the_budget_sends_nothing_and_frees_its_turn(tmp_path):
+async def test_a_question_over_the_budget_sends_nothing_and_frees_its_slot(tmp_path):
     async def script(peer: Peer) -> None:
         await peer.greet(max_in_flight=1)
         asked.append((await peer.asked()).question)
@@ -407,7 +407,7 @@ async def test_a_question_over_the_budget_sends_nothing_and_frees_its_turn(tmp_p
         await peer.answer_all()
 
     asked: list[str] = []
-    policy = Policy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
+    policy = PrivacyPolicy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
     small, large = (
         saved(photo(60, 60), "PNG"),
         saved(Image.effect_noise((300, 300), 90).convert("RGB"), "PNG"),
@@ -434,7 +434,7 @@ async def test_a_server_gets_no_view_as_large_as_the_original(tmp_path):
 
     strict = CameraPolicy(max_region_share=0.01, max_regions_per_question=0)
     log = tmp_path / "audit.jsonl"
-    options = {"policy": Policy({"default": strict}), "audit": log}
+    options = {"policy": PrivacyPolicy({"default": strict}), "audit": log}
     async with scripted(script) as server:
         client = EdgeClient(server.url, **options)  # type: ignore[arg-type]
         with pytest.raises(RemoteProtocolError, match="2000 x 1500 px"):
@@ -451,7 +451,7 @@ async def test_the_policy_bounds_the_view_before_any_is_made(most, tmp_path, mon
 
     made: list[Size] = []
     monkeypatch.setattr(Picture, "view", lambda self, side, *form: made.append(side))
-    policy, log = Policy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
+    policy, log = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
     async with scripted(script) as server:
         async with EdgeClient(server.url, policy=policy, audit=log) as client:
             for _ in range(2):
@@ -470,7 +470,7 @@ async def test_a_small_picture_is_enlarged_to_a_view_that_the_policy_allows(tmp_
         await peer.socket.wait_closed()
 
     sizes: list[tuple[int, int]] = []
-    policy = Policy({"default": CameraPolicy(max_view_pixels=112 * 112)})
+    policy = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=112 * 112)})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         assert (await client.ask(saved(photo(40, 30), "PNG"), "why?")).text == "small"
     assert sizes == [(112, 112)]
@@ -481,14 +481,14 @@ async def test_quiet_hours_refuse_a_question_before_it_is_sent():
         await peer.greet()
         await peer.socket.wait_closed()
 
-    policy = Policy({"default": CameraPolicy(quiet_hours=(Hours.parse("00:00-24:00"),))})
+    policy = PrivacyPolicy({"default": CameraPolicy(quiet_hours=(Hours.parse("00:00-24:00"),))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         with pytest.raises(PrivacyError, match="00:00-24:00"):
             await client.ask(PHOTO, "why?")
 
 
-async def test_quiet_hours_that_begin_while_a_question_waits_keep_it_back():
-    """Also one about a picture whose view the server has."""
+async def test_quiet_hours_stop_a_question_that_waits():
+    """Also a question about a picture whose view the server has."""
 
     async def script(peer: Peer) -> None:
         await peer.greet(max_in_flight=1)
@@ -498,7 +498,7 @@ async def test_quiet_hours_that_begin_while_a_question_waits_keep_it_back():
     watch = Watch()
     start = NOON.astimezone() + datetime.timedelta(minutes=1)
     quiet = Hours.parse(f"{start:%H:%M}-{start + datetime.timedelta(hours=1):%H:%M}")
-    policy = Policy({"default": CameraPolicy(quiet_hours=(quiet,))})
+    policy = PrivacyPolicy({"default": CameraPolicy(quiet_hours=(quiet,))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         client._guard._clock = watch
         assert (await client.ask(PHOTO, "why?")).text == "first"
@@ -536,10 +536,10 @@ async def test_views_of_several_pictures_are_logged_each(tmp_path):
     assert {image.question for image in images} == {"which?"}
 
 
-def test_a_wrong_policy_or_log_is_told_before_anything_is_opened(tmp_path):
+def test_a_wrong_policy_or_log_is_an_error_before_connecting(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         EdgeClient(policy=tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="audit log"):
         EdgeClient(audit=tmp_path)
     with pytest.raises(ConfigError, match='no camera "attic"'):
-        EdgeClient(policy=Policy({"door": CameraPolicy()}), camera="attic")
+        EdgeClient(policy=PrivacyPolicy({"door": CameraPolicy()}), camera="attic")

@@ -1,4 +1,4 @@
-"""Nothing but pixels leaves: originals full of metadata, and every byte of what is made of them."""
+"""Only pixels leave: check every byte that is made from originals full of metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRACES = [SERIAL, OWNER, "xmpmeta", "comment", "Exif", "GPS", "ICC", "sRGB", "iC
 
 @cache
 def profile() -> bytes:
-    # Once: it holds the time at which it was made.
+    # Made once, because it contains its creation time.
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -52,7 +52,7 @@ def thumbnail() -> bytes:
 
 
 def original(codec: Codec) -> bytes:
-    """A picture with all that cameras, phones and editors leave in it."""
+    """A picture with all the metadata that cameras, phones and editors write."""
     image = photo(*SIZE)
     icc = profile()
     match codec:
@@ -75,7 +75,7 @@ def original(codec: Codec) -> bytes:
                     (0xE2, b"FPXR\x00" + SERIAL.encode()),
                 ]
             )
-            # A second picture and a depth map follow the first in phones' files.
+            # Phones append a second picture and a depth map to the first.
             return data[:2] + extra + data[2:] + thumbnail() + SERIAL.encode()
         case Codec.PNG:
             info = PngInfo()
@@ -90,7 +90,7 @@ def original(codec: Codec) -> bytes:
 
 
 def parts(data: bytes, codec: Codec) -> list[str]:
-    """Names of the segments or chunks that a file is made of, to its last byte."""
+    """Names of all segments or chunks of a file, up to its last byte."""
     names: list[str] = []
     if codec is Codec.JPEG:
         assert data[:2] == b"\xff\xd8"
@@ -101,7 +101,7 @@ def parts(data: bytes, codec: Codec) -> list[str]:
             place += 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
         scan = data[place:]
         names.append("DA")
-        # One scan, and nothing behind it.
+        # One scan, and nothing after it.
         ends = [
             i
             for i in range(len(scan) - 1)
@@ -132,13 +132,13 @@ BARE = {
 
 
 @pytest.mark.parametrize("codec", list(Codec))
-def test_the_originals_are_full_of_it(codec: Codec):
+def test_the_originals_contain_metadata(codec: Codec):
     data = original(codec)
     image = Image.open(io.BytesIO(data))
     assert image.getexif().get_ifd(0x8825)[2] == PLACE
     assert image.info["icc_profile"] == profile()
     assert SERIAL.encode() in data
-    if codec is not Codec.JPEG:  # whose bytes go on behind the picture
+    if codec is not Codec.JPEG:  # a JPEG has more bytes after the picture
         assert not set(parts(data, codec)) <= BARE[codec]
 
 

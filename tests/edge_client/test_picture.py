@@ -1,4 +1,4 @@
-"""Pictures at the edge: what is read, made, kept and let go."""
+"""Pictures at the edge: reading, encoding, caching and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from edge_client.picture import Album, Picture
+from edge_client.picture import Picture, PictureCache
 from tests.e2e.common import photo
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size
@@ -30,7 +30,7 @@ def png(seed: int = 0, size: tuple[int, int] = (200, 100)) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_view_is_made_once_for_each_way_of_making_it():
+def test_a_view_is_made_once_per_combination_of_arguments():
     picture = Picture.open(photo(1))
     view = picture.view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
     assert picture.view(VIEW, Fit.STRETCH, Codec.JPEG, 90) is view
@@ -55,11 +55,11 @@ def test_views_and_regions_are_those_of_the_core():
     assert picture.original_bytes == len(data)
 
 
-def test_decoded_pixels_are_let_go():
+def test_decoded_pixels_are_dropped():
     picture = Picture.open(png())
     picture.region(Box(0, 0, 50, 50), VIEW, Codec.PNG, 90)
     assert picture._source is None
-    # And come back when they are needed.
+    # They are decoded again when needed.
     assert decode(picture.region(Box(0, 0, 50, 40), VIEW, Codec.PNG, 90), max_pixels=9999).size == (
         50,
         40,
@@ -141,12 +141,12 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe.jpg")
-    for open_picture in (Picture.open, Album(10**6).get):
+    for open_picture in (Picture.open, PictureCache(10**6).get):
         with pytest.raises(ImageError, match=r"pipe\.jpg: is no regular file"):
             open_picture(pipe)
 
 
-def test_what_is_no_picture_is_not_read(tmp_path):
+def test_a_file_that_is_no_picture_is_not_read(tmp_path):
     file = tmp_path / "film.mkv"
     with file.open("wb") as hole:
         hole.truncate(400 * 2**20)
@@ -168,13 +168,13 @@ def test_a_file_that_may_not_be_read(tmp_path):
         Picture.open(file)
 
 
-# ---- the album -------------------------------------------------------------------------------
+# ---- the picture cache -----------------------------------------------------------------------
 
 
 def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
     file = tmp_path / "photo.png"
     file.write_bytes(png(1))
-    album = Album(10**6)
+    album = PictureCache(10**6)
     picture = album.get(file)
     assert album.get(str(file)) is picture
     monkeypatch.chdir(tmp_path)
@@ -186,7 +186,7 @@ def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
 
 
 def test_a_wrong_file_may_become_right(tmp_path):
-    album, file = Album(10**6), tmp_path / "late.png"
+    album, file = PictureCache(10**6), tmp_path / "late.png"
     with pytest.raises(ImageError):
         album.get(file)
     file.write_bytes(png())
@@ -195,7 +195,7 @@ def test_a_wrong_file_may_become_right(tmp_path):
 
 def test_the_least_recently_used_pictures_go_first():
     files = [png(i) for i in range(4)]
-    album = Album(10**6, max_bytes=sum(len(file) for file in files[:3]) + 100)
+    album = PictureCache(10**6, max_bytes=sum(len(file) for file in files[:3]) + 100)
     kept, forgotten = album.get(files[0]), album.get(files[1])
     album.get(files[2])
     album.get(files[0])
@@ -208,5 +208,5 @@ def test_the_least_recently_used_pictures_go_first():
 
 
 def test_one_picture_over_the_budget_still_works():
-    album = Album(10**6, max_bytes=10)
+    album = PictureCache(10**6, max_bytes=10)
     assert album.get(png(1)) is album.get(png(1))

@@ -1,4 +1,4 @@
-"""The policy file: what it may say, and what it means for a picture."""
+"""The policy file: its rules, and their effect on a picture."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_camera_takes_from_the_default_what_it_leaves_out(tmp_path):
         policy.for_camera("gardn")
 
 
-def test_what_nobody_decided_on_is_not_sent(tmp_path):
+def test_a_camera_without_an_entry_is_refused(tmp_path):
     policy = load_policy(written(tmp_path, "cameras: {garden: {}}"))
     for name in ("attic", None):
         with pytest.raises(ConfigError, match="garden"):
@@ -119,7 +119,7 @@ def test_what_nobody_decided_on_is_not_sent(tmp_path):
         ("cameras: !!python/object/apply:os.getcwd []", ["no YAML"]),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(text, told, tmp_path):
+def test_a_wrong_policy_is_one_line(text, told, tmp_path):
     path = written(tmp_path, text)
     with pytest.raises(CollabError) as caught:
         load_policy(path)
@@ -140,14 +140,14 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("rule", list(_Rules.__struct_fields__))
 def test_an_empty_value_lifts_no_limit(rule, tmp_path):
-    """It looks like one that was to be filled in; of the default's nothing would be left."""
+    """An empty value was probably to be filled in; it would cancel the default's limit."""
     rules = "{max_bytes_per_hour: 1000, max_regions_per_question: 1, quiet_hours: ['1:0-2:0']}"
     path = written(tmp_path, f"cameras:\n  default: {rules}\n  door:\n    {rule}:\n")
     with pytest.raises(ConfigError, match=f'camera door: "{rule}" has no value'):
         load_policy(path)
 
 
-def test_a_camera_lifts_a_limit_of_the_default_with_a_word(tmp_path):
+def test_a_camera_lifts_a_default_limit_with_none(tmp_path):
     numbers = ("max_regions_per_question", "max_bytes_per_hour", "max_view_pixels")
     limits = "\n".join(f"    {name}: 1000" for name in numbers)
     lifted = "\n".join(f"    {name}: none" for name in numbers)
@@ -168,7 +168,7 @@ def test_rectangles_cover_every_pixel_that_they_touch(tmp_path):
 
 @pytest.mark.parametrize("size", [(1280, 720), (2560, 1440), (640, 360), (1366, 768)])
 def test_pixels_of_one_picture_are_hidden_in_one_of_another_size(size, tmp_path):
-    """A camera's streams differ in size; what is secret lies at the same place of the scene."""
+    """A camera's streams differ in size; the hidden area is at the same place of the scene."""
     rules = camera(tmp_path, "hide: [{px: [0, 0, 400, 300], of: [1280, 720]}]")
     scene = Image.new("L", (1280, 720), 0)
     scene.paste(255, (0, 0, 400, 300))
@@ -179,7 +179,7 @@ def test_pixels_of_one_picture_are_hidden_in_one_of_another_size(size, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(1280, 960), (720, 1280), (400, 300), (1280, 700)])
-def test_pixels_of_one_picture_say_nothing_of_one_of_another_shape(size, tmp_path):
+def test_areas_in_px_do_not_fit_another_aspect_ratio(size, tmp_path):
     rules = camera(tmp_path, "hide: [{px: [0, 0, 40, 30], of: [1280, 720]}]")
     with pytest.raises(PrivacyError, match=f"{size[0]} x {size[1]} px; nothing of it is sent"):
         rules.hidden(Size(*size))
@@ -200,7 +200,7 @@ def test_a_mask_lies_over_pictures_of_any_resolution(tmp_path):
             shown.paste(0, tuple(box))
         for y in range(size.height):
             for x in range(size.width):
-                # Pixels of the mask under this one; it is hidden if one of them is dark.
+                # The mask's pixels under this pixel; it is hidden if one of them is dark.
                 left, right = x * 40 // size.width, -(-(x + 1) * 40 // size.width)
                 top, bottom = y * 30 // size.height, -(-(y + 1) * 30 // size.height)
                 darkest = mask.crop((left, top, right, bottom)).getextrema()[0]
@@ -209,14 +209,14 @@ def test_a_mask_lies_over_pictures_of_any_resolution(tmp_path):
         rules.hidden(Size(30, 40))
 
 
-def test_what_is_transparent_in_a_mask_is_kept(tmp_path):
+def test_transparent_pixels_of_a_mask_hide_nothing(tmp_path):
     drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     drawing.paste((0, 0, 0, 255), (2, 3, 4, 8))
     drawing.save(tmp_path / "mask.png")
     assert Mask.load(tmp_path / "mask.png").dark == (Box(2, 3, 4, 8),)
 
 
-def test_noise_is_no_mask(tmp_path):
+def test_a_noisy_mask_is_refused(tmp_path):
     Image.effect_noise((400, 300), 90).save(tmp_path / "mask.png")
     with pytest.raises(ConfigError, match="intricate"):
         Mask.load(tmp_path / "mask.png")
@@ -224,7 +224,7 @@ def test_noise_is_no_mask(tmp_path):
 
 @pytest.fixture
 def zone() -> Iterator[None]:
-    """Kathmandu time, 5:45 ahead of UTC, so that no mistake stays unseen."""
+    """Kathmandu time, 5:45 ahead of UTC, so that any mix-up of time zones shows."""
     before = os.environ.get("TZ")
     os.environ["TZ"] = "NPT-5:45"
     time.tzset()

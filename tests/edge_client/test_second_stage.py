@@ -1,4 +1,4 @@
-"""The second stage, one server script at a time: there is a first answer, and it is not lost."""
+"""The second stage against scripted servers: the first answer is never lost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def wanting(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline 
         ({"side_px": 111}, DeclineReason.BAD_REQUEST),
     ],
 )
-async def test_a_request_that_makes_no_sense_is_declined(changes, reason):
+async def test_an_invalid_region_request_is_declined(changes, reason):
     async def script(peer: Peer) -> None:
         await peer.greet()
         ask, reply = await wanting(peer, **changes)
@@ -112,7 +112,7 @@ async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallba
         assert server.connections == 1
 
 
-async def test_a_first_answer_that_was_cut_is_replaced_by_the_whole_one():
+async def test_a_cut_first_answer_is_replaced_by_the_complete_one():
     async def script(peer: Peer) -> None:
         await peer.greet()
         ask, _ = await wanting(peer, first="a first…")
@@ -134,7 +134,7 @@ async def test_a_first_answer_that_was_cut_is_replaced_by_the_whole_one():
         assert texts[-1] == (Stage.FIRST, "a first answer")
         refined = await client.ask(PHOTO, "why?")
         assert (refined.text, refined.first_text) == ("second", "a first…")
-        # Nothing else ever came: what there is, with its mark.
+        # No complete answer came: the cut one, with its mark.
         failed = await client.ask(PHOTO, "why?")
         assert (failed.text, failed.fallback) == ("a first…", Fallback.SERVER_FAILED)
 
@@ -163,7 +163,7 @@ async def test_a_deadline_without_any_answer_is_an_error_and_cancels():
         await peer.greet()
         await peer.asked()
         assert isinstance(await peer.next(), Cancel)
-        # The server ends it all the same, with an answer that nobody waits for any more.
+        # The server still answers, although nobody waits any more.
         await peer.answer(1, "too late")
         await peer.answer_all()
 

@@ -1,4 +1,4 @@
-"""`vlm-collab watch`: one line for each question, whatever happens to camera and server."""
+"""`vlm-collab watch`: one line per question, whatever happens to camera and server."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import pytest
 from PIL import Image
 
 from edge_client.cameras import open_camera
-from edge_client.cli import watch as cli_watch
+from edge_client.cli import watch
 from edge_client.cli.watch import Watch
+from edge_client.cli.watch_output import JsonLinesFile, WatchProgress
 from edge_client.client import EdgeClient
-from edge_client.link.reconnect import Retry
+from edge_client.retry import Retry
 from server_plugin.service.runner import running
 from tests.e2e.common import HASTY, World, slow, world
 from tests.support.clips import scene, shaken, write_clip
@@ -56,21 +57,21 @@ def clip(tmp_path_factory) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a file, all of them whole."""
+    """The lines of a file, all of them complete."""
     text = path.read_text()
     assert text == "" or text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
 
 
 class Watching:
-    """A watch on a source, without a process of its own."""
+    """A watch on a source, inside the test's process."""
 
     def __init__(self, source: str, client: EdgeClient, out: Path, *, live=False, **how) -> None:
         self.out = out
         self.news: list[str] = []
         self.camera = open_camera(source, news=self.news.append, live=live)
-        self.lines = cli_watch._Lines(out)
-        self.progress = cli_watch._Progress(beside=True)
+        self.lines = JsonLinesFile(out)
+        self.progress = WatchProgress(beside=True)
         settings = {"every": None, "seconds": None, "count": None, "deadline_s": 20.0}
         self.watch = Watch(
             self.camera,
@@ -111,11 +112,11 @@ async def test_every_nth_frame_of_a_recording(clip, tmp_path):
         assert line["skipped"] == 0
         assert line["time"].endswith("+00:00")
         assert "error" not in line
-    # They are about different pictures.
+    # The answers are about different pictures.
     assert len({line["answer"] for line in lines}) == 3
 
 
-async def test_every_so_many_seconds_of_a_recording(clip, tmp_path):
+async def test_every_n_seconds_of_a_recording(clip, tmp_path):
     async with world() as w:
         lines = await Watching(str(clip), w.client, tmp_path / "out", seconds=2.0).run()
     assert [round(line["position_s"] / 2) for line in lines] == [0, 1, 2]
@@ -136,12 +137,12 @@ async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
     assert all(line["skipped"] > 0 for line in lines[1:])
     skipped = sum(line["skipped"] for line in lines)
     assert skipped == watching.progress.skipped
-    # Each of the frames from the first question to the last was asked about or skipped.
+    # Every frame from the first question to the last was asked about or skipped.
     assert lines[0]["skipped"] == 0
     assert len(lines) + skipped == pytest.approx(frames[-1] - frames[0] + 1, abs=4)
 
 
-async def test_by_the_clock_a_slow_server_makes_it_skip(clip, tmp_path):
+async def test_with_an_interval_in_seconds_a_slow_server_makes_it_skip(clip, tmp_path):
     async with world(slow(0.4)) as w:
         watching = Watching(str(clip), w.client, tmp_path / "out", live=True, seconds=0.2, count=4)
         lines = await watching.run()
@@ -180,7 +181,7 @@ async def test_a_failed_question_is_a_line_and_the_watch_goes_on(clip, tmp_path)
     assert watching.progress.failed >= 1
 
 
-async def test_a_server_that_restarts_is_survived(clip, tmp_path):
+async def test_a_watch_survives_a_restart_of_the_server(clip, tmp_path):
     async with world() as w, running(service(w.backend)) as other:
         w.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
         watching = Watching(str(clip), w.client, tmp_path / "out", every=20)
@@ -226,7 +227,7 @@ async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
 
 async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_path, monkeypatch):
     need_rtsp_server()
-    monkeypatch.setattr(cli_watch, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(watch, "_SILENCE_S", 0.3)
     async with world() as w:
         with RtspCamera(clip) as camera:
             watching = Watching(camera.url, w.client, tmp_path / "out", every=5)
@@ -249,7 +250,7 @@ async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_
 
 
 async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes_back(tmp_path):
-    """Whatever it does instead; all at once, since each takes five seconds."""
+    """All kinds of trouble at the same time, since each takes five seconds."""
     good, other = (saved(scene(one), "JPEG", quality=95) for one in (3, 4))
     part, gone = len(good) // 3, "is lost: "
     kinds = {
@@ -341,7 +342,7 @@ def command(*arguments: object) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, number):
     out = tmp_path / "out.jsonl"
-    out.write_text('{"torn": ')  # the power failed in the middle of a line
+    out.write_text('{"torn": ')  # a line cut off by a power failure
     process = subprocess.Popen(
         command(clip, UNSURE, "--every", 1, "--live", "--server", server, "--out", out),
         stdout=subprocess.PIPE,
@@ -367,7 +368,7 @@ def sum_skipped(lines: list[str]) -> int:
     return sum(json.loads(line)["skipped"] for line in lines)
 
 
-def test_on_a_terminal_it_shows_how_it_goes(clip, tmp_path, server):
+def test_on_a_terminal_it_shows_its_progress(clip, tmp_path, server):
     out = tmp_path / "out.jsonl"
     program, *arguments = command(clip, UNSURE, "--every", 15, "--server", server, "--out", out)
     child = pexpect.spawn(
@@ -401,7 +402,7 @@ def test_a_policy_is_obeyed(clip, tmp_path, server):
     assert audit.read_text().count("\n") >= 2
 
 
-def test_lines_on_stdout_may_be_read_as_long_as_one_likes(clip, server):
+def test_closing_stdout_ends_the_watch(clip, server):
     words = " ".join(command(clip, "'small?'", "--every", 1, "--server", server))
     done = subprocess.run(
         f"{words} | head -n 2", shell=True, capture_output=True, text=True, timeout=60

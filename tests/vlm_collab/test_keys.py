@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_collab.cli.secret_files import MAX_KEY_BYTES, chosen_key, key_in
+from vlm_collab.cli.secret_files import MAX_KEY_BYTES, chosen_key, read_key
 from vlm_collab.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ from vlm_collab.errors import ConfigError
 def test_a_key_stands_alone_in_its_file(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "key"
     file.write_bytes(content)
-    assert key_in(file, "--token-file") == "s3cret"
+    assert read_key(file, "--token-file") == "s3cret"
 
 
 def test_a_key_may_come_through_a_pipe() -> None:
@@ -25,7 +25,7 @@ def test_a_key_may_come_through_a_pipe() -> None:
     os.write(write, b"s3cret\n")
     os.close(write)
     try:
-        assert key_in(Path(f"/dev/fd/{read}"), "--token-file") == "s3cret"
+        assert read_key(Path(f"/dev/fd/{read}"), "--token-file") == "s3cret"
     finally:
         os.close(read)
 
@@ -49,7 +49,7 @@ def test_what_is_no_key_is_one_line_that_does_not_repeat_it(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=words) as caught:
-        key_in(file, "--token-file")
+        read_key(file, "--token-file")
     line = str(caught.value)
     assert line.startswith("--token-file ")
     assert "s3cr" not in line

@@ -1,1 +1,1 @@
-"""What the command lines of both sides share."""
+"""Helpers for the command lines of edge and server."""

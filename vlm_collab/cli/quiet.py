@@ -1,7 +1,7 @@
-"""Command lines say what they have to say themselves; what libraries add is for developers.
+"""Silence the warnings and progress bars of libraries in command lines.
 
-A deprecated argument, a cache that is built for the first time, a bar for a file that is read: true
-as it may be, none of it is about what a user asked for. Errors are never hidden.
+Deprecated arguments, first-time cache builds and file-reading bars concern developers, not users.
+Errors are never hidden.
 """
 
 from __future__ import annotations
@@ -12,52 +12,52 @@ import sys
 import warnings
 from typing import Final
 
-_VARIABLES: Final = {
+_LOG_LEVELS: Final = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
 }
-"""How the libraries that print with handlers of their own are told to. They read these when they
-are imported, so the earlier the better; what a user has set stays."""
+"""Log levels of the libraries that have log handlers of their own. They read these variables at
+import, so they are set early. A value that the user has set is kept."""
 
 _NO_BARS: Final = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 
-_SPEAK: Final = (
+_USER_LOGGERS: Final = (
     "vlm_collab", "edge_client", "server_plugin", "eval", "__main__", "uvicorn", "websockets",
 )  # fmt: skip
-"""Loggers whose warnings are for users: this package's, and those of the servers that it runs."""
+"""Loggers whose warnings are meant for users: our packages', and those of the servers we run."""
 
-_set: list[str] = []
+_set_variables: list[str] = []
 
 
-def hush() -> None:
-    """Keep the warnings of libraries off this process's terminal, and bars that nobody watches.
+def silence_libraries() -> None:
+    """Silence library warnings in this process, and progress bars if stderr is not a terminal.
 
-    For command lines, before they import anything else. `PYTHONWARNINGS`, `python -W` and the
-    libraries' own variables win over it.
+    Call it in a command line before other imports. `PYTHONWARNINGS`, `python -W` and the
+    libraries' own variables take precedence.
     """
-    wanted = dict(_VARIABLES) if sys.stderr.isatty() else {**_VARIABLES, _NO_BARS: "1"}
+    wanted = dict(_LOG_LEVELS) if sys.stderr.isatty() else {**_LOG_LEVELS, _NO_BARS: "1"}
     for name, value in wanted.items():
         if name not in os.environ:
             os.environ[name] = value
-            _set.append(name)
+            _set_variables.append(name)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    if logging.lastResort is not None:  # what prints where nobody has set up logs
-        logging.lastResort.addFilter(for_users)
+    if logging.lastResort is not None:  # the handler in use when logging is not configured
+        logging.lastResort.addFilter(is_for_users)
 
 
-def speak() -> None:
-    """Take `hush` back, for who asks for everything."""
-    while _set:
-        os.environ.pop(_set.pop(), None)
+def restore_library_output() -> None:
+    """Undo `silence_libraries`, for users who ask for all output."""
+    while _set_variables:
+        os.environ.pop(_set_variables.pop(), None)
     if not sys.warnoptions:
         warnings.resetwarnings()
         warnings.simplefilter("default")
     if logging.lastResort is not None:
-        logging.lastResort.removeFilter(for_users)
+        logging.lastResort.removeFilter(is_for_users)
 
 
-def for_users(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is for users: all of ours, and of libraries what is an error."""
-    return record.levelno >= logging.ERROR or record.name.partition(".")[0] in _SPEAK
+def is_for_users(record: logging.LogRecord) -> bool:
+    """Whether a log record is for users: every record of ours, and errors of libraries."""
+    return record.levelno >= logging.ERROR or record.name.partition(".")[0] in _USER_LOGGERS

@@ -1,4 +1,4 @@
-"""Tokens and API keys from files: on a command line, every user of the machine can read them."""
+"""Read tokens and API keys from files, since all users of a machine can read its command lines."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ TOKEN_VARIABLE = "VLM_COLLAB_TOKEN"
 API_KEY_VARIABLE = "VLM_COLLAB_API_KEY"
 
 MAX_KEY_BYTES = 4096
-"""A longer file is some other one, given by mistake."""
+"""A longer file was probably given by mistake."""
 
 
 def chosen_key(given: str | None, file: Path | None, option: str, variable: str) -> str | None:
-    """The token or key that a user gave: in a file, as an option, or in the environment.
+    """Return the token or key that the user gave: in a file, by option or in the environment.
 
-    A file stands before the environment; beside the option it is a mistake.
+    A file takes precedence over the environment. A file together with the option is an error.
 
     Args:
-        given: of the option, which takes the environment's where it is not given.
-        file: of the option's twin that ends in `-file`.
+        given: value of the option, which defaults to the environment variable.
+        file: value of the option that ends in `-file`.
         option: the option's name, for messages.
-        variable: the environment's name for it.
+        variable: name of the environment variable.
 
     Raises:
         ConfigError: both were given, or the file holds no key; one line, without the key.
@@ -32,18 +32,19 @@ def chosen_key(given: str | None, file: Path | None, option: str, variable: str)
         return given
     if given is not None and given != os.environ.get(variable):
         raise ConfigError(f"{option} and {option}-file exclude each other")
-    return key_in(file, f"{option}-file")
+    return read_key(file, f"{option}-file")
 
 
-def key_in(file: Path, option: str) -> str:
-    """The key that a file holds, alone on its only line.
+def read_key(file: Path, option: str) -> str:
+    """Read a file whose only line is a key.
 
     Args:
-        file: a pipe will do as well (`<(pass show server)`).
-        option: that named it, for messages.
+        file: a file or a pipe, such as `<(pass show server)`.
+        option: the option that named the file, for messages.
 
     Raises:
-        ConfigError: it cannot be read, or holds none or more than a key; one line, without it.
+        ConfigError: the file cannot be read, or does not hold exactly one key; one line, without
+            the key.
     """
     try:
         with file.open("rb") as opened:
@@ -52,7 +53,7 @@ def key_in(file: Path, option: str) -> str:
         raise ConfigError(f"{option} {file}: {error.strerror or error}") from error
     except ValueError:  # a null byte in the name
         raise ConfigError(f"{option}: no such file") from None
-    # Editors of some systems put a mark before the text.
+    # Some editors write a byte order mark.
     key = content.removeprefix(b"\xef\xbb\xbf").strip()
     if not key:
         raise ConfigError(f"{option} {file}: the file is empty")

@@ -1,8 +1,8 @@
-"""What an address on a camera's web server gives: a picture, or something else.
+"""Fetch a picture from a camera's web server.
 
-Only addresses that somebody named on this device are asked for. Redirects are followed; name and
-password go to the host and port of the address alone, by the scheme that its server wants (basic
-or digest). Certificates are not checked: those of cameras are mostly their own.
+Only addresses that a user of this device gave are fetched. Redirects are followed. Name and
+password are sent only to the host and port of the address, by basic or digest authentication as
+the server asks. Certificates are not checked: most cameras have self-signed ones.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ MAX_BYTES = 64 << 20
 """Most bytes of one picture."""
 
 SILENCE_S = 10.0
-"""A server that sends nothing for so long is given up."""
+"""A fetch fails after the server has sent nothing for this time."""
 
-WHOLE_S = 60.0
-"""Time for one picture, however steadily it trickles."""
+TOTAL_S = 60.0
+"""Longest time for one picture, even if data keep coming."""
 
-_HEAD_BYTES = 32  # enough to know a picture by
+_HEAD_BYTES = 32  # enough to recognise a picture format
 _STREAMS = ("multipart/", "video/", "audio/")
 _KIND = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}/[a-z0-9][a-z0-9.+-]{0,60}")
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer to a request that succeeded.
+class FetchedContent:
+    """The body of a successful HTTP response.
 
     Attributes:
-        kind: its media type in lower case; empty if it names none.
-        picture: all of it, if it begins like a JPEG, PNG or WebP picture; else None, and only its
-            first bytes were read.
-        empty: it has no content.
+        kind: media type in lower case; empty if the response names none.
+        picture: the whole body, if it begins like a JPEG, PNG or WebP picture; else None, and
+            only its first bytes were read.
+        empty: there is no body.
     """
 
     kind: str
@@ -55,31 +55,31 @@ class Reply:
 
     @property
     def page(self) -> bool:
-        """Whether it is something for people to read."""
+        """Whether it is text, such as a web page or a JSON message."""
         return self.kind.startswith("text/") or self.kind == "application/json"
 
     @property
     def other_picture(self) -> bool:
-        """Whether it says that it is a picture of another format."""
+        """Whether it claims to be a picture of an unsupported format."""
         return self.picture is None and self.kind.startswith("image/") and self.kind != "image/jpeg"
 
     @property
     def fault(self) -> str:
-        """Why it is no picture. Nothing of the content: a page may repeat a password."""
+        """Reason why it is not a picture; without its content, which may repeat a password."""
         if self.empty:
             return "the answer is empty"
         return f"the answer is {self.kind or 'something'} and no JPEG, PNG or WebP picture"
 
 
-class Address:
-    """An address, asked again and again by one thread.
+class PictureUrl:
+    """The URL of a picture, fetched again and again by one thread.
 
     Args:
-        url: `http://` or `https://`, with name and password or without.
+        url: `http://` or `https://`, with or without name and password.
     """
 
     def __init__(self, url: str) -> None:
-        self._url, name, password = _parted(url)
+        self._url, name, password = _split_url(url)
         passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
         if name:
             passwords.add_password(None, self._url, name, password)
@@ -88,8 +88,8 @@ class Address:
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler(),
-            _Http(self._connected),
-            _Https(self._connected),
+            _Http(self._keep_socket),
+            _Https(self._keep_socket),
             urllib.request.HTTPRedirectHandler(),
             _Basic(passwords),
             _Digest(passwords),
@@ -103,40 +103,40 @@ class Address:
         self._socket: socket.socket | None = None
         self._stopped = False
 
-    def fetch(self) -> Reply:
-        """Ask once.
+    def fetch(self) -> FetchedContent:
+        """Fetch once.
 
         Raises:
-            CameraError: there is no answer, or not all of it came; the message does not say from
-                where.
+            CameraError: no response, or an incomplete one; the message does not contain the
+                address.
         """
         late = threading.Event()
 
         def give_up() -> None:
             late.set()
-            self._shut()
+            self._shut_socket()
 
-        timer = threading.Timer(WHOLE_S, give_up)
+        timer = threading.Timer(TOTAL_S, give_up)
         timer.daemon = True
         timer.start()
         try:
-            reply = self._fetched()
+            reply = self._fetch()
         except CameraError:
             if not late.is_set():
                 raise
         finally:
             timer.cancel()
-            self._forget()
-        if late.is_set():  # what came until then may look like all of it
-            raise CameraError(f"the answer was not complete after {WHOLE_S:g} s")
+            self._close_socket()
+        if late.is_set():  # the cut-off body may look complete
+            raise CameraError(f"the answer was not complete after {TOTAL_S:g} s")
         return reply
 
     def stop(self) -> None:
-        """Ask no more; a `fetch` under way ends with an error. Any thread may."""
+        """Stop fetching; a running `fetch` ends with an error. Any thread may call this."""
         self._stopped = True
-        self._shut()
+        self._shut_socket()
 
-    def _fetched(self) -> Reply:
+    def _fetch(self) -> FetchedContent:
         try:
             with self._opener.open(self._url, timeout=SILENCE_S) as response:
                 return _read(response)
@@ -144,91 +144,91 @@ class Address:
             error.close()
             raise CameraError(f"HTTP {error.code} {error.reason}".strip()) from None
         except URLError as error:
-            raise CameraError(_why(error.reason)) from None
+            raise CameraError(_reason(error.reason)) from None
         except http.client.BadStatusLine:
-            return Reply("")  # some streams begin in their own way
+            return FetchedContent("")  # some streams begin with their own status line
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise CameraError(_why(error)) from None
+            raise CameraError(_reason(error)) from None
 
-    def _connected(self, connection: socket.socket) -> None:
-        """Keep a hand on a new connection, so that whoever waits for it can be woken."""
-        self._forget()
+    def _keep_socket(self, connection: socket.socket) -> None:
+        """Keep a duplicate of a new connection's socket, so that a waiting read can be ended."""
+        self._close_socket()
         with self._lock:
             self._socket = connection.dup()
         if self._stopped:
-            self._shut()
+            self._shut_socket()
 
-    def _shut(self) -> None:
+    def _shut_socket(self) -> None:
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _forget(self) -> None:
+    def _close_socket(self) -> None:
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
 
 
-def _read(response: http.client.HTTPResponse) -> Reply:
-    """The content of an answer, if it is a picture.
+def _read(response: http.client.HTTPResponse) -> FetchedContent:
+    """Read a response's body if it is a picture.
 
     Raises:
-        CameraError: it is too long, or breaks off.
+        CameraError: the picture is too large or incomplete.
     """
     found = _KIND.match(response.headers.get("Content-Type", "").strip().lower())
     kind = found.group() if found else ""
     if kind.startswith(_STREAMS):
-        return Reply(kind)
+        return FetchedContent(kind)
     data = bytearray(response.read(_HEAD_BYTES))
     if identify(bytes(data)) is None:
-        return Reply(kind, empty=not data)
+        return FetchedContent(kind, empty=not data)
     while piece := response.read(1 << 16):
         data += piece
         if len(data) > MAX_BYTES:
             raise CameraError(f"a picture of more than {MAX_BYTES >> 20} MiB")
-    if response.length:  # what was promised and did not come
+    if response.length:  # bytes that were announced and did not come
         raise CameraError(
             f"the picture broke off after {len(data)} of {len(data) + response.length} bytes"
         )
-    return Reply(kind, bytes(data))
+    return FetchedContent(kind, bytes(data))
 
 
-_Shown = Callable[[socket.socket], None]
+_OnConnect = Callable[[socket.socket], None]
 
 
 class _HttpConnection(http.client.HTTPConnection):
-    """Shows its connection as soon as there is one."""
+    """Passes its socket to `on_connect` as soon as it is connected."""
 
-    shown: _Shown
+    on_connect: _OnConnect
 
     def connect(self) -> None:
         super().connect()
-        self.shown(self.sock)
+        self.on_connect(self.sock)
 
 
 class _HttpsConnection(http.client.HTTPSConnection, _HttpConnection):
-    """The same; the connection is shown before TLS begins."""
+    """The same; `on_connect` is called before TLS begins."""
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, shown: _Shown) -> None:
+    def __init__(self, on_connect: _OnConnect) -> None:
         super().__init__()
-        self._shown = shown
+        self._on_connect = on_connect
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connection, req)
 
     def _connection(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
         connection = _HttpConnection(host, **options)
-        connection.shown = self._shown
+        connection.on_connect = self._on_connect
         return connection
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, shown: _Shown) -> None:
+    def __init__(self, on_connect: _OnConnect) -> None:
         super().__init__()
-        self._shown = shown
+        self._on_connect = on_connect
         self._unchecked = ssl.create_default_context()
         self._unchecked.check_hostname = False
         self._unchecked.verify_mode = ssl.CERT_NONE
@@ -238,12 +238,12 @@ class _Https(urllib.request.HTTPSHandler):
 
     def _connection(self, host: str, /, **options: Any) -> http.client.HTTPConnection:
         connection = _HttpsConnection(host, context=self._unchecked, **options)
-        connection.shown = self._shown
+        connection.on_connect = self._on_connect
         return connection
 
 
-# A server that wants another scheme than theirs is an error to the library's handlers; here the
-# other handler has its turn, and after that the answer is what it is: HTTP 401.
+# The library's handlers raise an error if the server asks for another scheme. Here the other
+# handler gets its turn; if it fails too, the result is HTTP 401.
 class _Basic(urllib.request.HTTPBasicAuthHandler):
     def http_error_401(self, *args: Any) -> http.client.HTTPResponse | None:
         with contextlib.suppress(ValueError):
@@ -258,22 +258,22 @@ class _Digest(urllib.request.HTTPDigestAuthHandler):
         return None
 
 
-def _parted(url: str) -> tuple[str, str, str]:
-    """An address as it is asked for, and the name and password in it."""
+def _split_url(url: str) -> tuple[str, str, str]:
+    """Split a URL into the URL to request, the user name and the password."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     keep = "%/:=&?~#+!$,;'@()*[]"
-    asked = parts._replace(
+    requested = parts._replace(
         netloc=host,
         path=quote(parts.path or "/", safe=keep),
         query=quote(parts.query, safe=keep),
         fragment="",
     )
-    return urlunsplit(asked), unquote(parts.username or ""), unquote(parts.password or "")
+    return urlunsplit(requested), unquote(parts.username or ""), unquote(parts.password or "")
 
 
-def _why(error: object) -> str:
-    """One line about a failure; never an address, which may hold a password."""
+def _reason(error: object) -> str:
+    """Return a one-line reason for a failure, without the address (it may hold a password)."""
     if isinstance(error, TimeoutError):
         return f"nothing came for {SILENCE_S:g} s"
     if isinstance(error, socket.gaierror):
