@@ -28,14 +28,7 @@ from edge_client.gateway.logs import REFUSED
 from edge_client.gateway.page import Page
 from edge_client.gateway.response_store import ResponseStore
 from edge_client.gateway.sse_relay import EventTooLongError, whole_events
-from edge_client.gateway.streaming import (
-    FAILED,
-    EventStream,
-    Form,
-    Gone,
-    answer_pieces,
-    unless_gone,
-)
+from edge_client.gateway.streaming import FAILED, Form, answer_pieces
 from edge_client.gateway.upstream import content_of, lost
 from edge_client.link.dial import DEFAULT_URL
 from vlm_collab import __version__
@@ -68,7 +61,8 @@ from vlm_collab.openai import (
     without_tools,
 )
 from vlm_collab.web.access import Gate
-from vlm_collab.web.bodies import body_pieces
+from vlm_collab.web.bodies import BodyTooLargeError, read_body
+from vlm_collab.web.streams import ClientGoneError, EventStream, first_piece, while_connected
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +151,7 @@ class Gateway:
                 return await answer(request, camera)
             except CollabError as error:
                 return _error(api_error(error))
-            except (Gone, ClientDisconnect):
+            except (ClientGoneError, ClientDisconnect):
                 return Response(None, _LEFT)
             # A bug: its trace goes to the log, not to the client.
             except Exception:
@@ -181,7 +175,7 @@ class Gateway:
                     id=id, created=created, model=model, include_usage=query.include_usage
                 )
                 return await self._stream(request, camera, query, form, lambda result: None, place)
-            result = await unless_gone(request.receive, camera.answer(query, None))
+            result = await while_connected(request.receive, camera.answer(query, None))
             whole = completion(result, id=id, created=created, model=model)
             return _json(whole, headers=ignored_header(query.ignored))
 
@@ -214,7 +208,7 @@ class Gateway:
             if query.stream:
                 return await self._stream(request, camera, query, form, keep, place, fetched)
             answering = camera.answer(query, None, fetched)
-            result = await unless_gone(request.receive, answering)
+            result = await while_connected(request.receive, answering)
             keep(result)
             return _json(form.whole(result), headers=ignored_header(query.ignored))
 
@@ -240,17 +234,9 @@ class Gateway:
             whole=query.options.tokens,
             finished=finished,
         )
-        events = _events(await self._first(request, pieces), pieces, place)
+        events = _events(await first_piece(request.receive, pieces), pieces, place)
         events.headers.update(ignored_header(query.ignored))
         return events
-
-    async def _first(self, request: Request, pieces: AsyncGenerator[bytes, None]) -> bytes:
-        """What a stream begins with; what goes wrong before is told by a status."""
-        try:
-            return await unless_gone(request.receive, _next(pieces))
-        except BaseException:
-            await pieces.aclose()
-            raise
 
     async def _forward(
         self,
@@ -268,14 +254,14 @@ class Gateway:
         await asyncio.to_thread(refuse_pictures_in, body)
         camera.check_size(texts_of(body))
         camera.check_time()
-        welcome = await unless_gone(request.receive, camera.welcome())
+        welcome = await while_connected(request.receive, camera.welcome())
         if not body.get("model") or body.get("model") in self.config.aliases:
             body = {**body, "model": welcome.model}
         async with AsyncExitStack() as opened:
 
             async def forwarded(body: Mapping[str, Any]) -> httpx.Response:
                 forwarding = opened.enter_async_context(camera.texts.forward(body))
-                return await unless_gone(request.receive, forwarding)
+                return await while_connected(request.receive, forwarding)
 
             response = await forwarded(body)
             # vLLM refuses tools unless it was started to read calls. An offer can be left.
@@ -286,11 +272,11 @@ class Gateway:
             listed = ignored_header([*ignored, *([theirs] if theirs else [])])
             if body.get("stream") is True and response.status_code == 200:
                 pieces = _passed_on(response)
-                first = await self._first(request, pieces)
+                first = await first_piece(request.receive, pieces)
                 events = _events(first, pieces, place, opened.pop_all())
                 events.headers.update(listed)
                 return events
-            content = await unless_gone(request.receive, content_of(response))
+            content = await while_connected(request.receive, content_of(response))
             kept = {name: response.headers[name] for name in _KEPT if name in response.headers}
             return Response(content, response.status_code, kept | listed)
 
@@ -298,7 +284,7 @@ class Gateway:
         """The name that the answer says it is from: as the client has it, if it has any."""
         if query.model:
             return query.model
-        return (await unless_gone(request.receive, camera.welcome())).model
+        return (await while_connected(request.receive, camera.welcome())).model
 
     async def _models(self, request: Request, camera: Answerer) -> Response:
         within_s = min(_LOOK_S, self.config.deadline_s)
@@ -337,29 +323,22 @@ class Gateway:
 
     async def _body(self, request: Request, place: Place) -> dict[str, Any]:
         limits = self.config.limits
-        most, data, size = limits.wire.max_body_bytes, bytearray(), 0
+        most = limits.wire.max_body_bytes
+
+        def received(size: int) -> None:
+            place.came()
+            if size <= most:
+                place.hold(size)
+
         try:
             async with place.reading(limits.body_timeout_s):
-                async for piece in body_pieces(request):
-                    place.came()
-                    size += len(piece)
-                    if size > 4 * most:
-                        break
-                    # A client that still sends does not read; within reason it is let finish.
-                    if size > most:
-                        continue
-                    place.hold(size)
-                    data += piece
+                data = await read_body(request, most, received, discard_bytes=4 * most)
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time") from None
-        if size > most:
-            raise refuse(
-                None,
-                f"the request has more than {most} bytes",
-                "request_too_large",
-                status=413,
-            )
-        return await asyncio.to_thread(decode_body, bytes(data), most)
+        except BodyTooLargeError:
+            text = f"the request has more than {most} bytes"
+            raise refuse(None, text, "request_too_large", status=413) from None
+        return await asyncio.to_thread(decode_body, data, most)
 
 
 _KEPT = ("content-type", "retry-after")
@@ -376,10 +355,6 @@ def _events(
     place.kept = True
     closing.callback(place.leave)
     return EventStream(first, pieces, closing)
-
-
-async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(pieces, b"")
 
 
 async def _passed_on(response: httpx.Response) -> AsyncGenerator[bytes, None]:

@@ -7,9 +7,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
@@ -20,8 +20,9 @@ from edge_client.gateway.logs import PAGE_REFUSED
 from edge_client.link.dial import ENDPOINT, dial
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, api_error
-from vlm_collab.page import HEADERS, INDEX, page_file
 from vlm_collab.protocol.messages import SUBPROTOCOL
+from vlm_collab.web.access import Form, response_of
+from vlm_collab.web.page_routes import page_routes
 from vlm_collab.web.write_timeout import sent
 
 log = logging.getLogger(__name__)
@@ -59,36 +60,19 @@ class Page:
     def routes(self) -> list[BaseRoute]:
         """The routes, relative to where the page lies."""
         return [
-            Route("/", self._file),
-            Route("/page/access", self._may_connect, methods=["POST"]),
-            Route("/page/{path:path}", self._file),
+            *page_routes(self._may_not_connect, off=_OFF if self._answerer.watched else None),
             WebSocketRoute(ENDPOINT, self._relay),
         ]
 
-    async def _file(self, request: Request) -> Response:
-        if self._answerer.watched:
-            return PlainTextResponse(_OFF, 403, HEADERS)
-        name = request.path_params.get("path")
-        file = page_file(INDEX if name is None else f"page/{name}")
-        if file is None:
-            return PlainTextResponse("not found", 404, HEADERS)
-        headers = {**HEADERS, "ETag": file.etag}
-        if request.headers.get("if-none-match") == file.etag:
-            return Response(None, 304, headers)
-        return Response(file.content, 200, headers, file.media_type)
-
-    async def _may_connect(self, request: Request) -> Response:
-        """Told on behalf of the page, which learns nothing from a WebSocket that failed."""
+    async def _may_not_connect(self, _: HTTPConnection) -> Response | None:
+        """Why a page cannot reach the server through the gateway; None if it can."""
         refusal = self._refusal()
         if refusal is None:
             try:
                 await self._answerer.welcome(_LOOK_S)
             except CollabError as error:
                 refusal = api_error(error)
-        headers = {**HEADERS, "Cache-Control": "no-store"}
-        if refusal is None:
-            return Response(None, 204, headers)
-        return PlainTextResponse(str(refusal), refusal.status, {**headers, **refusal.headers()})
+        return None if refusal is None else response_of(refusal, Form.TEXT)
 
     def _refusal(self) -> ApiError | None:
         """Why a page that may use the gateway cannot connect through it; None if it can."""
@@ -159,8 +143,7 @@ def _no_room() -> ApiError:
 
 async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
     log.info(PAGE_REFUSED, refusal)
-    response = PlainTextResponse(str(refusal), refusal.status, refusal.headers())
-    await websocket.send_denial_response(response)
+    await websocket.send_denial_response(response_of(refusal, Form.TEXT))
 
 
 async def _pump(

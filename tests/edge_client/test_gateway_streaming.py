@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from edge_client.gateway import streaming
-from edge_client.gateway.streaming import EventStream, Gone, answer_pieces, unless_gone
+from edge_client.gateway.streaming import answer_pieces
 from tests.support.patience import PATIENCE_S
 from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
 from vlm_collab.protocol.messages import Stage
+from vlm_collab.web import streams
+from vlm_collab.web.streams import ClientGoneError, EventStream, while_connected
 
 FORM = ChatStream(id="c", created=1, model="m", include_usage=False)
 
@@ -86,7 +87,7 @@ async def test_a_stream_is_sent_to_its_end():
 
 
 async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streaming, "_QUIET_S", 0.01)
+    monkeypatch.setattr(streams, "_QUIET_S", 0.01)
     client = Client()
 
     async def quiet() -> AsyncGenerator[bytes, None]:
@@ -121,8 +122,8 @@ async def test_work_is_cancelled_for_who_left():
         finally:
             cancelled.set()
 
-    with pytest.raises(Gone):
-        await unless_gone(client.receive, work())  # type: ignore[arg-type]
+    with pytest.raises(ClientGoneError):
+        await while_connected(client.receive, work())  # type: ignore[arg-type]
     assert cancelled.is_set()
 
 

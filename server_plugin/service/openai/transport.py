@@ -1,24 +1,18 @@
-"""HTTP around the endpoint: bodies read within bounds, clients that leave, streams."""
+"""HTTP of the OpenAI-compatible endpoint: reading request bodies and sending responses."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
-from vlm_collab.web.bodies import body_pieces
-
-T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection; there is nobody to tell."""
+from vlm_collab.web.bodies import BodyTooLargeError, read_body
+from vlm_collab.web.streams import ClientGoneError
 
 
 class Bodies:
@@ -51,73 +45,41 @@ class Bodies:
                 `body_pieces`.
             ClientGoneError: the client left.
         """
-        size = 0
-        chunks: list[bytes] = []
+        counted = 0
+
+        def count(size: int) -> None:
+            nonlocal counted
+            self.nbytes += size - counted
+            counted = size
+            if size <= self._limits.max_body_bytes and self.nbytes > self._limits.max_bodies_bytes:
+                text = "the server is busy with other requests"
+                wait_s = self._retry_after_s()
+                raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=wait_s)
+
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    async for chunk in body_pieces(request):
-                        chunks.append(chunk)
-                        size += len(chunk)
-                        self.nbytes += len(chunk)
-                        self._check(size)
+                    body = await read_body(request, self._limits.max_body_bytes, count)
             except TimeoutError:
                 text = f"the request did not arrive within {self._timeout_s:g} s"
                 raise ApiError(408, text, code="request_timeout") from None
+            except BodyTooLargeError:
+                mib = self._limits.max_body_bytes / 2**20
+                text = f"a request of more than {mib:g} MiB"
+                raise ApiError(413, text, code="request_too_large") from None
             except ClientDisconnect:
                 raise ClientGoneError from None
-            body = b"".join(chunks)
-            chunks.clear()
             yield body
         finally:
-            self.nbytes -= size
-
-    def _check(self, size: int) -> None:
-        if size > self._limits.max_body_bytes:
-            mib = self._limits.max_body_bytes / 2**20
-            text = f"a request of more than {mib:g} MiB"
-            raise ApiError(413, text, code="request_too_large")
-        if self.nbytes > self._limits.max_bodies_bytes:
-            text = "the server is busy with other requests"
-            wait_s = self._retry_after_s()
-            raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=wait_s)
+            self.nbytes -= counted
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
     """HTTP headers that belong to an error."""
     headers = error.headers()
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
     if error.status == 408:
         headers["connection"] = "close"  # the rest of the request may never come
     return headers
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled when the client goes.
-
-    Args:
-        receive: of a request whose body has been read.
-
-    Raises:
-        ClientGoneError: the client left first.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Sender:
