@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from vlm_collab.web.log_throttle import Quiet
+from vlm_collab.web.log_throttle import LogThrottle
 
 REFUSED = "a %s was refused: %s"
 """Of a request that may not use the gateway."""
@@ -28,7 +28,7 @@ def configure(level: str) -> None:
     """
     lowest = getattr(logging, level.upper())
     logging.basicConfig(level=lowest, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    quiet = Quiet(frozenset({REFUSED, PAGE_REFUSED}), as_extra=False)
+    quiet = LogThrottle(frozenset({REFUSED, PAGE_REFUSED}), as_extra=False)
     for handler in logging.getLogger().handlers:
         handler.addFilter(quiet)
     for name, most in _QUIETER.items():

@@ -23,7 +23,7 @@ from vlm_collab.openai import ApiError, api_error
 from vlm_collab.protocol.messages import SUBPROTOCOL
 from vlm_collab.web.access import Form, response_of
 from vlm_collab.web.page_routes import page_routes
-from vlm_collab.web.write_timeout import sent
+from vlm_collab.web.write_timeout import send_watched
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ async def _upwards(
                 return
             data = message.get("bytes")
             frame = message["text"] if data is None else data
-            await sent(upstream.send(frame), upstream.transport, timeout_s)
+            await send_watched(upstream.send(frame), upstream.transport, timeout_s)
 
 
 async def _downwards(websocket: WebSocket, upstream: ClientConnection) -> None:

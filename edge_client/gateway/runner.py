@@ -12,11 +12,11 @@ from edge_client.gateway.app import HEALTH, Gateway
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import MAX_FRAME_BYTES
 from vlm_collab.web import server as web
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 
 _GRACE_S = 10
 _OTHERS = 64
-"""Places beyond the work, for refusals, and the page's files."""
+"""ConnectionSlots beyond the work, for refusals, and the page's files."""
 
 
 def bind(config: GatewayConfig) -> socket.socket:
@@ -50,11 +50,11 @@ def _server(gateway: Gateway) -> uvicorn.Server:
     limits = gateway.config.limits
     # Relays that were not used yet have as many places as the others.
     most = limits.max_requests + limits.max_waiting + 2 * limits.max_relays + _OTHERS
-    settings = web.settings(
+    config = web.uvicorn_config(
         gateway.app(),
-        places=Places(most, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(most, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=MAX_FRAME_BYTES,
         grace_s=_GRACE_S,
     )
-    return uvicorn.Server(settings)
+    return uvicorn.Server(config)

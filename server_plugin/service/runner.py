@@ -14,13 +14,13 @@ from server_plugin.service.config import ENDPOINT, ServiceConfig
 from server_plugin.service.service import HEALTH, Service
 from vlm_collab.errors import ConfigError
 from vlm_collab.web import server as web
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 from vlm_collab.web.server import serve
 
 __all__ = ["bind", "running", "serve", "server", "url_of"]
 
 _OTHERS = 64
-"""Places beyond those for WebSockets."""
+"""ConnectionSlots beyond those for WebSockets."""
 
 
 class _Server(uvicorn.Server):
@@ -76,9 +76,9 @@ def server(service: Service) -> uvicorn.Server:
     """
     config, limits = service.config, service.config.limits
     sockets = limits.max_connections + limits.max_newcomers
-    settings = web.settings(
+    settings = web.uvicorn_config(
         service.app(),
-        places=Places(sockets + _OTHERS, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(sockets + _OTHERS, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=limits.connection.max_frame_bytes,
         grace_s=5,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm_collab.web.log_throttle import INTERVAL_S, Quiet
+from vlm_collab.web.log_throttle import INTERVAL_S, LogThrottle
 
 REFUSED = "refused: %s"
 
@@ -17,7 +17,7 @@ class Log:
 
     def __init__(self, *, as_extra: bool = False) -> None:
         self.now_s = 0.0
-        self.quiet = Quiet(frozenset({REFUSED}), as_extra=as_extra, now_s=lambda: self.now_s)
+        self.quiet = LogThrottle(frozenset({REFUSED}), as_extra=as_extra, now_s=lambda: self.now_s)
 
     def say(
         self, text: str, *args: object, name: str = "ours", **more: Any
