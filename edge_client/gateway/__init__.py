@@ -5,7 +5,7 @@ uplink, and the region that the model asks for. `Gateway` is the application, `r
 `serve` put it on a socket.
 """
 
-from edge_client.gateway.answering import NoServerError
+from edge_client.gateway.answerer import NoServerError
 from edge_client.gateway.app import Gateway
 from edge_client.gateway.config import DEFAULT_PORT, GatewayConfig, GatewayLimits
 from edge_client.gateway.logs import configure as configure_logs

@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
 from edge_client.gateway.admission import Place, Room
-from edge_client.gateway.answering import Answerer
+from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.cameras import Cameras
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.logs import REFUSED

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Unpack
 
 from edge_client.client import ClientOptions
-from edge_client.gateway.answering import Answerer
+from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayConfig
 from edge_client.picture import Album
 from edge_client.privacy.policy import Policy, load_policy

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from edge_client.gateway.answering import Answerer
+from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayLimits
 from edge_client.gateway.logs import PAGE_REFUSED
 from edge_client.link.dial import ENDPOINT, dial
