@@ -1,32 +1,35 @@
-"""Sending an answer while it grows, and noticing that nobody waits for it any more."""
+"""Streaming an answer while it is generated."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
+from starlette.requests import Request
 
+from edge_client.gateway.admission import AdmissionSlot
 from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, Result, TextFlow, api_error
 from vlm_collab.protocol.messages import Stage
-from vlm_collab.web.streams import cancel
+from vlm_collab.web.streams import EventStream, cancel, first_piece
 
 log = logging.getLogger(__name__)
 
 FAILED = ApiError(500, "the gateway failed; its log knows more", "server_error")
-"""What a client is told of a bug."""
+"""The error that a client gets for a bug in the gateway."""
 
 
-class Form(Protocol):
-    """One of OpenAI's streams; every method returns bytes to send."""
+class StreamFormat(Protocol):
+    """The events of one of OpenAI's streams; every method returns bytes to send."""
 
     def start(self) -> bytes:
-        """What comes first."""
+        """The first events."""
 
     def delta(self, text: str) -> bytes:
         """A piece of the answer."""
@@ -38,28 +41,57 @@ class Form(Protocol):
         """The end of an answer that failed."""
 
 
+async def stream_response(
+    request: Request,
+    pieces: AsyncGenerator[bytes, None],
+    slot: AdmissionSlot,
+    headers: Mapping[str, str],
+    opened: AsyncExitStack | None = None,
+) -> EventStream:
+    """Wait for a stream's first piece and respond with the stream. It keeps its request's slot.
+
+    Args:
+        request: the request.
+        pieces: the bytes to send.
+        slot: released at the end of the stream.
+        headers: further headers of the response.
+        opened: closed at the end of the stream. Left open if the first piece fails.
+
+    Raises:
+        CollabError: the answer failed before the first piece.
+        ClientGoneError: the client disconnected before the first piece.
+    """
+    first = await first_piece(request.receive, pieces)
+    closing = AsyncExitStack() if opened is None else opened.pop_all()
+    slot.kept = True
+    closing.callback(slot.release)
+    events = EventStream(first, pieces, closing)
+    events.headers.update(headers)
+    return events
+
+
 async def answer_pieces(
     ask: Callable[[TextSink], Coroutine[Any, Any, Result]],
-    form: Form,
+    form: StreamFormat,
     flow: TextFlow,
     *,
     whole: bool,
     finished: Callable[[Result], None],
 ) -> AsyncGenerator[bytes, None]:
-    """The bytes of a streamed answer.
+    """Yield the bytes of a streamed answer.
 
-    The first come when the server has begun to answer, so that what goes wrong before that can
-    still be told by an HTTP status.
+    The first piece comes when the server has begun to answer, so that an earlier error can still
+    become an HTTP status.
 
     Args:
-        ask: asks the question, given where its texts go.
-        form: how they are sent.
-        flow: what of them can be sent.
-        whole: send the text in one piece at the end, as its logprobs come.
-        finished: called with the answer before its end is sent.
+        ask: asks the question; its argument receives the texts.
+        form: writes the events.
+        flow: decides which part of the texts can be sent.
+        whole: send the text in one piece at the end, because its logprobs come only then.
+        finished: called with the answer before the stream's end is sent.
 
     Raises:
-        CollabError: before the first bytes.
+        CollabError: the answer failed before the first piece.
     """
     texts: asyncio.Queue[tuple[Stage, str] | None] = asyncio.Queue()
     task = asyncio.ensure_future(ask(lambda stage, text: texts.put_nowait((stage, text))))

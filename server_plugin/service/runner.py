@@ -20,7 +20,7 @@ from vlm_collab.web.server import serve
 __all__ = ["bind", "running", "serve", "server", "url_of"]
 
 _OTHERS = 64
-"""ConnectionSlots beyond those for WebSockets."""
+"""Connection slots beyond those for WebSockets."""
 
 
 class _Server(uvicorn.Server):

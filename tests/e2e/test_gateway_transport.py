@@ -11,8 +11,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_upstream
 from websockets.typing import Subprotocol
 
-from edge_client.gateway import Gateway, bind, runner, url_of
-from edge_client.gateway import admission as room
+from edge_client.gateway import Gateway, admission, bind, runner, url_of
 from server_plugin.service.runner import running as serving_service
 from tests.e2e.gateways import gateway
 from tests.support.raw import (
@@ -67,13 +66,13 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
 async def test_requests_whose_rest_never_comes_hold_nobody_up(
     nbytes: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(room, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(admission, "LONGEST_PAUSE_S", 0.1)
     made = gateway(NOWHERE, limits={"max_requests": 5})
     async with served(made) as here:
         begun = [here.open() for _ in range(5)]
         for each in begun:
             await each.send(post(nbytes))
-        await until(lambda: made.room.working + made.room.waiting == 5)
+        await until(lambda: made.admission.running + made.admission.waiting == 5)
         asking = here.open()
         await asking.send(post(2) + b"{}")
         assert b" 400 " in await asking.read_until(b"messages")

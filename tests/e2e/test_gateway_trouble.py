@@ -188,7 +188,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
 async def nothing_left(here: Any) -> None:
     """Wait until the gateway has noticed that nobody waits for it."""
     async with asyncio.timeout(PATIENCE_S):
-        while here.gateway.room.working:
+        while here.gateway.admission.running:
             await asyncio.sleep(0.005)
 
 
@@ -226,7 +226,7 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
         for _ in range(3):
             await asyncio.gather(*(one(number) for number in range(20)))
         await nothing_left(here)
-        assert here.gateway.room.nbytes == 0
+        assert here.gateway.admission.nbytes == 0
         assert (await ask(here.client, UNSURE)).choices[0].message.content == words
 
 
@@ -284,7 +284,7 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
             asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
         ]
         async with asyncio.timeout(PATIENCE_S):
-            while here.gateway.room.waiting < 5:
+            while here.gateway.admission.waiting < 5:
                 await asyncio.sleep(0.005)
         for other in others:
             other.cancel()
@@ -304,7 +304,7 @@ async def test_requests_share_the_room_for_their_bodies():
         assert caught.value.response.headers["retry-after"] == "1"
         assert (await first).choices
         assert (await ask(here.client, SURE, photo(3))).choices
-        assert here.gateway.room.nbytes == 0
+        assert here.gateway.admission.nbytes == 0
 
 
 async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():

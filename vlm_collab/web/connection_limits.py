@@ -13,7 +13,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_collab.openai import ApiError
-from vlm_collab.web.access import form_of, response_of
+from vlm_collab.web.access import format_of, response_of
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class _Refused:
         else:
             text = self._refusal
             error = ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
-            await response_of(error, form_of(scope["path"]))(scope, receive, once)
+            await response_of(error, format_of(scope["path"]))(scope, receive, once)
 
 
 def _network(host: str) -> str:
