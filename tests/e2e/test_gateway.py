@@ -23,13 +23,13 @@ from vlm_collab.geometry import Box
 
 
 def second(picture: bytes, question: str, extra: dict[str, Any]) -> str:
-    """The refined answer that the fake gives to what it is shown."""
+    """The refined answer that the fake backend gives for a question and its pictures."""
     box = Box(*extra["region"]["box"])
     return f"second {view_digest(picture)} {region_digest(picture, box)} {question}"
 
 
 def speaking(first: str, second: str) -> FakeBackend:
-    """A model that is unsure and says these two things."""
+    """A model that is unsure and gives these two answers."""
     return FakeBackend(play=lambda *_: Script(first, second, uncertainty_bits=2.0))
 
 
@@ -82,7 +82,7 @@ async def test_a_later_request_about_the_same_picture_costs_no_pixels():
         assert first.vlm_collab["view_bytes"] > 3000
         assert later.vlm_collab["view_bytes"] == 0
         assert later.vlm_collab["bytes_up"] < 200
-        # Somebody else's request about the same picture, in other words.
+        # Another client's request about the same picture, worded differently.
         again = await here.client.responses.create(model=MODEL, input=[item("what?", photo(1))])
         assert again.vlm_collab["view_bytes"] == 0
 
@@ -96,7 +96,7 @@ async def test_several_pictures_in_one_request():
         assert extra["region"]["picture"] == 1
         region = region_digest(photo(2), Box(*extra["region"]["box"]))
         views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
-        # One came twice: it is sent once, and shown where it stood.
+        # A repeated picture is sent once, and shown at each of its positions.
         assert made.choices[0].message.content == f"second {views} {region} {UNSURE}<0><1><0>"
         assert extra["original_bytes"] == len(photo(1)) + len(photo(2))
 
@@ -216,7 +216,7 @@ async def test_a_response_and_one_that_goes_on_from_it():
         later = await here.client.responses.create(
             model=MODEL, previous_response_id=first.id, input="and the sky?", store=False
         )
-        # Instructions are for one response alone.
+        # Instructions hold for one response only.
         assert later.vlm_collab["first_text"].startswith(f"first {view_digest(photo(3))} {UNSURE} ")
         assert later.vlm_collab["view_bytes"] == 0
         assert later.previous_response_id == first.id
@@ -277,7 +277,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"1": 5}}, "logit_bias"),
     ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
     ({"extra_body": {"guided_choice": ["yes", "no"]}}, "guided_choice"),
-    # Of pictures that are views already, whose originals are elsewhere.
+    # For pictures that are views already, with their originals elsewhere.
     ({"extra_body": {"vlm_collab": {"sources": [[4000, 3000]]}}}, "vlm_collab.sources"),
     ({"stream": True, "n": 2}, "n"),
 ]
@@ -325,7 +325,7 @@ async def test_models():
 
 
 async def ten_clients(places: list[str], rounds: int) -> None:
-    """Each client has a picture, a conversation and a way of its own to ask."""
+    """Each client has its own picture, conversation and API."""
 
     async def one(number: int) -> None:
         base, picture = places[number % len(places)], photo(number)
@@ -364,7 +364,7 @@ async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
 
 
 async def test_what_programs_in_use_send():
-    """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision make them."""
+    """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision send them."""
     url = {"url": data_url(photo(1))}
     text = {"type": "text", "text": SURE}
     requests: list[dict[str, Any]] = [
@@ -446,7 +446,7 @@ async def test_a_conversation_of_responses_may_begin_without_a_picture():
 
 
 class WithoutApi(Service):
-    """A service as it was before it had an API of OpenAI's."""
+    """An older service without OpenAI's API."""
 
     def app(self) -> Starlette:
         return Starlette(routes=self.routes(), lifespan=self._lifespan)

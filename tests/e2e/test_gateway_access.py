@@ -1,4 +1,4 @@
-"""Who may use the gateway, what its page reaches, and what a policy keeps on the device."""
+"""Access to the gateway, its page's relay, and what a privacy policy keeps on the device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_an_api_key():
         assert await status(here, Authorization="Bearer wrong") == 401
         assert await status(here, Authorization="Basic right") == 401
         assert await status(here, Authorization="Bearer right") == 200
-        # With a key, any name of this machine will do.
+        # With a key, every name of this machine is allowed.
         assert await status(here, Authorization="Bearer right", Host="camera.lan") == 200
         with pytest.raises(openai.AuthenticationError) as caught:
             await here.client.models.list()
@@ -160,7 +160,7 @@ async def test_the_relay_lets_in_who_may_ask():
                 pass
         async with EdgeClient(relay_of(here.base), token="right", retry=HASTY) as page:
             check(await page.ask(photo(1), SURE), photo(1), SURE)
-        # As the page does it: "right" in base64url.
+        # As the page sends it: "right" in base64url.
         offered = [SUBPROTOCOL, f"{TOKEN_SUBPROTOCOL}cmlnaHQ"]
         async with connect(f"{relay_of(here.base)}/v1/collab", subprotocols=offered) as socket:  # type: ignore[arg-type]
             assert socket.subprotocol == SUBPROTOCOL
@@ -183,7 +183,7 @@ async def test_the_relay_ends_with_its_server_and_with_its_page():
             async with EdgeClient(relay_of(here.base), retry=HASTY):
                 pass
         here.proxy.cut()
-        # A page connects again by itself.
+        # A page reconnects by itself.
         check(await page.ask(photo(2), UNSURE), photo(2), UNSURE)
         await page.close()
         async with asyncio.timeout(PATIENCE_S):
@@ -230,7 +230,7 @@ async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
 
 
 PICTURE = data_url(photo(1))
-ESCAPED = json.dumps([PICTURE]).replace("/", "\\/")  # as PHP has it
+ESCAPED = json.dumps([PICTURE]).replace("/", "\\/")  # as PHP writes it
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -257,7 +257,7 @@ def saying(**message: Any) -> dict[str, Any]:
         ({**saying(), "attachments": [{"name": "a.jpg", "data": PICTURE[23:]}]}, "attachments"),
         ({**saying(), "user": PICTURE}, "user"),
         ({**saying(), "metadata": {"snapshot": PICTURE}}, "metadata.snapshot"),
-        # Beside a picture that leaves as a view.
+        # Next to a picture that is sent as a view.
         ({"messages": [said(f"{SURE} {PICTURE}", photo(2))]}, "messages"),
     ],
 )
@@ -332,7 +332,7 @@ async def test_addresses_are_fetched_for_those_who_may_have_them(tmp_path: Path)
 
 
 async def test_plain_http_is_enough(tmp_path: Path):
-    """What a client without the SDK sends, such as curl."""
+    """A request by a client without the SDK, such as curl."""
     async with place() as here, httpx.AsyncClient(verify=False, trust_env=False) as http:
         answer = await http.post(
             f"{here.base}/chat/completions",

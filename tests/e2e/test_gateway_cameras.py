@@ -37,7 +37,7 @@ def policy(tmp_path: Path) -> Path:
 
 
 def at(here: Place, camera: str) -> openai.AsyncOpenAI:
-    """The SDK as a camera's client has it."""
+    """The SDK with the base URL of a camera."""
     root = here.base.removesuffix("/v1")
     return here.client.with_options(base_url=f"{root}/cameras/{camera}/v1")
 
@@ -123,5 +123,5 @@ async def test_cameras_need_the_key_as_well(policy: Path):
         with pytest.raises(openai.AuthenticationError):
             await ask(at(here, "door"))
         with pytest.raises(openai.AuthenticationError):
-            await ask(at(here, "attic"))  # a stranger does not learn which there are
+            await ask(at(here, "attic"))  # strangers do not learn which cameras exist
         assert (await ask(at(here, "door").with_options(api_key="right"))).choices

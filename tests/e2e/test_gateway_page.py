@@ -1,4 +1,4 @@
-"""The gateway's page in a real browser: its frames go through to the server and back."""
+"""The gateway's page in a real browser: its frames are relayed to the server and back."""
 
 from __future__ import annotations
 

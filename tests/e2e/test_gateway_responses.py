@@ -1,4 +1,4 @@
-"""Responses that later ones go on from, or that are to be forgotten, with the official SDK."""
+"""Continued and deleted responses, with the official SDK."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.e2e.gateways import MODEL, Place, item, place
 
 @asynccontextmanager
 async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
-    """A camera that shows something else each time it is asked, or nothing; yields its host."""
+    """A camera with another picture at each request, or none; yields its host."""
     asked = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -32,13 +32,13 @@ async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
 
 
 def snapshot(question: str, host: str) -> dict[str, Any]:
-    """A user's item about what a camera shows now."""
+    """A user item about a camera's current picture."""
     shown = {"type": "input_image", "image_url": f"http://{host}/now.jpg"}
     return {"role": "user", "content": [{"type": "input_text", "text": question}, shown]}
 
 
 async def respond(here: Place, said: Any, stream: bool = False, **more: Any) -> Any:
-    """A response, streamed or not."""
+    """Ask for a response, streamed or not."""
     made = await here.client.responses.create(model=MODEL, input=said, stream=stream, **more)
     if not stream:
         return made
@@ -68,7 +68,7 @@ async def test_an_address_that_comes_again_shows_what_is_there_now():
         later = await respond(here, [snapshot("now?", host)], previous_response_id=first.id)
         both = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
         assert later.output_text.startswith(f"first {both} ")
-        # The camera shows again what it showed first, which counts once.
+        # The camera shows its first picture again, which counts once.
         last = await respond(here, [snapshot("now?", host)], previous_response_id=later.id)
         assert last.output_text.startswith(f"first {both} ")
         assert last.vlm_collab["view_bytes"] == 0
@@ -104,7 +104,7 @@ async def test_a_response_can_be_deleted():
             assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.BadRequestError):
             await respond(here, "?", previous_response_id=first.id)
-        # What went on from it is another response.
+        # A response that continued it stays.
         assert (await respond(here, "?", previous_response_id=later.id)).output_text
         with pytest.raises(openai.AuthenticationError):
             await here.client.with_options(api_key="wrong").responses.delete(later.id)

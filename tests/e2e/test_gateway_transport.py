@@ -1,4 +1,4 @@
-"""Clients of the gateway that do not read, say nothing, or relay to a server that does not read."""
+"""The gateway's clients that do not read, are silent, or relay to a server that does not read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.raw import (
 )
 from tests.support.wire import edge, service
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web import connection_limits as places_module
+from vlm_collab.web import connection_limits as slots_module
 
 NOWHERE = "ws://127.0.0.1:9"
 FILE = "/page/link.js"
@@ -52,7 +52,7 @@ async def test_a_client_that_reads_no_response_is_dropped(asked: bytes):
 
 async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "_OTHERS", 2)
-    monkeypatch.setattr(places_module, "RESERVED", 4)
+    monkeypatch.setattr(slots_module, "RESERVED", 4)
     limits = {"max_requests": 1, "max_waiting": 0, "max_relays": 1}
     async with served(gateway(NOWHERE, limits=limits)) as here:
         silent = [here.open() for _ in range(40)]
@@ -118,7 +118,7 @@ async def test_a_page_that_does_not_read_is_dropped():
 
 @pytest.fixture
 async def flood() -> AsyncIterator[str]:
-    """A server that sends and sends."""
+    """A server that never stops sending."""
 
     async def handle(socket: ServerConnection) -> None:
         while True:

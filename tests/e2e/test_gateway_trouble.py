@@ -1,4 +1,4 @@
-"""The gateway in trouble: servers that go away, clients that leave, pictures of all kinds."""
+"""Failures at the gateway: lost servers, clients that disconnect, bad pictures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_a_question_outlives_a_server_that_goes(stream: bool):
         assert cut.fired.is_set()
         assert extra["refined"]
         assert text.startswith(f"second {view_digest(photo(1))} ")
-        # The server kept the view: only its first sending cost pixels.
+        # The server still has the view, so only the first question sent pixels.
         assert extra["original_bytes"] == len(photo(1))
 
 
@@ -90,7 +90,7 @@ async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
             gone = asyncio.create_task(here.http.get(path))
             here.proxy.refusing = False
             assert (await gone).status_code == 200
-        # It is asked again by itself, and the next question finds it.
+        # The gateway reconnects by itself, and the next question finds the server.
         assert (await ask(here.client)).choices
 
 
@@ -132,7 +132,7 @@ async def test_a_second_look_that_fails_leaves_the_first_answer():
 
 
 async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
-    """What was streamed can't be taken back, so the text that stands comes whole behind it."""
+    """Streamed text cannot be taken back, so the valid text is sent in full after it."""
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
@@ -153,7 +153,7 @@ async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
 
 
 async def test_a_first_answer_that_was_cut_says_so():
-    """It stands in for a second one that did not come, and was not generated to its end."""
+    """It replaces a lost second answer, and was not generated to its end."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
     backend = FakeBackend(play=lambda *_: Script("a b c d", "e", uncertainty_bits=2.0))
     async with place(backend, config={"policy": policy}, deadline_s=1.0) as here:
@@ -186,7 +186,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
 
 
 async def nothing_left(here: Any) -> None:
-    """Wait until the gateway has noticed that nobody waits for it."""
+    """Wait until the gateway has noticed that its clients are gone."""
     async with asyncio.timeout(PATIENCE_S):
         while here.gateway.admission.running:
             await asyncio.sleep(0.005)
@@ -234,7 +234,7 @@ async def test_a_server_that_is_full_says_when_to_come_back():
     async with place(slow(1.0), service_limits={"max_questions": 1}) as here:
         first = asyncio.create_task(ask(here.client))
         await here.proxy.until_passed(Ask)
-        # The server wants a second's patience, which this gateway does not have.
+        # The server asks to wait for a second, which is beyond this gateway's deadline.
         hasty = gateway(here.proxy.url, deadline_s=0.4)
         async with running(hasty) as base, sdk(base) as client:
             with pytest.raises(openai.RateLimitError) as caught:
@@ -256,7 +256,7 @@ async def test_a_gateway_that_is_full_says_when_to_come_back():
 
 
 async def test_a_burst_is_answered_to_the_last():
-    """With the SDK's default retries, two, which a queue of any length outlasts."""
+    """With the SDK's two default retries, which would not outlast a long queue."""
     refused: list[int] = []
 
     async def note(response: httpx.Response) -> None:
@@ -270,7 +270,7 @@ async def test_a_burst_is_answered_to_the_last():
             answers = await asyncio.gather(*asked)
         for number, answer in enumerate(answers):
             assert answer.choices[0].message.content.endswith(f"{SURE} {number}")
-        # None was sent away to try its luck again.
+        # None was refused.
         assert refused == []
         await nothing_left(here)
 
@@ -296,7 +296,7 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
 
 async def test_requests_share_the_room_for_their_bodies():
     async with place(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
-        # One alone may be larger than the room for all.
+        # A single body may be larger than the bound for all.
         first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
         await here.proxy.until_passed(Ask)
         with pytest.raises(openai.RateLimitError, match="no room") as caught:
@@ -355,7 +355,7 @@ def animated(format: str) -> bytes:
 
 
 def huge() -> bytes:
-    """A PNG of a few bytes that says it has 2 gigapixels."""
+    """A PNG of a few bytes with 2 gigapixels in its header."""
     data = bytearray(saved(Image.new("1", (8, 8)), "PNG"))
     data[16:24] = (50_000).to_bytes(4, "big") + (40_000).to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
@@ -381,10 +381,10 @@ async def test_pictures_that_cannot_be_used(stream: bool):
             with pytest.raises(openai.APIStatusError) as caught:
                 await ask(here.client, SURE, photo(1), picture, stream=stream)
             assert caught.value.status_code == status, kind
-            if kind != "cut off":  # found when its pixels are decoded, for the view
+            if kind != "cut off":  # noticed when the view is made of its pixels
                 assert caught.value.param == "messages[0].content[2].image_url.url", kind
             assert "\n" not in caught.value.body["message"], kind
-        # Nothing is wrong with the gateway.
+        # The gateway still works.
         assert (await ask(here.client)).choices
 
 
@@ -484,7 +484,7 @@ async def test_health():
 
 
 async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pytest.MonkeyPatch):
-    """Each takes one of the places for all connections, and needs no key for it."""
+    """Each takes one of the connection slots, for which it needs no key."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with place(slow(0.4), api_key="right") as here:
         async with sdk(here.base, api_key="right") as client:
@@ -502,7 +502,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
 async def test_few_pictures_are_decoded_at_once_whoever_leaves(
     monkeypatch: pytest.MonkeyPatch, cameras: int
 ):
-    """The largest take gigabytes each. A client that leaves does not stop the thread it had."""
+    """The largest take gigabytes each. The decoding thread goes on after its client disconnects."""
     most, now, counting = 0, 0, threading.Lock()
     view = Picture.view
 

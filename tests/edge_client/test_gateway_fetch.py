@@ -1,4 +1,4 @@
-"""Pictures are fetched from hosts that the owner named, and from nowhere else."""
+"""Pictures are fetched only from hosts that the owner allowed."""
 
 from __future__ import annotations
 

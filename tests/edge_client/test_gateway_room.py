@@ -1,4 +1,4 @@
-"""Who is worked for, who waits, and when those who are refused should come back."""
+"""Admission control: running and waiting requests, and when refused clients should retry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def admission(*, patience_s: float = 10.0, **limits: int) -> Admission:
 
 
 class Crowd:
-    """Requests by name, each of which ends when it is told to."""
+    """Named requests; each ends when `go` is called."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -83,7 +83,7 @@ async def test_a_body_that_does_not_come_loses_its_place_to_those_who_wait(
 
     silent, steady = (asyncio.create_task(read(comes=comes)) for comes in (False, True))
     for _ in range(2):
-        assert left_s(await begun.get()) > 20  # nobody waits, so they have all their time
+        assert left_s(await begun.get()) > 20  # nobody waits, so the full timeout holds
     async with bound.slot(1):
         assert isinstance(silent.exception(), TimeoutError)
         assert not steady.done()
@@ -112,7 +112,7 @@ async def test_bodies_wait_for_room_and_one_alone_always_fits():
     crowd = Crowd(admission(max_requests=9, max_body_bytes=100))
     await crowd.come("large", 1000)
     await crowd.come("small", 60)
-    await crowd.come("tiny", 1)  # no overtaking: a large one would never have its turn
+    await crowd.come("tiny", 1)  # no overtaking, or a large one would wait for ever
     assert crowd.inside == ["large"]
     await crowd.go("large")
     assert crowd.inside == ["small", "tiny"]
@@ -145,7 +145,7 @@ async def test_who_gives_up_leaves_no_gap():
     crowd.tasks["b"].cancel()
     await crowd.settle()
     assert crowd.admission.waiting == 1
-    # Its turn comes and it gives up in the same moment.
+    # It is admitted and gives up at the same moment.
     crowd._leaving["a"].set()
     await crowd.tasks["a"]
     crowd.tasks["c"].cancel()
@@ -171,7 +171,7 @@ async def test_a_refusal_names_the_time_that_the_queue_takes():
     for number in range(42):
         await crowd.come(str(number))
         told.append(crowd.admission.retry_after_s())
-    # Nobody waits; then three seconds for every two of them.
+    # Nobody waits at first; then there are three seconds for every two requests.
     assert told[1] == pytest.approx(1.5)
     assert told[11] == pytest.approx(16.5)
     assert told[41] == LONGEST_WAIT_S

@@ -1,4 +1,4 @@
-"""Streams: what goes wrong before and after they began, silence, and clients that leave."""
+"""Streams: errors before and after the start, silence, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORM = ChatStream(id="c", created=1, model="m", include_usage=False)
 
 
 class Client:
-    """The far end of an ASGI response.
+    """The client of an ASGI response.
 
     Attributes:
         received: what it was sent.
@@ -53,7 +53,7 @@ class Client:
 
 
 async def stream(client: Client, pieces: AsyncGenerator[bytes, None]) -> list[str]:
-    """Send a stream; what was closed at its end, in order."""
+    """Send a stream; returns what was closed at its end, in order."""
     closed: list[str] = []
 
     async def watched() -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,4 @@
-"""The server's own API, when it misbehaves."""
+"""The server's own OpenAI API: answers, streams, and failures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STREAM = (
 async def answering(
     content: bytes, status: int = 200, *, length: int | None = None, silent: bool = False
 ) -> AsyncIterator[TextUpstream]:
-    """A server that answers everything with the same bytes."""
+    """A server that sends the same bytes as every answer."""
     stay = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

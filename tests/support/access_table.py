@@ -1,4 +1,4 @@
-"""What each route of each server asks for, found out by asking it: the table of docs/access.md.
+"""The table of docs/access.md: what each route of each server requires, found by requests.
 
 `python -m tests.support.access_table` writes it anew.
 """
@@ -29,7 +29,7 @@ WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 class Place(NamedTuple):
-    """A route as a client meets it.
+    """A route as seen by a client.
 
     Attributes:
         method: an HTTP method, or `WebSocket`.
@@ -60,7 +60,7 @@ def servers(token: str | None, **config: Any) -> dict[str, Starlette]:
 
 
 def places(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Place]:
-    """All routes of an application, those of what is mounted included."""
+    """All routes of an application, including mounted ones."""
     for route in routes:
         match route:
             case Mount():
@@ -73,7 +73,7 @@ def places(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Place]:
 
 
 async def asked(app: Starlette, place: Place, headers: dict[str, str]) -> int:
-    """The status of an answer; 101 for a WebSocket that was accepted."""
+    """Send a request; returns the status, 101 for an accepted WebSocket."""
     given = {"Host": "127.0.0.1", **headers}
     scope: dict[str, Any] = {
         "type": "http",
@@ -126,7 +126,7 @@ async def table() -> str:
 
 
 async def page(text: str) -> str:
-    """A page with the table in its place."""
+    """Insert the table into a page."""
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + "\n" + await table() + "\n" + END + rest.partition(END)[2]
 

@@ -1,9 +1,9 @@
 """The browser page: its files, and the headers with which they are served.
 
 Plain ES modules, one style sheet and no build step. `vlm_collab.web.page_routes` serves the page:
-`GET` for `INDEX` and for the files below `page/`, with `HEADERS`, and `POST page/access`, which says
-whether this client may connect. The page derives its WebSocket's address from its own: if it is
-mounted below `/v1/collab`, that path itself; otherwise `/v1/collab` beside it.
+`GET` for `INDEX` and for the files below `page/`, with `HEADERS`, and `POST page/access`, which
+says whether this client may connect. The page derives its WebSocket's address from its own: if it
+is mounted below `/v1/collab`, that path itself; otherwise `/v1/collab` beside it.
 
 A browser cannot set headers on a WebSocket, so the page sends its token as a second subprotocol
 (`token_in`).
