@@ -41,7 +41,7 @@ def local(app: Starlette) -> TestClient:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_no_route_answers_to_a_name_that_may_be_anybodys(command: str):
+async def test_no_route_answers_to_a_foreign_host_name(command: str):
     app = servers(None)[command]
     for place in all_of(app):
         assert await asked(app, place, FOREIGN_NAME) == 403, place
@@ -120,7 +120,7 @@ def test_the_name_of_a_listed_page_is_known():
     assert local(app).get("/readyz", headers={"Host": "sub.mine.example"}).status_code == 403
 
 
-async def test_a_request_without_any_name_is_no_browsers():
+async def test_a_request_without_a_host_header_is_allowed():
     """As sent by probes that speak HTTP/1.0."""
     told: list[int] = []
 

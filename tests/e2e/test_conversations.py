@@ -76,7 +76,7 @@ async def test_views_are_sent_again_after_the_server_lost_them():
         assert answer.view_bytes > 3000
 
 
-async def test_wishes_reach_the_server_and_what_it_says_comes_back():
+async def test_options_reach_the_server_and_its_results_come_back():
     async with world() as w:
         options = Options(stop=(" sky",), tokens=True)
         answer = await w.client.ask(PHOTOS[0], SURE, options=options, on_text=lambda *_: None)

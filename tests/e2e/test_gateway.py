@@ -205,7 +205,7 @@ async def test_the_second_look_can_be_forced_and_forbidden():
             assert made.vlm_collab["refined"] is refined
 
 
-async def test_a_response_and_one_that_goes_on_from_it():
+async def test_a_response_and_its_continuation():
     async with place() as here:
         first = await here.client.responses.create(
             model=MODEL, instructions="be short.", input=[item(UNSURE, photo(3))]
@@ -229,7 +229,7 @@ async def test_a_response_and_one_that_goes_on_from_it():
             assert caught.value.code == "previous_response_not_found"
 
 
-async def test_a_streamed_response_and_one_that_goes_on_from_it():
+async def test_a_streamed_response_and_its_continuation():
     async with place(speaking("a b", "one two three four")) as here:
         async with here.client.responses.stream(
             model=MODEL, input=[item("?", photo(1))], include=["message.output_text.logprobs"]
@@ -294,7 +294,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name():
             assert caught.value.type == "invalid_request_error"
 
 
-async def test_the_region_tool_is_the_gateways_own_business():
+async def test_the_region_tool_is_refused():
     async with place() as here:
         with pytest.raises(openai.BadRequestError, match="by itself") as caught:
             await here.client.responses.create(
@@ -363,7 +363,7 @@ async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
         await ten_clients([here.base, other], rounds=3)
 
 
-async def test_what_programs_in_use_send():
+async def test_requests_of_existing_programs():
     """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision send them."""
     url = {"url": data_url(photo(1))}
     text = {"type": "text", "text": SURE}

@@ -76,7 +76,7 @@ async def test_an_api_key():
         assert (await here.http.get(f"{root(here.base)}/healthz")).status_code == 200
 
 
-async def test_names_that_were_bound_to_this_machine():
+async def test_foreign_host_names_are_refused():
     async with place() as here:
         for host in ("evil.example", "evil.example:8766", "localhost.evil.example", ""):
             assert await status(here, Host=host) == 403, host

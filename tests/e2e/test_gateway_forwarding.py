@@ -135,7 +135,7 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "look"}}]
         ({"tool_choice": "none"}, None),
     ],
 )
-async def test_tools_that_a_server_refuses_are_left(
+async def test_tools_that_a_server_refuses_are_left_out(
     offer: dict[str, Any], listed: str | None, stream: bool
 ):
     """Like vLLM without a parser for calls; it refuses an empty list as well."""

@@ -154,7 +154,7 @@ def test_the_sdk_as_its_documentation_shows_it():
         assert stopped(process) == ""
 
 
-def test_the_page_about_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_the_docs_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     """The example of docs/gateway.md, unchanged."""
     page = Path(__file__).parents[2].joinpath("docs", "gateway.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -222,7 +222,7 @@ def test_a_gateway_starts_before_its_server():
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad", "crop"])
-def test_who_starts_a_gateway_is_told_that_its_server_cuts_pictures(fit: str):
+def test_the_gateway_warns_if_its_server_crops_pictures(fit: str):
     with serving("fake", "--fit", fit) as (_, server):
         with started("--server", str(server["url"])) as (process, own):
             assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it is serving by now
@@ -231,7 +231,7 @@ def test_who_starts_a_gateway_is_told_that_its_server_cuts_pictures(fit: str):
     assert len(errors.splitlines()) == (fit == "crop")
 
 
-def test_the_largest_picture_is_the_one_that_was_said():
+def test_the_largest_picture_is_an_option():
     wide = saved(Image.new("L", (1001, 1000)), "PNG")
     with serving("fake") as (_, server):
         arguments = ("--server", str(server["url"]), "--max-megapixels", "1")
@@ -244,7 +244,7 @@ def test_the_largest_picture_is_the_one_that_was_said():
     assert caught.value.code == "image_too_large"
 
 
-def test_the_longest_question_is_the_one_that_was_said():
+def test_the_longest_question_is_bounded_on_both_sides():
     """On both sides: here the server takes 60 bytes of text, the gateway 50."""
     with (
         serving("fake", "--max-question-bytes", "60") as (_, server),

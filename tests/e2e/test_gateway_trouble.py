@@ -76,7 +76,7 @@ async def test_a_question_is_asked_again_as_often_as_its_connection_breaks():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
+async def test_without_a_server_there_is_a_clear_error_in_time(stream: bool):
     async with place(deadline_s=0.3) as here:
         here.proxy.refusing = True
         with pytest.raises(
@@ -94,7 +94,7 @@ async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
         assert (await ask(here.client)).choices
 
 
-async def test_text_alone_waits_and_ends_likewise():
+async def test_requests_without_pictures_wait_and_end_likewise():
     async with place(deadline_s=0.3) as here:
         here.proxy.refusing = True
         with pytest.raises(openai.InternalServerError) as caught:

@@ -98,7 +98,7 @@ async def test_more_questions_than_the_server_takes_wait_for_their_turn():
             check(answer, picture, question)
 
 
-async def test_one_that_fails_does_not_take_the_others_along():
+async def test_a_failing_question_does_not_fail_the_others():
     async with world() as w:
         reserved = "what is <refuse> here?"
         results = await w.client.ask_many(
@@ -154,7 +154,7 @@ async def test_both_sides_count_the_same_bytes():
         assert max(answer.map) == 255
 
 
-async def test_wishes_reach_the_server():
+async def test_options_reach_the_server():
     async with world() as w:
         always = await w.client.ask(PHOTO, SURE, options=Options(retransmit=Retransmit.ALWAYS))
         assert always.refined

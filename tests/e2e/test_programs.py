@@ -359,7 +359,7 @@ async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
         ("/cameras/door/chat/completions", "/v1/chat/completions"),
     ],
 )
-async def test_a_forgotten_version_is_hinted_at(path: str, meant: str) -> None:
+async def test_a_version_missing_in_the_path_is_suggested(path: str, meant: str) -> None:
     async with both() as (_, clients):
         for client, camera in zip(clients, ("", "/cameras/door"), strict=True):
             if path.startswith(camera):  # which the gateway has

@@ -125,7 +125,7 @@ async def test_bodies_wait_for_room_and_one_alone_always_fits():
     assert crowd.admission.nbytes == 0
 
 
-async def test_a_body_that_said_less_than_it_has():
+async def test_a_body_larger_than_announced():
     bound = admission(max_requests=9, max_body_bytes=100)
     async with bound.slot(0) as alone:
         alone.hold(1000)
@@ -137,7 +137,7 @@ async def test_a_body_that_said_less_than_it_has():
     assert (bound.nbytes, bound.running) == (0, 0)
 
 
-async def test_who_gives_up_leaves_no_gap():
+async def test_giving_up_leaves_no_gap():
     crowd = Crowd(admission(max_requests=1, max_body_bytes=100))
     await crowd.come("a", 50)
     await crowd.come("b", 1000)
@@ -153,7 +153,7 @@ async def test_who_gives_up_leaves_no_gap():
     assert (crowd.admission.running, crowd.admission.waiting, crowd.admission.nbytes) == (0, 0, 0)
 
 
-async def test_no_longer_than_its_patience():
+async def test_waiting_is_bounded():
     bound = admission(max_requests=1, patience_s=0.02)
     async with bound.slot(0):
         with pytest.raises(ApiError, match="no more at once") as caught:
@@ -185,7 +185,7 @@ async def test_a_refusal_names_the_time_that_the_queue_takes():
     assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
 
 
-async def test_the_time_is_what_requests_take():
+async def test_retry_after_follows_the_duration_of_requests():
     bound = admission(max_requests=1)
     for seconds in (20.0, 20.0):
         bound.record_duration(seconds)

@@ -31,7 +31,7 @@ async def test_events_end_with_an_empty_line_of_any_kind(end: str):
         assert all(piece in (first, second, both) for piece in pieces), (cut, pieces)
 
 
-async def test_what_is_left_at_the_end_is_handed_on():
+async def test_an_unfinished_end_is_relayed():
     assert await told(b"data: 1\n\nda", b"ta: [DONE]") == [b"data: 1\n\n", b"data: [DONE]"]
     assert await told() == []
 

@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_ends_the_work(broken: bool):
     assert await stream(client, endless()) == ["pieces", "kept"]
 
 
-async def test_work_is_cancelled_for_who_left():
+async def test_work_is_cancelled_when_the_client_disconnects():
     client, cancelled = Client(), asyncio.Event()
 
     async def work() -> None:

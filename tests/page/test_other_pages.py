@@ -71,7 +71,7 @@ async def test_a_listed_page_reads_answers_and_refusals_and_no_other_does(tab: P
         await tab.goto("about:blank")
 
 
-async def test_a_page_whose_name_was_bound_anew_reads_nothing():
+async def test_a_page_with_a_rebound_name_reads_nothing():
     """The page comes from the server's own address, so the browser sees the same origin."""
     async with launched("--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
         tab = await browser.new_page()

@@ -128,7 +128,7 @@ def check(
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-async def test_a_turned_picture_is_cut_as_it_is_seen(open_page: Visitor, orientation: int):
+async def test_a_rotated_picture_is_cropped_upright(open_page: Visitor, orientation: int):
     data = turned(detailed(620, 400), orientation, quality=95)
     await asked(open_page, data)
     original = Picture.open(data)
@@ -140,7 +140,7 @@ async def test_a_turned_picture_is_cut_as_it_is_seen(open_page: Visitor, orienta
 
 @pytest.mark.parametrize("format", ["WEBP", "PNG"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-async def test_formats_that_a_browser_may_not_turn_are_turned(
+async def test_formats_that_a_browser_may_not_rotate_are_rotated(
     open_page: Visitor, format: str, orientation: int
 ):
     """Chromium rotates a JPEG by its EXIF data, but not a WebP."""
@@ -235,7 +235,7 @@ async def test_other_kinds_of_pixels(open_page: Visitor, mode: str):
     check(open_page, Picture.open(data), within=25 if mode == "CMYK" else CLOSE)
 
 
-async def test_metadata_stays(open_page: Visitor):
+async def test_metadata_stays_on_the_device(open_page: Visitor):
     exif = Image.Exif()
     exif[0x010E] = "SECRET description"
     exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # a GPS position

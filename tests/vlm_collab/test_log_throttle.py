@@ -70,7 +70,7 @@ def test_kinds_do_not_hide_each_other_nor_anything_else():
     assert not log.say("connection closed without completing handshake", name="uvicorn.error")
 
 
-def test_what_is_no_text_passes():
+def test_messages_that_are_no_text_pass():
     log = Log()
     for message in ({"a": 1}, ["a"], OSError("gone")):
         record = logging.LogRecord("library", logging.ERROR, "", 0, message, (), None)
@@ -91,7 +91,7 @@ def test_bytes_of_a_peer_have_no_traceback_and_faults_have_theirs():
     assert record.exc_info
 
 
-def test_what_is_remembered_is_bounded():
+def test_the_memory_of_kinds_is_bounded():
     log = Log()
     for number in range(10_000):
         log.say(f"{number}", name="asyncio")

@@ -91,7 +91,7 @@ def test_a_token_among_the_subprotocols():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_on_its_ground(scheme: str):
+def test_text_has_enough_contrast(scheme: str):
     css = text("page/page.css")
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
