@@ -65,7 +65,7 @@ class ChatEndpoint:
                     lambda on_text: camera.answer(query, on_text),
                     form,
                     TextFlow(query.options.stop),
-                    whole=query.options.tokens,
+                    buffered=query.options.tokens,
                     finished=lambda result: None,
                 )
                 return await stream_response(request, pieces, slot, headers)

@@ -83,7 +83,7 @@ class ResponsesEndpoint:
                     lambda on_text: camera.answer(query, on_text, fetched),
                     form,
                     TextFlow(query.options.stop),
-                    whole=query.options.tokens,
+                    buffered=query.options.tokens,
                     finished=keep,
                 )
                 return await stream_response(request, pieces, slot, headers)

@@ -75,7 +75,7 @@ async def answer_pieces(
     form: StreamFormat,
     flow: TextFlow,
     *,
-    whole: bool,
+    buffered: bool,
     finished: Callable[[Result], None],
 ) -> AsyncGenerator[bytes, None]:
     """Yield the bytes of a streamed answer.
@@ -87,7 +87,7 @@ async def answer_pieces(
         ask: asks the question; its argument receives the texts.
         form: writes the events.
         flow: decides which part of the texts can be sent.
-        whole: send the text in one piece at the end, because its logprobs come only then.
+        buffered: send the text in one piece at the end, because its logprobs come only then.
         finished: called with the answer before the stream's end is sent.
 
     Raises:
@@ -102,7 +102,7 @@ async def answer_pieces(
             task.result()  # raises what went wrong
         yield form.start()
         while text is not None:
-            piece = "" if whole else flow.feed(*text)
+            piece = "" if buffered else flow.feed(*text)
             if piece:
                 yield form.delta(piece)
             text = await texts.get()

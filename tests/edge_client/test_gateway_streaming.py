@@ -128,7 +128,7 @@ async def test_work_is_cancelled_when_the_client_disconnects():
 
 
 def pieces(ask: Any, finished: Any = lambda result: None, **how: Any) -> Any:
-    return answer_pieces(ask, FORM, TextFlow(), **{"whole": False, "finished": finished, **how})
+    return answer_pieces(ask, FORM, TextFlow(), **{"buffered": False, "finished": finished, **how})
 
 
 async def test_what_goes_wrong_before_the_first_text_is_raised():
