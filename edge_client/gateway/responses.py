@@ -13,7 +13,7 @@ from edge_client.gateway.admission import Admission
 from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.http import admitted, json_response, read_json
-from edge_client.gateway.response_store import ResponseStore
+from edge_client.gateway.conversation_store import ResponseStore
 from edge_client.gateway.streaming import answer_pieces, stream_response
 from vlm_collab.openai import (
     ResponseBuilder,
