@@ -1,4 +1,4 @@
-"""Stored responses that later requests can continue, within bounds."""
+"""Stored conversations that later requests can continue, within bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from vlm_collab.openai import ApiError, Conversation, refuse
 
 
-class ResponseStore:
+class ConversationStore:
     """Conversations by the id of their last response; the least recently used are dropped first.
 
     Each belongs to a camera: another camera's rules might let more of its pictures leave.

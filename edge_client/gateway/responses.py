@@ -12,8 +12,8 @@ from starlette.responses import Response
 from edge_client.gateway.admission import Admission
 from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayConfig
+from edge_client.gateway.conversation_store import ConversationStore
 from edge_client.gateway.http import admitted, json_response, read_json
-from edge_client.gateway.conversation_store import ResponseStore
 from edge_client.gateway.streaming import answer_pieces, stream_response
 from vlm_collab.openai import (
     ResponseBuilder,
@@ -39,7 +39,7 @@ class ResponsesEndpoint:
         limits = config.limits
         self._limits = limits
         self._admission = admission
-        self._store = ResponseStore(
+        self._store = ConversationStore(
             limits.max_responses,
             limits.max_response_bytes,
             max_answers=limits.max_answers,
