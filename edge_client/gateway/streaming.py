@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -17,28 +17,12 @@ from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, Result, TextFlow, api_error
 from vlm_collab.protocol.messages import Stage
-from vlm_collab.web.streams import EventStream, cancel, first_piece
+from vlm_collab.web.streams import EventStream, StreamFormat, cancel, first_piece
 
 log = logging.getLogger(__name__)
 
 FAILED = ApiError(500, "the gateway failed; its log knows more", "server_error")
 """The error that a client gets for a bug in the gateway."""
-
-
-class StreamFormat(Protocol):
-    """The events of one of OpenAI's streams; every method returns bytes to send."""
-
-    def start(self) -> bytes:
-        """The first events."""
-
-    def delta(self, text: str) -> bytes:
-        """A piece of the answer."""
-
-    def finish(self, rest: str, result: Result) -> bytes:
-        """The last piece and the end."""
-
-    def error(self, error: ApiError) -> bytes:
-        """The end of an answer that failed."""
 
 
 async def stream_response(

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from vlm_collab.openai import ApiError, Result
 
 T = TypeVar("T")
 
@@ -55,6 +57,22 @@ async def first_piece(receive: Receive, pieces: AsyncGenerator[bytes, None]) -> 
     except BaseException:
         await pieces.aclose()
         raise
+
+
+class StreamFormat(Protocol):
+    """The events of one of OpenAI's streams; every method returns bytes to send."""
+
+    def start(self) -> bytes:
+        """The first events."""
+
+    def delta(self, text: str) -> bytes:
+        """A piece of the answer."""
+
+    def finish(self, rest: str, result: Result) -> bytes:
+        """The last piece and the end."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The end of an answer that failed."""
 
 
 class EventStream(Response):
