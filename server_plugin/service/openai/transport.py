@@ -16,12 +16,12 @@ from vlm_collab.web.streams import ClientGoneError
 
 
 class Bodies:
-    """Reads requests, all of them together within a budget.
+    """Reads request bodies within a budget for all of them.
 
     Args:
         limits: bounds.
-        timeout_s: longest time that a client may take to send a request.
-        retry_after_s: when to come back if there is no room now.
+        timeout_s: time for a request to arrive.
+        retry_after_s: returns when a refused client should retry.
     """
 
     def __init__(
@@ -31,17 +31,17 @@ class Bodies:
         self._timeout_s = timeout_s
         self._retry_after_s = retry_after_s
         self.nbytes = 0
-        """Bytes of all requests that are being read or answered."""
+        """Bytes of all requests being read or answered."""
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """A request's body, inflated; its bytes count until the block is left.
+        """Read a request's body, inflated; its bytes count until the block is left.
 
-        One that is refused is not read on; uvicorn throws away the rest, so that the client,
-        who is still sending, gets to see the reason.
+        The rest of a refused body is not read here. uvicorn discards it, so that the client, which
+        is still sending, receives the refusal.
 
         Raises:
-            ApiError: too large (413), too many bytes at once (429), too slow (408), or see
+            ApiError: too large (413), beyond the budget (429), too slow (408), or see
                 `body_pieces`.
             ClientGoneError: the client left.
         """
@@ -75,7 +75,7 @@ class Bodies:
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """HTTP headers that belong to an error."""
+    """The HTTP headers for an error."""
     headers = error.headers()
     if error.status == 408:
         headers["connection"] = "close"  # the rest of the request may never come
@@ -86,13 +86,13 @@ class Sender:
     """The response to one request: one JSON object, or a stream of events.
 
     Args:
-        send: where it goes.
+        send: see ASGI.
         timeout_s: how long a client may leave a piece unread.
 
     Attributes:
-        headers: more of the response's, to be set before it starts.
-        sent: bytes of the body so far.
-        started: whether the status line has gone; what goes wrong later is told in the stream.
+        headers: further response headers, to be set before the response starts.
+        sent: bytes of the body sent so far.
+        started: whether the status line was sent; later errors are sent within the stream.
     """
 
     def __init__(self, send: Send, timeout_s: float) -> None:
@@ -103,29 +103,29 @@ class Sender:
         self.started = False
 
     async def json(self, body: bytes) -> None:
-        """Send an object, and nothing else.
+        """Send a JSON object as the whole response.
 
         Raises:
-            ClientGoneError: the client does not read; so for all that sends.
+            ClientGoneError: the client does not read. All methods that send raise this.
         """
         await self._start(200, {"content-type": "application/json"}, len(body))
         await self._write(body, more=False)
 
     async def error(self, error: ApiError) -> None:
-        """Send an error, and nothing else."""
+        """Send an error as the whole response."""
         body = error.encoded()
         headers = {"content-type": "application/json", **headers_of(error)}
         await self._start(error.status, headers, len(body))
         await self._write(body, more=False)
 
     async def events(self, events: bytes) -> None:
-        """Send events of a stream; nothing for none."""
+        """Send events of a stream; does nothing without events."""
         if not events:
             return
         if not self.started:
             headers = {
                 "content-type": "text/event-stream; charset=utf-8",
-                "x-accel-buffering": "no",  # nginx would collect the whole answer
+                "x-accel-buffering": "no",  # otherwise nginx would buffer the whole answer
             }
             await self._start(200, headers, None)
         await self._write(events, more=True)
