@@ -12,10 +12,10 @@ from tests.support.access_table import (
     PAGE,
     TOKEN,
     WITH_TOKEN,
-    Place,
+    ProbedRoute,
     asked,
     page,
-    places,
+    probed_routes,
     servers,
 )
 from vlm_collab.errors import ConfigError
@@ -27,12 +27,12 @@ OPEN = ("/healthz", "/readyz", "/", "/page/{path}")
 MINE = "https://mine.example"
 
 
-def all_of(app: Starlette) -> list[Place]:
+def all_of(app: Starlette) -> list[ProbedRoute]:
     """Every route, and some paths without a route."""
-    found = list(places(app.routes))
-    below = "/collab" if Place("GET", "/collab/healthz", "/collab/healthz") in found else ""
+    found = list(probed_routes(app.routes))
+    below = "/collab" if ProbedRoute("GET", "/collab/healthz", "/collab/healthz") in found else ""
     none = [below + path for path in ("/nothing", "/v1", "/metrics/", "/page", "/page/access/")]
-    return [*found, *(Place("GET", path, path) for path in none)]
+    return [*found, *(ProbedRoute("GET", path, path) for path in none)]
 
 
 def local(app: Starlette) -> TestClient:
@@ -43,35 +43,35 @@ def local(app: Starlette) -> TestClient:
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_no_route_answers_to_a_foreign_host_name(command: str):
     app = servers(None)[command]
-    for place in all_of(app):
-        assert await asked(app, place, FOREIGN_NAME) == 403, place
+    for route in all_of(app):
+        assert await asked(app, route, FOREIGN_NAME) == 403, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_no_route_answers_pages_of_other_origins(command: str):
     for token in (None, TOKEN):
         app = servers(token)[command]
-        for place in places(app.routes):
+        for route in probed_routes(app.routes):
             # Requests for the page's own files look like this behind a proxy that renames.
-            is_file = place.method == "GET" and place.shown.endswith(("/", "/page/{path}"))
-            refused = await asked(app, place, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
-            assert refused is not is_file, place
+            is_file = route.method == "GET" and route.shown.endswith(("/", "/page/{path}"))
+            refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
+            assert refused is not is_file, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_all_routes_but_the_open_ones_want_the_token(command: str):
     app = servers(TOKEN)[command]
-    for place in places(app.routes):
-        is_open = place.method == "GET" and any(
-            place.shown.removeprefix(below) == path
+    for route in probed_routes(app.routes):
+        is_open = route.method == "GET" and any(
+            route.shown.removeprefix(below) == path
             for path in OPEN
             for below in ("", "/collab", "/v1/collab")
         )
         for headers in ({}, {"Authorization": "Bearer wrong"}, FOREIGN_NAME):
-            refused = await asked(app, place, headers) == 401
-            assert refused is not is_open, (place, headers)
+            refused = await asked(app, route, headers) == 401
+            assert refused is not is_open, (route, headers)
         # With a token every name and every route is allowed.
-        assert await asked(app, place, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), place
+        assert await asked(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])

@@ -50,7 +50,7 @@ def sdk(base_url: str, **options: Any) -> AsyncOpenAI:
     return AsyncOpenAI(**{**settings, **options})
 
 
-class Place:
+class Deployment:
     """The SDK at a gateway that reaches a service through a proxy.
 
     Attributes:
@@ -88,13 +88,13 @@ SMALL = WireLimits(max_body_bytes=1 << 20, max_picture_bytes=100_000, max_pictur
 
 
 @asynccontextmanager
-async def place(
+async def deployed(
     backend: FakeBackend | None = None,
     *,
     config: dict[str, Any] | None = None,
     service_limits: dict[str, Any] | None = None,
     **options: Any,
-) -> AsyncIterator[Place]:
+) -> AsyncIterator[Deployment]:
     """Connect everything; at the end, check that nothing is left on either side.
 
     Args:
@@ -107,7 +107,7 @@ async def place(
     async with serving(mine) as url, Proxy(url) as proxy:
         made = gateway(proxy.url, **options)
         async with running(made) as base:
-            here = Place(mine, proxy, made, base)
+            here = Deployment(mine, proxy, made, base)
             try:
                 yield here
             finally:

@@ -16,7 +16,7 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
-from tests.e2e.gateways import MODEL, data_url, gateway, item, place, running, said, sdk
+from tests.e2e.gateways import MODEL, data_url, deployed, gateway, item, running, said, sdk
 from tests.edge_client.scripted import Peer, scripted
 from tests.support.wire import service
 from vlm_collab.geometry import Box
@@ -43,7 +43,7 @@ async def streamed(stream: Any) -> tuple[list[str], Any]:
 
 
 async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(UNSURE, photo(1))]
         )
@@ -61,7 +61,7 @@ async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion
 
 
 async def test_a_sure_model_sends_no_region():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(SURE, photo(1))]
         )
@@ -71,7 +71,7 @@ async def test_a_sure_model_sends_no_region():
 
 
 async def test_a_later_request_about_the_same_picture_costs_no_pixels():
-    async with place() as here:
+    async with deployed() as here:
         messages = [said(SURE, photo(1))]
         first = await here.client.chat.completions.create(model=MODEL, messages=messages)
         answer = first.choices[0].message.content
@@ -88,7 +88,7 @@ async def test_a_later_request_about_the_same_picture_costs_no_pixels():
 
 
 async def test_several_pictures_in_one_request():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(UNSURE, photo(1), photo(2), photo(1))]
         )
@@ -102,7 +102,7 @@ async def test_several_pictures_in_one_request():
 
 
 async def test_labels_stay_with_their_pictures():
-    async with place() as here:
+    async with deployed() as here:
         one, two = (said(SURE, photo(number))["content"][-1] for number in (1, 2))
         told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
         content = [told[0], one, told[1], two, told[2]]
@@ -116,7 +116,7 @@ async def test_labels_stay_with_their_pictures():
 
 
 async def test_a_stream_holds_the_first_answer_back():
-    async with place() as here:
+    async with deployed() as here:
         stream = await here.client.chat.completions.create(
             model=MODEL,
             messages=[said(UNSURE, photo(1))],
@@ -133,7 +133,7 @@ async def test_a_stream_holds_the_first_answer_back():
 
 async def test_a_stream_sends_the_second_answer_as_it_comes():
     words = " ".join(f"word{i}" for i in range(12))
-    async with place(speaking("no idea", words)) as here:
+    async with deployed(speaking("no idea", words)) as here:
         stream = await here.client.chat.completions.create(
             model=MODEL, messages=[said("?", photo(1))], stream=True
         )
@@ -145,7 +145,7 @@ async def test_a_stream_sends_the_second_answer_as_it_comes():
 
 
 async def test_a_stream_of_a_sure_model_sends_its_answer_at_once():
-    async with place() as here:
+    async with deployed() as here:
         stream = await here.client.chat.completions.create(
             model=MODEL, messages=[said(SURE, photo(1))], stream=True
         )
@@ -165,7 +165,7 @@ async def test_stop_texts_and_the_longest_answer(stream: bool):
         pieces, last = await streamed(made)
         return "".join(pieces), last.choices[0].finish_reason
 
-    async with place(speaking("a b", "one two three four five six")) as here:
+    async with deployed(speaking("a b", "one two three four five six")) as here:
         assert await ask() == ("one two three four five six", "stop")
         assert await ask(stop="four") == ("one two three", "stop")
         assert await ask(stop=["seven", "o thr"]) == ("one tw", "stop")
@@ -175,7 +175,7 @@ async def test_stop_texts_and_the_longest_answer(stream: bool):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_logprobs(stream: bool):
-    async with place(speaking("a b", "one two three")) as here:
+    async with deployed(speaking("a b", "one two three")) as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said("?", photo(1))], logprobs=True, stream=stream
         )
@@ -195,7 +195,7 @@ async def test_logprobs(stream: bool):
 
 
 async def test_the_second_look_can_be_forced_and_forbidden():
-    async with place() as here:
+    async with deployed() as here:
         for question, wish, refined in ((SURE, "always", True), (UNSURE, "never", False)):
             made = await here.client.chat.completions.create(
                 model=MODEL,
@@ -206,7 +206,7 @@ async def test_the_second_look_can_be_forced_and_forbidden():
 
 
 async def test_a_response_and_its_continuation():
-    async with place() as here:
+    async with deployed() as here:
         first = await here.client.responses.create(
             model=MODEL, instructions="be short.", input=[item(UNSURE, photo(3))]
         )
@@ -230,7 +230,7 @@ async def test_a_response_and_its_continuation():
 
 
 async def test_a_streamed_response_and_its_continuation():
-    async with place(speaking("a b", "one two three four")) as here:
+    async with deployed(speaking("a b", "one two three four")) as here:
         async with here.client.responses.stream(
             model=MODEL, input=[item("?", photo(1))], include=["message.output_text.logprobs"]
         ) as stream:
@@ -251,7 +251,7 @@ async def test_a_streamed_response_and_its_continuation():
 
 
 async def test_responses_are_kept_within_bounds():
-    async with place(limits={"max_responses": 2}) as here:
+    async with deployed(limits={"max_responses": 2}) as here:
         made = [
             await here.client.responses.create(model=MODEL, input=[item(SURE, photo(1))])
             for _ in range(3)
@@ -284,7 +284,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_what_cannot_be_honoured_is_refused_by_name():
-    async with place() as here:
+    async with deployed() as here:
         for wish, param in REFUSED:
             with pytest.raises(openai.BadRequestError) as caught:
                 await here.client.chat.completions.create(
@@ -295,7 +295,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name():
 
 
 async def test_the_region_tool_is_refused():
-    async with place() as here:
+    async with deployed() as here:
         with pytest.raises(openai.BadRequestError, match="by itself") as caught:
             await here.client.responses.create(
                 model=MODEL,
@@ -306,7 +306,7 @@ async def test_the_region_tool_is_refused():
 
 
 async def test_models():
-    async with place(aliases=("gpt-4o-mini",)) as here:
+    async with deployed(aliases=("gpt-4o-mini",)) as here:
         listed = await here.client.models.list()
         assert [model.id for model in listed.data] == [MODEL, "gpt-4o-mini"]
         assert (await here.client.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
@@ -359,7 +359,7 @@ async def ten_clients(places: list[str], rounds: int) -> None:
 
 
 async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
-    async with place() as here, running(gateway(here.proxy.url)) as other:
+    async with deployed() as here, running(gateway(here.proxy.url)) as other:
         await ten_clients([here.base, other], rounds=3)
 
 
@@ -404,7 +404,7 @@ async def test_requests_of_existing_programs():
         },
         {"model": MODEL, "messages": [{"role": "user", "content": [text]}]},
     ]
-    async with place() as here:
+    async with deployed() as here:
         for body in requests:
             answer = await here.http.post("/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
@@ -412,7 +412,7 @@ async def test_requests_of_existing_programs():
 
 
 async def test_text_alone_goes_to_the_servers_own_api():
-    async with place(aliases=("gpt-4o-mini",)) as here:
+    async with deployed(aliases=("gpt-4o-mini",)) as here:
         made = await here.client.chat.completions.create(
             model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}]
         )
@@ -430,7 +430,7 @@ async def test_text_alone_goes_to_the_servers_own_api():
 
 
 async def test_a_conversation_of_responses_may_begin_without_a_picture():
-    async with place() as here:
+    async with deployed() as here:
         first = await here.client.responses.create(model=MODEL, input="hello")
         assert first.output_text.split() == ["first", "hello"]
         stream = await here.client.responses.create(

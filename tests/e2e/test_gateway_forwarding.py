@@ -51,7 +51,7 @@ class Elsewhere(Service):
 
 
 @asynccontextmanager
-async def place(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
+async def deployed(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
     async def chat(_: Request) -> Response:
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
@@ -97,7 +97,7 @@ async def test_a_pause_within_an_event(comments: asyncio.Queue[bytes], end: byte
             yield part
         yield b"data: [DONE]" + end
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         assert await streamed(client) == "one two"
 
 
@@ -106,7 +106,7 @@ async def test_a_server_that_is_lost_within_an_event():
         yield b"data: " + chunk("one") + b"\n\ndata: " + chunk("two")[:30]
         raise ConnectionResetError
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         with pytest.raises(openai.APIError, match="the server was lost"):
             await streamed(client)
 
@@ -117,7 +117,7 @@ async def test_a_server_that_sends_an_event_without_an_end():
         for _ in range(100):
             yield b"a" * 2**16
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         with pytest.raises(openai.APIError, match="no end"):
             await streamed(client)
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.e2e.common import SURE, photo, view_digest
-from tests.e2e.gateways import MODEL, Place, item, place
+from tests.e2e.gateways import MODEL, Deployment, deployed, item
 
 
 @asynccontextmanager
@@ -37,7 +37,7 @@ def snapshot(question: str, host: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "input_text", "text": question}, shown]}
 
 
-async def respond(here: Place, said: Any, stream: bool = False, **more: Any) -> Any:
+async def respond(here: Deployment, said: Any, stream: bool = False, **more: Any) -> Any:
     """Ask for a response, streamed or not."""
     made = await here.client.responses.create(model=MODEL, input=said, stream=stream, **more)
     if not stream:
@@ -49,7 +49,7 @@ async def respond(here: Place, said: Any, stream: bool = False, **more: Any) -> 
 async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
     async with (
         camera(lambda count: photo(1) if count == 0 else None) as host,
-        place(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as here,
     ):
         first = await respond(here, [snapshot(SURE, host)], stream)
         later = await respond(here, "and the sea?", stream, previous_response_id=first.id)
@@ -62,7 +62,7 @@ async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
 async def test_an_address_that_comes_again_shows_what_is_there_now():
     async with (
         camera(lambda count: photo([1, 2, 1][count])) as host,
-        place(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as here,
     ):
         first = await respond(here, [snapshot(SURE, host)])
         later = await respond(here, [snapshot("now?", host)], previous_response_id=first.id)
@@ -77,7 +77,7 @@ async def test_an_address_that_comes_again_shows_what_is_there_now():
 async def test_what_was_fetched_counts_among_what_is_kept():
     async with (
         camera(lambda count: photo(count + 1)) as host,
-        place(
+        deployed(
             fetch_hosts=frozenset({host}),
             limits={"max_response_bytes": len(photo(1)) + len(photo(2)) - 1},
         ) as here,
@@ -90,7 +90,7 @@ async def test_what_was_fetched_counts_among_what_is_kept():
 
 
 async def test_a_response_can_be_deleted():
-    async with place(api_key="right") as here:
+    async with deployed(api_key="right") as here:
         here.client.api_key = "right"
         first = await respond(here, [item(SURE, photo(1))])
         later = await respond(here, "?", previous_response_id=first.id)

@@ -22,7 +22,7 @@ from edge_client.gateway import running
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.runner import running as serving
-from tests.e2e.gateways import MODEL, Place, data_url, gateway, place
+from tests.e2e.gateways import MODEL, Deployment, data_url, deployed, gateway
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
@@ -51,9 +51,9 @@ SHOWN = {"type": "image_url", "image_url": {"url": data_url(PHOTO), "detail": "l
 
 
 @asynccontextmanager
-async def both(**options: Any) -> AsyncIterator[tuple[Place, list[httpx.AsyncClient]]]:
+async def both(**options: Any) -> AsyncIterator[tuple[Deployment, list[httpx.AsyncClient]]]:
     """The service and the gateway, for plain HTTP below `/v1`."""
-    async with place(**options) as here:
+    async with deployed(**options) as here:
         direct = http(here.proxy.url) + "/v1"
         async with httpx.AsyncClient(
             base_url=direct, trust_env=False, timeout=PATIENCE_S

@@ -16,10 +16,10 @@ PICTURE = b"\xff\xd8 a picture"
 
 
 class Web:
-    """A web server that says what a test tells it to.
+    """A web server with answers set by a test.
 
     Attributes:
-        requests: heads of the requests that came.
+        requests: heads of the received requests.
     """
 
     def __init__(self) -> None:

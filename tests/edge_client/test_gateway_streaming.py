@@ -24,8 +24,8 @@ class Client:
     """The client of an ASGI response.
 
     Attributes:
-        received: what it was sent.
-        leaving: set it, and it is gone.
+        received: the ASGI messages that it received.
+        leaving: set it to disconnect the client.
     """
 
     def __init__(self, *, broken: bool = False) -> None:
