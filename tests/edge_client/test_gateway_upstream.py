@@ -81,6 +81,23 @@ async def test_a_streamed_answer():
         assert texts == ["h", "hi"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+async def test_a_stream_in_every_form_of_the_standard(end: str):
+    lines = (
+        ": comment",
+        "",
+        'data:{"choices":[{"delta":{"content":"a\u2028b"},',  # no line end in an event stream
+        'data: "finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2}}',
+        "",
+        "data: [DONE]",
+        "",
+        "",
+    )
+    async with answering(end.join(lines).encode()) as upstream:
+        result = await upstream.ask(QUERY, "m", lambda *_: None)
+        assert (result.text, result.completion_tokens) == ("a\u2028b", 2)
+
+
 @pytest.mark.parametrize(
     ("content", "how", "status"),
     [
