@@ -32,7 +32,7 @@ from tests.support.raw import (
 from tests.support.wire import SURE, edge, picture, service
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import Answer, Ask, Cancel, Hello, Welcome, encode
-from vlm_collab.web import connection_limits as places_module
+from vlm_collab.web import connection_limits as slots_module
 from vlm_collab.web import http_protocol as serving
 from vlm_collab.web import websocket_protocol as websocket
 from vlm_collab.web import write_timeout as transport
@@ -296,7 +296,7 @@ async def test_a_message_in_many_fragments_is_taken():
 
 def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
     monkeypatch.setattr(runner, "_OTHERS", others)
-    monkeypatch.setattr(places_module, "RESERVED", reserved)
+    monkeypatch.setattr(slots_module, "RESERVED", reserved)
 
 
 SMALLEST = {"max_connections": 2, "max_newcomers": 2}
@@ -420,7 +420,7 @@ async def test_clients_that_do_not_read_make_room_sooner_when_it_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     few(monkeypatch, others=1)
-    monkeypatch.setattr(transport, "_LOOKS", 300)
+    monkeypatch.setattr(transport, "_CHECKS", 300)
     limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
     async with served(service(limits=limits)) as here:
         for number in range(1, 4):
