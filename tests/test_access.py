@@ -1,4 +1,4 @@
-"""One rule on every route of every server: by which name, from which pages, with which token."""
+"""The access rules on every route of every server: `Host`, `Origin` and token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.support.access_table import (
     PAGE,
     TOKEN,
     WITH_TOKEN,
-    Place,
+    ProbedRoute,
     asked,
     page,
-    places,
+    probed_routes,
     servers,
 )
 from vlm_collab.errors import ConfigError
@@ -23,16 +23,16 @@ from vlm_collab.web.access import checked_names
 
 COMMANDS = ("vlm-collab serve", "vlm-collab gateway", "vllm serve")
 OPEN = ("/healthz", "/readyz", "/", "/page/{path}")
-"""Routes that tell nobody's business, wherever they are mounted."""
+"""Routes that need no token, relative to where they are mounted."""
 MINE = "https://mine.example"
 
 
-def all_of(app: Starlette) -> list[Place]:
-    """Every route, and some that are none."""
-    found = list(places(app.routes))
-    below = "/collab" if Place("GET", "/collab/healthz", "/collab/healthz") in found else ""
+def all_of(app: Starlette) -> list[ProbedRoute]:
+    """Every route, and some paths without a route."""
+    found = list(probed_routes(app.routes))
+    below = "/collab" if ProbedRoute("GET", "/collab/healthz", "/collab/healthz") in found else ""
     none = [below + path for path in ("/nothing", "/v1", "/metrics/", "/page", "/page/access/")]
-    return [*found, *(Place("GET", path, path) for path in none)]
+    return [*found, *(ProbedRoute("GET", path, path) for path in none)]
 
 
 def local(app: Starlette) -> TestClient:
@@ -41,37 +41,37 @@ def local(app: Starlette) -> TestClient:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_no_route_answers_to_a_name_that_may_be_anybodys(command: str):
+async def test_no_route_answers_to_a_foreign_host_name(command: str):
     app = servers(None)[command]
-    for place in all_of(app):
-        assert await asked(app, place, FOREIGN_NAME) == 403, place
+    for route in all_of(app):
+        assert await asked(app, route, FOREIGN_NAME) == 403, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_no_route_answers_pages_of_other_origins(command: str):
     for token in (None, TOKEN):
         app = servers(token)[command]
-        for place in places(app.routes):
-            # Its own files look like that to a server which a proxy calls by another name.
-            is_file = place.method == "GET" and place.shown.endswith(("/", "/page/{path}"))
-            refused = await asked(app, place, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
-            assert refused is not is_file, place
+        for route in probed_routes(app.routes):
+            # Requests for the page's own files look like this behind a proxy that renames.
+            is_file = route.method == "GET" and route.shown.endswith(("/", "/page/{path}"))
+            refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
+            assert refused is not is_file, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_all_routes_but_the_open_ones_want_the_token(command: str):
     app = servers(TOKEN)[command]
-    for place in places(app.routes):
-        is_open = place.method == "GET" and any(
-            place.shown.removeprefix(below) == path
+    for route in probed_routes(app.routes):
+        is_open = route.method == "GET" and any(
+            route.shown.removeprefix(below) == path
             for path in OPEN
             for below in ("", "/collab", "/v1/collab")
         )
         for headers in ({}, {"Authorization": "Bearer wrong"}, FOREIGN_NAME):
-            refused = await asked(app, place, headers) == 401
-            assert refused is not is_open, (place, headers)
-        # With a token any name will do, and any route.
-        assert await asked(app, place, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), place
+            refused = await asked(app, route, headers) == 401
+            assert refused is not is_open, (route, headers)
+        # With a token every name and every route is allowed.
+        assert await asked(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
@@ -84,7 +84,7 @@ async def test_all_routes_but_the_open_ones_want_the_token(command: str):
         ("127.0.0.1", True),
         ("127.0.0.9:8766", True),
         ("[::1]:5", True),
-        # An address cannot be bound anew: probes of a cluster, and people in the same network.
+        # Addresses cannot be re-bound: probes of a cluster, and clients in the same network.
         ("10.0.0.1", True),
         ("192.168.1.20:8766", True),
         ("[fe80::1]", True),
@@ -107,21 +107,21 @@ def test_names_without_a_token(command: str, host: str, known: bool):
     app = servers(None, host_names=frozenset({"camera.lan"}))[command]
     for path in ("/healthz", "/v1/nothing", "/"):
         assert (local(app).get(path, headers={"Host": host}).status_code == 403) is not known
-    if known:  # a page that such a name served may ask
+    if known:  # a page served under such a name may ask
         headers = {"Host": host, "Origin": f"http://{host}"}
         assert local(app).get("/v1/nothing", headers=headers).status_code == 404
 
 
 def test_the_name_of_a_listed_page_is_known():
-    """As behind a proxy that passes the browser's `Host` on."""
+    """As behind a proxy that forwards the browser's `Host`."""
     app = servers(None, origins=frozenset({f"{MINE}:8443"}))["vlm-collab serve"]
     for host in ("mine.example", "mine.example:8443", "MINE.example:1"):
         assert local(app).get("/readyz", headers={"Host": host}).status_code == 200
     assert local(app).get("/readyz", headers={"Host": "sub.mine.example"}).status_code == 403
 
 
-async def test_a_request_without_any_name_is_no_browsers():
-    """As probes send it that speak HTTP/1.0."""
+async def test_a_request_without_a_host_header_is_allowed():
+    """As sent by probes that speak HTTP/1.0."""
     told: list[int] = []
 
     async def send(message: dict) -> None:
@@ -141,7 +141,7 @@ async def test_a_request_without_any_name_is_no_browsers():
     await servers(None)["vlm-collab serve"](scope, receive, send)
     twice = {**scope, "headers": [(b"host", b"localhost"), (b"host", b"evil.example")]}
     await servers(None)["vlm-collab serve"](twice, receive, send)
-    # A page of no name is not of the same origin as a server without one.
+    # A page with a null origin does not match an empty `Host`.
     nobodys = {**scope, "headers": [(b"origin", b"null"), (b"host", b"")]}
     await servers(TOKEN)["vlm-collab serve"](nobodys, receive, send)
     assert told == [200, 403, 403]
@@ -183,7 +183,7 @@ def test_pages_of_listed_origins_get_what_browsers_want(command: str, token: str
         assert "authorization" in told.headers["access-control-allow-headers"]
         assert told.headers["access-control-allow-private-network"] == "true"
         assert "access-control-allow-credentials" not in told.headers
-    # Refusals can be read, too, and all that they say of themselves.
+    # Pages can read refusals as well, with all their headers.
     answers = [local(app).get("/v1/nothing", headers={"Origin": MINE})]
     answers.append(local(app).get("/v1/nothing", headers={"Origin": MINE, **WITH_TOKEN}))
     assert [each.status_code for each in answers] == [401 if token else 404, 404]
@@ -191,7 +191,7 @@ def test_pages_of_listed_origins_get_what_browsers_want(command: str, token: str
         assert each.headers["access-control-allow-origin"] == MINE
         assert each.headers["access-control-expose-headers"] == "*"
         assert each.headers["vary"] == "Origin"
-    # To nobody else.
+    # For no other origin.
     for headers in (FOREIGN_PAGE, {"Origin": "null"}, {"Origin": f"{MINE}.evil.example"}):
         told = local(app).options("/v1/chat/completions", headers={**asks, **headers})
         assert told.status_code == 403

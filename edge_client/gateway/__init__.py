@@ -1,11 +1,11 @@
 """The gateway: OpenAI's APIs on the device, `vlm-collab/1` towards the server.
 
-A client sends its full-resolution picture as it always does; only a small view of it goes up the
-uplink, and the region that the model asks for. `Gateway` is the application, `running` and
-`serve` put it on a socket.
+A client sends its full-resolution picture as usual; the gateway sends only a small view of it to
+the server, and a region if the model asks for one. `Gateway` is the application; `running` and
+`serve` run it.
 """
 
-from edge_client.gateway.answering import NoServerError
+from edge_client.gateway.answerer import NoServerError
 from edge_client.gateway.app import Gateway
 from edge_client.gateway.config import DEFAULT_PORT, GatewayConfig, GatewayLimits
 from edge_client.gateway.logs import configure as configure_logs

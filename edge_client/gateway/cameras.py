@@ -1,4 +1,4 @@
-"""One `Answerer` for each camera, so that each has its own rules of the policy."""
+"""One `Answerer` per camera, each with its own rules of the policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Unpack
 
 from edge_client.client import ClientOptions
-from edge_client.gateway.answering import Answerer
+from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayConfig
 from edge_client.picture import PictureCache
 from edge_client.privacy.policy import PrivacyPolicy, load_policy
@@ -14,21 +14,21 @@ from vlm_collab.openai import refuse
 
 
 class Cameras:
-    """The answerers of the cameras that the policy names, made when they are first asked.
+    """The answerers of the policy's cameras, each made at its first use.
 
-    They share the memory for originals and the threads that decode them. What the policy counts,
-    it counts for each.
+    They share the memory for originals and the threads that decode pictures. Counters of the policy
+    are kept per camera.
 
     Args:
         config: see `GatewayConfig`.
         url: address of the service.
-        options: see `ClientOptions`; `camera` is the one that is meant where none is named.
+        options: see `ClientOptions`; `camera` is the default camera.
 
     Raises:
         ConfigError: an impossible setting.
 
     Attributes:
-        default: the answerer for whoever names no camera.
+        default: answers requests that name no camera.
     """
 
     def __init__(self, config: GatewayConfig, url: str, **options: Unpack[ClientOptions]) -> None:
@@ -41,13 +41,13 @@ class Cameras:
         self._options = options
         limits = config.limits
         pixels = options.get("max_pixels", limits.max_pixels)
-        self._album = PictureCache(pixels, limits.max_picture_bytes)
-        # Threads and no semaphore: a thread cannot be stopped, so the place of a question that is
-        # given up is taken until its picture is done.
+        self._pictures = PictureCache(pixels, limits.max_picture_bytes)
+        # Bounded by threads and not by a semaphore: a decoding thread cannot be stopped, so it must
+        # count until its picture is done, even if the question was given up.
         self._decoder = ThreadPoolExecutor(limits.max_decoding, "pictures")
         options.setdefault("decoder", self._decoder)
-        self.default = Answerer(config, url, self._album, **options)
-        self._made = {self.default.camera: self.default}
+        self.default = Answerer(config, url, self._pictures, **options)
+        self._answerers = {self.default.camera: self.default}
 
     def get(self, name: str | None) -> Answerer:
         """The answerer of a camera; the default one for no name.
@@ -61,13 +61,13 @@ class Cameras:
             why = "" if self._names else "; cameras are named by the file of --policy"
             text = f"there is no camera {name!r} here{why}"
             raise refuse(None, text, "camera_not_found", status=404)
-        if name not in self._made:
+        if name not in self._answerers:
             options: ClientOptions = {**self._options, "camera": name}
-            self._made[name] = Answerer(self._config, self._url, self._album, **options)
-        return self._made[name]
+            self._answerers[name] = Answerer(self._config, self._url, self._pictures, **options)
+        return self._answerers[name]
 
     async def close(self) -> None:
-        """Close all connections. Questions still open end with an error."""
-        for answerer in self._made.values():
+        """Close all connections. Unanswered questions end with an error."""
+        for answerer in self._answerers.values():
             await answerer.close()
         self._decoder.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Settings of the gateway, with safe defaults: localhost, limits on, nothing open to browsers."""
+"""Settings of the gateway. The defaults are safe: localhost only, limits on, no foreign pages."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ DEFAULT_PORT = 8766
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLimits:
-    """Bounds on what all clients together may occupy.
+    """Limits on the resources of all clients together.
 
     Attributes:
         wire: bounds on one request.
-        max_question_bytes: longest question with what was said before it, in UTF-8 bytes; None
-            leaves it to the server, which has a bound of its own.
-        max_requests: requests worked on at once; further ones wait.
-        max_waiting: requests that wait; further ones get "busy, retry after".
-        max_body_bytes: bodies of all that are worked on together; a single one always fits, and
+        max_question_bytes: longest question with its conversation, in UTF-8 bytes; None leaves it
+            to the server, which has its own bound.
+        max_requests: running requests; further ones wait.
+        max_waiting: waiting requests; further ones get "busy, retry after".
+        max_body_bytes: bodies of all running requests together. A single one always fits, and
             others wait for room.
-        max_picture_bytes: memory for originals, so that a later question about one costs no
-            pixels; the least recently used go first.
+        max_picture_bytes: memory for originals, so that later questions about the same picture need
+            not decode it again; the least recently used are dropped first.
         max_pixels: most pixels of a picture; decoded, each takes 4 bytes.
-        max_decoding: pictures that are decoded at once, of all cameras; the largest take gigabytes.
-        max_responses, max_response_bytes: responses kept for `previous_response_id`, and their
-            pictures' bytes; the oldest go first.
-        max_answers, max_answer_bytes: what responses said, kept for references to it, and its
-            UTF-8 bytes; what was referred to longest ago goes first.
-        max_relays: connections of the page at once; as many more may not have sent anything yet.
-        max_per_address: connections of any kind from one address; None for 64, except from this
-            machine, where a proxy may stand; 0 for no bound, as behind a proxy elsewhere.
-        write_timeout_s: how long a client may take nothing of what waits for it to read.
+        max_decoding: pictures decoded at the same time, of all cameras; the largest take gigabytes.
+        max_responses, max_response_bytes: number of responses kept for `previous_response_id`, and
+            bytes of their pictures and texts; the least recently used are dropped first.
+        max_answers, max_answer_bytes: number of answers kept for references to them, and their
+            UTF-8 bytes; the least recently used are dropped first.
+        max_relays: WebSockets of the page; as many more may be open that have not sent anything.
+        max_per_address: connections of any kind per address; None for 64, but no bound for this
+            machine, where a proxy may run; 0 for no bound, as behind a proxy elsewhere.
+        write_timeout_s: a client that reads none of its waiting data for this long is dropped.
         body_timeout_s: time for a request's body to arrive.
-        fetch_timeout_s: time for a picture to be fetched.
+        fetch_timeout_s: time for fetching a picture.
     """
 
     wire: WireLimits = field(default_factory=WireLimits)
@@ -65,20 +65,20 @@ class GatewayLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """How the gateway listens and whom it lets in.
+    """Where the gateway listens, and who may use it.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        api_key: what clients must send as `Authorization: Bearer`; None lets everyone in who can
-            connect, which is refused on any address but loopback unless `allow_anonymous`.
-        allow_anonymous: listen beyond loopback without a key all the same.
+        host, port: address to listen on; port 0 takes a free one.
+        api_key: the key that clients must send as `Authorization: Bearer`. None lets everyone in;
+            this is refused on other addresses than loopback unless `allow_anonymous` is set.
+        allow_anonymous: allow listening beyond loopback without a key.
         origins: origins of browser pages that may use it, besides its own.
-        host_names: names by which clients may call it without a key, besides `host`, loopback's
-            and IP addresses.
-        fetch_hosts: hosts, as `name`, `name:port` or address, from which pictures are fetched.
-        aliases: names beside the model's own under which clients may ask for it.
-        deadline_s: time for one question, waiting for the server included; so long a request may
-            wait for its turn before.
+        host_names: names by which clients may call the gateway without a key, besides `host`,
+            loopback names and IP addresses.
+        fetch_hosts: hosts from which pictures may be fetched, as `name`, `name:port` or address.
+        aliases: further names by which clients may call the model.
+        deadline_s: time for one question, including the wait for the server. A request may wait
+            as long for its admission before.
         limits: see `GatewayLimits`.
     """
 
@@ -98,7 +98,7 @@ class GatewayConfig:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if not self.deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {self.deadline_s:g}")
-        if self.api_key is not None and not _can_be_sent(self.api_key):
+        if self.api_key is not None and not _is_valid_key(self.api_key):
             raise ConfigError("the API key must be printable ASCII characters without blanks")
         checked_names(self.host_names)
         if "*" in self.origins:
@@ -111,7 +111,7 @@ class GatewayConfig:
 
     @property
     def rules(self) -> Rules:
-        """Whom the gateway lets in."""
+        """The gateway's access rules."""
         return Rules(
             tokens=() if self.api_key is None else (self.api_key,),
             origins=self.origins,
@@ -120,5 +120,5 @@ class GatewayConfig:
         )
 
 
-def _can_be_sent(key: str) -> bool:
+def _is_valid_key(key: str) -> bool:
     return bool(key) and key.isascii() and key.isprintable() and " " not in key

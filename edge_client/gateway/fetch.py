@@ -1,4 +1,4 @@
-"""Fetching pictures from hosts that the owner named, and from nowhere else."""
+"""Fetching pictures by HTTP, only from hosts that the owner allowed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class Fetcher:
     """Fetches pictures by HTTP.
 
-    A host is allowed by its name at the scheme's own port, or as `name:port`. A name that leads to
-    a private address needs that address to be named as well: whoever runs the name could
-    otherwise have this gateway read from the owner's network.
+    A host is allowed by its name at the scheme's default port, or as `name:port`. If the name
+    resolves to a private address, that address must be allowed as well. Otherwise the owner of the
+    name could make this gateway read from the private network.
 
     Args:
-        hosts: what the owner named.
+        hosts: the allowed hosts.
         timeout_s: time for one picture.
-        max_bytes: size of one picture.
+        max_bytes: largest picture, in bytes.
     """
 
     def __init__(self, hosts: Collection[str], *, timeout_s: float, max_bytes: int) -> None:
@@ -37,27 +37,31 @@ class Fetcher:
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
-        """Made when it is needed: most gateways fetch nothing."""
+        """The HTTP client. Made at its first use, since most gateways fetch nothing."""
         return httpx.AsyncClient(
-            # Proxies of the environment would resolve names where nothing checks them.
+            # Proxies from the environment would resolve names without our checks.
             trust_env=False,
             timeout=self._timeout_s,
             headers={"User-Agent": f"vlm-collab/{__version__}", "Accept-Encoding": "identity"},
         )
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close the HTTP client."""
         if "_http" in self.__dict__:
             await self._http.aclose()
 
     async def fetch(self, picture: Url, param: str) -> bytes:
-        """The content of a picture.
+        """Fetch a picture.
 
         Args:
-            param: where in the request it was.
+            picture: its address.
+            param: the request's parameter, for the error.
+
+        Returns:
+            the encoded picture.
 
         Raises:
-            ApiError: its host is not allowed, or it cannot be had.
+            ApiError: its host is not allowed, or it cannot be fetched.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -77,12 +81,11 @@ class Fetcher:
             if host is not None and url.host != host:
                 raise _failed(param, f"{host} redirects to another host, {url.host}")
             host = url.host
-            place = await self._place(url, param)
+            resolved = await self._resolve(url, param)
             request = self._http.build_request(
                 "GET",
-                # The address that was checked is the one that is asked, whatever the name
-                # may lead to a moment later.
-                url.copy_with(host=place),
+                # Connect to the checked address: the name may resolve to another one by now.
+                url.copy_with(host=resolved),
                 headers={"Host": url.netloc.decode("ascii")},
                 extensions={"sni_hostname": url.host},
             )
@@ -96,8 +99,8 @@ class Fetcher:
                 await response.aclose()
         raise _failed(param, f"more than {_MAX_REDIRECTS} redirects")
 
-    async def _place(self, url: httpx.URL, param: str) -> str:
-        """The address that a URL's host leads to."""
+    async def _resolve(self, url: httpx.URL, param: str) -> str:
+        """Resolve a URL's host and check its address."""
         if url.scheme not in _DEFAULT_PORTS or url.userinfo:
             raise refuse(param, f"{param}: pictures are fetched from http(s)://host/path only")
         port = url.port or _DEFAULT_PORTS[url.scheme]
@@ -116,17 +119,17 @@ class Fetcher:
             found = await loop.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         except OSError:
             raise _failed(param, f"there is no host {url.host}") from None
-        place = str(found[0][4][0])
-        address = ipaddress.ip_address(place.partition("%")[0])
+        resolved = str(found[0][4][0])
+        address = ipaddress.ip_address(resolved.partition("%")[0])
         public = address.is_global and not address.is_multicast
-        if not public and not {place, f"{place}:{port}"} & self._hosts:
+        if not public and not {resolved, f"{resolved}:{port}"} & self._hosts:
             raise refuse(
                 param,
-                f"{param}: {url.host} is at {place}, which is not a public address; allow it with "
-                f"--allow-host {place} as well",
+                f"{param}: {url.host} is at {resolved}, which is not a public address; allow it "
+                f"with --allow-host {resolved} as well",
                 "image_url_not_allowed",
             )
-        return place
+        return resolved
 
     async def _read(self, response: httpx.Response, param: str) -> bytes:
         if response.status_code != 200:

@@ -1,28 +1,25 @@
-"""The browser page, and the relay that its WebSocket goes through to the server."""
+"""The browser page on the gateway, and the relay of its WebSocket to the server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable
 
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketState
 
-from edge_client.gateway.answering import Answerer
+from edge_client.gateway.answerer import Answerer
 from edge_client.gateway.config import GatewayLimits
 from edge_client.gateway.logs import PAGE_REFUSED
+from edge_client.gateway.websocket_relay import NO_ROOM, relay_frames
 from edge_client.link.dial import ENDPOINT, dial
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, api_error
-from vlm_collab.page import HEADERS, INDEX, page_file
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web.write_timeout import sent
+from vlm_collab.web.access import RefusalFormat, response_of
+from vlm_collab.web.page_routes import page_routes
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +29,18 @@ _OFF = (
     "The page is off here: a privacy policy or an audit log watches over what leaves this device, "
     "and the page would go around it."
 )
-_LOOK_S = 3.0
-_TRY_LATER = 1013
-_NO_ROOM = "no room for another connection"
+_ACCESS_WAIT_S = 3.0
 
 
 class Page:
     """Routes of the page and of its WebSocket.
 
-    The frames are handed on as they are, with the gateway's own token towards the server; crops
-    are made in the browser. Where a policy or an audit log watches, there is no page.
+    Frames are relayed unchanged, with the gateway's own token for the server; the browser cuts the
+    crops. With a privacy policy or an audit log there is no page, since it would bypass them.
 
     Args:
         answerer: knows the server.
-        limits: bounds on its connections.
+        limits: bounds on the page's connections.
     """
 
     def __init__(self, answerer: Answerer, limits: GatewayLimits) -> None:
@@ -53,45 +48,29 @@ class Page:
         self._max_relays = limits.max_relays
         self._write_timeout_s = limits.write_timeout_s
         self._relays = 0
-        # Those through which nothing has come yet, oldest first. They take no place of the others.
+        # Relays without a frame so far, oldest first. They do not count as `_relays`.
         self._unused: dict[asyncio.Task[None], None] = {}
 
     def routes(self) -> list[BaseRoute]:
-        """The routes, relative to where the page lies."""
+        """The routes, relative to where the page is mounted."""
+        off = _OFF if self._answerer.watched else None
         return [
-            Route("/", self._file),
-            Route("/page/access", self._may_connect, methods=["POST"]),
-            Route("/page/{path:path}", self._file),
+            *page_routes(self._access_refusal, off=off),
             WebSocketRoute(ENDPOINT, self._relay),
         ]
 
-    async def _file(self, request: Request) -> Response:
-        if self._answerer.watched:
-            return PlainTextResponse(_OFF, 403, HEADERS)
-        name = request.path_params.get("path")
-        file = page_file(INDEX if name is None else f"page/{name}")
-        if file is None:
-            return PlainTextResponse("not found", 404, HEADERS)
-        headers = {**HEADERS, "ETag": file.etag}
-        if request.headers.get("if-none-match") == file.etag:
-            return Response(None, 304, headers)
-        return Response(file.content, 200, headers, file.media_type)
-
-    async def _may_connect(self, request: Request) -> Response:
-        """Told on behalf of the page, which learns nothing from a WebSocket that failed."""
+    async def _access_refusal(self, _: HTTPConnection) -> Response | None:
+        """Why a page cannot reach the server through the gateway; None if it can."""
         refusal = self._refusal()
         if refusal is None:
             try:
-                await self._answerer.welcome(_LOOK_S)
+                await self._answerer.welcome(_ACCESS_WAIT_S)
             except CollabError as error:
                 refusal = api_error(error)
-        headers = {**HEADERS, "Cache-Control": "no-store"}
-        if refusal is None:
-            return Response(None, 204, headers)
-        return PlainTextResponse(str(refusal), refusal.status, {**headers, **refusal.headers()})
+        return None if refusal is None else response_of(refusal, RefusalFormat.TEXT)
 
     def _refusal(self) -> ApiError | None:
-        """Why a page that may use the gateway cannot connect through it; None if it can."""
+        """Why the gateway itself relays no further connection; None if it does."""
         if self._answerer.watched:
             return ApiError(403, _OFF, "permission_error", None, "privacy_policy")
         if self._relays >= self._max_relays:
@@ -137,7 +116,7 @@ class Page:
         assert relay is not None
 
         def use() -> bool:
-            """Take a place with the first frame that comes; whether there was one."""
+            """Count this relay at its first frame; whether it may go on."""
             nonlocal used
             if not used and self._relays < self._max_relays:
                 used = True
@@ -147,73 +126,16 @@ class Page:
 
         try:
             await websocket.accept(subprotocol=SUBPROTOCOL)
-            await _pump(websocket, upstream, use, self._write_timeout_s)
+            await relay_frames(websocket, upstream, use, self._write_timeout_s)
         finally:
             self._relays -= used
             await upstream.close()
 
 
 def _no_room() -> ApiError:
-    return ApiError(503, _NO_ROOM, "server_error", None, "busy", retry_after_s=1.0)
+    return ApiError(503, NO_ROOM, "server_error", None, "busy", retry_after_s=1.0)
 
 
 async def _deny(websocket: WebSocket, refusal: ApiError) -> None:
     log.info(PAGE_REFUSED, refusal)
-    response = PlainTextResponse(str(refusal), refusal.status, refusal.headers())
-    await websocket.send_denial_response(response)
-
-
-async def _pump(
-    websocket: WebSocket, upstream: ClientConnection, use: Callable[[], bool], timeout_s: float
-) -> None:
-    """Hand frames on, both ways, until one side ends.
-
-    A side that does not read what waits for it is dropped: the page by its own connection, as
-    every client is.
-
-    Args:
-        use: called before each frame of the page; whether it may go on.
-        timeout_s: the server must read something within any such time in which something waits.
-    """
-    ways = [
-        asyncio.create_task(_upwards(websocket, upstream, use, timeout_s)),
-        asyncio.create_task(_downwards(websocket, upstream)),
-    ]
-    try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-
-
-async def _upwards(
-    websocket: WebSocket, upstream: ClientConnection, use: Callable[[], bool], timeout_s: float
-) -> None:
-    with contextlib.suppress(WebSocketDisconnect, ConnectionClosed):
-        while True:
-            message = await websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            if not use():
-                await websocket.close(_TRY_LATER, _NO_ROOM)
-                return
-            data = message.get("bytes")
-            frame = message["text"] if data is None else data
-            await sent(upstream.send(frame), upstream.transport, timeout_s)
-
-
-async def _downwards(websocket: WebSocket, upstream: ClientConnection) -> None:
-    code, reason = 1011, "the connection to the server was lost"
-    with contextlib.suppress(WebSocketDisconnect):
-        try:
-            while True:
-                frame = await upstream.recv()
-                if isinstance(frame, str):
-                    await websocket.send_text(frame)
-                else:
-                    await websocket.send_bytes(frame)
-        except ConnectionClosed as closed:
-            if closed.rcvd is not None and closed.rcvd.code != 1005:
-                code, reason = closed.rcvd.code, closed.rcvd.reason
-        await websocket.close(code, reason)
+    await websocket.send_denial_response(response_of(refusal, RefusalFormat.TEXT))

@@ -1,4 +1,4 @@
-"""Putting the gateway on a socket, and stopping it."""
+"""Running the gateway on a socket."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from edge_client.gateway.app import HEALTH, Gateway
 from edge_client.gateway.config import GatewayConfig
 from edge_client.gateway.page import MAX_FRAME_BYTES
 from vlm_collab.web import server as web
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 
 _GRACE_S = 10
 _OTHERS = 64
-"""Places beyond the work, for refusals, and the page's files."""
+"""Connection slots beyond those for requests and relays, for refusals and the page's files."""
 
 
 def bind(config: GatewayConfig) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -29,12 +29,12 @@ def bind(config: GatewayConfig) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
-    """The base URL that a client on this machine uses."""
+    """The base URL for a client on this machine."""
     return f"http://{web.address_of(sock)}/v1"
 
 
 async def serve(gateway: Gateway, sock: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; questions in flight get a while to end."""
+    """Serve until SIGINT or SIGTERM; running requests get a few seconds to end."""
     await web.serve(_server(gateway), sock)
 
 
@@ -48,13 +48,13 @@ async def running(gateway: Gateway) -> AsyncIterator[str]:
 
 def _server(gateway: Gateway) -> uvicorn.Server:
     limits = gateway.config.limits
-    # Relays that were not used yet have as many places as the others.
+    # Relays that are not used yet have as many slots as the used ones.
     most = limits.max_requests + limits.max_waiting + 2 * limits.max_relays + _OTHERS
-    settings = web.settings(
+    config = web.uvicorn_config(
         gateway.app(),
-        places=Places(most, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(most, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=MAX_FRAME_BYTES,
         grace_s=_GRACE_S,
     )
-    return uvicorn.Server(settings)
+    return uvicorn.Server(config)

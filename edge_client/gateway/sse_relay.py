@@ -1,7 +1,7 @@
-"""Server-sent events of another server's, handed on whole.
+"""Relaying another server's stream of server-sent events byte for byte.
 
-Between two of them a gateway may say something of its own, that it is still there or what went
-wrong; within one it would break what the client reads.
+The stream is cut only between events, so that the gateway can insert events of its own there.
+httpx-sse parses events but does not keep their bytes, so it cannot relay them unchanged.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator
 
 MAX_EVENT_BYTES = 4 * 2**20
-"""Most bytes of an event that is waited for; those of a chat have a few tokens."""
+"""Largest event; those of a chat have a few tokens."""
 
-# A line may end in any of three ways, and an event ends with an empty line. Each in the other's
-# midst is a stray empty line at the most.
+# An event ends with an empty line, and a line ends with CRLF, LF or CR. Splitting a mixture of them
+# wrongly adds at most an empty line.
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n")
 _LONGEST_END = 4
 
 
 class EventTooLongError(Exception):
-    """An event without an end."""
+    """An event has more than `MAX_EVENT_BYTES`."""
 
 
 async def whole_events(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The same bytes, in pieces that end where an event does; the last may end anywhere.
+    """Yield the same bytes in pieces that end with an event; only the last may end elsewhere.
 
-    Where `pieces` fails, an event that it broke off is left out.
+    If `pieces` raises, the incomplete last event is dropped.
 
     Args:
-        pieces: as they came from the network.
+        pieces: the bytes as received.
 
     Raises:
         EventTooLongError: an event of more than `MAX_EVENT_BYTES`.

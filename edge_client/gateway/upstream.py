@@ -1,4 +1,4 @@
-"""The server's own OpenAI API, for requests about text alone."""
+"""Client of the server's own OpenAI API, for requests without pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import msgspec
+from httpx_sse import EventSource
 
 from edge_client.link.dial import ENDPOINT, Server
 from vlm_collab.errors import ConfigError
@@ -28,8 +29,8 @@ class TextUpstream:
     """Forwards requests to `/v1/chat/completions` on the server's host and port.
 
     Args:
-        server: the WebSocket's address, token and authorities.
-        timeout_s: longest silence.
+        server: address of its WebSocket, token and certificate authorities.
+        timeout_s: longest time without a byte, in seconds.
 
     Raises:
         ConfigError: the CA file cannot be used.
@@ -39,7 +40,7 @@ class TextUpstream:
         headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
         self._http = httpx.AsyncClient(
             headers=headers,
-            verify=_authorities(server),
+            verify=_tls_context(server),
             proxy=server.proxy,
             trust_env=False,
             timeout=httpx.Timeout(timeout_s, connect=server.connect_timeout_s),
@@ -48,18 +49,18 @@ class TextUpstream:
         self._models_url = _http_url(server.url, _MODELS)
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close the HTTP client."""
         await self._http.aclose()
 
     @asynccontextmanager
     async def forward(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-        """Send a request as it is; the response is still to be read.
+        """Send a request unchanged. The response's body is not read yet.
 
         Yields:
-            A response that answers, or refuses in OpenAI's form.
+            A response that is an answer, or an error in OpenAI's format.
 
         Raises:
-            ApiError: there is no such API, or it cannot be reached.
+            ApiError: the server has no such API, or cannot be reached.
         """
         request = self._http.build_request(
             "POST",
@@ -84,19 +85,19 @@ class TextUpstream:
             await response.aclose()
 
     async def context_tokens(self, model: str, within_s: float) -> int | None:
-        """Tokens that the server's model takes; None if the server does not say."""
+        """The model's context length in tokens; None if the server does not report it."""
         try:
             response = await self._http.get(self._models_url, timeout=within_s)
             listed = msgspec.json.decode(response.content)["data"]
             (length,) = {one["max_model_len"] for one in listed if one["id"] == model}
         except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
             return None
-        except (KeyError, TypeError, ValueError):  # a list in another form
+        except (KeyError, TypeError, ValueError):  # a list in another format
             return None
         return length if isinstance(length, int) and length > 0 else None
 
     async def ask(self, query: Query, model: str, on_text: TextSink | None) -> Result:
-        """Ask a question about no picture.
+        """Ask a question without pictures.
 
         Raises:
             ApiError: the server's refusal, or see `forward`.
@@ -110,16 +111,16 @@ class TextUpstream:
                     return _result(msgspec.json.decode(await content_of(response)), model)
                 return await _stream(response, model, on_text)
             except (msgspec.DecodeError, KeyError, IndexError, TypeError, AttributeError):
-                raise _nonsense() from None
+                raise _protocol_error() from None
             except httpx.HTTPError as error:
                 raise lost(error) from None
 
 
 async def content_of(response: httpx.Response) -> bytes:
-    """All of a response.
+    """Read a response's body.
 
     Raises:
-        ApiError: it broke off.
+        ApiError: the connection broke.
     """
     try:
         return await response.aread()
@@ -128,15 +129,15 @@ async def content_of(response: httpx.Response) -> bytes:
 
 
 def lost(error: httpx.HTTPError) -> ApiError:
-    """What it means that a server that had been reached did not answer to the end."""
+    """The error for a connection that broke, or timed out, after the request was sent."""
     if isinstance(error, httpx.TimeoutException):
         return ApiError(504, "the server did not answer in time", "timeout_error")
     why = str(error) or type(error).__name__
     return ApiError(502, f"the server was lost: {why}", "server_error")
 
 
-def _authorities(server: Server) -> ssl.SSLContext | bool:
-    """Whom to trust; nothing is read where no TLS is spoken."""
+def _tls_context(server: Server) -> ssl.SSLContext | bool:
+    """The TLS context; False without TLS, so that no CA file is read."""
     if not server.url.startswith("wss:"):
         return False
     try:
@@ -153,10 +154,10 @@ def _http_url(url: str, route: str) -> str:
 
 
 def _check_refusal(status: int, content: bytes) -> None:
-    """Tell refusals in OpenAI's form from a server without this API, or without us in it.
+    """Check that a refusal is one in OpenAI's format and concerns the client.
 
     Raises:
-        ApiError: it is one of the latter.
+        ApiError: the server has no such API, or does not let the gateway in.
     """
     if status in (401, 403):
         raise ApiError(
@@ -174,7 +175,7 @@ def _check_refusal(status: int, content: bytes) -> None:
             "the server behind this gateway takes only questions about pictures: send one along",
             "picture_needed",
         )
-    raise _nonsense(f" (HTTP {status})")
+    raise _protocol_error(f" (HTTP {status})")
 
 
 def _error_in(content: bytes) -> Mapping[str, Any] | None:
@@ -189,18 +190,20 @@ def _refusal(
     status: int, content: bytes, headers: Mapping[str, str] = MappingProxyType({})
 ) -> ApiError:
     error = _error_in(content) or {}
-    wish = headers.get("retry-after", "")
+    retry_after = headers.get("retry-after", "")
     return ApiError(
         status,
         str(error.get("message", "the server refused the question")),
         str(error.get("type", "server_error")),
         None,
         None if error.get("code") is None else str(error["code"]),
-        retry_after_s=float(wish) if wish.isascii() and wish.isdecimal() else None,
+        retry_after_s=float(retry_after)
+        if retry_after.isascii() and retry_after.isdecimal()
+        else None,
     )
 
 
-def _nonsense(more: str = "") -> ApiError:
+def _protocol_error(more: str = "") -> ApiError:
     text = f"the server behind this gateway does not answer in OpenAI's form{more}"
     return ApiError(502, text, "server_error", None, "upstream_protocol")
 
@@ -212,7 +215,7 @@ def _chat_body(query: Query, model: str, *, stream: bool) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": query.question})
     options = query.options
-    wishes = {
+    parameters = {
         "max_tokens": options.max_new_tokens,
         "stop": list(options.stop) or None,
         "temperature": options.temperature,
@@ -222,23 +225,23 @@ def _chat_body(query: Query, model: str, *, stream: bool) -> dict[str, Any]:
         "stream": stream or None,
         "stream_options": {"include_usage": True} if stream else None,
     }
-    given = {name: value for name, value in wishes.items() if value is not None}
+    given = {name: value for name, value in parameters.items() if value is not None}
     return {"model": model, "messages": messages, **given}
 
 
 def _result(body: Mapping[str, Any], model: str) -> Result:
     choice = body["choices"][0]
     text = choice["message"]["content"] or ""
-    return _made(text, choice["finish_reason"], body["usage"], _tokens(choice), model)
+    return _make_result(text, choice["finish_reason"], body["usage"], _tokens(choice), model)
 
 
 def _tokens(choice: Mapping[str, Any]) -> list[Token]:
     """The tokens in a choice's logprobs, which are in nats."""
-    told = (choice.get("logprobs") or {}).get("content") or []
-    return [Token(one["token"], micro(max(0.0, -one["logprob"] / _NATS_PER_BIT))) for one in told]
+    listed = (choice.get("logprobs") or {}).get("content") or []
+    return [Token(one["token"], micro(max(0.0, -one["logprob"] / _NATS_PER_BIT))) for one in listed]
 
 
-def _made(
+def _make_result(
     text: str, reason: str | None, usage: Mapping[str, Any], tokens: list[Token], model: str
 ) -> Result:
     return Result(
@@ -255,13 +258,14 @@ async def _stream(response: httpx.Response, model: str, on_text: TextSink) -> Re
     text, reason = "", None
     tokens: list[Token] = []
     usage: Mapping[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if not data or data == "[DONE]":
+    # httpx-sse insists on this type; servers that answer with another one are read all the same.
+    response.headers["content-type"] = "text/event-stream"
+    async for event in EventSource(response).aiter_sse():
+        if not event.data or event.data == "[DONE]":
             continue
-        chunk = msgspec.json.decode(data)
+        chunk = msgspec.json.decode(event.data)
         if "error" in chunk:
-            raise _refusal(502, data.encode())
+            raise _refusal(502, event.data.encode())
         usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             reason = choice.get("finish_reason") or reason
@@ -269,8 +273,8 @@ async def _stream(response: httpx.Response, model: str, on_text: TextSink) -> Re
             piece = choice["delta"].get("content")
             if piece:
                 text += piece
-                # What the server sent it does not take back: it streams like a second pass.
+                # The server never replaces streamed text, so it counts as a second-stage text.
                 on_text(Stage.SECOND, text)
     if reason is None:
-        raise _nonsense()
-    return _made(text, reason, usage, tokens, model)
+        raise _protocol_error()
+    return _make_result(text, reason, usage, tokens, model)

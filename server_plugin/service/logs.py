@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from vlm_collab.cli.quiet import is_for_users, restore_library_output
-from vlm_collab.web.log_throttle import Quiet
+from vlm_collab.web.log_throttle import LogThrottle
 
 REFUSED = "connection refused"
 """Of a WebSocket that may not or cannot connect."""
@@ -66,7 +66,7 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if json_lines else PlainFormatter())
-    handler.addFilter(Quiet(frozenset({REFUSED}), as_extra=True))
+    handler.addFilter(LogThrottle(frozenset({REFUSED}), as_extra=True))
     if level == "debug":
         restore_library_output()
     else:

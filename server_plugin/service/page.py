@@ -1,47 +1,24 @@
-"""The browser page as routes: its files, and why a WebSocket of it would be refused."""
+"""Routes of the browser page, as the service mounts them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-from starlette.requests import HTTPConnection, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.routing import Route
 
-from vlm_collab.page import HEADERS, INDEX, page_file
-
-Refusal = Callable[[HTTPConnection], Response | None]
-"""Why a client may not connect; None if it may."""
+from vlm_collab.web import page_routes as web
 
 
-def page_routes(refusal: Refusal) -> list[Route]:
-    """Routes of the page, relative to where it lies.
+def page_routes(refusal: Callable[[HTTPConnection], Response | None]) -> list[Route]:
+    """Routes of the page, relative to where it is mounted.
 
     Args:
-        refusal: asked on behalf of the page, which learns nothing from a WebSocket that failed.
+        refusal: returns why a client may not connect; None if it may.
     """
-    return [
-        Route("/", _file),
-        Route("/page/access", _access(refusal), methods=["POST"]),
-        Route("/page/{path:path}", _file),
-    ]
 
+    async def checked(client: HTTPConnection) -> Response | None:
+        return refusal(client)
 
-async def _file(request: Request) -> Response:
-    name = request.path_params.get("path")
-    file = page_file(INDEX if name is None else f"page/{name}")
-    if file is None:
-        return PlainTextResponse("not found", 404, HEADERS)
-    headers = {**HEADERS, "ETag": file.etag}
-    if request.headers.get("if-none-match") == file.etag:
-        return Response(None, 304, headers)
-    return Response(file.content, 200, headers, file.media_type)
-
-
-def _access(refusal: Refusal) -> Callable[[Request], Awaitable[Response]]:
-    async def access(request: Request) -> Response:
-        response = refusal(request) or Response(None, 204)
-        response.headers.update({**HEADERS, "Cache-Control": "no-store"})
-        return response
-
-    return access
+    return web.page_routes(checked)

@@ -1,4 +1,4 @@
-"""Starting and stopping the service: a bound socket, uvicorn, and a shutdown that loses nothing."""
+"""Running the service with uvicorn, with a graceful shutdown that answers running questions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from server_plugin.service.config import ENDPOINT, ServiceConfig
 from server_plugin.service.service import HEALTH, Service
 from vlm_collab.errors import ConfigError
 from vlm_collab.web import server as web
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 from vlm_collab.web.server import serve
 
 __all__ = ["bind", "running", "serve", "server", "url_of"]
 
 _OTHERS = 64
-"""Places beyond those for WebSockets."""
+"""Connection slots beyond those for WebSockets."""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but questions in flight end before their connections do.
+    """A uvicorn server that answers the running questions before it closes their connections.
 
-    uvicorn's own shutdown closes every WebSocket at once; here new connections stop first, then
-    the service drains, then uvicorn closes what is left.
+    uvicorn's own shutdown closes every WebSocket at once. This one first accepts no new
+    connections, then drains the service, and then closes the remaining connections.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -36,7 +36,7 @@ class _Server(uvicorn.Server):
         service.abort = self._abort
 
     def _abort(self, websocket: WebSocket) -> None:
-        """Drop a client that does not read; ASGI itself has no way to."""
+        """Drop a client that does not read, which ASGI does not offer."""
         if websocket.client is None:
             return
         for protocol in list(self.server_state.connections):
@@ -55,30 +55,30 @@ class _Server(uvicorn.Server):
 
 
 def bind(config: ServiceConfig) -> socket.socket:
-    """A listening socket, before the model is loaded, so that a taken port fails at once.
+    """Open a listening socket. Do so before loading the model, so that a taken port fails at once.
 
     Raises:
-        ConfigError: the address cannot be used; one clear line.
+        ConfigError: the address cannot be used.
     """
     return web.bind(config.host, config.port)
 
 
 def url_of(sock: socket.socket, config: ServiceConfig) -> str:
-    """The URL that a client on this machine uses."""
+    """The URL for a client on this machine."""
     return f"{config.scheme}://{web.address_of(sock)}{ENDPOINT}"
 
 
 def server(service: Service) -> uvicorn.Server:
-    """The uvicorn server of a service; `await server.serve(sockets=[bind(config)])`.
+    """Make the uvicorn server of a service; run it with `serve`.
 
     Raises:
         ConfigError: the TLS files cannot be read.
     """
     config, limits = service.config, service.config.limits
     sockets = limits.max_connections + limits.max_newcomers
-    settings = web.settings(
+    settings = web.uvicorn_config(
         service.app(),
-        places=Places(sockets + _OTHERS, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(sockets + _OTHERS, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=limits.connection.max_frame_bytes,
         grace_s=5,

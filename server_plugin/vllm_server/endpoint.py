@@ -38,13 +38,13 @@ from server_plugin.service.service import FAREWELL_S, HEALTH, Service
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.pictures.images import Codec
 from vlm_collab.web.access import is_loopback
-from vlm_collab.web.connection_limits import Places
-from vlm_collab.web.log_throttle import LIBRARIES, Quiet
-from vlm_collab.web.server import bound
+from vlm_collab.web.connection_limits import ConnectionSlots
+from vlm_collab.web.log_throttle import LIBRARIES, LogThrottle
+from vlm_collab.web.server import limit_connections
 
 log = logging.getLogger(__name__)
 
-_QUIET = Quiet(frozenset({REFUSED}), as_extra=False)
+_QUIET = LogThrottle(frozenset({REFUSED}), as_extra=False)
 """For loggers and not for handlers, which are vLLM's own."""
 
 PAGE = "/collab"
@@ -117,9 +117,9 @@ class CollabEndpoint:
             # which do not shrink; and it waits for ever for clients that do not read. How many
             # connect is left to vLLM, whose own endpoints many use at once.
             limits = self._limits
-            bound(
+            limit_connections(
                 app.state.server.config,
-                places=Places(None, limits.max_per_address or 0, _HEALTH),
+                slots=ConnectionSlots(None, limits.max_per_address or 0, _HEALTH),
                 write_timeout_s=limits.write_timeout_s,
                 max_frame_bytes=limits.connection.max_frame_bytes,
             )

@@ -1,4 +1,4 @@
-"""What all end-to-end tests share: pictures, clients in a hurry, and what an answer must say."""
+"""Helpers of the end-to-end tests: pictures, impatient clients, and checks of answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HASTY = Retry(attempts=3, reconnect_attempts=20, first_s=0.01, longest_s=0.05)
 
 @cache
 def photo(seed: int) -> bytes:
-    """A JPEG file that looks like no other: blocks of random colours."""
+    """A unique JPEG file with blocks of random colours."""
     draw = random.Random(seed)
     small = Image.new("RGB", (16, 12))
     small.putdata([tuple(draw.randbytes(3)) for _ in range(16 * 12)])
@@ -46,14 +46,14 @@ def photo(seed: int) -> bytes:
 
 @cache
 def view_digest(picture: bytes) -> str:
-    """The fake's name for a picture's view as it crosses the wire."""
+    """The fake backend's name for a picture's view as sent."""
     view = Picture.open(picture).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
     return digest(decode(view, max_pixels=10**6))
 
 
 @cache
 def region_digest(picture: bytes, box: Box) -> str:
-    """The fake's name for a region as it crosses the wire."""
+    """The fake backend's name for a region as sent."""
     region = Picture.open(picture).region(box, VIEW, Codec.JPEG, 90)
     return digest(decode(region, max_pixels=10**6))
 
@@ -61,7 +61,7 @@ def region_digest(picture: bytes, box: Box) -> str:
 def check(
     answer: EdgeAnswer, picture: bytes, question: str, *, refined: bool | None = None
 ) -> None:
-    """An answer holds its own question, its own view and its own region, and nobody else's."""
+    """Check that an answer belongs to its own question, view and region."""
     backend = FakeBackend()
     original = Picture.open(picture)
     view = view_digest(picture)
@@ -91,14 +91,14 @@ def check(
         assert answer.text == answer.first_text
         assert answer.stage is Stage.FIRST
     payload = answer.view_bytes + answer.region_bytes
-    assert payload < answer.bytes_up <= payload + 600  # a few attempts' questions and headers
+    assert payload < answer.bytes_up <= payload + 600  # questions and headers of a few attempts
     assert answer.bytes_down > 0
     assert answer.original_bytes == len(picture)
     assert answer.model == "fake"
 
 
 def slow(seconds: float) -> FakeBackend:
-    """A backend that takes its time for each pass."""
+    """A backend that is slow in each pass."""
 
     def play(question: str, view: str, region: str) -> Script:
         return Script(
@@ -113,21 +113,21 @@ def slow(seconds: float) -> FakeBackend:
 
 
 async def settled(running_service: Service) -> None:
-    """Wait until the service has nothing in flight; fails if something stays."""
+    """Wait until the service has no question in flight; fails if one stays."""
     async with asyncio.timeout(PATIENCE_S):
         while running_service.questions or running_service.queue.waiting:
             await asyncio.sleep(0.005)
 
 
 async def alone(running_service: Service) -> None:
-    """Wait until the service has noticed that all clients are gone."""
+    """Wait until the service has noticed that all clients disconnected."""
     async with asyncio.timeout(PATIENCE_S):
         while running_service._connections:
             await asyncio.sleep(0.005)
 
 
 class World:
-    """A service, a proxy before it, and a client behind that."""
+    """A client that reaches a service through a proxy."""
 
     def __init__(self, service: Service, backend: FakeBackend, proxy: Proxy, client: EdgeClient):
         self.service = service
@@ -145,7 +145,7 @@ async def world(
     config: dict[str, Any] | None = None,
     **client: Any,
 ) -> AsyncIterator[World]:
-    """Everything connected; on leaving, checks that nothing is left on either side."""
+    """Connect everything; at the end, check that nothing is left on either side."""
     backend = backend or FakeBackend()
     mine = service(backend, limits=limits, **(config or {}))
     before = asyncio.all_tasks()

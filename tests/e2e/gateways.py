@@ -1,4 +1,4 @@
-"""What all tests of the gateway share: a service, a gateway before it, and the official SDK."""
+"""Helpers of the gateway's tests: a service, a gateway before it, and the official SDK."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def data_url(picture: bytes, kind: str = "image/jpeg") -> str:
 
 
 def said(question: str, *pictures: bytes | str) -> dict[str, Any]:
-    """A user's message of a chat; pictures as content or address."""
+    """A user message of a chat; pictures are given as content or address."""
     urls = [one if isinstance(one, str) else data_url(one) for one in pictures]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [{"type": "text", "text": question}, *parts]}
 
 
 def item(question: str, *pictures: bytes) -> dict[str, Any]:
-    """A user's item of a response's input."""
+    """A user item of a response's input."""
     parts = [
         {"type": "input_image", "image_url": data_url(one), "detail": "auto"} for one in pictures
     ]
@@ -44,19 +44,19 @@ def item(question: str, *pictures: bytes) -> dict[str, Any]:
 
 
 def sdk(base_url: str, **options: Any) -> AsyncOpenAI:
-    # Without TLS there are no authorities to load, which takes the SDK a while.
+    # Without TLS the SDK need not load CA certificates, which takes a while.
     http = DefaultAsyncHttpxClient(verify=False, trust_env=False)
     settings = {"base_url": base_url, "api_key": "any", "max_retries": 0, "http_client": http}
     return AsyncOpenAI(**{**settings, **options})
 
 
-class Place:
-    """A service, a proxy before it, a gateway behind that, and the SDK.
+class Deployment:
+    """The SDK at a gateway that reaches a service through a proxy.
 
     Attributes:
         base: the gateway's base URL.
         client: the SDK.
-        http: plain requests to the gateway, for what the SDK would not send.
+        http: a client for requests that the SDK would not send.
     """
 
     def __init__(self, service: Service, proxy: Proxy, gateway: Gateway, base: str) -> None:
@@ -88,14 +88,14 @@ SMALL = WireLimits(max_body_bytes=1 << 20, max_picture_bytes=100_000, max_pictur
 
 
 @asynccontextmanager
-async def place(
+async def deployed(
     backend: FakeBackend | None = None,
     *,
     config: dict[str, Any] | None = None,
     service_limits: dict[str, Any] | None = None,
     **options: Any,
-) -> AsyncIterator[Place]:
-    """Everything connected; on leaving, checks that nothing is left on either side.
+) -> AsyncIterator[Deployment]:
+    """Connect everything; at the end, check that nothing is left on either side.
 
     Args:
         config: of the service.
@@ -107,7 +107,7 @@ async def place(
     async with serving(mine) as url, Proxy(url) as proxy:
         made = gateway(proxy.url, **options)
         async with running(made) as base:
-            here = Place(mine, proxy, made, base)
+            here = Deployment(mine, proxy, made, base)
             try:
                 yield here
             finally:

@@ -1,4 +1,4 @@
-"""Several pictures in a question, and questions that follow each other, end to end."""
+"""Several pictures in a question, and follow-up questions, end to end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_a_conversation_about_the_same_pictures_sends_no_pixels():
         second = await w.client.ask(PHOTOS[:2], "and the sea?", history=history)
         assert second.view_bytes == 0
         assert second.text.endswith(f"{SURE} {first.text} and the sea?")
-        # Another selection, or another order, is another view; so is one of them alone.
+        # Another selection or order of pictures is another view; so is a single one of them.
         for others in (PHOTOS[:3], PHOTOS[1::-1], [PHOTOS[0]]):
             assert (await w.client.ask(others, SURE)).view_bytes > 0
         assert (await w.client.ask(PHOTOS[0], SURE)).view_bytes == 0
@@ -55,7 +55,7 @@ async def test_a_picture_no_larger_than_the_view_is_sent_once(size, retransmit):
         assert 0 < answer.view_bytes < answer.bytes_up < answer.view_bytes + 150
         metrics = w.service.metrics.questions.labels("fallback_no_detail")
         assert metrics._value.get() == 1
-        # Its larger self is looked at closer, as ever.
+        # The larger version gets a second stage as usual.
         assert (await w.client.ask(PHOTOS[0], UNSURE)).stage is Stage.SECOND
 
 
@@ -76,7 +76,7 @@ async def test_views_are_sent_again_after_the_server_lost_them():
         assert answer.view_bytes > 3000
 
 
-async def test_wishes_reach_the_server_and_what_it_says_comes_back():
+async def test_options_reach_the_server_and_its_results_come_back():
     async with world() as w:
         options = Options(stop=(" sky",), tokens=True)
         answer = await w.client.ask(PHOTOS[0], SURE, options=options, on_text=lambda *_: None)

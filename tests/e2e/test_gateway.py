@@ -16,20 +16,20 @@ from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
-from tests.e2e.gateways import MODEL, data_url, gateway, item, place, running, said, sdk
+from tests.e2e.gateways import MODEL, data_url, deployed, gateway, item, running, said, sdk
 from tests.edge_client.scripted import Peer, scripted
 from tests.support.wire import service
 from vlm_collab.geometry import Box
 
 
 def second(picture: bytes, question: str, extra: dict[str, Any]) -> str:
-    """The refined answer that the fake gives to what it is shown."""
+    """The refined answer that the fake backend gives for a question and its pictures."""
     box = Box(*extra["region"]["box"])
     return f"second {view_digest(picture)} {region_digest(picture, box)} {question}"
 
 
 def speaking(first: str, second: str) -> FakeBackend:
-    """A model that is unsure and says these two things."""
+    """A model that is unsure and gives these two answers."""
     return FakeBackend(play=lambda *_: Script(first, second, uncertainty_bits=2.0))
 
 
@@ -43,7 +43,7 @@ async def streamed(stream: Any) -> tuple[list[str], Any]:
 
 
 async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(UNSURE, photo(1))]
         )
@@ -61,7 +61,7 @@ async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion
 
 
 async def test_a_sure_model_sends_no_region():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(SURE, photo(1))]
         )
@@ -71,7 +71,7 @@ async def test_a_sure_model_sends_no_region():
 
 
 async def test_a_later_request_about_the_same_picture_costs_no_pixels():
-    async with place() as here:
+    async with deployed() as here:
         messages = [said(SURE, photo(1))]
         first = await here.client.chat.completions.create(model=MODEL, messages=messages)
         answer = first.choices[0].message.content
@@ -82,13 +82,13 @@ async def test_a_later_request_about_the_same_picture_costs_no_pixels():
         assert first.vlm_collab["view_bytes"] > 3000
         assert later.vlm_collab["view_bytes"] == 0
         assert later.vlm_collab["bytes_up"] < 200
-        # Somebody else's request about the same picture, in other words.
+        # Another client's request about the same picture, worded differently.
         again = await here.client.responses.create(model=MODEL, input=[item("what?", photo(1))])
         assert again.vlm_collab["view_bytes"] == 0
 
 
 async def test_several_pictures_in_one_request():
-    async with place() as here:
+    async with deployed() as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(UNSURE, photo(1), photo(2), photo(1))]
         )
@@ -96,13 +96,13 @@ async def test_several_pictures_in_one_request():
         assert extra["region"]["picture"] == 1
         region = region_digest(photo(2), Box(*extra["region"]["box"]))
         views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
-        # One came twice: it is sent once, and shown where it stood.
+        # A repeated picture is sent once, and shown at each of its positions.
         assert made.choices[0].message.content == f"second {views} {region} {UNSURE}<0><1><0>"
         assert extra["original_bytes"] == len(photo(1)) + len(photo(2))
 
 
 async def test_labels_stay_with_their_pictures():
-    async with place() as here:
+    async with deployed() as here:
         one, two = (said(SURE, photo(number))["content"][-1] for number in (1, 2))
         told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
         content = [told[0], one, told[1], two, told[2]]
@@ -116,7 +116,7 @@ async def test_labels_stay_with_their_pictures():
 
 
 async def test_a_stream_holds_the_first_answer_back():
-    async with place() as here:
+    async with deployed() as here:
         stream = await here.client.chat.completions.create(
             model=MODEL,
             messages=[said(UNSURE, photo(1))],
@@ -133,7 +133,7 @@ async def test_a_stream_holds_the_first_answer_back():
 
 async def test_a_stream_sends_the_second_answer_as_it_comes():
     words = " ".join(f"word{i}" for i in range(12))
-    async with place(speaking("no idea", words)) as here:
+    async with deployed(speaking("no idea", words)) as here:
         stream = await here.client.chat.completions.create(
             model=MODEL, messages=[said("?", photo(1))], stream=True
         )
@@ -145,7 +145,7 @@ async def test_a_stream_sends_the_second_answer_as_it_comes():
 
 
 async def test_a_stream_of_a_sure_model_sends_its_answer_at_once():
-    async with place() as here:
+    async with deployed() as here:
         stream = await here.client.chat.completions.create(
             model=MODEL, messages=[said(SURE, photo(1))], stream=True
         )
@@ -165,7 +165,7 @@ async def test_stop_texts_and_the_longest_answer(stream: bool):
         pieces, last = await streamed(made)
         return "".join(pieces), last.choices[0].finish_reason
 
-    async with place(speaking("a b", "one two three four five six")) as here:
+    async with deployed(speaking("a b", "one two three four five six")) as here:
         assert await ask() == ("one two three four five six", "stop")
         assert await ask(stop="four") == ("one two three", "stop")
         assert await ask(stop=["seven", "o thr"]) == ("one tw", "stop")
@@ -175,7 +175,7 @@ async def test_stop_texts_and_the_longest_answer(stream: bool):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_logprobs(stream: bool):
-    async with place(speaking("a b", "one two three")) as here:
+    async with deployed(speaking("a b", "one two three")) as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said("?", photo(1))], logprobs=True, stream=stream
         )
@@ -195,7 +195,7 @@ async def test_logprobs(stream: bool):
 
 
 async def test_the_second_look_can_be_forced_and_forbidden():
-    async with place() as here:
+    async with deployed() as here:
         for question, wish, refined in ((SURE, "always", True), (UNSURE, "never", False)):
             made = await here.client.chat.completions.create(
                 model=MODEL,
@@ -205,8 +205,8 @@ async def test_the_second_look_can_be_forced_and_forbidden():
             assert made.vlm_collab["refined"] is refined
 
 
-async def test_a_response_and_one_that_goes_on_from_it():
-    async with place() as here:
+async def test_a_response_and_its_continuation():
+    async with deployed() as here:
         first = await here.client.responses.create(
             model=MODEL, instructions="be short.", input=[item(UNSURE, photo(3))]
         )
@@ -216,7 +216,7 @@ async def test_a_response_and_one_that_goes_on_from_it():
         later = await here.client.responses.create(
             model=MODEL, previous_response_id=first.id, input="and the sky?", store=False
         )
-        # Instructions are for one response alone.
+        # Instructions hold for one response only.
         assert later.vlm_collab["first_text"].startswith(f"first {view_digest(photo(3))} {UNSURE} ")
         assert later.vlm_collab["view_bytes"] == 0
         assert later.previous_response_id == first.id
@@ -229,8 +229,8 @@ async def test_a_response_and_one_that_goes_on_from_it():
             assert caught.value.code == "previous_response_not_found"
 
 
-async def test_a_streamed_response_and_one_that_goes_on_from_it():
-    async with place(speaking("a b", "one two three four")) as here:
+async def test_a_streamed_response_and_its_continuation():
+    async with deployed(speaking("a b", "one two three four")) as here:
         async with here.client.responses.stream(
             model=MODEL, input=[item("?", photo(1))], include=["message.output_text.logprobs"]
         ) as stream:
@@ -251,7 +251,7 @@ async def test_a_streamed_response_and_one_that_goes_on_from_it():
 
 
 async def test_responses_are_kept_within_bounds():
-    async with place(limits={"max_responses": 2}) as here:
+    async with deployed(limits={"max_responses": 2}) as here:
         made = [
             await here.client.responses.create(model=MODEL, input=[item(SURE, photo(1))])
             for _ in range(3)
@@ -277,14 +277,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"1": 5}}, "logit_bias"),
     ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
     ({"extra_body": {"guided_choice": ["yes", "no"]}}, "guided_choice"),
-    # Of pictures that are views already, whose originals are elsewhere.
+    # For pictures that are views already, with their originals elsewhere.
     ({"extra_body": {"vlm_collab": {"sources": [[4000, 3000]]}}}, "vlm_collab.sources"),
     ({"stream": True, "n": 2}, "n"),
 ]
 
 
 async def test_what_cannot_be_honoured_is_refused_by_name():
-    async with place() as here:
+    async with deployed() as here:
         for wish, param in REFUSED:
             with pytest.raises(openai.BadRequestError) as caught:
                 await here.client.chat.completions.create(
@@ -294,8 +294,8 @@ async def test_what_cannot_be_honoured_is_refused_by_name():
             assert caught.value.type == "invalid_request_error"
 
 
-async def test_the_region_tool_is_the_gateways_own_business():
-    async with place() as here:
+async def test_the_region_tool_is_refused():
+    async with deployed() as here:
         with pytest.raises(openai.BadRequestError, match="by itself") as caught:
             await here.client.responses.create(
                 model=MODEL,
@@ -306,7 +306,7 @@ async def test_the_region_tool_is_the_gateways_own_business():
 
 
 async def test_models():
-    async with place(aliases=("gpt-4o-mini",)) as here:
+    async with deployed(aliases=("gpt-4o-mini",)) as here:
         listed = await here.client.models.list()
         assert [model.id for model in listed.data] == [MODEL, "gpt-4o-mini"]
         assert (await here.client.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
@@ -325,7 +325,7 @@ async def test_models():
 
 
 async def ten_clients(places: list[str], rounds: int) -> None:
-    """Each client has a picture, a conversation and a way of its own to ask."""
+    """Each client has its own picture, conversation and API."""
 
     async def one(number: int) -> None:
         base, picture = places[number % len(places)], photo(number)
@@ -359,12 +359,12 @@ async def ten_clients(places: list[str], rounds: int) -> None:
 
 
 async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
-    async with place() as here, running(gateway(here.proxy.url)) as other:
+    async with deployed() as here, running(gateway(here.proxy.url)) as other:
         await ten_clients([here.base, other], rounds=3)
 
 
-async def test_what_programs_in_use_send():
-    """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision make them."""
+async def test_requests_of_existing_programs():
+    """Requests as Open WebUI, Frigate and Home Assistant's LLM Vision send them."""
     url = {"url": data_url(photo(1))}
     text = {"type": "text", "text": SURE}
     requests: list[dict[str, Any]] = [
@@ -404,7 +404,7 @@ async def test_what_programs_in_use_send():
         },
         {"model": MODEL, "messages": [{"role": "user", "content": [text]}]},
     ]
-    async with place() as here:
+    async with deployed() as here:
         for body in requests:
             answer = await here.http.post("/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
@@ -412,7 +412,7 @@ async def test_what_programs_in_use_send():
 
 
 async def test_text_alone_goes_to_the_servers_own_api():
-    async with place(aliases=("gpt-4o-mini",)) as here:
+    async with deployed(aliases=("gpt-4o-mini",)) as here:
         made = await here.client.chat.completions.create(
             model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}]
         )
@@ -430,7 +430,7 @@ async def test_text_alone_goes_to_the_servers_own_api():
 
 
 async def test_a_conversation_of_responses_may_begin_without_a_picture():
-    async with place() as here:
+    async with deployed() as here:
         first = await here.client.responses.create(model=MODEL, input="hello")
         assert first.output_text.split() == ["first", "hello"]
         stream = await here.client.responses.create(
@@ -446,7 +446,7 @@ async def test_a_conversation_of_responses_may_begin_without_a_picture():
 
 
 class WithoutApi(Service):
-    """A service as it was before it had an API of OpenAI's."""
+    """An older service without OpenAI's API."""
 
     def app(self) -> Starlette:
         return Starlette(routes=self.routes(), lifespan=self._lifespan)

@@ -1,4 +1,4 @@
-"""Who may use the gateway, what its page reaches, and what a policy keeps on the device."""
+"""Access to the gateway, its page's relay, and what a privacy policy keeps on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edge_client.privacy.audit_log import RegionLine, ViewLine, read_log
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import HASTY, SURE, UNSURE, check, photo
-from tests.e2e.gateways import MODEL, data_url, gateway, place, running, said, sdk
+from tests.e2e.gateways import MODEL, data_url, deployed, gateway, running, said, sdk
 from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
@@ -58,12 +58,12 @@ def test_settings_that_are_not_safe_or_not_possible(wrong: dict[str, Any]):
 
 
 async def test_an_api_key():
-    async with place(api_key="right") as here:
+    async with deployed(api_key="right") as here:
         assert await status(here) == 401
         assert await status(here, Authorization="Bearer wrong") == 401
         assert await status(here, Authorization="Basic right") == 401
         assert await status(here, Authorization="Bearer right") == 200
-        # With a key, any name of this machine will do.
+        # With a key, every name of this machine is allowed.
         assert await status(here, Authorization="Bearer right", Host="camera.lan") == 200
         with pytest.raises(openai.AuthenticationError) as caught:
             await here.client.models.list()
@@ -76,8 +76,8 @@ async def test_an_api_key():
         assert (await here.http.get(f"{root(here.base)}/healthz")).status_code == 200
 
 
-async def test_names_that_were_bound_to_this_machine():
-    async with place() as here:
+async def test_foreign_host_names_are_refused():
+    async with deployed() as here:
         for host in ("evil.example", "evil.example:8766", "localhost.evil.example", ""):
             assert await status(here, Host=host) == 403, host
         for host in (
@@ -92,7 +92,7 @@ async def test_names_that_were_bound_to_this_machine():
 
 
 async def test_pages_of_other_origins():
-    async with place(origins=frozenset({"https://mine.example"})) as here:
+    async with deployed(origins=frozenset({"https://mine.example"})) as here:
         refused = await here.http.get("/models", headers={"Origin": "https://evil.example"})
         assert refused.status_code == 403
         assert "--origin https://evil.example" in refused.json()["error"]["message"]
@@ -112,7 +112,7 @@ async def test_pages_of_other_origins():
 
 
 async def test_without_origins_there_are_no_cors_headers():
-    async with place() as here:
+    async with deployed() as here:
         answer = await here.http.get("/models", headers={"Origin": root(here.base)})
         assert answer.status_code == 200
         assert not [name for name in answer.headers if name.startswith("access-control")]
@@ -121,7 +121,7 @@ async def test_without_origins_there_are_no_cors_headers():
 
 
 async def test_the_page():
-    async with place() as here:
+    async with deployed() as here:
         page = await here.http.get(root(here.base) + "/")
         file = page_file(INDEX)
         assert file is not None
@@ -154,17 +154,17 @@ async def test_the_pages_frames_are_handed_on_with_the_gateways_own_token():
 
 
 async def test_the_relay_lets_in_who_may_ask():
-    async with place(api_key="right") as here:
+    async with deployed(api_key="right") as here:
         with pytest.raises(AuthenticationError):
             async with EdgeClient(relay_of(here.base), retry=HASTY):
                 pass
         async with EdgeClient(relay_of(here.base), token="right", retry=HASTY) as page:
             check(await page.ask(photo(1), SURE), photo(1), SURE)
-        # As the page does it: "right" in base64url.
+        # As the page sends it: "right" in base64url.
         offered = [SUBPROTOCOL, f"{TOKEN_SUBPROTOCOL}cmlnaHQ"]
         async with connect(f"{relay_of(here.base)}/v1/collab", subprotocols=offered) as socket:  # type: ignore[arg-type]
             assert socket.subprotocol == SUBPROTOCOL
-    async with place() as here:
+    async with deployed() as here:
         for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
             with pytest.raises(InvalidStatus) as caught:
                 await connect(
@@ -176,14 +176,14 @@ async def test_the_relay_lets_in_who_may_ask():
 
 
 async def test_the_relay_ends_with_its_server_and_with_its_page():
-    async with place(limits={"max_relays": 1}) as here:
+    async with deployed(limits={"max_relays": 1}) as here:
         page = EdgeClient(relay_of(here.base), retry=HASTY)
         await page.connect()
         with pytest.raises(CollabError, match="503"):
             async with EdgeClient(relay_of(here.base), retry=HASTY):
                 pass
         here.proxy.cut()
-        # A page connects again by itself.
+        # A page reconnects by itself.
         check(await page.ask(photo(2), UNSURE), photo(2), UNSURE)
         await page.close()
         async with asyncio.timeout(PATIENCE_S):
@@ -206,7 +206,7 @@ cameras:
 async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
     policy, audit = tmp_path / "policy.yaml", tmp_path / "audit.jsonl"
     policy.write_text(POLICY)
-    async with place(policy=policy, camera="door", audit=audit) as here:
+    async with deployed(policy=policy, camera="door", audit=audit) as here:
         made = await here.client.chat.completions.create(
             model=MODEL,
             messages=[said(UNSURE, photo(1))],
@@ -230,7 +230,7 @@ async def test_a_policy_and_a_log_hold_for_all_requests(tmp_path: Path):
 
 
 PICTURE = data_url(photo(1))
-ESCAPED = json.dumps([PICTURE]).replace("/", "\\/")  # as PHP has it
+ESCAPED = json.dumps([PICTURE]).replace("/", "\\/")  # as PHP writes it
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -257,14 +257,14 @@ def saying(**message: Any) -> dict[str, Any]:
         ({**saying(), "attachments": [{"name": "a.jpg", "data": PICTURE[23:]}]}, "attachments"),
         ({**saying(), "user": PICTURE}, "user"),
         ({**saying(), "metadata": {"snapshot": PICTURE}}, "metadata.snapshot"),
-        # Beside a picture that leaves as a view.
+        # Next to a picture that is sent as a view.
         ({"messages": [said(f"{SURE} {PICTURE}", photo(2))]}, "messages"),
     ],
 )
 async def test_a_picture_does_not_leave_as_text(tmp_path: Path, body: dict[str, Any], param: str):
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY)
-    async with place(policy=policy) as here:
+    async with deployed(policy=policy) as here:
         for stream in (False, True):
             answer = await here.http.post(
                 "/chat/completions", json={"model": MODEL, "stream": stream, **body}
@@ -283,7 +283,7 @@ async def test_a_picture_does_not_leave_as_text(tmp_path: Path, body: dict[str, 
     ],
 )
 async def test_a_picture_does_not_leave_as_the_text_of_a_response(body: dict[str, Any]):
-    async with place() as here:
+    async with deployed() as here:
         answer = await here.http.post("/responses", json={"model": MODEL, **body})
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["param"] == "input"
@@ -293,7 +293,7 @@ async def test_a_picture_does_not_leave_as_the_text_of_a_response(body: dict[str
 async def test_a_region_that_may_not_leave_is_declined(tmp_path: Path):
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY)
-    async with place(policy=policy) as here:
+    async with deployed(policy=policy) as here:
         made = await here.client.chat.completions.create(
             model=MODEL, messages=[said(UNSURE, photo(1))]
         )
@@ -304,7 +304,7 @@ async def test_a_region_that_may_not_leave_is_declined(tmp_path: Path):
 async def test_in_quiet_hours_nothing_leaves(tmp_path: Path):
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY)
-    async with place(policy=policy, camera="night") as here:
+    async with deployed(policy=policy, camera="night") as here:
         for content in ([said(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
             with pytest.raises(openai.PermissionDeniedError) as caught:
                 await here.client.chat.completions.create(model=MODEL, messages=content)
@@ -322,18 +322,18 @@ async def test_addresses_are_fetched_for_those_who_may_have_them(tmp_path: Path)
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         host = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         messages = [said(SURE, f"http://{host}/a.jpg")]
-        async with place() as here:
+        async with deployed() as here:
             with pytest.raises(openai.BadRequestError, match=f"--allow-host {host}") as caught:
                 await here.client.chat.completions.create(model=MODEL, messages=messages)
             assert caught.value.param == "messages[0].content[1].image_url.url"
-        async with place(fetch_hosts=frozenset({host})) as here:
+        async with deployed(fetch_hosts=frozenset({host})) as here:
             made = await here.client.chat.completions.create(model=MODEL, messages=messages)
             assert made.vlm_collab["original_bytes"] == len(photo(4))
 
 
 async def test_plain_http_is_enough(tmp_path: Path):
-    """What a client without the SDK sends, such as curl."""
-    async with place() as here, httpx.AsyncClient(verify=False, trust_env=False) as http:
+    """A request by a client without the SDK, such as curl."""
+    async with deployed() as here, httpx.AsyncClient(verify=False, trust_env=False) as http:
         answer = await http.post(
             f"{here.base}/chat/completions",
             json={"messages": [said(SURE, photo(1))], "stream": True},

@@ -11,7 +11,7 @@ import pytest
 
 from edge_client.privacy.audit_log import ViewLine, read_log
 from tests.e2e.common import SURE, UNSURE, photo, slow
-from tests.e2e.gateways import MODEL, Place, item, place, said
+from tests.e2e.gateways import MODEL, Deployment, deployed, item, said
 from vlm_collab.geometry import Box
 
 POLICY = f"""
@@ -36,8 +36,8 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-def at(here: Place, camera: str) -> openai.AsyncOpenAI:
-    """The SDK as a camera's client has it."""
+def at(here: Deployment, camera: str) -> openai.AsyncOpenAI:
+    """The SDK with the base URL of a camera."""
     root = here.base.removesuffix("/v1")
     return here.client.with_options(base_url=f"{root}/cameras/{camera}/v1")
 
@@ -50,7 +50,7 @@ async def ask(client: openai.AsyncOpenAI, question: str = SURE, number: int = 1)
 
 async def test_each_camera_has_its_own_rules(policy: Path, tmp_path: Path):
     audit = tmp_path / "audit.jsonl"
-    async with place(policy=policy, audit=audit) as here:
+    async with deployed(policy=policy, audit=audit) as here:
         assert (await ask(here.client, UNSURE)).vlm_collab["refined"]
         assert (await ask(at(here, "door"))).choices
         made = await ask(at(here, "front%20yard"), UNSURE)
@@ -66,7 +66,7 @@ async def test_each_camera_has_its_own_rules(policy: Path, tmp_path: Path):
 
 
 async def test_a_camera_that_the_policy_does_not_name(policy: Path):
-    async with place(policy=policy) as here:
+    async with deployed(policy=policy) as here:
         for camera in ("attic", "door%2Fdoor", "Door"):
             with pytest.raises(openai.NotFoundError) as caught:
                 await ask(at(here, camera))
@@ -75,13 +75,13 @@ async def test_a_camera_that_the_policy_does_not_name(policy: Path):
             await ask(at(here, "attic"))
         assert caught.value.code == "camera_not_found"
         assert not here.proxy.connections
-    async with place() as here:
+    async with deployed() as here:
         with pytest.raises(openai.NotFoundError, match="--policy"):
             await ask(at(here, "default"))
 
 
 async def test_conversations_stay_with_their_camera(policy: Path):
-    async with place(policy=policy) as here:
+    async with deployed(policy=policy) as here:
         door, yard = at(here, "door"), at(here, "front%20yard")
         first = await door.responses.create(model=MODEL, input=[item(SURE, photo(1))])
         for other in (yard, here.client):
@@ -99,7 +99,7 @@ async def test_conversations_stay_with_their_camera(policy: Path):
 
 
 async def test_a_camera_has_one_budget_whichever_way_it_is_asked(policy: Path):
-    async with place(policy=policy, camera="budget") as here:
+    async with deployed(policy=policy, camera="budget") as here:
         assert (await ask(here.client, number=1)).vlm_collab["view_bytes"] > 5000
         with pytest.raises(openai.PermissionDeniedError, match="10000 bytes an hour"):
             await ask(at(here, "budget"), number=2)
@@ -107,7 +107,7 @@ async def test_a_camera_has_one_budget_whichever_way_it_is_asked(policy: Path):
 
 
 async def test_cameras_share_the_limits(policy: Path):
-    async with place(
+    async with deployed(
         slow(0.5), policy=policy, limits={"max_requests": 1, "max_waiting": 0}
     ) as here:
         asked = asyncio.create_task(ask(at(here, "door")))
@@ -119,9 +119,9 @@ async def test_cameras_share_the_limits(policy: Path):
 
 
 async def test_cameras_need_the_key_as_well(policy: Path):
-    async with place(policy=policy, api_key="right") as here:
+    async with deployed(policy=policy, api_key="right") as here:
         with pytest.raises(openai.AuthenticationError):
             await ask(at(here, "door"))
         with pytest.raises(openai.AuthenticationError):
-            await ask(at(here, "attic"))  # a stranger does not learn which there are
+            await ask(at(here, "attic"))  # strangers do not learn which cameras exist
         assert (await ask(at(here, "door").with_options(api_key="right"))).choices

@@ -1,4 +1,4 @@
-"""The gateway's page in a real browser: its frames go through to the server and back."""
+"""The gateway's page in a real browser: its frames are relayed to the server and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from server_plugin.backends.fake import FakeBackend
 from tests.e2e.common import SURE, UNSURE, photo
-from tests.e2e.gateways import place
+from tests.e2e.gateways import deployed
 from tests.support.browser import launched, visiting
 from vlm_collab.protocol.messages import Ask, Region
 
@@ -14,7 +14,9 @@ from vlm_collab.protocol.messages import Ask, Region
 @pytest.mark.parametrize("key", [None, "right"])
 async def test_a_question_asked_on_the_page(key: str | None):
     async with (
-        place(FakeBackend(), config={"token": "upstream"}, token="upstream", api_key=key) as here,
+        deployed(
+            FakeBackend(), config={"token": "upstream"}, token="upstream", api_key=key
+        ) as here,
         launched() as browser,
         visiting(browser) as visitor,
     ):

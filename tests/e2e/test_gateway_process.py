@@ -1,4 +1,4 @@
-"""`vlm-collab gateway` as people start it, once with the demo model behind it."""
+"""`vlm-collab gateway` as a process, once with the demo model behind it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VLM_COLLAB = str(Path(sys.executable).with_name("vlm-collab"))
 
 @contextmanager
 def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A gateway process and the line with which it said that it is ready."""
+    """A gateway process and its line that says it is ready."""
     process = subprocess.Popen(
         [VLM_COLLAB, "gateway", "--port", "0", "--json", *arguments],
         stdout=subprocess.PIPE,
@@ -50,7 +50,7 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, 
 
 
 def stopped(process: subprocess.Popen[str]) -> str:
-    """What a process that was asked to stop says on stderr; it ends well."""
+    """Stop a process; returns its stderr and checks that it exits with 0."""
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
@@ -58,7 +58,7 @@ def stopped(process: subprocess.Popen[str]) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """How the command ends and what it says."""
+    """Run the command; returns its exit status and output."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["gateway", "--port", "0", *arguments])
     said = capsys.readouterr()
@@ -98,7 +98,7 @@ def test_the_demo_model_reads_what_is_too_small_for_its_view():
                 assert extra["bytes_up"] < len(content) / 2
                 assert bool(extra["region_bytes"]) is extra["refined"]
                 if extra["refined"]:
-                    # The streamed answer is the same, without a word of the first one.
+                    # The streamed answer is the same, with nothing of the first-stage answer.
                     stream = client.chat.completions.create(
                         model=own["model"], messages=[said(case.question, content)], stream=True
                     )
@@ -154,8 +154,8 @@ def test_the_sdk_as_its_documentation_shows_it():
         assert stopped(process) == ""
 
 
-def test_the_page_about_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    """The example of docs/gateway.md, as it stands there."""
+def test_the_docs_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """The example of docs/gateway.md, unchanged."""
     page = Path(__file__).parents[2].joinpath("docs", "gateway.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "photo.jpg").write_bytes(photo(1))
@@ -222,16 +222,16 @@ def test_a_gateway_starts_before_its_server():
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad", "crop"])
-def test_who_starts_a_gateway_is_told_that_its_server_cuts_pictures(fit: str):
+def test_the_gateway_warns_if_its_server_crops_pictures(fit: str):
     with serving("fake", "--fit", fit) as (_, server):
         with started("--server", str(server["url"])) as (process, own):
-            assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it serves by now
+            assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it is serving by now
             errors = stopped(process)
     assert ("of the server, the fit is crop" in errors) == (fit == "crop")
     assert len(errors.splitlines()) == (fit == "crop")
 
 
-def test_the_largest_picture_is_the_one_that_was_said():
+def test_the_largest_picture_is_an_option():
     wide = saved(Image.new("L", (1001, 1000)), "PNG")
     with serving("fake") as (_, server):
         arguments = ("--server", str(server["url"]), "--max-megapixels", "1")
@@ -244,8 +244,8 @@ def test_the_largest_picture_is_the_one_that_was_said():
     assert caught.value.code == "image_too_large"
 
 
-def test_the_longest_question_is_the_one_that_was_said():
-    """Of either side: the server takes 60 bytes of text here, the gateway 50."""
+def test_the_longest_question_is_bounded_on_both_sides():
+    """On both sides: here the server takes 60 bytes of text, the gateway 50."""
     with (
         serving("fake", "--max-question-bytes", "60") as (_, server),
         started("--server", str(server["url"]), "--max-question-bytes", "50") as (_, own),

@@ -1,4 +1,4 @@
-"""Responses that later ones go on from, or that are to be forgotten, with the official SDK."""
+"""Continued and deleted responses, with the official SDK."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import openai
 import pytest
 
 from tests.e2e.common import SURE, photo, view_digest
-from tests.e2e.gateways import MODEL, Place, item, place
+from tests.e2e.gateways import MODEL, Deployment, deployed, item
 
 
 @asynccontextmanager
 async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
-    """A camera that shows something else each time it is asked, or nothing; yields its host."""
+    """A camera with another picture at each request, or none; yields its host."""
     asked = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -32,13 +32,13 @@ async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
 
 
 def snapshot(question: str, host: str) -> dict[str, Any]:
-    """A user's item about what a camera shows now."""
+    """A user item about a camera's current picture."""
     shown = {"type": "input_image", "image_url": f"http://{host}/now.jpg"}
     return {"role": "user", "content": [{"type": "input_text", "text": question}, shown]}
 
 
-async def respond(here: Place, said: Any, stream: bool = False, **more: Any) -> Any:
-    """A response, streamed or not."""
+async def respond(here: Deployment, said: Any, stream: bool = False, **more: Any) -> Any:
+    """Ask for a response, streamed or not."""
     made = await here.client.responses.create(model=MODEL, input=said, stream=stream, **more)
     if not stream:
         return made
@@ -49,7 +49,7 @@ async def respond(here: Place, said: Any, stream: bool = False, **more: Any) -> 
 async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
     async with (
         camera(lambda count: photo(1) if count == 0 else None) as host,
-        place(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as here,
     ):
         first = await respond(here, [snapshot(SURE, host)], stream)
         later = await respond(here, "and the sea?", stream, previous_response_id=first.id)
@@ -62,13 +62,13 @@ async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
 async def test_an_address_that_comes_again_shows_what_is_there_now():
     async with (
         camera(lambda count: photo([1, 2, 1][count])) as host,
-        place(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as here,
     ):
         first = await respond(here, [snapshot(SURE, host)])
         later = await respond(here, [snapshot("now?", host)], previous_response_id=first.id)
         both = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
         assert later.output_text.startswith(f"first {both} ")
-        # The camera shows again what it showed first, which counts once.
+        # The camera shows its first picture again, which counts once.
         last = await respond(here, [snapshot("now?", host)], previous_response_id=later.id)
         assert last.output_text.startswith(f"first {both} ")
         assert last.vlm_collab["view_bytes"] == 0
@@ -77,7 +77,7 @@ async def test_an_address_that_comes_again_shows_what_is_there_now():
 async def test_what_was_fetched_counts_among_what_is_kept():
     async with (
         camera(lambda count: photo(count + 1)) as host,
-        place(
+        deployed(
             fetch_hosts=frozenset({host}),
             limits={"max_response_bytes": len(photo(1)) + len(photo(2)) - 1},
         ) as here,
@@ -90,7 +90,7 @@ async def test_what_was_fetched_counts_among_what_is_kept():
 
 
 async def test_a_response_can_be_deleted():
-    async with place(api_key="right") as here:
+    async with deployed(api_key="right") as here:
         here.client.api_key = "right"
         first = await respond(here, [item(SURE, photo(1))])
         later = await respond(here, "?", previous_response_id=first.id)
@@ -104,7 +104,7 @@ async def test_a_response_can_be_deleted():
             assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.BadRequestError):
             await respond(here, "?", previous_response_id=first.id)
-        # What went on from it is another response.
+        # A response that continued it stays.
         assert (await respond(here, "?", previous_response_id=later.id)).output_text
         with pytest.raises(openai.AuthenticationError):
             await here.client.with_options(api_key="wrong").responses.delete(later.id)

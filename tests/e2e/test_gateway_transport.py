@@ -1,4 +1,4 @@
-"""Clients of the gateway that do not read, say nothing, or relay to a server that does not read."""
+"""The gateway's clients that do not read, are silent, or relay to a server that does not read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_upstream
 from websockets.typing import Subprotocol
 
-from edge_client.gateway import Gateway, bind, runner, url_of
-from edge_client.gateway import admission as room
+from edge_client.gateway import Gateway, admission, bind, runner, url_of
 from server_plugin.service.runner import running as serving_service
 from tests.e2e.gateways import gateway
 from tests.support.raw import (
@@ -28,7 +27,7 @@ from tests.support.raw import (
 )
 from tests.support.wire import edge, service
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web import connection_limits as places_module
+from vlm_collab.web import connection_limits as slots_module
 
 NOWHERE = "ws://127.0.0.1:9"
 FILE = "/page/link.js"
@@ -53,7 +52,7 @@ async def test_a_client_that_reads_no_response_is_dropped(asked: bytes):
 
 async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "_OTHERS", 2)
-    monkeypatch.setattr(places_module, "RESERVED", 4)
+    monkeypatch.setattr(slots_module, "RESERVED", 4)
     limits = {"max_requests": 1, "max_waiting": 0, "max_relays": 1}
     async with served(gateway(NOWHERE, limits=limits)) as here:
         silent = [here.open() for _ in range(40)]
@@ -67,13 +66,13 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
 async def test_requests_whose_rest_never_comes_hold_nobody_up(
     nbytes: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(room, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(admission, "LONGEST_PAUSE_S", 0.1)
     made = gateway(NOWHERE, limits={"max_requests": 5})
     async with served(made) as here:
         begun = [here.open() for _ in range(5)]
         for each in begun:
             await each.send(post(nbytes))
-        await until(lambda: made.room.working + made.room.waiting == 5)
+        await until(lambda: made.admission.running + made.admission.waiting == 5)
         asking = here.open()
         await asking.send(post(2) + b"{}")
         assert b" 400 " in await asking.read_until(b"messages")
@@ -119,7 +118,7 @@ async def test_a_page_that_does_not_read_is_dropped():
 
 @pytest.fixture
 async def flood() -> AsyncIterator[str]:
-    """A server that sends and sends."""
+    """A server that never stops sending."""
 
     async def handle(socket: ServerConnection) -> None:
         while True:

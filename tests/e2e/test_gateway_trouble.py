@@ -1,4 +1,4 @@
-"""The gateway in trouble: servers that go away, clients that leave, pictures of all kinds."""
+"""Failures at the gateway: lost servers, clients that disconnect, bad pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
-from tests.e2e.gateways import MODEL, SMALL, gateway, item, place, running, said, sdk
+from tests.e2e.gateways import MODEL, SMALL, deployed, gateway, item, running, said, sdk
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as drawn
 from tests.support.pictures import saved, turned
@@ -39,7 +39,7 @@ def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more
 
 
 async def test_a_question_waits_for_a_server_that_is_away():
-    async with place() as here:
+    async with deployed() as here:
         here.proxy.refusing = True
         asked = asyncio.create_task(ask(here.client))
         await here.proxy.until_connections(3)
@@ -51,7 +51,7 @@ async def test_a_question_waits_for_a_server_that_is_away():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_question_outlives_a_server_that_goes(stream: bool):
-    async with place() as here:
+    async with deployed() as here:
         cut = here.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
         made = await ask(here.client, UNSURE, stream=stream)
         if stream:
@@ -63,12 +63,12 @@ async def test_a_question_outlives_a_server_that_goes(stream: bool):
         assert cut.fired.is_set()
         assert extra["refined"]
         assert text.startswith(f"second {view_digest(photo(1))} ")
-        # The server kept the view: only its first sending cost pixels.
+        # The server still has the view, so only the first question sent pixels.
         assert extra["original_bytes"] == len(photo(1))
 
 
 async def test_a_question_is_asked_again_as_often_as_its_connection_breaks():
-    async with place() as here:
+    async with deployed() as here:
         cuts = [here.proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth) for nth in range(1, 10)]
         made = await ask(here.client)
         assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
@@ -76,8 +76,8 @@ async def test_a_question_is_asked_again_as_often_as_its_connection_breaks():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
-    async with place(deadline_s=0.3) as here:
+async def test_without_a_server_there_is_a_clear_error_in_time(stream: bool):
+    async with deployed(deadline_s=0.3) as here:
         here.proxy.refusing = True
         with pytest.raises(
             openai.InternalServerError, match="no server answers at ws://"
@@ -90,12 +90,12 @@ async def test_without_a_server_there_is_a_clear_no_in_time(stream: bool):
             gone = asyncio.create_task(here.http.get(path))
             here.proxy.refusing = False
             assert (await gone).status_code == 200
-        # It is asked again by itself, and the next question finds it.
+        # The gateway reconnects by itself, and the next question finds the server.
         assert (await ask(here.client)).choices
 
 
-async def test_text_alone_waits_and_ends_likewise():
-    async with place(deadline_s=0.3) as here:
+async def test_requests_without_pictures_wait_and_end_likewise():
+    async with deployed(deadline_s=0.3) as here:
         here.proxy.refusing = True
         with pytest.raises(openai.InternalServerError) as caught:
             await here.client.chat.completions.create(
@@ -107,7 +107,7 @@ async def test_text_alone_waits_and_ends_likewise():
 
 
 async def test_a_server_that_is_too_slow():
-    async with place(slow(30.0), deadline_s=0.5) as here:
+    async with deployed(slow(30.0), deadline_s=0.5) as here:
         with pytest.raises(openai.InternalServerError, match="no answer within") as caught:
             await ask(here.client)
         assert caught.value.status_code == 504
@@ -117,7 +117,7 @@ async def test_a_second_look_that_fails_leaves_the_first_answer():
     backend = FakeBackend(
         play=lambda *_: Script("a bird", "", uncertainty_bits=2.0, fail_second=True)
     )
-    async with place(backend) as here:
+    async with deployed(backend) as here:
         for stream in (False, True):
             made = await ask(here.client, UNSURE, stream=stream)
             if stream:
@@ -132,12 +132,12 @@ async def test_a_second_look_that_fails_leaves_the_first_answer():
 
 
 async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
-    """What was streamed can't be taken back, so the text that stands comes whole behind it."""
+    """Streamed text cannot be taken back, so the valid text is sent in full after it."""
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
     )
-    async with place(backend, deadline_s=3.0) as here:
+    async with deployed(backend, deadline_s=3.0) as here:
         broken = here.proxy.rule(Partial, Where.AFTER, What.STALL, nth=11)
         stream = await ask(here.client, UNSURE, stream=True)
         chunks = [chunk async for chunk in stream]
@@ -153,10 +153,10 @@ async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
 
 
 async def test_a_first_answer_that_was_cut_says_so():
-    """It stands in for a second one that did not come, and was not generated to its end."""
+    """It replaces a lost second answer, and was not generated to its end."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
     backend = FakeBackend(play=lambda *_: Script("a b c d", "e", uncertainty_bits=2.0))
-    async with place(backend, config={"policy": policy}, deadline_s=1.0) as here:
+    async with deployed(backend, config={"policy": policy}, deadline_s=1.0) as here:
         here.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
         made = await ask(here.client, UNSURE)
         assert made.choices[0].message.content == "a b…"
@@ -167,7 +167,7 @@ async def test_a_first_answer_that_was_cut_says_so():
 
 @pytest.mark.parametrize("api", ["chat", "stream", "responses"])
 async def test_a_client_that_leaves_takes_its_question_along(api: str):
-    async with place(slow(30.0)) as here:
+    async with deployed(slow(30.0)) as here:
         body: dict[str, Any] = {"model": MODEL}
         if api == "responses":
             path, body["input"] = "/responses", [item(UNSURE, photo(1))]
@@ -186,9 +186,9 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
 
 
 async def nothing_left(here: Any) -> None:
-    """Wait until the gateway has noticed that nobody waits for it."""
+    """Wait until the gateway has noticed that its clients are gone."""
     async with asyncio.timeout(PATIENCE_S):
-        while here.gateway.room.working:
+        while here.gateway.admission.running:
             await asyncio.sleep(0.005)
 
 
@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_a_stream_in_the_middle():
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=1.5)
     )
-    async with place(backend) as here:
+    async with deployed(backend) as here:
         stream = await ask(here.client, UNSURE, stream=True)
         async for chunk in stream:
             if chunk.choices[0].delta.content:
@@ -222,19 +222,19 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
             async with asyncio.timeout(patience_s):
                 await here.http.post("/chat/completions", json=body)
 
-    async with place(backend) as here:
+    async with deployed(backend) as here:
         for _ in range(3):
             await asyncio.gather(*(one(number) for number in range(20)))
         await nothing_left(here)
-        assert here.gateway.room.nbytes == 0
+        assert here.gateway.admission.nbytes == 0
         assert (await ask(here.client, UNSURE)).choices[0].message.content == words
 
 
 async def test_a_server_that_is_full_says_when_to_come_back():
-    async with place(slow(1.0), service_limits={"max_questions": 1}) as here:
+    async with deployed(slow(1.0), service_limits={"max_questions": 1}) as here:
         first = asyncio.create_task(ask(here.client))
         await here.proxy.until_passed(Ask)
-        # The server wants a second's patience, which this gateway does not have.
+        # The server asks to wait for a second, which is beyond this gateway's deadline.
         hasty = gateway(here.proxy.url, deadline_s=0.4)
         async with running(hasty) as base, sdk(base) as client:
             with pytest.raises(openai.RateLimitError) as caught:
@@ -244,7 +244,7 @@ async def test_a_server_that_is_full_says_when_to_come_back():
 
 
 async def test_a_gateway_that_is_full_says_when_to_come_back():
-    async with place(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as here:
+    async with deployed(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as here:
         first = asyncio.create_task(ask(here.client, stream=True))
         await here.proxy.until_passed(Ask)
         with pytest.raises(openai.RateLimitError, match="no more at once") as caught:
@@ -256,27 +256,27 @@ async def test_a_gateway_that_is_full_says_when_to_come_back():
 
 
 async def test_a_burst_is_answered_to_the_last():
-    """With the SDK's default retries, two, which a queue of any length outlasts."""
+    """With the SDK's two default retries, which would not outlast a long queue."""
     refused: list[int] = []
 
     async def note(response: httpx.Response) -> None:
         if response.status_code != 200:
             refused.append(response.status_code)
 
-    async with place(slow(0.01), limits={"max_requests": 4}) as here:
+    async with deployed(slow(0.01), limits={"max_requests": 4}) as here:
         http = httpx.AsyncClient(trust_env=False, verify=False, event_hooks={"response": [note]})
         async with sdk(here.base, http_client=http, max_retries=DEFAULT_MAX_RETRIES) as client:
             asked = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
             answers = await asyncio.gather(*asked)
         for number, answer in enumerate(answers):
             assert answer.choices[0].message.content.endswith(f"{SURE} {number}")
-        # None was sent away to try its luck again.
+        # None was refused.
         assert refused == []
         await nothing_left(here)
 
 
 async def test_clients_that_leave_while_they_wait_are_passed_over():
-    async with place(slow(0.3), limits={"max_requests": 1}) as here:
+    async with deployed(slow(0.3), limits={"max_requests": 1}) as here:
         first = asyncio.create_task(ask(here.client))
         await here.proxy.until_passed(Ask)
         body = {"model": MODEL, "messages": [said(SURE, photo(2))]}
@@ -284,7 +284,7 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
             asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
         ]
         async with asyncio.timeout(PATIENCE_S):
-            while here.gateway.room.waiting < 5:
+            while here.gateway.admission.waiting < 5:
                 await asyncio.sleep(0.005)
         for other in others:
             other.cancel()
@@ -295,8 +295,8 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
 
 
 async def test_requests_share_the_room_for_their_bodies():
-    async with place(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
-        # One alone may be larger than the room for all.
+    async with deployed(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
+        # A single body may be larger than the bound for all.
         first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
         await here.proxy.until_passed(Ask)
         with pytest.raises(openai.RateLimitError, match="no room") as caught:
@@ -304,7 +304,7 @@ async def test_requests_share_the_room_for_their_bodies():
         assert caught.value.response.headers["retry-after"] == "1"
         assert (await first).choices
         assert (await ask(here.client, SURE, photo(3))).choices
-        assert here.gateway.room.nbytes == 0
+        assert here.gateway.admission.nbytes == 0
 
 
 async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():
@@ -340,7 +340,7 @@ RIGHT = {
 
 
 async def test_pictures_of_all_kinds_get_the_right_answer():
-    async with place() as here:
+    async with deployed() as here:
         for kind, picture in RIGHT.items():
             made = await ask(here.client, UNSURE, picture)
             first = f"first {view_digest(picture)} {UNSURE}"
@@ -355,7 +355,7 @@ def animated(format: str) -> bytes:
 
 
 def huge() -> bytes:
-    """A PNG of a few bytes that says it has 2 gigapixels."""
+    """A PNG of a few bytes with 2 gigapixels in its header."""
     data = bytearray(saved(Image.new("1", (8, 8)), "PNG"))
     data[16:24] = (50_000).to_bytes(4, "big") + (40_000).to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
@@ -376,15 +376,15 @@ WRONG = {
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_pictures_that_cannot_be_used(stream: bool):
-    async with place() as here:
+    async with deployed() as here:
         for kind, (picture, status) in WRONG.items():
             with pytest.raises(openai.APIStatusError) as caught:
                 await ask(here.client, SURE, photo(1), picture, stream=stream)
             assert caught.value.status_code == status, kind
-            if kind != "cut off":  # found when its pixels are decoded, for the view
+            if kind != "cut off":  # noticed when the view is made of its pixels
                 assert caught.value.param == "messages[0].content[2].image_url.url", kind
             assert "\n" not in caught.value.body["message"], kind
-        # Nothing is wrong with the gateway.
+        # The gateway still works.
         assert (await ask(here.client)).choices
 
 
@@ -402,7 +402,7 @@ GARBAGE = [
 
 
 async def test_garbage():
-    async with place(limits={"wire": SMALL}) as here:
+    async with deployed(limits={"wire": SMALL}) as here:
         for content, status in GARBAGE:
             for path in ("/chat/completions", "/responses"):
                 answer = await here.http.post(path, content=content)
@@ -411,7 +411,7 @@ async def test_garbage():
 
 
 async def test_limits_of_a_request():
-    async with place(limits={"wire": SMALL}) as here:
+    async with deployed(limits={"wire": SMALL}) as here:
         large = saved(Image.effect_noise((600, 600), 100), "PNG")
         assert len(large) > SMALL.max_picture_bytes
         with pytest.raises(openai.APIStatusError) as caught:
@@ -423,9 +423,9 @@ async def test_limits_of_a_request():
 
 async def test_a_picture_with_more_pixels_than_are_taken():
     pixels = 480 * 360
-    async with place(limits={"max_pixels": pixels}) as here:
+    async with deployed(limits={"max_pixels": pixels}) as here:
         assert (await ask(here.client)).choices
-    async with place(limits={"max_pixels": pixels - 1}) as here:
+    async with deployed(limits={"max_pixels": pixels - 1}) as here:
         with pytest.raises(openai.APIStatusError, match="480") as caught:
             await ask(here.client)
         assert caught.value.status_code == 413
@@ -434,7 +434,7 @@ async def test_a_picture_with_more_pixels_than_are_taken():
 
 
 async def test_a_question_that_is_too_long_or_holds_reserved_text():
-    async with place() as here:
+    async with deployed() as here:
         for question in ("x" * 20_000, "what is <refuse>?"):
             with pytest.raises(openai.APIStatusError) as caught:
                 await ask(here.client, question)
@@ -443,7 +443,7 @@ async def test_a_question_that_is_too_long_or_holds_reserved_text():
 
 
 async def test_a_body_that_never_ends():
-    async with place(limits={"body_timeout_s": 0.2}) as here:
+    async with deployed(limits={"body_timeout_s": 0.2}) as here:
         reader, writer = await asyncio.open_connection(
             here.http.base_url.host, here.http.base_url.port
         )
@@ -456,7 +456,7 @@ async def test_a_body_that_never_ends():
 
 
 async def test_routes_that_are_none_answer_in_the_same_form():
-    async with place() as here:
+    async with deployed() as here:
         missing = await here.http.post("/embeddings", json={})
         assert missing.status_code == 404
         assert missing.json()["error"]["code"] == "unknown_url"
@@ -466,7 +466,7 @@ async def test_routes_that_are_none_answer_in_the_same_form():
 
 
 async def test_health():
-    async with place() as here:
+    async with deployed() as here:
         root = httpx.URL(here.base).join("/")
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
         async with asyncio.timeout(PATIENCE_S):
@@ -484,9 +484,9 @@ async def test_health():
 
 
 async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pytest.MonkeyPatch):
-    """Each takes one of the places for all connections, and needs no key for it."""
+    """Each takes one of the connection slots, for which it needs no key."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
-    async with place(slow(0.4), api_key="right") as here:
+    async with deployed(slow(0.4), api_key="right") as here:
         async with sdk(here.base, api_key="right") as client:
             asking = asyncio.create_task(ask(client))
             host, port = here.base.removeprefix("http://").removesuffix("/v1").split(":")
@@ -502,7 +502,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
 async def test_few_pictures_are_decoded_at_once_whoever_leaves(
     monkeypatch: pytest.MonkeyPatch, cameras: int
 ):
-    """The largest take gigabytes each. A client that leaves does not stop the thread it had."""
+    """The largest take gigabytes each. The decoding thread goes on after its client disconnects."""
     most, now, counting = 0, 0, threading.Lock()
     view = Picture.view
 
@@ -520,7 +520,7 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(
 
     monkeypatch.setattr(Picture, "view", counted)
     policy = PrivacyPolicy({name: CameraPolicy() for name in ("default", "c0", "c1", "c2", "c3")})
-    async with place(limits={"max_decoding": 2}, policy=policy) as here:
+    async with deployed(limits={"max_decoding": 2}, policy=policy) as here:
         root = here.base.removesuffix("/v1")
         clients = [
             here.client.with_options(base_url=f"{root}/cameras/c{camera}/v1")

@@ -1,4 +1,4 @@
-"""Many questions, clients and pictures at once; taking questions back; a server short of room."""
+"""Many questions, clients and pictures at once; cancelled questions; a server short of memory."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_cros
     pictures = [photo(i) for i in range(5)]
     async with world() as w:
         clients = [w.client] + [EdgeClient(w.proxy.url, retry=HASTY) for _ in range(3)]
-        # Every client asks every picture both ways, with the same words as all the others in
-        # half of the cases and its own in the rest; ids and view ids are the same everywhere.
+        # Every client asks about every picture, once with the same text as all other clients and
+        # once with its own; ids and view ids are the same everywhere.
         asked = [
             (client, picture, f"{UNSURE if i % 2 else SURE} {i} {who if i < 6 else ''}".strip())
             for who, client in enumerate(clients)
@@ -68,7 +68,7 @@ async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_cros
         )
         for (_, picture, question), answer in zip(asked, answers, strict=True):
             check(answer, picture, question)
-        # Each client sent each picture's view once, however many questions there were about it.
+        # Each client sent each picture's view once, for any number of questions about it.
         for client in clients:
             sent = [
                 a.view_bytes > 0 for (c, _, _), a in zip(asked, answers, strict=True) if c is client
@@ -98,7 +98,7 @@ async def test_more_questions_than_the_server_takes_wait_for_their_turn():
             check(answer, picture, question)
 
 
-async def test_one_that_fails_does_not_take_the_others_along():
+async def test_a_failing_question_does_not_fail_the_others():
     async with world() as w:
         reserved = "what is <refuse> here?"
         results = await w.client.ask_many(
@@ -147,14 +147,14 @@ async def test_both_sides_count_the_same_bytes():
         for question in (SURE, UNSURE, UNSURE):
             answer = await w.client.ask(PHOTO, question, options=Options(want_map=True))
             assert answer.bytes_up == answer.usage.bytes_up
-            # The server cannot count the answer that holds the count.
+            # The server cannot count the response that contains the count.
             assert 0 < answer.bytes_down - answer.usage.bytes_down < 200
         assert answer.map is not None
         assert len(answer.map) == answer.rows * answer.columns
         assert max(answer.map) == 255
 
 
-async def test_wishes_reach_the_server():
+async def test_options_reach_the_server():
     async with world() as w:
         always = await w.client.ask(PHOTO, SURE, options=Options(retransmit=Retransmit.ALWAYS))
         assert always.refined
@@ -182,11 +182,11 @@ async def test_the_synchronous_front():
         await asyncio.to_thread(work)
 
 
-# ---- taking back -----------------------------------------------------------------------------
+# ---- cancelled ------------------------------------------------------------------------------
 
 
 async def taken_back(w: World, asking: asyncio.Task[object]) -> None:
-    """Cancel, and check that the client goes on and that the server is left with nothing."""
+    """Cancel, and check that the client still works and the server keeps nothing."""
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -225,7 +225,7 @@ async def test_taking_back_while_connecting():
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        # Who still waits gets the connection that both were waiting for.
+        # The other one still gets the connection that both were waiting for.
         w.proxy.stalling = False
         w.proxy.resume()
         check(await other, PHOTO, UNSURE)
@@ -301,7 +301,7 @@ async def test_no_more_regions_than_allowed():
 
 async def test_a_crop_that_fails_is_declined(caplog):
     class Fading(Picture):
-        """Its file is on a disk that fails after the view was made."""
+        """A picture whose file cannot be read after the view was made."""
 
         def region(self, box: Box, target: Size, codec: Codec, quality: int) -> bytes:
             raise OSError("the disk is gone")
@@ -313,7 +313,7 @@ async def test_a_crop_that_fails_is_declined(caplog):
     assert "cropping failed" in caplog.text
 
 
-# ---- a server short of room ------------------------------------------------------------------
+# ---- a server short of memory ---------------------------------------------------------------
 
 
 async def test_a_busy_server_is_asked_again():
@@ -356,7 +356,7 @@ async def test_many_pictures_in_little_room():
 
 async def test_the_first_of_several_on_a_new_picture_may_be_refused():
     async with world(slow(0.03), limits={"max_questions": 1}) as w:
-        # This one fills the server, so that the one with the pixels is turned away.
+        # This one fills the server's memory, so that the question with the pixels is refused.
         busy = asyncio.create_task(w.client.ask(photo(9), SURE))
         await w.proxy.until_passed(Ask)
         questions = [f"{UNSURE} {i}" for i in range(3)]

@@ -1,4 +1,4 @@
-"""Requests as programs in use send them, at the service and at the gateway before it.
+"""Requests of existing programs, to the service and to the gateway before it.
 
 Those of the Vercel AI SDK were recorded (`ai` 6.0.326 with `@ai-sdk/openai` 3.0.141), the others
 are written as the programs' sources make them.
@@ -22,7 +22,7 @@ from edge_client.gateway import running
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend
 from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.runner import running as serving
-from tests.e2e.gateways import MODEL, Place, data_url, gateway, place
+from tests.e2e.gateways import MODEL, Deployment, data_url, deployed, gateway
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as picture
 from tests.support.pictures import saved
@@ -51,9 +51,9 @@ SHOWN = {"type": "image_url", "image_url": {"url": data_url(PHOTO), "detail": "l
 
 
 @asynccontextmanager
-async def both(**options: Any) -> AsyncIterator[tuple[Place, list[httpx.AsyncClient]]]:
+async def both(**options: Any) -> AsyncIterator[tuple[Deployment, list[httpx.AsyncClient]]]:
     """The service and the gateway, for plain HTTP below `/v1`."""
-    async with place(**options) as here:
+    async with deployed(**options) as here:
         direct = http(here.proxy.url) + "/v1"
         async with httpx.AsyncClient(
             base_url=direct, trust_env=False, timeout=PATIENCE_S
@@ -62,7 +62,7 @@ async def both(**options: Any) -> AsyncIterator[tuple[Place, list[httpx.AsyncCli
 
 
 def of(stream: str) -> str:
-    """The text of a streamed chat."""
+    """The text of a streamed chat completion."""
     lines = [line[6:] for line in stream.splitlines() if line.startswith("data: {")]
     choices = [choice for line in lines for choice in json.loads(line)["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
@@ -152,7 +152,7 @@ async def test_a_tool_that_is_demanded_is_refused() -> None:
 async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
     shown: list[Any],
 ) -> None:
-    """A gateway hands on what is about text alone, and this field is none that it hands on."""
+    """A gateway forwards requests without pictures, but not this field."""
     content = [{"type": "text", "text": SURE}, *shown]
     body = {
         "model": MODEL,
@@ -173,14 +173,14 @@ async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
 
 
 async def test_texts_with_tools_go_on_to_the_server_without_what_it_would_ignore() -> None:
-    """Both sides say what had no effect; what may not leave the device as it is does not leave."""
+    """Both sides list ignored fields; fields that must not leave the device are not forwarded."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": SURE}],
         "tools": TOOLS,
         "cache_prompt": True,
     }
-    # The gateway does not hand `cache_prompt` on, so the server has no reason to list it again.
+    # The gateway does not forward `cache_prompt`, so the server does not list it again.
     lists = ("tools, cache_prompt", "cache_prompt, tools")
     async with both() as (_, clients):
         for client, listed in zip(clients, lists, strict=True):
@@ -214,7 +214,7 @@ async def test_the_ai_sdk_refers_to_what_was_answered() -> None:
             second = (await client.post("/responses", json=body)).json()
             told = second["output"][0]["content"][0]["text"]
             assert told.split(" ", 2)[2] == f"be short\n{SURE} {text} and now?"
-            # The same as if it had sent the answer itself.
+            # The same as if the client had sent the answer itself.
             whole = {"role": "assistant", "content": [{"type": "output_text", "text": text}]}
             body = ai_sdk(whole, ai_sdk_asks("and now?"))
             again = (await client.post("/responses", json=body)).json()
@@ -250,7 +250,7 @@ async def test_an_answer_that_is_gone_is_not_found() -> None:
 
 
 async def test_an_answer_belongs_to_whoever_asked() -> None:
-    """Of the service, to the key; of the gateway, to the camera."""
+    """At the service to the key, at the gateway to the camera."""
     async with both(config={"token": "one", "more_tokens": ("two",)}, token="one") as (_, clients):
         server, _ = clients
         keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
@@ -282,7 +282,7 @@ async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is
                 while here.service.openai.memory.count:
                     await asyncio.sleep(0.01)
             second = await answered()
-            assert await status(first) == 200  # so it is the newest now
+            assert await status(first) == 200  # so it is the most recently used now
             third = await answered()
             assert [await status(each) for each in (first, second, third)] == [200, 404, 200]
         assert here.service.openai.answers.count == 2
@@ -304,7 +304,7 @@ async def test_tools_of_the_ai_sdk_are_an_offer() -> None:
 
 
 async def test_the_longest_question_is_an_option() -> None:
-    """In bytes of all that was said, with a picture and without one."""
+    """In bytes of all texts, with a picture and without one."""
     for who in range(2):
         service_limits = {"connection": ServerLimits(max_question_bytes=100)} if who == 0 else None
         limits = {"max_question_bytes": 100} if who == 1 else None
@@ -317,7 +317,7 @@ async def test_the_longest_question_is_an_option() -> None:
                     assert fits or "102 bytes" in answer.json()["error"]["message"]
 
 
-# ---- what programs ask about -----------------------------------------------------------------
+# ---- models and unknown routes----------------------------------------------------------------
 
 
 async def test_models_say_how_much_they_take_and_what() -> None:
@@ -329,12 +329,12 @@ async def test_models_say_how_much_they_take_and_what() -> None:
             assert listed["max_model_len"] == listed["context_length"] == 2048
             assert listed["architecture"]["input_modalities"] == ["text", "image"]
             assert (await client.get(f"/models/{MODEL}")).json() == listed
-            # A client that joins its base and an empty name asks for the list.
+            # A client that joins its base URL and an empty name gets the list.
             assert (await client.get("/models/")).json()["data"] == [listed]
 
 
 async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
-    """As one that has the protocol and no endpoint of OpenAI's."""
+    """Like an older service, which speaks the protocol but has no OpenAI endpoint."""
     mine = service()
     mine.openai.routes = list  # type: ignore[method-assign]
     async with (
@@ -359,7 +359,7 @@ async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
         ("/cameras/door/chat/completions", "/v1/chat/completions"),
     ],
 )
-async def test_a_forgotten_version_is_hinted_at(path: str, meant: str) -> None:
+async def test_a_version_missing_in_the_path_is_suggested(path: str, meant: str) -> None:
     async with both() as (_, clients):
         for client, camera in zip(clients, ("", "/cameras/door"), strict=True):
             if path.startswith(camera):  # which the gateway has
@@ -389,7 +389,7 @@ async def test_other_addresses_are_told_in_openais_form() -> None:
                 error = answer.json()["error"]
                 assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
                 assert "\n" not in error["message"]
-                if status == 405:  # nobody is asked whether the address meant was this very one
+                if status == 405:  # no suggestion of the address that was used
                     assert answer.headers["allow"]
                     assert "did you mean" not in error["message"]
             assert "/v1" in (await client.get(root + "/api/tags")).json()["error"]["message"]

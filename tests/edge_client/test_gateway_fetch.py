@@ -1,4 +1,4 @@
-"""Pictures are fetched from hosts that the owner named, and from nowhere else."""
+"""Pictures are fetched only from hosts that the owner allowed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PICTURE = b"\xff\xd8 a picture"
 
 
 class Web:
-    """A web server that says what a test tells it to.
+    """A web server with answers set by a test.
 
     Attributes:
-        requests: heads of the requests that came.
+        requests: heads of the received requests.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_t
         "ftp://named.example/a",
     ],
 )
-async def test_what_nobody_named_is_refused_unasked(url: str, monkeypatch: pytest.MonkeyPatch):
+async def test_hosts_that_are_not_allowed_get_no_request(url: str, monkeypatch: pytest.MonkeyPatch):
     def looked_up(*_: object, **__: object) -> None:
         raise AssertionError("a name that was not allowed was looked up")
 

@@ -1,4 +1,4 @@
-"""Streams: what goes wrong before and after they began, silence, and clients that leave."""
+"""Streams: errors before and after the start, silence, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 
-from edge_client.gateway import streaming
-from edge_client.gateway.streaming import EventStream, Gone, answer_pieces, unless_gone
+from edge_client.gateway.streaming import answer_pieces
 from tests.support.patience import PATIENCE_S
 from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
 from vlm_collab.protocol.messages import Stage
+from vlm_collab.web import streams
+from vlm_collab.web.streams import ClientGoneError, EventStream, while_connected
 
 FORM = ChatStream(id="c", created=1, model="m", include_usage=False)
 
 
 class Client:
-    """The far end of an ASGI response.
+    """The client of an ASGI response.
 
     Attributes:
-        received: what it was sent.
-        leaving: set it, and it is gone.
+        received: the ASGI messages that it received.
+        leaving: set it to disconnect the client.
     """
 
     def __init__(self, *, broken: bool = False) -> None:
@@ -52,7 +53,7 @@ class Client:
 
 
 async def stream(client: Client, pieces: AsyncGenerator[bytes, None]) -> list[str]:
-    """Send a stream; what was closed at its end, in order."""
+    """Send a stream; returns what was closed at its end, in order."""
     closed: list[str] = []
 
     async def watched() -> AsyncGenerator[bytes, None]:
@@ -86,7 +87,7 @@ async def test_a_stream_is_sent_to_its_end():
 
 
 async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streaming, "_QUIET_S", 0.01)
+    monkeypatch.setattr(streams, "_QUIET_S", 0.01)
     client = Client()
 
     async def quiet() -> AsyncGenerator[bytes, None]:
@@ -111,7 +112,7 @@ async def test_a_client_that_leaves_ends_the_work(broken: bool):
     assert await stream(client, endless()) == ["pieces", "kept"]
 
 
-async def test_work_is_cancelled_for_who_left():
+async def test_work_is_cancelled_when_the_client_disconnects():
     client, cancelled = Client(), asyncio.Event()
 
     async def work() -> None:
@@ -121,13 +122,13 @@ async def test_work_is_cancelled_for_who_left():
         finally:
             cancelled.set()
 
-    with pytest.raises(Gone):
-        await unless_gone(client.receive, work())  # type: ignore[arg-type]
+    with pytest.raises(ClientGoneError):
+        await while_connected(client.receive, work())  # type: ignore[arg-type]
     assert cancelled.is_set()
 
 
 def pieces(ask: Any, finished: Any = lambda result: None, **how: Any) -> Any:
-    return answer_pieces(ask, FORM, TextFlow(), **{"whole": False, "finished": finished, **how})
+    return answer_pieces(ask, FORM, TextFlow(), **{"buffered": False, "finished": finished, **how})
 
 
 async def test_what_goes_wrong_before_the_first_text_is_raised():

@@ -1,4 +1,4 @@
-"""The server's own API, when it misbehaves."""
+"""The server's own OpenAI API: answers, streams, and failures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STREAM = (
 async def answering(
     content: bytes, status: int = 200, *, length: int | None = None, silent: bool = False
 ) -> AsyncIterator[TextUpstream]:
-    """A server that answers everything with the same bytes."""
+    """A server that sends the same bytes as every answer."""
     stay = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,6 +79,23 @@ async def test_a_streamed_answer():
         assert (result.text, result.finish) == ("hi", Finish.END)
         assert result.completion_tokens == 2
         assert texts == ["h", "hi"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+async def test_a_stream_in_every_form_of_the_standard(end: str):
+    lines = (
+        ": comment",
+        "",
+        'data:{"choices":[{"delta":{"content":"a\u2028b"},',  # no line end in an event stream
+        'data: "finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2}}',
+        "",
+        "data: [DONE]",
+        "",
+        "",
+    )
+    async with answering(end.join(lines).encode()) as upstream:
+        result = await upstream.ask(QUERY, "m", lambda *_: None)
+        assert (result.text, result.completion_tokens) == ("a\u2028b", 2)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def tab(browser: Browser) -> AsyncIterator[Page]:
-    """A warm tab takes a second less than a fresh one. Servers differ in their port, and with it
-    in their origin, so nothing of one test is left in the next."""
+    """A tab that all tests share; a fresh one takes a second longer.
+
+    Each test's server has its own port and so its own origin, so no state is left for the next.
+    """
     async with tab_of(browser, viewport={"width": 1280, "height": 860}) as page:
         yield page
 

@@ -1,4 +1,4 @@
-"""A picture in, a question asked, and what the page shows and sends."""
+"""Asking a question about a picture: what the page shows and sends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PHOTO = photo(1)
 
 
 async def counted_up(url: str) -> int:
-    """Bytes that the server received on all WebSockets, by its own count."""
+    """Bytes received on all WebSockets, as counted by the server."""
     async with httpx.AsyncClient() as web:
         text = (await web.get(http(url) + "/metrics")).text
     lines = [line for line in text.splitlines() if line.startswith("vlm_collab_bytes_total")]
@@ -38,7 +38,7 @@ async def counted_up(url: str) -> int:
 
 
 async def test_a_refined_answer_of_the_demo_model(browser: Browser):
-    """All of it, with a real model: the answer, the box, the bytes, and a follow-up question."""
+    """With a real model: the answer, the box, the bytes, and a follow-up question."""
     listed = json.loads((PICTURES / "pictures.json").read_text())["pictures"]
     case = next(one for one in listed if one["role"] == "asks" and one["file"] == "scene-3.jpg")
     data = (PICTURES / case["file"]).read_bytes()
@@ -50,7 +50,7 @@ async def test_a_refined_answer_of_the_demo_model(browser: Browser):
         assert await visitor.page.inner_text("#model") == "demo"
         await visitor.choose(data, case["file"])
         card = await visitor.ask(case["question"], "refined")
-        # What it shows is what came.
+        # The page shows the received answer.
         (answer,) = visitor.came(Answer)
         assert await card.answer() == answer.text == case["truth"]
         text = await card.text()
@@ -64,13 +64,13 @@ async def test_a_refined_answer_of_the_demo_model(browser: Browser):
         assert await visitor.shows_box() == places
         assert f"{right - left} × {bottom - top} px at ({left}, {top})" in text
         assert await visitor.page.locator("#heat").is_visible()
-        # What it counts is what crossed, by the browser, by the page and by the server.
+        # Browser, page and server count the same bytes.
         assert await card.bytes_up() == answer.usage.bytes_up
         assert await visitor.meter("sent") == visitor.bytes_up
         assert await counted_up(url) == visitor.bytes_up + edge_bytes(other, client)
         assert await visitor.meter("whole") == len(data)
         assert visitor.bytes_up < 0.15 * len(data)
-        # A follow-up costs no pixels of the view.
+        # A follow-up question does not send the view again.
         before = visitor.bytes_up
         other_card = await visitor.ask("what number is on the black cross?")
         await other_card.locator.locator(".answer:not(.growing)").wait_for()
@@ -80,7 +80,7 @@ async def test_a_refined_answer_of_the_demo_model(browser: Browser):
         regions = sum(len(region.image) for region in visitor.sent(Region)[1:])
         assert visitor.bytes_up - before - regions < 100
         assert await visitor.meter("whole") == len(data)
-        # docs/page.png is this one, in steps of 4 levels, which makes it smaller.
+        # docs/page.png is this one with fewer grey levels, which makes it smaller.
         await card.locator.locator(".title").click()
         await visitor.page.evaluate("document.activeElement.blur()")
         await visitor.screenshot("refined")
@@ -88,7 +88,7 @@ async def test_a_refined_answer_of_the_demo_model(browser: Browser):
 
 
 def edge_bytes(answer, client: EdgeClient) -> int:
-    """What the other client sent: its question and its greeting."""
+    """The messages of the other client: its question and its `Hello`."""
     link = client._keeper.current
     assert link is not None
     assert answer.bytes_up < link.session.traffic.total_bytes("up")
@@ -122,7 +122,7 @@ async def test_a_second_look_that_is_less_sure_is_not_shown_as_a_success(visitor
             ".map((each) => getComputedStyle(each).color)",
             await card.locator.element_handle(),
         )
-        assert colours[0] != colours[1]  # which is the green of what went well
+        assert colours[0] != colours[1]  # the second one is green, for success
         text = " ".join((await card.text()).split())
         assert "47 uncertainty 2.000" in text
         assert "67 uncertainty 2.500" in text
@@ -203,7 +203,7 @@ async def test_the_history_shows_each_picture_again(visitor: Visitor):
         assert await visitor.shows_box() == box
         assert await first.locator.locator(".steps").is_visible()
         assert not await second.locator.locator(".steps").is_visible()
-        # The picture on show is asked about, and the server still has its view.
+        # The question is about the shown picture, and the server still has its view.
         await visitor.ask("and now?", "sure")
         assert [ask.view_id for ask in visitor.sent(Ask)] == [1, 2, 1]
         assert visitor.sent(Ask)[-1].view is None
@@ -228,7 +228,7 @@ async def test_earlier_answers_go_along_only_when_wanted(visitor: Visitor):
         assert [question for question, _ in turns] == [SURE, "and now?"]
         await visitor.choose(photo(2), "two.jpg")
         await visitor.ask(SURE, "sure")
-        assert visitor.sent(Ask)[-1].history == ()  # nothing was said about this one
+        assert visitor.sent(Ask)[-1].history == ()  # there was no question about this one
 
 
 async def test_stopping_a_question(visitor: Visitor):
@@ -251,7 +251,7 @@ async def test_a_refusal_is_one_clear_line(visitor: Visitor):
         (welcome,) = visitor.came(Welcome)
         card = await visitor.ask("x" * (welcome.max_question_bytes + 1), "failed")
         assert f"{welcome.max_question_bytes + 1} bytes" in await card.note()
-        assert len(visitor.sent(Ask)) == 1  # this one did not go out
+        assert len(visitor.sent(Ask)) == 1  # this one was not sent
         await visitor.ask(SURE, "sure")
         await visitor.page.fill("#question", "   ")
         await visitor.page.press("#question", "Enter")

@@ -1,4 +1,4 @@
-"""The camera of the browser is on only while its picture is on show."""
+"""The browser's camera is on only while its picture is shown."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ASKING_CAMERA = """() => {
         return streams.at(-1);
     };
 }"""
-"""A camera of which each use has to be allowed: `prompts[i].granted()`."""
+"""A camera for which each use must be allowed: `prompts[i].granted()`."""
 
 ON = "() => streams.filter((stream) => stream.getTracks()[0].readyState === 'live').length"
 FOCUSED = "() => document.activeElement.textContent.trim() || document.activeElement.id"
 
 
 async def answer_prompt(visitor: Visitor, number: int, answer: str = "granted()") -> None:
-    """Answer the browser's question; what the page makes of it is done on return."""
+    """Answer the browser's permission prompt; the page has reacted on return."""
     await visitor.page.evaluate(f"() => prompts[{number}].{answer}")
     await visitor.page.evaluate("() => new Promise((done) => setTimeout(done, 50))")
 
@@ -49,7 +49,7 @@ async def test_the_region_of_a_pending_question_leaves_the_camera_on(visitor: Vi
         assert await page.locator("#viewfinder").is_visible()
         assert await page.evaluate(FOCUSED) == "Take the picture"
         assert await page.evaluate(ON) == 1
-        # A question now would be about a picture that is out of sight.
+        # A question now would be about a picture that is not visible.
         await page.fill("#question", UNSURE)
         await page.press("#question", "Enter")
         assert "Take the picture first" in await visitor.problem()

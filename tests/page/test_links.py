@@ -1,4 +1,4 @@
-"""The page when its server goes away, wants a token, or does not want this page."""
+"""The page with a lost server, a required token, or a refused origin."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PHOTO = photo(1)
 
 
 async def test_the_server_goes_and_comes_back(visitor: Visitor):
-    """What is asked meanwhile waits, and is answered by its successor, which knows no view."""
+    """Questions asked meanwhile wait, and the next server, which has no view, answers them."""
     async with running(service()) as url, Proxy(url) as proxy:
         await visitor.open(proxy.url)
         await visitor.choose(PHOTO)
@@ -89,7 +89,7 @@ async def test_a_cut_in_any_stage_loses_no_question(visitor: Visitor, kind: type
         assert cut.fired.is_set()
         assert (await card.answer()).startswith("second ")
         assert len(visitor.came(Welcome)) == 2
-        # All attempts count, what was lost on the way included.
+        # All attempts count, including lost ones.
         assert await card.bytes_up() > visitor.came(Answer)[-1].usage.bytes_up
         assert await visitor.meter("sent") == visitor.bytes_up
 
@@ -105,7 +105,7 @@ async def test_a_server_lost_for_good_in_the_second_stage_leaves_the_first_answe
         stalled = proxy.rule(Ask, Where.AFTER, What.STALL, nth=2)
         card = await visitor.ask(UNSURE)
         await asyncio.wait_for(stalled.fired.wait(), PATIENCE_S)
-        # The region's deadline and the grace on top of it.
+        # The region's deadline plus the grace period.
         await visitor.page.clock.fast_forward(9_900)
         assert await card.locator.get_attribute("data-state") == "asking"
         await visitor.page.clock.fast_forward(5_200)
@@ -152,7 +152,7 @@ async def test_a_view_that_is_gone_is_sent_again(visitor: Visitor):
 
 
 async def test_a_question_outlasts_many_lost_links(browser: Browser):
-    """It is asked again for a minute, and no faster than its pauses allow."""
+    """It is retried for a minute, no faster than the pauses allow."""
     async with running(service()) as url, Proxy(url) as proxy, visiting(browser) as visitor:
         await visitor.page.clock.install()
         await visitor.open(proxy.url)
@@ -200,7 +200,7 @@ async def test_the_page_asks_for_the_token(visitor: Visitor):
         assert "asks for a token" in await visitor.status("token")
         field = visitor.page.get_by_label("Access token")
         assert await field.evaluate("(field) => field === document.activeElement")
-        # A question can be asked already; it waits.
+        # A question can already be asked; it waits.
         await visitor.choose(PHOTO)
         card = await visitor.ask(UNSURE)
         await field.fill("wrong")
@@ -216,7 +216,7 @@ async def test_the_page_asks_for_the_token(visitor: Visitor):
         await visitor.status("open")
         assert not await field.is_visible()
         await card.ends("refined")
-        # It is kept for this tab only, and in no address.
+        # The token is kept for this tab only, and in no URL.
         assert await visitor.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert not any("s3cret" in address or "czNj" in address for address in visitor.urls)
         await visitor.page.reload()
@@ -243,8 +243,7 @@ ELSEWHERE = "--host-resolver-rules=MAP camera.example 127.0.0.1"
 
 @asynccontextmanager
 async def renaming(url: str) -> AsyncIterator[int]:
-    """A proxy before a service that calls it by its address, whatever the browser called; yields
-    its port."""
+    """A proxy that replaces the browser's `Host` by the service's address; yields its port."""
     at = urlsplit(url)
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
@@ -296,17 +295,17 @@ async def test_a_page_beyond_localhost_needs_its_origin_listed_or_the_token():
         async with running(_at(sock_port, origins=listed)), visiting(browser) as visitor:
             await visitor.page.goto(f"http://camera.example:{sock_port}/")
             await visitor.status("open")
-            # Beyond localhost a browser gives no camera without TLS: it is not offered.
+            # Beyond localhost, browsers give no camera without TLS, so none is offered.
             assert not await visitor.page.get_by_role("button", name="Take a picture").is_visible()
 
 
 async def test_another_site_cannot_use_a_server_on_this_machine(browser: Browser):
-    """Neither its socket, nor what the server says of itself, nor its page in a frame."""
+    """Neither the WebSocket, nor the server's status, nor the page in a frame."""
     async with running(service()) as victim, running(service()) as other:
         async with visiting(browser) as visitor:
             await visitor.page.goto(page_of(other))
             await visitor.status("open")
-            # The other page's own policy would stop it; a hostile page has none.
+            # The other page's own content policy would stop it; a hostile page has none.
             context = await browser.new_context(bypass_csp=True)
             page = await context.new_page()
             await page.goto(page_of(other))
@@ -337,7 +336,7 @@ async def test_another_site_cannot_use_a_server_on_this_machine(browser: Browser
 
 
 async def _free_port() -> int:
-    """A port that nobody has, and that nobody gets meanwhile with any likelihood."""
+    """A free port that probably stays free."""
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port: int = server.sockets[0].getsockname()[1]
     server.close()

@@ -1,4 +1,4 @@
-"""Pages of other origins that ask a server by OpenAI's API, in a real browser."""
+"""Pages of other origins that use OpenAI's API of a server, in a real browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ASKING = """async ([url, key, body]) => {
 
 @asynccontextmanager
 async def elsewhere() -> AsyncIterator[str]:
-    """A page of an origin of its own; yields that."""
+    """Serve a page of another origin; yields the origin."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -71,8 +71,8 @@ async def test_a_listed_page_reads_answers_and_refusals_and_no_other_does(tab: P
         await tab.goto("about:blank")
 
 
-async def test_a_page_whose_name_was_bound_anew_reads_nothing():
-    """Its own address is the server's: the browser sees one origin, and asks freely."""
+async def test_a_page_with_a_rebound_name_reads_nothing():
+    """The page comes from the server's own address, so the browser sees the same origin."""
     async with launched("--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
         tab = await browser.new_page()
         async with running(service()) as url, relaying(gateway(url)) as base:

@@ -1,4 +1,4 @@
-"""The page for people: on a phone, by keyboard, with a screen reader, in the dark."""
+"""Accessibility of the page: on a phone, by keyboard, with a screen reader, in dark mode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIALOGUE = """() => {
         opened(event.target.outerHTML);
     }));
 }"""
-"""Makes `dialogue` the element for which the next file dialogue would open."""
+"""Stores in `dialogue` the element for which the next file dialogue would open."""
 
 WIDER_THAN_THE_SCREEN = """() => [...document.querySelectorAll("body *")]
     .filter((each) => each.checkVisibility() && !each.classList.contains("unseen"))
@@ -51,7 +51,7 @@ async def test_phone_width(browser: Browser):
 
     async with running(service(FakeBackend(play=play))) as url:
         async with visiting(browser, **PHONE) as visitor:
-            # Phones' browsers have this; a desktop's that plays one has not.
+            # Phone browsers have this; an emulating desktop browser does not.
             await visitor.page.add_init_script("HTMLInputElement.prototype.capture = ''")
             await visitor.open(url)
             assert await visitor.page.evaluate(WIDER_THAN_THE_SCREEN) == []
@@ -66,14 +66,14 @@ async def test_phone_width(browser: Browser):
                     .map((each) => each.getBoundingClientRect().height)"""
             )
             assert min(sizes) >= 24  # WCAG 2.2, 2.5.8
-            # A phone's own camera program takes the picture: only it has the full resolution.
+            # The phone's camera app takes the picture, because only it has the full resolution.
             await visitor.page.evaluate(DIALOGUE)
             await visitor.page.get_by_role("button", name="Camera").tap()
             assert "environment" in await visitor.page.evaluate("dialogue")
 
 
 async def test_screenshots(browser: Browser):
-    """One of each kind, kept for people to look at; that they are there is all that is checked."""
+    """Screenshots for people to look at; only their existence is checked."""
     listed = json.loads((PICTURES / "pictures.json").read_text())["pictures"]
     case = next(one for one in listed if one["file"] == "scene-3.jpg")
 
@@ -118,11 +118,11 @@ async def test_everything_by_keyboard(visitor: Visitor):
         await page.keyboard.type(UNSURE)
         await page.keyboard.press("Enter")
         await page.wait_for_selector(".card[data-state=refined]")
-        assert await focused() == "question"  # ready for the next
+        assert await focused() == "question"  # ready for the next question
         await page.keyboard.type(SURE)
         await page.keyboard.press("Enter")
         await page.wait_for_selector(".card[data-state=sure]")
-        # To the older question: past Ask, the choice, and the newer question.
+        # To the older question: past Ask, the checkbox, and the newer question.
         reached = []
         while not reached or reached[-1] != UNSURE:
             assert len(reached) < 6, reached
@@ -130,10 +130,10 @@ async def test_everything_by_keyboard(visitor: Visitor):
             reached.append(await focused())
         await page.keyboard.press("Enter")
         await page.locator("#box").wait_for()
-        # Focus can be seen wherever it is.
+        # The focus is always visible.
         outline = await page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid"
-        # The heat map can be switched off, and says so.
+        # The heat map can be switched off, and its button reports its state.
         heat = page.get_by_role("button", name="Heat map")
         await heat.focus()
         await page.keyboard.press("Space")
@@ -147,7 +147,7 @@ DRAWN_CAMERA = """() => {
     setInterval(() => canvas.getContext("2d").fillRect(0, 0, 9, 9), 30);
     navigator.mediaDevices.getUserMedia = async () => canvas.captureStream();
 }"""
-"""Makes the browser's camera one that every machine has."""
+"""Replaces the browser's camera with a drawn one, which works on every machine."""
 
 
 async def test_the_token_by_keyboard_leads_to_the_question(visitor: Visitor):
@@ -205,7 +205,7 @@ async def test_the_camera_by_keyboard(visitor: Visitor):
             assert await page.evaluate(FOCUSED) == "question"
         await page.get_by_role("button", name="Camera", exact=True).press("Enter")
         await page.locator("#viewfinder").wait_for()
-        # The picture before is out of sight, so no question is asked about it.
+        # The previous picture is not visible, so no question is asked about it.
         await page.fill("#question", SURE)
         await page.press("#question", "Enter")
         assert "Take the picture first" in await visitor.problem()
@@ -245,7 +245,7 @@ async def test_stopping_and_asking_again_by_keyboard_keep_the_place(visitor: Vis
         await page.keyboard.press("Tab")
         assert await page.evaluate(FOCUSED) == "Ask again"
         await page.keyboard.press("Enter")
-        # The title of the new card, which is first in the list.
+        # The title of the new card, the first in the list.
         assert await page.evaluate("document.activeElement === document.querySelector('.title')")
         assert await page.locator(".card").count() == 2
 
@@ -272,7 +272,7 @@ async def test_what_a_screen_reader_finds(visitor: Visitor):
         assert said[0] == "photo.jpg is open. Ask your question."
         assert said[1].startswith("First answer: first ")
         assert said[2].startswith(f"Refined answer: {await card.answer()}")
-        # Nothing that can be used is without a name.
+        # Every control has an accessible name.
         nameless = await page.evaluate(
             """() => [...document.querySelectorAll("button, input, img, canvas, video")]
                 .filter((each) => each.checkVisibility() && !each.ariaHidden)
@@ -288,7 +288,7 @@ async def test_what_a_screen_reader_finds(visitor: Visitor):
 
 
 async def test_a_question_can_be_asked_while_another_picture_opens(visitor: Visitor):
-    """The picture that was chosen last is the one on show, however they come in."""
+    """The picture chosen last is shown, in whatever order they are loaded."""
     async with running(service()) as url:
         await visitor.open(url)
         files = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": photo(n)} for n in (1, 2)]

@@ -1,4 +1,4 @@
-"""Pictures of all kinds: what leaves the device is the view and the region, and nothing else."""
+"""Pictures of all kinds: only the view and the region leave the device."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vlm_collab.protocol.messages import Ask, Decline, Region, RegionRequest
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CLOSE = 1.5
-"""Grey levels between the browser's encoded pixels and Pillow's: two encoders, one filter."""
+"""Largest difference in grey levels to Pillow's pixels: same filter, another encoder."""
 
 
 def detailed(width: int, height: int) -> Image.Image:
-    """A smooth picture with fine lines, which a careless filter would alias."""
+    """A smooth picture with fine lines, which alias without a good filter."""
     image = photo(width, height)
     draw = ImageDraw.Draw(image)
     for place in range(0, width, 30):
@@ -53,9 +53,9 @@ RESAMPLE = """async ([data, [left, top, right, bottom], width, height]) => {
     [
         ((333, 777), (0, 0, 333, 777), (112, 112)),
         ((900, 500), (203, 7, 701, 495), (112, 112)),
-        ((300, 200), (0, 0, 300, 200), (336, 336)),  # enlarged, as views of small pictures are
+        ((300, 200), (0, 0, 300, 200), (336, 336)),  # enlarged, as for views of small pictures
         ((120, 90), (8, 9, 120, 89), (112, 80)),  # nothing to reduce
-        ((4500, 1100), (0, 0, 4500, 1100), (112, 97)),  # blocks, and several tiles
+        ((4500, 1100), (0, 0, 4500, 1100), (112, 97)),  # block averages and several tiles
         ((9000, 3), (1, 0, 8998, 3), (100, 2)),
     ],
 )
@@ -84,7 +84,7 @@ def decoded(data: bytes) -> Image.Image:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def open_page(browser: Browser) -> AsyncIterator[Visitor]:
-    """A page that most pictures share; what each test looks at is its last question."""
+    """A page that most tests share; each looks at its own last question."""
     limits = {"region_deadline_s": 60.0}
     async with running(service(limits=limits)) as url, visiting(browser) as visitor:
         await visitor.open(url)
@@ -92,7 +92,7 @@ async def open_page(browser: Browser) -> AsyncIterator[Visitor]:
 
 
 async def asked(visitor: Visitor, data: bytes, name: str = "photo.jpg") -> None:
-    """Choose a picture and ask what the model is unsure of."""
+    """Choose a picture and ask a question of which the model is unsure."""
     await visitor.choose(data, name)
     await visitor.ask(UNSURE, "refined")
 
@@ -104,7 +104,7 @@ def check(
     view: Size = DEFAULT_INFO.view,
     within: float = CLOSE,
 ) -> None:
-    """The last question's view and region are what the Python edge would have sent."""
+    """Check that the last question's view and region equal those of the Python edge."""
     ask, region, request = (
         visitor.sent(Ask)[-1],
         visitor.sent(Region)[-1],
@@ -128,7 +128,7 @@ def check(
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-async def test_a_turned_picture_is_cut_as_it_is_seen(open_page: Visitor, orientation: int):
+async def test_a_rotated_picture_is_cropped_upright(open_page: Visitor, orientation: int):
     data = turned(detailed(620, 400), orientation, quality=95)
     await asked(open_page, data)
     original = Picture.open(data)
@@ -140,10 +140,10 @@ async def test_a_turned_picture_is_cut_as_it_is_seen(open_page: Visitor, orienta
 
 @pytest.mark.parametrize("format", ["WEBP", "PNG"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-async def test_formats_that_a_browser_may_not_turn_are_turned(
+async def test_formats_that_a_browser_may_not_rotate_are_rotated(
     open_page: Visitor, format: str, orientation: int
 ):
-    """Chromium turns a JPEG, and leaves a WebP as it is stored."""
+    """Chromium rotates a JPEG by its EXIF data, but not a WebP."""
     data = turned(detailed(620, 400), orientation, format, lossless=True)
     await asked(open_page, data, f"turned.{format.lower()}")
     original = Picture.open(data)
@@ -193,7 +193,7 @@ async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
         note = await Card(visitor.page, 0).note()
         hidden = {(900, 500): "44\u00a0%", (333, 777): "57\u00a0%"}[size]
         assert (f"{hidden} of the picture, at its edges, are hidden" in note) == (fit is Fit.CROP)
-        # The heat map lies on the part that the view shows.
+        # The heat map covers the part that the view shows.
         frame = frame_of(Size(*size), fit, info.view)
         shown = await visitor.page.evaluate(
             "['left', 'top', 'width', 'height'].map((side) => heat.style[side])"
@@ -231,14 +231,14 @@ async def test_other_kinds_of_pixels(open_page: Visitor, mode: str):
         image = image.convert(mode)
     data = saved(image, "JPEG" if mode == "CMYK" else "PNG")
     await asked(open_page, data, "picture")
-    # CMYK without a profile has as many meanings as programs.
+    # Programs interpret CMYK without a profile differently.
     check(open_page, Picture.open(data), within=25 if mode == "CMYK" else CLOSE)
 
 
-async def test_metadata_stays(open_page: Visitor):
+async def test_metadata_stays_on_the_device(open_page: Visitor):
     exif = Image.Exif()
     exif[0x010E] = "SECRET description"
-    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # a place on earth
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # a GPS position
     data = saved(detailed(640, 480), "JPEG", exif=exif, comment=b"SECRET comment", quality=95)
     assert data.count(b"SECRET") == 2
     await asked(open_page, data)
@@ -261,7 +261,7 @@ async def test_each_codec_is_sent_as_pixels_alone(visitor: Visitor, codec: Codec
             assert read_header(sent, codecs=ALL_CODECS, max_pixels=10**6).codec is codec
             with Image.open(io.BytesIO(sent)) as image:
                 assert not set(image.info) & {"icc_profile", "exif", "srgb", "gamma", "comment"}
-        # As much is lost as Pillow's encoder loses at the same quality: nothing, for PNG.
+        # The loss equals that of Pillow's encoder at the same quality; PNG is lossless.
         lost = difference(decoded(visitor.sent(Ask)[-1].view), exact)
         assert lost <= 1.3 * difference(encoded, exact) + 0.5
 
@@ -292,7 +292,7 @@ async def test_a_hair_and_a_dot(open_page: Visitor):
 
 
 async def test_a_huge_picture(open_page: Visitor):
-    # 48 megapixels of a phone; smooth, or making it would take longer than using it.
+    # 48 megapixels as of a phone; smooth, so that it is quick to make.
     image = photo(1000, 750).resize((8000, 6000), Image.Resampling.BILINEAR)
     ImageDraw.Draw(image).rectangle((3000, 2500, 3040, 2540), fill=(255, 255, 255))
     data = saved(image, "JPEG", quality=85)
@@ -320,7 +320,7 @@ async def test_a_broken_file_is_one_clear_line(
     said = await open_page.problem()
     assert name in said
     assert line in said
-    # And the page goes on.
+    # The page still works.
     await open_page.choose(saved(photo(), "JPEG"))
     assert await open_page.page.inner_text("#problem") == ""
     await open_page.ask(SURE, "sure")
@@ -336,7 +336,7 @@ async def test_after_a_refused_file_no_question_goes_to_the_picture_before(brows
         file = {"name": "IMG_1.HEIC", "mimeType": "image/heic", "buffer": b"\0\0\0\x18ftypheic"}
         await page.set_input_files("#file", file)
         assert "IMG_1.HEIC" in await visitor.problem()
-        # The line is in sight, and the picture before is not on show any more.
+        # The message is visible, and the previous picture is no longer shown.
         assert await page.evaluate(
             """() => {
                 const { top, bottom } = document.querySelector("#problem").getBoundingClientRect();
@@ -350,7 +350,7 @@ async def test_after_a_refused_file_no_question_goes_to_the_picture_before(brows
         assert await visitor.problem() == "Choose a picture first."
         assert await page.input_value("#question") == SURE
         assert len(visitor.sent(Ask)) == sent
-        # A question of before brings its picture back.
+        # Selecting an earlier question shows its picture again.
         await card.locator.locator(".title").click()
         await page.wait_for_selector("#caption:has-text('before.jpg')")
         await page.press("#question", "Enter")
@@ -359,7 +359,7 @@ async def test_after_a_refused_file_no_question_goes_to_the_picture_before(brows
 
 
 async def test_a_picture_that_is_still_being_opened_is_waited_for(visitor: Visitor):
-    """Or the question would go to the picture before."""
+    """Otherwise the question would be about the previous picture."""
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.choose(saved(photo(), "JPEG"), "before.jpg")
@@ -387,7 +387,7 @@ async def test_a_picture_that_is_still_being_opened_is_waited_for(visitor: Visit
 
 
 async def test_a_picture_that_shrinks_to_a_bomb_is_refused_or_read(open_page: Visitor):
-    """Many pixels in few bytes: whatever the browser makes of it, the page survives."""
+    """Many pixels in few bytes: the page survives whatever the browser does with it."""
     data = saved(Image.new("1", (30_000, 30_000)), "PNG")
     assert len(data) < 500_000
     file = {"name": "bomb.png", "mimeType": "image/png", "buffer": data}
@@ -432,7 +432,7 @@ async def test_a_crop_that_fails_is_declined(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.choose(saved(photo(900, 700), "JPEG"))
-        # The view is made with the first question; after that, nothing can be encoded.
+        # The view is made for the first question; encoding fails after that.
         await visitor.ask(SURE, "sure")
         await visitor.page.evaluate(
             "() => { HTMLCanvasElement.prototype.toBlob = (done) => done(null); }"
@@ -441,7 +441,7 @@ async def test_a_crop_that_fails_is_declined(visitor: Visitor):
         card = await visitor.ask(UNSURE, "first")
         assert "the region was not sent" in await card.note()
         assert len(visitor.sent(Decline)) == 1
-        (complaint,) = visitor.complaints  # for whoever looks into it
+        (complaint,) = visitor.complaints  # for debugging
         assert "cannot encode" in complaint
         visitor.complaints.clear()
 
@@ -461,12 +461,12 @@ async def test_the_camera():
             await visitor.screenshot("camera")
             await shoot.click()
             await visitor.page.wait_for_selector("#caption:has-text('Camera')")
-            assert await visitor.page.evaluate("video.srcObject") is None  # and its light is off
+            assert await visitor.page.evaluate("video.srcObject") is None  # the camera is off
             await visitor.ask(UNSURE, "refined")
             ask = visitor.sent(Ask)[0]
             assert min(ask.source_width, ask.source_height) >= 400
             assert await visitor.meter("whole") > 10_000
-            # Changing one's mind leaves the picture.
+            # Cancelling keeps the picture.
             await visitor.page.get_by_role("button", name="Camera", exact=True).click()
             await visitor.page.get_by_role("button", name="Cancel").click()
             assert await visitor.page.locator("#figure").is_visible()

@@ -32,11 +32,11 @@ from tests.support.raw import (
 from tests.support.wire import SURE, edge, picture, service
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import Answer, Ask, Cancel, Hello, Welcome, encode
-from vlm_collab.web import connection_limits as places_module
+from vlm_collab.web import connection_limits as slots_module
 from vlm_collab.web import http_protocol as serving
 from vlm_collab.web import websocket_protocol as websocket
 from vlm_collab.web import write_timeout as transport
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 
 FILE = "/page/link.js"  # of some KB
 HELLO = encode(Hello(1, (Codec.JPEG,)))
@@ -296,7 +296,7 @@ async def test_a_message_in_many_fragments_is_taken():
 
 def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
     monkeypatch.setattr(runner, "_OTHERS", others)
-    monkeypatch.setattr(places_module, "RESERVED", reserved)
+    monkeypatch.setattr(slots_module, "RESERVED", reserved)
 
 
 SMALLEST = {"max_connections": 2, "max_newcomers": 2}
@@ -420,7 +420,7 @@ async def test_clients_that_do_not_read_make_room_sooner_when_it_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     few(monkeypatch, others=1)
-    monkeypatch.setattr(transport, "_LOOKS", 300)
+    monkeypatch.setattr(transport, "_CHECKS", 300)
     limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
     async with served(service(limits=limits)) as here:
         for number in range(1, 4):
@@ -448,10 +448,10 @@ async def test_connections_of_one_address_are_bounded():
 
 
 def test_what_an_address_is():
-    def places(per_address: int | None) -> Places:
-        return Places(None, per_address)
+    def places(per_address: int | None) -> ConnectionSlots:
+        return ConnectionSlots(None, per_address)
 
-    def let_in(where: Places, host: str | None) -> bool:
+    def let_in(where: ConnectionSlots, host: str | None) -> bool:
         place = where.enter(host, Connected())
         assert place is not None
         where.busy(place)
@@ -480,7 +480,7 @@ def test_the_address_with_most_silent_connections_loses_its_oldest():
     one, two, three = "192.0.2.1", "192.0.2.2", "192.0.2.3"
     silent = {name: Connected() for name in ("one", "two a", "two b")}
     at_work, slow, new = Connected(), Connected(unsent=1), [Connected() for _ in range(3)]
-    places = Places(5, 0)
+    places = ConnectionSlots(5, 0)
     for host, connection in zip((one, two, two), silent.values(), strict=True):
         assert places.enter(host, connection)
     place = places.enter(two, at_work)

@@ -1,6 +1,6 @@
-"""What each route of each server asks for, found out by asking it: the table of docs/access.md.
+"""The table of docs/access.md: what each route of each server requires, found by requests.
 
-`python -m tests.support.access_table` writes it anew.
+`python -m tests.support.access_table` updates the page.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FOREIGN_PAGE = {"Origin": "https://evil.example"}
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 
 
-class Place(NamedTuple):
-    """A route as a client meets it.
+class ProbedRoute(NamedTuple):
+    """A route as seen by a client.
 
     Attributes:
         method: an HTTP method, or `WebSocket`.
-        shown: its path, with the names of its parameters.
-        path: its path, with something in their place.
+        shown: its path with the names of its parameters.
+        path: its path with a value for each parameter.
     """
 
     method: str
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 def servers(token: str | None, **config: Any) -> dict[str, Starlette]:
     """The applications by the command that starts them, with a token or without.
 
-    The gateway's own server is away.
+    The gateway's server cannot be reached.
     """
     ours = service(FakeBackend(), token=token, **config)
     gateway = Gateway(
@@ -59,31 +59,31 @@ def servers(token: str | None, **config: Any) -> dict[str, Starlette]:
     }
 
 
-def places(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Place]:
-    """All routes of an application, those of what is mounted included."""
+def probed_routes(routes: Iterable[BaseRoute], below: str = "") -> Iterator[ProbedRoute]:
+    """All routes of an application, including mounted ones."""
     for route in routes:
         match route:
             case Mount():
-                yield from places(route.routes, below + route.path)
+                yield from probed_routes(route.routes, below + route.path)
             case WebSocketRoute():
-                yield _place("WebSocket", below + route.path)
+                yield _probed("WebSocket", below + route.path)
             case Route():
                 for method in sorted((route.methods or set()) - {"HEAD"}):
-                    yield _place(method, below + route.path)
+                    yield _probed(method, below + route.path)
 
 
-async def asked(app: Starlette, place: Place, headers: dict[str, str]) -> int:
-    """The status of an answer; 101 for a WebSocket that was accepted."""
+async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
+    """Send a request; returns the status, 101 for an accepted WebSocket."""
     given = {"Host": "127.0.0.1", **headers}
     scope: dict[str, Any] = {
         "type": "http",
-        "method": place.method,
-        "path": place.path,
+        "method": route.method,
+        "path": route.path,
         "query_string": b"",
         "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
     }
     coming: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
-    if place.method == "WebSocket":
+    if route.method == "WebSocket":
         extensions = {"websocket.http.response": {}}
         scope |= {"type": "websocket", "subprotocols": [SUBPROTOCOL], "extensions": extensions}
         coming = [{"type": "websocket.connect"}]
@@ -112,13 +112,13 @@ async def table() -> str:
     locked = servers(TOKEN)
     for server, app in servers(None).items():
         methods: dict[tuple[str, ...], list[str]] = {}
-        for place in places(app.routes):
+        for route in probed_routes(app.routes):
             told = (
-                _told(await asked(app, place, FOREIGN_NAME)),
-                _told(await asked(app, place, FOREIGN_PAGE)),
-                _told(await asked(locked[server], place, {})),
+                _told(await asked(app, route, FOREIGN_NAME)),
+                _told(await asked(app, route, FOREIGN_PAGE)),
+                _told(await asked(locked[server], route, {})),
             )
-            methods.setdefault((place.shown, *told), []).append(place.method)
+            methods.setdefault((route.shown, *told), []).append(route.method)
         for (shown, *told_of), each in methods.items():
             route = f"{', '.join(each)} {shown}"
             lines.append(f"| `{server}` | `{route}` | {' | '.join(told_of)} |")
@@ -126,15 +126,15 @@ async def table() -> str:
 
 
 async def page(text: str) -> str:
-    """A page with the table in its place."""
+    """Insert the table into a page."""
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + "\n" + await table() + "\n" + END + rest.partition(END)[2]
 
 
-def _place(method: str, path: str) -> Place:
+def _probed(method: str, path: str) -> ProbedRoute:
     shown = path.replace(":path", "")
     parts = [f"any-{one[1:-1]}" if one.startswith("{") else one for one in shown.split("/")]
-    return Place(method, shown, "/".join(parts))
+    return ProbedRoute(method, shown, "/".join(parts))
 
 
 def _told(status: int) -> str:

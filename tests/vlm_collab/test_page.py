@@ -1,4 +1,4 @@
-"""The page's files, what is sent with them, and its message layer under node."""
+"""The page's files, their headers, and its message layer under node."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_token_among_the_subprotocols():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_on_its_ground(scheme: str):
+def test_text_has_enough_contrast(scheme: str):
     css = text("page/page.css")
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
@@ -104,7 +104,7 @@ def test_text_can_be_read_on_its_ground(scheme: str):
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2, contrast ratio."""
+    """The contrast ratio of WCAG 2.2."""
 
     def luminance(colour: str) -> float:
         shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -1,12 +1,12 @@
-"""The browser page: its files, and what a server needs to serve them safely.
+"""The browser page: its files, and the headers with which they are served.
 
-Plain ES modules, one style sheet and no build step. Whoever serves the page answers `GET` for
-`INDEX` and for what lies below `page/` with `page_file`, sends `HEADERS` with each, and answers
-`POST page/access` with whether this client may connect (`access`). The page finds its WebSocket
-from its own address: beside it, `/v1/collab`; below that path, the path itself.
+Plain ES modules, one style sheet and no build step. `vlm_collab.web.page_routes` serves the page:
+`GET` for `INDEX` and for the files below `page/`, with `HEADERS`, and `POST page/access`, which
+says whether this client may connect. The page derives its WebSocket's address from its own: if it
+is mounted below `/v1/collab`, that path itself; otherwise `/v1/collab` beside it.
 
-A browser cannot set headers on a WebSocket, so the page offers its token as a second subprotocol
-(`token_in`). No sockets here; the service and the gateway have them.
+A browser cannot set headers on a WebSocket, so the page sends its token as a second subprotocol
+(`token_in`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import NamedTuple
 INDEX = "index.html"
 
 TOKEN_SUBPROTOCOL = "vlm-collab.token."
-"""Begins the offered subprotocol that carries a token, base64url without padding, behind it."""
+"""Prefix of the subprotocol that carries a token in base64url without padding."""
 
 HEADERS: Mapping[str, str] = MappingProxyType(
     {
-        # Nothing but this server's own files, no inline code, and no page around this one.
+        # Only this server's own files, no inline code, and no embedding in other pages.
         "Content-Security-Policy": "; ".join(
             (
                 "default-src 'none'",
@@ -48,7 +48,7 @@ HEADERS: Mapping[str, str] = MappingProxyType(
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
         "Cross-Origin-Resource-Policy": "same-origin",
-        # Asked about each time, answered by the ETag: a new version is there at once.
+        # Revalidated each time by the ETag, so that a new version is used at once.
         "Cache-Control": "no-cache",
     }
 )
@@ -67,7 +67,7 @@ class PageFile(NamedTuple):
     """A file of the page.
 
     Attributes:
-        content: its bytes.
+        content: the file's bytes.
         media_type: for the `Content-Type` header.
         etag: for the `ETag` header, quotes included; changes with the content.
     """
@@ -78,9 +78,9 @@ class PageFile(NamedTuple):
 
 
 def page_file(path: str) -> PageFile | None:
-    """A file by its path relative to the page, such as `INDEX` or `page/main.js`.
+    """Look up a file by its path relative to the page, such as `INDEX` or `page/main.js`.
 
-    Only files that belong to the page are found, so nothing a client sends reaches a file system.
+    Paths are looked up in a table, so that nothing a client sends reaches a file system.
     """
     return _files().get(path)
 
@@ -91,11 +91,11 @@ def page_paths() -> tuple[str, ...]:
 
 
 def token_in(subprotocols: Iterable[str]) -> str | None:
-    """The token among the subprotocols that a client offers.
+    """Find the token among the subprotocols that a client offers.
 
     Returns:
-        None if none is offered; the empty string, which is never right, for one that is no
-        base64url of UTF-8 text.
+        the token; None if there is none; the empty string, which never is a valid token, if it is
+        not base64url of UTF-8 text.
     """
     for offered in subprotocols:
         if offered.startswith(TOKEN_SUBPROTOCOL):

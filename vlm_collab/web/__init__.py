@@ -1,1 +1,1 @@
-"""HTTP that the gateway and the service share. It needs the `server` or `gateway` extra."""
+"""HTTP code of both servers, the gateway and the service. Needs the `server` or `gateway` extra."""

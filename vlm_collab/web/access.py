@@ -1,18 +1,19 @@
-"""Who may use a server: by which name, from which pages, and with which token.
+"""Access rules: the `Host` header, the `Origin` header, and the token.
 
-One rule for every route of an application, in one place around all of them:
+`Gate` applies three rules to every route of an application:
 
-1. `Host`. Without a token only names are answered to that cannot be anybody else's: those of
-   loopback, IP addresses, and names that the owner lists. A page whose name was re-bound to this
-   machine is of "the same origin" as it and could read whatever is answered; an address cannot be
-   re-bound. With a token any name will do, since no such page knows it.
-2. `Origin`. Browsers name the page that asks; other clients send none. A page may ask if it was
-   served by this very server, under a name that passes 1, or if its origin is listed. Files of our
-   own page are let go to any, for browsers name a page that loads its own modules, too; it must be
-   able to say what is wrong behind a proxy that calls the server by another name.
-3. The token, on all but the routes that tell nobody's business (`is_open`).
+1. `Host`. Without a token, a server answers only to names that nobody else can own: loopback names,
+   IP addresses, and names that the owner lists. This stops DNS rebinding: a page whose name was
+   re-bound to this machine has the same origin as the server and could read its answers. With a
+   token any name will do, since such a page does not know the token.
+2. `Origin`. Browsers send the origin of the page; other clients send none. A page may use the
+   server if this server served it, under a name that passes rule 1, or if its origin is listed.
+   The files of our own page are sent to any origin: browsers send an origin when a page loads its
+   own modules, and behind a proxy that calls the server by another name the page must load to say
+   so.
+3. The token, on all routes but the open ones (`is_open`).
 
-Preflights of listed origins are answered before 3, for they carry no token.
+Preflight requests of listed origins are answered before rule 3, because they carry no token.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ _METHODS = ("GET", "POST", "DELETE")
 _MOST_SHOWN_CHARS = 100
 
 
-class Form(enum.Enum):
-    """How a refusal is worded."""
+class RefusalFormat(enum.Enum):
+    """How a refusal is written."""
 
     JSON = "JSON"
-    """As OpenAI has errors."""
+    """An error object as in OpenAI's API."""
     TEXT = "text"
-    """As a line for people, for pages, probes and WebSockets."""
+    """A line of text, for pages, probes and WebSockets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Whom a server lets in.
+    """The access rules of one server.
 
     Attributes:
-        tokens: any one of them opens all routes; none lets everyone in who can connect.
-        origins: origins of browser pages that may use it, beside its own.
-        host_names: names that it is known by, beside loopback's, IP addresses and those of
-            `origins`, whose pages may read everything in any case.
-        who: what it calls itself.
-        option: how an option is given, with `{name}`, `{names}` and `{value}` in it.
+        tokens: each of them opens all routes; with none, everyone may use the server.
+        origins: origins of browser pages that may use it, besides its own.
+        host_names: the server's names, besides loopback names, IP addresses and the names in
+            `origins`, whose pages may read everything anyway.
+        who: what the server is called in messages.
+        option: how messages write an option, with `{name}`, `{names}` and `{value}`.
     """
 
     tokens: tuple[str, ...] = ()
@@ -66,11 +67,11 @@ class Rules:
     who: str = "server"
     option: str = "--{name} {value}"
 
-    def refusal_of_name(self, client: HTTPConnection) -> ApiError | None:
-        """Why a client may use no route, by the name that it calls; None if it may."""
+    def host_refusal(self, client: HTTPConnection) -> ApiError | None:
+        """Why the `Host` header is refused; None if it is allowed."""
         host = client.headers.get("host")
-        # Of two names one could be checked and the other used. None at all has only what is no
-        # browser: a probe that speaks HTTP/1.0.
+        # All headers are checked: with two of them, one could be checked and the other used.
+        # None at all is no browser but a probe that speaks HTTP/1.0, and is allowed.
         if not self.tokens and not all(map(self._is_ours, client.headers.getlist("host"))):
             shown = _shown(host or "")
             name = _name_of(host or "") or "NAME"
@@ -81,13 +82,13 @@ class Rules:
             return _forbidden(text, "unknown_host")
         return None
 
-    def refusal_of_page(self, client: HTTPConnection) -> ApiError | None:
-        """Why a client that is a page may not ask; None if it may, or is none."""
+    def origin_refusal(self, client: HTTPConnection) -> ApiError | None:
+        """Why the `Origin` header is refused; None if it is allowed or missing."""
         origin = client.headers.get("origin")
         if origin is None or origin in self.origins:
             return None
-        place = _place_of(origin)
-        if place and place == client.headers.get("host"):
+        address = _address_of(origin)
+        if address and address == client.headers.get("host"):
             return None
         shown = _shown(origin)
         text = (
@@ -96,16 +97,18 @@ class Rules:
         )
         return _forbidden(text, "origin_not_allowed")
 
-    def refusal_of_token(self, client: HTTPConnection) -> ApiError | None:
-        """Why a client's token does not let it in: a header, or of a page, which can set none on a
-        WebSocket, a subprotocol."""
+    def token_refusal(self, client: HTTPConnection) -> ApiError | None:
+        """Why the token is refused; None if it is right or none is needed.
+
+        It comes in a header, or, since a page can set no header on a WebSocket, in a subprotocol.
+        """
         if not self.tokens:
             return None
         scheme, _, given = client.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = token_in(client.scope.get("subprotocols", [])) or ""
         encoded = given.strip().encode()
-        # All are compared in any case, so that the time taken says nothing.
+        # All are compared, so that the time tells nothing.
         same = [hmac.compare_digest(encoded, right.encode()) for right in self.tokens]
         if any(same):
             return None
@@ -117,17 +120,17 @@ class Rules:
 
     def _is_ours(self, host: str) -> bool:
         name = _name_of(host)
-        listed = name in self.host_names or name in map(_name_of, map(_place_of, self.origins))
+        listed = name in self.host_names or name in map(_name_of, map(_address_of, self.origins))
         return bool(name) and (name == "localhost" or _is_address(name) or listed)
 
 
 class Gate:
-    """ASGI middleware: lets those through to an application whom the rules let in.
+    """ASGI middleware that applies the access rules to an application.
 
     Args:
         app: the application, or a part of it.
         rules: see `Rules`.
-        refused: told of each that is not let in.
+        refused: called with each refused client.
     """
 
     def __init__(
@@ -146,9 +149,9 @@ class Gate:
                 allow_origins=sorted(rules.origins),
                 allow_methods=_METHODS,
                 allow_headers=("*",),
-                # A page on the internet that is listed may ask a server at home.
+                # A listed page on the internet may use a server in a private network.
                 allow_private_network=True,
-                # When to come back, what was ignored: all that an answer says of itself.
+                # Such as Retry-After, and the header that lists ignored parameters.
                 expose_headers=("*",),
             )
 
@@ -158,9 +161,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         client = HTTPConnection(scope)
-        error = self._rules.refusal_of_name(client)
+        error = self._rules.host_refusal(client)
         if error is None and not _is_file(scope):
-            error = self._rules.refusal_of_page(client)
+            error = self._rules.origin_refusal(client)
         if error is not None:
             await self._refuse(error, scope, receive, send)
         else:
@@ -169,7 +172,7 @@ class Gate:
     async def _with_token(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = None
         if scope["type"] != "http" or not is_open(_path_of(scope)):
-            error = self._rules.refusal_of_token(HTTPConnection(scope))
+            error = self._rules.token_refusal(HTTPConnection(scope))
         if error is not None:
             await self._refuse(error, scope, receive, send)
         else:
@@ -180,17 +183,16 @@ class Gate:
         self._refused(client, error)
         if scope["type"] == "websocket":
             websocket = WebSocket(scope, receive, send)
-            await websocket.send_denial_response(response_of(error, Form.TEXT))
+            await websocket.send_denial_response(response_of(error, RefusalFormat.TEXT))
         else:
-            await response_of(error, form_of(_path_of(scope)))(scope, receive, send)
+            await response_of(error, format_of(_path_of(scope)))(scope, receive, send)
 
 
 def is_open(path: str) -> bool:
-    """Whether a route is answered without the token: what is alive, and the page's own files,
-    which ask for the token.
+    """Whether a route needs no token: health checks, and the files of the page.
 
     Args:
-        path: relative to where the application lies.
+        path: relative to where the application is mounted.
     """
     if path in ("/", "/healthz", "/readyz"):
         return True
@@ -198,28 +200,32 @@ def is_open(path: str) -> bool:
 
 
 def _is_file(scope: Scope) -> bool:
-    """Whether a file of the page is asked for."""
+    """Whether the request is for a file of the page."""
     path = _path_of(scope)
     return scope["type"] == "http" and is_open(path) and (path == "/" or path.startswith("/page/"))
 
 
-def form_of(path: str) -> Form:
-    """How a route words its refusals."""
-    return Form.TEXT if is_open(path) or path in ("/page/access", "/metrics") else Form.JSON
+def format_of(path: str) -> RefusalFormat:
+    """The format of a route's refusals."""
+    return (
+        RefusalFormat.TEXT
+        if is_open(path) or path in ("/page/access", "/metrics")
+        else RefusalFormat.JSON
+    )
 
 
-def response_of(error: ApiError, form: Form) -> Response:
-    """A refusal as a response."""
+def response_of(error: ApiError, form: RefusalFormat) -> Response:
+    """Make a response of an error."""
     headers = error.headers()
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if form is Form.TEXT:
+    if form is RefusalFormat.TEXT:
         return PlainTextResponse(str(error), error.status, headers)
     return Response(error.encoded(), error.status, headers, media_type="application/json")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
+    """Whether an address is reachable only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -229,10 +235,10 @@ def is_loopback(host: str) -> bool:
 
 
 def checked_names(names: frozenset[str]) -> frozenset[str]:
-    """Names of a host as they are compared.
+    """Check host names and convert them to lower case.
 
     Raises:
-        ConfigError: one is no name.
+        ConfigError: one is not a host name.
     """
     for name in names:
         if not name or _name_of(name) != name.lower() or "*" in name:
@@ -249,7 +255,7 @@ def _path_of(scope: Scope) -> str:
 
 
 def _name_of(host: str) -> str:
-    """The name in a `Host` header, or the empty text for what is none."""
+    """The name in a `Host` header; empty if there is none."""
     if any(mark in host for mark in "@/?#\\"):
         return ""
     try:
@@ -258,8 +264,8 @@ def _name_of(host: str) -> str:
         return ""
 
 
-def _place_of(origin: str) -> str:
-    """Host and port of a page's origin; the empty text for what is none, such as `null`."""
+def _address_of(origin: str) -> str:
+    """Host and port of an origin; empty if it has none, such as `null`."""
     try:
         parts = urlsplit(origin)
     except ValueError:
@@ -276,7 +282,7 @@ def _is_address(name: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """What a client says of itself, cut where it is too long to read."""
+    """Text from a client for a message, shortened."""
     cut = text[:_MOST_SHOWN_CHARS] + ("…" if len(text) > _MOST_SHOWN_CHARS else "")
     return cut or "nothing"
 

@@ -1,14 +1,14 @@
-"""Bodies of requests as they were before they were compressed, within bounds.
+"""Reading request bodies within bounds, inflated if they are compressed.
 
-A few kilobytes can be made into gigabytes, so what is inflated comes in small pieces, and whoever
-counts them can stop at any. The event loop gets its turn between two.
+A few kilobytes can inflate to gigabytes. So the inflated body comes in small pieces, reading stops
+at the bound, and the event loop runs between two pieces.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from starlette.requests import Request
 
@@ -20,11 +20,45 @@ PIECE_BYTES = 2**18
 _GZIP_OR_ZLIB, _RAW = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
-async def body_pieces(request: Request) -> AsyncIterator[bytes]:
-    """A request's body, inflated if it was compressed with gzip or deflate.
+class BodyTooLargeError(Exception):
+    """A request's body has more bytes than it may."""
+
+
+async def read_body(
+    request: Request, max_bytes: int, received: Callable[[int], None], *, discard_bytes: int = 0
+) -> bytes:
+    """Read a request's body.
+
+    Args:
+        request: the request.
+        max_bytes: largest inflated body, in bytes.
+        received: called after each piece with the inflated bytes so far. It may raise.
+        discard_bytes: if the body is too large, go on reading until it has more bytes than this
+            and throw them away. A client that still sends does not read the refusal.
 
     Raises:
-        ApiError: it was compressed in another way (415), or is broken (400).
+        BodyTooLargeError: the body has more than `max_bytes`.
+        ApiError: see `body_pieces`.
+        ClientDisconnect: the client left.
+    """
+    data, size = bytearray(), 0
+    async for piece in body_pieces(request):
+        size += len(piece)
+        received(size)
+        if size <= max_bytes:
+            data += piece
+        elif size > discard_bytes:
+            break
+    if size > max_bytes:
+        raise BodyTooLargeError
+    return bytes(data)
+
+
+async def body_pieces(request: Request) -> AsyncIterator[bytes]:
+    """Yield a request's body, inflated if it is compressed with gzip or deflate.
+
+    Raises:
+        ApiError: it is compressed in another way (415), or the compressed data is broken (400).
         ClientDisconnect: the client left.
     """
     encodings = request.headers.get("content-encoding", "").lower().split(",")
@@ -58,12 +92,12 @@ class _Inflater:
         self._zlib = None if encoding == "deflate" else zlib.decompressobj(_GZIP_OR_ZLIB)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What more of the body comes to, in pieces of at most `PIECE_BYTES`."""
+        """Inflate more of the body, in pieces of at most `PIECE_BYTES`."""
         if self._zlib is None:
             self._begun += data
             if len(self._begun) < 2:
                 return
-            # "deflate" is zlib's form by the standard, and bare in some programs.
+            # By the standard, "deflate" is the zlib format; some programs send raw deflate.
             zlibs = self._begun[0] & 15 == 8 and int.from_bytes(self._begun[:2]) % 31 == 0
             self._zlib = zlib.decompressobj(zlib.MAX_WBITS if zlibs else _RAW)
             data, self._begun = self._begun, b""
@@ -82,7 +116,7 @@ class _Inflater:
                 yield piece
 
     def end(self) -> None:
-        """Refuse a body that broke off."""
+        """Refuse a truncated body."""
         if self._zlib is None or not self._zlib.eof:
             raise self._broken("it breaks off")
 

@@ -1,4 +1,4 @@
-"""Who may hold a connection: places for all, for each address, and some for health checks."""
+"""Connection limits: slots in all and per address, and reserved ones for health checks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_collab.openai import ApiError
-from vlm_collab.web.access import form_of, response_of
+from vlm_collab.web.access import format_of, response_of
 
 log = logging.getLogger(__name__)
 
 RESERVED = 32
-"""Connections beyond the places, which may ask how the server is and nothing else."""
+"""Connections beyond the slots; they may only make health checks."""
 MAX_PER_ADDRESS = 64
-"""From one address, unless another number is given; those from this machine excepted."""
-_TELL_S = 60.0
-"""Between two lines of the log that say that there is no room."""
+"""Connections per address by default, except from this machine."""
+_LOG_INTERVAL_S = 60.0
+"""Shortest time between two log lines about refused connections."""
 
 
 class Occupant(Protocol):
@@ -30,24 +30,24 @@ class Occupant(Protocol):
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait for the peer to read."""
+        """Bytes buffered that the peer has not read."""
 
     @property
     def stalled(self) -> bool:
-        """Whether it has read nothing for a while of what waits."""
+        """Whether data waits and the peer has read none of it lately."""
 
     def abort(self) -> None:
-        """Drop the connection at once."""
+        """Close the connection at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """What one connection occupies.
+class ConnectionSlot:
+    """The slot of one connection.
 
     Attributes:
         connection: the connection.
-        address: whose it is; None if it has none, as on a Unix socket.
-        refusal: why it may ask only how the server is; None if it may ask anything.
+        address: of the client; None if it has none, as on a Unix socket.
+        refusal: why only health checks are answered; None for a regular slot.
     """
 
     connection: Occupant
@@ -55,20 +55,20 @@ class Place:
     refusal: str | None
 
 
-class Places:
-    """The places of one server.
+class ConnectionSlots:
+    """All connection slots of one server.
 
-    A connection on which nothing is asked, or the rest of a request is waited for, gives its place
-    up when one is needed: of the address that has most such connections, the oldest goes. So
-    whoever opens many and says nothing keeps nobody out but himself. Where all are at work, one
-    goes whose client does not read.
+    A connection is idle while it has no request, or while the rest of a request is awaited. If a
+    slot is needed, an idle connection is dropped: the oldest one of the address that has most of
+    them. So a client that opens many connections only harms itself. If none is idle, a connection
+    whose client does not read is dropped.
 
     Args:
-        most: places in all; None for no bound.
-        per_address: connections of one address; None for `MAX_PER_ADDRESS` except for this
-            machine, where a proxy may stand; 0 for no bound. An IPv6 network of 64 bits is one
+        most: slots in all; None for no bound.
+        per_address: connections per address; 0 for no bound; None for `MAX_PER_ADDRESS`, but no
+            bound for this machine, where a proxy may run. An IPv6 /64 network counts as one
             address.
-        health: paths that answer when no place is left.
+        health: paths that are answered even if no slot is free.
     """
 
     def __init__(
@@ -81,105 +81,107 @@ class Places:
         self._per_address = per_address
         self._health = frozenset(health)
         self._taken: Counter[str | None] = Counter()
-        self._all: dict[Place, None] = {}
-        self._reserved: dict[Place, None] = {}
-        # In the order in which they became idle, or last sent some of a request.
-        self._idle: dict[Place, None] = {}
-        self._told_s = -_TELL_S
+        self._all: dict[ConnectionSlot, None] = {}
+        self._reserved: dict[ConnectionSlot, None] = {}
+        # Ordered by when they became idle or last sent part of a request.
+        self._idle: dict[ConnectionSlot, None] = {}
+        self._logged_s = -_LOG_INTERVAL_S
 
-    def enter(self, host: str | None, connection: Occupant) -> Place | None:
-        """A place for a new connection, on which nothing is asked yet; None if it has to go.
+    def enter(self, host: str | None, connection: Occupant) -> ConnectionSlot | None:
+        """Take a slot for a new, idle connection.
 
         Args:
-            host: the address it comes from.
-            connection: it.
+            host: the client's address.
+            connection: the connection.
+
+        Returns:
+            the slot; None if the connection must be closed.
         """
         address = None if host is None else _network(host)
         refusal = self._refusal(host, address)
-        place = Place(connection, address, refusal)
+        slot = ConnectionSlot(connection, address, refusal)
         if refusal is None:
-            self._all[place] = None
+            self._all[slot] = None
             self._taken[address] += 1
         else:
-            self._tell(refusal)
+            self._log(refusal)
             if len(self._reserved) >= RESERVED and not self._free(self._reserved):
                 return None
-            self._reserved[place] = None
-        self._idle[place] = None
-        return place
+            self._reserved[slot] = None
+        self._idle[slot] = None
+        return slot
 
-    def idle(self, place: Place) -> None:
-        """Nothing is asked on this connection now, or not all of it is there."""
-        if place in self._all or place in self._reserved:
-            self._idle.setdefault(place)
+    def idle(self, slot: ConnectionSlot) -> None:
+        """Mark a slot as idle: it has no request, or an incomplete one."""
+        if slot in self._all or slot in self._reserved:
+            self._idle.setdefault(slot)
 
-    def busy(self, place: Place) -> None:
-        """Something is."""
-        self._idle.pop(place, None)
+    def busy(self, slot: ConnectionSlot) -> None:
+        """Mark a slot as busy with a request."""
+        self._idle.pop(slot, None)
 
-    def left(self, place: Place) -> None:
-        """The connection is gone."""
-        self._idle.pop(place, None)
-        self._reserved.pop(place, None)
-        if place in self._all:
-            del self._all[place]
-            self._taken[place.address] -= 1
-            if not self._taken[place.address]:
-                del self._taken[place.address]
+    def left(self, slot: ConnectionSlot) -> None:
+        """Release a slot; its connection is closed."""
+        self._idle.pop(slot, None)
+        self._reserved.pop(slot, None)
+        if slot in self._all:
+            del self._all[slot]
+            self._taken[slot.address] -= 1
+            if not self._taken[slot.address]:
+                del self._taken[slot.address]
 
-    def app_for(self, place: Place, app: ASGIApp) -> ASGIApp:
-        """What answers on a connection."""
-        return app if place.refusal is None else _Refused(app, self._health, place.refusal)
+    def app_for(self, slot: ConnectionSlot, app: ASGIApp) -> ASGIApp:
+        """The application that answers on a connection."""
+        return app if slot.refusal is None else _Refused(app, self._health, slot.refusal)
 
     def _refusal(self, host: str | None, address: str | None) -> str | None:
-        most = self._bound(host)
+        most = self._max_of(host)
         if most and self._taken[address] >= most and not self._free(self._all, [address]):
             return f"{most} connections from this address are open; no more at once"
         if self._most is not None and len(self._all) >= self._most and not self._free(self._all):
             return "no room for another connection"
         return None
 
-    def _bound(self, host: str | None) -> int:
-        """Connections that an address may have; 0 for any number."""
+    def _max_of(self, host: str | None) -> int:
+        """Connections that an address may have; 0 for no bound."""
         if host is None:
             return 0
         if self._per_address is not None:
             return self._per_address
         return 0 if _is_loopback(host) else MAX_PER_ADDRESS
 
-    def _free(self, places: dict[Place, None], of: list[str | None] | None = None) -> bool:
-        """Drop a connection on which nothing is asked, or else one whose client does not read.
+    def _free(self, slots: dict[ConnectionSlot, None], of: list[str | None] | None = None) -> bool:
+        """Drop an idle connection, or else one whose client does not read.
 
         Args:
-            places: out of these.
-            of: only of these addresses; None for any.
+            slots: the candidates.
+            of: only connections of these addresses; None for any.
 
         Returns:
             whether there was one.
         """
-        theirs = [place for place in places if of is None or place.address in of]
-        # Idle ones in the order in which they became it.
+        theirs = [slot for slot in slots if of is None or slot.address in of]
         among = set(theirs)
-        idle = [place for place in self._idle if place in among and not place.connection.unsent]
-        candidates = idle or [place for place in theirs if place.connection.stalled]
+        idle = [slot for slot in self._idle if slot in among and not slot.connection.unsent]
+        candidates = idle or [slot for slot in theirs if slot.connection.stalled]
         if not candidates:
             return False
-        counted = Counter(place.address for place in candidates)
+        counted = Counter(slot.address for slot in candidates)
         address = max(counted, key=lambda each: counted[each])
-        oldest = next(place for place in candidates if place.address == address)
+        oldest = next(slot for slot in candidates if slot.address == address)
         self.left(oldest)
         oldest.connection.abort()
         return True
 
-    def _tell(self, refusal: str) -> None:
+    def _log(self, refusal: str) -> None:
         now_s = time.monotonic()
-        if now_s - self._told_s >= _TELL_S:
-            self._told_s = now_s
+        if now_s - self._logged_s >= _LOG_INTERVAL_S:
+            self._logged_s = now_s
             log.warning("connections are turned away: %s", refusal)
 
 
 class _Refused:
-    """Answers health checks as the application does, and says to anything else why not."""
+    """The application for connections without a slot: answers health checks, refuses the rest."""
 
     def __init__(self, app: ASGIApp, health: frozenset[str], refusal: str) -> None:
         self._app, self._health, self._refusal = app, health, refusal
@@ -196,7 +198,7 @@ class _Refused:
         else:
             text = self._refusal
             error = ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
-            await response_of(error, form_of(scope["path"]))(scope, receive, once)
+            await response_of(error, format_of(scope["path"]))(scope, receive, once)
 
 
 def _network(host: str) -> str:

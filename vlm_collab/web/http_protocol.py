@@ -1,4 +1,4 @@
-"""HTTP connections that neither wait for ever for a client to ask, nor for it to read."""
+"""HTTP connections with timeouts for silent and for slow clients."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vlm_collab.web.connection_limits import Place, Places
+from vlm_collab.web.connection_limits import ConnectionSlot, ConnectionSlots
 from vlm_collab.web.write_timeout import WRITE_TIMEOUT_S, WatchedTransport
 
 IDLE_S = 20.0
-"""A connection on which nothing is asked, or only begun to be, for so long is closed."""
+"""A connection without a complete request head is closed after this long."""
 REFUSED_IDLE_S = 5.0
-"""So is one that has no place, after so long."""
+"""The same for a connection without a slot."""
 
 
 class HttpConnection(H11Protocol):
-    """uvicorn's, with bounds on the time until a request's head is there, on the time for which a
-    response may stay unread, and on how many there are.
+    """uvicorn's HTTP connection, with bounds on three things.
 
-    uvicorn bounds the silence between two requests only. A connection that never asks, or sends a
-    byte now and then, or does not read what it asked for, would keep its place for ever, and
-    whoever opens as many as there are places would keep everyone out, without any key.
+    They are the time until a request's head is complete, the time for which a response may stay
+    unread, and the number of connections. uvicorn bounds only the silence between two requests. A
+    client that sends nothing, sends a byte now and then, or does not read its response would hold
+    a slot for ever; without a key, anyone could take all slots that way.
 
     Args:
-        places: those of the server.
-        write_timeout_s: how long a client may take nothing of what waits for it.
-        idle_s: how long nothing may be asked; None for `IDLE_S`.
+        slots: the server's connection slots.
+        write_timeout_s: a client that reads none of its waiting data for this long is dropped.
+        idle_s: longest time without a request; None for `IDLE_S`.
     """
 
     _due: asyncio.TimerHandle | None = None
-    _place: Place | None = None
+    _slot: ConnectionSlot | None = None
 
     def __init__(
         self,
         *arguments: Any,
-        places: Places,
+        slots: ConnectionSlots,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         idle_s: float | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
-        self._places = places
+        self._slots = slots
         self._write_timeout_s = write_timeout_s
         self._idle_s = IDLE_S if idle_s is None else idle_s
 
@@ -50,13 +50,13 @@ class HttpConnection(H11Protocol):
         """See `asyncio.Protocol`."""
         watched = WatchedTransport(transport, self._write_timeout_s)
         super().connection_made(cast(asyncio.Transport, watched))
-        place = self._places.enter(self.client and self.client[0], watched)
-        if place is None:
+        slot = self._slots.enter(self.client and self.client[0], watched)
+        if slot is None:
             transport.abort()
             return
-        self._place = place
-        self.app = self._places.app_for(place, self.app)
-        watched.lost = lambda: self._places.left(place)
+        self._slot = slot
+        self.app = self._slots.app_for(slot, self.app)
+        watched.lost = lambda: self._slots.left(slot)
         watched.released = self._watch
         self._watch()
 
@@ -72,33 +72,34 @@ class HttpConnection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """uvicorn's: what comes now is a new request, or the rest of one that was refused."""
+        """Override of uvicorn's: next comes a new request, or the rest of a refused one."""
         super().on_response_complete()
         self._watch()
 
     def _should_upgrade(self) -> bool:
-        """uvicorn's: a client without a place gets no WebSocket, but is told why."""
-        return self._place is not None and self._place.refusal is None and super()._should_upgrade()
+        """Override of uvicorn's: a client without a slot gets a refusal and no WebSocket."""
+        return self._slot is not None and self._slot.refusal is None and super()._should_upgrade()
 
     def _watch(self) -> None:
-        """Start the clock when nothing is asked, unless it runs, and stop it when something is.
+        """Run the idle timer while there is no request, and update the slot.
 
-        A request whose body is still to come keeps its time, which is the application's, but its
-        place only as long as nobody else needs it; the last to send goes last.
+        While a request's body arrives, the application has its own timeout for it. The slot counts
+        as idle meanwhile, so that it can be given to a new connection; the connection that has
+        been silent for longest loses its slot first.
         """
-        place = self._place
-        if place is None:
+        slot = self._slot
+        if slot is None:
             return
-        ours = self in self.connections  # until it is lost, or a WebSocket
+        ours = self in self.connections  # false after it is lost or became a WebSocket
         if ours and (self.cycle is None or self.cycle.response_complete):
             if self._due is None:
-                time_s = self._idle_s if place.refusal is None else REFUSED_IDLE_S
+                time_s = self._idle_s if slot.refusal is None else REFUSED_IDLE_S
                 self._due = self.loop.call_later(time_s, self.transport.close)
-            self._places.idle(place)
+            self._slots.idle(slot)
             return
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        self._places.busy(place)
+        self._slots.busy(slot)
         if ours and self.cycle.more_body and not cast(WatchedTransport, self.transport).holds:
-            self._places.idle(place)
+            self._slots.idle(slot)

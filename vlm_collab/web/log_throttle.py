@@ -1,4 +1,4 @@
-"""Logs that strangers cannot fill: what any peer can cause is a line for each kind and while."""
+"""Throttle log messages that peers can cause, so that nobody can fill the log."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import time
 from collections.abc import Callable
 
 INTERVAL_S = 10.0
-"""One line of a kind in so long."""
+"""At most one line of a kind is logged in this time."""
 
 LIBRARIES = frozenset({"uvicorn.error", "asyncio"})
-"""Loggers of those who read what peers send, before anything of ours does."""
+"""Loggers of the libraries that parse what peers send, before our own code sees it."""
 
 _MOST_KINDS = 256
 
 _HARMLESS = "without completing handshake"
-"""uvicorn says so of every WebSocket that was refused, although it was answered."""
+"""uvicorn logs this for every refused WebSocket, although the refusal was sent."""
 
 
-class Quiet(logging.Filter):
-    """For a handler: lets the first line of a kind through, and counts those that follow it.
+class LogThrottle(logging.Filter):
+    """A filter for handlers: passes the first message of a kind and counts the repeats.
 
-    A kind is what a logger says, whatever it says it of. The next line after a while says how many
-    were left out. What a peer's bytes do to a library is no fault of this program, so such a line
-    has no traceback; others keep theirs.
+    Messages with the same logger and the same text before formatting are of one kind. After
+    `INTERVAL_S` the next one passes with the number of suppressed ones. Bytes that are no UTF-8 are
+    the peer's fault, so the traceback of such an error is dropped; other tracebacks stay.
 
     Args:
-        messages: what this program logs of peers, as it hands it to the logger.
-        as_extra: put the count beside the message, as `left_out`, and not behind it.
-        now_s: a clock.
+        messages: this program's messages that peers can cause, before formatting.
+        as_extra: put the count into the record as `left_out`, not into the text.
+        now_s: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Quiet(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See `logging.Filter`."""
-        # What is logged need not be a text, nor can all of it be looked up as it is.
+        # A message may be any object, also one that cannot be hashed.
         text = str(record.msg)
         if record.name not in LIBRARIES and text not in self._messages:
             return True
@@ -55,7 +55,7 @@ class Quiet(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
             record.exc_info = None
             record.levelno, record.levelname = logging.WARNING, "WARNING"
-        # asyncio puts what it is about on further lines.
+        # asyncio names the task or connection on further lines.
         kind = (record.name, text.partition("\n")[0], getattr(record, "status", None))
         since_s, left_out = self._kinds.get(kind, (float("-inf"), 0))
         now_s = self._now_s()

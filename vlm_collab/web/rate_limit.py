@@ -1,15 +1,15 @@
-"""How much of something a peer may do in a second."""
+"""Rate limit: how much a peer may do per second."""
 
 from __future__ import annotations
 
 
 class Rate:
-    """A budget that fills up again at a steady rate.
+    """A token bucket: a budget that refills at a steady rate.
 
     Args:
-        per_s: what comes back each second.
-        burst: the most that is there; it is at the start.
-        now_s: the present time, on any clock that does not go back.
+        per_s: refill per second.
+        burst: size of the full budget, which is also its start.
+        now_s: current time on a monotonic clock.
     """
 
     def __init__(self, per_s: float, burst: float, now_s: float) -> None:
@@ -19,10 +19,10 @@ class Rate:
         self._at_s = now_s
 
     def spend(self, count: float, now_s: float) -> float:
-        """Take from the budget, which may fall below nothing.
+        """Take `count` from the budget, which may become negative.
 
         Returns:
-            seconds to wait until nothing is owed; 0.0 if nothing is.
+            seconds until the budget is no longer negative; 0.0 if it is not.
         """
         gained = (now_s - self._at_s) * self._per_s
         self._at_s = now_s

@@ -1,4 +1,4 @@
-"""Putting an application on a socket, and stopping it."""
+"""Running an ASGI application with uvicorn: bind, serve, shut down."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from vlm_collab.errors import ConfigError
-from vlm_collab.web.connection_limits import Places
+from vlm_collab.web.connection_limits import ConnectionSlots
 from vlm_collab.web.http_protocol import IDLE_S, HttpConnection
 from vlm_collab.web.websocket_protocol import WebSocketConnection
 
 _DESCRIPTORS = 8192
-"""More than connections have places. Many systems give a process 1024 or 256 unless it asks."""
+"""More file descriptors than there are connection slots. Many systems allow a process only 1024 or
+256 unless it asks for more."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
-        ConfigError: the address cannot be used; one clear line.
+        ConfigError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -44,38 +45,38 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(sock: socket.socket) -> str:
-    """`host:port` for a client on this machine."""
+    """Return `host:port` for a client on this machine."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def settings(
+def uvicorn_config(
     app: ASGIApp,
     *,
-    places: Places,
+    slots: ConnectionSlots,
     write_timeout_s: float,
     max_frame_bytes: int,
     grace_s: int,
     certificate: Path | None = None,
     key: Path | None = None,
 ) -> uvicorn.Config:
-    """How uvicorn serves an application: within bounds, and in silence.
+    """Configure uvicorn for an application: with bounds on connections, and without its own logs.
 
     Args:
         app: the application.
-        places: for connections.
-        write_timeout_s: how long a client may take nothing of what waits for it.
-        max_frame_bytes: largest message of a WebSocket.
-        grace_s: how long connections may take to end at a shutdown.
+        slots: bounds the number of connections.
+        write_timeout_s: a client that reads none of its waiting data for this long is dropped.
+        max_frame_bytes: largest WebSocket message.
+        grace_s: time for connections to end at a shutdown.
         certificate, key: PEM files for TLS.
     """
     return uvicorn.Config(
         cast(Any, app),
-        http=cast(Any, partial(HttpConnection, places=places, write_timeout_s=write_timeout_s)),
+        http=cast(Any, partial(HttpConnection, slots=slots, write_timeout_s=write_timeout_s)),
         ws=WebSocketConnection,
         ws_max_size=max_frame_bytes,
-        ws_per_message_deflate=False,  # pictures do not shrink, and byte counts stay real
+        ws_per_message_deflate=False,  # pictures do not compress, and byte counts stay exact
         ssl_certfile=certificate,
         ssl_keyfile=key,
         log_config=None,
@@ -87,30 +88,30 @@ def settings(
     )
 
 
-def bound(
-    settings: uvicorn.Config, *, places: Places, write_timeout_s: float, max_frame_bytes: int
+def limit_connections(
+    config: uvicorn.Config, *, slots: ConnectionSlots, write_timeout_s: float, max_frame_bytes: int
 ) -> None:
-    """Give a server that others have set up our bounds on connections, before it listens.
+    """Apply our bounds on connections to a uvicorn configuration made elsewhere (vLLM's).
 
-    Its own time for idle connections stays where it is longer.
+    Call it before the server listens. A longer keep-alive timeout in `config` is kept.
     """
     http = partial(
         HttpConnection,
-        places=places,
+        slots=slots,
         write_timeout_s=write_timeout_s,
-        idle_s=max(IDLE_S, settings.timeout_keep_alive),
+        idle_s=max(IDLE_S, config.timeout_keep_alive),
     )
-    settings.http_protocol_class = cast(Any, http)
-    settings.ws_protocol_class = WebSocketConnection
-    settings.ws_max_size = max_frame_bytes
-    settings.ws_per_message_deflate = False
+    config.http_protocol_class = cast(Any, http)
+    config.ws_protocol_class = WebSocketConnection
+    config.ws_max_size = max_frame_bytes
+    config.ws_per_message_deflate = False
 
 
 async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal does not wait.
 
-    uvicorn's own `serve` raises the signal again afterwards, which would end the process before
-    its caller has cleaned up.
+    uvicorn's own `serve` raises the signal again at the end, which would end the process before the
+    caller has cleaned up.
     """
     _allow_descriptors()
     loop = asyncio.get_running_loop()
@@ -130,16 +131,18 @@ async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
 
 
 def _allow_descriptors() -> None:
-    """Let this process hold as many connections as it has places for, so that it is the places
-    that bound them: without a descriptor it could not even drop a silent one for a new one."""
-    if sys.platform == "win32":  # no such limit
+    """Raise the limit on file descriptors, so that the slots bound the connections.
+
+    Without a free descriptor the server could not even drop an idle connection for a new one.
+    """
+    if sys.platform == "win32":  # has no such limit
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # some systems allow less than they say
+        with suppress(OSError, ValueError):  # some systems allow less than they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -147,7 +150,7 @@ def _allow_descriptors() -> None:
 async def running(server: uvicorn.Server, sock: socket.socket) -> AsyncIterator[None]:
     """Run a server in this event loop. Leaving shuts it down gracefully and closes the socket.
 
-    Signals stay with the process that embeds it.
+    Signals are left to the embedding process.
     """
     task = asyncio.create_task(server._serve([sock]))
     try:

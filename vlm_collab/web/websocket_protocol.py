@@ -1,4 +1,4 @@
-"""WebSockets whose peers can neither fill this process's memory nor take all of its time."""
+"""WebSocket connections with bounds on the memory and time that a peer can take."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from vlm_collab.web.rate_limit import Rate
 from vlm_collab.web.write_timeout import WRITE_TIMEOUT_S, WatchedTransport
 
 PIECE_BYTES = 1024
-"""What came is parsed in such pieces, each of which holds a bounded number of frames."""
+"""Received bytes are parsed in pieces of this size, so that each holds few frames."""
 FRAMES_PER_TURN = 64
-"""After so many frames it is the turn of the other connections."""
+"""After this many frames, other connections get their turn."""
 FRAMES_PER_S = 2000.0
-"""Beyond that a peer is read more slowly. It may go without a pause for as many first."""
+"""Sustained rate; a peer that sends faster is read more slowly. Also the size of a burst."""
 FREE_FRAGMENTS = 64
-"""A message may come in so many fragments, whatever their size ..."""
+"""A message may have this many fragments of any size ..."""
 FRAGMENT_BYTES = 256
-"""... and in one more for each so many bytes of it."""
+"""... and one more for each `FRAGMENT_BYTES` of its content."""
 
 
 class WebSocketConnection(WebSocketsSansIOProtocol):
-    """uvicorn's, with bounds on what a peer may have done for it.
+    """uvicorn's WebSocket connection, with bounds on the work that a peer can cause.
 
-    Bounds on bytes do not hold: a frame without content takes 6 bytes and some microseconds, and
-    a ping is answered by the library before anyone knows of it. So what came is parsed piece by
-    piece, with pauses in which other connections are served; nothing is read while more waits to
-    be sent than the transport likes to hold; and a peer that takes none of it is dropped (see
-    `WatchedTransport`).
+    A bound on bytes is not enough: an empty frame has 6 bytes and costs microseconds, and the
+    library answers pings by itself. So received bytes are parsed piece by piece, with pauses in
+    which other connections are served. Nothing is read while the transport's write buffer is full.
+    A peer that reads nothing is dropped (see `WatchedTransport`).
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -40,7 +39,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             watched = WatchedTransport(cast(asyncio.Transport, transport), WRITE_TIMEOUT_S)
         super().connection_made(cast(asyncio.Transport, watched))
         self._watched = watched
-        watched.released = self._go_on_soon
+        watched.released = self._resume_soon
         self._backlog = bytearray()
         self._turn: asyncio.Handle | None = None
         self._frames = 0
@@ -71,10 +70,10 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self._parse()
 
     def handle_events(self) -> None:
-        """uvicorn's: after each piece that was parsed."""
+        """Override of uvicorn's, called after each parsed piece."""
         frames = [event for event in self.conn.events if isinstance(event, Frame)]
         self._frames += len(frames)
-        if any(map(self._is_fragment_too_many, frames)):
+        if any(map(self._has_too_many_fragments, frames)):
             self.conn.events.clear()
             self.conn.fail(CloseCode.POLICY_VIOLATION, "a message in too many fragments")
             self.handle_parser_exception()
@@ -82,12 +81,15 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         super().handle_events()
 
     def keepalive_timeout(self) -> None:
-        """uvicorn's: the peer does not answer. A close frame that it does not read is no use."""
+        """Override of uvicorn's, called when a ping is not answered.
+
+        A peer with unread data would not read a close frame either, so it is dropped.
+        """
         super().keepalive_timeout()
         if self._watched.unsent:
             self._watched.abort()
 
-    def _is_fragment_too_many(self, frame: Frame) -> bool:
+    def _has_too_many_fragments(self, frame: Frame) -> bool:
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
             self._fragments = self._fragment_bytes = 0
         elif frame.opcode is not Opcode.CONT:
@@ -96,8 +98,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._fragment_bytes += len(frame.data)
         return self._fragments > FREE_FRAGMENTS + self._fragment_bytes / FRAGMENT_BYTES
 
-    def _go_on_soon(self) -> None:
-        """Parse what waits in a turn of its own: whoever released it may go on without a pause."""
+    def _resume_soon(self) -> None:
+        """Schedule `_parse`, so that the caller does not run it within its own turn."""
         if self._turn is None and self._backlog:
             self._turn = self.loop.call_soon(self._parse)
 
@@ -114,7 +116,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 break
             self._slow_down(self._frames - before)
             if self._frames >= FRAMES_PER_TURN:
-                self._go_on_soon()
+                self._resume_soon()
                 break
         if self._backlog:
             self._watched.hold("backlog")

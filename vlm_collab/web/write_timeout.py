@@ -1,4 +1,4 @@
-"""A connection whose peer may not leave what is written to it unread for ever."""
+"""Write timeouts: drop a peer that does not read what is sent to it."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 WRITE_TIMEOUT_S = 20.0
-"""A peer that takes none of what waits for it for so long is dropped."""
-_LOOKS = 4
-"""How often one looks within that time; the peer is dropped at most one look late."""
+"""A peer that reads nothing of its waiting data for this long is dropped."""
+_CHECKS = 4
+"""Checks per timeout; the peer is dropped at most one check late."""
 
 
 class WatchedTransport:
     """An asyncio transport that is aborted when its peer stops reading.
 
-    Everything that is written is watched, whoever writes it and whether or not the transport is
-    closing: a response, a WebSocket's frames, and what uvicorn writes by itself. Several can keep
-    it from being read, each for a reason of its own; it is read when no reason is left. All that
-    is not defined here is the transport's own.
+    All writes are watched, also while the transport is closing: responses, WebSocket frames, and
+    what uvicorn writes by itself. Reading pauses as long as there is a reason in `holds`. All other
+    attributes are those of the wrapped transport.
 
     Args:
-        transport: the transport.
-        timeout_s: the peer must take some of what waits in every span of this length.
+        transport: the transport to wrap.
+        timeout_s: the peer must read some of the waiting data in every span of this length.
     """
 
     def __init__(self, transport: asyncio.Transport, timeout_s: float) -> None:
         self._transport = transport
-        self._look_s = timeout_s / _LOOKS
+        self._check_s = timeout_s / _CHECKS
         self._written = 0
         self._taken = 0
-        self._idle_looks = 0
+        self._idle_checks = 0
         self._timer: asyncio.TimerHandle | None = None
         self.holds: set[str] = set()
-        """Why it is not read now."""
+        """Reasons for which reading is paused."""
         self.released: Callable[[], None] = _nothing
-        """Called whenever one of the reasons is gone."""
+        """Called whenever a reason was removed."""
         self.lost: Callable[[], None] = _nothing
-        """To be called by the protocol whose connection it was, when it is lost."""
+        """Called by the protocol when the connection is lost."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -47,35 +46,35 @@ class WatchedTransport:
         self._transport.write(data)
         self._written += len(data)
         if self._timer is None:
-            self._taken, self._idle_looks = self._written - self.unsent, 0
-            self._look_again()
+            self._taken, self._idle_checks = self._written - self.unsent, 0
+            self._schedule_check()
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait in this process for the peer to read."""
+        """Bytes buffered in this process that the peer has not read."""
         return unsent(self._transport)
 
     @property
     def stalled(self) -> bool:
-        """Whether the peer has taken nothing for a while of what waits for it."""
-        return self._idle_looks > 0 and self.unsent > 0
+        """Whether data waits and the peer read none of it since the last check."""
+        return self._idle_checks > 0 and self.unsent > 0
 
     def pause_reading(self) -> None:
-        """uvicorn's reason not to read."""
+        """Pause reading on behalf of uvicorn."""
         self.hold("uvicorn")
 
     def resume_reading(self) -> None:
-        """uvicorn has no reason any more."""
+        """Resume reading on behalf of uvicorn."""
         self.release("uvicorn")
 
     def hold(self, why: str) -> None:
-        """Read no more until this reason and all others are gone."""
+        """Add a reason to pause reading."""
         if not self.holds and not self._transport.is_closing():
             self._transport.pause_reading()
         self.holds.add(why)
 
     def release(self, why: str) -> None:
-        """This reason is gone, if it was there."""
+        """Remove a reason; reading resumes when none is left."""
         if why not in self.holds:
             return
         self.holds.discard(why)
@@ -83,36 +82,36 @@ class WatchedTransport:
             self._transport.resume_reading()
         self.released()
 
-    def _look_again(self) -> None:
+    def _schedule_check(self) -> None:
         if self.unsent:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._look_s, self._look)
+            self._timer = loop.call_later(self._check_s, self._check)
         else:
             self._timer = None
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         taken = self._written - self.unsent
         if taken > self._taken:
-            self._taken, self._idle_looks = taken, 0
+            self._taken, self._idle_checks = taken, 0
         else:
-            self._idle_looks += 1
-        if self._idle_looks < _LOOKS:
-            self._look_again()
+            self._idle_checks += 1
+        if self._idle_checks < _CHECKS:
+            self._schedule_check()
         else:
             self._timer = None
             self._transport.abort()
 
 
 def unsent(transport: asyncio.WriteTransport) -> int:
-    """Bytes that a transport still has to send.
+    """Bytes in a transport's buffers.
 
-    asyncio's TLS transport does not count what it has encrypted and handed on.
+    asyncio's TLS transport does not count the bytes that it has already encrypted.
     """
     try:
         tls = transport._ssl_protocol  # type: ignore[attr-defined]
     except AttributeError:
         return transport.get_write_buffer_size()
-    # None once it was closed for good; the end of TLS has a time of its own.
+    # None after the connection is closed; TLS has its own timeout for the closing handshake.
     if tls is None:
         return 0
     below = tls._transport
@@ -120,13 +119,15 @@ def unsent(transport: asyncio.WriteTransport) -> int:
     return transport.get_write_buffer_size() + encrypted
 
 
-async def sent(
+async def send_watched(
     sending: Coroutine[Any, Any, None], transport: asyncio.Transport, timeout_s: float
 ) -> None:
-    """Wait for something to be sent, for as long as the peer takes some of it now and then.
+    """Await a send. The connection is aborted if the peer reads nothing for `timeout_s`.
 
-    The connection is aborted when it takes nothing for `timeout_s`; what `sending` raises then is
-    raised.
+    Args:
+        sending: the send; whatever it raises is raised, also after an abort.
+        transport: of the connection.
+        timeout_s: longest time without progress.
     """
     task = asyncio.ensure_future(sending)
     try:

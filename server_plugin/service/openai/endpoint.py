@@ -23,14 +23,9 @@ from server_plugin.service.openai.chat import Chat
 from server_plugin.service.openai.intake import Asker, Client
 from server_plugin.service.openai.response_store import Memory
 from server_plugin.service.openai.responses import Responses, unknown_response
-from server_plugin.service.openai.transport import (
-    Bodies,
-    ClientGoneError,
-    Sender,
-    headers_of,
-    while_connected,
-)
+from server_plugin.service.openai.transport import Bodies, Sender, headers_of
 from vlm_collab.openai import ApiError, check_model, model_object, models_list
+from vlm_collab.web.streams import ClientGoneError, while_connected
 
 if TYPE_CHECKING:
     from server_plugin.service.service import Service

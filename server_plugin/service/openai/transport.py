@@ -1,33 +1,27 @@
-"""HTTP around the endpoint: bodies read within bounds, clients that leave, streams."""
+"""HTTP of the OpenAI-compatible endpoint: reading request bodies and sending responses."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Send
 
 from server_plugin.service.config import OpenAiLimits
 from vlm_collab.openai import ApiError
-from vlm_collab.web.bodies import body_pieces
-
-T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection; there is nobody to tell."""
+from vlm_collab.web.bodies import BodyTooLargeError, read_body
+from vlm_collab.web.streams import ClientGoneError
 
 
 class Bodies:
-    """Reads requests, all of them together within a budget.
+    """Reads request bodies within a budget for all of them.
 
     Args:
         limits: bounds.
-        timeout_s: longest time that a client may take to send a request.
-        retry_after_s: when to come back if there is no room now.
+        timeout_s: time for a request to arrive.
+        retry_after_s: returns when a refused client should retry.
     """
 
     def __init__(
@@ -37,100 +31,68 @@ class Bodies:
         self._timeout_s = timeout_s
         self._retry_after_s = retry_after_s
         self.nbytes = 0
-        """Bytes of all requests that are being read or answered."""
+        """Bytes of all requests being read or answered."""
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """A request's body, inflated; its bytes count until the block is left.
+        """Read a request's body, inflated; its bytes count until the block is left.
 
-        One that is refused is not read on; uvicorn throws away the rest, so that the client,
-        who is still sending, gets to see the reason.
+        The rest of a refused body is not read here. uvicorn discards it, so that the client, which
+        is still sending, receives the refusal.
 
         Raises:
-            ApiError: too large (413), too many bytes at once (429), too slow (408), or see
+            ApiError: too large (413), beyond the budget (429), too slow (408), or see
                 `body_pieces`.
             ClientGoneError: the client left.
         """
-        size = 0
-        chunks: list[bytes] = []
+        counted = 0
+
+        def count(size: int) -> None:
+            nonlocal counted
+            self.nbytes += size - counted
+            counted = size
+            if size <= self._limits.max_body_bytes and self.nbytes > self._limits.max_bodies_bytes:
+                text = "the server is busy with other requests"
+                wait_s = self._retry_after_s()
+                raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=wait_s)
+
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    async for chunk in body_pieces(request):
-                        chunks.append(chunk)
-                        size += len(chunk)
-                        self.nbytes += len(chunk)
-                        self._check(size)
+                    body = await read_body(request, self._limits.max_body_bytes, count)
             except TimeoutError:
                 text = f"the request did not arrive within {self._timeout_s:g} s"
                 raise ApiError(408, text, code="request_timeout") from None
+            except BodyTooLargeError:
+                mib = self._limits.max_body_bytes / 2**20
+                text = f"a request of more than {mib:g} MiB"
+                raise ApiError(413, text, code="request_too_large") from None
             except ClientDisconnect:
                 raise ClientGoneError from None
-            body = b"".join(chunks)
-            chunks.clear()
             yield body
         finally:
-            self.nbytes -= size
-
-    def _check(self, size: int) -> None:
-        if size > self._limits.max_body_bytes:
-            mib = self._limits.max_body_bytes / 2**20
-            text = f"a request of more than {mib:g} MiB"
-            raise ApiError(413, text, code="request_too_large")
-        if self.nbytes > self._limits.max_bodies_bytes:
-            text = "the server is busy with other requests"
-            wait_s = self._retry_after_s()
-            raise ApiError(429, text, "rate_limit_error", code="busy", retry_after_s=wait_s)
+            self.nbytes -= counted
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """HTTP headers that belong to an error."""
+    """The HTTP headers for an error."""
     headers = error.headers()
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
     if error.status == 408:
         headers["connection"] = "close"  # the rest of the request may never come
     return headers
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled when the client goes.
-
-    Args:
-        receive: of a request whose body has been read.
-
-    Raises:
-        ClientGoneError: the client left first.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Sender:
     """The response to one request: one JSON object, or a stream of events.
 
     Args:
-        send: where it goes.
+        send: see ASGI.
         timeout_s: how long a client may leave a piece unread.
 
     Attributes:
-        headers: more of the response's, to be set before it starts.
-        sent: bytes of the body so far.
-        started: whether the status line has gone; what goes wrong later is told in the stream.
+        headers: further response headers, to be set before the response starts.
+        sent: bytes of the body sent so far.
+        started: whether the status line was sent; later errors are sent within the stream.
     """
 
     def __init__(self, send: Send, timeout_s: float) -> None:
@@ -141,29 +103,29 @@ class Sender:
         self.started = False
 
     async def json(self, body: bytes) -> None:
-        """Send an object, and nothing else.
+        """Send a JSON object as the whole response.
 
         Raises:
-            ClientGoneError: the client does not read; so for all that sends.
+            ClientGoneError: the client does not read. All methods that send raise this.
         """
         await self._start(200, {"content-type": "application/json"}, len(body))
         await self._write(body, more=False)
 
     async def error(self, error: ApiError) -> None:
-        """Send an error, and nothing else."""
+        """Send an error as the whole response."""
         body = error.encoded()
         headers = {"content-type": "application/json", **headers_of(error)}
         await self._start(error.status, headers, len(body))
         await self._write(body, more=False)
 
     async def events(self, events: bytes) -> None:
-        """Send events of a stream; nothing for none."""
+        """Send events of a stream; does nothing without events."""
         if not events:
             return
         if not self.started:
             headers = {
                 "content-type": "text/event-stream; charset=utf-8",
-                "x-accel-buffering": "no",  # nginx would collect the whole answer
+                "x-accel-buffering": "no",  # otherwise nginx would buffer the whole answer
             }
             await self._start(200, headers, None)
         await self._write(events, more=True)

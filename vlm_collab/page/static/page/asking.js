@@ -1,6 +1,6 @@
-// One question from asking to its answer, over as many links and attempts as it takes, after
-// edge_client/link/question.py. Once the server has asked for a region there is a first answer to fall
-// back on, and from then on a question always ends with an answer.
+// One question from asking to its answer, over several links and attempts if necessary, like
+// edge_client/link/question.py. Once the server has asked for a region there is a first answer, so
+// from then on a question always ends with an answer.
 
 import { CollabError, LostError, ServerError, StoppedError } from "./errors.js";
 import { FITS, frameOf } from "./geometry.js";
@@ -8,12 +8,12 @@ import { pauseMs } from "./link.js";
 import { DeclineReason, ErrorCode, Fallback, Stage } from "./messages.js";
 
 const RESCUE_GRACE_MS = 5_000;
-const ASK_AGAIN_MS = 60_000; // for so long: it may be the question itself that brings the server down
+const ASK_AGAIN_MS = 60_000; // stop after this time: the question itself may crash the server
 const MAX_VIEW_GONE = 5;
 const SHORTEST_WAIT_MS = 50;
 const VIEW_QUALITY = 90;
 const OPTIONS = { stream: true, wantMap: true };
-// Refusals that a server may decide on before it stores the view that came with the question.
+// Refusals that a server may send before it stores the view that came with the question.
 const VIEW_NOT_KEPT = new Set([
   ErrorCode.BUSY,
   ErrorCode.SHUTTING_DOWN,
@@ -23,7 +23,7 @@ const VIEW_NOT_KEPT = new Set([
   ErrorCode.BAD_QUESTION,
 ]);
 
-/** What is known of a picture's view on the server: its number, and who was sent it last. */
+/** A picture's view on the server: its id, and the session to which it was sent last. */
 export class ViewState {
   session = null;
 
@@ -33,13 +33,13 @@ export class ViewState {
 }
 
 /**
- * Drives one question; `run` once. `tell` is called with what happens:
+ * Drives one question; call `run` once. `tell` is called with events:
  *
  *   { kind: "text", stage, text }                  a text as it grows
  *   { kind: "region", request, box }               the server is unsure; box is null if declined
- *   { kind: "sent", what: "view" | "region", image }  pixels that left
+ *   { kind: "sent", what: "view" | "region", image }  pixels that were sent
  *   { kind: "bytes", up, down }                    this question's bytes so far
- *   { kind: "again", text }                        it is asked once more, and why
+ *   { kind: "again", text }                        it is asked again, and why
  */
 export class Asking {
   #picture;
@@ -52,7 +52,7 @@ export class Asking {
   #seen = null;
   #rescuing = false;
   #losses = 0;
-  #lostAt = null; // when it lost a link for the first time
+  #lostAt = null; // time of its first lost link
   #sentAt = 0;
   #gone = 0;
   #carry = false;
@@ -69,12 +69,12 @@ export class Asking {
     this.#tell = tell;
   }
 
-  /** The user gives the question up. */
+  /** Stop the question on the user's behalf. */
   stop() {
     this.#stop.abort(new StoppedError("You stopped this question."));
   }
 
-  /** The answer, or an error that says why there is none. */
+  /** Return the answer; throws why there is none. */
   async run() {
     try {
       return await this.#rounds(this.#stop.signal);
@@ -85,7 +85,7 @@ export class Asking {
     return this.#rescue();
   }
 
-  /** Ask again after the second stage lost its link, for a while. */
+  /** Ask again for a while after the link was lost in the second stage. */
   async #rescue() {
     this.#rescuing = true;
     const patience = new AbortController();
@@ -102,7 +102,7 @@ export class Asking {
     }
   }
 
-  /** Attempts until one ends well, or with an error that another would not cure. */
+  /** Try until an attempt succeeds, or fails with an error that a retry would not cure. */
   async #rounds(signal) {
     for (;;) {
       signal.throwIfAborted();
@@ -115,7 +115,7 @@ export class Asking {
     }
   }
 
-  /** Prepare another attempt, or throw if there is no point in one. */
+  /** Prepare another attempt; throws if it would not help. */
   async #recover(error, signal) {
     const busy = error instanceof ServerError && error.code === ErrorCode.BUSY;
     const gone = error instanceof ServerError && error.code === ErrorCode.VIEW_GONE;
@@ -123,7 +123,7 @@ export class Asking {
       this.#tell({ kind: "again", text: "The server is busy; this question waits." });
       await pause(Math.max(error.retryAfterMs, SHORTEST_WAIT_MS) * (1 + Math.random() / 2), signal);
     } else if (gone && ++this.#gone <= MAX_VIEW_GONE) {
-      // If the view was in that very Ask, the server is short of room just now.
+      // If this Ask carried the view, the server has no memory for it at the moment.
       if (this.#carry) await pause(SHORTEST_WAIT_MS * 2 ** (this.#gone - 1), signal);
       this.#carry = true;
     } else if (error instanceof LostError) {
@@ -150,8 +150,8 @@ export class Asking {
     const image = await this.#picture.view(side, FITS[welcome.fit], codec, VIEW_QUALITY);
     await link.slot();
     signal.throwIfAborted();
-    // From here to the end of `ask` nothing waits, so the first of several questions on a new
-    // picture carries its view and is on the wire before the others refer to it.
+    // There is no await from here to the end of `ask`, so the first of several questions about a new
+    // picture is sent, with its view, before the others refer to the view.
     const key = welcome.session.join();
     const carries = this.#carry || this.#view.session !== key;
     const sent = carries ? image : null;
@@ -170,7 +170,7 @@ export class Asking {
     }
   }
 
-  /** Follow one exchange, which may carry the view, to its end. */
+  /** Follow one exchange to its end. It may carry the view. */
   async #converse(exchange, carries, welcome) {
     let seen = null;
     for (;;) {
@@ -184,13 +184,13 @@ export class Asking {
         case "RegionDeclined":
           this.#seen = seen = { request: event.request, box: event.box ?? null, welcome };
           this.#tell({ kind: "region", ...seen });
-          // Beside listening: the server may end the question meanwhile.
+          // Not awaited: the server may end the question meanwhile.
           if (event.kind === "RegionWanted") this.#sendRegion(exchange, event, welcome);
           break;
         case "Answer":
           this.#keeper.worked();
           this.#count(exchange);
-          // Older pages would not know the number, so it travels as a field of its own.
+          // A field of its own, because older pages do not know the fallback code.
           if (event.noDetail) event.fallback = Fallback.NO_DETAIL;
           return { ...event, seen, hidden: this.#hidden(welcome), elapsedMs: performance.now() - this.#began };
         case "Error":
@@ -200,7 +200,7 @@ export class Asking {
     }
   }
 
-  /** Share of the picture that its view leaves out, and so the model never sees: only a crop does. */
+  /** Share of the picture that its view leaves out, so that the model sees it only in a crop. */
   #hidden({ fit, viewWidth, viewHeight }) {
     const { size } = this.#picture;
     const frame = frameOf(size, FITS[fit], { width: viewWidth, height: viewHeight });
@@ -208,7 +208,7 @@ export class Asking {
     return 1 - shown / (size.width * size.height);
   }
 
-  /** Crop, encode and send; or decline, so that the server need not wait. */
+  /** Crop, encode and send the region, or decline, so that the server does not wait. */
   async #sendRegion(exchange, { box, request }, welcome) {
     const came = performance.now();
     const target = { width: request.targetWidth, height: request.targetHeight };
@@ -218,21 +218,21 @@ export class Asking {
     }
     try {
       const image = await this.#picture.region(box, target, request.codec, request.quality);
-      if (performance.now() - came > request.deadlineMs) return; // nobody waits for it any more
+      if (performance.now() - came > request.deadlineMs) return; // the server no longer waits
       if (image.length + 64 > welcome.maxFrameBytes) {
         exchange.decline(DeclineReason.LIMIT);
       } else if (exchange.sendRegion(image)) {
         this.#tell({ kind: "sent", what: "region", image, codec: request.codec });
       }
     } catch (error) {
-      // Whatever goes wrong with a picture, the question goes on without its region.
+      // If the picture fails, the question continues without its region.
       console.error(error);
       exchange.decline(DeclineReason.FAILED);
     }
     this.#count(exchange);
   }
 
-  /** Move an exchange's bytes to this question's. */
+  /** Add an exchange's bytes to those of this question. */
   #count(exchange) {
     this.#up += exchange.bytesUp;
     this.#down += exchange.bytesDown;
@@ -240,7 +240,7 @@ export class Asking {
     this.#tell({ kind: "bytes", up: this.#up, down: this.#down });
   }
 
-  /** The first answer, standing in for the one that did not come. */
+  /** The first answer, in place of the refined one that did not come. */
   #firstAnswer(fallback) {
     const { request } = this.#seen;
     return {
@@ -256,12 +256,12 @@ export class Asking {
 }
 
 function ended({ code, text, retryAfterMs }) {
-  // The successor of a server that shuts down may answer; to this question it is a lost link.
+  // Another server may answer after a shutdown, so treat it as a lost link.
   if (code === ErrorCode.SHUTTING_DOWN) return new LostError(text, retryAfterMs);
   return new ServerError(`The server refused this question: ${text}.`, code, retryAfterMs);
 }
 
-/** Why the first answer stands, when an error ended the second stage. */
+/** The fallback code for an error that ended the second stage. */
 function fallbackOf(error) {
   if (error.code === ErrorCode.BUSY) return Fallback.OVERLOAD;
   if (error.code === ErrorCode.DEADLINE) return Fallback.DEADLINE;

@@ -1,5 +1,5 @@
-// Taking a picture: with the phone's own camera program where there is one, since only that gives
-// the sensor's full resolution; elsewhere with the camera that the browser shows.
+// Taking a picture. On phones the camera app takes it, because only that gives the sensor's full
+// resolution; elsewhere the browser does.
 
 import { $ } from "./dom.js";
 import { PictureError } from "./errors.js";
@@ -7,7 +7,7 @@ import { PictureError } from "./errors.js";
 const QUALITY = 0.95;
 const WISH = { video: { facingMode: "environment", width: { ideal: 4096 }, height: { ideal: 3072 } } };
 
-/** `native` for the phone's own program, `browser`, or null where there is no way to a camera. */
+/** `native` for the phone's camera app, `browser`, or null without a camera. */
 export function cameraKind() {
   if (matchMedia("(pointer: coarse)").matches && "capture" in HTMLInputElement.prototype) return "native";
   return navigator.mediaDevices?.getUserMedia ? "browser" : null; // absent without TLS
@@ -33,14 +33,14 @@ export class Camera {
       throw new PictureError(refused ? "The camera may not be used here." : "There is no camera that can be used.");
     }
     if (turn !== this.#turn) {
-      stop(stream); // the user may take minutes to allow it
+      stop(stream); // the camera was closed before the user allowed it
       return false;
     }
     $("video").srcObject = this.#stream = stream;
     return true;
   }
 
-  /** The picture as it is now, as a file. */
+  /** Return the current frame as a file. */
   async shoot() {
     const video = $("video");
     const canvas = document.createElement("canvas");

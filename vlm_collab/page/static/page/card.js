@@ -1,4 +1,4 @@
-// One question in the session's list: its texts as they grow, what was sent for it, and its end.
+// One question in the session's list: its growing text, what was sent for it, and its outcome.
 
 import { announce, bytes, element, percent } from "./dom.js";
 import { Fallback, Finish, Stage } from "./messages.js";
@@ -21,7 +21,7 @@ export class Card {
   #bytesUp = 0;
   #ended = false;
 
-  /** `act` has what the buttons do: `select`, `stop` and `again`. */
+  /** `act` has the buttons' functions: `select`, `stop` and `again`. */
   constructor(question, picture, act) {
     this.question = question;
     this.picture = picture;
@@ -59,13 +59,13 @@ export class Card {
     );
   }
 
-  /** Whether this is the question whose picture and region are on show, with all its details. */
+  /** Show or hide the details; one question at a time shows its picture and region. */
   select(on) {
     this.node.classList.toggle("selected", on);
     this.title.setAttribute("aria-expanded", String(on));
   }
 
-  /** Take what `Asking` tells. */
+  /** Handle an event of `Asking`. */
   take(event) {
     if (this.#ended) return;
     switch (event.kind) {
@@ -129,7 +129,7 @@ export class Card {
     this.costRow.hidden = up === 0;
   }
 
-  /** The question has its answer. */
+  /** Show the answer. */
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
     const sure = answer.seen === null && answer.fallback === Fallback.NONE;
@@ -138,12 +138,12 @@ export class Card {
     this.answer.textContent = visible(answer.text);
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
-      // In no colour of certainty: the two numbers tell which answer is the surer one.
+      // Without a colour for certainty: the two numbers say which answer is surer.
       this.note.textContent = `Refined after a closer look: ${cost}`;
       this.refined.replaceChildren(...said(answer.text, answer.uncertaintyMicro));
       this.refinedRow.hidden = false;
     } else {
-      // An answer of the first pass can be longer than what came with the request.
+      // The final first answer can be longer than the one in the region request.
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
       this.note.textContent =
@@ -156,7 +156,7 @@ export class Card {
     announce(`${refined ? "Refined answer" : "Answer"}: ${visible(answer.text)}. Sent ${bytes(this.#bytesUp)}.`);
   }
 
-  /** The question has no answer, and `text` says why. */
+  /** Show why the question has no answer. */
   failed(text) {
     this.#end("failed");
     this.note.textContent = text;
@@ -168,13 +168,13 @@ export class Card {
     this.#ended = true;
     this.node.dataset.state = state;
     this.answer.classList.remove("growing");
-    // A focused button that vanishes would take the keyboard user's place along.
+    // Move the focus, which would be lost when a focused button is removed.
     if (document.activeElement === this.stop) this.title.focus();
     this.stop.hidden = true;
   }
 }
 
-/** An answer for people: what stands for one that is empty, or nothing but blanks. */
+/** An answer as shown; a placeholder if it is empty or blank. */
 function visible(text) {
   return text.trim() === "" ? NO_TEXT : text;
 }

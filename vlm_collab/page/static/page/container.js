@@ -1,13 +1,13 @@
-// Encoded pictures without anything but their pixels.
+// Removing metadata from encoded pictures.
 //
-// Browsers add colour profiles and the like to what a canvas encodes, the same few hundred bytes
-// each time. The server takes colours for sRGB, which a canvas has.
+// When a canvas is encoded, browsers add a colour profile and the like, the same few hundred bytes
+// each time. The server assumes sRGB, which a canvas has.
 
 import { Codec } from "./messages.js";
 
 const CHUNKS_KEPT = new Set(["IHDR", "PLTE", "tRNS", "IDAT", "IEND"]);
 
-/** The same picture without metadata; as it is where its form is not understood. */
+/** The same picture without metadata; unchanged if its format is not understood. */
 export function pixelsOnly(bytes, codec) {
   const strip = { [Codec.JPEG]: jpeg, [Codec.PNG]: png, [Codec.WEBP]: webp }[codec];
   return strip(bytes, new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)) ?? bytes;
@@ -19,9 +19,9 @@ function jpeg(bytes, view) {
   while (place + 4 <= bytes.length && bytes[place] === 0xff) {
     const marker = bytes[place + 1];
     const end = place + 2 + view.getUint16(place + 2);
-    // Of the application segments only JFIF's own stays; comments go.
+    // Of the application segments only JFIF's is kept; comments are removed.
     const extra = (marker > 0xe0 && marker <= 0xef) || marker === 0xfe;
-    if (marker === 0xda) return joined([...kept, bytes.subarray(place)]); // all the rest is pixels
+    if (marker === 0xda) return joined([...kept, bytes.subarray(place)]); // the rest is pixels
     if (!extra) kept.push(bytes.subarray(place, end));
     place = end;
   }
@@ -47,7 +47,7 @@ function webp(bytes, view) {
       new DataView(head.buffer).setUint32(4, 4 + end - place, true);
       return joined([head, bytes.subarray(place, end)]);
     }
-    if (name(bytes, place) === "ALPH") return null; // transparency is no metadata
+    if (name(bytes, place) === "ALPH") return null; // transparency is not metadata
     place = end;
   }
   return null;

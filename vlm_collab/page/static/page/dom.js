@@ -1,8 +1,8 @@
-// Small helpers for what people see.
+// Small helpers for the user interface.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties and children; a child may be text, and absent ones are left out. */
+/** Make an element with properties and children; a child may be text, and null ones are skipped. */
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -13,20 +13,20 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** Bytes for people: 412 bytes, 6.1 kB, 2.34 MB. */
+/** Format a number of bytes: 412 bytes, 6.1 kB, 2.34 MB. */
 export function bytes(count) {
   if (count < 1000) return `${count}\u00a0${count === 1 ? "byte" : "bytes"}`;
   if (count < 999_950) return `${(count / 1e3).toFixed(1)}\u00a0kB`;
   return `${(count / 1e6).toFixed(2)}\u00a0MB`;
 }
 
-/** A share for people; small ones keep a digit. */
+/** Format a share as a percentage; small ones keep a decimal. */
 export function percent(share) {
   const value = share * 100;
   return `${value < 10 && value !== 0 ? value.toFixed(1) : Math.round(value)}\u00a0%`;
 }
 
-/** Tell a screen reader, once. */
+/** Announce a text to screen readers, once. */
 export function announce(text) {
   $("announce").textContent = text;
 }

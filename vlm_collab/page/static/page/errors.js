@@ -1,6 +1,6 @@
-// What can go wrong; `message` is one line for a person.
+// Errors; `message` is one line for the user.
 
-/** Base of the errors that a user may meet. */
+/** Base of all errors that are shown to the user. */
 export class CollabError extends Error {}
 
 /** A picture cannot be used. */
@@ -12,7 +12,7 @@ export class QuestionError extends CollabError {}
 /** A message breaks the protocol. */
 export class ProtocolError extends CollabError {}
 
-/** The link is not there now; another attempt can help, after `retryAfterMs` where it is known. */
+/** The link was lost; a retry can help, after `retryAfterMs` if known. */
 export class LostError extends CollabError {
   constructor(message, retryAfterMs = null) {
     super(message);

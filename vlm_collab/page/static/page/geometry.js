@@ -1,5 +1,5 @@
-// Rectangles, exactly as vlm_collab/geometry.py has them: what a view shows of its source, and the
-// source pixels of a region. All products stay below 2^53, so quotients of integers floor exactly.
+// Rectangles, computed exactly as in vlm_collab/geometry.py: which part of its source a view shows,
+// and the source pixels of a region. All products stay below 2^53, so integer division is exact.
 
 export const FITS = ["stretch", "pad", "crop"];
 const MAX_SIDE_PX = 2 ** 31;
@@ -49,7 +49,7 @@ export function tokenBoxToSource(tokenBox, grid, frame, source) {
   return { left, top, right, bottom };
 }
 
-/** Start and length in view pixels of a picture that lies `offset` px into its frame. */
+/** Start and length in view pixels of a picture that starts `offset` px into its frame. */
 export function paddedExtent(offset, length, frame, side) {
   const start = roundHalfEven((offset * side) / frame);
   const end = roundHalfEven(((offset + length) * side) / frame);

@@ -1,5 +1,5 @@
-// One connection and the questions that wait on it (`Link`), and keeping a connection to the
-// server that serves this page (`LinkKeeper`).
+// `Link` is one connection with its questions; `LinkKeeper` keeps a connection to the server of this
+// page.
 
 import { CollabError, LostError, ProtocolError, ServerError } from "./errors.js";
 import { ErrorCode, SUBPROTOCOL, tokenSubprotocol, websocketBytes } from "./messages.js";
@@ -10,14 +10,14 @@ const CONNECT_TIMEOUT_MS = 10_000;
 const ACCESS_TIMEOUT_MS = 5_000;
 const FIRST_PAUSE_MS = 200;
 const LONGEST_PAUSE_MS = 5_000;
-// A server answers or refuses within two minutes; one that is silent for longer is gone, though
-// its network may not have said so.
+// A server answers or refuses within two minutes; one that is silent for longer is gone, even if the
+// network has not reported it.
 const SILENCE_MS = 150_000;
-// With these a server says that what it read cannot be right; saying it again would not help.
+// With these codes a server reports a protocol violation, which a retry would repeat.
 const FATAL_CLOSE = new Set([1002, 1003, 1007, 1008, 1009]);
 const PASSING_ERRORS = new Set([ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.INTERNAL]);
 
-/** Where this page's server takes WebSockets, and where its other addresses lie. */
+/** URLs of the server's WebSocket and of its other routes. */
 export function addresses(page) {
   const base = new URL(".", page);
   const endpoint = "/v1/collab";
@@ -30,7 +30,7 @@ export function addresses(page) {
   return { socket: socket.href, access: new URL("page/access", base).href };
 }
 
-/** One question on one link, up to its end there. */
+/** One question on one link. */
 export class Exchange {
   bytesUp = 0;
   bytesDown = 0;
@@ -43,7 +43,7 @@ export class Exchange {
     this.id = id;
   }
 
-  /** What happens next; throws what ended the link. */
+  /** Wait for the next event; throws the error that ended the link. */
   async next() {
     if (this.#events.length === 0) {
       await new Promise((resolve) => (this.#taker = resolve));
@@ -59,7 +59,7 @@ export class Exchange {
     this.#taker = null;
   }
 
-  /** Send the crop; false if the question ended or was cancelled meanwhile. */
+  /** Send the crop; returns false if the question ended or was cancelled meanwhile. */
   sendRegion(image) {
     if (!this.#wantsRegion()) return false;
     this.#link.session.sendRegion(this.id, image);
@@ -73,7 +73,7 @@ export class Exchange {
     this.#link.flush(this);
   }
 
-  /** Tell the server to forget the question, unless it ended already. */
+  /** Cancel the question on the server, unless it has ended. */
   abandon() {
     const state = this.#link.session.state(this.id);
     if (this.#link.ended !== null || state === "ENDED" || state === "CANCELLED") return;
@@ -86,11 +86,11 @@ export class Exchange {
   }
 }
 
-/** An open connection. Once `ended` is set nothing moves, and every exchange has been told. */
+/** An open connection. Once `ended` is set it sends nothing, and every exchange has its error. */
 export class Link {
   session = new EdgeSession();
   ended = null;
-  retired = false; // the server is going away; questions under way may still end well
+  retired = false; // the server shuts down; running questions may still be answered
   #socket;
   #traffic;
   #exchanges = new Map();
@@ -99,7 +99,7 @@ export class Link {
   #greeted;
   #ungreeted;
 
-  /** `traffic` is told of each frame's bytes: (up, down). */
+  /** `traffic` is called with each frame's bytes: (up, down). */
   constructor(url, { token, codecs, resume, traffic }) {
     this.#traffic = traffic;
     const greeting = new Promise((resolve, reject) => {
@@ -137,7 +137,7 @@ export class Link {
     return this.ended === null && !this.retired;
   }
 
-  /** Wait until the server takes one more question; `ask` must follow without a pause. */
+  /** Wait until the server takes one more question; `ask` must follow without an await. */
   async slot() {
     while (this.usable && this.#exchanges.size >= this.welcome.maxInFlight) {
       await new Promise((resolve) => this.#waiting.push(resolve));
@@ -154,7 +154,7 @@ export class Link {
     return exchange;
   }
 
-  /** Write the frames that the session made on behalf of an exchange. */
+  /** Send the session's pending frames on behalf of an exchange. */
   flush(exchange) {
     for (const frame of this.session.dataToSend()) {
       const bytes = websocketBytes(frame.length, true);
@@ -165,7 +165,7 @@ export class Link {
     this.#listen();
   }
 
-  /** End now, as a lost link. */
+  /** Close the connection and treat it as lost. */
   drop(reason = "The server stopped answering.") {
     this.#end(new LostError(reason));
   }
@@ -184,7 +184,7 @@ export class Link {
   }
 
   #take(event, bytes) {
-    if (event === null) return; // it crossed our Cancel
+    if (event === null) return; // sent before the server read our Cancel
     if (event.kind === "Welcome") {
       this.#greeted(event);
     } else if (event.kind === "Error" && event.id === 0) {
@@ -192,7 +192,7 @@ export class Link {
     } else {
       const exchange = this.#exchanges.get(event.id);
       exchange.bytesDown += bytes;
-      this.flush(exchange); // the session may have declined a region by itself
+      this.flush(exchange); // the session may have declined a region itself
       if (event.kind === "Error" && event.code === ErrorCode.SHUTTING_DOWN) this.retired = true;
       if (event.kind === "Answer" || event.kind === "Error") {
         this.#exchanges.delete(event.id);
@@ -203,7 +203,7 @@ export class Link {
     this.#listen();
   }
 
-  /** While a question is in flight the server may not be silent for ever. */
+  /** Bound the server's silence while a question is in flight. */
   #listen() {
     clearTimeout(this.#silence);
     if (this.#exchanges.size > 0) this.#silence = setTimeout(() => this.drop(), SILENCE_MS);
@@ -227,10 +227,10 @@ export class Link {
 }
 
 /**
- * Hands out a usable link, and makes a new one whenever there is none.
+ * Provides a usable link, and connects anew if there is none.
  *
- * `onstate` is told what happens: `{ kind, text }`, where kind is `connecting`, `open`, `lost`
- * (trying again by itself), `token` (one is needed), or `refused` (nobody here can help it).
+ * `onstate` is called with `{ kind, text }`, where kind is `connecting`, `open`, `lost` (it retries
+ * by itself), `token` (a token is needed), or `refused` (the user cannot fix it).
  */
 export class LinkKeeper {
   onstate = () => {};
@@ -256,9 +256,9 @@ export class LinkKeeper {
     return this.#link?.welcome ?? null;
   }
 
-  /** A usable link, as soon as there is one; throws if there will be none, or by `signal`. */
+  /** Wait for a usable link; throws if there will be none, or on `signal`. */
   async link(signal) {
-    if (this.#blocked === "refused") this.#blocked = null; // asked again, it may be different
+    if (this.#blocked === "refused") this.#blocked = null; // a new question is a reason to retry
     while (!this.#link?.usable) {
       this.connect();
       await new Promise((resolve, reject) => {
@@ -270,7 +270,7 @@ export class LinkKeeper {
     return this.#link;
   }
 
-  /** A question was answered: the link does what it should, pauses start small again. */
+  /** Reset the retry pauses after an answered question. */
   worked() {
     this.#failures = 0;
   }
@@ -282,19 +282,19 @@ export class LinkKeeper {
     this.#connect().finally(() => (this.#connecting = false));
   }
 
-  /** Try at once what would be tried later: the network or the user came back. */
+  /** Retry at once, because the network or the user came back. */
   hurry() {
     this.#wakeEarly();
     if (this.#blocked !== "token") this.#blocked = null;
     this.connect();
   }
 
-  /** The network says that it is gone. */
+  /** Drop the link, because the browser is offline. */
   drop(reason) {
     this.#link?.drop(reason);
   }
 
-  /** Use this token from now on. */
+  /** Set the token. */
   enter(token) {
     this.#token = token;
     this.#blocked = null;
@@ -306,7 +306,7 @@ export class LinkKeeper {
     let wish = 0;
     for (;;) {
       await this.#pause(wish);
-      // Later attempts leave what was said of the last one, which says more.
+      // Later attempts keep the last message, which says more.
       if (this.#failures === 0) this.onstate({ kind: "connecting", text: "Connecting …" });
       const token = this.#token;
       const link = new Link(this.#where.socket, {
@@ -333,7 +333,7 @@ export class LinkKeeper {
       } catch (error) {
         problem = await this.#why(error, token);
       }
-      if (token !== this.#token) continue; // another was entered meanwhile
+      if (token !== this.#token) continue; // the user entered another one meanwhile
       this.#failures += 1;
       this.onstate(problem);
       if (problem.kind !== "lost") {
@@ -353,13 +353,13 @@ export class LinkKeeper {
     this.connect();
   }
 
-  /** A browser does not say why a WebSocket failed; the server does when asked. */
+  /** Ask the server why the WebSocket failed, since the browser does not say. */
   async #why(error, token) {
     if (error instanceof ProtocolError) return { kind: "refused", text: error.message };
     try {
       const response = await fetch(this.#where.access, {
-        method: "POST", // so that the browser names this page's origin
-        // A header cannot carry other characters, and no other client could send such a token.
+        method: "POST", // so that the browser sends this page's origin
+        // A header cannot carry other characters, so no valid token has them.
         headers: /^[!-~ ]+$/.test(token ?? "") ? { Authorization: `Bearer ${token}` } : {},
         credentials: "omit",
         cache: "no-store",
@@ -388,13 +388,13 @@ export class LinkKeeper {
   }
 }
 
-/** Pauses double with each failure, and differ between clients, so that not all come back at once. */
+/** Exponential backoff with jitter, so that clients do not reconnect all at once. */
 export function pauseMs(failures) {
   const longest = Math.min(FIRST_PAUSE_MS * 2 ** Math.min(failures - 1, 30), LONGEST_PAUSE_MS);
   return longest * (0.5 + Math.random() / 2);
 }
 
-/** What an `Error` about the whole connection means. */
+/** The error for an `Error` message about the whole connection. */
 function farewell({ code, text, retryAfterMs }) {
   const line = `The server ended the connection: ${text}.`;
   if (PASSING_ERRORS.has(code)) return new LostError(line, retryAfterMs);

@@ -1,4 +1,4 @@
-// The page: pictures and questions in, cards out.
+// The page's user interface: takes pictures and questions, shows cards.
 
 import { Asking, ViewState } from "./asking.js";
 import { Camera, cameraKind } from "./camera.js";
@@ -12,8 +12,8 @@ import { Stage } from "./stage.js";
 const TOKEN = "vlm-collab.token";
 const stage = new Stage();
 const camera = new Camera();
-const views = new Map(); // picture -> what is known of its view on the server
-const asked = new Set(); // pictures that an upload would have sent whole
+const views = new Map(); // picture -> its view on the server
+const asked = new Set(); // pictures that a plain upload would have sent in full
 const cards = []; // all questions of this session, oldest first
 let selected = null;
 let opening = 0;
@@ -24,13 +24,13 @@ const keeper = new LinkKeeper(addresses(location.href), await encodable(), sessi
 
 keeper.onstate = ({ kind, text, welcome }) => {
   $("status").dataset.kind = kind;
-  if ($("status-text").textContent !== text) $("status-text").textContent = text; // it is read out
+  if ($("status-text").textContent !== text) $("status-text").textContent = text; // a change is read aloud
   if (welcome) $("model").textContent = welcome.model;
   const form = $("token-form");
   const appears = kind === "token" && form.hidden;
   const held = form.contains(document.activeElement);
   form.hidden = kind !== "token" && (kind === "open" || form.hidden);
-  if (held && form.hidden) $("question").focus(); // or the keyboard's place would vanish with it
+  if (held && form.hidden) $("question").focus(); // otherwise hiding the form would lose the focus
   if (kind === "open") showMeter();
   if (kind === "token") {
     sessionStorage.removeItem(TOKEN);
@@ -63,7 +63,7 @@ async function open(file, name) {
   try {
     const picture = await Picture.open(file, name);
     if (turn !== opening) {
-      picture.rest(); // another was chosen meanwhile
+      picture.rest(); // the user chose another one meanwhile
       return;
     }
     views.set(picture, new ViewState(views.size + 1));
@@ -71,11 +71,11 @@ async function open(file, name) {
     await stage.show(picture, null);
     showRefer();
     announce(`${name} is open. Ask your question.`);
-    // Its keyboard would cover a phone's screen; and the camera may have been opened meanwhile.
+    // No focus on phones, whose keyboard covers the screen, nor if the camera was opened meanwhile.
     if (cameraKind() !== "native" && $("viewfinder").hidden) $("question").focus();
   } catch (error) {
     if (turn !== opening) return;
-    // The next question is not about the picture before, which may be out of sight.
+    // Do not ask about the previous picture, which may be out of sight.
     stage.clear();
     select(null);
     problem(error);
@@ -93,7 +93,7 @@ function pictureIn(transfer) {
 for (const input of [$("file"), $("capture")]) {
   input.addEventListener("change", () => {
     pictureIn(input);
-    input.value = ""; // the same file may be chosen again
+    input.value = ""; // lets the user choose the same file again
   });
 }
 for (const button of document.querySelectorAll("[data-choose]")) {
@@ -115,7 +115,7 @@ addEventListener("dragleave", (event) => {
   if (event.relatedTarget === null) document.body.classList.remove("dropping");
 });
 addEventListener("drop", (event) => {
-  event.preventDefault(); // the browser would leave this page for the picture
+  event.preventDefault(); // otherwise the browser would open the picture instead of this page
   document.body.classList.remove("dropping");
   if (!pictureIn(event.dataTransfer)) problem("What you dropped is not a file.");
 });
@@ -139,7 +139,7 @@ function closeCamera() {
   camera.close();
   const held = $("viewfinder").contains(document.activeElement);
   stage.viewfinder(false);
-  // The keyboard's place goes back to the button that opened it.
+  // Return the focus to the button that opened it.
   if (held) [...document.querySelectorAll("[data-camera]")].find((each) => each.offsetParent).focus();
 }
 
@@ -174,7 +174,7 @@ $("ask-form").addEventListener("submit", (event) => {
   }
 });
 
-/** What was asked and answered about a picture, oldest first, if the user wants it told. */
+/** Earlier questions and answers about a picture, oldest first, if the user refers to them. */
 function historyOf(picture) {
   if (!$("refer").checked) return [];
   return cards
@@ -188,7 +188,7 @@ async function ask(picture, question, history = historyOf(picture)) {
     stop: () => asking.stop(),
     again: () => {
       ask(picture, question, history);
-      cards.at(-1).title.focus(); // before the button vanishes
+      cards.at(-1).title.focus(); // before the focused button is removed
       card.again.hidden = true;
     },
   });
@@ -219,7 +219,7 @@ async function ask(picture, question, history = historyOf(picture)) {
   if (selected === card) card.node.scrollIntoView({ block: "nearest" });
 }
 
-/** Put a question's picture on show, with where the server looked. */
+/** Show a question's picture with the region that the server asked for. */
 function select(card) {
   selected?.select(false);
   selected = card;
@@ -231,7 +231,7 @@ function select(card) {
   showRefer();
 }
 
-/** Offer to refer to earlier answers where there are some and the server can. */
+/** Offer to refer to earlier answers, if there are some and the server supports it. */
 function showRefer() {
   const earlier = cards.some((card) => card.picture === stage.picture && card.text !== null);
   $("refer-field").hidden = !earlier || !keeper.welcome?.features.includes("history");
@@ -253,7 +253,7 @@ function problem(error) {
   if ($("problem").textContent !== "") $("problem").scrollIntoView({ block: "nearest" });
 }
 
-/** One clear line, whatever went wrong. */
+/** One line for the user about an error. */
 function lineOf(error) {
   if (typeof error === "string") return error;
   if (error instanceof CollabError) return error.message;

@@ -1,7 +1,7 @@
-// The messages of vlm-collab/1, and their one encoder and decoder (docs/protocol.md).
+// The messages of vlm-collab/1, their encoder and decoder (docs/protocol.md).
 //
-// One table says what each message holds, in the order of the wire. A field is only ever added at
-// its end: absent trailing fields take their default, unknown ones are ignored.
+// One table lists the fields of each message in wire order. New fields are only added at the end:
+// absent trailing fields take their default, unknown ones are ignored.
 
 import { Decoder } from "./vendor/msgpack/Decoder.mjs";
 import { Encoder } from "./vendor/msgpack/Encoder.mjs";
@@ -42,7 +42,7 @@ export const ErrorCode = {
   INTERNAL: 13,
 };
 
-// Checks take a decoded value and say whether it has the field's type and bounds.
+// A check takes a decoded value and returns whether it has the field's type and is in its bounds.
 const int = (low, high) => (value) => Number.isInteger(value) && value >= low && value <= high;
 const text = (longest = Infinity) => (value) => typeof value === "string" && value.length <= longest;
 const bytes = (shortest = 0, longest = Infinity) => (value) =>
@@ -61,10 +61,10 @@ const count = int(0, COUNT);
 const side = int(1, SIDE);
 const cells = int(1, 4096);
 const shortMillis = int(0, 65535);
-// A codec or code unknown here is the caller's to judge, as with any other number.
+// The caller handles unknown codecs and codes.
 const code = int(0, 255);
 
-// [name, check, default]; a field without a default must be there.
+// [name, check, default]; a field without a default is required.
 const OPTIONS = [
   ["retransmit", int(0, 2), 0],
   ["eta", optional(number), null],
@@ -102,13 +102,13 @@ const UP = new Set(["Hello", "Ask", "Region", "Decline", "Cancel"]);
 const encoder = new Encoder();
 const decoder = new Decoder();
 
-/** One message as the payload of one binary frame. `message.kind` names it. */
+/** Encode a message as the payload of one binary frame. `message.kind` is its name. */
 export function encode(message) {
   const [tag, ...fields] = MESSAGES[message.kind];
   return encoder.encode([tag, ...pack(fields, message)]);
 }
 
-/** Read a frame that a server sent. Throws `ProtocolError` if it is no message of that direction. */
+/** Decode a frame from a server. Throws `ProtocolError` if it is no message of that direction. */
 export function decode(frame) {
   let array;
   try {
@@ -121,7 +121,7 @@ export function decode(frame) {
   return { kind: known[0], ...unpack(known[1], array.slice(1), known[0]) };
 }
 
-/** Values in the order of the wire, without those at the end that are defaults. */
+/** Values in wire order, without trailing defaults. */
 function pack(fields, values) {
   const packed = fields.map(([name, check, missing]) => {
     const value = values[name] === undefined ? missing : values[name];
@@ -131,7 +131,7 @@ function pack(fields, values) {
   return packed;
 }
 
-/** Whether a value is its field's default; there is none where `missing` is undefined. */
+/** Whether a value is its field's default; an undefined `missing` means that there is none. */
 function isDefault(value, missing) {
   return value === missing || (missing?.length === 0 && value.length === 0);
 }

@@ -1,8 +1,8 @@
-// EXIF orientation where the browser does not apply it itself.
+// EXIF orientation, for formats to which the browser does not apply it.
 //
-// Browsers turn a JPEG by its EXIF data. Chromium leaves a WebP as it is stored, and cameras and
-// phones do write such files. Whether a browser turns a format is tried once, with a file of two
-// pixels, so that no picture is turned twice.
+// Browsers rotate a JPEG by its EXIF data. Chromium does not rotate a WebP, and cameras and phones
+// write such files. Whether the browser rotates a format is tested once with a file of two pixels,
+// so that no picture is rotated twice.
 
 const ORIENTATION = 0x0112;
 const SHORT = 3;
@@ -15,7 +15,7 @@ const TURNED = {
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAAAAADRSSBWAAAAGmVYSWZNTQAqAAAACAABARIAAwAAAAEABgAAAAAAANZnS2k" +
     "AAAALSURBVHicY2BgAAAAAwABuK06YwAAAABJRU5ErkJggg==",
 };
-// For each orientation, the canvas transform that makes a stored picture of w × h upright.
+// For each orientation, the canvas transform that turns a stored picture of w × h upright.
 const TRANSFORMS = {
   2: (w, h) => [-1, 0, 0, 1, w, 0],
   3: (w, h) => [-1, 0, 0, -1, w, h],
@@ -25,9 +25,9 @@ const TRANSFORMS = {
   7: (w, h) => [0, -1, -1, 0, h, w],
   8: (w, h) => [0, -1, 1, 0, 0, w],
 };
-const applied = new Map(); // format -> a promise of whether the browser turns it
+const applied = new Map(); // format -> a promise of whether the browser rotates it
 
-/** A bitmap of an encoded picture as it is to be seen. */
+/** Decode a picture to an upright bitmap. */
 export async function upright(blob) {
   const bitmap = await createImageBitmap(blob, { imageOrientation: "from-image" });
   const format = formatOf(await part(blob, 0, 16));
@@ -79,15 +79,15 @@ async function ofPng(blob) {
     const head = await part(blob, place, place + 8);
     const size = view(head).getUint32(0);
     if (letters(head, 4) === "eXIf") return orientationIn(await part(blob, place + 8, place + 8 + size));
-    if (letters(head, 4) === "IDAT") return 1; // behind the pixels it is rare, and they come in many parts
+    if (letters(head, 4) === "IDAT") return 1; // EXIF data after the pixels is rare, and they have many chunks
     place += 12 + size;
   }
   return 1;
 }
 
-/** The orientation that EXIF data states; 1, upright, where it states none. */
+/** The orientation in EXIF data; 1, upright, if there is none. */
 function orientationIn(bytes) {
-  const from = letters(bytes, 0) === "Exif" ? 6 : 0; // some writers keep the mark that a JPEG has
+  const from = letters(bytes, 0) === "Exif" ? 6 : 0; // some writers keep the prefix of a JPEG
   const order = letters(bytes, from).slice(0, 2);
   if (order !== "II" && order !== "MM") return 1;
   const little = order === "II";
@@ -100,7 +100,7 @@ function orientationIn(bytes) {
       return tiff.getUint16(entry + 2, little) === SHORT ? tiff.getUint16(entry + 8, little) : 1;
     }
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // cut off
+    if (!(error instanceof RangeError)) throw error; // truncated data
   }
   return 1;
 }

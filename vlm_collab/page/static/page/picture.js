@@ -1,4 +1,4 @@
-// Pictures: an original that stays here, its encoded view, and crops of it.
+// Pictures: an original that stays on this device, its encoded view, and crops of it.
 
 import { pixelsOnly } from "./container.js";
 import { PictureError } from "./errors.js";
@@ -8,7 +8,7 @@ import { upright } from "./orientation.js";
 import { resample } from "./resample.js";
 
 const MAX_SOURCE_BYTES = 2 ** 30;
-const MAX_SIDE_PX = 2 ** 20; // of the protocol
+const MAX_SIDE_PX = 2 ** 20; // limit of the protocol
 const PAD_COLOUR = "rgb(122, 116, 104)"; // the mean colour that CLIP encoders subtract
 const PREVIEW_PX = 1600;
 const TYPES = { [Codec.JPEG]: "image/jpeg", [Codec.PNG]: "image/png", [Codec.WEBP]: "image/webp" };
@@ -23,8 +23,8 @@ export async function encodable() {
 }
 
 /**
- * An original, kept as its file. All sizes are those of the upright picture, EXIF orientation
- * applied. Decoded pixels are large: they are let go by `rest` and come back when needed.
+ * An original, kept as its file. All sizes are those of the upright picture, with the EXIF
+ * orientation applied. Decoded pixels are large: `rest` releases them until they are needed again.
  */
 export class Picture {
   #blob;
@@ -53,7 +53,7 @@ export class Picture {
     return new Picture(blob, name, bitmap);
   }
 
-  /** The encoded view; made once for each combination of arguments. */
+  /** Make the encoded view, once for each combination of arguments. */
   async view(side, fit, codec, quality) {
     const key = JSON.stringify([side, fit, codec, quality]);
     if (!this.#views.has(key)) this.#views.set(key, this.#view(side, fit, codec, quality));
@@ -85,7 +85,7 @@ export class Picture {
     return encoded(canvas, codec, quality);
   }
 
-  /** Cut a box at full resolution and encode it; reduced to `target` at most, never enlarged. */
+  /** Crop a box at full resolution and encode it, reduced to at most `target`, never enlarged. */
   async region(box, target, codec, quality) {
     const width = Math.min(box.right - box.left, target.width);
     const height = Math.min(box.bottom - box.top, target.height);
@@ -94,7 +94,7 @@ export class Picture {
     return encoded(canvas, codec, quality);
   }
 
-  /** Draw the picture onto a canvas for people to look at; on white, as it is sent. */
+  /** Draw the picture onto a visible canvas; on white, as it is sent. */
   async preview(canvas) {
     const shrink = Math.min(1, PREVIEW_PX / Math.max(this.size.width, this.size.height));
     canvas.width = Math.max(1, Math.round(this.size.width * shrink));
@@ -107,7 +107,7 @@ export class Picture {
     await this.#with((bitmap) => context.drawImage(bitmap, 0, 0, canvas.width, canvas.height));
   }
 
-  /** Let the decoded pixels go as soon as nobody works with them, and whenever they come back. */
+  /** Release the decoded pixels as soon as they are not in use, now and after each later use. */
   rest() {
     this.#resting = true;
     this.#letGo();
@@ -149,7 +149,7 @@ async function decoded(blob, name) {
   }
 }
 
-/** An encoded canvas: pixels and nothing else. */
+/** Encode a canvas, without metadata. */
 async function encoded(canvas, codec, quality) {
   const blob = await toBlob(canvas, codec, quality);
   if (blob?.type !== TYPES[codec]) throw new PictureError("This browser cannot encode the picture.");

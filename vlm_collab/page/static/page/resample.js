@@ -1,17 +1,18 @@
-// Reducing pictures with an antialiased bicubic filter, as Pillow does it (vlm_collab/pictures/images.py).
+// Downscaling with an antialiased bicubic filter, as Pillow does it (see
+// vlm_collab/pictures/images.py).
 //
-// Vision encoders are trained with that filter. A canvas resizes with whatever filter its browser
-// has, some of them without antialiasing, so only pixels are taken from it.
+// Vision encoders are trained with that filter. A canvas resizes with a filter of its browser's
+// choice, sometimes without antialiasing, so it is only used to read pixels.
 
-const OVERSAMPLING = 2; // blocks are averaged first, to no less than twice the size wanted
+const OVERSAMPLING = 2; // blocks are averaged first, to no less than twice the target size
 const TILE_PX = 4096;
 const A_WHILE_MS = 30;
 
 /**
- * The pixels of a box, reduced to `size`, on white where they are transparent.
+ * Downscale the pixels of a box to `size`; transparent ones become white.
  *
- * Only a tile of a large picture is held as plain pixels at a time, and others may work between
- * two tiles.
+ * Only one tile of a large picture is in memory as plain pixels at a time, and the event loop runs
+ * between two tiles.
  */
 export async function resample(bitmap, box, size) {
   const width = box.right - box.left;
@@ -33,14 +34,14 @@ export async function resample(bitmap, box, size) {
   return image;
 }
 
-/** Means of blocks of byX × byY pixels; the last block of a row or column may be smaller. */
+/** Average blocks of byX × byY pixels; the last block of a row or column may be smaller. */
 async function averaged(bitmap, box, byX, byY) {
   const boxWidth = box.right - box.left;
   const boxHeight = box.bottom - box.top;
   const width = Math.ceil(boxWidth / byX);
   const height = Math.ceil(boxHeight / byY);
   const values = new Float32Array(width * height * 3);
-  // Tiles of whole blocks: canvases have their limits, in some browsers 4096 px a side.
+  // Tiles of whole blocks: canvases are limited, in some browsers to 4096 px per side.
   const columns = Math.max(1, Math.floor(TILE_PX / byX)) * byX;
   const rows = Math.max(1, Math.floor(TILE_PX / byY / 8)) * byY;
   const canvas = document.createElement("canvas");
@@ -86,7 +87,7 @@ async function averaged(bitmap, box, byX, byY) {
   return { values, width, height };
 }
 
-/** For each of `size` places: where its taps start and their weights; null if nothing changes. */
+/** For each output pixel: start and weights of its filter taps; null if the size stays the same. */
 function bicubic(available, size, length) {
   if (available === size && length === size) return null;
   const scale = length / size;
@@ -112,10 +113,10 @@ function kernel(x) {
   return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-/** Apply taps along one axis: `lines` lines, `stride` apart, of places that are `step` wide. */
+/** Apply taps along one axis: `lines` lines, `stride` apart, of pixels that are `step` apart. */
 function along(values, lines, stride, step, taps) {
   if (taps === null) return values;
-  const out = new Uint8ClampedArray(lines * taps.length * step); // rounds, and cuts overshoot
+  const out = new Uint8ClampedArray(lines * taps.length * step); // rounds and clamps
   for (let line = 0, to = 0; line < lines; line++) {
     for (const { start, weights } of taps) {
       const from = line * stride + start * step;

@@ -1,22 +1,22 @@
-// The edge's end of one connection as a state machine without a socket, after
-// vlm_collab/protocol/edge_session.py: frames and requests in, frames and events out. It owns the
-// order of messages, the limits and the byte counts.
+// The edge's side of one connection as a state machine without a socket, like
+// vlm_collab/protocol/edge_session.py: frames and requests in, frames and events out. It checks the
+// order of messages and the limits, and counts bytes.
 
 import { FITS, frameOf, tokenBoxToSource } from "./geometry.js";
 import { ProtocolError, QuestionError } from "./errors.js";
 import { DeclineReason, VERSION, decode, encode, websocketBytes } from "./messages.js";
 
-// State of a question -> message -> state after; the same table as in Python.
+// State of a question -> message -> next state; the same table as in Python.
 const TRANSITIONS = {
   FIRST: { Partial: "FIRST", RegionRequest: "WANTED", Answer: "ENDED", Error: "ENDED", Cancel: "CANCELLED" },
   WANTED: { Region: "FINISHING", Decline: "FINISHING", Answer: "ENDED", Error: "ENDED", Cancel: "CANCELLED" },
   FINISHING: { Partial: "FINISHING", Answer: "ENDED", Error: "ENDED", Cancel: "CANCELLED" },
   CANCELLED: { Answer: "ENDED", Error: "ENDED" },
 };
-const CROSSED = new Set(["Partial", "RegionRequest"]); // after our Cancel
+const CROSSED = new Set(["Partial", "RegionRequest"]); // may arrive after our Cancel
 const MAX_FRAME_BYTES = 2 * 2 ** 20;
 const MAX_TEXT_CHARS = 2 ** 20;
-const MAX_VIEW_PIXELS = 1024 * 1024; // a view as large as the picture would be the picture
+const MAX_VIEW_PIXELS = 1024 * 1024; // a larger view could be the whole picture
 
 export class EdgeSession {
   welcome = null;
@@ -28,12 +28,12 @@ export class EdgeSession {
   #greeted = false;
   #closed = false;
 
-  /** Frames to write now, in order; each is returned once. */
+  /** Return the frames to send now, in order; each is returned once. */
   dataToSend() {
     return this.#out.splice(0);
   }
 
-  /** State of a question: an id up to the largest one that is not in flight has ended. */
+  /** State of a question; ids up to the largest used one that are not in flight have ended. */
   state(id) {
     return this.#questions.get(id)?.state ?? (id <= this.#lastId ? "ENDED" : "NEW");
   }
@@ -150,7 +150,7 @@ export class EdgeSession {
     return { kind: "TextUpdate", id, stage, text: question.text };
   }
 
-  /** Restore the box; one that is not inside the picture is declined here. */
+  /** Compute the box in the original; one outside the picture is declined here. */
   #judge({ source }, request) {
     const { viewWidth: width, viewHeight: height, rows, columns, fit } = this.welcome;
     try {

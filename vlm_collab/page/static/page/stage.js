@@ -1,9 +1,9 @@
-// The picture on show, with the heat map and the box over it.
+// The shown picture with the heat map and the box over it.
 
 import { $, bytes } from "./dom.js";
 import { FITS, frameOf } from "./geometry.js";
 
-// Attention is shown as glow: from clear through amber to red.
+// Colours of the attention: from clear through amber to red.
 const COOL = [255, 196, 70];
 const HOT = [228, 52, 22];
 const STRONGEST = 0.72;
@@ -46,7 +46,7 @@ export class Stage {
     const size = `${width} × ${height} px`;
     $("caption").textContent = `${picture.name}, ${size}, ${bytes(picture.originalBytes)}`;
     $("preview").setAttribute("aria-label", `The picture ${picture.name}, ${size}`);
-    // Drawn aside first: another picture may be chosen before this one is decoded.
+    // Drawn off-screen first: the user may choose another picture before this one is decoded.
     const canvas = document.createElement("canvas");
     await picture.preview(canvas);
     if (this.#shown !== picture) {
@@ -61,7 +61,7 @@ export class Stage {
     this.#mark();
   }
 
-  /** Show nothing: what was on show is not what the next question is about. */
+  /** Show nothing, because the next question is not about the shown picture. */
   clear() {
     this.#shown?.rest();
     this.#shown = this.#region = null;
@@ -69,14 +69,14 @@ export class Stage {
     this.viewfinder(!$("viewfinder").hidden);
   }
 
-  /** The camera is on, or off. */
+  /** Show or hide the camera. */
   viewfinder(on) {
     $("viewfinder").hidden = !on;
     $("empty").hidden = on || this.#shown !== null;
     $("figure").hidden = on || this.#shown === null;
   }
 
-  /** Lay the heat map and the box over the picture, or take them away. */
+  /** Show or hide the heat map and the box. */
   #mark() {
     const { size } = this.#shown;
     const { request, box, welcome } = this.#region ?? {};
@@ -95,7 +95,7 @@ export class Stage {
     for (const [name, value] of Object.entries(places)) $("box-line").setAttribute(name, value);
   }
 
-  /** One pixel a token; the browser's own scaling makes it smooth. */
+  /** One pixel per token; the browser's scaling smooths it. */
   #heat(map, welcome, size) {
     const { rows, columns, viewWidth: width, viewHeight: height, fit } = welcome;
     const canvas = $("heat");

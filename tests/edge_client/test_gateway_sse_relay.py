@@ -1,4 +1,4 @@
-"""Events of another server's, handed on whole however they come."""
+"""Relaying another server's event stream: cut only between events, however the bytes arrive."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ async def test_events_end_with_an_empty_line_of_any_kind(end: str):
     for cut in range(1, len(both)):
         pieces = await told(both[:cut], both[cut:])
         assert b"".join(pieces) == both
-        # No piece but the last ends within an event, though a line may end in two bytes.
+        # Only the last piece may end within an event; a CR LF counts as one line end.
         assert all(piece in (first, second, both) for piece in pieces), (cut, pieces)
 
 
-async def test_what_is_left_at_the_end_is_handed_on():
+async def test_an_unfinished_end_is_relayed():
     assert await told(b"data: 1\n\nda", b"ta: [DONE]") == [b"data: 1\n\n", b"data: [DONE]"]
     assert await told() == []
 

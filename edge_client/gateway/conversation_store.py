@@ -1,4 +1,4 @@
-"""Responses that later ones may go on from, within bounds."""
+"""Stored conversations that later requests can continue, within bounds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections import OrderedDict
 from vlm_collab.openai import ApiError, Conversation, refuse
 
 
-class ResponseStore:
-    """Conversations by the id of the response that ended them; the oldest go first.
+class ConversationStore:
+    """Conversations by the id of their last response; the least recently used are dropped first.
 
-    Each belongs to a camera: under another's rules, more of its pictures might leave.
+    Each belongs to a camera: another camera's rules might let more of its pictures leave.
 
     Args:
         max_count: most responses.
-        max_bytes: most bytes of their pictures and texts; what several share counts once.
-        max_answers, max_answer_bytes: bounds on what they said, which is kept for longer: a client
-            that refers to it sends the pictures itself.
+        max_bytes: most bytes of their pictures and texts; shared ones count once.
+        max_answers, max_answer_bytes: bounds on the texts of answers, which are kept for longer: a
+            client that refers to one sends the pictures itself.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ResponseStore:
         return len(self._kept)
 
     def keep(self, camera: str, name: str, conversation: Conversation, answer: str) -> None:
-        """Keep a conversation, its answer included, and the answer by itself."""
+        """Store a conversation with its last answer, and the answer by itself."""
         self._answers[camera, name] = answer
         self._answer_bytes += len(answer.encode())
         while len(self._answers) > self._max_answers or self._answer_bytes > self._max_answer_bytes:
@@ -44,10 +44,10 @@ class ResponseStore:
             self._kept.popitem(last=False)
 
     def get(self, camera: str, name: str | None) -> Conversation:
-        """A conversation; the empty one for no id.
+        """Look up a conversation; the empty one for no id.
 
         Raises:
-            ApiError: there is none, or no longer.
+            ApiError: it is not stored, or no longer.
         """
         if name is None:
             return Conversation()
@@ -57,20 +57,20 @@ class ResponseStore:
         return self._kept[camera, name]
 
     def answer(self, camera: str, name: str) -> str | None:
-        """What a response said; None if it is not kept, or no longer."""
+        """The text of a response; None if it is not stored."""
         if (camera, name) not in self._answers:
             return None
         self._answers.move_to_end((camera, name))
         return self._answers[camera, name]
 
     def forget(self, camera: str, name: str) -> None:
-        """Keep a response no longer.
+        """Delete a response.
 
         Raises:
-            ApiError: there is none, or no longer (404).
+            ApiError: it is not stored, or no longer (404).
         """
-        answered = self._drop_answer(camera, name)
-        if self._kept.pop((camera, name), None) is None and not answered:
+        dropped = self._drop_answer(camera, name)
+        if self._kept.pop((camera, name), None) is None and not dropped:
             raise _unknown(name, "response_id", status=404)
 
     def _drop_answer(self, camera: str, name: str) -> bool:
@@ -79,7 +79,7 @@ class ResponseStore:
         return answer is not None
 
     def _nbytes(self) -> int:
-        """Pictures and texts are handed on from response to response, so each is one object."""
+        """Bytes in memory: responses that continue each other share the same objects."""
         held: dict[int, int] = {}
         for conversation in self._kept.values():
             for _, text in conversation.lines:

@@ -1,4 +1,4 @@
-"""Who is worked for, who waits, and when those who are refused should come back."""
+"""Admission control: running and waiting requests, and when refused clients should retry."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.gateway import admission as room_module
-from edge_client.gateway.admission import LONGEST_WAIT_S, Place, Room
+from edge_client.gateway import admission as admission_module
+from edge_client.gateway.admission import LONGEST_WAIT_S, Admission, AdmissionSlot
 from edge_client.gateway.config import GatewayLimits
 from vlm_collab.openai import ApiError
 
 
-def room(*, patience_s: float = 10.0, **limits: int) -> Room:
-    return Room(GatewayLimits(**limits), patience_s)
+def admission(*, patience_s: float = 10.0, **limits: int) -> Admission:
+    return Admission(GatewayLimits(**limits), patience_s)
 
 
 class Crowd:
-    """Requests by name, each of which ends when it is told to."""
+    """Named requests; each ends when `go` is called."""
 
-    def __init__(self, where: Room) -> None:
-        self.room = where
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
         self.inside: list[str] = []
         self._leaving: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -43,48 +43,48 @@ class Crowd:
             await asyncio.sleep(0)
 
     async def _stay(self, name: str, nbytes: int) -> None:
-        async with self.room.place(nbytes):
+        async with self.admission.slot(nbytes):
             self.inside.append(name)
             await self._leaving[name].wait()
         self.inside.remove(name)
 
 
 async def test_requests_wait_in_the_order_in_which_they_came():
-    crowd = Crowd(room(max_requests=2))
+    crowd = Crowd(admission(max_requests=2))
     for name in "abcd":
         await crowd.come(name)
-    assert (crowd.inside, crowd.room.waiting) == (["a", "b"], 2)
+    assert (crowd.inside, crowd.admission.waiting) == (["a", "b"], 2)
     await crowd.go("a")
     assert crowd.inside == ["b", "c"]
     await crowd.go("c")
     assert crowd.inside == ["b", "d"]
     await crowd.go("b")
     await crowd.go("d")
-    assert (crowd.room.working, crowd.room.waiting) == (0, 0)
+    assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
 
 
 async def test_a_body_that_does_not_come_loses_its_place_to_those_who_wait(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(room_module, "LONGEST_PAUSE_S", 0.05)
-    where = room(max_requests=2)
-    begun: asyncio.Queue[Place] = asyncio.Queue()
+    monkeypatch.setattr(admission_module, "LONGEST_PAUSE_S", 0.05)
+    bound = admission(max_requests=2)
+    begun: asyncio.Queue[AdmissionSlot] = asyncio.Queue()
 
     async def read(*, comes: bool) -> None:
-        async with where.place(1) as place, place.reading(30.0):
-            begun.put_nowait(place)
+        async with bound.slot(1) as slot, slot.reading(30.0):
+            begun.put_nowait(slot)
             while comes:
-                place.came()
+                slot.received()
                 await asyncio.sleep(0)
             await asyncio.Event().wait()
 
-    def left_s(place: Place) -> float:
-        return (place._clock.when() or 0.0) - asyncio.get_running_loop().time()
+    def left_s(slot: AdmissionSlot) -> float:
+        return (slot._timeout.when() or 0.0) - asyncio.get_running_loop().time()
 
     silent, steady = (asyncio.create_task(read(comes=comes)) for comes in (False, True))
     for _ in range(2):
-        assert left_s(await begun.get()) > 20  # nobody waits, so they have all their time
-    async with where.place(1):
+        assert left_s(await begun.get()) > 20  # nobody waits, so the full timeout holds
+    async with bound.slot(1):
         assert isinstance(silent.exception(), TimeoutError)
         assert not steady.done()
     third = asyncio.create_task(read(comes=False))
@@ -92,27 +92,27 @@ async def test_a_body_that_does_not_come_loses_its_place_to_those_who_wait(
     for task in (steady, third):
         task.cancel()
     await asyncio.gather(steady, third, return_exceptions=True)
-    assert (where.working, where.nbytes, where._reading) == (0, 0, set())
+    assert (bound.running, bound.nbytes, bound._reading) == (0, 0, set())
 
 
 async def test_those_who_read_have_their_time_again_when_nobody_waits_any_more():
-    where = room(max_requests=1)
-    async with where.place(1) as place, place.reading(30.0):
-        waiting = asyncio.create_task(where.place(1).__aenter__())
-        while not where.waiting:
+    bound = admission(max_requests=1)
+    async with bound.slot(1) as slot, slot.reading(30.0):
+        waiting = asyncio.create_task(bound.slot(1).__aenter__())
+        while not bound.waiting:
             await asyncio.sleep(0)
-        due_s = asyncio.get_running_loop().time() + room_module.LONGEST_PAUSE_S
-        assert place._clock.when() <= due_s
+        due_s = asyncio.get_running_loop().time() + admission_module.LONGEST_PAUSE_S
+        assert slot._timeout.when() <= due_s
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert place._clock.when() > due_s + 20
+        assert slot._timeout.when() > due_s + 20
 
 
 async def test_bodies_wait_for_room_and_one_alone_always_fits():
-    crowd = Crowd(room(max_requests=9, max_body_bytes=100))
+    crowd = Crowd(admission(max_requests=9, max_body_bytes=100))
     await crowd.come("large", 1000)
     await crowd.come("small", 60)
-    await crowd.come("tiny", 1)  # no overtaking: a large one would never have its turn
+    await crowd.come("tiny", 1)  # no overtaking, or a large one would wait for ever
     assert crowd.inside == ["large"]
     await crowd.go("large")
     assert crowd.inside == ["small", "tiny"]
@@ -122,77 +122,77 @@ async def test_bodies_wait_for_room_and_one_alone_always_fits():
     assert crowd.inside == ["tiny", "more"]
     await crowd.go("tiny")
     await crowd.go("more")
-    assert crowd.room.nbytes == 0
+    assert crowd.admission.nbytes == 0
 
 
-async def test_a_body_that_said_less_than_it_has():
-    where = room(max_requests=9, max_body_bytes=100)
-    async with where.place(0) as alone:
+async def test_a_body_larger_than_announced():
+    bound = admission(max_requests=9, max_body_bytes=100)
+    async with bound.slot(0) as alone:
         alone.hold(1000)
-        alone.forget_body()
-        async with where.place(50), where.place(50) as other:
+        alone.release_body()
+        async with bound.slot(50), bound.slot(50) as other:
             with pytest.raises(ApiError, match="no room"):
                 other.hold(51)
-            assert where.nbytes == 100
-    assert (where.nbytes, where.working) == (0, 0)
+            assert bound.nbytes == 100
+    assert (bound.nbytes, bound.running) == (0, 0)
 
 
-async def test_who_gives_up_leaves_no_gap():
-    crowd = Crowd(room(max_requests=1, max_body_bytes=100))
+async def test_giving_up_leaves_no_gap():
+    crowd = Crowd(admission(max_requests=1, max_body_bytes=100))
     await crowd.come("a", 50)
     await crowd.come("b", 1000)
     await crowd.come("c")
     crowd.tasks["b"].cancel()
     await crowd.settle()
-    assert crowd.room.waiting == 1
-    # Its turn comes and it gives up in the same moment.
+    assert crowd.admission.waiting == 1
+    # It is admitted and gives up at the same moment.
     crowd._leaving["a"].set()
     await crowd.tasks["a"]
     crowd.tasks["c"].cancel()
     await crowd.settle()
-    assert (crowd.room.working, crowd.room.waiting, crowd.room.nbytes) == (0, 0, 0)
+    assert (crowd.admission.running, crowd.admission.waiting, crowd.admission.nbytes) == (0, 0, 0)
 
 
-async def test_no_longer_than_its_patience():
-    where = room(max_requests=1, patience_s=0.02)
-    async with where.place(0):
+async def test_waiting_is_bounded():
+    bound = admission(max_requests=1, patience_s=0.02)
+    async with bound.slot(0):
         with pytest.raises(ApiError, match="no more at once") as caught:
-            async with where.place(0):
+            async with bound.slot(0):
                 pass
     assert (caught.value.status, caught.value.code) == (429, "busy")
-    assert (where.working, where.waiting) == (0, 0)
+    assert (bound.running, bound.waiting) == (0, 0)
 
 
 async def test_a_refusal_names_the_time_that_the_queue_takes():
-    crowd = Crowd(room(max_requests=2, max_waiting=40))
+    crowd = Crowd(admission(max_requests=2, max_waiting=40))
     for _ in range(20):
-        crowd.room.took(3.0)
+        crowd.admission.record_duration(3.0)
     told: list[float] = []
     for number in range(42):
         await crowd.come(str(number))
-        told.append(crowd.room.retry_after_s())
-    # Nobody waits; then three seconds for every two of them.
+        told.append(crowd.admission.retry_after_s())
+    # Nobody waits at first; then there are three seconds for every two requests.
     assert told[1] == pytest.approx(1.5)
     assert told[11] == pytest.approx(16.5)
     assert told[41] == LONGEST_WAIT_S
     with pytest.raises(ApiError) as caught:
-        async with crowd.room.place(0):
+        async with crowd.admission.slot(0):
             pass
     assert caught.value.headers() == {"Retry-After": "60"}
     for task in crowd.tasks.values():
         task.cancel()
     await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
-    assert (crowd.room.working, crowd.room.waiting) == (0, 0)
+    assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
 
 
-async def test_the_time_is_what_requests_take():
-    where = room(max_requests=1)
+async def test_retry_after_follows_the_duration_of_requests():
+    bound = admission(max_requests=1)
     for seconds in (20.0, 20.0):
-        where.took(seconds)
-    assert where.retry_after_s() == pytest.approx(20.0)
+        bound.record_duration(seconds)
+    assert bound.retry_after_s() == pytest.approx(20.0)
     for _ in range(60):
-        where.took(2.0)
-    assert where.retry_after_s() == pytest.approx(2.0, rel=0.05)
+        bound.record_duration(2.0)
+    assert bound.retry_after_s() == pytest.approx(2.0, rel=0.05)
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,12 +201,12 @@ def test_nothing_is_lost_whoever_comes_and_goes(seed: int, at_once: int, waiting
     draw = random.Random(seed)
 
     async def run() -> None:
-        where = room(max_requests=at_once, max_waiting=waiting, max_body_bytes=10)
-        crowd = Crowd(where)
+        bound = admission(max_requests=at_once, max_waiting=waiting, max_body_bytes=10)
+        crowd = Crowd(bound)
         for number in range(30):
             await crowd.come(str(number), draw.choice([0, 4, 8, 20]))
-            assert where.working <= at_once
-            assert where.waiting <= waiting
+            assert bound.running <= at_once
+            assert bound.waiting <= waiting
             for name in list(crowd.tasks):
                 match draw.randrange(4):
                     case 0:
@@ -216,6 +216,6 @@ def test_nothing_is_lost_whoever_comes_and_goes(seed: int, at_once: int, waiting
         for name in crowd.tasks:
             crowd._leaving[name].set()
         await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
-        assert (where.working, where.waiting, where.nbytes) == (0, 0, 0)
+        assert (bound.running, bound.waiting, bound.nbytes) == (0, 0, 0)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Streams of the server's own that the gateway hands on: what it adds never breaks them."""
+"""Forwarded streams of the server: what the gateway adds never breaks them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edge_client.gateway import streaming
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.engines.two_stage import Engine
 from server_plugin.service.config import ServiceConfig
@@ -26,6 +25,7 @@ from server_plugin.service.service import Service
 from tests.e2e.gateways import MODEL, gateway, running, sdk
 from tests.support.patience import PATIENCE_S
 from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
+from vlm_collab.web import streams
 
 Pieces = Callable[[], AsyncIterator[bytes]]
 
@@ -37,7 +37,7 @@ def chunk(text: str) -> bytes:
 
 
 class Elsewhere(Service):
-    """A service whose chats are answered by something else, as in `vllm serve`."""
+    """A service whose chat endpoint is another program's, as in `vllm serve`."""
 
     def __init__(self, chat: Callable[[Request], Awaitable[Response]]) -> None:
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
@@ -51,7 +51,7 @@ class Elsewhere(Service):
 
 
 @asynccontextmanager
-async def place(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
+async def deployed(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
     async def chat(_: Request) -> Response:
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
@@ -71,17 +71,17 @@ async def streamed(client: AsyncOpenAI) -> str:
 
 @pytest.fixture
 def comments(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[bytes]:
-    """The gateway's own comments, as it sends them: after much less silence."""
+    """The gateway's own comments, sent after much less silence than usual."""
     sent: asyncio.Queue[bytes] = asyncio.Queue()
-    send = streaming._send
+    send = streams._send
 
     async def watched(far: Any, body: bytes) -> None:
         await send(far, body)
         if body.startswith(b":"):
             sent.put_nowait(body)
 
-    monkeypatch.setattr(streaming, "_send", watched)
-    monkeypatch.setattr(streaming, "_QUIET_S", 0.01)
+    monkeypatch.setattr(streams, "_send", watched)
+    monkeypatch.setattr(streams, "_QUIET_S", 0.01)
     return sent
 
 
@@ -97,7 +97,7 @@ async def test_a_pause_within_an_event(comments: asyncio.Queue[bytes], end: byte
             yield part
         yield b"data: [DONE]" + end
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         assert await streamed(client) == "one two"
 
 
@@ -106,7 +106,7 @@ async def test_a_server_that_is_lost_within_an_event():
         yield b"data: " + chunk("one") + b"\n\ndata: " + chunk("two")[:30]
         raise ConnectionResetError
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         with pytest.raises(openai.APIError, match="the server was lost"):
             await streamed(client)
 
@@ -117,7 +117,7 @@ async def test_a_server_that_sends_an_event_without_an_end():
         for _ in range(100):
             yield b"a" * 2**16
 
-    async with place(pieces) as client:
+    async with deployed(pieces) as client:
         with pytest.raises(openai.APIError, match="no end"):
             await streamed(client)
 
@@ -135,10 +135,10 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "look"}}]
         ({"tool_choice": "none"}, None),
     ],
 )
-async def test_tools_that_a_server_refuses_are_left(
+async def test_tools_that_a_server_refuses_are_left_out(
     offer: dict[str, Any], listed: str | None, stream: bool
 ):
-    """As vLLM does unless it was started with a parser for calls; nor has it an empty list."""
+    """Like vLLM without a parser for calls; it refuses an empty list as well."""
     asked: list[dict[str, Any]] = []
 
     async def chat(request: Request) -> Response:
@@ -162,7 +162,7 @@ async def test_tools_that_a_server_refuses_are_left(
         assert "one" in answer.text
         assert answer.headers.get("x-vlm-collab-ignored") == listed
         assert asked[1:] == [{"model": MODEL, "messages": messages, "stream": stream}]
-        # A demand is none that can be left.
+        # Tools that must be called cannot be left out.
         demand = {**body, "tools": TOOLS, "tool_choice": "required"}
         answer = await client.post("/chat/completions", json=demand)
         assert (answer.status_code, len(asked)) == (400, 3)

@@ -1,4 +1,4 @@
-"""What any peer can cause does not fill the log, and is counted."""
+"""The log throttle: repeated messages that peers cause are counted and not logged."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 import pytest
 
-from vlm_collab.web.log_throttle import INTERVAL_S, Quiet
+from vlm_collab.web.log_throttle import INTERVAL_S, LogThrottle
 
 REFUSED = "refused: %s"
 
 
 class Log:
-    """A handler's lines, at a time of one's own."""
+    """A handler's lines, with a clock set by the test."""
 
     def __init__(self, *, as_extra: bool = False) -> None:
         self.now_s = 0.0
-        self.quiet = Quiet(frozenset({REFUSED}), as_extra=as_extra, now_s=lambda: self.now_s)
+        self.throttle = LogThrottle(
+            frozenset({REFUSED}), as_extra=as_extra, now_s=lambda: self.now_s
+        )
 
     def say(
         self, text: str, *args: object, name: str = "ours", **more: Any
     ) -> logging.LogRecord | None:
         record = logging.LogRecord(name, logging.ERROR, "", 0, text, args, more.pop("exc", None))
         vars(record).update(more)
-        return record if self.quiet.filter(record) else None
+        return record if self.throttle.filter(record) else None
 
 
 def test_one_line_of_a_kind_and_how_many_more_there_were():
@@ -60,7 +62,7 @@ def test_kinds_do_not_hide_each_other_nor_anything_else():
     assert log.say("Invalid HTTP request received.", name="uvicorn.error")
     assert not log.say("Invalid HTTP request received.", name="uvicorn.error")
     assert log.say("Exceeded concurrency limit.", name="uvicorn.error")
-    # asyncio tells of each task and connection by its address.
+    # asyncio includes the address of each task and connection.
     assert log.say("Fatal error\nprotocol: <0x1>", name="asyncio")
     assert not log.say("Fatal error\nprotocol: <0x2>", name="asyncio")
     for _ in range(3):
@@ -68,11 +70,11 @@ def test_kinds_do_not_hide_each_other_nor_anything_else():
     assert not log.say("connection closed without completing handshake", name="uvicorn.error")
 
 
-def test_what_is_no_text_passes():
+def test_messages_that_are_no_text_pass():
     log = Log()
     for message in ({"a": 1}, ["a"], OSError("gone")):
         record = logging.LogRecord("library", logging.ERROR, "", 0, message, (), None)
-        assert log.quiet.filter(record)
+        assert log.throttle.filter(record)
 
 
 def test_bytes_of_a_peer_have_no_traceback_and_faults_have_theirs():
@@ -89,8 +91,8 @@ def test_bytes_of_a_peer_have_no_traceback_and_faults_have_theirs():
     assert record.exc_info
 
 
-def test_what_is_remembered_is_bounded():
+def test_the_memory_of_kinds_is_bounded():
     log = Log()
     for number in range(10_000):
         log.say(f"{number}", name="asyncio")
-    assert len(log.quiet._kinds) <= 256
+    assert len(log.throttle._kinds) <= 256

@@ -1,4 +1,4 @@
-"""From a question in OpenAI's form to its answer, over the one client that all requests share."""
+"""Answers questions from OpenAI requests through one `EdgeClient` that all requests share."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Welcome
 log = logging.getLogger(__name__)
 
 _FOREVER = Retry(attempts=2**31, longest_s=2.0)
-"""A question's deadline ends its waiting; the gateway itself never gives the server up."""
+"""The gateway never stops reconnecting; a question's deadline ends its own wait."""
 
-_AT_HAND_S = 0.05
+_CONNECTED_WAIT_S = 0.05
 
 
 class NoServerError(LinkError):
-    """The server is away; it may come back."""
+    """The server cannot be reached now."""
 
 
 class Answerer:
-    """Asks the server, and makes OpenAI's errors of what goes wrong.
+    """Asks the server for answers under the rules of one camera.
 
     Args:
         config: see `GatewayConfig`.
         url: address of the service.
-        album: keeps originals for later questions.
+        album: keeps originals in memory for later questions.
         options: see `ClientOptions`; `policy`, `audit` and `decoder` hold for all requests.
 
     Attributes:
-        camera: whose rules hold.
+        camera: name of the camera whose rules hold.
 
     Raises:
         ConfigError: an impossible setting.
@@ -77,11 +77,12 @@ class Answerer:
             ca_file=options.get("ca_file"),
             proxy=options.get("proxy"),
         )
-        self._where = without_secrets(self.server.url)
-        self._guard = open_guard(options.get("policy"), options.get("camera"), None, self._where)
+        self._shown_url = without_secrets(self.server.url)
+        policy, camera = options.get("policy"), options.get("camera")
+        self._guard = open_guard(policy, camera, None, self._shown_url)
         self.camera = self._guard.policy.name
-        self.watched = options.get("policy") is not None or options.get("audit") is not None
-        """Whether a policy or an audit log stands between pictures and the uplink."""
+        self.watched = policy is not None or options.get("audit") is not None
+        """Whether a policy or an audit log is in use."""
         settings: ClientOptions = {
             "retry": _FOREVER,
             "max_pixels": limits.max_pixels,
@@ -98,23 +99,23 @@ class Answerer:
 
     @property
     def texts(self) -> TextUpstream:
-        """The server's own API, for requests about text alone."""
+        """The server's own OpenAI API, for requests without pictures."""
         return self._texts
 
     async def close(self) -> None:
-        """Close all connections. Questions still open end with an error."""
+        """Close all connections. Unanswered questions end with an error."""
         await self._client.close()
         await self._fetcher.close()
         await self._texts.close()
 
     async def welcome(self, within_s: float | None = None) -> Welcome:
-        """What the server says of itself; waits for it if it is away.
+        """The server's `Welcome` message; waits until the server can be reached.
 
         Args:
-            within_s: longest wait; by default as long as for a question.
+            within_s: longest wait; by default the deadline of a question.
 
         Raises:
-            NoServerError: it did not come back in time.
+            NoServerError: the server could not be reached in time.
             CollabError: see `EdgeClient.connect`.
         """
         within_s = self._config.deadline_s if within_s is None else within_s
@@ -123,15 +124,23 @@ class Answerer:
                 return await self._client.connect()
         except TimeoutError:
             raise NoServerError(
-                f"no server answers at {self._where}; the gateway keeps trying"
+                f"no server answers at {self._shown_url}; the gateway keeps trying"
             ) from None
 
     def names(self, welcome: Welcome) -> tuple[str, ...]:
-        """The names under which clients may ask for the model."""
+        """The names by which clients may call the model."""
         return (welcome.model, *self._config.aliases)
 
+    async def model_name(self, query: Query) -> str:
+        """The model's name for the response: the client's name for it, if it gave one.
+
+        Raises:
+            CollabError: see `welcome`.
+        """
+        return query.model or (await self.welcome()).model
+
     def check_time(self) -> None:
-        """Whether the policy lets anything leave now.
+        """Check that the policy allows sending now.
 
         Raises:
             PrivacyError: it does not.
@@ -139,13 +148,14 @@ class Answerer:
         self._guard.check_time()
 
     def check_size(self, texts: Iterable[str], param: str = "messages") -> None:
-        """Whether a question, with what was said before it, is short enough.
+        """Check the length of a question with its conversation.
 
         Args:
-            param: where they were, for the error.
+            texts: the question and the texts before it.
+            param: the request's parameter, for the error.
 
         Raises:
-            ApiError: it is longer than this gateway lets through.
+            ApiError: it is longer than `max_question_bytes`.
         """
         most = self._config.limits.max_question_bytes
         if most is None:
@@ -167,10 +177,10 @@ class Answerer:
         Args:
             query: the question.
             on_text: see `EdgeClient.ask`.
-            fetched: filled with what was found at the addresses of its pictures.
+            fetched: receives the content of pictures that were fetched.
 
         Raises:
-            ApiError: there is no answer, and why.
+            ApiError: there is no answer; the error says why.
         """
         if query.sources:
             raise refuse(
@@ -208,10 +218,10 @@ class Answerer:
     async def _pictures(
         self, query: Query, fetched: dict[Url, bytes]
     ) -> tuple[list[Picture], list[int]]:
-        """A question's pictures, each once; some may only turn out the same when they are there.
+        """Fetch and open a question's pictures. Those with the same content are opened once.
 
         Returns:
-            the pictures, and for each of the query's which of them it is.
+            the pictures, and for each picture of the query its index in them.
         """
         params = query.picture_params
 
@@ -243,20 +253,23 @@ class Answerer:
         on_text: TextSink | None,
         left_s: float,
     ) -> EdgeAnswer:
-        def told(turn: int, text: str) -> list[str | int]:
+        def with_places(turn: int, text: str) -> list[str | int]:
             return split(text, spots_of(places, turn))
 
         try:
             return await self._client.ask(
                 pictures,
-                told(len(query.history), query.question),
-                history=[(told(i, asked), said) for i, (asked, said) in enumerate(query.history)],
+                with_places(len(query.history), query.question),
+                history=[
+                    (with_places(i, question), answer)
+                    for i, (question, answer) in enumerate(query.history)
+                ],
                 deadline_s=left_s,
                 on_text=on_text,
                 options=query.options,
             )
         except DeadlineError:
-            await self.welcome(_AT_HAND_S)  # whoever waited for a server learns that there is none
+            await self.welcome(_CONNECTED_WAIT_S)  # raises NoServerError if that is the reason
             raise DeadlineError(f"no answer within {self._config.deadline_s:g} s") from None
         except ImageError as error:
             param = query.picture_params[0] if len(pictures) == 1 else query.question_param
@@ -264,7 +277,7 @@ class Answerer:
 
 
 def _check_texts(query: Query) -> None:
-    """Refuse a picture among the words, which would leave whole.
+    """Refuse texts that contain an encoded picture, which would be sent in full.
 
     Raises:
         ApiError: there is one.
@@ -276,10 +289,10 @@ def _check_texts(query: Query) -> None:
 
 
 def _check_features(query: Query, welcome: Welcome) -> None:
-    """Refuse what this server would ignore.
+    """Refuse a question that needs a feature which this server lacks.
 
     Raises:
-        ApiError: it lacks a feature that the question needs.
+        ApiError: it lacks one.
     """
     options, where = query.options, query.question_param
     wanted = (
@@ -290,8 +303,8 @@ def _check_features(query: Query, welcome: Welcome) -> None:
         (len(query.pictures) > 1, "pictures", where),
         (bool(query.places), "places", where),
     )
-    for asked, feature, param in wanted:
-        if asked and feature not in welcome.features:
+    for needed, feature, param in wanted:
+        if needed and feature not in welcome.features:
             text = f"{param}: the model {welcome.model} is served without {feature}"
             raise refuse(param, text, "unsupported_parameter")
 
@@ -317,7 +330,7 @@ def _result(answer: EdgeAnswer) -> Result:
             region_bytes=answer.region_bytes,
             original_bytes=answer.original_bytes,
         ),
-        # What stands in for a lost second answer may not have been generated to its end.
+        # The partial text that replaces a lost second answer may be cut off.
         finish=Finish.LENGTH if cut else answer.finish,
         tokens=answer.tokens,
         prompt_tokens=answer.usage.prefilled_tokens,
