@@ -32,7 +32,7 @@ from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import Fallback, Options
 
 if TYPE_CHECKING:
-    from server_plugin.service.service import Service
+    from server_plugin.service.asgi import Service
 
 log = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ from vlm_collab.protocol.table import FITS
 from vlm_collab.web.rate_limit import Rate
 
 if TYPE_CHECKING:
-    from server_plugin.service.service import Service
+    from server_plugin.service.asgi import Service
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from edge_client.client import EdgeClient
 from edge_client.link.reconnect import Retry
 from edge_client.picture import Picture
 from server_plugin.backends.fake import FakeBackend, Script, digest
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service

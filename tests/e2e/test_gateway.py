@@ -13,8 +13,8 @@ from starlette.applications import Starlette
 from websockets.exceptions import ConnectionClosed
 
 from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running as serving
-from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
 from tests.e2e.gateways import MODEL, data_url, gateway, item, place, running, said, sdk
 from tests.edge_client.scripted import Peer, scripted

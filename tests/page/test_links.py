@@ -15,9 +15,9 @@ from playwright.async_api import Browser
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.engines.two_stage import Engine
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, launched, page_of, visiting
 from tests.support.patience import PATIENCE_S

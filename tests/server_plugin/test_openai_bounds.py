@@ -575,7 +575,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
 
 
 async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(monkeypatch):
-    monkeypatch.setattr("server_plugin.service.service.FAREWELL_S", 0.1)
+    monkeypatch.setattr("server_plugin.service.asgi.FAREWELL_S", 0.1)
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from server_plugin.backends.fake import FakeBackend, Script
-from server_plugin.service import service as app
+from server_plugin.service import asgi as app
 from server_plugin.service.connection import MAX_WAITING_FRAMES
 from server_plugin.service.runner import running
 from tests.support.patience import PATIENCE_S

@@ -15,8 +15,8 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
 from server_plugin.backends.fake import DEFAULT_INFO, digest
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved
 from tests.support.wire import http

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from server_plugin.service import runner
-from server_plugin.service.service import Service
+from server_plugin.service.asgi import Service
 from tests.support.patience import PATIENCE_S
 from vlm_collab.protocol.messages import SUBPROTOCOL
 from vlm_collab.web import server as web

@@ -13,8 +13,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.engines.two_stage import Engine
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.method.policy import Aggregate, Metric, Policy, ThresholdPolicy

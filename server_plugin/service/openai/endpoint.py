@@ -33,7 +33,7 @@ from server_plugin.service.openai.transport import (
 from vlm_collab.openai import ApiError, check_model, model_object, models_list
 
 if TYPE_CHECKING:
-    from server_plugin.service.service import Service
+    from server_plugin.service.asgi import Service
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from vlm_collab.openai import ApiError, PictureSource, Query, Url, WireLimits, a
 from vlm_collab.protocol.messages import Fallback
 
 if TYPE_CHECKING:
-    from server_plugin.service.service import Service
+    from server_plugin.service.asgi import Service
 
 
 T = TypeVar("T")
