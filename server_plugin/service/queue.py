@@ -50,14 +50,14 @@ class ModelQueue:
         wait_s = self._turn_s * (self.waiting + 1) / self._turns
         return min(max(0.1, wait_s), LONGEST_WAIT_S)
 
-    def took(self, seconds: float) -> None:
+    def record_duration(self, seconds: float) -> None:
         """Learn from a turn that lasted so long."""
         self._measured += 1
         self._turn_s += max(0.1, 1 / self._measured) * (seconds - self._turn_s)
 
-    def turn(self, session: Hashable) -> Turn:
+    def turn(self, session: Hashable) -> ModelTurn:
         """A turn to take and give back. Between sessions, turns alternate."""
-        return Turn(self, session)
+        return ModelTurn(self, session)
 
     async def _acquire(self, session: Hashable, returning: bool) -> None:
         if self._free and not self.waiting:
@@ -104,7 +104,7 @@ class ModelQueue:
         return future
 
 
-class Turn:
+class ModelTurn:
     """One question's place at the model; it may be taken again after it was given back."""
 
     def __init__(self, queue: ModelQueue, session: Hashable) -> None:
@@ -135,5 +135,5 @@ class Turn:
             return
         took_s = asyncio.get_running_loop().time() - self._taken_at_s
         self._taken_at_s = None
-        self._queue.took(took_s)
+        self._queue.record_duration(took_s)
         self._queue._release()

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from server_plugin.backends.base import Backend, View
 
 
-class ViewGoneLocallyError(Exception):
+class ViewNotHeldError(Exception):
     """The session has no view of that number (any more)."""
 
 
@@ -32,7 +32,7 @@ Opener = Callable[[], Awaitable[Sequence[Image]]]
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class _ViewEntry:
     name: str
     decode: Opener
     nbytes: int
@@ -55,19 +55,19 @@ class ClientSession:
     key: bytes
     connections: int = 0
     left_at_s: float = 0.0
-    views: dict[int, _Entry] = field(default_factory=dict)
+    views: dict[int, _ViewEntry] = field(default_factory=dict)
 
 
 class Lease:
     """One question's hold on a view. Made by `ViewStore.lease`; to be closed."""
 
     def __init__(
-        self, store: ViewStore, session: ClientSession, view_id: int, entry: _Entry
+        self, store: ViewStore, session: ClientSession, view_id: int, entry: _ViewEntry
     ) -> None:
         self._store = store
         self._session = session
         self._view_id = view_id
-        self._entry: _Entry | None = entry
+        self._entry: _ViewEntry | None = entry
         entry.users += 1
 
     async def open(self) -> View:
@@ -132,7 +132,7 @@ class ViewStore:
         self._ttl_s = ttl_s
         self._sessions: dict[bytes, ClientSession] = {}
         # Least recently used first. Entries, not ids: two sessions may use the same numbers.
-        self._recent: OrderedDict[_Entry, tuple[ClientSession, int]] = OrderedDict()
+        self._recent: OrderedDict[_ViewEntry, tuple[ClientSession, int]] = OrderedDict()
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -150,7 +150,7 @@ class ViewStore:
         """Whether the views that questions are working on fill the budget by themselves."""
         return sum(entry.nbytes for entry in self._recent if entry.users) >= self._max_bytes
 
-    def _reserve(self, entry: _Entry) -> None:
+    def _reserve(self, entry: _ViewEntry) -> None:
         """Make room for a view before it is computed; without this, every question that waits
         for its region would hold one more, whatever the budget.
 
@@ -163,7 +163,7 @@ class ViewStore:
         entry.nbytes = needed
         self._shrink()
 
-    def _book(self, entry: _Entry, view: View) -> None:
+    def _book(self, entry: _ViewEntry, view: View) -> None:
         """Account for what a view holds; while questions work on it, for what it may grow to."""
         expected = entry.pictures * self._backend.info.view_bytes if entry.users else 0
         entry.nbytes = max(view.nbytes, expected)
@@ -212,7 +212,7 @@ class ViewStore:
             pictures: how many it is of.
         """
         self._drop(session, view_id)
-        entry = _Entry(name, decode, nbytes, pictures)
+        entry = _ViewEntry(name, decode, nbytes, pictures)
         session.views[view_id] = entry
         self._recent[entry] = (session, view_id)
 
@@ -220,15 +220,15 @@ class ViewStore:
         """Hold a view: it is not dropped until the lease is closed.
 
         Raises:
-            ViewGoneLocallyError: the session has no such view of so many pictures.
+            ViewNotHeldError: the session has no such view of so many pictures.
         """
         entry = session.views.get(view_id)
         if entry is None or entry.pictures != pictures:
-            raise ViewGoneLocallyError
+            raise ViewNotHeldError
         self._recent.move_to_end(entry)
         return Lease(self, session, view_id, entry)
 
-    async def _open(self, entry: _Entry) -> View:
+    async def _open(self, entry: _ViewEntry) -> View:
         return await self._backend.open_view(*await entry.decode())
 
     async def close(self) -> None:
@@ -262,7 +262,7 @@ class ViewStore:
             for view_id in list(session.views):
                 self._drop(session, view_id)
 
-    def _drop(self, session: ClientSession, view_id: int, only: _Entry | None = None) -> None:
+    def _drop(self, session: ClientSession, view_id: int, only: _ViewEntry | None = None) -> None:
         entry = session.views.get(view_id)
         if entry is None or (only is not None and entry is not only):
             return
@@ -273,7 +273,7 @@ class ViewStore:
         if entry.users == 0:
             self._forget(entry)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: _ViewEntry) -> None:
         del self._recent[entry]
         opening = entry.opening
         if opening is None:
@@ -291,7 +291,7 @@ class ViewStore:
         task.add_done_callback(self._releases.discard)
 
 
-def _opened(entry: _Entry) -> View | None:
+def _opened(entry: _ViewEntry) -> View | None:
     """The view, if it has been opened."""
     opening = entry.opening
     if opening is None or not opening.done() or opening.cancelled() or opening.exception():

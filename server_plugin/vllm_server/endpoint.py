@@ -210,7 +210,7 @@ def finish_before_shutdown(engine_client: Any, service: Service) -> None:
     shutdown, loop = engine_client.shutdown, asyncio.get_running_loop()
 
     def shut_down(timeout: float | None = None) -> None:
-        if service.draining or not loop.is_running() or _runs_here(loop):
+        if service.state.draining or not loop.is_running() or _runs_here(loop):
             # Questions have ended, or nobody could wait for them: vLLM cleans up at its end, or
             # after its engine's.
             shutdown(timeout=timeout)

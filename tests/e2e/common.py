@@ -115,7 +115,7 @@ def slow(seconds: float) -> FakeBackend:
 async def settled(running_service: Service) -> None:
     """Wait until the service has nothing in flight; fails if something stays."""
     async with asyncio.timeout(PATIENCE_S):
-        while running_service.questions or running_service.queue.waiting:
+        while running_service.state.questions or running_service.state.queue.waiting:
             await asyncio.sleep(0.005)
 
 

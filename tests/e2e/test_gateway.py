@@ -454,7 +454,7 @@ class WithoutApi(Service):
 
 async def test_a_server_that_has_no_other_api_takes_questions_about_pictures_only():
     ordinary = service()
-    old = WithoutApi(ordinary.engine, ordinary.config)
+    old = WithoutApi(ordinary.state.engine, ordinary.config)
     async with serving(old) as url, running(gateway(url)) as base, sdk(base) as client:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError, match="send one along") as caught:

@@ -145,7 +145,7 @@ async def test_a_view_that_is_gone_is_sent_again(visitor: Visitor):
         await visitor.open(url)
         await visitor.choose(PHOTO)
         await visitor.ask(SURE, "sure")
-        for client in list(mine.views._sessions.values()):
+        for client in list(mine.state.views._sessions.values()):
             client.views.clear()
         await visitor.ask("and now?", "sure")
         assert [ask.view is None for ask in visitor.sent(Ask)] == [False, True, False]

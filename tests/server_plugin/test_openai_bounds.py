@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.openai.uploads import Original, Workshop
+from server_plugin.service.openai.uploads import DecodingPool, UploadedPicture
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -173,7 +173,7 @@ def test_no_request_makes_the_server_fail():
                     refused_well(answer, request)
 
         asked()
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 # ---- sizes and times -------------------------------------------------------------------------
@@ -204,7 +204,7 @@ async def test_requests_together_are_bounded():
     )
     async with running(running_service) as url, client_of(url) as one, client_of(url) as other:
         waiting = [asyncio.create_task(ask(one)) for _ in range(2)]  # of 42 kB each
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         with pytest.raises(openai.RateLimitError) as caught:
             await ask(other)
         assert caught.value.response.headers["Retry-After"] == "1"
@@ -270,7 +270,7 @@ async def test_a_full_queue_says_when_to_come_back():
     running_service = service(slow_backend(), limits={"max_queue": 1})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
-        await until(lambda: running_service.queue.waiting == 1)
+        await until(lambda: running_service.state.queue.waiting == 1)
         for asked in (
             ask(client),
             ask(client, stream=True),
@@ -289,7 +289,7 @@ async def test_questions_in_flight_are_bounded():
     running_service = service(slow_backend(), limits={"max_questions": 2})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         with pytest.raises(openai.RateLimitError):
             await ask(client)
         for task in waiting:
@@ -335,12 +335,12 @@ async def test_a_client_that_leaves_takes_its_question_along(api, stream):
 
         reading = [asyncio.create_task(read())]
         reading += [asyncio.create_task(ask(client)) for _ in range(3)]  # these wait their turn
-        await until(lambda: running_service.queue.waiting == 3)
+        await until(lambda: running_service.state.queue.waiting == 3)
         for task in reading:
             task.cancel()
         await settled(running_service)
         await until(lambda: running_service.openai.bodies.nbytes == 0)
-    assert 'outcome="lost"} 4.0' in running_service.metrics.text().decode()
+    assert 'outcome="lost"} 4.0' in running_service.state.metrics.text().decode()
 
 
 async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along():
@@ -368,12 +368,12 @@ async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along(
             leaving.cancel()
             await until(lambda: not backend._turn.locked())
         await settled(running_service)
-        assert running_service.openai.memory.count == 0
+        assert running_service.openai.responses.count == 0
 
 
 async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_its_place():
     """Or clients that come and go could have any number of pictures decoded at once."""
-    workshop = Workshop(OpenAiLimits(max_decoding=1))
+    workshop = DecodingPool(OpenAiLimits(max_decoding=1))
     at_work, done = threading.Event(), threading.Event()
 
     def work() -> str:
@@ -396,7 +396,7 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_i
 
 async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monkeypatch):
     at_once, most, lock, loop_thread = 0, 0, threading.Lock(), threading.get_ident()
-    view = Original.view
+    view = UploadedPicture.view
 
     def watched(self, *how):
         nonlocal at_once, most
@@ -410,7 +410,7 @@ async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monke
             with lock:
                 at_once -= 1
 
-    monkeypatch.setattr(Original, "view", watched)
+    monkeypatch.setattr(UploadedPicture, "view", watched)
     async with asking(service(openai=OpenAiLimits(max_decoding=2))) as client:
         pictures = [png(photo(400 + i, 300)) for i in range(8)]
         await asyncio.gather(*(ask(client, SURE, one) for one in pictures))
@@ -477,9 +477,9 @@ async def test_a_websocket_client_does_not_wait_behind_all_questions_of_an_http_
     running_service = service(backend)
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
         many = [asyncio.create_task(ask(client, f"http {i}")) for i in range(9)]
-        await until(lambda: running_service.queue.waiting == 8)
+        await until(lambda: running_service.state.queue.waiting == 8)
         await other.ask("websocket", picture())
-        await until(lambda: running_service.queue.waiting == 9)
+        await until(lambda: running_service.state.queue.waiting == 9)
         backend.gate.set()
         assert isinstance(await other.next(), Answer)
         await asyncio.gather(*many)
@@ -491,9 +491,9 @@ async def test_connections_of_one_http_client_are_one_session_at_the_queue():
     running_service = service(backend)
     async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
         asked = [asyncio.create_task(ask(a, f"many {i}")) for i in range(9)]
-        await until(lambda: running_service.queue.waiting == 8)
+        await until(lambda: running_service.state.queue.waiting == 8)
         asked += [asyncio.create_task(ask(b, f"few {i}")) for i in range(2)]
-        await until(lambda: running_service.queue.waiting == 10)
+        await until(lambda: running_service.state.queue.waiting == 10)
         backend.gate.set()
         await asyncio.gather(*asked)
     assert backend.order[:5].count("few") == 2
@@ -530,9 +530,9 @@ async def test_a_shutdown_finishes_what_is_in_flight():
     running_service = service(slow_backend(0.2))
     async with running(running_service) as url, client_of(url) as client:
         asked = asyncio.create_task(ask(client, "small"))
-        await until(lambda: running_service.questions == 1)
+        await until(lambda: running_service.state.questions == 1)
         draining = asyncio.create_task(running_service.drain())
-        await until(lambda: running_service.draining)
+        await until(lambda: running_service.state.draining)
         with pytest.raises(openai.InternalServerError) as caught:
             await ask(client)
         assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
@@ -548,9 +548,9 @@ async def test_a_shutdown_that_cannot_wait_gives_first_answers_or_reasons():
     running_service = service(FakeBackend(play=play))
     async with running(running_service) as url, client_of(url) as client:
         second = asyncio.create_task(ask(client, "second pass"))
-        await until(lambda: running_service.metrics.retransmissions._value.get() == 1)
+        await until(lambda: running_service.state.metrics.retransmissions._value.get() == 1)
         first = asyncio.create_task(ask(client, "never"))
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         await running_service.drain(grace_s=0.05)
         assert await second == "one"
         with pytest.raises(openai.InternalServerError, match="shutting down"):
@@ -564,7 +564,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
             model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)]
         )
         draining = asyncio.create_task(running_service.drain())
-        await until(lambda: running_service.draining)
+        await until(lambda: running_service.state.draining)
         answer = await client.responses.create(
             model="fake",
             previous_response_id=response.id,
@@ -581,7 +581,7 @@ async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(m
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])
         async with asyncio.timeout(PATIENCE_S):
             await running_service.drain()
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 # ---- mounted elsewhere -----------------------------------------------------------------------

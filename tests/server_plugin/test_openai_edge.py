@@ -283,18 +283,18 @@ async def test_a_client_that_never_returns_costs_nothing_after_the_deadline():
     )
     async with asking(running_service) as client:
         response, call = await unsure(client)
-        assert running_service.questions == 1
-        assert running_service.openai.memory.count == 1
+        assert running_service.state.questions == 1
+        assert running_service.openai.responses.count == 1
         await settled(running_service)
         async with asyncio.timeout(PATIENCE_S):
             while backend.views:
                 await asyncio.sleep(0.005)
-        memory = running_service.openai.memory
+        memory = running_service.openai.responses
         assert (memory.count, memory.nbytes) == (0, 0)
         with pytest.raises(openai.NotFoundError, match="ask again with the picture") as caught:
             await bring(client, response, output(call, cut(call)[0]))
         assert caught.value.param == "previous_response_id"
-        assert 'outcome="fallback_deadline"} 1.0' in running_service.metrics.text().decode()
+        assert 'outcome="fallback_deadline"} 1.0' in running_service.state.metrics.text().decode()
 
 
 async def test_an_output_is_used_once():
@@ -331,7 +331,7 @@ async def test_the_deadline_stands_still_while_a_crop_is_read_and_goes_on_after_
         with pytest.raises(openai.BadRequestError):
             await bring(client, response, output(call, b"no picture"))
         await settled(running_service)  # it ran out all the same
-        assert running_service.openai.memory.count == 0
+        assert running_service.openai.responses.count == 0
 
 
 async def test_only_its_own_key_can_bring_the_crop():
@@ -374,7 +374,7 @@ async def test_a_question_that_is_not_stored_can_be_finished_and_no_more():
         response, call = await unsure(client, store=False)
         answer = await bring(client, response, output(call, cut(call)[0]), store=False)
         assert answer.output_text.startswith("second")
-        assert running_service.openai.memory.count == 0
+        assert running_service.openai.responses.count == 0
 
 
 async def test_a_call_can_be_deleted_which_ends_its_question():
@@ -383,4 +383,4 @@ async def test_a_call_can_be_deleted_which_ends_its_question():
         response, _ = await unsure(client)
         await client.responses.delete(response.id)
         await settled(running_service)
-        assert running_service.openai.memory.nbytes == 0
+        assert running_service.openai.responses.nbytes == 0

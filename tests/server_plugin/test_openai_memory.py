@@ -8,24 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.openai.response_store import Kept, Memory
-from server_plugin.service.openai.uploads import Original
+from server_plugin.service.openai.response_store import ResponseStore, StoredResponse
+from server_plugin.service.openai.uploads import UploadedPicture
 from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.openai import Conversation, Role
 
 
-def original(nbytes: int) -> Original:
-    return Original(bytes(nbytes), b"digest", Size(8, 8))
+def original(nbytes: int) -> UploadedPicture:
+    return UploadedPicture(bytes(nbytes), b"digest", Size(8, 8))
 
 
-def kept(*originals: Original, text: str = "") -> Kept:
+def kept(*originals: UploadedPicture, text: str = "") -> StoredResponse:
     conversation = Conversation(((Role.USER, text),))
-    return Kept(conversation, originals, tuple(one.size for one in originals))
+    return StoredResponse(conversation, originals, tuple(one.size for one in originals))
 
 
 async def test_responses_of_one_conversation_share_its_picture():
-    memory, picture = Memory(OpenAiLimits()), original(1000)
+    memory, picture = ResponseStore(OpenAiLimits()), original(1000)
     memory.put(b"a", "1", kept(picture, text="ä"))
     memory.put(b"a", "2", kept(picture, text="and"))
     assert (memory.count, memory.nbytes) == (2, 1000 + 2 + 3)
@@ -38,7 +38,7 @@ async def test_responses_of_one_conversation_share_its_picture():
 
 
 async def test_the_oldest_of_the_tenant_that_has_most_goes_first():
-    memory = Memory(OpenAiLimits(max_kept_bytes=1000))
+    memory = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
     memory.put(b"small", "s", kept(original(100)))
     for i in range(20):
         memory.put(b"large", f"l{i}", kept(original(300)))
@@ -48,14 +48,14 @@ async def test_the_oldest_of_the_tenant_that_has_most_goes_first():
 
 
 async def test_what_is_larger_than_all_memory_is_not_kept():
-    memory = Memory(OpenAiLimits(max_kept_bytes=1000))
+    memory = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
     memory.put(b"a", "1", kept(original(1001)))
     assert (memory.count, memory.nbytes) == (0, 0)
     memory.clear()
 
 
 async def test_everything_is_forgotten_after_its_time():
-    memory = Memory(OpenAiLimits(keep_s=0.6))
+    memory = ResponseStore(OpenAiLimits(keep_s=0.6))
     memory.put(b"a", "1", kept(original(10)))
     await asyncio.sleep(0.3)
     memory.put(b"b", "2", kept(original(10)))
@@ -85,7 +85,7 @@ def test_the_books_are_right_whatever_happens(steps):
     pictures = [original(100 * i) for i in range(6)]
 
     async def run() -> None:
-        memory = Memory(limits)
+        memory = ResponseStore(limits)
         there: dict[tuple[bytes, str], int] = {}
         for serial, (tenant, step, number, picture) in enumerate(steps):
             if step == "put":

@@ -18,7 +18,7 @@ from PIL import Image
 
 from server_plugin.backends.base import Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
-from server_plugin.service.openai.uploads import Original
+from server_plugin.service.openai.uploads import UploadedPicture
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -264,7 +264,7 @@ async def test_what_is_not_stored_cannot_be_gone_on_from():
         first = await client.responses.create(model="fake", input=[said(SURE, PHOTO)], store=False)
         with pytest.raises(openai.NotFoundError, match="ask again with the picture"):
             await client.responses.create(model="fake", input="?", previous_response_id=first.id)
-        assert running_service.openai.memory.nbytes == 0
+        assert running_service.openai.responses.nbytes == 0
 
 
 async def test_a_response_belongs_to_its_key_and_can_be_deleted():
@@ -277,7 +277,10 @@ async def test_a_response_belongs_to_its_key_and_can_be_deleted():
             await b.responses.delete(first.id)
         told = await a.responses.with_raw_response.delete(first.id)
         assert told.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
-        assert (running_service.openai.memory.count, running_service.openai.memory.nbytes) == (0, 0)
+        assert (
+            running_service.openai.responses.count,
+            running_service.openai.responses.nbytes,
+        ) == (0, 0)
         with pytest.raises(openai.NotFoundError):
             await a.responses.create(model="fake", input="?", previous_response_id=first.id)
 
@@ -447,7 +450,7 @@ def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end,
     for place, value in changes:
         changed[place % len(changed)] = value
     try:
-        original = Original.checked(bytes(changed[:end]), 10**6)
+        original = UploadedPicture.checked(bytes(changed[:end]), 10**6)
         assert original.view(Size(28, 28), fit, Size(*source)).size == (28, 28)
         assert max(original.region(None, Size(28, 28)).size) <= 28
     except ImageError as error:
@@ -490,7 +493,7 @@ async def test_a_picture_that_cannot_be_used_is_an_error_before_any_stream(strea
             assert "\n" not in caught.value.body["message"]
         text, _ = await chat(client, [message(SURE, PHOTO)])  # the service goes on
         assert view_name(PHOTO) in text
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 async def test_of_several_pictures_the_broken_one_is_named():
@@ -609,7 +612,7 @@ async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
         await respond(client, [said(SURE, PHOTO)])
         with pytest.raises(openai.BadRequestError):
             await chat(client, [message("an <refuse>", PHOTO)])
-    metrics = running_service.metrics.text().decode()
+    metrics = running_service.state.metrics.text().decode()
     for line in (
         'vlm_collab_questions_total{outcome="second"} 1.0',
         'vlm_collab_questions_total{outcome="first"} 1.0',

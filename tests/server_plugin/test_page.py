@@ -126,7 +126,7 @@ async def test_the_page_learns_why_it_may_not_connect():
         assert (response.status_code, response.content) == (204, b"")
         assert response.headers["cache-control"] == "no-store"
         assert response.headers["access-control-allow-origin"] == "https://camera.example"
-        mine.draining = True
+        mine.state.draining = True
         response = await web.post(where, headers=bearer)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 

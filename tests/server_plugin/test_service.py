@@ -281,7 +281,7 @@ async def test_a_model_that_dies_under_a_question_is_told(caplog):
 async def test_a_model_that_is_closed_under_a_question_at_a_shutdown_is_no_fault(caplog):
     class Closing(FakeBackend):
         async def first_pass(self, *args, **options):
-            mine.draining = True
+            mine.state.draining = True
             raise ModelError("the model was closed")
 
     mine = service(Closing())

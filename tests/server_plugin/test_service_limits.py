@@ -97,7 +97,7 @@ async def test_a_question_cancelled_at_once_leaves_nothing_behind():
         assert {e.code for e in events if isinstance(e, Error)} <= {ErrorCode.CANCELLED}
         await settled(running_service)
         await asyncio.sleep(0)
-        assert not any(entry.users for entry in running_service.views._recent)
+        assert not any(entry.users for entry in running_service.state.views._recent)
 
 
 async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
@@ -111,7 +111,7 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         busy = [events[id] for id in ids if isinstance(events[id], Error)]
         assert len(wanted) == 3
         assert {event.code for event in busy} == {ErrorCode.BUSY}
-        assert running_service.views.nbytes <= 3 * one_view
+        assert running_service.state.views.nbytes <= 3 * one_view
         assert len(backend.views) <= 3
         await other.ask(SURE, picture(99))
         assert (await other.next()).code is ErrorCode.BUSY
@@ -129,11 +129,11 @@ async def test_a_view_that_grows_while_questions_work_on_it_is_booked_at_its_ful
     async with running(running_service) as url, edge(url) as client:
         id = await client.ask(UNSURE, picture(0), view_id=0)
         assert isinstance(await client.next(), RegionWanted)
-        assert running_service.views.nbytes == 5 * small
+        assert running_service.state.views.nbytes == 5 * small
         await client.region(id, picture())
         await client.next()
         await settled(running_service)
-        assert running_service.views.nbytes == small
+        assert running_service.state.views.nbytes == small
 
 
 async def test_replacing_a_view_again_and_again_does_not_get_round_the_memory():
@@ -303,7 +303,7 @@ async def test_a_shutdown_finishes_what_is_in_flight_and_takes_nothing_new():
     running_service = service(backend)
     async with running(running_service) as url, edge(url) as client:
         await client.ask("slow one", picture())
-        while not running_service.questions:
+        while not running_service.state.questions:
             await asyncio.sleep(0.005)
         draining = asyncio.create_task(running_service.drain())
         await asyncio.sleep(0.02)
@@ -327,12 +327,12 @@ async def test_after_its_grace_a_shutdown_refuses_or_falls_back_but_loses_nothin
         waiting = await client.ask("small", picture())
         assert isinstance(await client.next(), RegionWanted)
         slow = await client.ask("slow")
-        while running_service.questions < 2:
+        while running_service.state.questions < 2:
             await asyncio.sleep(0.005)
         await asyncio.gather(
             running_service.drain(grace_s=0.05), _until_closed(client, waiting, slow)
         )
-    metrics = running_service.metrics.text().decode()
+    metrics = running_service.state.metrics.text().decode()
     assert 'questions_total{outcome="fallback_overload"} 1.0' in metrics
     assert 'questions_total{outcome="refused"} 1.0' in metrics
     assert 'outcome="lost"' not in metrics

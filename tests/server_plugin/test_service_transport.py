@@ -197,7 +197,7 @@ class Turns:
 async def turns(monkeypatch: pytest.MonkeyPatch):
     """Counts frames, and messages that reach the connection."""
     counted = Turns()
-    handle, take = websocket.WebSocketConnection.handle_events, Connection._take
+    handle, take = websocket.WebSocketConnection.handle_events, Connection._handle_frame
 
     def handle_events(self: Any) -> None:
         counted.add(len(self.conn.events))
@@ -208,7 +208,7 @@ async def turns(monkeypatch: pytest.MonkeyPatch):
         take(self, message)
 
     monkeypatch.setattr(websocket.WebSocketConnection, "handle_events", handle_events)
-    monkeypatch.setattr(Connection, "_take", taken)
+    monkeypatch.setattr(Connection, "_handle_frame", taken)
     running = asyncio.create_task(counted.run())
     yield counted
     running.cancel()
