@@ -70,7 +70,7 @@ class OpenAiEndpoint:
             state.metrics.gauge(name, text, value)
 
     def routes(self) -> list[Route]:
-        """The routes of all three APIs."""
+        """The routes for chat completions, responses and models."""
         chat = ChatHandler(self._intake)
         responses = ResponsesHandler(self._intake, self.responses, self.answers)
         post = ["POST"]
