@@ -40,7 +40,7 @@ from vlm_collab.protocol.messages import Answer
 from vlm_collab.web import http_protocol as connections
 
 SLOW = 30.0
-"""Longer than any test: what takes so long must have been cancelled."""
+"""Longer than any test: work of this duration has to be cancelled."""
 
 
 def slow_backend(delay_s: float = SLOW) -> FakeBackend:
@@ -72,7 +72,7 @@ NOTHING_ASKED = [
 
 @pytest.mark.parametrize("sent", NOTHING_ASKED)
 async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatch):
-    """Each takes one of the places for all connections, and needs no token for it."""
+    """Each would hold a connection slot, for which it needs no token."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(token="right")) as url:
         parts = urlsplit(url)
@@ -159,7 +159,7 @@ BASE = {"messages": [message(SURE)], "input": [said(SURE)], "model": "fake"}
 
 
 def test_no_request_makes_the_server_fail():
-    """Whatever is asked ends with an answer, or with an error that the client could avoid."""
+    """Each request gets an answer, or an error that the client could avoid."""
     running_service = service()
     with served(running_service) as url, httpx.Client(base_url=http(url)) as web:
 
@@ -223,7 +223,7 @@ async def test_a_request_that_does_not_arrive_is_given_up():
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
         )
         async with asyncio.timeout(PATIENCE_S):
-            answer = await reader.read()  # the connection is of no more use, and closed
+            answer = await reader.read()  # the server closes the connection
         writer.close()
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
@@ -315,7 +315,7 @@ def test_limits_must_be_positive():
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("api", ["chat", "responses"])
-async def test_a_client_that_leaves_takes_its_question_along(api, stream):
+async def test_the_question_of_a_client_that_leaves_ends(api, stream):
     running_service = service(slow_backend())
     async with asking(running_service) as client:
         if api == "chat":
@@ -343,7 +343,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api, stream):
     assert 'outcome="lost"} 4.0' in running_service.state.metrics.text().decode()
 
 
-async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along():
+async def test_the_question_of_a_client_that_leaves_in_the_second_pass_ends():
     second_pass = asyncio.Event()
 
     def play(question, view, region):
@@ -371,9 +371,9 @@ async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along(
         assert running_service.openai.responses.count == 0
 
 
-async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_its_place():
-    """Or clients that come and go could have any number of pictures decoded at once."""
-    workshop = DecodingPool(OpenAiLimits(max_decoding=1))
+async def test_a_client_that_leaves_while_its_picture_is_decoded_frees_no_thread():
+    """Otherwise clients that come and go could have any number decoded at once."""
+    pool = DecodingPool(OpenAiLimits(max_decoding=1))
     at_work, done = threading.Event(), threading.Event()
 
     def work() -> str:
@@ -381,17 +381,17 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_i
         done.wait(PATIENCE_S)
         return "done"
 
-    leaving = asyncio.create_task(workshop.run(work))
+    leaving = asyncio.create_task(pool.run(work))
     await asyncio.to_thread(at_work.wait, 10)
     leaving.cancel()
-    following = asyncio.create_task(workshop.run(lambda: "next"))
+    following = asyncio.create_task(pool.run(lambda: "next"))
     await asyncio.sleep(0.02)
     assert not following.done()
     done.set()
     assert await following == "next"
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    workshop.close()
+    pool.close()
 
 
 async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monkeypatch):
@@ -424,7 +424,7 @@ async def test_ten_clients_at_once_do_not_mix_their_answers():
     backend = FakeBackend()
     async with running(service(backend)) as url, AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client_of(url, f"key {i}")) for i in range(10)]
-        # Two and two share a picture, so that they share what can be shared.
+        # Two clients each send the same picture, and so share all that tenants may share.
         pictures = [png(photo(300 + i // 2, 200)) for i in range(10)]
 
         async def whole(i: int, n: int) -> None:
@@ -454,12 +454,12 @@ async def test_ten_clients_at_once_do_not_mix_their_answers():
         await asyncio.gather(
             *(ask(i, n) for ask in (whole, remote) for i in range(10) for n in range(3))
         )
-        # Of one tenant's picture there is one view, however often it was sent.
+        # Each tenant's picture has one view, however often it was sent.
         assert len(backend.views) == 10
 
 
 class Gated(FakeBackend):
-    """Notes who is answered, and answers nobody while its gate is shut."""
+    """Records the order of questions, and answers none until its gate opens."""
 
     def __init__(self) -> None:
         super().__init__(play=lambda question, *_: Script(question, "", 0.01))
@@ -486,7 +486,7 @@ async def test_a_websocket_client_does_not_wait_behind_all_questions_of_an_http_
     assert backend.order.index("websocket") <= 2
 
 
-async def test_connections_of_one_http_client_are_one_session_at_the_queue():
+async def test_connections_of_one_http_client_share_one_session_in_the_queue():
     backend = Gated()
     running_service = service(backend)
     async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
@@ -502,7 +502,7 @@ async def test_connections_of_one_http_client_are_one_session_at_the_queue():
 @pytest.mark.parametrize(
     "limits", [{"max_questions": 6}, {"max_view_bytes": 6 * DEFAULT_INFO.view_bytes}]
 )
-async def test_clients_that_do_not_come_back_leave_room_for_others(limits):
+async def test_clients_that_do_not_return_leave_room_for_others(limits):
     running_service = service(limits=limits)
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
         asked = {"model": "fake", "tools": [TOOL]}

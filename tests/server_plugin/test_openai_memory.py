@@ -1,4 +1,4 @@
-"""What is kept of responses: bounded in number, bytes and time, shared out between tenants."""
+"""Stored responses: bounded in number, bytes and time, and shared fairly between tenants."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ def kept(*originals: UploadedPicture, text: str = "") -> StoredResponse:
 
 
 async def test_responses_of_one_conversation_share_its_picture():
-    memory, picture = ResponseStore(OpenAiLimits()), original(1000)
-    memory.put(b"a", "1", kept(picture, text="ä"))
-    memory.put(b"a", "2", kept(picture, text="and"))
-    assert (memory.count, memory.nbytes) == (2, 1000 + 2 + 3)
-    memory.forget(b"a", "1")
-    assert memory.nbytes == 1003
-    assert memory.get(b"a", "2") is not None
-    assert memory.get(b"b", "2") is None
-    memory.clear()
-    assert (memory.count, memory.nbytes) == (0, 0)
+    store, picture = ResponseStore(OpenAiLimits()), original(1000)
+    store.put(b"a", "1", kept(picture, text="ä"))
+    store.put(b"a", "2", kept(picture, text="and"))
+    assert (store.count, store.nbytes) == (2, 1000 + 2 + 3)
+    store.forget(b"a", "1")
+    assert store.nbytes == 1003
+    assert store.get(b"a", "2") is not None
+    assert store.get(b"b", "2") is None
+    store.clear()
+    assert (store.count, store.nbytes) == (0, 0)
 
 
-async def test_the_oldest_of_the_tenant_that_has_most_goes_first():
-    memory = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
-    memory.put(b"small", "s", kept(original(100)))
+async def test_the_tenant_with_the_most_bytes_loses_its_oldest_response():
+    store = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
+    store.put(b"small", "s", kept(original(100)))
     for i in range(20):
-        memory.put(b"large", f"l{i}", kept(original(300)))
-    assert memory.get(b"small", "s") is not None
-    assert [i for i in range(20) if memory.get(b"large", f"l{i}")] == [17, 18, 19]
-    memory.clear()
+        store.put(b"large", f"l{i}", kept(original(300)))
+    assert store.get(b"small", "s") is not None
+    assert [i for i in range(20) if store.get(b"large", f"l{i}")] == [17, 18, 19]
+    store.clear()
 
 
-async def test_what_is_larger_than_all_memory_is_not_kept():
-    memory = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
-    memory.put(b"a", "1", kept(original(1001)))
-    assert (memory.count, memory.nbytes) == (0, 0)
-    memory.clear()
+async def test_a_response_larger_than_the_budget_is_not_kept():
+    store = ResponseStore(OpenAiLimits(max_kept_bytes=1000))
+    store.put(b"a", "1", kept(original(1001)))
+    assert (store.count, store.nbytes) == (0, 0)
+    store.clear()
 
 
 async def test_everything_is_forgotten_after_its_time():
-    memory = ResponseStore(OpenAiLimits(keep_s=0.6))
-    memory.put(b"a", "1", kept(original(10)))
+    store = ResponseStore(OpenAiLimits(keep_s=0.6))
+    store.put(b"a", "1", kept(original(10)))
     await asyncio.sleep(0.3)
-    memory.put(b"b", "2", kept(original(10)))
+    store.put(b"b", "2", kept(original(10)))
     async with asyncio.timeout(PATIENCE_S):
-        while memory.get(b"a", "1"):
+        while store.get(b"a", "1"):
             await asyncio.sleep(0.005)
-        assert memory.get(b"b", "2")
-        while memory.count:
+        assert store.get(b"b", "2")
+        while store.count:
             await asyncio.sleep(0.005)
-    assert memory.nbytes == 0
+    assert store.nbytes == 0
 
 
 @settings(max_examples=60)
@@ -80,31 +80,31 @@ async def test_everything_is_forgotten_after_its_time():
         max_size=60,
     )
 )
-def test_the_books_are_right_whatever_happens(steps):
+def test_counts_and_bytes_stay_right_through_any_steps(steps):
     limits = OpenAiLimits(max_kept=6, max_kept_bytes=1500)
     pictures = [original(100 * i) for i in range(6)]
 
     async def run() -> None:
-        memory = ResponseStore(limits)
-        there: dict[tuple[bytes, str], int] = {}
+        store = ResponseStore(limits)
+        stored: dict[tuple[bytes, str], int] = {}
         for serial, (tenant, step, number, picture) in enumerate(steps):
             if step == "put":
                 id = f"{serial}"
-                memory.put(tenant, id, kept(pictures[picture], text=str(serial)))
-                there[tenant, id] = picture
-            elif there:
-                tenant, id = list(there)[number % len(there)]
-                had = memory.get(tenant, id) is not None
-                done = memory.take(tenant, id) if step == "take" else memory.forget(tenant, id)
-                assert bool(done) is had
-            there = {key: value for key, value in there.items() if memory.get(*key)}
-            expected = sum(len(id) for _, id in there)
-            for each in {tenant for tenant, _ in there}:
-                held = {picture for (owner, _), picture in there.items() if owner == each}
+                store.put(tenant, id, kept(pictures[picture], text=str(serial)))
+                stored[tenant, id] = picture
+            elif stored:
+                tenant, id = list(stored)[number % len(stored)]
+                known = store.get(tenant, id) is not None
+                done = store.take(tenant, id) if step == "take" else store.forget(tenant, id)
+                assert bool(done) is known
+            stored = {key: value for key, value in stored.items() if store.get(*key)}
+            expected = sum(len(id) for _, id in stored)
+            for each in {tenant for tenant, _ in stored}:
+                held = {picture for (owner, _), picture in stored.items() if owner == each}
                 expected += sum(len(pictures[one].data) for one in held)
-            assert (memory.count, memory.nbytes) == (len(there), expected)
-            assert memory.count <= limits.max_kept
-            assert memory.nbytes <= limits.max_kept_bytes
-        memory.clear()
+            assert (store.count, store.nbytes) == (len(stored), expected)
+            assert store.count <= limits.max_kept
+            assert store.nbytes <= limits.max_kept_bytes
+        store.clear()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What all clients together may occupy, and how the service ends."""
+"""Bounds on all clients together, and the shutdown."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         assert isinstance(await other.next(), Answer)
 
 
-async def test_a_view_that_grows_while_questions_work_on_it_is_booked_at_its_full_size():
-    """In some families most of a view is computed only when a question comes."""
+async def test_a_view_in_use_counts_with_the_size_that_it_may_grow_to():
+    """Some model families compute most of a view only when a question comes."""
     small = FakeBackend().info.view_bytes
     backend = FakeBackend(info=replace(FakeBackend().info, view_bytes=5 * small))
     running_service = service(backend, limits={"max_view_bytes": 20 * small})
@@ -136,7 +136,7 @@ async def test_a_view_that_grows_while_questions_work_on_it_is_booked_at_its_ful
         assert running_service.state.views.nbytes == small
 
 
-async def test_replacing_a_view_again_and_again_does_not_get_round_the_memory():
+async def test_replacing_a_view_again_and_again_does_not_evade_the_memory_bound():
     backend = FakeBackend()
     limits = {"max_view_bytes": 3 * backend.info.view_bytes}
     async with running(service(backend, limits=limits)) as url, edge(url) as client:
@@ -165,7 +165,7 @@ async def test_one_view_larger_than_the_memory_is_still_answered():
             assert isinstance(await client.next(), Answer)
 
 
-async def test_a_peer_that_asks_and_does_not_read_is_not_remembered_without_end(monkeypatch):
+async def test_answers_for_a_peer_that_does_not_read_are_bounded(monkeypatch):
     stuck = asyncio.Event()
 
     async def never(self, data):
@@ -198,7 +198,7 @@ async def test_a_peer_that_does_not_read_is_dropped_for_good(monkeypatch):
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(ConnectionClosed) as closed:
                 await client.websocket.recv()
-        assert closed.value.rcvd is None  # cut, not closed: nothing waits for this peer
+        assert closed.value.rcvd is None  # dropped without a closing handshake
         async with asyncio.timeout(PATIENCE_S):
             while running_service._connections:
                 await asyncio.sleep(0.005)
@@ -227,7 +227,7 @@ async def test_views_outlive_their_connection_but_belong_to_their_session():
             key = (await client.greet()).session
             await client.ask(SURE, picture(1))
             await client.next()
-            # Its old connection stalled, and the server does not know yet.
+            # Its old connection has stalled, and the server does not know yet.
             async with edge(url, greet=False) as again:
                 assert (await again.greet(resume=key)).session == key
                 await again.ask(SURE)
@@ -268,7 +268,7 @@ async def test_sessions_without_connection_expire():
         assert backend.views == set()
 
 
-async def test_a_client_that_leaves_takes_its_questions_along():
+async def test_the_questions_of_a_client_that_leaves_end():
     backend = FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.05))
     running_service = service(backend)
     async with running(running_service) as url:
@@ -298,7 +298,7 @@ async def test_a_cancelled_question_is_confirmed_and_frees_the_model():
 # ---- shutting down ---------------------------------------------------------------------------
 
 
-async def test_a_shutdown_finishes_what_is_in_flight_and_takes_nothing_new():
+async def test_a_shutdown_finishes_questions_in_flight_and_accepts_no_new_ones():
     backend = FakeBackend(play=lambda q, *_: Script(f"first {q}", "", delay_s=0.2))
     running_service = service(backend)
     async with running(running_service) as url, edge(url) as client:
