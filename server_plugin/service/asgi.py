@@ -126,7 +126,7 @@ class Service:
             await self._all_gone(FAREWELL_S)
 
     async def _all_gone(self, patience_s: float) -> bool:
-        """Wait for the connections to end; whether they have."""
+        """Wait for the connections to end; False if some are left."""
         deadline_s = asyncio.get_running_loop().time() + patience_s
         while self._open() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -183,8 +183,8 @@ class ServiceConfig:
                 raise ConfigError(f"no such TLS file: {file}")
         if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
-                f"listening on {self.host} without a token lets anyone in; "
-                "give --token-file or VLM_COLLAB_TOKEN, or --allow-anonymous to mean it"
+                f"listening on {self.host} without a token lets anyone in; give --token-file or "
+                "VLM_COLLAB_TOKEN, or --allow-anonymous if that is intended"
             )
 
     @property

@@ -103,7 +103,7 @@ class ConnectionQuestion:
         return True
 
     def cancel(self) -> None:
-        """Stop the task; the client is told by the caller."""
+        """Stop the task. The caller has answered the client."""
         if self.task is not None:
             self.task.cancel()
 
@@ -113,7 +113,7 @@ class ConnectionQuestion:
             self._region.set_result(image)
 
     def fall_back(self, fallback: Fallback) -> bool:
-        """End a question in its second stage with its first answer; whether it was in that."""
+        """End a question with its first answer; False if it is not in its second stage."""
         need = self._need
         if need is None:
             return False
@@ -129,7 +129,7 @@ class ConnectionQuestion:
             self._answerer.log_refusal(code, **self._log_fields)
 
     def _count(self, outcome: str) -> bool:
-        """Count how the question ended: the first call counts; whether this was it."""
+        """Count how the question ended, once; whether this call was the first."""
         if self._counted:
             return False
         self._counted = True

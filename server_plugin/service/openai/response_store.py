@@ -152,7 +152,7 @@ class ResponseStore:
         return response
 
     def forget(self, tenant: bytes, id: str) -> bool:
-        """Remove a response, and end its question if it waits; whether it was kept."""
+        """Remove a response, and end its question if it waits; False if it was not kept."""
         response = self.take(tenant, id)
         if response is not None and response.call is not None:
             response.call.question.cancel()
