@@ -273,9 +273,9 @@ def _serving() -> Iterator[str]:
     """A local service that answers without a model."""
     from server_plugin.backends.fake import FakeBackend
     from server_plugin.engines.two_stage import Engine
+    from server_plugin.service.asgi import Service
     from server_plugin.service.config import ServiceConfig
     from server_plugin.service.runner import running
-    from server_plugin.service.service import Service
     from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
 
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)

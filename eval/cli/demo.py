@@ -23,9 +23,9 @@ from edge_client.client import EdgeClient
 from edge_client.picture import Picture
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from vlm_collab.errors import ConfigError, QuestionError
 from vlm_collab.geometry import Box, Size, frame_of
 from vlm_collab.pictures.images import SourceImage

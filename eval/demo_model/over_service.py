@@ -32,9 +32,9 @@ from eval.demo_model.questions import Asked, Settings, ask, settings_of
 from eval.demo_model.workers import chunks
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.messages import Options, Retransmit
 

@@ -301,7 +301,7 @@ async def _serve(
 ) -> None:
     from server_plugin.backends.open import open_model
     from server_plugin.service import runner
-    from server_plugin.service.service import Service
+    from server_plugin.service.asgi import Service
 
     sock = runner.bind(config)
     try:

@@ -1,6 +1,14 @@
 """The network service: Starlette on uvicorn around the engine.
 
-`config` settings · `app` routes · `connection` one WebSocket · `openai` OpenAI's APIs · `answering`
-what both do with a question · `views` what is kept of pictures · `queue` whose turn it is ·
-`metrics` Prometheus · `logs` structured logs · `runner` start and stop.
+- `config`: settings and limits; `logs`: structured logs; `metrics`: Prometheus.
+- `queue`: turns at the model; `view_store`: views kept for follow-up questions.
+- `state`: what all clients share.
+- `answering`: the work on a question, however it came in.
+- `connection`: one WebSocket, with `connection_question`, `connection_views` and
+  `connection_output`.
+- `openai`: OpenAI's APIs over HTTP; `page`: the browser page's routes.
+- `asgi`: the application, with its routes and its shutdown.
+- `runner`: starts and stops a server.
+
+A module imports only from its own line and the lines above it.
 """

@@ -1,11 +1,10 @@
-"""What every way into the service does with a question: turns, refusals, what is counted."""
+"""The work on a question, however it came in: checks, turns at the model, refusals, counts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
@@ -17,8 +16,8 @@ from server_plugin.engines.two_stage import (
     RegionUnavailableError,
     TextSink,
 )
-from server_plugin.service.metrics import Metrics
-from server_plugin.service.queue import QueueFullError, Turn
+from server_plugin.service.queue import ModelTurn, QueueFullError
+from server_plugin.service.state import ServiceState
 from server_plugin.service.view_store import Lease, ViewsFullError
 from vlm_collab.errors import (
     ConfigError,
@@ -30,9 +29,6 @@ from vlm_collab.errors import (
 from vlm_collab.geometry import Size
 from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import Fallback, Options
-
-if TYPE_CHECKING:
-    from server_plugin.service.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -59,155 +55,207 @@ def sampling_of(options: Options) -> Sampling:
     )
 
 
-def check_room(service: Service) -> None:
-    """Refuse a question when there is no room for another one.
-
-    Raises:
-        Refused: shutting down, the model is dead, or busy.
-    """
-    if (reason := service.closed) is not None:
-        raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0)
-    if service.questions >= service.config.limits.max_questions or service.views.full:
-        raise Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s())
-
-
-def check_question(
-    service: Service,
-    question: str,
-    pictures: int,
-    history: History,
-    options: Options,
-    places: Places = (),
-) -> None:
-    """Refuse what the model cannot take, before anything is computed.
+class QuestionAnswerer:
+    """Has questions answered by the engine. Connections and the OpenAI endpoint share one.
 
     Args:
-        pictures: how many the question is about; of none, there is no local view either.
-        places: where they stand in the texts.
-
-    Raises:
-        Refused: a bad option or question.
-    """
-    images = pictures + 1 if pictures else 0  # of the local view, there is one more
-    try:
-        service.engine.check_options(options.eta)
-        service.engine.backend.check_question(question, images, history=history, places=places)
-    except ConfigError as error:
-        raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
-    except QuestionError as error:
-        raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
-
-
-@contextmanager
-def refusals(service: Service, **extra: object) -> Iterator[None]:
-    """Turn what ends a question badly into `Refused`; `TimeoutError` is the caller's.
-
-    Args:
-        extra: what the log says of a question that fails.
-    """
-    try:
-        yield
-    except (Refused, TimeoutError):
-        raise
-    except ViewsFullError:
-        raise Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s()) from None
-    except QueueFullError as full:
-        raise Refused(ErrorCode.BUSY, "the server is busy", full.retry_after_s) from None
-    except ImageError as error:
-        raise Refused(ErrorCode.BAD_IMAGE, str(error)) from error
-    except QuestionError as error:
-        raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
-    except ConfigError as error:
-        raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
-    # A bug or a failing runtime must not leave the edge waiting, nor end other questions.
-    except Exception as error:
-        if isinstance(error, ModelError) and (reason := service.closed) is not None:
-            # The model was closed, or died, under the last questions. Of a death, these errors
-            # alone have the cause: whoever asks later is refused before the model.
-            if not service.draining:
-                log.error("question failed: %s", error, extra=extra)
-            raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0) from None
-        log.exception("question failed", extra=extra)
-        raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None
-
-
-async def ask_engine(
-    service: Service,
-    turn: Turn,
-    lease: Lease,
-    sources: Sequence[Size],
-    question: str,
-    fetch_region: FetchRegion,
-    *,
-    history: History,
-    options: Options,
-    places: Places = (),
-    on_text: TextSink | None,
-    on_start: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """Both stages of a question, at the model only while the model works.
-
-    Args:
-        turn: not taken yet; given back in any case.
-        lease: hold on the view.
-        fetch_region: see `Engine.answer`; others have their turn while it runs.
-        on_start: called when the view is there and the model begins.
-
-    Raises:
-        Whatever `refusals` turns into `Refused`.
+        state: the engine, its queue, limits and metrics.
     """
 
-    async def fetch(need: RegionNeed) -> Image:
-        """Let others at the model meanwhile; come back before first passes."""
-        turn.give_back()
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+
+    def check_capacity(self) -> None:
+        """Refuse a question when the service cannot accept another one.
+
+        Raises:
+            Refused: the service is shutting down, the model has failed, or the service is busy.
+        """
+        state = self._state
+        if (reason := state.closed) is not None:
+            raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0)
+        if state.questions >= state.config.limits.max_questions or state.views.full:
+            raise self.busy()
+
+    def busy(self) -> Refused:
+        """The refusal of a service that has no room at present."""
+        return Refused(ErrorCode.BUSY, "the server is busy", self._state.queue.retry_after_s())
+
+    def check_question(
+        self,
+        question: str,
+        pictures: int,
+        history: History,
+        options: Options,
+        places: Places = (),
+    ) -> None:
+        """Refuse a question that the model cannot take, before anything is computed.
+
+        Args:
+            pictures: how many pictures the question is about.
+            places: where the pictures stand in the texts.
+
+        Raises:
+            Refused: a bad option or question.
+        """
+        images = pictures + 1 if pictures else 0  # the second pass adds the local view
+        engine = self._state.engine
         try:
-            region = await fetch_region(need)
-        except RegionUnavailableError:
-            if need.cut:  # the model has to complete the first answer
-                await turn.take(returning=True)
+            engine.check_options(options.eta)
+            engine.backend.check_question(question, images, history=history, places=places)
+        except ConfigError as error:
+            raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
+        except QuestionError as error:
+            raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
+
+    @contextmanager
+    def failures_as_refusals(self, **extra: object) -> Iterator[None]:
+        """Turn each failure of a question into `Refused`, except `TimeoutError`.
+
+        Args:
+            extra: fields of the log line about a failed question.
+        """
+        try:
+            yield
+        except (Refused, TimeoutError):
             raise
-        await turn.take(returning=True)
-        return region
+        except ViewsFullError:
+            raise self.busy() from None
+        except QueueFullError as full:
+            raise Refused(ErrorCode.BUSY, "the server is busy", full.retry_after_s) from None
+        except ImageError as error:
+            raise Refused(ErrorCode.BAD_IMAGE, str(error)) from error
+        except QuestionError as error:
+            raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
+        except ConfigError as error:
+            raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
+        # A bug or a failing runtime must not leave the edge waiting, nor end other questions.
+        except Exception as error:
+            if isinstance(error, ModelError) and (reason := self._state.closed) is not None:
+                # The model was closed or failed while it answered. When it failed, only these
+                # errors name the cause: later questions are refused before they reach the model.
+                if not self._state.draining:
+                    log.error("question failed: %s", error, extra=extra)
+                raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0) from None
+            log.exception("question failed", extra=extra)
+            raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None
 
-    try:
-        await turn.take()
-        view = await lease.open()
-        on_start()
-        return await service.engine.answer(
-            view,
-            sources,
-            question,
-            fetch,
-            history=history,
-            places=places,
-            retransmit=options.retransmit,
-            eta=options.eta,
-            max_new_tokens=options.max_new_tokens,
-            stop=options.stop,
-            sampling=sampling_of(options),
-            tokens=options.tokens,
-            on_text=on_text,
-            key=f"{lease.name}:{question}",
-        )
-    finally:
-        turn.give_back()
+    async def answer(
+        self,
+        turn: ModelTurn,
+        lease: Lease,
+        sources: Sequence[Size],
+        question: str,
+        fetch_region: FetchRegion,
+        *,
+        history: History,
+        options: Options,
+        places: Places = (),
+        on_text: TextSink | None,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Run both stages of a question. It holds its turn only while the model works.
 
+        Args:
+            turn: not taken yet; given back in any case.
+            lease: keeps the view in memory.
+            fetch_region: see `Engine.answer`; other questions use the model while it runs.
+            on_start: called when the view is open and the model begins.
 
-def count_answer(metrics: Metrics, outcome: Outcome, queued_s: float) -> str:
-    """Put an answered question into the metrics.
+        Raises:
+            Exception: any that `failures_as_refusals` turns into `Refused`.
+        """
 
-    Returns:
-        its outcome by the metrics' name, not counted yet.
-    """
-    work = outcome.work
-    metrics.uncertainty.observe(outcome.decision.value)
-    metrics.flops.inc(work.flops)
-    metrics.stage.labels("queue").observe(queued_s)
-    metrics.stage.labels("first").observe(work.first_s)
-    if outcome.need is not None:
-        metrics.stage.labels("region").observe(work.region_s)
-    if outcome.second is not None:
-        metrics.stage.labels("second").observe(work.second_s)
-    if outcome.fallback is not Fallback.NONE:
-        return f"fallback_{outcome.fallback.name.lower()}"
-    return outcome.stage.name.lower()
+        async def fetch(need: RegionNeed) -> Image:
+            """Give up the turn while waiting; return ahead of new questions."""
+            turn.give_back()
+            try:
+                region = await fetch_region(need)
+            except RegionUnavailableError:
+                if need.cut:  # the model has to complete the first answer
+                    await turn.take(returning=True)
+                raise
+            await turn.take(returning=True)
+            return region
+
+        try:
+            await turn.take()
+            view = await lease.open()
+            on_start()
+            return await self._state.engine.answer(
+                view,
+                sources,
+                question,
+                fetch,
+                history=history,
+                places=places,
+                retransmit=options.retransmit,
+                eta=options.eta,
+                max_new_tokens=options.max_new_tokens,
+                stop=options.stop,
+                sampling=sampling_of(options),
+                tokens=options.tokens,
+                on_text=on_text,
+                key=f"{lease.name}:{question}",
+            )
+        finally:
+            turn.give_back()
+
+    async def answer_text(
+        self,
+        turn: ModelTurn,
+        question: str,
+        *,
+        history: History,
+        options: Options,
+        on_text: TextSink | None,
+        on_start: Callable[[], None],
+    ) -> Outcome:
+        """Answer a question without pictures; see `answer`."""
+        try:
+            await turn.take()
+            on_start()
+            return await self._state.engine.chat(
+                question,
+                history=history,
+                stop=options.stop,
+                sampling=sampling_of(options),
+                max_new_tokens=options.max_new_tokens,
+                tokens=options.tokens,
+                on_text=on_text,
+            )
+        finally:
+            turn.give_back()
+
+    def measure(self, outcome: Outcome, queued_s: float) -> str:
+        """Add an answered question's uncertainty, FLOPs and times to the metrics.
+
+        Returns:
+            the name of its outcome, for `count`.
+        """
+        work, metrics = outcome.work, self._state.metrics
+        metrics.uncertainty.observe(outcome.decision.value)
+        metrics.flops.inc(work.flops)
+        metrics.stage.labels("queue").observe(queued_s)
+        metrics.stage.labels("first").observe(work.first_s)
+        if outcome.need is not None:
+            metrics.stage.labels("region").observe(work.region_s)
+        if outcome.second is not None:
+            metrics.stage.labels("second").observe(work.second_s)
+        if outcome.fallback is not Fallback.NONE:
+            return f"fallback_{outcome.fallback.name.lower()}"
+        return outcome.stage.name.lower()
+
+    def count(self, outcome: str) -> None:
+        """Count a question that has ended, by the name of its outcome."""
+        self._state.metrics.questions.labels(outcome).inc()
+
+    def log_refusal(self, code: ErrorCode, **extra: object) -> None:
+        """Count a refusal by its code and log it.
+
+        Args:
+            extra: fields of the log line that name the question.
+        """
+        name = code.name.lower()
+        self._state.metrics.refusals.labels(name).inc()
+        log.info("question refused", extra={**extra, "code": name})

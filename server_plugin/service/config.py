@@ -1,4 +1,4 @@
-"""Settings of the service, with safe defaults: localhost, limits on, nothing open to browsers."""
+"""Settings of the service, with safe defaults: localhost, limits on, closed to other origins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlm_collab.web.access import Rules, checked_names, is_loopback
 ENDPOINT = "/v1/collab"
 DEFAULT_PORT = 8765
 MOST_QUESTION_BYTES = 2**20
-"""A view needs room in the same frame."""
+"""Largest `max_question_bytes`: the view has to fit into the same frame."""
 
 _OPTION = (
     '--{name} {value} (or, as `vllm serve`, with "{names}": ["{value}"] below "vlm_collab" in '
@@ -24,23 +24,23 @@ _OPTION = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
-    """Bounds on what all clients together may occupy.
+    """Bounds on what all clients together may use.
 
     Attributes:
         connection: bounds on one connection.
         max_connections: WebSockets open at once; further ones get HTTP 503.
-        max_questions: questions accepted and not yet ended, those waiting for a region included.
+        max_questions: questions accepted and not yet ended, including those that wait for a region.
         max_queue: questions waiting for the model; further ones get "busy, retry after".
         max_view_bytes: memory for views and what the model computed of them; the least recently
-            used go first.
-        max_sessions: sessions whose views are kept after their connection is gone.
-        session_ttl_s: how long they are kept.
-        max_newcomers: WebSockets that have not said `Hello` yet, beside the others; for one more,
-            the oldest goes.
-        max_per_address: connections of any kind from one address; None for 64, except from this
-            machine, where a proxy may stand; 0 for no bound, as behind a proxy elsewhere.
+            used are dropped first.
+        max_sessions: sessions whose views are kept after their connection has ended.
+        session_ttl_s: how long such views are kept.
+        max_newcomers: WebSockets that have not said `Hello` yet, not counted in `max_connections`;
+            a further one replaces the oldest.
+        max_per_address: connections of any kind from one address. None means 64, and no bound for
+            this machine, where a proxy may run; 0 means no bound, as behind a proxy elsewhere.
         hello_timeout_s: how long a new connection may stay silent.
-        write_timeout_s: how long a client may take nothing of what waits for it to read.
+        write_timeout_s: how long a client may leave everything that waits for it unread.
         question_timeout_s: longest time from accepting a question to its answer.
         region_deadline_s: longest wait for a region.
         shutdown_grace_s: how long a shutdown waits for questions in flight.
@@ -73,14 +73,14 @@ class ServiceLimits:
 
 
 def service_limits(*, max_question_bytes: int | None = None, **others: Any) -> ServiceLimits:
-    """Limits out of options.
+    """Make limits from options.
 
     Args:
         max_question_bytes: see `ServerLimits`; None leaves the default.
         others: fields of `ServiceLimits`.
 
     Raises:
-        ConfigError: one is impossible.
+        ConfigError: a value is out of range.
     """
     if max_question_bytes is None:
         return ServiceLimits(**others)
@@ -93,20 +93,20 @@ def service_limits(*, max_question_bytes: int | None = None, **others: Any) -> S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAiLimits:
-    """Bounds on the OpenAI-compatible endpoint, beside those of `ServiceLimits`.
+    """Bounds on the OpenAI-compatible endpoint, in addition to `ServiceLimits`.
 
     Attributes:
-        max_body_bytes: largest request; a picture takes 4/3 of its own bytes in it.
-        max_bodies_bytes: all requests that are being read or answered together; further ones are
+        max_body_bytes: largest request; base64 makes a picture 4/3 as large.
+        max_bodies_bytes: all requests together that are being read or answered; further ones are
             told to come back.
         max_picture_pixels: most pixels of a picture, width × height.
         max_decoding: pictures decoded at once, which bounds the memory that pixels take.
-        region_deadline_s: how long a response that asks for a region waits for it; so long, it
-            occupies its view's memory.
-        keep_s: how long a response can be continued (`previous_response_id`), and with it the
-            pictures of its conversation.
+        region_deadline_s: how long a response that asks for a region waits for it. Its view stays
+            in memory meanwhile.
+        keep_s: how long a response can be continued (`previous_response_id`); the pictures of its
+            conversation are kept with it.
         keep_answers_s: how long a response's text can be referred to (`item_reference`); each
-            reference begins it anew.
+            reference restarts the time.
         max_kept: responses kept, and texts of responses.
         max_kept_bytes: memory for the texts and encoded pictures of kept responses.
         max_answers_bytes: memory for the texts that can be referred to.
@@ -135,17 +135,17 @@ class ServiceConfig:
 
     Attributes:
         host, port: where it listens; port 0 takes a free one.
-        token: bearer token that every client must send; None lets everyone in who can connect,
-            which is refused on any address but loopback unless `allow_anonymous`.
-        more_tokens: these are as good as `token`.
-        allow_anonymous: listen beyond loopback without a token all the same.
+        token: bearer token that every client must send; None lets everyone in who can connect.
+            Then only loopback addresses are accepted unless `allow_anonymous`.
+        more_tokens: further valid tokens.
+        allow_anonymous: allow other addresses than loopback without a token.
         tls_cert, tls_key: PEM files; both or neither.
         origins: origins of browser pages that may connect, besides this server's own.
-        host_names: names by which clients may call it without a token, besides `host`, loopback's
-            and IP addresses.
-        codecs: image formats taken, best first.
-        region_codec, region_quality: how the edge is asked to encode regions; a client that
-            cannot encode it is asked for the best one that it can.
+        host_names: names by which clients without a token may address the server, besides `host`,
+            loopback's and IP addresses.
+        codecs: accepted image formats, best first.
+        region_codec, region_quality: how the edge is asked to encode regions. A client that does
+            not know the format is asked for the best of `codecs` that it knows.
         limits: see `ServiceLimits`.
         openai: see `OpenAiLimits`.
     """
@@ -172,7 +172,7 @@ class ServiceConfig:
             raise ConfigError(f"quality must be between 1 and 100, not {self.region_quality}")
         if self.token is not None and not self.token.strip():
             raise ConfigError("the token is empty")
-        # A header cannot carry them, so no client could ever send such a token.
+        # A header cannot carry such characters, so no client could ever send the token.
         if self.token is not None and (self.token != self.token.strip() or "\n" in self.token):
             raise ConfigError("the token must not begin or end with blanks, nor hold line breaks")
         checked_names(self.host_names)
@@ -183,8 +183,8 @@ class ServiceConfig:
                 raise ConfigError(f"no such TLS file: {file}")
         if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
-                f"listening on {self.host} without a token lets anyone in; "
-                "give --token-file or VLM_COLLAB_TOKEN, or --allow-anonymous to mean it"
+                f"listening on {self.host} without a token lets anyone in; give --token-file or "
+                "VLM_COLLAB_TOKEN, or --allow-anonymous if that is intended"
             )
 
     @property
@@ -194,7 +194,7 @@ class ServiceConfig:
 
     @property
     def rules(self) -> Rules:
-        """Whom the service lets in."""
+        """The access rules that follow from these settings."""
         return Rules(
             tokens=() if self.token is None else (self.token, *self.more_tokens),
             origins=self.origins,

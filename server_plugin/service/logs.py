@@ -1,6 +1,6 @@
 """Structured logs on stderr, as JSON objects or as lines for people.
 
-Questions, answers and pictures are never logged; what a line holds is named in `extra`.
+Questions, answers and pictures are never logged. The fields of a line are given as `extra`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vlm_collab.cli.quiet import is_for_users, restore_library_output
 from vlm_collab.web.log_throttle import LogThrottle
 
 REFUSED = "connection refused"
-"""Of a WebSocket that may not or cannot connect."""
+"""The log message for a WebSocket that may not or cannot connect."""
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -25,7 +25,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    """A value on a line of its own making: what a client sends cannot start another one."""
+    """A value that cannot break its line, whatever a client sent."""
     text = str(value)
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
@@ -61,7 +61,7 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     """Set up the process's logs. Called by the command line, never by the library.
 
     Args:
-        level: `debug`, `info`, `warning` or `error`. Only with `debug` do libraries give warnings.
+        level: `debug`, `info`, `warning` or `error`. Warnings of libraries show only with `debug`.
         json_lines: False for plain lines.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -74,8 +74,8 @@ def configure(level: str = "info", *, json_lines: bool = True) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # uvicorn's own handlers would print everything twice, and its access log adds nothing to
-    # the line that each question gets.
+    # uvicorn's own handlers would print everything twice. Its access log is not needed: each
+    # question has a line of its own.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

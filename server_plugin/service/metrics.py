@@ -1,4 +1,8 @@
-"""Prometheus metrics of one service, in a registry of its own."""
+"""Prometheus metrics of one service, in their own registry.
+
+FLOPs are counted by Eq. 17 of Song and Kim, *Collaborative Edge-to-Server Inference for
+Vision-Language Models* (2025, arXiv 2512.16349).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ UNCERTAINTY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.
 
 
 class Metrics:
-    """What the service counts. Units are in the names."""
+    """The service's counters and histograms. Units are in the names."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -61,20 +65,22 @@ class Metrics:
             registry=r,
         )
         self.flops = Counter(
-            "vlm_collab_decoder_flops", "Decoder FLOPs executed, by Eq. 17 of 003.", registry=r
+            "vlm_collab_decoder_flops",
+            "Decoder FLOPs executed, by Eq. 17 of Song and Kim (arXiv 2512.16349).",
+            registry=r,
         )
         self._info = Info("vlm_collab_model", "The model served.", registry=r)
 
     def model(self, name: str, version: str) -> None:
-        """Name what is served."""
+        """Publish the name of the model and the version of the server."""
         self._info.info({"model": name, "version": version})
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Publish a number that is read when scraped."""
+        """Publish a number that is read at each scrape."""
         Gauge(f"vlm_collab_{name}", text, registry=self.registry).set_function(value)
 
     def traffic(self, counter: ByteCounter, published: dict[tuple[str, str], int]) -> None:
-        """Publish what a connection sent and received since `published`, and update it."""
+        """Publish a connection's bytes since `published`, and update that."""
         for direction, kinds in counter.snapshot().items():
             for kind, size in kinds.items():
                 fresh = size - published.get((kind, direction), 0)
@@ -83,5 +89,5 @@ class Metrics:
                     published[kind, direction] = size
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

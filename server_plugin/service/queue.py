@@ -1,4 +1,4 @@
-"""Whose turn it is at the model: bounded, fair between sessions, second passes first."""
+"""The queue for the model: bounded, fair between sessions, second passes first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 
 LONGEST_WAIT_S = 60.0
-"""Most that a refused client is told to wait."""
+"""Longest wait that a refused client is told."""
 
 
 class QueueFullError(Exception):
-    """No room to wait; carries when to come back."""
+    """The queue is full.
+
+    Args:
+        retry_after_s: when to come back, in seconds.
+    """
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"retry after {retry_after_s:.1f} s")
@@ -21,14 +25,14 @@ class QueueFullError(Exception):
 class ModelQueue:
     """Hands out turns at the model.
 
-    Sessions take turns whatever number of questions each has waiting, so one client with many
-    does not hold up another with one. A question that comes back with its region goes before all
-    first passes: its view occupies memory and its user has waited longest. Such returns are not
-    bounded here; they were counted when their question was accepted.
+    Turns alternate between sessions, so a client with many questions does not hold up one with a
+    single question. A question that returns with its region goes before all first passes: its view
+    occupies memory, and its user has waited longest. Returning questions are not bounded here; they
+    were counted when they were accepted.
 
     Args:
-        turns: how many may be at the model at once.
-        max_waiting: first passes that may wait.
+        turns: how many questions may use the model at once.
+        max_waiting: most first passes that may wait.
     """
 
     def __init__(self, turns: int, max_waiting: int) -> None:
@@ -46,18 +50,18 @@ class ModelQueue:
         return len(self._returning) + sum(len(queue) for queue in self._waiting.values())
 
     def retry_after_s(self) -> float:
-        """When a refused client should come back: the time the present queue will take."""
+        """When a refused client should come back: the time that the present queue will take."""
         wait_s = self._turn_s * (self.waiting + 1) / self._turns
         return min(max(0.1, wait_s), LONGEST_WAIT_S)
 
-    def took(self, seconds: float) -> None:
-        """Learn from a turn that lasted so long."""
+    def record_duration(self, seconds: float) -> None:
+        """Take the duration of a turn into the mean that `retry_after_s` uses."""
         self._measured += 1
         self._turn_s += max(0.1, 1 / self._measured) * (seconds - self._turn_s)
 
-    def turn(self, session: Hashable) -> Turn:
-        """A turn to take and give back. Between sessions, turns alternate."""
-        return Turn(self, session)
+    def turn(self, session: Hashable) -> ModelTurn:
+        """A turn for one question of a session, not taken yet."""
+        return ModelTurn(self, session)
 
     async def _acquire(self, session: Hashable, returning: bool) -> None:
         if self._free and not self.waiting:
@@ -71,9 +75,9 @@ class ModelQueue:
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():  # the turn came as we were cancelled
+            if future.done() and not future.cancelled():  # handed out and cancelled at once
                 self._release()
-            elif future in queue:  # else a hand-out passed it over, cancelled as it was
+            elif future in queue:  # else `_hand_out` removed it already
                 queue.remove(future)
                 if not returning and not queue:
                     del self._waiting[session]
@@ -100,40 +104,40 @@ class ModelQueue:
         session, queue = self._waiting.popitem(last=False)
         future = queue.popleft()
         if queue:
-            self._waiting[session] = queue  # to the back: the next session's turn
+            self._waiting[session] = queue  # to the back: the next session comes first
         return future
 
 
-class Turn:
-    """One question's place at the model; it may be taken again after it was given back."""
+class ModelTurn:
+    """One question's right to use the model. It can be taken again after it was given back."""
 
     def __init__(self, queue: ModelQueue, session: Hashable) -> None:
         self._queue = queue
         self._session = session
         self._taken_at_s: float | None = None
         self.waited_s = 0.0
-        """Time spent waiting, in seconds, all turns together."""
+        """Time spent waiting, in seconds, summed over all takes."""
 
     async def take(self, *, returning: bool = False) -> None:
         """Wait for the turn.
 
         Args:
-            returning: the question already had its first pass.
+            returning: the question has had its first pass.
 
         Raises:
-            QueueFullError: as many first passes wait as may.
+            QueueFullError: `max_waiting` first passes wait already.
         """
         loop = asyncio.get_running_loop()
-        asked_s = loop.time()
+        start_s = loop.time()
         await self._queue._acquire(self._session, returning)
         self._taken_at_s = loop.time()
-        self.waited_s += self._taken_at_s - asked_s
+        self.waited_s += self._taken_at_s - start_s
 
     def give_back(self) -> None:
-        """Let the next one work. Safe to call when the turn is not held."""
+        """Hand the turn to the next question. Safe to call when it is not held."""
         if self._taken_at_s is None:
             return
-        took_s = asyncio.get_running_loop().time() - self._taken_at_s
+        duration_s = asyncio.get_running_loop().time() - self._taken_at_s
         self._taken_at_s = None
-        self._queue.took(took_s)
+        self._queue.record_duration(duration_s)
         self._queue._release()

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.websockets import WebSocket
 
+from server_plugin.service.asgi import HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
-from server_plugin.service.service import HEALTH, Service
 from vlm_collab.errors import ConfigError
 from vlm_collab.web import server as web
 from vlm_collab.web.connection_limits import ConnectionSlots

@@ -1,8 +1,8 @@
-"""What the service keeps of pictures: views by session, within a byte budget.
+"""Views kept for follow-up questions, by session and within a byte budget.
 
-A view stays for follow-up questions after its own is answered, and for a while after its
-connection is gone, so that a client that reconnects need not send it again. The least recently
-used view that no question is working on goes first.
+A view stays after its question is answered, and for a while after its connection has ended, so
+that a client that reconnects need not send it again. When the budget is full, the least recently
+used view that no question uses is dropped first.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from PIL.Image import Image
 from server_plugin.backends.base import Backend, View
 
 
-class ViewGoneLocallyError(Exception):
+class ViewNotHeldError(Exception):
     """The session has no view of that number (any more)."""
 
 
 class ViewsFullError(Exception):
-    """The views that questions are working on fill the budget."""
+    """The views in use by questions fill the budget."""
 
 
-Opener = Callable[[], Awaitable[Sequence[Image]]]
-"""Decodes the pictures of a view: one, or several that are asked about together."""
+DecodePictures = Callable[[], Awaitable[Sequence[Image]]]
+"""Decodes the pictures of a view: one, or several for a question about all of them."""
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class _ViewEntry:
     name: str
-    decode: Opener
+    decode: DecodePictures
     nbytes: int
     pictures: int = 1
     opening: asyncio.Task[View] | None = None
@@ -47,35 +47,35 @@ class ClientSession:
     """The views of one client, over as many connections as it takes.
 
     Attributes:
-        key: what the client comes back with; unguessable, since it opens the views.
-        connections: how many connections use it now.
-        left_at_s: loop time when the last one went.
+        key: with it, the client can come back; unguessable, since it gives access to the views.
+        connections: how many connections use the session now.
+        left_at_s: event loop time when the last connection ended.
     """
 
     key: bytes
     connections: int = 0
     left_at_s: float = 0.0
-    views: dict[int, _Entry] = field(default_factory=dict)
+    views: dict[int, _ViewEntry] = field(default_factory=dict)
 
 
 class Lease:
-    """One question's hold on a view. Made by `ViewStore.lease`; to be closed."""
+    """One question's hold on a view. Made by `ViewStore.lease`; has to be closed."""
 
     def __init__(
-        self, store: ViewStore, session: ClientSession, view_id: int, entry: _Entry
+        self, store: ViewStore, session: ClientSession, view_id: int, entry: _ViewEntry
     ) -> None:
         self._store = store
         self._session = session
         self._view_id = view_id
-        self._entry: _Entry | None = entry
+        self._entry: _ViewEntry | None = entry
         entry.users += 1
 
     async def open(self) -> View:
         """The view as the backend has it; computed when the first question needs it.
 
         Raises:
-            ViewsFullError: there is no room for it, even after all views that nobody holds went.
-            ImageError: opening it failed; so it does for whoever else holds it.
+            ViewsFullError: there is no room for it, even without the views that nobody holds.
+            ImageError: opening it failed, for all questions that hold it.
         """
         entry, store = self._entry, self._store
         assert entry is not None, "the lease is closed"
@@ -89,7 +89,7 @@ class Lease:
             if entry.opening.done() and _opened(entry) is None:
                 store._drop(self._session, self._view_id, only=entry)  # it will never open
             raise
-        store._book(entry, view)
+        store._set_size(entry, view)
         store._shrink()
         return view
 
@@ -100,14 +100,14 @@ class Lease:
         return self._entry.name
 
     def close(self) -> None:
-        """Let go. Safe to call twice."""
+        """Release the view. Safe to call twice."""
         entry, self._entry = self._entry, None
         if entry is None:
             return
         entry.users -= 1
         view = _opened(entry)
         if view is not None:
-            self._store._book(entry, view)
+            self._store._set_size(entry, view)
         if entry.dropped and not entry.users:
             self._store._forget(entry)
         self._store._shrink()
@@ -117,10 +117,10 @@ class ViewStore:
     """All sessions and their views.
 
     Args:
-        backend: where views live.
+        backend: opens and releases views.
         max_bytes: budget for all views together.
-        max_sessions: sessions kept without a connection.
-        ttl_s: how long they are kept.
+        max_sessions: most sessions kept without a connection.
+        ttl_s: how long they are kept, in seconds.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ViewStore:
         self._ttl_s = ttl_s
         self._sessions: dict[bytes, ClientSession] = {}
         # Least recently used first. Entries, not ids: two sessions may use the same numbers.
-        self._recent: OrderedDict[_Entry, tuple[ClientSession, int]] = OrderedDict()
+        self._recent: OrderedDict[_ViewEntry, tuple[ClientSession, int]] = OrderedDict()
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -147,14 +147,18 @@ class ViewStore:
 
     @property
     def full(self) -> bool:
-        """Whether the views that questions are working on fill the budget by themselves."""
+        """Whether the views in use by questions fill the budget."""
         return sum(entry.nbytes for entry in self._recent if entry.users) >= self._max_bytes
 
-    def _reserve(self, entry: _Entry) -> None:
-        """Make room for a view before it is computed; without this, every question that waits
-        for its region would hold one more, whatever the budget.
+    def _reserve(self, entry: _ViewEntry) -> None:
+        """Make room for a view before it is computed.
 
-        One view is always let in, or a budget below its size would answer nothing at all.
+        Without this, each question that waits for its region would hold one more view, whatever
+        the budget. The first view is always let in; otherwise a service whose budget is below one
+        view could answer nothing.
+
+        Raises:
+            ViewsFullError: there is no room.
         """
         needed = max(entry.nbytes, entry.pictures * self._backend.info.view_bytes)
         others = sum(one.nbytes for one in self._recent if one.users and one.opening is not None)
@@ -163,17 +167,17 @@ class ViewStore:
         entry.nbytes = needed
         self._shrink()
 
-    def _book(self, entry: _Entry, view: View) -> None:
-        """Account for what a view holds; while questions work on it, for what it may grow to."""
+    def _set_size(self, entry: _ViewEntry, view: View) -> None:
+        """Note the size of a view; while questions use it, the size that it may grow to."""
         expected = entry.pictures * self._backend.info.view_bytes if entry.users else 0
         entry.nbytes = max(view.nbytes, expected)
 
     def enter(self, resume: bytes) -> ClientSession:
-        """The session of a new connection: the one it names if it is still there, else a new one.
+        """The session of a new connection: the one it names if that is kept, else a new one.
 
-        A client that comes back often does so before the server noticed that its old connection
-        is dead, so a session may have several. Their view numbers do not meet: a client gives
-        each number once in a session.
+        A session may have several connections, because a client often comes back before the
+        server has noticed that its old connection is dead. Their view numbers do not clash: a
+        client gives each number once in a session.
         """
         self._expire()
         session = self._sessions.get(resume)
@@ -184,12 +188,12 @@ class ViewStore:
         return session
 
     def leave(self, session: ClientSession) -> None:
-        """A connection is gone; its views stay for a while."""
+        """A connection has ended; its views stay for a while."""
         loop = asyncio.get_running_loop()
         session.connections -= 1
         session.left_at_s = loop.time()
         self._expire()
-        loop.call_later(self._ttl_s + 0.01, self._expire)  # also when nobody else comes
+        loop.call_later(self._ttl_s + 0.01, self._expire)  # even if no client comes again
 
     def add(
         self,
@@ -197,22 +201,22 @@ class ViewStore:
         view_id: int,
         name: str,
         nbytes: int,
-        decode: Opener,
+        decode: DecodePictures,
         *,
         pictures: int = 1,
     ) -> None:
-        """Take a view; the model sees it when a question first uses it.
+        """Keep a view; it is decoded and computed when a question first uses it.
 
-        Returns at once, so that a follow-up question that arrives right behind finds it. A view
-        of the same number is replaced.
+        A view of the same number is replaced.
 
         Args:
             name: a digest of it.
-            nbytes: what it occupies until it is opened.
-            pictures: how many it is of.
+            nbytes: memory that it occupies until it is opened.
+            decode: decodes its pictures.
+            pictures: how many pictures it shows.
         """
         self._drop(session, view_id)
-        entry = _Entry(name, decode, nbytes, pictures)
+        entry = _ViewEntry(name, decode, nbytes, pictures)
         session.views[view_id] = entry
         self._recent[entry] = (session, view_id)
 
@@ -220,19 +224,19 @@ class ViewStore:
         """Hold a view: it is not dropped until the lease is closed.
 
         Raises:
-            ViewGoneLocallyError: the session has no such view of so many pictures.
+            ViewNotHeldError: the session has no such view with so many pictures.
         """
         entry = session.views.get(view_id)
         if entry is None or entry.pictures != pictures:
-            raise ViewGoneLocallyError
+            raise ViewNotHeldError
         self._recent.move_to_end(entry)
         return Lease(self, session, view_id, entry)
 
-    async def _open(self, entry: _Entry) -> View:
+    async def _open(self, entry: _ViewEntry) -> View:
         return await self._backend.open_view(*await entry.decode())
 
     async def close(self) -> None:
-        """Drop everything and wait until the backend has let go."""
+        """Drop all views and wait until the backend has released them."""
         for session in list(self._sessions.values()):
             for view_id in list(session.views):
                 self._drop(session, view_id)
@@ -262,18 +266,18 @@ class ViewStore:
             for view_id in list(session.views):
                 self._drop(session, view_id)
 
-    def _drop(self, session: ClientSession, view_id: int, only: _Entry | None = None) -> None:
+    def _drop(self, session: ClientSession, view_id: int, only: _ViewEntry | None = None) -> None:
         entry = session.views.get(view_id)
         if entry is None or (only is not None and entry is not only):
             return
         del session.views[view_id]
         entry.dropped = True
-        # While a question works on it, it occupies memory, and so it stays in the books: else a
-        # client that replaces its view again and again would hold any number of them.
+        # While a question uses it, it occupies memory and has to count: otherwise a client that
+        # replaces its view again and again could hold any number of views.
         if entry.users == 0:
             self._forget(entry)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: _ViewEntry) -> None:
         del self._recent[entry]
         opening = entry.opening
         if opening is None:
@@ -283,7 +287,7 @@ class ViewStore:
             try:
                 view = await opening
             except Exception:
-                return  # it never opened, so there is nothing to let go of
+                return  # it never opened, so there is nothing to release
             await self._backend.release(view)
 
         task = asyncio.create_task(release())
@@ -291,7 +295,7 @@ class ViewStore:
         task.add_done_callback(self._releases.discard)
 
 
-def _opened(entry: _Entry) -> View | None:
+def _opened(entry: _ViewEntry) -> View | None:
     """The view, if it has been opened."""
     opening = entry.opening
     if opening is None or not opening.done() or opening.cancelled() or opening.exception():

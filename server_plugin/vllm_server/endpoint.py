@@ -32,9 +32,9 @@ from server_plugin.backends.open import preset_of, with_options
 from server_plugin.backends.vllm.model import vllm_backend
 from server_plugin.backends.vllm.setup import check_revision
 from server_plugin.engines.assembly import engine_of
+from server_plugin.service.asgi import FAREWELL_S, HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, service_limits
 from server_plugin.service.logs import REFUSED
-from server_plugin.service.service import FAREWELL_S, HEALTH, Service
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.pictures.images import Codec
 from vlm_collab.web.access import is_loopback
@@ -106,7 +106,7 @@ class CollabEndpoint:
     def attach_router(self, app: Any) -> None:
         """Remember the application; its routes come with the service, in `init_state`."""
         self._app = app
-        for name in (*LIBRARIES, "server_plugin.service.service"):
+        for name in (*LIBRARIES, "server_plugin.service.asgi"):
             logging.getLogger(name).addFilter(_QUIET)
         inner = app.router.lifespan_context
 
@@ -210,7 +210,7 @@ def finish_before_shutdown(engine_client: Any, service: Service) -> None:
     shutdown, loop = engine_client.shutdown, asyncio.get_running_loop()
 
     def shut_down(timeout: float | None = None) -> None:
-        if service.draining or not loop.is_running() or _runs_here(loop):
+        if service.state.draining or not loop.is_running() or _runs_here(loop):
             # Questions have ended, or nobody could wait for them: vLLM cleans up at its end, or
             # after its engine's.
             shutdown(timeout=timeout)

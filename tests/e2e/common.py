@@ -17,8 +17,8 @@ from edge_client.client import EdgeClient
 from edge_client.picture import Picture
 from edge_client.retry import Retry
 from server_plugin.backends.fake import FakeBackend, Script, digest
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service
@@ -115,7 +115,7 @@ def slow(seconds: float) -> FakeBackend:
 async def settled(running_service: Service) -> None:
     """Wait until the service has no question in flight; fails if one stays."""
     async with asyncio.timeout(PATIENCE_S):
-        while running_service.questions or running_service.queue.waiting:
+        while running_service.state.questions or running_service.state.queue.waiting:
             await asyncio.sleep(0.005)
 
 

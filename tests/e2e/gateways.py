@@ -14,8 +14,8 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from edge_client.gateway import Gateway, GatewayConfig, GatewayLimits, running
 from edge_client.retry import Retry
 from server_plugin.backends.fake import FakeBackend
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running as serving
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Proxy
 from tests.support.wire import service, settled

@@ -39,7 +39,7 @@ async def test_a_conversation_about_the_same_pictures_sends_no_pixels():
         for others in (PHOTOS[:3], PHOTOS[1::-1], [PHOTOS[0]]):
             assert (await w.client.ask(others, SURE)).view_bytes > 0
         assert (await w.client.ask(PHOTOS[0], SURE)).view_bytes == 0
-        assert w.service.views.count == 4
+        assert w.service.state.views.count == 4
 
 
 @pytest.mark.parametrize("retransmit", [Retransmit.AUTO, Retransmit.ALWAYS])
@@ -53,7 +53,7 @@ async def test_a_picture_no_larger_than_the_view_is_sent_once(size, retransmit):
         assert (answer.stage, answer.fallback) == (Stage.FIRST, Fallback.NO_DETAIL)
         assert (answer.region, answer.region_bytes, answer.box) == (None, 0, None)
         assert 0 < answer.view_bytes < answer.bytes_up < answer.view_bytes + 150
-        metrics = w.service.metrics.questions.labels("fallback_no_detail")
+        metrics = w.service.state.metrics.questions.labels("fallback_no_detail")
         assert metrics._value.get() == 1
         # The larger version gets a second stage as usual.
         assert (await w.client.ask(PHOTOS[0], UNSURE)).stage is Stage.SECOND
@@ -69,7 +69,7 @@ async def test_pictures_that_are_open_already():
 async def test_views_are_sent_again_after_the_server_lost_them():
     async with world() as w:
         await w.client.ask(PHOTOS, SURE)
-        store = w.service.views
+        store = w.service.state.views
         for session, view_id in list(store._recent.values()):
             store._drop(session, view_id)
         answer = await w.client.ask(PHOTOS, SURE)

@@ -13,8 +13,8 @@ from starlette.applications import Starlette
 from websockets.exceptions import ConnectionClosed
 
 from server_plugin.backends.fake import FakeBackend, Script
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running as serving
-from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, region_digest, view_digest
 from tests.e2e.gateways import MODEL, data_url, deployed, gateway, item, running, said, sdk
 from tests.edge_client.scripted import Peer, scripted
@@ -454,7 +454,7 @@ class WithoutApi(Service):
 
 async def test_a_server_that_has_no_other_api_takes_questions_about_pictures_only():
     ordinary = service()
-    old = WithoutApi(ordinary.engine, ordinary.config)
+    old = WithoutApi(ordinary.state.engine, ordinary.config)
     async with serving(old) as url, running(gateway(url)) as base, sdk(base) as client:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError, match="send one along") as caught:

@@ -19,9 +19,9 @@ from starlette.routing import Route
 
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.engines.two_stage import Engine
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running as serving
-from server_plugin.service.service import Service
 from tests.e2e.gateways import MODEL, gateway, running, sdk
 from tests.support.patience import PATIENCE_S
 from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy

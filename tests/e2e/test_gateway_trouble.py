@@ -177,7 +177,7 @@ async def test_a_client_that_leaves_takes_its_question_along(api: str):
         asked = asyncio.create_task(here.http.post(path, json=body))
         await here.proxy.until_passed(Ask)
         async with asyncio.timeout(PATIENCE_S):
-            while not here.service.questions:
+            while not here.service.state.questions:
                 await asyncio.sleep(0.005)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)

@@ -322,7 +322,7 @@ async def test_views_that_the_server_kept_are_not_sent_again():
             check(answer, picture, UNSURE)
             assert answer.view_bytes == 0
         assert w.proxy.connections == 2
-        assert w.service.views.count == 3
+        assert w.service.state.views.count == 3
 
 
 async def test_views_of_a_forgotten_session_are_sent_again():
@@ -365,7 +365,7 @@ async def test_a_graceful_stop_between_the_stages_leaves_the_first_answer():
             asking_ = asyncio.create_task(client.ask(PHOTO, UNSURE))
             await rule.fired.wait()
             proxy.retarget(second)
-            first.draining = True
+            first.state.draining = True
             draining = asyncio.create_task(first.drain())
             answer = await asking_
             assert answer.fallback is Fallback.OVERLOAD

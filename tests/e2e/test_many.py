@@ -75,7 +75,7 @@ async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_cros
             ]
             assert sum(sent) == len(pictures)
         assert w.proxy.connections == len(clients)
-        assert w.service.views.count == len(clients) * len(pictures)
+        assert w.service.state.views.count == len(clients) * len(pictures)
         await asyncio.gather(*(client.close() for client in clients[1:]))
 
 

@@ -279,7 +279,7 @@ async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is
 
             first = await answered()
             async with asyncio.timeout(PATIENCE_S):
-                while here.service.openai.memory.count:
+                while here.service.openai.responses.count:
                     await asyncio.sleep(0.01)
             second = await answered()
             assert await status(first) == 200  # so it is the most recently used now

@@ -24,9 +24,9 @@ from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.models.presets import preset_named
 from server_plugin.service import connection
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.eval.test_harness_run import Changed
 from tests.support.pictures import saved
 from vlm_collab.errors import ConfigError, LinkError

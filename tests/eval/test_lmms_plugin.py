@@ -27,9 +27,9 @@ from eval.runs.methods.method import SampleError
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service import connection
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import AuthenticationError, CollabError, ConfigError
 from vlm_collab.method.policy import Aggregate, Metric

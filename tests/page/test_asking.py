@@ -15,9 +15,9 @@ from eval.cli.demo import PICTURES
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import open_model
 from server_plugin.cli.serve import engine_of
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support import page_cases
 from tests.support.browser import Visitor, visiting

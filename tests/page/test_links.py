@@ -15,9 +15,9 @@ from playwright.async_api import Browser
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.engines.two_stage import Engine
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, launched, page_of, visiting
 from tests.support.patience import PATIENCE_S
@@ -145,7 +145,7 @@ async def test_a_view_that_is_gone_is_sent_again(visitor: Visitor):
         await visitor.open(url)
         await visitor.choose(PHOTO)
         await visitor.ask(SURE, "sure")
-        for client in list(mine.views._sessions.values()):
+        for client in list(mine.state.views._sessions.values()):
             client.views.clear()
         await visitor.ask("and now?", "sure")
         assert [ask.view is None for ask in visitor.sent(Ask)] == [False, True, False]

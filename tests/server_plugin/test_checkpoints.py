@@ -29,9 +29,9 @@ from server_plugin.backends.transformers.adapters import checkpoint as checkpoin
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.engines.assembly import engine_of
 from server_plugin.models.presets import preset_named
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.oracle import picture
 from tests.support.patience import PATIENCE_S
 from tests.support.process import SERVE

@@ -1,4 +1,4 @@
-"""Conversations, several pictures, none, and drawn answers: plain transformers as the oracle."""
+"""Conversations, several pictures, none, and sampled answers, compared with Transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Pair = tuple[TransformersBackend, Oracle]
 
 
 class Talk(Oracle):
-    """Asked about any number of pictures, in the checkpoint's chat form."""
+    """The oracle for any number of pictures, in the checkpoint's chat form."""
 
     history: tuple[tuple[str, str], ...] = ()
 
@@ -226,7 +226,7 @@ async def test_instructblip_with_several_pictures(tmp_path):
     await backend.close()
 
 
-# ---- drawing tokens -----------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------
 
 
 async def test_a_seed_makes_a_drawn_answer_the_same_again(llava):
@@ -285,7 +285,7 @@ def test_top_p_keeps_the_smallest_set_that_is_likely_enough(top_p, kept):
     assert drawn == kept
 
 
-def test_greedy_is_the_first_of_the_likeliest():
+def test_greedy_takes_the_first_of_equally_likely_tokens():
     assert Chooser(Sampling()).choose(np.array([1.0, 3.0, 3.0])) == 1
     assert surprisal(np.array([0.0, 0.0]), 1) == pytest.approx(1.0)
 

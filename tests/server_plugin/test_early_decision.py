@@ -1,4 +1,4 @@
-"""Early decision over the scripted backend: what is generated, what is decided, what is owed."""
+"""Early decision with the scripted backend: tokens generated, decisions, completed answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def threshold(how: Aggregate = Aggregate.FIRST_K, **more) -> ThresholdPolicy:
 
 @dataclass(slots=True, eq=False)
 class Recording(FakeBackend):
-    """Keeps every first answer that it generated; may break while it makes the second of them."""
+    """Keeps each first answer that it generates; can fail while it generates the second."""
 
     firsts: list[Generation] = field(default_factory=list)
     fail_again: bool = False
@@ -94,7 +94,7 @@ def lengths(backend: Recording) -> list[int]:
         (threshold(), 5),
         (threshold(k=3), 3),
         (threshold(Aggregate.FIRST), 1),
-        (threshold(Aggregate.FULL), 8),  # seven words and the end
+        (threshold(Aggregate.FULL), 8),  # seven words and the end token
         (threshold(k=7), 7),
         (threshold(k=8), 8),
         (threshold(k=50), 8),
@@ -112,7 +112,7 @@ async def test_an_unsure_answer_stops_once_that_is_known(policy, tokens):
     assert need.cut is (tokens < 8)
     words = " ".join(FIRST.split()[:tokens])
     assert need.first == (words + CUT_MARK if need.cut else FIRST)
-    # All the rest is as if the answer had been generated to its end.
+    # Everything else is as if the answer had been generated to its end.
     assert (full_need.first, full_need.cut) == (FIRST, False)
     assert outcome.decision == reference.decision
     assert need.uncertainty == full_need.uncertainty
@@ -156,7 +156,7 @@ async def test_the_question_s_own_options_decide(bits, options, tokens):
 @pytest.mark.parametrize("include_end", [True, False])
 @pytest.mark.parametrize("words", range(1, 9))
 async def test_answers_around_k_are_decided_as_whole_ones(words, include_end):
-    """Whether the end falls before, on or behind the k-th token."""
+    """The end token may be before, at or after the k-th token."""
     policy = threshold(k=4, include_end=include_end)
     first = " ".join(FIRST.split()[:words])
     early, (need,) = await ask(scripted(first=first), policy)
@@ -239,7 +239,7 @@ async def test_an_answer_that_cannot_be_completed_says_that_it_is_cut(caplog):
 
 
 async def test_the_completion_is_not_streamed():
-    """The texts of the first pass came already, and grew only."""
+    """The client has the text of the first pass already."""
     seen = []
     await ask(
         scripted(),
@@ -255,7 +255,7 @@ async def test_the_completion_is_not_streamed():
 
 @pytest.mark.parametrize("how", [Aggregate.FIRST_K, Aggregate.FIRST])
 async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp_path):
-    """Real answers; each once with a second pass, and once completed without."""
+    """Real answers, each once with a second pass and once completed without it."""
     folder = save_tiny_llava(tmp_path)
     preset = preset_named("demo").with_overrides(layer=1)
     backend = TransformersBackend.load(str(folder), preset, device="cpu")

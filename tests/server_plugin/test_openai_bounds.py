@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.openai.uploads import Original, Workshop
+from server_plugin.service.openai.uploads import DecodingPool, UploadedPicture
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -40,7 +40,7 @@ from vlm_collab.protocol.messages import Answer
 from vlm_collab.web import http_protocol as connections
 
 SLOW = 30.0
-"""Longer than any test: what takes so long must have been cancelled."""
+"""Longer than any test: work of this duration has to be cancelled."""
 
 
 def slow_backend(delay_s: float = SLOW) -> FakeBackend:
@@ -72,7 +72,7 @@ NOTHING_ASKED = [
 
 @pytest.mark.parametrize("sent", NOTHING_ASKED)
 async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatch):
-    """Each takes one of the places for all connections, and needs no token for it."""
+    """Each would hold a connection slot, for which it needs no token."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(token="right")) as url:
         parts = urlsplit(url)
@@ -159,7 +159,7 @@ BASE = {"messages": [message(SURE)], "input": [said(SURE)], "model": "fake"}
 
 
 def test_no_request_makes_the_server_fail():
-    """Whatever is asked ends with an answer, or with an error that the client could avoid."""
+    """Each request gets an answer, or an error that the client could avoid."""
     running_service = service()
     with served(running_service) as url, httpx.Client(base_url=http(url)) as web:
 
@@ -173,7 +173,7 @@ def test_no_request_makes_the_server_fail():
                     refused_well(answer, request)
 
         asked()
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 # ---- sizes and times -------------------------------------------------------------------------
@@ -204,7 +204,7 @@ async def test_requests_together_are_bounded():
     )
     async with running(running_service) as url, client_of(url) as one, client_of(url) as other:
         waiting = [asyncio.create_task(ask(one)) for _ in range(2)]  # of 42 kB each
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         with pytest.raises(openai.RateLimitError) as caught:
             await ask(other)
         assert caught.value.response.headers["Retry-After"] == "1"
@@ -223,7 +223,7 @@ async def test_a_request_that_does_not_arrive_is_given_up():
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
         )
         async with asyncio.timeout(PATIENCE_S):
-            answer = await reader.read()  # the connection is of no more use, and closed
+            answer = await reader.read()  # the server closes the connection
         writer.close()
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
@@ -270,7 +270,7 @@ async def test_a_full_queue_says_when_to_come_back():
     running_service = service(slow_backend(), limits={"max_queue": 1})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
-        await until(lambda: running_service.queue.waiting == 1)
+        await until(lambda: running_service.state.queue.waiting == 1)
         for asked in (
             ask(client),
             ask(client, stream=True),
@@ -289,7 +289,7 @@ async def test_questions_in_flight_are_bounded():
     running_service = service(slow_backend(), limits={"max_questions": 2})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         with pytest.raises(openai.RateLimitError):
             await ask(client)
         for task in waiting:
@@ -315,7 +315,7 @@ def test_limits_must_be_positive():
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("api", ["chat", "responses"])
-async def test_a_client_that_leaves_takes_its_question_along(api, stream):
+async def test_the_question_of_a_client_that_leaves_ends(api, stream):
     running_service = service(slow_backend())
     async with asking(running_service) as client:
         if api == "chat":
@@ -335,15 +335,15 @@ async def test_a_client_that_leaves_takes_its_question_along(api, stream):
 
         reading = [asyncio.create_task(read())]
         reading += [asyncio.create_task(ask(client)) for _ in range(3)]  # these wait their turn
-        await until(lambda: running_service.queue.waiting == 3)
+        await until(lambda: running_service.state.queue.waiting == 3)
         for task in reading:
             task.cancel()
         await settled(running_service)
         await until(lambda: running_service.openai.bodies.nbytes == 0)
-    assert 'outcome="lost"} 4.0' in running_service.metrics.text().decode()
+    assert 'outcome="lost"} 4.0' in running_service.state.metrics.text().decode()
 
 
-async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along():
+async def test_the_question_of_a_client_that_leaves_in_the_second_pass_ends():
     second_pass = asyncio.Event()
 
     def play(question, view, region):
@@ -368,12 +368,12 @@ async def test_a_client_that_leaves_in_the_second_pass_takes_its_question_along(
             leaving.cancel()
             await until(lambda: not backend._turn.locked())
         await settled(running_service)
-        assert running_service.openai.memory.count == 0
+        assert running_service.openai.responses.count == 0
 
 
-async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_its_place():
-    """Or clients that come and go could have any number of pictures decoded at once."""
-    workshop = Workshop(OpenAiLimits(max_decoding=1))
+async def test_a_client_that_leaves_while_its_picture_is_decoded_frees_no_thread():
+    """Otherwise clients that come and go could have any number decoded at once."""
+    pool = DecodingPool(OpenAiLimits(max_decoding=1))
     at_work, done = threading.Event(), threading.Event()
 
     def work() -> str:
@@ -381,22 +381,22 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_does_not_free_i
         done.wait(PATIENCE_S)
         return "done"
 
-    leaving = asyncio.create_task(workshop.run(work))
+    leaving = asyncio.create_task(pool.run(work))
     await asyncio.to_thread(at_work.wait, 10)
     leaving.cancel()
-    following = asyncio.create_task(workshop.run(lambda: "next"))
+    following = asyncio.create_task(pool.run(lambda: "next"))
     await asyncio.sleep(0.02)
     assert not following.done()
     done.set()
     assert await following == "next"
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    workshop.close()
+    pool.close()
 
 
 async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monkeypatch):
     at_once, most, lock, loop_thread = 0, 0, threading.Lock(), threading.get_ident()
-    view = Original.view
+    view = UploadedPicture.view
 
     def watched(self, *how):
         nonlocal at_once, most
@@ -410,7 +410,7 @@ async def test_pictures_are_decoded_a_few_at_a_time_and_off_the_event_loop(monke
             with lock:
                 at_once -= 1
 
-    monkeypatch.setattr(Original, "view", watched)
+    monkeypatch.setattr(UploadedPicture, "view", watched)
     async with asking(service(openai=OpenAiLimits(max_decoding=2))) as client:
         pictures = [png(photo(400 + i, 300)) for i in range(8)]
         await asyncio.gather(*(ask(client, SURE, one) for one in pictures))
@@ -424,7 +424,7 @@ async def test_ten_clients_at_once_do_not_mix_their_answers():
     backend = FakeBackend()
     async with running(service(backend)) as url, AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client_of(url, f"key {i}")) for i in range(10)]
-        # Two and two share a picture, so that they share what can be shared.
+        # Two clients each send the same picture, and so share all that tenants may share.
         pictures = [png(photo(300 + i // 2, 200)) for i in range(10)]
 
         async def whole(i: int, n: int) -> None:
@@ -454,12 +454,12 @@ async def test_ten_clients_at_once_do_not_mix_their_answers():
         await asyncio.gather(
             *(ask(i, n) for ask in (whole, remote) for i in range(10) for n in range(3))
         )
-        # Of one tenant's picture there is one view, however often it was sent.
+        # Each tenant's picture has one view, however often it was sent.
         assert len(backend.views) == 10
 
 
 class Gated(FakeBackend):
-    """Notes who is answered, and answers nobody while its gate is shut."""
+    """Records the order of questions, and answers none until its gate opens."""
 
     def __init__(self) -> None:
         super().__init__(play=lambda question, *_: Script(question, "", 0.01))
@@ -477,23 +477,23 @@ async def test_a_websocket_client_does_not_wait_behind_all_questions_of_an_http_
     running_service = service(backend)
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
         many = [asyncio.create_task(ask(client, f"http {i}")) for i in range(9)]
-        await until(lambda: running_service.queue.waiting == 8)
+        await until(lambda: running_service.state.queue.waiting == 8)
         await other.ask("websocket", picture())
-        await until(lambda: running_service.queue.waiting == 9)
+        await until(lambda: running_service.state.queue.waiting == 9)
         backend.gate.set()
         assert isinstance(await other.next(), Answer)
         await asyncio.gather(*many)
     assert backend.order.index("websocket") <= 2
 
 
-async def test_connections_of_one_http_client_are_one_session_at_the_queue():
+async def test_connections_of_one_http_client_share_one_session_in_the_queue():
     backend = Gated()
     running_service = service(backend)
     async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
         asked = [asyncio.create_task(ask(a, f"many {i}")) for i in range(9)]
-        await until(lambda: running_service.queue.waiting == 8)
+        await until(lambda: running_service.state.queue.waiting == 8)
         asked += [asyncio.create_task(ask(b, f"few {i}")) for i in range(2)]
-        await until(lambda: running_service.queue.waiting == 10)
+        await until(lambda: running_service.state.queue.waiting == 10)
         backend.gate.set()
         await asyncio.gather(*asked)
     assert backend.order[:5].count("few") == 2
@@ -502,7 +502,7 @@ async def test_connections_of_one_http_client_are_one_session_at_the_queue():
 @pytest.mark.parametrize(
     "limits", [{"max_questions": 6}, {"max_view_bytes": 6 * DEFAULT_INFO.view_bytes}]
 )
-async def test_clients_that_do_not_come_back_leave_room_for_others(limits):
+async def test_clients_that_do_not_return_leave_room_for_others(limits):
     running_service = service(limits=limits)
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
         asked = {"model": "fake", "tools": [TOOL]}
@@ -530,9 +530,9 @@ async def test_a_shutdown_finishes_what_is_in_flight():
     running_service = service(slow_backend(0.2))
     async with running(running_service) as url, client_of(url) as client:
         asked = asyncio.create_task(ask(client, "small"))
-        await until(lambda: running_service.questions == 1)
+        await until(lambda: running_service.state.questions == 1)
         draining = asyncio.create_task(running_service.drain())
-        await until(lambda: running_service.draining)
+        await until(lambda: running_service.state.draining)
         with pytest.raises(openai.InternalServerError) as caught:
             await ask(client)
         assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
@@ -548,9 +548,9 @@ async def test_a_shutdown_that_cannot_wait_gives_first_answers_or_reasons():
     running_service = service(FakeBackend(play=play))
     async with running(running_service) as url, client_of(url) as client:
         second = asyncio.create_task(ask(client, "second pass"))
-        await until(lambda: running_service.metrics.retransmissions._value.get() == 1)
+        await until(lambda: running_service.state.metrics.retransmissions._value.get() == 1)
         first = asyncio.create_task(ask(client, "never"))
-        await until(lambda: running_service.questions == 2)
+        await until(lambda: running_service.state.questions == 2)
         await running_service.drain(grace_s=0.05)
         assert await second == "one"
         with pytest.raises(openai.InternalServerError, match="shutting down"):
@@ -564,7 +564,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
             model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)]
         )
         draining = asyncio.create_task(running_service.drain())
-        await until(lambda: running_service.draining)
+        await until(lambda: running_service.state.draining)
         answer = await client.responses.create(
             model="fake",
             previous_response_id=response.id,
@@ -575,13 +575,13 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
 
 
 async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(monkeypatch):
-    monkeypatch.setattr("server_plugin.service.service.FAREWELL_S", 0.1)
+    monkeypatch.setattr("server_plugin.service.asgi.FAREWELL_S", 0.1)
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])
         async with asyncio.timeout(PATIENCE_S):
             await running_service.drain()
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 # ---- mounted elsewhere -----------------------------------------------------------------------

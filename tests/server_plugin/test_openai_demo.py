@@ -9,8 +9,8 @@ from typing import Any
 from eval.cli.demo import PICTURES, cases
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
-from server_plugin.service.service import Service
 from tests.support.openai_client import asking, message, said
 
 

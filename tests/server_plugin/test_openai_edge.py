@@ -54,7 +54,7 @@ async def bring(client, response, *outputs, **options):
     return await client.responses.create(input=list(outputs), **options)
 
 
-async def test_a_client_is_not_asked_for_what_it_sent_already():
+async def test_a_client_is_not_asked_for_pixels_that_it_sent_already():
     small = png(photo(*DEFAULT_INFO.view))
     async with asking(service()) as client:
         made = await client.responses.create(input=[said(UNSURE, small)], **MODEL_AND_TOOL)
@@ -63,7 +63,7 @@ async def test_a_client_is_not_asked_for_what_it_sent_already():
 
 
 def cut(call) -> tuple[bytes, Box]:
-    """What a client cuts from its original, and where."""
+    """The crop that a client cuts from its original, and its box."""
     where = json.loads(call.arguments)
     left, top = where["left"] * ORIGINAL.width, where["top"] * ORIGINAL.height
     right, bottom = left + where["width"] * ORIGINAL.width, top + where["height"] * ORIGINAL.height
@@ -98,8 +98,8 @@ async def test_a_crop_comes_back_and_refines_the_answer():
         assert len(backend.views) == 1  # the view was not sent again
 
 
-async def test_a_program_that_sends_all_of_the_conversation_back_is_an_edge_as_well():
-    """As the Vercel AI SDK does with tools: the call's own id names the response."""
+async def test_a_program_that_sends_the_whole_conversation_again_can_be_an_edge():
+    """As the Vercel AI SDK does with tools. The call's id names the response."""
     async with asking(service()) as client:
         response, call = await unsure(client)
         crop, _ = cut(call)
@@ -131,7 +131,7 @@ async def test_a_program_that_sends_all_of_the_conversation_back_is_an_edge_as_w
 
 
 def name(crop: bytes) -> str:
-    """What the fake calls a region that came as small as it was asked for."""
+    """The fake's name for a region of the requested size."""
     whole = SourceImage.open(crop)
     assert max(whole.size) <= 112
     return digest(whole.region(Box(0, 0, *whole.size), whole.size))
@@ -239,7 +239,7 @@ async def test_follow_up_questions_send_no_picture():
         assert list(cut(call)[1]) == follow.vlm_collab["region"]["box"]  # its size is remembered
         last = await bring(client, follow, output(call, cut(call)[0]))
         assert last.output_text.startswith(f"second {view_name(VIEW)}")
-        assert "small?" in last.output_text  # and so is what was said
+        assert "small?" in last.output_text  # and so is the conversation
         assert len(backend.views) == 1
         # Without the tool nobody can cut: the original is not here.
         bare = await client.responses.create(
@@ -260,7 +260,7 @@ async def test_a_view_of_another_aspect_shows_all_of_its_source():
             assert answer.output_text.endswith(f"{name(crop)} {UNSURE}")
 
 
-async def test_sizes_beyond_all_measure_harm_nobody():
+async def test_absurd_sizes_are_harmless():
     backend = FakeBackend(info=replace(DEFAULT_INFO, fit=Fit.CROP))
     async with asking(service(backend)) as client:
         for size in ([2**20, 300], [300, 2**20], [2**20, 2**20]):
@@ -273,7 +273,7 @@ async def test_sizes_beyond_all_measure_harm_nobody():
             assert answer.output_text.startswith("second")
 
 
-# ---- what goes wrong between them ------------------------------------------------------------
+# ---- failures between the two requests -------------------------------------------------------
 
 
 async def test_a_client_that_never_returns_costs_nothing_after_the_deadline():
@@ -283,18 +283,18 @@ async def test_a_client_that_never_returns_costs_nothing_after_the_deadline():
     )
     async with asking(running_service) as client:
         response, call = await unsure(client)
-        assert running_service.questions == 1
-        assert running_service.openai.memory.count == 1
+        assert running_service.state.questions == 1
+        assert running_service.openai.responses.count == 1
         await settled(running_service)
         async with asyncio.timeout(PATIENCE_S):
             while backend.views:
                 await asyncio.sleep(0.005)
-        memory = running_service.openai.memory
+        memory = running_service.openai.responses
         assert (memory.count, memory.nbytes) == (0, 0)
         with pytest.raises(openai.NotFoundError, match="ask again with the picture") as caught:
             await bring(client, response, output(call, cut(call)[0]))
         assert caught.value.param == "previous_response_id"
-        assert 'outcome="fallback_deadline"} 1.0' in running_service.metrics.text().decode()
+        assert 'outcome="fallback_deadline"} 1.0' in running_service.state.metrics.text().decode()
 
 
 async def test_an_output_is_used_once():
@@ -330,8 +330,8 @@ async def test_the_deadline_stands_still_while_a_crop_is_read_and_goes_on_after_
         response, call = await unsure(client)
         with pytest.raises(openai.BadRequestError):
             await bring(client, response, output(call, b"no picture"))
-        await settled(running_service)  # it ran out all the same
-        assert running_service.openai.memory.count == 0
+        await settled(running_service)  # the deadline passed all the same
+        assert running_service.openai.responses.count == 0
 
 
 async def test_only_its_own_key_can_bring_the_crop():
@@ -374,7 +374,7 @@ async def test_a_question_that_is_not_stored_can_be_finished_and_no_more():
         response, call = await unsure(client, store=False)
         answer = await bring(client, response, output(call, cut(call)[0]), store=False)
         assert answer.output_text.startswith("second")
-        assert running_service.openai.memory.count == 0
+        assert running_service.openai.responses.count == 0
 
 
 async def test_a_call_can_be_deleted_which_ends_its_question():
@@ -383,4 +383,4 @@ async def test_a_call_can_be_deleted_which_ends_its_question():
         response, _ = await unsure(client)
         await client.responses.delete(response.id)
         await settled(running_service)
-        assert running_service.openai.memory.nbytes == 0
+        assert running_service.openai.responses.nbytes == 0

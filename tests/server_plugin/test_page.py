@@ -40,7 +40,7 @@ async def test_every_file_is_served_with_its_type_and_the_headers():
             assert {name: response.headers[name] for name in HEADERS} == dict(HEADERS)
 
 
-async def test_what_has_not_changed_is_not_sent_again():
+async def test_an_unchanged_file_is_not_sent_again():
     async with running(service()) as url, httpx.AsyncClient() as web:
         first = await web.get(http(url) + "/page/main.js")
         tag = {"If-None-Match": first.headers["etag"]}
@@ -73,7 +73,7 @@ async def test_a_page_carries_its_token_as_a_subprotocol():
     async with running(service(token="s3cret")) as url:
         for offered in ([SUBPROTOCOL, RIGHT], [RIGHT, SUBPROTOCOL]):
             async with edge(url, subprotocols=offered) as client:
-                assert client.websocket.subprotocol == SUBPROTOCOL  # and nothing of the token
+                assert client.websocket.subprotocol == SUBPROTOCOL  # without the token
                 await client.ask(SURE, picture())
                 assert isinstance(await client.next(), Answer)
 
@@ -126,14 +126,14 @@ async def test_the_page_learns_why_it_may_not_connect():
         assert (response.status_code, response.content) == (204, b"")
         assert response.headers["cache-control"] == "no-store"
         assert response.headers["access-control-allow-origin"] == "https://camera.example"
-        mine.draining = True
+        mine.state.draining = True
         response = await web.post(where, headers=bearer)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
 async def test_a_rebound_name_may_not_connect_unless_it_has_the_token():
-    """A name of a stranger's that was made to point at this machine: its page and this server
-    seem to be of one origin, but only who was told the token knows it."""
+    """DNS rebinding: a stranger's name points at this machine, so that the stranger's page and
+    this server seem to have one origin. The stranger does not know the token."""
     async with running(service()) as url:
         port = urlsplit(url).port
         named = {"origin": f"http://rebound.example:{port}", "host": "127.0.0.1", "port": port}

@@ -1,4 +1,4 @@
-"""Texts of users that quote special tokens and role words are plain text, wherever they stand."""
+"""Special tokens and role words in a user's text stay plain text, wherever they are."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = " abcdeUSER:\n<image|im_start>/pad?é"
 
 
 def llama(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama's make, with its two ways to begin a text with a space."""
+    """A tokenizer like Llama's. `kind` is one of its two ways to begin a text with a space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *WORDS]
     merges = [("▁", "U"), ("▁U", "S"), ("a", "b"), ("▁", "a"), ("▁", "▁"), ("\n", "a"), ("?", "▁U")]
     pieces += ["".join(merge) for merge in merges]
@@ -57,14 +57,14 @@ def llama(kind: str) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    # One that takes the spaces beside it along.
+    # `<mask>` absorbs the spaces beside it.
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
     tokenizer.add_tokens([AddedToken("<mask>", special=True, lstrip=True, rstrip=True)])
     return tokenizer
 
 
-def begun_outside() -> PreTrainedTokenizerFast:
-    """One whose first token is an added one, behind the words of its model."""
+def with_added_start() -> PreTrainedTokenizerFast:
+    """A tokenizer whose first token is an added one, with an id after the model's vocabulary."""
     tokenizer = llama("first")
     tokenizer.add_tokens([AddedToken("<start>", special=True)])
     start = tokenizer.convert_tokens_to_ids("<start>")
@@ -132,7 +132,7 @@ def builders(folders: dict[str, Path]) -> dict[str, tuple[Any, Any]]:
     tiny = AutoTokenizer.from_pretrained(folders["llava-1.5"])
     demo = AutoTokenizer.from_pretrained("server_plugin/demo_model")
     qwen = AutoTokenizer.from_pretrained(folders["qwen2.5-vl"])
-    first, prepended, outside = llama("first"), llama("prepended"), begun_outside()
+    first, prepended, outside = llama("first"), llama("prepended"), with_added_start()
     vicuna = AutoTokenizer.from_pretrained(folders["instructblip"])
     qformer = AutoTokenizer.from_pretrained(folders["instructblip"] / "qformer_tokenizer")
     return {
@@ -160,7 +160,7 @@ questions = texts.filter(str.strip)
 
 
 def reserved(tokenizer: Any, ids: Any) -> list[int]:
-    # A letter that the vocabulary lacks is the unknown token, which forges nothing.
+    # A letter that the vocabulary lacks becomes the unknown token, which is harmless.
     kept = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     return [token for token in ids if token in kept]
 
@@ -178,14 +178,14 @@ def test_no_text_of_a_user_becomes_a_special_token(name, builders, question, tur
     assert prompt.images == plain.images
     if name == "instructblip":
         added = prompts.qformer_ids(question), prompts.qformer_ids("?")
-        qformer = {0, 2, 3, 4, 124}  # its special tokens but for the unknown one
+        qformer = {0, 2, 3, 4, 124}  # its special tokens except the unknown one
         assert [i for i in added[0] if i in qformer] == [i for i in added[1] if i in qformer]
 
 
 @pytest.mark.parametrize("name", ["tiny", "first", "prepended", "outside", "qwen", "instructblip"])
 @given(question=questions, answer=texts)
-def test_the_ids_say_what_was_said(name, builders, question, answer) -> None:
-    """Decoded, the prompt has the text, letter by letter."""
+def test_the_ids_decode_to_the_texts(name, builders, question, answer) -> None:
+    """The decoded prompt holds the texts, letter by letter."""
     tokenizer, prompts = builders[name]
     ids = prompts.build(question, 0, 1, ((question, answer),)).ids
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -205,7 +205,7 @@ def test_the_ids_say_what_was_said(name, builders, question, answer) -> None:
 @example(question="a", answer="", images=1)
 @example(question=" a ", answer=" ", images=2)
 def test_ordinary_text_has_the_tokenizers_own_ids(name, builders, question, answer, images) -> None:
-    """Also where the words of a template and of a question meet."""
+    """Also at the border between a template's and a question's text."""
     tokenizer, prompts = builders[name]
     if name == "qwen":
         start, end = "<|im_start|>", "<|im_end|>"
@@ -234,7 +234,7 @@ def test_ordinary_text_has_the_tokenizers_own_ids(name, builders, question, answ
     assert list(prompts.build(question, images, 1, ((question, answer),)).ids) == expected
 
 
-def test_special_tokens_of_a_template_stay_what_they_are(builders) -> None:
+def test_special_tokens_of_a_template_stay_special(builders) -> None:
     for name in NAMES:
         tokenizer = builders[name][0]
         plain = PlainText(tokenizer)
@@ -242,8 +242,8 @@ def test_special_tokens_of_a_template_stay_what_they_are(builders) -> None:
             assert plain.encode(plain.template(text)) == tokenizer.encode(text)
 
 
-def test_the_secret_spelling_is_another_one_each_time() -> None:
-    """A user can neither know it nor find it in an older log."""
+def test_the_secret_spelling_differs_each_time() -> None:
+    """So that no user can know it or find it in an older log."""
     tokenizer = llama("first")
     one, other = PlainText(tokenizer), PlainText(tokenizer)
     spelled = one.template("<image>")
@@ -252,7 +252,7 @@ def test_the_secret_spelling_is_another_one_each_time() -> None:
     assert reserved(tokenizer, other.encode(spelled)) == [1]
 
 
-def test_a_tokenizer_of_another_make_is_refused_in_one_line() -> None:
+def test_an_unknown_kind_of_tokenizer_is_refused_in_one_line() -> None:
     with pytest.raises(ModelError, match=r"SimpleNamespace.*tokenizer\.json"):
         PlainText(SimpleNamespace())  # type: ignore[arg-type]
 

@@ -59,9 +59,9 @@ async def test_the_wait_that_a_refusal_names_grows_with_the_queue():
     assert queue.waiting == 0
 
 
-async def test_the_wait_that_a_refusal_names_is_what_the_queue_takes():
+async def test_the_wait_that_a_refusal_names_is_the_time_that_the_queue_takes():
     queue = ModelQueue(2, 200)
-    queue.took(3.0)  # what is measured once goes before any guess
+    queue.record_duration(3.0)  # one measurement replaces the initial guess
     holders = [queue.turn("a"), queue.turn("b")]
     for holder in holders:
         await holder.take()

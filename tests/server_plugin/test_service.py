@@ -1,4 +1,4 @@
-"""The service over real WebSockets: what is answered, what is refused, what is never lost."""
+"""The service over real WebSockets: answers, refusals, and no question lost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_streamed_texts_grow_to_the_answers():
                 await client.region(id, picture(5))
             else:
                 texts[event.stage].append(event.text)
-        # Texts that a newer one overtook are left out, so only growth is certain.
+        # A text is skipped when a newer one is there, so only growth is certain.
         for stage in texts.values():
             assert all(later.startswith(text) for text, later in itertools.pairwise(stage))
         assert event.text.startswith(texts[Stage.SECOND][-1])
@@ -85,7 +85,7 @@ async def test_a_conversation_about_several_pictures():
         id = wanted.request.id
         await client.region(id, picture(4))
         assert (await client.next()).stage is Stage.SECOND
-        # A follow-up refers to all of them by their one number.
+        # A follow-up refers to all three views by one number.
         again = tuple(MoreView(None, one.source_width, one.source_height) for one in more)
         await client.ask(SURE, more=again)
         assert (await client.next()).stage is Stage.FIRST
@@ -202,8 +202,8 @@ async def test_a_failing_second_pass_leaves_the_first_answer(caplog):
     assert "scripted failure" in caplog.text
 
 
-async def test_a_failing_runtime_is_told_and_logged_and_the_connection_goes_on(caplog):
-    """A closed model's last words mean a shutdown only while there is one."""
+async def test_a_failing_runtime_is_reported_and_logged_and_the_connection_goes_on(caplog):
+    """A `ModelError` means a shutdown only while the service shuts down."""
     failing = True
 
     class Failing(FakeBackend):
@@ -222,8 +222,8 @@ async def test_a_failing_runtime_is_told_and_logged_and_the_connection_goes_on(c
         assert isinstance(await client.next(), Answer)
 
 
-async def test_a_server_whose_model_is_dead_says_so_and_sends_clients_elsewhere():
-    """As at a shutdown: its balancer may have another server. It did answer before that."""
+async def test_a_server_whose_model_has_failed_says_so_and_is_not_ready():
+    """As at a shutdown, so that a load balancer can use another server."""
 
     class Dying(FakeBackend):
         failed = False
@@ -259,7 +259,7 @@ async def test_a_server_whose_model_is_dead_says_so_and_sends_clients_elsewhere(
         assert (await web.get("/healthz")).status_code == 200
 
 
-async def test_a_model_that_dies_under_a_question_is_told(caplog):
+async def test_a_model_that_fails_during_a_question_is_reported(caplog):
     class Dying(FakeBackend):
         failed = False
 
@@ -272,16 +272,16 @@ async def test_a_model_that_dies_under_a_question_is_told(caplog):
         error = await client.next()
         assert error.code is ErrorCode.SHUTTING_DOWN
         assert "the model has failed" in error.text
-        # Why, is for whoever runs the server.
+        # The cause is for the operator only.
         assert "memory" not in error.text
         (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
         assert "the engine ran out of memory" in line.getMessage()
 
 
-async def test_a_model_that_is_closed_under_a_question_at_a_shutdown_is_no_fault(caplog):
+async def test_a_model_that_is_closed_during_a_question_at_a_shutdown_is_no_error(caplog):
     class Closing(FakeBackend):
         async def first_pass(self, *args, **options):
-            mine.draining = True
+            mine.state.draining = True
             raise ModelError("the model was closed")
 
     mine = service(Closing())

@@ -1,4 +1,4 @@
-"""Who may enter, and what operators see."""
+"""The service's access rules, metrics and logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm_collab.protocol.messages import (
     Answer,
 )
 
-# ---- who may enter ---------------------------------------------------------------------------
+# ---- access ----------------------------------------------------------------------------------
 
 
 async def refused(url, **options) -> int:
@@ -106,10 +106,10 @@ async def test_tls(tmp_path):
             assert isinstance(await client.next(), Answer)
 
 
-# ---- what operators see ----------------------------------------------------------------------
+# ---- metrics and logs ------------------------------------------------------------------------
 
 
-async def test_metrics_count_what_happened():
+async def test_metrics_count_questions_regions_and_bytes():
     running_service = service(limits={"region_deadline_s": 0.05})
     async with running(running_service) as url, edge(url) as client, httpx.AsyncClient() as web:
         await client.ask(SURE, picture())
@@ -144,13 +144,13 @@ async def test_metrics_count_what_happened():
         assert value(f'bytes_total{{direction="{direction}",kind="{kind}"}}') == sent > 0
 
 
-def test_what_a_client_says_of_itself_stays_on_its_line():
+def test_a_client_s_name_cannot_break_its_log_line():
     record = logging.makeLogRecord({"msg": "connection opened", "client": "x\n12:00 info fake"})
     assert "\n" not in PlainFormatter().format(record)
     assert "\n" not in JsonFormatter().format(record)
 
 
-async def test_a_log_line_per_question_without_its_words(caplog):
+async def test_a_log_line_per_question_without_its_text(caplog):
     caplog.set_level(logging.INFO)
     async with running(service()) as url, edge(url) as client:
         await client.ask("the secret word is xyzzy", picture())
@@ -166,8 +166,8 @@ async def test_a_log_line_per_question_without_its_words(caplog):
     assert f"bytes_up={lines[0]['bytes_up']}" in plain
 
 
-def test_a_view_that_edges_refuse_is_told_at_once(caplog):
-    for width, told in ((1024, False), (1025, True)):
+def test_a_view_too_large_for_edges_is_warned_of_at_once(caplog):
+    for width, warned in ((1024, False), (1025, True)):
         info = replace(DEFAULT_INFO, view=Size(width, 1024))
         service(FakeBackend(info=info))
-        assert ("edges refuse so large a view" in caplog.text) is told
+        assert ("edges refuse so large a view" in caplog.text) is warned

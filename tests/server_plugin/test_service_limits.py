@@ -1,4 +1,4 @@
-"""What all clients together may occupy, and how the service ends."""
+"""Bounds on all clients together, and the shutdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from server_plugin.backends.fake import FakeBackend, Script
-from server_plugin.service import service as app
+from server_plugin.service import asgi as app
 from server_plugin.service.connection import MAX_WAITING_FRAMES
 from server_plugin.service.runner import running
 from tests.support.patience import PATIENCE_S
@@ -97,7 +97,7 @@ async def test_a_question_cancelled_at_once_leaves_nothing_behind():
         assert {e.code for e in events if isinstance(e, Error)} <= {ErrorCode.CANCELLED}
         await settled(running_service)
         await asyncio.sleep(0)
-        assert not any(entry.users for entry in running_service.views._recent)
+        assert not any(entry.users for entry in running_service.state.views._recent)
 
 
 async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
@@ -111,7 +111,7 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         busy = [events[id] for id in ids if isinstance(events[id], Error)]
         assert len(wanted) == 3
         assert {event.code for event in busy} == {ErrorCode.BUSY}
-        assert running_service.views.nbytes <= 3 * one_view
+        assert running_service.state.views.nbytes <= 3 * one_view
         assert len(backend.views) <= 3
         await other.ask(SURE, picture(99))
         assert (await other.next()).code is ErrorCode.BUSY
@@ -121,22 +121,22 @@ async def test_questions_that_wait_for_regions_cannot_outgrow_the_view_memory():
         assert isinstance(await other.next(), Answer)
 
 
-async def test_a_view_that_grows_while_questions_work_on_it_is_booked_at_its_full_size():
-    """In some families most of a view is computed only when a question comes."""
+async def test_a_view_in_use_counts_with_the_size_that_it_may_grow_to():
+    """Some model families compute most of a view only when a question comes."""
     small = FakeBackend().info.view_bytes
     backend = FakeBackend(info=replace(FakeBackend().info, view_bytes=5 * small))
     running_service = service(backend, limits={"max_view_bytes": 20 * small})
     async with running(running_service) as url, edge(url) as client:
         id = await client.ask(UNSURE, picture(0), view_id=0)
         assert isinstance(await client.next(), RegionWanted)
-        assert running_service.views.nbytes == 5 * small
+        assert running_service.state.views.nbytes == 5 * small
         await client.region(id, picture())
         await client.next()
         await settled(running_service)
-        assert running_service.views.nbytes == small
+        assert running_service.state.views.nbytes == small
 
 
-async def test_replacing_a_view_again_and_again_does_not_get_round_the_memory():
+async def test_replacing_a_view_again_and_again_does_not_evade_the_memory_bound():
     backend = FakeBackend()
     limits = {"max_view_bytes": 3 * backend.info.view_bytes}
     async with running(service(backend, limits=limits)) as url, edge(url) as client:
@@ -165,7 +165,7 @@ async def test_one_view_larger_than_the_memory_is_still_answered():
             assert isinstance(await client.next(), Answer)
 
 
-async def test_a_peer_that_asks_and_does_not_read_is_not_remembered_without_end(monkeypatch):
+async def test_answers_for_a_peer_that_does_not_read_are_bounded(monkeypatch):
     stuck = asyncio.Event()
 
     async def never(self, data):
@@ -198,7 +198,7 @@ async def test_a_peer_that_does_not_read_is_dropped_for_good(monkeypatch):
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(ConnectionClosed) as closed:
                 await client.websocket.recv()
-        assert closed.value.rcvd is None  # cut, not closed: nothing waits for this peer
+        assert closed.value.rcvd is None  # dropped without a closing handshake
         async with asyncio.timeout(PATIENCE_S):
             while running_service._connections:
                 await asyncio.sleep(0.005)
@@ -227,7 +227,7 @@ async def test_views_outlive_their_connection_but_belong_to_their_session():
             key = (await client.greet()).session
             await client.ask(SURE, picture(1))
             await client.next()
-            # Its old connection stalled, and the server does not know yet.
+            # Its old connection has stalled, and the server does not know yet.
             async with edge(url, greet=False) as again:
                 assert (await again.greet(resume=key)).session == key
                 await again.ask(SURE)
@@ -268,7 +268,7 @@ async def test_sessions_without_connection_expire():
         assert backend.views == set()
 
 
-async def test_a_client_that_leaves_takes_its_questions_along():
+async def test_the_questions_of_a_client_that_leaves_end():
     backend = FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.05))
     running_service = service(backend)
     async with running(running_service) as url:
@@ -298,12 +298,12 @@ async def test_a_cancelled_question_is_confirmed_and_frees_the_model():
 # ---- shutting down ---------------------------------------------------------------------------
 
 
-async def test_a_shutdown_finishes_what_is_in_flight_and_takes_nothing_new():
+async def test_a_shutdown_finishes_questions_in_flight_and_accepts_no_new_ones():
     backend = FakeBackend(play=lambda q, *_: Script(f"first {q}", "", delay_s=0.2))
     running_service = service(backend)
     async with running(running_service) as url, edge(url) as client:
         await client.ask("slow one", picture())
-        while not running_service.questions:
+        while not running_service.state.questions:
             await asyncio.sleep(0.005)
         draining = asyncio.create_task(running_service.drain())
         await asyncio.sleep(0.02)
@@ -327,12 +327,12 @@ async def test_after_its_grace_a_shutdown_refuses_or_falls_back_but_loses_nothin
         waiting = await client.ask("small", picture())
         assert isinstance(await client.next(), RegionWanted)
         slow = await client.ask("slow")
-        while running_service.questions < 2:
+        while running_service.state.questions < 2:
             await asyncio.sleep(0.005)
         await asyncio.gather(
             running_service.drain(grace_s=0.05), _until_closed(client, waiting, slow)
         )
-    metrics = running_service.metrics.text().decode()
+    metrics = running_service.state.metrics.text().decode()
     assert 'questions_total{outcome="fallback_overload"} 1.0' in metrics
     assert 'questions_total{outcome="refused"} 1.0' in metrics
     assert 'outcome="lost"' not in metrics

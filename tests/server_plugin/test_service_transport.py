@@ -1,4 +1,4 @@
-"""Clients of the service that do not read, say nothing, or send very much that is very small."""
+"""Clients of the service that do not read, stay silent, or send floods of tiny frames."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_a_client_that_reads_no_response_is_dropped(asked: str):
 async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
     asked: bytes, tmp_path: Path
 ):
-    """What is encrypted already waits below the transport that the server writes to."""
+    """Encrypted data wait below the transport that the server writes to."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -90,7 +90,7 @@ async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
         writer.transport.abort()
 
 
-async def test_what_a_client_that_does_not_read_is_sent_is_bounded():
+async def test_data_for_a_client_that_does_not_read_are_bounded():
     async with served(service(limits={"write_timeout_s": 60})) as here:
         client = here.open(buffer=SMALL)
         await client.send(request(FILE))
@@ -113,7 +113,7 @@ async def test_a_client_that_reads_slowly_is_not_dropped():
         assert asyncio.get_running_loop().time() - began > 2.0
 
 
-async def test_an_answer_that_takes_its_time_is_no_unread_one():
+async def test_a_slow_answer_is_not_taken_for_an_unread_one():
     backend = FakeBackend(play=lambda *_: Script("one", "", delay_s=1.0))
     async with served(service(backend, limits={"write_timeout_s": 0.1})) as here:
         async with edge(here.url) as client:
@@ -177,7 +177,7 @@ async def greeted(here: Served) -> Raw:
 
 
 class Turns:
-    """Counts how much is done between two turns of another task."""
+    """Counts what is done between two turns of another task."""
 
     def __init__(self) -> None:
         self.most = self.total = self._now = 0
@@ -197,18 +197,18 @@ class Turns:
 async def turns(monkeypatch: pytest.MonkeyPatch):
     """Counts frames, and messages that reach the connection."""
     counted = Turns()
-    handle, take = websocket.WebSocketConnection.handle_events, Connection._take
+    handle, handle_frame = websocket.WebSocketConnection.handle_events, Connection._handle_frame
 
     def handle_events(self: Any) -> None:
         counted.add(len(self.conn.events))
         handle(self)
 
-    def taken(self: Any, message: bytes) -> None:
+    def counted_frame(self: Any, message: bytes) -> None:
         counted.add(1)
-        take(self, message)
+        handle_frame(self, message)
 
     monkeypatch.setattr(websocket.WebSocketConnection, "handle_events", handle_events)
-    monkeypatch.setattr(Connection, "_take", taken)
+    monkeypatch.setattr(Connection, "_handle_frame", counted_frame)
     running = asyncio.create_task(counted.run())
     yield counted
     running.cancel()
@@ -228,7 +228,8 @@ async def test_others_get_their_turn_beside_a_flood_of_tiny_frames(
         before = turns.total
         await client.send(FLOODS[flood] * 20_000)
         await until(lambda: turns.total >= before + 20_000)
-        # The 64 of a turn, and up to 171 of the piece with which they are enough; as messages, too.
+        # A turn ends with the piece that brings it to 64 frames, which may hold up to 171 more.
+        # Each frame may count a second time, as a message.
         assert turns.most <= 2 * (64 + 171)
 
 
@@ -245,14 +246,14 @@ async def test_a_flood_is_read_no_faster_than_its_rate(
         await client.send(FLOODS[flood] * 1500)
         counted = 1 if flood == "pings" else 2  # as frames, and as messages
         await until(lambda: turns.total - before >= counted * 1500)
-        # 500 at once, then 500 a second, and a piece of up to 170 more.
+        # 500 at once, then 500 a second; the last piece may hold 170 more.
         assert loop.time() - began > (1500 - 500 - 170) / 500
 
 
 async def test_messages_are_read_no_faster_than_their_rate(
     turns: Turns, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whatever server the service is mounted in."""
+    """This bound holds in every server that the service is mounted in."""
     monkeypatch.setattr(websocket, "FRAMES_PER_S", 10**6)
     monkeypatch.setattr(messages, "MESSAGES_PER_S", 500.0)
     async with served(service(), buffer=None) as here:
@@ -291,7 +292,7 @@ async def test_a_message_in_many_fragments_is_taken():
         assert here.connections == [connection]
 
 
-# ---- places ----------------------------------------------------------------------------------
+# ---- connection slots ------------------------------------------------------------------------
 
 
 def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
@@ -316,7 +317,7 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("sent", [b"", b"[", b" " * 2**17])
-async def test_requests_whose_rest_never_comes_keep_nobody_out(
+async def test_requests_that_never_end_keep_nobody_out(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     few(monkeypatch)
@@ -391,7 +392,7 @@ async def test_those_who_say_hello_together_are_told_that_there_is_no_room():
             assert two.websocket.close_code == 1013
 
 
-async def test_health_checks_are_answered_when_every_place_is_at_work(
+async def test_health_checks_are_answered_when_every_slot_is_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ):
     few(monkeypatch, others=1)
@@ -409,7 +410,7 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
         error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
         assert (error["message"], error["code"]) == ("no room for another connection", "busy")
         assert "503" in await here.open().upgrade()
-        # Many who ask nothing do not take the places of health checks either.
+        # Many silent connections do not take the slots of health checks either.
         silent = [here.open() for _ in range(20)]
         assert b" 200 " in await here.open().get("/healthz")
         assert len(here.connections) <= 3 + 4

@@ -15,8 +15,8 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
 from server_plugin.backends.fake import DEFAULT_INFO, digest
+from server_plugin.service.asgi import Service
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved
 from tests.support.wire import http
@@ -69,7 +69,7 @@ def served(service: Service) -> Iterator[str]:
 
 
 def data_url(picture: bytes) -> str:
-    """A picture as clients send it; the content tells what it is."""
+    """A picture as clients send it; its content tells its real format."""
     return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
@@ -92,17 +92,17 @@ def output(call: Any, picture: bytes | None = None, text: str = "no") -> Any:
 
 
 def view_name(data: bytes) -> str:
-    """What the fake calls the view that an edge makes of a picture."""
+    """The fake's name for the view that an edge makes of a picture."""
     return digest(SourceImage.open(data).view(DEFAULT_INFO.view, Fit.STRETCH))
 
 
 def region_name(data: bytes, box: Any, target: Size = DEFAULT_INFO.view) -> str:
-    """What the fake calls the region that an edge cuts."""
+    """The fake's name for the region that an edge cuts."""
     return digest(SourceImage.open(data).region(Box(*box), target))
 
 
 def png(image: Image.Image, **options: Any) -> bytes:
-    """Without loss, so that digests can be foreseen."""
+    """A lossless file, so that the fake's digests are known."""
     return saved(image, "PNG", **options)
 
 

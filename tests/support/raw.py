@@ -1,4 +1,4 @@
-"""Clients that do as they like with a TCP connection: read nothing, say nothing, send anything."""
+"""Clients on a bare TCP connection: they read nothing, send nothing, or send anything."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import uvicorn
 
 from server_plugin.service import runner
-from server_plugin.service.service import Service
+from server_plugin.service.asgi import Service
 from tests.support.patience import PATIENCE_S
 from vlm_collab.protocol.messages import SUBPROTOCOL
 from vlm_collab.web import server as web
 
 CONT, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9
 SMALL = 4096
-"""A socket's buffer, in bytes, that soon is full."""
+"""A socket buffer, in bytes, that is soon full."""
 
 
 class Raw:
@@ -31,7 +31,7 @@ class Raw:
         await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
     async def send_what_goes(self, data: bytes, quiet_s: float = 0.1) -> int:
-        """Send until all is gone or nothing has gone for a while; the bytes that went."""
+        """Send until all is sent or nothing is accepted for a while; the number of bytes sent."""
         loop, gone = asyncio.get_running_loop(), 0
         last = loop.time()
         while gone < len(data) and loop.time() - last < quiet_s:
@@ -53,7 +53,7 @@ class Raw:
             return b""
 
     async def read_until(self, end: bytes) -> bytes:
-        """All up to these bytes, or a little more; fails when they do not come."""
+        """Read up to these bytes, or a little more; fails when they do not come."""
         whole = b""
         async with asyncio.timeout(PATIENCE_S):
             while end not in whole:
@@ -63,7 +63,7 @@ class Raw:
         return whole
 
     async def read_all(self) -> bytes:
-        """All until the other side closes."""
+        """Read until the other side closes."""
         whole = b""
         async with asyncio.timeout(PATIENCE_S):
             while piece := await self.read():
@@ -125,7 +125,7 @@ def opened(
 
 
 class Served:
-    """A server that runs, and a way in.
+    """A running server, and connections to it.
 
     Attributes:
         server: uvicorn's.
@@ -160,11 +160,11 @@ class Served:
 async def served(
     service: Service, *, buffer: int | None = SMALL, **settings: Any
 ) -> AsyncIterator[Served]:
-    """A service that runs.
+    """Run a service.
 
     Args:
-        buffer: what the kernel takes of its answers before they wait in the process.
-        settings: of uvicorn, set after ours.
+        buffer: bytes of answers that the kernel takes before more wait in the process.
+        settings: uvicorn settings that replace ours.
     """
     server = runner.server(service)
     sock = runner.bind(service.config)

@@ -13,8 +13,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.engines.two_stage import Engine
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig, ServiceLimits
-from server_plugin.service.service import Service
 from tests.support.patience import PATIENCE_S
 from vlm_collab.geometry import Size
 from vlm_collab.method.policy import Aggregate, Metric, Policy, ThresholdPolicy
@@ -28,7 +28,7 @@ SURE = "what colour is the sky?"
 
 
 def picture(shade: int = 0, size: tuple[int, int] = (112, 112), codec: Codec = Codec.PNG) -> bytes:
-    """An encoded picture of one colour; PNG, so that the fake's digests can be foreseen."""
+    """An encoded picture of one colour; PNG is lossless, so the fake's digests are known."""
     return encode(Image.new("RGB", size, (shade, 20, 30)), codec, 90)
 
 
@@ -111,7 +111,7 @@ async def edge(
 
 
 def http(url: str) -> str:
-    """Where the service's other routes are."""
+    """The base URL of the service's other routes."""
     parts = urlsplit(url)
     return f"http://{parts.netloc}"
 
@@ -119,12 +119,12 @@ def http(url: str) -> str:
 async def settled(running_service: Service) -> None:
     """Wait until nothing is in flight; fails if something stays."""
     async with asyncio.timeout(PATIENCE_S):
-        while running_service.questions or running_service.queue.waiting:
+        while running_service.state.questions or running_service.state.queue.waiting:
             await asyncio.sleep(0.005)
 
 
 async def unsure(client: Edge, **how: Any) -> int:
-    """Ask what the fake is unsure of, up to its request for a region."""
+    """Ask a question that the fake is unsure of, and wait for its request for a region."""
     id = await client.ask(UNSURE, picture(), **how)
     assert isinstance(await client.next(), RegionWanted)
     return id

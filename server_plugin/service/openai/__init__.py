@@ -1,1 +1,1 @@
-"""The OpenAI-compatible endpoint: both stages for clients that know nothing of them."""
+"""The OpenAI-compatible endpoint, for clients that know nothing of the two stages."""

@@ -1,139 +1,142 @@
-"""Questions out of requests: whose they are, what they show, and having them answered."""
+"""From a parsed request to a pending question: its client, its pictures, and its acceptance."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import msgspec
 from PIL.Image import Image
 from starlette.requests import HTTPConnection
 
 from server_plugin.engines.two_stage import RegionNeed, RegionUnavailableError
-from server_plugin.service.answering import Refused
-from server_plugin.service.openai.pending import Question
+from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.openai.pending import PendingQuestion
 from server_plugin.service.openai.reply import error_of
-from server_plugin.service.openai.uploads import Gallery, Held, Original, Workshop
+from server_plugin.service.openai.uploads import (
+    DecodingPool,
+    HeldView,
+    UploadedPicture,
+    UploadedViews,
+)
+from server_plugin.service.state import ServiceState
 from vlm_collab.errors import ErrorCode, ImageError
 from vlm_collab.geometry import Size
 from vlm_collab.openai import ApiError, PictureSource, Query, Url, WireLimits, api_error, refuse
 from vlm_collab.protocol.messages import Fallback
 
-if TYPE_CHECKING:
-    from server_plugin.service.service import Service
-
-
 T = TypeVar("T")
 
 _QUICK_BYTES = 2**18
-"""A request of so many bytes is read, and its pictures decoded from base64 and hashed, in a
+"""Parsing a request of so many bytes, with its pictures decoded from base64 and hashed, takes a
 millisecond or two."""
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
-    """Who asks.
+class ClientIdentity:
+    """Who sends a request.
 
     Attributes:
-        tenant: what is kept belongs to it: to everyone with the same key.
-        session: between sessions, turns at the model alternate.
+        tenant: owner of kept pictures and responses: everyone with the same key.
+        session: turns at the model alternate between sessions.
     """
 
     tenant: bytes
     session: Hashable
 
     @classmethod
-    def of(cls, request: HTTPConnection) -> Client:
-        """By the key and the address that a request comes with."""
+    def from_request(cls, request: HTTPConnection) -> ClientIdentity:
+        """Identify a client by its key and address."""
         key = request.headers.get("authorization", "")
         tenant = hashlib.blake2b(key.encode(), digest_size=16).digest()
         return cls(tenant, ("http", tenant, request.client.host if request.client else ""))
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class QuestionPictures:
     """The pictures of a question.
 
     Attributes:
         originals: as they were sent.
         sources: sizes of what they show, in px.
-        sent_bytes: of those that came with this request.
+        sent_bytes: bytes of those that came with this request.
     """
 
-    originals: tuple[Original, ...]
+    originals: tuple[UploadedPicture, ...]
     sources: tuple[Size, ...]
     sent_bytes: int = 0
 
     @property
     def original_bytes(self) -> int | None:
-        """Bytes of the originals; None if some are elsewhere, and these are views of them."""
-        whole = all(map(_is_whole, self.originals, self.sources))
-        return sum(len(original.data) for original in self.originals) if whole else None
+        """Bytes of the originals; None if some pictures are only views of originals elsewhere."""
+        all_original = all(map(_is_original, self.originals, self.sources))
+        return sum(len(one.data) for one in self.originals) if all_original else None
 
 
-def _is_whole(original: Original, source: Size) -> bool:
-    return original.size == source
+def _is_original(picture: UploadedPicture, source: Size) -> bool:
+    return picture.size == source
 
 
-class Asker:
-    """Has questions answered by the service's engine.
+class QuestionIntake:
+    """Accepts questions out of requests, and keeps track of them until they end.
 
     Args:
-        service: whose engine answers.
+        state: see `ServiceState`.
+        answerer: runs the engine.
 
     Attributes:
-        model: the name that clients know it by.
+        model: the name under which clients know the model.
         target: size to which regions are reduced, in px.
-        wire: bounds on what is read out of a request.
-        workshop: decodes pictures.
+        wire_limits: bounds on what is parsed of a request.
+        decoding: decodes pictures.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        limits, info = service.config.openai, service.engine.backend.info
+    def __init__(self, state: ServiceState, answerer: QuestionAnswerer) -> None:
+        self._state, self._answerer = state, answerer
+        limits, info = state.config.openai, state.engine.backend.info
         self.model = info.name
-        self.target = service.engine.target
-        self.wire = WireLimits(
+        self.target = state.engine.target
+        self.wire_limits = WireLimits(
             max_body_bytes=limits.max_body_bytes, max_picture_bytes=limits.max_body_bytes
         )
-        self.workshop = Workshop(limits)
+        self.decoding = DecodingPool(limits)
         self._max_pixels = limits.max_picture_pixels
-        self._gallery = Gallery(
-            service.views,
-            self.workshop,
+        self._views = UploadedViews(
+            state.views,
+            self.decoding,
             info.view,
             info.fit,
-            service.config.limits.max_sessions,
+            state.config.limits.max_sessions,
         )
-        self._questions: set[Question] = set()
+        self._questions: set[PendingQuestion] = set()
 
-    def hurry(self, patience_s: float) -> None:
-        """Wait so long at most for clients that were asked for a region."""
+    def shorten_region_waits(self, patience_s: float) -> None:
+        """Wait at most `patience_s` for regions that clients were asked for."""
         for question in self._questions:
-            question.hurry(patience_s)
+            question.shorten_region_wait(patience_s)
 
     def shut_down(self) -> None:
-        """End what is in flight, with first answers where there are some."""
+        """End all questions, with first answers where there are some."""
         for question in list(self._questions):
             question.shut_down()
 
     def close(self) -> None:
-        """Take no more questions."""
-        self.workshop.close()
+        """Decode no more pictures."""
+        self.decoding.close()
 
-    async def read(self, request_bytes: int, work: Callable[[], T]) -> T:
-        """What `work` makes of a request; on the event loop only if that is quick."""
-        return work() if request_bytes <= _QUICK_BYTES else await self.workshop.run(work)
+    async def parse(self, request_bytes: int, parse: Callable[[], T]) -> T:
+        """Run `parse`, which parses a request; on the event loop only if the request is small."""
+        return parse() if request_bytes <= _QUICK_BYTES else await self.decoding.run(parse)
 
-    def pictures(
-        self, query: Query, known: Mapping[PictureSource, tuple[Original, Size]]
-    ) -> Pictures:
+    def check_pictures(
+        self, query: Query, known: Mapping[PictureSource, tuple[UploadedPicture, Size]]
+    ) -> QuestionPictures:
         """Check a question's pictures. Hashes them, so not for the event loop.
 
         Args:
-            known: those that came with earlier requests.
+            known: pictures that came with earlier requests, and the sizes of what they show.
 
         Raises:
             ApiError: one cannot be used.
@@ -143,16 +146,16 @@ class Asker:
             if data in known:
                 original, source = known[data]
             else:
-                original = self.checked(data, param)
+                original = self.check_picture(data, param)
                 source = original.size
                 sent_bytes += len(original.data)
             originals.append(original)
             sources.append(source)
         stated = tuple(Size(*source) for source in query.sources)
-        return Pictures(tuple(originals), stated or tuple(sources), sent_bytes)
+        return QuestionPictures(tuple(originals), stated or tuple(sources), sent_bytes)
 
-    def checked(self, data: PictureSource, param: str) -> Original:
-        """A picture out of a request. Hashes it, as `pictures` does.
+    def check_picture(self, data: PictureSource, param: str) -> UploadedPicture:
+        """Check one picture of a request. Hashes it, as `check_pictures` does.
 
         Raises:
             ApiError: it cannot be used, or would have to be fetched.
@@ -161,61 +164,72 @@ class Asker:
             text = f"{param}: this server fetches no pictures; send a data URL"
             raise refuse(param, text, "unsupported_image_url")
         try:
-            return Original.checked(data, self._max_pixels)
+            return UploadedPicture.checked(data, self._max_pixels)
         except ImageError as error:
             raise api_error(error, param=param) from error
 
-    def ask(self, client: Client, query: Query, pictures: Pictures, *, remote: bool) -> Question:
+    def accept(
+        self,
+        client: ClientIdentity,
+        query: Query,
+        pictures: QuestionPictures,
+        *,
+        client_crops: bool,
+    ) -> PendingQuestion:
         """Have a question answered.
 
         Args:
-            remote: the client cuts regions itself.
+            client_crops: the client cuts regions itself.
 
         Raises:
             ApiError: it is refused before anything is computed.
         """
 
-        async def hold() -> Held:
-            return await self._gallery.hold(client.tenant, pictures.originals, pictures.sources)
+        async def hold_view() -> HeldView:
+            return await self._views.hold(client.tenant, pictures.originals, pictures.sources)
 
         async def crop(need: RegionNeed) -> Image:
             original = pictures.originals[need.picture]
-            if not _is_whole(original, pictures.sources[need.picture]):
-                raise RegionUnavailableError(Fallback.DECLINED)  # the client has it, not we
-            return await self.workshop.run(lambda: original.region(need.box, self.target))
+            if not _is_original(original, pictures.sources[need.picture]):
+                raise RegionUnavailableError(Fallback.DECLINED)  # only the client has the original
+            return await self.decoding.run(lambda: original.region(need.box, self.target))
 
         try:
-            question = Question(
-                self._service,
+            question = PendingQuestion(
+                self._state,
+                self._answerer,
                 client.session,
                 query.question,
                 query.history,
                 msgspec.structs.replace(query.options, stream=query.stream),
-                hold if pictures.originals else None,
+                hold_view if pictures.originals else None,
                 pictures.sources,
-                None if remote else crop,
+                None if client_crops else crop,
                 self._may_wait,
                 query.places,
             )
         except Refused as refused:
-            raise told(refused, query) from refused
+            raise refusal_error(refused, query) from refused
         self._questions.add(question)
-        question.when_over(lambda: self._questions.discard(question))
+        question.on_end(lambda: self._questions.discard(question))
         return question
 
     def _may_wait(self) -> bool:
-        """Clients that may never come back hold at most half of the service's views and questions;
-        beyond that, first answers stand."""
-        limits = self._service.config.limits
+        """Whether one more question may wait for its client's region.
+
+        Clients that may never come back hold at most half of the service's views and questions;
+        beyond that, first answers stand.
+        """
+        limits = self._state.config.limits
         waiting = [each.waiting for each in self._questions if each.waiting]
-        nbytes = sum(waiting) * self._service.engine.backend.info.view_bytes
+        nbytes = sum(waiting) * self._state.engine.backend.info.view_bytes
         return not waiting or (
             nbytes < limits.max_view_bytes / 2 and len(waiting) < limits.max_questions / 2
         )
 
 
-def told(refused: Refused, query: Query | None = None) -> ApiError:
-    """Why a question was refused, with the parameter at fault as far as it is known."""
+def refusal_error(refused: Refused, query: Query | None = None) -> ApiError:
+    """A refusal in OpenAI's form, with the parameter at fault as far as it is known."""
     param = None
     if query is not None and refused.code is ErrorCode.BAD_QUESTION:
         param = query.question_param

@@ -1,7 +1,7 @@
 """One question that came over HTTP, from its acceptance to its end.
 
-It lives longer than a request where the client is the edge: the request that asked ends when the
-model wants a region, and the one that brings the region takes over.
+A question can outlive its request: when the client cuts regions itself, the first request ends
+with a call for a region, and the request that brings the region gets the answer.
 """
 
 from __future__ import annotations
@@ -11,34 +11,24 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from PIL.Image import Image
 
 from server_plugin.backends.base import History
 from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError, Work
-from server_plugin.service.answering import (
-    Refused,
-    ask_engine,
-    check_question,
-    check_room,
-    count_answer,
-    refusals,
-    sampling_of,
-)
-from server_plugin.service.openai.uploads import Held
+from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.openai.uploads import HeldView
+from server_plugin.service.state import ServiceState
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Size
 from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import Fallback, Finish, Options, Retransmit, Stage, Token
 
-if TYPE_CHECKING:
-    from server_plugin.service.service import Service
-
 log = logging.getLogger(__name__)
 
-Hold: TypeAlias = Callable[[], Awaitable[Held]]
-Crop: TypeAlias = Callable[[RegionNeed], Awaitable[Image]]
+HoldView: TypeAlias = Callable[[], Awaitable[HeldView]]
+CropRegion: TypeAlias = Callable[[RegionNeed], Awaitable[Image]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +37,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TextSoFar:
     """The text of a pass so far."""
 
     stage: Stage
@@ -55,13 +45,13 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class FinalAnswer:
     """The answer.
 
     Attributes:
         text, stage, fallback, uncertainty, finish, tokens: as in `Outcome`.
         need: the region that was asked for; None when none was.
-        work: what it cost; of a first answer that stands in for a lost second one, unknown.
+        work: its cost; empty for a first answer that replaces a lost second one.
     """
 
     text: str
@@ -75,15 +65,15 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RegionRequested:
     """The client is asked for a region."""
 
     need: RegionNeed
 
-    def first(self, fallback: Fallback = Fallback.NONE) -> Ended:
-        """The first answer, as it stands while or because no region comes."""
+    def first_answer(self, fallback: Fallback = Fallback.NONE) -> FinalAnswer:
+        """The first answer, which stands while no region comes."""
         need = self.need
-        return Ended(
+        return FinalAnswer(
             text=need.first,
             stage=Stage.FIRST,
             fallback=fallback,
@@ -95,24 +85,23 @@ class Wanted:
         )
 
 
-_GOING = "the server is shutting down"
-
-Event: TypeAlias = Started | Said | Wanted | Ended
+QuestionEvent: TypeAlias = Started | TextSoFar | RegionRequested | FinalAnswer
 
 
-class Question:
-    """See the module's text.
+class PendingQuestion:
+    """A question and the task that answers it.
 
     Args:
-        service: whose engine answers.
-        session: between sessions, turns at the model alternate.
-        text: what is asked.
-        history: what was asked and answered before.
+        state: see `ServiceState`.
+        answerer: runs the engine.
+        session: turns at the model alternate between sessions.
+        text: the question.
+        history: earlier questions and answers.
         options: as on the wire.
-        hold: gets hold of the view, once; None for a question about text.
+        hold_view: holds the view, once; None for a question without pictures.
         sources: sizes of what the pictures show, in px.
         crop: cuts regions here; None asks the client for them.
-        may_wait: whether there is room for one more question that waits for its client.
+        may_wait: whether one more question may wait for its client.
         places: where the pictures stand in the texts.
 
     Raises:
@@ -121,46 +110,54 @@ class Question:
 
     def __init__(
         self,
-        service: Service,
+        state: ServiceState,
+        answerer: QuestionAnswerer,
         session: Hashable,
         text: str,
         history: History,
         options: Options,
-        hold: Hold | None,
+        hold_view: HoldView | None,
         sources: Sequence[Size],
-        crop: Crop | None,
+        crop: CropRegion | None,
         may_wait: Callable[[], bool],
         places: Places = (),
     ) -> None:
-        _check(service, text, len(sources), history, options, places)
+        answerer.check_capacity()
+        # Its picture is decoded before it waits for its turn: wasted work if the queue is full.
+        if state.queue.waiting >= state.config.limits.max_queue:
+            raise answerer.busy()
+        _check_length(text, history, state.config.limits.connection.max_question_bytes)
+        answerer.check_question(text, len(sources), history, options, places)
         self.name = secrets.token_hex(4)
         self.options = options
-        self.one_pass = hold is None or options.retransmit is Retransmit.NEVER
-        """Whether no second pass can replace what the first one says."""
+        self.one_pass = hold_view is None or options.retransmit is Retransmit.NEVER
+        """Whether no second pass can replace the text of the first."""
         self.need: RegionNeed | None = None
-        """Where the model looked; its first answer is owed if the second stage fails."""
-        self._service, self._text, self._history = service, text, history
-        self._hold, self._sources, self._crop = hold, tuple(sources), crop
+        """Where the model needs to look; set in the second stage, whose failure leaves the first
+        answer."""
+        self._state, self._answerer = state, answerer
+        self._text, self._history = text, history
+        self._hold_view, self._sources, self._crop = hold_view, tuple(sources), crop
         self._may_wait, self._places = may_wait, places
-        self._held: Held | None = None
-        self._turn = service.queue.turn(session)
-        self._events: asyncio.Queue[Event | Refused] = asyncio.Queue()
+        self._held: HeldView | None = None
+        self._turn = state.queue.turn(session)
+        self._events: asyncio.Queue[QuestionEvent | Refused] = asyncio.Queue()
         self._region: asyncio.Future[Image | None] | None = None
-        self._waiting: asyncio.Timeout | None = None
+        self._timeout: asyncio.Timeout | None = None
         self._outcome = "lost"
-        service.questions += 1
+        state.questions += 1
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(self._ended)
 
-    def when_over(self, call: Callable[[], None]) -> None:
-        """Have `call` called once it has ended, however that was."""
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Call `call` when the question has ended, however that was."""
         self._task.add_done_callback(lambda _: call())
 
-    async def next(self) -> Event:
-        """What happens next. Nothing comes after `Ended`.
+    async def next_event(self) -> QuestionEvent:
+        """Wait for the next event. Nothing comes after `FinalAnswer`.
 
         Raises:
-            Refused: it ended without an answer; only once.
+            Refused: the question ended without an answer; raised only once.
         """
         event = await self._events.get()
         if isinstance(event, Refused):
@@ -169,49 +166,49 @@ class Question:
 
     @property
     def waiting(self) -> int:
-        """Pictures whose view is held while the client is asked for a region; 0 if it is not."""
+        """How many pictures' views are held while the client is asked for a region; else 0."""
         asked = self._region is not None and not self._region.done()
         return len(self._sources) if asked else 0
 
     def cancel(self) -> None:
-        """Nobody wants the answer any more. Safe to call when it has ended."""
+        """Stop: the client has gone. Safe to call when the question has ended."""
         self._task.cancel()
 
     def shut_down(self) -> None:
         """End now: with the first answer if there is one, else with a reason."""
         if not self._task.done():
-            self._stop(Fallback.OVERLOAD, Refused(ErrorCode.SHUTTING_DOWN, _GOING, 1))
+            refused = Refused(ErrorCode.SHUTTING_DOWN, "the server is shutting down", 1)
+            self._stop(Fallback.OVERLOAD, refused)
             self._task.cancel()
 
-    def hurry(self, patience_s: float) -> None:
-        """Wait for the client's region so long at most; nobody may come back to a server that
-        goes away."""
-        clock = self._clock()
-        if clock is not None and (due_s := clock.when()) is not None:
-            clock.reschedule(min(due_s, asyncio.get_running_loop().time() + patience_s))
+    def shorten_region_wait(self, patience_s: float) -> None:
+        """Wait at most `patience_s` for the client's region, since the server is shutting down."""
+        timeout = self._region_timeout()
+        if timeout is not None and (due_s := timeout.when()) is not None:
+            timeout.reschedule(min(due_s, asyncio.get_running_loop().time() + patience_s))
 
-    def hold_deadline(self) -> bool:
-        """Stop the clock while what the client sent is read; False if no region is waited for."""
-        clock = self._clock()
-        if clock is not None:
-            clock.reschedule(None)
-        return clock is not None
+    def pause_region_timeout(self) -> bool:
+        """Stop the timeout while the client's region is read; False if no region is awaited."""
+        timeout = self._region_timeout()
+        if timeout is not None:
+            timeout.reschedule(None)
+        return timeout is not None
 
-    def resume_deadline(self) -> bool:
-        """Start the clock anew: the client may send another region; False as above."""
-        clock = self._clock()
-        if clock is not None:
-            clock.reschedule(self._deadline())
-        return clock is not None
+    def restart_region_timeout(self) -> bool:
+        """Let the client send another region; False if no region is awaited."""
+        timeout = self._region_timeout()
+        if timeout is not None:
+            timeout.reschedule(self._region_deadline())
+        return timeout is not None
 
-    def _clock(self) -> asyncio.Timeout | None:
-        """What ends the wait for the client's region; None when it is not waited for."""
+    def _region_timeout(self) -> asyncio.Timeout | None:
+        """The timeout of the wait for the client's region; None when no region is awaited."""
         if self._region is None or self._region.done():
             return None
-        return None if self._waiting is None or self._waiting.expired() else self._waiting
+        return None if self._timeout is None or self._timeout.expired() else self._timeout
 
     def give_region(self, region: Image | None) -> None:
-        """What `Wanted` asked for; None if the client declines."""
+        """Answer `RegionRequested`; None if the client declines."""
         if self._region is not None and not self._region.done():
             self._region.set_result(region)
 
@@ -219,90 +216,82 @@ class Question:
 
     async def _run(self) -> None:
         try:
-            with refusals(self._service, question=self.name):
-                async with asyncio.timeout(self._service.config.limits.question_timeout_s):
-                    await (self._chat() if self._hold is None else self._ask(await self._hold()))
+            with self._answerer.failures_as_refusals(question=self.name):
+                async with asyncio.timeout(self._state.config.limits.question_timeout_s):
+                    self._end(await self._answer())
         except Refused as refused:
             self._refuse(refused)
         except TimeoutError:
             late = Refused(ErrorCode.DEADLINE, "the server could not answer in time", 1.0)
             self._stop(Fallback.DEADLINE, late)
 
-    async def _ask(self, held: Held) -> None:
-        self._held = held
-        outcome = await ask_engine(
-            self._service,
+    async def _answer(self) -> Outcome:
+        if self._hold_view is None:
+            return await self._answerer.answer_text(
+                self._turn,
+                self._text,
+                history=self._history,
+                options=self.options,
+                on_text=self._text_sink(),
+                on_start=self._start,
+            )
+        self._held = await self._hold_view()
+        return await self._answerer.answer(
             self._turn,
-            held.lease,
+            self._held.lease,
             self._sources,
             self._text,
-            self._fetch,
+            self._fetch_region,
             history=self._history,
             options=self.options,
             places=self._places,
-            on_text=self._sink(),
-            on_start=lambda: self._events.put_nowait(Started()),
+            on_text=self._text_sink(),
+            on_start=self._start,
         )
-        self._end(outcome)
 
-    async def _chat(self) -> None:
-        options = self.options
-        try:
-            await self._turn.take()
-            self._events.put_nowait(Started())
-            outcome = await self._service.engine.chat(
-                self._text,
-                history=self._history,
-                stop=options.stop,
-                sampling=sampling_of(options),
-                max_new_tokens=options.max_new_tokens,
-                tokens=options.tokens,
-                on_text=self._sink(),
-            )
-        finally:
-            self._turn.give_back()
-        self._end(outcome)
+    def _start(self) -> None:
+        self._events.put_nowait(Started())
 
-    async def _fetch(self, need: RegionNeed) -> Image:
+    async def _fetch_region(self, need: RegionNeed) -> Image:
         self.need = need
         if self._crop is None and not self._may_wait():
             raise RegionUnavailableError(Fallback.OVERLOAD)
-        self._service.metrics.retransmissions.inc()
+        self._state.metrics.retransmissions.inc()
         if self._crop is not None:
             return await self._crop(need)
         self._region = asyncio.get_running_loop().create_future()
-        self._events.put_nowait(Wanted(need))
+        self._events.put_nowait(RegionRequested(need))
         try:
-            async with asyncio.timeout_at(self._deadline()) as self._waiting:
+            async with asyncio.timeout_at(self._region_deadline()) as self._timeout:
                 region = await self._region
         except TimeoutError:
-            # The client has the first answer since it was asked for the region, so completing
-            # that one would be work for nobody.
+            # The client already has the first answer, which came with the call for the region.
+            # Nobody would read a completed one.
             self._outcome = "fallback_deadline"
             raise asyncio.CancelledError from None
         if region is None:
             raise RegionUnavailableError(Fallback.DECLINED)
         return region
 
-    def _deadline(self) -> float:
+    def _region_deadline(self) -> float:
         now = asyncio.get_running_loop().time()
-        return now + self._service.config.openai.region_deadline_s
+        return now + self._state.config.openai.region_deadline_s
 
-    def _sink(self) -> Callable[[Stage, str], None] | None:
-        # Who asks for the region later on may want a stream then.
+    def _text_sink(self) -> Callable[[Stage, str], None] | None:
+        # With regions from the client, the request that brings one may ask for a stream.
         if not self.options.stream and self._crop is not None:
             return None
         loop = asyncio.get_running_loop()
 
-        def say(stage: Stage, text: str) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, Said(stage, text))
+        def put(stage: Stage, text: str) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, TextSoFar(stage, text))
 
-        return say
+        return put
 
     def _end(self, outcome: Outcome) -> None:
-        self._outcome = count_answer(self._service.metrics, outcome, self._turn.waited_s)
+        self._outcome = self._answerer.measure(outcome, self._turn.waited_s)
         self._events.put_nowait(
-            Ended(
+            FinalAnswer(
                 text=outcome.text,
                 stage=outcome.stage,
                 fallback=outcome.fallback,
@@ -328,41 +317,33 @@ class Question:
         )
 
     def _stop(self, fallback: Fallback, refused: Refused) -> None:
-        """End with the first answer if there is one, marked; else with a reason."""
+        """End with the first answer, marked, if there is one; else with a reason."""
         need = self.need
         if need is None:
             self._refuse(refused)
             return
         self._outcome = f"fallback_{fallback.name.lower()}"
-        self._events.put_nowait(Wanted(need).first(fallback))
+        self._events.put_nowait(RegionRequested(need).first_answer(fallback))
 
     def _refuse(self, refused: Refused) -> None:
         self._outcome = "refused"
-        name = refused.code.name.lower()
-        self._service.metrics.refusals.labels(name).inc()
         self._events.put_nowait(refused)
-        log.info("question refused", extra={"question": self.name, "code": name})
+        self._answerer.log_refusal(refused.code, question=self.name)
 
     def _ended(self, _: asyncio.Task[None]) -> None:
-        # Here and not in the task: one that is cancelled before its first step never runs.
+        # A callback, because a task that is cancelled before its first step never runs.
         if self._held is not None:
             self._held.close()
-        self._service.questions -= 1
-        self._service.metrics.questions.labels(self._outcome).inc()
+        self._state.questions -= 1
+        self._answerer.count(self._outcome)
 
 
-def _check(
-    service: Service, text: str, pictures: int, history: History, options: Options, places: Places
-) -> None:
-    check_room(service)
-    # Its picture is decoded before it waits for its turn, which is worth it only with a chance.
-    if service.queue.waiting >= service.config.limits.max_queue:
-        raise Refused(ErrorCode.BUSY, "the server is busy", service.queue.retry_after_s())
-    said = sum(len(part.encode()) for turn in (*history, (text,)) for part in turn)
-    most = service.config.limits.connection.max_question_bytes
-    if said > most:
+def _check_length(text: str, history: History, most_bytes: int) -> None:
+    """Refuse a question that is too long together with the conversation before it."""
+    text_bytes = sum(len(part.encode()) for turn in (*history, (text,)) for part in turn)
+    if text_bytes > most_bytes:
         raise Refused(
             ErrorCode.BAD_QUESTION,
-            f"the question and what was said before it have {said} bytes of text, more than {most}",
+            f"the question and what was said before it have {text_bytes} bytes of text, more "
+            f"than {most_bytes}",
         )
-    check_question(service, text, pictures, history, options, places)

@@ -1,13 +1,18 @@
-"""From what happens to a question to what a client reads, in the form of either API."""
+"""Turn the events of a question into a response in the form of either API."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from server_plugin.engines.two_stage import RegionNeed
 from server_plugin.service.answering import Refused
-from server_plugin.service.openai.pending import Ended, Question, Said, Wanted
-from server_plugin.service.openai.response_store import Tally
+from server_plugin.service.openai.pending import (
+    FinalAnswer,
+    PendingQuestion,
+    RegionRequested,
+    TextSoFar,
+)
+from server_plugin.service.openai.response_store import ByteTally
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import server_error
 from vlm_collab.geometry import Size
@@ -21,32 +26,27 @@ from vlm_collab.openai import (
     stage_name,
 )
 from vlm_collab.protocol.messages import Stage
+from vlm_collab.web.streams import StreamFormat
 
 
-class Writer(Protocol):
-    """Puts a stream into the form of one of the APIs."""
-
-    def start(self) -> bytes: ...
-    def delta(self, text: str) -> bytes: ...
-    def finish(self, rest: str, result: Result) -> bytes: ...
-    def error(self, error: ApiError) -> bytes: ...
-
-
-class Reply:
-    """Listens to a question for one client, and streams what can be told already.
+class AnswerStream:
+    """Follows a question for one client, and streams its text.
 
     Args:
-        question: what is listened to; it is cancelled if the client goes.
+        question: is cancelled if the client goes.
         sender: to the client.
-        writer: of the stream; None for a response as a whole.
+        writer: encodes the stream; None for a response in one piece.
     """
 
-    def __init__(self, question: Question, sender: Sender, writer: Writer | None) -> None:
+    def __init__(
+        self, question: PendingQuestion, sender: Sender, writer: StreamFormat | None
+    ) -> None:
         self._question, self._sender, self._writer = question, sender, writer
         self.flow = TextFlow(question.options.stop)
 
-    async def settled(self) -> Wanted | Ended | None:
-        """How it goes; None if it failed after the stream had begun, which then has ended.
+    async def last_event(self) -> RegionRequested | FinalAnswer | None:
+        """Wait for the event that ends the response; None if the question failed after the stream
+        had begun, and the stream has ended with the error.
 
         Raises:
             Refused: it failed, and nothing has been sent yet.
@@ -55,14 +55,14 @@ class Reply:
         begun = False
         try:
             while True:
-                event = await self._question.next()
+                event = await self._question.next_event()
                 if self._writer is not None and not begun:
                     begun = True
                     await self._sender.events(self._writer.start())
                 match event:
-                    case Said(stage, text):
-                        await self._say(stage, text)
-                    case Wanted() | Ended():
+                    case TextSoFar(stage, text):
+                        await self._send_text(stage, text)
+                    case RegionRequested() | FinalAnswer():
                         return event
         except Refused as refused:
             if self._writer is None or not begun:
@@ -74,38 +74,36 @@ class Reply:
             self._question.cancel()
             raise
 
-    async def _say(self, stage: Stage, text: str) -> None:
+    async def _send_text(self, stage: Stage, text: str) -> None:
         if self._writer is not None:
-            # A first text that no second one can replace is as good.
+            # Without a second pass, the first text is final too.
             stage = Stage.SECOND if self._question.one_pass else stage
             await self._sender.events(self._writer.delta(self.flow.feed(stage, text)))
 
 
 def result_of(
-    settled: Wanted | Ended,
+    event: RegionRequested | FinalAnswer,
     *,
     model: str,
-    tally: Tally,
+    tally: ByteTally,
     original_bytes: int | None,
     restarted: bool = False,
 ) -> Result:
-    """An answer, or the first one of a question that waits for its region, with its report."""
-    if isinstance(settled, Wanted):
-        need: RegionNeed | None = settled.need
-        settled = settled.first()
+    """An answer with its report; the first answer while the question waits for its region."""
+    if isinstance(event, RegionRequested):
+        need: RegionNeed | None = event.need
+        answer = event.first_answer()
     else:
-        need = settled.need
-    second = settled.stage is Stage.SECOND
-    region = None if need is None else RegionReport(need.picture, need.box)
+        need, answer = event.need, event
     report = Report(
         model=model,
-        stage=stage_name(settled.stage),
-        refined=second,
-        fallback=settled.fallback.name.lower(),
-        uncertainty=settled.uncertainty,
-        first_text=settled.text if need is None else need.first,
-        first_uncertainty=settled.uncertainty if need is None else need.uncertainty,
-        region=region,
+        stage=stage_name(answer.stage),
+        refined=answer.stage is Stage.SECOND,
+        fallback=answer.fallback.name.lower(),
+        uncertainty=answer.uncertainty,
+        first_text=answer.text if need is None else need.first,
+        first_uncertainty=answer.uncertainty if need is None else need.uncertainty,
+        region=None if need is None else RegionReport(need.picture, need.box),
         bytes_up=tally.up,
         bytes_down=tally.down,
         view_bytes=tally.pictures,
@@ -114,20 +112,20 @@ def result_of(
         restarted=restarted,
     )
     return Result(
-        text=settled.text,
+        text=answer.text,
         report=report,
-        finish=settled.finish,
-        tokens=settled.tokens,
-        prompt_tokens=settled.work.prefilled_tokens,
-        completion_tokens=settled.work.decoded_tokens,
+        finish=answer.finish,
+        tokens=answer.tokens,
+        prompt_tokens=answer.work.prefilled_tokens,
+        completion_tokens=answer.work.decoded_tokens,
     )
 
 
-def arguments_of(need: RegionNeed, source: Size, target: Size) -> dict[str, Any]:
-    """Where to look, as a client that knows only its own picture understands it.
+def region_arguments(need: RegionNeed, source: Size, target: Size) -> dict[str, Any]:
+    """Where to look, for a client that knows only its own picture.
 
-    Shares of the upright picture's width and height, which give back whole pixels when they are
-    multiplied by its size and rounded.
+    Positions and sizes are shares of the upright picture's width and height. Multiplied by its
+    size and rounded, they give whole pixels.
     """
     box = need.box
     return {
@@ -142,5 +140,5 @@ def arguments_of(need: RegionNeed, source: Size, target: Size) -> dict[str, Any]
 
 
 def error_of(refused: Refused, param: str | None = None) -> ApiError:
-    """What ended a question, in OpenAI's form."""
+    """A refusal in OpenAI's form."""
     return api_error(server_error(refused.code, str(refused), refused.retry_after_s), param=param)

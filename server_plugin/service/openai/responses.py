@@ -1,7 +1,7 @@
-"""The Responses API: whole pictures as well, or the client as the edge.
+"""The Responses API: clients upload whole pictures, or act as the edge.
 
-A client that offers the tool `request_region` cuts regions itself. A question that the model is
-unsure of then waits in `Memory` between two requests.
+A client that offers the tool `request_region` cuts regions itself. When the model is unsure, its
+question waits in `ResponseStore` between two requests.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from server_plugin.service.answering import Refused
-from server_plugin.service.openai.intake import Asker, Client, Pictures, told
-from server_plugin.service.openai.pending import Question, Wanted
-from server_plugin.service.openai.reply import Reply, arguments_of, result_of
-from server_plugin.service.openai.response_store import Call, Kept, Memory, Tally
+from server_plugin.service.openai.intake import (
+    ClientIdentity,
+    QuestionIntake,
+    QuestionPictures,
+    refusal_error,
+)
+from server_plugin.service.openai.pending import PendingQuestion, RegionRequested
+from server_plugin.service.openai.reply import AnswerStream, region_arguments, result_of
+from server_plugin.service.openai.response_store import (
+    ByteTally,
+    RegionCall,
+    ResponseStore,
+    StoredResponse,
+)
 from server_plugin.service.openai.transport import Sender
 from vlm_collab.errors import ImageError
 from vlm_collab.openai import (
@@ -38,193 +48,212 @@ from vlm_collab.protocol.messages import Options
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """One request of the Responses API and the question that it waits for.
+class _PendingResponse:
+    """One request of the Responses API and its question.
 
     Attributes:
-        client, request: who asks, and how.
-        question: what is waited for.
-        query: what the request asks; None if it brought the region of an earlier one's question.
+        client: who sent the request.
+        request: as parsed.
+        question: whose answer the request gets.
+        query: the question as parsed; None if the request brought the region of an earlier one.
         conversation: up to the question.
         pictures: of the conversation.
-        instructions: that the question was asked under.
-        tally: bytes of the requests and responses before this response.
+        instructions: of the request that asked the question.
+        tally: bytes of the question's requests and responses before this response.
     """
 
-    client: Client
+    client: ClientIdentity
     request: ResponsesRequest
-    question: Question
+    question: PendingQuestion
     query: Query | None
     conversation: Conversation
-    pictures: Pictures
+    pictures: QuestionPictures
     instructions: str
-    tally: Tally
+    tally: ByteTally
 
 
-class Responses:
+class ResponsesHandler:
     """Answers requests to `/v1/responses`.
 
     Args:
-        asker: has questions answered.
-        memory: keeps responses for later requests.
-        answers: keeps what they said, for requests that refer to it.
+        intake: accepts questions.
+        responses: keeps responses for requests that continue them.
+        answers: keeps their texts for requests that refer to them.
     """
 
-    def __init__(self, asker: Asker, memory: Memory, answers: Memory) -> None:
-        self._asker, self._memory, self._answers = asker, memory, answers
+    def __init__(
+        self, intake: QuestionIntake, responses: ResponseStore, answers: ResponseStore
+    ) -> None:
+        self._intake, self._responses, self._answers = intake, responses, answers
 
-    async def answer(self, client: Client, body: bytes, sender: Sender) -> None:
-        """Read a request and answer it; errors as `Chat.answer`."""
-        request = await self._asker.read(len(body), lambda: self._read_request(body))
+    async def answer(self, client: ClientIdentity, body: bytes, sender: Sender) -> None:
+        """Parse a request and answer it; errors as in `ChatHandler.answer`."""
+        request = await self._intake.parse(len(body), lambda: self._parse_request(body))
         sender.headers |= ignored_header(request.ignored)
-        request = request.recalled(lambda id: self._answer(client, id))
-        before = self._before(client, request)
+        request = request.recalled(lambda id: self._recall_answer(client, id))
+        previous = self._previous(client, request)
         if request.outputs:
-            turn = await self._resumed(client, request, before, len(body))
+            pending = await self._resume_question(client, request, previous, len(body))
         else:
-            turn = await self._begun(client, request, before, len(body))
-        await self._respond(turn, sender)
+            pending = await self._start_question(client, request, previous, len(body))
+        await self._respond(pending, sender)
 
-    def _read_request(self, body: bytes) -> ResponsesRequest:
-        request = parse_responses(body, self._asker.wire)
-        check_model(request.model, [self._asker.model])
+    def _parse_request(self, body: bytes) -> ResponsesRequest:
+        request = parse_responses(body, self._intake.wire_limits)
+        check_model(request.model, [self._intake.model])
         return request
 
-    def _answer(self, client: Client, id: str) -> str | None:
-        """What a response said, which is kept for longer each time that it is referred to."""
-        kept = self._answers.take(client.tenant, id)
-        if kept is None:
+    def _recall_answer(self, client: ClientIdentity, id: str) -> str | None:
+        """The text of an earlier response; keeping time starts anew with each use."""
+        stored = self._answers.take(client.tenant, id)
+        if stored is None:
             return None
-        self._answers.put(client.tenant, id, kept)
-        return kept.conversation.lines[-1][1]
+        self._answers.put(client.tenant, id, stored)
+        return stored.conversation.lines[-1][1]
 
-    def _before(self, client: Client, request: ResponsesRequest) -> Kept | None:
+    def _previous(self, client: ClientIdentity, request: ResponsesRequest) -> StoredResponse | None:
+        """The response that a request continues; None if it continues none."""
         id = request.previous_response_id
         if id is None:
             return None
-        kept = self._memory.get(client.tenant, id)
-        if kept is None:
+        stored = self._responses.get(client.tenant, id)
+        if stored is None:
             raise unknown_response(id, "previous_response_id")
-        return kept
+        return stored
 
-    async def _begun(
-        self, client: Client, request: ResponsesRequest, before: Kept | None, body_bytes: int
-    ) -> _Turn:
-        """A question of its own, or one that follows another."""
-        if before is not None and before.call is not None:
+    async def _start_question(
+        self,
+        client: ClientIdentity,
+        request: ResponsesRequest,
+        previous: StoredResponse | None,
+        body_bytes: int,
+    ) -> _PendingResponse:
+        """Accept a new question, which may continue a conversation."""
+        if previous is not None and previous.call is not None:
             text = (
                 f"the previous response asked for a region: first send the output of "
-                f"{before.call.id}, with the crop or, to do without it, a text"
+                f"{previous.call.id}, with the crop or, to do without it, a text"
             )
             raise refuse("input", text, "no_tool_output")
-        query, pictures = await self._asker.read(
-            body_bytes, lambda: self._read_question(request, before)
+        query, pictures = await self._intake.parse(
+            body_bytes, lambda: self._parse_question(request, previous)
         )
-        return _Turn(
+        return _PendingResponse(
             client,
             request,
-            self._asker.ask(client, query, pictures, remote=request.region_tool),
+            self._intake.accept(client, query, pictures, client_crops=request.region_tool),
             query,
-            request.whole(before.conversation if before else None),
+            request.whole(previous.conversation if previous else None),
             pictures,
             request.instructions,
-            Tally(up=body_bytes, pictures=pictures.sent_bytes),
+            ByteTally(up=body_bytes, pictures=pictures.sent_bytes),
         )
 
-    def _read_question(
-        self, request: ResponsesRequest, before: Kept | None
-    ) -> tuple[Query, Pictures]:
-        if before is None:
+    def _parse_question(
+        self, request: ResponsesRequest, previous: StoredResponse | None
+    ) -> tuple[Query, QuestionPictures]:
+        if previous is None:
             query = request.query()
-            return query, self._asker.pictures(query, {})
-        query = request.query(before.conversation)
-        pairs = zip(before.originals, before.sources, strict=True)
-        return query, self._asker.pictures(query, {one.data: (one, size) for one, size in pairs})
+            return query, self._intake.check_pictures(query, {})
+        query = request.query(previous.conversation)
+        pairs = zip(previous.originals, previous.sources, strict=True)
+        return query, self._intake.check_pictures(
+            query, {one.data: (one, size) for one, size in pairs}
+        )
 
-    async def _resumed(
-        self, client: Client, request: ResponsesRequest, before: Kept | None, body_bytes: int
-    ) -> _Turn:
-        """The question that waits for the region that this request brings."""
+    async def _resume_question(
+        self,
+        client: ClientIdentity,
+        request: ResponsesRequest,
+        previous: StoredResponse | None,
+        body_bytes: int,
+    ) -> _PendingResponse:
+        """Give the region that this request brings to the question that waits for it."""
         id = request.previous_response_id
-        if before is None or id is None:
+        if previous is None or id is None:
             text = "give the previous_response_id of the response that asked for the region"
             raise refuse("previous_response_id", text, "missing_parameter")
-        output, call = _only_output(request, before)
+        output, call = _only_output(request, previous)
         _check_unchanged(request, call)
         question = call.question
-        # From here on it is this request's: another one with the same output finds nothing.
-        if not question.hold_deadline():
+        # From here on the question belongs to this request: a second request with the same output
+        # is refused.
+        if not question.pause_region_timeout():
             raise unknown_response(id, "previous_response_id")
-        self._memory.take(client.tenant, id)
+        self._responses.take(client.tenant, id)
         tally = call.tally
         tally.up += body_bytes
         try:
             region = None
             if output.picture is not None:
-                original = await self._asker.workshop.run(
-                    lambda: self._asker.checked(output.picture or b"", output.param)
+                original = await self._intake.decoding.run(
+                    lambda: self._intake.check_picture(output.picture or b"", output.param)
                 )
                 tally.region = len(original.data)
-                target = self._asker.target
-                region = await self._asker.workshop.run(lambda: original.region(None, target))
+                target = self._intake.target
+                region = await self._intake.decoding.run(lambda: original.region(None, target))
         except (ApiError, ImageError) as error:
-            if question.resume_deadline():  # the client may send another one
-                self._memory.put(client.tenant, id, before)
+            if question.restart_region_timeout():  # the client may send another one
+                self._responses.put(client.tenant, id, previous)
             raise api_error(error, param=output.param) from error
         except BaseException:
             question.cancel()
             raise
         question.give_region(region)
-        return _Turn(
+        return _PendingResponse(
             client,
             request,
             question,
             None,
-            before.conversation,
-            Pictures(before.originals, before.sources),
+            previous.conversation,
+            QuestionPictures(previous.originals, previous.sources),
             call.instructions,
             tally,
         )
 
-    async def _respond(self, turn: _Turn, sender: Sender) -> None:
+    async def _respond(self, pending: _PendingResponse, sender: Sender) -> None:
         """Answer with a text, or with a call of the region tool."""
-        request, question, tally = turn.request, turn.question, turn.tally
+        request, question, tally = pending.request, pending.question, pending.tally
+        tenant = pending.client.tenant
         id = f"resp_{secrets.token_hex(24)}"
-        builder = ResponseBuilder(request, id=id, created=int(time.time()), model=self._asker.model)
-        reply = Reply(question, sender, builder if request.stream else None)
-        try:
-            settled = await reply.settled()
-        except Refused as refused:
-            raise told(refused, turn.query) from refused
-        if settled is None:
-            return
-        rest = "" if isinstance(settled, Wanted) else reply.flow.finish(settled.text)
-        result = result_of(
-            settled,
-            model=self._asker.model,
-            tally=replace(tally, down=tally.down + sender.sent),
-            original_bytes=turn.pictures.original_bytes,
-            restarted=request.stream and reply.flow.restarted,
+        builder = ResponseBuilder(
+            request, id=id, created=int(time.time()), model=self._intake.model
         )
-        conversation, call = turn.conversation, None
-        if isinstance(settled, Wanted):
-            call = Call(call_id(id), question, turn.instructions, tally)
-            source = turn.pictures.sources[settled.need.picture]
-            where = arguments_of(settled.need, source, self._asker.target)
+        stream = AnswerStream(question, sender, builder if request.stream else None)
+        try:
+            event = await stream.last_event()
+        except Refused as refused:
+            raise refusal_error(refused, pending.query) from refused
+        if event is None:
+            return
+        rest = "" if isinstance(event, RegionRequested) else stream.flow.finish(event.text)
+        result = result_of(
+            event,
+            model=self._intake.model,
+            tally=replace(tally, down=tally.down + sender.sent),
+            original_bytes=pending.pictures.original_bytes,
+            restarted=request.stream and stream.flow.restarted,
+        )
+        conversation, call = pending.conversation, None
+        if isinstance(event, RegionRequested):
+            call = RegionCall(call_id(id), question, pending.instructions, tally)
+            source = pending.pictures.sources[event.need.picture]
+            where = region_arguments(event.need, source, self._intake.target)
             end = builder.finish_call if request.stream else builder.whole_call
             last = end(call.id, where, result)
         else:
             conversation = conversation.answered(result.text)
             last = builder.finish(rest, result) if request.stream else builder.whole(result)
-        # Kept before it is told: the client may be back at once.
+        # Stored before it is sent: the client may continue it at once.
         if request.store or call is not None:
-            kept = Kept(conversation, turn.pictures.originals, turn.pictures.sources, call)
-            self._memory.put(turn.client.tenant, id, kept)
+            pictures = pending.pictures
+            stored = StoredResponse(conversation, pictures.originals, pictures.sources, call)
+            self._responses.put(tenant, id, stored)
         if request.store and call is None:
-            said = Conversation(((Role.ASSISTANT, result.text),))
-            self._answers.put(turn.client.tenant, id, Kept(said, (), ()))
+            answer = Conversation(((Role.ASSISTANT, result.text),))
+            self._answers.put(tenant, id, StoredResponse(answer, (), ()))
         if call is not None:
-            question.when_over(lambda: self._call_over(turn.client.tenant, id))
+            question.on_end(lambda: self._drop_call(tenant, id))
         try:
             if isinstance(last, bytes):
                 await sender.events(last)
@@ -232,25 +261,27 @@ class Responses:
             else:
                 await sender.json(msgspec.json.encode(last))
         except BaseException:
-            self._memory.forget(turn.client.tenant, id)
-            self._answers.forget(turn.client.tenant, id)
+            self._responses.forget(tenant, id)
+            self._answers.forget(tenant, id)
             raise
         tally.down += sender.sent
 
-    def _call_over(self, tenant: bytes, id: str) -> None:
-        """Nobody can bring the region any more."""
-        kept = self._memory.get(tenant, id)
-        if kept is not None and kept.call is not None:
-            self._memory.take(tenant, id)
+    def _drop_call(self, tenant: bytes, id: str) -> None:
+        """Remove a response whose question has ended, so that no region can be sent for it."""
+        stored = self._responses.get(tenant, id)
+        if stored is not None and stored.call is not None:
+            self._responses.take(tenant, id)
 
 
-def _only_output(request: ResponsesRequest, before: Kept) -> tuple[CallOutput, Call]:
-    """The output that a request brings, and the call it is of.
+def _only_output(
+    request: ResponsesRequest, previous: StoredResponse
+) -> tuple[CallOutput, RegionCall]:
+    """The output that a request brings, and its call.
 
     Raises:
-        ApiError: it brings more than that, or it is of no call that is open.
+        ApiError: the request holds anything else, or the output belongs to no open call.
     """
-    output, call = request.outputs[0], before.call
+    output, call = request.outputs[0], previous.call
     if call is None or output.call_id != call.id:
         text = f"there is no open call {output.call_id} in the previous response"
         raise refuse("input", text, "unknown_call")
@@ -271,11 +302,11 @@ _PARAMS = {
 }
 
 
-def _check_unchanged(request: ResponsesRequest, call: Call) -> None:
-    """Refuse wishes that come too late; those that the question was asked with hold.
+def _check_unchanged(request: ResponsesRequest, call: RegionCall) -> None:
+    """Refuse options that differ from those of the request that asked the question.
 
     Raises:
-        ApiError: for the first that differs.
+        ApiError: names the first that differs.
     """
     default, asked = Options(), call.question.options
     changed = [
@@ -291,9 +322,9 @@ def _check_unchanged(request: ResponsesRequest, call: Call) -> None:
 
 
 def unknown_response(id: str, param: str) -> ApiError:
-    """What a client is told that goes on from a response that is not kept (any more)."""
+    """The error for a request that refers to a response that is not kept (any more)."""
     text = (
-        f"there is no response {id} any more: it is unknown here, or the time to go on from it is "
-        "over; ask again with the picture, without previous_response_id"
+        f"there is no response {id} any more: it is unknown here, or it has expired; "
+        "ask again with the picture, without previous_response_id"
     )
     return refuse(param, text, "previous_response_not_found", status=404)

@@ -1,11 +1,11 @@
-"""Whole pictures from clients that cannot crop: checked, made into views, cropped here.
+"""Whole pictures uploaded by clients that cannot crop: checked, made into views, cropped here.
 
-The bytes are a stranger's, so their headers are checked before anything is decompressed, and
-what no decoder needs is left out of them (`vlm_collab.pictures.headers`). Colour profiles are
-ignored, as everywhere on the server.
+The bytes are untrusted: their headers are checked before anything is decompressed, and data that
+no decoder needs are left out (`vlm_collab.pictures.headers`). Colour profiles are ignored, as
+everywhere on the server.
 
-Views are made from the original's pixels as the edge makes them, without its JPEG in between. An
-answer can therefore differ from the one that an edge gets, as it can between two qualities.
+Views are made from the original's pixels as the edge makes them, but are not encoded as JPEG. An
+answer can therefore differ from the one that an edge gets, as it can between two JPEG qualities.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TypeVar
 from PIL import Image
 
 from server_plugin.service.config import OpenAiLimits
-from server_plugin.service.view_store import ClientSession, Lease, ViewGoneLocallyError, ViewStore
+from server_plugin.service.view_store import ClientSession, Lease, ViewNotHeldError, ViewStore
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.pictures.images import SourceImage, read_header
@@ -29,16 +29,16 @@ from vlm_collab.pictures.images import SourceImage, read_header
 T = TypeVar("T")
 
 _MOST_STRETCHED = 4
-"""How many times longer a side may become where a client changed its picture's aspect."""
+"""How many times longer a side may become when a picture's aspect ratio is restored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Original:
+class UploadedPicture:
     """A picture as a client sent it.
 
     Attributes:
         data: the encoded picture.
-        digest: names its content.
+        digest: of its content.
         size: of the upright picture, in px.
     """
 
@@ -47,7 +47,7 @@ class Original:
     size: Size
 
     @classmethod
-    def checked(cls, data: bytes, max_pixels: int) -> Original:
+    def checked(cls, data: bytes, max_pixels: int) -> UploadedPicture:
         """Check a picture's header; nothing is decoded.
 
         Raises:
@@ -62,9 +62,9 @@ class Original:
 
         Args:
             side: size of the view, in px.
-            fit: how the picture is brought to it.
-            source: size of what the picture shows, in px. The client may have reduced that, and
-                changed its aspect doing so.
+            fit: how the picture is fitted to it.
+            source: size of what the picture shows, in px. The client may have reduced it and
+                changed its aspect ratio.
 
         Raises:
             ImageError: the data are broken.
@@ -75,7 +75,7 @@ class Original:
         return picture.view(side, fit)
 
     def region(self, box: Box | None, target: Size) -> Image.Image:
-        """A part at full resolution, or all of it, reduced to `target`. Decodes, as `view`."""
+        """A part, or all of it for None, reduced from full resolution to `target`; decodes."""
         return self._opened().region(box or Box(0, 0, *self.size), target)
 
     def _opened(self) -> SourceImage:
@@ -83,12 +83,12 @@ class Original:
 
 
 def _alike(one: Size, other: Size) -> bool:
-    """Whether a picture can be the other one reduced, but for rounding to whole pixels."""
+    """Whether two aspect ratios are equal but for rounding to whole pixels."""
     return abs(one.width * other.height - other.width * one.height) <= max(other)
 
 
 def _reshaped(picture: SourceImage, source: Size) -> Image.Image:
-    """The picture in the aspect of its source, with all that it shows, and not without bounds."""
+    """The whole picture, resized to its source's aspect ratio; bounded by `_MOST_STRETCHED`."""
     width, height = (own / other for own, other in zip(picture.size, source, strict=True))
     scale = min(max(width, height), _MOST_STRETCHED * min(width, height))
     whole = picture.region(Box(0, 0, *picture.size), picture.size)
@@ -96,19 +96,19 @@ def _reshaped(picture: SourceImage, source: Size) -> Image.Image:
     return whole.resize(size, Image.Resampling.BICUBIC)
 
 
-class Workshop:
+class DecodingPool:
     """Decodes pictures off the event loop, a few at a time.
 
-    On threads of its own: an allocator keeps what each thread once had, and a decoded picture is
-    large. A thread cannot be stopped, so the place of a client that leaves is taken until its
-    picture is done; else clients that come and go could have any number of them decoding.
+    It has threads of its own, and few: an allocator keeps the memory that each thread once used,
+    and a decoded picture is large. A thread cannot be stopped, so it stays busy with a picture
+    whose client has left; otherwise clients that come and go could have any number decoded at once.
     """
 
     def __init__(self, limits: OpenAiLimits) -> None:
         self._threads = ThreadPoolExecutor(limits.max_decoding, "pictures")
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns."""
+        """Run `work` on one of the threads and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
@@ -116,8 +116,8 @@ class Workshop:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-class Held:
-    """A view that a question works on. To be closed."""
+class HeldView:
+    """A view that a question uses. It has to be closed."""
 
     def __init__(self, store: ViewStore, session: ClientSession, lease: Lease) -> None:
         self._store, self._session = store, session
@@ -125,56 +125,56 @@ class Held:
         self._open = True
 
     def close(self) -> None:
-        """Let go; the view stays for a while. Safe to call twice."""
+        """Release the view, which is kept for a while. Safe to call twice."""
         if self._open:
             self._open = False
             self.lease.close()
             self._store.leave(self._session)
 
 
-class Gallery:
-    """Views by their pictures' content, so that a chat that sends its picture with every question
-    has it computed once.
+class UploadedViews:
+    """Views found by the content of their pictures.
 
-    Each set of pictures is a session of the view store, which forgets it some time after its
-    last question. A view is found only by the tenant whose picture it was.
+    A chat that sends its picture with every question has its view computed once. Each set of
+    pictures is a session of the view store, which forgets it some time after its last question.
+    Only the tenant who sent the pictures finds their view.
 
     Args:
-        store: where views live.
-        workshop: decodes the pictures.
-        side, fit: of views.
-        max_known: sets of pictures remembered.
+        store: keeps the views.
+        decoding: decodes the pictures.
+        side, fit: size of views in px, and how pictures are fitted to it.
+        max_known: most sets of pictures remembered.
     """
 
     def __init__(
-        self, store: ViewStore, workshop: Workshop, side: Size, fit: Fit, max_known: int
+        self, store: ViewStore, decoding: DecodingPool, side: Size, fit: Fit, max_known: int
     ) -> None:
-        self._store, self._workshop = store, workshop
+        self._store, self._decoding = store, decoding
         self._side, self._fit = side, fit
         self._max_known = max_known
         self._sessions: OrderedDict[bytes, bytes] = OrderedDict()
 
     async def hold(
-        self, tenant: bytes, originals: Sequence[Original], sources: Sequence[Size]
-    ) -> Held:
-        """The view of these pictures together; they are decoded if it is not there.
+        self, tenant: bytes, originals: Sequence[UploadedPicture], sources: Sequence[Size]
+    ) -> HeldView:
+        """Hold the view of these pictures together; decode them if the view is not kept.
 
         Args:
-            tenant: whose pictures they are.
+            tenant: who sent them.
             originals: one or more.
             sources: sizes of what they show, in px.
 
         Raises:
-            ImageError: the data of one are broken.
+            ImageError: the data of a picture are broken.
         """
         name = hashlib.blake2b(tenant, digest_size=16)
         for original, source in zip(originals, sources, strict=True):
             name.update(original.digest + repr(tuple(source)).encode())
-        held = self._held(name.digest(), len(originals))
+        held = self._hold_kept(name.digest(), len(originals))
         if held is not None:
             return held
 
-        def made() -> list[Image.Image]:
+        def make_views() -> list[Image.Image]:
             views: list[Image.Image] = []
             for original, source in zip(originals, sources, strict=True):
                 try:
@@ -185,34 +185,34 @@ class Gallery:
                     raise type(error)(f"picture {len(views) + 1}: {error}") from error
             return views
 
-        views = await self._workshop.run(made)
-        # Another question may have brought the same picture meanwhile.
-        held = self._held(name.digest(), len(originals))
-        return held or self._added(name.digest(), views)
+        views = await self._decoding.run(make_views)
+        # Another question may have added the same view meanwhile.
+        held = self._hold_kept(name.digest(), len(originals))
+        return held or self._hold_new(name.digest(), views)
 
-    def _held(self, name: bytes, pictures: int) -> Held | None:
+    def _hold_kept(self, name: bytes, pictures: int) -> HeldView | None:
         key = self._sessions.get(name)
         if key is None:
             return None
         session = self._store.enter(key)
         self._remember(name, session)
         try:
-            return Held(self._store, session, self._store.lease(session, 0, pictures))
-        except ViewGoneLocallyError:
+            return HeldView(self._store, session, self._store.lease(session, 0, pictures))
+        except ViewNotHeldError:
             self._store.leave(session)
             return None
 
-    def _added(self, name: bytes, views: list[Image.Image]) -> Held:
+    def _hold_new(self, name: bytes, views: list[Image.Image]) -> HeldView:
         session = self._store.enter(self._sessions.get(name, b""))
         self._remember(name, session)
         waiting = [views]
 
         async def decoded() -> list[Image.Image]:
-            return waiting.pop()  # once the backend has them, they are needed no more
+            return waiting.pop()  # the backend has them now, so their memory can be freed
 
         nbytes = len(views) * self._side.width * self._side.height * 3
         self._store.add(session, 0, name.hex(), nbytes, decoded, pictures=len(views))
-        return Held(self._store, session, self._store.lease(session, 0, len(views)))
+        return HeldView(self._store, session, self._store.lease(session, 0, len(views)))
 
     def _remember(self, name: bytes, session: ClientSession) -> None:
         self._sessions[name] = session.key

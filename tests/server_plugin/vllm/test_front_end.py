@@ -348,7 +348,7 @@ async def test_questions_end_before_their_engine_does() -> None:
     async with running(held) as url, edge(url) as client:
         id = await unsure(client)
         stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=30))
-        while not held.draining:
+        while not held.state.draining:
             await asyncio.sleep(0.001)
         await client.ask(SURE)
         assert (await client.next()).code is ErrorCode.SHUTTING_DOWN
@@ -383,7 +383,7 @@ async def test_an_engine_that_ended_by_itself_is_not_waited_for() -> None:
     finish_before_shutdown(engine, held)
     engine.shutdown()
     assert engine.timeouts == [None]
-    assert not held.draining
+    assert not held.state.draining
 
 
 def test_options_of_others_are_none_of_ours() -> None:

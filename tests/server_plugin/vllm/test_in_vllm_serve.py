@@ -26,9 +26,9 @@ from eval.signs.scenes import generate_scene, questions, render
 from server_plugin.backends.open import open_model
 from server_plugin.backends.vllm.capture import HELD
 from server_plugin.engines.assembly import engine_of
+from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from server_plugin.service.service import Service
 from tests.support.vllm_cpu.environment import Served, collab_serve
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.page import TOKEN_SUBPROTOCOL

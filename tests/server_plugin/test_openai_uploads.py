@@ -18,7 +18,7 @@ from PIL import Image
 
 from server_plugin.backends.base import Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
-from server_plugin.service.openai.uploads import Original
+from server_plugin.service.openai.uploads import UploadedPicture
 from server_plugin.service.runner import running
 from tests.support.openai_client import (
     PHOTO,
@@ -41,7 +41,7 @@ from vlm_collab.pictures.images import SourceImage, decode
 
 
 class Watched(FakeBackend):
-    """Counts the views it opens, and remembers how the last pass was asked for."""
+    """Counts the views it opens, and keeps the parameters of the last pass."""
 
     opened = 0
 
@@ -131,7 +131,7 @@ async def test_a_first_answer_that_a_second_may_replace_is_not_streamed():
             if chunk.choices
         ]
     assert "".join(pieces).startswith("second")
-    assert len([piece for piece in pieces if piece]) > 2  # it grew
+    assert len([piece for piece in pieces if piece]) > 2  # the text grew
 
 
 @pytest.mark.parametrize("how", ["text alone", "no second look"])
@@ -155,7 +155,7 @@ async def test_a_first_answer_that_stands_is_streamed_as_it_grows(how):
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
-async def test_a_picture_that_the_view_shows_whole_is_looked_at_once(api):
+async def test_a_picture_that_the_view_shows_in_full_gets_one_pass(api):
     small = saved(photo(100, 80), "PNG")
     backend = FakeBackend()
     async with asking(service(backend)) as client:
@@ -201,7 +201,7 @@ async def test_a_chat_that_sends_its_picture_every_time_has_it_computed_once():
             ("sky?", messages[1]["content"]),
             ("small?", messages[3]["content"]),
         )
-        # Another key is another tenant: nothing of one is of use to the other.
+        # Another key is another tenant, and tenants share no views.
         async with AsyncExitStack() as stack:
             other = client.with_options(api_key="other")
             stack.push_async_callback(other.close)
@@ -221,7 +221,7 @@ async def test_a_view_is_forgotten_after_its_time():
         assert backend.opened == 2
 
 
-async def test_a_response_is_gone_on_from_without_its_picture():
+async def test_a_response_is_continued_without_its_picture():
     backend = Watched()
     async with asking(service(backend)) as client:
         first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
@@ -237,7 +237,7 @@ async def test_a_response_is_gone_on_from_without_its_picture():
         assert [asked for asked, _ in backend.how["history"]] == ["sky?", "small?"]
 
 
-async def test_a_view_that_is_gone_is_made_again_from_what_is_kept():
+async def test_a_dropped_view_is_made_again_from_the_stored_picture():
     backend = Watched()
     limits = {"max_view_bytes": DEFAULT_INFO.view_bytes}
     async with asking(service(backend, limits=limits)) as client:
@@ -258,13 +258,13 @@ async def test_a_later_message_may_bring_another_picture():
     assert region_name(other, told["region"]["box"]) in text
 
 
-async def test_what_is_not_stored_cannot_be_gone_on_from():
+async def test_a_response_that_is_not_stored_cannot_be_continued():
     running_service = service()
     async with asking(running_service) as client:
         first = await client.responses.create(model="fake", input=[said(SURE, PHOTO)], store=False)
         with pytest.raises(openai.NotFoundError, match="ask again with the picture"):
             await client.responses.create(model="fake", input="?", previous_response_id=first.id)
-        assert running_service.openai.memory.nbytes == 0
+        assert running_service.openai.responses.nbytes == 0
 
 
 async def test_a_response_belongs_to_its_key_and_can_be_deleted():
@@ -277,7 +277,10 @@ async def test_a_response_belongs_to_its_key_and_can_be_deleted():
             await b.responses.delete(first.id)
         told = await a.responses.with_raw_response.delete(first.id)
         assert told.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
-        assert (running_service.openai.memory.count, running_service.openai.memory.nbytes) == (0, 0)
+        assert (
+            running_service.openai.responses.count,
+            running_service.openai.responses.nbytes,
+        ) == (0, 0)
         with pytest.raises(openai.NotFoundError):
             await a.responses.create(model="fake", input="?", previous_response_id=first.id)
 
@@ -312,13 +315,13 @@ async def test_questions_about_text_alone():
         answer = await client.responses.create(model="fake", input="hello", instructions="shout")
         assert answer.output_text == "first  shout\nhello"
         text, _ = await respond(client, "more", previous_response_id=answer.id)
-        assert text == "first  hello first  shout\nhello more"  # instructions are of one response
+        assert text == "first  hello first  shout\nhello more"  # instructions hold for one response
 
 
-# ---- how to answer ---------------------------------------------------------------------------
+# ---- parameters ------------------------------------------------------------------------------
 
 
-async def test_wishes_reach_the_model():
+async def test_parameters_reach_the_model():
     backend = Watched()
     async with asking(service(backend)) as client:
         await client.chat.completions.create(
@@ -371,7 +374,7 @@ async def test_logprobs_are_of_the_answer():
     assert tokens[0].logprob == pytest.approx(-0.01 * math.log(2))
 
 
-async def test_a_threshold_of_ones_own():
+async def test_a_request_may_set_the_threshold():
     async with asking(service()) as client:
         for eta, refined in ((1.9, True), (2.1, False)):
             _, told = await chat(
@@ -408,14 +411,14 @@ async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
     async with asking(service()) as client:
         for kind, data in PICTURES.items():
             text, told = await chat(client, [message(UNSURE, data)])
-            if kind == "one pixel":  # of which a region would show no more
+            if kind == "one pixel":  # a region would show no more of it
                 assert text == f"first {view_name(data)} {UNSURE}"
                 continue
             region = region_name(data, told["region"]["box"])
             assert text.split()[1:3] == [view_name(data), region], kind
 
 
-def test_what_is_received_has_the_pixels_that_decoding_it_gives():
+def test_a_received_picture_has_the_pixels_of_the_decoded_one():
     for kind, data in PICTURES.items():
         received = SourceImage.received(data, max_pixels=10**7)
         whole = received.region(Box(0, 0, *received.size), received.size)
@@ -447,7 +450,7 @@ def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end,
     for place, value in changes:
         changed[place % len(changed)] = value
     try:
-        original = Original.checked(bytes(changed[:end]), 10**6)
+        original = UploadedPicture.checked(bytes(changed[:end]), 10**6)
         assert original.view(Size(28, 28), fit, Size(*source)).size == (28, 28)
         assert max(original.region(None, Size(28, 28)).size) <= 28
     except ImageError as error:
@@ -455,7 +458,7 @@ def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end,
 
 
 async def test_a_turned_picture_is_cropped_upright():
-    """Against Pillow's own reading, and not only against the same code at the edge."""
+    """Compared with Pillow, and not only with the same code at the edge."""
     picture = turned(photo(600, 400), 6, "PNG")
     async with asking(service()) as client:
         text, told = await chat(client, [message(UNSURE, picture)])
@@ -490,7 +493,7 @@ async def test_a_picture_that_cannot_be_used_is_an_error_before_any_stream(strea
             assert "\n" not in caught.value.body["message"]
         text, _ = await chat(client, [message(SURE, PHOTO)])  # the service goes on
         assert view_name(PHOTO) in text
-        assert running_service.questions == 0
+        assert running_service.state.questions == 0
 
 
 async def test_of_several_pictures_the_broken_one_is_named():
@@ -499,7 +502,7 @@ async def test_of_several_pictures_the_broken_one_is_named():
             await chat(client, [message(SURE, PHOTO, PHOTO[:-9000], png(photo(9, 9)))])
 
 
-async def test_the_sdk_s_own_streams_are_content_with_ours():
+async def test_the_sdk_s_stream_helpers_accept_our_streams():
     async with asking(service()) as client:
         async with client.responses.stream(model="fake", input=[said(UNSURE, PHOTO)]) as stream:
             text = "".join([e.delta async for e in stream if e.type.endswith("text.delta")])
@@ -533,7 +536,7 @@ async def test_models_that_pad_or_crop_get_their_own_view(fit):
     assert text.split()[1:3] == [digest(view), region_name(PHOTO, told["region"]["box"])]
 
 
-# ---- what cannot be honoured -----------------------------------------------------------------
+# ---- refusals and access ---------------------------------------------------------------------
 
 
 TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -551,7 +554,7 @@ REFUSED = [
 ]
 
 
-async def test_what_cannot_be_honoured_is_refused_by_name():
+async def test_unsupported_parameters_are_refused_by_name():
     async with asking(service()) as client:
         for given, param in REFUSED:
             with pytest.raises(openai.BadRequestError) as caught:
@@ -601,7 +604,7 @@ async def test_pages_of_other_origins_get_no_answer():
             assert answer.status_code == status
 
 
-async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
+async def test_requests_are_counted_and_logged_without_their_texts(caplog):
     caplog.set_level("INFO")
     running_service = service()
     async with asking(running_service) as client:
@@ -609,7 +612,7 @@ async def test_what_happens_is_counted_and_logged_without_any_words(caplog):
         await respond(client, [said(SURE, PHOTO)])
         with pytest.raises(openai.BadRequestError):
             await chat(client, [message("an <refuse>", PHOTO)])
-    metrics = running_service.metrics.text().decode()
+    metrics = running_service.state.metrics.text().decode()
     for line in (
         'vlm_collab_questions_total{outcome="second"} 1.0',
         'vlm_collab_questions_total{outcome="first"} 1.0',
