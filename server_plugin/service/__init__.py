@@ -6,7 +6,7 @@
 - `answering`: the work on a question, however it came in.
 - `connection`: one WebSocket, with `connection_question`, `connection_views` and
   `connection_output`.
-- `openai`: OpenAI's APIs over HTTP; `page`: the browser page's routes.
+- `openai`: OpenAI's APIs over HTTP.
 - `asgi`: the application, with its routes and its shutdown.
 - `runner`: starts and stops a server.
 
