@@ -20,8 +20,8 @@ from eval.analysis.operating_points import (
     same_samples,
     two_stage_point,
 )
-from eval.analysis.records import Record
-from eval.analysis.run import HD, Run
+from eval.analysis.records import HD, Record
+from eval.analysis.run import Run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric, RandomPolicy, ThresholdPolicy, TokenStatistics
 

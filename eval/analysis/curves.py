@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from eval.analysis.baselines import first_steps
 from eval.analysis.operating_points import Column, Point, two_stage_point
-from eval.analysis.records import Record, truth_of
+from eval.analysis.records import TWO_STAGE, Record, truth_of
 from eval.analysis.run import Run
 from eval.tasks.catalogue import task_kind
 from vlm_collab.errors import ConfigError
@@ -166,7 +166,7 @@ def curve(run: Run, setting: Setting) -> Curve:
 
 def ends(run: Run) -> tuple[Point, Point]:
     """The points "none" and "all", between which every curve lies."""
-    run.require("two_stage")
+    run.require(TWO_STAGE)
     zeros, ones = np.zeros(len(run.records)), np.ones(len(run.records))
     return two_stage_point(run, zeros, "never"), two_stage_point(run, ones, "always")
 
@@ -185,7 +185,7 @@ def rescored(run: Run, scorer: str) -> Run:
 
     def again(record: Record) -> Record:
         truth = truth_of(record)
-        second = score(record.second_text, truth) if run.method == "two_stage" else 0.0
+        second = score(record.second_text, truth) if run.method == TWO_STAGE else 0.0
         return replace(
             record, first_score=float(score(record.first_text, truth)), second_score=float(second)
         )

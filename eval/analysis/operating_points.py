@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.analysis.records import TWO_STAGE
 from eval.analysis.run import Run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.cost import first_pass_flops, second_stage_flops
@@ -129,7 +130,7 @@ class Baseline(ABC):
 
     name: ClassVar[str]
     setting_is: ClassVar[str] = ""
-    method: ClassVar[str] = "two_stage"
+    method: ClassVar[str] = TWO_STAGE
 
     def points(self, run: Run) -> list[Point]:
         """Its operating points, cheapest first.
@@ -167,7 +168,7 @@ def two_stage_point(
         ConfigError: see `Run.require`.
         ValueError: `sent` has another length than the run, or values beyond 0 and 1.
     """
-    run.require("two_stage")
+    run.require(TWO_STAGE)
     if len(sent) != len(run.records):
         raise ValueError(f"{len(sent)} decisions for {len(run.records)} samples")
     if sent.min() < 0 or sent.max() > 1:

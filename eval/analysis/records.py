@@ -22,6 +22,9 @@ import pyarrow.parquet as pq
 
 from eval.tasks.base import Truth
 
+TWO_STAGE, HD = "two_stage", "hd"
+"""Methods of runs: both passes of every sample; LLaVA-1.5-HD."""
+
 PROVENANCE = "run.json"
 SHARDS = "rows/part-*.parquet"
 _OLD_SHARDS = "part-*.parquet"

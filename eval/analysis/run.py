@@ -14,9 +14,6 @@ from eval.analysis.records import PROVENANCE, Record, read_records
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
 
-TWO_STAGE, HD = "two_stage", "hd"
-"""Methods that a run can be of: both passes of every sample; LLaVA-1.5-HD."""
-
 
 class Decoder(NamedTuple):
     """What Eq. 17-20 of 003_92b41fe49395ce1a.txt depend on: n_v, d_LLM and L."""

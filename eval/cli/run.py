@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_client.cli.options import Token, TokenFile, token_of
-from eval.analysis.run import HD, TWO_STAGE
+from eval.analysis.records import HD, TWO_STAGE
 from eval.runs.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.runs.loading import ModelOptions
 from eval.runs.loop import Ended, Share, StoppedError

@@ -10,7 +10,8 @@ import msgspec
 
 from eval.analysis.curves import counts_end, part, rescored
 from eval.analysis.operating_points import same_samples
-from eval.analysis.run import HD, TWO_STAGE, Run
+from eval.analysis.records import HD, TWO_STAGE
+from eval.analysis.run import Run
 from eval.runs.provenance import difference
 from eval.tasks.catalogue import task_kind
 from eval.tasks.data import wherever

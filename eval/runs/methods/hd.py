@@ -25,8 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.analysis.records import Record
-from eval.analysis.run import HD
+from eval.analysis.records import HD, Record
 from eval.runs.loading import ModelOptions, facts_of
 from eval.runs.methods.method import (
     Asked,

@@ -24,8 +24,7 @@ from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from edge_client.link.link import CODECS
 from edge_client.picture import Picture
-from eval.analysis.records import Record
-from eval.analysis.run import TWO_STAGE
+from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.methods.method import (
     Asked,
     Method,

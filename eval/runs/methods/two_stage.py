@@ -14,8 +14,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from eval.analysis.records import Record
-from eval.analysis.run import TWO_STAGE
+from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.loading import ModelOptions, facts_of, loaded
 from eval.runs.lockstep import Lockstep, Member
 from eval.runs.methods.method import (
