@@ -32,7 +32,7 @@ _CHUNK = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class Criterion:
     """What is held against the threshold.
 
     Attributes:
@@ -98,7 +98,7 @@ class Curve:
             known.
     """
 
-    setting: Setting
+    setting: Criterion
     order: NDArray[np.int64]
     sent: NDArray[np.int64]
     eta: Column
@@ -123,12 +123,12 @@ class Curve:
         return np.unique(nearest)
 
 
-def uncertainty(run: Run, setting: Setting) -> Column:
-    """`Setting.value` of each sample."""
+def uncertainty(run: Run, setting: Criterion) -> Column:
+    """`Criterion.value` of each sample."""
     return np.array([setting.value(record) for record in run.records], dtype=np.float64)
 
 
-def curve(run: Run, setting: Setting) -> Curve:
+def curve(run: Run, setting: Criterion) -> Curve:
     """Every operating point that some threshold reaches.
 
     Samples of equal uncertainty go together. "None" is a point only if a threshold reaches it: a
@@ -368,7 +368,7 @@ def settings_of(
     metrics: Sequence[Metric] = tuple(Metric),
     aggregates: Sequence[Aggregate] = tuple(Aggregate),
     ks: Sequence[int] | None = None,
-) -> list[Setting]:
+) -> list[Criterion]:
     """What a sweep covers.
 
     Args:
@@ -383,5 +383,5 @@ def settings_of(
     for metric in metrics:
         for how in aggregates:
             of_k = useful if how is Aggregate.FIRST_K else [1]
-            made += [Setting(metric, how, k, ends) for k in of_k]
+            made += [Criterion(metric, how, k, ends) for k in of_k]
     return made

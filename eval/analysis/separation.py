@@ -17,15 +17,15 @@ in its odds, which keeps it between 0 and 1. How often these intervals hold the 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.curves import Bootstrap, Criterion, uncertainty
 from eval.analysis.operating_points import Column, column
 from eval.analysis.run import Run
+from eval.analysis.statistics import auroc, bhattacharyya, finite, overlap
 from eval.analysis.trace import rows_of
 from vlm_collab.method.policy import Metric
 
@@ -48,34 +48,13 @@ def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
     return np.linspace(0.0, top or 1.0, bins + 1)
 
 
-def overlap(p: Column, q: Column) -> Column:
-    """Eq. 23 of 003, over the last axis."""
-    return np.asarray(np.minimum(p, q).sum(axis=-1))
-
-
-def bhattacharyya(p: Column, q: Column) -> Column:
-    """Eq. 24 of 003, over the last axis; infinite where nothing overlaps."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(-np.log(np.minimum(np.sqrt(p * q).sum(axis=-1), 1.0)))
-
-
-def auroc(values: Column, right: NDArray[np.bool_]) -> float:
-    """Chance that a wrong answer's value is above a right one's; ties count one half."""
-    ranked, place = np.unique(values, return_inverse=True)
-    wrong = np.bincount(place, weights=~right, minlength=len(ranked))
-    correct = np.bincount(place, weights=right, minlength=len(ranked))
-    below = np.cumsum(correct) - correct / 2
-    pairs = wrong.sum() * correct.sum()
-    return float((wrong * below).sum() / pairs) if pairs else math.nan
-
-
-def separation(run: Run, setting: Setting, bootstrap: Bootstrap) -> dict[str, Any]:
+def separation(run: Run, setting: Criterion, bootstrap: Bootstrap) -> dict[str, Any]:
     """All that Table II and III say of one setting, and the histograms behind it."""
     values, right = uncertainty(run, setting), right_of(run)
     made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
     made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
     sign = -1.0 if setting.metric is Metric.MARGIN else 1.0
-    made["auroc"] = finite(auroc(sign * values, right))
+    made["auroc"] = finite(auroc(sign * values, ~right))
     edges = edges_of(values, setting.metric)
     p, q = _counts(values, right, edges), _counts(values, ~right, edges)
     made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
@@ -158,11 +137,6 @@ def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, A
             row[f"{name}_interval"] = list(bootstrap.interval(np.concatenate(means)))
         made.append(row)
     return made
-
-
-def finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
 
 
 def _counts(values: Column, of: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:

@@ -8,7 +8,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval.analysis.curves import Bootstrap, Curve, Setting, counts_end, curve, ends, uncertainty
+from eval.analysis.curves import (
+    Bootstrap,
+    Criterion,
+    Curve,
+    counts_end,
+    curve,
+    ends,
+    uncertainty,
+)
 from eval.analysis.guarantee import Tested, guaranteed
 from eval.analysis.operating_points import column, sends_region
 from eval.analysis.run import Run
@@ -18,7 +26,7 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 
 
-def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Setting:
+def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Criterion:
     """What a user asked for; where nothing was, what the run's preset has.
 
     Raises:
@@ -33,10 +41,10 @@ def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | Non
         raise ConfigError(f"{error}; there are: {known}") from None
     if k is not None and how is not Aggregate.FIRST_K:
         raise ConfigError(f"--k needs --aggregate first_k, not {how}")
-    return Setting(chosen, how, k or int(preset.get("k", 5)), counts_end(run))
+    return Criterion(chosen, how, k or int(preset.get("k", 5)), counts_end(run))
 
 
-def for_rate(run: Run, setting: Setting, rate: float) -> Calibration:
+def for_rate(run: Run, setting: Criterion, rate: float) -> Calibration:
     """The threshold whose share of retransmitted questions comes nearest to `rate`, from below.
 
     Raises:
@@ -52,7 +60,7 @@ def for_rate(run: Run, setting: Setting, rate: float) -> Calibration:
     return _calibration(run, drawn, int(fit[-1]), {"target_rate": rate})
 
 
-def for_bytes(run: Run, setting: Setting, max_bytes: float) -> Calibration:
+def for_bytes(run: Run, setting: Criterion, max_bytes: float) -> Calibration:
     """The most accurate threshold within a budget of bytes; of several the cheapest.
 
     Args:
@@ -75,7 +83,7 @@ def for_bytes(run: Run, setting: Setting, max_bytes: float) -> Calibration:
 
 def for_loss(
     run: Run,
-    setting: Setting,
+    setting: Criterion,
     max_loss: float,
     confidence: float,
     *,

@@ -84,6 +84,7 @@ def threshold(
 ) -> None:
     """Choose the threshold of a run's model."""
     from eval.analysis.curves import rescored
+    from eval.analysis.records import TWO_STAGE
     from eval.analysis.run import open_run
     from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
     from eval.cli.report import tell_gaps
@@ -92,7 +93,7 @@ def threshold(
     if sum(goal is not None for goal in goals) != 1:
         raise ConfigError("say one of --target-rate, --max-bytes and --max-accuracy-loss")
     opened = open_run(run)
-    opened.require("two_stage")
+    opened.require(TWO_STAGE)
     tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)

@@ -152,7 +152,7 @@ def _draw(
     target: Path,
 ) -> None:
     # matplotlib takes a second to import, which is better spent after the answers are told.
-    from eval.report.drawing import Told, draw
+    from eval.report.drawing import DrawnQuestion, draw
 
     view = Size(welcome.view_width, welcome.view_height)
     told = []
@@ -162,7 +162,7 @@ def _draw(
         whole = original.region(Box(0, 0, width, height), original.size)
         local = None if answer.region is None else Image.open(io.BytesIO(answer.region))
         frame = frame_of(original.size, FITS[welcome.fit], view)
-        told.append(Told(whole, case.question, answer, frame, local))
+        told.append(DrawnQuestion(whole, case.question, answer, frame, local))
     draw(told, target)
 
 

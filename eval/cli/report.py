@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from eval.analysis.records import TWO_STAGE
 from eval.analysis.run import Run, open_run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
@@ -47,7 +48,7 @@ def sweep(
     from eval.report.sweep import write
 
     opened = open_run(run)
-    opened.require("two_stage")
+    opened.require(TWO_STAGE)
     tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)

@@ -17,7 +17,7 @@ from edge_client.cli.options import Token, TokenFile, token_of
 from eval.analysis.records import HD, TWO_STAGE
 from eval.runs.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.runs.loading import ModelOptions
-from eval.runs.loop import Ended, Share, StoppedError
+from eval.runs.loop import RunCounts, Share, StoppedError
 from eval.runs.loop import run as run_method
 from eval.runs.methods.method import Method
 from eval.tasks import Task, open_task
@@ -170,7 +170,7 @@ def run(
             raise ConfigError("--processes is for one command; this one was started as several")
         _several(processes, threads or begun_threads(path))
         rows, failed = RunFolder(path).counts()
-        _tell(path, Ended(rows, failed, len(opened)), Share(), as_json)
+        _tell(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
         return
     if chosen_threads := threads or begun_threads(path):
         import torch
@@ -333,7 +333,7 @@ def _without_processes(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _tell(path: Path, ended: Ended, share: Share, as_json: bool) -> None:
+def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     """How it ended; of several processes, the last one tells the result.
 
     Raises:

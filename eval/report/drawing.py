@@ -30,7 +30,7 @@ SHOWN_PX = 900
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class DrawnQuestion:
     """One answered question, ready to draw.
 
     Attributes:
@@ -47,7 +47,7 @@ class Told:
     local: Image.Image | None
 
 
-def draw(told: Sequence[Told], path: Path) -> None:
+def draw(told: Sequence[DrawnQuestion], path: Path) -> None:
     """Save a figure with one row for each question.
 
     Each row shows the original with heat map and box, the local view as sent, and the story in
@@ -69,7 +69,7 @@ def draw(told: Sequence[Told], path: Path) -> None:
     figure.savefig(path, dpi=90, bbox_inches="tight", pad_inches=0.15)
 
 
-def _original(panel: Axes, told: Told) -> None:
+def _original(panel: Axes, told: DrawnQuestion) -> None:
     picture, answer, frame = told.picture, told.answer, told.frame
     shown = picture.copy()
     shown.thumbnail((SHOWN_PX, SHOWN_PX))
@@ -106,7 +106,7 @@ def _original(panel: Axes, told: Told) -> None:
     panel.axis("off")
 
 
-def _local(panel: Axes, told: Told) -> None:
+def _local(panel: Axes, told: DrawnQuestion) -> None:
     panel.axis("off")
     if told.local is None:
         panel.text(0.5, 0.5, "no region was needed", ha="center", va="center", fontsize=11)
@@ -116,7 +116,7 @@ def _local(panel: Axes, told: Told) -> None:
     panel.set_title(f"the region as sent, {width} × {height} px", fontsize=10)
 
 
-def _story(panel: Axes, told: Told) -> None:
+def _story(panel: Axes, told: DrawnQuestion) -> None:
     answer = told.answer
     panel.axis("off")
     panel.set_xlim(0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.analysis.curves import Bootstrap, Setting
+from eval.analysis.curves import Criterion
 from eval.analysis.separation import by_step, separation
 from eval.analysis.trace import rows_of
 from eval.report.inputs import Inputs
@@ -19,14 +19,14 @@ from vlm_collab.method.policy import Aggregate
 def fig7(inputs: Inputs) -> dict[str, Any]:
     """Means at each step, and histograms of the starting token and of the full average."""
     run = inputs.main
-    bootstrap = Bootstrap.of(run, resamples=inputs.resamples, seed=inputs.seed)
+    bootstrap = inputs.bootstrap(run)
     end = inputs.include_end
     return {
         "title": "Min-entropy of right and wrong first answers (Fig. 7)",
         "rows": rows_of(run),
         "steps": by_step(run, bootstrap),
-        "first": separation(run, Setting(aggregate=Aggregate.FIRST, include_end=end), bootstrap),
-        "full": separation(run, Setting(include_end=end), bootstrap),
+        "first": separation(run, Criterion(aggregate=Aggregate.FIRST, include_end=end), bootstrap),
+        "full": separation(run, Criterion(include_end=end), bootstrap),
     }
 
 

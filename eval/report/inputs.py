@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from eval.analysis.curves import counts_end, part, rescored
+from eval.analysis.curves import Bootstrap, counts_end, part, rescored
 from eval.analysis.operating_points import same_samples
 from eval.analysis.records import HD, TWO_STAGE
 from eval.analysis.run import Run
@@ -63,6 +63,10 @@ class Inputs:
     notes: Sequence[str] = ()
     resamples: int = 1000
     seed: int = 0
+
+    def bootstrap(self, run: Run) -> Bootstrap:
+        """The resamples of one of the runs, or of a part of it."""
+        return Bootstrap.of(run, resamples=self.resamples, seed=self.seed)
 
     @property
     def sources(self) -> list[Run]:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import HighResolution, Oracle, decided
-from eval.analysis.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
+from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Column, Point, two_stage_point
 from eval.analysis.run import Run
-from eval.analysis.separation import finite
+from eval.analysis.statistics import finite
 from eval.analysis.trace import rows_of
 from eval.report.style import COLOURS, MUTED, in_style, new_figure
 
@@ -78,7 +78,13 @@ RELATIVE_BYTES = Axis(
 
 
 def line(
-    name: str, run: Run, setting: Setting, axis: Axis, bootstrap: Bootstrap, *, band: bool = True
+    name: str,
+    run: Run,
+    setting: Criterion,
+    axis: Axis,
+    bootstrap: Bootstrap,
+    *,
+    band: bool = True,
 ) -> dict[str, Any]:
     """A curve, thinned to about a hundred reachable points, with its band.
 
@@ -119,7 +125,7 @@ def panel(
     *,
     hd: Run | None = None,
     eta: float | None = None,
-    setting: Setting | None = None,
+    setting: Criterion | None = None,
 ) -> Panel:
     """Lines with what they are held against: never, always, random, oracle and HD.
 
@@ -151,7 +157,7 @@ def panel(
     }
 
 
-def sent_at(run: Run, setting: Setting, eta: float) -> Column:
+def sent_at(run: Run, setting: Criterion, eta: float) -> Column:
     """Which samples a policy with this threshold sends, 0 or 1, by the policy itself."""
     policy = setting.policy(eta)
     return np.array([decided(policy, record) for record in run.records], dtype=np.float64)

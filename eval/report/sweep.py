@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import Oracle
-from eval.analysis.curves import Curve, Setting, area_over_random, curve, ends
+from eval.analysis.curves import Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Point
 from eval.analysis.run import Run
 from eval.report.style import COLOURS, MUTED, in_style, new_figure, save
@@ -26,7 +26,7 @@ FIGURES = (
 """Columns of a point, besides the setting."""
 
 
-def sweep(run: Run, settings: Sequence[Setting]) -> list[Curve]:
+def sweep(run: Run, settings: Sequence[Criterion]) -> list[Curve]:
     """The curves of some settings.
 
     Raises:

@@ -22,16 +22,16 @@ from eval.report.inputs import Inputs
 from eval.report.panels import draw_panels
 from eval.report.pictures import draw_fig11, fig11
 from eval.report.style import save
-from eval.report.tables import TABLES, calibrate_command, chosen_notes, csv_text, markdown
+from eval.report.table_format import csv_text, markdown
+from eval.report.table_list import TABLES
+from eval.report.tables import calibrate_command, chosen_notes
 from eval.tasks import Task, open_task
 from vlm_collab.errors import CollabError, ConfigError
 
 RESULTS = "report.json"
 FORMATS = ("png", "pdf")
 
-Told = dict[str, Any]
-
-_FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
+_FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     "fig-04-communication": (
         figures.fig4,
         "Band: 95 % of resamples, at each cost by itself. Dotted: regions of randomly chosen "
@@ -79,7 +79,7 @@ def write_report(
     data: Path | None = None,
     command: Sequence[str] = (),
     tell: Callable[[str], None] = lambda name: None,
-) -> Told:
+) -> dict[str, Any]:
     """Write all of it. The same runs give the same files, bit by bit.
 
     Args:
@@ -130,7 +130,7 @@ def write_report(
     return told
 
 
-def draw(name: str, told: Told, inputs: Inputs, data: Path | None = None) -> Figure:
+def draw(name: str, told: dict[str, Any], inputs: Inputs, data: Path | None = None) -> Figure:
     """A figure from its part of `report.json`; Fig. 11 needs its run and picture too.
 
     Raises:
@@ -145,7 +145,7 @@ def draw(name: str, told: Told, inputs: Inputs, data: Path | None = None) -> Fig
 
 
 def _figures(
-    told: Told,
+    told: dict[str, Any],
     inputs: Inputs,
     folder: Path,
     formats: Sequence[str],
@@ -170,7 +170,9 @@ def _figures(
         told["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **made}
 
 
-def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None]) -> None:
+def _tables(
+    told: dict[str, Any], inputs: Inputs, folder: Path, tell: Callable[[str], None]
+) -> None:
     for name, (title, make, formula, cells) in TABLES.items():
         tell(name)
         rows = make(inputs)
@@ -197,7 +199,7 @@ def _task_of(run: Run, data: Path | None) -> Task:
     )
 
 
-def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
+def _page(told: dict[str, Any], inputs: Inputs, formats: Sequence[str]) -> str:
     main = inputs.main.provenance
     task, model = main["task"], main["model"]
     lines = [
@@ -263,7 +265,7 @@ def _option(command: list[str], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
-def _called(run: Told) -> str:
+def _called(run: dict[str, Any]) -> str:
     command = [str(one) for one in run.get("command") or []]
     return shlex.join(["vlm-collab", *command[1:]]) if command else "unknown"
 

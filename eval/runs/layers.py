@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from eval.analysis.boxes import covered
 from eval.runs.loading import ModelOptions, loaded
-from eval.runs.methods.method import Pictures
+from eval.runs.methods.method import PictureCache
 from eval.tasks.base import Sample, Task
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, RegionNeed, RegionUnavailableError
@@ -195,7 +195,7 @@ async def _measure(
     samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
 ) -> list[Look]:
-    made, pictures, info = [], Pictures(), engine.backend.info
+    made, pictures, info = [], PictureCache(), engine.backend.info
     for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]

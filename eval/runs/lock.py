@@ -21,7 +21,7 @@ _LOOKING_S = 30.0
 
 
 @contextmanager
-def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") -> Iterator[str]:
+def session_lock(path: Path, key: str, rank: int, session: str, *, hint: str = "") -> Iterator[str]:
     """Holds a run's folder for a process and others of its session; a killed one lets go.
 
     Args:

@@ -27,8 +27,8 @@ import psutil
 
 from eval.analysis.records import Record
 from eval.runs.folder import SAVE_EVERY, Failure, RunFolder
-from eval.runs.lock import at_work
-from eval.runs.methods.method import Method, SampleError, quiet_engine, told_as_sample_error
+from eval.runs.lock import session_lock
+from eval.runs.methods.method import Method, SampleError, as_sample_error, quiet_engine
 from eval.runs.progress import Progress
 from eval.runs.provenance import now, provenance
 from eval.tasks.base import Task
@@ -92,7 +92,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunCounts:
     """How a process's part of a run ended.
 
     Attributes:
@@ -124,7 +124,7 @@ async def run(
     resume: bool = True,
     save_every: int = SAVE_EVERY,
     watch: Callable[[Record], None] | None = None,
-) -> Ended:
+) -> RunCounts:
     """Answer all samples that a folder does not hold yet.
 
     Args:
@@ -163,12 +163,12 @@ async def _run(
     resume: bool,
     save_every: int,
     watch: Callable[[Record], None] | None,
-) -> Ended:
+) -> RunCounts:
     await method.open()
     try:
-        model, codec = method.told()
+        model, codec = method.describe()
         hint = _ONE_BY_ONE if share.world > 1 else ""
-        with at_work(path, share.key, share.rank, share.session, hint=hint) as session:
+        with session_lock(path, share.key, share.rank, share.session, hint=hint) as session:
             facts = provenance(
                 method=method.name,
                 task=task,
@@ -182,7 +182,7 @@ async def _run(
             with quiet_engine():
                 await _groups(method, task, folder, share, watch)
             rows, failed = folder.finish(len(task), now())
-        return Ended(rows, failed, len(task))
+        return RunCounts(rows, failed, len(task))
     finally:
         await method.close()
 
@@ -249,7 +249,7 @@ async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepare
         for index in group:
             id = ""
             try:
-                sample = told_as_sample_error("the sample", partial(task.__getitem__, index))
+                sample = as_sample_error("the sample", partial(task.__getitem__, index))
                 id = sample.id
                 made: Any = method.prepare(index, sample)
             except SampleError as error:

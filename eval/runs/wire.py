@@ -32,7 +32,7 @@ _DEADLINE_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SentAnswer:
     """One answer, as far as its message goes."""
 
     text: str
@@ -44,7 +44,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class ExchangeBytes:
     """Bytes of the messages of one question that goes through both stages; see `Record`."""
 
     ask: int
@@ -54,7 +54,7 @@ class Exchange:
     answer: int
 
 
-def exchange(
+def exchange_bytes(
     question: str,
     source: Size,
     view: bytes,
@@ -62,9 +62,9 @@ def exchange(
     token_box: TokenBox,
     target: Size,
     codec: tuple[Codec, int],
-    first: Said,
-    second: Said,
-) -> Exchange:
+    first: SentAnswer,
+    second: SentAnswer,
+) -> ExchangeBytes:
     """Sizes of all messages.
 
     Args:
@@ -77,8 +77,8 @@ def exchange(
         first: the first answer, and what it cost.
         second: the second answer, and what both stages cost.
     """
-    asked = frame(Ask(_ID, question, _ID, view, *source), up=True)
-    request = frame(
+    asked = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
+    request = message_bytes(
         RegionRequest(
             _ID,
             first.text,
@@ -93,8 +93,8 @@ def exchange(
         ),
         up=False,
     )
-    reply = frame(Region(_ID, region), up=True)
-    return Exchange(
+    reply = message_bytes(Region(_ID, region), up=True)
+    return ExchangeBytes(
         ask=asked - len(view),
         request=request,
         reply=reply - len(region),
@@ -103,13 +103,15 @@ def exchange(
     )
 
 
-def one_stage(question: str, source: Size, picture: bytes, said: Said) -> tuple[int, int]:
+def one_stage_bytes(
+    question: str, source: Size, picture: bytes, said: SentAnswer
+) -> tuple[int, int]:
     """Sizes of a question without its picture and of its answer, where nothing else is sent."""
-    asked = frame(Ask(_ID, question, _ID, picture, *source), up=True)
+    asked = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
     return asked - len(picture), answer_bytes(said, Stage.FIRST, asked, 0)
 
 
-def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
+def answer_bytes(said: SentAnswer, stage: Stage, up: int, down: int) -> int:
     """Size of an `Answer`.
 
     Args:
@@ -122,9 +124,9 @@ def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
     )
     bits = micro(said.uncertainty)
     answer = Answer(_ID, said.text, stage, Fallback.NONE, bits, usage, said.finish)
-    return frame(answer, up=False)
+    return message_bytes(answer, up=False)
 
 
-def frame(message: AnyMessage, *, up: bool) -> int:
+def message_bytes(message: AnyMessage, *, up: bool) -> int:
     """Bytes of a message on the wire; only frames of a client are masked."""
     return websocket_bytes(len(encode(message)), masked=up)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_collab.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, slots=True)

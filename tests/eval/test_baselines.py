@@ -29,7 +29,7 @@ from eval.analysis.baselines import (
     decided,
     measured,
 )
-from eval.analysis.curves import Setting, curve
+from eval.analysis.curves import Criterion, curve
 from eval.analysis.operating_points import Point, column, same_samples, two_stage_point
 from eval.analysis.records import PROVENANCE, Record
 from eval.analysis.run import Run, open_run
@@ -348,11 +348,11 @@ def test_a_sample_of_which_no_region_can_be_sent_costs_nothing_at_any_threshold(
     assert always.bytes_down[0] == never.bytes_down[0]
     assert (always.pixels[0], always.mflops[0]) == (0.0, never.mflops[0])
     assert always.paper_mflops[0] == pytest.approx(never.paper_mflops[0], nan_ok=True)
-    drawn = curve(made, Setting())
+    drawn = curve(made, Criterion())
     # It is the least sure of the three, so the first threshold that sends anything sends nothing.
     assert list(drawn.sent) == [0, 1, 2, 3]
     assert list(drawn.rate) == pytest.approx([0, 0, 1 / 3, 2 / 3])
     assert list(drawn.bytes_up)[:2] == [drawn.bytes_up[0]] * 2
-    found = for_rate(made, Setting(), 0.4)
+    found = for_rate(made, Criterion(), 0.4)
     assert found.expected["rate"] == pytest.approx(1 / 3)
     assert found.expected["rate_interval_95"][1] <= 1.0

@@ -19,12 +19,12 @@ import server_plugin.cli.serve
 from edge_client.cli.main import main
 from eval.analysis.baselines import decided
 from eval.analysis.boxes import covered
-from eval.analysis.curves import Setting, curve
+from eval.analysis.curves import Criterion, curve
 from eval.analysis.run import Run
 from eval.analysis.splits import reported_split
 from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
 from eval.analysis.trace import expanded
-from eval.report import tables
+from eval.report import table_format, tables
 from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
 from eval.report.write import RESULTS
@@ -41,8 +41,8 @@ from eval.tasks import open_task
 from eval.tasks.catalogue import TASKS
 from server_plugin.backends.open import open_model
 from server_plugin.models.calibration import Calibration, load_calibration
-from tests.eval.test_report import answers
 from tests.eval.test_sweep import rows, saved
+from tests.support.report_runs import answers
 from tests.support.rows import row, run_of
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import ConfigError
@@ -59,49 +59,49 @@ def run() -> Run:
 
 def sent(run: Run, found: Calibration) -> float:
     assert found.eta is not None
-    setting = Setting(found.metric, found.aggregate, found.k)
+    setting = Criterion(found.metric, found.aggregate, found.k)
     return float(np.mean([decided(setting.policy(found.eta), r) for r in run.records]))
 
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.6, 1.0])
 def test_a_rate_is_met_from_below(run: Run, metric: Metric, rate: float) -> None:
-    found = for_rate(run, Setting(metric), rate)
+    found = for_rate(run, Criterion(metric), rate)
     assert found.expected["rate"] == pytest.approx(sent(run, found))
-    above = curve(run, Setting(metric)).rate
+    above = curve(run, Criterion(metric)).rate
     assert found.expected["rate"] == max(r for r in above if r <= rate)
     low, high = found.expected["rate_interval_95"]
     assert low <= found.expected["rate"] <= high
 
 
 def test_a_rate_that_no_threshold_reaches_is_told(run: Run) -> None:
-    assert for_rate(run, Setting(), 0.0).expected["rate"] == 0.0
+    assert for_rate(run, Criterion(), 0.0).expected["rate"] == 0.0
     with pytest.raises(ConfigError, match="no threshold of margin/full sends fewer"):
-        for_rate(run, Setting(Metric.MARGIN), 0.0)  # some answers have a margin of 0
+        for_rate(run, Criterion(Metric.MARGIN), 0.0)  # some answers have a margin of 0
 
 
 def test_a_budget_of_bytes_buys_the_most_accuracy(run: Run) -> None:
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     budget = float(drawn.bytes_up[len(drawn.sent) // 2])
-    found = for_bytes(run, Setting(), budget)
+    found = for_bytes(run, Criterion(), budget)
     assert found.expected["bytes_up"] <= budget
     assert found.expected["accuracy"] == drawn.accuracy[drawn.bytes_up <= budget].max()
     assert sent(run, found) == found.expected["rate"]
     with pytest.raises(ConfigError, match="views alone take"):
-        for_bytes(run, Setting(), 10.0)
+        for_bytes(run, Criterion(), 10.0)
 
 
 def test_the_loss_bound_is_applied_to_the_run(run: Run) -> None:
     # Sure answers lose nothing, unsure ones all.
     made = [row(i, float(i % 2), 1.0, bits=2.0 - i % 2, image_id=f"i{i}") for i in range(800)]
-    found = for_loss(run_of(made), Setting(), 0.02, 0.95)
+    found = for_loss(run_of(made), Criterion(), 0.02, 0.95)
     assert found.eta is not None
     # The sequence has sixteen thresholds for each doubling: the one below 2 bits.
     assert 1.9 < found.eta <= 2.0
     assert found.expected["rate"] == 0.5 == sent(run_of(made), found)
     assert (found.expected["accuracy"], found.made["pictures"]) == (1.0, 800)
     assert found.expected["loss"] == found.expected["loss_by_picture"] == 0.0
-    few = for_loss(run_of(made[:20]), Setting(), 0.02, 0.95)
+    few = for_loss(run_of(made[:20]), Criterion(), 0.02, 0.95)
     assert (few.eta, few.expected["rate"]) == (0.0, 1.0)
     assert "every question is sent" in few.made["note"]
 
@@ -112,19 +112,19 @@ def test_what_the_loss_is_the_mean_of_is_told() -> None:
     made += [row(400 + i, 0.0, 1.0, image_id="i0") for i in range(4)]
     made[0] = row(0, 0.0, 1.0, image_id="i0")
     val = run_of(made, task={"split": "val"})
-    once = for_loss(val, Setting(), 0.02, 0.95)
+    once = for_loss(val, Criterion(), 0.02, 0.95)
     assert once.made["bound_on"].startswith("mean over pictures")
     assert (once.made["most_per_picture"], once.made["questions_about_one"]) == (1, [1, 5])
     assert "pictures have 1 to 5 questions here, and each counts once" in once.made["note"]
     assert once.expected["loss"] == pytest.approx(5 / 404)
     assert once.expected["loss_by_picture"] == pytest.approx(1 / 400)
-    known = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=6)
+    known = for_loss(val, Criterion(), 0.1, 0.95, most_per_picture=6)
     assert known.made["bound_on"].startswith("mean loss over questions")
     assert "note" not in known.made
-    capped = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=3)
+    capped = for_loss(val, Criterion(), 0.1, 0.95, most_per_picture=3)
     assert "1 of 400 pictures have more than 3 questions and count as 3" in capped.made["note"]
     # Where all have the same number of questions the two means are one.
-    even = for_loss(run_of(rows(200), task={"split": "val"}), Setting(), 0.1, 0.95)
+    even = for_loss(run_of(rows(200), task={"split": "val"}), Criterion(), 0.1, 0.95)
     assert even.made["questions_about_one"] == [2, 2]
     assert "note" not in even.made
 
@@ -146,14 +146,14 @@ def test_pictures_that_are_not_whole_are_told(
     if apart:
         pictures = [*range(400)] + [0] * 4
     made = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
-    found = for_loss(run_of(made, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    found = for_loss(run_of(made, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     note = found.made["note"]
     assert ("the bound is only sure for whole pictures" in note) == (said is not None)
     if said is not None:
         assert said in note
     # Where all pictures have as many questions there is nothing to be wrong about.
     even = [replace(r, image_id=f"i{r.index // 2}") for r in made]
-    found = for_loss(run_of(even, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    found = for_loss(run_of(even, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     assert "note" not in found.made
 
 
@@ -182,18 +182,18 @@ def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
 def test_choosing_on_what_is_reported_is_told(task: str, split: str, said: str | None) -> None:
     run = run_of(rows(200), task={"name": task, "split": split})
     for found in (
-        for_rate(run, Setting(), 0.3),
-        for_bytes(run, Setting(), 1e6),
-        for_loss(run, Setting(), 0.1, 0.95),
+        for_rate(run, Criterion(), 0.3),
+        for_bytes(run, Criterion(), 1e6),
+        for_loss(run, Criterion(), 0.1, 0.95),
     ):
         assert found.made.get("note", "").startswith(said or "")
         assert ("note" in found.made) == (said is not None)
 
 
 def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None:
-    assert setting_of(run, None, None, None) == Setting(k=5)
+    assert setting_of(run, None, None, None) == Criterion(k=5)
     chosen = setting_of(run, "margin", "first_k", 3)
-    assert chosen == Setting(Metric.MARGIN, Aggregate.FIRST_K, 3)
+    assert chosen == Criterion(Metric.MARGIN, Aggregate.FIRST_K, 3)
     preset = {**run.provenance["model"]["preset"], "include_end": False}
     model = {**run.provenance["model"], "preset": preset}
     other = replace(run, provenance={**run.provenance, "model": model})
@@ -279,7 +279,7 @@ def test_every_number_of_the_layers_leads_to_rows(
         assert len(mine) == of["count"] == row_["samples"] == len(wanted)
         assert np.mean([r.covered for r in mine]) == row_["covered"]
         assert np.mean([r.covered == 1 for r in mine]) == row_["whole"]
-    assert f"{rows['file']}," in tables.csv_text(told)
+    assert f"{rows['file']}," in table_format.csv_text(told)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from eval.analysis.records import PROVENANCE, SHARDS, Record
 from eval.analysis.run import open_run
 from eval.runs.folder import FAILURES, RunFolder
 from eval.runs.loading import ModelOptions
-from eval.runs.loop import Ended, Share, StoppedError, run
+from eval.runs.loop import RunCounts, Share, StoppedError, run
 from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
 from server_plugin.backends.open import open_model
@@ -81,7 +81,7 @@ def signs() -> Task:
     )
 
 
-def make(folder: Path, task: Task | None = None, **options: Any) -> Ended:
+def make(folder: Path, task: Task | None = None, **options: Any) -> RunCounts:
     task = task or signs()
     shared = {name: options.pop(name) for name in ("view_quality", "codec") if name in options}
     method = TwoStage(task, ModelOptions(name="demo", batch=BATCH), **shared)
@@ -97,7 +97,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     return folder
 
 
@@ -215,7 +215,7 @@ def test_a_killed_run_goes_on_to_the_same_rows(unbroken: Path, tmp_path: Path) -
     assert 0 < len(open_run(folder).records) < LIMIT
     assert json.loads((folder / PROVENANCE).read_text())["finished"] is None
 
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     assert without_times(folder) == without_times(unbroken)
     assert {path: path.read_bytes() for path in kept} == before, "finished samples were run again"
     assert len(json.loads((folder / PROVENANCE).read_text())["resumed"]) == 1
@@ -286,7 +286,7 @@ def broken(index: int, sample: Sample) -> Sample:
 
 def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_path: Path) -> None:
     task = Changed(signs(), broken)
-    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
+    assert make(tmp_path, task) == RunCounts(LIMIT - 4, 4, LIMIT)
     listed = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
     assert [one["index"] for one in listed] == [3, 5, 6, 8]
     assert "not a picture" in listed[0]["reason"] or "usable formats" in listed[0]["reason"]
@@ -301,12 +301,12 @@ def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_pa
     assert (told["samples"], told["failed"]) == (LIMIT - 4, 4)
 
     # Going on tries them once more, and neither repeats nor loses a row.
-    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
+    assert make(tmp_path, task) == RunCounts(LIMIT - 4, 4, LIMIT)
     assert {row["index"]: row for row in without_times(tmp_path)} == rows
     listed_again = (tmp_path / FAILURES).read_text().splitlines()
     assert [json.loads(line) for line in listed_again] == listed
     # With the pictures mended, the run becomes complete.
-    assert make(tmp_path) == Ended(LIMIT, 0, LIMIT)
+    assert make(tmp_path) == RunCounts(LIMIT, 0, LIMIT)
     mended = {row["index"]: row for row in without_times(tmp_path)}
     assert {index: mended[index] for index in rows} == rows
     assert not (tmp_path / FAILURES).exists()
@@ -356,15 +356,15 @@ def test_the_same_files_are_the_same_data_wherever_they_lie(unbroken: Path, tmp_
 AT_WORK = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from eval.runs.lock import at_work
-    with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
+    from eval.runs.lock import session_lock
+    with session_lock(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
         print("at work", flush=True)
         sys.stdin.read()
 """)
 
 
 @contextmanager
-def at_work(folder: Path, session: str, rank: int = 0) -> Iterator[None]:
+def session_lock(folder: Path, session: str, rank: int = 0) -> Iterator[None]:
     with subprocess.Popen(
         [sys.executable, "-c", AT_WORK, str(folder), session, str(rank)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -381,7 +381,7 @@ def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     line = "run: another session is at work on this run"
-    with at_work(folder, Share(0, 2, "a").key):
+    with session_lock(folder, Share(0, 2, "a").key):
         # Whatever part of the samples another session would have.
         for other in (Share(0, 2, "b"), Share(1, 2, "b"), Share(0, 1, "a"), Share(2, 3, "a")):
             with pytest.raises(ConfigError, match=line):
@@ -389,11 +389,11 @@ def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
         # The same process twice is no better, but another one of the session is at home.
         with pytest.raises(ConfigError, match=line):
             make(folder, share=Share(0, 2, "a"))
-        with at_work(folder, Share(1, 2, "a").key, 1):
+        with session_lock(folder, Share(1, 2, "a").key, 1):
             pass
         assert make(folder, share=Share(1, 2, "a")).complete
     # Processes that were started one by one may be meant for one run.
-    with at_work(folder, Share(0, 2, "a").key):
+    with session_lock(folder, Share(0, 2, "a").key):
         with pytest.raises(ConfigError, match="set MASTER_ADDR and MASTER_PORT alike"):
             make(folder, share=Share(1, 2, "b"))
         with pytest.raises(ConfigError, match=f"{line}$"):
@@ -418,7 +418,7 @@ def test_a_launch_that_is_called_as_the_one_before_is_another_session(
     assert [told["session"], *(one["session"] for one in told["resumed"])] == ["p-1", "p-2"]
     # Who comes while others of the launch are at work is of theirs, and one whose parent began the
     # run is of that session whenever it comes.
-    with at_work(other, later.key, 1):
+    with session_lock(other, later.key, 1):
         with pytest.raises(ConfigError, match="holds a run already"):
             make(other, share=later, resume=False)
         told = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
@@ -517,7 +517,7 @@ def test_a_run_of_an_earlier_version_is_read_and_gone_on_with(
     max(folder.glob("part-*")).unlink()
     kept = len(list(folder.glob("part-*")))
     assert 0 < len(open_run(folder).records) < LIMIT
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     assert without_times(folder) == without_times(unbroken)
     assert len(list(folder.glob("part-*"))) == kept
 
@@ -583,7 +583,7 @@ def test_other_families_run_and_repeat(save: Callable[[Path], Path], tmp_path: P
     options = ModelOptions(name=str(folder), batch=2, overrides={"layer": 1, "max_new_tokens": 4})
     for name in ("one", "two"):
         made = run(TwoStage(task, options), task, tmp_path / name, share=Share(session="a"))
-        assert asyncio.run(made) == Ended(3, 0, 3)
+        assert asyncio.run(made) == RunCounts(3, 0, 3)
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
     told = open_run(tmp_path / "one")
     for record in told.records:

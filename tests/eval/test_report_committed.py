@@ -15,11 +15,11 @@ import pytest
 
 from edge_client.cli.main import main
 from eval.analysis.baselines import decided
-from eval.analysis.curves import Setting
+from eval.analysis.curves import Criterion
 from eval.analysis.operating_points import two_stage_point
 from eval.analysis.run import Run, open_run
 from eval.analysis.trace import expanded, provenance_of
-from eval.report import tables
+from eval.report import table_format, table_list
 from eval.report.demo import COMMITTED, commands, report_command
 from eval.report.findings import findings
 from eval.report.write import RESULTS
@@ -65,7 +65,7 @@ def test_every_point_of_every_curve_leads_to_its_rows(
         metric, _, how = one["setting"].partition("/")
         first_k = how.startswith("first_")
         aggregate = Aggregate.FIRST_K if first_k else Aggregate(how)
-        setting = Setting(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
+        setting = Criterion(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
         for place in (1, len(one["eta"]) // 2):
             policy = setting.policy(one["eta"][place])
             sent = np.array([decided(policy, r) for r in run.records], dtype=float)
@@ -112,7 +112,7 @@ def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) 
     for said in findings(committed["tables"]):
         assert f"\n- {said}\n" in page
     for name, told in committed["tables"].items():
-        printed = tables.markdown(told["rows"], tables.TABLES[name][3])
+        printed = table_format.markdown(told["rows"], table_list.TABLES[name][3])
         for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
             assert f"\n{told['formula']}\n\n{printed}" in text
     assert committed["figures"]["fig-11-pictures"]["rule"] in page

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.analysis.boxes import covered, covered_at_random
-from eval.analysis.curves import Bootstrap, Setting
-from eval.analysis.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
+from eval.analysis.curves import Bootstrap, Criterion
+from eval.analysis.separation import by_step, edges_of, separation
+from eval.analysis.statistics import auroc, bhattacharyya, overlap
 from eval.analysis.trace import expanded, ranges
 from eval.report.demo import COMMITTED
 from tests.support.rows import row, run_of
@@ -36,8 +37,8 @@ def test_auroc_is_the_share_of_pairs_in_order() -> None:
     pairs = [
         1.0 if w > r else 0.5 if w == r else 0.0 for w in values[~right] for r in values[right]
     ]
-    assert auroc(values, right) == pytest.approx(np.mean(pairs))
-    assert math.isnan(auroc(values, np.ones(50, dtype=bool)))
+    assert auroc(values, ~right) == pytest.approx(np.mean(pairs))
+    assert math.isnan(auroc(values, np.zeros(50, dtype=bool)))
 
 
 def test_bins_are_those_that_are_stated() -> None:
@@ -50,13 +51,13 @@ def test_a_separation_counts_right_and_wrong_answers() -> None:
     made = [row(i, 1.0, 1.0, bits=0.1) for i in range(8)]
     made += [row(i, 0.3, 1.0, bits=2.0) for i in range(8, 10)]
     run = run_of(made)
-    found = separation(run, Setting(), Bootstrap.of(run, resamples=50))
+    found = separation(run, Criterion(), Bootstrap.of(run, resamples=50))
     assert (found["right"], found["wrong"], found["auroc"]) == (8, 2, 1.0)
     assert (found["overlap"], found["distance"]) == (0.0, None)  # infinite
     assert (found["right_counts"][1], found["wrong_counts"][-1]) == (8, 2)
     assert found["rows"] == {"run": "run", "count": 10, "index": "0-9"}
     only_right = run_of(made[:8])
-    found = separation(only_right, Setting(), Bootstrap.of(only_right, resamples=50))
+    found = separation(only_right, Criterion(), Bootstrap.of(only_right, resamples=50))
     assert (found["overlap"], found["auroc"]) == (None, None)
 
 

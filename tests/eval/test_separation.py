@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.curves import Bootstrap, Criterion, uncertainty
 from eval.analysis.run import open_run
-from eval.analysis.separation import BINS, FEWEST, bhattacharyya, overlap, right_of, separation
-from eval.report import tables
+from eval.analysis.separation import BINS, FEWEST, right_of, separation
+from eval.analysis.statistics import bhattacharyya, overlap
+from eval.report import table_format, table_list
 from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
-from tests.eval.test_report import answers
+from tests.support.report_runs import answers
 from tests.support.rows import row, run_of
 from vlm_collab.method.policy import Metric
 
@@ -50,7 +51,10 @@ class Population:
         for name in ("test", "val"):
             run, found = open_run(COMMITTED / "runs" / name), dict[str, Any]()
             answers = zip(
-                run.records, uncertainty(run, Setting(metric)), right_of(run), strict=True
+                run.records,
+                uncertainty(run, Criterion(metric)),
+                right_of(run),
+                strict=True,
             )
             for record, value, right in answers:
                 if record.category in kinds:
@@ -96,7 +100,7 @@ def coverage(
             ]
         )
         wrong += int((~right).sum())
-        found = separation(run, Setting(metric), Bootstrap.of(run, resamples=resamples))
+        found = separation(run, Criterion(metric), Bootstrap.of(run, resamples=resamples))
         if found["overlap"] is None or found["overlap_interval"] is None:
             continue
         given += 1
@@ -144,7 +148,7 @@ def separated(bits_right: list[float], bits_wrong: list[float]) -> dict[str, Any
     run = run_of(
         [row(i, score, 1.0, bits=bits, image_id=f"i{i}") for i, (score, bits) in enumerate(both)]
     )
-    return separation(run, Setting(), Bootstrap.of(run, resamples=100))
+    return separation(run, Criterion(), Bootstrap.of(run, resamples=100))
 
 
 def test_few_wrong_answers_have_no_interval_and_a_reason() -> None:
@@ -181,7 +185,9 @@ def test_pictures_are_what_is_resampled() -> None:
                 for i in range(480)
             ]
         )
-        low, high = separation(run, Setting(), Bootstrap.of(run, resamples=200))["overlap_interval"]
+        low, high = separation(run, Criterion(), Bootstrap.of(run, resamples=200))[
+            "overlap_interval"
+        ]
         widths.append(high - low)
     assert widths[1] > 1.5 * widths[0]
 
@@ -190,13 +196,13 @@ def test_tables_print_what_has_no_interval_with_its_reason() -> None:
     few = [replace(r, first_score=float(r.index > 3), category="") for r in answers(60)]
     inputs = sort_runs([run_of(few)], resamples=20)
     for name in ("table-2", "table-3"):
-        _, make, _, cells = tables.TABLES[name]
+        _, make, _, cells = table_list.TABLES[name]
         rows = make(inputs)
         assert rows[0]["overlap_interval"] is None
         said = "2 pictures with wrong answers; intervals need 10"
-        line = tables.markdown(rows, cells).splitlines()[2]
+        line = table_format.markdown(rows, cells).splitlines()[2]
         assert f"| {rows[0]['overlap']:.2f} (no interval: {said}) |" in line
-        (first, *_) = csv.DictReader(tables.csv_text(rows).splitlines())
+        (first, *_) = csv.DictReader(table_format.csv_text(rows).splitlines())
         assert (first["overlap_interval_low"], first["overlap_interval_high"]) == ("", "")
         assert first["interval_note"] == said
         json.dumps(rows, allow_nan=False)

@@ -17,7 +17,7 @@ from edge_client.cli.main import main
 from eval.analysis.baselines import decided
 from eval.analysis.curves import (
     Bootstrap,
-    Setting,
+    Criterion,
     area_over_random,
     curve,
     ends,
@@ -68,7 +68,7 @@ def run() -> Run:
     return run_of(rows(60))
 
 
-def all_settings(run: Run) -> list[Setting]:
+def all_settings(run: Run) -> list[Criterion]:
     made = settings_of(run)
     return made + [replace(setting, include_end=False) for setting in made]
 
@@ -97,7 +97,7 @@ def test_no_threshold_reaches_a_point_that_is_not_on_the_curve(run: Run) -> None
 
 
 def test_the_numbers_of_a_point_are_those_of_its_samples(run: Run) -> None:
-    for setting in (Setting(), Setting(Metric.MARGIN, Aggregate.FIRST)):
+    for setting in (Criterion(), Criterion(Metric.MARGIN, Aggregate.FIRST)):
         drawn = curve(run, setting)
         never, _ = ends(run)
         for place, sent in enumerate(drawn.sent):
@@ -120,21 +120,21 @@ def test_the_numbers_of_a_point_are_those_of_its_samples(run: Run) -> None:
 
 def test_a_margin_of_zero_is_sent_at_any_threshold() -> None:
     made = [row(i, 1.0, 1.0, first_margin=[margin] * 2) for i, margin in enumerate((0.0, 0.5))]
-    drawn = curve(run_of(made), Setting(Metric.MARGIN))
+    drawn = curve(run_of(made), Criterion(Metric.MARGIN))
     assert drawn.sent.tolist() == [1, 2]
     # Min-entropies of 0 are still kept back by a threshold above the largest one.
     made = [row(0, 1.0, 1.0, bits=0.0), row(1, 1.0, 1.0, bits=0.0)]
-    assert curve(run_of(made), Setting()).sent.tolist() == [0, 2]
+    assert curve(run_of(made), Criterion()).sent.tolist() == [0, 2]
 
 
 def test_a_run_over_a_service_has_curves_of_what_it_knows() -> None:
     nan = [float("nan")] * 2
     made = [row(i, 0.0, 1.0, first_entropy=nan, first_margin=nan) for i in range(4)]
     run = run_of(made, visual_tokens=None)
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     assert np.isnan(drawn.relative_paper_flops).all()
     with pytest.raises(ConfigError, match="does not know the margin"):
-        curve(run, Setting(Metric.MARGIN))
+        curve(run, Criterion(Metric.MARGIN))
 
 
 def test_scores_follow_from_texts_and_truth() -> None:
@@ -153,14 +153,14 @@ def test_areas_of_known_curves() -> None:
     # The unsure half gains 1, the sure half nothing: a straight line to 1 at half the samples,
     # then level; above the random line by a triangle of 1/8 of the square's height.
     run = run_of([row(i, float(i >= 50), 1.0, bits=2.0 - i / 100) for i in range(100)])
-    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.125)
+    assert area_over_random(curve(run, Criterion()), run) == pytest.approx(0.125)
     # Random choice: the gain does not depend on the uncertainty.
     run = run_of([row(i, float(i % 2), 1.0, bits=float(i // 2)) for i in range(100)])
-    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.0, abs=1e-12)
+    assert area_over_random(curve(run, Criterion()), run) == pytest.approx(0.0, abs=1e-12)
     # Half of the samples have a margin of 0, and any threshold sends them: the curve has two
     # points, and its area is still that above the line from sending none.
     run = run_of([row(i, float(i >= 50), 1.0, first_margin=[i // 50] * 2) for i in range(100)])
-    assert area_over_random(curve(run, Setting(Metric.MARGIN)), run) == pytest.approx(0.125)
+    assert area_over_random(curve(run, Criterion(Metric.MARGIN)), run) == pytest.approx(0.125)
 
 
 # --- bootstrap ------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_intervals_are_as_wide_as_the_normal_approximation_says() -> None:
 
 def test_bands_end_where_intervals_of_the_means_do(run: Run) -> None:
     bootstrap = Bootstrap.of(run, resamples=200, seed=3)
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     low, high = bootstrap.band(drawn, run, lambda point: point.sent, drawn.rate)
     never, always = ends(run)
     assert (low[0], high[0]) == pytest.approx(bootstrap.mean(never.scores))
@@ -206,12 +206,12 @@ def test_a_band_is_what_resampled_runs_give(run: Run) -> None:
     bootstrap = Bootstrap.of(run, resamples=1, seed=8)
     weights = next(iter(bootstrap.weights()))[0]
     again = [r for r, times in zip(run.records, weights, strict=True) for _ in range(int(times))]
-    expected = curve(replace(run, records=again), Setting())
+    expected = curve(replace(run, records=again), Criterion())
     at = np.linspace(0.05, 0.95, 10)
-    low, high = bootstrap.band(curve(run, Setting()), run, lambda point: point.sent, at)
+    low, high = bootstrap.band(curve(run, Criterion()), run, lambda point: point.sent, at)
     assert low == pytest.approx(high)
     assert low == pytest.approx(np.interp(at, expected.rate, expected.accuracy))
-    area = bootstrap.areas(curve(run, Setting()), run)
+    area = bootstrap.areas(curve(run, Criterion()), run)
     assert area == pytest.approx([area_over_random(expected, replace(run, records=again))])
 
 

@@ -28,17 +28,19 @@ from torch import Tensor
 from eval.analysis.records import HD, Record
 from eval.runs.loading import ModelOptions, facts_of
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
     Codecs,
+    EdgeSample,
+    EncodedSample,
     Method,
-    Pictures,
+    PictureCache,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.methods.two_stage import REFERENCE_QUALITY, codecs_of, statistics
-from eval.runs.wire import Said, one_stage
+from eval.runs.methods.two_stage import codecs_of, statistics
+from eval.runs.wire import SentAnswer, one_stage_bytes
 from eval.tasks.base import Sample, Task
 from server_plugin.backends.base import Generation, ModelInfo
 from server_plugin.backends.open import FAKE_MODEL, checkpoint_of
@@ -236,14 +238,6 @@ def merged(tiles: Sequence[Tensor], grid: Grid) -> Tensor:
     return torch.cat(rows).flatten(0, 1)
 
 
-@dataclass(slots=True, eq=False)
-class _Ready:
-    asked: Asked
-    picture: bytes
-    shown: Image.Image
-    reference_bytes: int
-
-
 class HighResolutionMethod(Method):
     """The larger picture for every sample; arguments as in `eval.runs.methods.two_stage`."""
 
@@ -261,7 +255,7 @@ class HighResolutionMethod(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codec = codec, view_quality
-        self._pictures = Pictures()
+        self._pictures = PictureCache()
         self._model: HdModel
         self._preset: Preset
         self._codecs: Codecs
@@ -281,28 +275,28 @@ class HighResolutionMethod(Method):
     async def close(self) -> None:
         pass
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         model = facts_of(self._options, self._model.info, self._preset)
         note = "LLaVA-1.5-HD's procedure on weights that were not trained for it"
-        return {**model, "side": self._model.side, "note": note}, self._codecs.told()
+        return {**model, "side": self._model.side, "note": note}, self._codecs.describe()
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
+    def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._model.info, self._codecs
         side = Size(self._model.side, self._model.side)
-        asked = Asked(index, sample, self._pictures.get(sample))
+        asked = EdgeSample(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
-            sent: bytes = told_as_sample_error(
+            sent: bytes = as_sample_error(
                 "the picture",
                 lambda: asked.picture.view(side, info.fit, codecs.view, codecs.view_quality),
             )
         reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(sent, max_pixels=side.width * side.height)
-        return _Ready(asked, sent, shown, len(reference))
+        return EncodedSample(asked, sent, shown, len(reference))
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         return [await asyncio.to_thread(self._one, one) for one in ready]
 
-    def _one(self, ready: _Ready) -> Record | SampleError:
+    def _one(self, ready: EncodedSample) -> Record | SampleError:
         asked, limit = ready.asked, self._preset.max_new_tokens
         begin = time.perf_counter()
         try:
@@ -314,15 +308,15 @@ class HighResolutionMethod(Method):
         took_s = time.perf_counter() - begin
         return self._record(ready, answer, took_s)
 
-    def _record(self, ready: _Ready, answer: HdAnswer, took_s: float) -> Record:
+    def _record(self, ready: EncodedSample, answer: HdAnswer, took_s: float) -> Record:
         asked, made, work = ready.asked, answer.made, Work()
         work.add_generation(self._model.info, made)
         ended = Finish.STOP if answer.stopped else Finish.END if made.ended else Finish.LENGTH
-        ask, said = one_stage(
+        ask, said = one_stage_bytes(
             asked.sample.question,
             asked.picture.size,
             ready.picture,
-            Said(
+            SentAnswer(
                 made.text,
                 aggregate(made.steps, Metric.MIN_ENTROPY, Aggregate.FULL),
                 ended,

@@ -11,11 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from PIL.Image import Image
+
 from edge_client.picture import Picture
 from eval.analysis.records import Record, truth_text
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import CollabError
 from vlm_collab.pictures.images import Codec
+
+REFERENCE_QUALITY = 100
+"""Quality of the JPEG that relative cost refers to (Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models*, 2025, arXiv 2512.16349, section VII-F)."""
 
 _KEPT_PICTURES = 8
 """Questions about one picture mostly follow each other."""
@@ -35,7 +41,7 @@ class Codecs:
     region: Codec
     region_quality: int
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """As `run.json` has it."""
         return {
             "view": [self.view.name.lower(), self.view_quality],
@@ -48,7 +54,7 @@ class SampleError(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class EdgeSample:
     """One sample and its picture.
 
     Attributes:
@@ -89,6 +95,23 @@ class Asked:
         }
 
 
+@dataclass(slots=True, eq=False)
+class EncodedSample:
+    """A sample whose picture is encoded.
+
+    Attributes:
+        asked: the sample.
+        picture: what the edge sends, encoded.
+        shown: `picture`, decoded as the server decodes it.
+        reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
+    """
+
+    asked: EdgeSample
+    picture: bytes
+    shown: Image
+    reference_bytes: int
+
+
 class Method(ABC):
     """One way to answer the questions of a benchmark. Make it, `open` it, use it, `close` it.
 
@@ -113,7 +136,7 @@ class Method(ABC):
         """Free it."""
 
     @abstractmethod
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of the model and of the codecs, as `run.json` has them. Once it is open."""
 
     @abstractmethod
@@ -130,7 +153,7 @@ class Method(ABC):
 
 
 @dataclass(slots=True)
-class Pictures:
+class PictureCache:
     """Originals by their image id: one that several questions are about is decoded once."""
 
     _kept: OrderedDict[str, Picture] = field(default_factory=OrderedDict)
@@ -142,7 +165,7 @@ class Pictures:
             SampleError: it cannot be had.
         """
         if sample.image_id not in self._kept:
-            self._kept[sample.image_id] = told_as_sample_error(
+            self._kept[sample.image_id] = as_sample_error(
                 "the picture", lambda: Picture.open(sample.picture())
             )
             while len(self._kept) > _KEPT_PICTURES:
@@ -151,7 +174,7 @@ class Pictures:
         return self._kept[sample.image_id]
 
 
-def told_as_sample_error(what: str, work: Callable[[], Any]) -> Any:
+def as_sample_error(what: str, work: Callable[[], Any]) -> Any:
     """Do what may fail by a sample's fault.
 
     Raises:

@@ -26,15 +26,16 @@ from edge_client.link.link import CODECS
 from edge_client.picture import Picture
 from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
+    EdgeSample,
     Method,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.methods.two_stage import REFERENCE_QUALITY, no_second, region_pixels
-from eval.runs.wire import frame
+from eval.runs.methods.two_stage import no_second, region_pixels
+from eval.runs.wire import message_bytes
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import (
     AuthenticationError,
@@ -73,10 +74,10 @@ _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
 
 
 @dataclass(slots=True, eq=False)
-class _Ready:
+class _ServiceSample:
     """A sample, and its picture once more: views are the server's by picture."""
 
-    asked: Asked
+    asked: EdgeSample
     again: Picture
     reference_bytes: int
 
@@ -124,7 +125,7 @@ class OverService(Method):
     async def close(self) -> None:
         await self._client.close()
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         welcome = self._welcome
         model = {
             "name": welcome.model,
@@ -139,20 +140,22 @@ class OverService(Method):
         codec = self._asked_codec or choose_codec(CODECS, welcome.codecs)
         return model, {"view": [codec.name.lower(), self._quality], "region": None}
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
-        data: bytes = told_as_sample_error("the picture", sample.picture)
-        picture: Picture = told_as_sample_error("the picture", lambda: Picture.open(data))
+    def prepare(self, index: int, sample: Sample) -> _ServiceSample:
+        data: bytes = as_sample_error("the picture", sample.picture)
+        picture: Picture = as_sample_error("the picture", lambda: Picture.open(data))
         welcome = self._welcome
         side, fit = Size(welcome.view_width, welcome.view_height), FITS[welcome.fit]
-        reference: bytes = told_as_sample_error(
+        reference: bytes = as_sample_error(
             "the picture", lambda: picture.view(side, fit, Codec.JPEG, REFERENCE_QUALITY)
         )
-        return _Ready(Asked(index, sample, picture), Picture.open(data), len(reference))
+        return _ServiceSample(
+            EdgeSample(index, sample, picture), Picture.open(data), len(reference)
+        )
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[_ServiceSample]) -> list[Record | SampleError]:
         return list(await asyncio.gather(*map(self._one, ready)))
 
-    async def _one(self, ready: _Ready) -> Record | SampleError:
+    async def _one(self, ready: _ServiceSample) -> Record | SampleError:
         asked = ready.asked
         both, alone = self._options(Retransmit.ALWAYS), self._options(Retransmit.NEVER)
         try:
@@ -186,7 +189,7 @@ class OverService(Method):
 
     def _record(
         self,
-        ready: _Ready,
+        ready: _ServiceSample,
         refined: EdgeAnswer,
         first: EdgeAnswer,
         options: Options,
@@ -202,7 +205,7 @@ class OverService(Method):
             view_pixels=welcome.view_width * welcome.view_height,
             region_pixels=region_pixels(region),
             **sizes,
-            first_answer_bytes=frame(_answer(first), up=False),
+            first_answer_bytes=message_bytes(_answer(first), up=False),
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
             second_text=refined.text,
@@ -227,12 +230,12 @@ class OverService(Method):
         )
 
     def _record_of_view(
-        self, ready: _Ready, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
+        self, ready: _ServiceSample, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
     ) -> Record:
         """The row of a sample whose view shows all that a region would; see `TwoStage`."""
         asked, welcome = ready.asked, self._welcome
         score = self._score(first.text, asked.sample)
-        answer_bytes = frame(_answer(first), up=False)
+        answer_bytes = message_bytes(_answer(first), up=False)
         return Record(
             **asked.facts(),
             view_bytes=first.view_bytes,
@@ -269,17 +272,21 @@ def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
     }
 
 
-def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -> dict[str, Any]:
+def _sizes(
+    asked: EdgeSample, refined: EdgeAnswer, options: Options, region: bytes
+) -> dict[str, Any]:
     """The bytes that were counted, shared out between the messages.
 
     What the run's own wishes added is taken off. Ids are of one size here, where on the wire
     they grow by some bytes with the questions; that falls to the question and the request.
     """
     wishes = _wishes(asked, options)
-    reply = frame(Region(1, region), up=True) - len(region)
+    reply = message_bytes(Region(1, region), up=True) - len(region)
     ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - wishes
-    plain = frame(_answer(refined), up=False)
-    with_tokens = frame(msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False)
+    plain = message_bytes(_answer(refined), up=False)
+    with_tokens = message_bytes(
+        msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False
+    )
     header = read_header(region, max_pixels=2**31)
     request = RegionRequest(
         1,
@@ -296,7 +303,7 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
         10_000,
     )
     with_map = msgspec.structs.replace(request, map=refined.map or b"")
-    map_bytes = frame(with_map, up=False) - frame(request, up=False)
+    map_bytes = message_bytes(with_map, up=False) - message_bytes(request, up=False)
     return {
         "ask_bytes": ask,
         "request_bytes": refined.bytes_down - with_tokens - map_bytes,
@@ -305,10 +312,10 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
     }
 
 
-def _wishes(asked: Asked, options: Options) -> int:
+def _wishes(asked: EdgeSample, options: Options) -> int:
     """Bytes of the run's own wishes in a question."""
     question, source = asked.sample.question, asked.picture.size
-    return frame(Ask(1, question, 1, None, *source, options), up=True) - frame(
+    return message_bytes(Ask(1, question, 1, None, *source, options), up=True) - message_bytes(
         Ask(1, question, 1, None, *source), up=True
     )
 

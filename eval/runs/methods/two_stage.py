@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
@@ -18,16 +18,18 @@ from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.loading import ModelOptions, facts_of, loaded
 from eval.runs.lockstep import Lockstep, Member
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
     Codecs,
+    EdgeSample,
+    EncodedSample,
     Method,
-    Pictures,
+    PictureCache,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.wire import Said, exchange, one_stage
+from eval.runs.wire import SentAnswer, exchange_bytes, one_stage_bytes
 from eval.tasks.base import Sample, Task
 from server_plugin.backends.base import Backend, Generation
 from server_plugin.engines.assembly import engine_of
@@ -36,19 +38,6 @@ from server_plugin.models.presets import Preset
 from vlm_collab.method.policy import Metric
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
 from vlm_collab.protocol.messages import Fallback, Finish, Retransmit
-
-REFERENCE_QUALITY = 100
-"""Of the JPEG that relative cost is relative to (section VII-F of 003_92b41fe49395ce1a.txt)."""
-
-
-@dataclass(slots=True, eq=False)
-class _Ready:
-    """A sample whose view is encoded, and what the server decodes of it."""
-
-    asked: Asked
-    view: bytes
-    shown: Image
-    reference_bytes: int
 
 
 class TwoStage(Method):
@@ -74,7 +63,7 @@ class TwoStage(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codecs = codec, view_quality, region_quality
-        self._pictures = Pictures()
+        self._pictures = PictureCache()
         self._backend: Backend
         self._preset: Preset
         self._engine: Engine
@@ -90,26 +79,26 @@ class TwoStage(Method):
     async def close(self) -> None:
         await self._backend.close()
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return facts_of(self._options, self._backend.info, self._preset), self._codecs.told()
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return facts_of(self._options, self._backend.info, self._preset), self._codecs.describe()
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
+    def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._backend.info, self._codecs
-        asked = Asked(index, sample, self._pictures.get(sample))
+        asked = EdgeSample(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
-            view: bytes = told_as_sample_error(
+            view: bytes = as_sample_error(
                 "the picture",
                 lambda: asked.picture.view(info.view, info.fit, codecs.view, codecs.view_quality),
             )
         reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(view, max_pixels=info.view.width * info.view.height)
-        return _Ready(asked, view, shown, len(reference))
+        return EncodedSample(asked, view, shown, len(reference))
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         group = Lockstep(self._backend, len(ready))
         return list(await asyncio.gather(*map(self._one, ready, group.members)))
 
-    async def _one(self, ready: _Ready, member: Member) -> Record | SampleError:
+    async def _one(self, ready: EncodedSample, member: Member) -> Record | SampleError:
         asked, engine = ready.asked, replace(self._engine, backend=member)
         codecs, sent = self._codecs, b""
         view = None
@@ -152,7 +141,7 @@ class TwoStage(Method):
 
     def _record(
         self,
-        ready: _Ready,
+        ready: EncodedSample,
         outcome: Outcome,
         need: RegionNeed,
         second: Generation,
@@ -166,15 +155,15 @@ class TwoStage(Method):
         second_work.add_generation(info, second)
         look_flops = outcome.work.flops - first_work.flops - second_work.flops
         target = self._engine.target
-        sizes = exchange(
+        sizes = exchange_bytes(
             asked.sample.question,
             asked.picture.size,
-            ready.view,
+            ready.picture,
             region,
             need.token_box,
             target,
             (codecs.region, codecs.region_quality),
-            Said(
+            SentAnswer(
                 need.first,
                 need.uncertainty,
                 Finish.END if first.ended else Finish.LENGTH,
@@ -182,7 +171,7 @@ class TwoStage(Method):
                 first_work.decoded_tokens,
                 first_work.flops // 10**6,
             ),
-            Said(
+            SentAnswer(
                 outcome.text,
                 outcome.uncertainty,
                 outcome.finish,
@@ -193,7 +182,7 @@ class TwoStage(Method):
         )
         return Record(
             **asked.facts(),
-            view_bytes=len(ready.view),
+            view_bytes=len(ready.picture),
             region_bytes=len(region),
             view_pixels=info.view.width * info.view.height,
             region_pixels=region_pixels(region),
@@ -225,16 +214,16 @@ class TwoStage(Method):
             edge_s=asked.edge_s,
         )
 
-    def _record_of_view(self, ready: _Ready, outcome: Outcome, member: Member) -> Record:
+    def _record_of_view(self, ready: EncodedSample, outcome: Outcome, member: Member) -> Record:
         """The row of a sample whose view shows all that a region would."""
         asked, info = ready.asked, self._backend.info
         first, seconds, work = outcome.first, member.seconds, Work()
         work.add_generation(info, first)
-        ask, answer = one_stage(
+        ask, answer = one_stage_bytes(
             asked.sample.question,
             asked.picture.size,
-            ready.view,
-            Said(
+            ready.picture,
+            SentAnswer(
                 outcome.text,
                 outcome.uncertainty,
                 outcome.finish,
@@ -245,7 +234,7 @@ class TwoStage(Method):
         )
         return Record(
             **asked.facts(),
-            view_bytes=len(ready.view),
+            view_bytes=len(ready.picture),
             view_pixels=info.view.width * info.view.height,
             ask_bytes=ask,
             first_answer_bytes=answer,
