@@ -1,18 +1,19 @@
-"""How far apart right and wrong first answers are (Eq. 23 and 24 of 003, Fig. 7, Table II, III).
+"""How well uncertainty separates right from wrong first answers: Eq. 23 and 24, Fig. 7, Tables
+II and III of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+(2025, arXiv 2512.16349).
 
-The paper, 003_92b41fe49395ce1a.txt, does not say into which bins it counts its probability mass
-functions, and both numbers depend on it. Here: `BINS` bins of equal width, from 0 to 1 for the
-margin, else from 0 to the largest value of right and wrong answers together. A first answer is
-right if it scores at least one half.
+The paper does not state the bins of its probability mass functions, and both numbers depend on
+them. Here, `BINS` bins of equal width run from 0 to 1 for the margin, else from 0 to the largest
+value of all answers. A first answer is right if it scores at least one half.
 
-Both numbers are the paper's, put into counts. So the overlap comes out too small and the distance
-too large, the more so the fewer answers there are: chance keeps counts apart. What resamples are
-drawn from is such a sample too, so theirs are off twice, and their percentiles miss the truth far
-more often than stated. Intervals here are reflected ("basic", Davison and Hinkley, Bootstrap
-Methods and their Application, 1997, section 5.2): that the resamples lie too far on one side of
-the sample's number says how far that lies on the same side of the truth. The overlap is reflected
-in its odds, which keeps it between 0 and 1. How often these intervals hold the truth is measured by
-`tests/eval/test_separation.py`. A number may lie outside its own interval: that is its bias.
+The paper's formulas are applied to counts. Chance keeps counts apart, so the overlap is biased
+downwards and the distance upwards, the more so the fewer answers there are. Resamples are biased
+twice, since they are drawn from such a sample, and their percentiles miss the truth far more often
+than stated. So intervals are reflected ("basic", Davison and Hinkley, Bootstrap Methods and their
+Application, 1997, section 5.2): the resamples' deviation from the sample estimates the sample's
+deviation from the truth. The overlap is reflected in its odds, which keeps it between 0 and 1.
+`tests/eval/test_separation.py` measures how often these intervals hold the truth. A number may lie
+outside its own interval; that is its bias.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from vlm_collab.method.policy import Metric
 
 BINS = 20
 OTHER_BINS = (10, 40)
-"""Reported beside it, so that a reader sees how much hangs on the bins."""
+"""Reported too, to show how much the numbers depend on the bins."""
 FEWEST = 10
-"""Pictures with a right, and with a wrong answer, from which on there are intervals: with fewer
-they hold the truth too seldom."""
+"""Fewest pictures with right answers, and with wrong ones, for an interval; with fewer, intervals
+hold the truth too seldom."""
 
 
 def right_of(run: Run) -> NDArray[np.bool_]:
@@ -49,7 +50,7 @@ def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
 
 
 def separation(run: Run, setting: Criterion, bootstrap: Bootstrap) -> dict[str, Any]:
-    """All that Table II and III say of one setting, and the histograms behind it."""
+    """The numbers of Tables II and III for one criterion, and the histograms behind them."""
     values, right = uncertainty(run, setting), right_of(run)
     made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
     made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
@@ -77,7 +78,7 @@ def _intervals(
     edges: Column,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Of overlap and distance, in the bins at hand; None, and why, where there can be none."""
+    """Intervals of overlap and distance; None and a reason if there can be none."""
     none = {"overlap_interval": None, "distance_interval": None}
     for name, of in (("right", right), ("wrong", ~right)):
         pictures = len(np.unique(bootstrap.clusters[of]))
@@ -105,14 +106,16 @@ def _intervals(
 
 
 def _reflected(share: float, end: float) -> float:
-    """The share whose odds are to those of `share` as these are to those of `end`."""
+    """Reflect `end` at `share` in odds: the result's odds are odds(share)² / odds(end)."""
     odds = share / (1.0 - share)
     return odds**2 * (1.0 - end) / (odds**2 * (1.0 - end) + end)
 
 
 def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, Any]]:
-    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers that
-    have so many, to the paper's 20."""
+    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers.
+
+    Only answers with at least t tokens count. The paper shows 20 steps.
+    """
     right, made = right_of(run), []
     longest = max(len(record.first_min_entropy) for record in run.records)
     for step in range(min(longest, limit)):

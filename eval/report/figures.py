@@ -1,6 +1,8 @@
-"""Fig. 4, 5, 6, 8, 9, 10 and 12 of 003_92b41fe49395ce1a.txt: accuracy over cost.
+"""Data of the figures with accuracy over cost: Fig. 4, 5, 6, 8, 9, 10 and 12.
 
-Each function makes all that its figure shows; `eval.report.panels.draw_panels` draws it.
+The figures are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349). Each function returns all data of its figure;
+`eval.report.panels.draw_panels` draws them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ METRIC_NAMES = {
     Metric.MARGIN: "probability margin",
 }
 MAX_LOSS, CONFIDENCE = 0.01, 0.95
-"""Of the threshold that figures mark where there is a validation run."""
+"""Guarantee of the threshold that figures mark if there is a validation run."""
 
 
 def fig4(inputs: Inputs) -> dict[str, Any]:
@@ -53,8 +55,10 @@ def fig4(inputs: Inputs) -> dict[str, Any]:
 
 
 def fig5(inputs: Inputs) -> dict[str, Any]:
-    """Accuracy over computation, as the paper counts it and as executed; marks and random line
-    are by the paper's count."""
+    """Accuracy over computation, by the paper's count and as executed.
+
+    Marks and random line use the paper's count, if it is known.
+    """
 
     def lines(run: Run) -> list[dict[str, Any]]:
         drawn = [] if run.decoder is None else [("Eq. 17-20", PAPER_FLOPS)]
@@ -69,7 +73,7 @@ def fig5(inputs: Inputs) -> dict[str, Any]:
 
 
 def fig6(inputs: Inputs) -> dict[str, Any]:
-    """The uncertainty metrics, each aggregated over the whole answer."""
+    """Uncertainty metrics, each averaged over the whole answer."""
     return _trade_offs(
         "Uncertainty metrics, mean over the answer (Fig. 6)",
         [
@@ -94,7 +98,7 @@ def fig6(inputs: Inputs) -> dict[str, Any]:
 
 
 def fig8(inputs: Inputs) -> dict[str, Any]:
-    """Min-entropy over the first tokens of the answer, and over all."""
+    """Min-entropy averaged over the first tokens of the answer, and over all."""
 
     def lines(run: Run) -> list[dict[str, Any]]:
         bootstrap, end = inputs.bootstrap(run), inputs.include_end
@@ -116,7 +120,7 @@ def fig8(inputs: Inputs) -> dict[str, Any]:
 
 
 def fig9(inputs: Inputs) -> dict[str, Any]:
-    """Data sets; of a single one, its kinds of questions."""
+    """Tasks; if there is only one, its kinds of questions."""
     hd = inputs.hd if not inputs.tasks else None
     panels = []
     for title, run in inputs.kinds():
@@ -137,7 +141,7 @@ def fig10(inputs: Inputs) -> dict[str, Any]:
 
 
 def fig12(inputs: Inputs) -> dict[str, Any] | None:
-    """JPEG qualities on the samples that all these runs share; None without any such run."""
+    """Picture qualities, on the samples that all runs share; None without runs of other quality."""
     runs = [inputs.main, *inputs.qualities]
     if len(runs) == 1 or not inputs.main.records[0].reference_bytes:
         return None
@@ -150,17 +154,17 @@ def fig12(inputs: Inputs) -> dict[str, Any] | None:
         bootstrap = inputs.bootstrap(common)
         lines.append(line(quality_name(run), common, _default(inputs), RELATIVE_BYTES, bootstrap))
     count = lines[0]["rows"]
-    told = _trade_offs(
+    data = _trade_offs(
         "Picture qualities (Fig. 12)",
         [{"title": "same questions", "rows": count, "lines": lines, "marks": []}],
     )
     label = "relative communication cost (picture bytes over views as JPEG 100)"
-    return told | {"x_label": label, "bands": [], "wide": True, "direct": True}
+    return data | {"x_label": label, "bands": [], "wide": True, "direct": True}
 
 
 def areas(inputs: Inputs) -> list[dict[str, Any]]:
-    """How far each setting's curve lies above the random line, and how that differs from
-    min-entropy over the whole answer, with intervals from the same resamples."""
+    """Area over the random line of each criterion, and its difference from that of
+    min-entropy/full, with intervals from the same resamples."""
     made = []
     for title, run in inputs.parts():
         bootstrap = inputs.bootstrap(run)
@@ -185,12 +189,12 @@ def areas(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def quality_of(run: Run) -> int:
-    """Of its global views."""
+    """Quality of the run's global views."""
     return int(run.provenance["codec"]["view"][1])
 
 
 def quality_name(run: Run) -> str:
-    """Of its pictures, such as "JPEG 50"."""
+    """Name of the run's codec and quality, such as "JPEG 50"."""
     codec = run.provenance["codec"]
     name, quality = codec["view"]
     same = codec["region"] == codec["view"]
@@ -211,7 +215,7 @@ def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) ->
     found, setting = _chosen(inputs), _default(inputs)
     panels: list[Panel] = []
     for name, run in inputs.parts():
-        # The same task with other settings, such as without OCR tokens, is another one.
+        # HD and threshold belong to the main run, not to the same task with other settings.
         mine = run.folder == inputs.main.folder
         hd = _same(inputs.hd, run) if mine else None
         eta = found.eta if mine and found is not None else None
@@ -237,7 +241,7 @@ def _default(inputs: Inputs) -> Criterion:
 
 
 def chosen_on(inputs: Inputs, found: Calibration) -> dict[str, Any]:
-    """Where a threshold comes from: rows of the validation run, and what was asked of it."""
+    """Where a threshold comes from: rows of the validation run, and the target."""
     assert inputs.val is not None
     asked = ("target_rate", "max_accuracy_loss", "confidence", "seed")
     target = {name: found.made[name] for name in asked if name in found.made}
@@ -245,15 +249,14 @@ def chosen_on(inputs: Inputs, found: Calibration) -> dict[str, Any]:
 
 
 def _chosen(inputs: Inputs) -> Calibration | None:
-    """The threshold that loses at most `MAX_LOSS` against full retransmission, from the
-    validation run."""
+    """The validation run's threshold with a guaranteed loss of at most `MAX_LOSS`."""
     if inputs.val is None:
         return None
     return for_loss(inputs.val, _default(inputs), MAX_LOSS, CONFIDENCE)
 
 
 def _same(hd: Run | None, run: Run) -> Run | None:
-    """HD on the samples of a part."""
+    """The run of HD, reduced to the samples of `run`."""
     if hd is None:
         return None
     ids = {record.id for record in run.records}

@@ -12,7 +12,7 @@ Cell = Callable[[Row], str]
 
 
 def number(name: str, digits: int = 3) -> Cell:
-    """A column's value; empty where it is not known."""
+    """Cell with a number; empty if unknown."""
 
     def text(row: Row) -> str:
         value = row.get(name)
@@ -22,7 +22,7 @@ def number(name: str, digits: int = 3) -> Cell:
 
 
 def percent(name: str) -> Cell:
-    """A share, with its interval if the row has one."""
+    """Cell with a share in percent, and its interval if the row has one."""
 
     def text(row: Row) -> str:
         value = row.get(name)
@@ -36,8 +36,10 @@ def percent(name: str) -> Cell:
 
 
 def ranged(name: str, digits: int = 2) -> Cell:
-    """A number with its interval, or why it has none, or why there is no number; a distance is
-    infinite where nothing overlaps."""
+    """Cell with a number and its interval, or the reason why either is missing.
+
+    A distance without a number is infinite if the overlap is 0.
+    """
 
     def of(value: float | None) -> str:
         return "∞" if value is None else f"{value:z.{digits}f}"
@@ -56,7 +58,7 @@ def ranged(name: str, digits: int = 2) -> Cell:
 
 
 def labelled(name: str) -> Cell:
-    """A number after what it is, the column `<name>_is`."""
+    """Cell with a number after its meaning, the column `<name>_is`."""
 
     def text(row: Row) -> str:
         value = row.get(name)
@@ -66,7 +68,7 @@ def labelled(name: str) -> Cell:
 
 
 def word(name: str) -> Cell:
-    """A text, or a whole number."""
+    """Cell with a text or a whole number."""
 
     def text(row: Row) -> str:
         value = row.get(name)
@@ -76,12 +78,12 @@ def word(name: str) -> Cell:
 
 
 def count(row: Row) -> str:
-    """How many rows of the run stand behind it."""
+    """Number of the run's rows behind a table row."""
     return str(row["rows"]["count"])
 
 
 def markdown(rows: Sequence[Row], cells: Mapping[str, Cell]) -> str:
-    """A table in Markdown."""
+    """Format rows as a Markdown table."""
     lines = [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
     for row in rows:
         lines.append(f"| {' | '.join(cell(row) for cell in cells.values())} |")
@@ -89,7 +91,7 @@ def markdown(rows: Sequence[Row], cells: Mapping[str, Cell]) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All that the rows hold, unrounded; intervals as two columns, where they come from as text."""
+    """Format all numbers of the rows as CSV, unrounded, with two columns for each interval."""
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     buffer = io.StringIO()

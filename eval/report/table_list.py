@@ -157,4 +157,4 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
         },
     ),
 }
-"""Title, rows, what its numbers are, and columns of each table, by file name."""
+"""Title, row function, explanation and columns of each table, by file name."""

@@ -1,6 +1,7 @@
-"""The tables of a report: Table I-III of 003_92b41fe49395ce1a.txt, and what stands beside them.
+"""Rows of a report's tables, as JSON.
 
-Each function gives rows as JSON; `markdown` and `csv_text` print them.
+Tables I-III are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349). `eval.report.table_format` prints the rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TARGET_RATES = (0.1, 0.3, 0.5)
 
 
 def table1(inputs: Inputs) -> list[Row]:
-    """Table I: visual tokens, and the mean length of prompts."""
+    """Table I: visual tokens, and mean length of prompts."""
     run, made = inputs.main, []
     if run.decoder is None or not run.records[0].first_input_tokens:
         return []
@@ -51,7 +52,7 @@ def table1(inputs: Inputs) -> list[Row]:
         lengths = column(run, name)
         if not (lengths > 0).any():
             continue
-        length = float(lengths[lengths > 0].mean())  # 0 where there was no second pass
+        length = float(lengths[lengths > 0].mean())  # 0 means that there was no second pass
         visual = pictures * run.decoder.visual_tokens
         made.append(
             {
@@ -67,7 +68,7 @@ def table1(inputs: Inputs) -> list[Row]:
 
 
 def table2(inputs: Inputs) -> list[Row]:
-    """Table II: how far the metrics set right from wrong first answers apart."""
+    """Table II: how well the metrics separate right from wrong first answers."""
     end = inputs.include_end
     return [
         _separated(title, METRIC_NAMES[metric], run, Criterion(metric, include_end=end), inputs)
@@ -77,7 +78,7 @@ def table2(inputs: Inputs) -> list[Row]:
 
 
 def table3(inputs: Inputs) -> list[Row]:
-    """Table III: the starting token against the average over the answer."""
+    """Table III: starting token against the average over the answer."""
     end = inputs.include_end
     settings = {
         "starting token": Criterion(aggregate=Aggregate.FIRST, include_end=end),
@@ -96,7 +97,7 @@ def table_metrics(inputs: Inputs) -> list[Row]:
 
 
 def table_baselines(inputs: Inputs) -> list[Row]:
-    """Every method's operating points on the main run's samples."""
+    """Operating points of every method on the main run's samples."""
     run = inputs.main
     methods: list[tuple[Baseline, Run]] = [
         (GlobalOnly(), run),
@@ -125,7 +126,7 @@ def table_baselines(inputs: Inputs) -> list[Row]:
 
 
 def table_chosen(inputs: Inputs) -> list[Row]:
-    """Thresholds chosen on the validation run, and what they give on the reported one."""
+    """Thresholds chosen on the validation run, and their results on the reported run."""
     val, run = inputs.val, inputs.main
     if val is None:
         return []
@@ -150,11 +151,11 @@ def table_chosen(inputs: Inputs) -> list[Row]:
 
 
 def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
-    """What writes the threshold with a guarantee, of `table_chosen` and figures, into a file.
+    """Arguments of the command that writes the guaranteed threshold of `table_chosen` to a file.
 
     Args:
-        val: the validation run's folder, as it is called.
-        scorer: of the report, if not the task's own.
+        val: folder of the validation run.
+        scorer: scorer of the report; None for the task's default.
     """
     made = ["calibrate", val, "--max-accuracy-loss", f"{MAX_LOSS:g}"]
     made += ["--confidence", f"{CONFIDENCE:g}", "--metric", "min_entropy", "--aggregate", "full"]
@@ -163,31 +164,31 @@ def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
 
 
 def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
-    """What a reader of `table_chosen` could take for more than it is."""
-    said = (
+    """Text under `table_chosen` that says what the guarantee does not cover."""
+    text = (
         f"“{CONFIDENCE:.0%} sure” speaks of the mean over pictures, with the mixture of questions "
         "that data like the validation split have, not of a kind of questions by itself."
     )
     task = inputs.main.provenance["task"]
     if (task["name"], task["split"]) == ("signs", "test"):
-        said += (
+        text += (
             " The test split differs from it by design: half of its signs have a font, and half of "
             "its backgrounds a texture, that no other split has."
         )
-    said += " The loss is measured against full retransmission"
+    text += " The loss is measured against full retransmission"
     best = max(rows, key=lambda row: float(row["accuracy"]))
     if best["loss_interval"][1] < 0:
-        said += (
+        text += (
             f", which itself is worse than the best of these thresholds "
             f"(“{best['name']}”: {best['accuracy']:.1%} against "
             f"{best['accuracy'] + best['loss']:.1%})"
         )
-    return f"{said}."
+    return f"{text}."
 
 
 def table_boxes(inputs: Inputs) -> list[Row]:
-    """Whether regions hold the true place, against the same regions placed at random; and what
-    the second answer gains, by kind of question."""
+    """Coverage of the true box by regions and by random regions, and the gain of second answers,
+    by kind of question."""
     made = []
     kinds = [("all questions", inputs.main)]
     if not inputs.tasks:
@@ -228,7 +229,7 @@ def table_boxes(inputs: Inputs) -> list[Row]:
 
 
 def table_summaries(inputs: Inputs) -> list[Row]:
-    """The task's own figures of a whole split, of first and second answers."""
+    """The tasks' own summaries of a whole split, for first and second answers."""
     made = []
     for run in (inputs.main, *inputs.tasks, *inputs.models):
         kind = task_kind(str(run.provenance["task"]["name"]))
@@ -251,11 +252,11 @@ def table_summaries(inputs: Inputs) -> list[Row]:
 
 
 def table_layers(inputs: Inputs) -> list[Row]:
-    """What `calibrate layers` found on data that are not reported, and in which rows."""
+    """Results of `calibrate layers` on a split that is not reported, and their rows."""
     if inputs.layers is None:
         return []
     found = inputs.layers
-    rows = found.made.get("rows")  # files that were written before there were any have none
+    rows = found.made.get("rows")  # missing in older files
     return [
         {
             **row,

@@ -1,8 +1,8 @@
-"""Bytes of the messages that a question takes, as the two sides would really send them.
+"""Sizes of the messages of a question, as the two sides would really send them.
 
-The messages are made and encoded, headers of their WebSocket frames included. What would differ
-from run to run has one size: a question is the first of its connection, and times in `Usage` take
-the three bytes that most times take.
+The messages are built and encoded; headers of their WebSocket frames are included. Parts that
+would differ from run to run get a fixed size: the question is the first of its connection, and
+times in `Usage` take three bytes, as most do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEADLINE_MS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class SentAnswer:
-    """One answer, as far as its message goes."""
+    """The parts of an answer that its message carries."""
 
     text: str
     uncertainty: float
@@ -45,7 +45,7 @@ class SentAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeBytes:
-    """Bytes of the messages of one question that goes through both stages; see `Record`."""
+    """Message sizes of one question with both stages, in bytes; see `Record`."""
 
     ask: int
     request: int
@@ -65,17 +65,17 @@ def exchange_bytes(
     first: SentAnswer,
     second: SentAnswer,
 ) -> ExchangeBytes:
-    """Sizes of all messages.
+    """Compute the sizes of all messages of a question with both stages.
 
     Args:
-        question: the text.
+        question: its text.
         source: size of the original, in px.
-        view, region: the encoded views.
-        token_box: what the server asks for.
+        view, region: encoded global and local view.
+        token_box: the region that the server asks for.
         target: largest useful size of a region, in px.
-        codec: of regions, with its quality.
-        first: the first answer, and what it cost.
-        second: the second answer, and what both stages cost.
+        codec: codec of regions, and its quality.
+        first: the first answer, with the cost of the first stage.
+        second: the second answer, with the cost of both stages.
     """
     asked = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
     request = message_bytes(
@@ -104,29 +104,29 @@ def exchange_bytes(
 
 
 def one_stage_bytes(
-    question: str, source: Size, picture: bytes, said: SentAnswer
+    question: str, source: Size, picture: bytes, sent: SentAnswer
 ) -> tuple[int, int]:
-    """Sizes of a question without its picture and of its answer, where nothing else is sent."""
+    """Sizes of a question without its picture, and of its answer, if there is no second stage."""
     asked = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
-    return asked - len(picture), answer_bytes(said, Stage.FIRST, asked, 0)
+    return asked - len(picture), answer_bytes(sent, Stage.FIRST, asked, 0)
 
 
-def answer_bytes(said: SentAnswer, stage: Stage, up: int, down: int) -> int:
+def answer_bytes(sent: SentAnswer, stage: Stage, up: int, down: int) -> int:
     """Size of an `Answer`.
 
     Args:
-        said: the answer.
-        stage: which pass it comes from.
-        up, down: bytes of the question's messages before it, each way.
+        sent: the answer.
+        stage: the pass that it comes from.
+        up, down: bytes of the question's earlier messages, in each direction.
     """
     usage = Usage(
-        up, down, said.prefilled_tokens, said.decoded_tokens, said.mflops, *(_SOME_MS,) * 4
+        up, down, sent.prefilled_tokens, sent.decoded_tokens, sent.mflops, *(_SOME_MS,) * 4
     )
-    bits = micro(said.uncertainty)
-    answer = Answer(_ID, said.text, stage, Fallback.NONE, bits, usage, said.finish)
+    bits = micro(sent.uncertainty)
+    answer = Answer(_ID, sent.text, stage, Fallback.NONE, bits, usage, sent.finish)
     return message_bytes(answer, up=False)
 
 
 def message_bytes(message: AnyMessage, *, up: bool) -> int:
-    """Bytes of a message on the wire; only frames of a client are masked."""
+    """Bytes of a message on the wire; only a client's frames are masked."""
     return websocket_bytes(len(encode(message)), masked=up)

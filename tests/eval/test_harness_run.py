@@ -249,7 +249,7 @@ def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (Share.of_this_process().rank, Share.of_this_process().world) == (1, 4)
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(ConfigError, match="RANK 4 is none of a WORLD_SIZE of 4"):
+    with pytest.raises(ConfigError, match=r"RANK must be from 0 to 3 \(WORLD_SIZE - 1\), not 4"):
         Share.of_this_process()
 
 
@@ -535,7 +535,7 @@ def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / PROVENANCE).write_text("[]")
-    with pytest.raises(ConfigError, match="is of no run"):
+    with pytest.raises(ConfigError, match="does not describe a run"):
         make(tmp_path)
     with pytest.raises(ConfigError, match="holds no run with samples"):
         open_run(tmp_path / "nothing")
@@ -544,8 +544,8 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("[]", r"run\.json is of no run: Expected `object`, got `array`"),
-        ("{}", r"run\.json is of no run: Object missing required field `method`"),
+        ("[]", r"run\.json does not describe a run: Expected `object`, got `array`"),
+        ("{}", r"run\.json does not describe a run: Object missing required field `method`"),
         ('{"method": "two_stage", "task": {}, "model": {}}', r"field `name` - at `\$.task`"),
         ("{", r"cannot be read as a run"),
     ],

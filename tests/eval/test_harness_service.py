@@ -152,7 +152,7 @@ async def test_a_service_that_cuts_pictures_is_warned_of(
         method = OverService(open_task("signs", limit=1), url, None)
         await method.open()
         await method.close()
-    assert ("of the service, the fit is crop" in caplog.text) == (fit == "crop")
+    assert ("the service: the fit is crop" in caplog.text) == (fit == "crop")
 
 
 async def test_without_tokens_there_is_no_uncertainty(

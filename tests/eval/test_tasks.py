@@ -247,7 +247,7 @@ def test_a_damaged_file_gets_one_clear_line(data: Callable[..., Path]) -> None:
 def test_answers_that_are_no_list_get_one_clear_line(data: Callable[..., Path]) -> None:
     rows = aokvqa_rows(direct_answers="cab, taxi and more")
     task = open_task("aokvqa", data=data("data/validation-00000-of-00001", rows))
-    with pytest.raises(ConfigError, match="'cab, taxi and more' is no list of answers"):
+    with pytest.raises(ConfigError, match="'cab, taxi and more' is not a list of answers"):
         task[0]
 
 

@@ -1,13 +1,13 @@
-"""Both passes of every sample over a running service: the edge client and real bytes.
+"""The two-stage method over a running service: the edge client and real bytes.
 
-Each sample is asked about twice, each time with a view of its own, as if nothing had been sent
-before: once with a second stage in any case, which gives everything but the first answer's own
-tokens, and once without one, which gives these. What a service does not tell stays empty: token
-ids, Shannon entropy, margin, and min-entropy too without the feature `tokens`. FLOPs of the
-generic instruction are counted with the second pass's, and the map has the eight bits that cross
-the wire. Bytes are those really sent, less what the run's own wishes (map, tokens, stage) take.
+Each sample is asked twice, each time with a new view, as if nothing had been sent before. One
+question forces the second stage, and gives all but the first answer's tokens; the other forbids
+it, and gives these. A service does not report token ids, Shannon entropy and margin, nor
+min-entropy without the feature `tokens`; these columns stay empty. FLOPs of the generic instruction
+are counted with the second pass, and the map has the eight bits that cross the wire. Byte counts
+are those really sent, minus the options that only the run asks for (map, tokens, stage).
 
-A service batches by what comes when, so its results repeat up to rounding, not bit by bit.
+A service batches questions as they arrive, so results repeat up to rounding, not bit by bit.
 """
 
 from __future__ import annotations
@@ -64,18 +64,25 @@ from vlm_collab.protocol.table import FITS
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 600.0
-"""For one question; with many in flight, most of it is waiting for the model."""
+"""Deadline for one question. With many in flight, most of it is waiting for the model."""
 
 _GROUP = 16
 _MOST_STOP_TEXTS = 4
 
 _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
-"""Not a sample's fault."""
+"""Errors that are not caused by a single sample."""
 
 
 @dataclass(slots=True, eq=False)
 class _ServiceSample:
-    """A sample, and its picture once more: views are the server's by picture."""
+    """A sample for both questions.
+
+    Attributes:
+        asked: the sample.
+        again: its picture, opened a second time. The client sends one view per `Picture`, and
+            the second question needs a new view too.
+        reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
+    """
 
     asked: EdgeSample
     again: Picture
@@ -83,14 +90,14 @@ class _ServiceSample:
 
 
 class OverService(Method):
-    """A running service.
+    """Both passes of every sample, by a running service.
 
     Args:
-        task: what is asked.
-        url, token: of the service.
-        codec, view_quality: of the views; None leaves the format to the service. Regions are
+        task: the benchmark.
+        url, token: address of the service, and its token.
+        codec, view_quality: encoding of views; None leaves the codec to the service. Regions are
             encoded as the service asks.
-        max_new_tokens: longest answer, if not the benchmark's.
+        max_new_tokens: longest answer; None takes the benchmark's.
     """
 
     name = TWO_STAGE
@@ -116,7 +123,7 @@ class OverService(Method):
     async def open(self) -> None:
         self._welcome = await self._client.connect()
         if (warning := FITS[self._welcome.fit].warning) is not None:
-            log.warning("of the service, %s", warning)
+            log.warning("the service: %s", warning)
         if self._task.stop and "stop" not in self._welcome.features:
             raise ConfigError("this service does not take stop texts, which the benchmark needs")
         if len(self._task.stop) > _MOST_STOP_TEXTS:
@@ -225,14 +232,14 @@ class OverService(Method):
             look_s=0.0,
             second_s=refined.usage.second_ms / 1000,
             edge_s=0.0,
-            # Its view was new, so all of its prompt was computed.
+            # The view was new, so the whole prompt was computed.
             first_input_tokens=first.usage.prefilled_tokens,
         )
 
     def _record_of_view(
         self, ready: _ServiceSample, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
     ) -> Record:
-        """The row of a sample whose view shows all that a region would; see `TwoStage`."""
+        """The row of a sample whose view already shows all that a region would."""
         asked, welcome = ready.asked, self._welcome
         score = self._score(first.text, asked.sample)
         answer_bytes = message_bytes(_answer(first), up=False)
@@ -240,7 +247,7 @@ class OverService(Method):
             **asked.facts(),
             view_bytes=first.view_bytes,
             view_pixels=welcome.view_width * welcome.view_height,
-            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _wishes(asked, options),
+            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _option_bytes(asked, options),
             first_answer_bytes=answer_bytes,
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
@@ -262,7 +269,7 @@ class OverService(Method):
 
 
 def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
-    """What is known of an answer's tokens. Of a greedy one, surprisal is min-entropy."""
+    """The columns of an answer's tokens. In a greedy answer, surprisal equals min-entropy."""
     return {
         f"{which}_tokens": [],
         f"{which}_min_entropy": [token.surprisal_micro / 1e6 for token in answer.tokens],
@@ -275,14 +282,14 @@ def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
 def _sizes(
     asked: EdgeSample, refined: EdgeAnswer, options: Options, region: bytes
 ) -> dict[str, Any]:
-    """The bytes that were counted, shared out between the messages.
+    """Distribute the counted bytes among the messages.
 
-    What the run's own wishes added is taken off. Ids are of one size here, where on the wire
-    they grow by some bytes with the questions; that falls to the question and the request.
+    The bytes of the run's own options are subtracted. Ids have a fixed size here; on the wire they
+    grow by some bytes with the number of questions, which counts for the question and the request.
     """
-    wishes = _wishes(asked, options)
+    of_options = _option_bytes(asked, options)
     reply = message_bytes(Region(1, region), up=True) - len(region)
-    ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - wishes
+    ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - of_options
     plain = message_bytes(_answer(refined), up=False)
     with_tokens = message_bytes(
         msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False
@@ -312,8 +319,8 @@ def _sizes(
     }
 
 
-def _wishes(asked: EdgeSample, options: Options) -> int:
-    """Bytes of the run's own wishes in a question."""
+def _option_bytes(asked: EdgeSample, options: Options) -> int:
+    """Bytes that the run's own options add to a question."""
     question, source = asked.sample.question, asked.picture.size
     return message_bytes(Ask(1, question, 1, None, *source, options), up=True) - message_bytes(
         Ask(1, question, 1, None, *source), up=True
@@ -321,7 +328,7 @@ def _wishes(asked: EdgeSample, options: Options) -> int:
 
 
 def _answer(answer: EdgeAnswer) -> Answer:
-    """The message that it came as, without the tokens."""
+    """The message in which the answer came, without its tokens."""
     return Answer(
         1,
         answer.text,

@@ -1,8 +1,8 @@
-"""Both passes of every sample in this process: the engine itself, and the edge's real work.
+"""The two-stage method in this process: the engine itself, and the edge's real work.
 
 Views and regions are really encoded, and the model sees what is decoded from these bytes. Every
-sample opens a view of its own, also where several ask about one picture, so that what a sample
-costs does not depend on which came before it.
+sample opens its own view, even if several ask about one picture, so that a sample's cost does not
+depend on earlier samples.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ from vlm_collab.protocol.messages import Fallback, Finish, Retransmit
 
 
 class TwoStage(Method):
-    """The engine in this process.
+    """Both passes of every sample, by the engine in this process.
 
     Args:
-        task: what is asked.
-        options: of the model.
-        codec, view_quality, region_quality: of what is sent; None for what the preset has.
+        task: the benchmark.
+        options: the model.
+        codec, view_quality, region_quality: encoding of views and regions; None takes the
+            preset's.
     """
 
     name = TWO_STAGE
@@ -114,7 +115,7 @@ class TwoStage(Method):
             return await asyncio.to_thread(cut, need)
 
         try:
-            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            # Not in `prepare`, which runs on another thread: tokenizers are not thread-safe.
             member.check_question(asked.sample.question)
             view = await member.open_view(ready.shown)
             outcome = await engine.answer(
@@ -125,7 +126,7 @@ class TwoStage(Method):
                 retransmit=Retransmit.ALWAYS,
                 stop=tuple(self._task.stop),
             )
-        # A model's runtime raises what it likes; one sample that it fails on ends no run.
+        # A model's runtime may raise anything; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -215,7 +216,7 @@ class TwoStage(Method):
         )
 
     def _record_of_view(self, ready: EncodedSample, outcome: Outcome, member: Member) -> Record:
-        """The row of a sample whose view shows all that a region would."""
+        """The row of a sample whose view already shows all that a region would."""
         asked, info = ready.asked, self._backend.info
         first, seconds, work = outcome.first, member.seconds, Work()
         work.add_generation(info, first)
@@ -260,11 +261,11 @@ class TwoStage(Method):
 def no_second(
     *, text: str, score: float, answer_bytes: int, statistics: dict[str, Any]
 ) -> dict[str, Any]:
-    """The columns of the second stage where no region adds detail: the first answer stands.
+    """The columns of the second stage if no region would add detail: those of the first answer.
 
     Args:
-        text, score, answer_bytes: of the first answer.
-        statistics: of its tokens, under the second pass's names.
+        text, score, answer_bytes: values of the first answer.
+        statistics: statistics of its tokens, under the second pass's column names.
     """
     return {
         "second_text": text,
@@ -287,7 +288,7 @@ def no_second(
 def codecs_of(
     preset: Preset, codec: Codec | None, view_quality: int | None, region_quality: int | None
 ) -> Codecs:
-    """What was asked for; where nothing was, what the preset has."""
+    """The codecs that the user asked for, completed from the preset."""
     chosen = codec or Codec[preset.codec.upper()]
     return Codecs(
         view=chosen,
@@ -298,7 +299,7 @@ def codecs_of(
 
 
 def region_pixels(region: bytes) -> int:
-    """Of an encoded picture of our own making."""
+    """Number of pixels of an encoded region. It was encoded here, so its size is trusted."""
     header = read_header(region, max_pixels=MAX_SOURCE_PIXELS)
     return header.width * header.height
 
@@ -308,7 +309,7 @@ def statistics(which: str, made: Generation) -> dict[str, Any]:
 
     Args:
         which: "first" or "second".
-        made: the pass.
+        made: result of the pass.
     """
     steps = made.steps
     return {
