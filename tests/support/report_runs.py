@@ -1,4 +1,4 @@
-"""Runs of made-up rows, as reports take them."""
+"""Made-up runs for tests of reports."""
 
 from __future__ import annotations
 
