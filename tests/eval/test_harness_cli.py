@@ -147,9 +147,7 @@ def test_progress_tells_accuracy_bytes_and_failures(tmp_path: Path) -> None:
         assert progress.text() == "first 50.0%, 1,500 B/sample, 1 failed"
 
 
-def test_processes_divide_the_samples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_divide_the_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["run", "--task", "signs", "--limit", "7", "--batch", "1"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert call(capsys, *line, "--out", str(alone))[0] == 0

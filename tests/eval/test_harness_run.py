@@ -506,9 +506,7 @@ def main_sweep(folder: Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_run_of_an_earlier_version_is_read_and_resumed(
-    unbroken: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_an_earlier_version_is_read_and_resumed(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     for shard in sorted(folder.glob(SHARDS)):

@@ -22,7 +22,7 @@ from tests.support.rows import run_of
 RUNS = COMMITTED / "runs"
 
 
-def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_failed_sample_of_one_run_is_left_out_and_noted(tmp_path: Path) -> None:
     of_task = {"samples": 200}
     main_run, hd = made(name="main", task=of_task), made(name="hd", method="hd", task=of_task)
     hd = replace(hd, records=[r for r in hd.records if r.index != 7])
@@ -34,7 +34,7 @@ def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None
     rows = {one["name"]: one["rows"] for one in told["tables"]["baselines"]["rows"]}
     assert rows["LLaVA-1.5-HD"]["count"] == rows["oracle"]["count"] == 198
     assert rows["oracle"]["index"] == "0-6,8,10-199"
-    # A run of fewer samples that is held against the first one alone takes nothing from others.
+    # A run that is compared with the first one only does not reduce the samples of other figures.
     assert told["figures"]["fig-12-qualities"]["panels"][0]["rows"]["count"] == 48
     (note,) = told["notes"]
     assert note == (
@@ -43,15 +43,15 @@ def test_a_failed_sample_of_one_run_is_left_out_and_told(tmp_path: Path) -> None
     )
     page = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert f"**{note}.**" in page
-    assert "\nEach run, with `--threads 1`:\n" in page  # who calls it so gets the same bits
-    # What a run itself lacks is said of it, and no more.
+    assert "\nEach run, with `--threads 1`:\n" in page  # needed for the same bits
+    # Each run's gaps count its own missing samples only.
     assert "main: " not in page
     assert "hd: 1 of 200 samples gave no row" in page
     assert (told["runs"]["main"]["rows"], told["runs"]["hd"]["rows"]) == (200, 199)
     assert "missing" not in told["runs"]["main"]
 
 
-def test_every_kind_of_difference_is_told() -> None:
+def test_every_kind_of_difference_is_listed() -> None:
     before = {
         "tables": {"t": {"rows": [{"name": "a", "x": 1.0}, {"name": "b", "x": 2.0}]}},
         "figures": {"f": {"y": [1.0, 2.0], "title": "one", "z": [1.0]}},
@@ -72,7 +72,7 @@ def test_every_kind_of_difference_is_told() -> None:
     ]
 
 
-def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
+def test_packing_keeps_the_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", answers(5))
     told = json.loads((folder / PROVENANCE).read_text())
     (folder / PROVENANCE).write_text(json.dumps({**told, "command": ["/some/where.py", "eval"]}))
@@ -97,7 +97,7 @@ def test_a_packed_run_is_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("finished", "why"), [("now", "failed"), (None, "failed or are still to be done")]
 )
-def test_samples_that_gave_no_row_are_told(
+def test_samples_without_a_row_are_counted_on_stderr_and_in_the_page(
     finished: str | None, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path / "run", answers(40), samples=42)
@@ -123,13 +123,13 @@ def test_samples_that_gave_no_row_are_told(
     ("arguments", "line"),
     [
         (["--format", "svg"], "there is no format 'svg'"),
-        (["--against", "nothing.json"], "nothing.json is no report"),
+        (["--against", "nothing.json"], "nothing.json is not a report"),
         (["--val", "nowhere"], "nowhere holds no run"),
         (["--layers", "nowhere.yaml"], "cannot be read"),
         (["--scorer", "vqa"], "no scorer 'vqa'"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_gets_one_line(
     arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

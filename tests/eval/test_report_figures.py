@@ -26,7 +26,7 @@ def test_the_paper_s_costs_are_on_the_axes() -> None:
     assert (pixels[0], pixels[-1]) == (0.0, 0.5)  # regions have half the view's pixels
 
 
-def test_the_same_task_asked_otherwise_has_neither_hd_s_point_nor_the_threshold() -> None:
+def test_the_same_task_with_other_settings_has_neither_hd_s_point_nor_the_threshold() -> None:
     with_ocr = {"name": "textvqa", "settings": {"ocr": True}}
     without = made(name="t", task={"name": "textvqa", "settings": {"ocr": False}})
     inputs = sort_runs(
@@ -39,7 +39,7 @@ def test_the_same_task_asked_otherwise_has_neither_hd_s_point_nor_the_threshold(
         assert marks == [{"oracle", "η from val", "HD"}, {"oracle"}]
 
 
-def test_hd_stands_where_its_pixels_put_it() -> None:
+def test_hd_s_cost_is_computed_from_its_pixels() -> None:
     hd = made(name="hd", method="hd", visual_tokens=320)
     hd = replace(hd, records=[replace(r, view_pixels=17_778) for r in hd.records])
     inputs = sort_runs([made(), hd], resamples=20)
@@ -87,7 +87,7 @@ def test_models_have_a_panel_each() -> None:
     assert len(fig9(sort_runs([made()], resamples=20))["panels"]) == 3
 
 
-def test_the_picture_s_rule_is_the_one_that_chose_it() -> None:
+def test_fig_11_states_the_rule_that_chose_its_row() -> None:
     wrong: dict[str, Any] = {"first_score": 0.0, "second_score": 1.0}
     right: dict[str, Any] = {"first_score": 1.0}
     inside, outside = {"true_box": [1, 1, 5, 5]}, {"true_box": [10, 10, 20, 20]}

@@ -1,4 +1,4 @@
-"""Sentences that a report draws from its tables."""
+"""Findings: sentences that a report derives from its tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.report_runs import answers
 from tests.support.rows import run_of
 
 
-def test_bad_news_is_told() -> None:
+def test_unfavourable_results_are_stated() -> None:
     worse = [replace(r, second_score=0.0, first_score=1.0, box=[900, 400, 901, 401]) for r in
              answers(60)]  # fmt: skip
     inputs = sort_runs([run_of(worse)], resamples=50)
@@ -36,7 +36,9 @@ def test_bad_news_is_told() -> None:
     ("of_margin", "line"),
     [(0.1, "min-entropy does worse than"), (-0.2, "every metric does worse than")],
 )
-def test_what_holds_of_min_entropy_is_not_said_of_every_metric(of_margin: float, line: str) -> None:
+def test_a_result_of_min_entropy_is_not_claimed_for_every_metric(
+    of_margin: float, line: str
+) -> None:
     found = [
         {
             "part": "all",
@@ -51,7 +53,7 @@ def test_what_holds_of_min_entropy_is_not_said_of_every_metric(of_margin: float,
     assert f"; {line} random choice" in said
 
 
-def test_an_area_that_is_not_surely_larger_is_a_tie() -> None:
+def test_an_area_whose_difference_may_be_zero_is_a_tie() -> None:
     def told(*rows: tuple[str, float, float, float]) -> list[str]:
         found = [
             {
@@ -100,7 +102,7 @@ def test_an_area_that_is_not_surely_larger_is_a_tie() -> None:
     assert "best averaged over the whole answer, as in the paper, before first" in said
 
 
-def test_coverage_is_of_the_questions_with_a_true_box() -> None:
+def test_coverage_counts_only_questions_with_a_true_box() -> None:
     half = [replace(r, true_box=[] if r.index % 2 else r.true_box) for r in answers(60)]
     (told,) = tables.table_boxes(sort_runs([run_of(half)], resamples=20))
     assert (told["rows"]["count"], told["with_box"]) == (60, 30)

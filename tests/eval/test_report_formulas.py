@@ -1,4 +1,4 @@
-"""The report's formulas, by hand and by their definitions."""
+"""The report's formulas, compared with their definitions and values by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_auroc_is_the_share_of_pairs_in_order() -> None:
     assert math.isnan(auroc(values, np.zeros(50, dtype=bool)))
 
 
-def test_bins_are_those_that_are_stated() -> None:
+def test_bins_have_the_stated_edges() -> None:
     values = np.array([0.0, 0.5, 3.0])
     assert edges_of(values, Metric.ENTROPY).tolist() == np.linspace(0, 3, 21).tolist()
     assert edges_of(values / 10, Metric.MARGIN).tolist() == np.linspace(0, 1, 21).tolist()
@@ -74,7 +74,7 @@ def test_steps_are_averaged_over_the_answers_that_have_them() -> None:
     assert (third["right"], third["right_count"], third["wrong"]) == (None, 0, 4.0)
 
 
-def test_chance_boxes_are_averaged_over_all_places() -> None:
+def test_random_regions_are_averaged_over_all_places() -> None:
     true_box, region = [3, 2, 7, 4], [0, 0, 4, 3]
     places = [
         covered(true_box, [x, y, x + 4, y + 3]) for x in range(10 - 4 + 1) for y in range(6 - 3 + 1)
@@ -86,5 +86,5 @@ def test_chance_boxes_are_averaged_over_all_places() -> None:
 
 
 @given(st.lists(st.integers(0, 200), unique=True).map(sorted))
-def test_short_forms_of_rows_lead_back(numbers: list[int]) -> None:
+def test_short_forms_of_rows_can_be_expanded(numbers: list[int]) -> None:
     assert expanded(ranges(numbers)) == numbers

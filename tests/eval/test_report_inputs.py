@@ -1,4 +1,4 @@
-"""Inputs of a report: which run is for what, and which runs fit together."""
+"""Inputs of a report: the part of each run, and which runs fit together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.report_runs import made, others
 from vlm_collab.errors import ConfigError
 
 
-def test_what_a_run_is_for_follows_from_what_it_is_of() -> None:
+def test_a_run_s_part_follows_from_its_provenance() -> None:
     main_run = made(name="main")
     hd = made(name="hd", method="hd")
     quality = made(name="q", codec=5)
@@ -55,7 +55,7 @@ def test_nothing_is_chosen_on_the_split_that_is_reported() -> None:
         sort_runs([main_run], val=made(name="v", codec=5, task={"split": "val"}))
     with pytest.raises(ConfigError, match="asked otherwise"):
         sort_runs([main_run], val=made(task={"split": "val", "settings": {"ocr": True}}))
-    # As POPE's three sets, which have other names and the same pictures.
+    # A split of another name may have the same pictures, like POPE's three sets.
     with pytest.raises(ConfigError, match="100 pictures of v are reported"):
         sort_runs([main_run], val=made(name="v", task={"split": "adversarial"}))
 
@@ -75,10 +75,8 @@ OTHERWISE: tuple[tuple[dict[str, Any], str], ...] = (
 
 
 @pytest.mark.parametrize(("model", "line"), OTHERWISE, ids=lambda one: str(one)[:24])
-def test_runs_of_a_model_that_is_used_otherwise_do_not_fit(
-    model: dict[str, Any], line: str
-) -> None:
-    # On another task a prompt of its own is nothing wrong.
+def test_runs_with_other_model_settings_are_refused(model: dict[str, Any], line: str) -> None:
+    # Another task may have its own prompt.
     elsewhere: list[tuple[int, dict[str, Any]]] = [(90, {"name": "gqa"})]
     for codec, more in ((90, {}), (5, {}), *(() if line == "prompt is" else elsewhere)):
         with pytest.raises(ConfigError, match=f"o used the model otherwise .*{line}"):
@@ -87,18 +85,18 @@ def test_runs_of_a_model_that_is_used_otherwise_do_not_fit(
         sort_runs([made()], val=others(made(name="v", task={"split": "val"}, **model)))
 
 
-def test_runs_of_other_policies_or_older_presets_fit() -> None:
+def test_runs_with_other_policies_or_older_presets_are_accepted() -> None:
     policy = {"eta": 0.9, "metric": "entropy", "aggregate": "first", "k": 3}
     older = {key: value for key, value in PRESET.items() if key not in ("turns", "view_px")}
     for preset in ({**PRESET, **policy}, older, {**PRESET, "models": ["*"]}):
         val = others(made(name="v", preset=preset, task={"split": "val"}))
         assert sort_runs([made()], val=val).val is val
-    # Other tasks have other longest answers, and may have prompts of their own.
+    # Another task may have another longest answer.
     other = made(name="o", task={"name": "gqa"}, preset={**PRESET, "max_new_tokens": 64})
     assert sort_runs([made(), other]).tasks == [other]
 
 
-def test_one_folder_spelled_in_two_ways_holds_one_task() -> None:
+def test_two_paths_of_one_folder_are_the_same_task() -> None:
     def of(folder: str, file: str, **more: Any) -> Run:
         data = {"folder": folder, "files": {file: 1}}
         return made(task={"settings": {"data": data}}, **more)
@@ -121,7 +119,7 @@ def test_sets_of_one_benchmark_have_a_panel_each() -> None:
     assert [title for title, _ in inputs.parts()] == titles
     assert [one["title"] for one in fig4(inputs)["panels"]] == titles
     assert [one["title"] for one in fig9(inputs)["panels"]] == titles
-    # All three together are no set beside them, and none of them is for thresholds.
+    # The split of all three sets cannot stand beside one, and no set may give thresholds.
     with pytest.raises(ConfigError, match=r"sets adversarial, popular, random .* side by side"):
         sort_runs([random, of("test")])
     with pytest.raises(ConfigError, match="of the split that is reported: popular"):
@@ -141,7 +139,7 @@ def test_panels_are_tasks_or_kinds_of_questions() -> None:
     assert several.kinds()[1][1] is several.tasks[0]
 
 
-def test_hd_is_asked_the_same_questions() -> None:
+def test_hd_with_other_questions_is_refused() -> None:
     hd = made(name="hd", method="hd")
     asked = replace(hd, records=[replace(r, question="? tokens: a, b") for r in hd.records])
     with pytest.raises(ConfigError, match="did not ask the same"):
@@ -157,7 +155,7 @@ def test_hd_is_asked_the_same_questions() -> None:
         ({"codec": 5}, "codec is"),
     ],
 )
-def test_hd_is_of_the_model_that_is_reported(changed: dict[str, Any], line: str) -> None:
+def test_hd_with_another_model_or_codec_is_refused(changed: dict[str, Any], line: str) -> None:
     changed = dict(changed)
     known = {"weights": "w", "dtype": "float32"}
     main_run, same = made(name="main", **known), made(name="hd", method="hd", **known)
@@ -169,7 +167,7 @@ def test_hd_is_of_the_model_that_is_reported(changed: dict[str, Any], line: str)
         sort_runs([main_run, wrong])
 
 
-def test_hd_may_know_more_than_a_run_over_a_service() -> None:
+def test_hd_is_accepted_beside_a_run_over_a_service_that_lacks_facts() -> None:
     served = made(weights=None, dtype=None)
     served.provenance["codec"]["region"] = None
     hd = made(name="hd", method="hd", weights="w", dtype="float32")

@@ -1,4 +1,4 @@
-"""Tables of a report: rows, where they come from, and how they are printed."""
+"""Tables of a report: rows, their origin, and their printing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.report_runs import answers, made, others
 from tests.support.rows import run_of
 
 
-def test_the_order_of_hd_s_rows_is_none_of_its_figures() -> None:
-    # Four questions about each picture, which are right or wrong together.
+def test_the_order_of_hd_s_rows_does_not_matter() -> None:
+    # Each picture has four questions, which are right or wrong together.
     main_run = made()
     records = [replace(r, image_id=f"i{r.index // 4}") for r in main_run.records]
     main_run = replace(main_run, records=records)
@@ -41,7 +41,7 @@ def test_the_order_of_hd_s_rows_is_none_of_its_figures() -> None:
     assert told[0] == told[1]
 
 
-def test_a_run_over_a_service_is_reported_as_far_as_it_knows() -> None:
+def test_a_run_over_a_service_is_reported_with_its_recorded_metrics() -> None:
     nan = [float("nan")] * 2
     served = [replace(r, first_entropy=nan, first_margin=nan) for r in answers(40)]
     run = run_of(served, visual_tokens=None, hidden_size=None, layers=None)
@@ -50,7 +50,7 @@ def test_a_run_over_a_service_is_reported_as_far_as_it_knows() -> None:
     assert [one["name"] for one in fig6(inputs)["panels"][0]["lines"]] == ["min-entropy"]
     assert [one["name"] for one in fig5(inputs)["panels"][0]["lines"]] == ["as executed"]
     for _, make, _, _ in table_list.TABLES.values():
-        as_json(make(inputs))  # nothing that JSON does not have
+        as_json(make(inputs))  # raises for numbers that JSON does not have
     assert tables.table1(inputs) == []
 
 
@@ -66,7 +66,7 @@ def test_thresholds_come_from_the_validation_run() -> None:
         assert told["rate"] == np.mean(sent_at(inputs.main, Criterion(), told["eta"]))
 
 
-def test_what_was_chosen_leads_to_the_rows_that_it_was_chosen_on() -> None:
+def test_a_chosen_threshold_names_the_rows_it_was_chosen_on() -> None:
     val = run_of(answers(200, seed=7)[:150], name="v", task={"split": "val"})
     val = others(replace(val, records=val.records[3:]))
     inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
@@ -78,7 +78,7 @@ def test_what_was_chosen_leads_to_the_rows_that_it_was_chosen_on() -> None:
         rate = told["name"].removeprefix("target rate ")
         wanted = {"target_rate": float(rate)} if rate != told["name"] else loss
         assert told["target"].items() >= wanted.items()
-    # The preset's threshold comes from no data.
+    # The preset's threshold was not chosen on data.
     assert not {"val_rows", "target", "val_rate"} & of_preset.keys()
     read = list(csv.DictReader(table_format.csv_text([*chosen, of_preset]).splitlines()))
     assert (read[0]["val_rows_run"], read[0]["val_rows_index"]) == ("v", "3-149")
@@ -89,7 +89,7 @@ def test_what_was_chosen_leads_to_the_rows_that_it_was_chosen_on() -> None:
         assert (mark["val_rows"], mark["target"]) == (chosen[3]["val_rows"], chosen[3]["target"])
 
 
-def test_what_a_guarantee_is_not_of_is_told() -> None:
+def test_the_table_says_what_the_guarantee_does_not_cover() -> None:
     val = others(run_of(answers(200, seed=7), name="v", task={"split": "val"}))
     inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
     rows = tables.table_chosen(inputs)
@@ -126,7 +126,7 @@ def test_a_random_table_row_is_what_the_baseline_gives() -> None:
     assert printed["setting"](rows["random retransmission", 0.3]) == "rate 0.3"
     assert printed["setting"](rows["sending the original", 0.25]) == "η 0.25"
     assert printed["setting"](rows["oracle", None]) == ""
-    # Nothing of it was executed: an empty cell, and a note that says so.
+    # It was not executed: the cell is empty, and a note says so.
     vicrop = rows["ViCrop always", None]
     assert printed["FLOPs, executed"](vicrop) == ""
     assert "not executed" in printed["note"](vicrop)
@@ -143,7 +143,7 @@ def test_hd_s_note_is_printed() -> None:
 
 
 @pytest.mark.parametrize(("score", "lacking"), [(1.0, "wrong"), (0.0, "right")])
-def test_what_nothing_can_be_said_of_is_not_infinite(score: float, lacking: str) -> None:
+def test_an_undefined_distance_is_not_printed_as_infinite(score: float, lacking: str) -> None:
     run = run_of([replace(r, first_score=score) for r in answers(40)])
     (row,) = tables.table3(sort_runs([run], resamples=20))[:1]
     assert row["overlap"] is row["distance"] is row["overlap_interval"] is None
@@ -152,7 +152,7 @@ def test_what_nothing_can_be_said_of_is_not_infinite(score: float, lacking: str)
     printed = table_format.markdown(make(sort_runs([run], resamples=20)), cells)
     assert "∞" not in printed
     assert printed.count(f"none (there are no {lacking} answers)") == 4
-    # It is infinite where right and wrong answers have nothing in common.
+    # The distance is infinite if right and wrong answers share no bin.
     apart = [replace(r, first_min_entropy=[r.first_score] * 2) for r in answers(40)]
     printed = table_format.markdown(make(sort_runs([run_of(apart)], resamples=20)), cells)
     assert "0.00 (no interval: right and wrong answers have no bins in common)" in printed

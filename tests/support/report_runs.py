@@ -14,6 +14,7 @@ from tests.support.rows import row, run_of
 
 
 def answers(count: int, seed: int = 0, kinds: tuple[str, ...] = ("",)) -> list[Record]:
+    """Rows with random scores and uncertainties, of alternating kinds."""
     rng = np.random.default_rng(seed)
     truth = {"answers": ["a"], "extra": {"kind": "x", "text_size": None}}
     return [
@@ -36,9 +37,10 @@ KINDS = ("number", "presence", "number", "colour")
 
 
 def made(**changed: Any) -> Run:
+    """A run of 200 questions of three kinds; arguments as for `run_of`."""
     return run_of(answers(200, kinds=KINDS), **changed)
 
 
 def others(run: Run) -> Run:
-    """A run with pictures of its own."""
+    """The run with other picture ids, so that it shares no picture with the original."""
     return replace(run, records=[replace(r, image_id=f"v{r.image_id}") for r in run.records])
