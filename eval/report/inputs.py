@@ -220,7 +220,7 @@ def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
     listed = ", ".join(f"{name} {count}" for name, count in lacking if count)
     return [
         f"{len(every) - shared} of {len(every)} samples are left out of all figures: of the runs "
-        f"that are held against each other, some lack them ({listed})"
+        f"that are compared, some lack them ({listed})"
     ]
 
 
@@ -257,7 +257,7 @@ def _check_hd(run: Run, main: Run) -> None:
     for name, there, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
         if None not in (there, mine) and there != mine:
             what = difference(name, there, mine)
-            raise ConfigError(f"{run.folder} cannot be held against {main.folder} ({what})")
+            raise ConfigError(f"{run.folder} cannot be compared with {main.folder} ({what})")
 
 
 def _part_of(run: Run, main: Run) -> str:

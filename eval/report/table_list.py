@@ -41,8 +41,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
         "Overlap by Eq. 23, Bhattacharyya distance by Eq. 24 (natural logarithm), in 20 "
         "bins of equal width from 0 to 1 for the margin, else to the largest value; 10 "
         "and 40 bins are in report.json. The paper does not state its bins. A first "
-        "answer is right if it scores at least one half. Intervals allow for the bias of these "
-        "numbers, which may lie near an end of theirs or outside.",
+        "answer is right if it scores at least one half. Intervals correct for the bias of these "
+        "numbers, so a number may lie near an end of its interval or outside.",
         {
             "questions": word("part"),
             "metric": word("name"),
@@ -56,7 +56,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
     "table-3": (
         "Starting token against full average, min-entropy (Table III)",
         table3,
-        "As the table before.",
+        "As in the table above.",
         {
             "questions": word("part"),
             "aggregation": word("name"),
@@ -80,8 +80,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
     "baselines": (
         "All methods on the same samples",
         table_baselines,
-        "Costs as in docs/evaluation.md; FLOPs over those of first passes. What is not known is "
-        "empty.",
+        "Costs are defined in docs/evaluation.md; FLOPs are relative to those of the first "
+        "passes. Empty cells are unknown.",
         {
             "method": word("name"),
             "setting": labelled("setting"),
@@ -115,9 +115,9 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
     "boxes": (
         "Regions against regions placed at random, and what they are worth",
         table_boxes,
-        "Share of the true box's area that lies in the region, and its expectation if the "
-        "region lay anywhere in the picture, of the questions with a true box; second minus first "
-        "answer of all.",
+        "Share of the true box's area that lies in the region, and its expectation for a random "
+        "place of the region, over questions with a true box; score of the second minus the first "
+        "answer, over all questions.",
         {
             "questions": word("part"),
             "n": count,
@@ -133,7 +133,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
     "summaries": (
         "The task's own figures",
         table_summaries,
-        "By the summaries of the task, docs/tasks.md.",
+        "Computed by the task's summaries (docs/tasks.md).",
         {
             "run": word("run"),
             "figure": word("summary"),
@@ -145,9 +145,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
     "layers": (
         "Attention layers, on the validation split",
         table_layers,
-        "Share of the true box in the region that the layer leads to; the first pass and "
-        "the region search of each layer, by the engine. The rows are in the Parquet file "
-        "beside the calibration.",
+        "Share of the true box in the layer's region, from the engine's first pass and region "
+        "search. The rows are in the Parquet file beside the calibration.",
         {
             "layer": word("layer"),
             "covers the true place": percent("covered"),

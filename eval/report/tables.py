@@ -166,8 +166,8 @@ def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
 def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
     """Text under `table_chosen` that says what the guarantee does not cover."""
     text = (
-        f"“{CONFIDENCE:.0%} sure” speaks of the mean over pictures, with the mixture of questions "
-        "that data like the validation split have, not of a kind of questions by itself."
+        f"“{CONFIDENCE:.0%} sure” refers to the mean over pictures with the mixture of questions "
+        "of the validation split, not to each kind of question."
     )
     task = inputs.main.provenance["task"]
     if (task["name"], task["split"]) == ("signs", "test"):

@@ -34,10 +34,10 @@ FORMATS = ("png", "pdf")
 _FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     "fig-04-communication": (
         figures.fig4,
-        "Band: 95 % of resamples, at each cost by itself. Dotted: regions of randomly chosen "
-        "questions. η from val: the threshold that `calibrate` chose on the validation split, for "
-        "the mixture of questions on data like it, not for kinds of questions by themselves; what "
-        "else it does not say stands above the table of chosen thresholds.",
+        "Band: 95 % of resamples, at each cost separately. Dotted: regions of randomly chosen "
+        "questions. η from val: the threshold that `calibrate` chose on the validation split. It "
+        "is chosen for that mixture of questions, not for each kind of question; the text above "
+        "the table of chosen thresholds states its other limits.",
     ),
     "fig-05-computation": (
         figures.fig5,

@@ -195,7 +195,9 @@ class RunFolder:
                 table = pq.read_table(shard, columns=columns).to_pydict()
             except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:
                 line = " ".join(str(error).split())
-                raise ConfigError(f"{shard} is damaged ({line}); delete it and go on") from error
+                raise ConfigError(
+                    f"{shard} is damaged ({line}); delete it and resume the run"
+                ) from error
             for index, first, second, view, region in zip(*table.values(), strict=True):
                 rows[index] = first, second, view + region
         self.done = set(rows)

@@ -38,8 +38,8 @@ def test_a_failed_sample_of_one_run_is_left_out_and_noted(tmp_path: Path) -> Non
     assert told["figures"]["fig-12-qualities"]["panels"][0]["rows"]["count"] == 48
     (note,) = told["notes"]
     assert note == (
-        "2 of 200 samples are left out of all figures: of the runs that are held against each "
-        "other, some lack them (hd 1, m 2)"
+        "2 of 200 samples are left out of all figures: of the runs that are compared, "
+        "some lack them (hd 1, m 2)"
     )
     page = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert f"**{note}.**" in page

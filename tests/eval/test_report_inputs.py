@@ -163,7 +163,7 @@ def test_hd_with_another_model_or_codec_is_refused(changed: dict[str, Any], line
     wrong = made(name="hd", method="hd", codec=codec, **known)
     wrong.provenance["model"].update(changed)
     assert sort_runs([main_run, same]).hd == same
-    with pytest.raises(ConfigError, match=f"hd cannot be held against main .*{line}"):
+    with pytest.raises(ConfigError, match=f"hd cannot be compared with main .*{line}"):
         sort_runs([main_run, wrong])
 
 

@@ -96,7 +96,7 @@ def test_the_table_says_what_the_guarantee_does_not_cover() -> None:
     best = max(rows, key=lambda row: row["accuracy"])
     best["loss_interval"] = [-0.2, -0.1]
     said = tables.chosen_notes(inputs, rows)
-    assert "not of a kind of questions by itself" in said
+    assert "not to each kind of question" in said
     assert "no other split has" in said
     assert f"itself is worse than the best of these thresholds (“{best['name']}”" in said
     best["loss_interval"] = [-0.2, 0.1]
