@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped"
 """Table of lmms-eval's own prompts and scores, for comparison with this project's.
 
 If lmms-eval 0.7.3 can be imported (see `docs/tasks.md`), this command writes the table ::
