@@ -1,1 +1,1 @@
-"""Generated benchmark, training of the demo models, harness and figures."""
+"""Evaluation: benchmarks, runs, analysis, reports, speed measurements, and the demo models."""

@@ -1,1 +1,1 @@
-"""Figures computed from the rows of runs. Nothing here needs a model."""
+"""Analysis of runs: numbers computed from their rows, without a model."""

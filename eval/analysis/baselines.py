@@ -1,6 +1,8 @@
-"""Baselines as readings of runs: all that they need is in the rows already.
+"""Baselines, computed from the rows of runs.
 
-All but `HighResolution` read a two-stage run, which has both answers of every sample.
+All but `HighResolution` read a two-stage run, which has both answers of every sample. Sections and
+equations are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from eval.analysis.operating_points import (
     same_samples,
     two_stage_point,
 )
-from eval.analysis.records import Record
-from eval.analysis.run import HD, Run
+from eval.analysis.records import HD, Record
+from eval.analysis.run import Run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric, RandomPolicy, ThresholdPolicy, TokenStatistics
 
@@ -30,7 +32,7 @@ RATES = tuple(round(0.05 * step, 2) for step in range(21))
 
 
 class GlobalOnly(Baseline):
-    """Every question answered from its global view: the start of every curve."""
+    """Answer every question from its global view. Every curve starts here."""
 
     name = "global only"
 
@@ -39,7 +41,7 @@ class GlobalOnly(Baseline):
 
 
 class FullRetransmission(Baseline):
-    """Every region sent (a threshold of 0): the end of every curve."""
+    """Send every region (a threshold of 0). Every curve ends here."""
 
     name = "full retransmission"
 
@@ -49,12 +51,13 @@ class FullRetransmission(Baseline):
 
 @dataclass(frozen=True, slots=True)
 class RandomRetransmission(Baseline):
-    """Regions of randomly chosen samples sent, cropped as ever (section VII-B of
-    003_92b41fe49395ce1a.txt); the mean over seeds.
+    """Send the regions of randomly chosen samples (section VII-B); mean over seeds.
+
+    The regions are those of the two-stage run.
 
     Attributes:
-        rates: shares of samples.
-        seeds: how many draws; their numbers are 0, 1, ….
+        rates: shares of samples that are sent.
+        seeds: number of draws; their seeds are 0, 1, ….
     """
 
     rates: tuple[float, ...] = RATES
@@ -70,7 +73,7 @@ class RandomRetransmission(Baseline):
         ]
 
     def of_one_seed(self, run: Run, rate: float, seed: int) -> Point:
-        """What one draw gives; the mean over seeds is what `points` gives."""
+        """The point of a single draw; `points` averages over all seeds."""
         run.require(self.method)
         return two_stage_point(run, _drawn(run, rate, seed), self.name, rate, f"seed {seed}")
 
@@ -81,10 +84,10 @@ class RandomRetransmission(Baseline):
 
 @dataclass(frozen=True, slots=True)
 class RandomLine(Baseline):
-    """What random retransmission is expected to give: the line between never and always.
+    """Expectation of random retransmission: the line between never and always.
 
     Attributes:
-        rates: shares of samples.
+        rates: shares of samples that are sent.
     """
 
     rates: tuple[float, ...] = RATES
@@ -98,9 +101,9 @@ class RandomLine(Baseline):
 
 
 class Oracle(Baseline):
-    """Regions sent for exactly those samples whose answer they improve.
+    """Send exactly the regions that improve the answer.
 
-    No policy can do better with this model and these crops: it looks at the truth.
+    It looks at the truth, so no policy can do better with this model and these crops.
     """
 
     name = "oracle"
@@ -111,12 +114,12 @@ class Oracle(Baseline):
 
 
 class SendOriginal(Baseline):
-    """The original's file goes up whole, once, and both stages take place at the server.
+    """Upload the original file once, and run both stages on the server.
 
-    One point is at the threshold of the run's preset, if the run knows one; one sends every
-    question through the second stage. Costs of pictures are the same; what a second stage costs
-    there is FLOPs alone. Answers are those of the run, whose views and regions went through its
-    codec; the server would cut them from the original's own pixels.
+    One point is at the threshold of the run's preset, if the run has a preset. The other point
+    puts every question through the second stage. Both cost the same bytes; a second stage costs
+    only FLOPs. The answers are the run's, although its views and regions went through its codec,
+    and this server would cut them from the original's pixels.
     """
 
     name = "sending the original"
@@ -133,11 +136,12 @@ class SendOriginal(Baseline):
 
 
 class VicropAlways(Baseline):
-    """ViCrop as its authors run it: the original is with the model, every question is cropped,
-    and each of its three prompts is prefilled from nothing.
+    """ViCrop as its authors run it: the model has the original and crops for every question.
 
-    So its FLOPs are those of Eq. 20 of 003_92b41fe49395ce1a.txt, 4·F(n). Executed ones are not
-    known: no run prefills like this, and Eq. 20 counts visual tokens alone.
+    Each of its three prompts is prefilled from scratch, so its FLOPs are those of Eq. 20, 4·F(n).
+    Executed FLOPs are unknown: no run prefills like this, and Eq. 20 counts visual tokens only.
+    ViCrop: Zhang et al., *MLLMs Know Where to Look: Training-free Perception of Small Visual
+    Details with Multimodal LLMs* (2025, arXiv 2502.17422).
     """
 
     name = "ViCrop always"
@@ -150,8 +154,10 @@ class VicropAlways(Baseline):
 
 
 class HighResolution(Baseline):
-    """LLaVA-1.5-HD: one larger picture, once, and no second stage (section VII-B of
-    003_92b41fe49395ce1a.txt). Reads a run of `eval.runs.methods.hd`."""
+    """LLaVA-1.5-HD: send one larger picture, without a second stage (section VII-B).
+
+    Reads a run of `eval.runs.methods.hd`.
+    """
 
     name = "LLaVA-1.5-HD"
     method = HD
@@ -187,12 +193,13 @@ BASELINES: tuple[Baseline, ...] = (
     VicropAlways(),
     HighResolution(),
 )
-"""All of them."""
+"""All baselines, in the order of tables."""
 
 
 def measured(runs: Sequence[Run]) -> list[Point]:
-    """All points of all baselines that can be read from these runs, in the baselines' order, over
-    the samples that all of them have.
+    """Compute all points of all baselines that these runs allow, in the baselines' order.
+
+    Only samples that all runs share are counted.
 
     Raises:
         ConfigError: see `same_samples`.
@@ -211,8 +218,8 @@ def decided(policy: ThresholdPolicy, record: Record) -> bool:
     """Whether a policy would have asked for the sample's region.
 
     Raises:
-        ConfigError: the run does not know the policy's metric, as one over a service that tells
-            nothing but min-entropy.
+        ConfigError: the run did not record the policy's metric. A run over a service records
+            min-entropy only.
     """
     steps = first_steps(record)
     if not steps or math.isnan(steps[0].value(policy.metric)):
@@ -221,8 +228,10 @@ def decided(policy: ThresholdPolicy, record: Record) -> bool:
 
 
 def first_steps(record: Record) -> list[TokenStatistics]:
-    """The first answer's statistics, as policies take them; a metric that the run does not know
-    is NaN."""
+    """The first answer's token statistics, as policies take them.
+
+    A metric that the run did not record is NaN.
+    """
     metrics = record.first_min_entropy, record.first_entropy, record.first_margin
     count = max(map(len, metrics))
     known = [values or [float("nan")] * count for values in metrics]
@@ -231,7 +240,7 @@ def first_steps(record: Record) -> list[TokenStatistics]:
 
 def _drawn(run: Run, rate: float, seed: int) -> Column:
     policy = RandomPolicy(rate, seed, metric=Metric.MIN_ENTROPY)
-    # The draw looks at the key alone, whatever was generated.
+    # `RandomPolicy` draws from the key only; the statistics do not matter.
     steps = [TokenStatistics(0.0, 0.0, 1.0)]
     made = [policy.decide(steps, ended=True, key=record.id).retransmit for record in run.records]
     return np.array(made, dtype=np.float64)
@@ -240,10 +249,10 @@ def _drawn(run: Run, rate: float, seed: int) -> Column:
 def _from_the_original(
     run: Run, second: Column, name: str, setting: float | None, note: str
 ) -> Point:
-    """Both stages at the server, which was sent the original's file instead of a view.
+    """The operating point of a server that received the original file instead of a view.
 
     Args:
-        second: 1 for samples whose second answer counts.
+        second: 1 for samples whose second answer counts, 0 for the others.
     """
     kept = 1.0 - second
     first, more = paper_mflops(run)

@@ -1,4 +1,4 @@
-"""Whether regions hold what has to be seen, against regions of their size placed at random."""
+"""Coverage of true boxes by regions, and its expectation for randomly placed regions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def covered(true_box: Corners, region: Corners) -> float:
 
 
 def covered_at_random(true_box: Corners, region: Corners, width: int, height: int) -> float:
-    """Expected `covered` if the region lay anywhere in the picture, each place in whole px as
-    likely as any other. Exact: both directions are independent.
+    """Expectation of `covered` for a region of this size at a random place in the picture.
+
+    All places in whole px are equally likely. The result is exact, because the two directions are
+    independent.
 
     Args:
-        true_box, region: as of `covered`.
-        width, height: of the picture, in px.
+        true_box, region: as for `covered`.
+        width, height: size of the picture, in px.
     """
     left, top, right, bottom = true_box
     across = _expected_overlap(left, right, region[2] - region[0], width)

@@ -1,12 +1,12 @@
-"""Trade-off curves of a run: every threshold at once, and how sure they are.
+"""Trade-off curves of a run over all thresholds, with bootstrap intervals.
 
 A policy only chooses which samples are sent (`eval.analysis.operating_points.two_stage_point`), and
-all figures of a point are sums over samples. So a curve is one sort by uncertainty and a running
-sum from the point "none" to the point "all"; the model is not needed, and no policy is called for
-each threshold, though the decisions are those of `vlm_collab.method.policy.ThresholdPolicy`.
+all numbers of a point are sums over samples. So a curve takes one sort by uncertainty and running
+sums from "none sent" to "all sent". It needs no model and no call of a policy for each threshold;
+the decisions equal those of `vlm_collab.method.policy.ThresholdPolicy`.
 
-Bands are percentile bootstraps that draw whole pictures: questions about one picture are not
-independent.
+Bands are percentile bootstraps. They resample whole pictures, because questions about one picture
+are not independent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from eval.analysis.baselines import first_steps
 from eval.analysis.operating_points import Column, Point, two_stage_point
-from eval.analysis.records import Record, truth_of
+from eval.analysis.records import TWO_STAGE, Record, truth_of
 from eval.analysis.run import Run
 from eval.tasks.catalogue import task_kind
 from vlm_collab.errors import ConfigError
@@ -32,14 +32,14 @@ _CHUNK = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What is held against the threshold.
+class Criterion:
+    """The uncertainty that is compared with a threshold: a metric and its aggregation.
 
     Attributes:
-        metric: of each token.
-        aggregate: over which tokens.
-        k: of `Aggregate.FIRST_K`; of no meaning elsewhere.
-        include_end: as of `ThresholdPolicy`; a model's preset says it.
+        metric: uncertainty of each token.
+        aggregate: which tokens are averaged.
+        k: number of tokens for `Aggregate.FIRST_K`; ignored otherwise.
+        include_end: as in `ThresholdPolicy`; the model's preset sets it.
     """
 
     metric: Metric = Metric.MIN_ENTROPY
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Such as `min_entropy/full`, `entropy/first_5`."""
+        """Name such as `min_entropy/full` or `entropy/first_5`."""
         first_k = self.aggregate is Aggregate.FIRST_K
         return f"{self.metric}/{f'first_{self.k}' if first_k else self.aggregate}"
 
@@ -58,10 +58,10 @@ class Setting:
         return ThresholdPolicy(self.metric, self.aggregate, eta, self.k, self.include_end)
 
     def value(self, record: Record) -> float:
-        """The number that the policy holds against its threshold, by the policy's own function.
+        """The number that the policy compares with its threshold, by the policy's own function.
 
         Raises:
-            ConfigError: the run does not know the metric.
+            ConfigError: the run did not record the metric.
         """
         steps = first_steps(record)
         if not steps or math.isnan(steps[0].value(self.metric)):
@@ -78,27 +78,28 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Curve:
-    """All operating points of one setting, from the fewest samples sent to all.
+    """All operating points of one criterion, from the fewest samples sent to all.
 
-    Every array has one entry for each point.
+    Every array but `order` has one entry for each point. Sections and equations are those of Song
+    and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+    2512.16349).
 
     Attributes:
-        setting: what it is of.
-        order: samples by uncertainty, the least sure first; places in the run's records.
-        sent: how many of them the policy is not content with at each point.
-        eta: the threshold at which this is so: `setting.policy(eta)` says so of exactly these.
-        rate: share of samples whose region is sent: those, but for the ones of which no region
-            shows more than the view.
+        setting: the criterion.
+        order: positions in the run's records, the most uncertain sample first.
+        sent: number of samples, from the start of `order`, whose first answer the policy rejects.
+        eta: threshold of the point; `setting.policy(eta)` rejects exactly these samples.
+        rate: share of samples whose region is sent. Rejected samples whose region would show no
+            more than the view are not counted.
         accuracy: mean score.
-        cost_pixels, cost_bytes: additional communication cost (section VII-A of
-            003_92b41fe49395ce1a.txt) and relative cost (section VII-F).
-        bytes_up, bytes_down: mean of all messages.
-        relative_flops: decoder FLOPs really spent, over those of the first passes.
-        relative_paper_flops: likewise by Eq. 17-20 of 003; NaN where the model's sizes are not
-            known.
+        cost_pixels, cost_bytes: additional communication cost (section VII-A) and relative cost
+            (section VII-F).
+        bytes_up, bytes_down: mean bytes of all messages.
+        relative_flops: executed decoder FLOPs, over those of the first passes.
+        relative_paper_flops: the same by Eq. 17-20; NaN if the model's sizes are unknown.
     """
 
-    setting: Setting
+    setting: Criterion
     order: NDArray[np.int64]
     sent: NDArray[np.int64]
     eta: Column
@@ -113,29 +114,29 @@ class Curve:
 
     @property
     def unsure(self) -> Column:
-        """Share of samples that the policy is not content with."""
+        """Share of samples whose first answer the policy rejects."""
         return self.sent / len(self.order)
 
     def thinned(self, points: int = 100) -> NDArray[np.int64]:
-        """Places of the points nearest to `points + 1` even rates, each once."""
+        """Indices of the points nearest to `points + 1` evenly spaced rates, without repeats."""
         wanted = np.linspace(0.0, 1.0, points + 1)
         nearest = np.abs(self.rate[None, :] - wanted[:, None]).argmin(axis=1)
         return np.unique(nearest)
 
 
-def uncertainty(run: Run, setting: Setting) -> Column:
-    """`Setting.value` of each sample."""
+def uncertainty(run: Run, setting: Criterion) -> Column:
+    """`Criterion.value` of each sample, shape `(samples,)`."""
     return np.array([setting.value(record) for record in run.records], dtype=np.float64)
 
 
-def curve(run: Run, setting: Setting) -> Curve:
-    """Every operating point that some threshold reaches.
+def curve(run: Run, setting: Criterion) -> Curve:
+    """Compute every operating point that some threshold reaches.
 
-    Samples of equal uncertainty go together. "None" is a point only if a threshold reaches it: a
-    margin of 0 is sent by any.
+    Samples of equal uncertainty are sent together. "None sent" is a point only if a threshold
+    reaches it: every threshold sends a sample with a margin of 0.
 
     Raises:
-        ConfigError: the run is of another method, empty, or does not know the metric.
+        ConfigError: the run has another method, is empty, or did not record the metric.
     """
     never, always = ends(run)
     order, sent, eta = _thresholds(uncertainty(run, setting), setting.metric)
@@ -165,17 +166,17 @@ def curve(run: Run, setting: Setting) -> Curve:
 
 
 def ends(run: Run) -> tuple[Point, Point]:
-    """The points "none" and "all", between which every curve lies."""
-    run.require("two_stage")
+    """The points "none sent" and "all sent", between which every curve runs."""
+    run.require(TWO_STAGE)
     zeros, ones = np.zeros(len(run.records)), np.ones(len(run.records))
     return two_stage_point(run, zeros, "never"), two_stage_point(run, ones, "always")
 
 
 def rescored(run: Run, scorer: str) -> Run:
-    """The run under another rule of its task, from the answers' texts alone.
+    """Score the run's answers again with another scorer of its task.
 
     Raises:
-        ConfigError: the task has no such rule.
+        ConfigError: the task has no such scorer.
     """
     kind = task_kind(str(run.provenance["task"]["name"]))
     if scorer not in kind.scorers:
@@ -185,7 +186,7 @@ def rescored(run: Run, scorer: str) -> Run:
 
     def again(record: Record) -> Record:
         truth = truth_of(record)
-        second = score(record.second_text, truth) if run.method == "two_stage" else 0.0
+        second = score(record.second_text, truth) if run.method == TWO_STAGE else 0.0
         return replace(
             record, first_score=float(score(record.first_text, truth)), second_score=float(second)
         )
@@ -196,10 +197,10 @@ def rescored(run: Run, scorer: str) -> Run:
 
 
 def part(run: Run, keep: Callable[[Record], bool]) -> Run:
-    """Some of a run's samples.
+    """The run with only those samples that `keep` selects.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no sample is left.
     """
     kept = [record for record in run.records if keep(record)]
     if not kept:
@@ -210,14 +211,14 @@ def part(run: Run, keep: Callable[[Record], bool]) -> Run:
 def _thresholds(
     value: Column, metric: Metric
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Column]:
-    """Order of the samples, and how many are sent at which threshold."""
+    """Order of the samples, number sent at each threshold, and the thresholds."""
     margin = metric is Metric.MARGIN
     order = np.argsort(value if margin else -value, kind="stable")
     ranked = value[order]
-    last = np.append(ranked[1:] != ranked[:-1], True)  # of each group of equals
+    last = np.append(ranked[1:] != ranked[:-1], True)  # last one of each group of equal values
     sent, eta = np.flatnonzero(last) + 1, ranked[last]
     none = float(np.nextafter(ranked[0], -np.inf if margin else np.inf))
-    if none >= 0:  # below it no policy can be set
+    if none >= 0:  # policies take no negative threshold
         sent, eta = np.append(0, sent), np.append(none, eta)
     return order, sent.astype(np.int64), eta
 
@@ -228,13 +229,13 @@ def _over(values: Column, whole: float) -> Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """Resamples of whole pictures, the same ones whenever the run and the numbers below are.
+    """Bootstrap that resamples whole pictures; deterministic for the same attributes.
 
     Attributes:
-        image_ids: of each sample.
-        resamples: how many.
-        seed: of the draws.
-        confidence: of the intervals, 0 to 1.
+        image_ids: picture of each sample.
+        resamples: number of resamples.
+        seed: seed of the draws.
+        confidence: coverage of the intervals, 0 to 1.
     """
 
     image_ids: tuple[str, ...]
@@ -244,18 +245,18 @@ class Bootstrap:
 
     @classmethod
     def of(cls, run: Run, *, resamples: int = 1000, seed: int = 0) -> Bootstrap:
-        """For a run's samples."""
+        """Bootstrap of a run's samples."""
         images = tuple(record.image_id for record in run.records)
         return cls(image_ids=images, resamples=resamples, seed=seed)
 
     @cached_property
     def clusters(self) -> NDArray[np.int64]:
-        """Number of each sample's picture, in order of appearance."""
+        """Number of each sample's picture, counted in order of appearance."""
         places: dict[str, int] = {}
         return np.array([places.setdefault(one, len(places)) for one in self.image_ids])
 
     def weights(self) -> Iterator[NDArray[np.float64]]:
-        """How often each sample is in each resample, shape `(some resamples, samples)`."""
+        """How often each resample holds each sample, in chunks `(resamples, samples)`."""
         rng = np.random.default_rng(self.seed)
         pictures = int(self.clusters.max()) + 1
         even = np.full(pictures, 1.0 / pictures)
@@ -266,30 +267,30 @@ class Bootstrap:
             left -= step
 
     def mean(self, values: Column) -> tuple[float, float]:
-        """Interval of a mean over samples."""
+        """Interval of the mean over samples."""
         made = [(w * values).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
         return self.interval(np.concatenate(made))
 
     def interval(self, values: Column) -> tuple[float, float]:
-        """Percentiles of what the resamples gave."""
+        """Percentile interval from the resamples' values."""
         out = (1.0 - self.confidence) / 2
-        # Values that really came up: between infinite ones nothing can be interpolated.
+        # No interpolation, since values may be infinite.
         low, high = np.quantile(values, [out, 1.0 - out], method="inverted_cdf")
         return float(low), float(high)
 
     def band(
         self, drawn: Curve, run: Run, cost: Callable[[Point], Column], at: Column
     ) -> tuple[Column, Column]:
-        """Interval of the accuracy at each of some costs.
+        """Interval of the accuracy at given costs.
 
         Args:
             drawn: the curve.
-            run: what it is of.
+            run: the run of the curve.
             cost: the column whose mean is the horizontal axis.
-            at: places on that axis; between reachable points the curve is a straight line.
+            at: costs on that axis; the curve is linear between reachable points.
 
         Returns:
-            Lower and upper ends, shape of `at`.
+            Lower and upper ends, each of the shape of `at`.
         """
         made = np.concatenate(
             [
@@ -302,7 +303,7 @@ class Bootstrap:
         return low, high
 
     def areas(self, drawn: Curve, run: Run) -> Column:
-        """Of each resample, `area_over_random`."""
+        """`area_over_random` of each resample, shape `(resamples,)`."""
         never = ends(run)[0].scores
         start = [(w * never).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
         drawn_again = self._curves(drawn, run, lambda point: point.sent)
@@ -312,7 +313,7 @@ class Bootstrap:
     def _curves(
         self, drawn: Curve, run: Run, cost: Callable[[Point], Column]
     ) -> Iterator[tuple[Column, Column, Column]]:
-        """Rates, costs and accuracies of resampled curves, shape `(resamples, points)`."""
+        """Rates, costs and accuracies of resampled curves, each `(resamples, points)`."""
         never, always = ends(run)
         order, sent = drawn.order, drawn.sent
         score, gain = never.scores, (always.scores - never.scores)[order]
@@ -328,17 +329,20 @@ class Bootstrap:
 
 
 def area_over_random(drawn: Curve, run: Run) -> float:
-    """Mean, over all rates, of how far a curve lies above the random line, in accuracy.
+    """Area between a curve and the random line: mean difference in accuracy over all rates.
 
-    Both go from sending nothing to sending all. The oracle's area is the largest one.
+    Both run from "none sent" to "all sent". The oracle has the largest area.
     """
     start = np.array([ends(run)[0].accuracy])
     return float(_area(start, drawn.unsure[None, :], drawn.accuracy[None, :])[0])
 
 
 def _area(start: Column, rates: Column, accuracy: Column) -> Column:
-    """Of each row, with a point of its own for "nothing is sent", which a threshold may not
-    reach, but a mixture with a policy that never sends does."""
+    """Area of each row's curve over the random line.
+
+    A point for "none sent" is added: no threshold may reach it, but a mixture with a policy that
+    never sends does.
+    """
     rates = np.concatenate([np.zeros((len(start), 1)), rates], axis=1)
     accuracy = np.concatenate([start[:, None], accuracy], axis=1)
     under = (np.diff(rates, axis=1) * (accuracy[:, 1:] + accuracy[:, :-1]) / 2).sum(axis=1)
@@ -346,19 +350,19 @@ def _area(start: Column, rates: Column, accuracy: Column) -> Column:
 
 
 def _summed(values: Column, counts: NDArray[np.int64]) -> Column:
-    """Sums of the first so many values of each row."""
+    """Sums of the first `counts` values of each row, shape `(rows, len(counts))`."""
     running = np.cumsum(values, axis=1)
     padded = np.concatenate([np.zeros((len(values), 1)), running], axis=1)
     return np.asarray(padded[:, counts])
 
 
 def longest_answer(run: Run) -> int:
-    """Tokens of the longest first answer."""
+    """Number of tokens of the longest first answer."""
     return max(len(record.first_tokens) for record in run.records)
 
 
 def counts_end(run: Run) -> bool:
-    """Whether the model's policy counts the end token; so it does where the run does not know."""
+    """Whether the model's policy counts the end token; true if the run has no preset."""
     preset = run.provenance["model"].get("preset")
     return True if preset is None else bool(preset["include_end"])
 
@@ -368,14 +372,14 @@ def settings_of(
     metrics: Sequence[Metric] = tuple(Metric),
     aggregates: Sequence[Aggregate] = tuple(Aggregate),
     ks: Sequence[int] | None = None,
-) -> list[Setting]:
-    """What a sweep covers.
+) -> list[Criterion]:
+    """All criteria that a sweep covers.
 
     Args:
-        run: of which.
-        metrics, aggregates: all combinations of these …
-        ks: … and of these, for `first_k`; None for 2 to 10. Those that no answer is long enough
-            for would repeat `full`, and are left out.
+        run: the run.
+        metrics, aggregates: their combinations.
+        ks: numbers of tokens for `first_k`; None for 2 to 10. A k that no answer exceeds in
+            length would repeat `full`, and is left out.
     """
     made = []
     ends = counts_end(run)
@@ -383,5 +387,5 @@ def settings_of(
     for metric in metrics:
         for how in aggregates:
             of_k = useful if how is Aggregate.FIRST_K else [1]
-            made += [Setting(metric, how, k, ends) for k in of_k]
+            made += [Criterion(metric, how, k, ends) for k in of_k]
     return made

@@ -1,38 +1,38 @@
 """A threshold with a guarantee: learn then test, with fixed-sequence testing.
 
-What is bounded is the loss against full retransmission: the mean over questions of (score of the
-second answer - score of the answer given), a number that may be negative. Under a threshold only
-the questions that are not sent can lose anything. The loss need not grow with the threshold (a
-second answer can be worse than the first), so what rests on that, as conformal risk control does,
-is no use here; testing needs no such thing.
+The bound is on the loss against full retransmission: the mean over questions of (score of the
+second answer - score of the answer given). It may be negative. Only questions that are not sent
+can lose. A second answer can be worse than the first, so the loss need not grow with the
+threshold. That rules out methods that need a monotone loss, such as conformal risk control;
+testing does not need it.
 
-For each threshold η of a sequence that does not depend on the data the hypothesis "the loss at η
-is above α" is tested at level δ, from the threshold that sends everything on, and the first
-hypothesis that cannot be rejected ends it. So the chance that any η before that one has a loss
-above α is at most δ, and any of them may be taken (Angelopoulos, Bates, Candès, Jordan, Lei:
-"Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control", arXiv:2110.01052,
-fixed-sequence testing). At the threshold that sends everything the loss is 0 by definition.
+The thresholds η form a sequence that does not depend on the data. It starts at the threshold that
+sends everything, where the loss is 0 by definition. For each η in turn, the hypothesis "the loss
+at η is above α" is tested at level δ. Testing stops at the first hypothesis that cannot be
+rejected. With probability at least 1 - δ, all η before it have a loss of at most α, so any of them
+may be used (Angelopoulos, Bates, Candès, Jordan, Lei: "Learn then Test: Calibrating Predictive
+Algorithms to Achieve Risk Control", arXiv:2110.01052, fixed-sequence testing).
 
-The test bets against the hypothesis: a capital that grows when losses are small is a
-supermartingale if the hypothesis is true, so it rarely exceeds 1/δ (Waudby-Smith and Ramdas:
+The test bets against the hypothesis. Its capital grows when losses are small. If the hypothesis is
+true, the capital is a supermartingale, so it rarely exceeds 1/δ (Waudby-Smith and Ramdas:
 "Estimating means of bounded random variables by betting", arXiv:2010.09686). Unlike Hoeffding's
-inequality this takes advantage of how seldom an answer differs between the passes.
+inequality, the test profits from answers that seldom differ between the passes.
 
-Questions about one picture are not independent; pictures are. So a picture is the unit of the
-test, and what it bets on is w (mean loss of the picture's questions - α), with the picture's
-weight w. Betting needs a bound of this, for every picture that could come, and one that does not
-depend on the data: were it the largest that happened to be drawn, a rare picture with many
-questions would break the guarantee in just those samples that do not hold it. So a picture with n
-questions has the weight min(n, M) / M with an M that is fixed beforehand. The loss that is bounded
-is the mean over pictures with these weights:
+Questions about one picture are not independent, but pictures are. So the unit of the test is a
+picture, and the bet is on w (mean loss of the picture's questions - α), where w is the picture's
+weight. Betting needs a bound of this value for every possible picture, and the bound must not
+depend on the data. Were it the largest value that happened to be drawn, a rare picture with many
+questions would break the guarantee in those samples that lack it. So a picture with n questions
+has the weight min(n, M) / M, where M is fixed beforehand. The bound is on the mean over pictures
+with these weights:
 
-- M = 1: each picture counts once, however many questions there are about it;
-- larger M: the mean over questions, but that pictures with more than M count as M.
+- M = 1: each picture counts once, however many questions it has;
+- larger M: the mean over questions, except that a picture with more than M questions counts as M.
 
-Either holds for data of any distribution. The plain mean over questions is bounded if M is at least
-what the benchmark has about any picture, by construction. (Without such an M no data could bound
-it: however seldom, a picture with enough questions outweighs all others.) The larger M, the more
-pictures it takes.
+Both hold for data of any distribution. The plain mean over questions is bounded if no picture of
+the benchmark can have more than M questions, by construction. (Without such an M no data could
+bound it: a picture with enough questions outweighs all others, however rare it is.) A larger M
+takes more pictures.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 
 _MOST = 0.9
-"""Largest part of the capital that one picture can take."""
+"""Largest share of the capital that one picture can take."""
 _PER_OCTAVE = 16
 
 
 def sequence(metric: Metric) -> NDArray[np.float64]:
-    """Thresholds in the order of testing, from all samples sent to few.
+    """Thresholds in the order of testing, from "all sent" to few.
 
-    Fixed before any data are seen: sixteen for each doubling, from 2^-10 to 2^4 bits; for the
-    margin the same from 1 downwards, in 1 - p.
+    The sequence is fixed before any data are seen: sixteen thresholds for each doubling, from
+    2^-10 to 2^4 bits. For the margin, 1 minus these values, from 1 downwards.
     """
     steps = np.exp2(np.arange(-10 * _PER_OCTAVE, 4 * _PER_OCTAVE + 1) / _PER_OCTAVE)
     if metric is Metric.MARGIN:
@@ -66,15 +66,15 @@ def sequence(metric: Metric) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tested:
-    """What testing found.
+    """Result of the test.
 
     Attributes:
-        eta: the last threshold of the sequence before the first failure.
-        place: of it in the sequence; 0 if none but "send everything" passed.
-        capital: of the bet against each threshold that was tested, at its highest.
-        pictures: units of the test.
-        fewest, largest: questions about one picture, in these data.
-        over: pictures with more questions than they count as.
+        eta: the last threshold before the first failure.
+        place: its index in the sequence; 0 if only "send everything" passed.
+        capital: highest capital of the bet against each tested threshold.
+        pictures: number of pictures, the units of the test.
+        fewest, largest: smallest and largest number of questions about one picture.
+        over: number of pictures with more than `most_per_picture` questions.
     """
 
     eta: float
@@ -97,22 +97,22 @@ def guaranteed(
     most_per_picture: int = 1,
     seed: int = 0,
 ) -> Tested:
-    """The least that has to be sent so that the loss stays below a bound.
+    """Find the threshold that sends least while the loss stays below a bound.
 
     Args:
-        uncertainty: of each sample.
-        losses: score of its second answer minus that of its first one, -1 to 1.
-        image_ids: of its picture.
-        metric: of the uncertainty.
+        uncertainty: value of each sample, shape `(samples,)`.
+        losses: score of the second answer minus that of the first, -1 to 1, shape `(samples,)`.
+        image_ids: picture of each sample.
+        metric: metric of the uncertainty.
         max_loss: α, above 0 and below 1.
-        confidence: 1 - δ: in at least this share of repetitions with new data from the same
-            source the loss of what is returned is at most α.
-        most_per_picture: M, as how many questions a picture counts at most. To be fixed without
+        confidence: 1 - δ. In at least this share of repetitions with new data from the same
+            source, the returned threshold has a loss of at most α.
+        most_per_picture: M, most questions counted per picture. Must be fixed without looking at
             these data; 1 takes the mean over pictures.
-        seed: of the order in which the pictures are looked at.
+        seed: seed of the order in which the pictures are tested.
 
     Raises:
-        ConfigError: a bound, confidence or number that makes no sense.
+        ConfigError: a bound, confidence or number is out of range.
     """
     if not 0.0 < max_loss < 1.0:
         raise ConfigError(f"the largest loss must be between 0 and 1, not {max_loss}")
@@ -124,8 +124,7 @@ def guaranteed(
     _, cluster = np.unique(np.asarray(image_ids), return_inverse=True)
     questions = np.bincount(cluster)
     pictures = len(questions)
-    # Which thresholds a sample is lost at: a run of the sequence's end, from the first at which it
-    # is not sent on.
+    # A sample can lose at all thresholds from the first one at which it is not sent.
     if metric is Metric.MARGIN:
         first_kept = np.searchsorted(-etas, -uncertainty, side="right")
     else:
@@ -153,10 +152,10 @@ def guaranteed(
 def _highest_capital(
     excess: NDArray[np.float64], max_loss: float, delta: float
 ) -> NDArray[np.float64]:
-    """Highest capital of bets against "the mean of `excess` is above 0", column by column.
+    """Highest capital of bets against "the mean of `excess` is above 0", for each column.
 
-    Each bet is a share of the capital that depends on the pictures before it alone, and at most
-    so large that no picture can take more than `_MOST`.
+    Each bet stakes a share of the capital. The share depends only on earlier pictures, and is
+    small enough that one picture takes at most `_MOST` of the capital.
 
     Args:
         excess: shape `(pictures, thresholds)`, at most 1 - max_loss.
@@ -165,7 +164,7 @@ def _highest_capital(
     running = np.cumsum(excess, axis=0)
     numbers = np.arange(1, count + 1)[:, None]
     means = running / (numbers + 1)
-    # Predictable: what bet t sees are the variances of those before it, and a prior of 1/4.
+    # Predictable: bet t uses the variance of the pictures before it, with a prior of 1/4.
     squares = np.cumsum((excess - means) ** 2, axis=0)
     variance = np.concatenate(
         [np.full((1, excess.shape[1]), 0.25), (0.25 + squares) / (numbers + 1)]

@@ -1,9 +1,11 @@
-"""The one interface of all baselines: from a run to operating points.
+"""Operating points of methods, and the common interface of all baselines.
 
-A point keeps a value for each sample, not only the mean, so that whoever draws it can resample
-it (bootstraps clustered by `Record.image_id`) and trace it to rows of the run. Costs are those of
-DESIGN section 3 ("Cost"): (a) bytes each way, (b) pixels, (c) bytes of pictures relative to JPEG
-100, (d) FLOPs.
+A point keeps one value for each sample, not only the mean. So it can be resampled (bootstraps
+clustered by `Record.image_id`) and traced to rows of the run. There are four costs: (a) bytes each
+way, (b) pixels, (c) bytes of pictures relative to JPEG of quality 100, (d) FLOPs.
+
+Sections and equations are those of Song and Kim, *Collaborative Edge-to-Server Inference for
+Vision-Language Models* (2025, arXiv 2512.16349).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.analysis.records import TWO_STAGE
 from eval.analysis.run import Run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.cost import first_pass_flops, second_stage_flops
@@ -30,19 +33,20 @@ class Point:
     """One operating point of one method.
 
     Attributes:
-        name: of the method.
-        setting: where on its curve: a rate, or a threshold; None for a method that is one point.
-        scores: of each sample's answer, 0 to 1. Expected values where the method is random.
-        sent: whether its region was sent; a share where the method is random.
-        pixels: pixels sent beyond the global view's, over those of the global view (b).
-        bytes_up, bytes_down: all messages, WebSocket headers included (a).
-        picture_bytes: of encoded pictures among them.
-        reference_bytes: of the global view as JPEG of quality 100, the unit of (c).
-        mflops: decoder FLOPs really spent, all passes, in 10^6 (d); NaN where nothing like it was
+        name: name of the method.
+        setting: position on the method's curve, a rate or a threshold; None if the method is a
+            single point.
+        scores: score of each sample's answer, 0 to 1; expected values for a random method.
+        sent: 1 if the sample's region was sent, else 0; a probability for a random method.
+        pixels: pixels sent beyond the global view, over those of the global view (b).
+        bytes_up, bytes_down: bytes of all messages, WebSocket headers included (a).
+        picture_bytes: bytes of encoded pictures among them.
+        reference_bytes: size of the global view as JPEG of quality 100, the unit of (c).
+        mflops: executed decoder FLOPs of all passes, in 10^6 (d); NaN if the method was not
             executed.
-        paper_mflops: by Eq. 18-20 of 003_92b41fe49395ce1a.txt, visual tokens only, in 10^6 (d);
-            NaN where the model's sizes are not known.
-        note: what a reader has to know about it; "" for nothing.
+        paper_mflops: FLOPs by Eq. 18-20, visual tokens only, in 10^6 (d); NaN if the model's
+            sizes are unknown.
+        note: remark for the reader; "" for none.
     """
 
     name: str
@@ -70,13 +74,15 @@ class Point:
 
     @cached_property
     def cost_pixels(self) -> float:
-        """Additional communication cost of section VII-A of 003."""
+        """Additional communication cost (section VII-A)."""
         return float(self.pixels.mean())
 
     @cached_property
     def cost_bytes(self) -> float:
-        """Relative cost of section VII-F of 003: a ratio of totals. NaN if the run did not
-        measure what it is relative to."""
+        """Relative communication cost (section VII-F), a ratio of totals.
+
+        NaN if the run did not measure the reference.
+        """
         total = float(self.reference_bytes.sum())
         return float(self.picture_bytes.sum()) / total if total else float("nan")
 
@@ -92,16 +98,16 @@ class Point:
 
     @cached_property
     def flops(self) -> float:
-        """Mean decoder operations for a sample, as spent, in FLOPs."""
+        """Mean executed decoder FLOPs per sample."""
         return float(self.mflops.mean()) * 1e6
 
     @cached_property
     def paper_flops(self) -> float:
-        """Mean decoder operations for a sample by Eq. 18-20 of 003, in FLOPs."""
+        """Mean decoder FLOPs per sample by Eq. 18-20."""
         return float(self.paper_mflops.mean()) * 1e6
 
     def figures(self) -> dict[str, str | float | None]:
-        """One row of a table."""
+        """The point as one row of a table."""
         return {
             "name": self.name,
             "setting": self.setting,
@@ -119,23 +125,23 @@ class Point:
 
 
 class Baseline(ABC):
-    """A method that a run can be read as.
+    """A method whose operating points can be computed from a run.
 
     Attributes:
-        name: as figures and tables call it.
-        method: of the runs that it can read (`run.json`).
-        setting_is: what its points' `setting` is: "rate" or "η"; "" if they have none.
+        name: name in figures and tables.
+        method: method of the runs that it reads (`run.json`).
+        setting_is: meaning of its points' `setting`: "rate" or "η"; "" if they have none.
     """
 
     name: ClassVar[str]
     setting_is: ClassVar[str] = ""
-    method: ClassVar[str] = "two_stage"
+    method: ClassVar[str] = TWO_STAGE
 
     def points(self, run: Run) -> list[Point]:
         """Its operating points, cheapest first.
 
         Raises:
-            ConfigError: the run is of another method, or holds no samples.
+            ConfigError: the run has another method, or no samples.
         """
         run.require(self.method)
         return self._points(run)
@@ -145,7 +151,7 @@ class Baseline(ABC):
 
 
 def column(run: Run, *names: str) -> Column:
-    """Sum of some of the records' numbers, sample by sample."""
+    """Sum of the named fields of each record, shape `(samples,)`."""
     rows = [sum(float(getattr(record, name)) for name in names) for record in run.records]
     return np.array(rows, dtype=np.float64)
 
@@ -155,19 +161,20 @@ def two_stage_point(
 ) -> Point:
     """The operating point at which some samples of a two-stage run go through the second stage.
 
-    Any policy is this: all figures follow from which samples are sent.
+    This covers every policy, since all numbers follow from which samples are sent.
 
     Args:
-        run: of the method two_stage.
-        sent: 1 for samples that are retransmitted, 0 for the others; between for an expectation. A
-            sample of which no region shows more than the view stays as it is.
-        name, setting, note: of the point.
+        run: a run of the method two_stage.
+        sent: 1 for samples that are retransmitted, 0 for the others; in between for a
+            probability. It is ignored for a sample whose view already shows all that a region
+            would.
+        name, setting, note: as of `Point`.
 
     Raises:
         ConfigError: see `Run.require`.
-        ValueError: `sent` has another length than the run, or values beyond 0 and 1.
+        ValueError: `sent` differs in length from the run, or has values outside 0 to 1.
     """
-    run.require("two_stage")
+    run.require(TWO_STAGE)
     if len(sent) != len(run.records):
         raise ValueError(f"{len(sent)} decisions for {len(run.records)} samples")
     if sent.min() < 0 or sent.max() > 1:
@@ -195,12 +202,12 @@ def two_stage_point(
 
 
 def sends_region(run: Run) -> Column:
-    """1 for samples of which a region can be sent, 0 for those whose view shows all."""
+    """1 for samples whose region can be sent, 0 for those whose view already shows all."""
     return np.array([record.sends_region for record in run.records], dtype=np.float64)
 
 
 def paper_mflops(run: Run) -> tuple[float, float]:
-    """Eq. 18 and 19 of 003 for the run's model, in 10^6; NaN where its sizes are not known."""
+    """FLOPs by Eq. 18 and 19 for the run's model, in 10^6; NaN if its sizes are unknown."""
     decoder = run.decoder
     if decoder is None:
         return float("nan"), float("nan")
@@ -208,14 +215,14 @@ def paper_mflops(run: Run) -> tuple[float, float]:
 
 
 def same_samples(runs: Sequence[Run]) -> list[Run]:
-    """Runs over the samples that all of them have, so that they can be held against each other.
+    """Reduce runs to the samples that all of them have, so that they can be compared.
 
-    A sample that failed in one of them is left out of all. All are in the order of the first, so
-    that what is held against a sample of one by its place is of the same sample.
+    A sample that failed in one run is left out of all. All runs get the order of the first, so
+    that equal positions mean the same sample.
 
     Raises:
-        ConfigError: there is no such sample, or it was another question, or another truth, in one
-            of them.
+        ConfigError: the runs share no sample, or a shared sample has another question or truth in
+            one of them.
     """
     if not runs:
         return []
@@ -224,7 +231,7 @@ def same_samples(runs: Sequence[Run]) -> list[Run]:
     shared = set(asked)
     for run in others:
         for record in run.records:
-            if asked.get(record.id, told := (record.question, record.truth)) != told:
+            if asked.get(record.id, mine := (record.question, record.truth)) != mine:
                 raise ConfigError(
                     f"{run.folder} and {first.folder} did not ask the same: {record.id}"
                 )

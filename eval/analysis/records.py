@@ -1,11 +1,10 @@
-"""One row for each sample of a run, as it is kept in Parquet.
+"""Rows of a run: one for each sample, kept in Parquet.
 
-A run goes through both passes for every sample, as if the threshold were 0. So its rows hold
-everything that any policy, threshold, aggregation or scorer could ask for, and every figure is
-drawn from them without the model.
+A run puts every sample through both passes, as if the threshold were 0. So its rows hold all that
+any policy, threshold, aggregation or scorer needs, and every figure is drawn without the model.
 
-A run is a folder: `run.json` (provenance), and shards `rows/part-*.parquet` with these columns.
-Nothing else lies in `rows`, since readers of Parquet take every file of a folder for rows.
+A run is a folder with `run.json` (provenance) and shards `rows/part-*.parquet` with these columns.
+`rows` holds nothing else, since readers of Parquet read every file of a folder.
 """
 
 from __future__ import annotations
@@ -22,48 +21,55 @@ import pyarrow.parquet as pq
 
 from eval.tasks.base import Truth
 
+TWO_STAGE, HD = "two_stage", "hd"
+"""Methods of runs: both passes of every sample, and LLaVA-1.5-HD."""
+
 PROVENANCE = "run.json"
 SHARDS = "rows/part-*.parquet"
 _OLD_SHARDS = "part-*.parquet"
-"""Where they lay at first, among the other files."""
+"""Location in older runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One sample, gone through both passes.
+    """One sample after both passes.
+
+    Equations, sections and tables are those of Song and Kim, *Collaborative Edge-to-Server
+    Inference for Vision-Language Models* (2025, arXiv 2512.16349).
 
     Attributes:
-        index: of the sample in its task.
-        id, image_id, question, category: of the sample.
-        truth: JSON of the sample's `Truth`.
-        true_box: (left, top, right, bottom) in px of the original; empty where it is not known.
-        source_width, source_height: of the upright original, in px.
-        original_bytes: of the original's file.
-        view_bytes, region_bytes: of the encoded global and local view.
-        view_pixels, region_pixels: of the pictures sent, width x height.
-        ask_bytes, request_bytes, reply_bytes, answer_bytes, first_answer_bytes: what else the
-            messages of the two stages have: a question without its view, a region request, a
-            region without its picture, the second answer, and the first one as it is sent where
-            no second one follows; WebSocket headers included.
-        reference_bytes: of the global view as JPEG of quality 100 (section VII-F of 003).
+        index: position of the sample in its task.
+        id, image_id, question, category: as of the task's `Sample`.
+        truth: the sample's `Truth` as JSON.
+        true_box: (left, top, right, bottom) in px of the original; empty if unknown.
+        source_width, source_height: size of the upright original, in px.
+        original_bytes: size of the original file.
+        view_bytes, region_bytes: size of the encoded global and local view.
+        view_pixels, region_pixels: width x height of the pictures sent.
+        ask_bytes, request_bytes, reply_bytes, answer_bytes, first_answer_bytes: size of the
+            messages apart from pictures, WebSocket headers included: the question without its
+            view, the region request, the region without its picture, the second answer, and the
+            first answer as it is sent if no second one follows.
+        reference_bytes: size of the global view as JPEG of quality 100 (section VII-F).
         first_text, second_text: the two answers.
-        first_score, second_score: by the task's default scorer.
-        first_tokens, second_tokens: generated ids.
-        first_min_entropy, first_entropy, first_margin, second_…: of each generated token (Eq.
-            14-16 of 003_92b41fe49395ce1a.txt), bits, bits, 0 to 1.
+        first_score, second_score: their scores by the task's default scorer.
+        first_tokens, second_tokens: ids of the generated tokens.
+        first_min_entropy, first_entropy, first_margin, second_…: uncertainty of each generated
+            token (Eq. 14-16), in bits, bits, and 0 to 1.
         first_ended, second_ended: whether the last token ends the sequence.
-        first_input_tokens, second_input_tokens: of each pass's prompt, visual tokens and text
-            (Table I of 003); 0 where the run does not know.
-        map: relative attention in row-major order, and its shape.
-        box: what was sent, (left, top, right, bottom) in px of the upright original. Empty where
-            nothing was, because no region would have shown more than the view (`sends_region`);
-            the second answer is then the first one, and all that a region costs is 0.
-        side_px: side of the square that was searched for (b2 of Eq. 11).
-        first_mflops, look_mflops, second_mflops: decoder FLOPs by Eq. 17 applied to the tokens
-            really computed, in 10^6: first pass, generic instruction, second pass. The vision
-            encoder is not in them.
-        first_s, look_s, second_s, edge_s: times of first pass, relative attention with region
-            search, second pass; of making view and region at the edge.
+        first_input_tokens, second_input_tokens: prompt length of each pass, visual tokens and text
+            (Table I); 0 if unknown.
+        map: relative attention in row-major order.
+        map_rows, map_columns: shape of `map`.
+        box: the region that was sent, (left, top, right, bottom) in px of the upright original.
+            Empty if no region would have shown more than the view (`sends_region`); the second
+            answer is then the first one, and the costs of a region are 0.
+        side_px: side of the square that was searched for, in px (b2 of Eq. 11).
+        first_mflops, look_mflops, second_mflops: decoder FLOPs by Eq. 17 of the tokens really
+            computed, in 10^6: first pass, generic instruction, second pass. The vision encoder is
+            not included.
+        first_s, look_s, second_s, edge_s: seconds of the first pass, of relative attention with
+            region search, of the second pass, and of making view and region at the edge.
     """
 
     index: int
@@ -117,7 +123,7 @@ class Record:
 
     @property
     def sends_region(self) -> bool:
-        """Whether a policy that is not content with the first answer gets a region."""
+        """Whether a region was sent; false if it would have shown no more than the view."""
         return self.region_bytes > 0
 
 
@@ -134,28 +140,28 @@ SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Re
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> None:
-    """Write a shard so that it is there whole or not at all.
+    """Write a shard atomically.
 
-    Where there is one of that name already, this one gets another: rows that are there twice do no
-    harm, rows that are written over are lost.
+    If the name is taken, the shard gets another name: repeated rows do no harm, but overwritten
+    rows are lost.
     """
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
     mine = f"{path.stem}-{secrets.token_hex(4)}"
-    unfinished = path.with_name(f".{mine}.writing")  # which readers of Parquet pass over
+    unfinished = path.with_name(f".{mine}.writing")  # readers of Parquet skip hidden files
     pq.write_table(table, unfinished, compression="zstd")
     unfinished.replace(path.with_name(f"{mine}{path.suffix}") if path.exists() else path)
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The files with a run's rows."""
+    """The Parquet files with a run's rows."""
     return sorted([*folder.glob(SHARDS), *folder.glob(_OLD_SHARDS)])
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All rows of a run, by their sample's index; of a sample that is there twice, one.
+    """Read all rows of a run, ordered by `index`; repeated rows are read once.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder has no shards.
     """
     shards = shards_of(folder)
     if not shards:
@@ -163,19 +169,19 @@ def read_records(folder: Path) -> list[Record]:
     rows: dict[int, Record] = {}
     for shard in shards:
         for row in pq.read_table(shard, schema=SCHEMA).to_pylist():
-            # A run that was made before a column was there has nothing in it.
-            told = {name: value for name, value in row.items() if value is not None}
-            rows.setdefault(row["index"], Record(**told))
+            # Older runs lack newer columns; the record's defaults stand in for them.
+            known = {name: value for name, value in row.items() if value is not None}
+            rows.setdefault(row["index"], Record(**known))
     return [rows[index] for index in sorted(rows)]
 
 
 def truth_text(truth: Truth) -> str:
-    """A `Truth` as a row keeps it."""
-    told = {"answers": list(truth.answers), "extra": dict(truth.extra)}
-    return json.dumps(told, ensure_ascii=False, sort_keys=True)
+    """Encode a `Truth` as JSON for a row."""
+    content = {"answers": list(truth.answers), "extra": dict(truth.extra)}
+    return json.dumps(content, ensure_ascii=False, sort_keys=True)
 
 
 def truth_of(record: Record) -> Truth:
-    """The `Truth` of a row."""
-    told: dict[str, Any] = json.loads(record.truth)
-    return Truth(answers=tuple(told["answers"]), extra=told["extra"])
+    """Decode the `Truth` of a row."""
+    content: dict[str, Any] = json.loads(record.truth)
+    return Truth(answers=tuple(content["answers"]), extra=content["extra"])

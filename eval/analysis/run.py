@@ -1,4 +1,4 @@
-"""A finished or growing run, as everything that reads runs takes it."""
+"""Reading of runs, finished or still growing: provenance and rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from eval.analysis.records import PROVENANCE, Record, read_records
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
 
-TWO_STAGE, HD = "two_stage", "hd"
-"""Methods that a run can be of: both passes of every sample; LLaVA-1.5-HD."""
-
 
 class Decoder(NamedTuple):
-    """What Eq. 17-20 of 003_92b41fe49395ce1a.txt depend on: n_v, d_LLM and L."""
+    """Sizes of a decoder: n_v, d_LLM and L.
+
+    Eq. 17-20 of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+    (2025, arXiv 2512.16349) depend on them.
+    """
 
     visual_tokens: int
     hidden_size: int
@@ -31,9 +32,9 @@ class Run:
     """One run.
 
     Attributes:
-        folder: where it lies.
-        provenance: its `run.json`.
-        records: one for each sample, by its index.
+        folder: the run's folder.
+        provenance: contents of its `run.json`.
+        records: one for each sample, ordered by index.
     """
 
     folder: Path
@@ -42,31 +43,31 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What was run: `TWO_STAGE`, `HD`."""
+        """The method: `TWO_STAGE` or `HD` of `eval.analysis.records`."""
         return str(self.provenance["method"])
 
     @property
     def complete(self) -> bool:
-        """Whether every sample was worked on; some may have failed (`failed.jsonl`)."""
+        """Whether every sample was tried; some may have failed (`failed.jsonl`)."""
         return self.provenance.get("finished") is not None
 
     @property
     def decoder(self) -> Decoder | None:
-        """The model's sizes; None where the run does not know them, as over a service."""
+        """The model's sizes; None if unknown, as in a run over a service."""
         sizes = [self.provenance["model"].get(name) for name in Decoder._fields]
         return None if None in sizes else Decoder(*sizes)
 
     @property
     def knows_preset(self) -> bool:
-        """Whether `preset` can be had; over a service it cannot."""
+        """Whether the run recorded its preset; a run over a service did not."""
         return self.provenance["model"].get("preset") is not None
 
     @property
     def preset(self) -> Preset:
-        """How the model was used.
+        """The preset with which the model was used.
 
         Raises:
-            ConfigError: the run does not know it, as one over a service, or it is none.
+            ConfigError: the run did not record it (`knows_preset`), or it is invalid.
         """
         if not self.knows_preset:
             raise ConfigError(f"{self.folder} does not know its model's preset")
@@ -77,12 +78,12 @@ class Run:
 
     @property
     def missing(self) -> int:
-        """Samples of the task that gave no row. Of a whole run, not of a part of its rows."""
+        """Number of the task's samples without a row. Not meaningful for a part of a run."""
         return int(self.provenance["task"].get("samples") or 0) - len(self.records)
 
     @property
     def gaps(self) -> str | None:
-        """One line that says of how many samples there is no row and why; None if of none."""
+        """One line on how many samples have no row and why; None if all have one."""
         if self.missing <= 0:
             return None
         why = "failed" if self.complete else "failed or are still to be done"
@@ -92,10 +93,10 @@ class Run:
         )
 
     def require(self, method: str) -> None:
-        """Refuse a run that is no run of a method.
+        """Check that the run has a method and samples.
 
         Raises:
-            ConfigError: it is of another one, or holds no samples.
+            ConfigError: it has another method, or no samples.
         """
         if self.method != method:
             raise ConfigError(f"{self.folder} is a run of {self.method}, not of {method}")
@@ -114,7 +115,7 @@ class _Model(msgspec.Struct):
 
 
 class _Provenance(msgspec.Struct):
-    """What no reader of runs can do without; there is more (`eval.runs.provenance`)."""
+    """Fields that every reader of runs needs; `eval.runs.provenance` writes more."""
 
     method: str
     task: _Task
@@ -125,7 +126,7 @@ def open_run(folder: Path) -> Run:
     """Read a run.
 
     Raises:
-        ConfigError: there is none, it is damaged, or it has no samples yet; one line.
+        ConfigError: the folder holds no run, a damaged one, or one without samples; one line.
     """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
@@ -134,7 +135,7 @@ def open_run(folder: Path) -> Run:
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no run with samples") from None
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{folder / PROVENANCE} is of no run: {error}") from error
+        raise ConfigError(f"{folder / PROVENANCE} does not describe a run: {error}") from error
     except (OSError, ValueError, TypeError, LookupError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{folder} cannot be read as a run: {line}") from error

@@ -1,40 +1,41 @@
-"""How far apart right and wrong first answers are (Eq. 23 and 24 of 003, Fig. 7, Table II, III).
+"""How well uncertainty separates right from wrong first answers: Eq. 23 and 24, Fig. 7, Tables
+II and III of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+(2025, arXiv 2512.16349).
 
-The paper, 003_92b41fe49395ce1a.txt, does not say into which bins it counts its probability mass
-functions, and both numbers depend on it. Here: `BINS` bins of equal width, from 0 to 1 for the
-margin, else from 0 to the largest value of right and wrong answers together. A first answer is
-right if it scores at least one half.
+The paper does not state the bins of its probability mass functions, and both numbers depend on
+them. Here, `BINS` bins of equal width run from 0 to 1 for the margin, else from 0 to the largest
+value of all answers. A first answer is right if it scores at least one half.
 
-Both numbers are the paper's, put into counts. So the overlap comes out too small and the distance
-too large, the more so the fewer answers there are: chance keeps counts apart. What resamples are
-drawn from is such a sample too, so theirs are off twice, and their percentiles miss the truth far
-more often than stated. Intervals here are reflected ("basic", Davison and Hinkley, Bootstrap
-Methods and their Application, 1997, section 5.2): that the resamples lie too far on one side of
-the sample's number says how far that lies on the same side of the truth. The overlap is reflected
-in its odds, which keeps it between 0 and 1. How often these intervals hold the truth is measured by
-`tests/eval/test_separation.py`. A number may lie outside its own interval: that is its bias.
+The paper's formulas are applied to counts. Chance keeps counts apart, so the overlap is biased
+downwards and the distance upwards, the more so the fewer answers there are. Resamples are biased
+twice, since they are drawn from such a sample, and their percentiles miss the truth far more often
+than stated. So intervals are reflected ("basic", Davison and Hinkley, Bootstrap Methods and their
+Application, 1997, section 5.2): the resamples' deviation from the sample estimates the sample's
+deviation from the truth. The overlap is reflected in its odds, which keeps it between 0 and 1.
+`tests/eval/test_separation.py` measures how often these intervals hold the truth. A number may lie
+outside its own interval; that is its bias.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.curves import Bootstrap, Criterion, uncertainty
 from eval.analysis.operating_points import Column, column
 from eval.analysis.run import Run
+from eval.analysis.statistics import auroc, bhattacharyya, finite, overlap
 from eval.analysis.trace import rows_of
 from vlm_collab.method.policy import Metric
 
 BINS = 20
 OTHER_BINS = (10, 40)
-"""Reported beside it, so that a reader sees how much hangs on the bins."""
+"""Reported too, to show how much the numbers depend on the bins."""
 FEWEST = 10
-"""Pictures with a right, and with a wrong answer, from which on there are intervals: with fewer
-they hold the truth too seldom."""
+"""Fewest pictures with right answers, and with wrong ones, for an interval; with fewer, intervals
+hold the truth too seldom."""
 
 
 def right_of(run: Run) -> NDArray[np.bool_]:
@@ -48,34 +49,13 @@ def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
     return np.linspace(0.0, top or 1.0, bins + 1)
 
 
-def overlap(p: Column, q: Column) -> Column:
-    """Eq. 23 of 003, over the last axis."""
-    return np.asarray(np.minimum(p, q).sum(axis=-1))
-
-
-def bhattacharyya(p: Column, q: Column) -> Column:
-    """Eq. 24 of 003, over the last axis; infinite where nothing overlaps."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(-np.log(np.minimum(np.sqrt(p * q).sum(axis=-1), 1.0)))
-
-
-def auroc(values: Column, right: NDArray[np.bool_]) -> float:
-    """Chance that a wrong answer's value is above a right one's; ties count one half."""
-    ranked, place = np.unique(values, return_inverse=True)
-    wrong = np.bincount(place, weights=~right, minlength=len(ranked))
-    correct = np.bincount(place, weights=right, minlength=len(ranked))
-    below = np.cumsum(correct) - correct / 2
-    pairs = wrong.sum() * correct.sum()
-    return float((wrong * below).sum() / pairs) if pairs else math.nan
-
-
-def separation(run: Run, setting: Setting, bootstrap: Bootstrap) -> dict[str, Any]:
-    """All that Table II and III say of one setting, and the histograms behind it."""
+def separation(run: Run, setting: Criterion, bootstrap: Bootstrap) -> dict[str, Any]:
+    """The numbers of Tables II and III for one criterion, and the histograms behind them."""
     values, right = uncertainty(run, setting), right_of(run)
     made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
     made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
     sign = -1.0 if setting.metric is Metric.MARGIN else 1.0
-    made["auroc"] = finite(auroc(sign * values, right))
+    made["auroc"] = finite(auroc(sign * values, ~right))
     edges = edges_of(values, setting.metric)
     p, q = _counts(values, right, edges), _counts(values, ~right, edges)
     made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
@@ -98,7 +78,7 @@ def _intervals(
     edges: Column,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Of overlap and distance, in the bins at hand; None, and why, where there can be none."""
+    """Intervals of overlap and distance; None and a reason if there can be none."""
     none = {"overlap_interval": None, "distance_interval": None}
     for name, of in (("right", right), ("wrong", ~right)):
         pictures = len(np.unique(bootstrap.clusters[of]))
@@ -126,14 +106,16 @@ def _intervals(
 
 
 def _reflected(share: float, end: float) -> float:
-    """The share whose odds are to those of `share` as these are to those of `end`."""
+    """Reflect `end` at `share` in odds: the result's odds are odds(share)² / odds(end)."""
     odds = share / (1.0 - share)
     return odds**2 * (1.0 - end) / (odds**2 * (1.0 - end) + end)
 
 
 def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, Any]]:
-    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers that
-    have so many, to the paper's 20."""
+    """Fig. 7(a): mean min-entropy of the t-th token of right and of wrong first answers.
+
+    Only answers with at least t tokens count. The paper shows 20 steps.
+    """
     right, made = right_of(run), []
     longest = max(len(record.first_min_entropy) for record in run.records)
     for step in range(min(longest, limit)):
@@ -158,11 +140,6 @@ def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, A
             row[f"{name}_interval"] = list(bootstrap.interval(np.concatenate(means)))
         made.append(row)
     return made
-
-
-def finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
 
 
 def _counts(values: Column, of: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:

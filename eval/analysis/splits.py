@@ -1,4 +1,4 @@
-"""Which split of a benchmark is reported, so that nothing is chosen on it unnoticed."""
+"""Which split of a benchmark is reported; a note warns of choosing settings on it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from eval.tasks.catalogue import TASKS
 from eval.tasks.hub import POPE, HubTask
 
 _SHARED = {POPE.name: "all its splits show the same pictures"}
-"""Tasks of which every split has the reported one's pictures."""
+"""Tasks whose splits all have the same pictures, and why."""
 
 
 def reported_split(task: str) -> str | None:
-    """The split that `open_task(task)` opens; None of a task that there is not."""
+    """The split that `open_task(task)` opens; None for an unknown task."""
     kind = TASKS.get(task)
     if kind is None:
         return None
@@ -18,8 +18,11 @@ def reported_split(task: str) -> str | None:
 
 
 def reported_note(task: str, split: str) -> list[str]:
-    """What has to be said of choosing on a split: a line if it is the one that is reported, or
-    shares its pictures."""
+    """A warning against choosing on a split that is reported or shares its pictures.
+
+    Returns:
+        One line, or none if the split is safe.
+    """
     if split == reported_split(task):
         why = f"{split} is the split of {task} that is reported"
     elif task in _SHARED:

@@ -1,4 +1,4 @@
-"""A threshold from a run: for a rate, a budget of bytes, or a bound on the loss."""
+"""Choice of a threshold on a run: for a rate, a budget of bytes, or a bound on the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval.analysis.curves import Bootstrap, Curve, Setting, counts_end, curve, ends, uncertainty
+from eval.analysis.curves import (
+    Bootstrap,
+    Criterion,
+    Curve,
+    counts_end,
+    curve,
+    ends,
+    uncertainty,
+)
 from eval.analysis.guarantee import Tested, guaranteed
 from eval.analysis.operating_points import column, sends_region
 from eval.analysis.run import Run
@@ -18,11 +26,11 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 
 
-def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Setting:
-    """What a user asked for; where nothing was, what the run's preset has.
+def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Criterion:
+    """The criterion that a user asked for, completed from the run's preset.
 
     Raises:
-        ConfigError: there is no such metric or aggregation, or `k` goes with another one.
+        ConfigError: unknown metric or aggregation, or `k` without `first_k`.
     """
     preset = run.provenance["model"].get("preset") or {}
     try:
@@ -33,14 +41,14 @@ def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | Non
         raise ConfigError(f"{error}; there are: {known}") from None
     if k is not None and how is not Aggregate.FIRST_K:
         raise ConfigError(f"--k needs --aggregate first_k, not {how}")
-    return Setting(chosen, how, k or int(preset.get("k", 5)), counts_end(run))
+    return Criterion(chosen, how, k or int(preset.get("k", 5)), counts_end(run))
 
 
-def for_rate(run: Run, setting: Setting, rate: float) -> Calibration:
-    """The threshold whose share of retransmitted questions comes nearest to `rate`, from below.
+def for_rate(run: Run, setting: Criterion, rate: float) -> Calibration:
+    """Choose the threshold with the largest share of retransmitted questions up to `rate`.
 
     Raises:
-        ConfigError: `rate` is none, or no threshold sends so few.
+        ConfigError: `rate` is not in 0 to 1, or every threshold sends more.
     """
     if not 0.0 <= rate <= 1.0:
         raise ConfigError(f"the target rate must be between 0 and 1, not {rate}")
@@ -52,14 +60,14 @@ def for_rate(run: Run, setting: Setting, rate: float) -> Calibration:
     return _calibration(run, drawn, int(fit[-1]), {"target_rate": rate})
 
 
-def for_bytes(run: Run, setting: Setting, max_bytes: float) -> Calibration:
-    """The most accurate threshold within a budget of bytes; of several the cheapest.
+def for_bytes(run: Run, setting: Criterion, max_bytes: float) -> Calibration:
+    """Choose the most accurate threshold within a budget of bytes; on ties the cheapest.
 
     Args:
-        max_bytes: that the edge sends for a question, views and regions and all else, the mean.
+        max_bytes: mean bytes that the edge sends for a question, everything included.
 
     Raises:
-        ConfigError: views alone cost more.
+        ConfigError: the views alone cost more.
     """
     drawn = curve(run, setting)
     fit = np.flatnonzero(drawn.bytes_up <= max_bytes)
@@ -75,21 +83,22 @@ def for_bytes(run: Run, setting: Setting, max_bytes: float) -> Calibration:
 
 def for_loss(
     run: Run,
-    setting: Setting,
+    setting: Criterion,
     max_loss: float,
     confidence: float,
     *,
     most_per_picture: int = 1,
     seed: int = 0,
 ) -> Calibration:
-    """The threshold that sends least, among those with a guarantee (`eval.analysis.guarantee`).
+    """Choose the threshold that sends least with a guaranteed loss (`eval.analysis.guarantee`).
 
     Args:
-        run, setting: as above.
-        max_loss, confidence, most_per_picture, seed: as of `guaranteed`.
+        run: the run.
+        setting: the criterion.
+        max_loss, confidence, most_per_picture, seed: as for `guaranteed`.
 
     Raises:
-        ConfigError: a bound, confidence or number that makes no sense.
+        ConfigError: a bound, confidence or number is out of range.
     """
     losses = column(run, "second_score") - column(run, "first_score")
     values = uncertainty(run, setting)
@@ -120,7 +129,7 @@ def for_loss(
         "questions_about_one": [found.fewest, found.largest],
         "seed": seed,
     }
-    # Between two reachable thresholds all send the same samples.
+    # All thresholds between two reachable ones send the same samples.
     place = int(np.flatnonzero(drawn.sent == len(values) - kept.sum())[0])
     notes = [*_loss_notes(found, most_per_picture), *_not_whole(run, found)]
     made = _calibration(run, drawn, place, target, *notes)
@@ -131,7 +140,7 @@ def for_loss(
 
 
 def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
-    """What a user could take the bound for that it is not."""
+    """Notes against misreading the bound."""
     notes = []
     if found.place == 0:
         notes.append(
@@ -154,10 +163,10 @@ def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
 
 
 def _not_whole(run: Run, found: Tested) -> list[str]:
-    """Why the run's pictures may not be such as the bound is sure for, with all their questions.
+    """A note if the run may lack some questions of its pictures, for which the bound is not sure.
 
-    Where all have the same number of questions none comes or counts more than others. Where rows of
-    a picture lie together a limit cuts the last one alone.
+    There is none if all pictures have the same number of questions: then none is over-represented.
+    A limit does no harm if the rows of a picture are adjacent: it cuts only the last picture.
     """
     if found.fewest == found.largest:
         return []
@@ -186,7 +195,7 @@ def _calibration(
     low, high = Bootstrap.of(run).mean(sent)
     model, task = run.provenance["model"], run.provenance["task"]
     preset = model.get("preset") or {}
-    said = [*notes, *reported_note(str(task["name"]), str(task["split"]))]
+    all_notes = [*notes, *reported_note(str(task["name"]), str(task["split"]))]
     first_k = setting.aggregate is Aggregate.FIRST_K
     return Calibration(
         format=1,
@@ -206,7 +215,7 @@ def _calibration(
         },
         made={
             **target,
-            **({"note": "; ".join(said)} if said else {}),
+            **({"note": "; ".join(all_notes)} if all_notes else {}),
             "run": run.folder.name,
             "task": task["name"],
             "split": task["split"],

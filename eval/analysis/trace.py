@@ -1,4 +1,4 @@
-"""From a number in a report back to rows of a run."""
+"""Traces a report's numbers back to rows of runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from eval.analysis.run import Run
 
 TIMES = ("first_s", "look_s", "second_s", "edge_s")
-"""Columns that two runs of the same thing do not share."""
+"""Columns of times, which differ between repetitions of a run."""
 
 
 def rows_of(run: Run) -> dict[str, Any]:
-    """Which rows: the run's name, how many, and their column `index` (see `ranges`)."""
+    """Name the rows behind a number: run, count, and their `index` as `ranges`."""
     return {
         "run": run.folder.name,
         "count": len(run.records),
@@ -24,7 +24,7 @@ def rows_of(run: Run) -> dict[str, Any]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in a short form: "0-998:2" are 0, 2, … 998, "3-5" are 3, 4, 5.
+    """Write numbers in a short form: "0-998:2" stands for 0, 2, … 998, "3-5" for 3, 4, 5.
 
     >>> ranges([0, 1, 2, 5, 9, 13, 14])
     '0-2,5-13:4,14'
@@ -38,7 +38,7 @@ def ranges(numbers: Iterable[int]) -> str:
         step, end = left[place + 1] - left[place], place + 1
         while end + 1 < len(left) and left[end + 1] - left[end] == step:
             end += 1
-        if end - place < 2:  # two numbers are no series
+        if end - place < 2:  # two numbers are not worth a range
             made.append(str(left[place]))
             place += 1
             continue
@@ -49,7 +49,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def expanded(text: str) -> list[int]:
-    """What `ranges` shortened."""
+    """Inverse of `ranges`."""
     made: list[int] = []
     for one in text.split(",") if text else []:
         span, _, step = one.partition(":")
@@ -59,13 +59,13 @@ def expanded(text: str) -> list[int]:
 
 
 def provenance_of(run: Run) -> dict[str, Any]:
-    """A run as a report names it: its settings, and a digest of its rows but for times."""
+    """A run's entry in a report: its settings, and a digest of its rows without times."""
     digest = hashlib.sha256()
     for record in run.records:
         row = {name: value for name, value in asdict(record).items() if name not in TIMES}
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-    told = {name: run.provenance.get(name) for name in ("method", "task", "model", "codec")}
+    settings = {name: run.provenance.get(name) for name in ("method", "task", "model", "codec")}
     about = {name: run.provenance.get(name) for name in ("versions", "commit", "command")}
     if run.missing > 0:
         about["missing"] = run.missing
-    return {**told, **about, "rows": len(run.records), "rows_sha256": digest.hexdigest()}
+    return {**settings, **about, "rows": len(run.records), "rows_sha256": digest.hexdigest()}

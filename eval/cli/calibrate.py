@@ -1,4 +1,4 @@
-"""`vlm-collab calibrate`: settings for `vlm-collab serve`, chosen on data."""
+"""`vlm-collab calibrate`: choose settings for `vlm-collab serve` on data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _THRESHOLD, _LAYERS = "threshold", "layers"
 
 
 class CalibrateCommands(NamedValues, TyperGroup):
-    """`layers`, and what everything else means: a threshold from a run."""
+    """The commands `layers` and `threshold`; `threshold` is the default."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the arguments are for; a run's folder needs no command's name."""
+        """Find the command; arguments that start with no command's name go to `threshold`."""
         if args[0] not in (_THRESHOLD, _LAYERS):
             args = [_THRESHOLD, *args]
         return super().resolve_command(ctx, args)
@@ -35,14 +35,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    # Options before the run's folder are the threshold's own.
+    # Options before the run's folder belong to `threshold`.
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 
 
 @app.callback()
 def _group() -> None:
-    """Choose settings on data, and write a file that `serve --calibration` reads.
+    """Choose settings on data, and write them to a file for `serve --calibration`.
 
     `vlm-collab calibrate RUN --target-rate 0.3` is short for `calibrate threshold RUN …`.
     """
@@ -50,26 +50,26 @@ def _group() -> None:
 
 @app.command(_THRESHOLD, cls=Command)
 def threshold(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, of a split that is not reported.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run on a split that is not reported.")],
     target_rate: Annotated[
-        float | None, typer.Option(help="Share of questions whose region is asked for, 0 to 1.")
+        float | None, typer.Option(help="Share of questions whose region is requested, 0 to 1.")
     ] = None,
     max_bytes: Annotated[
-        float | None, typer.Option(help="Most bytes that the edge sends for a question, the mean.")
+        float | None, typer.Option(help="Most bytes that the edge sends per question, on average.")
     ] = None,
     max_accuracy_loss: Annotated[
         float | None,
-        typer.Option(help="Most accuracy to lose against asking for every region, such as 0.01."),
+        typer.Option(help="Largest loss of accuracy against sending every region, such as 0.01."),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="Of --max-accuracy-loss: how often it has to hold.")
+        float, typer.Option(help="Probability with which --max-accuracy-loss must hold.")
     ] = 0.95,
     most_per_picture: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Of --max-accuracy-loss: as how many questions a picture counts at most, a number "
-            "that is known without the run. By default each picture counts once.",
+            help="For --max-accuracy-loss: most questions counted per picture. Choose it without "
+            "looking at the run. By default each picture counts once.",
         ),
     ] = 1,
     metric: Annotated[
@@ -78,21 +78,24 @@ def threshold(
     aggregate: Annotated[
         str | None, typer.Option(help="full, first_k or first; by default the run's.")
     ] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="Tokens of first_k.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="Another rule of the task.")] = None,
-    out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
+    k: Annotated[int | None, typer.Option(min=1, help="Number of tokens for first_k.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Score the answers with another scorer of the task.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("calibration.yaml"),
 ) -> None:
     """Choose the threshold of a run's model."""
     from eval.analysis.curves import rescored
+    from eval.analysis.records import TWO_STAGE
     from eval.analysis.run import open_run
     from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
     from eval.cli.report import tell_gaps
 
     goals = (target_rate, max_bytes, max_accuracy_loss)
     if sum(goal is not None for goal in goals) != 1:
-        raise ConfigError("say one of --target-rate, --max-bytes and --max-accuracy-loss")
+        raise ConfigError("give one of --target-rate, --max-bytes and --max-accuracy-loss")
     opened = open_run(run)
-    opened.require("two_stage")
+    opened.require(TWO_STAGE)
     tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
@@ -109,29 +112,32 @@ def threshold(
     command = ["vlm-collab", *sys.argv[1:]]
     write(msgspec.structs.replace(found, made={**found.made, "command": command}), out)
     tell_note(found)
-    told = found.expected
-    low, high = told["rate_interval_95"]
+    expected = found.expected
+    low, high = expected["rate_interval_95"]
     print(
-        f"{out}: {setting.name}, eta {found.eta:.4g}; sends {told['rate']:.1%} of the regions "
-        f"(95 %: {low:.1%} to {high:.1%}), {told['bytes_up']:,.0f} bytes a question, "
-        f"accuracy {told['accuracy']:.1%} (never {told['accuracy_never']:.1%}, "
-        f"always {told['accuracy_always']:.1%})"
+        f"{out}: {setting.name}, eta {found.eta:.4g}; sends {expected['rate']:.1%} of the regions "
+        f"(95 %: {low:.1%} to {high:.1%}), {expected['bytes_up']:,.0f} bytes a question, "
+        f"accuracy {expected['accuracy']:.1%} (never {expected['accuracy_never']:.1%}, "
+        f"always {expected['accuracy_always']:.1%})"
     )
 
 
 @app.command(_LAYERS, cls=Command)
 def layers(
-    task: Annotated[str, typer.Option(help="A benchmark that says where answers are.")] = "signs",
+    task: Annotated[
+        str, typer.Option(help="Benchmark with true boxes, which show where answers are.")
+    ] = "signs",
     model: Annotated[
         str, typer.Option(help="As in `vlm-collab serve`: hub name, local folder, or demo.")
     ] = "demo",
     data: Annotated[
         Path | None, typer.Option(help="Folder with the benchmark's data, in the hub's layout.")
     ] = None,
-    split: Annotated[str, typer.Option(help="One that is not reported.")] = "val",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = 300,
+    split: Annotated[str, typer.Option(help="Split that is not reported.")] = "val",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = 300,
     layer: Annotated[
-        list[int] | None, typer.Option(help="Only this one; repeat for several.")
+        list[int] | None,
+        typer.Option(help="Measure only this layer; repeat for several. All by default."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -139,11 +145,11 @@ def layers(
     fit: FitName = None,
     prompt: PromptName = None,
     view_px: ViewSide = None,
-    out: Annotated[Path, typer.Option(help="The file.")] = Path("calibration.yaml"),
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("calibration.yaml"),
 ) -> None:
-    """Choose the attention layer: the one whose region covers most of the true place.
+    """Choose the attention layer whose regions cover most of the true boxes.
 
-    Beside the file, a Parquet file of its name holds the region of each sample and layer.
+    A Parquet file of the same name holds the region of each sample and layer.
     """
     from eval.analysis.splits import reported_note
     from eval.analysis.trace import ranges
@@ -174,7 +180,7 @@ def layers(
             "samples": best.samples,
             **({"model_options": given} if given else {}),
             "layers": [msgspec.to_builtins(one) for one in made],
-            # The rows that the shares are means of: for each layer these samples of the task.
+            # The rows behind the shares: these samples of the task, for each layer.
             "rows": {
                 "file": rows.name,
                 "index": ranges(look.index for look in looks if look.layer == best.layer),
@@ -192,16 +198,16 @@ def layers(
 
 
 def tell_note(found: Calibration) -> None:
-    """What a user should know of a finding, on stderr."""
+    """Print the calibration's note, if any, on stderr."""
     if "note" in found.made:
         print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)
 
 
 def write(found: Calibration, path: Path) -> None:
-    """The file, the same for the same findings and command.
+    """Write the calibration as YAML; equal calibrations give equal files.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     import yaml
 

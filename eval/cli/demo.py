@@ -1,4 +1,4 @@
-"""`vlm-collab demo`: the whole system at work, in one process but over a real WebSocket."""
+"""`vlm-collab demo`: edge and server in one process, over a real WebSocket."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Case:
     """A question of the demonstration.
 
     Attributes:
-        photo: the file.
-        question: what is asked.
-        truth: the right answer; None for a user's own picture.
+        photo: the picture's file.
+        question: the question.
+        truth: the right answer; None for a user's picture.
     """
 
     photo: Path
@@ -58,9 +58,9 @@ def cases(folder: Path = PICTURES) -> list[Case]:
 
 def demo(
     photo: Annotated[
-        Path | None, typer.Argument(help="Your own picture; without one, those that come along.")
+        Path | None, typer.Argument(help="Your picture; by default, the pictures of the package.")
     ] = None,
-    question: Annotated[str | None, typer.Argument(help="What to ask about it.")] = None,
+    question: Annotated[str | None, typer.Argument(help="Question about your picture.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG and the results.")] = Path(
         "vlm-collab-demo"
     ),
@@ -71,7 +71,7 @@ def demo(
     token: Token = None,
     token_file: TokenFile = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each answer.")
+        bool, typer.Option("--json", help="Print each answer as one line of JSON.")
     ] = False,
 ) -> None:
     """Start a server with the demo model, and ask it about high-resolution pictures.
@@ -151,23 +151,23 @@ def _draw(
     welcome: Welcome,
     target: Path,
 ) -> None:
-    # matplotlib takes a second to import, which is better spent after the answers are told.
-    from eval.report.drawing import Told, draw
+    # Importing matplotlib takes a second; do it after the answers are shown.
+    from eval.report.drawing import DrawnQuestion, draw
 
     view = Size(welcome.view_width, welcome.view_height)
-    told = []
+    drawn = []
     for case, answer in zip(asked, answers, strict=True):
         original = SourceImage.open(case.photo)
         width, height = original.size
         whole = original.region(Box(0, 0, width, height), original.size)
         local = None if answer.region is None else Image.open(io.BytesIO(answer.region))
         frame = frame_of(original.size, FITS[welcome.fit], view)
-        told.append(Told(whole, case.question, answer, frame, local))
-    draw(told, target)
+        drawn.append(DrawnQuestion(whole, case.question, answer, frame, local))
+    draw(drawn, target)
 
 
 def _summary(asked: list[Case], answers: list[EdgeAnswer], target: Path) -> None:
-    """What it all came to."""
+    """Print bytes sent, and how many answers are right."""
     console = Console(highlight=False)
     sent = sum(answer.bytes_up for answer in answers)
     whole = sum(answer.original_bytes or 0 for answer in answers)

@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from eval.analysis.records import TWO_STAGE
 from eval.analysis.run import Run, open_run
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
@@ -27,27 +28,29 @@ def sweep(
     ] = None,
     k: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens of first_k; repeat for several. 2 to 10 by default."),
+        typer.Option(
+            min=1, help="Number of tokens for first_k; repeat for several. 2 to 10 by default."
+        ),
     ] = None,
     scorer: Annotated[
-        str | None, typer.Option(help="Score the answers again by another rule of the task.")
+        str | None, typer.Option(help="Score the answers with another scorer of the task.")
     ] = None,
     category: Annotated[str | None, typer.Option(help="Only questions of this kind.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; by default `sweep` in the run's.")
+        Path | None, typer.Option(help="Folder to write; by default `sweep` in the run's folder.")
     ] = None,
 ) -> None:
-    """Draw every trade-off curve of a run, for each reachable threshold, without the model.
+    """Compute every trade-off curve of a run, at each reachable threshold, without the model.
 
     Writes sweep.parquet, sweep.csv, sweep.json and sweep.png.
     """
-    # matplotlib takes a moment; not for `--help`.
+    # Imported late: matplotlib would slow down `--help`.
     from eval.analysis.curves import part, rescored, settings_of
     from eval.report.sweep import sweep as sweep_run
     from eval.report.sweep import write
 
     opened = open_run(run)
-    opened.require("two_stage")
+    opened.require(TWO_STAGE)
     tell_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
@@ -69,7 +72,7 @@ def sweep(
 
 
 def tell_gaps(*runs: Run) -> None:
-    """Say on stderr where samples are missing."""
+    """Print on stderr which runs lack samples."""
     for run in runs:
         if run.gaps:
             print(run.gaps, file=sys.stderr)
@@ -87,35 +90,35 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of runs. The first is reported; what the others are for (HD, tasks, "
-            "models, picture qualities) follows from what they are of."
+            help="Folders of runs. The first is reported. The others' parts (HD, tasks, models, "
+            "picture qualities) follow from their method, task, model and codec."
         ),
     ],
     val: Annotated[
         Path | None,
-        typer.Option(help="Run of the same on another split, to choose thresholds on."),
+        typer.Option(help="Run of the same model and task on another split, for thresholds."),
     ] = None,
     layers: Annotated[
-        Path | None, typer.Option(help="What `vlm-collab calibrate layers` wrote.")
+        Path | None, typer.Option(help="File written by `vlm-collab calibrate layers`.")
     ] = None,
     scorer: Annotated[
-        str | None, typer.Option(help="Score the answers again by another rule of the task.")
+        str | None, typer.Option(help="Score the answers with another scorer of the task.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the benchmark's data, for the picture.")
+        Path | None, typer.Option(help="Folder with the benchmark's data, for Fig. 11.")
     ] = None,
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", help="png or pdf; repeat for both, which is the default."),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=10, help="Of bootstraps.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps.")] = 0,
+    resamples: Annotated[int, typer.Option(min=10, help="Number of bootstrap resamples.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     against: Annotated[
-        Path | None, typer.Option(help="Another report.json; print where numbers moved.")
+        Path | None, typer.Option(help="Another report.json; print where numbers differ.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("report"),
 ) -> None:
-    """Figures and tables of the paper from runs, with one JSON that says where numbers are from."""
+    """Make the paper's figures and tables from runs, with a JSON that traces each number."""
     import json
 
     from tqdm import tqdm
@@ -133,7 +136,7 @@ def report(
         try:
             before = json.loads(against.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{against} is no report: {error}") from error
+            raise ConfigError(f"{against} is not a report: {error}") from error
     inputs = sort_runs(
         [open_run(path) for path in runs],
         val=None if val is None else open_run(val),
@@ -157,7 +160,7 @@ def report(
             bar.set_postfix_str(name)
             bar.update()
 
-        told = write_report(
+        results = write_report(
             inputs,
             out,
             formats=formats or FORMATS,
@@ -165,12 +168,12 @@ def report(
             command=[*command, "--out", "."],
             tell=tell,
         )
-    made = f"{len(told['figures'])} figures, {len(told['tables'])} tables, {RESULTS}, index.md"
-    print(f"{out}: {made}")
-    for name, why in told["left_out"].items():
+    made = f"{len(results['figures'])} figures, {len(results['tables'])} tables"
+    print(f"{out}: {made}, {RESULTS}, index.md")
+    for name, why in results["left_out"].items():
         print(f"left out: {name}: {why}")
     if before is not None:
-        lines = moved(before, told)
+        lines = moved(before, results)
         print(f"against {against}: {len(lines)} numbers or series moved")
         for line in lines:
             print(f"  {line}")

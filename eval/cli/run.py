@@ -1,4 +1,4 @@
-"""`vlm-collab eval run`."""
+"""`vlm-collab eval run`: answer a benchmark's questions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from edge_client.cli.options import Token, TokenFile, token_of
-from eval.analysis.run import HD, TWO_STAGE
+from eval.analysis.records import HD, TWO_STAGE
 from eval.runs.folder import SAVE_EVERY, RunFolder, begun_threads
 from eval.runs.loading import ModelOptions
-from eval.runs.loop import Ended, Share, StoppedError
+from eval.runs.loop import RunCounts, Share, StoppedError
 from eval.runs.loop import run as run_method
 from eval.runs.methods.method import Method
 from eval.tasks import Task, open_task
@@ -51,22 +51,24 @@ def run(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the benchmark's data, in the hub's layout.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Another split than the reported one.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; by default the reported one.")
+    ] = None,
     ocr: Annotated[bool, typer.Option(help="Give the model the data's OCR tokens.")] = False,
     post_prompt: Annotated[
         str | None,
         typer.Option(
-            help="Put this behind each question, instead of the task's own words; where the prompt "
-            "template says how to answer, as vicrop does, there are none."
+            help="Text after each question, instead of the task's own. By default none, if the "
+            "prompt template already says how to answer, as vicrop does."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; by default runs/MODEL-TASK-SPLIT.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run that the folder holds.")] = True,
+    resume: Annotated[bool, typer.Option(help="Resume the run that the folder holds.")] = True,
     save_every: Annotated[
-        int, typer.Option(min=1, help="Finished samples that may wait to be written.")
+        int, typer.Option(min=1, help="Most finished samples kept in memory between writes.")
     ] = SAVE_EVERY,
     method: Annotated[
         str, typer.Option(help="two_stage, or hd for LLaVA-1.5-HD's tiles (no second stage).")
@@ -77,20 +79,22 @@ def run(
     region_quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="Quality of regions.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="jpeg, webp or png, for both.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="jpeg, webp or png, for views and regions.")
+    ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Share the samples out between so many processes here.")
+        int, typer.Option(min=1, help="Divide the samples among N processes on this machine.")
     ] = 1,
     threads: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="CPU threads of each process. By default as many as the run began with; a new "
-            "one's processes have all cores between them.",
+            help="CPU threads of each process. By default, the number with which the run began; in "
+            "a new run, the cores are divided among the processes.",
         ),
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="Ask this running service (ws://…), not a model here.")
+        str | None, typer.Option(help="Ask this running service (ws://…) instead of a local model.")
     ] = None,
     token: Token = None,
     token_file: TokenFile = None,
@@ -109,12 +113,14 @@ def run(
         int | None, typer.Option(help="Longest answer; by default the benchmark's.")
     ] = None,
     batch: BatchSize = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end.")
+    ] = False,
 ) -> None:
-    """Answer a benchmark's questions, through both stages whatever the uncertainty, and keep all.
+    """Answer a benchmark's questions with both stages, whatever the uncertainty, and keep all data.
 
-    The run is a folder with one row for each sample; everything else is drawn from it. It can be
-    stopped at any time: the same command goes on where it was.
+    The run is a folder with one row for each sample; sweeps and reports need nothing else. You can
+    stop it at any time; the same command resumes it.
     """
     share = Share.of_this_process()
     if server is not None and model is not None:
@@ -170,7 +176,7 @@ def run(
             raise ConfigError("--processes is for one command; this one was started as several")
         _several(processes, threads or begun_threads(path))
         rows, failed = RunFolder(path).counts()
-        _tell(path, Ended(rows, failed, len(opened)), Share(), as_json)
+        _tell(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
         return
     if chosen_threads := threads or begun_threads(path):
         import torch
@@ -189,7 +195,7 @@ def run(
             )
         )
     except StoppedError:
-        kept = f"what is finished is in {path}; the same command goes on from there"
+        kept = f"finished samples are in {path}; the same command resumes the run"
         print(f"vlm-collab eval run: stopped; {kept}", file=sys.stderr)
         raise KeyboardInterrupt from None
     _tell(path, ended, share, as_json)
@@ -206,10 +212,10 @@ def method_of(
     server: str | None,
     token: str | None,
 ) -> Method:
-    """The method that a user asked for.
+    """Create the method that the user asked for.
 
     Raises:
-        ConfigError: there is none of that name, or an option that it does not take.
+        ConfigError: the name is unknown, or the method lacks one of the options.
     """
     chosen = None if codec is None else _codec(codec)
     if name not in (TWO_STAGE, HD):
@@ -222,11 +228,11 @@ def method_of(
         return HighResolutionMethod(task, options, codec=chosen, view_quality=view_quality)
     if server is not None:
         if region_quality is not None:
-            raise ConfigError("with --server it is the service that says how regions are encoded")
+            raise ConfigError("with --server, the service decides how regions are encoded")
         if options != ModelOptions(name=options.name, overrides=options.overrides) or (
             options.overrides.keys() - {"max_new_tokens"}
         ):
-            raise ConfigError("options of the model are the service's own with --server")
+            raise ConfigError("with --server, options of the model are the service's own")
         from eval.runs.methods.over_service import OverService
 
         return OverService(
@@ -261,15 +267,16 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _several(count: int, threads: int | None) -> None:
-    """This command again, in so many processes that share the samples out.
+    """Run this command in several processes that divide the samples.
 
     Args:
-        count: of processes.
-        threads: of each; None for what the environment says, or for their share of the cores.
+        count: number of processes.
+        threads: threads of each process; None for the environment's `OMP_NUM_THREADS`, or an equal
+            share of the cores.
 
     Raises:
-        CollabError: one of them failed.
-        KeyboardInterrupt: stopped from outside, as they were.
+        CollabError: a process failed.
+        KeyboardInterrupt: a signal stopped the processes.
     """
     arguments = _without_processes(sys.argv[1:])
     of_each = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
@@ -278,7 +285,7 @@ def _several(count: int, threads: int | None) -> None:
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "edge_client.cli.main", *arguments],
-            stdout=subprocess.DEVNULL,  # how it ended is told once, when all of them have
+            stdout=subprocess.DEVNULL,  # this process prints the result once all have ended
             env={
                 **of_each,
                 "RANK": str(rank),
@@ -306,13 +313,11 @@ def _several(count: int, threads: int | None) -> None:
         raise KeyboardInterrupt
     if any(codes):
         failed = ", ".join(str(rank) for rank, code in enumerate(codes) if code)
-        raise CollabError(
-            f"process {failed} of {count} failed; the same command goes on where the others ended"
-        )
+        raise CollabError(f"process {failed} of {count} failed; the same command resumes the run")
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """A Ctrl-C in a terminal reaches the children too; they end by themselves."""
+    """Wait for a child. Ctrl-C in a terminal reaches it too, and it ends by itself."""
     while True:
         try:
             return child.wait()
@@ -333,22 +338,22 @@ def _without_processes(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _tell(path: Path, ended: Ended, share: Share, as_json: bool) -> None:
-    """How it ended; of several processes, the last one tells the result.
+def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
+    """Print how the run ended; of several processes, the last one prints the result.
 
     Raises:
-        CollabError: all samples failed; or some are missing though nobody else works on them.
+        CollabError: all samples failed, or some are missing and no other process runs.
     """
     from eval.analysis.run import open_run
 
-    told: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
-    told["complete"] = ended.complete
+    summary: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
+    summary["complete"] = ended.complete
     if not ended.complete:
-        there = f"{ended.rows + ended.failed} of {ended.samples} samples are there"
+        there = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
         if share.world == 1:
-            raise CollabError(f"{path} ended incomplete: {there}; the same command goes on")
+            raise CollabError(f"{path} ended incomplete: {there}; the same command resumes it")
         line = f"{path}: process {share.rank} of {share.world} is done; {there}"
-        print(json.dumps(told) if as_json else line)
+        print(json.dumps(summary) if as_json else line)
         return
     if not ended.rows:
         raise CollabError(f"all {ended.failed} samples failed; {path}/failed.jsonl says why")
@@ -356,7 +361,7 @@ def _tell(path: Path, ended: Ended, share: Share, as_json: bool) -> None:
     first = sum(record.first_score for record in run.records) / ended.rows
     second = sum(record.second_score for record in run.records) / ended.rows
     if as_json:
-        print(json.dumps({**told, "first": first, "second": second}))
+        print(json.dumps({**summary, "first": first, "second": second}))
         return
     failed = f", {ended.failed} failed (see failed.jsonl)" if ended.failed else ""
     both = f"{first:.1%}" if run.method != TWO_STAGE else f"{first:.1%} first, {second:.1%} second"

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
+from eval.analysis.statistics import auroc
 from eval.demo_model.packing import PATCHES, vocabulary
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
@@ -137,14 +138,6 @@ class Reader:
             low, entropy_bits, margin = values[row, :length].T
             readings.append(Reading(text, low, entropy_bits, margin, maps[row]))
         return readings
-
-
-def auroc(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Chance that a random positive scores above a random negative, ties half."""
-    if positive.all() or not positive.any():
-        return float("nan")
-    above = score[positive][:, None] - score[~positive][None, :]
-    return float((above > 0).mean() + 0.5 * (above == 0).mean())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.analysis.statistics import auroc
 from eval.demo_model.boxes import contains, own_box, random_box
-from eval.demo_model.measure import Reading, auroc, touched_patches
+from eval.demo_model.measure import Reading, touched_patches
 from eval.demo_model.questions import SIZES, Settings
 from eval.demo_model.views import GRID
 from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question

@@ -23,12 +23,12 @@ from eval.runs.lockstep import Lockstep, Member
 from eval.runs.methods.method import (
     Codecs,
     SampleError,
+    as_sample_error,
     one_line,
     quiet_engine,
-    told_as_sample_error,
 )
 from eval.runs.methods.two_stage import codecs_of, region_pixels
-from eval.runs.wire import Said, answer_bytes, frame
+from eval.runs.wire import SentAnswer, answer_bytes, message_bytes
 from server_plugin.backends.base import Backend, Sampling
 from server_plugin.backends.open import preset_of, with_options
 from server_plugin.engines.assembly import engine_of
@@ -108,7 +108,7 @@ class InProcess(Asker):
             sizes = info.view, info.fit, codecs.view, codecs.view_quality
             return [one.picture.view(*sizes) for one in originals]
 
-        made: list[bytes] = told_as_sample_error("the picture", views)
+        made: list[bytes] = as_sample_error("the picture", views)
         most = info.view.width * info.view.height
         return _Ready(question, originals, made, [decode(view, max_pixels=most) for view in made])
 
@@ -160,7 +160,7 @@ class InProcess(Asker):
     def _reply(self, ready: _Ready, outcome: Outcome) -> Reply:
         need, work, view = outcome.need, outcome.work, self._backend.info.view
         up, down = self._bytes(ready, need)
-        said = Said(
+        said = SentAnswer(
             outcome.text,
             outcome.uncertainty,
             outcome.finish,
@@ -199,7 +199,7 @@ class InProcess(Asker):
             MoreView(view, *size) for view, size in zip(ready.views[1:], sizes[1:], strict=True)
         )
         asked = Ask(1, question.text, 1, ready.views[0], *sizes[0], question.options, more=more)
-        up, down = frame(asked, up=True), 0
+        up, down = message_bytes(asked, up=True), 0
         if need is not None:
             box = need.token_box
             request = RegionRequest(
@@ -216,7 +216,7 @@ class InProcess(Asker):
                 _DEADLINE_MS,
                 picture=need.picture,
             )
-            down = frame(request, up=False)
+            down = message_bytes(request, up=False)
         if ready.region:
-            up += frame(Region(1, ready.region), up=True)
+            up += message_bytes(Region(1, ready.region), up=True)
         return up, down

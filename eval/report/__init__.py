@@ -1,1 +1,1 @@
-"""Figures and tables from runs."""
+"""Reports: figures, tables and text from runs."""

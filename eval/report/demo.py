@@ -1,7 +1,7 @@
-"""The whole report on the demo model, from nothing: ``python -m eval.report.demo``.
+"""The whole report on the demo model, from scratch: ``python -m eval.report.demo``.
 
-Runs, layers, threshold and report, each by the command that a user would call. Thresholds and
-layers come from the split `val`; `test` is reported.
+Runs, layers, threshold and report are each made by the command that a user would call. Thresholds
+and layers come from the split `val`; `test` is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES, SAMPLES_OF_QUALITIES, SAMPLES_OF_LAYERS = 1000, 400, 300
 
 
 def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]:
-    """What is called, in the report's folder, one after the other."""
+    """Arguments of the commands before the report, in order, to be called in its folder."""
     run = ["eval", "run", "--task", "signs", "--split"]
     count = str(samples)
     made = [
@@ -47,16 +47,16 @@ def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]
 
 
 def report_command() -> list[str]:
-    """The last one."""
+    """Arguments of the last command, which writes the report."""
     runs = ["runs/test", "runs/hd", *(f"runs/jpeg-{quality}" for quality in QUALITIES)]
     return ["eval", "report", *runs, "--val", "runs/val", "--layers", "layers.yaml", "--out", "."]
 
 
 def pack(folder: Path) -> None:
-    """A finished run's rows in one small shard, to be kept.
+    """Rewrite a finished run's rows as one small shard, for the repository.
 
-    Maps are rounded to single precision, in which the attention was computed; they are most of
-    a run's size, and no figure depends on them.
+    Maps are rounded to single precision, in which the attention was computed. They are most of a
+    run's size, and no figure depends on them.
     """
     shards = shards_of(folder)
     rows = [
@@ -69,7 +69,7 @@ def pack(folder: Path) -> None:
         whole,
         compression="zstd",
         compression_level=19,
-        # The bytes of one rank together: those that rounding made zero take no room.
+        # Stores bytes of equal significance together; those that rounding made zero compress well.
         use_dictionary=False,
         use_byte_stream_split=["map.list.element"],
     )
@@ -78,10 +78,10 @@ def pack(folder: Path) -> None:
     shard = folder / SHARDS.replace("*", f"{rows[0]['index']:08d}")
     shard.parent.mkdir(exist_ok=True)
     whole.rename(shard)
-    # Where this checkout lies is of no interest to who reads the run.
-    told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    told["command"][0] = "vlm-collab"
-    text = json.dumps(told, indent=1, ensure_ascii=False)
+    # The path of this checkout is of no use to readers.
+    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    provenance["command"][0] = "vlm-collab"
+    text = json.dumps(provenance, indent=1, ensure_ascii=False)
     (folder / PROVENANCE).write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -111,10 +111,10 @@ def main() -> None:
 
 def _call(command: list[str], folder: Path) -> None:
     print(f"$ vlm-collab {' '.join(command)}", file=sys.stderr, flush=True)
-    # The repository's own code, whichever folder it is called in.
+    # Use this repository's code, whatever the working folder.
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    # One thread for each process: the same rounding on however many cores and processes.
+    # One thread per process, so that rounding does not depend on the number of cores.
     called = subprocess.run(
         [sys.executable, "-m", "edge_client.cli.main", *command],
         cwd=folder,

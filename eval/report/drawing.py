@@ -1,4 +1,4 @@
-"""Pictures of what happened to a question: where the model looked, and what was sent."""
+"""Figure of answered questions: where the model looked, and what was sent."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ BYTES_COLOUR = "#37474f"
 HEAT_COLOUR = "#d500f9"
 BOX_COLOUR = "#00e5ff"
 SHOWN_PX = 900
-"""Longer side of the picture in the figure; more would only make the file larger."""
+"""Longer side of the picture in the figure, in px; more would only make the file larger."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class DrawnQuestion:
     """One answered question, ready to draw.
 
     Attributes:
         picture: the upright original, RGB.
-        question, answer: what was asked and how it ended.
+        question, answer: the question, and its answer.
         frame: the part of the original that the token grid covers.
-        local: the local view as it was sent; None when no region was.
+        local: the local view as it was sent; None if no region was sent.
     """
 
     picture: Image.Image
@@ -47,30 +47,30 @@ class Told:
     local: Image.Image | None
 
 
-def draw(told: Sequence[Told], path: Path) -> None:
+def draw(questions: Sequence[DrawnQuestion], path: Path) -> None:
     """Save a figure with one row for each question.
 
-    Each row shows the original with heat map and box, the local view as sent, and the story in
-    words with a bar of the bytes sent against the bytes of the whole picture.
+    Each row shows the original with heat map and box, the local view as sent, and a summary in
+    words with a bar that compares the bytes sent with the size of the original file.
 
     Args:
-        told: what to show, at least one.
-        path: a PNG file; its folder exists.
+        questions: at least one.
+        path: a PNG file in an existing folder.
     """
-    figure = Figure(figsize=(13, 4.6 * len(told)), layout="constrained")
+    figure = Figure(figsize=(13, 4.6 * len(questions)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(
-        len(told), 3, squeeze=False, gridspec_kw={"width_ratios": (1.35, 1.0, 1.25)}
+        len(questions), 3, squeeze=False, gridspec_kw={"width_ratios": (1.35, 1.0, 1.25)}
     )
-    for row, one in zip(panels, told, strict=True):
+    for row, one in zip(panels, questions, strict=True):
         _original(row[0], one)
         _local(row[1], one)
-        _story(row[2], one)
+        _summary(row[2], one)
     figure.savefig(path, dpi=90, bbox_inches="tight", pad_inches=0.15)
 
 
-def _original(panel: Axes, told: Told) -> None:
-    picture, answer, frame = told.picture, told.answer, told.frame
+def _original(panel: Axes, question: DrawnQuestion) -> None:
+    picture, answer, frame = question.picture, question.answer, question.frame
     shown = picture.copy()
     shown.thumbnail((SHOWN_PX, SHOWN_PX))
     panel.imshow(np.asarray(shown), extent=(0, picture.width, picture.height, 0))
@@ -79,7 +79,7 @@ def _original(panel: Axes, told: Told) -> None:
         panel.imshow(
             heat,
             cmap=ListedColormap([HEAT_COLOUR]),
-            alpha=heat / 255 * 0.6,  # where the model does not look, the picture stays clear
+            alpha=heat / 255 * 0.6,  # no colour where the model does not look
             interpolation="nearest",
             extent=(
                 frame.left,
@@ -106,23 +106,23 @@ def _original(panel: Axes, told: Told) -> None:
     panel.axis("off")
 
 
-def _local(panel: Axes, told: Told) -> None:
+def _local(panel: Axes, question: DrawnQuestion) -> None:
     panel.axis("off")
-    if told.local is None:
+    if question.local is None:
         panel.text(0.5, 0.5, "no region was needed", ha="center", va="center", fontsize=11)
         return
-    panel.imshow(np.asarray(told.local), interpolation="nearest")
-    width, height = told.local.size
+    panel.imshow(np.asarray(question.local), interpolation="nearest")
+    width, height = question.local.size
     panel.set_title(f"the region as sent, {width} × {height} px", fontsize=10)
 
 
-def _story(panel: Axes, told: Told) -> None:
-    answer = told.answer
+def _summary(panel: Axes, question: DrawnQuestion) -> None:
+    answer = question.answer
     panel.axis("off")
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1)
-    question = textwrap.fill(told.question, 40)
-    panel.text(0, 0.97, question, fontsize=13, fontweight="bold", va="top")
+    text = textwrap.fill(question.question, 40)
+    panel.text(0, 0.97, text, fontsize=13, fontweight="bold", va="top")
     lines = []
     if answer.box is not None:
         lines.append((f"first answer: {shown_text(answer.first_text)}", UNSURE_COLOUR))
@@ -130,7 +130,7 @@ def _story(panel: Axes, told: Told) -> None:
         box = answer.box
         lines.append((f"region {box.width} × {box.height} px at ({box.left}, {box.top})", "black"))
         if answer.refined:
-            # In no colour of certainty: the number below tells whether it is the surer one.
+            # Black: only the number below says whether this answer is the surer one.
             lines.append((f"refined answer: {shown_text(answer.text)}", "black"))
         else:
             lines.append((f"first answer kept: {_words(answer.fallback)}", UNSURE_COLOUR))

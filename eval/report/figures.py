@@ -1,6 +1,8 @@
-"""Fig. 4, 5, 6, 8, 9, 10 and 12 of 003_92b41fe49395ce1a.txt: accuracy over cost.
+"""Data of the figures with accuracy over cost: Fig. 4, 5, 6, 8, 9, 10 and 12.
 
-Each function makes all that its figure shows; `eval.report.panels.draw_panels` draws it.
+The figures are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349). Each function returns all data of its figure;
+`eval.report.panels.draw_panels` draws them.
 """
 
 from __future__ import annotations
@@ -8,8 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from eval.analysis.curves import (
-    Bootstrap,
-    Setting,
+    Criterion,
     area_over_random,
     curve,
     longest_answer,
@@ -33,36 +34,36 @@ from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Aggregate, Metric
 
-Told = dict[str, Any]
-
 METRIC_NAMES = {
     Metric.MIN_ENTROPY: "min-entropy",
     Metric.ENTROPY: "Shannon entropy",
     Metric.MARGIN: "probability margin",
 }
 MAX_LOSS, CONFIDENCE = 0.01, 0.95
-"""Of the threshold that figures mark where there is a validation run."""
+"""Guarantee of the threshold that figures mark if there is a validation run."""
 
 
-def fig4(inputs: Inputs) -> Told:
+def fig4(inputs: Inputs) -> dict[str, Any]:
     """Accuracy over communication, with HD's point, random line and oracle."""
     return _proposed(
         inputs,
         "Accuracy against communication (Fig. 4)",
         "additional communication cost (pixels)",
-        lambda run: [line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))],
+        lambda run: [line("min-entropy", run, _default(inputs), PIXELS, inputs.bootstrap(run))],
         PIXELS,
     )
 
 
-def fig5(inputs: Inputs) -> Told:
-    """Accuracy over computation, as the paper counts it and as executed; marks and random line
-    are by the paper's count."""
+def fig5(inputs: Inputs) -> dict[str, Any]:
+    """Accuracy over computation, by the paper's count and as executed.
 
-    def lines(run: Run) -> list[Told]:
+    Marks and random line use the paper's count, if it is known.
+    """
+
+    def lines(run: Run) -> list[dict[str, Any]]:
         drawn = [] if run.decoder is None else [("Eq. 17-20", PAPER_FLOPS)]
         drawn.append(("as executed", SPENT_FLOPS))
-        bootstrap = _bootstrap(inputs, run)
+        bootstrap = inputs.bootstrap(run)
         return [line(name, run, _default(inputs), axis, bootstrap) for name, axis in drawn]
 
     axis = SPENT_FLOPS if inputs.main.decoder is None else PAPER_FLOPS
@@ -71,8 +72,8 @@ def fig5(inputs: Inputs) -> Told:
     return _proposed(inputs, title, label, lines, axis) | {"bands": [0, 1]}
 
 
-def fig6(inputs: Inputs) -> Told:
-    """The uncertainty metrics, each aggregated over the whole answer."""
+def fig6(inputs: Inputs) -> dict[str, Any]:
+    """Uncertainty metrics, each averaged over the whole answer."""
     return _trade_offs(
         "Uncertainty metrics, mean over the answer (Fig. 6)",
         [
@@ -83,9 +84,9 @@ def fig6(inputs: Inputs) -> Told:
                     line(
                         METRIC_NAMES[metric],
                         run,
-                        Setting(metric, include_end=inputs.include_end),
+                        Criterion(metric, include_end=inputs.include_end),
                         PIXELS,
-                        _bootstrap(inputs, run),
+                        inputs.bootstrap(run),
                     )
                     for metric in inputs.metrics
                 ],
@@ -96,16 +97,19 @@ def fig6(inputs: Inputs) -> Told:
     ) | {"dashed": True}
 
 
-def fig8(inputs: Inputs) -> Told:
-    """Min-entropy over the first tokens of the answer, and over all."""
+def fig8(inputs: Inputs) -> dict[str, Any]:
+    """Min-entropy averaged over the first tokens of the answer, and over all."""
 
-    def lines(run: Run) -> list[Told]:
-        bootstrap, end = _bootstrap(inputs, run), inputs.include_end
+    def lines(run: Run) -> list[dict[str, Any]]:
+        bootstrap, end = inputs.bootstrap(run), inputs.include_end
         longest = longest_answer(run)
-        made = [("full average", Setting(include_end=end))]
-        made.append(("starting token", Setting(aggregate=Aggregate.FIRST, include_end=end)))
+        made = [("full average", Criterion(include_end=end))]
+        made.append(("starting token", Criterion(aggregate=Aggregate.FIRST, include_end=end)))
         made += [
-            (f"{k}-token average", Setting(aggregate=Aggregate.FIRST_K, k=k, include_end=end))
+            (
+                f"{k}-token average",
+                Criterion(aggregate=Aggregate.FIRST_K, k=k, include_end=end),
+            )
             for k in (2, 3, 5, 10)
             if k < longest
         ]
@@ -115,29 +119,29 @@ def fig8(inputs: Inputs) -> Told:
     return _trade_offs("Aggregation length, min-entropy (Fig. 8)", panels) | {"dashed": True}
 
 
-def fig9(inputs: Inputs) -> Told:
-    """Data sets; of a single one, its kinds of questions."""
+def fig9(inputs: Inputs) -> dict[str, Any]:
+    """Tasks; if there is only one, its kinds of questions."""
     hd = inputs.hd if not inputs.tasks else None
     panels = []
     for title, run in inputs.kinds():
-        drawn = line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))
+        drawn = line("min-entropy", run, _default(inputs), PIXELS, inputs.bootstrap(run))
         panels.append(panel(title, run, [drawn], PIXELS, hd=_same(hd, run)))
     what = "Tasks" if inputs.tasks else "Kinds of questions"
     return _trade_offs(f"{what} (Fig. 9)", panels) | {"columns": 2 if len(panels) == 4 else 3}
 
 
-def fig10(inputs: Inputs) -> Told:
+def fig10(inputs: Inputs) -> dict[str, Any]:
     """Models."""
     panels = []
     for run in (inputs.main, *inputs.models):
-        drawn = line("min-entropy", run, _default(inputs), PIXELS, _bootstrap(inputs, run))
+        drawn = line("min-entropy", run, _default(inputs), PIXELS, inputs.bootstrap(run))
         name = str(run.provenance["model"]["name"])
         panels.append(panel(name.rpartition("/")[2], run, [drawn], PIXELS))
     return _trade_offs(f"Models on {title_of(inputs.main)} (Fig. 10)", panels)
 
 
-def fig12(inputs: Inputs) -> Told | None:
-    """JPEG qualities on the samples that all these runs share; None without any such run."""
+def fig12(inputs: Inputs) -> dict[str, Any] | None:
+    """Picture qualities, on the samples that all runs share; None without runs of other quality."""
     runs = [inputs.main, *inputs.qualities]
     if len(runs) == 1 or not inputs.main.records[0].reference_bytes:
         return None
@@ -147,23 +151,23 @@ def fig12(inputs: Inputs) -> Told | None:
     lines = []
     for run in sorted(runs, key=quality_of):
         common = part(run, lambda record: record.id in shared)
-        bootstrap = _bootstrap(inputs, common)
+        bootstrap = inputs.bootstrap(common)
         lines.append(line(quality_name(run), common, _default(inputs), RELATIVE_BYTES, bootstrap))
     count = lines[0]["rows"]
-    told = _trade_offs(
+    data = _trade_offs(
         "Picture qualities (Fig. 12)",
         [{"title": "same questions", "rows": count, "lines": lines, "marks": []}],
     )
     label = "relative communication cost (picture bytes over views as JPEG 100)"
-    return told | {"x_label": label, "bands": [], "wide": True, "direct": True}
+    return data | {"x_label": label, "bands": [], "wide": True, "direct": True}
 
 
-def areas(inputs: Inputs) -> list[Told]:
-    """How far each setting's curve lies above the random line, and how that differs from
-    min-entropy over the whole answer, with intervals from the same resamples."""
+def areas(inputs: Inputs) -> list[dict[str, Any]]:
+    """Area over the random line of each criterion, and its difference from that of
+    min-entropy/full, with intervals from the same resamples."""
     made = []
     for title, run in inputs.parts():
-        bootstrap = _bootstrap(inputs, run)
+        bootstrap = inputs.bootstrap(run)
         drawn = curve(run, _default(inputs))
         base, of_base = area_over_random(drawn, run), bootstrap.areas(drawn, run)
         for setting in _compared(inputs, run):
@@ -185,12 +189,12 @@ def areas(inputs: Inputs) -> list[Told]:
 
 
 def quality_of(run: Run) -> int:
-    """Of its global views."""
+    """Quality of the run's global views."""
     return int(run.provenance["codec"]["view"][1])
 
 
 def quality_name(run: Run) -> str:
-    """Of its pictures, such as "JPEG 50"."""
+    """Name of the run's codec and quality, such as "JPEG 50"."""
     codec = run.provenance["codec"]
     name, quality = codec["view"]
     same = codec["region"] == codec["view"]
@@ -198,20 +202,20 @@ def quality_name(run: Run) -> str:
     return f"{str(name).upper()} {quality}{of_region}"
 
 
-def _compared(inputs: Inputs, run: Run) -> list[Setting]:
+def _compared(inputs: Inputs, run: Run) -> list[Criterion]:
     end, longest = inputs.include_end, longest_answer(run)
-    made = [Setting(metric, include_end=end) for metric in inputs.metrics]
+    made = [Criterion(metric, include_end=end) for metric in inputs.metrics]
     for metric in inputs.metrics:
-        made.append(Setting(metric, Aggregate.FIRST, include_end=end))
-        made += [Setting(metric, Aggregate.FIRST_K, k, end) for k in (2, 3, 5, 10) if k < longest]
+        made.append(Criterion(metric, Aggregate.FIRST, include_end=end))
+        made += [Criterion(metric, Aggregate.FIRST_K, k, end) for k in (2, 3, 5, 10) if k < longest]
     return made
 
 
-def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) -> Told:
+def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) -> dict[str, Any]:
     found, setting = _chosen(inputs), _default(inputs)
     panels: list[Panel] = []
     for name, run in inputs.parts():
-        # The same task with other settings, such as without OCR tokens, is another one.
+        # HD and threshold belong to the main run, not to the same task with other settings.
         mine = run.folder == inputs.main.folder
         hd = _same(inputs.hd, run) if mine else None
         eta = found.eta if mine and found is not None else None
@@ -223,7 +227,7 @@ def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) ->
     return _trade_offs(title, panels) | {"x_label": label}
 
 
-def _trade_offs(title: str, panels: list[Panel]) -> Told:
+def _trade_offs(title: str, panels: list[Panel]) -> dict[str, Any]:
     return {
         "title": title,
         "x_label": "additional communication cost (pixels)",
@@ -232,12 +236,12 @@ def _trade_offs(title: str, panels: list[Panel]) -> Told:
     }
 
 
-def _default(inputs: Inputs) -> Setting:
-    return Setting(include_end=inputs.include_end)
+def _default(inputs: Inputs) -> Criterion:
+    return Criterion(include_end=inputs.include_end)
 
 
-def chosen_on(inputs: Inputs, found: Calibration) -> Told:
-    """Where a threshold comes from: rows of the validation run, and what was asked of it."""
+def chosen_on(inputs: Inputs, found: Calibration) -> dict[str, Any]:
+    """Where a threshold comes from: rows of the validation run, and the target."""
     assert inputs.val is not None
     asked = ("target_rate", "max_accuracy_loss", "confidence", "seed")
     target = {name: found.made[name] for name in asked if name in found.made}
@@ -245,19 +249,14 @@ def chosen_on(inputs: Inputs, found: Calibration) -> Told:
 
 
 def _chosen(inputs: Inputs) -> Calibration | None:
-    """The threshold that loses at most `MAX_LOSS` against full retransmission, from the
-    validation run."""
+    """The validation run's threshold with a guaranteed loss of at most `MAX_LOSS`."""
     if inputs.val is None:
         return None
     return for_loss(inputs.val, _default(inputs), MAX_LOSS, CONFIDENCE)
 
 
-def _bootstrap(inputs: Inputs, run: Run) -> Bootstrap:
-    return Bootstrap.of(run, resamples=inputs.resamples, seed=inputs.seed)
-
-
 def _same(hd: Run | None, run: Run) -> Run | None:
-    """HD on the samples of a part."""
+    """The run of HD, reduced to the samples of `run`."""
     if hd is None:
         return None
     ids = {record.id for record in run.records}

@@ -1,4 +1,4 @@
-"""What the tables say, in sentences, whichever way it turned out."""
+"""Findings of a report: sentences derived from its tables, favourable or not."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ Rows = list[dict[str, Any]]
 
 
 def findings(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences on the questions of section VII of 003_92b41fe49395ce1a.txt.
+    """Sentences on the questions of section VII of Song and Kim, *Collaborative Edge-to-Server
+    Inference for Vision-Language Models* (2025, arXiv 2512.16349).
 
     Args:
-        tables: of `report.json`.
+        tables: the tables of `report.json`.
     """
     made = []
-    told = (("metrics", _metrics), ("metrics", _aggregations), ("boxes", _boxes), ("boxes", _gains))
-    for name, tell in told:
+    parts = (
+        ("metrics", _metrics), ("metrics", _aggregations), ("boxes", _boxes), ("boxes", _gains),
+    )  # fmt: skip
+    for name, sentences_of in parts:
         if name in tables:
-            made += tell(tables[name]["rows"])
+            made += sentences_of(tables[name]["rows"])
     if "chosen" in tables:
         made += _chosen(tables["chosen"]["rows"])
     return made
@@ -32,32 +35,32 @@ def _metrics(rows: Rows) -> list[str]:
         base = next(row for row in full if row["setting"] == "min_entropy/full")
         others = [row for row in full if row is not base]
         if others:
-            # Differences are from min-entropy: it is one of the two that are held side by side.
+            # Rows give differences from min-entropy, so it is one of the two compared.
             other = best if best is not base else max(others, key=lambda row: row["area"])
             named = str(other["setting"]).partition("/")[0]
             if _tied(other):
                 same = [str(row["setting"]).partition("/")[0] for row in others if _tied(row)]
                 listed = " and ".join([", ".join(["min-entropy", *same[:-1]]), same[-1]])
-                said = f"{listed} are tied for the largest area over the random line"
+                sentence = f"{listed} are tied for the largest area over the random line"
             elif best is base:
-                said = f"min-entropy has the largest area over the random line, before {named}"
+                sentence = f"min-entropy has the largest area over the random line, before {named}"
             else:
-                said = f"{named}, not min-entropy, has the largest area over the random line"
-            said += f" ({named} {_against(other, base)})"
+                sentence = f"{named}, not min-entropy, has the largest area over the random line"
+            sentence += f" ({named} {_against(other, base)})"
         else:
-            said = "min-entropy is the only one that the run knows"
+            sentence = "min-entropy is the only one that the run knows"
         if all(row["area_interval"][1] < 0 for row in full):
-            said += "; every metric does worse than random choice"
+            sentence += "; every metric does worse than random choice"
         elif base["area_interval"][1] < 0:
-            said += "; min-entropy does worse than random choice"
+            sentence += "; min-entropy does worse than random choice"
         elif base["area_interval"][0] <= 0:
-            said += "; min-entropy is not surely better than random choice"
-        made.append(f"Metrics, {part}: {said}.")
+            sentence += "; min-entropy is not surely better than random choice"
+        made.append(f"Metrics, {part}: {sentence}.")
     return made
 
 
 def _aggregations(rows: Rows) -> list[str]:
-    """Of min-entropy over part of the answer, and of the best of all settings."""
+    """Sentences on min-entropy over part of the answer, and on the best of all criteria."""
     made = []
     for part in dict.fromkeys(row["part"] for row in rows):
         here = [row for row in rows if row["part"] == part]
@@ -67,7 +70,7 @@ def _aggregations(rows: Rows) -> list[str]:
             for row in here
             if row["setting"].startswith("min_entropy/")
             and row is not base
-            # Answers of one token have but one average.
+            # Equal to the full average if all answers have one token.
             and tuple(row["difference_interval"]) != (0.0, 0.0)
         ]
         if not shorter:
@@ -75,23 +78,23 @@ def _aggregations(rows: Rows) -> list[str]:
         other = max(shorter, key=lambda row: row["area"])
         named = str(other["setting"]).partition("/")[2]
         if _tied(other):
-            said = f"min-entropy over the whole answer and {named} are tied"
+            sentence = f"min-entropy over the whole answer and {named} are tied"
         elif other["area"] > base["area"]:
-            said = (
+            sentence = (
                 f"min-entropy's {named} is better than its average over the whole answer, which "
                 "the paper recommends"
             )
         else:
-            said = "min-entropy is best averaged over the whole answer, as in the paper"
-            said += f", before {named}"
-        said += f" ({named} {_against(other, base)})"
+            sentence = "min-entropy is best averaged over the whole answer, as in the paper"
+            sentence += f", before {named}"
+        sentence += f" ({named} {_against(other, base)})"
         best = max(here, key=lambda row: row["area"])
         if best is not base and best is not other:
-            said += (
+            sentence += (
                 f"; of all {len(here)} settings {best['setting']} has the largest area"
                 f"{', tied with min_entropy/full' if _tied(best) else ''} ({_against(best, base)})"
             )
-        made.append(f"Aggregation, {part}: {said}.")
+        made.append(f"Aggregation, {part}: {sentence}.")
     return made
 
 

@@ -1,4 +1,8 @@
-"""Fig. 7 of 003_92b41fe49395ce1a.txt: how min-entropy tells right from wrong first answers."""
+"""Fig. 7: how min-entropy separates right from wrong first answers.
+
+The figure is that of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.analysis.curves import Bootstrap, Setting
+from eval.analysis.curves import Criterion
 from eval.analysis.separation import by_step, separation
 from eval.analysis.trace import rows_of
 from eval.report.inputs import Inputs
@@ -17,36 +21,36 @@ from vlm_collab.method.policy import Aggregate
 
 
 def fig7(inputs: Inputs) -> dict[str, Any]:
-    """Means at each step, and histograms of the starting token and of the full average."""
+    """Data: means at each step, and histograms of the starting token and of the full average."""
     run = inputs.main
-    bootstrap = Bootstrap.of(run, resamples=inputs.resamples, seed=inputs.seed)
+    bootstrap = inputs.bootstrap(run)
     end = inputs.include_end
     return {
         "title": "Min-entropy of right and wrong first answers (Fig. 7)",
         "rows": rows_of(run),
         "steps": by_step(run, bootstrap),
-        "first": separation(run, Setting(aggregate=Aggregate.FIRST, include_end=end), bootstrap),
-        "full": separation(run, Setting(include_end=end), bootstrap),
+        "first": separation(run, Criterion(aggregate=Aggregate.FIRST, include_end=end), bootstrap),
+        "full": separation(run, Criterion(include_end=end), bootstrap),
     }
 
 
 @in_style()
-def draw_fig7(told: dict[str, Any]) -> Figure:
-    """A figure of what `fig7` found."""
+def draw_fig7(data: dict[str, Any]) -> Figure:
+    """Draw the data of `fig7`."""
     figure = new_figure(12.6, 3.9)
     steps, first, full = figure.subplots(1, 3)
     for which, colour in (("right", RIGHT), ("wrong", WRONG)):
-        _steps(steps, told["steps"], which, colour)
+        _steps(steps, data["steps"], which, colour)
     steps.set_title("(a) each generated token")
     steps.set_xlabel("generation step")
     steps.set_ylabel("mean min-entropy (bits)")
-    steps.set_xticks([row["step"] for row in told["steps"]])
-    steps.set_xlim(0.5, len(told["steps"]) + 0.5)
+    steps.set_xticks([row["step"] for row in data["steps"]])
+    steps.set_xlim(0.5, len(data["steps"]) + 0.5)
     steps.set_ylim(bottom=0)
     steps.legend(loc="upper right")
-    _histogram(first, told["first"], "(b) starting token")
-    _histogram(full, told["full"], "(c) full-sequence average")
-    figure.suptitle(told["title"], fontsize=11)
+    _histogram(first, data["first"], "(b) starting token")
+    _histogram(full, data["full"], "(c) full-sequence average")
+    figure.suptitle(data["title"], fontsize=11)
     return figure
 
 
@@ -70,10 +74,10 @@ def _steps(axes: Axes, rows: list[dict[str, Any]], which: str, colour: str) -> N
         )
 
 
-def _histogram(axes: Axes, told: dict[str, Any], title: str) -> None:
-    edges = np.array(told["edges"])
+def _histogram(axes: Axes, data: dict[str, Any], title: str) -> None:
+    edges = np.array(data["edges"])
     for which, colour, hatch in (("right", RIGHT, None), ("wrong", WRONG, "////")):
-        counts = np.array(told[f"{which}_counts"], dtype=np.float64)
+        counts = np.array(data[f"{which}_counts"], dtype=np.float64)
         axes.stairs(
             counts / max(1.0, counts.sum()),
             edges,
@@ -82,12 +86,12 @@ def _histogram(axes: Axes, told: dict[str, Any], title: str) -> None:
             edgecolor=colour,
             hatch=hatch,
             linewidth=1.2,
-            label=f"{which} ({told[which]})",
+            label=f"{which} ({data[which]})",
         )
     axes.set_yscale("symlog", linthresh=0.05)
     axes.set_yticks([0, 0.02, 0.05, 0.1, 0.5, 1.0], ["0", "0.02", "0.05", "0.1", "0.5", "1"])
     axes.set_ylim(0, 1.0)
-    shown = "not known" if told["overlap"] is None else f"{told['overlap']:.2f}"
+    shown = "not known" if data["overlap"] is None else f"{data['overlap']:.2f}"
     axes.set_title(f"{title}, overlap {shown}")
     axes.set_xlabel("min-entropy (bits)")
     axes.set_ylabel("share of answers (log above 0.05)")

@@ -1,4 +1,4 @@
-"""Which run plays which part in a report."""
+"""Inputs of a report: the part that each run plays, and checks that the runs fit together."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from typing import Any
 
 import msgspec
 
-from eval.analysis.curves import counts_end, part, rescored
+from eval.analysis.curves import Bootstrap, counts_end, part, rescored
 from eval.analysis.operating_points import same_samples
-from eval.analysis.run import HD, TWO_STAGE, Run
+from eval.analysis.records import HD, TWO_STAGE
+from eval.analysis.run import Run
 from eval.runs.provenance import difference
 from eval.tasks.catalogue import task_kind
-from eval.tasks.data import wherever
+from eval.tasks.data import without_locations
 from server_plugin.models.calibration import Calibration
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 
 FEWEST = 30
-"""Samples of a kind of question that gets a panel of its own."""
+"""Fewest samples of a kind of question for a panel of its own."""
 
 _NOT_IN_ROWS = {
-    *("metric", "aggregate", "eta", "k"),  # policies read rows
-    *("models", "family_default", "prompts", "turns"),  # what it is for, and could do
-    *("codec", "quality"),  # what was really taken stands elsewhere in `run.json`
+    *("metric", "aggregate", "eta", "k"),  # policies are applied to rows later
+    *("models", "family_default", "prompts", "turns"),  # where it applies, and what it offers
+    *("codec", "quality"),  # `run.json` has the codec in use elsewhere
 }
-"""Fields of a preset that no row of a run depends on."""
+"""Fields of a preset that do not influence the rows of a run."""
 
 _PARTS = {"signs": {"reading numbers": ("number",), "yes or no": ("presence", "colour")}}
-"""Kinds of questions that stand for the paper's two tasks in its Fig. 4 and 5 (TextVQA and POPE),
-where one generated benchmark has both."""
+"""Kinds of questions of the generated benchmark that correspond to TextVQA and POPE, the tasks of
+the paper's Fig. 4 and 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The runs of a report; main, hd and models over the samples that all of them have.
+    """The runs of a report. `main`, `hd` and `models` hold only samples that all of them have.
 
     Attributes:
-        main: whose task, split and model it is about; of the method two_stage.
+        main: the reported run, of the method two_stage; sets the task, split and model.
         hd: LLaVA-1.5-HD on the same samples.
-        tasks: the same model on other tasks, or other settings of the task.
+        tasks: the same model on other tasks, or with other settings of the task.
         models: other models on the same samples.
-        qualities: the same model on the same task, with pictures encoded otherwise.
+        qualities: the same model and task, with another codec or quality.
         val: the same model and task on a split that is not reported; thresholds come from it.
-        layers: what `calibrate layers` found.
-        given: the same runs with all of their rows, in the order of `runs`; none if these have
-            them.
-        notes: what a reader has to know of these inputs, one line each.
-        resamples, seed: of bootstraps.
+        layers: result of `calibrate layers`.
+        given: the same runs with all of their rows, in the order of `runs`; empty if `runs` has
+            all rows.
+        notes: remarks on these inputs for the reader, one line each.
+        resamples, seed: resamples of bootstraps, and their seed.
     """
 
     main: Run
@@ -63,14 +64,18 @@ class Inputs:
     resamples: int = 1000
     seed: int = 0
 
+    def bootstrap(self, run: Run) -> Bootstrap:
+        """The bootstrap of one of the runs, or of a part of it."""
+        return Bootstrap.of(run, resamples=self.resamples, seed=self.seed)
+
     @property
     def sources(self) -> list[Run]:
-        """What provenance is of: `runs` with all of their rows."""
+        """The runs with all of their rows, for provenance."""
         return list(self.given) or self.runs
 
     @property
     def runs(self) -> list[Run]:
-        """All of them, the main one first."""
+        """All runs, the main one first."""
         found = [self.main, self.hd, *self.tasks, *self.models, *self.qualities, self.val]
         return [run for run in found if run is not None]
 
@@ -81,7 +86,7 @@ class Inputs:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Those that the main run knows; one over a service knows min-entropy alone."""
+        """The metrics that the main run recorded; a run over a service has min-entropy only."""
         first = self.main.records[0]
         known = {
             Metric.MIN_ENTROPY: first.first_min_entropy,
@@ -91,8 +96,11 @@ class Inputs:
         return [metric for metric, values in known.items() if values and values[0] == values[0]]
 
     def parts(self) -> list[tuple[str, Run]]:
-        """What Fig. 4, 5, 6 and 8 have a panel for: tasks, if there are several; else the whole
-        of the one and its halves."""
+        """Titles and runs of the panels in Fig. 4, 5, 6 and 8.
+
+        Several tasks have one panel each. A single task has one panel for all questions, and one
+        for each part.
+        """
         if self.tasks:
             runs = (self.main, *self.tasks)
             return list(zip(_titles(runs), runs, strict=True))
@@ -105,7 +113,8 @@ class Inputs:
         return made
 
     def kinds(self) -> list[tuple[str, Run]]:
-        """What Fig. 9 has a panel for: tasks, or the kinds of questions of the only one."""
+        """Titles and runs of the panels in Fig. 9: tasks, or the kinds of questions of the only
+        task."""
         if self.tasks:
             return self.parts()
         names = list(dict.fromkeys(record.category for record in self.main.records))
@@ -115,19 +124,19 @@ class Inputs:
 
 
 def of_kinds(run: Run, kinds: Sequence[str]) -> Run:
-    """The questions of some kinds."""
+    """The run with only questions of these kinds."""
     return part(run, lambda record: record.category in kinds)
 
 
 def title_of(run: Run) -> str:
-    """A task as people know it."""
+    """Title of the run's task."""
     task = run.provenance["task"]
     ocr = " + OCR" if task.get("settings", {}).get("ocr") else ""
     return f"{task['name']}{ocr}"
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
-    """Of panels: tasks, and where that is not enough splits, or else folders."""
+    """Unique panel titles: the task, with the split or else the folder if tasks repeat."""
     plain = [title_of(run) for run in runs]
     full = [f"{title}, {_split(run)}" for title, run in zip(plain, runs, strict=True)]
     made = [
@@ -148,16 +157,16 @@ def sort_runs(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Inputs:
-    """Find out what each run is for.
+    """Determine the part that each run plays in a report.
 
     Args:
-        runs: the first is the main one.
-        val, layers, resamples, seed: as of `Inputs`.
-        scorer: of the main run's task, instead of its default.
+        runs: the runs; the first is the main one.
+        val, layers, resamples, seed: as for `Inputs`.
+        scorer: scorer of the main run's task; None for its default.
 
     Raises:
-        ConfigError: a run fits nowhere, or used the model otherwise; the validation run is of a
-            split that is reported, or has pictures of it, or was asked otherwise.
+        ConfigError: a run fits no part, or used the model in another way; the validation run has a
+            reported split, or pictures of it, or other settings of the task.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -203,7 +212,7 @@ def sort_runs(
 
 
 def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
-    """Says how many samples `same_samples` left `shared` of, if not all."""
+    """A note on the samples that `same_samples` left out, if any; `shared` is how many are left."""
     every = set().union(*({record.id for record in run.records} for run in runs))
     if len(every) == shared:
         return []
@@ -211,13 +220,13 @@ def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
     listed = ", ".join(f"{name} {count}" for name, count in lacking if count)
     return [
         f"{len(every) - shared} of {len(every)} samples are left out of all figures: of the runs "
-        f"that are held against each other, some lack them ({listed})"
+        f"that are compared, some lack them ({listed})"
     ]
 
 
 def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
-    """Refuse a run whose thresholds would mean something else in the one that is reported, or
-    that would be chosen on what is reported."""
+    """Refuse a validation run whose thresholds would not transfer to the main run, or that shares
+    pictures with reported runs."""
     val.require(TWO_STAGE)
     if _task(val) != _task(main) or _model(val) != _model(main):
         raise ConfigError(f"{val.folder} is of another model or task than {main.folder}")
@@ -229,7 +238,7 @@ def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
     if _asked(val) != _asked(main):
         raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
     _same_use(val, main)
-    # Two splits may be of the same pictures, as POPE's are.
+    # Different splits may share pictures, as POPE's do.
     both = {one.image_id for one in val.records}
     both &= {one.image_id for run in reported for one in run.records}
     if both:
@@ -237,8 +246,10 @@ def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
 
 
 def _check_hd(run: Run, main: Run) -> None:
-    """Refuse LLaVA-1.5-HD on another model, or with pictures of another quality, than the method
-    that it is held against; what a run over a service does not know is not compared."""
+    """Refuse a run of LLaVA-1.5-HD with another model or picture quality than the main run.
+
+    Facts that a run over a service lacks are not compared.
+    """
     (theirs, codec), (here, of_main) = (
         (one.provenance["model"], _codec(one) or {}) for one in (run, main)
     )
@@ -246,7 +257,7 @@ def _check_hd(run: Run, main: Run) -> None:
     for name, there, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
         if None not in (there, mine) and there != mine:
             what = difference(name, there, mine)
-            raise ConfigError(f"{run.folder} cannot be held against {main.folder} ({what})")
+            raise ConfigError(f"{run.folder} cannot be compared with {main.folder} ({what})")
 
 
 def _part_of(run: Run, main: Run) -> str:
@@ -270,7 +281,7 @@ def _part_of(run: Run, main: Run) -> str:
         if same_task:
             return "models"
         raise ConfigError(f"{run.folder} is of another model and of another task than the first")
-    # A task has a longest answer of its own, and may have a prompt.
+    # Another task has its own longest answer, and may have its own prompt.
     _same_use(run, main, but=() if same_task else ("max_new_tokens", "prompt"))
     if not same_task:
         return "tasks"
@@ -288,11 +299,11 @@ def _split(run: Run) -> str:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return wherever(run.provenance["task"].get("settings") or {})
+    return without_locations(run.provenance["task"].get("settings") or {})
 
 
 def _asked(run: Run) -> dict[str, Any]:
-    """The task's settings but for files, which are every split's own; what is not set is off."""
+    """The task's settings without files, which differ between splits, and without unset ones."""
     settings = _settings(run).items()
     return {
         name: value for name, value in settings if name != "data" and value not in (None, False)
@@ -300,9 +311,9 @@ def _asked(run: Run) -> dict[str, Any]:
 
 
 def _used(run: Run) -> dict[str, Any]:
-    """How the model was used, as far as rows depend on it."""
+    """How the model was used: all settings that influence rows."""
     made: dict[str, Any] = {}
-    if run.knows_preset:  # decoded, so that fields that an older one has not are their defaults
+    if run.knows_preset:  # decoding fills in fields that older presets lack
         preset = run.preset
         made = {**msgspec.to_builtins(preset), "prompt": preset.template}
     made = {name: value for name, value in made.items() if name not in _NOT_IN_ROWS}
@@ -311,7 +322,7 @@ def _used(run: Run) -> dict[str, Any]:
 
 
 def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:
-    """Refuse a run whose uncertainties or regions are others by the way the model was used."""
+    """Refuse a run that used the model with other settings than the main run."""
     theirs, here = _used(run), _used(main)
     for name in sorted(theirs.keys() | here.keys()):
         if name not in but and theirs.get(name) != here.get(name):

@@ -1,4 +1,4 @@
-"""Where the numbers of two reports differ."""
+"""Comparison of the numbers of two reports."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 _LABELS = ("run", "part", "name", "setting", "summary", "of", "layer", "title", "pass", "step")
-"""What a row of a table is called by."""
+"""Columns that identify a row of a table."""
 
 ROUNDING = 1e-9
-"""Differences up to this one are another processor's, not another result."""
+"""Largest difference that is attributed to rounding on another processor."""
 
 
 def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One line for each number, or series of numbers, that is another one.
+    """List the differences of two reports, one line for each number or series of numbers.
 
     Args:
         before, after: contents of two `report.json`.
@@ -53,8 +53,8 @@ def _compare(path: str, before: Any, after: Any) -> Iterator[str]:
 def _label(row: Any, place: int) -> str:
     if not isinstance(row, dict):
         return str(place)
-    said = [str(row[name]) for name in _LABELS if row.get(name) is not None]
-    return ", ".join(said) or str(place)
+    labels = [str(row[name]) for name in _LABELS if row.get(name) is not None]
+    return ", ".join(labels) or str(place)
 
 
 def _numbers(value: Any) -> bool:

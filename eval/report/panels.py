@@ -1,4 +1,8 @@
-"""Panels of accuracy over cost: the data of one, and how it is drawn."""
+"""Panels of accuracy over cost: their data, and their drawing.
+
+Sections and equations are those of Song and Kim, *Collaborative Edge-to-Server Inference for
+Vision-Language Models* (2025, arXiv 2512.16349).
+"""
 
 from __future__ import annotations
 
@@ -12,26 +16,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import HighResolution, Oracle, decided
-from eval.analysis.curves import Bootstrap, Curve, Setting, area_over_random, curve, ends
+from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Column, Point, two_stage_point
 from eval.analysis.run import Run
-from eval.analysis.separation import finite
+from eval.analysis.statistics import finite
 from eval.analysis.trace import rows_of
 from eval.report.style import COLOURS, MUTED, in_style, new_figure
 
 Panel = dict[str, Any]
-"""JSON: title, lines, marks, levels. Everything that is drawn is in it, and nothing else."""
+"""JSON of a panel: exactly what is drawn, such as title, lines and marks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A cost.
+    """A cost axis. The cost of a point is the mean of `column`, over `unit`.
 
     Attributes:
-        label: of the axis.
-        column: of each sample of a point, whose mean, over `unit`, is the cost.
-        unit: what one is, given the point at which nothing is sent.
-        formula: where it is defined.
+        label: label of the axis.
+        column: the cost of each sample of a point.
+        unit: the unit of the axis, from the point at which nothing is sent.
+        formula: definition of the cost.
     """
 
     label: str
@@ -55,34 +59,42 @@ PIXELS = Axis(
     "additional communication cost",
     lambda point: point.pixels,
     lambda never: 1.0,
-    "pixels of local over pixels of global views, mean over samples (section VII-A of 003)",
+    "pixels of local over pixels of global views, mean over samples (Song and Kim, section VII-A)",
 )
 PAPER_FLOPS = Axis(
     "relative computation cost (Eq. 17-20)",
     lambda point: point.paper_mflops,
     lambda never: float(never.paper_mflops.mean()),
-    "FLOPs by Eq. 18-20 of 003 over those of first passes (section VII-B)",
+    "FLOPs by Eq. 18-20 over those of first passes (Song and Kim, section VII-B)",
 )
 SPENT_FLOPS = Axis(
     "relative computation cost (as executed)",
     lambda point: point.mflops,
     lambda never: float(never.mflops.mean()),
-    "Eq. 17 of 003 applied to the tokens really computed, over first passes",
+    "Eq. 17 of Song and Kim applied to the tokens really computed, over first passes",
 )
 RELATIVE_BYTES = Axis(
     "relative communication cost (bytes over JPEG 100 views)",
     lambda point: point.picture_bytes,
     lambda never: float(never.reference_bytes.mean()),
-    "bytes of pictures over those of global views as JPEG 100, totals (section VII-F of 003)",
+    "bytes of pictures over those of global views as JPEG 100, totals "
+    "(Song and Kim, section VII-F)",
 )
 
 
 def line(
-    name: str, run: Run, setting: Setting, axis: Axis, bootstrap: Bootstrap, *, band: bool = True
+    name: str,
+    run: Run,
+    setting: Criterion,
+    axis: Axis,
+    bootstrap: Bootstrap,
+    *,
+    band: bool = True,
 ) -> dict[str, Any]:
-    """A curve, thinned to about a hundred reachable points, with its band.
+    """Data of a curve, thinned to about a hundred reachable points, with its band.
 
-    Each point can be made again: `eta` is the threshold, `sent` how many of the rows reach it.
+    Each point can be reproduced from its threshold `eta`; `sent` is the number of samples that it
+    rejects.
     """
     drawn = curve(run, setting)
     at = drawn.thinned()
@@ -106,7 +118,7 @@ def line(
 
 
 def mark(name: str, point: Point, axis: Axis, never: Point, run: Run) -> dict[str, Any]:
-    """One point of another method."""
+    """Data of a mark: one point of another method."""
     made = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
     return {**made, "note": point.note} if point.note else made
 
@@ -119,17 +131,17 @@ def panel(
     *,
     hd: Run | None = None,
     eta: float | None = None,
-    setting: Setting | None = None,
+    setting: Criterion | None = None,
 ) -> Panel:
-    """Lines with what they are held against: never, always, random, oracle and HD.
+    """Data of a panel: lines, and for comparison never, always, random, oracle and HD.
 
     Args:
-        title: of the panel.
-        run: whose levels are drawn.
+        title: title of the panel.
+        run: the run that gives the comparisons.
         lines: see `line`.
-        axis: of the marks.
+        axis: axis of the marks.
         hd: LLaVA-1.5-HD on the same samples.
-        eta, setting: a threshold that was chosen on other data.
+        eta, setting: threshold and criterion that were chosen on other data.
     """
     never, always = ends(run)
     marks = [mark("oracle", Oracle().points(run)[0], axis, never, run)]
@@ -151,41 +163,41 @@ def panel(
     }
 
 
-def sent_at(run: Run, setting: Setting, eta: float) -> Column:
-    """Which samples a policy with this threshold sends, 0 or 1, by the policy itself."""
+def sent_at(run: Run, setting: Criterion, eta: float) -> Column:
+    """1 for samples that the policy with this threshold sends, else 0; calls the policy itself."""
     policy = setting.policy(eta)
     return np.array([decided(policy, record) for record in run.records], dtype=np.float64)
 
 
 @in_style()
-def draw_panels(told: dict[str, Any]) -> Figure:
-    """A figure of panels; what it shows is what `told` holds."""
-    panels = told["panels"]
-    columns = min(len(panels), told.get("columns", 3))
+def draw_panels(data: dict[str, Any]) -> Figure:
+    """Draw a figure of panels from its data."""
+    panels = data["panels"]
+    columns = min(len(panels), data.get("columns", 3))
     rows = -(-len(panels) // columns)
-    width = 6.5 if told.get("wide") else 0.4 + 4.1 * columns
-    figure = new_figure(width, 0.8 + (4.2 if told.get("wide") else 3.3) * rows)
+    width = 6.5 if data.get("wide") else 0.4 + 4.1 * columns
+    figure = new_figure(width, 0.8 + (4.2 if data.get("wide") else 3.3) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
             axes.axis("off")
             continue
-        _draw(axes, panels[place], told)
+        _draw(axes, panels[place], data)
         if place % columns == 0:
-            axes.set_ylabel(told["y_label"])
-    if not told.get("direct"):
+            axes.set_ylabel(data["y_label"])
+    if not data.get("direct"):
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    figure.suptitle(told["title"], fontsize=11)
+    figure.suptitle(data["title"], fontsize=11)
     return figure
 
 
-def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
+def _draw(axes: Axes, shown: Panel, data: dict[str, Any]) -> None:
     for place, one in enumerate(shown["lines"]):
         colour = COLOURS[place % len(COLOURS)]
-        style = ("-", "--", "-.", ":")[place % 4] if told.get("dashed") else "-"
+        style = ("-", "--", "-.", ":")[place % 4] if data.get("dashed") else "-"
         axes.plot(one["x"], one["y"], style, color=colour, label=one["name"], zorder=3)
-        if told.get("direct"):
+        if data.get("direct"):
             best = int(np.argmax(one["y"]))
             axes.annotate(
                 one["name"],
@@ -196,7 +208,7 @@ def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
                 fontsize=8,
                 color=colour,
             )
-        if "low" in one and place in told.get("bands", (0,)):
+        if "low" in one and place in data.get("bands", (0,)):
             axes.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.15, lw=0)
     random = shown.get("random")
     if random is not None and None not in random["x"]:
@@ -220,11 +232,11 @@ def _draw(axes: Axes, shown: Panel, told: dict[str, Any]) -> None:
     for one in shown["marks"]:
         _mark(axes, one)
     axes.set_title(f"{shown['title']} (n = {shown['rows']['count']})")
-    axes.set_xlabel(told["x_label"])
+    axes.set_xlabel(data["x_label"])
 
 
 def _limits(axes: Axes, shown: Panel) -> None:
-    """The vertical axis shows the curves well, whatever else there is far below them."""
+    """Fit the vertical axis to the curves; marks far outside do not stretch it."""
     values = [y for one in shown["lines"] for y in (*one["y"], *one.get("low", ()))]
     values += [y for one in shown["lines"] for y in one.get("high", ())]
     values += [one["y"] for one in shown["marks"] if one["name"] != "HD"]

@@ -1,4 +1,8 @@
-"""Fig. 11 of 003_92b41fe49395ce1a.txt: what a strongly compressed view and region show."""
+"""Fig. 11: a strongly compressed view and its region.
+
+The figure is that of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,18 @@ from vlm_collab.pictures.images import Codec, decode
 
 BOX = "#D55E00"
 SHOWN_PX = 700
-"""Longer side of the original in the figure."""
+"""Longer side of the original in the figure, in px."""
 
 
 def chosen_row(run: Run) -> tuple[Record, str]:
-    """The first row whose region turns a wrong answer into a right one, among those with the
-    true place in the region if any is known; failing that, the first row. And the rule that found
-    it, in words."""
+    """Choose the row that is shown.
+
+    It is the first row whose first answer is wrong and second right, preferably with the true box
+    in the region; without any such row, the first one.
+
+    Returns:
+        The row, and the rule that chose it, in words.
+    """
     turned = [r for r in run.records if r.first_score < 0.5 <= r.second_score]
     held = [r for r in turned if r.true_box and r.box and _within(r.true_box, r.box)]
     rule = "the first row whose first answer is wrong and second right"
@@ -41,7 +50,7 @@ def chosen_row(run: Run) -> tuple[Record, str]:
 
 
 def fig11(inputs: Inputs) -> dict[str, Any]:
-    """The row that is shown, from the run of the lowest quality."""
+    """Data: the chosen row, from the run of the lowest quality."""
     run = min((inputs.main, *inputs.qualities), key=quality_of)
     row, rule = chosen_row(run)
     return {
@@ -59,18 +68,18 @@ def fig11(inputs: Inputs) -> dict[str, Any]:
 
 
 @in_style()
-def draw_fig11(told: dict[str, Any], run: Run, task: Task) -> Figure:
-    """The pictures themselves, made again as the edge made them.
+def draw_fig11(data: dict[str, Any], run: Run, task: Task) -> Figure:
+    """Draw the data of `fig11`, with view and region encoded again as the edge did.
 
     Args:
-        told: see `fig11`.
-        run: the run that the row is of.
-        task: its benchmark, for the original.
+        data: data of `fig11`.
+        run: the run of the row.
+        task: the run's benchmark, which has the original.
 
     Raises:
-        ConfigError: the picture is not the one that the run saw.
+        ConfigError: the encoded pictures differ from those of the run.
     """
-    row = next(record for record in run.records if record.id == told["id"])
+    row = next(record for record in run.records if record.id == data["id"])
     sample: Sample = task[row.index]
     picture = Picture.open(sample.picture())
     (view_codec, view_quality), (region_codec, region_quality) = (
@@ -83,7 +92,7 @@ def draw_fig11(told: dict[str, Any], run: Run, task: Task) -> Figure:
     target = side if local is None else Size(local, local)
     region = picture.region(box, target, Codec[region_codec.upper()], region_quality)
     if (sample.id, len(view), len(region)) != (row.id, row.view_bytes, row.region_bytes):
-        raise ConfigError(f"{told['id']} is not the picture that {run.folder} saw")
+        raise ConfigError(f"{data['id']} is not the picture that {run.folder} saw")
     whole = np.asarray(picture.decoded())
     small = np.asarray(decode(view, max_pixels=side.width * side.height))
     sent = np.asarray(decode(region, max_pixels=target.width * target.height))
@@ -115,8 +124,8 @@ def draw_fig11(told: dict[str, Any], run: Run, task: Task) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(False)
-    said = f"“{told['question']}”   first: “{told['first']}”   second: “{told['second']}”"
-    figure.suptitle(f"{told['title']}\n{said}", fontsize=10)
+    caption = f"“{data['question']}”   first: “{data['first']}”   second: “{data['second']}”"
+    figure.suptitle(f"{data['title']}\n{caption}", fontsize=10)
     return figure
 
 

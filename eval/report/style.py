@@ -1,4 +1,4 @@
-"""How figures look, and how they are saved so that the same figure is the same file."""
+"""Style of figures, and saving them as reproducible files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which people with any common colour vision tell apart."""
+"""The palette of Okabe and Ito, which is safe for common colour vision deficiencies."""
 MUTED = "#6b6b6b"
 RIGHT, WRONG = "#0072B2", "#D55E00"
 
 DPI = 110
 
 _STYLE: Any = {
-    # A font that comes with matplotlib: another one may not be there elsewhere.
+    # Comes with matplotlib, so it is available everywhere.
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -38,8 +38,10 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def in_style() -> Iterator[None]:
-    """The report's style while axes are made and drawn, whatever a reader's own matplotlibrc
-    says; also a decorator."""
+    """Apply the report's style, ignoring the user's matplotlibrc; also a decorator.
+
+    Axes must be both created and drawn within it.
+    """
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
@@ -47,14 +49,14 @@ def in_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches. Call it `in_style`."""
+    """Create an empty figure, sizes in inches. Call it within `in_style`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or PDF without anything that changes from call to call: no date, no version."""
+    """Write a PNG or PDF without metadata that would change, such as date and version."""
     nothing: dict[str, Any] = {"Software": None}
     if path.suffix == ".pdf":
         nothing = {"Creator": None, "Producer": None, "CreationDate": None}

@@ -1,4 +1,4 @@
-"""A sweep: the curves of one run as tables and a picture."""
+"""Sweep: all trade-off curves of one run, as tables and a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import Oracle
-from eval.analysis.curves import Curve, Setting, area_over_random, curve, ends
+from eval.analysis.curves import Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Point
 from eval.analysis.run import Run
 from eval.report.style import COLOURS, MUTED, in_style, new_figure, save
@@ -23,11 +23,11 @@ FIGURES = (
     "eta", "sent", "rate", "accuracy", "cost_pixels", "cost_bytes", "bytes_up", "bytes_down",
     "relative_flops", "relative_paper_flops",
 )  # fmt: skip
-"""Columns of a point, besides the setting."""
+"""Columns of a point, besides the criterion."""
 
 
-def sweep(run: Run, settings: Sequence[Setting]) -> list[Curve]:
-    """The curves of some settings.
+def sweep(run: Run, settings: Sequence[Criterion]) -> list[Curve]:
+    """Compute the curves of some criteria.
 
     Raises:
         ConfigError: see `curve`.
@@ -36,7 +36,7 @@ def sweep(run: Run, settings: Sequence[Setting]) -> list[Curve]:
 
 
 def table_of(curves: Sequence[Curve]) -> pa.Table:
-    """One row for each point of each curve."""
+    """Table with one row for each point of each curve."""
     columns: dict[str, list[Any]] = {name: [] for name in ("metric", "aggregate", "k", *FIGURES)}
     for one in curves:
         count = len(one.sent)
@@ -57,13 +57,15 @@ def table_of(curves: Sequence[Curve]) -> pa.Table:
 
 
 def write(run: Run, curves: Sequence[Curve], folder: Path) -> None:
-    """`sweep.parquet`, `sweep.csv`, `sweep.json`, `sweep.png`; the same from the same run, bit
-    by bit."""
+    """Write `sweep.parquet`, `sweep.csv`, `sweep.json` and `sweep.png`.
+
+    The same run gives the same files, bit by bit.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = table_of(curves)
     pq.write_table(table, folder / "sweep.parquet", compression="zstd")
     pyarrow.csv.write_csv(table, folder / "sweep.csv")
-    told = {
+    content = {
         "task": run.provenance["task"],
         "model": run.provenance["model"].get("name"),
         "codec": run.provenance.get("codec"),
@@ -79,14 +81,14 @@ def write(run: Run, curves: Sequence[Curve], folder: Path) -> None:
             for one in curves
         ],
     }
-    text = json.dumps(told, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     (folder / "sweep.json").write_text(text + "\n", encoding="utf-8")
     save(draw(run, curves), folder / "sweep.png")
 
 
 @in_style()
 def draw(run: Run, curves: Sequence[Curve]) -> Figure:
-    """All curves against the four costs; of aggregations, the full one stands out."""
+    """Draw all curves over the four costs, with the full aggregation in thicker lines."""
     figure = new_figure(11.0, 8.0)
     axes = figure.subplots(2, 2, sharey=True).flat
     never, always = ends(run)
@@ -126,5 +128,5 @@ def draw(run: Run, curves: Sequence[Curve]) -> Figure:
 
 
 def _plain(values: np.ndarray[Any, Any]) -> list[float | int | None]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, with None."""
     return [None if value != value else value for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""A report: figures, tables, one JSON that everything is traced by, and a page with all of it."""
+"""Writing of a report: figures, tables, a JSON with all data and their origin, and a page."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from eval.report.inputs import Inputs
 from eval.report.panels import draw_panels
 from eval.report.pictures import draw_fig11, fig11
 from eval.report.style import save
-from eval.report.tables import TABLES, calibrate_command, chosen_notes, csv_text, markdown
+from eval.report.table_format import csv_text, markdown
+from eval.report.table_list import TABLES
+from eval.report.tables import calibrate_command, chosen_notes
 from eval.tasks import Task, open_task
 from vlm_collab.errors import CollabError, ConfigError
 
 RESULTS = "report.json"
 FORMATS = ("png", "pdf")
 
-Told = dict[str, Any]
-
-_FIGURES: dict[str, tuple[Callable[[Inputs], Told | None], str]] = {
+_FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     "fig-04-communication": (
         figures.fig4,
-        "Band: 95 % of resamples, at each cost by itself. Dotted: regions of randomly chosen "
-        "questions. η from val: the threshold that `calibrate` chose on the validation split, for "
-        "the mixture of questions on data like it, not for kinds of questions by themselves; what "
-        "else it does not say stands above the table of chosen thresholds.",
+        "Band: 95 % of resamples, at each cost separately. Dotted: regions of randomly chosen "
+        "questions. η from val: the threshold that `calibrate` chose on the validation split. It "
+        "is chosen for that mixture of questions, not for each kind of question; the text above "
+        "the table of chosen thresholds states its other limits.",
     ),
     "fig-05-computation": (
         figures.fig5,
@@ -79,27 +79,27 @@ def write_report(
     data: Path | None = None,
     command: Sequence[str] = (),
     tell: Callable[[str], None] = lambda name: None,
-) -> Told:
-    """Write all of it. The same runs give the same files, bit by bit.
+) -> dict[str, Any]:
+    """Write a report. The same runs give the same files, bit by bit.
 
     Args:
         inputs: see `sort_runs`.
-        folder: made if it is missing.
-        formats: of figures, of `FORMATS`.
-        data: where the benchmark's pictures are, for Fig. 11.
-        command: that a reader would call.
-        tell: is called with the name of what is being made.
+        folder: created if it is missing.
+        formats: file formats of figures, some of `FORMATS`.
+        data: folder with the benchmark's data, for Fig. 11.
+        command: the command that reproduces the report.
+        tell: called with the name of each figure and table before it is made.
 
     Returns:
-        What `report.json` holds.
+        Contents of `report.json`.
 
     Raises:
-        ConfigError: two runs have one name, or the folder cannot be written.
+        ConfigError: two runs have the same name, or the folder cannot be written.
     """
     names = [run.folder.name for run in inputs.runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"runs are told apart by their folders' names: {', '.join(names)}")
-    told = {
+        raise ConfigError(f"runs are results apart by their folders' names: {', '.join(names)}")
+    results = {
         "format": 1,
         "command": list(command),
         "settings": {
@@ -121,31 +121,31 @@ def write_report(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _figures(told, inputs, folder, formats, data, tell)
-        _tables(told, inputs, folder, tell)
-        (folder / RESULTS).write_text(as_json(told) + "\n", encoding="utf-8")
-        (folder / "index.md").write_text(_page(told, inputs, formats), encoding="utf-8")
+        _figures(results, inputs, folder, formats, data, tell)
+        _tables(results, inputs, folder, tell)
+        (folder / RESULTS).write_text(as_json(results) + "\n", encoding="utf-8")
+        (folder / "index.md").write_text(_page(results, inputs, formats), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
-    return told
+    return results
 
 
-def draw(name: str, told: Told, inputs: Inputs, data: Path | None = None) -> Figure:
-    """A figure from its part of `report.json`; Fig. 11 needs its run and picture too.
+def draw(name: str, content: dict[str, Any], inputs: Inputs, data: Path | None = None) -> Figure:
+    """Draw a figure from its entry in `report.json`; Fig. 11 needs its run and picture too.
 
     Raises:
-        ConfigError: the picture cannot be had.
+        ConfigError: the picture is missing, or differs from the run's.
     """
     if name == "fig-07-separation":
-        return draw_fig7(told)
+        return draw_fig7(content)
     if name == "fig-11-pictures":
-        run = next(one for one in inputs.runs if one.folder.name == told["rows"]["run"])
-        return draw_fig11(told, run, _task_of(run, data))
-    return draw_panels(told)
+        run = next(one for one in inputs.runs if one.folder.name == content["rows"]["run"])
+        return draw_fig11(content, run, _task_of(run, data))
+    return draw_panels(content)
 
 
 def _figures(
-    told: Told,
+    results: dict[str, Any],
     inputs: Inputs,
     folder: Path,
     formats: Sequence[str],
@@ -156,26 +156,28 @@ def _figures(
         tell(name)
         made = make(inputs)
         if made is None:
-            told["left_out"][name] = "there is no run for it"
+            results["left_out"][name] = "there is no run for it"
             continue
         try:
             figure = draw(name, made, inputs, data)
         except CollabError as error:
             if name != "fig-11-pictures":
                 raise
-            told["left_out"][name] = str(error)
+            results["left_out"][name] = str(error)
             continue
         for kind in formats:
             save(figure, folder / f"{name}.{kind}")
-        told["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **made}
+        results["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **made}
 
 
-def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None]) -> None:
+def _tables(
+    results: dict[str, Any], inputs: Inputs, folder: Path, tell: Callable[[str], None]
+) -> None:
     for name, (title, make, formula, cells) in TABLES.items():
         tell(name)
         rows = make(inputs)
         if not rows:
-            told["left_out"][name] = "there is no run for it"
+            results["left_out"][name] = "there is no run for it"
             continue
         if name == "chosen":
             formula = f"{formula} {chosen_notes(inputs, rows)}"
@@ -183,7 +185,7 @@ def _tables(told: Told, inputs: Inputs, folder: Path, tell: Callable[[str], None
         text = f"# {title}\n\n{formula}\n\n{markdown(rows, cells)}"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
         made_by = f"{make.__module__}.{make.__name__}"
-        told["tables"][name] = {"made_by": made_by, "formula": formula, "rows": rows}
+        results["tables"][name] = {"made_by": made_by, "formula": formula, "rows": rows}
 
 
 def _task_of(run: Run, data: Path | None) -> Task:
@@ -197,14 +199,15 @@ def _task_of(run: Run, data: Path | None) -> Task:
     )
 
 
-def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
+def _page(results: dict[str, Any], inputs: Inputs, formats: Sequence[str]) -> str:
     main = inputs.main.provenance
     task, model = main["task"], main["model"]
     lines = [
         f"# {model['name']} on {task['name']}, {task['split']} split",
         "",
         f"{len(inputs.main.records)} questions, scored by `{task['scorer']}`. Figures and tables "
-        "are those of `003_92b41fe49395ce1a.txt`, drawn from the runs below. Intervals are 95 % of "
+        "are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language "
+        "Models* (2025, arXiv 2512.16349), drawn from the runs below. Intervals are 95 % of "
         f"{inputs.resamples} resamples of whole pictures. Every number is in `{RESULTS}`, with the "
         "run and the rows (column `index`) that it comes from.",
     ]
@@ -216,46 +219,46 @@ def _page(told: Told, inputs: Inputs, formats: Sequence[str]) -> str:
             "This is the demo model on the generated benchmark: it shows the system at work, and "
             "says nothing about the paper's models and data sets.",
         ]
-    lines += ["", "## What it shows", "", *(f"- {one}" for one in findings(told["tables"]))]
+    lines += ["", "## What it shows", "", *(f"- {one}" for one in findings(results["tables"]))]
     lines += ["", "## Figures", ""]
     for name, (_, caption) in _FIGURES.items():
-        if name not in told["figures"]:
+        if name not in results["figures"]:
             continue
-        title = told["figures"][name]["title"]
+        title = results["figures"][name]["title"]
         lines += [f"### {title}", ""]
         if "png" in formats:
             lines += [f"![{title}]({name}.png)", ""]
         notes = {
             one["note"]
-            for panel in told["figures"][name].get("panels", ())
+            for panel in results["figures"][name].get("panels", ())
             for one in panel["marks"]
             if "note" in one
         }
-        rule = told["figures"][name].get("rule")
-        said = [caption] if rule is None else [caption, f"{rule}."]
-        lines += [" ".join([*said, *(f"HD: {note}." for note in sorted(notes))]), ""]
+        rule = results["figures"][name].get("rule")
+        parts = [caption] if rule is None else [caption, f"{rule}."]
+        lines += [" ".join([*parts, *(f"HD: {note}." for note in sorted(notes))]), ""]
     lines += ["## Tables", ""]
     for name, (title, _, _, cells) in TABLES.items():
-        if name in told["tables"]:
-            table = told["tables"][name]
+        if name in results["tables"]:
+            table = results["tables"][name]
             lines += [f"### {title}", "", table["formula"], "", markdown(table["rows"], cells)]
-    if told["left_out"]:
+    if results["left_out"]:
         lines += ["## Left out", ""]
-        lines += [f"- {name}: {why}" for name, why in told["left_out"].items()] + [""]
+        lines += [f"- {name}: {why}" for name, why in results["left_out"].items()] + [""]
     threads = {(run.provenance.get("machine") or {}).get("threads") for run in inputs.sources}
     known = len(threads) == 1 and None not in threads
     each = f"Each run, with `--threads {threads.pop()}`:" if known else "Each run:"
     lines += ["## Commands", "", each, ""]
-    lines += [f"    {_called(run)}" for run in told["runs"].values()]
-    if told["layers"] is not None and "command" in told["layers"]["made"]:
-        lines += ["", "The layers:", "", f"    {shlex.join(told['layers']['made']['command'])}"]
-    if "--val" in told["command"]:
-        val, scorer = (_option(told["command"], name) for name in ("--val", "--scorer"))
+    lines += [f"    {_called(run)}" for run in results["runs"].values()]
+    if results["layers"] is not None and "command" in results["layers"]["made"]:
+        lines += ["", "The layers:", "", f"    {shlex.join(results['layers']['made']['command'])}"]
+    if "--val" in results["command"]:
+        val, scorer = (_option(results["command"], name) for name in ("--val", "--scorer"))
         assert val is not None
         called = shlex.join(["vlm-collab", *calibrate_command(val, scorer)])
         lines += ["", "The threshold with a guarantee, as a file for `serve`:", "", f"    {called}"]
-    if told["command"]:
-        lines += ["", "The report, in this folder:", "", f"    {shlex.join(told['command'])}"]
+    if results["command"]:
+        lines += ["", "The report, in this folder:", "", f"    {shlex.join(results['command'])}"]
     return "\n".join(lines) + "\n"
 
 
@@ -263,21 +266,21 @@ def _option(command: list[str], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
-def _called(run: Told) -> str:
+def _called(run: dict[str, Any]) -> str:
     command = [str(one) for one in run.get("command") or []]
     return shlex.join(["vlm-collab", *command[1:]]) if command else "unknown"
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """A path as it is called from a folder."""
+    """The path, relative to a folder."""
     return os.path.relpath(path, folder)
 
 
 def as_json(value: Any, indent: str = "") -> str:
-    """JSON with lists of plain values on one line each: digits by the thousand need no lines.
+    """Encode as indented JSON, with each list of plain values on one line.
 
     Raises:
-        ValueError: there is a number that JSON does not have.
+        ValueError: a number is NaN or infinite.
     """
     deeper = indent + " "
     if isinstance(value, dict) and value:

@@ -1,1 +1,1 @@
-"""Runs: samples in, rows out."""
+"""Runs: answer the samples of a benchmark, and write a row for each."""

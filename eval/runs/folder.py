@@ -1,10 +1,10 @@
-"""A run's folder while it grows: shards, failures, provenance, and what is still to be done.
+"""A run's folder while it grows: shards, failures, provenance, and which samples are done.
 
-Several processes may work on one folder. They never write the same file: shards are named by
-their first sample, failures are appended in one write each, and `run.json` is made by whoever
-comes first. A process that is killed leaves whole shards, so going on is a matter of reading
-which samples are there. Sessions that share the samples out in another way would answer them twice;
-`eval.runs.lock` keeps the second one out.
+Several processes may write to one folder, but never to the same file: shards are named by their
+first sample, each failure is appended in one write, and the first process makes `run.json`. A
+killed process leaves complete shards, so resuming only takes reading which samples are done. Two
+sessions that distribute the samples differently would answer some twice; `eval.runs.lock` refuses
+the second one.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import pyarrow.parquet as pq
 
 from eval.analysis.records import PROVENANCE, SHARDS, Record, shards_of, write_shard
 from eval.runs.provenance import difference
-from eval.tasks.data import wherever
+from eval.tasks.data import without_locations
 from vlm_collab.errors import ConfigError
 
 FAILURES = "failed.jsonl"
 
 SAVE_EVERY = 64
-"""Finished samples that wait to be written, at most; few shards are read faster than many …"""
+"""Most finished samples kept in memory before they are written. Few shards are read faster."""
 SAVE_AFTER_S = 20.0
-"""… but nobody likes to lose more than this."""
+"""Longest time between two writes, in s, so that a crash loses little."""
 
 SETTINGS = ("format", "method", "task", "model", "codec", "group")
-"""What two sessions must have in common to make one run; the number of threads too."""
+"""Fields of `run.json` that all sessions of a run must share, besides the number of threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A sample that gave no row.
+    """A sample without a row.
 
     Attributes:
-        index, id: of the sample.
-        reason: one line.
+        index, id: as of the sample.
+        reason: why it failed, one line.
     """
 
     index: int
@@ -52,12 +52,12 @@ class Failure:
 
 
 class RunFolder:
-    """Adds to a run. Use `begin`.
+    """Writer of a run's folder. Create it with `begin`.
 
     Attributes:
         path: the folder.
-        done: indices of the rows that were there before.
-        first_scores, second_scores, picture_bytes: of these rows.
+        done: indices of the rows that the folder held when it was last read.
+        first_scores, second_scores, picture_bytes: values of these rows.
     """
 
     def __init__(self, path: Path, save_every: int = SAVE_EVERY) -> None:
@@ -79,32 +79,33 @@ class RunFolder:
         resume: bool,
         save_every: int = SAVE_EVERY,
     ) -> RunFolder:
-        """Make a folder for a run, or go on with one of the same settings.
+        """Create a run's folder, or resume a run with the same settings.
 
         Args:
-            path: the folder; made if it is missing.
-            provenance: of this session. The first session's stays; others are listed in it.
-            resume: go on where rows are there already.
-            save_every: samples that may wait to be written.
+            path: the folder; created if it is missing.
+            provenance: contents of `run.json` for this session. The first session's contents stay;
+                later sessions are listed in them.
+            resume: whether to resume a run that the folder holds.
+            save_every: most samples kept in memory before they are written.
 
         Raises:
-            ConfigError: it holds another run, or one at all without `resume`; or it cannot be
-                written.
+            ConfigError: the folder holds another run, or any run while `resume` is false; or it
+                cannot be written.
         """
         folder = cls(path, save_every)
         try:
             (path / SHARDS).parent.mkdir(parents=True, exist_ok=True)
             if not _create(path / PROVENANCE, provenance):
-                folder._go_on(provenance, resume)
+                folder._resume(provenance, resume)
             folder._read_rows()
         except OSError as error:
             raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
         return folder
 
     def add(self, records: Sequence[Record], failures: Sequence[Failure]) -> None:
-        """Take samples that were worked on together; they are saved together too.
+        """Add the results of a group of samples, which are saved together.
 
-        Rows that are there already stay: a group is worked on again for those that failed.
+        Existing rows stay: a group runs again if some of its samples failed.
         """
         for failure in failures:
             _append(self.path / FAILURES, json.dumps(asdict(failure), ensure_ascii=False))
@@ -114,7 +115,7 @@ class RunFolder:
             self.save()
 
     def save(self) -> None:
-        """Write what is not written yet."""
+        """Write all rows that are still in memory."""
         if self._unsaved:
             first = min(record.index for record in self._unsaved)
             write_shard(self.path / SHARDS.replace("*", f"{first:08d}"), self._unsaved)
@@ -122,52 +123,52 @@ class RunFolder:
         self._saved_at = time.monotonic()
 
     def finish(self, samples: int, now: str) -> tuple[int, int]:
-        """If every sample was worked on, by whichever process, say so in `run.json`.
+        """Save, and mark the run as finished in `run.json` once every sample was tried.
 
         Args:
-            samples: of the task.
-            now: the time.
+            samples: number of samples of the task.
+            now: the current time.
 
         Returns:
-            How many rows, and how many failures there are.
+            Number of rows, and number of failures.
         """
         self.save()
         self._read_rows()
         failed = self._failed()
         if len(self.done) + len(failed) == samples:
-            # The same failures, whoever met them in whatever order.
+            # Sorted, so that the file does not depend on processes and their order.
             lines = [json.dumps(asdict(failed[i]), ensure_ascii=False) for i in sorted(failed)]
             if lines:
                 _replace(self.path / FAILURES, "\n".join([*lines, ""]))
             else:
                 (self.path / FAILURES).unlink(missing_ok=True)
-            told = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
-            if not failed:  # nobody writes any more; these are of processes that were killed
+            content = json.loads((self.path / PROVENANCE).read_text(encoding="utf-8"))
+            if not failed:  # no process writes any more; killed ones left these
                 for left in (self.path / SHARDS).parent.glob(".part-*.writing"):
                     left.unlink(missing_ok=True)
             counts = {"samples": len(self.done), "failed": len(failed)}
-            if told["finished"] is None or told != {**told, **counts}:
-                told |= {"finished": now, **counts}
-                text = json.dumps(told, indent=1, ensure_ascii=False)
+            if content["finished"] is None or content != {**content, **counts}:
+                content |= {"finished": now, **counts}
+                text = json.dumps(content, indent=1, ensure_ascii=False)
                 _replace(self.path / PROVENANCE, f"{text}\n")
         return len(self.done), len(failed)
 
     def counts(self) -> tuple[int, int]:
-        """How many rows, and how many failures there are now."""
+        """Count the folder's rows and failures now."""
         self._read_rows()
         return len(self.done), len(self._failed())
 
     def _failed(self) -> dict[int, Failure]:
         return {f.index: f for f in failures(self.path) if f.index not in self.done}
 
-    def _go_on(self, provenance: Mapping[str, Any], resume: bool) -> None:
+    def _resume(self, provenance: Mapping[str, Any], resume: bool) -> None:
         path = self.path / PROVENANCE
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise ConfigError(f"{path} is no JSON; choose another folder") from None
+            raise ConfigError(f"{path} is not JSON; choose another folder") from None
         if not isinstance(before, dict):
-            raise ConfigError(f"{path} is of no run; choose another folder")
+            raise ConfigError(f"{path} does not describe a run; choose another folder")
         now = json.loads(json.dumps(provenance))
         known = [before, *before.get("resumed", [])]
         beside = any(one.get("session") == now["session"] for one in known)
@@ -179,14 +180,14 @@ class RunFolder:
                 what = difference(name, theirs[name], mine[name])
                 raise ConfigError(f"{self.path} holds another run ({what}); choose another folder")
         if beside or (before.get("finished") and not before.get("failed")):
-            return  # another process of this session was quicker, or there is nothing to do
+            return  # another process of this session made it, or nothing is left to do
         listed = ("session", "commit", "versions", "machine", "command", "started")
         resumed = [*before.get("resumed", []), {name: now[name] for name in listed}]
         before["resumed"] = resumed
         _replace(path, json.dumps(before, indent=1, ensure_ascii=False) + "\n")
 
     def _read_rows(self) -> None:
-        """Which samples are there, and what the progress bar says of them."""
+        """Read which samples are done, and the values that the progress bar shows."""
         columns = ["index", "first_score", "second_score", "view_bytes", "region_bytes"]
         rows: dict[int, tuple[float, float, int]] = {}
         for shard in shards_of(self.path):
@@ -194,7 +195,9 @@ class RunFolder:
                 table = pq.read_table(shard, columns=columns).to_pydict()
             except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError) as error:
                 line = " ".join(str(error).split())
-                raise ConfigError(f"{shard} is damaged ({line}); delete it and go on") from error
+                raise ConfigError(
+                    f"{shard} is damaged ({line}); delete it and resume the run"
+                ) from error
             for index, first, second, view, region in zip(*table.values(), strict=True):
                 rows[index] = first, second, view + region
         self.done = set(rows)
@@ -204,19 +207,19 @@ class RunFolder:
 
 
 def begun_threads(path: Path) -> int | None:
-    """With how many threads a folder's run began, each process; None if it holds none.
+    """Number of threads per process with which the folder's run began; None if it holds no run.
 
-    Sums over more threads are rounded otherwise, so who goes on has to take as many.
+    Sums are rounded differently with another number of threads, so a resumed run must keep it.
     """
     try:
         threads = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))["machine"]["threads"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # what is wrong with the folder is for `RunFolder.begin` to say
+        return None  # `RunFolder.begin` reports what is wrong with the folder
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def failures(folder: Path) -> list[Failure]:
-    """Samples that failed, of each the last attempt; some may have succeeded since."""
+    """Read the failed samples, the last attempt of each; some may have succeeded since."""
     path = folder / FAILURES
     if not path.exists():
         return []
@@ -225,23 +228,23 @@ def failures(folder: Path) -> list[Failure]:
         try:
             last_one = Failure(**json.loads(line))
         except (ValueError, TypeError):
-            continue  # a line that was cut by a kill
+            continue  # a kill cut this line
         last[last_one.index] = last_one
     return list(last.values())
 
 
-def _settings(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared of a run's provenance."""
-    made = {name: told.get(name) for name in SETTINGS}
-    task, machine = made["task"], told.get("machine")
+def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's provenance that sessions must share."""
+    made = {name: content.get(name) for name in SETTINGS}
+    task, machine = made["task"], content.get("machine")
     if isinstance(task, dict) and isinstance(task.get("settings"), dict):
-        made["task"] = {**task, "settings": wherever(task["settings"])}
+        made["task"] = {**task, "settings": without_locations(task["settings"])}
     made["threads"] = machine.get("threads") if isinstance(machine, dict) else None
     return made
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:
-    """Write a file whole, unless there is one; returns whether it was written."""
+    """Write a file atomically unless it exists; returns whether it was written."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
     unfinished.write_text(
         json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -262,7 +265,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """One line in one write, so that lines of several processes do not mix."""
+    """Append a line in one write, so that lines of several processes do not mix."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, f"{line}\n".encode())

@@ -1,9 +1,10 @@
-"""Which decoder layer's attention finds the place that shows the answer.
+"""Choice of the attention layer: how well each decoder layer's attention finds the answer.
 
-003_92b41fe49395ce1a.txt chooses the layer of Eq. 22 "empirically" (section VI-B). Here it is the
-one whose region holds most of what has to be seen, on data that say where that is: for every layer
-the model is opened, and each question goes through the first pass and the region search, by the
-engine itself. Nothing is sent, and no second pass runs.
+Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+2512.16349), choose the layer of Eq. 22 "empirically" (section VI-B). Here it is the layer whose
+region covers most of the true box, on data with true boxes. For every layer, the model is opened,
+and the engine runs the first pass and the region search of each question. Nothing is sent, and no
+second pass runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from eval.analysis.boxes import covered
 from eval.runs.loading import ModelOptions, loaded
-from eval.runs.methods.method import Pictures
+from eval.runs.methods.method import PictureCache
 from eval.tasks.base import Sample, Task
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, RegionNeed, RegionUnavailableError
@@ -34,12 +35,12 @@ from vlm_collab.protocol.messages import Fallback, Retransmit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """Where one layer led on one sample; a row of the Parquet file beside what was chosen.
+    """The region of one layer on one sample; a row of the Parquet file beside the calibration.
 
     Attributes:
-        layer: its index, from 0.
-        index: of the sample in its task.
-        id, image_id: of the sample.
+        layer: index of the layer, from 0.
+        index: position of the sample in its task.
+        id, image_id: as of the sample.
         true_box, box: the true place and the region, (left, top, right, bottom) in px of the
             upright original.
         covered: share of the true box's area that lies in the region.
@@ -70,13 +71,13 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """How well one layer finds the place.
+    """How well one layer finds the true box.
 
     Attributes:
-        layer: its index, from 0.
+        layer: index of the layer, from 0.
         covered: share of the true box's area that lies in the region, mean over samples.
-        whole: share of the samples whose true box lies in it entirely.
-        samples: how many had a true box.
+        whole: share of samples whose true box lies entirely in the region.
+        samples: number of samples with a true box.
     """
 
     layer: int
@@ -91,9 +92,9 @@ async def measure_layers(
     """Measure all layers, or some.
 
     Args:
-        task: whose samples with a true box are looked at.
-        options: of the model; without a layer.
-        layers: which; None for all.
+        task: the benchmark; only samples with a true box are used.
+        options: the model, without a layer.
+        layers: layers to measure; None for all.
         shown: whether to show a progress bar on stderr.
 
     Returns:
@@ -136,7 +137,7 @@ async def measure_layers(
 
 
 def by_layer(looks: Sequence[Look]) -> list[Layer]:
-    """What the rows say of each layer, in the rows' order."""
+    """Summarise the rows of each layer, in the rows' order."""
     made = []
     for layer in dict.fromkeys(look.layer for look in looks):
         shares = [look.covered for look in looks if look.layer == layer]
@@ -152,12 +153,12 @@ def by_layer(looks: Sequence[Look]) -> list[Layer]:
 
 
 def best_layer(layers: Sequence[Layer]) -> Layer:
-    """The one that covers most; on ties the first."""
+    """The layer that covers most; on ties the lowest."""
     return max(layers, key=lambda one: (one.covered, -one.layer))
 
 
 def write_looks(path: Path, looks: Sequence[Look]) -> str:
-    """Keep the rows in a Parquet file.
+    """Write the rows to a Parquet file.
 
     Returns:
         The file's SHA-256.
@@ -175,7 +176,7 @@ def write_looks(path: Path, looks: Sequence[Look]) -> str:
 
 
 def read_looks(path: Path) -> list[Look]:
-    """What `write_looks` wrote.
+    """Read a file of `write_looks`.
 
     Raises:
         OSError: it cannot be read.
@@ -184,7 +185,7 @@ def read_looks(path: Path) -> list[Look]:
 
 
 async def _none(need: RegionNeed) -> Image:
-    """No region is fetched: where it lies is all that is asked."""
+    """Decline the region; only its box is needed."""
     raise RegionUnavailableError(Fallback.DECLINED)
 
 
@@ -195,7 +196,7 @@ async def _measure(
     samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
 ) -> list[Look]:
-    made, pictures, info = [], Pictures(), engine.backend.info
+    made, pictures, info = [], PictureCache(), engine.backend.info
     for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]
@@ -209,7 +210,7 @@ async def _measure(
         finally:
             await engine.backend.release(view)
         assert sample.true_box is not None
-        # Where no region would show more than the view, the view is what there is to look at.
+        # No region would show more than the view, so the view counts as the region.
         box = Box(0, 0, *picture.size) if outcome.need is None else outcome.need.box
         made.append(
             Look(

@@ -1,4 +1,4 @@
-"""The model of a run: opened so that the run can say exactly what it was."""
+"""Opening of a run's model, and its entry in the run's provenance."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from server_plugin.models.presets import Preset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """What a user said of the model.
+    """A user's options for the model.
 
     Attributes:
-        name: as of `open_model`.
-        device, dtype: likewise; "auto" is settled here, so that a run can tell what it was.
+        name: as for `open_model`.
+        device, dtype: as for `open_model`; `settled` resolves "auto", so that a run can record it.
         batch: most questions that run together.
-        overrides: other arguments of `open_model`, those that are None left out.
+        overrides: other arguments of `open_model` that were given.
     """
 
     name: str
@@ -39,19 +39,18 @@ class ModelOptions:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def preset(self) -> Preset:
-        """The preset with all that was given in place of its fields; nothing is loaded.
+        """The preset with the given overrides. Nothing is loaded.
 
         Raises:
-            CollabError: as `open_model`, as far as this can be told without the weights.
+            CollabError: as `open_model`, for errors that show without the weights.
         """
         given = dict(self.overrides)
         return with_options(preset_of(self.name, given.pop("preset", None)), given)
 
     def settled(self) -> tuple[str, str]:
-        """Device and floating point type, without "auto".
+        """Device and floating point type, with "auto" resolved.
 
-        Of several processes on one machine each has a CUDA device of its own, as far as there
-        are enough.
+        Several processes on one machine get CUDA devices of their own, as far as there are enough.
         """
         import torch
 
@@ -71,8 +70,8 @@ async def loaded(options: ModelOptions, max_new_tokens: int) -> tuple[Backend, P
     """Open the model.
 
     Args:
-        options: what a user said.
-        max_new_tokens: what the benchmark asks for; a user's own wish goes first.
+        options: the user's options.
+        max_new_tokens: the benchmark's longest answer; the user's option takes precedence.
 
     Raises:
         CollabError: it cannot be opened.
@@ -85,7 +84,7 @@ async def loaded(options: ModelOptions, max_new_tokens: int) -> tuple[Backend, P
 
 
 def facts_of(options: ModelOptions, info: ModelInfo, preset: Preset) -> dict[str, Any]:
-    """The model as `run.json` has it; reads all of its weights once."""
+    """The model's entry in `run.json`; reads all weights once, for their digest."""
     device, dtype = options.settled()
     source = None if options.name == FAKE_MODEL else checkpoint_of(options.name)
     return {

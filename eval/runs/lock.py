@@ -1,7 +1,7 @@
-"""One session at a time works on a run's folder.
+"""Locks that let only one session at a time work on a run's folder.
 
-Each process holds a lock of its own, whose name says of which session it is; whoever begins looks
-at all of them. A lock is the operating system's, so one whose process was killed is free.
+Each process holds its own lock file, named after its session. A new process checks all lock files.
+The locks are the operating system's, so the lock of a killed process is free.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from filelock import FileLock, Timeout
 from vlm_collab.errors import ConfigError
 
 _LOOKING = "looking.lock"
-"""Held while the others are looked at, and never for long."""
+"""Held briefly, while a process checks the other lock files."""
 _LOOKING_S = 30.0
 
 
 @contextmanager
-def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") -> Iterator[str]:
-    """Holds a run's folder for a process and others of its session; a killed one lets go.
+def session_lock(path: Path, key: str, rank: int, session: str, *, hint: str = "") -> Iterator[str]:
+    """Lock a run's folder for this process and the other processes of its session.
 
     Args:
-        path: the folder; made if it is missing.
-        key: the same for all processes that share the run out, in the same way. Later ones may
-            have the same.
+        path: the folder; created if it is missing.
+        key: the same for all processes that distribute the run's samples in the same way. Later
+            sessions may have the same key.
         rank: number of this process among them.
-        session: a name that no later one has.
-        hint: what else to say to who is refused.
+        session: a unique name for this session.
+        hint: appended to the message if the folder is in use.
 
     Yields:
-        The session's name: what the first of those had that are at work together.
+        The session's name: the one that its first running process passed.
 
     Raises:
-        ConfigError: another session has it, or this process of this one; or it cannot be written
-            or locked.
+        ConfigError: another session uses the folder, or a process with the same key and rank; or
+            the folder cannot be written or locked.
     """
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     mine, name = path / f"process-{key}-{rank}.lock", path / f"process-{key}.session"
@@ -71,7 +71,7 @@ def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") ->
     try:
         yield session
     finally:
-        # Not deleted while another process of this session may be taking it anew.
+        # Under the common lock, since another process may be acquiring the same file.
         with suppress(Timeout, OSError), FileLock(path / _LOOKING, timeout=_LOOKING_S):
             lock.release()
             mine.unlink(missing_ok=True)
@@ -81,10 +81,10 @@ def at_work(path: Path, key: str, rank: int, session: str, *, hint: str = "") ->
 
 
 def _drop(path: Path) -> None:
-    """Delete a lock that nobody holds.
+    """Delete a lock file that no process holds.
 
     Raises:
-        Timeout: somebody does.
+        Timeout: a process holds it.
     """
     lock = FileLock(path)
     lock.acquire(timeout=0)

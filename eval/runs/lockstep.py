@@ -1,10 +1,9 @@
-"""Questions of a group through a backend step by step, so that runs repeat bit by bit.
+"""Lockstep execution of a group of questions, so that runs repeat bit by bit.
 
-A backend batches what waits. Which operations that are is a matter of timing, and sums over padded
-batches differ in their last bits from those over others. Here, the questions of a group take each
-step together: a step begins once every question of the group that is still under way has come to
-it. Batches are then the same in every run, however busy the machine is, whatever ran before, and
-whether the run was interrupted.
+A backend batches the operations that happen to wait, and results of different batches differ in
+their last bits. Here, the questions of a group take each step together: a step begins once every
+unfinished question of the group has reached it. So batches are the same in every run, whatever the
+load of the machine, and even if the run was interrupted.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from vlm_collab.protocol.image_positions import Places
 
 @runtime_checkable
 class Gathers(Protocol):
-    """A backend whose batches depend on timing, and that can be made to wait for a whole step.
+    """A backend that can delay its batches until a whole step is queued.
 
-    One without it either works on one operation at a time or makes no such promise.
+    A backend without it either runs one operation at a time or does not promise repeatable runs.
     """
 
     def together(self) -> AbstractContextManager[None]: ...
@@ -45,7 +44,7 @@ class Gathers(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """What one question waits for."""
+    """An operation that a question waits for."""
 
     place: int
     call: Callable[[], Awaitable[Any]]
@@ -53,37 +52,37 @@ class _Step:
 
 
 class Lockstep:
-    """A group of questions under way.
+    """A group of questions that run in lockstep.
 
     Args:
-        backend: what they are asked of.
-        size: questions of the group.
+        backend: the backend that runs them.
+        size: number of questions.
 
     Attributes:
-        members: for each question, the backend that it uses. Each must `leave` in the end.
+        members: the backend of each question. Each must `leave` in the end.
     """
 
     def __init__(self, backend: Backend, size: int) -> None:
         self.backend = backend
         self.members = [Member(self, place) for place in range(size)]
-        self._under_way = size
+        self._running = size
         self._waiting: list[_Step] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def step(self, place: int, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Wait for the others, then do it."""
+        """Run an operation once all other questions have one waiting, and return its result."""
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Step(place, call, result))
         self._go_on()
         return await result
 
     def leave(self) -> None:
-        """One question less."""
-        self._under_way -= 1
+        """Remove a finished question from the group."""
+        self._running -= 1
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._waiting and len(self._waiting) >= self._under_way:
+        if self._waiting and len(self._waiting) >= self._running:
             steps = sorted(self._waiting, key=lambda step: step.place)
             self._waiting = []
             task = asyncio.create_task(self._take(steps))
@@ -96,8 +95,8 @@ class Lockstep:
             return
         with self.backend.together():
             tasks = [asyncio.create_task(_settle(step)) for step in steps]
-            # Each task runs up to its first wait, which is for the model: all are queued then,
-            # in this order.
+            # Each task runs up to its first wait, which is for the model; then all are queued, in
+            # this order.
             await asyncio.sleep(0)
         await asyncio.gather(*tasks)
 
@@ -105,7 +104,7 @@ class Lockstep:
 async def _settle(step: _Step) -> None:
     try:
         outcome = await step.call()
-    # Whatever it is belongs to the question that waits for it.
+    # Any error goes to the question that waits for the result.
     except Exception as error:
         if not step.result.done():
             step.result.set_exception(error)
@@ -116,12 +115,12 @@ async def _settle(step: _Step) -> None:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """The backend as one question of a group sees it; see `server_plugin.backends.base.Backend`.
+    """The backend of one question in a group; a `server_plugin.backends.base.Backend`.
 
     Attributes:
-        seconds: time of each operation, by its name, in s. Operations that ran in one batch each
-            count its whole time.
-        error: what an operation failed of; None if none did.
+        seconds: duration of each operation in s, by its name. Each operation counts the whole
+            time of its batch.
+        error: the error of the operation that failed; None if none did.
     """
 
     group: Lockstep
@@ -134,7 +133,7 @@ class Member:
         return self.group.backend.info
 
     def leave(self) -> None:
-        """The question is over."""
+        """Mark the question as finished."""
         self.group.leave()
 
     def check_question(

@@ -1,13 +1,13 @@
-"""The loop of every run: samples in, rows out, in a way that survives being stopped.
+"""The loop of every run: answers samples, writes rows, and can be stopped and resumed.
 
-Samples are worked on in groups of neighbours, and a group is the unit of everything: of batching,
-of sharing out between processes, and of what is saved. So a run that was killed and went on, or
-that several processes worked on, gives the rows of one that did not, bit by bit but for times, as
-long as each process has as many threads: a run keeps the number that it began with.
+Samples run in groups of neighbours. A group is the unit of batching, of distribution between
+processes, and of saving. So a run that was killed and resumed, or that several processes shared,
+has the same rows as an uninterrupted one, bit by bit except for times. This needs the same number
+of threads in each process, so a run keeps the number that it began with.
 
-Several processes: `vlm-collab eval run --processes N`, or one command for each GPU as
-`accelerate launch --multi_gpu --num_processes N -m eval.runs.loop …` starts them. Process r of w
-takes the groups g with g ≡ r mod w.
+Several processes are started by `vlm-collab eval run --processes N`, or one for each GPU by
+`accelerate launch --multi_gpu --num_processes N -m eval.runs.loop …`. Process r of w takes the
+groups g with g ≡ r mod w.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ import psutil
 
 from eval.analysis.records import Record
 from eval.runs.folder import SAVE_EVERY, Failure, RunFolder
-from eval.runs.lock import at_work
-from eval.runs.methods.method import Method, SampleError, quiet_engine, told_as_sample_error
+from eval.runs.lock import session_lock
+from eval.runs.methods.method import Method, SampleError, as_sample_error, quiet_engine
 from eval.runs.progress import Progress
 from eval.runs.provenance import now, provenance
 from eval.tasks.base import Task
 from vlm_collab.errors import CollabError, ConfigError
 
 MOST_FAILURES_IN_A_ROW = 25
-"""Beyond this it is not the samples that are broken."""
+"""With more failures in a row, the cause is not the samples, and the run stops."""
 
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell processes of one launch, on whichever machine; maybe the next one too."""
+"""Environment variables that are equal in all processes of a launch, across machines. A later
+launch may have the same values."""
 _ONE_BY_ONE = (
-    "; for processes of one run that are started one by one set MASTER_ADDR and MASTER_PORT alike"
+    "; if you start the processes of one run one by one, set the same MASTER_ADDR and MASTER_PORT"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of a run a process has.
+    """The part of a run that a process answers.
 
     Attributes:
-        rank, world: process number, and how many there are.
-        session: the same for all of them that have one parent, and no others ever.
-        launch: where these have several parents, the same for all, and perhaps for later ones.
+        rank, world: number of the process, and number of processes.
+        session: unique name, shared by processes of the same parent.
+        launch: shared by all processes if they have several parents, else ""; later launches may
+            have the same value.
     """
 
     rank: int = 0
@@ -61,43 +63,43 @@ class Share:
 
     @classmethod
     def of_this_process(cls) -> Share:
-        """As the environment says: `RANK` and `WORLD_SIZE`, which accelerate sets too.
+        """Read the share from `RANK` and `WORLD_SIZE` of the environment, as accelerate sets them.
 
         Raises:
-            ConfigError: they are no such numbers.
+            ConfigError: they are no valid numbers.
         """
         try:
             rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         except ValueError:
             raise ConfigError("RANK and WORLD_SIZE must be whole numbers") from None
         if not 0 <= rank < world:
-            raise ConfigError(f"RANK {rank} is none of a WORLD_SIZE of {world}")
+            raise ConfigError(f"RANK must be from 0 to {world - 1} (WORLD_SIZE - 1), not {rank}")
         launch = ""
         if world > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(world):
             launch = "-".join(os.environ[name] for name in _LAUNCH if os.environ.get(name))
-        # Processes that were started together on one machine have one parent, and the next ones
-        # another.
+        # Processes that were started together on one machine share their parent process; a later
+        # start has another.
         one = psutil.Process(os.getpid() if world == 1 else os.getppid())
         return cls(rank, world, f"{one.pid}-{one.create_time():.2f}", launch)
 
     @property
     def key(self) -> str:
-        """The same for all processes that share the samples out in the same way."""
+        """The same for all processes that distribute the samples in the same way."""
         return f"{self.launch or self.session}/{self.world}"
 
     def groups(self, samples: int, size: int) -> Iterator[range]:
-        """Indices of each of its groups."""
+        """Sample indices of each group of this process."""
         for start in range(self.rank * size, samples, self.world * size):
             yield range(start, min(start + size, samples))
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a process's part of a run ended.
+class RunCounts:
+    """How far a run is when a process ends.
 
     Attributes:
-        rows, failed: in the folder so far, whichever process they come from.
-        samples: of the task.
+        rows, failed: rows and failures in the folder, from all processes.
+        samples: samples of the task.
     """
 
     rows: int
@@ -106,12 +108,12 @@ class Ended:
 
     @property
     def complete(self) -> bool:
-        """Whether every sample was worked on."""
+        """Whether every sample was tried."""
         return self.rows + self.failed == self.samples
 
 
 class StoppedError(Exception):
-    """The run was stopped from outside; what is finished is saved."""
+    """A signal stopped the run; finished samples are saved."""
 
 
 async def run(
@@ -124,23 +126,23 @@ async def run(
     resume: bool = True,
     save_every: int = SAVE_EVERY,
     watch: Callable[[Record], None] | None = None,
-) -> Ended:
-    """Answer all samples that a folder does not hold yet.
+) -> RunCounts:
+    """Answer all samples that the folder does not hold yet.
 
     Args:
-        method: what is run; opened and closed here.
+        method: the method; opened and closed here.
         task: the samples.
         path: the run's folder.
         share: this process's part.
-        limit: as it was asked for, for provenance.
-        resume: go on with a run of the same settings that the folder holds.
-        save_every: samples that may wait to be written.
-        watch: sees each row as it is made.
+        limit: the user's limit, for provenance.
+        resume: whether to resume a run with the same settings that the folder holds.
+        save_every: most samples kept in memory before they are written.
+        watch: called with each new row.
 
     Raises:
         ConfigError: the folder holds another run.
-        CollabError: the model cannot be opened, or all samples fail.
-        StoppedError: stopped by SIGINT or SIGTERM.
+        CollabError: the model cannot be opened, or too many samples fail in a row.
+        StoppedError: SIGINT or SIGTERM stopped the run.
     """
     current = asyncio.current_task()
     assert current is not None
@@ -163,12 +165,12 @@ async def _run(
     resume: bool,
     save_every: int,
     watch: Callable[[Record], None] | None,
-) -> Ended:
+) -> RunCounts:
     await method.open()
     try:
-        model, codec = method.told()
+        model, codec = method.describe()
         hint = _ONE_BY_ONE if share.world > 1 else ""
-        with at_work(path, share.key, share.rank, share.session, hint=hint) as session:
+        with session_lock(path, share.key, share.rank, share.session, hint=hint) as session:
             facts = provenance(
                 method=method.name,
                 task=task,
@@ -182,7 +184,7 @@ async def _run(
             with quiet_engine():
                 await _groups(method, task, folder, share, watch)
             rows, failed = folder.finish(len(task), now())
-        return Ended(rows, failed, len(task))
+        return RunCounts(rows, failed, len(task))
     finally:
         await method.close()
 
@@ -194,7 +196,7 @@ async def _groups(
     share: Share,
     watch: Callable[[Record], None] | None,
 ) -> None:
-    """All groups that are not there yet; the next one's pictures are made meanwhile."""
+    """Answer all missing groups; the next group's pictures are prepared meanwhile."""
     groups = [
         group
         for group in share.groups(len(task), method.group)
@@ -240,7 +242,7 @@ async def _groups(
 
 
 _Prepared = list[tuple[int, str, Any]]
-"""Index, id, and what the method made of a sample: a `SampleError` where it failed."""
+"""Index, id, and prepared sample of the method; a `SampleError` if preparation failed."""
 
 
 async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepared:
@@ -249,7 +251,7 @@ async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepare
         for index in group:
             id = ""
             try:
-                sample = told_as_sample_error("the sample", partial(task.__getitem__, index))
+                sample = as_sample_error("the sample", partial(task.__getitem__, index))
                 id = sample.id
                 made: Any = method.prepare(index, sample)
             except SampleError as error:
@@ -262,7 +264,7 @@ async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepare
 
 @contextlib.contextmanager
 def _stops(task: asyncio.Task[Any]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM cancel the task; yields those that came."""
+    """Let SIGINT and SIGTERM cancel the task; yields the list of signals received."""
     loop, came = asyncio.get_running_loop(), list[int]()
 
     def stop(number: int) -> None:
@@ -272,7 +274,7 @@ def _stops(task: asyncio.Task[Any]) -> Iterator[list[int]]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     handled: list[signal.Signals] = []
     for number in numbers:
-        # Not in a thread other than the main one, nor on every system.
+        # Handlers need the main thread, and not every system has them.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, stop, number)
             handled.append(number)

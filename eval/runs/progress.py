@@ -1,4 +1,4 @@
-"""What a person sees of a run: how far it is, how long it takes, and how it looks so far."""
+"""Progress bar of a run: samples done, remaining time, and accuracy so far."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from eval.runs.folder import RunFolder
 
 
 class Progress:
-    """A bar on stderr, if that is a terminal. Of several processes the first shows its own part.
+    """A progress bar on stderr, if that is a terminal, for this process's samples.
 
     Args:
-        folder: the run, with the rows that are there already.
+        folder: the run, with its existing rows.
         mine: indices of this process's samples.
         others: whether there are other processes.
-        shown: whether to show anything.
+        shown: whether to show the bar.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
         self._bar.close()
 
     def add(self, records: Sequence[Record], failed: int) -> None:
-        """So many samples more."""
+        """Count a group of finished samples."""
         self._first += [record.first_score for record in records]
         self._second += [record.second_score for record in records]
         self._bytes += [record.view_bytes + record.region_bytes for record in records]
@@ -60,7 +60,7 @@ class Progress:
         self._bar.update(len(records) + failed)
 
     def text(self) -> str:
-        """Running accuracy of both passes, mean bytes of a sample's pictures, failures."""
+        """Accuracy of both passes so far, mean picture bytes per sample, and failures."""
         parts = []
         if self._first:
             parts.append(f"first {_mean(self._first):.1%}")

@@ -1,4 +1,4 @@
-"""What stands behind a run: model, versions, machine, command."""
+"""Provenance of a run: model, versions, machine, and command."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def provenance(
     """A run's `run.json` when it begins.
 
     Args:
-        method: what is run.
+        method: name of the method.
         task: the benchmark.
-        model: what the method tells of it.
-        codec: of global and local views, as [name, quality].
-        group: samples that are worked on together.
-        limit: as it was asked for.
+        model: the method's entry on the model.
+        codec: codecs of global and local views, each as [name, quality].
+        group: samples that run together.
+        limit: the user's limit.
         session: the same for all processes that were started together.
     """
-    told = {
+    task_entry = {
         "name": task.name,
         "split": task.split,
         "settings": dict(task.settings),
@@ -59,7 +59,7 @@ def provenance(
     return {
         "format": FORMAT,
         "method": method,
-        "task": told,
+        "task": task_entry,
         "model": model,
         "codec": codec,
         "group": group,
@@ -76,11 +76,11 @@ def provenance(
 
 
 def difference(name: str, there: Any, here: Any) -> str:
-    """Where two settings differ first, in a few words.
+    """Describe the first difference of two settings in a few words.
 
     Args:
-        name: of what is compared.
-        there, here: values as in `run.json`, which differ.
+        name: name of the setting.
+        there, here: different values, as in `run.json`.
     """
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
@@ -90,15 +90,15 @@ def difference(name: str, there: Any, here: Any) -> str:
 
 
 def weights_digest(source: str) -> str | None:
-    """SHA-256 over a checkpoint's weight files, in order of their names.
+    """SHA-256 over a checkpoint's weight files, in the order of their names.
 
-    Of a single file, what `sha256sum` gives.
+    For a single file, it equals the output of `sha256sum`.
 
     Args:
-        source: local folder, or a name on the hub that is in the local cache by now.
+        source: local folder, or a name on the hub that is in the local cache.
 
     Returns:
-        None where there are no files at hand.
+        None if there are no weight files.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -126,17 +126,17 @@ def _short(value: Any) -> str:
 
 def _command(arguments: list[str]) -> list[str]:
     """A command line without secrets."""
-    told = list(arguments)
+    shown = list(arguments)
     for place, argument in enumerate(arguments):
         if argument.startswith("--token="):
-            told[place] = "--token=..."
+            shown[place] = "--token=..."
         elif argument.startswith("--server="):
-            told[place] = f"--server={without_secrets(argument.removeprefix('--server='))}"
-        elif argument == "--token" and place + 1 < len(told):
-            told[place + 1] = "..."
-        elif argument == "--server" and place + 1 < len(told):
-            told[place + 1] = without_secrets(told[place + 1])
-    return told
+            shown[place] = f"--server={without_secrets(argument.removeprefix('--server='))}"
+        elif argument == "--token" and place + 1 < len(shown):
+            shown[place + 1] = "..."
+        elif argument == "--server" and place + 1 < len(shown):
+            shown[place + 1] = without_secrets(shown[place + 1])
+    return shown
 
 
 def _versions() -> dict[str, str]:
@@ -150,18 +150,18 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code lies in; None if it lies in none."""
+    """The commit of this code's checkout; None outside of a checkout."""
     try:
-        told = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parent,
             check=False,
         )
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def _machine() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Bytes of the messages that a question takes, as the two sides would really send them.
+"""Sizes of the messages of a question, as the two sides would really send them.
 
-The messages are made and encoded, headers of their WebSocket frames included. What would differ
-from run to run has one size: a question is the first of its connection, and times in `Usage` take
-the three bytes that most times take.
+The messages are built and encoded; headers of their WebSocket frames are included. Parts that
+would differ from run to run get a fixed size: the question is the first of its connection, and
+times in `Usage` take three bytes, as most do.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _DEADLINE_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One answer, as far as its message goes."""
+class SentAnswer:
+    """The parts of an answer that its message carries."""
 
     text: str
     uncertainty: float
@@ -44,8 +44,8 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """Bytes of the messages of one question that goes through both stages; see `Record`."""
+class ExchangeBytes:
+    """Message sizes of one question with both stages, in bytes; see `Record`."""
 
     ask: int
     request: int
@@ -54,7 +54,7 @@ class Exchange:
     answer: int
 
 
-def exchange(
+def exchange_bytes(
     question: str,
     source: Size,
     view: bytes,
@@ -62,23 +62,23 @@ def exchange(
     token_box: TokenBox,
     target: Size,
     codec: tuple[Codec, int],
-    first: Said,
-    second: Said,
-) -> Exchange:
-    """Sizes of all messages.
+    first: SentAnswer,
+    second: SentAnswer,
+) -> ExchangeBytes:
+    """Compute the sizes of all messages of a question with both stages.
 
     Args:
-        question: the text.
+        question: its text.
         source: size of the original, in px.
-        view, region: the encoded views.
-        token_box: what the server asks for.
+        view, region: encoded global and local view.
+        token_box: the region that the server asks for.
         target: largest useful size of a region, in px.
-        codec: of regions, with its quality.
-        first: the first answer, and what it cost.
-        second: the second answer, and what both stages cost.
+        codec: codec of regions, and its quality.
+        first: the first answer, with the cost of the first stage.
+        second: the second answer, with the cost of both stages.
     """
-    asked = frame(Ask(_ID, question, _ID, view, *source), up=True)
-    request = frame(
+    asked = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
+    request = message_bytes(
         RegionRequest(
             _ID,
             first.text,
@@ -93,8 +93,8 @@ def exchange(
         ),
         up=False,
     )
-    reply = frame(Region(_ID, region), up=True)
-    return Exchange(
+    reply = message_bytes(Region(_ID, region), up=True)
+    return ExchangeBytes(
         ask=asked - len(view),
         request=request,
         reply=reply - len(region),
@@ -103,28 +103,30 @@ def exchange(
     )
 
 
-def one_stage(question: str, source: Size, picture: bytes, said: Said) -> tuple[int, int]:
-    """Sizes of a question without its picture and of its answer, where nothing else is sent."""
-    asked = frame(Ask(_ID, question, _ID, picture, *source), up=True)
-    return asked - len(picture), answer_bytes(said, Stage.FIRST, asked, 0)
+def one_stage_bytes(
+    question: str, source: Size, picture: bytes, sent: SentAnswer
+) -> tuple[int, int]:
+    """Sizes of a question without its picture, and of its answer, if there is no second stage."""
+    asked = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
+    return asked - len(picture), answer_bytes(sent, Stage.FIRST, asked, 0)
 
 
-def answer_bytes(said: Said, stage: Stage, up: int, down: int) -> int:
+def answer_bytes(sent: SentAnswer, stage: Stage, up: int, down: int) -> int:
     """Size of an `Answer`.
 
     Args:
-        said: the answer.
-        stage: which pass it comes from.
-        up, down: bytes of the question's messages before it, each way.
+        sent: the answer.
+        stage: the pass that it comes from.
+        up, down: bytes of the question's earlier messages, in each direction.
     """
     usage = Usage(
-        up, down, said.prefilled_tokens, said.decoded_tokens, said.mflops, *(_SOME_MS,) * 4
+        up, down, sent.prefilled_tokens, sent.decoded_tokens, sent.mflops, *(_SOME_MS,) * 4
     )
-    bits = micro(said.uncertainty)
-    answer = Answer(_ID, said.text, stage, Fallback.NONE, bits, usage, said.finish)
-    return frame(answer, up=False)
+    bits = micro(sent.uncertainty)
+    answer = Answer(_ID, sent.text, stage, Fallback.NONE, bits, usage, sent.finish)
+    return message_bytes(answer, up=False)
 
 
-def frame(message: AnyMessage, *, up: bool) -> int:
-    """Bytes of a message on the wire; only frames of a client are masked."""
+def message_bytes(message: AnyMessage, *, up: bool) -> int:
+    """Bytes of a message on the wire; only a client's frames are masked."""
     return websocket_bytes(len(encode(message)), masked=up)

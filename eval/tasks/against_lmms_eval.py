@@ -1,12 +1,11 @@
-# mypy: disable-error-code="import-not-found,import-untyped"
-"""What lmms-eval makes of questions and answers, by its own functions, as a table.
+"""Table of lmms-eval's own prompts and scores, for comparison with this project's.
 
-With lmms-eval 0.7.3 importable (`docs/tasks.md` says how), the table is made again by ::
+If lmms-eval 0.7.3 can be imported (see `docs/tasks.md`), this command writes the table ::
 
     python -m eval.tasks.against_lmms_eval tests/eval/lmms_eval_0_7_3.json
 
-`tests/eval/test_tasks_lmms_eval.py` holds prompts, splits and scores to the table everywhere, and
-the table to lmms-eval where that can be imported.
+`tests/eval/test_tasks_lmms_eval.py` compares prompts, splits and scores with the table, and the
+table with lmms-eval if that can be imported.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ _SEED = 7
 
 
 def table() -> dict[str, Any]:
-    """Everything that is compared. Needs lmms-eval."""
+    """Make the table. Needs lmms-eval."""
     import lmms_eval
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
     rng = random.Random(_SEED)
     processor = EvalAIAnswerProcessor()
-    # The processor's number table grows with every word; that changes nothing it says.
+    # The processor's number table grows with every word, which does not change its results.
     texts = sorted(
         {*EvalAIAnswerProcessor.CONTRACTIONS, *EvalAIAnswerProcessor.CONTRACTIONS.values()}
     )
@@ -100,14 +99,20 @@ def _ten(rng: random.Random) -> tuple[list[str], list[str]]:
     """Ten annotators' answers, and answers of models."""
     pool = [_text(rng) for _ in range(rng.randint(1, 5))]
     given = [rng.choice(pool) for _ in range(10)]
-    said = [*sorted(set(given)), given[0].upper(), f" {given[1]}.\n", f"the {given[2]}", _text(rng)]
-    return given, said
+    answers = [
+        *sorted(set(given)),
+        given[0].upper(),
+        f" {given[1]}.\n",
+        f"the {given[2]}",
+        _text(rng),
+    ]
+    return given, answers
 
 
 def _textvqa(rng: random.Random) -> dict[str, Any]:
     from lmms_eval.tasks.textvqa import utils
 
-    given, said = _ten(rng)
+    given, answers = _ten(rng)
     row = {
         "question_id": rng.randrange(100_000),
         "image_id": f"{rng.getrandbits(64):016x}",
@@ -124,7 +129,7 @@ def _textvqa(rng: random.Random) -> dict[str, Any]:
         "prompt_ocr": utils.textvqa_doc_to_text(row, options | {"ocr": True}),
         "scores": [
             [one, utils.textvqa_process_results(copy.deepcopy(row), [one.strip()])["exact_match"]]
-            for one in said
+            for one in answers
         ],
     }
 
@@ -132,7 +137,7 @@ def _textvqa(rng: random.Random) -> dict[str, Any]:
 def _vqav2(rng: random.Random) -> dict[str, Any]:
     from lmms_eval.tasks.vqav2 import utils
 
-    given, said = _ten(rng)
+    given, answers = _ten(rng)
     row = {
         "question_id": rng.randrange(100_000),
         "image_id": rng.randrange(100_000),
@@ -148,7 +153,7 @@ def _vqav2(rng: random.Random) -> dict[str, Any]:
         "prompt": utils.vqav2_doc_to_text(row, _prompt_options("vqav2")),
         "scores": [
             [one, utils.vqav2_process_results_val(copy.deepcopy(row), [one.strip()])["exact_match"]]
-            for one in said
+            for one in answers
         ],
     }
 
@@ -166,7 +171,7 @@ def _gqa(rng: random.Random) -> dict[str, Any]:
     }
     metric = _yaml(_FAMILIES["gqa"])["metric_list"][0]
     rules = {name: metric[name] for name in ("ignore_case", "ignore_punctuation")}
-    said = [
+    answers = [
         answer,
         answer.upper(),
         f"{answer}.",
@@ -187,7 +192,7 @@ def _gqa(rng: random.Random) -> dict[str, Any]:
                     ]
                 ),
             ]
-            for one in said
+            for one in answers
         ],
     }
 
@@ -196,7 +201,7 @@ def _pope(rng: random.Random) -> dict[str, Any]:
     from lmms_eval.tasks.pope import utils
 
     options = _prompt_options("pope")
-    rows, prompts, said, scores, results = [], [], [], [], []
+    rows, prompts, answers, scores, results = [], [], [], [], []
     for number in range(120):
         row = {
             "question_id": str(number + 1),
@@ -211,14 +216,14 @@ def _pope(rng: random.Random) -> dict[str, Any]:
         result = utils.pope_process_results(row, [one.strip()])
         rows.append(row)
         prompts.append(utils.pope_doc_to_text(row, options))
-        said.append(one)
+        answers.append(one)
         scores.append(result["pope_accuracy"]["score"])
         results.append(result["pope_accuracy"])
     figures = ("accuracy", "precision", "recall", "f1_score", "yes_ratio")
     return {
         "rows": rows,
         "prompts": prompts,
-        "answers": said,
+        "answers": answers,
         "scores": scores,
         "figures": {
             f"pope_{name}": getattr(utils, f"pope_aggregate_{name}")(results) for name in figures
@@ -227,7 +232,7 @@ def _pope(rng: random.Random) -> dict[str, Any]:
 
 
 def write(path: Path, made: Mapping[str, Any]) -> None:
-    """Keep a table; one line for each of its entries, so that changes can be seen."""
+    """Write a table with one line for each entry, so that diffs are readable."""
     parts = []
     for name, value in made.items():
         if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,7 +1,7 @@
-"""What a benchmark is to the harness: samples, and scorers of answers.
+"""Interface of benchmarks: samples, and scorers of answers.
 
-A scorer looks at nothing but an answer and its sample's `Truth`, both of which a run keeps, so a
-run can be scored again, by another rule, without the pictures and without the model.
+A scorer needs only an answer and the sample's `Truth`. A run keeps both, so it can be scored again
+by another scorer, without pictures and model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from vlm_collab.geometry import Box
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """What an answer is held against.
+    """The right answers to a question.
 
     Attributes:
-        answers: right answers; of several annotators, each one's.
-        extra: what else a scorer needs, such as the choices of a multiple-choice question; JSON.
+        answers: right answers; with several annotators, one for each.
+        extra: other JSON data that a scorer needs, such as the choices of a multiple-choice
+            question.
     """
 
     answers: tuple[str, ...]
@@ -34,13 +35,12 @@ class Sample:
     Attributes:
         id: unique in its task and split.
         image_id: the same for all questions about one picture; bootstraps are clustered by it.
-        question: what the model is asked, with everything that the task puts before and behind
-            the annotators' question (OCR tokens, "Answer the question using …").
-        truth: what answers are held against.
-        picture: gives the original's file.
-        category: a kind of question to report apart; "" for none.
-        true_box: where the answer can be seen, in px of the upright original, where that is
-            known.
+        question: the question with all that the task adds before and after it (OCR tokens,
+            "Answer the question using …").
+        truth: the right answers.
+        picture: returns the bytes of the original file.
+        category: kind of question, for separate figures; "" for none.
+        true_box: where the answer can be seen, in px of the upright original; None if unknown.
     """
 
     id: str
@@ -53,26 +53,26 @@ class Sample:
 
 
 Scorer = Callable[[str, Truth], float]
-"""How right an answer is, from 0 to 1."""
+"""Returns the score of an answer, 0 to 1."""
 
 Summary = Callable[[Sequence[str], Sequence[Truth]], Mapping[str, float]]
-"""Figures of a whole split that are no mean of scores, such as POPE's F1."""
+"""Returns metrics of a whole split that are not a mean of scores, such as POPE's F1."""
 
 
 class Task(ABC):
     """One benchmark, opened at one split.
 
     Attributes:
-        name: as in `--task`.
-        split: of the data.
-        max_new_tokens: longest answer that the benchmark asks for.
+        name: name for `--task`.
+        split: the opened split.
+        max_new_tokens: the benchmark's longest answer, in tokens.
         stop: texts at which an answer ends; the scorers cut there.
-        default_scorer: name of the rule that is reported unless another one is named.
-        scorers: rules by name.
-        summaries: figures of a whole split, by name.
+        default_scorer: name of the scorer that is used unless another is named.
+        scorers: scorers by name.
+        summaries: metrics of a whole split, by name.
         sets: splits that are reported side by side, as sets of one benchmark.
-        settings: everything else that changes the samples (OCR, prompt, data revision); goes
-            into a run's provenance.
+        settings: all other settings that change the samples (OCR, prompt, data revision), for a
+            run's provenance.
     """
 
     name: ClassVar[str]
@@ -90,4 +90,4 @@ class Task(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """A sample, in the order of the data. The picture is read when it is asked for."""
+        """Return a sample, in the order of the data. `Sample.picture` reads the picture later."""

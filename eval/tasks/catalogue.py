@@ -14,15 +14,15 @@ from vlm_collab.errors import ConfigError
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind for kind in (TextVQA, POPE, GQA, AOKVQA, AOKVQAChoice, VQAv2, Signs)
 }
-"""The classes. Scorers and summaries are the class's, so that a run is scored again without
-opening its data: `task_kind(name).scorers`."""
+"""Benchmark classes by name. Scorers and summaries belong to the class, so a run can be scored
+again without opening its data: `task_kind(name).scorers`."""
 
 
 def task_kind(name: str) -> type[Task]:
-    """The class of a benchmark.
+    """Return the class of a benchmark.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the name is unknown.
     """
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}; there are: {', '.join(TASKS)}")
@@ -42,15 +42,14 @@ def open_task(
 
     Args:
         name: "textvqa", "pope", "gqa", "aokvqa", "aokvqa_mc", "vqav2" or "signs" (generated).
-        data: a local folder of the hub's layout; None takes the hub's, or makes the generated
-            ones on the spot.
-        split: of the data; None for the one that is reported (`docs/tasks.md`).
-        ocr: give the model the data set's OCR tokens, which only TextVQA has.
-        limit: only the first so many samples. Of "signs" there are as many as are asked for.
-        post_prompt: what comes behind each question instead of the benchmark's own words.
+        data: local folder in the hub's layout; None loads from the hub, or generates "signs".
+        split: split of the data; None for the reported one (`docs/tasks.md`).
+        ocr: whether to give the model the data set's OCR tokens, which only TextVQA has.
+        limit: use only the first `limit` samples. "signs" generates as many as asked for.
+        post_prompt: text after each question, instead of the benchmark's own.
 
     Raises:
-        ConfigError: no such task, split or data, or an option that it does not take.
+        ConfigError: unknown task, missing split or data, or an option that the task lacks.
     """
     kind = task_kind(name)
     options: dict[str, Any] = {"split": split, "limit": limit}

@@ -1,7 +1,7 @@
-"""Rows of a benchmark, from the hub or from a local folder of the same layout.
+"""Rows of a benchmark, from the hub or from a local folder in the same layout.
 
-Pictures come out as the very bytes that the benchmark holds: decoding and encoding them again
-would change what an edge has to send.
+Pictures keep the exact bytes of the benchmark: encoding them again would change what an edge has
+to send.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from vlm_collab.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a split lies: the hub's name, the configuration and the split's own name there."""
+    """Location of a split on the hub: repository, split name, and configuration."""
 
     repository: str
     split: str
@@ -32,8 +32,8 @@ class Table:
     """Rows of one split.
 
     Attributes:
-        origin: what tells these data from others: the hub's revision, or the files' names and
-            their sizes in bytes, wherever they lie.
+        origin: identity of the data: the hub's revision, or the files' names and sizes in bytes,
+            without their folder.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class Table:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row without its picture."""
+        """Return a row without its picture."""
         row: dict[str, Any] = self._rows[index]
         return row
 
     def column(self, name: str) -> list[Any]:
-        """One column of all rows."""
+        """Return one column of all rows."""
         return list(self._rows[name])
 
     def picture(self, index: int) -> bytes:
-        """The file of a row's picture, unchanged.
+        """Return the bytes of a row's picture file, unchanged.
 
         Raises:
             ImageError: the row has none.
@@ -72,7 +72,7 @@ class Table:
             raise ImageError(f"row {index} of the benchmark has no picture") from None
 
     def picture_key(self, index: int) -> str:
-        """The same for rows with the same picture, where the data say nothing else."""
+        """Picture id from the picture's digest, for data without ids of pictures."""
         return hashlib.sha256(self.picture(index)).hexdigest()[:16]
 
 
@@ -86,13 +86,13 @@ def open_table(
     """Open a split.
 
     Args:
-        source: where it lies on the hub.
-        data: a folder with the same Parquet files; None: the hub (or its cache on this machine).
-        columns: what the rows must have.
-        image: the column of the pictures; None if these rows have none.
+        source: location on the hub.
+        data: folder with the same Parquet files; None for the hub or its local cache.
+        columns: columns that the rows must have.
+        image: column of the pictures; None if there are none.
 
     Raises:
-        ConfigError: the data are not there, cannot be read, or lack a column.
+        ConfigError: the data are missing, cannot be read, or lack a column.
     """
     rows, origin = _from_hub(source) if data is None else _from_folder(source, data)
     wanted = [*columns, *([] if image is None else [image])]
@@ -115,14 +115,14 @@ def _from_hub(source: Source) -> tuple[Dataset, dict[str, Any]]:
     try:
         rows = load_dataset(source.repository, source.config, split=source.split)
     except (OSError, ValueError) as error:
-        # Both are what `datasets` raises for an unknown name, no network, and a wrong split.
+        # `datasets` raises them for an unknown name, no network, or a wrong split.
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
             f"cannot get {source.repository} from the hub ({reason}); where there is a network, "
             f"`hf download --repo-type dataset {source.repository} --local-dir FOLDER`, "
             "then name that FOLDER as the task's data"
         ) from None
-    # Where the files came from, such as hf://datasets/OWNER/NAME@REVISION/data/….
+    # Addresses such as hf://datasets/OWNER/NAME@REVISION/data/….
     places = " ".join(rows.info.download_checksums or ())
     found = re.search(r"@([0-9a-f]{40})/", places)
     return rows, {"repository": source.repository, "revision": found and found[1]}
@@ -142,10 +142,10 @@ def _from_folder(source: Source, folder: Path) -> tuple[Dataset, dict[str, Any]]
     return rows, {"files": {file.name: file.stat().st_size for file in files}}
 
 
-def wherever(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's settings without the place where its files lie, which older runs have in them.
+def without_locations(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's settings without the folders of its files, which older runs recorded.
 
-    Two runs are of the same data if this is the same for both.
+    Two runs used the same data if this is equal for both.
     """
     data = settings.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("files"), Mapping):
@@ -155,8 +155,10 @@ def wherever(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_files(source: Source, folder: Path) -> list[Path]:
-    """Parquet files of a split in a folder, in order: those in a folder of the configuration's
-    name, else those in `data/`, else those in the folder itself.
+    """Find the Parquet files of a split in a folder, in order.
+
+    They lie in a subfolder named like the configuration, else in `data/`, else in the folder
+    itself.
 
     Raises:
         ConfigError: there are none.

@@ -1,9 +1,9 @@
-"""The public benchmarks: their splits and prompts, from the hub or from a folder of that layout.
+"""The public benchmarks: splits and prompts, from the hub or from a folder in its layout.
 
-Prompts, splits, answer lengths and scoring rules are those of the tasks of the same names in
-lmms-eval 0.7.3, read from its task files and checked against its functions. A-OKVQA is not among
-its tasks; its rules are close to the A-OKVQA authors' own (docs/tasks.md), its prompts those that
-lmms-eval uses for open and for multiple-choice questions elsewhere.
+Prompts, splits, answer lengths and scorers are those of the tasks of the same names in lmms-eval
+0.7.3, read from its task files and checked against its functions. It has no task A-OKVQA. The
+scorers of A-OKVQA are close to the authors' own (docs/tasks.md), and its prompts are those that
+lmms-eval uses for open and multiple-choice questions elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlm_collab.errors import ConfigError
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 _PARAGRAPH = ("\n\n",)
-"""Where lmms-eval ends the answer of a task that names no other end."""
+"""lmms-eval's default end of an answer."""
 
 
 def _rules(stop: Sequence[str], **scorers: Scorer) -> Mapping[str, Scorer]:
@@ -32,22 +32,22 @@ def _rules(stop: Sequence[str], **scorers: Scorer) -> Mapping[str, Scorer]:
 
 
 class HubTask(Task):
-    """A benchmark whose rows lie on the hub.
+    """A benchmark whose rows are on the hub.
 
     Args:
-        data: a folder of the same layout; None for the hub.
+        data: folder in the same layout; None for the hub.
         split: one of `sources`; None for the first.
-        limit: only the first so many samples; None for all.
-        post_prompt: what comes behind each question instead of the benchmark's own words, as
-            lmms-eval's `post_prompt`; for models whose template says it already.
+        limit: use only the first `limit` samples; None for all.
+        post_prompt: text after each question, instead of the benchmark's own, like lmms-eval's
+            `post_prompt`; for models whose template already says how to answer.
 
     Raises:
-        ConfigError: no such split, no data, or no positive limit.
+        ConfigError: unknown split, missing data, or a limit below 1.
     """
 
     sources: ClassVar[Mapping[str, Source]]
     withheld: ClassVar[frozenset[str]] = frozenset()
-    """Splits that exist, but whose answers are not public."""
+    """Existing splits without public answers."""
     columns: ClassVar[tuple[str, ...]]
     post_prompt: ClassVar[str] = SHORT
 
@@ -81,7 +81,7 @@ class HubTask(Task):
         return open_table(source, data=data, columns=self.columns)
 
     def _chosen(self) -> Sequence[int]:
-        """Which rows are samples."""
+        """Indices of the rows that are samples."""
         return range(len(self._table))
 
     def _more_settings(self) -> Mapping[str, Any]:
@@ -98,9 +98,12 @@ class HubTask(Task):
 
 
 class TextVQA(HubTask):
-    """Reading text in photographs, ten annotators. lmms-eval sets no longest answer; 64 tokens is
-    a choice of this project. `ocr` puts the data set's OCR tokens behind the question, as the
-    "TextVQA+OCR" of 003_92b41fe49395ce1a.txt (section VII-B)."""
+    """TextVQA: reading text in photographs, ten annotators.
+
+    lmms-eval sets no longest answer; 64 tokens is this project's choice. With `ocr`, the data set's
+    OCR tokens follow the question, as in "TextVQA+OCR" of Song and Kim, *Collaborative
+    Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349), section VII-B.
+    """
 
     name = "textvqa"
     sources = {  # noqa: RUF012
@@ -121,7 +124,7 @@ class TextVQA(HubTask):
         return {"ocr": self._ocr}
 
     def _sample(self, row: Mapping[str, Any], index: int) -> Sample:
-        # "What does IBM make" loses its capitals here, in lmms-eval as in this.
+        # "What does IBM make" loses its capitals, as in lmms-eval.
         asked = str(row["question"]).capitalize()
         if self._ocr:
             asked += f"\nReference OCR token: {', '.join(row['ocr_tokens'])}"
@@ -135,9 +138,11 @@ class TextVQA(HubTask):
 
 
 class POPE(HubTask):
-    """Is there such an object? Half of the answers are yes; the objects of the other half are
-    random, popular ones, or such as often occur with what is there (adversarial). The split
-    "test" is all three; a sample's category says which."""
+    """POPE: is there such an object? Half of the answers are yes.
+
+    The absent objects are random, popular, or often seen together with present ones (adversarial).
+    The split "test" holds all three sets; a sample's category is its set.
+    """
 
     name = "pope"
     sets = ("adversarial", "popular", "random")
@@ -164,8 +169,10 @@ class POPE(HubTask):
 
 
 class GQA(HubTask):
-    """Questions composed from scene graphs, one right answer. Questions and pictures lie in two
-    configurations of the data set."""
+    """GQA: questions composed from scene graphs, with one right answer.
+
+    Questions and pictures are in two configurations of the data set.
+    """
 
     name = "gqa"
     sources = {  # noqa: RUF012
@@ -202,7 +209,7 @@ class GQA(HubTask):
 
 
 class VQAv2(HubTask):
-    """Questions about photographs, ten annotators; the category is the kind of answer."""
+    """VQAv2: questions about photographs, ten annotators; the category is the kind of answer."""
 
     name = "vqav2"
     sources = {"validation": Source("lmms-lab/VQAv2", "validation")}  # noqa: RUF012
@@ -225,9 +232,11 @@ class VQAv2(HubTask):
 
 
 class AOKVQA(HubTask):
-    """Questions that need knowledge of the world, answered in words; ten annotators. Those that
-    the authors mark as too hard to answer without choices are left out; copies of their evaluation
-    script differ in where they do so (docs/tasks.md)."""
+    """A-OKVQA: questions that need world knowledge, answered in words; ten annotators.
+
+    Questions that the authors mark as too hard without choices are left out. Copies of the authors'
+    evaluation script differ in where they do so (docs/tasks.md).
+    """
 
     name = "aokvqa"
     sources = {  # noqa: RUF012
@@ -264,7 +273,7 @@ class AOKVQA(HubTask):
 
 
 class AOKVQAChoice(AOKVQA):
-    """A-OKVQA as multiple choice: four choices, answered by letter."""
+    """A-OKVQA as multiple choice: four choices, answered with a letter."""
 
     name = "aokvqa_mc"
     post_prompt = LETTER
@@ -287,10 +296,10 @@ class AOKVQAChoice(AOKVQA):
 
 
 def _listed(value: Any) -> Sequence[Any]:
-    """A list, which the hub's copy of A-OKVQA partly keeps as Python text."""
+    """Parse a list; the hub's copy of A-OKVQA has some as Python source text."""
     if not isinstance(value, str):
         return list(value)
     try:
         return list(ast.literal_eval(value))
     except (ValueError, SyntaxError, TypeError):
-        raise ConfigError(f"aokvqa: {value[:60]!r} is no list of answers") from None
+        raise ConfigError(f"aokvqa: {value[:60]!r} is not a list of answers") from None

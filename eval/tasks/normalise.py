@@ -1,9 +1,9 @@
 """The answer normalisation of the VQA evaluation, as lmms-eval 0.7.3 applies it.
 
-Case, punctuation, articles, number words and contractions are made one, so that "The two-way."
-and "2 way" are the same answer. Odd corners are kept, since published scores have them:
-punctuation becomes a blank or nothing depending on the whole text, and only the first 32 periods
-go. Checked against lmms-eval in `tests/eval/test_tasks_lmms_eval.py`.
+It unifies case, punctuation, articles, number words and contractions, so that "The two-way." and
+"2 way" are the same answer. Its oddities are kept, since published scores have them: punctuation
+becomes a blank or nothing depending on the whole text, and only the first 32 periods are removed.
+`tests/eval/test_tasks_lmms_eval.py` checks it against lmms-eval.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _GROUPED_DIGITS = re.compile(r"(?<=\d),+(?=\d)")
-# Meant as "no decimal point", but it has always looked only at what follows.
+# Meant as "no decimal point", but the original looks only at what follows.
 _PERIOD = re.compile(r"\.(?!\d)")
-# The evaluation hands the flag re.UNICODE (32) to `re.sub` where the count belongs.
+# The original passes the flag re.UNICODE (32) to `re.sub` as the count.
 _MOST_PERIODS = 32
 
 _CONTRACTIONS_IN_USE = """
@@ -37,22 +37,24 @@ def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
-# A contraction that lacks one apostrophe gets it back.
+# A contraction that lacks an apostrophe gets it back.
 _CONTRACTIONS = {
     lacking: word
     for word in _CONTRACTIONS_IN_USE.split()
     for lacking in _without_one_apostrophe(word)
-} | {"somebody'd": "somebodyd"}  # the wrong way round in the evaluation's table, and so here
+} | {"somebody'd": "somebodyd"}  # reversed in the original's table too
 
 
 def vqa_words(text: str) -> str:
-    """A text in the words that VQAv2, A-OKVQA and ViCrop compare (ViCrop's own script parts
-    "1,,2", with two commas, in another way)."""
+    """Normalise a text as VQAv2, A-OKVQA and ViCrop do.
+
+    ViCrop's own script differs for "1,,2", with two commas.
+    """
     return _words(_punctuation(text))
 
 
 def textvqa_words(text: str) -> str:
-    """A text in the words that TextVQA compares: commas, question marks and "'s" go before."""
+    """Normalise a text as TextVQA does: it first handles commas, question marks and "'s"."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return _words(_punctuation(text))

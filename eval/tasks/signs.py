@@ -1,4 +1,4 @@
-"""The generated benchmark as a task: made on the spot, or read from a folder that was built."""
+"""The generated benchmark as a task: generated on demand, or read from a folder."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def _by(key: str) -> Summary:
 class Signs(Task):
     """Numbers, presence, colours and counts of signs (`docs/benchmark.md`).
 
-    The category is the question's kind; `truth.extra` holds it again, with the size of the text.
-    Without `data` every sample and picture is made when it is asked for, so there are as many as
-    `limit` says.
+    The category is the kind of question; `truth.extra` repeats it, with the size of the text.
+    Without `data`, each sample and picture is generated when it is needed, so there are `limit` of
+    them.
 
     Args:
-        data: a folder that `python -m eval.signs.build` wrote; None makes the same samples
-            and the same picture files in memory.
-        split: "train", "val" or "test", the default.
-        limit: only the first so many; None for `DEFAULT_COUNT`, or for all that the folder has.
+        data: folder written by `python -m eval.signs.build`; None generates the same samples and
+            picture files in memory.
+        split: "train", "val" or "test"; None for "test".
+        limit: number of samples; None for `DEFAULT_COUNT`, or all of the folder.
 
     Raises:
-        ConfigError: no such split, no data, or no positive limit.
+        ConfigError: unknown split, missing data, or a limit below 1.
     """
 
     name = "signs"

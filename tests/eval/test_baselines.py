@@ -1,4 +1,4 @@
-"""Baselines: what follows from a run's rows, and LLaVA-1.5-HD's procedure on a real checkpoint."""
+"""Baselines: points computed from rows, and LLaVA-1.5-HD's procedure on a real checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from eval.analysis.baselines import (
     decided,
     measured,
 )
-from eval.analysis.curves import Setting, curve
+from eval.analysis.curves import Criterion, curve
 from eval.analysis.operating_points import Point, column, same_samples, two_stage_point
 from eval.analysis.records import PROVENANCE, Record
 from eval.analysis.run import Run, open_run
@@ -52,7 +52,7 @@ N, D, LAYERS = 576, 4096, 32
 
 
 def record(index: int, first: float, second: float, bits: float, **changed: Any) -> Record:
-    """A sample whose numbers can be told apart."""
+    """A sample whose sizes differ from those of other samples."""
     sizes = {"view_bytes": 4000 + index, "region_bytes": 3000 + index}
     return rows.row(index, first, second, bits=bits, **{**sizes, **changed})
 
@@ -131,7 +131,7 @@ def test_the_mean_over_seeds_is_that_of_single_draws(made: Run) -> None:
     assert len({single.accuracy for single in singles}) > 1
 
 
-def test_sending_the_original_costs_bytes_and_spares_none(made: Run) -> None:
+def test_sending_the_original_costs_the_same_bytes_at_any_threshold(made: Run) -> None:
     chosen, always = SendOriginal().points(made)
     # At the preset's threshold of 0.25 bits, samples 1 and 2 go through the second stage.
     assert chosen.setting == 0.25
@@ -145,7 +145,7 @@ def test_sending_the_original_costs_bytes_and_spares_none(made: Run) -> None:
     assert vicrop.accuracy == always.accuracy
     assert vicrop.up == always.up
     assert vicrop.paper_flops == pytest.approx(total_flops(N, D, LAYERS, retransmitted=True))
-    # Nothing prefilled like this was executed, and the run's own work is not its.
+    # No run prefills like this, so executed FLOPs are unknown.
     assert math.isnan(vicrop.flops)
     assert "not executed" in vicrop.note
 
@@ -163,7 +163,7 @@ def test_a_policy_decides_from_a_row_as_it_does_online() -> None:
     rows = [record(0, 1, 1, 0.2), record(1, 1, 1, 0.3)]
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.25)
     assert [decided(policy, row) for row in rows] == [False, True]
-    # What a service does not tell is no reason to be sure.
+    # Statistics that a service does not report do not count as certainty.
     bare = replace(rows[1], first_entropy=[], first_margin=[])
     assert decided(policy, bare)
     with pytest.raises(ConfigError, match="does not know the entropy"):
@@ -192,7 +192,7 @@ def test_runs_that_do_not_fit_are_refused(made: Run) -> None:
 
 
 def test_samples_that_one_run_lacks_are_left_out_of_all(made: Run) -> None:
-    # One failed in each of them.
+    # Another sample failed in each run.
     other = run_of([one for one in made.records if one.id != "s1"], name="other")
     mine = replace(made, records=[one for one in made.records if one.id != "s3"])
     for cut in same_samples([mine, other]):
@@ -245,7 +245,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straightforward(
     checkpoint: Path, picture: Image.Image, question: str, tokens: int
 ) -> tuple[list[int], Any]:
-    """The same with plain transformers: five pictures in the prompt, their features replaced."""
+    """Plain transformers: five pictures in the prompt, whose features are replaced."""
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
     half = picture.width // 2
@@ -312,17 +312,16 @@ def test_a_run_of_hd_on_the_demo_model(tmp_path: Path) -> None:
     method = HighResolutionMethod(task, ModelOptions(name="demo"), view_quality=80)
     asyncio.run(run(method, task, tmp_path, share=share))
     made = open_run(tmp_path)
-    told = json.loads((tmp_path / PROVENANCE).read_text())
-    assert told["method"] == "hd"
-    assert (
-        told["model"]["note"] == "LLaVA-1.5-HD's procedure on weights that were not trained for it"
-    )
+    provenance = json.loads((tmp_path / PROVENANCE).read_text())
+    assert provenance["method"] == "hd"
+    note = "LLaVA-1.5-HD's procedure on weights that were not trained for it"
+    assert provenance["model"]["note"] == note
     point = one(measured([made]))
     assert point.name == "LLaVA-1.5-HD"
-    assert point.note == told["model"]["note"]
+    assert point.note == note
     assert point.cost_pixels == pytest.approx(150**2 / 112**2 - 1)
     assert point.paper_flops == pytest.approx(flops(320, 192, 4))
-    assert point.flops > point.paper_flops  # text tokens and decoding are in it
+    assert point.flops > point.paper_flops  # it includes text tokens and decoding
     assert point.accuracy == column(made, "first_score").mean()
     for row in made.records:
         assert row.view_pixels == 150**2
@@ -336,7 +335,7 @@ def test_a_run_of_hd_on_the_demo_model(tmp_path: Path) -> None:
 # ---- samples whose view shows all ---------------------------------------------------------------
 
 
-def test_a_sample_of_which_no_region_can_be_sent_costs_nothing_at_any_threshold() -> None:
+def test_a_sample_without_a_useful_region_costs_nothing_at_any_threshold() -> None:
     nothing = dict.fromkeys(("region_bytes", "region_pixels", "request_bytes", "reply_bytes"), 0)
     still = {"box": [], "map": [], "map_rows": 0, "map_columns": 0, "look_mflops": 0}
     whole = rows.row(0, 0.0, 0.0, bits=9.0, second_mflops=0, **nothing, **still)
@@ -348,11 +347,12 @@ def test_a_sample_of_which_no_region_can_be_sent_costs_nothing_at_any_threshold(
     assert always.bytes_down[0] == never.bytes_down[0]
     assert (always.pixels[0], always.mflops[0]) == (0.0, never.mflops[0])
     assert always.paper_mflops[0] == pytest.approx(never.paper_mflops[0], nan_ok=True)
-    drawn = curve(made, Setting())
-    # It is the least sure of the three, so the first threshold that sends anything sends nothing.
+    drawn = curve(made, Criterion())
+    # It is the most uncertain of the three, so the first threshold that rejects a sample sends
+    # no region.
     assert list(drawn.sent) == [0, 1, 2, 3]
     assert list(drawn.rate) == pytest.approx([0, 0, 1 / 3, 2 / 3])
     assert list(drawn.bytes_up)[:2] == [drawn.bytes_up[0]] * 2
-    found = for_rate(made, Setting(), 0.4)
+    found = for_rate(made, Criterion(), 0.4)
     assert found.expected["rate"] == pytest.approx(1 / 3)
     assert found.expected["rate_interval_95"][1] <= 1.0

@@ -1,4 +1,4 @@
-"""`vlm-collab calibrate`, and what `serve --calibration` makes of its file."""
+"""`vlm-collab calibrate`, and how `serve --calibration` uses its file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import server_plugin.cli.serve
 from edge_client.cli.main import main
 from eval.analysis.baselines import decided
 from eval.analysis.boxes import covered
-from eval.analysis.curves import Setting, curve
+from eval.analysis.curves import Criterion, curve
 from eval.analysis.run import Run
 from eval.analysis.splits import reported_split
 from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
 from eval.analysis.trace import expanded
-from eval.report import tables
+from eval.report import table_format, tables
 from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
 from eval.report.write import RESULTS
@@ -41,8 +41,8 @@ from eval.tasks import open_task
 from eval.tasks.catalogue import TASKS
 from server_plugin.backends.open import open_model
 from server_plugin.models.calibration import Calibration, load_calibration
-from tests.eval.test_report import answers
 from tests.eval.test_sweep import rows, saved
+from tests.support.report_runs import answers
 from tests.support.rows import row, run_of
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import ConfigError
@@ -59,72 +59,72 @@ def run() -> Run:
 
 def sent(run: Run, found: Calibration) -> float:
     assert found.eta is not None
-    setting = Setting(found.metric, found.aggregate, found.k)
+    setting = Criterion(found.metric, found.aggregate, found.k)
     return float(np.mean([decided(setting.policy(found.eta), r) for r in run.records]))
 
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.6, 1.0])
 def test_a_rate_is_met_from_below(run: Run, metric: Metric, rate: float) -> None:
-    found = for_rate(run, Setting(metric), rate)
+    found = for_rate(run, Criterion(metric), rate)
     assert found.expected["rate"] == pytest.approx(sent(run, found))
-    above = curve(run, Setting(metric)).rate
+    above = curve(run, Criterion(metric)).rate
     assert found.expected["rate"] == max(r for r in above if r <= rate)
     low, high = found.expected["rate_interval_95"]
     assert low <= found.expected["rate"] <= high
 
 
-def test_a_rate_that_no_threshold_reaches_is_told(run: Run) -> None:
-    assert for_rate(run, Setting(), 0.0).expected["rate"] == 0.0
+def test_a_rate_that_no_threshold_reaches_is_refused(run: Run) -> None:
+    assert for_rate(run, Criterion(), 0.0).expected["rate"] == 0.0
     with pytest.raises(ConfigError, match="no threshold of margin/full sends fewer"):
-        for_rate(run, Setting(Metric.MARGIN), 0.0)  # some answers have a margin of 0
+        for_rate(run, Criterion(Metric.MARGIN), 0.0)  # some answers have a margin of 0
 
 
 def test_a_budget_of_bytes_buys_the_most_accuracy(run: Run) -> None:
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     budget = float(drawn.bytes_up[len(drawn.sent) // 2])
-    found = for_bytes(run, Setting(), budget)
+    found = for_bytes(run, Criterion(), budget)
     assert found.expected["bytes_up"] <= budget
     assert found.expected["accuracy"] == drawn.accuracy[drawn.bytes_up <= budget].max()
     assert sent(run, found) == found.expected["rate"]
     with pytest.raises(ConfigError, match="views alone take"):
-        for_bytes(run, Setting(), 10.0)
+        for_bytes(run, Criterion(), 10.0)
 
 
 def test_the_loss_bound_is_applied_to_the_run(run: Run) -> None:
-    # Sure answers lose nothing, unsure ones all.
+    # Answers of low uncertainty lose nothing; all others are wrong at first, right at second.
     made = [row(i, float(i % 2), 1.0, bits=2.0 - i % 2, image_id=f"i{i}") for i in range(800)]
-    found = for_loss(run_of(made), Setting(), 0.02, 0.95)
+    found = for_loss(run_of(made), Criterion(), 0.02, 0.95)
     assert found.eta is not None
     # The sequence has sixteen thresholds for each doubling: the one below 2 bits.
     assert 1.9 < found.eta <= 2.0
     assert found.expected["rate"] == 0.5 == sent(run_of(made), found)
     assert (found.expected["accuracy"], found.made["pictures"]) == (1.0, 800)
     assert found.expected["loss"] == found.expected["loss_by_picture"] == 0.0
-    few = for_loss(run_of(made[:20]), Setting(), 0.02, 0.95)
+    few = for_loss(run_of(made[:20]), Criterion(), 0.02, 0.95)
     assert (few.eta, few.expected["rate"]) == (0.0, 1.0)
     assert "every question is sent" in few.made["note"]
 
 
-def test_what_the_loss_is_the_mean_of_is_told() -> None:
-    # One picture with five questions, all lost; the others have one, and lose nothing.
+def test_a_bound_on_the_loss_says_which_mean_it_bounds() -> None:
+    # One picture has five questions, all lost; the others have one each, and lose nothing.
     made = [row(i, 1.0, 1.0, image_id=f"i{i}") for i in range(400)]
     made += [row(400 + i, 0.0, 1.0, image_id="i0") for i in range(4)]
     made[0] = row(0, 0.0, 1.0, image_id="i0")
     val = run_of(made, task={"split": "val"})
-    once = for_loss(val, Setting(), 0.02, 0.95)
+    once = for_loss(val, Criterion(), 0.02, 0.95)
     assert once.made["bound_on"].startswith("mean over pictures")
     assert (once.made["most_per_picture"], once.made["questions_about_one"]) == (1, [1, 5])
     assert "pictures have 1 to 5 questions here, and each counts once" in once.made["note"]
     assert once.expected["loss"] == pytest.approx(5 / 404)
     assert once.expected["loss_by_picture"] == pytest.approx(1 / 400)
-    known = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=6)
+    known = for_loss(val, Criterion(), 0.1, 0.95, most_per_picture=6)
     assert known.made["bound_on"].startswith("mean loss over questions")
     assert "note" not in known.made
-    capped = for_loss(val, Setting(), 0.1, 0.95, most_per_picture=3)
+    capped = for_loss(val, Criterion(), 0.1, 0.95, most_per_picture=3)
     assert "1 of 400 pictures have more than 3 questions and count as 3" in capped.made["note"]
-    # Where all have the same number of questions the two means are one.
-    even = for_loss(run_of(rows(200), task={"split": "val"}), Setting(), 0.1, 0.95)
+    # If all pictures have the same number of questions, the two means are equal.
+    even = for_loss(run_of(rows(200), task={"split": "val"}), Criterion(), 0.1, 0.95)
     assert even.made["questions_about_one"] == [2, 2]
     assert "note" not in even.made
 
@@ -133,27 +133,27 @@ def test_what_the_loss_is_the_mean_of_is_told() -> None:
     ("task", "apart", "said"),
     [
         ({"limit": 404, "samples": 404}, True, "--limit 404 took questions, not whole pictures"),
-        ({"limit": 404, "samples": 404}, False, None),  # but for the last picture all are whole
-        ({"limit": 500, "samples": 404}, True, None),  # all that there are
+        ({"limit": 404, "samples": 404}, False, None),  # only the last picture may be incomplete
+        ({"limit": 500, "samples": 404}, True, None),  # the limit cuts nothing
         ({"limit": None, "samples": 404}, True, None),
         ({"limit": None, "samples": 407}, False, "3 samples gave no row"),
     ],
 )
-def test_pictures_that_are_not_whole_are_told(
+def test_a_note_warns_of_pictures_that_may_lack_questions(
     task: dict[str, Any], apart: bool, said: str | None
 ) -> None:
     pictures = [0] * 4 + [*range(400)]
     if apart:
         pictures = [*range(400)] + [0] * 4
     made = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
-    found = for_loss(run_of(made, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    found = for_loss(run_of(made, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     note = found.made["note"]
     assert ("the bound is only sure for whole pictures" in note) == (said is not None)
     if said is not None:
         assert said in note
-    # Where all pictures have as many questions there is nothing to be wrong about.
+    # No note if all pictures have the same number of questions.
     even = [replace(r, image_id=f"i{r.index // 2}") for r in made]
-    found = for_loss(run_of(even, task={"split": "val", **task}), Setting(), 0.05, 0.95)
+    found = for_loss(run_of(even, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     assert "note" not in found.made
 
 
@@ -179,21 +179,23 @@ def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
         ("signs", "val", None),
     ],
 )
-def test_choosing_on_what_is_reported_is_told(task: str, split: str, said: str | None) -> None:
+def test_a_note_warns_of_choosing_on_the_reported_split(
+    task: str, split: str, said: str | None
+) -> None:
     run = run_of(rows(200), task={"name": task, "split": split})
     for found in (
-        for_rate(run, Setting(), 0.3),
-        for_bytes(run, Setting(), 1e6),
-        for_loss(run, Setting(), 0.1, 0.95),
+        for_rate(run, Criterion(), 0.3),
+        for_bytes(run, Criterion(), 1e6),
+        for_loss(run, Criterion(), 0.1, 0.95),
     ):
         assert found.made.get("note", "").startswith(said or "")
         assert ("note" in found.made) == (said is not None)
 
 
-def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None:
-    assert setting_of(run, None, None, None) == Setting(k=5)
+def test_the_criterion_is_the_preset_s_by_default(run: Run) -> None:
+    assert setting_of(run, None, None, None) == Criterion(k=5)
     chosen = setting_of(run, "margin", "first_k", 3)
-    assert chosen == Setting(Metric.MARGIN, Aggregate.FIRST_K, 3)
+    assert chosen == Criterion(Metric.MARGIN, Aggregate.FIRST_K, 3)
     preset = {**run.provenance["model"]["preset"], "include_end": False}
     model = {**run.provenance["model"], "preset": preset}
     other = replace(run, provenance={**run.provenance, "model": model})
@@ -207,7 +209,7 @@ def test_what_is_measured_is_the_presets_unless_said_otherwise(run: Run) -> None
 # --- layers ---------------------------------------------------------------------------------
 
 
-def test_layers_are_measured_by_the_regions_that_they_lead_to() -> None:
+def test_layers_are_measured_by_their_regions() -> None:
     task = open_task("signs", split="val", limit=6)
     options = ModelOptions(name="demo", device="cpu", dtype="float32")
     looks, name = asyncio.run(measure_layers(task, options, [0, 1]))
@@ -224,7 +226,7 @@ def test_layers_are_measured_by_the_regions_that_they_lead_to() -> None:
 def test_a_layer_of_qwen_is_measured_and_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ViCrop's layer 22 was chosen on another size of model; here is how to find one's own."""
+    """A user finds the layer of a model for which the preset's layer 22 does not fit."""
     folder, path = save_tiny_qwen(tmp_path / "Qwen2.5-VL-tiny"), tmp_path / "layers.yaml"
     options = ("--model", str(folder), "--limit", "3", "--view-px", "112", "--prompt", "vicrop")
     code, out, err = call(capsys, "calibrate", "layers", *options, "--out", str(path))
@@ -267,7 +269,7 @@ def test_every_number_of_the_layers_leads_to_rows(
         assert (look.id, look.image_id) == (sample.id, sample.image_id)
         assert look.true_box == list(sample.true_box or ())
         assert look.covered == covered(look.true_box, look.box)
-    # The report hands it on.
+    # The report copies the rows.
     inputs = sort_runs([run_of(answers(20))], layers=found, resamples=10)
     told = tables.table_layers(inputs)
     assert [row["layer"] for row in told] == [1, 2]
@@ -279,12 +281,12 @@ def test_every_number_of_the_layers_leads_to_rows(
         assert len(mine) == of["count"] == row_["samples"] == len(wanted)
         assert np.mean([r.covered for r in mine]) == row_["covered"]
         assert np.mean([r.covered == 1 for r in mine]) == row_["whole"]
-    assert f"{rows['file']}," in tables.csv_text(told)
+    assert f"{rows['file']}," in table_format.csv_text(told)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
-    """Rows that stand for a measurement of the demo model."""
+    """Made-up rows instead of a measurement of the demo model."""
     looks = [
         Look(layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share)
         for n, box, share in ((0, [0, 0, 2, 3], 0.5), (1, BOX, 1.0))
@@ -298,7 +300,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
     return looks
 
 
-def test_layers_of_the_reported_split_are_told(
+def test_a_note_warns_of_choosing_layers_on_the_reported_split(
     measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "layers.yaml"
@@ -342,7 +344,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return ended.value.code, told.out, told.err
 
 
-def test_the_reported_split_is_told_on_stderr_and_in_the_file(
+def test_the_note_on_the_reported_split_is_on_stderr_and_in_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, path = saved(tmp_path / "run", rows(100)), tmp_path / "c.yaml"
@@ -357,7 +359,7 @@ def folder(tmp_path: Path) -> Path:
     return saved(tmp_path / "run", rows(100), split="val")
 
 
-def test_what_calibrate_writes_serve_reads(
+def test_serve_reads_the_file_of_calibrate(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -387,7 +389,7 @@ def test_what_calibrate_writes_serve_reads(
 def served(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[dict[str, Any], str]:
-    """Options of the model with which `serve` would start, and what it says."""
+    """Model options with which `serve` would start, and its stderr."""
     seen: dict[str, Any] = {}
 
     async def start(model: str, config: object, *, model_options: Any, **rest: object) -> None:
@@ -404,7 +406,7 @@ def write(path: Path, **fields: Any) -> str:
     return str(path)
 
 
-def test_serve_takes_a_calibration_and_a_users_own_options_before_it(
+def test_a_user_s_options_take_precedence_over_the_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "c.yaml")
@@ -438,7 +440,7 @@ def test_a_calibration_of_the_layer_alone_leaves_the_policy(tmp_path: Path) -> N
         ({"doubt": 1}, "unknown field `doubt`"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line(
+def test_an_unusable_file_gets_one_line(
     fields: dict[str, Any],
     line: str,
     tmp_path: Path,
@@ -452,7 +454,7 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_no_yaml_and_no_file_are_told(
+def test_invalid_yaml_and_a_missing_file_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.yaml"
@@ -472,8 +474,8 @@ def test_a_copy_of_the_model_in_another_folder_is_the_same_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "say one of --target-rate"),
-        (["--target-rate", "0.3", "--max-bytes", "9"], "say one of --target-rate"),
+        ([], "give one of --target-rate"),
+        (["--target-rate", "0.3", "--max-bytes", "9"], "give one of --target-rate"),
         (["--target-rate", "2"], "must be between 0 and 1"),
         (["--max-accuracy-loss", "0"], "largest loss must be"),
         (["--max-accuracy-loss", "0.1", "--confidence", "1"], "confidence must be"),
@@ -481,7 +483,7 @@ def test_a_copy_of_the_model_in_another_folder_is_the_same_model() -> None:
         (["--target-rate", "0.3", "--metric", "doubt"], "'doubt' is not a valid Metric"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_gets_one_line(
     arguments: list[str], line: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = call(capsys, "calibrate", str(folder), *arguments)

@@ -1,4 +1,4 @@
-"""The guarantee of `calibrate --max-accuracy-loss`, by simulation where the true loss is known."""
+"""The guarantee of `calibrate --max-accuracy-loss`, in simulations with a known true loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Floats = NDArray[np.float64]
 
 
 def true_loss(eta: float) -> float:
-    """Of the population below: a picture's questions share an uncertainty u, uniform on 0 to 4,
-    and an outcome: the second answer is better with chance u/10, worse with chance 1/50.
+    """True loss of the population of `drawn`, ∫ (u/10 - 1/50) du/4 from 0 to η.
 
-    So below 0.4 bits sending does harm, the loss is negative, and it does not grow with η alone:
-    ∫ (u/10 - 1/50) du/4 from 0 to η.
+    A picture's questions share an uncertainty u, uniform on 0 to 4, and an outcome: the second
+    answer is better with probability u/10, worse with probability 1/50. So the loss is negative
+    for small η, and does not grow monotonically.
     """
     eta = min(eta, 4.0)
     return (0.05 * eta**2 - 0.02 * eta) / 4
@@ -32,8 +32,10 @@ def true_loss(eta: float) -> float:
 def drawn(
     rng: np.random.Generator, largest: int, count: int
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Uncertainties, losses and pictures of a sample from the population; pictures with one
-    question are as frequent as those with `largest`."""
+    """Uncertainties, losses and pictures of a sample from the population.
+
+    Half of the pictures have one question, half have `largest`.
+    """
     u = rng.uniform(0.0, 4.0, count)
     draw = rng.random(count)
     outcome = np.where(draw < u / 10, 1.0, np.where(draw > 0.98, -1.0, 0.0))
@@ -59,12 +61,12 @@ def failures(etas: list[float]) -> int:
 
 
 def most(repeats: int) -> int:
-    """More failures than this are no chance.
+    """Most failures among `repeats` that chance can explain.
 
-    If a method fails with a chance of at most 10 %, the number of failures among n repeats has a
-    mean of at most 0.1 n and a standard deviation of at most sqrt(0.09 n); three of those above
-    the mean it is with a chance of about 0.2 %. For 200 repeats that is 20 + 3 * 4.24 = 32. The
-    seeds are fixed, so the tests below give the same counts every time.
+    If a method fails with a probability of at most 10 %, the number of failures among n repeats
+    has a mean of at most 0.1 n and a standard deviation of at most sqrt(0.09 n). It exceeds the
+    mean by three standard deviations with a probability of about 0.2 %. For 200 repeats that is
+    20 + 3 * 4.24 = 32. The seeds are fixed, so the tests give the same counts every time.
     """
     chance = 1 - CONFIDENCE
     return math.floor(repeats * chance + 3 * math.sqrt(repeats * chance * (1 - chance)))
@@ -76,13 +78,13 @@ def test_the_loss_on_new_data_stays_below_the_bound_as_often_as_stated(
 ) -> None:
     etas = [found(seed, largest, most_of=most_of) for seed in range(REPEATS)]
     assert failures(etas) <= most(REPEATS)
-    # It is of use, too: half the repeats come near the best threshold, 1.48 bits. (What costs power
-    # is that few pictures weigh more than others.)
+    # The test also has power: half of the repeats come near the best threshold, 1.48 bits. (Power
+    # is lost if few pictures weigh more than others.)
     assert true_loss(1.4806) == pytest.approx(MAX_LOSS, abs=1e-4)
     assert np.median(etas) > (0.9 if most_of < 6 else 0.6)
 
 
-def test_questions_taken_for_independent_would_break_it() -> None:
+def test_treating_questions_as_independent_would_break_the_guarantee() -> None:
     etas = [found(seed, 12, count=200, clustered=False) for seed in range(80)]
     assert failures(etas) > most(80)
 
@@ -90,8 +92,11 @@ def test_questions_taken_for_independent_would_break_it() -> None:
 def rare(
     count: int, largest: int, share: float, of_small: float, of_large: float, seed: int
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Losses and pictures of a sample in which a small share of pictures has `largest` questions,
-    all others have one; all questions of a picture are lost together, with these chances."""
+    """Losses and pictures of a sample in which a small share of pictures has `largest` questions.
+
+    All other pictures have one. All questions of a picture are lost together, with these
+    probabilities.
+    """
     rng = np.random.default_rng(seed)
     large = rng.random(count) < share
     lost = rng.random(count) < np.where(large, of_large, of_small)
@@ -102,7 +107,7 @@ def rare(
 def kept_everything(
     count: int, most_of: int | None, largest: int, share: float, small: float, large: float
 ) -> int:
-    """In how many repeats nothing is sent, which in these populations is too much."""
+    """Number of repeats in which nothing is sent, which loses too much in these populations."""
     made = 0
     for seed in range(REPEATS):
         losses, pictures = rare(count, largest, share, small, large, seed)
@@ -116,7 +121,7 @@ def kept_everything(
 
 
 def counted_loss(most_of: int, largest: int, share: float, small: float, large: float) -> float:
-    """True loss if nothing is sent, where a picture counts as `most_of` questions at most."""
+    """True loss if nothing is sent and a picture counts as at most `most_of` questions."""
     weight = share * min(most_of, largest)
     return ((1 - share) * small + weight * large) / (1 - share + weight)
 
@@ -124,29 +129,29 @@ def counted_loss(most_of: int, largest: int, share: float, small: float, large: 
 @pytest.mark.parametrize(
     ("most_of", "largest", "share", "small", "large"),
     [
-        (50, 50, 1 / 2000, 0.0, 1.0),  # known to have up to 50: the mean over questions
+        (50, 50, 1 / 2000, 0.0, 1.0),  # known to have at most 50: the mean over questions
         (12, 12, 1 / 400, 0.0, 1.0),
-        (10, 50, 1 / 400, 0.0, 1.0),  # those with more count as 10
+        (10, 50, 1 / 400, 0.0, 1.0),  # pictures with more count as 10
         (1, 50, 1 / 2000, 0.0244, 0.0),  # the mean over pictures
         (1, 50, 1 / 40, 0.0, 1.0),
     ],
 )
-def test_rare_pictures_with_many_questions_do_not_break_it(
+def test_rare_pictures_with_many_questions_do_not_break_the_guarantee(
     most_of: int, largest: int, share: float, small: float, large: float
 ) -> None:
     assert counted_loss(most_of, largest, share, small, large) > 1.2 * MAX_LOSS
     assert kept_everything(600, most_of, largest, share, small, large) <= most(REPEATS)
 
 
-def test_a_bound_that_is_taken_from_the_data_would_break_it() -> None:
+def test_a_weight_bound_taken_from_the_data_would_break_the_guarantee() -> None:
     population = (50, 1 / 2000, 0.0, 1.0)
     assert counted_loss(50, *population) > 1.2 * MAX_LOSS
     assert kept_everything(600, None, *population) > 2 * most(REPEATS)
 
 
-def test_questions_drawn_one_by_one_would_break_it() -> None:
-    # Nine in ten pictures have one question, lost with a chance of 0.03; one in ten has 13, which
-    # are never lost, and comes the more often.
+def test_drawing_single_questions_would_break_the_guarantee() -> None:
+    # Nine in ten pictures have one question, lost with probability 0.03. One in ten has 13, never
+    # lost, and drawing questions over-represents these pictures.
     rng = np.random.default_rng(0)
     sizes = np.where(rng.random(100_000) < 0.1, 13, 1)
     pictures = np.repeat(np.arange(len(sizes)), sizes)
@@ -155,7 +160,7 @@ def test_questions_drawn_one_by_one_would_break_it() -> None:
     assert of_each.mean() > 1.2 * MAX_LOSS
 
     def kept(rows: NDArray[np.int64], seed: int) -> bool:
-        """Whether nothing is sent, which is too much."""
+        """Whether nothing is sent, which loses too much."""
         ids = [str(one) for one in pictures[rows]]
         tested = guaranteed(
             np.full(len(rows), 0.5), losses[rows], ids, Metric.MIN_ENTROPY,
@@ -172,8 +177,8 @@ def test_questions_drawn_one_by_one_would_break_it() -> None:
     assert by_picture <= most(40) < 30 < by_question
 
 
-def test_what_is_rare_costs_no_power_where_pictures_count_once() -> None:
-    # The picture with 50 questions would weigh as much as 50 others, if they counted as 50.
+def test_a_picture_with_many_questions_costs_no_power_if_pictures_count_once() -> None:
+    # Counted as 50, the picture with 50 questions would weigh as much as 50 others.
     u, losses, pictures = drawn(np.random.default_rng(3), 1, 600)
     more = np.concatenate([pictures, np.zeros(49, dtype=np.int64)])
     again = np.concatenate([u, np.full(49, u[0])]), np.concatenate([losses, np.full(49, losses[0])])
@@ -187,8 +192,7 @@ def test_what_is_rare_costs_no_power_where_pictures_count_once() -> None:
     assert (full.eta, full.over) == (0.0, 0)
 
 
-def test_pictures_and_not_questions_are_what_is_counted() -> None:
-    # Every question asked three times is no more data than once.
+def test_repeated_questions_are_no_more_data() -> None:
     u, losses, pictures = drawn(np.random.default_rng(5), 1, 600)
     ids = [str(one) for one in pictures]
     settings = {"max_loss": MAX_LOSS, "confidence": CONFIDENCE}
@@ -223,7 +227,7 @@ def test_a_harmless_first_answer_is_kept_whatever_its_uncertainty() -> None:
 
 def test_margins_are_tested_from_one_downwards() -> None:
     rng = np.random.default_rng(0)
-    # Sure answers lose nothing; below a margin of 0.5 half of the answers do.
+    # Below a margin of 0.5, half of the answers lose; above, none.
     margin = rng.uniform(0.0, 1.0, 2000)
     losses = np.where((margin < 0.5) & (rng.random(2000) < 0.5), 1.0, 0.0)
     tested = guaranteed(
@@ -235,7 +239,7 @@ def test_margins_are_tested_from_one_downwards() -> None:
     assert kept.mean() < MAX_LOSS
 
 
-def test_the_sequence_begins_where_everything_is_sent() -> None:
+def test_the_sequence_begins_at_the_threshold_that_sends_everything() -> None:
     assert sequence(Metric.ENTROPY)[0] == 0.0
     assert (np.diff(sequence(Metric.ENTROPY)) > 0).all()
     margins = sequence(Metric.MARGIN)
@@ -252,6 +256,6 @@ def test_the_sequence_begins_where_everything_is_sent() -> None:
         ({"max_loss": 0.1, "confidence": 0.9, "most_per_picture": 0}, "one question at least"),
     ],
 )
-def test_bounds_that_make_no_sense_are_refused(settings: dict[str, Any], line: str) -> None:
+def test_bounds_out_of_range_are_refused(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         guaranteed(np.ones(3), np.ones(3), ["a", "b", "c"], Metric.ENTROPY, **settings)

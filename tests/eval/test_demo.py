@@ -1,4 +1,4 @@
-"""`vlm-collab demo`, as the first thing that anybody runs."""
+"""`vlm-collab demo`: output, files, and messages for wrong use."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What the demonstration printed, and the folder it wrote."""
+    """Output of the demo, and the folder that it wrote."""
     out = tmp_path_factory.mktemp("demo")
     return run("--out", str(out)).stdout, out
 
 
-def test_one_question_is_answered_at_once_and_one_corrects_itself(shown):
+def test_one_question_is_answered_at_once_and_one_is_corrected(shown):
     records = json.loads((shown[1] / "demo.json").read_text())
     at_once = [r for r in records if r["box"] is None]
     corrected = [

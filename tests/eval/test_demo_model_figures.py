@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval.analysis.statistics import auroc
 from eval.demo_model import boxes, card, choose, report
 from eval.demo_model.evaluate import FRESH
 from eval.demo_model.export import FOLDER
-from eval.demo_model.measure import Reading, auroc
+from eval.demo_model.measure import Reading
 from eval.demo_model.provenance import weights_digest
 from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask
 from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions

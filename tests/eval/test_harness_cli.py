@@ -70,7 +70,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert told["second"] == sum(record.second_score for record in run.records) / 3
     assert run.provenance["codec"] == {"view": ["webp", 50], "region": ["webp", 90]}
     assert run.preset.ratios == (1.0, 2.0)
-    # Once it is complete, the same command has nothing to do, and another one is refused.
+    # For a complete run, the same command does nothing, and other settings are refused.
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     code, out, _ = call(capsys, *line, *options)
     assert code == 0
@@ -92,7 +92,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--task", "signs", "--model", "demo", "--server", "ws://x"], "--model or --server"),
         (["--task", "signs", "--layer", "2", "--server", "ws://x"], "are the service's own"),
         (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "are the service's own"),
-        (["--task", "signs", "--region-quality", "9", "--server", "ws://x"], "the service that"),
+        (["--task", "signs", "--region-quality", "9", "--server", "ws://x"], "service decides"),
         (["--task", "signs", "--method", "hd", "--region-quality", "9"], "hd takes neither"),
         (["--task", "signs", "--method", "hd", "--model", "fake"], "hd needs a model"),
         (["--task", "signs", "--limit", "0"], "--limit"),
@@ -112,7 +112,7 @@ def test_wrong_use_gets_one_line(
     assert not list(tmp_path.glob("run/**/part-*"))
 
 
-def test_an_interrupted_run_says_where_it_stands(
+def test_an_interrupted_run_names_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Progress.add
@@ -125,7 +125,7 @@ def test_an_interrupted_run_says_where_it_stands(
     line = ["run", "--task", "signs", "--limit", "9", "--batch", "1", "--out", str(tmp_path / "r")]
     code, out, err = call(capsys, *line)
     assert (code, out) == (130, "")
-    assert f"what is finished is in {tmp_path / 'r'}" in err
+    assert f"finished samples are in {tmp_path / 'r'}" in err
     assert "Traceback" not in err
     assert 0 < len(open_run(tmp_path / "r").records) < 9
     assert not open_run(tmp_path / "r").complete
@@ -147,14 +147,12 @@ def test_progress_tells_accuracy_bytes_and_failures(tmp_path: Path) -> None:
         assert progress.text() == "first 50.0%, 1,500 B/sample, 1 failed"
 
 
-def test_processes_share_the_samples_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_divide_the_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["run", "--task", "signs", "--limit", "7", "--batch", "1"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert call(capsys, *line, "--out", str(alone))[0] == 0
     program = [sys.executable, "-m", "edge_client.cli.main", "eval", *line, "--out", str(shared)]
-    # As many threads as this process has; two processes by themselves would have half of them.
+    # As many threads as this process has; by default, each process would have half of them.
     threads = ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
     done = subprocess.run([*program, *threads, "--processes", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -165,7 +163,7 @@ def test_processes_share_the_samples_out(
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """Sums over two threads are rounded otherwise than over one."""
+    """The number of threads must stay the same, since it changes the rounding of sums."""
     program = [sys.executable, "-m", "edge_client.cli.main", "eval", "run", "--task", "signs"]
     program += ["--limit", "6", "--batch", "1", "--save-every", "1"]
 
@@ -180,7 +178,7 @@ def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     alone, resumed = tmp_path / "alone", tmp_path / "resumed"
     assert run(alone, "--threads", "1").returncode == 0
     assert open_run(alone).provenance["machine"]["threads"] == 1
-    # A run keeps the number that it began with, whatever each process would have by itself.
+    # A run keeps the number of threads that it began with.
     shutil.copytree(alone, resumed)
     for shard in sorted(resumed.glob("rows/*"))[1:]:
         shard.unlink()
@@ -202,8 +200,8 @@ def test_a_run_that_ends_incomplete_says_so(
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = call(capsys, *line)
     assert (code, err) == (0, "")
-    assert out == f"{tmp_path / 'r'}: process 1 of 2 is done; 2 of 4 samples are there\n"
-    # By itself it answers for all of them; somebody deletes a shard meanwhile.
+    assert out == f"{tmp_path / 'r'}: process 1 of 2 is done; 2 of 4 samples are done\n"
+    # A single process is responsible for all samples; here shards get lost meanwhile.
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     save = RunFolder.save
@@ -217,12 +215,12 @@ def test_a_run_that_ends_incomplete_says_so(
     code, out, err = call(capsys, *line)
     assert (code, out) == (1, "")
     assert err.endswith(
-        f"{tmp_path / 'r'} ended incomplete: 2 of 4 samples are there; the same command goes on\n"
+        f"{tmp_path / 'r'} ended incomplete: 2 of 4 samples are done; the same command resumes it\n"
     )
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_makes_the_whole_fail(tmp_path: Path) -> None:
+def test_a_failed_process_fails_the_command(tmp_path: Path) -> None:
     line = ["--task", "signs", "--limit", "2", "--layer", "77", "--out", str(tmp_path / "run")]
     program = [sys.executable, "-m", "edge_client.cli.main", "eval", "run", *line]
     done = subprocess.run([*program, "--processes", "2"], capture_output=True, text=True)
@@ -249,7 +247,7 @@ def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows(shared) == rows(alone)
 
 
-def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> None:
+def test_commands_are_recorded_without_secrets_and_passed_on_without_processes() -> None:
     given = ["eval", "run", "--token", "s3cret", "--processes", "2", "--task", "signs"]
     assert _command(given)[3] == "..."
     assert _command(["--token=s3cret"]) == ["--token=..."]
@@ -264,7 +262,7 @@ def test_commands_are_told_without_secrets_and_passed_on_without_processes() -> 
 
 @pytest.fixture
 def textvqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two questions of TextVQA's layout."""
+    """A folder with two questions in TextVQA's layout."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "hub" / "data" / "validation-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
@@ -287,7 +285,7 @@ def preset_file(folder: Path, **changed: object) -> Path:
     return path
 
 
-def test_a_template_that_says_how_to_answer_is_not_told_again(
+def test_a_template_that_says_how_to_answer_gets_no_post_prompt(
     textvqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = str(preset_file(tmp_path))
@@ -310,7 +308,7 @@ def test_a_template_that_says_how_to_answer_is_not_told_again(
         assert run.preset.prompt == (more[1] if more else "chat")
 
 
-def test_a_preset_and_a_fit_are_what_a_run_is_made_with(
+def test_a_run_uses_the_given_preset_and_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, out = str(preset_file(tmp_path, eta=0.75, fit="crop")), tmp_path / "run"
@@ -323,7 +321,7 @@ def test_a_preset_and_a_fit_are_what_a_run_is_made_with(
     assert open_run(tmp_path / "pad").preset.fit == "pad"
     code, _, err = call(capsys, *line, str(out), "--fit", "pad")
     assert (code, "another run" in err) == (2, True)
-    # LLaVA-1.5-HD is opened in its own way.
+    # LLaVA-1.5-HD opens its model by another function.
     code, _, err = call(capsys, *line, str(tmp_path / "hd"), "--fit", "pad", "--method", "hd")
     assert code == 0, err
     assert open_run(tmp_path / "hd").preset.fit == "pad"

@@ -1,4 +1,4 @@
-"""Groups step by step: the same batches every time, and nobody waits for one who left."""
+"""Lockstep groups: the same batches every time, and no waiting for members that left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTIONS = ("what?", "what number is on the red circle?", "is there one?", "how
 
 
 async def ask(member: Member, question: str, delays: int) -> Any:
-    """As the engine does, its other work taking its time."""
+    """Ask as the engine does, with delays for its other work."""
     view = await member.open_view(GREY)
     for _ in range(delays):
         await asyncio.sleep(0)
@@ -66,7 +66,7 @@ def test_batches_do_not_depend_on_timing(monkeypatch: pytest.MonkeyPatch) -> Non
             assert one.steps == other.steps  # to the last bit
 
 
-async def test_one_who_left_is_not_waited_for() -> None:
+async def test_a_group_does_not_wait_for_a_member_that_left() -> None:
     group = Lockstep(FakeBackend(), 3)
     a, b, c = group.members
     b.leave()
@@ -75,7 +75,7 @@ async def test_one_who_left_is_not_waited_for() -> None:
     waiting = asyncio.create_task(a.open_view(GREY))
     for _ in range(10):
         await asyncio.sleep(0)
-    assert not waiting.done(), "the group goes on together"
+    assert not waiting.done(), "a step must wait for all members"
     c.leave()
     await asyncio.wait_for(waiting, PATIENCE_S)
     a.leave()

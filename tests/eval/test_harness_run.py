@@ -1,4 +1,4 @@
-"""Runs: what their rows hold, and that they survive being stopped, shared out and repeated."""
+"""Runs: contents of their rows, and the same rows when stopped, divided or repeated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from eval.analysis.records import PROVENANCE, SHARDS, Record
 from eval.analysis.run import open_run
 from eval.runs.folder import FAILURES, RunFolder
 from eval.runs.loading import ModelOptions
-from eval.runs.loop import Ended, Share, StoppedError, run
+from eval.runs.loop import RunCounts, Share, StoppedError, run
 from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
 from server_plugin.backends.open import open_model
@@ -69,19 +69,19 @@ class Changed(Task):
 
 @cache
 def drawn(index: int) -> bytes:
-    """A picture of the benchmark, drawn once for all tests."""
+    """A picture of the benchmark, generated once for all tests."""
     return open_task("signs", limit=LIMIT)[index].picture()
 
 
 def signs() -> Task:
-    """What `--task signs --limit LIMIT` opens."""
+    """The task of `--task signs --limit LIMIT`, with cached pictures."""
     return Changed(
         open_task("signs", limit=LIMIT),
         lambda index, sample: replace(sample, picture=partial(drawn, index)),
     )
 
 
-def make(folder: Path, task: Task | None = None, **options: Any) -> Ended:
+def make(folder: Path, task: Task | None = None, **options: Any) -> RunCounts:
     task = task or signs()
     shared = {name: options.pop(name) for name in ("view_quality", "codec") if name in options}
     method = TwoStage(task, ModelOptions(name="demo", batch=BATCH), **shared)
@@ -97,12 +97,12 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     return folder
 
 
 async def asked_alone(sample: Sample) -> dict[str, Any]:
-    """What the engine says to one question by itself, and its edge sends."""
+    """The engine's results for a single question, and what its edge sends."""
     backend, preset = open_model("demo", device="cpu", dtype="float32", batch=1)
     engine = engine_of(backend, preset, None, {}, provisional=True)
     picture = Picture.open(sample.picture())
@@ -140,7 +140,7 @@ async def asked_alone(sample: Sample) -> dict[str, Any]:
     }
 
 
-def test_a_row_holds_what_the_engine_says_to_its_question_alone(unbroken: Path) -> None:
+def test_a_row_equals_the_engine_s_results_for_a_single_question(unbroken: Path) -> None:
     task, records = signs(), open_run(unbroken).records
     for index in (0, 7, LIMIT - 1):
         record = records[index]
@@ -152,13 +152,13 @@ def test_a_row_holds_what_the_engine_says_to_its_question_alone(unbroken: Path) 
         assert record.map == pytest.approx(alone["map"], rel=1e-4)
         assert (record.map_rows, record.map_columns) == (8, 8)
         for which, steps in alone["steps"].items():
-            told = zip(
+            rows = zip(
                 getattr(record, f"{which}_min_entropy"),
                 getattr(record, f"{which}_entropy"),
                 getattr(record, f"{which}_margin"),
                 strict=True,
             )
-            for mine, theirs in zip(told, steps, strict=True):
+            for mine, theirs in zip(rows, steps, strict=True):
                 assert mine == pytest.approx(theirs, abs=1e-5)
         spent = record.first_mflops + record.look_mflops + record.second_mflops
         assert spent == pytest.approx(alone["mflops"], abs=2)
@@ -167,12 +167,12 @@ def test_a_row_holds_what_the_engine_says_to_its_question_alone(unbroken: Path) 
         )
 
 
-def test_questions_about_one_picture_cost_what_each_would_alone(unbroken: Path) -> None:
+def test_questions_about_one_picture_each_cost_a_full_prefill(unbroken: Path) -> None:
     records = open_run(unbroken).records
     images = [record.image_id for record in records]
     assert len(set(images)) < len(images), "the benchmark asks several questions about a picture"
     for record in records:
-        # Everything in front of the answer is prefilled for each: no pass comes for free.
+        # The whole prompt is prefilled for each question, so no pass is free.
         assert min(record.first_mflops, record.look_mflops, record.second_mflops) > 0
     looks = {record.look_mflops for record in records}
     assert len(looks) == 1, "the generic instruction is the same for all"
@@ -196,7 +196,7 @@ def test_provenance_says_what_was_run(unbroken: Path) -> None:
     assert run.preset.eta == 0.25
 
 
-def test_a_killed_run_goes_on_to_the_same_rows(unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_rows(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, str(STALLING), str(folder), str(LIMIT), str(LIMIT - 2)],
@@ -215,14 +215,14 @@ def test_a_killed_run_goes_on_to_the_same_rows(unbroken: Path, tmp_path: Path) -
     assert 0 < len(open_run(folder).records) < LIMIT
     assert json.loads((folder / PROVENANCE).read_text())["finished"] is None
 
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     assert without_times(folder) == without_times(unbroken)
     assert {path: path.read_bytes() for path in kept} == before, "finished samples were run again"
     assert len(json.loads((folder / PROVENANCE).read_text())["resumed"]) == 1
 
 
 def test_several_processes_make_the_rows_of_one(unbroken: Path, tmp_path: Path) -> None:
-    # The last of them sees that all is there.
+    # The last process marks the run as finished.
     first = make(tmp_path, share=Share(2, 3, "b"))
     assert not first.complete
     assert not make(tmp_path, share=Share(0, 3, "b")).complete
@@ -249,11 +249,11 @@ def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (Share.of_this_process().rank, Share.of_this_process().world) == (1, 4)
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(ConfigError, match="RANK 4 is none of a WORLD_SIZE of 4"):
+    with pytest.raises(ConfigError, match=r"RANK must be from 0 to 3 \(WORLD_SIZE - 1\), not 4"):
         Share.of_this_process()
 
 
-def test_an_interrupt_leaves_a_run_to_go_on_with(unbroken: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_can_be_resumed(unbroken: Path, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def watch(record: Record) -> None:
@@ -262,7 +262,7 @@ def test_an_interrupt_leaves_a_run_to_go_on_with(unbroken: Path, tmp_path: Path)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(StoppedError):
-        # Nothing would be due to be saved yet.
+        # Without the interrupt, no row would be saved yet.
         make(tmp_path, watch=watch, save_every=1000)
     kept = [record.index for record in open_run(tmp_path).records]
     assert kept == seen
@@ -286,7 +286,7 @@ def broken(index: int, sample: Sample) -> Sample:
 
 def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_path: Path) -> None:
     task = Changed(signs(), broken)
-    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
+    assert make(tmp_path, task) == RunCounts(LIMIT - 4, 4, LIMIT)
     listed = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
     assert [one["index"] for one in listed] == [3, 5, 6, 8]
     assert "not a picture" in listed[0]["reason"] or "usable formats" in listed[0]["reason"]
@@ -300,15 +300,15 @@ def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_pa
     told = json.loads((tmp_path / PROVENANCE).read_text())
     assert (told["samples"], told["failed"]) == (LIMIT - 4, 4)
 
-    # Going on tries them once more, and neither repeats nor loses a row.
-    assert make(tmp_path, task) == Ended(LIMIT - 4, 4, LIMIT)
+    # Resuming tries the failed samples again, and neither repeats nor loses a row.
+    assert make(tmp_path, task) == RunCounts(LIMIT - 4, 4, LIMIT)
     assert {row["index"]: row for row in without_times(tmp_path)} == rows
     listed_again = (tmp_path / FAILURES).read_text().splitlines()
     assert [json.loads(line) for line in listed_again] == listed
-    # With the pictures mended, the run becomes complete.
-    assert make(tmp_path) == Ended(LIMIT, 0, LIMIT)
-    mended = {row["index"]: row for row in without_times(tmp_path)}
-    assert {index: mended[index] for index in rows} == rows
+    # With good pictures, the run becomes complete.
+    assert make(tmp_path) == RunCounts(LIMIT, 0, LIMIT)
+    complete = {row["index"]: row for row in without_times(tmp_path)}
+    assert {index: complete[index] for index in rows} == rows
     assert not (tmp_path / FAILURES).exists()
 
 
@@ -338,73 +338,74 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
     assert (unbroken / PROVENANCE).read_bytes() == before
 
 
-def test_the_same_files_are_the_same_data_wherever_they_lie(unbroken: Path, tmp_path: Path) -> None:
+def test_data_are_compared_without_their_folder(unbroken: Path, tmp_path: Path) -> None:
     def of(files: dict[str, int], **more: Any) -> Task:
         task = signs()
         task.settings = {**task.settings, "data": {"files": files, **more}}
         return task
 
     make(tmp_path, of({"data/test-0.parquet": 7}, folder="data/signs"))
-    # As another working directory spells it, and as the folder within is named.
+    # The path from another working directory, and files named without their subfolder.
     for same in (of({"data/test-0.parquet": 7}, folder="/x/signs"), of({"test-0.parquet": 7})):
         assert make(tmp_path, same).complete
     with pytest.raises(ConfigError, match=r"files test-0.parquet is 7 there and 8 here"):
         make(tmp_path, of({"test-0.parquet": 8}))
 
 
-# Holds a run's folder for a session until it is killed: FOLDER, session, rank.
-AT_WORK = textwrap.dedent("""
+# Locks a run's folder until it is killed. Arguments: folder, key, rank.
+LOCKING = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from eval.runs.lock import at_work
-    with at_work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
-        print("at work", flush=True)
+    from eval.runs.lock import session_lock
+    with session_lock(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "its own"):
+        print("locked", flush=True)
         sys.stdin.read()
 """)
 
 
 @contextmanager
-def at_work(folder: Path, session: str, rank: int = 0) -> Iterator[None]:
+def locked_elsewhere(folder: Path, key: str, rank: int = 0) -> Iterator[None]:
+    """Another process holds the lock of the run's folder."""
     with subprocess.Popen(
-        [sys.executable, "-c", AT_WORK, str(folder), session, str(rank)],
+        [sys.executable, "-c", LOCKING, str(folder), key, str(rank)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        assert process.stdout.readline() == "at work\n"
+        assert process.stdout.readline() == "locked\n"
         yield
         process.kill()
 
 
-def test_sessions_keep_each_other_out_and_processes_of_one_do_not(
+def test_sessions_exclude_each_other_but_not_their_own_processes(
     unbroken: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     line = "run: another session is at work on this run"
-    with at_work(folder, Share(0, 2, "a").key):
-        # Whatever part of the samples another session would have.
+    with locked_elsewhere(folder, Share(0, 2, "a").key):
+        # Another session is refused, whatever its share of the samples.
         for other in (Share(0, 2, "b"), Share(1, 2, "b"), Share(0, 1, "a"), Share(2, 3, "a")):
             with pytest.raises(ConfigError, match=line):
                 make(folder, share=other)
-        # The same process twice is no better, but another one of the session is at home.
+        # A second process of the same rank is refused; another rank of the session is not.
         with pytest.raises(ConfigError, match=line):
             make(folder, share=Share(0, 2, "a"))
-        with at_work(folder, Share(1, 2, "a").key, 1):
+        with locked_elsewhere(folder, Share(1, 2, "a").key, 1):
             pass
         assert make(folder, share=Share(1, 2, "a")).complete
-    # Processes that were started one by one may be meant for one run.
-    with at_work(folder, Share(0, 2, "a").key):
-        with pytest.raises(ConfigError, match="set MASTER_ADDR and MASTER_PORT alike"):
+    # The message has a hint for processes that were started one by one.
+    with locked_elsewhere(folder, Share(0, 2, "a").key):
+        with pytest.raises(ConfigError, match="set the same MASTER_ADDR and MASTER_PORT"):
             make(folder, share=Share(1, 2, "b"))
         with pytest.raises(ConfigError, match=f"{line}$"):
             make(folder, share=Share(0, 1, "b"))
-    # Who is killed lets go, and leaves nothing that would be in the way.
+    # A killed process frees its lock, and its files are removed.
     assert make(folder, share=Share(0, 3, "c")).complete
     assert without_times(folder) == without_times(unbroken)
     assert not list(folder.glob("process-*"))
 
 
-def test_a_launch_that_is_called_as_the_one_before_is_another_session(
+def test_a_later_launch_with_the_same_name_is_another_session(
     unbroken: Path, tmp_path: Path
 ) -> None:
     folder, other = tmp_path / "run", tmp_path / "other"
@@ -416,9 +417,9 @@ def test_a_launch_that_is_called_as_the_one_before_is_another_session(
     make(folder, share=later)
     told = json.loads((folder / PROVENANCE).read_text())
     assert [told["session"], *(one["session"] for one in told["resumed"])] == ["p-1", "p-2"]
-    # Who comes while others of the launch are at work is of theirs, and one whose parent began the
-    # run is of that session whenever it comes.
-    with at_work(other, later.key, 1):
+    # A process joins the session of a launch that is still running. A process whose parent began
+    # the run belongs to that session at any time.
+    with locked_elsewhere(other, later.key, 1):
         with pytest.raises(ConfigError, match="holds a run already"):
             make(other, share=later, resume=False)
         told = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
@@ -443,7 +444,7 @@ def test_a_file_system_without_locks_is_told(
 
 def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions() -> set[str]:
-        """Of processes whose parents are others, as on several machines."""
+        """Keys of processes with different parents, as on several machines."""
         made = set()
         for rank, parent in enumerate((os.getpid(), os.getppid())):
             monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
@@ -460,14 +461,14 @@ def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MASTER_ADDR", "node-1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert sessions() == {"none-node-1-29500/2"}
-    # A launcher that started all of them here has one process of its own, and the next launch
-    # another one, whereas the identifiers may be the same.
+    # If one launcher started all processes here, its process id tells launches apart, even if
+    # their environment variables are the same.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert len(sessions()) == 2
 
 
-def test_a_shard_is_never_written_over_another_one(unbroken: Path, tmp_path: Path) -> None:
-    # As where a file system has no locks: two sessions whose shards begin with the same sample.
+def test_a_shard_never_overwrites_another(unbroken: Path, tmp_path: Path) -> None:
+    # Without locks, two sessions may write shards that begin with the same sample.
     records = list(open_run(unbroken).records)
     told = json.loads((unbroken / PROVENANCE).read_text()) | {"finished": None}
     one, two = (RunFolder.begin(tmp_path, told, resume=True) for _ in range(2))
@@ -481,7 +482,7 @@ def test_a_shard_is_never_written_over_another_one(unbroken: Path, tmp_path: Pat
 
 
 def test_any_tool_that_reads_parquet_reads_a_run(unbroken: Path, tmp_path: Path) -> None:
-    """The line of docs/evaluation.md, on a run with all that may lie in its folder."""
+    """The line of docs/evaluation.md reads a run whose folder holds all kinds of files."""
     page = Path("docs/evaluation.md").read_text()
     (line,) = re.findall(r"```python\nimport pandas\n\nrows = (.*)\n```", page)
     folder = tmp_path / "run"
@@ -505,9 +506,7 @@ def main_sweep(folder: Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_run_of_an_earlier_version_is_read_and_gone_on_with(
-    unbroken: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_an_earlier_version_is_read_and_resumed(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     for shard in sorted(folder.glob(SHARDS)):
@@ -517,7 +516,7 @@ def test_a_run_of_an_earlier_version_is_read_and_gone_on_with(
     max(folder.glob("part-*")).unlink()
     kept = len(list(folder.glob("part-*")))
     assert 0 < len(open_run(folder).records) < LIMIT
-    assert make(folder) == Ended(LIMIT, 0, LIMIT)
+    assert make(folder) == RunCounts(LIMIT, 0, LIMIT)
     assert without_times(folder) == without_times(unbroken)
     assert len(list(folder.glob("part-*"))) == kept
 
@@ -535,7 +534,7 @@ def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / PROVENANCE).write_text("[]")
-    with pytest.raises(ConfigError, match="is of no run"):
+    with pytest.raises(ConfigError, match="does not describe a run"):
         make(tmp_path)
     with pytest.raises(ConfigError, match="holds no run with samples"):
         open_run(tmp_path / "nothing")
@@ -544,8 +543,8 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("[]", r"run\.json is of no run: Expected `object`, got `array`"),
-        ("{}", r"run\.json is of no run: Object missing required field `method`"),
+        ("[]", r"run\.json does not describe a run: Expected `object`, got `array`"),
+        ("{}", r"run\.json does not describe a run: Object missing required field `method`"),
         ('{"method": "two_stage", "task": {}, "model": {}}', r"field `name` - at `\$.task`"),
         ("{", r"cannot be read as a run"),
     ],
@@ -566,7 +565,7 @@ def test_a_shard_of_something_else_gets_one_line(unbroken: Path, tmp_path: Path)
         open_run(tmp_path / "run")
 
 
-def test_the_model_sees_what_the_codec_left(unbroken: Path, tmp_path: Path) -> None:
+def test_the_model_sees_the_decoded_view(unbroken: Path, tmp_path: Path) -> None:
     make(tmp_path, view_quality=5)
     for rough, fine in zip(without_times(tmp_path), without_times(unbroken), strict=True):
         assert rough["view_bytes"] < fine["view_bytes"]
@@ -583,7 +582,7 @@ def test_other_families_run_and_repeat(save: Callable[[Path], Path], tmp_path: P
     options = ModelOptions(name=str(folder), batch=2, overrides={"layer": 1, "max_new_tokens": 4})
     for name in ("one", "two"):
         made = run(TwoStage(task, options), task, tmp_path / name, share=Share(session="a"))
-        assert asyncio.run(made) == Ended(3, 0, 3)
+        assert asyncio.run(made) == RunCounts(3, 0, 3)
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
     told = open_run(tmp_path / "one")
     for record in told.records:

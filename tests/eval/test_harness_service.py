@@ -1,4 +1,4 @@
-"""A run over a running service against the same run in one process."""
+"""A run over a service, compared with the same run in one process."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def rows(runs: tuple[Run, Run]) -> list[tuple[Record, Record]]:
     return list(zip(*(run.records for run in runs), strict=True))
 
 
-def test_both_ways_tell_the_same(runs: tuple[Run, Run]) -> None:
+def test_both_runs_have_the_same_rows(runs: tuple[Run, Run]) -> None:
     for here, there in rows(runs):
         told = asdict(there)
         assert {name: told[name] for name in SAME} == {name: asdict(here)[name] for name in SAME}
         assert there.second_mflops == pytest.approx(here.second_mflops + here.look_mflops, abs=2)
 
 
-def test_uncertainty_comes_with_the_answers_tokens(runs: tuple[Run, Run]) -> None:
+def test_uncertainty_comes_from_the_answers_tokens(runs: tuple[Run, Run]) -> None:
     for here, there in rows(runs):
         assert there.first_min_entropy == pytest.approx(here.first_min_entropy, abs=1e-5)
         assert there.second_min_entropy == pytest.approx(here.second_min_entropy, abs=1e-5)
@@ -91,14 +91,14 @@ def test_the_map_is_what_crossed_the_wire(runs: tuple[Run, Run]) -> None:
         assert there.map == pytest.approx([value / peak for value in here.map], abs=0.51 / 255)
 
 
-def test_answers_differ_by_no_more_than_their_times_take(runs: tuple[Run, Run]) -> None:
-    # In one process, each of the four times takes three bytes; on the wire, one to three.
+def test_answer_sizes_differ_only_by_their_times(runs: tuple[Run, Run]) -> None:
+    # In one process, each of the four times counts three bytes; on the wire, one to three.
     for here, there in rows(runs):
         assert 0 <= here.answer_bytes - there.answer_bytes <= 8
         assert 0 <= here.first_answer_bytes - there.first_answer_bytes <= 8
 
 
-def test_a_service_does_not_tell_its_sizes(runs: tuple[Run, Run]) -> None:
+def test_a_service_does_not_report_its_model_s_sizes(runs: tuple[Run, Run]) -> None:
     _, there = runs
     assert there.decoder is None
     with pytest.raises(ConfigError, match="does not know its model's preset"):
@@ -106,7 +106,7 @@ def test_a_service_does_not_tell_its_sizes(runs: tuple[Run, Run]) -> None:
 
 
 class Smaller(Changed):
-    """Some pictures no larger than the view, some of which the search names all, and some large."""
+    """Pictures of 112 px (the view's size), of 240 px (all is one region), and of 1000 px."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, self._sized)
@@ -120,13 +120,13 @@ class Smaller(Changed):
         return replace(sample, picture=picture, image_id=f"{sample.image_id}-{index}")
 
 
-async def test_where_no_region_adds_detail_both_ways_keep_the_first_answer(tmp_path: Path) -> None:
+async def test_without_a_useful_region_both_runs_keep_the_first_answer(tmp_path: Path) -> None:
     task, share = Smaller(open_task("signs", limit=6)), Share(session="a")
     await run(TwoStage(task, ModelOptions(name="demo")), task, tmp_path / "here", share=share)
     async with serving() as url:
         await run(OverService(task, url, None), task, tmp_path / "there", share=share)
     here, there = (open_run(tmp_path / name).records for name in ("here", "there"))
-    assert len(here) == len(there) == 6, "no sample fails of it"
+    assert len(here) == len(there) == 6, "no sample fails"
     assert [record.sends_region for record in here] == [False, False, True] * 2
     for one, other in zip(here, there, strict=True):
         told = asdict(other)
@@ -137,7 +137,7 @@ async def test_where_no_region_adds_detail_both_ways_keep_the_first_answer(tmp_p
             assert one.answer_bytes == one.first_answer_bytes
             costs = (one.region_pixels, one.request_bytes, one.reply_bytes, one.second_mflops)
             assert (costs, one.box, one.map) == ((0, 0, 0, 0), [], [])
-    # The search had to be made for those of 240 px, and is paid for both ways.
+    # Pictures of 240 px need the search, and both runs count its cost.
     assert [bool(record.look_mflops) for record in here] == [False, True, True] * 2
     assert [bool(record.look_mflops) for record in there] == [False, True, False] * 2
 
@@ -152,7 +152,7 @@ async def test_a_service_that_cuts_pictures_is_warned_of(
         method = OverService(open_task("signs", limit=1), url, None)
         await method.open()
         await method.close()
-    assert ("of the service, the fit is crop" in caplog.text) == (fit == "crop")
+    assert ("the service: the fit is crop" in caplog.text) == (fit == "crop")
 
 
 async def test_without_tokens_there_is_no_uncertainty(

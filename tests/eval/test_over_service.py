@@ -1,4 +1,4 @@
-"""The evaluation through the real service: its figures, and a few questions for real."""
+"""Evaluation of the demo model through the service: its figures, and some real questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed report: every number leads to its rows, and its runs give it again."""
+"""The committed report: every number leads to its rows, and its runs reproduce it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 from edge_client.cli.main import main
 from eval.analysis.baselines import decided
-from eval.analysis.curves import Setting
+from eval.analysis.curves import Criterion
 from eval.analysis.operating_points import two_stage_point
 from eval.analysis.run import Run, open_run
 from eval.analysis.trace import expanded, provenance_of
-from eval.report import tables
+from eval.report import table_format, table_list
 from eval.report.demo import COMMITTED, commands, report_command
 from eval.report.findings import findings
 from eval.report.write import RESULTS
@@ -65,7 +65,7 @@ def test_every_point_of_every_curve_leads_to_its_rows(
         metric, _, how = one["setting"].partition("/")
         first_k = how.startswith("first_")
         aggregate = Aggregate.FIRST_K if first_k else Aggregate(how)
-        setting = Setting(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
+        setting = Criterion(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
         for place in (1, len(one["eta"]) // 2):
             policy = setting.policy(one["eta"][place])
             sent = np.array([decided(policy, r) for r in run.records], dtype=float)
@@ -96,7 +96,7 @@ def test_the_committed_report_names_the_commands_that_make_it(committed: dict[st
     called = {" ".join(run["command"][1:]) for run in committed["runs"].values()}
     assert called == {" ".join(one) for one in commands(1000, 400, 300) if one[1] == "run"}
     assert committed["runs"]["test"]["commit"]
-    # The threshold's file names its command, and the page does.
+    # The threshold's file and the page name the threshold's command.
     page = (COMMITTED / "index.md").read_text(encoding="utf-8")
     found = load_calibration(COMMITTED / "calibration.yaml")
     (called,) = [one for one in commands(1000, 400, 300) if one[:2] == ["calibrate", "runs/val"]]
@@ -112,13 +112,13 @@ def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) 
     for said in findings(committed["tables"]):
         assert f"\n- {said}\n" in page
     for name, told in committed["tables"].items():
-        printed = tables.markdown(told["rows"], tables.TABLES[name][3])
+        printed = table_format.markdown(told["rows"], table_list.TABLES[name][3])
         for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
             assert f"\n{told['formula']}\n\n{printed}" in text
     assert committed["figures"]["fig-11-pictures"]["rule"] in page
 
 
-def test_the_readme_calibrates_on_a_run_that_it_does_not_report() -> None:
+def test_the_readme_does_not_calibrate_on_the_reported_run() -> None:
     page = (COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     called = [line.split() for line in page.splitlines() if line.startswith("vlm-collab ")]
     runs = {line[line.index("--out") + 1]: line for line in called if line[1:3] == ["eval", "run"]}
@@ -144,7 +144,7 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*line, "--out", str(tmp_path / "a")])
     assert ended.value.code == 0
-    # Another process, in which sets and dictionaries of strings have another order.
+    # Another process with another hash seed and time zone.
     subprocess.run(
         [sys.executable, "-m", "edge_client.cli.main", *line, "--out", str(tmp_path / "b")],
         check=True,
@@ -160,7 +160,7 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_committed_report_is_what_its_runs_give(
+def test_the_committed_runs_reproduce_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [str(COMMITTED / part) if "/" in part or ".yaml" in part else part

@@ -1,4 +1,4 @@
-"""The report's formulas, by hand and by their definitions."""
+"""The report's formulas, compared with their definitions and values by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.analysis.boxes import covered, covered_at_random
-from eval.analysis.curves import Bootstrap, Setting
-from eval.analysis.separation import auroc, bhattacharyya, by_step, edges_of, overlap, separation
+from eval.analysis.curves import Bootstrap, Criterion
+from eval.analysis.separation import by_step, edges_of, separation
+from eval.analysis.statistics import auroc, bhattacharyya, overlap
 from eval.analysis.trace import expanded, ranges
 from eval.report.demo import COMMITTED
 from tests.support.rows import row, run_of
@@ -36,11 +37,11 @@ def test_auroc_is_the_share_of_pairs_in_order() -> None:
     pairs = [
         1.0 if w > r else 0.5 if w == r else 0.0 for w in values[~right] for r in values[right]
     ]
-    assert auroc(values, right) == pytest.approx(np.mean(pairs))
-    assert math.isnan(auroc(values, np.ones(50, dtype=bool)))
+    assert auroc(values, ~right) == pytest.approx(np.mean(pairs))
+    assert math.isnan(auroc(values, np.zeros(50, dtype=bool)))
 
 
-def test_bins_are_those_that_are_stated() -> None:
+def test_bins_have_the_stated_edges() -> None:
     values = np.array([0.0, 0.5, 3.0])
     assert edges_of(values, Metric.ENTROPY).tolist() == np.linspace(0, 3, 21).tolist()
     assert edges_of(values / 10, Metric.MARGIN).tolist() == np.linspace(0, 1, 21).tolist()
@@ -50,13 +51,13 @@ def test_a_separation_counts_right_and_wrong_answers() -> None:
     made = [row(i, 1.0, 1.0, bits=0.1) for i in range(8)]
     made += [row(i, 0.3, 1.0, bits=2.0) for i in range(8, 10)]
     run = run_of(made)
-    found = separation(run, Setting(), Bootstrap.of(run, resamples=50))
+    found = separation(run, Criterion(), Bootstrap.of(run, resamples=50))
     assert (found["right"], found["wrong"], found["auroc"]) == (8, 2, 1.0)
     assert (found["overlap"], found["distance"]) == (0.0, None)  # infinite
     assert (found["right_counts"][1], found["wrong_counts"][-1]) == (8, 2)
     assert found["rows"] == {"run": "run", "count": 10, "index": "0-9"}
     only_right = run_of(made[:8])
-    found = separation(only_right, Setting(), Bootstrap.of(only_right, resamples=50))
+    found = separation(only_right, Criterion(), Bootstrap.of(only_right, resamples=50))
     assert (found["overlap"], found["auroc"]) == (None, None)
 
 
@@ -73,7 +74,7 @@ def test_steps_are_averaged_over_the_answers_that_have_them() -> None:
     assert (third["right"], third["right_count"], third["wrong"]) == (None, 0, 4.0)
 
 
-def test_chance_boxes_are_averaged_over_all_places() -> None:
+def test_random_regions_are_averaged_over_all_places() -> None:
     true_box, region = [3, 2, 7, 4], [0, 0, 4, 3]
     places = [
         covered(true_box, [x, y, x + 4, y + 3]) for x in range(10 - 4 + 1) for y in range(6 - 3 + 1)
@@ -85,5 +86,5 @@ def test_chance_boxes_are_averaged_over_all_places() -> None:
 
 
 @given(st.lists(st.integers(0, 200), unique=True).map(sorted))
-def test_short_forms_of_rows_lead_back(numbers: list[int]) -> None:
+def test_short_forms_of_rows_can_be_expanded(numbers: list[int]) -> None:
     assert expanded(ranges(numbers)) == numbers

@@ -1,8 +1,9 @@
-"""Intervals of overlap and Bhattacharyya distance, by simulation where the truth is known.
+"""Coverage of the intervals of overlap and Bhattacharyya distance, in simulations.
 
-The population is the committed runs' pictures, test and validation together, with every value
-moved by chance so that no two are equal. A repeat draws pictures, makes a run of them and asks
-whether the intervals hold the population's numbers in the same bins. All that is measured:
+The population consists of the committed runs' pictures, test and validation together, with random
+noise on every value so that no two are equal. Each repeat draws pictures, makes a run of them, and
+checks whether the intervals hold the population's numbers in the same bins. To print all measured
+coverages:
 
     pytest -m slow -s tests/eval/test_separation.py
 """
@@ -19,13 +20,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.analysis.curves import Bootstrap, Setting, uncertainty
+from eval.analysis.curves import Bootstrap, Criterion, uncertainty
 from eval.analysis.run import open_run
-from eval.analysis.separation import BINS, FEWEST, bhattacharyya, overlap, right_of, separation
-from eval.report import tables
+from eval.analysis.separation import BINS, FEWEST, right_of, separation
+from eval.analysis.statistics import bhattacharyya, overlap
+from eval.report import table_format, table_list
 from eval.report.demo import COMMITTED
 from eval.report.inputs import sort_runs
-from tests.eval.test_report import answers
+from tests.support.report_runs import answers
 from tests.support.rows import row, run_of
 from vlm_collab.method.policy import Metric
 
@@ -33,15 +35,15 @@ Floats = NDArray[np.float64]
 NUMBERS, YES_OR_NO = ("number",), ("presence", "colour")
 ALL = (*NUMBERS, *YES_OR_NO, "count")
 _POPULATION = 60_000
-"""Pictures that stand for all there are."""
+"""Number of pictures whose numbers count as the truth."""
 
 
 class Population:
-    """Pictures of some kinds of questions, without end.
+    """An endless supply of pictures with questions of some kinds.
 
     Args:
-        kinds: of questions.
-        metric: whose values are looked at.
+        kinds: kinds of questions.
+        metric: metric of the values.
     """
 
     def __init__(self, kinds: tuple[str, ...], metric: Metric) -> None:
@@ -50,7 +52,10 @@ class Population:
         for name in ("test", "val"):
             run, found = open_run(COMMITTED / "runs" / name), dict[str, Any]()
             answers = zip(
-                run.records, uncertainty(run, Setting(metric)), right_of(run), strict=True
+                run.records,
+                uncertainty(run, Criterion(metric)),
+                right_of(run),
+                strict=True,
             )
             for record, value, right in answers:
                 if record.category in kinds:
@@ -61,7 +66,7 @@ class Population:
     def drawn(
         self, rng: np.random.Generator, pictures: int
     ) -> tuple[Floats, NDArray[np.bool_], NDArray[np.int64]]:
-        """Values, whether right, and picture of each answer about so many pictures."""
+        """Value, correctness and picture of each answer, for a number of pictures."""
         chosen = [self._pictures[one] for one in rng.integers(0, len(self._pictures), pictures)]
         values = np.array([value for one in chosen for value, _ in one])
         right = np.array([right for one in chosen for _, right in one])
@@ -74,7 +79,7 @@ class Population:
         return values, right, np.repeat(np.arange(pictures), [len(one) for one in chosen])
 
     def truth(self, edges: Floats) -> tuple[float, float]:
-        """Overlap and distance in these bins, the last of which takes what lies beyond."""
+        """Overlap and distance in these bins; the last bin includes larger values."""
         place = np.clip(np.searchsorted(edges, self.values, side="right") - 1, 0, BINS - 1)
         p, q = (np.bincount(place[of], minlength=BINS) for of in (self.right, ~self.right))
         p, q = p / p.sum(), q / q.sum()
@@ -84,7 +89,7 @@ class Population:
 def coverage(
     kinds: tuple[str, ...], metric: Metric, pictures: int, repeats: int, resamples: int
 ) -> dict[str, float]:
-    """Share of repeats whose intervals hold the truth, of those that have intervals."""
+    """Share of repeats whose intervals hold the truth, among repeats with intervals."""
     population, column = Population(kinds, metric), f"first_{metric}"
     held, wrong, given = np.zeros(2), 0, 0
     for repeat in range(repeats):
@@ -96,7 +101,7 @@ def coverage(
             ]
         )
         wrong += int((~right).sum())
-        found = separation(run, Setting(metric), Bootstrap.of(run, resamples=resamples))
+        found = separation(run, Criterion(metric), Bootstrap.of(run, resamples=resamples))
         if found["overlap"] is None or found["overlap_interval"] is None:
             continue
         given += 1
@@ -132,19 +137,19 @@ def test_measured_coverage() -> None:
     for kinds, pictures in cases:
         for metric in Metric:
             found = coverage(kinds, metric, pictures, repeats=200, resamples=300)
-            told = (f"{found[name]:8.2f}" for name in ("given", "overlap", "distance"))
-            print(f"{pictures:8}  {found['wrong']:5.0f}  {metric:11}", *told, flush=True)
+            cells = (f"{found[name]:8.2f}" for name in ("given", "overlap", "distance"))
+            print(f"{pictures:8}  {found['wrong']:5.0f}  {metric:11}", *cells, flush=True)
             least = min(least, found["overlap"], found["distance"])
     assert least >= 0.87
 
 
 def separated(bits_right: list[float], bits_wrong: list[float]) -> dict[str, Any]:
-    """Of answers about a picture each."""
+    """Separation of answers that are each about another picture."""
     both = [(1.0, bits) for bits in bits_right] + [(0.0, bits) for bits in bits_wrong]
     run = run_of(
         [row(i, score, 1.0, bits=bits, image_id=f"i{i}") for i, (score, bits) in enumerate(both)]
     )
-    return separation(run, Setting(), Bootstrap.of(run, resamples=100))
+    return separation(run, Criterion(), Bootstrap.of(run, resamples=100))
 
 
 def test_few_wrong_answers_have_no_interval_and_a_reason() -> None:
@@ -161,7 +166,7 @@ def test_few_wrong_answers_have_no_interval_and_a_reason() -> None:
         assert found["interval_note"] == said
 
 
-def test_what_has_nothing_in_common_has_no_interval() -> None:
+def test_groups_without_common_bins_have_no_interval() -> None:
     found = separated([0.1] * 20, [2.0] * 20)
     assert (found["overlap"], found["overlap_interval"]) == (0.0, None)
     assert found["interval_note"] == "right and wrong answers have no bins in common"
@@ -169,8 +174,8 @@ def test_what_has_nothing_in_common_has_no_interval() -> None:
     assert (found["overlap"], found["distance_interval"]) == (1.0, None)
 
 
-def test_pictures_are_what_is_resampled() -> None:
-    # The same answers, once about a picture each and once eight at a time about one: less is known.
+def test_whole_pictures_are_resampled() -> None:
+    # Equal answers about 480 pictures, and about 60 with eight each, which are less data.
     rng = np.random.default_rng(1)
     score, bits = np.repeat(rng.random(60) < 0.5, 8), np.repeat(rng.uniform(0, 2, 60), 8)
     widths = []
@@ -181,22 +186,24 @@ def test_pictures_are_what_is_resampled() -> None:
                 for i in range(480)
             ]
         )
-        low, high = separation(run, Setting(), Bootstrap.of(run, resamples=200))["overlap_interval"]
+        low, high = separation(run, Criterion(), Bootstrap.of(run, resamples=200))[
+            "overlap_interval"
+        ]
         widths.append(high - low)
     assert widths[1] > 1.5 * widths[0]
 
 
-def test_tables_print_what_has_no_interval_with_its_reason() -> None:
+def test_tables_print_the_reason_for_a_missing_interval() -> None:
     few = [replace(r, first_score=float(r.index > 3), category="") for r in answers(60)]
     inputs = sort_runs([run_of(few)], resamples=20)
     for name in ("table-2", "table-3"):
-        _, make, _, cells = tables.TABLES[name]
+        _, make, _, cells = table_list.TABLES[name]
         rows = make(inputs)
         assert rows[0]["overlap_interval"] is None
         said = "2 pictures with wrong answers; intervals need 10"
-        line = tables.markdown(rows, cells).splitlines()[2]
+        line = table_format.markdown(rows, cells).splitlines()[2]
         assert f"| {rows[0]['overlap']:.2f} (no interval: {said}) |" in line
-        (first, *_) = csv.DictReader(tables.csv_text(rows).splitlines())
+        (first, *_) = csv.DictReader(table_format.csv_text(rows).splitlines())
         assert (first["overlap_interval_low"], first["overlap_interval_high"]) == ("", "")
         assert first["interval_note"] == said
         json.dumps(rows, allow_nan=False)

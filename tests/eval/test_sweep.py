@@ -1,4 +1,4 @@
-"""Curves: the policy's own decisions at every threshold, the points' own numbers, and bands."""
+"""Curves: agreement with policies and operating points, bootstrap bands, and `eval sweep`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_client.cli.main import main
 from eval.analysis.baselines import decided
 from eval.analysis.curves import (
     Bootstrap,
-    Setting,
+    Criterion,
     area_over_random,
     curve,
     ends,
@@ -35,7 +35,7 @@ from vlm_collab.method.policy import Aggregate, Metric
 
 
 def rows(count: int, seed: int = 0, images: int = 2) -> list[Record]:
-    """Answers of one to six tokens; uncertainties in steps, so that many are equal."""
+    """Answers of one to six tokens, with coarse uncertainties, so that many are equal."""
     rng = np.random.default_rng(seed)
     made = []
     for index in range(count):
@@ -68,7 +68,7 @@ def run() -> Run:
     return run_of(rows(60))
 
 
-def all_settings(run: Run) -> list[Setting]:
+def all_settings(run: Run) -> list[Criterion]:
     made = settings_of(run)
     return made + [replace(setting, include_end=False) for setting in made]
 
@@ -79,7 +79,7 @@ def test_a_sweep_covers_every_metric_and_aggregation(run: Run) -> None:
     assert names == [f"{metric}/{length}" for metric in Metric for length in lengths]
 
 
-def test_every_point_sends_what_the_policy_at_its_threshold_sends(run: Run) -> None:
+def test_every_point_sends_the_samples_that_its_policy_sends(run: Run) -> None:
     for setting in all_settings(run):
         drawn = curve(run, setting)
         for sent, eta in zip(drawn.sent, drawn.eta, strict=True):
@@ -96,8 +96,8 @@ def test_no_threshold_reaches_a_point_that_is_not_on_the_curve(run: Run) -> None
             assert sum(decided(policy, r) for r in run.records) in reachable
 
 
-def test_the_numbers_of_a_point_are_those_of_its_samples(run: Run) -> None:
-    for setting in (Setting(), Setting(Metric.MARGIN, Aggregate.FIRST)):
+def test_a_point_equals_the_operating_point_of_its_samples(run: Run) -> None:
+    for setting in (Criterion(), Criterion(Metric.MARGIN, Aggregate.FIRST)):
         drawn = curve(run, setting)
         never, _ = ends(run)
         for place, sent in enumerate(drawn.sent):
@@ -120,21 +120,21 @@ def test_the_numbers_of_a_point_are_those_of_its_samples(run: Run) -> None:
 
 def test_a_margin_of_zero_is_sent_at_any_threshold() -> None:
     made = [row(i, 1.0, 1.0, first_margin=[margin] * 2) for i, margin in enumerate((0.0, 0.5))]
-    drawn = curve(run_of(made), Setting(Metric.MARGIN))
+    drawn = curve(run_of(made), Criterion(Metric.MARGIN))
     assert drawn.sent.tolist() == [1, 2]
-    # Min-entropies of 0 are still kept back by a threshold above the largest one.
+    # For min-entropy, a threshold above the largest value sends nothing, even if all are 0.
     made = [row(0, 1.0, 1.0, bits=0.0), row(1, 1.0, 1.0, bits=0.0)]
-    assert curve(run_of(made), Setting()).sent.tolist() == [0, 2]
+    assert curve(run_of(made), Criterion()).sent.tolist() == [0, 2]
 
 
-def test_a_run_over_a_service_has_curves_of_what_it_knows() -> None:
+def test_a_run_over_a_service_has_curves_of_recorded_metrics() -> None:
     nan = [float("nan")] * 2
     made = [row(i, 0.0, 1.0, first_entropy=nan, first_margin=nan) for i in range(4)]
     run = run_of(made, visual_tokens=None)
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     assert np.isnan(drawn.relative_paper_flops).all()
     with pytest.raises(ConfigError, match="does not know the margin"):
-        curve(run, Setting(Metric.MARGIN))
+        curve(run, Criterion(Metric.MARGIN))
 
 
 def test_scores_follow_from_texts_and_truth() -> None:
@@ -150,31 +150,31 @@ def test_scores_follow_from_texts_and_truth() -> None:
 
 
 def test_areas_of_known_curves() -> None:
-    # The unsure half gains 1, the sure half nothing: a straight line to 1 at half the samples,
-    # then level; above the random line by a triangle of 1/8 of the square's height.
+    # The uncertain half gains 1, the other half nothing: the curve rises to 1 at half the samples,
+    # then is level. The triangle over the random line has an area of 1/8.
     run = run_of([row(i, float(i >= 50), 1.0, bits=2.0 - i / 100) for i in range(100)])
-    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.125)
-    # Random choice: the gain does not depend on the uncertainty.
+    assert area_over_random(curve(run, Criterion()), run) == pytest.approx(0.125)
+    # The gain does not depend on the uncertainty, so the curve is the random line.
     run = run_of([row(i, float(i % 2), 1.0, bits=float(i // 2)) for i in range(100)])
-    assert area_over_random(curve(run, Setting()), run) == pytest.approx(0.0, abs=1e-12)
-    # Half of the samples have a margin of 0, and any threshold sends them: the curve has two
-    # points, and its area is still that above the line from sending none.
+    assert area_over_random(curve(run, Criterion()), run) == pytest.approx(0.0, abs=1e-12)
+    # Half of the samples have a margin of 0, so every threshold sends them. The curve has two
+    # points, and its area still starts from "none sent".
     run = run_of([row(i, float(i >= 50), 1.0, first_margin=[i // 50] * 2) for i in range(100)])
-    assert area_over_random(curve(run, Setting(Metric.MARGIN)), run) == pytest.approx(0.125)
+    assert area_over_random(curve(run, Criterion(Metric.MARGIN)), run) == pytest.approx(0.125)
 
 
 # --- bootstrap ------------------------------------------------------------------------------
 
 
-def test_questions_about_one_picture_are_drawn_together() -> None:
+def test_questions_about_one_picture_are_resampled_together() -> None:
     rng = np.random.default_rng(0)
     values = rng.random(80)
     images = tuple(f"i{place}" for place in range(80))
     once = Bootstrap(image_ids=images).mean(values)
-    # Each question asked three times about its picture: no more data, the same interval.
+    # Each question three times per picture: no more data, so the same interval.
     thrice = Bootstrap(image_ids=tuple(np.repeat(images, 3).tolist()))
     assert thrice.mean(np.repeat(values, 3)) == pytest.approx(once)
-    # Taken for independent it would be narrower by about the root of three.
+    # If treated as independent, the interval is narrower by about the square root of three.
     apart = Bootstrap(image_ids=tuple(str(place) for place in range(240)))
     low, high = apart.mean(np.repeat(values, 3))
     assert (high - low) / (once[1] - once[0]) == pytest.approx(3**-0.5, rel=0.1)
@@ -184,14 +184,14 @@ def test_intervals_are_as_wide_as_the_normal_approximation_says() -> None:
     values = np.random.default_rng(1).random(400)
     low, high = Bootstrap(image_ids=tuple(map(str, range(400))), resamples=4000).mean(values)
     width = 2 * 1.96 * values.std() / 20
-    # 4000 resamples tell a 2.5 % point to about 3 % of the width.
+    # 4000 resamples estimate a 2.5 % point to about 3 % of the width.
     assert high - low == pytest.approx(width, rel=0.08)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.05 * width)
 
 
-def test_bands_end_where_intervals_of_the_means_do(run: Run) -> None:
+def test_bands_end_in_the_intervals_of_the_means(run: Run) -> None:
     bootstrap = Bootstrap.of(run, resamples=200, seed=3)
-    drawn = curve(run, Setting())
+    drawn = curve(run, Criterion())
     low, high = bootstrap.band(drawn, run, lambda point: point.sent, drawn.rate)
     never, always = ends(run)
     assert (low[0], high[0]) == pytest.approx(bootstrap.mean(never.scores))
@@ -201,21 +201,23 @@ def test_bands_end_where_intervals_of_the_means_do(run: Run) -> None:
     assert inside.mean() > 0.95
 
 
-def test_a_band_is_what_resampled_runs_give(run: Run) -> None:
-    # One resample, made by hand: the curve of a run that holds its pictures as often as drawn.
+def test_a_band_equals_the_curves_of_resampled_runs(run: Run) -> None:
+    # One resample, made by hand: a run that repeats each picture as often as it was drawn.
     bootstrap = Bootstrap.of(run, resamples=1, seed=8)
     weights = next(iter(bootstrap.weights()))[0]
     again = [r for r, times in zip(run.records, weights, strict=True) for _ in range(int(times))]
-    expected = curve(replace(run, records=again), Setting())
+    expected = curve(replace(run, records=again), Criterion())
     at = np.linspace(0.05, 0.95, 10)
-    low, high = bootstrap.band(curve(run, Setting()), run, lambda point: point.sent, at)
+    low, high = bootstrap.band(curve(run, Criterion()), run, lambda point: point.sent, at)
     assert low == pytest.approx(high)
     assert low == pytest.approx(np.interp(at, expected.rate, expected.accuracy))
-    area = bootstrap.areas(curve(run, Setting()), run)
+    area = bootstrap.areas(curve(run, Criterion()), run)
     assert area == pytest.approx([area_over_random(expected, replace(run, records=again))])
 
 
-def test_chunks_draw_what_one_go_draws(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_resamples_equal_those_of_one_chunk(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = np.arange(60.0)
     whole = Bootstrap.of(run, resamples=50).mean(values)
     monkeypatch.setattr("eval.analysis.curves._CHUNK", 60 * 7)
@@ -295,7 +297,7 @@ def test_options_choose_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--aggregate", "first_k", "--k", "99"], "longer than k tokens"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_gets_one_line(
     arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path / "run", rows(10))
@@ -305,7 +307,9 @@ def test_wrong_use_is_told_in_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = call(capsys, str(tmp_path))
     assert code == 2
     assert "holds no run" in err

@@ -1,4 +1,4 @@
-"""The public benchmarks on rows of the hub's layout: samples, choices, clear refusals."""
+"""The public benchmarks on rows in the hub's layout: samples, settings, and clear errors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, turned
 from vlm_collab.errors import ConfigError, ImageError
 
-JPEG = turned(photo(), 6)  # with EXIF: what decoding and encoding again would not give back
+JPEG = turned(photo(), 6)  # has EXIF, which encoding again would lose
 PNG_LIKE = b"never decoded, so any bytes do"
 PICTURES = (JPEG, PNG_LIKE)
 
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes rows as the plain Parquet that the hub keeps: pictures as {bytes, path}."""
+    """Writes rows as Parquet like the hub's, with pictures as {bytes, path}."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def write(file: str, rows: Sequence[Mapping[str, Any]], *, pictures: bool = True) -> Path:
@@ -109,7 +109,7 @@ def test_files_of_a_split_are_read_in_order_and_up_to_the_limit(
     assert len(open_task("textvqa", data=folder, split="train")) == 1
 
 
-def test_settings_say_all_that_changes_the_samples(data: Callable[..., Path]) -> None:
+def test_settings_record_everything_that_changes_the_samples(data: Callable[..., Path]) -> None:
     folder = data("data/validation-00000-of-00001", textvqa_rows())
     file = folder / "data" / "validation-00000-of-00001.parquet"
     task = open_task("textvqa", data=folder, ocr=True, post_prompt=" Short answer:")
@@ -151,7 +151,7 @@ def test_gqa_finds_a_question_s_picture_in_the_other_table(data: Callable[..., P
         task[2].picture()
 
 
-def test_aokvqa_direct_leaves_out_what_its_authors_mark_as_too_hard(
+def test_aokvqa_direct_leaves_out_questions_marked_as_too_hard(
     data: Callable[..., Path],
 ) -> None:
     task = open_task("aokvqa", data=data("data/validation-00000-of-00001", aokvqa_rows()))
@@ -160,7 +160,7 @@ def test_aokvqa_direct_leaves_out_what_its_authors_mark_as_too_hard(
         "What is he waiting for?\nAnswer the question using a single word or phrase."
     )
     assert task[0].truth.answers[:4] == ("cab", "cab", "cab", "taxi")
-    # Nothing else in the data says which questions are about one picture.
+    # The data have no ids of pictures, so the id is a digest of the picture.
     assert task[0].image_id == task[1].image_id == hashlib.sha256(JPEG).hexdigest()[:16]
     direct, vicrop = task.scorers["direct"], task.scorers["vicrop"]
     told = [(direct(a, task[0].truth), vicrop(a, task[0].truth)) for a in ("Cab.", "bus", "one")]
@@ -206,7 +206,7 @@ def test_vqav2_s_category_is_the_kind_of_answer(data: Callable[..., Path]) -> No
         ({"name": "vqav2", "data": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
     ],
 )
-def test_a_wrong_wish_gets_one_clear_line(options: dict[str, Any], says: str) -> None:
+def test_a_wrong_option_gets_one_clear_line(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as told:
         open_task(**options)
     assert says in str(told.value)
@@ -244,14 +244,14 @@ def test_a_damaged_file_gets_one_clear_line(data: Callable[..., Path]) -> None:
     assert "\n" not in str(told.value)
 
 
-def test_answers_that_are_no_list_get_one_clear_line(data: Callable[..., Path]) -> None:
+def test_answers_that_are_not_a_list_get_one_clear_line(data: Callable[..., Path]) -> None:
     rows = aokvqa_rows(direct_answers="cab, taxi and more")
     task = open_task("aokvqa", data=data("data/validation-00000-of-00001", rows))
-    with pytest.raises(ConfigError, match="'cab, taxi and more' is no list of answers"):
+    with pytest.raises(ConfigError, match="'cab, taxi and more' is not a list of answers"):
         task[0]
 
 
-def test_without_a_network_it_says_how_to_get_the_data(tmp_path: Path) -> None:
+def test_without_a_network_the_error_says_how_to_get_the_data(tmp_path: Path) -> None:
     code = "from eval.tasks import open_task; open_task('textvqa')"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     ended = subprocess.run(
@@ -269,7 +269,7 @@ def test_without_a_network_it_says_how_to_get_the_data(tmp_path: Path) -> None:
     assert "hf download --repo-type dataset lmms-lab/textvqa --local-dir FOLDER" in line
 
 
-def test_knowing_the_tasks_needs_no_data_library() -> None:
+def test_importing_the_tasks_needs_no_data_library() -> None:
     code = "import sys, eval.tasks; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
     folder = Path(__file__).parents[2]
     assert (

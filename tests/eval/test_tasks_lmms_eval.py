@@ -1,7 +1,7 @@
-"""Prompts, splits and scores against lmms-eval 0.7.3: a table that its own functions made.
+"""Prompts, splits and scores, compared with a table that lmms-eval 0.7.3's own functions made.
 
-The table is made again by the command that stands in it; where lmms-eval can be imported, it is
-compared with what that makes now.
+The table names the command that makes it. If lmms-eval can be imported, the table is compared with
+a new one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PICTURE = {"bytes": b"as it is", "path": "a.jpg"}
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Task]:
-    """Opens a task on rows of the table, by way of Parquet files."""
+    """Opens a task on rows of the table, written to Parquet files."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def open_on(name: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> Task:
@@ -48,14 +48,14 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tas
 
 
 @pytest.mark.parametrize("place", range(0, len(TABLE["words"]), 50))
-def test_words_are_normalised_as_by_its_answer_processor(place: int) -> None:
+def test_words_are_normalised_as_in_lmms_eval(place: int) -> None:
     for text, textvqa, vqav2 in TABLE["words"][place : place + 50]:
         assert textvqa_words(text) == textvqa
         assert vqa_words(text) == vqav2
 
 
 @pytest.mark.parametrize("name", ["textvqa", "vqav2", "gqa"])
-def test_prompts_and_scores_are_its_own(name: str, opened: Callable[..., Task]) -> None:
+def test_prompts_and_scores_equal_lmms_eval_s(name: str, opened: Callable[..., Task]) -> None:
     entries = TABLE[name]
     task = opened(name, [entry["row"] for entry in entries])
     scorer = task.scorers[task.default_scorer]
@@ -66,19 +66,19 @@ def test_prompts_and_scores_are_its_own(name: str, opened: Callable[..., Task]) 
         for answer, score in entry["scores"]:
             assert scorer(answer, sample.truth) == pytest.approx(score, abs=1e-12), answer
             seen.add(round(score, 2))
-    # The answers of the table tell rules apart: some are right, some wrong, some in between.
+    # The table has right, wrong and partly right answers, so it can tell scorers apart.
     assert {0.0, 1.0} <= seen
     assert name == "gqa" or len(seen) > 4
 
 
-def test_textvqa_s_prompt_with_ocr_tokens_is_its_own(opened: Callable[..., Task]) -> None:
+def test_textvqa_s_prompt_with_ocr_tokens_equals_lmms_eval_s(opened: Callable[..., Task]) -> None:
     entries = TABLE["textvqa"]
     task = opened("textvqa", [entry["row"] for entry in entries], ocr=True)
     for sample, entry in zip(task, entries, strict=True):
         assert sample.question == entry["prompt_ocr"] != entry["prompt"]
 
 
-def test_pope_s_prompts_scores_and_figures_are_its_own(opened: Callable[..., Task]) -> None:
+def test_pope_s_prompts_scores_and_metrics_equal_lmms_eval_s(opened: Callable[..., Task]) -> None:
     entry = TABLE["pope"]
     task = opened("pope", entry["rows"])
     samples = list(task)
@@ -93,19 +93,20 @@ def test_pope_s_prompts_scores_and_figures_are_its_own(opened: Callable[..., Tas
     assert figures["recall"] == pytest.approx(theirs["pope_recall"])
     assert figures["f1"] == pytest.approx(theirs["pope_f1_score"])
     assert figures["pope_yes_ratio"] == pytest.approx(theirs["pope_yes_ratio"])
-    # What the model says, which that figure does not look at.
-    said = [answer.strip().lower() for answer in entry["answers"]]
-    assert figures["yes_ratio"] == said.count("yes") / len(said) != theirs["pope_yes_ratio"]
+    # Unlike `pope_yes_ratio`, `yes_ratio` counts the model's answers.
+    predicted = [answer.strip().lower() for answer in entry["answers"]]
+    ratio = predicted.count("yes") / len(predicted)
+    assert figures["yes_ratio"] == ratio != theirs["pope_yes_ratio"]
 
 
 @pytest.mark.parametrize("name", sorted(TABLE["settings"]))
-def test_splits_configurations_and_lengths_are_its_own(name: str) -> None:
+def test_splits_configurations_and_lengths_equal_lmms_eval_s(name: str) -> None:
     theirs, kind = TABLE["settings"][name], task_kind(name)
     assert issubclass(kind, HubTask)
     split, source = next(iter(kind.sources.items()))
     assert split == source.split == theirs["test_split"]
     assert source.config == theirs["dataset_name"]
-    # Its 0.7.3 reads copies of the same data sets under another owner.
+    # lmms-eval 0.7.3 reads copies of the same data sets under another owner.
     assert source.repository.split("/")[1] == theirs["dataset_path"].split("/")[1]
     longest = theirs["generation_kwargs"].get("max_new_tokens")
     assert longest is None if name == "textvqa" else kind.max_new_tokens == longest
@@ -113,7 +114,7 @@ def test_splits_configurations_and_lengths_are_its_own(name: str) -> None:
     assert list(kind.stop) == theirs["generation_kwargs"].get("until", ["\n\n"])
 
 
-def test_an_answer_ends_where_its_tasks_end_it() -> None:
+def test_an_answer_ends_at_its_task_s_stop_text() -> None:
     textvqa, pope = task_kind("textvqa").scorers["vqa"], task_kind("pope").scorers["exact"]
     truth = Truth(answers=("stop",) * 10)
     assert textvqa("stop ASSISTANT: go", truth) == 1.0
@@ -126,7 +127,7 @@ def test_an_answer_ends_where_its_tasks_end_it() -> None:
     importlib.util.find_spec("lmms_eval") is None,
     reason="lmms-eval is not installed (docs/tasks.md); the table stands for it",
 )
-def test_the_table_is_what_lmms_eval_makes() -> None:
+def test_lmms_eval_reproduces_the_table() -> None:
     from eval.tasks.against_lmms_eval import table
 
     made = json.loads(json.dumps(table()))

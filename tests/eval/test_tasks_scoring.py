@@ -1,4 +1,4 @@
-"""Rules that lmms-eval does not have: A-OKVQA's, ViCrop's and the generated benchmark's."""
+"""Scorers that lmms-eval lacks: those of A-OKVQA, ViCrop and the generated benchmark."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def test_vicrop_counts_every_annotator_three_tenths(agree: int, score: float) ->
 
 @pytest.mark.parametrize(("agree", "score"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_leaves_each_annotator_out_once(agree: int, score: float) -> None:
-    # With 3 of 10: leaving out one of them leaves 2 (2/3), else 3 stay (1): (3 * 2/3 + 7) / 10.
+    # With 3 of 10: leaving one of them out leaves 2 (2/3), else 3 remain (1): (3 * 2/3 + 7) / 10.
     truth = ten(("stop", agree), ("go", 10 - agree))
     assert scoring.textvqa("Stop!", truth) == pytest.approx(score)
     assert scoring.vqav2("stop", truth) == pytest.approx(score)
-    assert scoring.vicrop_open("stop", truth) == pytest.approx(score)  # the same, for ten
+    assert scoring.vicrop_open("stop", truth) == pytest.approx(score)  # equal for ten annotators
 
 
-def test_the_same_words_are_equal_for_the_rules_that_compare_whole_answers() -> None:
-    """ViCrop counts equal answers, not those within one."""
+def test_vicrop_compares_whole_answers_after_normalisation() -> None:
     truth = ten(("red bus", 10))
     assert scoring.vicrop_open("a Red bus.", truth) == 1.0
     assert scoring.vicrop_open("it is a red bus", truth) == 0.0
@@ -38,11 +37,11 @@ def test_the_same_words_are_equal_for_the_rules_that_compare_whole_answers() -> 
 
 def test_vicrop_s_gqa_rule_looks_within_the_answer() -> None:
     truth = Truth(answers=("no",))
-    told = [scoring.vicrop_within(text, truth) for text in ("No, it is not.", "snow", "yes", "")]
-    assert told == [1.0, 1.0, 0.0, 0.0]
+    scores = [scoring.vicrop_within(text, truth) for text in ("No, it is not.", "snow", "yes", "")]
+    assert scores == [1.0, 1.0, 0.0, 0.0]
 
 
-def test_vicrop_s_pope_rule_takes_the_more_alike_word() -> None:
+def test_vicrop_s_pope_rule_takes_the_more_similar_word() -> None:
     yes, no = Truth(answers=("yes",)), Truth(answers=("no",))
     for text, is_yes in [("Yes.", True), ("No", False), ("no, there is none", False), ("", True)]:
         assert scoring.vicrop_nearest(text, yes) == float(is_yes)
@@ -66,11 +65,11 @@ def test_a_choice_is_named_by_letter_or_by_its_words(answer: str, place: int | N
         assert scoring.aokvqa_choice(answer, truth) == float(place == right)
 
 
-def test_a_choice_that_is_a_letter_is_taken_by_its_words_first() -> None:
+def test_a_choice_that_is_a_letter_is_first_matched_by_words() -> None:
     assert scoring.chosen("b", ["x", "y", "b", "z"]) == 2
 
 
-def test_figures_of_answers_that_are_all_alike_are_numbers() -> None:
+def test_metrics_of_equal_answers_are_finite() -> None:
     truths = [Truth(answers=(word,)) for word in ("yes", "no")]
     assert scoring.yes_no_figures(["no", "No"], truths) == {
         "accuracy": 0.5,
@@ -83,7 +82,7 @@ def test_figures_of_answers_that_are_all_alike_are_numbers() -> None:
     assert scoring.yes_no_figures([], [])["accuracy"] == 0.0
 
 
-def test_means_are_taken_by_what_a_truth_holds() -> None:
+def test_mean_by_groups_scores_by_a_key_of_the_truths() -> None:
     kinds = ["number", "number", "count", None]
     truths = [Truth(answers=("4",), extra={"kind": kind}) for kind in kinds]
     made = scoring.mean_by("kind", scoring.normalised, ["four", "5", "4.", "4"], truths)

@@ -1,4 +1,4 @@
-"""Rows and runs made up, for what reads runs."""
+"""Made-up rows and runs, for tests of the analysis."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def run_of(
     codec: int = 90,
     **model: Any,
 ) -> Run:
-    """A run in memory; `model` replaces what its provenance says of the model."""
-    told = {
+    """A run in memory; `model` changes the model's entry in its provenance."""
+    model_entry = {
         "name": "demo",
         "preset": msgspec.to_builtins(preset_named("demo")),
         "view": [100, 100],
@@ -88,7 +88,7 @@ def run_of(
     provenance = {
         "method": method,
         "task": {"name": "signs", "split": "test", "scorer": "exact", **(task or {})},
-        "model": told,
+        "model": model_entry,
         "codec": {"view": ["jpeg", codec], "region": ["jpeg", codec]},
         "machine": {"threads": 1},
     }

@@ -1,14 +1,15 @@
 """LLaVA-1.5-HD: one larger picture, cut into tiles for the vision encoder, with a thumbnail.
 
-The high-resolution variant that section VII-B of `003_92b41fe49395ce1a.txt` compares with: a
-picture of 448 x 448 px is split into sub-images that the encoder takes one by one; their features
-are put together to one large map, as the sub-images lie in the picture, and those of the picture
-reduced to one encoder input follow as context. It is sent once; there is no second stage.
+Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+2512.16349), compare with this high-resolution variant in section VII-B. A picture of 448 x 448 px
+is split into tiles, which the encoder takes one by one. The tiles' features are put together to
+one large map, in the tiles' order in the picture. The features of a thumbnail follow as context:
+the whole picture, reduced to one encoder input. The picture is sent once; there is no second stage.
 
 Any LLaVA-1.5 checkpoint runs. LLaVA-1.5-HD's own weights (13B, an encoder of 224 px, learned
-tokens at row ends) were not published for transformers, so what runs here is its procedure on
-weights that were not trained for it, and `run.json` says so. 2 x 2 tiles; the picture's side is
-4/3 of the encoder's input, as 448 is of 336, and each tile is enlarged to that input.
+tokens at row ends) were not published for transformers. So its procedure runs here on weights that
+were not trained for it, and `run.json` says so. There are 2 x 2 tiles; the picture's side is 4/3 of
+the encoder's input (448 to 336), and each tile is enlarged to that input.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.analysis.records import Record
-from eval.analysis.run import HD
+from eval.analysis.records import HD, Record
 from eval.runs.loading import ModelOptions, facts_of
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
     Codecs,
+    EdgeSample,
+    EncodedSample,
     Method,
-    Pictures,
+    PictureCache,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.methods.two_stage import REFERENCE_QUALITY, codecs_of, statistics
-from eval.runs.wire import Said, one_stage
+from eval.runs.methods.two_stage import codecs_of, statistics
+from eval.runs.wire import SentAnswer, one_stage_bytes
 from eval.tasks.base import Sample, Task
 from server_plugin.backends.base import Generation, ModelInfo
 from server_plugin.backends.open import FAKE_MODEL, checkpoint_of
@@ -66,24 +68,24 @@ from vlm_collab.pictures.images import Codec, decode
 from vlm_collab.protocol.messages import Finish
 
 TILES = 2
-"""Along each side of the picture."""
+"""Number of tiles along each side of the picture."""
 
 _GROUP = 4
-"""Samples between two looks at the clock; each runs by itself."""
+"""Samples between two saves; each runs by itself."""
 
 
 def hd_side(encoder_px: int) -> int:
-    """Side of the picture that is sent, in px: 448 for an encoder of 336, in whole tiles."""
+    """Side of the picture that is sent, in px: 448 for an encoder of 336, a multiple of `TILES`."""
     return TILES * round(encoder_px * 448 / 336 / TILES)
 
 
 @dataclass(frozen=True, slots=True)
 class HdAnswer:
-    """What the model made of a picture and a question.
+    """The model's answer to a question about a picture.
 
     Attributes:
         made: the answer; `text` ends before a stop text.
-        stopped: whether a stop text came up.
+        stopped: whether the model generated a stop text.
     """
 
     made: Generation
@@ -91,15 +93,15 @@ class HdAnswer:
 
 
 class HdModel:
-    """A LLaVA checkpoint that looks at tiles.
+    """A LLaVA checkpoint with tiled input.
 
     Args:
-        adapter: of the checkpoint.
+        adapter: adapter of the checkpoint.
         preset: prompt and longest answer.
-        name: as people know it.
+        name: name for messages and provenance.
 
     Raises:
-        ConfigError: its context is too short for so many visual tokens.
+        ConfigError: the context is too short for so many visual tokens.
     """
 
     def __init__(self, adapter: LlavaAdapter, preset: Preset, name: str) -> None:
@@ -137,16 +139,18 @@ class HdModel:
 
     @classmethod
     def load(cls, name: str, preset: Preset, *, device: str, dtype: str) -> HdModel:
-        """Load a checkpoint; arguments as of `server_plugin.backends.open.open_model`.
+        """Load a checkpoint; arguments as for `server_plugin.backends.open.open_model`.
 
         Raises:
             ModelError: it is missing or damaged.
-            ConfigError: it is of another family.
+            ConfigError: it belongs to another model family.
         """
         folder = local_or_hub(checkpoint_of(name))
         kind = adapter_for(model_type_of(folder))
         if not issubclass(kind, LlavaAdapter):
-            raise ConfigError(f"the method hd is LLaVA's; {name} is of the family {kind.family}")
+            raise ConfigError(
+                f"the method hd needs a LLaVA model; {name} belongs to the family {kind.family}"
+            )
         kind.layout_of(load_config(folder), preset)
         where = device_of(device)
         model = load_model(folder, where, dtype_of(dtype, where))
@@ -158,7 +162,7 @@ class HdModel:
 
     @torch.inference_mode()
     def visual_tokens(self, picture: Image.Image) -> Tensor:
-        """The picture as the decoder takes it.
+        """Encode the picture as visual tokens of the decoder.
 
         Args:
             picture: RGB, `side` x `side` px.
@@ -181,7 +185,14 @@ class HdModel:
     def answer(
         self, picture: Image.Image, question: str, max_new_tokens: int, stop: Sequence[str]
     ) -> HdAnswer:
-        """Greedy answer to a checked question; arguments as above."""
+        """Answer greedily.
+
+        Args:
+            picture: RGB, `side` x `side` px.
+            question: a question that `check_question` accepted.
+            max_new_tokens: longest answer.
+            stop: texts at which the answer ends.
+        """
         adapter = self._adapter
         prompt = self._prompts.build(question, 1, max_new_tokens)
         place = prompt.images[0]
@@ -222,11 +233,11 @@ class HdModel:
 
 
 def merged(tiles: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Feature maps of tiles, put together as the tiles lie in the picture.
+    """Join the feature maps of tiles to one map of the picture.
 
     Args:
         tiles: row by row, each `(visual_tokens, hidden)` with the cells of `grid` at its end.
-        grid: of one tile.
+        grid: grid of one tile.
 
     Returns:
         Shape `(tiles * rows * columns, hidden)`, row-major over the large map.
@@ -237,16 +248,8 @@ def merged(tiles: Sequence[Tensor], grid: Grid) -> Tensor:
     return torch.cat(rows).flatten(0, 1)
 
 
-@dataclass(slots=True, eq=False)
-class _Ready:
-    asked: Asked
-    picture: bytes
-    shown: Image.Image
-    reference_bytes: int
-
-
 class HighResolutionMethod(Method):
-    """The larger picture for every sample; arguments as in `eval.runs.methods.two_stage`."""
+    """One larger picture for every sample; arguments as for `TwoStage`."""
 
     name = HD
     group = _GROUP
@@ -262,7 +265,7 @@ class HighResolutionMethod(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codec = codec, view_quality
-        self._pictures = Pictures()
+        self._pictures = PictureCache()
         self._model: HdModel
         self._preset: Preset
         self._codecs: Codecs
@@ -282,48 +285,48 @@ class HighResolutionMethod(Method):
     async def close(self) -> None:
         pass
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         model = facts_of(self._options, self._model.info, self._preset)
         note = "LLaVA-1.5-HD's procedure on weights that were not trained for it"
-        return {**model, "side": self._model.side, "note": note}, self._codecs.told()
+        return {**model, "side": self._model.side, "note": note}, self._codecs.describe()
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
+    def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._model.info, self._codecs
         side = Size(self._model.side, self._model.side)
-        asked = Asked(index, sample, self._pictures.get(sample))
+        asked = EdgeSample(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
-            sent: bytes = told_as_sample_error(
+            sent: bytes = as_sample_error(
                 "the picture",
                 lambda: asked.picture.view(side, info.fit, codecs.view, codecs.view_quality),
             )
         reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(sent, max_pixels=side.width * side.height)
-        return _Ready(asked, sent, shown, len(reference))
+        return EncodedSample(asked, sent, shown, len(reference))
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         return [await asyncio.to_thread(self._one, one) for one in ready]
 
-    def _one(self, ready: _Ready) -> Record | SampleError:
+    def _one(self, ready: EncodedSample) -> Record | SampleError:
         asked, limit = ready.asked, self._preset.max_new_tokens
         begin = time.perf_counter()
         try:
             self._model.check_question(asked.sample.question, limit)
             answer = self._model.answer(ready.shown, asked.sample.question, limit, self._task.stop)
-        # As in the two-stage run: one sample that the runtime fails on ends no run.
+        # A model's runtime may raise anything; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         took_s = time.perf_counter() - begin
         return self._record(ready, answer, took_s)
 
-    def _record(self, ready: _Ready, answer: HdAnswer, took_s: float) -> Record:
+    def _record(self, ready: EncodedSample, answer: HdAnswer, took_s: float) -> Record:
         asked, made, work = ready.asked, answer.made, Work()
         work.add_generation(self._model.info, made)
         ended = Finish.STOP if answer.stopped else Finish.END if made.ended else Finish.LENGTH
-        ask, said = one_stage(
+        ask, answer_bytes = one_stage_bytes(
             asked.sample.question,
             asked.picture.size,
             ready.picture,
-            Said(
+            SentAnswer(
                 made.text,
                 aggregate(made.steps, Metric.MIN_ENTROPY, Aggregate.FULL),
                 ended,
@@ -342,7 +345,7 @@ class HighResolutionMethod(Method):
             request_bytes=0,
             reply_bytes=0,
             answer_bytes=0,
-            first_answer_bytes=said,
+            first_answer_bytes=answer_bytes,
             reference_bytes=ready.reference_bytes,
             first_text=made.text,
             second_text="",

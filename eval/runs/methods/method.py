@@ -1,4 +1,4 @@
-"""What a run does with its samples: one interface, so that one loop runs every method."""
+"""The interface of methods that a run can measure, and what they share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from PIL.Image import Image
+
 from edge_client.picture import Picture
 from eval.analysis.records import Record, truth_text
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import CollabError
 from vlm_collab.pictures.images import Codec
 
+REFERENCE_QUALITY = 100
+"""Quality of the JPEG to which costs are relative (Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models*, 2025, arXiv 2512.16349, section VII-F)."""
+
 _KEPT_PICTURES = 8
-"""Questions about one picture mostly follow each other."""
+"""Decoded pictures kept; questions about one picture mostly follow each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +32,8 @@ class Codecs:
     """How pictures are encoded.
 
     Attributes:
-        view, region: of the global and the local view.
-        view_quality, region_quality: 1 to 100.
+        view, region: codec of the global and the local view.
+        view_quality, region_quality: their quality, 1 to 100.
     """
 
     view: Codec
@@ -35,8 +41,8 @@ class Codecs:
     region: Codec
     region_quality: int
 
-    def told(self) -> dict[str, Any]:
-        """As `run.json` has it."""
+    def describe(self) -> dict[str, Any]:
+        """The codecs' entry in `run.json`."""
         return {
             "view": [self.view.name.lower(), self.view_quality],
             "region": [self.region.name.lower(), self.region_quality],
@@ -44,18 +50,18 @@ class Codecs:
 
 
 class SampleError(Exception):
-    """A sample cannot be worked on; says why in one line."""
+    """A sample cannot be answered; the message gives the reason in one line."""
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
-    """One sample and its picture.
+class EdgeSample:
+    """A sample with its picture, as the edge has it.
 
     Attributes:
-        index: of the sample in its task.
-        sample: of the task.
-        picture: its original.
-        edge_s: time spent at the edge so far.
+        index: position of the sample in its task.
+        sample: the sample.
+        picture: the original.
+        edge_s: seconds spent at the edge so far.
     """
 
     index: int
@@ -65,7 +71,7 @@ class Asked:
 
     @contextlib.contextmanager
     def at_the_edge(self) -> Iterator[None]:
-        """Counts the time of what runs within."""
+        """Add the time of the `with` block to `edge_s`."""
         begin = time.perf_counter()
         try:
             yield
@@ -73,7 +79,7 @@ class Asked:
             self.edge_s += time.perf_counter() - begin
 
     def facts(self) -> dict[str, Any]:
-        """The columns of its row that no method has a part in."""
+        """The columns of the sample's row that do not depend on the method."""
         sample, box = self.sample, self.sample.true_box
         return {
             "index": self.index,
@@ -89,12 +95,29 @@ class Asked:
         }
 
 
-class Method(ABC):
-    """One way to answer the questions of a benchmark. Make it, `open` it, use it, `close` it.
+@dataclass(slots=True, eq=False)
+class EncodedSample:
+    """A sample whose picture is encoded.
 
     Attributes:
-        name: as in `run.json`.
-        group: samples that are worked on together; known once it is open.
+        asked: the sample.
+        picture: what the edge sends, encoded.
+        shown: `picture`, decoded as the server decodes it.
+        reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
+    """
+
+    asked: EdgeSample
+    picture: bytes
+    shown: Image
+    reference_bytes: int
+
+
+class Method(ABC):
+    """A way to answer the questions of a benchmark. Call `open` first and `close` last.
+
+    Attributes:
+        name: name in `run.json`.
+        group: number of samples that run together; known once the method is open.
     """
 
     name: ClassVar[str]
@@ -102,47 +125,47 @@ class Method(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Load what is needed.
+        """Load the model or connect to the service.
 
         Raises:
-            CollabError: it cannot be done; one line.
+            CollabError: this fails; one line.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Free it."""
+        """Free the method's resources."""
 
     @abstractmethod
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Of the model and of the codecs, as `run.json` has them. Once it is open."""
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entries of the model and of the codecs in `run.json`; only after `open`."""
 
     @abstractmethod
     def prepare(self, index: int, sample: Sample) -> Any:
-        """What the edge does before anything is sent. Runs on a thread of its own.
+        """Do the edge's work before anything is sent. Runs on a separate thread.
 
         Raises:
-            SampleError: nothing can be sent.
+            SampleError: the sample's picture cannot be read or encoded.
         """
 
     @abstractmethod
     async def answer(self, ready: Sequence[Any]) -> list[Record | SampleError]:
-        """Both passes, or whatever the method has, for samples that were prepared; in order."""
+        """Answer prepared samples; results are in their order."""
 
 
 @dataclass(slots=True)
-class Pictures:
-    """Originals by their image id: one that several questions are about is decoded once."""
+class PictureCache:
+    """Cache of originals by image id, so that a picture with several questions is decoded once."""
 
     _kept: OrderedDict[str, Picture] = field(default_factory=OrderedDict)
 
     def get(self, sample: Sample) -> Picture:
-        """The sample's picture.
+        """Return the sample's picture.
 
         Raises:
-            SampleError: it cannot be had.
+            SampleError: it cannot be read.
         """
         if sample.image_id not in self._kept:
-            self._kept[sample.image_id] = told_as_sample_error(
+            self._kept[sample.image_id] = as_sample_error(
                 "the picture", lambda: Picture.open(sample.picture())
             )
             while len(self._kept) > _KEPT_PICTURES:
@@ -151,28 +174,32 @@ class Pictures:
         return self._kept[sample.image_id]
 
 
-def told_as_sample_error(what: str, work: Callable[[], Any]) -> Any:
-    """Do what may fail by a sample's fault.
+def as_sample_error(what: str, work: Callable[[], Any]) -> Any:
+    """Call `work`, and turn any error into a `SampleError`.
+
+    Args:
+        what: what is worked on, for the message.
+        work: the call.
 
     Raises:
-        SampleError: it did.
+        SampleError: `work` raised an exception.
     """
     try:
         return work()
-    # Readers of data sets raise whatever the file formats below them do.
+    # Readers of data sets pass on any exception of the file formats below them.
     except Exception as error:
         raise SampleError(f"{what}: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
-    """An error for people; one that is none of this project's names its kind."""
+    """Format an error in one line; an error from outside this project names its type."""
     line = " ".join(str(error).split())[:300]
     return line if isinstance(error, CollabError) else f"{type(error).__name__}: {line}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores answers by the task's default rule."""
+    """Scores answers by the task's default scorer."""
 
     task: Task
 
@@ -182,8 +209,7 @@ class Scores:
 
 @contextlib.contextmanager
 def quiet_engine() -> Iterator[None]:
-    """Failures of single questions are told in `failed.jsonl`; their traces stay out of the
-    terminal."""
+    """Keep the server's log out of the terminal; failed questions are listed in `failed.jsonl`."""
     log = logging.getLogger("server_plugin")
     silent = logging.NullHandler()
     log.addHandler(silent)

@@ -1,13 +1,13 @@
-"""Both passes of every sample over a running service: the edge client and real bytes.
+"""The two-stage method over a running service: the edge client and real bytes.
 
-Each sample is asked about twice, each time with a view of its own, as if nothing had been sent
-before: once with a second stage in any case, which gives everything but the first answer's own
-tokens, and once without one, which gives these. What a service does not tell stays empty: token
-ids, Shannon entropy, margin, and min-entropy too without the feature `tokens`. FLOPs of the
-generic instruction are counted with the second pass's, and the map has the eight bits that cross
-the wire. Bytes are those really sent, less what the run's own wishes (map, tokens, stage) take.
+Each sample is asked twice, each time with a new view, as if nothing had been sent before. One
+question forces the second stage, and gives all but the first answer's tokens; the other forbids
+it, and gives these. A service does not report token ids, Shannon entropy and margin, nor
+min-entropy without the feature `tokens`; these columns stay empty. FLOPs of the generic instruction
+are counted with the second pass, and the map has the eight bits that cross the wire. Byte counts
+are those really sent, minus the options that only the run asks for (map, tokens, stage).
 
-A service batches by what comes when, so its results repeat up to rounding, not bit by bit.
+A service batches questions as they arrive, so results repeat up to rounding, not bit by bit.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from edge_client.link.link import CODECS
 from edge_client.picture import Picture
-from eval.analysis.records import Record
-from eval.analysis.run import TWO_STAGE
+from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
+    EdgeSample,
     Method,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.methods.two_stage import REFERENCE_QUALITY, no_second, region_pixels
-from eval.runs.wire import frame
+from eval.runs.methods.two_stage import no_second, region_pixels
+from eval.runs.wire import message_bytes
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import (
     AuthenticationError,
@@ -64,33 +64,40 @@ from vlm_collab.protocol.table import FITS
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 600.0
-"""For one question; with many in flight, most of it is waiting for the model."""
+"""Deadline for one question. With many in flight, most of it is waiting for the model."""
 
 _GROUP = 16
 _MOST_STOP_TEXTS = 4
 
 _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
-"""Not a sample's fault."""
+"""Errors that are not caused by a single sample."""
 
 
 @dataclass(slots=True, eq=False)
-class _Ready:
-    """A sample, and its picture once more: views are the server's by picture."""
+class _ServiceSample:
+    """A sample for both questions.
 
-    asked: Asked
+    Attributes:
+        asked: the sample.
+        again: its picture, opened a second time. The client sends one view per `Picture`, and
+            the second question needs a new view too.
+        reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
+    """
+
+    asked: EdgeSample
     again: Picture
     reference_bytes: int
 
 
 class OverService(Method):
-    """A running service.
+    """Both passes of every sample, by a running service.
 
     Args:
-        task: what is asked.
-        url, token: of the service.
-        codec, view_quality: of the views; None leaves the format to the service. Regions are
+        task: the benchmark.
+        url, token: address of the service, and its token.
+        codec, view_quality: encoding of views; None leaves the codec to the service. Regions are
             encoded as the service asks.
-        max_new_tokens: longest answer, if not the benchmark's.
+        max_new_tokens: longest answer; None takes the benchmark's.
     """
 
     name = TWO_STAGE
@@ -116,7 +123,7 @@ class OverService(Method):
     async def open(self) -> None:
         self._welcome = await self._client.connect()
         if (warning := FITS[self._welcome.fit].warning) is not None:
-            log.warning("of the service, %s", warning)
+            log.warning("the service: %s", warning)
         if self._task.stop and "stop" not in self._welcome.features:
             raise ConfigError("this service does not take stop texts, which the benchmark needs")
         if len(self._task.stop) > _MOST_STOP_TEXTS:
@@ -125,7 +132,7 @@ class OverService(Method):
     async def close(self) -> None:
         await self._client.close()
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         welcome = self._welcome
         model = {
             "name": welcome.model,
@@ -140,20 +147,22 @@ class OverService(Method):
         codec = self._asked_codec or choose_codec(CODECS, welcome.codecs)
         return model, {"view": [codec.name.lower(), self._quality], "region": None}
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
-        data: bytes = told_as_sample_error("the picture", sample.picture)
-        picture: Picture = told_as_sample_error("the picture", lambda: Picture.open(data))
+    def prepare(self, index: int, sample: Sample) -> _ServiceSample:
+        data: bytes = as_sample_error("the picture", sample.picture)
+        picture: Picture = as_sample_error("the picture", lambda: Picture.open(data))
         welcome = self._welcome
         side, fit = Size(welcome.view_width, welcome.view_height), FITS[welcome.fit]
-        reference: bytes = told_as_sample_error(
+        reference: bytes = as_sample_error(
             "the picture", lambda: picture.view(side, fit, Codec.JPEG, REFERENCE_QUALITY)
         )
-        return _Ready(Asked(index, sample, picture), Picture.open(data), len(reference))
+        return _ServiceSample(
+            EdgeSample(index, sample, picture), Picture.open(data), len(reference)
+        )
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[_ServiceSample]) -> list[Record | SampleError]:
         return list(await asyncio.gather(*map(self._one, ready)))
 
-    async def _one(self, ready: _Ready) -> Record | SampleError:
+    async def _one(self, ready: _ServiceSample) -> Record | SampleError:
         asked = ready.asked
         both, alone = self._options(Retransmit.ALWAYS), self._options(Retransmit.NEVER)
         try:
@@ -187,7 +196,7 @@ class OverService(Method):
 
     def _record(
         self,
-        ready: _Ready,
+        ready: _ServiceSample,
         refined: EdgeAnswer,
         first: EdgeAnswer,
         options: Options,
@@ -203,7 +212,7 @@ class OverService(Method):
             view_pixels=welcome.view_width * welcome.view_height,
             region_pixels=region_pixels(region),
             **sizes,
-            first_answer_bytes=frame(_answer(first), up=False),
+            first_answer_bytes=message_bytes(_answer(first), up=False),
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
             second_text=refined.text,
@@ -223,22 +232,22 @@ class OverService(Method):
             look_s=0.0,
             second_s=refined.usage.second_ms / 1000,
             edge_s=0.0,
-            # Its view was new, so all of its prompt was computed.
+            # The view was new, so the whole prompt was computed.
             first_input_tokens=first.usage.prefilled_tokens,
         )
 
     def _record_of_view(
-        self, ready: _Ready, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
+        self, ready: _ServiceSample, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
     ) -> Record:
-        """The row of a sample whose view shows all that a region would; see `TwoStage`."""
+        """The row of a sample whose view already shows all that a region would."""
         asked, welcome = ready.asked, self._welcome
         score = self._score(first.text, asked.sample)
-        answer_bytes = frame(_answer(first), up=False)
+        answer_bytes = message_bytes(_answer(first), up=False)
         return Record(
             **asked.facts(),
             view_bytes=first.view_bytes,
             view_pixels=welcome.view_width * welcome.view_height,
-            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _wishes(asked, options),
+            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _option_bytes(asked, options),
             first_answer_bytes=answer_bytes,
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
@@ -260,7 +269,7 @@ class OverService(Method):
 
 
 def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
-    """What is known of an answer's tokens. Of a greedy one, surprisal is min-entropy."""
+    """The columns of an answer's tokens. In a greedy answer, surprisal equals min-entropy."""
     return {
         f"{which}_tokens": [],
         f"{which}_min_entropy": [token.surprisal_micro / 1e6 for token in answer.tokens],
@@ -270,17 +279,21 @@ def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
     }
 
 
-def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -> dict[str, Any]:
-    """The bytes that were counted, shared out between the messages.
+def _sizes(
+    asked: EdgeSample, refined: EdgeAnswer, options: Options, region: bytes
+) -> dict[str, Any]:
+    """Distribute the counted bytes among the messages.
 
-    What the run's own wishes added is taken off. Ids are of one size here, where on the wire
-    they grow by some bytes with the questions; that falls to the question and the request.
+    The bytes of the run's own options are subtracted. Ids have a fixed size here; on the wire they
+    grow by some bytes with the number of questions, which counts for the question and the request.
     """
-    wishes = _wishes(asked, options)
-    reply = frame(Region(1, region), up=True) - len(region)
-    ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - wishes
-    plain = frame(_answer(refined), up=False)
-    with_tokens = frame(msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False)
+    of_options = _option_bytes(asked, options)
+    reply = message_bytes(Region(1, region), up=True) - len(region)
+    ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - of_options
+    plain = message_bytes(_answer(refined), up=False)
+    with_tokens = message_bytes(
+        msgspec.structs.replace(_answer(refined), tokens=refined.tokens), up=False
+    )
     header = read_header(region, max_pixels=2**31)
     request = RegionRequest(
         1,
@@ -297,7 +310,7 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
         10_000,
     )
     with_map = msgspec.structs.replace(request, map=refined.map or b"")
-    map_bytes = frame(with_map, up=False) - frame(request, up=False)
+    map_bytes = message_bytes(with_map, up=False) - message_bytes(request, up=False)
     return {
         "ask_bytes": ask,
         "request_bytes": refined.bytes_down - with_tokens - map_bytes,
@@ -306,16 +319,16 @@ def _sizes(asked: Asked, refined: EdgeAnswer, options: Options, region: bytes) -
     }
 
 
-def _wishes(asked: Asked, options: Options) -> int:
-    """Bytes of the run's own wishes in a question."""
+def _option_bytes(asked: EdgeSample, options: Options) -> int:
+    """Bytes that the run's own options add to a question."""
     question, source = asked.sample.question, asked.picture.size
-    return frame(Ask(1, question, 1, None, *source, options), up=True) - frame(
+    return message_bytes(Ask(1, question, 1, None, *source, options), up=True) - message_bytes(
         Ask(1, question, 1, None, *source), up=True
     )
 
 
 def _answer(answer: EdgeAnswer) -> Answer:
-    """The message that it came as, without the tokens."""
+    """The message in which the answer came, without its tokens."""
     return Answer(
         1,
         answer.text,

@@ -1,34 +1,35 @@
-"""Both passes of every sample in this process: the engine itself, and the edge's real work.
+"""The two-stage method in this process: the engine itself, and the edge's real work.
 
 Views and regions are really encoded, and the model sees what is decoded from these bytes. Every
-sample opens a view of its own, also where several ask about one picture, so that what a sample
-costs does not depend on which came before it.
+sample opens its own view, even if several ask about one picture, so that a sample's cost does not
+depend on earlier samples.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
 
-from eval.analysis.records import Record
-from eval.analysis.run import TWO_STAGE
+from eval.analysis.records import TWO_STAGE, Record
 from eval.runs.loading import ModelOptions, facts_of, loaded
 from eval.runs.lockstep import Lockstep, Member
 from eval.runs.methods.method import (
-    Asked,
+    REFERENCE_QUALITY,
     Codecs,
+    EdgeSample,
+    EncodedSample,
     Method,
-    Pictures,
+    PictureCache,
     SampleError,
     Scores,
+    as_sample_error,
     one_line,
-    told_as_sample_error,
 )
-from eval.runs.wire import Said, exchange, one_stage
+from eval.runs.wire import SentAnswer, exchange_bytes, one_stage_bytes
 from eval.tasks.base import Sample, Task
 from server_plugin.backends.base import Backend, Generation
 from server_plugin.engines.assembly import engine_of
@@ -38,27 +39,15 @@ from vlm_collab.method.policy import Metric
 from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
 from vlm_collab.protocol.messages import Fallback, Finish, Retransmit
 
-REFERENCE_QUALITY = 100
-"""Of the JPEG that relative cost is relative to (section VII-F of 003_92b41fe49395ce1a.txt)."""
-
-
-@dataclass(slots=True, eq=False)
-class _Ready:
-    """A sample whose view is encoded, and what the server decodes of it."""
-
-    asked: Asked
-    view: bytes
-    shown: Image
-    reference_bytes: int
-
 
 class TwoStage(Method):
-    """The engine in this process.
+    """Both passes of every sample, by the engine in this process.
 
     Args:
-        task: what is asked.
-        options: of the model.
-        codec, view_quality, region_quality: of what is sent; None for what the preset has.
+        task: the benchmark.
+        options: the model.
+        codec, view_quality, region_quality: encoding of views and regions; None takes the
+            preset's.
     """
 
     name = TWO_STAGE
@@ -75,7 +64,7 @@ class TwoStage(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codecs = codec, view_quality, region_quality
-        self._pictures = Pictures()
+        self._pictures = PictureCache()
         self._backend: Backend
         self._preset: Preset
         self._engine: Engine
@@ -91,26 +80,26 @@ class TwoStage(Method):
     async def close(self) -> None:
         await self._backend.close()
 
-    def told(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return facts_of(self._options, self._backend.info, self._preset), self._codecs.told()
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return facts_of(self._options, self._backend.info, self._preset), self._codecs.describe()
 
-    def prepare(self, index: int, sample: Sample) -> _Ready:
+    def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._backend.info, self._codecs
-        asked = Asked(index, sample, self._pictures.get(sample))
+        asked = EdgeSample(index, sample, self._pictures.get(sample))
         with asked.at_the_edge():
-            view: bytes = told_as_sample_error(
+            view: bytes = as_sample_error(
                 "the picture",
                 lambda: asked.picture.view(info.view, info.fit, codecs.view, codecs.view_quality),
             )
         reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(view, max_pixels=info.view.width * info.view.height)
-        return _Ready(asked, view, shown, len(reference))
+        return EncodedSample(asked, view, shown, len(reference))
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Record | SampleError]:
+    async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         group = Lockstep(self._backend, len(ready))
         return list(await asyncio.gather(*map(self._one, ready, group.members)))
 
-    async def _one(self, ready: _Ready, member: Member) -> Record | SampleError:
+    async def _one(self, ready: EncodedSample, member: Member) -> Record | SampleError:
         asked, engine = ready.asked, replace(self._engine, backend=member)
         codecs, sent = self._codecs, b""
         view = None
@@ -126,7 +115,7 @@ class TwoStage(Method):
             return await asyncio.to_thread(cut, need)
 
         try:
-            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            # Not in `prepare`, which runs on another thread: tokenizers are not thread-safe.
             member.check_question(asked.sample.question)
             view = await member.open_view(ready.shown)
             outcome = await engine.answer(
@@ -137,7 +126,7 @@ class TwoStage(Method):
                 retransmit=Retransmit.ALWAYS,
                 stop=tuple(self._task.stop),
             )
-        # A model's runtime raises what it likes; one sample that it fails on ends no run.
+        # A model's runtime may raise anything; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -153,7 +142,7 @@ class TwoStage(Method):
 
     def _record(
         self,
-        ready: _Ready,
+        ready: EncodedSample,
         outcome: Outcome,
         need: RegionNeed,
         second: Generation,
@@ -167,15 +156,15 @@ class TwoStage(Method):
         second_work.add_generation(info, second)
         look_flops = outcome.work.flops - first_work.flops - second_work.flops
         target = self._engine.target
-        sizes = exchange(
+        sizes = exchange_bytes(
             asked.sample.question,
             asked.picture.size,
-            ready.view,
+            ready.picture,
             region,
             need.token_box,
             target,
             (codecs.region, codecs.region_quality),
-            Said(
+            SentAnswer(
                 need.first,
                 need.uncertainty,
                 Finish.END if first.ended else Finish.LENGTH,
@@ -183,7 +172,7 @@ class TwoStage(Method):
                 first_work.decoded_tokens,
                 first_work.flops // 10**6,
             ),
-            Said(
+            SentAnswer(
                 outcome.text,
                 outcome.uncertainty,
                 outcome.finish,
@@ -194,7 +183,7 @@ class TwoStage(Method):
         )
         return Record(
             **asked.facts(),
-            view_bytes=len(ready.view),
+            view_bytes=len(ready.picture),
             region_bytes=len(region),
             view_pixels=info.view.width * info.view.height,
             region_pixels=region_pixels(region),
@@ -226,16 +215,16 @@ class TwoStage(Method):
             edge_s=asked.edge_s,
         )
 
-    def _record_of_view(self, ready: _Ready, outcome: Outcome, member: Member) -> Record:
-        """The row of a sample whose view shows all that a region would."""
+    def _record_of_view(self, ready: EncodedSample, outcome: Outcome, member: Member) -> Record:
+        """The row of a sample whose view already shows all that a region would."""
         asked, info = ready.asked, self._backend.info
         first, seconds, work = outcome.first, member.seconds, Work()
         work.add_generation(info, first)
-        ask, answer = one_stage(
+        ask, answer = one_stage_bytes(
             asked.sample.question,
             asked.picture.size,
-            ready.view,
-            Said(
+            ready.picture,
+            SentAnswer(
                 outcome.text,
                 outcome.uncertainty,
                 outcome.finish,
@@ -246,7 +235,7 @@ class TwoStage(Method):
         )
         return Record(
             **asked.facts(),
-            view_bytes=len(ready.view),
+            view_bytes=len(ready.picture),
             view_pixels=info.view.width * info.view.height,
             ask_bytes=ask,
             first_answer_bytes=answer,
@@ -272,11 +261,11 @@ class TwoStage(Method):
 def no_second(
     *, text: str, score: float, answer_bytes: int, statistics: dict[str, Any]
 ) -> dict[str, Any]:
-    """The columns of the second stage where no region adds detail: the first answer stands.
+    """The columns of the second stage if no region would add detail: those of the first answer.
 
     Args:
-        text, score, answer_bytes: of the first answer.
-        statistics: of its tokens, under the second pass's names.
+        text, score, answer_bytes: values of the first answer.
+        statistics: statistics of its tokens, under the second pass's column names.
     """
     return {
         "second_text": text,
@@ -299,7 +288,7 @@ def no_second(
 def codecs_of(
     preset: Preset, codec: Codec | None, view_quality: int | None, region_quality: int | None
 ) -> Codecs:
-    """What was asked for; where nothing was, what the preset has."""
+    """The codecs that the user asked for, completed from the preset."""
     chosen = codec or Codec[preset.codec.upper()]
     return Codecs(
         view=chosen,
@@ -310,7 +299,7 @@ def codecs_of(
 
 
 def region_pixels(region: bytes) -> int:
-    """Of an encoded picture of our own making."""
+    """Number of pixels of an encoded region. It was encoded here, so its size is trusted."""
     header = read_header(region, max_pixels=MAX_SOURCE_PIXELS)
     return header.width * header.height
 
@@ -320,7 +309,7 @@ def statistics(which: str, made: Generation) -> dict[str, Any]:
 
     Args:
         which: "first" or "second".
-        made: the pass.
+        made: result of the pass.
     """
     steps = made.steps
     return {
