@@ -12,7 +12,7 @@ its result is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -51,6 +51,31 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One question to the model, and the parameters of its answer.
+
+    Attributes:
+        question: the user's text.
+        history: earlier questions and answers.
+        places: where the view's pictures stand in the texts. Empty: all stand before the first
+            text, as do those of a family that cannot place pictures elsewhere.
+        max_new_tokens: longest answer, in tokens; None for the server's own limit.
+        sampling: how tokens are chosen.
+    """
+
+    question: str
+    _: KW_ONLY
+    history: History = ()
+    places: Places = ()
+    max_new_tokens: int | None = None
+    sampling: Sampling = GREEDY
+
+    def with_limit(self, max_new_tokens: int) -> GenerationRequest:
+        """Return the same request with another limit on the length of the answer, in tokens."""
+        return replace(self, max_new_tokens=max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,22 +192,14 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
         """Refuse a question before anything is computed for it. Cheap; runs on the event loop.
 
         Args:
-            question: the user's text.
+            request: its context must have room for an answer of the server's own limit, even if
+                `max_new_tokens` is smaller.
             images: different pictures that the longest prompt of this question may hold; 0 for a
                 question about none.
-            history: what came before.
-            places: see `first_pass`.
 
         Raises:
             QuestionError: empty, no text, or longer than the context leaves room for, in one
@@ -202,21 +219,12 @@ class Backend(Protocol):
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        """Answer from the global view, capturing the attention row.
-
-        Args:
-            places: where the view's pictures stand in the texts; without any, before all of them.
-                A family that takes pictures only in front puts them there.
-        """
+        """Answer from the global view, capturing the attention row."""
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         """Divide the first pass's row by the row of the generic instruction.
@@ -228,13 +236,9 @@ class Backend(Protocol):
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
@@ -242,17 +246,15 @@ class Backend(Protocol):
 
         Args:
             region: RGB, any size; brought to the encoder's input by the backend.
-            places: as in the first pass; the local view then stands right behind its picture.
+            request: as in the first pass. Where its pictures have places, the local view stands
+                right behind the picture that it is from.
             picture: which of the view's pictures the region is from.
         """
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:

@@ -18,12 +18,10 @@ import numpy as np
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -32,7 +30,7 @@ from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import Places, split, spots_of
+from vlm_collab.protocol.image_positions import split, spots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +62,14 @@ Play = Callable[[str, str, str], Script]
 """(question, digest of the view, digest of the region or "") -> what to do."""
 
 
-def _said(question: str, history: History, places: Places = ()) -> str:
-    """All that was said, as one text: what came before stands first.
+def _conversation(request: GenerationRequest) -> str:
+    """Return the whole conversation as one text, oldest turn first.
 
-    A picture that has its place in a text is `<0>`, by its number.
+    A picture that has a place in a text is written as its number: `<0>`.
     """
     texts: list[str] = []
-    for turn, (asked, *answered) in enumerate((*history, (question,))):
-        parts = split(asked, spots_of(places, turn))
+    for turn, (asked, *answered) in enumerate((*request.history, (request.question,))):
+        parts = split(asked, spots_of(request.places, turn))
         texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
         texts += answered
     return " ".join(texts)
@@ -153,14 +151,8 @@ class FakeBackend:
         """What `vlm-collab serve fake` serves."""
         return cls()
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        question = request.question
         if not question.strip():
             raise QuestionError("the question is empty")
         if REFUSED in question:
@@ -181,17 +173,13 @@ class FakeBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history, places), held.name, "")
+        script = self.play(_conversation(request), held.name, "")
         tokens = script.first.split(" ")
         row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
         # Of several pictures, it looks at the last.
@@ -200,7 +188,7 @@ class FakeBackend:
         ] = 1.0
         step = statistics_of(script.uncertainty_bits)
         return await self._generate(
-            tokens, step, script.delay_s, max_new_tokens, stop, on_text, row / row.sum()
+            tokens, step, script.delay_s, request.max_new_tokens, stop, on_text, row / row.sum()
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
@@ -222,39 +210,44 @@ class FakeBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history, places), held.name, digest(region))
+        script = self.play(_conversation(request), held.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
         step = statistics_of(script.second_bits)
         return await self._generate(
-            script.second.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
+            script.second.split(" "),
+            step,
+            script.delay_s,
+            request.max_new_tokens,
+            stop,
+            on_text,
+            None,
         )
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        script = self.play(_said(question, history), "", "")
+        script = self.play(_conversation(request), "", "")
         step = statistics_of(script.uncertainty_bits)
         return await self._generate(
-            script.first.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
+            script.first.split(" "),
+            step,
+            script.delay_s,
+            request.max_new_tokens,
+            stop,
+            on_text,
+            None,
         )
 
     async def release(self, view: View) -> None:
@@ -279,7 +272,7 @@ class FakeBackend:
         tokens: list[str],
         step: TokenStatistics,
         delay_s: float,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         stop: StopRule | None,
         on_text: TextSink | None,
         row: np.ndarray[tuple[int], np.dtype[np.float32]] | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.cli.options import FitName, PresetFile, PromptName
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
@@ -145,7 +146,11 @@ def shape_of(source: str, preset: Preset) -> Shape:
             f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
         )
     one, two = (
-        len(adapter.prompts.build(preset.generic_instruction, pictures, 0).ids)
+        len(
+            adapter.prompts.build(
+                GenerationRequest(preset.generic_instruction, max_new_tokens=0), pictures
+            ).ids
+        )
         for pictures in (1, 2)
     )
     return Shape(

@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Backend,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
-    Sampling,
     StopRule,
     View,
 )
@@ -41,7 +39,6 @@ from vlm_collab.method.cost import extension_flops
 from vlm_collab.method.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.method.roi import DEFAULT_RATIOS, Placement, place_region
 from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import (
     CUT_MARK,
     Fallback,
@@ -231,16 +228,12 @@ class Engine:
         self,
         view: View,
         source: Size | Sequence[Size],
-        question: str,
+        request: GenerationRequest,
         fetch_region: FetchRegion,
         *,
-        history: History = (),
-        places: Places = (),
         stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
         retransmit: Retransmit = Retransmit.AUTO,
         eta: float | None = None,
-        max_new_tokens: int | None = None,
         tokens: bool = False,
         on_text: TextSink | None = None,
         key: str = "",
@@ -250,17 +243,13 @@ class Engine:
         Args:
             view: the global view, held by the backend.
             source: size of the upright original, in px; of each, if the view is of several.
-            question: the user's text.
-            history: what was asked and answered before.
-            places: where the view's pictures stand in the texts; without any, before all of them.
+            request: its limit counts up to the engine's own. If tokens are drawn without a seed,
+                a seed is drawn first, so that an answer that is made again is the same again.
             stop: texts that end an answer where they come up.
-            sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
-                answer that is made again is the same again.
             fetch_region: called at most once, when unsure and a region adds detail. When it raises
                 for a need that is `cut`, the model works on this question once more.
             retransmit: leave it to the policy, force or forbid the second stage.
             eta: threshold for this question.
-            max_new_tokens: at most the engine's own limit.
             tokens: say what the answer is made of.
             on_text: receives the texts as they grow.
             key: names the question for a random policy, so that its choices can be repeated.
@@ -271,17 +260,19 @@ class Engine:
         """
         self.check_options(eta)
         backend, info = self.backend, self.backend.info
-        limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         work = Work()
         begin = time.perf_counter()
         policy = self.policy if eta is None else self._with_threshold(eta)
-        if sampling.temperature and sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens, places)
+        limit = self._limit(request)
+        request = request.with_limit(limit)
+        if request.sampling.temperature and request.sampling.seed is None:
+            sampling = replace(request.sampling, seed=secrets.randbits(63))
+            request = replace(request, sampling=sampling)
         more_to_see = self._more_to_see(source)
         may_stop = more_to_see and not self.provisional
         early = _stop_rule(policy, retransmit, key) if may_stop else None
-        first = await self._first(view, given, work, early, on_text)
+        first = _Pass(Stage.FIRST, stop, tokens, on_text)
+        await self._first(first, view, request, work, early)
         decision = _decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
@@ -301,16 +292,12 @@ class Engine:
                 raise RegionUnavailableError(Fallback.NO_DETAIL)
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
-            second = _Pass(Stage.SECOND, given, on_text)
+            second = _Pass(Stage.SECOND, stop, tokens, on_text)
             second.result = await backend.second_pass(
                 view,
                 region,
-                question,
-                max_new_tokens=limit,
-                history=history,
-                places=places,
+                request,
                 picture=need.picture,
-                sampling=sampling,
                 stop=second.stop_rule(None),
                 on_text=second.sink,
             )
@@ -325,8 +312,10 @@ class Engine:
             log.exception("the second stage failed; the first answer is returned")
             fallback = Fallback.SERVER_FAILED
         if second is None or second.result is None:
-            if cut and (whole := await self._complete(view, given, work)) is not None:
-                first, first_text = whole, whole.text
+            if cut:
+                complete = _Pass(Stage.FIRST, stop, tokens, None)
+                if await self._complete(complete, view, request, work):
+                    first, first_text = complete, complete.text
             return _ended(first, first_text, decision, need, fallback, work)
         work.add_generation(info, second.generation)
         work.second_s = time.perf_counter() - begin
@@ -347,31 +336,23 @@ class Engine:
 
     async def chat(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        history: History = (),
         stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
-        max_new_tokens: int | None = None,
         tokens: bool = False,
         on_text: TextSink | None = None,
     ) -> Outcome:
         """Answer a question about no picture; arguments and errors as `answer`."""
-        limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         work, begin = Work(), time.perf_counter()
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
-        one = _Pass(Stage.FIRST, given, on_text)
+        one = _Pass(Stage.FIRST, stop, tokens, on_text)
         one.result = await self.backend.text_pass(
-            question,
-            max_new_tokens=limit,
-            history=history,
-            sampling=sampling,
+            request.with_limit(self._limit(request)),
             stop=one.stop_rule(None),
             on_text=one.sink,
         )
         work.add_generation(self.backend.info, one.generation)
         work.first_s = time.perf_counter() - begin
-        decision = self.policy.decide(one.steps, ended=one.ended, key=question)
+        decision = self.policy.decide(one.steps, ended=one.ended, key=request.question)
         return _ended(one, one.text, decision._replace(retransmit=False), None, Fallback.NONE, work)
 
     def _more_to_see(self, source: Size | Sequence[Size]) -> bool:
@@ -383,37 +364,36 @@ class Engine:
             for size in sizes
         )
 
+    def _limit(self, request: GenerationRequest) -> int:
+        """Return the longest answer to a request, in tokens."""
+        return min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+
     async def _first(
         self,
+        one: _Pass,
         view: View,
-        given: _Given,
+        request: GenerationRequest,
         work: Work,
         early: StopRule | None,
-        on_text: TextSink | None,
-    ) -> _Pass:
-        one = _Pass(Stage.FIRST, given, on_text)
+    ) -> None:
+        """Run a first pass and account for it."""
         one.result = await self.backend.first_pass(
-            view,
-            given.question,
-            max_new_tokens=given.limit,
-            history=given.history,
-            places=given.places,
-            sampling=given.sampling,
-            stop=one.stop_rule(early),
-            on_text=one.sink,
+            view, request, stop=one.stop_rule(early), on_text=one.sink
         )
         work.add_generation(self.backend.info, one.generation)
-        return one
 
-    async def _complete(self, view: View, given: _Given, work: Work) -> _Pass | None:
-        """A first answer that was cut, generated again to its end; None if the model fails."""
+    async def _complete(
+        self, one: _Pass, view: View, request: GenerationRequest, work: Work
+    ) -> bool:
+        """Generate again, to its end, a first answer that was cut; False if the model fails."""
         begin = time.perf_counter()
         try:
-            return await self._first(view, given, work, None, None)
-        # As in the second stage: what there is of the answer, marked, is better than nothing.
+            await self._first(one, view, request, work, None)
+            return True
+        # As in the second stage: the cut answer, marked as cut, is better than none.
         except Exception:
             log.exception("the first answer could not be completed")
-            return None
+            return False
         finally:
             work.first_s += time.perf_counter() - begin
 
@@ -457,33 +437,22 @@ class Engine:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What both passes of a question are given."""
-
-    question: str
-    limit: int
-    history: History
-    sampling: Sampling
-    stops: tuple[str, ...]
-    tokens: bool
-    places: Places = ()
-
-
 class _Pass:
     """One pass: listens to its text, ends it at a stop text, and says what it is made of."""
 
-    def __init__(self, stage: Stage, given: _Given, on_text: TextSink | None) -> None:
+    def __init__(
+        self, stage: Stage, stops: Sequence[str], tokens: bool, on_text: TextSink | None
+    ) -> None:
         self.result: Generation | None = None
-        self._stage, self._given, self._on_text = stage, given, on_text
-        self._stops = given.stops
+        self._stage, self._stops, self._with_tokens = stage, tuple(stops), tokens
+        self._on_text = on_text
         self._texts: list[str] = []
         self._stopped = False
 
     @property
     def sink(self) -> Callable[[str], None] | None:
         """Hears the text; None if nobody needs it, which spares the spelling of every token."""
-        needed = self._on_text is not None or self._given.stops or self._given.tokens
+        needed = self._on_text is not None or bool(self._stops) or self._with_tokens
         return self._hear if needed else None
 
     def _hear(self, text: str) -> None:
@@ -535,7 +504,7 @@ class _Pass:
         A later token can change how the last characters are spelled, so what a token adds is
         measured by how much of the final text stands after it.
         """
-        if not self._given.tokens:
+        if not self._with_tokens:
             return ()
         whole, place, tokens = self.text, 0, []
         for text, bits in zip(self._texts, self.generation.surprisals, strict=True):

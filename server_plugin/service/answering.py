@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History, Sampling
+from server_plugin.backends.base import GenerationRequest, History, Sampling
 from server_plugin.engines.two_stage import (
     FetchRegion,
     Outcome,
@@ -91,7 +91,8 @@ def check_question(
     images = pictures + 1 if pictures else 0  # of the local view, there is one more
     try:
         service.engine.check_options(options.eta)
-        service.engine.backend.check_question(question, images, history=history, places=places)
+        request = GenerationRequest(question, history=history, places=places)
+        service.engine.backend.check_question(request, images)
     except ConfigError as error:
         raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
     except QuestionError as error:
@@ -176,15 +177,17 @@ async def ask_engine(
         return await service.engine.answer(
             view,
             sources,
-            question,
+            GenerationRequest(
+                question,
+                history=history,
+                places=places,
+                max_new_tokens=options.max_new_tokens,
+                sampling=sampling_of(options),
+            ),
             fetch,
-            history=history,
-            places=places,
             retransmit=options.retransmit,
             eta=options.eta,
-            max_new_tokens=options.max_new_tokens,
             stop=options.stop,
-            sampling=sampling_of(options),
             tokens=options.tokens,
             on_text=on_text,
             key=f"{lease.name}:{question}",

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import server_plugin.backends.open
 from edge_client import EdgeClient, Picture
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.adapters import checkpoint as checkpoint_module
@@ -304,7 +305,7 @@ async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) ->
     info = backend.info
     assert (info.name, info.fit, info.layer, info.base_px) == ("tiny", Fit.STRETCH, 2, 56)
     view = await backend.open_view(picture(0, info.view))
-    answer = await backend.first_pass(view, "what?", max_new_tokens=2)
+    answer = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=2))
     assert len(answer.token_ids) == 2
     await backend.close()
 
@@ -322,7 +323,9 @@ async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoi
     for folder in (checkpoint, copy):
         backend = TransformersBackend.load(str(folder), DEMO, device="cpu")
         view = await backend.open_view(picture(0, backend.info.view))
-        rows.append((await backend.first_pass(view, "what?", max_new_tokens=1)).row)
+        rows.append(
+            (await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))).row
+        )
         await backend.close()
     np.testing.assert_array_equal(rows[0], rows[1])
 

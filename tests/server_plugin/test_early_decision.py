@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from edge_client.client import EdgeClient
-from server_plugin.backends.base import Generation
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, RegionUnavailableError
@@ -67,6 +67,7 @@ async def ask(
     *,
     provisional: bool = False,
     failing: Exception | None = None,
+    max_new_tokens: int | None = None,
     **options,
 ) -> tuple[Outcome, list[RegionNeed]]:
     needs = []
@@ -79,7 +80,13 @@ async def ask(
 
     engine = Engine(backend=backend, policy=policy, provisional=provisional)
     view = await backend.open_view(VIEW)
-    outcome = await engine.answer(view, Size(896, 896), "what?", fetch, **options)
+    outcome = await engine.answer(
+        view,
+        Size(896, 896),
+        GenerationRequest("what?", max_new_tokens=max_new_tokens),
+        fetch,
+        **options,
+    )
     await backend.release(view)
     return outcome, needs
 
@@ -270,7 +277,7 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
     for number in range(8):
         view = await backend.open_view(blocks(number, backend.info.view))
         question = f"what is number {number}?"
-        whole = await backend.first_pass(view, question, max_new_tokens=10)
+        whole = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=10))
         # Just above or just below what this answer's first tokens say.
         eta = aggregate(whole.steps, Metric.MIN_ENTROPY, how, 3) * (1.01 if number % 2 else 0.99)
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backends.base import RelativeAttention, Sampling
+from server_plugin.backends.base import GenerationRequest, RelativeAttention, Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
 from server_plugin.engines.two_stage import Engine, RegionUnavailableError, Work
 from vlm_collab.errors import ConfigError
@@ -27,6 +27,7 @@ from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Retransmit,
 SOURCE = Size(896, 896)
 VIEW = Image.new("RGB", (112, 112), (1, 2, 3))
 REGION = Image.new("RGB", (112, 112), (4, 5, 6))
+QUESTION = GenerationRequest("what?")
 THRESHOLD = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
 
 
@@ -34,7 +35,7 @@ def scripted(bits: float, **more) -> FakeBackend:
     return FakeBackend(play=lambda *_: Script("one two", "three", bits, (4, 4), **more))
 
 
-async def ask(backend, policy=THRESHOLD, **options):
+async def ask(backend, policy=THRESHOLD, request=QUESTION, **options):
     """One question; returns the outcome and the needs that were asked for."""
     needs = []
 
@@ -44,7 +45,7 @@ async def ask(backend, policy=THRESHOLD, **options):
 
     engine = Engine(backend=backend, policy=policy)
     view = await backend.open_view(VIEW)
-    outcome = await engine.answer(view, SOURCE, "what?", fetch, **options)
+    outcome = await engine.answer(view, SOURCE, request, fetch, **options)
     await backend.release(view)
     return outcome, needs
 
@@ -116,7 +117,7 @@ async def test_without_a_region_the_first_answer_stands():
         raise RegionUnavailableError(Fallback.DECLINED)
 
     engine = Engine(backend=backend, policy=THRESHOLD)
-    outcome = await engine.answer(view, SOURCE, "what?", fetch)
+    outcome = await engine.answer(view, SOURCE, GenerationRequest("what?"), fetch)
     assert (outcome.text, outcome.fallback) == ("one two", Fallback.DECLINED)
     assert outcome.need is not None
 
@@ -136,7 +137,7 @@ async def test_a_runtime_that_fails_after_the_first_answer_costs_only_the_second
 
 
 async def test_the_answer_is_no_longer_than_asked_or_allowed():
-    outcome, _ = await ask(scripted(0.0), max_new_tokens=1)
+    outcome, _ = await ask(scripted(0.0), request=replace(QUESTION, max_new_tokens=1))
     assert outcome.text == "one"
     assert len(outcome.first.token_ids) == 1
 
@@ -184,7 +185,9 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
 
 
 async def test_what_came_before_reaches_both_passes():
-    outcome, _ = await ask(FakeBackend(), AlwaysPolicy(), history=(("who?", "me"),))
+    outcome, _ = await ask(
+        FakeBackend(), AlwaysPolicy(), replace(QUESTION, history=(("who?", "me"),))
+    )
     assert outcome.text.endswith("who? me what?")
     assert outcome.first.text.endswith("who? me what?")
 
@@ -199,7 +202,9 @@ async def test_the_picture_with_the_largest_relative_attention_is_searched():
         return REGION
 
     sizes = [Size(112, 112), Size(500, 500), SOURCE]
-    outcome = await Engine(backend=backend, policy=THRESHOLD).answer(view, sizes, "what?", fetch)
+    outcome = await Engine(backend=backend, policy=THRESHOLD).answer(
+        view, sizes, GenerationRequest("what?"), fetch
+    )
     assert outcome.stage is Stage.SECOND
     assert [(need.picture, need.box) for need in needs] == [(2, Box(448, 448, 560, 560))]
 
@@ -227,7 +232,7 @@ async def test_stop_texts_end_an_answer_and_are_not_part_of_it(stops, text, fini
 
 
 async def test_an_answer_says_why_it_ends():
-    outcome, _ = await ask(scripted(0.0), max_new_tokens=2)
+    outcome, _ = await ask(scripted(0.0), request=replace(QUESTION, max_new_tokens=2))
     assert (outcome.text, outcome.finish) == ("one two", Finish.LENGTH)
     outcome, _ = await ask(scripted(0.0))
     assert outcome.finish is Finish.END
@@ -256,7 +261,9 @@ async def test_tokens_make_up_the_text():
 
 async def test_a_question_about_no_picture():
     engine = Engine(backend=FakeBackend(), policy=AlwaysPolicy())
-    outcome = await engine.chat("what is small?", history=(("who?", "me"),), stop=(" small",))
+    outcome = await engine.chat(
+        GenerationRequest("what is small?", history=(("who?", "me"),)), stop=(" small",)
+    )
     assert (outcome.text, outcome.finish) == ("first  who? me what is", Finish.STOP)
     assert (outcome.stage, outcome.need) == (Stage.FIRST, None)
     assert outcome.work.decoded_tokens > 0
@@ -267,9 +274,9 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
     seen = []
 
     class Watching(FakeBackend):
-        async def first_pass(self, *args, **options):
-            seen.append(options["sampling"])
-            return await super().first_pass(*args, **options)
+        async def first_pass(self, view, request, **options):
+            seen.append(request.sampling)
+            return await super().first_pass(view, request, **options)
 
     backend = Watching(play=lambda *_: Script("one two three four", "five", 1.0))
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
@@ -279,7 +286,10 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
         raise RegionUnavailableError(Fallback.DECLINED)
 
     outcome = await Engine(backend=backend, policy=policy).answer(
-        view, SOURCE, "what?", fetch, sampling=Sampling(temperature=0.7)
+        view,
+        SOURCE,
+        GenerationRequest(replace(QUESTION, sampling=Sampling(temperature=0.7))),
+        fetch,
     )
     assert outcome.text == "one two three four"
     assert len(seen) == 2
@@ -302,7 +312,9 @@ async def ask_about(backend, source, *, retransmit=Retransmit.ALWAYS, **settings
 
     view = await backend.open_view(*[VIEW] * (1 if isinstance(source, Size) else len(source)))
     engine = Engine(backend=backend, policy=settings.pop("policy", THRESHOLD), **settings)
-    return await engine.answer(view, source, "what?", fetch, retransmit=retransmit)
+    return await engine.answer(
+        view, source, GenerationRequest("what?"), fetch, retransmit=retransmit
+    )
 
 
 @pytest.mark.parametrize("retransmit", [Retransmit.AUTO, Retransmit.ALWAYS])

@@ -19,6 +19,7 @@ import pytest
 
 from edge_client.cli.main import main
 from eval.bench.flop_count import counted
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.cli.flops import Shape, costs_of, shape_of
 from server_plugin.engines.two_stage import Engine, RegionNeed
@@ -123,7 +124,7 @@ async def test_a_first_pass_is_eq_17_and_these_terms(
     with counted(backend) as prefix:
         view = await backend.open_view(picture(0, info.view))
     with counted(backend) as question:
-        first = await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
     shared = view.prefixes[""].length
     text = first.context_tokens - shared
 
@@ -171,7 +172,7 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
     engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=tokens)
     with counted(backend) as executed:
         view = await backend.open_view(picture(0, info.view))
-        outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+        outcome = await engine.answer(view, SOURCE, GenerationRequest(QUESTION), fetch)
     first, second, work = outcome.first, outcome.second, outcome.work
     assert second is not None
     shared = view.prefixes[""].length
@@ -231,7 +232,7 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
 
     engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=4)
     view = await backend.open_view(picture(0, backend.info.view))
-    outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+    outcome = await engine.answer(view, SOURCE, GenerationRequest(QUESTION), fetch)
     assert outcome.second is not None
     answers = len(outcome.first.token_ids), len(outcome.second.token_ids)
     assert answers == (4, 4)

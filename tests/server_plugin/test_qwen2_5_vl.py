@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
-from server_plugin.backends.base import Generation
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.checkpoint import load_processor
@@ -125,7 +125,7 @@ async def compare(
     """Both passes on one picture, each number against the oracle's."""
     image, info = shown(source, backend), backend.info
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer(question, image, max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs(question, image)["input_ids"].shape[1]
 
@@ -143,7 +143,9 @@ async def compare(
     assert box == find_region(expected, frame, info.base_px)
 
     region = source.crop(token_box_to_source(box, info.grid, frame, size))
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     compare_answer(second, oracle.answer(question, image, region, max_new_tokens=NEW_TOKENS))
     assert second.context_tokens == oracle.inputs(question, image, region)["input_ids"].shape[1]
     await backend.release(view)
@@ -167,9 +169,13 @@ async def test_the_comparison_can_fail(loaded: dict[str, Pair]) -> None:
     for seed in range(6):
         view = await backend.open_view(picture(seed, backend.info.view))
         for question in QUESTIONS[:3]:
-            first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+            first = await backend.first_pass(
+                view, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             relative = await backend.relative_attention(view, first)
-            second = await backend.second_pass(view, local, question, max_new_tokens=NEW_TOKENS)
+            second = await backend.second_pass(
+                view, local, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             answers.add(first.token_ids)
             seconds.add(second.token_ids)
             peaks.add(int(relative.map.argmax()))
@@ -194,13 +200,21 @@ async def test_questions_that_run_together_equal_plain_transformers(
     asked = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
     with together(backend) as sizes:
         tasks = await queued(
-            *(backend.first_pass(views[v], q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+            *(
+                backend.first_pass(views[v], GenerationRequest(q, max_new_tokens=NEW_TOKENS))
+                for v, q in asked
+            )
         )
     firsts = await asyncio.gather(*tasks)
     assert max(sizes) == 4
     with together(backend) as sizes:
         tasks = await queued(
-            *(backend.second_pass(views[v], region, q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+            *(
+                backend.second_pass(
+                    views[v], region, GenerationRequest(q, max_new_tokens=NEW_TOKENS)
+                )
+                for v, q in asked
+            )
         )
     seconds = await asyncio.gather(*tasks)
     assert max(sizes) == 4
@@ -226,7 +240,7 @@ def test_positions_equal_those_of_transformers(
     for question in QUESTIONS:
         pictures = [picture(seed, Size(60, 40)) for seed in range(images)]
         ids = oracle.inputs(question, *pictures)["input_ids"][0].tolist()
-        prompt = adapter.prompts.build(question, images, 1)
+        prompt = adapter.prompts.build(GenerationRequest(question, max_new_tokens=1), images)
         assert list(prompt.ids) == ids
         expected = oracle.positions(question, *pictures)
         # An answer goes on from the largest position, one at a time, alike in all three.
@@ -241,7 +255,7 @@ def test_positions_do_not_depend_on_where_a_forward_begins(
     images: int, backend: TransformersBackend
 ) -> None:
     adapter = backend._adapter
-    prompt = adapter.prompts.build("what is it?", images, 1)
+    prompt = adapter.prompts.build(GenerationRequest("what is it?", max_new_tokens=1), images)
     length = len(prompt.ids) + 4
     whole = adapter.positions(prompt, 0, length)
     for start in range(length):
@@ -294,8 +308,10 @@ async def test_wrong_positions_are_caught(
     adapter = backend._adapter
     monkeypatch.setattr(adapter, "positions", lambda *args: wrong(adapter, *args))
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     answers = [(first, (image,)), (second, (image, region))]
     for number, (got, pictures) in enumerate(answers):
         expected = oracle.answer(question, *pictures, max_new_tokens=NEW_TOKENS)
@@ -323,7 +339,7 @@ def test_prompts_are_those_of_the_chat_template(
     pictures = [picture(seed, Size(30, 50)) for seed in range(images)]
     for question in QUESTIONS:
         expected = oracle.inputs(question, *pictures)["input_ids"][0].tolist()
-        prompt = adapter.prompts.build(question, images, 1)
+        prompt = adapter.prompts.build(GenerationRequest(question, max_new_tokens=1), images)
         assert list(prompt.ids) == expected
         image = oracle.model.config.image_token_id
         places = [place for run in prompt.images for place in run]
@@ -355,14 +371,16 @@ async def test_impossible_questions_are_refused(
     question: str, complaint: str, backend: TransformersBackend
 ) -> None:
     with pytest.raises(QuestionError) as caught:
-        backend.check_question(question)
+        backend.check_question(GenerationRequest(question))
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     view = await backend.open_view(picture(0, backend.info.view))
     with pytest.raises(QuestionError):
-        await backend.first_pass(view, question, max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=1))
     with pytest.raises(QuestionError):
-        await backend.second_pass(view, picture(1, Size(9, 9)), question, max_new_tokens=1)
+        await backend.second_pass(
+            view, picture(1, Size(9, 9)), GenerationRequest(question, max_new_tokens=1)
+        )
 
 
 async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -> None:
@@ -370,7 +388,7 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
 
     def fits(length: int) -> bool:
         try:
-            backend.check_question("é" * length)
+            backend.check_question(GenerationRequest("é" * length))
         except QuestionError:
             return False
         return True
@@ -378,7 +396,9 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
     longest = max(length for length in range(1, 600) if fits(length))
     image, region = picture(0, backend.info.view), picture(1, Size(9, 9))
     view = await backend.open_view(image)
-    got = await backend.second_pass(view, region, "é" * longest, max_new_tokens=NEW_TOKENS)
+    got = await backend.second_pass(
+        view, region, GenerationRequest("é" * longest, max_new_tokens=NEW_TOKENS)
+    )
     assert 1022 <= got.context_tokens + NEW_TOKENS <= 1024
     compare_answer(got, oracle.answer("é" * longest, image, region, max_new_tokens=NEW_TOKENS))
 
@@ -423,7 +443,9 @@ def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) 
     backend, oracle = loaded["mha-224"]
     whole = adapter_like(backend, oracle.processor)
     parts = backend._adapter
-    assert whole.prompts.build("what?", 2, 1) == parts.prompts.build("what?", 2, 1)
+    assert whole.prompts.build(
+        GenerationRequest("what?", max_new_tokens=1), 2
+    ) == parts.prompts.build(GenerationRequest("what?", max_new_tokens=1), 2)
     image = picture(0, Size(70, 90))
     assert torch.equal(whole.see([image])[0], parts.see([image])[0])
     assert whole.text_of([72, 105, 360]) == parts.text_of([72, 105, 360])
@@ -461,7 +483,7 @@ async def test_wrong_pictures_are_refused(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
     for wrong in (Image.new("L", (9, 9)), Image.new("RGB", (9, 0))):
         with pytest.raises(ImageError, match="must be RGB"):
-            await backend.second_pass(view, wrong, "what?", max_new_tokens=1)
+            await backend.second_pass(view, wrong, GenerationRequest("what?", max_new_tokens=1))
 
 
 # What follows is about checkpoints.
@@ -483,7 +505,7 @@ async def test_a_folder_opens_with_the_preset_of_its_family(
     assert preset == preset_named("qwen2.5-vl").with_overrides(layer=3, eta=0.25)
     assert (backend.info.view, backend.info.grid) == (Size(224, 224), Grid(8, 8))
     view = await backend.open_view(picture(0, backend.info.view))
-    answer = await backend.first_pass(view, "what?", max_new_tokens=2)
+    answer = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=2))
     assert len(answer.token_ids) == 2
     await backend.close()
     assert capfd.readouterr() == ("", "")
@@ -545,7 +567,9 @@ async def test_a_checkpoint_saved_again_by_newer_transformers_loads_alike(
     for folder in (source, again):
         backend = TransformersBackend.load(str(folder), preset_of("mha-224"), device="cpu")
         view = await backend.open_view(picture(0, backend.info.view))
-        rows.append((await backend.first_pass(view, "what?", max_new_tokens=1)).row)
+        rows.append(
+            (await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))).row
+        )
         await backend.close()
     np.testing.assert_array_equal(rows[0], rows[1])
 

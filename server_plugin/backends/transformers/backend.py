@@ -29,12 +29,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -56,7 +54,6 @@ from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosed
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.method.roi import relative_maps
-from vlm_collab.protocol.image_positions import Places
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 
@@ -82,15 +79,16 @@ class TransformersBackend:
         self._preset = preset
         try:
             shared = adapter.prompts.shared(1)
-            adapter.prompts.build(preset.generic_instruction, 1, 0, views=1)
-            adapter.prompts.build(preset.generic_instruction, 2, 1)
+            generic = GenerationRequest(preset.generic_instruction, max_new_tokens=0)
+            adapter.prompts.build(generic, 1)
+            adapter.prompts.build(generic.with_limit(1), 2)
         except QuestionError as error:
             raise ModelError(
                 f"{name} has a context of {layout.context_tokens} tokens, too few for two "
                 f"pictures of {layout.visual_tokens} and the generic instruction"
             ) from error
         try:
-            adapter.prompts.build(preset.generic_instruction, 2, preset.max_new_tokens)
+            adapter.prompts.build(generic.with_limit(preset.max_new_tokens), 2)
         except QuestionError as error:
             raise ConfigError(
                 f"answers of max_new_tokens {preset.max_new_tokens} leave no room for two pictures "
@@ -168,15 +166,8 @@ class TransformersBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
 
     async def open_view(self, *images: Image) -> TransformersView:
         for image in images:
@@ -192,18 +183,12 @@ class TransformersBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            view, question, None, max_new_tokens, history, sampling, stop, on_text, places
-        )
+        return await self._answer(view, request, None, stop, on_text)
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
@@ -225,44 +210,24 @@ class TransformersBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        return await self._answer(
-            view,
-            question,
-            region,
-            max_new_tokens,
-            history,
-            sampling,
-            stop,
-            on_text,
-            places,
-            picture,
-        )
+        return await self._answer(view, request, region, stop, on_text, picture)
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            None, question, None, max_new_tokens, history, sampling, stop, on_text
-        )
+        return await self._answer(None, request, None, stop, on_text)
 
     async def release(self, view: View) -> None:
         # An operation that runs on it now holds its own references and ends undisturbed.
@@ -293,37 +258,33 @@ class TransformersBackend:
     async def warm_up(self) -> None:
         """Run both passes once, so that the first question does not pay for kernel set-up."""
         grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-        instruction = self._preset.generic_instruction
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
         view = await self.open_view(grey)
-        first = await self.first_pass(view, instruction, max_new_tokens=2)
+        first = await self.first_pass(view, request)
         await self.relative_attention(view, first)
-        await self.second_pass(view, grey, instruction, max_new_tokens=2)
+        await self.second_pass(view, grey, request)
         await self.release(view)
 
     async def _answer(
         self,
         view: View | None,
-        question: str,
+        request: GenerationRequest,
         region: Image | None,
-        max_new_tokens: int,
-        history: History,
-        sampling: Sampling,
         stop: StopRule | None,
         on_text: TextSink | None,
-        places: Places = (),
         picture: int = 0,
     ) -> Generation:
         prompts = self._adapter.prompts
         views = 0 if view is None else view.pictures
         images = views + (region is not None)
-        prompts.check(question, images, max_new_tokens, history, places)
-        prompt = prompts.build(
-            question, images, max_new_tokens, history, views, places=places, picture=picture
-        )
-        seen = self._seen(view, question)
+        limit = request.max_new_tokens or self._preset.max_new_tokens
+        request = request.with_limit(limit)
+        prompts.check(request, images)
+        prompt = prompts.build(request, images, views, picture=picture)
+        seen = self._seen(view, request.question)
         if prompt.shown:
             seen = seen.interleaved(prompts.shared(views), prompt)
-        ask = Ask(seen, prompt, question, region, max_new_tokens, sampling, stop, on_text)
+        ask = Ask(seen, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
             ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from server_plugin.backends.base import Generation, Sampling, StopRule, TextSink
+from server_plugin.backends.base import Generation, GenerationRequest, StopRule, TextSink
 from server_plugin.backends.transformers.adapters.base import Adapter, VisualTokens
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
@@ -35,17 +35,17 @@ class Ask:
     Attributes:
         seen: the global view.
         prompt: over all pictures.
-        question: the user's text.
+        request: the question and the parameters of its answer.
+        max_new_tokens: longest answer, in tokens.
         region: the local view, in a second pass.
-        max_new_tokens, sampling, stop, on_text: see `Backend.first_pass`.
+        stop, on_text: see `Backend.first_pass`.
     """
 
     seen: Seen
     prompt: Prompt
-    question: str
-    region: Image | None
+    request: GenerationRequest
     max_new_tokens: int
-    sampling: Sampling
+    region: Image | None
     stop: StopRule | None
     on_text: TextSink | None
 
@@ -101,8 +101,8 @@ class Passes:
                 self._answers(jobs)
 
     def _generic_prompt(self, pictures: int) -> Prompt:
-        instruction = self._preset.generic_instruction
-        return self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=0)
+        return self._adapter.prompts.build(request, pictures, views=pictures)
 
     def _open_views(self, jobs: list[Job], pictures: int) -> None:
         adapter = self._adapter
@@ -170,13 +170,16 @@ class Passes:
 
     def _answers(self, jobs: list[Job]) -> None:
         """Prefill what the caches do not hold yet, then decode greedily, all together."""
-        answers = [_Answer(job, Chooser(job.payload.sampling)) for job in jobs]
+        answers = [_Answer(job, Chooser(job.payload.request.sampling)) for job in jobs]
         asks = [answer.ask for answer in answers]
         regions = [ask.region for ask in asks if ask.region is not None]
         local = iter(self._adapter.see(regions)) if regions else iter(())
         made = [
             self._row(
-                ask.seen, ask.prompt, ask.question, [] if ask.region is None else [next(local)]
+                ask.seen,
+                ask.prompt,
+                ask.request.question,
+                [] if ask.region is None else [next(local)],
             )
             for ask in asks
         ]
@@ -222,7 +225,7 @@ class Passes:
             answer.ids.append(token)
             answer.steps.append(token_statistics(logits))
             # Of the likeliest token it is known already, and a vocabulary is long.
-            drawn = ask.sampling.temperature > 0
+            drawn = ask.request.sampling.temperature > 0
             bits = surprisal(logits, token) if drawn else answer.steps[-1].min_entropy_bits
             answer.surprisals.append(bits)
             ended = token in self._end_tokens

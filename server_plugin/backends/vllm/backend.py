@@ -26,9 +26,8 @@ from PIL import Image as PillowImage
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
     Sampling,
@@ -45,7 +44,6 @@ from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
-from vlm_collab.protocol.image_positions import Places
 
 _ATTEMPTS = 3
 """How often a picture is handed over again that vLLM's two ends disagree about."""
@@ -171,17 +169,10 @@ class VllmBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
         # One that stands at several places is as many to vLLM.
-        again = len(places) - len({place.picture for place in places})
+        again = len(request.places) - len({place.picture for place in request.places})
         if images + again > self._most_pictures:
             raise QuestionError(
                 f"this server takes {self._most_pictures} pictures in a prompt, the local view "
@@ -201,27 +192,13 @@ class VllmBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         pictures = _pictures_of(view)
-        return await self._answer(
-            pictures,
-            question,
-            max_new_tokens,
-            history=history,
-            places=places,
-            sampling=sampling,
-            stop=stop,
-            on_text=on_text,
-            rows=len(pictures),
-        )
+        return await self._answer(pictures, request, stop=stop, on_text=on_text, rows=len(pictures))
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         row = await self.row_of(first)
@@ -275,13 +252,9 @@ class VllmBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
@@ -290,36 +263,21 @@ class VllmBackend:
         pictures = (*_pictures_of(view), self._picture(self._adapter.fitted(region)))
         return await self._answer(
             pictures,
-            question,
-            max_new_tokens,
-            history=history,
-            places=places,
+            request,
             picture=picture,
             views=len(pictures) - 1,
-            sampling=sampling,
             stop=stop,
             on_text=on_text,
         )
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            (),
-            question,
-            max_new_tokens,
-            history=history,
-            sampling=sampling,
-            stop=stop,
-            on_text=on_text,
-        )
+        return await self._answer((), request, stop=stop, on_text=on_text)
 
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
@@ -335,11 +293,11 @@ class VllmBackend:
         try:
             await self._rows.install()
             grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-            instruction = self._preset.generic_instruction
+            request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
             view = await self.open_view(grey)
-            first = await self.first_pass(view, instruction, max_new_tokens=2)
+            first = await self.first_pass(view, request)
             await self.relative_attention(view, first)
-            await self.second_pass(view, grey, instruction, max_new_tokens=2)
+            await self.second_pass(view, grey, request)
             await self.release(view)
         except BaseException:
             await self.close()  # nobody will use it, and its processes would stay
@@ -357,8 +315,8 @@ class VllmBackend:
 
     async def _generic(self, pictures: Sequence[_Picture]) -> Generation:
         """The generic instruction's answer, with its row."""
-        instruction = self._preset.generic_instruction
-        answer = await self._answer(pictures, instruction, 1, rows=len(pictures))
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=1)
+        answer = await self._answer(pictures, request, rows=len(pictures))
         return replace(answer, row=await self.row_of(answer))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -383,15 +341,11 @@ class VllmBackend:
     async def _answer(
         self,
         pictures: Sequence[_Picture],
-        question: str,
-        max_new_tokens: int,
+        request: GenerationRequest,
         *,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
         rows: int = 0,
-        places: Places = (),
         picture: int = 0,
         views: int = 0,
     ) -> VllmGeneration:
@@ -399,19 +353,18 @@ class VllmBackend:
 
         Args:
             rows: of how many pictures, from the first on, the attention is wanted.
-            places, picture: see `Backend.second_pass`.
+            picture: see `Backend.second_pass`.
             views: of the pictures, those before the local view; only looked at with places.
         """
         await self._rows.install()
         prompts = self._adapter.prompts
-        prompts.check(question, len(pictures), max_new_tokens, history, places)
+        limit = request.max_new_tokens or self._preset.max_new_tokens
+        request = request.with_limit(limit)
+        prompts.check(request, len(pictures))
         prompt = prompts.build(
-            question,
+            request,
             len(pictures),
-            max_new_tokens,
-            history,
-            views if places and not rows else rows,
-            places=places,
+            views if request.places and not rows else rows,
             picture=picture,
         )
         name = secrets.token_hex(8)
@@ -424,7 +377,7 @@ class VllmBackend:
             cached = 0
             in_order = [pictures[shows] for shows in prompt.order]
             outputs = self._outputs(
-                name, prompt, in_order, max_new_tokens, sampling, with_row=rows > 0
+                name, prompt, in_order, limit, request.sampling, with_row=rows > 0
             )
             # Leaving the loop, for whatever reason, aborts what is left of the request.
             async with contextlib.aclosing(outputs):
@@ -450,7 +403,7 @@ class VllmBackend:
                         break
             if not ids:
                 raise ModelError("vLLM ended an answer before its first token")
-            if not (stopped or ended or len(ids) >= max_new_tokens):
+            if not (stopped or ended or len(ids) >= limit):
                 raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
             return VllmGeneration(
                 text=self._adapter.text_of(ids),

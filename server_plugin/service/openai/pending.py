@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History
+from server_plugin.backends.base import GenerationRequest, History
 from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError, Work
 from server_plugin.service.answering import (
     Refused,
@@ -251,11 +251,13 @@ class Question:
             await self._turn.take()
             self._events.put_nowait(Started())
             outcome = await self._service.engine.chat(
-                self._text,
-                history=self._history,
+                GenerationRequest(
+                    self._text,
+                    history=self._history,
+                    max_new_tokens=options.max_new_tokens,
+                    sampling=sampling_of(options),
+                ),
                 stop=options.stop,
-                sampling=sampling_of(options),
-                max_new_tokens=options.max_new_tokens,
                 tokens=options.tokens,
                 on_text=self._sink(),
             )

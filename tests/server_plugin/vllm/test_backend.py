@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backends.base import Sampling
+from server_plugin.backends.base import GenerationRequest, Sampling
 from server_plugin.backends.open import demo_folder
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.vllm import backend as vllm_backend
@@ -186,12 +186,14 @@ async def test_a_first_pass_is_one_request_with_its_row(
 ) -> None:
     texts: list[str] = []
     view = await backend.open_view(VIEW)
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, on_text=texts.append)
+    first = await backend.first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=9), on_text=texts.append
+    )
     assert first.token_ids == (10, 11, 12, 13, END)
     assert first.ended
     assert len(texts) == 5
     assert first.text == texts[-1] == adapter.text_of([10, 11, 12, 13])
-    prompt = adapter.prompts.build(QUESTION, 1, 9)
+    prompt = adapter.prompts.build(GenerationRequest(QUESTION, max_new_tokens=9), 1)
     assert first.context_tokens == len(prompt.ids)
     assert first.prefilled_tokens == len(prompt.ids) - 32
     step = first.steps[0]
@@ -214,8 +216,12 @@ async def test_several_pictures_are_one_view_with_one_row_for_each(
 ) -> None:
     view = await backend.open_view(VIEW, REGION)
     history = (("what is it?", "a sign"),)
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, history=history)
-    prompt = adapter.prompts.build(QUESTION, 2, 9, history, 2)
+    first = await backend.first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=9, history=history)
+    )
+    prompt = adapter.prompts.build(
+        GenerationRequest(QUESTION, history=history, max_new_tokens=9), 2, views=2
+    )
     (request, params) = engine.requests[0]
     assert request["multi_modal_data"]["image"] == [VIEW, REGION]
     assert params.extra_args[capture.FIRST] == prompt.images[0].start
@@ -227,7 +233,9 @@ async def test_several_pictures_are_one_view_with_one_row_for_each(
     np.testing.assert_allclose(row[CELLS:], drawn[-CELLS:] + 0.1, rtol=1e-6)
     relative = await backend.relative_attention(view, first)
     assert [one.shape for one in relative.maps] == [(8, 8), (8, 8)]
-    await backend.second_pass(view, VIEW, QUESTION, max_new_tokens=3, history=history)
+    await backend.second_pass(
+        view, VIEW, GenerationRequest(QUESTION, max_new_tokens=3, history=history)
+    )
     assert len(engine.requests[-1][0]["multi_modal_data"]["image"]) == 3
 
 
@@ -236,8 +244,12 @@ async def test_pictures_go_to_the_engine_as_they_stand_in_the_prompt(
 ) -> None:
     view = await backend.open_view(VIEW, REGION)
     places = (Place(0, 2, 1), Place(0, 4, 0), Place(0, 6, 1))
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, places=places)
-    prompt = adapter.prompts.build(QUESTION, 2, 9, (), 2, places=places)
+    first = await backend.first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=9, places=places)
+    )
+    prompt = adapter.prompts.build(
+        GenerationRequest(QUESTION, places=places, max_new_tokens=9), 2, views=2
+    )
     (request, params) = engine.requests[0]
     assert request["multi_modal_data"]["image"] == [REGION, VIEW, REGION]
     assert len(set(request["multi_modal_uuids"]["image"])) == 2
@@ -255,24 +267,27 @@ async def test_pictures_go_to_the_engine_as_they_stand_in_the_prompt(
     # The local view stands right behind its picture.
     for picture, shown in ((0, [VIEW, "local", REGION]), (1, [VIEW, REGION, "local"])):
         await backend.second_pass(
-            view, VIEW.rotate(90), QUESTION, max_new_tokens=3, places=places[1:], picture=picture
+            view,
+            VIEW.rotate(90),
+            GenerationRequest(QUESTION, max_new_tokens=3, places=places[1:]),
+            picture=picture,
         )
         request, params = engine.requests[-1]
         images = request["multi_modal_data"]["image"]
         assert [one if one in (VIEW, REGION) else "local" for one in images] == shown
         assert params.extra_args is None
     with pytest.raises(QuestionError, match="not 4"):
-        backend.check_question(QUESTION, 3, places=places)
+        backend.check_question(GenerationRequest(QUESTION, places=places), 3)
 
 
 def test_more_pictures_than_the_engine_takes_are_refused(backend: VllmBackend) -> None:
-    backend.check_question(QUESTION, 3)
+    backend.check_question(GenerationRequest(QUESTION), 3)
     with pytest.raises(QuestionError, match="limit-mm-per-prompt"):
-        backend.check_question(QUESTION, 4)
+        backend.check_question(GenerationRequest(QUESTION), 4)
 
 
 async def test_a_question_about_no_picture(backend: VllmBackend, engine: Engine) -> None:
-    answer = await backend.text_pass(QUESTION, max_new_tokens=9)
+    answer = await backend.text_pass(GenerationRequest(QUESTION, max_new_tokens=9))
     (request, params) = engine.requests[0]
     assert "multi_modal_data" not in request
     assert params.extra_args is None
@@ -284,11 +299,15 @@ async def test_a_question_about_no_picture(backend: VllmBackend, engine: Engine)
 async def test_drawn_tokens_are_vllm_s_to_draw(backend: VllmBackend, engine: Engine) -> None:
     view = await backend.open_view(VIEW)
     sampling = Sampling(temperature=0.7, top_p=0.9, seed=5)
-    drawn = await backend.first_pass(view, QUESTION, max_new_tokens=9, sampling=sampling)
+    drawn = await backend.first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=9, sampling=sampling)
+    )
     params = engine.requests[0][1]
     assert (params.temperature, params.top_p, params.seed) == (0.7, 0.9, 5)
     assert drawn.surprisals == pytest.approx([0.1 / math.log(2)] * 5)
-    await backend.first_pass(view, QUESTION, max_new_tokens=9, sampling=Sampling(top_p=0.5, seed=1))
+    await backend.first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=9, sampling=Sampling(top_p=0.5, seed=1))
+    )
     params = engine.requests[1][1]
     assert (params.temperature, params.top_p, params.seed) == (0.0, 1.0, None)
 
@@ -297,8 +316,8 @@ async def test_a_second_pass_shows_both_pictures_and_asks_for_no_row(
     backend: VllmBackend, engine: Engine
 ) -> None:
     view = await backend.open_view(VIEW)
-    await backend.first_pass(view, QUESTION, max_new_tokens=9)
-    second = await backend.second_pass(view, REGION, QUESTION, max_new_tokens=3)
+    await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
+    second = await backend.second_pass(view, REGION, GenerationRequest(QUESTION, max_new_tokens=3))
     assert second.token_ids == (10, 11, 12)
     assert not second.ended
     (before, _), (request, params) = engine.requests
@@ -314,7 +333,7 @@ async def test_names_stand_for_pixels_within_one_backend(
 ) -> None:
     async def name(backend: VllmBackend, image: Image.Image) -> tuple[str, str]:
         view = await backend.open_view(image)
-        await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
         request, _ = engine.requests[-1]
         return request["multi_modal_uuids"]["image"][0], request["cache_salt"]
 
@@ -336,7 +355,7 @@ async def test_an_early_decision_aborts_the_request(backend: VllmBackend, engine
         return len(steps) == 3
 
     view = await backend.open_view(VIEW)
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9, stop=stop)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9), stop=stop)
     # The fourth token had come in the same piece; it is not part of what was decided on.
     assert first.token_ids == (10, 11, 12)
     assert seen == [(1, False), (2, False), (3, False)]
@@ -349,7 +368,9 @@ async def test_a_question_that_is_cancelled_aborts_its_request(
 ) -> None:
     view = await backend.open_view(VIEW)
     engine.gate.clear()
-    task = asyncio.create_task(backend.first_pass(view, QUESTION, max_new_tokens=9))
+    task = asyncio.create_task(
+        backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
+    )
     while not engine.open:
         await asyncio.sleep(0)
     task.cancel()
@@ -357,7 +378,7 @@ async def test_a_question_that_is_cancelled_aborts_its_request(
         await task
     assert engine.open == 0
     engine.gate.set()
-    assert (await backend.first_pass(view, QUESTION, max_new_tokens=9)).ended
+    assert (await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))).ended
 
 
 async def test_a_caller_s_own_failure_aborts_its_request(
@@ -368,7 +389,7 @@ async def test_a_caller_s_own_failure_aborts_its_request(
 
     view = await backend.open_view(VIEW)
     with pytest.raises(ZeroDivisionError):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9, on_text=fail)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9), on_text=fail)
     assert engine.open == 0
 
 
@@ -377,7 +398,10 @@ async def test_the_generic_row_is_computed_once_for_all_questions_on_a_view(
 ) -> None:
     view = await backend.open_view(VIEW)
     bare = view.nbytes
-    firsts = [await backend.first_pass(view, text, max_new_tokens=2) for text in ("a b", "c d")]
+    firsts = [
+        await backend.first_pass(view, GenerationRequest(text, max_new_tokens=2))
+        for text in ("a b", "c d")
+    ]
     maps = await asyncio.gather(*(backend.relative_attention(view, one) for one in firsts))
     again = await backend.relative_attention(view, firsts[0])
     assert len(engine.requests) == 3
@@ -396,7 +420,7 @@ async def test_a_release_disturbs_nobody_who_works_on_the_view(
     backend: VllmBackend, engine: Engine
 ) -> None:
     view = await backend.open_view(VIEW)
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=2))
     engine.gate.clear()
     waiting = asyncio.create_task(backend.relative_attention(view, first))
     while not engine.open:
@@ -407,14 +431,14 @@ async def test_a_release_disturbs_nobody_who_works_on_the_view(
     engine.gate.set()
     assert (await waiting).map.shape == (8, 8)
     with pytest.raises(RuntimeError, match="released"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=2))
 
 
 async def test_a_generic_row_that_failed_is_tried_again(
     backend: VllmBackend, engine: Engine
 ) -> None:
     view = await backend.open_view(VIEW)
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=2))
     engine.failure = RuntimeError("something of ours")
     with pytest.raises(RuntimeError, match="of ours"):
         await backend.relative_attention(view, first)
@@ -427,7 +451,7 @@ async def test_a_row_that_is_missing_is_an_error_and_not_zeros(
 ) -> None:
     view = await backend.open_view(VIEW)
     engine.loses_rows = True
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=2)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=2))
     with pytest.raises(ModelError, match="row is missing"):
         await backend.relative_attention(view, first)
 
@@ -441,13 +465,13 @@ async def test_a_row_that_cannot_be_had_costs_nobody_the_first_answer(
     view = await backend.open_view(VIEW)
     engine.loses_rows = True
     two_stages = engine_of(backend, preset_named("demo"), "always", {})
-    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch)
+    outcome = await two_stages.answer(view, LARGE, GenerationRequest(QUESTION), fetch)
     assert outcome.fallback is Fallback.SERVER_FAILED
     assert outcome.first.token_ids == (10, 11, 12, 13, END)
     assert outcome.text == outcome.first.text != ""
     # Nor does a call that fails, such as the engine's that is shutting down.
     engine.refuses_calls = True
-    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch)
+    outcome = await two_stages.answer(view, LARGE, GenerationRequest(QUESTION), fetch)
     assert outcome.fallback is Fallback.SERVER_FAILED
     assert outcome.text == outcome.first.text != ""
 
@@ -459,12 +483,14 @@ async def test_a_row_that_nobody_needs_is_not_fetched(backend: VllmBackend, engi
     view = await backend.open_view(VIEW)
     engine.refuses_calls = True
     two_stages = engine_of(backend, preset_named("demo"), "always", {})
-    outcome = await two_stages.answer(view, LARGE, QUESTION, fetch, retransmit=Retransmit.NEVER)
+    outcome = await two_stages.answer(
+        view, LARGE, GenerationRequest(QUESTION), fetch, retransmit=Retransmit.NEVER
+    )
     assert outcome.fallback is Fallback.NONE
     assert len(engine.rows) == 1
     # It goes with the next row that somebody needs.
     engine.refuses_calls = False
-    await two_stages.answer(view, LARGE, QUESTION, fetch)
+    await two_stages.answer(view, LARGE, GenerationRequest(QUESTION), fetch)
     assert not engine.rows
 
 
@@ -472,7 +498,7 @@ async def test_rows_that_nobody_needs_do_not_pile_up(backend: VllmBackend, engin
     view = await backend.open_view(VIEW)
     most = 0
     for _ in range(3 * MOST_WAITING):
-        await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
         for _ in range(3):  # the call's own steps; this engine answers without waiting
             await asyncio.sleep(0)
         most = max(most, len(engine.rows))
@@ -485,13 +511,15 @@ async def test_the_row_of_a_question_that_is_left_is_given_back(
     """Its prompt may have ended in the engine, although its first token never came."""
     view = await backend.open_view(VIEW)
     engine.gate.clear()
-    task = asyncio.create_task(backend.first_pass(view, QUESTION, max_new_tokens=9))
+    task = asyncio.create_task(
+        backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
+    )
     while not engine.rows:
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     engine.gate.set()
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     await backend.row_of(first)
     assert not engine.rows
 
@@ -501,8 +529,10 @@ async def test_only_the_backend_can_name_its_rows(
 ) -> None:
     """Other users of the engine name theirs as they like; the workers keep none of those."""
     view = await backend.open_view(VIEW)
-    await backend.first_pass(view, QUESTION, max_new_tokens=1)
-    await VllmBackend(engine, adapter, "demo").first_pass(view, QUESTION, max_new_tokens=1)
+    await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
+    await VllmBackend(engine, adapter, "demo").first_pass(
+        view, GenerationRequest(QUESTION, max_new_tokens=1)
+    )
     (ours, theirs) = engine.scopes
     assert len(ours) >= 32
     assert ours != theirs
@@ -528,7 +558,7 @@ async def test_a_prompt_that_vllm_makes_otherwise_is_an_error(
     engine.spoil = lambda ids: [*ids[:5], *ids[6:]]
     view = await backend.open_view(VIEW)
     with pytest.raises(ModelError, match="another way"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=2)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=2))
     assert engine.open == 0
 
 
@@ -538,10 +568,10 @@ async def test_an_answer_that_is_broken_off_is_an_error(
     view = await backend.open_view(VIEW)
     engine.deltas = [[10], [11]]
     with pytest.raises(ModelError, match="broke off an answer after 2 tokens"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     engine.deltas = []
     with pytest.raises(ModelError, match="before its first token"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
 async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
@@ -549,14 +579,14 @@ async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
 ) -> None:
     view = await backend.open_view(VIEW)
     engine.misses = 2
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     assert first.token_ids == (10, 11, 12, 13, END)
     assert len(await backend.row_of(first)) == CELLS
     assert len(engine.requests) == 3
     assert engine.open == 0
     engine.misses = 3
     with pytest.raises(ModelError, match="before its first token"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     assert engine.open == engine.misses == 0
 
 
@@ -566,7 +596,7 @@ async def test_an_engine_that_dies_leaves_nobody_waiting_for_a_row(
     monkeypatch.setattr(vllm_backend, "_RPC_PATIENCE_S", 0.01)
     view = await backend.open_view(VIEW)
     engine.silent = engine.errored = True
-    first = await backend.first_pass(view, QUESTION, max_new_tokens=9)
+    first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     with pytest.raises(ModelError, match="engine is gone"):
         await asyncio.wait_for(backend.relative_attention(view, first), 30)
 
@@ -576,12 +606,12 @@ async def test_vllm_s_own_errors_become_one_line(backend: VllmBackend, engine: E
     dead = type("EngineDeadError", (Exception,), {"__module__": "vllm.v1.engine.exceptions"})
     engine.failure = dead("EngineCore encountered\nan issue")
     with pytest.raises(ModelError, match="vLLM failed: EngineCore encountered an issue"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     # That is how it wraps errors that it did not expect: without a word.
     engine.failure = type("EngineGenerateError", (dead,), {"__module__": dead.__module__})()
     engine.failure.__cause__ = ZeroDivisionError("the reason")
     with pytest.raises(ModelError, match="the reason"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
 async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
@@ -593,9 +623,9 @@ async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
         await backend.open_view(VIEW.resize((111, 112)))
     view = await backend.open_view(VIEW)
     with pytest.raises(QuestionError):
-        await backend.first_pass(view, " ", max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(" ", max_new_tokens=9))
     with pytest.raises(QuestionError, match="too long"):
-        backend.check_question("word " * 400)
+        backend.check_question(GenerationRequest("word " * 400))
     assert not engine.requests
 
 
@@ -605,7 +635,7 @@ async def test_a_closed_backend_refuses(backend: VllmBackend, engine: Engine) ->
     await backend.close()
     assert engine.shut_down == 1
     with pytest.raises(ModelError, match="closed"):
-        await backend.first_pass(view, QUESTION, max_new_tokens=9)
+        await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
 async def test_an_engine_of_someone_else_s_is_left_running(

@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import demo_folder
 from server_plugin.backends.vllm import capture
@@ -217,7 +218,7 @@ def test_an_adapter_without_weights_makes_prompts_of_the_engine_s_context() -> N
     source = str(demo_folder())
     adapter = weightless_adapter(check(source, preset, "demo"), source, preset, 300)
     assert adapter.layout.context_tokens == 300
-    prompt = adapter.prompts.build("what is on the sign?", 2, 16)
+    prompt = adapter.prompts.build(GenerationRequest("what is on the sign?", max_new_tokens=16), 2)
     assert [len(place) for place in prompt.images] == [64, 64]
     assert adapter.end_tokens == {2}
     assert adapter.text_of([*prompt.ids[-3:], 2]).endswith("ASSISTANT:")

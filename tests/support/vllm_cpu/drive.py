@@ -18,6 +18,8 @@ import json
 import sys
 from typing import Any
 
+from server_plugin.backends.base import GenerationRequest
+
 
 async def row_of(backend: Any, generation: Any) -> list[float]:
     # vLLM's rows stay in its workers until they are fetched.
@@ -42,17 +44,17 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     from PIL import Image
 
     view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
-    question = pair["question"]
+    request = GenerationRequest(pair["question"], max_new_tokens=new_tokens)
     texts: list[str] = []
-    first = await backend.first_pass(
-        view, question, max_new_tokens=new_tokens, on_text=texts.append
-    )
+    first = await backend.first_pass(view, request, on_text=texts.append)
     relative = await backend.relative_attention(view, first)
     again = await backend.relative_attention(view, first)
     region = Image.open(pair["region"]).convert("RGB")
-    second = await backend.second_pass(view, region, question, max_new_tokens=new_tokens)
+    second = await backend.second_pass(view, region, request)
     cut = await backend.first_pass(
-        view, question, max_new_tokens=new_tokens, stop=lambda steps, ended: len(steps) == 2
+        view,
+        request,
+        stop=lambda steps, ended: len(steps) == 2,
     )
     await backend.release(view)
     return {
@@ -75,19 +77,16 @@ async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) 
     files = (*asked["views"], asked["region"])
     *views, region = (Image.open(file).convert("RGB") for file in files)
     view = await backend.open_view(*views)
-    given: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "history": tuple(map(tuple, asked["history"])),
-        "places": tuple(Place(*place) for place in asked["places"]),
-    }
-    backend.check_question(
-        asked["question"], len(views) + 1, history=given["history"], places=given["places"]
+    request = GenerationRequest(
+        asked["question"],
+        history=tuple((question, answer) for question, answer in asked["history"]),
+        places=tuple(Place(*place) for place in asked["places"]),
+        max_new_tokens=new_tokens,
     )
-    first = await backend.first_pass(view, asked["question"], **given)
+    backend.check_question(request, len(views) + 1)
+    first = await backend.first_pass(view, request)
     relative = await backend.relative_attention(view, first)
-    second = await backend.second_pass(
-        view, region, asked["question"], picture=asked["picture"], **given
-    )
+    second = await backend.second_pass(view, region, request, picture=asked["picture"])
     await backend.release(view)
     return {
         "first": await answer_of(backend, first),
@@ -101,6 +100,7 @@ async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int)
     from PIL import Image
 
     view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
+    request = GenerationRequest(pair["question"], max_new_tokens=new_tokens)
     renderer = backend._engine.renderer
     render = renderer.render_cmpl_async
 
@@ -110,12 +110,12 @@ async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int)
 
     renderer.render_cmpl_async = leave
     try:
-        await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+        await backend.first_pass(view, request)
     except asyncio.CancelledError:
         pass
     finally:
         renderer.render_cmpl_async = render
-    asked_again = await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+    asked_again = await backend.first_pass(view, request)
     return await answer_of(backend, asked_again)
 
 

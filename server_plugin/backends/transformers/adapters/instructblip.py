@@ -12,6 +12,7 @@ Q-Former is asked for travels as an argument of that forward, so forwards may ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from server_plugin.backends.base import History
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.adapters.base import (
     Adapter,
     Layout,
@@ -35,7 +36,7 @@ from server_plugin.backends.transformers.adapters.tokens import PlainText, Token
 from server_plugin.models.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.protocol.image_positions import Place, Places
+from vlm_collab.protocol.image_positions import Place
 
 ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
 """Name of the Q-Former's attention function in transformers' registries."""
@@ -207,38 +208,23 @@ class InstructBlipPrompts(PromptBuilder):
         self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
         self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
 
-    def check(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check(self, request: GenerationRequest, images: int) -> None:
         """Refuse a question that no prompt can be made of.
 
         Raises:
             QuestionError: as in `PromptBuilder.check`, and also for more text than the Q-Former
                 reads.
         """
-        super().check(question, images, max_new_tokens, history)
+        super().check(replace(request, places=()), images)
         if not images:
             return  # nothing for the Q-Former to look at
-        ids = self.qformer_ids(question)
+        ids = self.qformer_ids(request.question)
         if self._count_qformer_reserved(ids) != self._qformer_own_reserved:
             raise QuestionError("the question spells a token that this model reserves")
         self._check_qformer_length(ids)
 
     def build(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        views: int = 1,
-        *,
-        places: Places = (),
-        picture: int = 0,
+        self, request: GenerationRequest, images: int, views: int = 1, *, picture: int = 0
     ) -> Prompt:
         """The prompt of a checked question over `images` pictures, in their order.
 
@@ -247,16 +233,16 @@ class InstructBlipPrompts(PromptBuilder):
                 Q-Former cannot read all of it.
         """
         if images:
-            self._check_qformer_length(self.qformer_ids(question))
-        return super().build(question, images, max_new_tokens, history, views)
+            self._check_qformer_length(self.qformer_ids(request.question))
+        return super().build(replace(request, places=()), images, views)
 
     def qformer_ids(self, question: str) -> list[int]:
         """Token ids of the text that the Q-Former reads for a question."""
         return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
 
-    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+    def _encode(self, request: GenerationRequest, shown: Sequence[Place]) -> list[int]:
         pictures = [self._image_token_id] * len(shown)
-        return pictures + self._plain.encode(self._conversation(question, shown, history))
+        return pictures + self._plain.encode(self._conversation(request, shown))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:

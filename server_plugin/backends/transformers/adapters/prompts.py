@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server_plugin.backends.base import History
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.adapters.tokens import PlainText, Tokenizer
 from server_plugin.models.presets import ANSWER_SLOT, IMAGE_SLOT, QUESTION_SLOT
 from vlm_collab.errors import QuestionError
@@ -110,48 +110,43 @@ class PromptBuilder:
         # is refused before it is tokenised.
         self._token_chars = max(len(token) for token in tokenizer.get_vocab())
 
-    def check(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check(self, request: GenerationRequest, images: int) -> None:
         """Refuse a question that no prompt can be made of.
 
         Args:
+            request: see `build`.
             images: different pictures in all, the local view included where one may come.
-            places: see `build`.
 
         Raises:
             QuestionError: it or what was said before is empty, is no proper text, or leaves no
                 room for its pictures and `max_new_tokens` tokens of answer; the template takes no
                 conversations; or the places are impossible.
         """
+        history, places = request.history, request.places
         if history and self._turn is None:
             raise QuestionError("this model's prompt template takes single questions only")
         for asked, answered in history:
             self._check_text(asked, "an earlier question")
             self._check_text(answered, "an earlier answer", may_be_empty=True)
-        self._check_text(question, "the question")
-        questions = (*(asked for asked, _ in history), question)
+        self._check_text(request.question, "the question")
+        questions = (*(asked for asked, _ in history), request.question)
         pictures = 1 + max((place.picture for place in places), default=-1)
         fault = fault_of(places, questions, pictures)
         if fault is not None or pictures > images:
             raise QuestionError(fault or f"places of {pictures} pictures, and there are {images}")
         shown = _shown(images, places, pictures, pictures - 1)
-        ids = self._encode(question, shown, history)
+        ids = self._encode(request, shown)
         # A tokenizer may find a reserved token by its ordinary rules, too. None that is known
         # here does.
         key = len(shown), len(history)
         if key not in self._own_reserved:
             anything = _shown(len(shown), (), 0, 0)
-            plain = self._encode("?", anything, (("?", "?"),) * len(history))
+            same_shape = GenerationRequest("?", history=(("?", "?"),) * len(history))
+            plain = self._encode(same_shape, anything)
             self._own_reserved[key] = self._count_reserved(plain)
         if self._count_reserved(ids) != self._own_reserved[key]:
             raise QuestionError("the question spells a token that this model reserves")
-        self._check_length(len(ids), len(shown), max_new_tokens)
+        self._check_length(len(ids), len(shown), request.max_new_tokens or 0)
 
     def _check_text(self, text: str, what: str, *, may_be_empty: bool = False) -> None:
         if not (may_be_empty or text.strip()):
@@ -166,15 +161,7 @@ class PromptBuilder:
             raise QuestionError(f"{what} is not valid Unicode text") from None
 
     def build(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        views: int = 1,
-        *,
-        places: Places = (),
-        picture: int = 0,
+        self, request: GenerationRequest, images: int, views: int = 1, *, picture: int = 0
     ) -> Prompt:
         """The prompt of a checked question over `images` pictures.
 
@@ -183,21 +170,19 @@ class PromptBuilder:
         global view; if that stands at several places, behind the last of them.
 
         Args:
-            question: the user's text.
+            request: its places are those of the global views. Without a limit, no room is kept
+                for an answer.
             images: different pictures in all, the local view included.
-            max_new_tokens: longest answer.
-            history: what was asked and answered before.
             views: how many of the pictures are global views.
-            places: where the global views stand in the texts.
             picture: of which global view the local view is; only looked at with places.
 
         Raises:
             QuestionError: it leaves no room for `max_new_tokens` tokens of answer.
         """
         visual = self._visual_tokens
-        shown = _shown(images, places, views, picture)
-        written = self._encode(question, shown, history)
-        self._check_length(len(written), len(shown), max_new_tokens)
+        shown = _shown(images, request.places, views, picture)
+        written = self._encode(request, shown)
+        self._check_length(len(written), len(shown), request.max_new_tokens or 0)
         ids: list[int] = []
         starts: list[int] = []
         for token in written:
@@ -206,34 +191,34 @@ class PromptBuilder:
             ids += [token] * (visual if token == self._image_token_id else 1)
         assert len(starts) == len(shown), "the question was not checked"
         runs = tuple(range(start, start + visual) for start in starts)
-        order = tuple(place.picture for place in shown) if places else ()
+        order = tuple(place.picture for place in shown) if request.places else ()
         return Prompt(tuple(ids), runs, views, order)
 
     def shared(self, views: int = 1) -> Prompt:
         """The part that all questions share: everything up to the end of the global views."""
         # Any question does: the image tokens are atomic, so what follows them cannot change
         # the ids before.
-        prompt = self.build("?", views, 0, views=views)
+        prompt = self.build(GenerationRequest("?"), views, views)
         return Prompt(prompt.ids[: prompt.shared], prompt.images, views)
 
-    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+    def _encode(self, request: GenerationRequest, shown: Sequence[Place]) -> list[int]:
         """Ids with one image token for each picture, which tokenizers take hundreds of slowly.
 
         They are atomic: how many follow each other cannot change what is around them.
         """
         opening = sum(_opens(place) for place in shown)
-        said = self._conversation(question, shown, history)
+        said = self._conversation(request, shown)
         return self._plain.encode(f"{self._before}{self._picture * opening}{said}")
 
-    def _conversation(self, question: str, shown: Sequence[Place], history: History) -> str:
+    def _conversation(self, request: GenerationRequest, shown: Sequence[Place]) -> str:
         """What follows the pictures that open the conversation."""
         # Without pictures, the line break behind them goes too.
         middle = self._middle if any(map(_opens, shown)) else self._middle.lstrip()
         inside = [place for place in shown if not _opens(place)]
-        asked = [*(asked for asked, _ in history), question]
+        asked = [*(asked for asked, _ in request.history), request.question]
         questions = [self._written(text, spots_of(inside, i)) for i, text in enumerate(asked)]
         text = f"{middle}{questions[0]}{self._after}"
-        for (_, answered), written in zip(history, questions[1:], strict=True):
+        for (_, answered), written in zip(request.history, questions[1:], strict=True):
             assert self._turn is not None, "checked before"
             head, _, rest = self._turn.partition(ANSWER_SLOT)
             between, _, tail = rest.partition(QUESTION_SLOT)
