@@ -58,8 +58,9 @@ from server_plugin.backends.vllm.model import (
     open_vllm_model,
     weightless_adapter,
 )
+from server_plugin.backends.vllm.setup import require_vllm
 from server_plugin.models.presets import Preset
-from server_plugin.vllm_server.launch import PLUGIN, require_vllm
+from server_plugin.vllm_server.launch import PLUGIN
 from vlm_collab.errors import CollabError
 
 QUESTION = "what is written on the large red sign?"

@@ -112,7 +112,7 @@ def open_model(
     source = checkpoint_of(name)
     shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     if backend == VLLM:
-        from server_plugin.vllm_server.launch import require_vllm
+        from server_plugin.backends.vllm.setup import require_vllm
 
         require_vllm()
         _require_server_packages()

@@ -67,7 +67,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     region_deadline_s: float | None = None
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EndpointOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `--additional-config` may hold under `vlm_collab`.
 
     Attributes:
@@ -249,15 +249,15 @@ def routes_of(service: Service) -> list[BaseRoute]:
     ]
 
 
-def options_of(additional_config: Any) -> Options:
-    """Options out of vLLM's `--additional-config`.
+def options_of(additional_config: Any) -> EndpointOptions:
+    """Read the options in vLLM's `--additional-config`.
 
     Raises:
         ConfigError: an unknown option, or a value of the wrong type.
     """
     given = additional_config.get("vlm_collab", {}) if isinstance(additional_config, dict) else {}
     try:
-        return msgspec.convert(given, Options)
+        return msgspec.convert(given, EndpointOptions)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
 

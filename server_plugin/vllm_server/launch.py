@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from server_plugin.backends.open import (
     preset_of,
     with_options,
 )
-from server_plugin.backends.vllm.setup import check_arguments
+from server_plugin.backends.vllm.setup import check_arguments, require_vllm
 from server_plugin.engines.assembly import policy_of
 from server_plugin.service.config import ServiceConfig
 from vlm_collab.errors import ConfigError
@@ -53,19 +52,6 @@ class Invocation:
     environment: Mapping[str, str]
 
 
-def require_vllm() -> None:
-    """Refuse to go on without vLLM.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    spec = find_spec("vllm")
-    if spec is None or spec.origin is None:  # a folder of that name is no package
-        raise ConfigError(
-            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
-        )
-
-
 def invocation(
     model: str,
     config: ServiceConfig,
@@ -85,7 +71,7 @@ def invocation(
         config: where to listen, and whom to let in; checked when it was made.
         preset: name or file of another preset than the model's own.
         overrides: fields of the preset by name; None leaves a field.
-        options: what else `server_plugin.vllm_server.endpoint.Options` takes.
+        options: what else `server_plugin.vllm_server.endpoint.EndpointOptions` takes.
         dtype, batch: see `server_plugin.backends.vllm.model.engine_options`.
         log_level: of vLLM's processes; None: vLLM's own choice.
         further: options of vLLM; they win over those made here, which of

@@ -283,14 +283,14 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)
         early = Engine(backend=backend, policy=policy, max_new_tokens=10)
         full = replace(early, provisional=True)
-        one = await early.answer(view, Size(1200, 800), question, fetch)
-        other = await full.answer(view, Size(1200, 800), question, fetch)
+        one = await early.answer(view, Size(1200, 800), GenerationRequest(question), fetch)
+        other = await full.answer(view, Size(1200, 800), GenerationRequest(question), fetch)
         assert one.decision == other.decision
         assert (one.text, one.stage) == (other.text, other.stage)
         assert other.first.token_ids == whole.token_ids
         needed = policy.tokens_needed if one.decision.retransmit else len(whole.token_ids)
         assert one.first.token_ids == whole.token_ids[:needed]
-        owed = await early.answer(view, Size(300, 200), question, decline)
+        owed = await early.answer(view, Size(300, 200), GenerationRequest(question), decline)
         assert owed.text == whole.text
         assert one.decision.retransmit is (number % 2 == 0)
         await backend.release(view)

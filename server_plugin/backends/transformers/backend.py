@@ -48,8 +48,8 @@ from server_plugin.backends.transformers.adapters.checkpoint import (
 from server_plugin.backends.transformers.adapters.registry import adapter_for
 from server_plugin.backends.transformers.attention import use_capturing_attention
 from server_plugin.backends.transformers.devices import device_of, dtype_of
-from server_plugin.backends.transformers.passes import Ask, Passes
-from server_plugin.backends.transformers.views import Seen, TransformersView, view_bytes
+from server_plugin.backends.transformers.passes import AnswerJob, Passes
+from server_plugin.backends.transformers.views import TransformersView, ViewState, view_bytes
 from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosedError
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
@@ -284,25 +284,25 @@ class TransformersBackend:
         seen = self._seen(view, request.question)
         if prompt.shown:
             seen = seen.interleaved(prompts.shared(views), prompt)
-        ask = Ask(seen, prompt, request, limit, region, stop, on_text)
+        ask = AnswerJob(seen, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
             ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
         )
         return answer
 
-    def _seen(self, view: View | None, question: str) -> Seen:
+    def _seen(self, view: View | None, question: str) -> ViewState:
         """What is at hand of a view for a question.
 
         Raises:
             RuntimeError: the view was released.
         """
         if view is None:
-            return Seen(None, "", None, ())
+            return ViewState(None, "", None, ())
         assert isinstance(view, TransformersView)
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return Seen(view, key, view.prefixes.get(key), view.seen or ())
+        return ViewState(view, key, view.prefixes.get(key), view.seen or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""

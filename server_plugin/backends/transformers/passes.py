@@ -23,13 +23,13 @@ from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
 from server_plugin.backends.transformers.batch import Batch, Row
 from server_plugin.backends.transformers.sampling import Chooser, surprisal
-from server_plugin.backends.transformers.views import Looks, Prefix, Seen, TransformersView
+from server_plugin.backends.transformers.views import Looks, Prefix, TransformersView, ViewState
 from server_plugin.backends.transformers.worker import Job, WorkerClosedError, fail
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class AnswerJob:
     """A pass to be run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Ask:
         stop, on_text: see `Backend.first_pass`.
     """
 
-    seen: Seen
+    seen: ViewState
     prompt: Prompt
     request: GenerationRequest
     max_new_tokens: int
@@ -51,7 +51,7 @@ class Ask:
 
 
 @dataclass(slots=True, eq=False)
-class _Answer:
+class _GrowingAnswer:
     """An answer in the making."""
 
     job: Job
@@ -63,8 +63,8 @@ class _Answer:
     row: NDArray[np.float32] | None = None
 
     @property
-    def ask(self) -> Ask:
-        return cast(Ask, self.job.payload)
+    def ask(self) -> AnswerJob:
+        return cast(AnswerJob, self.job.payload)
 
 
 class Passes:
@@ -89,7 +89,7 @@ class Passes:
 
         Args:
             kind: begins with "view", "generic" or "answer", and the number of pictures.
-            jobs: payloads are a tuple of images, a `Seen` and an `Ask`, respectively.
+            jobs: payloads are a tuple of images, a `ViewState` and an `AnswerJob`, respectively.
         """
         with torch.inference_mode():
             what, pictures, *_ = cast(tuple[Any, ...], kind)
@@ -128,7 +128,7 @@ class Passes:
 
     def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
         """Attention under the generic instruction, once for each view."""
-        asked: dict[int, Seen] = {}
+        asked: dict[int, ViewState] = {}
         for job in jobs:
             if job.payload.view.generic_row is None:
                 asked[id(job.payload.view)] = job.payload
@@ -147,7 +147,7 @@ class Passes:
             job.future.set_result((row, new_tokens, context_tokens))
 
     def _read_generic(
-        self, views: list[Seen], prompt: Prompt
+        self, views: list[ViewState], prompt: Prompt
     ) -> dict[int, tuple[NDArray[np.float32], int]]:
         """Rows on the grid and newly computed positions, by the identity of the view."""
         made = [self._row(seen, prompt, self._preset.generic_instruction, []) for seen in views]
@@ -170,7 +170,7 @@ class Passes:
 
     def _answers(self, jobs: list[Job]) -> None:
         """Prefill what the caches do not hold yet, then decode greedily, all together."""
-        answers = [_Answer(job, Chooser(job.payload.request.sampling)) for job in jobs]
+        answers = [_GrowingAnswer(job, Chooser(job.payload.request.sampling)) for job in jobs]
         asks = [answer.ask for answer in answers]
         regions = [ask.region for ask in asks if ask.region is not None]
         local = iter(self._adapter.see(regions)) if regions else iter(())
@@ -213,7 +213,7 @@ class Passes:
                 answers = [answers[number] for number in live]
             hidden = batch.step([answer.ids[-1] for answer in answers])
 
-    def _add(self, answer: _Answer, logits: NDArray[np.float32]) -> bool:
+    def _add(self, answer: _GrowingAnswer, logits: NDArray[np.float32]) -> bool:
         """Append a token; returns whether the answer is over, its future settled."""
         ask, future = answer.ask, answer.job.future
         if answer.job.abandoned or self._closing():
@@ -253,7 +253,7 @@ class Passes:
         return True
 
     def _row(
-        self, seen: Seen, prompt: Prompt, question: str, local: Sequence[Tensor]
+        self, seen: ViewState, prompt: Prompt, question: str, local: Sequence[Tensor]
     ) -> tuple[Row, Looks]:
         """A prompt ready to run, and what its global views' tokens look at.
 
@@ -278,7 +278,7 @@ class Passes:
             return row, prefix.looks
         return row, tuple(made[view].looks for view in range(prompt.views))
 
-    def _keep_prefix(self, answer: _Answer, batch: Batch, number: int, looks: Looks) -> None:
+    def _keep_prefix(self, answer: _GrowingAnswer, batch: Batch, number: int, looks: Looks) -> None:
         """After a prefill without a prefix: keep the one just made."""
         seen = answer.ask.seen
         if seen.prefix is None and seen.view is not None and not answer.ask.prompt.shown:

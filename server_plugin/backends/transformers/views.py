@@ -104,7 +104,7 @@ class TransformersView:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ViewState:
     """A view as one operation uses it; whoever holds this is not disturbed by a release.
 
     Attributes:
@@ -119,7 +119,7 @@ class Seen:
     prefix: Prefix | None
     pictures: tuple[Tensor, ...]
 
-    def interleaved(self, usual: Prompt, prompt: Prompt) -> Seen:
+    def interleaved(self, usual: Prompt, prompt: Prompt) -> ViewState:
         """The same for a prompt with pictures among its texts.
 
         What such a prompt begins with in common with the usual one is taken from the cache, as

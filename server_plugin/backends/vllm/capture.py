@@ -14,7 +14,7 @@ what                                                why                         
 `SchedulerOutput.{scheduled_new_reqs,               ids, prompt lengths and positions 0.11
   scheduled_cached_reqs, num_scheduled_tokens,      of what is scheduled
   finished_req_ids}`
-`SamplingParams.extra_args`                         carries the wish for a row        0.10
+`SamplingParams.extra_args`                         carries the request for a row        0.10
 V1: `runner.input_batch.req_ids`                    order of requests in the step     0.8
 V2: `runner.prepare_inputs(…).req_ids`              the same (read, never run)        0.25
 `compilation_config.static_forward_context`         the attention layers by name      0.8
@@ -86,7 +86,7 @@ class UnsupportedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class _RowRequest:
     """A request that asked for its row.
 
     Attributes:
@@ -109,7 +109,7 @@ class RowReader:
         order: the requests of the step that is running, as its attention layers have them.
         keys: how the layer's keys are read.
         block_table: from metadata to (requests, blocks).
-        wishes: requests whose prompt has not ended yet.
+        pending: requests whose prompt has not ended yet.
         due: of those whose prompt ends in this step, the place of the last prompt token in the
             step's queries of that request.
         lengths: queries of each request in this step.
@@ -124,7 +124,7 @@ class RowReader:
     block_table: Callable[[Any], Tensor]
     heads: int
     scopes: set[str]
-    wishes: dict[str, _Wish] = field(default_factory=dict)
+    pending: dict[str, _RowRequest] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
@@ -133,20 +133,22 @@ class RowReader:
     def step(self, scheduled: Any) -> None:
         """Look at what a step schedules."""
         for gone in scheduled.finished_req_ids:
-            self.wishes.pop(gone, None)
+            self.pending.pop(gone, None)
         computed: dict[str, int] = {}
         for new in scheduled.scheduled_new_reqs:
-            if (wish := _wish_of(new)) is not None and wish.key.startswith(tuple(self.scopes)):
-                self.wishes[new.req_id] = wish
+            if (request := _row_request(new)) is not None and request.key.startswith(
+                tuple(self.scopes)
+            ):
+                self.pending[new.req_id] = request
                 computed[new.req_id] = new.num_computed_tokens
         self.due = {}
-        if not self.wishes:
+        if not self.pending:
             return
         going_on = scheduled.scheduled_cached_reqs
         computed.update(zip(going_on.req_ids, going_on.num_computed_tokens, strict=True))
         self.lengths = scheduled.num_scheduled_tokens
-        for name, wish in self.wishes.items():
-            place = wish.prompt - 1 - computed.get(name, wish.prompt)
+        for name, request in self.pending.items():
+            place = request.prompt - 1 - computed.get(name, request.prompt)
             if 0 <= place < self.lengths.get(name, 0):
                 self.due[name] = place
 
@@ -157,17 +159,17 @@ class RowReader:
         impl = layer.impl
         for number, name in enumerate(self.order()):
             if name in due:
-                wish = self.wishes.pop(name)
-                count = -(-wish.prompt // cache.shape[2])
+                request = self.pending.pop(name)
+                count = -(-request.prompt // cache.shape[2])
                 self._keep(
-                    wish.key,
+                    request.key,
                     summed_row(
                         query[start + due[name]].view(impl.num_heads, impl.head_size),
                         self.keys(cache, table[number, :count]),
-                        wish.prompt,
+                        request.prompt,
                         impl.scale,
-                        wish.first,
-                        wish.stop,
+                        request.first,
+                        request.stop,
                     ),
                 )
             start += self.lengths[name]
@@ -191,8 +193,8 @@ class RowReader:
         return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in held]
 
 
-def _wish_of(request: Any) -> _Wish | None:
-    """What a new request asks for. Anything malformed is no wish: users can set `extra_args`
+def _row_request(request: Any) -> _RowRequest | None:
+    """What a new request asks for. Anything malformed is no request: users can set `extra_args`
     through vLLM's own endpoints, and a worker must not fall over it."""
     extra = getattr(request.sampling_params, "extra_args", None)
     if not extra or request.prompt_token_ids is None:
@@ -203,7 +205,7 @@ def _wish_of(request: Any) -> _Wish | None:
         return None
     if not (isinstance(first, int) and isinstance(stop, int)):
         return None
-    return _Wish(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
+    return _RowRequest(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
 
 
 def register() -> None:
@@ -249,8 +251,8 @@ def _held(worker: Any) -> dict[str, int]:
     """What this worker keeps: requests whose row is still to come, and rows nobody fetched yet."""
     reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
     if reader is None:
-        return {"wishes": 0, "rows": 0}
-    return {"wishes": len(reader.wishes), "rows": len(reader.rows)}
+        return {"pending": 0, "rows": 0}
+    return {"pending": len(reader.pending), "rows": len(reader.rows)}
 
 
 def _wrap(worker: Any, number: int, scope: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,6 +19,19 @@ from vlm_collab.method.policy import Metric
 
 EVERY_LOGPROB = -1
 """What vLLM calls the whole vocabulary where it counts log-probabilities."""
+
+
+def require_vllm() -> None:
+    """Refuse to go on without vLLM.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
+        raise ConfigError(
+            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
+        )
 
 
 def check_setup(

@@ -266,7 +266,7 @@ async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> 
         (value,) = re.findall(rf"^vlm_collab_{name}\S* (\S+)$", text, re.M)
         assert float(value) == 0, name
     # The rows of questions that were left are given back with the others.
-    assert await asyncio.to_thread(held, served.port) == {"wishes": 0, "rows": 0}
+    assert await asyncio.to_thread(held, served.port) == {"pending": 0, "rows": 0}
     assert list(warm) == [served.process.pid, *served.children()], "the same processes"
     grown = {pid: now - warm[pid] for pid, now in served.memory_bytes().items()}
     front_end, *others = grown.values()

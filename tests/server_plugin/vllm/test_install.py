@@ -138,14 +138,14 @@ def test_an_installed_worker_reads_the_row_of_a_step(backend: str, v2: bool) -> 
     query = (torch.arange(4.0 * HEADS * WIDTH).view(4, HEADS, WIDTH) / 20)[3]
     weights = torch.einsum("hw,htw->ht", query, keys).mul(0.5).softmax(-1)
     np.testing.assert_allclose(np.frombuffer(data, np.float32), weights.sum(0)[2:20], rtol=1e-5)
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def test_steps_that_only_warm_up_are_no_steps() -> None:
     worker = Worker()
     capture._install(worker, LAYER, SCOPE)
     assert worker.model_runner.execute_model(a_step(), dummy_run=True) == "executed"
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def test_a_row_that_cannot_be_read_does_not_stop_the_step(
@@ -174,7 +174,7 @@ def test_a_pipeline_stage_without_the_layer_has_no_heads() -> None:
     worker.config.parallel_config.pipeline_parallel_size = 2
     assert capture._install(worker, LAYER + 1, SCOPE) == {"heads": 0}
     assert capture._take(worker, ["x", "y"]) == [None, None]
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def graphs(name: str) -> Callable[[Worker], None]:
@@ -314,4 +314,4 @@ def test_every_worker_gets_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     worker: Any = Derived()
     assert worker.vlm_collab_take(["x"]) == [None]
     assert worker.vlm_collab_install(LAYER, SCOPE) == {"heads": HEADS}
-    assert worker.vlm_collab_held() == {"wishes": 0, "rows": 0}
+    assert worker.vlm_collab_held() == {"pending": 0, "rows": 0}

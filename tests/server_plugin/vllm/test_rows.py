@@ -161,7 +161,7 @@ def test_a_prompt_ends_in_exactly_one_step_however_it_is_cut(seed: int, reader: 
         first = False
         if reader.due:
             due.append(computed + reader.due["a"])
-            reader.wishes.pop("a")  # as `read` does
+            reader.pending.pop("a")  # as `read` does
         computed += length
     assert due == [prompt - 1]
 
@@ -179,7 +179,7 @@ def test_a_prompt_that_is_preempted_is_due_when_it_ends_after_all(reader: RowRea
 def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
     reader.step(step([new("a", 60, **asking())], {}, {"a": 40}, set()))
     reader.step(step([], {}, {}, {"a"}))
-    assert not reader.wishes
+    assert not reader.pending
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,11 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {KEY: "row", FIRST: 3},
     ],
 )
-def test_nothing_but_a_well_formed_wish_is_one(extra: dict[str, Any], reader: RowReader) -> None:
+def test_nothing_but_a_well_formed_row_request_is_one(
+    extra: dict[str, Any], reader: RowReader
+) -> None:
     reader.step(step([new("a", 60, **extra)], {}, {"a": 60}, set()))
-    assert not reader.wishes
+    assert not reader.pending
     assert not reader.due
 
 
@@ -232,7 +234,7 @@ def test_several_requests_in_one_step_get_their_own_rows(
     queries[3], queries[6] = query.flatten(), 2 * query.flatten()
     layer = SimpleNamespace(impl=SimpleNamespace(num_heads=HEADS, head_size=WIDTH, scale=0.3))
     reader.read(layer, queries, cache, None)
-    assert not reader.wishes
+    assert not reader.pending
     expected = {
         "row b": weights(query, keys).sum(0)[3:40],
         "row d": weights(2 * query, keys[:, : prompts["d"]]).sum(0)[:9],
