@@ -25,6 +25,7 @@ from server_plugin.backends.base import (
     StopRule,
     View,
 )
+from server_plugin.engines.engine_pass import EnginePass, TextSink, decide, early_stop_rule
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import (
     Box,
@@ -38,7 +39,6 @@ from vlm_collab.geometry import (
 from vlm_collab.method.cost import extension_flops
 from vlm_collab.method.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.method.roi import DEFAULT_RATIOS, Placement, place_region
-from vlm_collab.method.uncertainty import TokenStatistics
 from vlm_collab.protocol.messages import (
     CUT_MARK,
     Fallback,
@@ -46,14 +46,9 @@ from vlm_collab.protocol.messages import (
     Retransmit,
     Stage,
     Token,
-    common_prefix,
-    micro,
 )
 
 log = logging.getLogger(__name__)
-
-TextSink = Callable[[Stage, str], None]
-"""Receives the text of a pass so far. May run on a backend's thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,10 +265,10 @@ class Engine:
             request = replace(request, sampling=sampling)
         more_to_see = self._more_to_see(source)
         may_stop = more_to_see and not self.provisional
-        early = _stop_rule(policy, retransmit, key) if may_stop else None
-        first = _Pass(Stage.FIRST, stop, tokens, on_text)
+        early = early_stop_rule(policy, retransmit, key) if may_stop else None
+        first = EnginePass(Stage.FIRST, stop, tokens, on_text)
         await self._first(first, view, request, work, early)
-        decision = _decide(policy, first.steps, first.ended, retransmit, key)
+        decision = decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
             return _ended(first, first.text, decision, None, Fallback.NONE, work)
@@ -284,7 +279,7 @@ class Engine:
         first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
         fallback = Fallback.NONE
-        second: _Pass | None = None
+        second: EnginePass | None = None
         try:
             need = await self._look(view, source, first, first_text, cut, decision, work)
             work.first_s, begin = time.perf_counter() - begin, time.perf_counter()
@@ -292,7 +287,7 @@ class Engine:
                 raise RegionUnavailableError(Fallback.NO_DETAIL)
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
-            second = _Pass(Stage.SECOND, stop, tokens, on_text)
+            second = EnginePass(Stage.SECOND, stop, tokens, on_text)
             second.result = await backend.second_pass(
                 view,
                 region,
@@ -313,7 +308,7 @@ class Engine:
             fallback = Fallback.SERVER_FAILED
         if second is None or second.result is None:
             if cut:
-                complete = _Pass(Stage.FIRST, stop, tokens, None)
+                complete = EnginePass(Stage.FIRST, stop, tokens, None)
                 if await self._complete(complete, view, request, work):
                     first, first_text = complete, complete.text
             return _ended(first, first_text, decision, need, fallback, work)
@@ -344,7 +339,7 @@ class Engine:
     ) -> Outcome:
         """Answer a question about no picture; arguments and errors as `answer`."""
         work, begin = Work(), time.perf_counter()
-        one = _Pass(Stage.FIRST, stop, tokens, on_text)
+        one = EnginePass(Stage.FIRST, stop, tokens, on_text)
         one.result = await self.backend.text_pass(
             request.with_limit(self._limit(request)),
             stop=one.stop_rule(None),
@@ -370,7 +365,7 @@ class Engine:
 
     async def _first(
         self,
-        one: _Pass,
+        one: EnginePass,
         view: View,
         request: GenerationRequest,
         work: Work,
@@ -383,7 +378,7 @@ class Engine:
         work.add_generation(self.backend.info, one.generation)
 
     async def _complete(
-        self, one: _Pass, view: View, request: GenerationRequest, work: Work
+        self, one: EnginePass, view: View, request: GenerationRequest, work: Work
     ) -> bool:
         """Generate again, to its end, a first answer that was cut; False if the model fails."""
         begin = time.perf_counter()
@@ -401,7 +396,7 @@ class Engine:
         self,
         view: View,
         source: Size | Sequence[Size],
-        first: _Pass,
+        first: EnginePass,
         first_text: str,
         cut: bool,
         decision: Decision,
@@ -437,85 +432,8 @@ class Engine:
         )
 
 
-class _Pass:
-    """One pass: listens to its text, ends it at a stop text, and says what it is made of."""
-
-    def __init__(
-        self, stage: Stage, stops: Sequence[str], tokens: bool, on_text: TextSink | None
-    ) -> None:
-        self.result: Generation | None = None
-        self._stage, self._stops, self._with_tokens = stage, tuple(stops), tokens
-        self._on_text = on_text
-        self._texts: list[str] = []
-        self._stopped = False
-
-    @property
-    def sink(self) -> Callable[[str], None] | None:
-        """Hears the text; None if nobody needs it, which spares the spelling of every token."""
-        needed = self._on_text is not None or bool(self._stops) or self._with_tokens
-        return self._hear if needed else None
-
-    def _hear(self, text: str) -> None:
-        for stop in self._stops:
-            before, found, _ = text.partition(stop)
-            if found:
-                text, self._stopped = before.rstrip(), True
-        self._texts.append(text)
-        if self._on_text is not None:
-            self._on_text(self._stage, text)
-
-    def stop_rule(self, other: StopRule | None) -> StopRule | None:
-        """Stops at a stop text, or when another rule does. Backends tell the text first."""
-        if not self._stops:
-            return other
-        return lambda steps, ended: self._stopped or (other is not None and other(steps, ended))
-
-    @property
-    def generation(self) -> Generation:
-        """What the backend returned."""
-        assert self.result is not None, "the pass is not over"
-        return self.result
-
-    @property
-    def text(self) -> str:
-        """The answer, up to a stop text."""
-        return self._texts[-1] if self._stopped else self.generation.text
-
-    @property
-    def steps(self) -> tuple[TokenStatistics, ...]:
-        """Statistics of its tokens."""
-        return self.generation.steps
-
-    @property
-    def ended(self) -> bool:
-        """Whether its last token is the end of the sequence."""
-        return self.generation.ended
-
-    @property
-    def finish(self) -> Finish:
-        """Why it ends."""
-        if self._stopped:
-            return Finish.STOP
-        return Finish.END if self.ended else Finish.LENGTH
-
-    def tokens(self) -> tuple[Token, ...]:
-        """The tokens that its text is made of, if that was asked for.
-
-        A later token can change how the last characters are spelled, so what a token adds is
-        measured by how much of the final text stands after it.
-        """
-        if not self._with_tokens:
-            return ()
-        whole, place, tokens = self.text, 0, []
-        for text, bits in zip(self._texts, self.generation.surprisals, strict=True):
-            after = max(place, common_prefix(text, whole))
-            tokens.append(Token(whole[place:after], micro(bits)))
-            place = after
-        return tuple(tokens)
-
-
 def _ended(
-    first: _Pass,
+    first: EnginePass,
     text: str,
     decision: Decision,
     need: RegionNeed | None,
@@ -535,32 +453,3 @@ def _ended(
         finish=first.finish,
         tokens=first.tokens(),
     )
-
-
-def _decide(
-    policy: Policy,
-    steps: Sequence[TokenStatistics],
-    ended: bool,
-    retransmit: Retransmit,
-    key: str,
-) -> Decision:
-    decision = policy.decide(steps, ended=ended, key=key)
-    if retransmit is Retransmit.AUTO:
-        return decision
-    return decision._replace(retransmit=retransmit is Retransmit.ALWAYS)
-
-
-def _stop_rule(policy: Policy, retransmit: Retransmit, key: str) -> StopRule | None:
-    """Stops a first answer once it is known that a second pass follows; None if that is never
-    known before its end.
-
-    What `decide` says of the tokens that are enough is what it says of the whole answer.
-    """
-    if policy.tokens_needed is None or retransmit is Retransmit.NEVER:
-        return None
-
-    def stop(steps: Sequence[TokenStatistics], ended: bool) -> bool:
-        enough = policy.ready_after(steps)
-        return enough and _decide(policy, steps, ended, retransmit, key).retransmit
-
-    return stop

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import math
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ from server_plugin.backends.base import (
     GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -39,30 +38,20 @@ from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.vllm import capture
 from server_plugin.backends.vllm.client import ExpectedRow, RowClient
+from server_plugin.backends.vllm.engine_requests import (
+    check_prompt,
+    outputs_of,
+    sampling_parameters,
+)
 from server_plugin.backends.vllm.setup import EVERY_LOGPROB, check_setup
+from server_plugin.backends.vllm.views import NamedPicture, VllmView, pictures_of, result_of
 from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
-_ATTEMPTS = 3
-"""How often a picture is handed over again that vLLM's two ends disagree about."""
-
 _RPC_PATIENCE_S = 2.0
 """Between two looks at whether the engine that owes an answer is still there."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """A picture as it is given to the engine.
-
-    Attributes:
-        image: RGB, as the checkpoint's image processor takes it.
-        name: stands for the pixels, in vLLM's caches too.
-    """
-
-    image: Image
-    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +65,6 @@ class VllmGeneration(Generation):
 
     prompt: Prompt
     expected: ExpectedRow | None
-
-
-@dataclass(slots=True, eq=False)
-class VllmView:
-    """A global view: its pixels, and its generic row once that was needed.
-
-    Attributes:
-        shown: the pictures, one or more; None after a release.
-        pictures: how many.
-        generic: the request that computes the generic row, or did.
-    """
-
-    shown: tuple[_Picture, ...] | None
-    pictures: int = 1
-    generic: asyncio.Task[Generation] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
-        pixels = sum(math.prod(picture.image.size) * 3 for picture in self.shown or ())
-        generic = _result(self.generic)
-        return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
 
 
 class VllmBackend:
@@ -197,15 +164,15 @@ class VllmBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        pictures = _pictures_of(view)
+        pictures = pictures_of(view)
         return await self._answer(pictures, request, stop=stop, on_text=on_text, rows=len(pictures))
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         row = await self.row_of(first)
-        pictures = _pictures_of(view)
+        pictures = pictures_of(view)
         assert isinstance(view, VllmView)
         task, new = view.generic, False
-        if task is None or (task.done() and _result(task) is None):
+        if task is None or (task.done() and result_of(task) is None):
             # Of its own, so that one question that is cancelled does not take it from others.
             task = asyncio.create_task(self._generic(pictures))
             self._running.add(task)
@@ -260,7 +227,7 @@ class VllmBackend:
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        pictures = (*_pictures_of(view), self._picture(self._adapter.fitted(region)))
+        pictures = (*pictures_of(view), self._picture(self._adapter.fitted(region)))
         return await self._answer(
             pictures,
             request,
@@ -313,7 +280,7 @@ class VllmBackend:
         self._running.discard(task)
         _seen(task)
 
-    async def _generic(self, pictures: Sequence[_Picture]) -> Generation:
+    async def _generic(self, pictures: Sequence[NamedPicture]) -> Generation:
         """The generic instruction's answer, with its row."""
         request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=1)
         answer = await self._answer(pictures, request, rows=len(pictures))
@@ -333,14 +300,14 @@ class VllmBackend:
             call.cancel()
         return call.result()
 
-    def _picture(self, image: Image) -> _Picture:
+    def _picture(self, image: Image) -> NamedPicture:
         digest = hashlib.blake2b(image.tobytes(), key=self._secret, digest_size=16)
         digest.update(repr(image.size).encode())
-        return _Picture(image, digest.hexdigest())
+        return NamedPicture(image, digest.hexdigest())
 
     async def _answer(
         self,
-        pictures: Sequence[_Picture],
+        pictures: Sequence[NamedPicture],
         request: GenerationRequest,
         *,
         stop: StopRule | None = None,
@@ -376,9 +343,16 @@ class VllmBackend:
             ended = stopped = False
             cached = 0
             in_order = [pictures[shows] for shows in prompt.order]
-            outputs = self._outputs(
-                name, prompt, in_order, limit, request.sampling, with_row=rows > 0
+            if self._engine is None:
+                raise ModelError("the model was closed")
+            parameters = sampling_parameters(
+                request.sampling,
+                limit,
+                logprobs=self._logprobs,
+                end_tokens=self._adapter.end_tokens,
+                extra_args=self._row_request(name, prompt) if rows else None,
             )
+            outputs = outputs_of(self._engine, name, prompt, in_order, parameters, self._scope)
             # Leaving the loop, for whatever reason, aborts what is left of the request.
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
@@ -386,7 +360,7 @@ class VllmBackend:
                         # It is there since the prompt ended.
                         expected = self._rows.expect(self._key(name))
                     if output.prompt_token_ids is not None:
-                        _check_prompt(prompt, output.prompt_token_ids)
+                        check_prompt(prompt, output.prompt_token_ids)
                     cached = max(cached, output.num_cached_tokens or 0)
                     part = output.outputs[0]
                     for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
@@ -426,69 +400,14 @@ class VllmBackend:
         """What a request's row is called."""
         return self._rows_scope + name
 
-    async def _outputs(
-        self,
-        name: str,
-        prompt: Prompt,
-        pictures: Sequence[_Picture],
-        max_new_tokens: int,
-        sampling: Sampling,
-        *,
-        with_row: bool,
-    ) -> AsyncGenerator[Any]:
-        """vLLM's outputs for a request: each with the tokens since the last one."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        if self._engine is None:
-            raise ModelError("the model was closed")
-        span = None
-        if with_row:
-            # From the first global view to the last, what lies between included.
-            seen = prompt.looked_at
-            span = {
-                capture.KEY: self._key(name),
-                capture.FIRST: seen.start,
-                capture.STOP: seen.stop,
-            }
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature else 1.0,
-            seed=sampling.seed if sampling.temperature else None,
-            max_tokens=max_new_tokens,
-            logprobs=self._logprobs,
-            # Exactly the tokens that end an answer on the Transformers backend.
-            ignore_eos=True,
-            stop_token_ids=sorted(self._adapter.end_tokens),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args=span,
-        )
-        request: dict[str, Any] = {
-            "prompt_token_ids": _collapsed(prompt),
-            "cache_salt": self._scope,
+    def _row_request(self, name: str, prompt: Prompt) -> dict[str, Any]:
+        """Return what the row capture reads: from the first global view to the end of the last."""
+        span = prompt.looked_at
+        return {
+            capture.KEY: self._key(name),
+            capture.FIRST: span.start,
+            capture.STOP: span.stop,
         }
-        if pictures:
-            request["multi_modal_data"] = {"image": [picture.image for picture in pictures]}
-            # A picture whose name is known is not processed again.
-            request["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
-        try:
-            for attempt in range(1, _ATTEMPTS + 1):
-                # In vLLM's own threads, so that pictures hold nobody up.
-                (rendered,) = await self._engine.renderer.render_cmpl_async([request])
-                stream = self._engine.generate(rendered, params, name)
-                async with contextlib.aclosing(stream) as outputs:
-                    async for output in outputs:
-                        if attempt < _ATTEMPTS and _missed(output):
-                            break
-                        yield output
-                    else:
-                        return
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "vllm":
-                raise
-            reason = " ".join(str(error).split()) or repr(error.__cause__ or error)
-            raise ModelError(f"vLLM failed: {reason[:200]}") from error
 
     def _statistics(self, logprobs: Any) -> TokenStatistics:
         """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
@@ -505,47 +424,3 @@ def _seen(task: asyncio.Task[Any]) -> None:
     """An error that nobody waits for any more is no news."""
     if not task.cancelled():
         task.exception()
-
-
-def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
-    """What a task came to, if it did."""
-    if task is None or not task.done() or task.cancelled() or task.exception() is not None:
-        return None
-    return task.result()
-
-
-def _missed(output: Any) -> bool:
-    """Whether vLLM ended a request before its first token for want of a picture.
-
-    Its front-end sends the engine no picture that it believes to be there already. It is not if
-    the question that brought it was cancelled on the way, or if the engine needed the room. vLLM
-    notices, forgets what it believed, and leaves it to the caller to ask again.
-    """
-    ended = output.outputs[0]
-    return ended.finish_reason == "error" and not ended.token_ids
-
-
-def _pictures_of(view: View) -> tuple[_Picture, ...]:
-    assert isinstance(view, VllmView)
-    if view.shown is None:
-        raise RuntimeError("this view was released")
-    return view.shown
-
-
-def _collapsed(prompt: Prompt) -> list[int]:
-    """A prompt with one image token for each picture, which vLLM writes out again."""
-    ids: list[int] = []
-    start = 0
-    for place in prompt.images:
-        ids += prompt.ids[start : place.start + 1]
-        start = place.stop
-    return [*ids, *prompt.ids[start:]]
-
-
-def _check_prompt(prompt: Prompt, written_out: Sequence[int]) -> None:
-    """The span that is read must be the view; vLLM's processor must not see it otherwise."""
-    if tuple(written_out) != prompt.ids:
-        raise ModelError(
-            f"vLLM made a prompt of {len(written_out)} tokens where the checkpoint's own "
-            f"processor makes {len(prompt.ids)}; it takes pictures of this model in another way"
-        )
