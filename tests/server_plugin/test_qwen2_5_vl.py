@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,23 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
 from server_plugin.backends.base import Generation, GenerationRequest
-from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.checkpoint import load_processor
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.adapters.qwen2_5_vl import Qwen25VLAdapter
 from server_plugin.backends.transformers.attention import ATTENTION_NAME
 from server_plugin.backends.transformers.backend import TransformersBackend
-from server_plugin.models.presets import Preset, preset_for_model, preset_named
+from server_plugin.models.presets import Preset, preset_named
 from tests.support.batches import queued, together
 from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_qwen import QwenOracle
-from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
-from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from tests.support.tiny_qwen import TinyQwen, change_json, save_tiny_qwen
+from vlm_collab.errors import ConfigError, ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
 from vlm_collab.method.roi import find_region
 
@@ -430,7 +426,7 @@ def test_the_processors_limits_do_not_change_a_view(
 ) -> None:
     """A checkpoint whose own limits would make all pictures larger, or all smaller."""
     image = picture(0, Size(224, 224))
-    change("preprocessor_config.json", min_pixels=limits[0], max_pixels=limits[1])(copy)
+    change_json("preprocessor_config.json", min_pixels=limits[0], max_pixels=limits[1])(copy)
     processor = load_processor(str(copy))
     by_itself = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert by_itself.tolist() != [[1, 16, 16]]
@@ -486,31 +482,6 @@ async def test_wrong_pictures_are_refused(backend: TransformersBackend) -> None:
             await backend.second_pass(view, wrong, GenerationRequest("what?", max_new_tokens=1))
 
 
-# What follows is about checkpoints.
-
-
-@pytest.mark.parametrize(
-    "name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "/x/Qwen2.5-VL-7B"]
-)
-def test_the_preset_of_hub_names(name: str) -> None:
-    preset = preset_for_model(name)
-    assert preset == preset_named("qwen2.5-vl")
-    assert (preset.layer, preset.view_px, preset.fit) == (22, 224, Fit.STRETCH)
-
-
-async def test_a_folder_opens_with_the_preset_of_its_family(
-    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    backend, preset = open_model(str(folders["mha-224"]), layer=3, eta=0.25, device="cpu")
-    assert preset == preset_named("qwen2.5-vl").with_overrides(layer=3, eta=0.25)
-    assert (backend.info.view, backend.info.grid) == (Size(224, 224), Grid(8, 8))
-    view = await backend.open_view(picture(0, backend.info.view))
-    answer = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=2))
-    assert len(answer.token_ids) == 2
-    await backend.close()
-    assert capfd.readouterr() == ("", "")
-
-
 def test_without_view_px_the_view_is_that_of_the_paper(backend: TransformersBackend) -> None:
     fields = {name: getattr(preset_of("mha-224"), name) for name in Preset.__struct_fields__}
     preset = Preset(**(fields | {"view_px": None}))
@@ -530,112 +501,3 @@ def test_only_the_text_decoder_changes_its_attention(loaded: dict[str, Pair]) ->
     assert model.config.text_config._attn_implementation == ATTENTION_NAME
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert oracle.model.config.text_config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("class_name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
-def test_the_hubs_image_processors_load(class_name: str, copy: Path) -> None:
-    change("preprocessor_config.json", image_processor_type=class_name)(copy)
-    processor = load_processor(str(copy)).image_processor
-    assert (processor.patch_size, processor.merge_size) == (14, 2)
-
-
-def test_a_package_that_is_missing_is_one_line(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only what videos need is done without."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise ImportError("\nQwen2Tokenizer requires the tokenizers library.\n")
-
-    monkeypatch.setattr(Qwen2_5_VLProcessor, "from_pretrained", fail)
-    with pytest.raises(ModelError, match=r"cannot load its tokenizer .*: Qwen2Tokenizer requires"):
-        load_processor(str(folders["mha-224"]))
-
-
-async def test_a_checkpoint_saved_again_by_newer_transformers_loads_alike(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Its configuration is nested and its processors lie in one file."""
-    source, again = folders["mha-224"], tmp_path / "again"
-    shutil.copytree(source, again)
-    AutoModelForImageTextToText.from_pretrained(source).save_pretrained(again)
-    assert "text_config" in json.loads((again / "config.json").read_text())
-    assert "text_config" not in json.loads((source / "config.json").read_text())
-    (again / "preprocessor_config.json").unlink()
-    load_processor(str(source)).image_processor.save_pretrained(again)
-    rows = []
-    for folder in (source, again):
-        backend = TransformersBackend.load(str(folder), preset_of("mha-224"), device="cpu")
-        view = await backend.open_view(picture(0, backend.info.view))
-        rows.append(
-            (await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))).row
-        )
-        await backend.close()
-    np.testing.assert_array_equal(rows[0], rows[1])
-
-
-def remove(*names: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return damage
-
-
-def change(name: str, **values: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def drop_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["visual.merger.mlp.0.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def swap_tokenizer(folder: Path) -> None:
-    """As if it were the one of a model without pictures."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = folder / name
-        path.write_text(path.read_text().replace("<|image_pad|>", "<|other|>"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (truncate, "cannot load its weights"),
-        (remove("model.safetensors"), "cannot load its weights"),
-        (drop_weight, "1 weights do not fit .*missing keys.*merger"),
-        (change("config.json", intermediate_size=99), "12 weights do not fit .*mismatched keys"),
-        (change("config.json", use_sliding_window=True), "sliding or hybrid attention"),
-        (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-        (remove("tokenizer.json"), "tokenizer"),
-        (swap_tokenizer, r"no special token '<\|image_pad\|>' with id"),
-        (change("config.json", vision_start_token_id=5), r"no special token '<\|vision_start\|>'"),
-        (remove("preprocessor_config.json"), "cannot load its tokenizer or image processor"),
-        (change("preprocessor_config.json", patch_size=16), "patch_size 16, its vision tower 14"),
-        (change("preprocessor_config.json", merge_size=1), "merge_size 1, its vision tower 2"),
-        (
-            change("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
-            "is a CLIPImageProcessor.*, which gives no grid of patches; .* do not belong together",
-        ),
-        (remove("config.json"), "no model checkpoint"),
-        (change("config.json", vision_config=3), "cannot load its config.json"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_in_one_line(
-    damage: Callable[[Path], None], complaint: str, copy: Path
-) -> None:
-    damage(copy)
-    with pytest.raises(ModelError, match=complaint) as caught:
-        TransformersBackend.load(str(copy), preset_of("mha-224"), device="cpu")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400

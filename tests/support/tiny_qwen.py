@@ -8,6 +8,7 @@ distinguishable in every layer.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,13 @@ def _draw_weights(model: Qwen2_5_VLForConditionalGeneration, shape: TinyQwen) ->
             if "embed_tokens" in name and not shape.tied:
                 fan_in = 1
             weight.normal_(0.0, gain / fan_in**0.5, generator=random)
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    """Return a function that sets fields of a JSON file in a checkpoint's folder."""
+
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
