@@ -1,9 +1,9 @@
-"""A scripted model without torch: answers, uncertainty and maps as a function says.
+"""A scripted backend without torch: a function decides answers, uncertainty and maps.
 
-It obeys the whole `Backend` contract (a single model that runs one operation at a time, views
-that hold memory, cancellation), so that service, client and engine can be tested to the edges of
-their behaviour, and installed systems can be tried without a model: `vlm-collab serve fake`.
-Its answers carry what it was asked and shown, so that a crossed answer cannot go unnoticed.
+It obeys the whole `Backend` contract: one operation at a time, views that hold memory,
+cancellation. Tests of service, client and engine use it, and `vlm-collab serve fake` runs a service
+without a model. An answer repeats the question and names the pictures, so a test notices when
+answers are mixed up.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from vlm_collab.protocol.image_positions import split, spots_of
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the model does with one question.
+    """How the model handles one question.
 
     Attributes:
-        first, second: the two answers, split into tokens at spaces.
-        uncertainty_bits: min-entropy of every token of the first answer.
-        peak: (row, column) of the cell that the model looks at.
-        delay_s: how long each pass takes.
-        fail_second: the second pass raises, as a device out of memory would.
-        second_bits: min-entropy of every token of the second answer.
+        first, second: the two answers; each word is a token.
+        uncertainty_bits: min-entropy of every token of the first answer, in bits.
+        peak: (row, column) of the grid cell with the largest attention.
+        delay_s: duration of each pass, in s.
+        fail_second: whether the second pass raises an error, as when a device runs out of memory.
+        second_bits: min-entropy of every token of the second answer, in bits.
     """
 
     first: str
@@ -56,10 +56,10 @@ class Script:
 
 
 REFUSED = "<refuse>"
-"""Questions that hold it are refused, to try what becomes of those."""
+"""A question that contains this is refused, for tests of refusals."""
 
 Play = Callable[[str, str, str], Script]
-"""(question, digest of the view, digest of the region or "") -> what to do."""
+"""(question, digest of the view, digest of the region or "") -> script."""
 
 
 def _conversation(request: GenerationRequest) -> str:
@@ -76,12 +76,12 @@ def _conversation(request: GenerationRequest) -> str:
 
 
 def digest(image: Image) -> str:
-    """Eight hexadecimal digits that name the pixels of a picture."""
+    """Return a digest of a picture's pixels, eight hexadecimal digits."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:8]
 
 
 def echo(question: str, view: str, region: str) -> Script:
-    """The default play: repeat what was asked and seen; be unsure of anything with "small"."""
+    """The default play: repeat question and digests; be unsure if the question has "small"."""
     return Script(
         first=f"first {view} {question}",
         second=f"second {view} {region} {question}",
@@ -117,8 +117,11 @@ DEFAULT_INFO = ModelInfo(
 
 
 def statistics_of(min_entropy_bits: float) -> TokenStatistics:
-    """Statistics of a two-way choice whose likelier side has this min-entropy (at most 1 bit
-    splits evenly; above that the rest is spread over equally likely tokens)."""
+    """Return token statistics with a given min-entropy, in bits.
+
+    The probability beside the likeliest token belongs to one other token, or, above 1 bit, is
+    spread evenly over several.
+    """
     p = 2.0**-min_entropy_bits
     if p >= 1.0:
         return TokenStatistics(0.0, 0.0, 1.0)
@@ -130,12 +133,12 @@ def statistics_of(min_entropy_bits: float) -> TokenStatistics:
 
 @dataclass(slots=True, eq=False)
 class FakeBackend:
-    """See the module's text.
+    """A scripted `Backend`.
 
     Attributes:
-        play: what to do with each question.
-        info: the model it claims to be.
-        views: views held now; empty when nothing leaks.
+        play: chooses the script of each question.
+        info: the properties that it reports.
+        views: views held now; a test that leaks none finds this empty.
         generic_rows: how often a generic row was computed.
     """
 
@@ -148,7 +151,7 @@ class FakeBackend:
 
     @classmethod
     def demo(cls) -> FakeBackend:
-        """What `vlm-collab serve fake` serves."""
+        """Return the backend that `vlm-collab serve fake` serves."""
         return cls()
 
     def check_question(self, request: GenerationRequest, images: int = 2) -> None:
@@ -182,7 +185,7 @@ class FakeBackend:
         script = self.play(_conversation(request), held.name, "")
         tokens = script.first.split(" ")
         row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
-        # Of several pictures, it looks at the last.
+        # With several pictures, the attention peaks in the last one.
         row[-self.info.visual_tokens :][
             script.peak[0] * self.info.grid.columns + script.peak[1]
         ] = 1.0

@@ -14,7 +14,7 @@ TextSink = Callable[[Stage, str], None]
 
 
 class EnginePass:
-    """One pass: listens to its text, ends it at a stop text, and says what it is made of."""
+    """One pass: follows its text, ends it at a stop text, and reports its tokens."""
 
     def __init__(
         self, stage: Stage, stops: Sequence[str], tokens: bool, on_text: TextSink | None
@@ -27,11 +27,11 @@ class EnginePass:
 
     @property
     def sink(self) -> Callable[[str], None] | None:
-        """Hears the text; None if nobody needs it, which spares the spelling of every token."""
+        """Callback for the text; None if no one needs it, which saves decoding every token."""
         needed = self._on_text is not None or bool(self._stops) or self._with_tokens
-        return self._hear if needed else None
+        return self._receive if needed else None
 
-    def _hear(self, text: str) -> None:
+    def _receive(self, text: str) -> None:
         for stop in self._stops:
             before, found, _ = text.partition(stop)
             if found:
@@ -41,14 +41,17 @@ class EnginePass:
             self._on_text(self._stage, text)
 
     def stop_rule(self, other: StopRule | None) -> StopRule | None:
-        """Stops at a stop text, or when another rule does. Backends tell the text first."""
+        """Return a rule that stops at a stop text, or where `other` does.
+
+        It relies on backends reporting the text before they call the rule.
+        """
         if not self._stops:
             return other
         return lambda steps, ended: self._stopped or (other is not None and other(steps, ended))
 
     @property
     def generation(self) -> Generation:
-        """What the backend returned."""
+        """The backend's result."""
         assert self.result is not None, "the pass is not over"
         return self.result
 
@@ -59,34 +62,34 @@ class EnginePass:
 
     @property
     def steps(self) -> tuple[TokenStatistics, ...]:
-        """Statistics of its tokens."""
+        """Statistics of the generated tokens."""
         return self.generation.steps
 
     @property
     def ended(self) -> bool:
-        """Whether its last token is the end of the sequence."""
+        """Whether the last token is the end of the sequence."""
         return self.generation.ended
 
     @property
     def finish(self) -> Finish:
-        """Why it ends."""
+        """Why the answer ends."""
         if self._stopped:
             return Finish.STOP
         return Finish.END if self.ended else Finish.LENGTH
 
     def tokens(self) -> tuple[Token, ...]:
-        """The tokens that its text is made of, if that was asked for.
+        """Return the tokens of the text, if they were requested; else nothing.
 
-        A later token can change how the last characters are spelled, so what a token adds is
-        measured by how much of the final text stands after it.
+        A later token can change the last characters of the text so far. A token's text therefore
+        is the part of the final text that is settled with it.
         """
         if not self._with_tokens:
             return ()
-        whole, place, tokens = self.text, 0, []
+        final, start, tokens = self.text, 0, []
         for text, bits in zip(self._texts, self.generation.surprisals, strict=True):
-            after = max(place, common_prefix(text, whole))
-            tokens.append(Token(whole[place:after], micro(bits)))
-            place = after
+            stop = max(start, common_prefix(text, final))
+            tokens.append(Token(final[start:stop], micro(bits)))
+            start = stop
         return tuple(tokens)
 
 
@@ -97,6 +100,7 @@ def decide(
     retransmit: Retransmit,
     key: str,
 ) -> Decision:
+    """Return the policy's decision, or the caller's if `retransmit` forces or forbids a region."""
     decision = policy.decide(steps, ended=ended, key=key)
     if retransmit is Retransmit.AUTO:
         return decision
@@ -104,10 +108,12 @@ def decide(
 
 
 def early_stop_rule(policy: Policy, retransmit: Retransmit, key: str) -> StopRule | None:
-    """Stops a first answer once it is known that a second pass follows; None if that is never
-    known before its end.
+    """Return a rule that stops a first answer once it is certain that a second pass follows.
 
-    What `decide` says of the tokens that are enough is what it says of the whole answer.
+    The policy's decision on the tokens that it needs is its decision on the whole answer.
+
+    Returns:
+        None if the policy cannot decide before the end of the answer.
     """
     if policy.tokens_needed is None or retransmit is Retransmit.NEVER:
         return None

@@ -1,17 +1,17 @@
 """The Transformers backend: both passes over one cached prefix, in small batches on one thread.
 
-What 003_92b41fe49395ce1a.txt counts as 4·F(n) FLOPs for a retransmitted question (Eq. 17-20) is
-about 2·F(n) here, with the same numbers out. The prompt starts with the global view's visual
-tokens whatever the question is, so their keys and values are computed once per view; the first
-pass, the generic instruction and the second pass each continue from a fork of that cache and
-compute only what is new: a few text tokens, and for the second pass the local view. In a family
-whose visual tokens depend on the question, first and second pass share them.
+Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+2512.16349), count 4·F(n) FLOPs for a retransmitted question (Eq. 17-20). This backend needs about
+2·F(n) for the same results. Every prompt starts with the global view's visual tokens, so their keys
+and values are computed once per view. The first pass, the generic instruction and the second pass
+each continue from a copy of that cache and compute only their new tokens: a few text tokens and, in
+the second pass, the local view. If a family's visual tokens depend on the question, first and
+second pass share them.
 
-Operations that wait run together where their shapes allow
-(`server_plugin.backends.transformers.worker`, `server_plugin.backends.transformers.passes`,
-`server_plugin.backends.transformers.batch`). Greedy decoding gives what `generate(do_sample=False)`
-gives. Logits processors that a checkpoint's generation settings may ask for (repetition penalties
-and the like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
+Waiting operations run together if their shapes allow it (modules `worker`, `passes` and `batch`).
+Greedy decoding gives the same tokens as `generate(do_sample=False)`. Logits processors from a
+checkpoint's generation settings (repetition penalties, for example) are not applied: answer and
+uncertainty are defined on the raw logits.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 class TransformersBackend:
     """One checkpoint on one device. See `server_plugin.backends.base.Backend`.
 
-    Make it with `load`. All model work runs on one thread of its own, the oldest operation
-    first. A cancelled operation leaves the queue; one that is running ends at its next token.
+    Create it with `load`. All model work runs on one thread, oldest operation first. A cancelled
+    operation leaves the queue; if it is running, it ends at its next token.
     """
 
     _passes: type[Passes] = Passes
@@ -71,7 +71,7 @@ class TransformersBackend:
         layout, text = adapter.layout, adapter.decoder.config
         preset = adapter.preset
         _check_layer(preset.layer, text, name)
-        # Prefixes share tensors, which is right only for layers that never write in place.
+        # Prefixes share tensors, which works only if layers never write in place.
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
             raise ModelError(f"{name} has sliding or hybrid attention, which cannot be shared")
         use_capturing_attention(adapter.decoder)
@@ -132,15 +132,15 @@ class TransformersBackend:
             preset: how the model is used; its family must be the checkpoint's.
             device: a torch device; "auto" is CUDA where there is one, else the CPU.
             dtype: a torch floating point type; "auto" is bfloat16 on CUDA, else float32.
-            name: what clients see; by default the hub name, or the folder's last part.
-            batch: most questions that run together; each takes memory for a prompt's keys and
-                values. None: a small number that suits the device.
+            name: the name that clients see; default: the hub name, or the folder's last part.
+            batch: most questions that run together. Each needs memory for the keys and values of a
+                prompt. None: a small number that suits the device.
 
         Raises:
             ModelError: the checkpoint is missing, truncated, incomplete, without tokenizer, or
                 of a family without an adapter.
-            ConfigError: the preset is for another family, its layer does not exist, device or
-                dtype are none that torch knows here, or `batch` is not positive.
+            ConfigError: the preset is for another family, its layer does not exist, torch does not
+                have the device or dtype, or `batch` is not positive.
         """
         if batch is not None and batch < 1:
             raise ConfigError(f"a batch holds one question or more, not {batch}")
@@ -148,7 +148,7 @@ class TransformersBackend:
         where = device_of(device)
         number = dtype_of(dtype, where)
         shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
-        # Everything that can be refused is refused before gigabytes of weights are read.
+        # All checks come before gigabytes of weights are read.
         adapter_class = adapter_for(model_type_of(source))
         if preset.family != adapter_class.family:
             raise ConfigError(
@@ -193,12 +193,12 @@ class TransformersBackend:
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
             raise ValueError("the first pass came without its attention row")
-        seen = self._seen(view, self._preset.generic_instruction)
-        assert seen.view is not None
-        generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
+        state = self._state(view, self._preset.generic_instruction)
+        assert state.view is not None
+        generic, new_tokens, context_tokens = state.view.generic_row, 0, 0
         if generic is None:
-            kind = "generic", view.pictures, seen.cached
-            generic, new_tokens, context_tokens = await self._run(kind, seen)
+            kind = "generic", view.pictures, state.cached
+            generic, new_tokens, context_tokens = await self._run(kind, state)
         return RelativeAttention(
             maps=relative_maps(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
             prefilled_tokens=new_tokens,
@@ -230,23 +230,23 @@ class TransformersBackend:
         return await self._answer(None, request, None, stop, on_text)
 
     async def release(self, view: View) -> None:
-        # An operation that runs on it now holds its own references and ends undisturbed.
+        # A running operation holds its own references and is not disturbed.
         assert isinstance(view, TransformersView)
         view.released = True
         view.seen = view.generic_row = None
         view.prefixes.clear()
 
     async def close(self) -> None:
-        # What is queued fails at once; what runs, at its next token.
+        # Queued operations fail at once, running ones at their next token.
         await asyncio.to_thread(self._worker.close)
         self._adapter.model = self._adapter.processor = None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Hold the model back until all of the operations queued meanwhile are there.
+        """Hold the model until the `with` block ends, so that operations queued in it can batch.
 
-        Which operations run together then depends on nothing but their order, and so do the last
-        bits of their results. For evaluations; a service would rather start at once.
+        Batches, and with them the last bits of results, then depend only on the operations' order.
+        Meant for evaluations; a service starts each operation at once.
         """
         gate = threading.Event()
         self._worker.call(gate.wait)
@@ -256,7 +256,7 @@ class TransformersBackend:
             gate.set()
 
     async def warm_up(self) -> None:
-        """Run both passes once, so that the first question does not pay for kernel set-up."""
+        """Run both passes once, so that the first question does not wait for kernel set-up."""
         grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
         request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
         view = await self.open_view(grey)
@@ -281,17 +281,19 @@ class TransformersBackend:
         request = request.with_limit(limit)
         prompts.check(request, images)
         prompt = prompts.build(request, images, views, picture=picture)
-        seen = self._seen(view, request.question)
+        state = self._state(view, request.question)
         if prompt.shown:
-            seen = seen.interleaved(prompts.shared(views), prompt)
-        ask = AnswerJob(seen, prompt, request, limit, region, stop, on_text)
+            state = state.interleaved(prompts.shared(views), prompt)
+        job = AnswerJob(state, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
+            ("answer", views, images, prompt.shown, state.cached),
+            job,
+            len(prompt.ids) - state.cached,
         )
         return answer
 
-    def _seen(self, view: View | None, question: str) -> ViewState:
-        """What is at hand of a view for a question.
+    def _state(self, view: View | None, question: str) -> ViewState:
+        """Return the state of a view for a question.
 
         Raises:
             RuntimeError: the view was released.
@@ -315,6 +317,7 @@ class TransformersBackend:
 
 
 def _check_layer(layer: int, text_config: Any, name: str) -> None:
+    """Raise ConfigError if the decoder has no such layer."""
     count = text_config.num_hidden_layers
     if layer >= count:
         raise ConfigError(
