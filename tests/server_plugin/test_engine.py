@@ -288,7 +288,7 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
     outcome = await Engine(backend=backend, policy=policy).answer(
         view,
         SOURCE,
-        GenerationRequest(replace(QUESTION, sampling=Sampling(temperature=0.7))),
+        replace(QUESTION, sampling=Sampling(temperature=0.7)),
         fetch,
     )
     assert outcome.text == "one two three four"

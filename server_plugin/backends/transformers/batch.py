@@ -64,8 +64,8 @@ class Batch:
 
     Memory: appending to a `DynamicLayer` concatenates into new tensors, so a prefix is never
     written to, and a batch of one copies nothing before it runs. While it runs, a batch holds a
-    copy of each prefix and its own tokens: 2 x layers x key heads x head width numbers per token (0.5 MiB for
-    LLaVA-1.5-7B in bfloat16, about 300 MiB for each 605-token prompt).
+    copy of each prefix and its own tokens: 2 x layers x key heads x head width numbers per token
+    (0.5 MiB for LLaVA-1.5-7B in bfloat16, about 300 MiB for each 605-token prompt).
     """
 
     def __init__(self, adapter: Adapter, rows: Sequence[Row]) -> None:

@@ -1,12 +1,12 @@
-"""The vLLM backend: both passes as ordinary requests to an engine that shares their prefixes.
+"""The vLLM backend: both passes are ordinary requests to one engine, which shares their prefixes.
 
-Every prompt about a view starts with the same tokens, so first pass, generic instruction and
-second pass share its blocks through vLLM's automatic prefix caching; how many questions run
-together is the engine's affair. What makes blocks and pictures the same is a secret of the
-backend's own and a digest of the pixels: no other user of the engine can hit upon them.
+Every prompt about a view starts with the same tokens, so first pass, generic instruction and second
+pass share cached blocks through vLLM's automatic prefix caching. The engine decides how many
+questions run together. Cache keys contain a secret of the backend and a digest of the pixels, so
+other users of the engine cannot find out what is cached.
 
-vLLM gives no attention weights; `server_plugin.backends.vllm.capture` reads the one row in its
-workers.
+vLLM returns no attention weights; `server_plugin.backends.vllm.capture` computes the one row that
+is needed, in vLLM's workers.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
 _RPC_PATIENCE_S = 2.0
-"""Between two looks at whether the engine that owes an answer is still there."""
+"""Seconds between checks that the engine is alive, while a call waits for its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmGeneration(Generation):
-    """A generated answer, whose row stays in the workers until it is needed.
+    """A generated answer. Its attention row stays in the workers until it is needed.
 
     Attributes:
-        prompt: what it answers.
-        expected: its row; None when none was asked for.
+        prompt: the prompt.
+        expected: the row; None if none was requested.
     """
 
     prompt: Prompt
@@ -70,19 +70,19 @@ class VllmGeneration(Generation):
 class VllmBackend:
     """One engine of vLLM. See `server_plugin.backends.base.Backend`.
 
-    Everything here runs on the event loop on which it is first awaited; so do `stop` and
-    `on_text`. Of each token's statistics, the Shannon entropy is NaN unless the preset's metric
-    asks for it: it needs the whole vocabulary's probabilities, which are costly to hand over.
+    Everything runs on the event loop of the first await, `stop` and `on_text` included. The Shannon
+    entropy in token statistics is NaN unless the preset's metric is entropy: it needs the
+    probabilities of the whole vocabulary, which are costly to transfer.
 
     Args:
-        engine: vLLM's `AsyncLLM`, or what its server calls an engine client.
-        adapter: of the checkpoint, made without weights.
-        name: what clients see.
+        engine: vLLM's `AsyncLLM`, or an engine client of its server.
+        adapter: the checkpoint's adapter, without weights.
+        name: the name that clients see.
         owned: whether `close` shuts the engine down.
 
     Raises:
-        ConfigError: the engine is set up in a way that rows would be missing, statistics not
-            exact, or second passes impossible.
+        ConfigError: with the engine's settings, rows would be missing, statistics inexact, or
+            second passes impossible.
     """
 
     def __init__(self, engine: Any, adapter: Adapter, name: str, *, owned: bool = True) -> None:
@@ -120,16 +120,16 @@ class VllmBackend:
         self._secret = secrets.token_bytes(16)
         self._scope = secrets.token_hex(16)
         self._running: set[asyncio.Task[Generation]] = set()
-        """The event loop itself keeps no task alive."""
+        """References to running tasks; the event loop itself keeps none."""
 
     @property
     def failed(self) -> bool:
-        """Whether the engine is dead; it does not come back."""
+        """Whether the engine is dead, for good."""
         return self._engine is not None and bool(self._engine.errored)
 
     @property
     def engine(self) -> Any:
-        """The engine that answers, for requests of other kinds; None once closed."""
+        """The engine, for requests of other kinds; None after `close`."""
         return self._engine
 
     @property
@@ -138,7 +138,7 @@ class VllmBackend:
 
     def check_question(self, request: GenerationRequest, images: int = 2) -> None:
         self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
-        # One that stands at several places is as many to vLLM.
+        # vLLM counts a picture at several places several times.
         again = len(request.places) - len({place.picture for place in request.places})
         if images + again > self._most_pictures:
             raise QuestionError(
@@ -173,7 +173,7 @@ class VllmBackend:
         assert isinstance(view, VllmView)
         task, new = view.generic, False
         if task is None or (task.done() and result_of(task) is None):
-            # Of its own, so that one question that is cancelled does not take it from others.
+            # A task of its own, so that cancelling one question does not fail others.
             task = asyncio.create_task(self._generic(pictures))
             self._running.add(task)
             task.add_done_callback(self._forget)
@@ -188,17 +188,17 @@ class VllmBackend:
         )
 
     async def row_of(self, first: Generation) -> NDArray[np.float32]:
-        """The attention row of a first pass, fetched now if it was not yet.
+        """Fetch the attention row of a first pass, unless it was fetched already.
 
-        Nothing is fetched with the answer: most questions end with it, and a row that cannot be
-        had must not cost an answer that is complete.
+        The row is not fetched with the answer: most questions need no row, and a missing row must
+        not fail an answer that is complete.
 
         Returns:
-            what `Generation.row` describes.
+            The row; see `Generation.row`.
 
         Raises:
-            ModelError: the workers do not have it, or the engine is gone.
-            ValueError: it was not asked for.
+            ModelError: the workers do not have the row, or the engine is gone.
+            ValueError: no row was requested.
         """
         if not isinstance(first, VllmGeneration) or first.expected is None:
             raise ValueError("this answer has no attention row")
@@ -210,7 +210,7 @@ class VllmBackend:
         cells: dict[int, torch.Tensor] = {}
         for place, shows in prompt.shows():
             one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
-            # Of a picture that stands at several places, what goes to any of them.
+            # For a picture at several places, the sum over them.
             cells[shows] = cells[shows] + one if shows in cells else one
         grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()
         return grid
@@ -248,14 +248,14 @@ class VllmBackend:
 
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
-        # What runs on it now holds its own references and ends undisturbed.
+        # Running operations hold their own references and are not disturbed.
         view.shown = view.generic = None
 
     async def warm_up(self) -> None:
-        """Check that rows can be had, and run both passes once.
+        """Check that attention rows can be captured, and run both passes once.
 
         Raises:
-            ConfigError: they cannot; the line names vLLM's version and what is missing.
+            ConfigError: they cannot; the message names vLLM's version and what is missing.
         """
         try:
             await self._rows.install()
@@ -267,21 +267,21 @@ class VllmBackend:
             await self.second_pass(view, grey, request)
             await self.release(view)
         except BaseException:
-            await self.close()  # nobody will use it, and its processes would stay
+            await self.close()  # otherwise the engine's processes would stay
             raise
 
     async def close(self) -> None:
-        # Let go of it as well: as the interpreter ends, it could no longer clean up after itself.
+        # Drop the reference too: at interpreter exit, the engine could not clean up any more.
         engine, self._engine = self._engine, None
         if engine is not None and self._owned:
             await asyncio.to_thread(engine.shutdown)
 
     def _forget(self, task: asyncio.Task[Generation]) -> None:
         self._running.discard(task)
-        _seen(task)
+        _ignore_error(task)
 
     async def _generic(self, pictures: Sequence[NamedPicture]) -> Generation:
-        """The generic instruction's answer, with its row."""
+        """Run the generic instruction, and fetch its attention row."""
         request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=1)
         answer = await self._answer(pictures, request, rows=len(pictures))
         return replace(answer, row=await self.row_of(answer))
@@ -292,7 +292,7 @@ class VllmBackend:
         engine = self._engine
         call = asyncio.ensure_future(engine.collective_rpc(method, args=arguments))
         try:
-            # An engine that dies leaves its calls unanswered.
+            # An engine that dies does not answer its calls.
             while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
                 if engine.errored:
                     raise ModelError("vLLM failed: its engine is gone")
@@ -316,12 +316,12 @@ class VllmBackend:
         picture: int = 0,
         views: int = 0,
     ) -> VllmGeneration:
-        """One request, from prompt to answer.
+        """Run one request, from prompt to answer.
 
         Args:
-            rows: of how many pictures, from the first on, the attention is wanted.
+            rows: number of pictures, from the first on, whose attention row is captured.
             picture: see `Backend.second_pass`.
-            views: of the pictures, those before the local view; only looked at with places.
+            views: number of pictures before the local view; used only with places.
         """
         await self._rows.install()
         prompts = self._adapter.prompts
@@ -353,11 +353,11 @@ class VllmBackend:
                 extra_args=self._row_request(name, prompt) if rows else None,
             )
             outputs = outputs_of(self._engine, name, prompt, in_order, parameters, self._scope)
-            # Leaving the loop, for whatever reason, aborts what is left of the request.
+            # Leaving the loop for any reason aborts the request.
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     if rows and expected is None:
-                        # It is there since the prompt ended.
+                        # The row was captured when the prompt ended.
                         expected = self._rows.expect(self._key(name))
                     if output.prompt_token_ids is not None:
                         check_prompt(prompt, output.prompt_token_ids)
@@ -392,12 +392,12 @@ class VllmBackend:
             )
         finally:
             if rows and expected is None:
-                # The prompt may have ended although its first token never came here; and the
-                # request is aborted by now, so that no row can come after.
+                # The prompt may have ended although its first token never arrived. The request is
+                # aborted by now, so no row can be captured later.
                 self._rows.expect(self._key(name))
 
     def _key(self, name: str) -> str:
-        """What a request's row is called."""
+        """Return the key of a request's row."""
         return self._rows_scope + name
 
     def _row_request(self, name: str, prompt: Prompt) -> dict[str, Any]:
@@ -410,7 +410,7 @@ class VllmBackend:
         }
 
     def _statistics(self, logprobs: Any) -> TokenStatistics:
-        """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
+        """Compute a token's statistics from `{id: Logprob}`, natural logarithms of softmax."""
         values = [one.logprob for one in logprobs.values()]
         if self._logprobs == EVERY_LOGPROB:
             return token_statistics(np.array(values))
@@ -420,7 +420,7 @@ class VllmBackend:
         )
 
 
-def _seen(task: asyncio.Task[Any]) -> None:
-    """An error that nobody waits for any more is no news."""
+def _ignore_error(task: asyncio.Task[Any]) -> None:
+    """Mark a task's error as retrieved, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()

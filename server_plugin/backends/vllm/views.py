@@ -13,11 +13,11 @@ from server_plugin.backends.base import Generation, View
 
 @dataclass(frozen=True, slots=True)
 class NamedPicture:
-    """A picture as it is given to the engine.
+    """A picture as it is passed to the engine.
 
     Attributes:
         image: RGB, as the checkpoint's image processor takes it.
-        name: stands for the pixels, in vLLM's caches too.
+        name: identifies the pixels, also in vLLM's caches.
     """
 
     image: Image
@@ -26,12 +26,12 @@ class NamedPicture:
 
 @dataclass(slots=True, eq=False)
 class VllmView:
-    """A global view: its pixels, and its generic row once that was needed.
+    """A global view: its pixels, and its generic row if that was needed.
 
     Attributes:
         shown: the pictures, one or more; None after a release.
-        pictures: how many.
-        generic: the request that computes the generic row, or did.
+        pictures: number of pictures.
+        generic: the task that computes the generic row; None if it was never needed.
     """
 
     shown: tuple[NamedPicture, ...] | None
@@ -40,13 +40,18 @@ class VllmView:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
+        """Memory of pixels and row, in bytes. vLLM's own caches have separate budgets."""
         pixels = sum(math.prod(picture.image.size) * 3 for picture in self.shown or ())
         generic = result_of(self.generic)
         return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
 
 
 def pictures_of(view: View) -> tuple[NamedPicture, ...]:
+    """Return the pictures of a view.
+
+    Raises:
+        RuntimeError: the view was released.
+    """
     assert isinstance(view, VllmView)
     if view.shown is None:
         raise RuntimeError("this view was released")
@@ -54,7 +59,7 @@ def pictures_of(view: View) -> tuple[NamedPicture, ...]:
 
 
 def result_of(task: asyncio.Task[Generation] | None) -> Generation | None:
-    """What a task came to, if it did."""
+    """Return the result of a task; None if it has not ended, failed or was cancelled."""
     if task is None or not task.done() or task.cancelled() or task.exception() is not None:
         return None
     return task.result()

@@ -1,10 +1,10 @@
 """Adapter for Qwen2.5-VL: vision tower with window attention, Qwen2 decoder with M-RoPE.
 
-Covers `Qwen/Qwen2.5-VL-*`. The model takes pictures of any size. Here every picture, global or local
-view, is resized to one square, so that all views have the same grid. Its side is 224 px by default,
-as in Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
-2512.16349). A token represents a square of merged patches (28 px). Each picture stands between its
-own start and end token.
+Covers `Qwen/Qwen2.5-VL-*`. The model takes pictures of any size. Here every picture, global or
+local view, is resized to one square, so that all views have the same grid. Its side is 224 px by
+default, as in Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+(2025, arXiv 2512.16349). A token represents a square of merged patches (28 px). Each picture stands
+between its own start and end token.
 """
 
 from __future__ import annotations
