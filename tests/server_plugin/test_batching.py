@@ -146,7 +146,7 @@ async def test_passes_of_both_kinds_do_not_mix(backend: TransformersBackend) -> 
 
 
 async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBackend) -> None:
-    """The others go on, and the one that left costs them no more tokens."""
+    """The others continue, and the cancelled one costs no more tokens."""
     views = [await backend.open_view(picture(seed, backend.info.view)) for seed in range(3)]
     question = QUESTIONS[2]
     alone = [
@@ -180,7 +180,7 @@ async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBacken
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Only what nobody refers to is freed; rings of references stay."""
+    """Only objects without references are freed; reference cycles stay."""
     gc.collect()
     gc.disable()
     try:
@@ -194,8 +194,8 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Cancelled, or failed by the caller's function or by the runtime: the caches go at once."""
-    # The records that pytest keeps hold traces, and with them the frames.
+    """Operations that are cancelled or fail free their caches at once."""
+    # Log records that pytest keeps would hold tracebacks, and with them the frames.
     caplog.set_level(logging.CRITICAL, "server_plugin.backends.transformers.worker")
     caches: list[weakref.ref[Any]] = []
     prefill = Batch.prefill
@@ -268,7 +268,7 @@ async def test_tokens_of_a_prefix_are_reported_by_the_first_answer_that_ends(
 async def test_batches_form_behind_the_services_queue(
     batch: int, backend: TransformersBackend
 ) -> None:
-    """Many clients, each with one question after the other, taking turns as in the service."""
+    """Run many clients, each with one question after the other, in turns as in the service."""
     other = TransformersBackend(backend._adapter, "again", batch)
     queue = ModelQueue(other.info.concurrency, 100)
     view = await other.open_view(picture(0, other.info.view))
@@ -364,7 +364,7 @@ async def test_a_long_answer_does_not_keep_a_short_one_of_its_batch(
 
 def test_the_batch_is_what_the_service_is_told(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "tiny")
-    # Twice the batch: one gathers while another runs.
+    # Twice the batch size: one batch forms while another runs.
     for batch, expected in ((3, 6), (None, 8)):
         backend, _ = open_model(str(folder), preset="demo", device="cpu", batch=batch)
         assert backend.info.concurrency == expected

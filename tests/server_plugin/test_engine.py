@@ -1,4 +1,4 @@
-"""Algorithm 1 over the scripted backend: who decides, what is computed, what is accounted."""
+"""The two-stage engine over the scripted backend: decisions, computation, accounting."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scripted(bits: float, **more) -> FakeBackend:
 
 
 async def ask(backend, policy=THRESHOLD, request=QUESTION, **options):
-    """One question; returns the outcome and the needs that were asked for."""
+    """Ask one question; return the outcome and the requested regions."""
     needs = []
 
     async def fetch(need):
@@ -158,9 +158,9 @@ async def test_work_adds_up_what_was_really_computed():
     def cost(cached: int, added: int, layers: int = info.layers) -> int:
         return extension_flops(cached, added, info.hidden_size, layers)
 
-    # First: 16 prompt tokens on 64 visual ones, then 3 generated tokens (two words and the end),
-    # the last of which is never fed back. Generic: 12 tokens, no further than the layer that is
-    # read. Second: 16, then 2 tokens.
+    # First: 16 prompt tokens after 64 visual ones, then 3 generated tokens (two words and the end),
+    # the last of which is never fed back. Generic: 12 tokens, up to the layer that is read.
+    # Second: 16, then 2 tokens.
     first = cost(64, 16) + cost(80, 1) + cost(81, 1)
     expected = first + cost(64, 12, info.layer + 1) + cost(64, 16) + cost(80, 1)
     assert outcome.work.flops == expected
@@ -270,7 +270,7 @@ async def test_a_question_about_no_picture():
 
 
 async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
-    """Its seed is chosen once for the question, whatever passes it takes."""
+    """The seed is drawn once per question, not once per pass."""
     seen = []
 
     class Watching(FakeBackend):
@@ -301,11 +301,11 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
 
 
 WIDE = replace(DEFAULT_INFO, base_px=320)
-"""Windows as the demo model's, which cover all of a picture of up to 320 px."""
+"""The demo model's window size; a window covers all of a picture of up to 320 px."""
 
 
 async def ask_about(backend, source, *, retransmit=Retransmit.ALWAYS, **settings):
-    """One question about a picture of some size; fails if a region is asked for."""
+    """Ask about a picture of a given size; fail if a region is requested."""
 
     async def fetch(need):
         raise AssertionError(f"{need.box} of {source} was asked for")
@@ -352,7 +352,7 @@ async def test_a_sure_answer_about_a_small_picture_is_just_sure():
 
 @pytest.mark.parametrize("source", [Size(112, 112), Size(300, 300)])
 async def test_an_answer_that_no_region_can_better_is_whole(source):
-    """An early decision may stop a first answer only where something comes in its place."""
+    """An early decision may stop a first answer only if a second pass can replace it."""
     script = Script("one two three four", "five", 1.0, (4, 4))
     backend = FakeBackend(play=lambda *_: script, info=WIDE)
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST, 0.5)
@@ -365,7 +365,7 @@ async def test_an_answer_that_no_region_can_better_is_whole(source):
 
 
 def test_what_a_view_cost_beside_a_question_is_counted_by_itself():
-    """A first question with text between its pictures uses little of what its view had cached."""
+    """A first question with text between its pictures can use little of its view's cache."""
     work = Work()
     work.add(DEFAULT_INFO, 150, 100)
     width, layers = DEFAULT_INFO.hidden_size, DEFAULT_INFO.layers

@@ -138,7 +138,7 @@ async def test_both_passes_equal_plain_transformers(shape: str, pair: int, loade
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_the_comparison_can_fail(shape: str, loaded: Loaded) -> None:
-    """Everything that is compared varies by far more than the tolerances."""
+    """All compared values vary by far more than the tolerances."""
     backend, oracle = loaded[shape]
     answers, peaks, ended, boxes = set(), set(), set(), set()
     changed = 0
@@ -303,7 +303,7 @@ def test_shipped_values() -> None:
 
 
 async def test_half_precision_runs(folders: dict[str, Path]) -> None:
-    """transformers keeps the query tokens in float32 beside a float16 model."""
+    """transformers keeps the query tokens of a float16 model in float32."""
     for dtype in ("float16", "bfloat16"):
         backend, _ = open_model(str(folders["hub"]), layer=2, device="cpu", dtype=dtype)
         view = await backend.open_view(picture(0, Size(224, 224)))
@@ -375,7 +375,7 @@ async def test_impossible_questions_are_refused(
 
 
 def test_no_text_becomes_a_reserved_token(backend: TransformersBackend) -> None:
-    """Whatever passes the check has the reserved tokens of the prompt itself and no others."""
+    """A question that passes the check adds no reserved tokens to the prompt."""
     adapter = adapter_of(backend)
     dec = adapter.processor.qformer_tokenizer.bos_token_id
     texts = ["[sep]", "[ CLS ]", "<Image>", "</S>", "<ima\u0000ge>", "[S\u0301EP]", "\u0130", "[U]"]
@@ -387,7 +387,7 @@ def test_no_text_becomes_a_reserved_token(backend: TransformersBackend) -> None:
         "[MASK] [UNK]",
         "end [SEP] begin",
     ]
-    # The Q-Former's tokenizer looks for its last one in the lower-cased text.
+    # The Q-Former's tokenizer searches for its last special token in the lower-cased text.
     texts += ["[CLS]", "read[DEC]", "read [dec]", "read [D\u00c9C]", "read [de\u0000c]"]
     for text in [*QUESTIONS, *texts]:
         backend.check_question(GenerationRequest(text))
@@ -487,7 +487,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(
 def test_a_checkpoint_that_names_a_sister_processor_loads(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As a revision of the hub's own checkpoint does."""
+    """As in one revision of the hub's checkpoint."""
     copy = Path(shutil.copytree(folders["hub"], tmp_path / "copy"))
     rename = edit(
         "processor_config.json", lambda c: c.update(processor_class="InstructBlipVideoProcessor")

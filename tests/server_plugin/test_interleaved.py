@@ -59,14 +59,14 @@ def conversation(talk: Talk, asked: Parts) -> tuple[str, tuple[tuple[str, str], 
 
 
 def local_behind(places: Places, of: int, number: int) -> Places:
-    """With a local view behind the last place of a picture."""
+    """Places with a local view after the last place of a picture."""
     last = max(i for i, place in enumerate(places) if place.picture == of)
     local = places[last]._replace(picture=number)
     return (*places[: last + 1], local, *places[last + 1 :])
 
 
 class Llava(Oracle):
-    """Asked in the checkpoint's chat form, with `<image>` where a picture stands."""
+    """Oracle with the checkpoint's chat form, with `<image>` for each picture."""
 
     def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
         text = ""
@@ -74,7 +74,7 @@ class Llava(Oracle):
             spots = spots_of(places, turn)
             opening = sum(position == 0 for position, _ in spots)
             pieces = ["<image>" if isinstance(p, int) else p for p in split(question, spots)]
-            # Pictures that open a text have a line of their own in this family's form.
+            # In this family's form, pictures at the beginning of a text have a line of their own.
             words = "".join(pieces[:opening]) + "\n" * bool(opening) + "".join(pieces[opening:])
             text += f"USER: {words} ASSISTANT:" + ("" if answer is None else f" {answer} ")
         self.text, self.shown = text, [pictures[place.picture] for place in places]
@@ -84,7 +84,7 @@ class Llava(Oracle):
 
 
 class Qwen(QwenOracle):
-    """Asked through the checkpoint's chat template, with parts in their order."""
+    """Oracle with the checkpoint's chat template, with text and pictures in order."""
 
     def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
         self.talk: list[Any] = []
@@ -174,7 +174,7 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
     expected = rows(oracle, places, backend.info.layer, visual)
     np.testing.assert_allclose(first.row, expected, rtol=1e-4, atol=0)
 
-    # The generic row is the view's own, with its pictures in front.
+    # The generic row belongs to the view, with its pictures in front.
     relative = await backend.relative_attention(view, first)
     front = (Place(0, 0, 0), Place(0, 0, 1))
     oracle.asked([(GENERIC, None)], front, images)
@@ -190,7 +190,7 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 async def test_the_order_changes_the_answer(family, pairs) -> None:
-    """So the comparison above can fail."""
+    """Shows that the comparison above can fail."""
     backend, oracle = pairs[family]
     question, _, places = conversation([], LABELS)
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
@@ -224,7 +224,7 @@ async def test_what_an_interleaved_prompt_begins_with_is_not_computed_again(fami
         view, GenerationRequest(question, max_new_tokens=1, places=places)
     )
     assert 2 * visual < first.prefilled_tokens < first.context_tokens
-    # Nothing of it stays: the next plain question goes on from the view as ever.
+    # It leaves no trace: the next plain question continues from the view's cache.
     plain = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
     assert plain.prefilled_tokens == plain.context_tokens - front
     assert list(view.prefixes) == [""]

@@ -1,4 +1,4 @@
-"""Compute once: the prefix of a view is shared, never changed, and paid for once."""
+"""The prefix of a view is computed once, shared, never changed, and counted once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_forks_never_change_the_prefix(backend: TransformersBackend) -> No
 
 @contextmanager
 def counted_forwards(backend: TransformersBackend) -> Iterator[list[int]]:
-    """New positions of each forward of the decoder."""
+    """Number of new positions in each forward of the decoder."""
     lengths: list[int] = []
     hook = backend._adapter.decoder.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -125,7 +125,7 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
 @contextmanager
 def counted_flops(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
     """Count what the model's own thread computes; PyTorch counts per thread."""
-    # PyTorch's table has the fused kernels of CUDA, but not the one of the CPU.
+    # PyTorch's FLOP table has the fused kernels of CUDA, but not that of the CPU.
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
     backend._worker.call(counter.__enter__).result()

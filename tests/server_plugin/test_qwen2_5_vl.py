@@ -69,14 +69,14 @@ def preset_of(shape: str, **overrides: Any) -> Preset:
 
 
 def shown(source: Image.Image, backend: TransformersBackend) -> Image.Image:
-    """The global view that an edge makes of a picture."""
+    """Return the global view that an edge makes from a picture."""
     return source.resize(backend.info.view, Image.Resampling.BICUBIC)
 
 
 def adapter_like(
     backend: TransformersBackend, processor: Any = None, **overrides: Any
 ) -> Qwen25VLAdapter:
-    """Another adapter on the same weights."""
+    """Make another adapter with the same weights."""
     adapter = backend._adapter
     preset = adapter.preset.with_overrides(**overrides)
     return Qwen25VLAdapter(adapter.model, processor or adapter.processor, preset)
@@ -118,7 +118,7 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
 async def compare(
     backend: TransformersBackend, oracle: QwenOracle, source: Image.Image, question: str
 ) -> tuple[Generation, Generation]:
-    """Both passes on one picture, each number against the oracle's."""
+    """Run both passes on one picture; compare each number with the oracle's."""
     image, info = shown(source, backend), backend.info
     view = await backend.open_view(image)
     first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
@@ -223,7 +223,7 @@ async def test_questions_that_run_together_equal_plain_transformers(
         np.testing.assert_allclose(first.row, expected, rtol=1e-4, atol=0)
 
 
-# What follows is about positions.
+# ---- positions
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -239,7 +239,7 @@ def test_positions_equal_those_of_transformers(
         prompt = adapter.prompts.build(GenerationRequest(question, max_new_tokens=1), images)
         assert list(prompt.ids) == ids
         expected = oracle.positions(question, *pictures)
-        # An answer goes on from the largest position, one at a time, alike in all three.
+        # An answer continues from the largest position, by one per token, equal in all three.
         answer = expected.max() + 1 + torch.arange(9)
         expected = torch.cat([expected, answer.expand(3, 1, -1)], dim=-1)
         whole = adapter.positions(prompt, 0, len(ids) + 9)
@@ -261,24 +261,24 @@ def test_positions_do_not_depend_on_where_a_forward_begins(
 
 
 def one_axis(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """As if the decoder had ordinary rotary positions."""
+    """Wrong: ordinary rotary positions."""
     return Adapter.positions(adapter, prompt, start, length).expand(3, 1, -1)
 
 
 def transposed(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Rows and columns exchanged."""
+    """Wrong: rows and columns exchanged."""
     return Qwen25VLAdapter.positions(adapter, prompt, start, length)[[0, 2, 1]]  # type: ignore[arg-type]
 
 
 def answer_by_index(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Right in the prompt; the answer is counted on from the number of its tokens."""
+    """Wrong for the answer: positions continue from the number of prompt tokens."""
     right = start < len(prompt.ids)
     wrong = one_axis(adapter, prompt, start, length)
     return Qwen25VLAdapter.positions(adapter, prompt, start, length) if right else wrong  # type: ignore[arg-type]
 
 
 def second_by_index(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Right with one picture; the second one is a run of text."""
+    """Wrong for a second picture: it is counted as text."""
     positions = Qwen25VLAdapter.positions(adapter, prompt, start, length)  # type: ignore[arg-type]
     if len(prompt.images) == 2 and start < prompt.images[1].start:
         place = slice(prompt.images[1].start - start, prompt.images[1].stop - start)
@@ -297,7 +297,7 @@ async def test_wrong_positions_are_caught(
     loaded: dict[str, Pair],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The comparison fails on them from the first pass on in which they are wrong."""
+    """The comparison fails from the first pass on that has wrong positions."""
     backend, oracle = loaded["mha-224"]
     image, region = picture(3, backend.info.view), picture(4, Size(60, 60))
     question = QUESTIONS[1]
@@ -322,7 +322,7 @@ async def test_wrong_positions_are_caught(
         assert np.abs(first.row / row - 1).max() > 0.01
 
 
-# What follows is about prompts and questions.
+# ---- prompts and questions
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -345,7 +345,7 @@ def test_prompts_are_those_of_the_chat_template(
 async def test_the_vicrop_form_equals_plain_transformers(
     folders: dict[str, Path], loaded: dict[str, Pair]
 ) -> None:
-    """The suffix stands behind the generic instruction as well."""
+    """The generic instruction has the suffix too."""
     folder = folders["gqa-280"]
     preset = preset_of("gqa-280", prompt="vicrop")
     backend = TransformersBackend.load(str(folder), preset, device="cpu")
@@ -399,7 +399,7 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
     compare_answer(got, oracle.answer("é" * longest, image, region, max_new_tokens=NEW_TOKENS))
 
 
-# What follows is about pictures and the size of the view.
+# ---- pictures and view sizes
 
 
 def test_what_is_known_of_a_model(loaded: dict[str, Pair]) -> None:
@@ -410,7 +410,7 @@ def test_what_is_known_of_a_model(loaded: dict[str, Pair]) -> None:
 
 
 async def test_the_smallest_view(folders: dict[str, Path]) -> None:
-    """28 px, one token: the image processor by itself would make more of it."""
+    """28 px, one token: the image processor alone would enlarge it."""
     preset = preset_of("mha-224", view_px=28)
     backend = TransformersBackend.load(str(folders["mha-224"]), preset, device="cpu")
     assert (backend.info.grid, backend.info.visual_tokens) == (Grid(1, 1), 1)
@@ -435,7 +435,7 @@ def test_the_processors_limits_do_not_change_a_view(
 
 
 def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) -> None:
-    """What is loaded where torchvision is installed."""
+    """The whole processor is loaded if torchvision is installed."""
     backend, oracle = loaded["mha-224"]
     whole = adapter_like(backend, oracle.processor)
     parts = backend._adapter

@@ -69,7 +69,7 @@ def test_the_hubs_image_processors_load(class_name: str, copy: Path) -> None:
 def test_a_package_that_is_missing_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what videos need is done without."""
+    """Only packages for video may be missing."""
 
     def fail(*_: object, **__: object) -> None:
         raise ImportError("\nQwen2Tokenizer requires the tokenizers library.\n")
@@ -82,7 +82,7 @@ def test_a_package_that_is_missing_is_one_line(
 async def test_a_checkpoint_saved_again_by_newer_transformers_loads_alike(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Its configuration is nested and its processors lie in one file."""
+    """The new format nests the configuration and has one file for all processors."""
     source, again = folder, tmp_path / "again"
     shutil.copytree(source, again)
     AutoModelForImageTextToText.from_pretrained(source).save_pretrained(again)
@@ -121,7 +121,7 @@ def drop_weight(folder: Path) -> None:
 
 
 def swap_tokenizer(folder: Path) -> None:
-    """As if it were the one of a model without pictures."""
+    """Make the tokenizer that of a model without pictures."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = folder / name
         path.write_text(path.read_text().replace("<|image_pad|>", "<|other|>"))

@@ -52,14 +52,14 @@ QUESTIONS = (
 
 
 def preset_of(shape: str) -> Preset:
-    # What the demo preset tunes for its own model goes back to the definitions' defaults.
+    # Values that the demo preset tunes for its own model are reset to the defaults.
     plain = msgspec.structs.replace(preset_named("demo"), base_px=None, epsilon=0.0)
     preset = plain.with_overrides(layer=LAYERS[shape], max_new_tokens=NEW_TOKENS)
     return preset if SHAPES[shape].stretch else preset.with_overrides(fit="crop")
 
 
 def shown(source: Image.Image, backend: TransformersBackend) -> Image.Image:
-    """The global view that an edge makes of a picture."""
+    """Return the global view that an edge makes from a picture."""
     info = backend.info
     frame = frame_of(Size(*source.size), info.fit, info.view)
     box = (frame.left, frame.top, frame.left + frame.width, frame.top + frame.height)
@@ -98,7 +98,7 @@ async def compare(
     question: str,
     epsilon: float = 0.0,
 ) -> tuple[Generation, Generation]:
-    """Both passes on one picture, each number against the oracle's.
+    """Run both passes on one picture; compare each number with the oracle's.
 
     `epsilon` is what the preset adds to the denominator of Eq. 22.
     """
@@ -169,7 +169,7 @@ async def test_the_comparison_can_fail(
 async def test_the_demo_model_equals_plain_transformers(
     index: int, demo: tuple[TransformersBackend, Oracle, Preset]
 ) -> None:
-    """On scenes of its own kind, square, wide and tall."""
+    """With square, wide and tall scenes of the demo model's kind."""
     scene = generate_scene("test", index, size=((896, 896), (1120, 896), (896, 1120))[index % 3])
     backend, oracle, preset = demo
     await compare(backend, oracle, render(scene), questions(scene)[0].text, preset.epsilon)
@@ -230,7 +230,7 @@ async def test_stop_rule_and_text_sink_see_every_token(backend: TransformersBack
 
 @contextmanager
 def held_up(backend: TransformersBackend) -> Iterator[tuple[Any, threading.Event, list[str]]]:
-    """A text sink that holds the worker at the second token until the block ends."""
+    """Make a text sink that blocks the worker at the second token until the `with` block ends."""
     started, gate, texts = threading.Event(), threading.Event(), []
 
     def on_text(text: str) -> None:

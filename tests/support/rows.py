@@ -1,4 +1,4 @@
-"""Rows and runs made up, for what reads runs."""
+"""Synthetic rows and runs, for tests of code that reads runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_of(
     codec: int = 90,
     **model: Any,
 ) -> Run:
-    """A run in memory; `model` replaces what its provenance says of the model."""
+    """Make a run in memory; `model` replaces the model in its provenance."""
     told = {
         "name": "demo",
         "preset": msgspec.to_builtins(preset_named("demo")),

@@ -24,7 +24,7 @@ END = 2
 QUESTION = "what is on the sign?"
 VIEW = Image.effect_noise((112, 112), 60).convert("RGB")
 LARGE = Size(896, 896)
-"""Of an original, where regions add detail."""
+"""Size of an original for which regions add detail."""
 REGION = Image.effect_noise((112, 112), 90).convert("RGB")
 
 
@@ -32,15 +32,15 @@ class ScriptedVllm:
     """Answers each request with the same tokens, a few at a time.
 
     Attributes:
-        deltas: the tokens, as they come.
+        deltas: the tokens of each output.
         requests: (request, its parameters), in order.
         open: requests that were neither finished nor aborted.
-        misses: how many of the next requests find their picture missing in the engine.
+        misses: how many of the next requests fail because the engine lacks their picture.
         silent: whether calls to the workers stay unanswered.
         refuses_calls: whether they fail, as in an engine that is shutting down.
         rows: what the workers hold.
-        names: of the requests.
-        scopes: what the keys of rows must begin with, one of each backend.
+        names: names of the requests.
+        scopes: secret prefixes of row keys, one for each backend.
     """
 
     def __init__(self, adapter: Adapter, **config: Any) -> None:

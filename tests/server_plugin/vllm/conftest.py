@@ -17,7 +17,7 @@ from tests.support.scripted_vllm import ScriptedVllm
 
 @pytest.fixture
 def vllm_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two names that the backend imports from vLLM."""
+    """Provide the two names that the backend imports from vLLM."""
     package, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     package.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
     parameters.RequestOutputKind = SimpleNamespace(DELTA="delta")  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ async def test_pictures_go_to_the_engine_as_they_stand_in_the_prompt(
     row = await backend.row_of(first)
     np.testing.assert_allclose(row[:CELLS], two, rtol=1e-6)
     np.testing.assert_allclose(row[CELLS:], one + three, rtol=1e-6)
-    # The local view stands right behind its picture.
+    # The local view stands directly after its picture.
     for picture, shown in ((0, [VIEW, "local", REGION]), (1, [VIEW, REGION, "local"])):
         await backend.second_pass(
             view,
@@ -206,7 +206,7 @@ async def test_an_early_decision_aborts_the_request(
 
     view = await backend.open_view(VIEW)
     first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9), stop=stop)
-    # The fourth token had come in the same piece; it is not part of what was decided on.
+    # The fourth token came in the same output; the decision did not include it.
     assert first.token_ids == (10, 11, 12)
     assert seen == [(1, False), (2, False), (3, False)]
     assert len(await backend.row_of(first)) == CELLS

@@ -90,7 +90,7 @@ async def test_vllm_s_own_errors_become_one_line(
     engine.failure = dead("EngineCore encountered\nan issue")
     with pytest.raises(ModelError, match="vLLM failed: EngineCore encountered an issue"):
         await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
-    # That is how it wraps errors that it did not expect: without a word.
+    # vLLM wraps unexpected errors in one without a message.
     engine.failure = type("EngineGenerateError", (dead,), {"__module__": dead.__module__})()
     engine.failure.__cause__ = ZeroDivisionError("the reason")
     with pytest.raises(ModelError, match="the reason"):

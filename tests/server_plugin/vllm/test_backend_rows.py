@@ -107,7 +107,7 @@ async def test_a_row_that_cannot_be_had_costs_nobody_the_first_answer(
     assert outcome.fallback is Fallback.SERVER_FAILED
     assert outcome.first.token_ids == (10, 11, 12, 13, END)
     assert outcome.text == outcome.first.text != ""
-    # Nor does a call that fails, such as the engine's that is shutting down.
+    # Neither does a failed call, such as to an engine that shuts down.
     engine.refuses_calls = True
     outcome = await two_stages.answer(view, LARGE, GenerationRequest(QUESTION), fetch)
     assert outcome.fallback is Fallback.SERVER_FAILED
@@ -128,7 +128,7 @@ async def test_a_row_that_nobody_needs_is_not_fetched(
     )
     assert outcome.fallback is Fallback.NONE
     assert len(engine.rows) == 1
-    # It goes with the next row that somebody needs.
+    # It is fetched together with the next row that is needed.
     engine.refuses_calls = False
     await two_stages.answer(view, LARGE, GenerationRequest(QUESTION), fetch)
     assert not engine.rows
@@ -150,7 +150,7 @@ async def test_rows_that_nobody_needs_do_not_pile_up(
 async def test_the_row_of_a_question_that_is_left_is_given_back(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
-    """Its prompt may have ended in the engine, although its first token never came."""
+    """The prompt may have ended in the engine although its first token never arrived."""
     view = await backend.open_view(VIEW)
     engine.gate.clear()
     task = asyncio.create_task(
@@ -169,7 +169,7 @@ async def test_the_row_of_a_question_that_is_left_is_given_back(
 async def test_only_the_backend_can_name_its_rows(
     backend: VllmBackend, engine: ScriptedVllm, adapter: Adapter
 ) -> None:
-    """Other users of the engine name theirs as they like; the workers keep none of those."""
+    """Other users of the engine can choose any key; the workers keep no rows for theirs."""
     view = await backend.open_view(VIEW)
     await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
     await VllmBackend(engine, adapter, "demo").first_pass(
@@ -182,5 +182,5 @@ async def test_only_the_backend_can_name_its_rows(
     assert keys[0].startswith(ours)
     assert keys[1].startswith(theirs)
     assert max(map(len, keys)) <= 64, "longer ones the workers do not take"
-    # vLLM writes the names of requests into its log.
+    # vLLM logs the names of requests.
     assert not any(scope in name for scope in engine.scopes for name in engine.names)

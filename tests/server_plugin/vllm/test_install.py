@@ -1,4 +1,4 @@
-"""Beginning to read rows in a worker, without vLLM: what is wrapped, and what is refused.
+"""Installing the row capture in a worker, without vLLM: wrapped functions, and refusals.
 
 The stand-ins below have what is looked at of vLLM's objects and no more, so that a point of
 contact which the ledger in `server_plugin.backends.vllm.capture` does not name fails here.
@@ -82,7 +82,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, of which only the version is asked."""
+    """A module `vllm` that has only a version."""
     module: Any = ModuleType("vllm")
     module.__version__ = "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
@@ -90,7 +90,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def a_step() -> SimpleNamespace:
-    """One token of "a", and the last three of the prompt of "b", which wants its row."""
+    """A step: one token of "a", and the last three of the prompt of "b", which requests its row."""
     return SimpleNamespace(
         finished_req_ids=set(),
         scheduled_new_reqs=[
@@ -192,7 +192,7 @@ def attention(**values: Any) -> Callable[[Worker], None]:
 
 
 def gone(path: str) -> Callable[[Worker], None]:
-    """Something that another release of vLLM might not have."""
+    """An attribute is missing, as it may be in another release of vLLM."""
 
     def remove(worker: Worker) -> None:
         *parents, last = path.split(".")
@@ -209,14 +209,14 @@ def no_layer(worker: Worker) -> None:
 
 
 def no_group(worker: Worker) -> None:
-    """FlashInfer's block table is that of the layer's cache group."""
+    """With FlashInfer, the block table is that of the layer's cache group."""
     worker.layer.attn_backend.get_name = lambda: "FLASHINFER"
     worker.model_runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[])
     worker.model_runner.input_batch.block_table = []
 
 
 def failing(error: BaseException) -> Callable[[Worker], None]:
-    """vLLM raises something where nothing is expected."""
+    """vLLM raises an unexpected error."""
 
     def change(worker: Worker) -> None:
         def get_name() -> str:

@@ -4,8 +4,9 @@ A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": 
 "overrides": {…}, "engine": {…}, "together": [1, 8], "pairs": [{"view": file, "region": file,
 "question": text}, …]}``. The whole list is asked once for each entry of `together`, that many at
 a time. The result is `{"answers": one list for each entry, in the order of the pairs,
-"preemptions": how often vLLM took a request's blocks away and computed it again later}`, and from
-vLLM "left": the first pass of the first pair, asked after it was left on its way to the engine.
+"preemptions": how often vLLM preempted a request and recomputed it}`, and from
+vLLM "left": the first pass of the first pair, asked again after it was cancelled on its way to the
+engine.
 "interleaved" of a job is a list of `{"views": files, "region": file, "question": text, "history":
 [[text, text], …], "places": [[turn, position, picture], …], "picture": number}`, asked one by one
 at the end; "interleaved" of the result are the answers.
@@ -96,7 +97,7 @@ async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) 
 
 
 async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, Any]:
-    """Leave a question whose picture vLLM's front-end has and its engine has not; ask it again."""
+    """Cancel a question before its picture reaches vLLM's engine, and ask it again."""
     from PIL import Image
 
     view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
@@ -170,6 +171,6 @@ def main() -> None:
     print(json.dumps(asyncio.run(run(backend, job, preset.max_new_tokens))))
 
 
-# vLLM starts its engine in a process of its own, which imports this file again.
+# vLLM starts its engine in another process, which imports this file again.
 if __name__ == "__main__":
     main()
