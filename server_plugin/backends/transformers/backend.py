@@ -49,7 +49,7 @@ from server_plugin.backends.transformers.adapters.registry import adapter_for
 from server_plugin.backends.transformers.attention import use_capturing_attention
 from server_plugin.backends.transformers.devices import device_of, dtype_of
 from server_plugin.backends.transformers.passes import AnswerJob, Passes
-from server_plugin.backends.transformers.views import TransformersView, ViewState, view_bytes
+from server_plugin.backends.transformers.views import TransformersView, ViewSnapshot, view_bytes
 from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosedError
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
@@ -292,19 +292,19 @@ class TransformersBackend:
         )
         return answer
 
-    def _state(self, view: View | None, question: str) -> ViewState:
+    def _state(self, view: View | None, question: str) -> ViewSnapshot:
         """Return the state of a view for a question.
 
         Raises:
             RuntimeError: the view was released.
         """
         if view is None:
-            return ViewState(None, "", None, ())
+            return ViewSnapshot(None, "", None, ())
         assert isinstance(view, TransformersView)
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return ViewState(view, key, view.prefixes.get(key), view.seen or ())
+        return ViewSnapshot(view, key, view.prefixes.get(key), view.seen or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""

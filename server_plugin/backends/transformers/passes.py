@@ -23,7 +23,7 @@ from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
 from server_plugin.backends.transformers.batch import Batch, Row
 from server_plugin.backends.transformers.sampling import Chooser, surprisal
-from server_plugin.backends.transformers.views import Looks, Prefix, TransformersView, ViewState
+from server_plugin.backends.transformers.views import Looks, Prefix, TransformersView, ViewSnapshot
 from server_plugin.backends.transformers.worker import Job, WorkerClosedError, fail
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
@@ -41,7 +41,7 @@ class AnswerJob:
         stop, on_text: see `Backend.first_pass`.
     """
 
-    state: ViewState
+    state: ViewSnapshot
     prompt: Prompt
     request: GenerationRequest
     max_new_tokens: int
@@ -89,7 +89,7 @@ class Passes:
 
         Args:
             kind: begins with "view", "generic" or "answer", then the number of pictures.
-            jobs: their payloads are tuples of images, `ViewState`s or `AnswerJob`s, respectively.
+            jobs: payloads are tuples of images, `ViewSnapshot`s or `AnswerJob`s, respectively.
         """
         with torch.inference_mode():
             what, pictures, *_ = cast(tuple[Any, ...], kind)
@@ -128,7 +128,7 @@ class Passes:
 
     def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
         """Attention under the generic instruction, once for each view."""
-        asked: dict[int, ViewState] = {}
+        asked: dict[int, ViewSnapshot] = {}
         for job in jobs:
             if job.payload.view.generic_row is None:
                 asked[id(job.payload.view)] = job.payload
@@ -147,7 +147,7 @@ class Passes:
             job.future.set_result((row, new_tokens, context_tokens))
 
     def _read_generic(
-        self, views: list[ViewState], prompt: Prompt
+        self, views: list[ViewSnapshot], prompt: Prompt
     ) -> dict[int, tuple[NDArray[np.float32], int]]:
         """Return the row on the grid and the number of computed positions, by id of the view."""
         made = [self._row(state, prompt, self._preset.generic_instruction, []) for state in views]
@@ -253,7 +253,7 @@ class Passes:
         return True
 
     def _row(
-        self, state: ViewState, prompt: Prompt, question: str, local: Sequence[Tensor]
+        self, state: ViewSnapshot, prompt: Prompt, question: str, local: Sequence[Tensor]
     ) -> tuple[Row, Looks]:
         """Return a prompt ready to run, and where its global views' tokens look.
 
@@ -289,7 +289,7 @@ class Passes:
         self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
     ) -> RowCapture:
         """Capture the attention to a batch's global views, and to the tokens between them."""
-        spans = [prompt.looked_at for prompt in prompts]
+        spans = [prompt.views_span for prompt in prompts]
         # Spans may contain padding, and differ between interleaved prompts.
         begin = min(batch.place(i, span.start) for i, span in enumerate(spans))
         last = max(batch.place(i, span.stop - 1) for i, span in enumerate(spans))

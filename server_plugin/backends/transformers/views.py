@@ -105,7 +105,7 @@ class TransformersView:
 
 
 @dataclass(frozen=True, slots=True)
-class ViewState:
+class ViewSnapshot:
     """A view's state for one operation; stays valid if the view is released meanwhile.
 
     Attributes:
@@ -120,7 +120,7 @@ class ViewState:
     prefix: Prefix | None
     pictures: tuple[Tensor, ...]
 
-    def interleaved(self, usual: Prompt, prompt: Prompt) -> ViewState:
+    def interleaved(self, usual: Prompt, prompt: Prompt) -> ViewSnapshot:
         """Return the state for a prompt with pictures among its texts.
 
         The common beginning of both prompts is taken from the cache, as far as the same pictures

@@ -206,7 +206,7 @@ class VllmBackend:
 
         row = torch.from_numpy(await first.expected.fetch())
         prompt = first.prompt
-        start = prompt.looked_at.start
+        start = prompt.views_span.start
         cells: dict[int, torch.Tensor] = {}
         for place, shows in prompt.shows():
             one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
@@ -402,7 +402,7 @@ class VllmBackend:
 
     def _row_request(self, name: str, prompt: Prompt) -> dict[str, Any]:
         """Return what the row capture reads: from the first global view to the end of the last."""
-        span = prompt.looked_at
+        span = prompt.views_span
         return {
             capture.KEY: self._key(name),
             capture.FIRST: span.start,

@@ -50,7 +50,7 @@ class Prompt:
         return self.shown or tuple(range(len(self.images)))
 
     @property
-    def looked_at(self) -> range:
+    def views_span(self) -> range:
         """Positions from the first global view to the end of the last, all between included."""
         places = [one for one, shows in self.shows() if shows < self.views]
         return range(places[0].start, places[-1].stop)
