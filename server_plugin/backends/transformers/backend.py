@@ -130,7 +130,7 @@ class TransformersBackend:
         Args:
             name_or_folder: hub name, or local folder.
             preset: how the model is used; its family must be the checkpoint's.
-            device: a torch device; "auto" is CUDA where there is one, else the CPU.
+            device: a torch device; "auto" is CUDA if available, else the CPU.
             dtype: a torch floating point type; "auto" is bfloat16 on CUDA, else float32.
             name: the name that clients see; default: the hub name, or the folder's last part.
             batch: most questions that run together. Each needs memory for the keys and values of a
