@@ -56,7 +56,7 @@ from eval.bench.flop_count import counted, flop_counter
 from eval.bench.straightforward import Answered, Straightforward
 from eval.demo_model.provenance import provenance
 from eval.demo_model.words import BOS, EOS, IMAGE, PAD, build_tokenizer
-from server_plugin.backends.base import Generation, ModelInfo
+from server_plugin.backends.base import Generation, GenerationRequest, ModelInfo
 from server_plugin.backends.transformers.adapters.checkpoint import (
     load_model,
     load_processor,
@@ -215,7 +215,7 @@ class OurSide:
             max_new_tokens=max_new_tokens,
         )
         view = await self._backend.open_view(self._pictures.view)
-        outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+        outcome = await engine.answer(view, SOURCE, GenerationRequest(QUESTION), fetch)
         await self._backend.release(view)
         if outcome.second is None or outcome.need is None:
             raise RuntimeError("the second stage failed; see the log")
@@ -409,12 +409,14 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
 
     async def new_view(name: str) -> Generation:
         view = await sides[name].open_view(picture)
-        first = await sides[name].first_pass(view, QUESTION, max_new_tokens=1)
+        first = await sides[name].first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
         await sides[name].release(view)
         return first
 
     async def follow_up(name: str) -> Generation:
-        return await sides[name].first_pass(kept[name], QUESTION, max_new_tokens=1)
+        return await sides[name].first_pass(
+            kept[name], GenerationRequest(QUESTION, max_new_tokens=1)
+        )
 
     results = {}
     for what, ask in ("new_view", new_view), ("follow_up", follow_up):

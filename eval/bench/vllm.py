@@ -50,6 +50,7 @@ from safetensors.torch import load_file, save_file
 
 from eval.bench.two_stage import SHAPES, machine, random_subject, spread
 from eval.demo_model.provenance import provenance
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import checkpoint_of, preset_of
 from server_plugin.backends.vllm.model import (
     check,
@@ -57,8 +58,9 @@ from server_plugin.backends.vllm.model import (
     open_vllm_model,
     weightless_adapter,
 )
+from server_plugin.backends.vllm.setup import require_vllm
 from server_plugin.models.presets import Preset
-from server_plugin.vllm_server.launch import PLUGIN, require_vllm
+from server_plugin.vllm_server.launch import PLUGIN
 from vlm_collab.errors import CollabError
 
 QUESTION = "what is written on the large red sign?"
@@ -86,7 +88,9 @@ def ours(backend: Any, new_tokens: int, *, fetched: bool) -> Way:
 
     async def one(picture: Image.Image) -> Tokens:
         view = await backend.open_view(picture)
-        first = await backend.first_pass(view, QUESTION, max_new_tokens=new_tokens)
+        first = await backend.first_pass(
+            view, GenerationRequest(QUESTION, max_new_tokens=new_tokens)
+        )
         if fetched:
             await backend.row_of(first)
         await backend.release(view)
@@ -113,7 +117,7 @@ def plain(engine: Any, adapter: Any, new_tokens: int, logprobs: int | None) -> W
 
     async def one(picture: Image.Image) -> Tokens:
         # Every request comes as text, here as with us.
-        prompt = adapter.prompts.build(QUESTION, 1, new_tokens)
+        prompt = adapter.prompts.build(GenerationRequest(QUESTION, max_new_tokens=new_tokens), 1)
         (place,) = prompt.images
         ids = [*prompt.ids[: place.start + 1], *prompt.ids[place.stop :]]
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": [picture]}}

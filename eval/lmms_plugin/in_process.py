@@ -29,7 +29,7 @@ from eval.runs.methods.method import (
 )
 from eval.runs.methods.two_stage import codecs_of, region_pixels
 from eval.runs.wire import SentAnswer, answer_bytes, message_bytes
-from server_plugin.backends.base import Backend, Sampling
+from server_plugin.backends.base import Backend, GenerationRequest, Sampling
 from server_plugin.backends.open import preset_of, with_options
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed
@@ -132,21 +132,23 @@ class InProcess(Asker):
 
         try:
             # Here and not in `prepare`: tokenizers are not for two threads at once.
-            member.check_question(question.text, len(ready.views) + 1)
+            member.check_question(GenerationRequest(question.text), len(ready.views) + 1)
             view = await member.open_view(*ready.shown)
             outcome = await engine.answer(
                 view,
                 [one.picture.size for one in ready.originals],
-                question.text,
+                GenerationRequest(
+                    question.text,
+                    max_new_tokens=options.max_new_tokens,
+                    sampling=Sampling(
+                        temperature=options.temperature or 0.0,
+                        top_p=options.top_p or 1.0,
+                        seed=options.seed,
+                    ),
+                ),
                 fetch,
                 retransmit=options.retransmit,
-                max_new_tokens=options.max_new_tokens,
                 stop=options.stop,
-                sampling=Sampling(
-                    temperature=options.temperature or 0.0,
-                    top_p=options.top_p or 1.0,
-                    seed=options.seed,
-                ),
             )
         # A model's runtime raises what it likes; one question that it fails on ends no run.
         except Exception as error:

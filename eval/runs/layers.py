@@ -24,6 +24,7 @@ from eval.analysis.boxes import covered
 from eval.runs.loading import ModelOptions, loaded
 from eval.runs.methods.method import PictureCache
 from eval.tasks.base import Sample, Task
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, RegionNeed, RegionUnavailableError
 from server_plugin.models.presets import Preset
@@ -205,7 +206,11 @@ async def _measure(
         view = await engine.backend.open_view(shown)
         try:
             outcome = await engine.answer(
-                view, picture.size, sample.question, _none, retransmit=Retransmit.ALWAYS
+                view,
+                picture.size,
+                GenerationRequest(sample.question),
+                _none,
+                retransmit=Retransmit.ALWAYS,
             )
         finally:
             await engine.backend.release(view)

@@ -18,18 +18,15 @@ from typing import Any, Protocol, runtime_checkable
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Backend,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
 )
-from vlm_collab.protocol.image_positions import Places
 
 
 @runtime_checkable
@@ -136,15 +133,8 @@ class Member:
         """Mark the question as finished."""
         self.group.leave()
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        self.group.backend.check_question(question, images, history=history, places=places)
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        self.group.backend.check_question(request, images)
 
     async def open_view(self, *images: Image) -> View:
         view: View = await self._step("open_view", lambda: self.group.backend.open_view(*images))
@@ -153,27 +143,14 @@ class Member:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         made: Generation = await self._step(
             "first_pass",
-            lambda: self.group.backend.first_pass(
-                view,
-                question,
-                max_new_tokens=max_new_tokens,
-                history=history,
-                places=places,
-                sampling=sampling,
-                stop=stop,
-                on_text=on_text,
-            ),
+            lambda: self.group.backend.first_pass(view, request, stop=stop, on_text=on_text),
         )
         return made
 
@@ -187,53 +164,30 @@ class Member:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         made: Generation = await self._step(
             "second_pass",
             lambda: self.group.backend.second_pass(
-                view,
-                region,
-                question,
-                max_new_tokens=max_new_tokens,
-                history=history,
-                places=places,
-                picture=picture,
-                sampling=sampling,
-                stop=stop,
-                on_text=on_text,
+                view, region, request, picture=picture, stop=stop, on_text=on_text
             ),
         )
         return made
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         made: Generation = await self._step(
             "text_pass",
-            lambda: self.group.backend.text_pass(
-                question,
-                max_new_tokens=max_new_tokens,
-                history=history,
-                sampling=sampling,
-                stop=stop,
-                on_text=on_text,
-            ),
+            lambda: self.group.backend.text_pass(request, stop=stop, on_text=on_text),
         )
         return made
 

@@ -1,1 +1,1 @@
-"""Model runtimes behind `server_plugin.backends.base.Backend`, each loaded only when asked for."""
+"""Model runtimes with the interface `server_plugin.backends.base.Backend`, imported when used."""

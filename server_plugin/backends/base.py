@@ -1,18 +1,21 @@
-"""What the engine asks of a model runtime: five operations, typed.
+"""The interface between the engine and a model runtime, `Backend`, and its data types.
 
-The engine (`server_plugin.engines.two_stage`) is written once over this interface. A backend is one
-model runtime (Transformers, vLLM, the scripted fake); it keeps its own threads and queues and makes
-its blocking work awaitable. Operations on different views may be awaited concurrently; a backend
-that can run only one at a time queues them in order of arrival.
+The engine (`server_plugin.engines.two_stage`) uses models only through this interface. A backend is
+one model runtime (Transformers, vLLM, or the scripted fake). It has its own threads and queues, and
+its operations are coroutines. Callers may await operations on different views concurrently; a
+backend that can run only one at a time queues them in order of arrival.
 
-A cancelled await must leave the backend usable: work already on the device may run to its end,
+A cancelled await must leave the backend usable. Work that already runs on the device may finish;
 its result is dropped.
+
+Equations: Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025,
+arXiv 2512.16349).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -32,7 +35,7 @@ TextSink = Callable[[str], None]
 
 
 History = tuple[tuple[str, str], ...]
-"""Questions and answers that came before, oldest first."""
+"""Earlier (question, answer) pairs, oldest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / it).
         top_p: draw from the smallest set of likeliest tokens that has this probability.
-        seed: of the draws; None for any.
+        seed: seed of the random draws; None for any.
     """
 
     temperature: float = 0.0
@@ -53,25 +56,49 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One question to the model, and the parameters of its answer.
+
+    Attributes:
+        question: the user's text.
+        history: earlier questions and answers.
+        places: where the view's pictures stand in the texts. Empty: all stand before the first
+            text, as do those of a family that cannot place pictures elsewhere.
+        max_new_tokens: longest answer, in tokens; None for the server's own limit.
+        sampling: how tokens are chosen.
+    """
+
+    question: str
+    _: KW_ONLY
+    history: History = ()
+    places: Places = ()
+    max_new_tokens: int | None = None
+    sampling: Sampling = GREEDY
+
+    def with_limit(self, max_new_tokens: int) -> GenerationRequest:
+        """Return the same request with another limit on the length of the answer, in tokens."""
+        return replace(self, max_new_tokens=max_new_tokens)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What the service and the engine must know of a loaded model.
+    """Properties of a loaded model that the service and the engine need.
 
     Attributes:
         name: the name a client sees.
-        view: size of the picture that the vision encoder takes, in px.
+        view: size of the vision encoder's input, in px.
         fit: how a source picture is brought to that size.
         grid: the token grid of the relative attention map.
         base_px: the base window side `s` of the region search, in px (the encoder's input side).
         layer: decoder layer, from 0, whose attention is read.
-        hidden_size: width of the decoder (`d_LLM` of Eq. 17, `003_92b41fe49395ce1a.txt`).
-        layers: number of decoder layers (`L` of Eq. 17).
+        hidden_size: width of the decoder (`d_LLM` in Song and Kim, Eq. 17).
+        layers: number of decoder layers (`L` in Eq. 17).
         visual_tokens: tokens of one picture in the decoder's context.
         context_tokens: longest sequence that the model takes.
-        concurrency: questions that the runtime gains from working on at once; more wait in the
-            service's queue, where they are served in turn and can still be cancelled for free.
-        view_bytes: memory that one opened view will occupy, in bytes, as far as it is known
-            before opening one.
+        concurrency: how many questions at once make the runtime faster. Further questions wait in
+            the service's queue, where they take turns and can be cancelled at no cost.
+        view_bytes: estimated memory of one open view, in bytes.
     """
 
     name: str
@@ -89,15 +116,14 @@ class ModelInfo:
 
 
 class View(Protocol):
-    """A global view that a backend holds, with whatever it computed of it already.
+    """A global view that a backend holds, with everything already computed from it.
 
-    Several pictures that are asked about together are one view: their tokens follow each other
-    in every prompt about them.
+    Several pictures that are asked about together are one view.
 
     Attributes:
-        pictures: how many it is of.
-        nbytes: memory that this view keeps occupied, pixels and cache, in bytes; may grow when
-            the generic row is added.
+        pictures: number of pictures.
+        nbytes: memory that the view occupies, pixels and cache, in bytes. It may grow when the
+            generic row is added.
     """
 
     @property
@@ -116,16 +142,16 @@ class Generation:
         token_ids: generated token ids, the end token included when it was generated.
         steps: statistics of each generated token, from the softmax of its raw logits.
         ended: whether the last token is the end of the sequence.
-        prefilled_tokens: prompt tokens really computed for this answer, and for opening its view
-            if no answer before has told those; may be more than `context_tokens` where the view
-            served little.
-        context_tokens: prompt tokens it stands on, those taken from a cache included.
+        prefilled_tokens: prompt tokens computed for this answer. Includes the tokens computed when
+            the view was opened, unless an earlier answer reported them. More than
+            `context_tokens` if this prompt could use little of the view's cache.
+        context_tokens: length of the prompt, cached tokens included.
         row: attention of the last prompt position to the global view at the preset layer, mean
-            over heads, on the token grid in row-major order, picture after picture (of one that
-            stands at several places, the sum over them), float32,
-            shape `(pictures * rows * columns,)`; None when it was not asked for, or where the
-            runtime hands it out no earlier than `Backend.relative_attention` needs it.
-        surprisals: −log2 of each token's probability by the raw logits, in bits.
+            over heads, on the token grid in row-major order, picture after picture (for a picture
+            at several places, the sum over them), float32, shape `(pictures * rows * columns,)`.
+            None if it was not requested, or if the runtime delivers it only to
+            `Backend.relative_attention`.
+        surprisals: −log2 of each token's probability under the raw logits, in bits.
     """
 
     text: str
@@ -140,14 +166,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelativeAttention:
-    """The relative attention map (Eq. 22 of `003_92b41fe49395ce1a.txt`).
+    """The relative attention map (Song and Kim, Eq. 22).
 
     Attributes:
         maps: for each picture, float64, shape `(rows, columns)` of the token grid.
-        prefilled_tokens: prompt tokens computed for the generic row now; 0 when the view had it.
-        context_tokens: tokens that the generic prompt stands on; 0 when the view had it.
-        layers: decoder layers that those tokens went through; the ones behind the layer that is
-            read need not be computed.
+        prefilled_tokens: prompt tokens computed for the generic row; 0 if the view had the row.
+        context_tokens: length of the generic prompt; 0 if the view had the row.
+        layers: decoder layers that those tokens went through. Layers after the one whose attention
+            is read need not be computed.
     """
 
     maps: tuple[NDArray[np.float64], ...]
@@ -157,7 +183,7 @@ class RelativeAttention:
 
     @property
     def map(self) -> NDArray[np.float64]:
-        """Of the first picture, which is mostly the only one."""
+        """The map of the first picture, which usually is the only one."""
         return self.maps[0]
 
 
@@ -167,116 +193,93 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
         """Refuse a question before anything is computed for it. Cheap; runs on the event loop.
 
         Args:
-            question: the user's text.
-            images: different pictures that the longest prompt of this question may hold; 0 for a
-                question about none.
-            history: what came before.
-            places: see `first_pass`.
+            request: the check assumes an answer of the server's own limit, even if
+                `max_new_tokens` is smaller.
+            images: number of different pictures in the longest prompt of this question, the local
+                view included; 0 for a question without pictures.
 
         Raises:
-            QuestionError: empty, no text, or longer than the context leaves room for, in one
-                clear line. Texts that quote the model's special tokens are plain text.
+            QuestionError: the question is empty, no valid text, or too long for the context; one
+                line. A text that quotes one of the model's special tokens is plain text.
         """
 
     async def open_view(self, *images: Image) -> View:
         """Take a global view, and prefill its visual tokens (now or at first use).
 
         Args:
-            images: of one picture or more, RGB, of the size `info.view`.
+            images: one picture or more, RGB, of size `info.view`.
 
         Raises:
-            ImageError: another size or mode.
+            ImageError: an image has another size or mode.
         """
 
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        """Answer from the global view, capturing the attention row.
-
-        Args:
-            places: where the view's pictures stand in the texts; without any, before all of them.
-                A family that takes pictures only in front puts them there.
-        """
+        """Answer from the global view, capturing the attention row."""
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
-        """Divide the first pass's row by the row of the generic instruction.
+        """Divide the first pass's attention row by the row under the generic instruction.
 
-        The generic row depends only on the view, so it is computed once and kept with it.
+        The generic row depends on the view only, so it is computed once and kept with the view.
         """
 
     async def second_pass(
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        """Answer from the global view and the local view (Eq. 12 of `003_92b41fe49395ce1a.txt`).
+        """Answer from the global view and the local view (Song and Kim, Eq. 12).
 
         Args:
-            region: RGB, any size; brought to the encoder's input by the backend.
-            places: as in the first pass; the local view then stands right behind its picture.
-            picture: which of the view's pictures the region is from.
+            region: RGB, any size; the backend resizes it to the encoder's input.
+            request: as in the first pass. If its pictures have places, the local view stands
+                directly after the picture that it was cut from.
+            picture: index of that picture in the view.
         """
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         """Answer without any picture. There is no attention row."""
 
     async def release(self, view: View) -> None:
-        """Drop a view and all that was computed of it. Safe to call twice."""
+        """Drop a view and everything computed from it. Safe to call twice."""
 
     async def warm_up(self) -> None:
-        """Do once what would make the first question slow. Optional; costs one question."""
+        """Run one question, so that the first real one is not slow. Optional."""
 
     async def close(self) -> None:
-        """Stop threads and free the model. Operations awaited after this fail."""
+        """Stop threads and free the model. Later operations fail."""
 
 
 @runtime_checkable
-class Mortal(Protocol):
-    """What a backend has besides if its runtime can die while this process lives on."""
+class CanFail(Protocol):
+    """A backend whose runtime can die while this process goes on."""
 
     @property
     def failed(self) -> bool:
-        """Whether it is dead, for good: no operation will succeed any more."""
+        """Whether the runtime is dead: no operation will ever succeed again."""
 
 
 def has_failed(backend: Backend) -> bool:
-    """Whether a backend's runtime is dead; one that cannot tell lives as long as the process."""
-    return isinstance(backend, Mortal) and backend.failed
+    """Whether a backend's runtime is dead; False for a backend without `CanFail`."""
+    return isinstance(backend, CanFail) and backend.failed

@@ -1,9 +1,9 @@
-"""A scripted model without torch: answers, uncertainty and maps as a function says.
+"""A scripted backend without torch: a function decides answers, uncertainty and maps.
 
-It obeys the whole `Backend` contract (a single model that runs one operation at a time, views
-that hold memory, cancellation), so that service, client and engine can be tested to the edges of
-their behaviour, and installed systems can be tried without a model: `vlm-collab serve fake`.
-Its answers carry what it was asked and shown, so that a crossed answer cannot go unnoticed.
+It obeys the whole `Backend` contract: one operation at a time, views that hold memory,
+cancellation. Tests of service, client and engine use it, and `vlm-collab serve fake` runs a service
+without a model. An answer repeats the question and names the pictures, so a test notices when
+answers are mixed up.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ import numpy as np
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -32,20 +30,20 @@ from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import Places, split, spots_of
+from vlm_collab.protocol.image_positions import split, spots_of
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the model does with one question.
+    """How the model handles one question.
 
     Attributes:
-        first, second: the two answers, split into tokens at spaces.
-        uncertainty_bits: min-entropy of every token of the first answer.
-        peak: (row, column) of the cell that the model looks at.
-        delay_s: how long each pass takes.
-        fail_second: the second pass raises, as a device out of memory would.
-        second_bits: min-entropy of every token of the second answer.
+        first, second: the two answers; each word is a token.
+        uncertainty_bits: min-entropy of every token of the first answer, in bits.
+        peak: (row, column) of the grid cell with the largest attention.
+        delay_s: duration of each pass, in s.
+        fail_second: whether the second pass raises an error, as when a device runs out of memory.
+        second_bits: min-entropy of every token of the second answer, in bits.
     """
 
     first: str
@@ -58,32 +56,32 @@ class Script:
 
 
 REFUSED = "<refuse>"
-"""Questions that hold it are refused, to try what becomes of those."""
+"""A question that contains this is refused, for tests of refusals."""
 
 Play = Callable[[str, str, str], Script]
-"""(question, digest of the view, digest of the region or "") -> what to do."""
+"""(question, digest of the view, digest of the region or "") -> script."""
 
 
-def _said(question: str, history: History, places: Places = ()) -> str:
-    """All that was said, as one text: what came before stands first.
+def _conversation(request: GenerationRequest) -> str:
+    """Return the whole conversation as one text, oldest turn first.
 
-    A picture that has its place in a text is `<0>`, by its number.
+    A picture that has a place in a text is written as its number: `<0>`.
     """
     texts: list[str] = []
-    for turn, (asked, *answered) in enumerate((*history, (question,))):
-        parts = split(asked, spots_of(places, turn))
+    for turn, (asked, *answered) in enumerate((*request.history, (request.question,))):
+        parts = split(asked, spots_of(request.places, turn))
         texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
         texts += answered
     return " ".join(texts)
 
 
 def digest(image: Image) -> str:
-    """Eight hexadecimal digits that name the pixels of a picture."""
+    """Return a digest of a picture's pixels, eight hexadecimal digits."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:8]
 
 
 def echo(question: str, view: str, region: str) -> Script:
-    """The default play: repeat what was asked and seen; be unsure of anything with "small"."""
+    """The default play: repeat question and digests; be unsure if the question has "small"."""
     return Script(
         first=f"first {view} {question}",
         second=f"second {view} {region} {question}",
@@ -119,8 +117,11 @@ DEFAULT_INFO = ModelInfo(
 
 
 def statistics_of(min_entropy_bits: float) -> TokenStatistics:
-    """Statistics of a two-way choice whose likelier side has this min-entropy (at most 1 bit
-    splits evenly; above that the rest is spread over equally likely tokens)."""
+    """Return token statistics with a given min-entropy, in bits.
+
+    The probability beside the likeliest token belongs to one other token, or, above 1 bit, is
+    spread evenly over several.
+    """
     p = 2.0**-min_entropy_bits
     if p >= 1.0:
         return TokenStatistics(0.0, 0.0, 1.0)
@@ -132,12 +133,12 @@ def statistics_of(min_entropy_bits: float) -> TokenStatistics:
 
 @dataclass(slots=True, eq=False)
 class FakeBackend:
-    """See the module's text.
+    """A scripted `Backend`.
 
     Attributes:
-        play: what to do with each question.
-        info: the model it claims to be.
-        views: views held now; empty when nothing leaks.
+        play: chooses the script of each question.
+        info: the properties that it reports.
+        views: views held now; a test that leaks none finds this empty.
         generic_rows: how often a generic row was computed.
     """
 
@@ -150,17 +151,11 @@ class FakeBackend:
 
     @classmethod
     def demo(cls) -> FakeBackend:
-        """What `vlm-collab serve fake` serves."""
+        """Return the backend that `vlm-collab serve fake` serves."""
         return cls()
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        question = request.question
         if not question.strip():
             raise QuestionError("the question is empty")
         if REFUSED in question:
@@ -181,26 +176,22 @@ class FakeBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history, places), held.name, "")
+        script = self.play(_conversation(request), held.name, "")
         tokens = script.first.split(" ")
         row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
-        # Of several pictures, it looks at the last.
+        # With several pictures, the attention peaks in the last one.
         row[-self.info.visual_tokens :][
             script.peak[0] * self.info.grid.columns + script.peak[1]
         ] = 1.0
         step = statistics_of(script.uncertainty_bits)
         return await self._generate(
-            tokens, step, script.delay_s, max_new_tokens, stop, on_text, row / row.sum()
+            tokens, step, script.delay_s, request.max_new_tokens, stop, on_text, row / row.sum()
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
@@ -222,39 +213,44 @@ class FakeBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         held = self._held(view)
-        script = self.play(_said(question, history, places), held.name, digest(region))
+        script = self.play(_conversation(request), held.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
         step = statistics_of(script.second_bits)
         return await self._generate(
-            script.second.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
+            script.second.split(" "),
+            step,
+            script.delay_s,
+            request.max_new_tokens,
+            stop,
+            on_text,
+            None,
         )
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        script = self.play(_said(question, history), "", "")
+        script = self.play(_conversation(request), "", "")
         step = statistics_of(script.uncertainty_bits)
         return await self._generate(
-            script.first.split(" "), step, script.delay_s, max_new_tokens, stop, on_text, None
+            script.first.split(" "),
+            step,
+            script.delay_s,
+            request.max_new_tokens,
+            stop,
+            on_text,
+            None,
         )
 
     async def release(self, view: View) -> None:
@@ -279,7 +275,7 @@ class FakeBackend:
         tokens: list[str],
         step: TokenStatistics,
         delay_s: float,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         stop: StopRule | None,
         on_text: TextSink | None,
         row: np.ndarray[tuple[int], np.dtype[np.float32]] | None,

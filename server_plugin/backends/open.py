@@ -1,6 +1,6 @@
-"""Opening a model by name: which checkpoint, which preset, which backend.
+"""Open a model by name: find its checkpoint, preset and backend.
 
-This module imports neither torch nor transformers; the backend that is asked for does.
+This module imports neither torch nor transformers; the chosen backend does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRANSFORMERS, VLLM = "transformers", "vllm"
 
 
 def demo_folder() -> Path:
-    """Where the embedded demo checkpoint lies, in a checkout as in an installed package."""
+    """Return the folder of the embedded demo checkpoint, in a checkout or an installed package."""
     return Path(__file__).resolve().parents[1] / "demo_model"
 
 
@@ -61,20 +61,19 @@ def open_model(
     Args:
         name: None or "demo" for the embedded demo model, "fake" for the scripted backend
             without a model, else a local folder or a name on the hub.
-        preset: a preset, the name of one in `configs/models/`, or the path of a YAML file. By
-            default the one whose globs match `name`, else the default one of the family.
-        device: a torch device, or "auto": CUDA where there is one, else the CPU.
+        preset: a preset, the name of one in `configs/models/`, or the path of a YAML file.
+            Default: the one whose globs match `name`, else the family's default.
+        device: a torch device, or "auto": CUDA if available, else the CPU.
         dtype: a torch floating point type, or "auto": float32 on the CPU; on CUDA bfloat16, and
             with vLLM the checkpoint's own.
         prompt: name of another template of the preset, such as "vicrop".
         fit, layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
-            max_new_tokens: replace the fields of the preset that have these names; None leaves
-            them.
+            max_new_tokens: replace the preset's fields of these names; None keeps them.
         batch: most questions that run together; None: a small number that suits the device.
         backend: "transformers" or "vllm".
 
     Returns:
-        The backend, and the preset with all replacements, which policy and engine are made of.
+        The backend, and the preset with all replacements, for policy and engine.
 
     Raises:
         ModelError: the checkpoint is missing, damaged, or of a family without an adapter.
@@ -112,7 +111,7 @@ def open_model(
     source = checkpoint_of(name)
     shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     if backend == VLLM:
-        from server_plugin.vllm_server.launch import require_vllm
+        from server_plugin.backends.vllm.setup import require_vllm
 
         require_vllm()
         _require_server_packages()
@@ -129,10 +128,10 @@ def open_model(
 
 
 def with_options(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
-    """A preset with what a user set instead of some of its fields.
+    """Return a preset with some fields replaced by a user's options.
 
     Raises:
-        ConfigError: an unknown field, or a value that it does not take or that has no effect.
+        ConfigError: a field is unknown, or a value is invalid or has no effect.
     """
     chosen = preset.with_overrides(**overrides)
     if not math.isfinite(chosen.epsilon):
@@ -143,14 +142,14 @@ def with_options(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
 
 
 def checkpoint_and_preset(name: str, preset: str | Preset | None = None) -> tuple[str, Preset]:
-    """What `open_model` would open, without opening it; arguments as its.
+    """Find the checkpoint and preset that `open_model` would open; arguments as there.
 
     Returns:
         A local folder or hub name, and the preset.
 
     Raises:
         ModelError: the checkpoint is missing, or of a family without an adapter.
-        ConfigError: the fake model was asked for, or the server's packages are not installed.
+        ConfigError: `name` is the fake model, or the server's packages are not installed.
     """
     if name == FAKE_MODEL:
         raise ConfigError("the fake model has no checkpoint")
@@ -159,7 +158,7 @@ def checkpoint_and_preset(name: str, preset: str | Preset | None = None) -> tupl
 
 
 def checkpoint_of(name: str | None) -> str:
-    """The local folder or hub name behind a model's name.
+    """Return the local folder or hub name for a model's name.
 
     Raises:
         ModelError: the demo model is not installed.
@@ -175,10 +174,10 @@ def checkpoint_of(name: str | None) -> str:
 
 
 def preset_of(name: str | None, preset: str | Preset | None = None) -> Preset:
-    """The preset for a model; see `open_model` for the arguments.
+    """Return the preset for a model; arguments as in `open_model`.
 
     Raises:
-        ModelError, ConfigError: as `open_model`.
+        ModelError, ConfigError: as in `open_model`.
     """
     if isinstance(preset, Preset):
         return preset

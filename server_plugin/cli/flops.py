@@ -1,4 +1,8 @@
-"""`vlm-collab flops`: what a retransmitted question costs on a model, from its files alone."""
+"""`vlm-collab flops`: cost of a retransmitted question, from a model's small files.
+
+Equations: Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025,
+arXiv 2512.16349).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.cli.options import FitName, PresetFile, PromptName
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError
@@ -21,17 +26,17 @@ from vlm_collab.method.cost import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the cost of a question depends on.
+    """Sizes that determine the cost of a question.
 
     Attributes:
-        visual_tokens: n of Eq. 17 of `003_92b41fe49395ce1a.txt`.
-        hidden_size: its d_LLM.
-        layers: its L.
+        visual_tokens: n in Song and Kim, Eq. 17.
+        hidden_size: d_LLM in Eq. 17.
+        layers: L in Eq. 17.
         read_layers: layers that the generic instruction goes through, up to the one whose
             attention is read.
         prefix_tokens: tokens of a prompt up to the end of the global view.
         local_tokens: tokens that a local view adds to a prompt.
-        generic_tokens: tokens behind the global view under the generic instruction.
+        generic_tokens: tokens after the global view with the generic instruction.
         shared: whether the global view's tokens are the same for every question.
     """
 
@@ -50,11 +55,11 @@ class Costs:
     """Decoder operations of one question, in FLOPs.
 
     Attributes:
-        eq_18_first_pass, eq_19_second_stage, eq_20_total: as 003 counts them, visual tokens only.
+        eq_18_first_pass, eq_19_second_stage, eq_20_total: by Eq. 18-20, visual tokens only.
         first_pass, generic_instruction, second_pass, total: prefills of this project's engine,
             text tokens included; the generic instruction once for each view.
-        decoding: both answers, token by token; in neither total.
-        ratio: `eq_20_total` over `total`.
+        decoding: both answers, token by token; not part of either total.
+        ratio: `eq_20_total` divided by `total`.
     """
 
     eq_18_first_pass: int
@@ -69,12 +74,12 @@ class Costs:
 
 
 def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
-    """Eq. 17-20 of `003_92b41fe49395ce1a.txt`, and what the engine computes.
+    """Compute the costs by Song and Kim, Eq. 17-20, and those of this project's engine.
 
     Args:
-        shape: of the model.
-        question_tokens: tokens of a prompt behind its pictures.
-        answer_tokens: tokens of each of the two answers; the first comes out of the prefill.
+        shape: sizes of the model.
+        question_tokens: tokens of a prompt after its pictures.
+        answer_tokens: tokens of each answer; the prefill gives the first one.
     """
     n, width, layers = shape.visual_tokens, shape.hidden_size, shape.layers
     prefix = shape.prefix_tokens
@@ -104,7 +109,7 @@ def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
 
 
 def shape_of(source: str, preset: Preset) -> Shape:
-    """Read a checkpoint's configuration and tokenizer; no weights.
+    """Read the sizes from a checkpoint's configuration and tokenizer, without weights.
 
     Args:
         source: local folder, or hub name.
@@ -113,7 +118,7 @@ def shape_of(source: str, preset: Preset) -> Shape:
     Raises:
         ModelError: a file is missing or damaged, or the family has no adapter.
         ConfigError: the preset's layer does not exist.
-        QuestionError: the context is too short for the model's own pictures.
+        QuestionError: the context is too short for the model's pictures.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -145,7 +150,11 @@ def shape_of(source: str, preset: Preset) -> Shape:
             f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
         )
     one, two = (
-        len(adapter.prompts.build(preset.generic_instruction, pictures, 0).ids)
+        len(
+            adapter.prompts.build(
+                GenerationRequest(preset.generic_instruction, max_new_tokens=0), pictures
+            ).ids
+        )
         for pictures in (1, 2)
     )
     return Shape(
@@ -166,11 +175,11 @@ def flops(
         typer.Argument(help="Hub name or local folder of a checkpoint, or `demo`."),
     ] = "demo",
     question_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt behind its pictures.")
+        int, typer.Option(min=1, help="Tokens of a prompt after its pictures.")
     ] = 20,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 20,
     view_px: Annotated[
-        int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+        int | None, typer.Option(help="Side of the global view, in px, if the model allows it.")
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
@@ -180,7 +189,7 @@ def flops(
     fit: FitName = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
-    """Print what a question costs on a model, by the equations and as it is computed here."""
+    """Print the cost of a question, by the paper's equations and as computed by this engine."""
     from server_plugin.backends.open import checkpoint_and_preset
 
     source, chosen = checkpoint_and_preset(model, preset)

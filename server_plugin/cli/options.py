@@ -1,4 +1,4 @@
-"""Options of the model that several commands have, said once."""
+"""Model options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PromptName = Annotated[
 PresetFile = Annotated[
     str | None,
     typer.Option(
-        help="How the model is used: a YAML file like those in configs/models/, or the name of one "
-        "of these. By default the model's own, or its family's."
+        help="Settings of the model: a YAML file like those in configs/models/, or the name of one "
+        "of these. Default: the model's own, or its family's."
     ),
 ]
 FitName = Annotated[
     str | None,
     typer.Option(
-        help="How a picture becomes the square view: stretch, pad, or crop, which hides what lies "
+        help="How a picture becomes the square view: stretch, pad, or crop, which hides everything "
         "outside the middle square."
     ),
 ]
 ViewSide = Annotated[
-    int | None, typer.Option(help="Side of the global view, in px, for models that take any.")
+    int | None, typer.Option(help="Side of the global view, in px, if the model allows it.")
 ]
 Layer = Annotated[int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")]
 BaseSide = Annotated[
@@ -34,7 +34,7 @@ BaseSide = Annotated[
 ]
 Ratios = Annotated[
     str | None,
-    typer.Option(help="Window sides tried, over the base side, such as 1.0,1.2,1.4."),
+    typer.Option(help="Window sides to try, as multiples of the base side, such as 1.0,1.2,1.4."),
 ]
 Epsilon = Annotated[
     float | None, typer.Option(help="Added to the denominator of the relative attention.")

@@ -1,4 +1,4 @@
-"""`vlm-collab serve`: one command from nothing to a listening service."""
+"""`vlm-collab serve`: load a model and serve it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="Hub name or local folder of a checkpoint; `demo` is the small one that comes "
+            help="Hub name or local folder of a checkpoint. `demo` is the small model that comes "
             "with the package, `fake` a scripted one without torch."
         ),
     ] = "demo",
@@ -51,7 +51,7 @@ def serve(
         str,
         typer.Option(
             help="transformers or vllm. With vllm, this starts vLLM's own server with the same "
-            "service in it, and any option that is not listed here is vLLM's."
+            "service in it, and passes on any option that is not listed here."
         ),
     ] = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -62,13 +62,14 @@ def serve(
         str | None,
         typer.Option(
             envvar=TOKEN_VARIABLE,
-            help="Bearer token that clients must send. Needed on any address but localhost. Other "
-            "users of this machine can read it here; better give --token-file or the variable.",
+            help="Bearer token that clients must send. Required on any address but localhost. "
+            "Other users of this machine can read it on the command line; --token-file or the "
+            "variable is safer.",
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="File that holds the bearer token, and only it."),
+        typer.Option(metavar="FILE", help="File that contains only the bearer token."),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option(help="Listen beyond localhost without a token.")
@@ -82,8 +83,8 @@ def serve(
     host_name: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name by which clients may call the server without a token, beside localhost and "
-            "IP addresses; repeat for several."
+            help="Host name by which clients may call the server without a token, besides "
+            "localhost and IP addresses; repeat for several."
         ),
     ] = None,
     device: Device = "auto",
@@ -97,14 +98,14 @@ def serve(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
     aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
-    k: Annotated[int | None, typer.Option(help="Tokens that --aggregate first_k takes.")] = None,
+    k: Annotated[int | None, typer.Option(help="Number of tokens for --aggregate first_k.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Share of questions for --policy random.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for --policy random.")] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="File of `vlm-collab calibrate`; other options go before it."),
+        typer.Option(help="File from `vlm-collab calibrate`; other options override it."),
     ] = None,
     preset: PresetFile = None,
     fit: FitName = None,
@@ -115,39 +116,39 @@ def serve(
     ratios: Ratios = None,
     epsilon: Epsilon = None,
     placement: PlacementName = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     batch: BatchSize = None,
     provisional: Annotated[
         bool,
         typer.Option(
-            help="Generate every first answer to its end, even where its first tokens decide that "
-            "another follows."
+            help="Generate every first answer to its end, even if its first tokens decide that a "
+            "second one follows."
         ),
     ] = False,
-    quality: Annotated[
-        int | None, typer.Option(help="Quality, 1-100, asked of the edge for regions.")
-    ] = None,
-    max_connections: Annotated[int, typer.Option(help="WebSockets at once.")] = 256,
+    quality: Annotated[int | None, typer.Option(help="Image quality of regions, 1-100.")] = None,
+    max_connections: Annotated[int, typer.Option(help="Most WebSockets at once.")] = 256,
     max_per_address: Annotated[
         int | None,
         typer.Option(
-            help="Connections at once from one address: 64, except from this machine; 0 for any "
-            "number, as behind a proxy on another machine."
+            help="Most connections at once from one address: 64, except from this machine; 0 for "
+            "any number, such as behind a proxy on another machine."
         ),
     ] = None,
-    max_questions: Annotated[int, typer.Option(help="Questions in flight at once.")] = 512,
-    max_queue: Annotated[int, typer.Option(help="Questions waiting for the model.")] = 256,
+    max_questions: Annotated[int, typer.Option(help="Most questions in progress at once.")] = 512,
+    max_queue: Annotated[int, typer.Option(help="Most questions that wait for the model.")] = 256,
     max_question_bytes: Annotated[
         int,
-        typer.Option(help="Longest question with what was said before it, in UTF-8 bytes."),
+        typer.Option(help="Longest question with its conversation, in UTF-8 bytes."),
     ] = ServerLimits().max_question_bytes,
     view_memory_mb: Annotated[int, typer.Option(help="Memory for views, in MiB.")] = 2048,
-    region_deadline_s: Annotated[float, typer.Option(help="Longest wait for a region.")] = 10.0,
+    region_deadline_s: Annotated[
+        float, typer.Option(help="Longest wait for a region, in seconds.")
+    ] = 10.0,
     log_level: Annotated[
         str | None,
         typer.Option(
-            help="debug (what libraries say too), info, warning (the default) or error; "
-            "with vLLM, its own by default."
+            help="debug (libraries included), info, warning (the default) or error; with vLLM, the "
+            "default is vLLM's."
         ),
     ] = None,
     json_output: Annotated[
@@ -199,7 +200,7 @@ def serve(
         overrides = _calibrated(overrides, calibration, model)
     policy_options = {"rate": rate, "seed": seed}
     if model.startswith("-"):
-        raise ConfigError(f"no such option: {model}; vLLM's options stand behind the model")
+        raise ConfigError(f"no such option: {model}; give vLLM's options after the model")
     if backend == "vllm":
         if device != "auto":
             raise ConfigError("vLLM chooses its devices itself; leave out --device")
@@ -255,7 +256,7 @@ def serve(
     )
 
 
-# Options that are not ours are vLLM's; without it, they are refused above.
+# Unknown options are passed to vLLM; without vLLM, `serve` refuses them.
 serve.context_settings = {  # type: ignore[attr-defined]
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -263,7 +264,7 @@ serve.context_settings = {  # type: ignore[attr-defined]
 
 
 def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, Any]:
-    """Options of the model, with a calibration's where a user gave none."""
+    """Return the model options, with a calibration's values for those that the user left out."""
     found = load_calibration(path)
     found.require_model(model)
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -320,7 +321,7 @@ async def _serve(
         name, openai = backend.info.name, f"{page}v1"
         ready = {"event": "ready", "url": url, "openai": openai, "model": name, "pid": os.getpid()}
         text = f"vlm-collab: serving {name} at {url}, page at {page}, OpenAI's APIs at {openai}"
-        # Clients that connect before uvicorn accepts wait in the socket's own queue.
+        # Clients that connect before uvicorn accepts wait in the socket's queue.
         print(json.dumps(ready) if json_output else f"{text} (Ctrl-C stops)", flush=True)
         await runner.serve(server, sock)
         await backend.close()

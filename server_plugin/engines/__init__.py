@@ -1,1 +1,1 @@
-"""Engines: what is done with a question, whatever runtime holds the model."""
+"""Engines: how a question is answered, independent of the model runtime."""

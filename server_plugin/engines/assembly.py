@@ -1,4 +1,4 @@
-"""From a preset and a loaded model to the engine that they describe."""
+"""Build an engine from a preset and a loaded model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vlm_collab.method.policy import Policy, policy_from_config
 
 
 def policy_of(preset: Preset, policy: str | None, options: Mapping[str, Any]) -> Policy:
-    """The policy that decides about regions.
+    """Return the policy that decides whether a region is requested.
 
     Args:
-        preset: its metric, aggregate and threshold.
-        policy: name of another policy than the preset's threshold: always, never or random.
-        options: what that policy takes; None values are left out.
+        preset: gives metric, aggregate and threshold.
+        policy: `always`, `never` or `random` instead of the preset's threshold policy.
+        options: options of that policy; those that are None are ignored.
 
     Raises:
-        ConfigError: an unknown policy, or an option that it does not take.
+        ConfigError: the policy is unknown, or does not take an option.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if policy not in (None, "threshold"):
@@ -41,7 +41,7 @@ def engine_of(
     *,
     provisional: bool = False,
 ) -> Engine:
-    """The engine that a preset describes.
+    """Build the engine that a preset describes.
 
     Args:
         policy, policy_options: see `policy_of`.

@@ -1,8 +1,11 @@
-"""Algorithm 1 of `003_92b41fe49395ce1a.txt`, written once over the `Backend` interface.
+"""Two-stage inference over the `Backend` interface.
 
-The engine knows no connection: where a region comes from is a function of the caller's
-(`FetchRegion`). The service asks the edge over the network; an evaluation crops the original in
-the same process. The model's time between the passes belongs to other questions.
+Implements Algorithm 1 of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
+
+The engine knows no network connection. The caller supplies a function that fetches a region
+(`FetchRegion`): the service asks the edge for it, an evaluation crops the original in the same
+process. While a question waits for its region, the model can work on others.
 """
 
 from __future__ import annotations
@@ -18,15 +21,15 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Backend,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
-    Sampling,
     StopRule,
     View,
 )
+from server_plugin.engines.engine_pass import EnginePass, decide, early_stop_rule
+from server_plugin.engines.engine_pass import TextSink as TextSink
 from vlm_collab.errors import ConfigError, ImageError
 from vlm_collab.geometry import (
     Box,
@@ -40,8 +43,6 @@ from vlm_collab.geometry import (
 from vlm_collab.method.cost import extension_flops
 from vlm_collab.method.policy import Decision, Policy, ThresholdPolicy
 from vlm_collab.method.roi import DEFAULT_RATIOS, Placement, place_region
-from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import (
     CUT_MARK,
     Fallback,
@@ -49,29 +50,24 @@ from vlm_collab.protocol.messages import (
     Retransmit,
     Stage,
     Token,
-    common_prefix,
-    micro,
 )
 
 log = logging.getLogger(__name__)
 
-TextSink = Callable[[Stage, str], None]
-"""Receives the text of a pass so far. May run on a backend's thread."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionNeed:
-    """Where the model needs to look.
+    """The region that the model needs to see at full resolution.
 
     Attributes:
-        token_box: what goes on the wire (`b` of Eq. 11 and the window's span).
-        box: the same in px of the upright source.
-        first: the first answer; if it was cut, as far as it went, and `CUT_MARK`.
-        cut: whether it stopped at an early decision. If no region comes, the model has to
-            complete it.
-        uncertainty: the aggregated value that led here.
+        token_box: the region as it is sent (`b` in Song and Kim, Eq. 11, and the window's span).
+        box: the region in px of the upright source.
+        first: the first answer; if it was cut, the text so far and `CUT_MARK`.
+        cut: whether the first answer stopped at an early decision. If no region comes, the model
+            has to complete it.
+        uncertainty: the aggregated uncertainty of the first answer.
         map: relative attention of the picture, float64, shape `(rows, columns)`.
-        picture: which one of the view's, from 0.
+        picture: index of the picture in the view, from 0.
     """
 
     token_box: TokenBox
@@ -84,7 +80,7 @@ class RegionNeed:
 
 
 class RegionUnavailableError(Exception):
-    """Raised by a `FetchRegion` when no region will come; says which `Fallback` that is."""
+    """No region will come. Raised by a `FetchRegion`, with the `Fallback` that applies."""
 
     def __init__(self, fallback: Fallback) -> None:
         super().__init__(fallback.name)
@@ -96,14 +92,14 @@ FetchRegion = Callable[[RegionNeed], Awaitable[Image]]
 
 @dataclass(slots=True, kw_only=True)
 class Work:
-    """What a question cost the server.
+    """The cost of one question on the server.
 
     Attributes:
         prefilled_tokens, decoded_tokens: computed tokens, all passes together.
-        flops: decoder FLOPs by Eq. 17 applied to the tokens really computed.
-        first_s, region_s, second_s: first pass with decision, map and, where that was needed,
-            completion; waiting for the region; second pass. Time spent in the backend's queue
-            is part of each.
+        flops: decoder FLOPs by Song and Kim, Eq. 17, of the tokens that were computed.
+        first_s: time of the first pass, decision, map and, if needed, completion, in s.
+        region_s: time until the region came, in s.
+        second_s: time of the second pass, in s. All three include time in the backend's queue.
     """
 
     prefilled_tokens: int = 0
@@ -116,22 +112,24 @@ class Work:
     def add(
         self, info: ModelInfo, new_tokens: int, context_tokens: int, layers: int | None = None
     ) -> None:
-        """Account for `new_tokens` positions computed at the end of `context_tokens`.
+        """Account for `new_tokens` positions computed at the end of a context.
 
-        More of them than that is the cost of a view that the question made little use of: what
-        is computed of it once has all pictures in front, and the question has them elsewhere.
+        There can be more new positions than the context has. A view is computed once with all
+        pictures in front; a question with pictures elsewhere cannot use that part of the cache,
+        but it is counted.
 
         Args:
-            layers: decoder layers that they went through; all by default.
+            context_tokens: length of the context, the new positions included.
+            layers: decoder layers that the new positions went through; default: all.
         """
-        beside = max(0, new_tokens - context_tokens)
-        new_tokens -= beside
+        unused = max(0, new_tokens - context_tokens)
+        new_tokens -= unused
         layers = info.layers if layers is None else layers
-        for cached, added in ((context_tokens - new_tokens, new_tokens), (0, beside)):
+        for cached, added in ((context_tokens - new_tokens, new_tokens), (0, unused)):
             self.flops += extension_flops(cached, added, info.hidden_size, layers)
 
     def add_generation(self, info: ModelInfo, generation: Generation) -> None:
-        """Account for one answer: its prefill, then a step for each token but the last."""
+        """Account for one answer: its prefill, then one step for each token but the last."""
         self.prefilled_tokens += generation.prefilled_tokens
         self.decoded_tokens += len(generation.token_ids)
         self.add(info, generation.prefilled_tokens, generation.context_tokens)
@@ -141,21 +139,21 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a question ended.
+    """The result of a question.
 
     Attributes:
         text: the answer.
-        stage: which pass it comes from.
-        fallback: why it is the first although the server was unsure.
-        uncertainty: of this text, in the unit of the policy's metric.
+        stage: the pass that the answer comes from.
+        fallback: why the answer is the first one although the policy asked for a region.
+        uncertainty: uncertainty of this text, in the unit of the policy's metric.
         first: the first pass, with its statistics.
-        decision: what the policy said of it.
-        need: the region that was asked for; None when none was: the policy was content, or no
-            region would have shown more than the view.
+        decision: the policy's decision on the first pass.
+        need: the region that was requested; None if the policy asked for none, or no region would
+            have shown more than the view.
         second: the second pass, if there was one.
-        work: what it cost.
+        work: the cost.
         finish: why the text ends where it does.
-        tokens: what it is made of.
+        tokens: the tokens of the text, if requested.
     """
 
     text: str
@@ -175,26 +173,25 @@ class Outcome:
 class Engine:
     """Two-stage inference.
 
-    A region is asked for only where it shows more than the view (`adds_detail`), also where a
-    caller forces the second stage. Else the first answer stands, marked `Fallback.NO_DETAIL`; a
-    picture that the view shows whole is not even searched.
+    The engine requests a region only if it shows more than the view (`adds_detail`), even if the
+    caller forces the second stage. Otherwise the first answer is returned with
+    `Fallback.NO_DETAIL`. If no region could show more, none is searched.
 
-    Where the first tokens decide (`Aggregate.FIRST_K` or `FIRST`), a first answer stops as soon
-    as it is known that a second pass follows; one that the policy is content with goes on to its
-    end. If no second pass comes about, the first answer is owed whole after all: it is then
-    generated once more without stopping, at the full cost of another first pass, which is
-    accounted for in `Work`.
+    If the first tokens decide (`Aggregate.FIRST_K` or `FIRST`), the first answer stops as soon as
+    it is certain that a second pass follows; if the policy asks for none, it is generated to its
+    end. If the second pass then does not take place, the first answer is generated again, without
+    stopping. `Work` includes this additional first pass.
 
     Attributes:
         backend: the model.
         policy: when to ask for a region.
         ratios: window sizes of the region search, in units of the encoder's input side.
         placement: how the box is placed on the map.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer, in tokens.
         local_view: largest useful size of a region's picture, in px; None for the encoder's
             input.
         provisional: generate every first answer to its end, for callers who show it while the
-            second one is in the making.
+            second pass runs.
     """
 
     backend: Backend
@@ -207,14 +204,14 @@ class Engine:
 
     @property
     def target(self) -> Size:
-        """Size to which a region is reduced before it is sent, in px."""
+        """Size to which the edge reduces a region before it sends it, in px."""
         return self.local_view or self.backend.info.view
 
     def check_options(self, eta: float | None) -> None:
-        """Refuse what this engine cannot honour, before anything is computed.
+        """Refuse a threshold that this engine cannot apply, before anything is computed.
 
         Raises:
-            ConfigError: a threshold for a policy that has none, or out of its metric's range.
+            ConfigError: the policy has no threshold, or `eta` is out of its metric's range.
         """
         if eta is not None:
             self._with_threshold(eta)
@@ -231,39 +228,31 @@ class Engine:
         self,
         view: View,
         source: Size | Sequence[Size],
-        question: str,
+        request: GenerationRequest,
         fetch_region: FetchRegion,
         *,
-        history: History = (),
-        places: Places = (),
         stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
         retransmit: Retransmit = Retransmit.AUTO,
         eta: float | None = None,
-        max_new_tokens: int | None = None,
         tokens: bool = False,
         on_text: TextSink | None = None,
         key: str = "",
     ) -> Outcome:
-        """Answer a question, looking closer if the policy is not content.
+        """Answer a question; request a region if the policy asks for one.
 
         Args:
             view: the global view, held by the backend.
-            source: size of the upright original, in px; of each, if the view is of several.
-            question: the user's text.
-            history: what was asked and answered before.
-            places: where the view's pictures stand in the texts; without any, before all of them.
-            stop: texts that end an answer where they come up.
-            sampling: how tokens are chosen. Unless a seed is given, one is drawn, so that an
-                answer that is made again is the same again.
-            fetch_region: called at most once, when unsure and a region adds detail. When it raises
-                for a need that is `cut`, the model works on this question once more.
-            retransmit: leave it to the policy, force or forbid the second stage.
-            eta: threshold for this question.
-            max_new_tokens: at most the engine's own limit.
-            tokens: say what the answer is made of.
-            on_text: receives the texts as they grow.
-            key: names the question for a random policy, so that its choices can be repeated.
+            source: size of the upright original, in px; one size for each picture of the view.
+            request: its `max_new_tokens` is cut to the engine's own limit. For sampling without a
+                seed, a seed is drawn here, so that a repeated first pass gives the same answer.
+            stop: texts that end an answer where they appear.
+            fetch_region: called at most once, if a region is needed and adds detail. If it raises
+                for a need that is `cut`, the model generates the first answer again.
+            retransmit: let the policy decide, or force or forbid the second stage.
+            eta: threshold for this question; None for the policy's own.
+            tokens: whether to report the tokens of the answer.
+            on_text: receives the text of each pass as it grows.
+            key: identifies the question for a random policy, so that its choice can be repeated.
 
         Raises:
             QuestionError: the model cannot take this question.
@@ -271,46 +260,44 @@ class Engine:
         """
         self.check_options(eta)
         backend, info = self.backend, self.backend.info
-        limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         work = Work()
         begin = time.perf_counter()
         policy = self.policy if eta is None else self._with_threshold(eta)
-        if sampling.temperature and sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens, places)
-        more_to_see = self._more_to_see(source)
-        may_stop = more_to_see and not self.provisional
-        early = _stop_rule(policy, retransmit, key) if may_stop else None
-        first = await self._first(view, given, work, early, on_text)
-        decision = _decide(policy, first.steps, first.ended, retransmit, key)
+        limit = self._limit(request)
+        request = request.with_limit(limit)
+        if request.sampling.temperature and request.sampling.seed is None:
+            sampling = replace(request.sampling, seed=secrets.randbits(63))
+            request = replace(request, sampling=sampling)
+        can_add_detail = self._can_add_detail(source)
+        may_stop = can_add_detail and not self.provisional
+        early = early_stop_rule(policy, retransmit, key) if may_stop else None
+        first = EnginePass(Stage.FIRST, stop, tokens, on_text)
+        await self._first(first, view, request, work, early)
+        decision = decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
             return _ended(first, first.text, decision, None, Fallback.NONE, work)
-        if not more_to_see:
+        if not can_add_detail:
             work.first_s = time.perf_counter() - begin
             return _ended(first, first.text, decision, None, Fallback.NO_DETAIL, work)
         cut = early is not None and first.finish is Finish.LENGTH and len(first.steps) < limit
         first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
         fallback = Fallback.NONE
-        second: _Pass | None = None
+        second: EnginePass | None = None
         try:
-            need = await self._look(view, source, first, first_text, cut, decision, work)
+            need = await self._find_region(view, source, first, first_text, cut, decision, work)
             work.first_s, begin = time.perf_counter() - begin, time.perf_counter()
             if need is None:
                 raise RegionUnavailableError(Fallback.NO_DETAIL)
             region = await fetch_region(need)
             work.region_s, begin = time.perf_counter() - begin, time.perf_counter()
-            second = _Pass(Stage.SECOND, given, on_text)
+            second = EnginePass(Stage.SECOND, stop, tokens, on_text)
             second.result = await backend.second_pass(
                 view,
                 region,
-                question,
-                max_new_tokens=limit,
-                history=history,
-                places=places,
+                request,
                 picture=need.picture,
-                sampling=sampling,
                 stop=second.stop_rule(None),
                 on_text=second.sink,
             )
@@ -319,14 +306,16 @@ class Engine:
             fallback = unavailable.fallback
         except ImageError:
             fallback = Fallback.BAD_REGION
-        # Whatever a model runtime raises here (a device out of memory, say), the first answer
-        # is at hand and is what the user is owed. The trace goes to the log.
+        # Whatever the model runtime raises here (a device out of memory, for example), the user
+        # still gets the first answer. The trace goes to the log.
         except Exception:
             log.exception("the second stage failed; the first answer is returned")
             fallback = Fallback.SERVER_FAILED
         if second is None or second.result is None:
-            if cut and (whole := await self._complete(view, given, work)) is not None:
-                first, first_text = whole, whole.text
+            if cut:
+                complete = EnginePass(Stage.FIRST, stop, tokens, None)
+                if await self._complete(complete, view, request, work):
+                    first, first_text = complete, complete.text
             return _ended(first, first_text, decision, need, fallback, work)
         work.add_generation(info, second.generation)
         work.second_s = time.perf_counter() - begin
@@ -347,34 +336,26 @@ class Engine:
 
     async def chat(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        history: History = (),
         stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
-        max_new_tokens: int | None = None,
         tokens: bool = False,
         on_text: TextSink | None = None,
     ) -> Outcome:
-        """Answer a question about no picture; arguments and errors as `answer`."""
-        limit = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+        """Answer a question without pictures; arguments and errors as in `answer`."""
         work, begin = Work(), time.perf_counter()
-        given = _Given(question, limit, history, sampling, tuple(stop), tokens)
-        one = _Pass(Stage.FIRST, given, on_text)
+        one = EnginePass(Stage.FIRST, stop, tokens, on_text)
         one.result = await self.backend.text_pass(
-            question,
-            max_new_tokens=limit,
-            history=history,
-            sampling=sampling,
+            request.with_limit(self._limit(request)),
             stop=one.stop_rule(None),
             on_text=one.sink,
         )
         work.add_generation(self.backend.info, one.generation)
         work.first_s = time.perf_counter() - begin
-        decision = self.policy.decide(one.steps, ended=one.ended, key=question)
+        decision = self.policy.decide(one.steps, ended=one.ended, key=request.question)
         return _ended(one, one.text, decision._replace(retransmit=False), None, Fallback.NONE, work)
 
-    def _more_to_see(self, source: Size | Sequence[Size]) -> bool:
+    def _can_add_detail(self, source: Size | Sequence[Size]) -> bool:
         """Whether a region of one of the pictures can show more than its view."""
         info = self.backend.info
         sizes = [source] if isinstance(source, Size) else source
@@ -383,56 +364,55 @@ class Engine:
             for size in sizes
         )
 
+    def _limit(self, request: GenerationRequest) -> int:
+        """Return the longest answer to a request, in tokens."""
+        return min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+
     async def _first(
         self,
+        one: EnginePass,
         view: View,
-        given: _Given,
+        request: GenerationRequest,
         work: Work,
         early: StopRule | None,
-        on_text: TextSink | None,
-    ) -> _Pass:
-        one = _Pass(Stage.FIRST, given, on_text)
+    ) -> None:
+        """Run a first pass and account for it."""
         one.result = await self.backend.first_pass(
-            view,
-            given.question,
-            max_new_tokens=given.limit,
-            history=given.history,
-            places=given.places,
-            sampling=given.sampling,
-            stop=one.stop_rule(early),
-            on_text=one.sink,
+            view, request, stop=one.stop_rule(early), on_text=one.sink
         )
         work.add_generation(self.backend.info, one.generation)
-        return one
 
-    async def _complete(self, view: View, given: _Given, work: Work) -> _Pass | None:
-        """A first answer that was cut, generated again to its end; None if the model fails."""
+    async def _complete(
+        self, one: EnginePass, view: View, request: GenerationRequest, work: Work
+    ) -> bool:
+        """Generate again, to its end, a first answer that was cut; False if the model fails."""
         begin = time.perf_counter()
         try:
-            return await self._first(view, given, work, None, None)
-        # As in the second stage: what there is of the answer, marked, is better than nothing.
+            await self._first(one, view, request, work, None)
+            return True
+        # As in the second stage: the cut answer, marked as cut, is better than none.
         except Exception:
             log.exception("the first answer could not be completed")
-            return None
+            return False
         finally:
             work.first_s += time.perf_counter() - begin
 
-    async def _look(
+    async def _find_region(
         self,
         view: View,
         source: Size | Sequence[Size],
-        first: _Pass,
+        first: EnginePass,
         first_text: str,
         cut: bool,
         decision: Decision,
         work: Work,
     ) -> RegionNeed | None:
-        """Relative attention and region search (Eq. 10, 11, 22).
+        """Compute the relative attention and search the region (Song and Kim, Eq. 10, 11, 22).
 
         Of several pictures, the one with the largest relative attention is searched.
 
         Returns:
-            None if the region found there would show no more than the view.
+            None if the region would show no more than the view.
         """
         info = self.backend.info
         relative = await self.backend.relative_attention(view, first.generation)
@@ -441,8 +421,8 @@ class Engine:
         picture = int(np.argmax([one.max() for one in relative.maps]))
         size = source if isinstance(source, Size) else source[picture]
         frame = frame_of(size, info.fit, info.view)
-        found = relative.maps[picture]
-        token_box = place_region(found, frame, info.base_px, self.ratios, self.placement)
+        attention = relative.maps[picture]
+        token_box = place_region(attention, frame, info.base_px, self.ratios, self.placement)
         box = token_box_to_source(token_box, info.grid, frame, size)
         if not adds_detail(box, self.target, frame, info.view):
             return None
@@ -452,101 +432,13 @@ class Engine:
             first=first_text,
             cut=cut,
             uncertainty=decision.value,
-            map=found,
+            map=attention,
             picture=picture,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What both passes of a question are given."""
-
-    question: str
-    limit: int
-    history: History
-    sampling: Sampling
-    stops: tuple[str, ...]
-    tokens: bool
-    places: Places = ()
-
-
-class _Pass:
-    """One pass: listens to its text, ends it at a stop text, and says what it is made of."""
-
-    def __init__(self, stage: Stage, given: _Given, on_text: TextSink | None) -> None:
-        self.result: Generation | None = None
-        self._stage, self._given, self._on_text = stage, given, on_text
-        self._stops = given.stops
-        self._texts: list[str] = []
-        self._stopped = False
-
-    @property
-    def sink(self) -> Callable[[str], None] | None:
-        """Hears the text; None if nobody needs it, which spares the spelling of every token."""
-        needed = self._on_text is not None or self._given.stops or self._given.tokens
-        return self._hear if needed else None
-
-    def _hear(self, text: str) -> None:
-        for stop in self._stops:
-            before, found, _ = text.partition(stop)
-            if found:
-                text, self._stopped = before.rstrip(), True
-        self._texts.append(text)
-        if self._on_text is not None:
-            self._on_text(self._stage, text)
-
-    def stop_rule(self, other: StopRule | None) -> StopRule | None:
-        """Stops at a stop text, or when another rule does. Backends tell the text first."""
-        if not self._stops:
-            return other
-        return lambda steps, ended: self._stopped or (other is not None and other(steps, ended))
-
-    @property
-    def generation(self) -> Generation:
-        """What the backend returned."""
-        assert self.result is not None, "the pass is not over"
-        return self.result
-
-    @property
-    def text(self) -> str:
-        """The answer, up to a stop text."""
-        return self._texts[-1] if self._stopped else self.generation.text
-
-    @property
-    def steps(self) -> tuple[TokenStatistics, ...]:
-        """Statistics of its tokens."""
-        return self.generation.steps
-
-    @property
-    def ended(self) -> bool:
-        """Whether its last token is the end of the sequence."""
-        return self.generation.ended
-
-    @property
-    def finish(self) -> Finish:
-        """Why it ends."""
-        if self._stopped:
-            return Finish.STOP
-        return Finish.END if self.ended else Finish.LENGTH
-
-    def tokens(self) -> tuple[Token, ...]:
-        """The tokens that its text is made of, if that was asked for.
-
-        A later token can change how the last characters are spelled, so what a token adds is
-        measured by how much of the final text stands after it.
-        """
-        if not self._given.tokens:
-            return ()
-        whole, place, tokens = self.text, 0, []
-        for text, bits in zip(self._texts, self.generation.surprisals, strict=True):
-            after = max(place, common_prefix(text, whole))
-            tokens.append(Token(whole[place:after], micro(bits)))
-            place = after
-        return tuple(tokens)
-
-
 def _ended(
-    first: _Pass,
+    first: EnginePass,
     text: str,
     decision: Decision,
     need: RegionNeed | None,
@@ -566,32 +458,3 @@ def _ended(
         finish=first.finish,
         tokens=first.tokens(),
     )
-
-
-def _decide(
-    policy: Policy,
-    steps: Sequence[TokenStatistics],
-    ended: bool,
-    retransmit: Retransmit,
-    key: str,
-) -> Decision:
-    decision = policy.decide(steps, ended=ended, key=key)
-    if retransmit is Retransmit.AUTO:
-        return decision
-    return decision._replace(retransmit=retransmit is Retransmit.ALWAYS)
-
-
-def _stop_rule(policy: Policy, retransmit: Retransmit, key: str) -> StopRule | None:
-    """Stops a first answer once it is known that a second pass follows; None if that is never
-    known before its end.
-
-    What `decide` says of the tokens that are enough is what it says of the whole answer.
-    """
-    if policy.tokens_needed is None or retransmit is Retransmit.NEVER:
-        return None
-
-    def stop(steps: Sequence[TokenStatistics], ended: bool) -> bool:
-        enough = policy.ready_after(steps)
-        return enough and _decide(policy, steps, ended, retransmit, key).retransmit
-
-    return stop

@@ -1,1 +1,1 @@
-"""What is known of models without loading them: presets and calibration files."""
+"""Settings of models, readable without loading a model: presets and calibration files."""

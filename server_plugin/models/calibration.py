@@ -1,4 +1,4 @@
-"""What `vlm-collab calibrate` found out, as `vlm-collab serve --calibration FILE` reads it."""
+"""Calibration files, from `vlm-collab calibrate` for `vlm-collab serve --calibration`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vlm_collab.method.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, Th
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of a model that were chosen on data, and where they come from.
+    """Settings of a model that were chosen on data, and how they were chosen.
 
     Attributes:
-        format: of this file.
-        model: as the run calls it: hub name, or a folder's last part.
-        metric, aggregate, k, eta: the retransmission policy, as in a preset. Without `eta` the file
-            says nothing of the policy.
-        layer: decoder layer whose attention is read; None for what the preset says.
-        expected: what this gives on the data that it was chosen on.
-        made: how it was chosen, and on what; its `note` says what to be careful of.
+        format: version of the file format.
+        model: the model's name in the run: hub name, or a folder's last part.
+        metric, aggregate, k, eta: the retransmission policy, as in a preset. Without `eta`, the
+            file does not set the policy.
+        layer: decoder layer whose attention is read; None for the preset's layer.
+        expected: results with these settings on the data that they were chosen on.
+        made: method and data of the choice; its `note` holds caveats.
     """
 
     format: Literal[1]
@@ -39,7 +39,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ThresholdPolicy(self.metric, self.aggregate, self.eta, self.k)
 
     def overrides(self) -> dict[str, Any]:
-        """As arguments of `open_model`."""
+        """Return the settings as arguments of `open_model`."""
         made: dict[str, Any] = {"layer": self.layer}
         if self.eta is not None:
             made |= {
@@ -51,10 +51,10 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return {name: value for name, value in made.items() if value is not None}
 
     def require_model(self, name: str) -> None:
-        """Refuse another model than the one that was calibrated: its uncertainty is another.
+        """Check that a model is the calibrated one; uncertainties of different models differ.
 
         Raises:
-            ConfigError: it is.
+            ConfigError: it is another model.
         """
         if Path(name).name != Path(self.model).name:
             raise ConfigError(f"the calibration is for {self.model}, not for {name}")
@@ -64,7 +64,7 @@ def load_calibration(path: Path) -> Calibration:
     """Read a file that `vlm-collab calibrate` wrote.
 
     Raises:
-        ConfigError: it is missing, no YAML, or no calibration; one line.
+        ConfigError: the file is missing, no YAML, or no calibration; one line.
     """
     import yaml
 

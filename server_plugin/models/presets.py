@@ -1,8 +1,11 @@
-"""Model presets: what the two-stage protocol must know of a model family, from YAML.
+"""Model presets: settings of a model family for two-stage inference, from YAML files.
 
-A preset is one file in `configs/models/`. It is decoded strictly: an unknown key, a wrong type or
-a value out of range is refused with one line that names the file and the key. This module needs
+A preset is one file in `configs/models/`. Decoding is strict: an unknown key, a wrong type or a
+value out of range is refused with one line that names the file and the key. This module needs
 neither torch nor transformers.
+
+Equations and sections: Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from vlm_collab.method.policy import DEFAULT_FIRST_TOKENS, Aggregate, Metric, Th
 from vlm_collab.method.roi import DEFAULT_RATIOS, Placement
 
 IMAGE_SLOT = "<image>"
-"""Where a template takes the visual tokens, whatever the model's own image token is called."""
+"""Position of the visual tokens in a template, whatever the model's own image token."""
 
 QUESTION_SLOT = "{question}"
 ANSWER_SLOT = "{answer}"
 
 GENERIC_INSTRUCTION = "Write a general description of the image."
-"""The s' of Eq. 22 of 003_92b41fe49395ce1a.txt."""
+"""The instruction s' in Song and Kim, Eq. 22."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -35,41 +38,41 @@ Ratio = Annotated[float, msgspec.Meta(gt=0.0, le=100.0)]
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one model family is used by the two-stage protocol. Immutable; checked when decoded.
+    """Settings of one model family. Immutable; checked when decoded.
 
     Attributes:
         family: name of the adapter (`server_plugin.backends.transformers.adapters`).
-        models: hub names or folder names that this preset is for, as globs.
+        models: globs of the hub names or folder names that this preset is for.
         family_default: whether it also serves checkpoints of its family that no preset names.
         fit: how a source picture is brought to the encoder's input: `stretch`, `pad`, or `crop`,
-            which hides what lies outside the middle from both passes.
-        view_px: side of the global view, in px, for models that take any; None: the only side
-            that the model has, or the family's default.
+            which hides everything outside the middle square from both passes.
+        view_px: side of the global view, in px, for models with a free choice; None: the model's
+            only side, or the family's default.
         layer: decoder layer, from 0, whose attention gives the relative map.
         qformer_layer: cross-attention layer of the Q-Former, counted from 0 among those layers,
-            that leads from query tokens to patches; only looked at in families that have one.
+            whose attention leads from query tokens to patches; used only in families with a
+            Q-Former.
         ratios: window sides of the region search over the base side, in the order tried.
         base_px: base side of the region search in px; None: the encoder's input side.
-        placement: how the box is placed: the search of 003, or the centroid around the peak.
+        placement: how the box is placed: `sliding`, the search of Song and Kim, or `centroid`.
         prompts: templates by name, each with one `<image>` before one `{question}`. With two
-            pictures, `<image>` stands for both, global view first (Eq. 12 of
-            003_92b41fe49395ce1a.txt).
-        turns: for templates that take conversations, by the template's name, what stands behind
-            it for each further turn: one `{answer}`, to the question before, then one
-            `{question}`.
+            pictures, `<image>` stands for both, global view first (Eq. 12).
+        turns: by a template's name, the template of each further turn of a conversation: one
+            `{answer}` to the question before, then one `{question}`. Templates without an entry
+            take single questions only.
         prompt: name of the template in use.
-        instructed: names of the templates that say by themselves how to answer. Benchmarks then put
-            no words of their own behind the question, which would say it twice.
-        generic_instruction: what stands in place of the question for the generic attention.
+        instructed: names of the templates that say how to answer. Benchmarks then add no such
+            instruction of their own after the question.
+        generic_instruction: replaces the question to compute the generic attention.
         metric: uncertainty metric of the retransmission policy (Eq. 14-16).
         aggregate: how token statistics become one number: all tokens, the first `k`, the first.
-        eta: threshold on it, in bits (a probability difference for `margin`).
-        k: tokens that `first_k` looks at.
+        eta: threshold on the uncertainty, in bits (a probability difference for `margin`).
+        k: number of tokens for `first_k`.
         include_end: whether the end-of-sequence token counts as a generated token.
-        max_new_tokens: longest answer.
-        local_view_px: side of the local view asked for, in px; None: the encoder's input side.
-        codec: image codec asked of the edge.
-        quality: its quality, 1 to 100.
+        max_new_tokens: longest answer, in tokens.
+        local_view_px: side of the requested local view, in px; None: the encoder's input side.
+        codec: image codec requested of the edge.
+        quality: the codec's quality, 1 to 100.
         epsilon: added to the denominator of Eq. 22.
     """
 
@@ -105,8 +108,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError(
                     f"prompt {name!r} needs {IMAGE_SLOT} and {QUESTION_SLOT} once each"
                 )
-            # The views' visual tokens are computed once and shared by every question on them,
-            # so nothing that depends on the question may stand before them.
+            # Visual tokens of a view are computed once and shared by all questions about it, so
+            # no text that depends on the question may stand before them.
             if template.index(IMAGE_SLOT) > template.index(QUESTION_SLOT):
                 raise ValueError(f"prompt {name!r} needs {IMAGE_SLOT} before {QUESTION_SLOT}")
         for name, turn in self.turns.items():
@@ -118,7 +121,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if name not in self.prompts:
                 known = ", ".join(sorted(self.prompts))
                 raise ValueError(f"no prompt is named {name!r} (there are: {known})")
-        self.policy()  # refuses a threshold that the metric cannot reach
+        self.policy()  # raises if the metric cannot reach the threshold
 
     @property
     def template(self) -> str:
@@ -127,25 +130,25 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def turn(self) -> str | None:
-        """What the template in use has for further turns, if it takes any."""
+        """The template of further turns; None if `template` takes single questions only."""
         return self.turns.get(self.prompt)
 
     def policy(self) -> ThresholdPolicy:
-        """The retransmission policy of this preset (section V-A of 003_92b41fe49395ce1a.txt)."""
+        """The retransmission policy of this preset (Song and Kim, section V-A)."""
         return ThresholdPolicy(
             self.metric, self.aggregate, self.eta, k=self.k, include_end=self.include_end
         )
 
     @property
     def says_how_to_answer(self) -> bool:
-        """Whether the template in use does so by itself; see `instructed`."""
+        """Whether the template in use says how to answer; see `instructed`."""
         return self.prompt in self.instructed
 
     @property
     def warning(self) -> str | None:
-        """What whoever starts the model should know of this preset, in a line; None if nothing."""
-        told = self.fit.warning
-        return told and f"{told}; --fit stretch and --fit pad show all of it"
+        """One line for the person who starts the model; None if there is nothing to warn of."""
+        warning = self.fit.warning
+        return warning and f"{warning}; --fit stretch and --fit pad show all of it"
 
     def names(self, model: str) -> bool:
         """Whether one of the globs matches a hub name, or the last part of a path."""
@@ -156,10 +159,10 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
     def with_overrides(self, **overrides: object) -> Preset:
-        """A copy with some fields replaced; None means "as the preset says".
+        """Return a copy with some fields replaced; None keeps a field.
 
         Raises:
-            ConfigError: an unknown field, or a value that the field does not take.
+            ConfigError: a field is unknown, or does not take the value.
         """
         fields: dict[str, Any] = msgspec.to_builtins(self)
         fields.update({name: value for name, value in overrides.items() if value is not None})
@@ -170,7 +173,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def config_folder() -> Path:
-    """The folder `configs/`: inside the installed package, or in the root of a checkout."""
+    """Return the folder `configs/`: in the installed package, or in the root of a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -180,10 +183,10 @@ def load_preset(path: Path) -> Preset:
     """Read one preset file.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or breaks the schema; one line that names
+        ConfigError: the file is missing, no YAML, or does not fit the schema; one line that names
             the file and the key.
     """
-    # PyYAML belongs to the `server` extra, and this module is also read by tools without it.
+    # PyYAML is in the `server` extra, and this module is also imported without that extra.
     import yaml
 
     try:
@@ -202,7 +205,7 @@ def load_presets(folder: Path | None = None) -> dict[str, Preset]:
     """Read every preset, by file name without its ending, in alphabetical order.
 
     Raises:
-        ConfigError: there is no preset at all, or one of them is wrong.
+        ConfigError: there is no preset, or one of them is invalid.
     """
     folder = folder or config_folder() / "models"
     presets = {path.stem: load_preset(path) for path in sorted(folder.glob("*.yaml"))}
@@ -212,7 +215,7 @@ def load_presets(folder: Path | None = None) -> dict[str, Preset]:
 
 
 def preset_named(name: str) -> Preset:
-    """One preset by its file name without ending.
+    """Return a preset by its file name without ending.
 
     Raises:
         ConfigError: no preset has that name.
@@ -224,12 +227,12 @@ def preset_named(name: str) -> Preset:
 
 
 def preset_for_model(model: str) -> Preset | None:
-    """The preset whose globs match a hub name or folder, or None."""
+    """Return the preset whose globs match a hub name or folder, or None."""
     return next((preset for preset in load_presets().values() if preset.names(model)), None)
 
 
 def preset_for_family(family: str) -> Preset:
-    """The preset for checkpoints of a family that no preset names.
+    """Return the preset for checkpoints of a family that no preset names.
 
     Raises:
         ConfigError: the family has an adapter but no preset.
@@ -244,7 +247,7 @@ def preset_for_family(family: str) -> Preset:
 
 
 def _one_line(error: Exception) -> str:
-    """What is wrong, and which values there are where a field takes a few only."""
+    """Return an error as one line, with the known values if the field takes only a few."""
     line = " ".join(str(error).split())
     field = line.rpartition("$.")[2].rstrip("`")
     known = _CHOICES.get(field)

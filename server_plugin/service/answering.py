@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History, Sampling
+from server_plugin.backends.base import GenerationRequest, History, Sampling
 from server_plugin.engines.two_stage import (
     FetchRegion,
     Outcome,
@@ -102,7 +102,8 @@ class QuestionAnswerer:
         engine = self._state.engine
         try:
             engine.check_options(options.eta)
-            engine.backend.check_question(question, images, history=history, places=places)
+            request = GenerationRequest(question, history=history, places=places)
+            engine.backend.check_question(request, images)
         except ConfigError as error:
             raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
         except QuestionError as error:
@@ -185,15 +186,17 @@ class QuestionAnswerer:
             return await self._state.engine.answer(
                 view,
                 sources,
-                question,
+                GenerationRequest(
+                    question,
+                    history=history,
+                    places=places,
+                    max_new_tokens=options.max_new_tokens,
+                    sampling=sampling_of(options),
+                ),
                 fetch,
-                history=history,
-                places=places,
                 retransmit=options.retransmit,
                 eta=options.eta,
-                max_new_tokens=options.max_new_tokens,
                 stop=options.stop,
-                sampling=sampling_of(options),
                 tokens=options.tokens,
                 on_text=on_text,
                 key=f"{lease.name}:{question}",
@@ -216,11 +219,13 @@ class QuestionAnswerer:
             await turn.take()
             on_start()
             return await self._state.engine.chat(
-                question,
-                history=history,
+                GenerationRequest(
+                    question,
+                    history=history,
+                    max_new_tokens=options.max_new_tokens,
+                    sampling=sampling_of(options),
+                ),
                 stop=options.stop,
-                sampling=sampling_of(options),
-                max_new_tokens=options.max_new_tokens,
                 tokens=options.tokens,
                 on_text=on_text,
             )

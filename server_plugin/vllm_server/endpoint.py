@@ -1,16 +1,16 @@
-"""Two-stage inference inside `vllm serve`: our routes beside vLLM's own.
+"""Two-stage inference inside `vllm serve`: this package's routes beside vLLM's own.
 
 Registered as a `vllm.endpoint_plugins` entry point, which vLLM loads only if `VLLM_PLUGINS` names
-it. The service is the same as that of `vlm-collab serve`, over `VllmBackend`. Its routes are there
-twice: below `/v1`, where `--api-key` guards them, the WebSocket included; and below `/collab`,
-where the service itself asks for the key, so that the page can be had without one and ask with it.
+it. The service is that of `vlm-collab serve`, over `VllmBackend`. Its routes exist twice: below
+`/v1`, where vLLM's `--api-key` guards them, the WebSocket included; and below `/collab`, where the
+service itself checks the key, so that a browser can load the page without a key and then send it.
 
-Its options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`;
-`vlm-collab serve --backend vllm` makes that of its own.
+Options come from vLLM's `--additional-config '{"vlm_collab": {"preset": "llava", …}}'`;
+`vlm-collab serve --backend vllm` sets it.
 
-What is touched of vLLM's server, beside the engine (`server_plugin.backends.vllm.backend`): the
+Parts of vLLM's server that are used, besides the engine (`server_plugin.backends.vllm.backend`):
 settings and connections of the uvicorn server in `app.state.server`, and `shutdown` of the engine
-client, which the server calls in a thread when it is told to stop, before it closes any connection.
+client, which the server calls in a thread when it has to stop, before it closes any connection.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from vlm_collab.web.server import limit_connections
 log = logging.getLogger(__name__)
 
 _QUIET = LogThrottle(frozenset({REFUSED}), as_extra=False)
-"""For loggers and not for handlers, which are vLLM's own."""
+"""Added to loggers, not to handlers, which belong to vLLM."""
 
 PAGE = "/collab"
-"""Where the page lies and the service asks for the key itself: a browser cannot send it as vLLM
-wants it, neither for a page nor with a WebSocket."""
+"""Path of the page. Here the service checks the key itself: a browser cannot send it as vLLM
+expects, neither to load a page nor with a WebSocket."""
 
 
 _HEALTH = ("/health", "/metrics", *(root + path for root in (ENDPOINT, PAGE) for path in HEALTH))
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Those of `service_limits` that can be set here; None leaves a default."""
+    """Limits of `service_limits` that can be set here; None keeps the default."""
 
     max_connections: int | None = None
     max_per_address: int | None = None
@@ -67,18 +67,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     region_deadline_s: float | None = None
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `--additional-config` may hold under `vlm_collab`.
+class EndpointOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options under `vlm_collab` in `--additional-config`.
 
     Attributes:
-        preset: name or YAML file of a preset; by default the one of the model's name or family.
+        preset: name or YAML file of a preset; default: by the model's name or family.
         overrides: fields of the preset by name, such as `eta` or `layer`.
         policy: threshold, always, never or random.
         policy_options: `rate` and `seed`, for the random policy.
         origins: origins of browser pages that may connect.
-        host_names: names by which clients may call the server without a key.
+        host_names: host names by which clients may call the server without a key.
         provisional: see `Engine`.
-        quality: asked of the edge for regions, 1 to 100; by default the preset's.
+        quality: image quality of regions, 1 to 100; default: the preset's.
         limits: see `Limits`.
     """
 
@@ -94,7 +94,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class CollabEndpoint:
-    """What vLLM calls an endpoint plugin: one is made for each application."""
+    """Endpoint plugin of vLLM: one instance for each application."""
 
     name = "vlm_collab"
     required_tasks = ("generate",)
@@ -104,7 +104,7 @@ class CollabEndpoint:
         self._limits = ServiceLimits()
 
     def attach_router(self, app: Any) -> None:
-        """Remember the application; its routes come with the service, in `init_state`."""
+        """Keep the application; `init_state` adds the routes when there is a service."""
         self._app = app
         for name in (*LIBRARIES, "server_plugin.service.asgi"):
             logging.getLogger(name).addFilter(_QUIET)
@@ -112,10 +112,10 @@ class CollabEndpoint:
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[Any]:
-            # By now vLLM has made its server, which does not listen yet. Its WebSockets would
-            # buffer frames of 16 MiB before we see that they are too large, and compress pictures,
-            # which do not shrink; and it waits for ever for clients that do not read. How many
-            # connect is left to vLLM, whose own endpoints many use at once.
+            # vLLM has made its server by now; it does not listen yet. By default it would buffer
+            # WebSocket frames of 16 MiB before their size is checked, compress pictures without
+            # gain, and wait for ever for clients that do not read. The number of connections is
+            # left to vLLM, because its own endpoints share them.
             limits = self._limits
             limit_connections(
                 app.state.server.config,
@@ -132,8 +132,8 @@ class CollabEndpoint:
         """Open the service on the running engine. Called before the server listens.
 
         Raises:
-            SystemExit: rows cannot be read in this engine, an option is wrong, or the model is of
-                a family that is not served here. One line on stderr says which, and vLLM ends.
+            SystemExit: rows cannot be captured in this engine, an option is invalid, or the model's
+                family is not supported. One line on stderr says which, and vLLM ends.
         """
         try:
             service = await _opened(engine_client, args)
@@ -146,8 +146,7 @@ class CollabEndpoint:
         self._app.router.routes.extend(routes_of(service))
 
     def drop(self, websocket: WebSocket) -> None:
-        """Drop a client that does not read, from vLLM's server, which is made after `init_state`;
-        ASGI itself has no way to."""
+        """Abort the connection of a client that does not read; ASGI has no way to do this."""
         if websocket.client is None:
             return
         for protocol in list(self._app.state.server.server_state.connections):
@@ -156,15 +155,14 @@ class CollabEndpoint:
 
 
 async def _opened(engine_client: Any, args: Any) -> Service:
-    """The service on an engine.
+    """Open the service on an engine.
 
     Raises:
         ConfigError, ModelError: see `CollabEndpoint.init_state`.
     """
     options = options_of(engine_client.vllm_config.additional_config)
     source = engine_client.vllm_config.model_config.model
-    # vLLM's configuration has a revision in any case; only its arguments tell whether one was
-    # asked for.
+    # vLLM's configuration always has a revision; only its arguments tell whether the user set one.
     check_revision(source, args.revision)
     preset = with_options(preset_of(source, options.preset), options.overrides)
     keys = _keys(args)
@@ -172,7 +170,7 @@ async def _opened(engine_client: Any, args: Any) -> Service:
         token=keys[0] if keys else None,
         more_tokens=tuple(keys[1:]),
         host=args.host or "0.0.0.0",
-        allow_anonymous=True,  # vLLM listens where it was told to
+        allow_anonymous=True,  # access is vLLM's decision
         origins=frozenset(options.origins),
         host_names=frozenset(options.host_names),
         region_codec=Codec[preset.codec.upper()],
@@ -196,23 +194,23 @@ async def _opened(engine_client: Any, args: Any) -> Service:
 
 
 def _keys(args: Any) -> list[str]:
-    """vLLM's API keys, as its own middleware has them."""
+    """Return vLLM's API keys, from the same sources as its middleware."""
     return [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
 
 
 def finish_before_shutdown(engine_client: Any, service: Service) -> None:
-    """Have questions in flight end before their engine does, when the server is told to stop.
+    """Make vLLM's shutdown wait until running questions have ended.
 
-    vLLM lets requests end that its engine has (`--shutdown-timeout`), but takes no new ones
-    meanwhile, and a question is several. So its shutdown of the engine waits for ours, within the
-    same time; of that, clients have the last seconds to read what they are told.
+    vLLM lets running requests end (`--shutdown-timeout`), but accepts no new ones meanwhile, and a
+    question takes several requests. So the engine's shutdown waits for the service to drain, within
+    the same time limit; clients have its last seconds to read their messages.
     """
     shutdown, loop = engine_client.shutdown, asyncio.get_running_loop()
 
     def shut_down(timeout: float | None = None) -> None:
         if service.state.draining or not loop.is_running() or _runs_here(loop):
-            # Questions have ended, or nobody could wait for them: vLLM cleans up at its end, or
-            # after its engine's.
+            # Questions have ended, or waiting is impossible: vLLM cleans up at its end, or after
+            # its engine has died.
             shutdown(timeout=timeout)
             return
         began_s = time.monotonic()
@@ -220,7 +218,7 @@ def finish_before_shutdown(engine_client: Any, service: Service) -> None:
         draining = asyncio.run_coroutine_threadsafe(service.drain(grace_s), loop)
         try:
             draining.result(grace_s + 3 * FAREWELL_S)
-        except Exception:  # whatever it is, the engine has to go
+        except Exception:  # after any error, the engine still has to shut down
             log.exception("questions in flight were left")
         if timeout is not None:
             timeout = max(timeout - (time.monotonic() - began_s), 0.0)
@@ -230,7 +228,7 @@ def finish_before_shutdown(engine_client: Any, service: Service) -> None:
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether this thread is the event loop's."""
+    """Whether this thread runs the event loop."""
     try:
         return asyncio.get_running_loop() is loop
     except RuntimeError:
@@ -238,8 +236,11 @@ def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
 
 
 def routes_of(service: Service) -> list[BaseRoute]:
-    """The service's routes: below its WebSocket's path, for vLLM has a `/metrics` of its own, and
-    as they are below `PAGE`. Our gate stands before them, and before nothing of vLLM's."""
+    """Return the service's routes, below its WebSocket's path and again below `PAGE`.
+
+    Not at the root, because vLLM has a `/metrics` of its own. The service's gate guards only these
+    routes, not vLLM's.
+    """
     gate = [service.gate()]
     websocket, *others = service.routes()
     return [
@@ -249,20 +250,21 @@ def routes_of(service: Service) -> list[BaseRoute]:
     ]
 
 
-def options_of(additional_config: Any) -> Options:
-    """Options out of vLLM's `--additional-config`.
+def options_of(additional_config: Any) -> EndpointOptions:
+    """Read the options from vLLM's `--additional-config`.
 
     Raises:
-        ConfigError: an unknown option, or a value of the wrong type.
+        ConfigError: an option is unknown, or a value has the wrong type.
     """
     given = additional_config.get("vlm_collab", {}) if isinstance(additional_config, dict) else {}
     try:
-        return msgspec.convert(given, Options)
+        return msgspec.convert(given, EndpointOptions)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
 
 
 def _given(limits: Limits) -> dict[str, Any]:
+    """Return the limits that are set."""
     return {
         name: value for name, value in msgspec.structs.asdict(limits).items() if value is not None
     }

@@ -1,7 +1,7 @@
-"""`vlm-collab serve --backend vllm`: vLLM's own server, started with this package's plugin in it.
+"""`vlm-collab serve --backend vllm`: start vLLM's own server with this package's plugin.
 
-What the command's options say is checked here and handed on as vLLM's options; every other option
-is vLLM's. What can be refused without vLLM is refused before it is looked for.
+The command's options are checked here and translated to vLLM's; all other options are passed on to
+vLLM. Checks that need no vLLM come first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,15 +22,15 @@ from server_plugin.backends.open import (
     preset_of,
     with_options,
 )
-from server_plugin.backends.vllm.setup import check_arguments
+from server_plugin.backends.vllm.setup import check_arguments, require_vllm
 from server_plugin.engines.assembly import policy_of
 from server_plugin.service.config import ServiceConfig
 from vlm_collab.errors import ConfigError
 
 PLUGIN = "vlm_collab"
-"""What both entry points are called, and our options in vLLM's `--additional-config`."""
+"""Name of both entry points, and of this package's options in vLLM's `--additional-config`."""
 
-# Loaded by default, but not once VLLM_PLUGINS names any plugin.
+# vLLM loads these groups by default, but not if VLLM_PLUGINS names any plugin.
 _DEFAULT_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -42,28 +41,15 @@ _DEFAULT_GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """How vLLM's server is started.
+    """Arguments and environment of vLLM's server.
 
     Attributes:
-        arguments: of `vllm serve`.
-        environment: variables to set, besides those that there are.
+        arguments: arguments of `vllm serve`.
+        environment: additional environment variables.
     """
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
-
-
-def require_vllm() -> None:
-    """Refuse to go on without vLLM.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    spec = find_spec("vllm")
-    if spec is None or spec.origin is None:  # a folder of that name is no package
-        raise ConfigError(
-            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
-        )
 
 
 def invocation(
@@ -82,25 +68,25 @@ def invocation(
 
     Args:
         model: hub name, local folder, or "demo".
-        config: where to listen, and whom to let in; checked when it was made.
+        config: addresses and access; already checked.
         preset: name or file of another preset than the model's own.
         overrides: fields of the preset by name; None leaves a field.
-        options: what else `server_plugin.vllm_server.endpoint.Options` takes.
+        options: further fields of `server_plugin.vllm_server.endpoint.EndpointOptions`.
         dtype, batch: see `server_plugin.backends.vllm.model.engine_options`.
-        log_level: of vLLM's processes; None: vLLM's own choice.
-        further: options of vLLM; they win over those made here, which of
-            `--compilation-config` are single keys.
+        log_level: log level of vLLM's processes; None: vLLM's default.
+        further: options of vLLM. They override those made here; for `--compilation-config`, key by
+            key.
 
     Raises:
         ModelError: the checkpoint is missing, or of a family without an adapter.
-        ConfigError: vLLM is not installed, an option has an impossible value, or the model is
-            none that vLLM serves.
+        ConfigError: vLLM is not installed, an option has an invalid value, or vLLM does not serve
+            the model.
     """
     if model == FAKE_MODEL:
         raise ConfigError("the fake model runs without vLLM; leave out --backend vllm")
     if config.port == 0:
         raise ConfigError("vLLM takes no port 0; name a free one with --port")
-    _refuse_what_would_hide_ours(further)
+    _refuse_conflicting_options(further)
     from server_plugin.backends.transformers.adapters.checkpoint import local_or_hub
     from server_plugin.backends.vllm.model import check, engine_options
 
@@ -118,7 +104,7 @@ def invocation(
     elif model == DEMO_MODEL:
         ours["preset"] = DEMO_MODEL
     arguments = ["serve", source, "--host", config.host, "--port", str(config.port)]
-    # vLLM's own default ends what is in flight at once; a question once accepted is answered.
+    # By default vLLM ends running requests at once; an accepted question has to be answered.
     arguments += ["--shutdown-timeout", f"{config.limits.shutdown_grace_s:.0f}"]
     defaults = engine_options(chosen, dtype, batch)
     for name, value in defaults.items():
@@ -133,7 +119,7 @@ def invocation(
     arguments += [f"--additional-config.{PLUGIN}", json.dumps(ours)]
     environment = {"VLLM_PLUGINS": ",".join(sorted(_plugins()))}
     if config.token is not None:
-        # Not on the command line, which every user of the machine can read.
+        # Not on the command line, which all users of the machine can read.
         environment["VLLM_API_KEY"] = config.token
     if log_level is not None:
         environment["VLLM_LOGGING_LEVEL"] = log_level.upper()
@@ -141,7 +127,7 @@ def invocation(
 
 
 def become(invocation: Invocation) -> NoReturn:
-    """Turn this process into vLLM's server: signals and exit code are its own from here on."""
+    """Replace this process by vLLM's server, which then gets signals and sets the exit code."""
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *invocation.arguments]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -153,18 +139,18 @@ _COMPILATION_CONFIG = ("--compilation-config", "-cc")
 
 
 def _named(argument: str) -> tuple[str, str, str | None]:
-    """An argument's option in vLLM's spelling, the key behind its dot, and what it is set to."""
+    """Split an argument: option in vLLM's spelling, key after a dot, and value."""
     name, equals, value = argument.partition("=")
     option, _, key = name.partition(".")
     return option.replace("_", "-"), key, value if equals else None
 
 
 def _means(option: str, names: Sequence[str]) -> bool:
-    """Whether vLLM's parser may take it for one of these; it also takes their first letters."""
+    """Whether vLLM's parser may read `option` as one of these; it accepts prefixes."""
     return len(option.lstrip("-")) > 0 and any(name.startswith(option) for name in names)
 
 
-def _refuse_what_would_hide_ours(further: Sequence[str]) -> None:
+def _refuse_conflicting_options(further: Sequence[str]) -> None:
     for option, key, _ in map(_named, further):
         if _means(option, _ADDITIONAL_CONFIG) and not (key and option in _ADDITIONAL_CONFIG):
             raise ConfigError(
@@ -172,7 +158,7 @@ def _refuse_what_would_hide_ours(further: Sequence[str]) -> None:
                 "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
             )
         if option == "--config":
-            # vLLM lets the command line win over the file, and with it whatever is set here.
+            # In vLLM the command line overrides the file, and so do the options set here.
             raise ConfigError(
                 "--config: this command's own options would win over the file's; give those of "
                 "the file on the command line, or start `vllm serve` yourself (docs/vllm.md)"
@@ -182,21 +168,21 @@ def _refuse_what_would_hide_ours(further: Sequence[str]) -> None:
 def _with_defaults(
     further: Sequence[str], names: Sequence[str], defaults: Mapping[str, str]
 ) -> list[str]:
-    """Arguments in which each value of a dictionary's option has these keys too.
+    """Add default keys to each value of a dictionary option.
 
-    vLLM merges no dictionaries: it takes the last JSON that is given, or, if there are any, the
-    dotted keys below the spelling that came last. So each of these gets what it does not have.
+    vLLM does not merge dictionaries: it takes the last JSON value, or, if there are dotted keys,
+    those under the spelling that came last. So each value gets the keys that it lacks.
     """
     result, dotted = list(further), dict[str, set[str]]()
-    for place, (option, key, value) in enumerate(map(_named, further)):
+    for index, (option, key, value) in enumerate(map(_named, further)):
         if not _means(option, names):
             continue
         if key:
             dotted.setdefault(option, set()).add(key.partition(".")[0])
         elif value is not None:
-            result[place] = f"{further[place].partition('=')[0]}={_filled(value, defaults)}"
-        elif place + 1 < len(further):
-            result[place + 1] = _filled(further[place + 1], defaults)
+            result[index] = f"{further[index].partition('=')[0]}={_filled(value, defaults)}"
+        elif index + 1 < len(further):
+            result[index + 1] = _filled(further[index + 1], defaults)
     for option, keys in dotted.items():
         for key in defaults.keys() - keys:
             result += [f"{option}.{key}", defaults[key]]
@@ -207,14 +193,14 @@ def _filled(text: str, defaults: Mapping[str, str]) -> str:
     try:
         given = json.loads(text)
     except ValueError:
-        return text  # vLLM says what is wrong with it
+        return text  # vLLM reports the error
     if not isinstance(given, dict) or defaults.keys() <= given.keys():
         return text
     return json.dumps({**defaults, **given})
 
 
 def _plugins() -> set[str]:
-    """Plugins that vLLM shall load: those that it would anyway, and this one."""
+    """Return the plugins that vLLM has to load: its own selection and this one."""
     named = os.environ.get("VLLM_PLUGINS")
     if named is not None:
         return {*filter(None, named.split(",")), PLUGIN}

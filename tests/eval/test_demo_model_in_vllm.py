@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from eval.signs.scenes import crop, generate_scene, questions, render
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 
@@ -34,8 +35,12 @@ def test_vllm_gives_the_same_answers_as_the_transformers_backend(tmp_path):
             view.save(files[0])
             local.save(files[1])
             held = await backend.open_view(view)
-            first = await backend.first_pass(held, question.text, max_new_tokens=8)
-            second = await backend.second_pass(held, local, question.text, max_new_tokens=8)
+            first = await backend.first_pass(
+                held, GenerationRequest(question.text, max_new_tokens=8)
+            )
+            second = await backend.second_pass(
+                held, local, GenerationRequest(question.text, max_new_tokens=8)
+            )
             for count, answer in ((1, first), (2, second)):
                 prompt = f"USER: {'<image>' * count}\n{question.text} ASSISTANT:"
                 asked.append({"prompt": prompt, "pictures": [str(f) for f in files[:count]]})

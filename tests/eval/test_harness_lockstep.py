@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from eval.runs.lockstep import Gathers, Lockstep, Member
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.passes import Passes
@@ -26,9 +27,9 @@ async def ask(member: Member, question: str, delays: int) -> Any:
     view = await member.open_view(GREY)
     for _ in range(delays):
         await asyncio.sleep(0)
-    first = await member.first_pass(view, question, max_new_tokens=4)
+    first = await member.first_pass(view, GenerationRequest(question, max_new_tokens=4))
     await member.relative_attention(view, first)
-    second = await member.second_pass(view, GREY, question, max_new_tokens=4)
+    second = await member.second_pass(view, GREY, GenerationRequest(question, max_new_tokens=4))
     member.leave()
     await member.release(view)
     return first, second

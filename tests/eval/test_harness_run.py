@@ -33,6 +33,7 @@ from eval.runs.loading import ModelOptions
 from eval.runs.loop import RunCounts, Share, StoppedError, run
 from eval.runs.methods.two_stage import TwoStage
 from eval.tasks import Sample, Task, open_task
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import RegionNeed
@@ -116,7 +117,7 @@ async def asked_alone(sample: Sample) -> dict[str, Any]:
     data = picture.view(info.view, info.fit, Codec.JPEG, preset.quality)
     view = await backend.open_view(decode(data, max_pixels=10**6))
     outcome = await engine.answer(
-        view, picture.size, sample.question, fetch, retransmit=Retransmit.ALWAYS
+        view, picture.size, GenerationRequest(sample.question), fetch, retransmit=Retransmit.ALWAYS
     )
     await backend.close()
     assert outcome.second is not None

@@ -21,7 +21,7 @@ HEADS, QUERIES, CONTEXT, WIDTH = 6, 5, 40, 16
 
 
 class Layer(torch.nn.Module):
-    """What an attention function sees of an attention layer."""
+    """The parts of an attention layer that an attention function uses."""
 
     def __init__(self, layer_idx: int, groups: int = 1) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_row_of_half_precision_is_computed_in_single_precision() -> None:
 
 @pytest.mark.parametrize("key_heads", [1, 2, 3, 6])
 def test_rows_of_a_padded_batch_equal_those_of_each_sequence_alone(key_heads: int) -> None:
-    """Padding between a prefix of 7 positions and the rest, none of it seen."""
+    """Padding between a prefix of 7 positions and the rest gets no attention."""
     pads = (0, 3, 11)
     query, keys = torch.empty(3, HEADS, 1, WIDTH), torch.empty(3, key_heads, CONTEXT, WIDTH)
     visible = torch.ones(3, CONTEXT, dtype=torch.bool)
@@ -134,7 +134,7 @@ def test_stop_ends_the_forward_at_its_layer() -> None:
 
 
 def test_the_full_matrix_is_never_computed() -> None:
-    # 2 FLOPs a product: one query per head against every key, however many queries there are.
+    # 2 FLOPs per product: one query per head times every key, however many queries there are.
     query, key, value = random_tensors(3)
     capture = RowCapture(layer=0, keys=[slice(0, CONTEXT)])
     counts = []

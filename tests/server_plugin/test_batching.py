@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backends.base import Generation
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.backends.transformers.batch import Batch
@@ -62,14 +62,13 @@ def assert_same(got: Generation, alone: Generation) -> None:
 
 async def test_first_passes_together_equal_those_alone(backend: TransformersBackend) -> None:
     views = [await backend.open_view(picture(seed, backend.info.view)) for seed in range(12)]
-    asked = [(view, QUESTIONS[i % len(QUESTIONS)]) for i, view in enumerate(views)]
-    alone = [await backend.first_pass(*pair, max_new_tokens=NEW_TOKENS) for pair in asked]
+    requests = [GenerationRequest(text, max_new_tokens=NEW_TOKENS) for text in QUESTIONS]
+    asked = [(view, requests[i % len(requests)]) for i, view in enumerate(views)]
+    alone = [await backend.first_pass(*pair) for pair in asked]
     assert len({len(answer.token_ids) for answer in alone}) > 2
     assert len({answer.token_ids for answer in alone}) > 6
     with together(backend) as sizes:
-        tasks = await queued(
-            *(backend.first_pass(*pair, max_new_tokens=NEW_TOKENS) for pair in asked)
-        )
+        tasks = await queued(*(backend.first_pass(*pair) for pair in asked))
     for got, expected in zip(await asyncio.gather(*tasks), alone, strict=True):
         assert_same(got, expected)
     assert max(sizes) == 4
@@ -82,15 +81,15 @@ async def test_views_maps_and_second_passes_together_equal_those_alone(
     pictures = [picture(seed, backend.info.view) for seed in range(5)]
     regions = [picture(20 + seed, Size(40 + 30 * seed, 90)) for seed in range(5)]
     questions = QUESTIONS[:5]
+    requests = [GenerationRequest(text, max_new_tokens=NEW_TOKENS) for text in questions]
     views = [await backend.open_view(image) for image in pictures]
     firsts = [
-        await backend.first_pass(view, question, max_new_tokens=2)
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=2))
         for view, question in zip(views, questions, strict=True)
     ]
     maps = [await backend.relative_attention(*pair) for pair in zip(views, firsts, strict=True)]
     alone = [
-        await backend.second_pass(*case, max_new_tokens=NEW_TOKENS)
-        for case in zip(views, regions, questions, strict=True)
+        await backend.second_pass(*case) for case in zip(views, regions, requests, strict=True)
     ]
     with together(backend) as sizes:
         tasks = await queued(*(backend.open_view(image) for image in pictures))
@@ -108,10 +107,7 @@ async def test_views_maps_and_second_passes_together_equal_those_alone(
     assert sizes == [4, 1]
     with together(backend) as sizes:
         tasks = await queued(
-            *(
-                backend.second_pass(*case, max_new_tokens=NEW_TOKENS)
-                for case in zip(others, regions, questions, strict=True)
-            )
+            *(backend.second_pass(*case) for case in zip(others, regions, requests, strict=True))
         )
     for got, expected in zip(await asyncio.gather(*tasks), alone, strict=True):
         assert_same(got, expected)
@@ -122,7 +118,7 @@ async def test_maps_of_one_view_asked_for_together_are_computed_once(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(1, backend.info.view))
-    first = await backend.first_pass(view, "what?", max_new_tokens=1)
+    first = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
     with together(backend) as sizes:
         tasks = await queued(*(backend.relative_attention(view, first) for _ in range(3)))
     maps = await asyncio.gather(*tasks)
@@ -134,13 +130,15 @@ async def test_maps_of_one_view_asked_for_together_are_computed_once(
 async def test_passes_of_both_kinds_do_not_mix(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(2, backend.info.view))
     region = picture(3, Size(30, 30))
-    first = await backend.first_pass(view, QUESTIONS[1], max_new_tokens=3)
-    second = await backend.second_pass(view, region, QUESTIONS[1], max_new_tokens=3)
+    first = await backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=3))
+    second = await backend.second_pass(
+        view, region, GenerationRequest(QUESTIONS[1], max_new_tokens=3)
+    )
     with together(backend):
         tasks = await queued(
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=3),
-            backend.second_pass(view, region, QUESTIONS[1], max_new_tokens=3),
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=3),
+            backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=3)),
+            backend.second_pass(view, region, GenerationRequest(QUESTIONS[1], max_new_tokens=3)),
+            backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=3)),
         )
     answers = await asyncio.gather(*tasks)
     for got, expected in zip(answers, (first, second, first), strict=True):
@@ -148,10 +146,13 @@ async def test_passes_of_both_kinds_do_not_mix(backend: TransformersBackend) -> 
 
 
 async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBackend) -> None:
-    """The others go on, and the one that left costs them no more tokens."""
+    """The others continue, and the cancelled one costs no more tokens."""
     views = [await backend.open_view(picture(seed, backend.info.view)) for seed in range(3)]
     question = QUESTIONS[2]
-    alone = [await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS) for view in views]
+    alone = [
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
+        for view in views
+    ]
     started, gate = threading.Event(), threading.Event()
 
     def on_text(_: str) -> None:
@@ -160,9 +161,11 @@ async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBacken
 
     with together(backend) as sizes:
         kept, gone, last = await queued(
-            backend.first_pass(views[0], question, max_new_tokens=NEW_TOKENS),
-            backend.first_pass(views[1], question, max_new_tokens=400, on_text=on_text),
-            backend.first_pass(views[2], question, max_new_tokens=NEW_TOKENS),
+            backend.first_pass(views[0], GenerationRequest(question, max_new_tokens=NEW_TOKENS)),
+            backend.first_pass(
+                views[1], GenerationRequest(question, max_new_tokens=400), on_text=on_text
+            ),
+            backend.first_pass(views[2], GenerationRequest(question, max_new_tokens=NEW_TOKENS)),
         )
     assert await asyncio.to_thread(started.wait, 30)
     gone.cancel()
@@ -177,7 +180,7 @@ async def test_a_cancelled_question_leaves_its_batch(backend: TransformersBacken
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Only what nobody refers to is freed; rings of references stay."""
+    """Only objects without references are freed; reference cycles stay."""
     gc.collect()
     gc.disable()
     try:
@@ -191,8 +194,8 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Cancelled, or failed by the caller's function or by the runtime: the caches go at once."""
-    # The records that pytest keeps hold traces, and with them the frames.
+    """Operations that are cancelled or fail free their caches at once."""
+    # Log records that pytest keeps would hold tracebacks, and with them the frames.
     caplog.set_level(logging.CRITICAL, "server_plugin.backends.transformers.worker")
     caches: list[weakref.ref[Any]] = []
     prefill = Batch.prefill
@@ -212,7 +215,9 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
             gate.wait(PATIENCE_S)
 
         task = asyncio.create_task(
-            backend.first_pass(view, QUESTIONS[2], max_new_tokens=400, on_text=hold)
+            backend.first_pass(
+                view, GenerationRequest(QUESTIONS[2], max_new_tokens=400), on_text=hold
+            )
         )
         assert await asyncio.to_thread(started.wait, 30)
         task.cancel()
@@ -225,13 +230,15 @@ async def test_answers_that_end_badly_leave_no_memory_behind(
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            await backend.first_pass(view, "what?", max_new_tokens=3, stop=broken)
+            await backend.first_pass(
+                view, GenerationRequest("what?", max_new_tokens=3), stop=broken
+            )
         head = type(backend._adapter).output_head
         monkeypatch.setattr(type(backend._adapter), "output_head", broken)
         with pytest.raises(ZeroDivisionError):
-            await backend.first_pass(view, "what?", max_new_tokens=3)
+            await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=3))
         monkeypatch.setattr(type(backend._adapter), "output_head", head)
-        await backend.first_pass(view, "what?", max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
         await asyncio.wrap_future(backend._worker.call(lambda: None))
         await asyncio.sleep(0.01)
         assert len(caches) == first + 4
@@ -247,8 +254,11 @@ async def test_tokens_of_a_prefix_are_reported_by_the_first_answer_that_ends(
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await backend.first_pass(view, "what?", max_new_tokens=3, stop=broken)
-    answers = [await backend.first_pass(view, "what?", max_new_tokens=1) for _ in range(2)]
+        await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=3), stop=broken)
+    answers = [
+        await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
+        for _ in range(2)
+    ]
     assert answers[0].prefilled_tokens == answers[0].context_tokens
     prefix = view.prefixes[""].length
     assert answers[1].prefilled_tokens == answers[1].context_tokens - prefix
@@ -258,7 +268,7 @@ async def test_tokens_of_a_prefix_are_reported_by_the_first_answer_that_ends(
 async def test_batches_form_behind_the_services_queue(
     batch: int, backend: TransformersBackend
 ) -> None:
-    """Many clients, each with one question after the other, taking turns as in the service."""
+    """Run many clients, each with one question after the other, in turns as in the service."""
     other = TransformersBackend(backend._adapter, "again", batch)
     queue = ModelQueue(other.info.concurrency, 100)
     view = await other.open_view(picture(0, other.info.view))
@@ -272,7 +282,7 @@ async def test_batches_form_behind_the_services_queue(
             turn = queue.turn(number)
             await turn.take()
             try:
-                await other.first_pass(view, QUESTIONS[1], max_new_tokens=1)
+                await other.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=1))
             finally:
                 turn.give_back()
 
@@ -287,16 +297,22 @@ async def test_a_question_whose_own_function_fails_fails_alone(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
-    alone = await backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS)
+    alone = await backend.first_pass(
+        view, GenerationRequest(QUESTIONS[1], max_new_tokens=NEW_TOKENS)
+    )
 
     def broken(*_: Any) -> bool:
         raise ZeroDivisionError
 
     with together(backend):
         good, bad, worse = await queued(
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS),
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS, stop=broken),
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS, on_text=broken),
+            backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=NEW_TOKENS)),
+            backend.first_pass(
+                view, GenerationRequest(QUESTIONS[1], max_new_tokens=NEW_TOKENS), stop=broken
+            ),
+            backend.first_pass(
+                view, GenerationRequest(QUESTIONS[1], max_new_tokens=NEW_TOKENS), on_text=broken
+            ),
         )
     assert_same(await good, alone)
     for task in (bad, worse):
@@ -309,7 +325,7 @@ async def test_a_picture_that_breaks_the_encoder_fails_alone(
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
     good, bad = picture(1, Size(50, 50)), picture(2, Size(51, 50))
-    alone = await backend.second_pass(view, good, "what?", max_new_tokens=3)
+    alone = await backend.second_pass(view, good, GenerationRequest("what?", max_new_tokens=3))
     see = backend._adapter.see
 
     def picky(pictures: list[Image.Image]) -> Any:
@@ -320,7 +336,10 @@ async def test_a_picture_that_breaks_the_encoder_fails_alone(
     monkeypatch.setattr(backend._adapter, "see", picky)
     with together(backend):
         tasks = await queued(
-            *(backend.second_pass(view, one, "what?", max_new_tokens=3) for one in (good, bad))
+            *(
+                backend.second_pass(view, one, GenerationRequest("what?", max_new_tokens=3))
+                for one in (good, bad)
+            )
         )
     assert_same(await tasks[0], alone)
     with pytest.raises(MemoryError):
@@ -334,7 +353,7 @@ async def test_a_long_answer_does_not_keep_a_short_one_of_its_batch(
     order: list[str] = []
 
     async def ask(name: str, limit: int) -> None:
-        await backend.first_pass(view, QUESTIONS[3], max_new_tokens=limit)
+        await backend.first_pass(view, GenerationRequest(QUESTIONS[3], max_new_tokens=limit))
         order.append(name)
 
     with together(backend):
@@ -345,7 +364,7 @@ async def test_a_long_answer_does_not_keep_a_short_one_of_its_batch(
 
 def test_the_batch_is_what_the_service_is_told(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "tiny")
-    # Twice the batch: one gathers while another runs.
+    # Twice the batch size: one batch forms while another runs.
     for batch, expected in ((3, 6), (None, 8)):
         backend, _ = open_model(str(folder), preset="demo", device="cpu", batch=batch)
         assert backend.info.concurrency == expected

@@ -1,4 +1,4 @@
-"""Opening models by name, and every way in which a checkpoint can be wrong."""
+"""Opening models by name, and errors for missing and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import server_plugin.backends.open
 from edge_client import EdgeClient, Picture
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.adapters import checkpoint as checkpoint_module
@@ -132,7 +133,7 @@ def test_missing_folders_are_refused(name: str) -> None:
 
 
 def without_network(tmp_path: Path, cache: Path | None = None) -> dict[str, str]:
-    """The environment of a process that reaches no hub and finds nothing in its cache."""
+    """Environment variables of a process without access to the hub and with an empty cache."""
     return os.environ | {
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": str(tmp_path),
@@ -148,7 +149,7 @@ def serve(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("log_level", ["warning", "info"])
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, log_level: str) -> None:
-    """Counted in attempts and not in seconds: each one but the first would be logged."""
+    """Counts attempts, not seconds: every attempt but the first would be logged."""
     done = serve("nosuchmodel/x", "--log-level", log_level, env=without_network(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
@@ -304,13 +305,13 @@ async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) ->
     info = backend.info
     assert (info.name, info.fit, info.layer, info.base_px) == ("tiny", Fit.STRETCH, 2, 56)
     view = await backend.open_view(picture(0, info.view))
-    answer = await backend.first_pass(view, "what?", max_new_tokens=2)
+    answer = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=2))
     assert len(answer.token_ids) == 2
     await backend.close()
 
 
 async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoint: Path) -> None:
-    """Files on the hub have a level `vision_model.` that newer transformers leave out."""
+    """Files on the hub have a level `vision_model.` that newer transformers omit."""
     weights = load_file(copy / "model.safetensors")
     renamed = {
         name.replace("vision_tower.", "vision_tower.vision_model."): weight
@@ -322,14 +323,16 @@ async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoi
     for folder in (checkpoint, copy):
         backend = TransformersBackend.load(str(folder), DEMO, device="cpu")
         view = await backend.open_view(picture(0, backend.info.view))
-        rows.append((await backend.first_pass(view, "what?", max_new_tokens=1)).row)
+        rows.append(
+            (await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))).row
+        )
         await backend.close()
     np.testing.assert_array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("fit", Fit)
 async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_path: Path) -> None:
-    """A red border on a wide region: seen by the encoder unless the preset says `crop`."""
+    """The encoder sees a red border on a wide region unless the preset's fit is `crop`."""
     shape = TinyLlava(stretch=False)
     backend = TransformersBackend.load(
         str(save_tiny_llava(tmp_path, shape)), DEMO.with_overrides(fit=fit), device="cpu"
@@ -344,7 +347,7 @@ async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_
 
 
 async def test_by_default_the_borders_of_a_wide_picture_are_seen(tmp_path: Path) -> None:
-    """A red bar at the left of 1600 x 900 px, with an image processor that crops the centre."""
+    """A red bar at the left of a 1600 x 900 px picture; the image processor crops the centre."""
     folder = save_tiny_llava(tmp_path / "tiny", TinyLlava(stretch=False))
     rows = {}
     for fit in (None, "stretch", "pad", "crop"):
@@ -400,7 +403,7 @@ def test_a_context_without_room_for_two_pictures_is_refused(context: int, tmp_pa
 
 
 async def test_a_hair_of_a_region_is_not_blown_up(checkpoint: Path) -> None:
-    """Under `crop` the processor scales the short side up first, and the long side with it."""
+    """With `crop`, the processor first scales the short side up, and the long side with it."""
     folder = Path(save_tiny_llava(checkpoint.parent / "crop", TinyLlava(stretch=False)))
     backend, _ = open_model(str(folder), preset=DEMO.with_overrides(fit="crop"))
     assert isinstance(backend, TransformersBackend)

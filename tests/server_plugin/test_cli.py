@@ -1,4 +1,4 @@
-"""`vlm-collab serve` as a process: it says where it is, stops well, and refuses in one line."""
+"""`vlm-collab serve` as a process: ready line, clean stop, one-line errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VLLM = ("demo", "--backend", "vllm")
 
 
 def refused(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and the one line that a wrong command gets."""
+    """Return exit code and the error line of a wrong command."""
     done = subprocess.run(
         [*SERVE, *arguments],
         capture_output=True,
@@ -101,7 +101,7 @@ def test_a_fit_that_cuts_something_off_is_told_at_both_ends(capsys):
 
 
 def main_of_ask(url, capsys, *, as_json=True):
-    """What `vlm-collab ask` prints of an 800 x 600 px photo."""
+    """Return the output of `vlm-collab ask` about an 800 x 600 px photo."""
     with NamedTemporaryFile(suffix=".jpg") as file:
         file.write(encode(Image.effect_noise((800, 600), 50).convert("RGB"), Codec.JPEG, 90))
         file.flush()
@@ -143,7 +143,7 @@ def test_a_refused_client_is_one_line_in_the_log():
 
 
 def test_strangers_do_not_fill_the_log():
-    """Sockets that are refused, texts that are none, and what is no HTTP: a line of each kind."""
+    """Refused sockets, invalid texts and bytes that are no HTTP: one log line of each kind."""
     with serving("fake") as (process, ready):
         place = urlsplit(str(ready["url"]))
         for _ in range(5):
@@ -182,7 +182,7 @@ def test_silent_clients_keep_nobody_out_where_a_process_may_open_few_files():
         for _ in range(400):
             silent = socket.create_connection((address.hostname, address.port), timeout=10)
             opened.enter_context(silent)
-        # In less than the 20 s after which silent connections are closed in any case.
+        # Within less than the 20 s after which silent connections are closed anyway.
         with urlopen(f"http://{address.netloc}/healthz", timeout=12) as answer:
             assert answer.status == 200
 
@@ -195,7 +195,7 @@ def test_settings_of_the_policy_reach_the_model():
 
 
 def test_an_early_decision_is_an_option_of_the_policy_and_can_be_shown_whole():
-    """What the server says while the second answer is in the making."""
+    """The server's messages while the second pass runs."""
     early = ("fake", "--policy", "always", "--aggregate", "first_k", "--k", "2")
     for options, cut in (early, True), ((*early, "--provisional"), False):
         with serving(*options) as (_, ready), Client(str(ready["url"])) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from server_plugin.backends.base import Sampling
+from server_plugin.backends.base import GenerationRequest, Sampling
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.backends.transformers.sampling import Chooser, surprisal
@@ -79,10 +80,10 @@ def shown(backend: TransformersBackend, count: int, seed: int = 0) -> list[Image
 async def test_conversations_about_pictures_equal_plain_transformers(count, turns, llava):
     backend, oracle = llava
     oracle.history = SAID[:turns]
-    given: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "history": SAID[:turns]}
+    request = GenerationRequest(ASKED, history=SAID[:turns], max_new_tokens=NEW_TOKENS)
     images = shown(backend, count, seed=10 * turns)
     view = await backend.open_view(*images)
-    first = await backend.first_pass(view, ASKED, **given)
+    first = await backend.first_pass(view, request)
     compare_answer(first, oracle.answer(ASKED, *images, max_new_tokens=NEW_TOKENS))
     expected = oracle.rows(ASKED, backend.info.layer, *images)
     assert first.row is not None
@@ -97,7 +98,7 @@ async def test_conversations_about_pictures_equal_plain_transformers(count, turn
 
     oracle.history = SAID[:turns]
     region = picture(99, Size(200, 100))
-    second = await backend.second_pass(view, region, ASKED, **given)
+    second = await backend.second_pass(view, region, request)
     compare_answer(second, oracle.answer(ASKED, *images, region, max_new_tokens=NEW_TOKENS))
     await backend.release(view)
 
@@ -105,8 +106,8 @@ async def test_conversations_about_pictures_equal_plain_transformers(count, turn
 async def test_a_later_turn_computes_only_text(llava):
     backend, _ = llava
     view = await backend.open_view(*shown(backend, 2))
-    first = await backend.first_pass(view, SAID[0][0], max_new_tokens=1)
-    later = await backend.first_pass(view, ASKED, max_new_tokens=1, history=SAID)
+    first = await backend.first_pass(view, GenerationRequest(SAID[0][0], max_new_tokens=1))
+    later = await backend.first_pass(view, GenerationRequest(ASKED, max_new_tokens=1, history=SAID))
     visual = 2 * backend.info.visual_tokens
     assert first.prefilled_tokens > visual
     assert later.prefilled_tokens == later.context_tokens - visual - 4 < visual // 2
@@ -116,7 +117,9 @@ async def test_a_later_turn_computes_only_text(llava):
 async def test_questions_about_no_picture_equal_plain_transformers(turns, llava):
     backend, oracle = llava
     oracle.history = SAID[:turns]
-    answer = await backend.text_pass(ASKED, max_new_tokens=NEW_TOKENS, history=SAID[:turns])
+    answer = await backend.text_pass(
+        GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS, history=SAID[:turns])
+    )
     ids, text, logits = oracle.answer(ASKED, max_new_tokens=NEW_TOKENS)
     compare_answer(answer, (ids, text, logits))
     assert answer.row is None
@@ -128,14 +131,15 @@ async def test_different_questions_run_together(llava):
     two = await backend.open_view(*shown(backend, 2))
 
     async def passes() -> list[Any]:
-        given = {"max_new_tokens": NEW_TOKENS}
+        request = GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS)
+        drawn = replace(request, question="what?", sampling=Sampling(temperature=1, seed=3))
         return [
-            backend.first_pass(one, ASKED, **given),
-            backend.first_pass(two, ASKED, **given),
-            backend.first_pass(one, ASKED, history=SAID, **given),
-            backend.second_pass(one, picture(5, Size(90, 90)), ASKED, **given),
-            backend.text_pass(ASKED, **given),
-            backend.first_pass(one, "what?", sampling=Sampling(temperature=1, seed=3), **given),
+            backend.first_pass(one, request),
+            backend.first_pass(two, request),
+            backend.first_pass(one, replace(request, history=SAID)),
+            backend.second_pass(one, picture(5, Size(90, 90)), request),
+            backend.text_pass(request),
+            backend.first_pass(one, drawn),
         ]
 
     alone = [await one for one in await passes()]
@@ -154,13 +158,13 @@ async def test_different_questions_run_together(llava):
 )
 def test_what_was_said_before_is_checked_too(history, complaint, llava):
     with pytest.raises(QuestionError, match=complaint):
-        llava[0].check_question(ASKED, history=history)
+        llava[0].check_question(GenerationRequest(ASKED, history=history))
 
 
 def test_too_many_pictures_for_the_context(llava):
     most = llava[0].info.context_tokens // llava[0].info.visual_tokens
     with pytest.raises(QuestionError, match="exceed"):
-        llava[0].check_question(ASKED, most + 1)
+        llava[0].check_question(GenerationRequest(ASKED), most + 1)
 
 
 # ---- the other families -------------------------------------------------------------------------
@@ -192,8 +196,8 @@ async def test_qwen_with_several_pictures_and_turns(tmp_path):
     oracle.inputs = messages  # type: ignore[method-assign]
     images = shown(backend, 2)
     view = await backend.open_view(*images)
-    given: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "history": SAID}
-    first = await backend.first_pass(view, ASKED, **given)
+    request = GenerationRequest(ASKED, history=SAID, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, request)
     compare_answer(first, oracle.answer(ASKED, *images, max_new_tokens=NEW_TOKENS))
     inputs = messages(ASKED, *images)
     with torch.inference_mode():
@@ -202,7 +206,7 @@ async def test_qwen_with_several_pictures_and_turns(tmp_path):
     expected = weights[0, :, -1].mean(dim=0)[on_image].numpy()
     np.testing.assert_allclose(first.row, expected, rtol=1e-4, atol=0)
     region = picture(7, Size(224, 224))
-    second = await backend.second_pass(view, region, ASKED, **given)
+    second = await backend.second_pass(view, region, request)
     compare_answer(second, oracle.answer(ASKED, *images, region, max_new_tokens=NEW_TOKENS))
     await backend.close()
 
@@ -214,15 +218,19 @@ async def test_instructblip_with_several_pictures(tmp_path):
     oracle = InstructBlipOracle.of(folder)
     images = shown(backend, 2)
     view = await backend.open_view(*images)
-    first = await backend.first_pass(view, ASKED, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer_by_hand(ASKED, *images, max_new_tokens=NEW_TOKENS))
     relative = await backend.relative_attention(view, first)
     assert [one.shape for one in relative.maps] == [backend.info.grid] * 2
     region = picture(7, Size(100, 60))
-    second = await backend.second_pass(view, region, ASKED, max_new_tokens=NEW_TOKENS)
+    second = await backend.second_pass(
+        view, region, GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS)
+    )
     compare_answer(second, oracle.answer_by_hand(ASKED, *images, region, max_new_tokens=NEW_TOKENS))
     with pytest.raises(QuestionError, match="single questions only"):
-        await backend.first_pass(view, ASKED, max_new_tokens=NEW_TOKENS, history=SAID)
+        await backend.first_pass(
+            view, GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS, history=SAID)
+        )
     await backend.close()
 
 
@@ -235,7 +243,9 @@ async def test_a_seed_makes_a_drawn_answer_the_same_again(llava):
 
     async def draw(seed: int | None) -> tuple[int, ...]:
         sampling = Sampling(temperature=1.5, seed=seed)
-        answer = await backend.first_pass(view, ASKED, max_new_tokens=NEW_TOKENS, sampling=sampling)
+        answer = await backend.first_pass(
+            view, GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS, sampling=sampling)
+        )
         assert len(answer.surprisals) == len(answer.token_ids)
         return answer.token_ids
 
@@ -249,7 +259,7 @@ async def test_statistics_and_surprisals_of_drawn_tokens_are_of_the_raw_logits(l
     image = shown(backend, 1)[0]
     view = await backend.open_view(image)
     drawn = await backend.first_pass(
-        view, ASKED, max_new_tokens=4, sampling=Sampling(temperature=2.0, seed=5)
+        view, GenerationRequest(ASKED, max_new_tokens=4, sampling=Sampling(temperature=2.0, seed=5))
     )
     inputs = oracle.inputs(ASKED, image)
     length = inputs["input_ids"].shape[1]

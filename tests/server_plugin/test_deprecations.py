@@ -1,4 +1,4 @@
-"""transformers' names as they are now and as they were: nothing that is on its way out is used."""
+"""No deprecated name of transformers is used, in its old and new versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tiny_llava import save_tiny_llava
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import ModelError
 
-# Both passes and a map, as a server does before its first question; nothing is hushed.
+# Both passes and a map, as when a server warms up; no warning is suppressed.
 ANSWER = """
 import asyncio, sys
 from server_plugin.backends.open import open_model
@@ -30,7 +30,7 @@ asyncio.run(backend.warm_up())
     "save",
     [
         save_tiny_llava,
-        # These say the same while versions stay as they are; `make parity` runs them too.
+        # Their result changes only with installed versions; `make parity` runs them too.
         pytest.param(save_tiny_instructblip, marks=pytest.mark.slow),
         pytest.param(save_tiny_qwen, marks=pytest.mark.slow),
     ],
@@ -39,7 +39,7 @@ def test_no_library_warns_of_what_a_model_does(
     save: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "tiny")
-    # Deprecations are shown too, which Python hides by default. Libraries have some among them.
+    # Show deprecation warnings, which Python hides by default. Some come from between libraries.
     shown = ["-W", "always::DeprecationWarning:server_plugin", "-W", "always::FutureWarning"]
     left_out = ("TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS")
     done = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from edge_client.client import EdgeClient
-from server_plugin.backends.base import Generation
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, RegionUnavailableError
@@ -67,6 +67,7 @@ async def ask(
     *,
     provisional: bool = False,
     failing: Exception | None = None,
+    max_new_tokens: int | None = None,
     **options,
 ) -> tuple[Outcome, list[RegionNeed]]:
     needs = []
@@ -79,7 +80,13 @@ async def ask(
 
     engine = Engine(backend=backend, policy=policy, provisional=provisional)
     view = await backend.open_view(VIEW)
-    outcome = await engine.answer(view, Size(896, 896), "what?", fetch, **options)
+    outcome = await engine.answer(
+        view,
+        Size(896, 896),
+        GenerationRequest("what?", max_new_tokens=max_new_tokens),
+        fetch,
+        **options,
+    )
     await backend.release(view)
     return outcome, needs
 
@@ -270,20 +277,20 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
     for number in range(8):
         view = await backend.open_view(blocks(number, backend.info.view))
         question = f"what is number {number}?"
-        whole = await backend.first_pass(view, question, max_new_tokens=10)
+        whole = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=10))
         # Just above or just below what this answer's first tokens say.
         eta = aggregate(whole.steps, Metric.MIN_ENTROPY, how, 3) * (1.01 if number % 2 else 0.99)
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)
         early = Engine(backend=backend, policy=policy, max_new_tokens=10)
         full = replace(early, provisional=True)
-        one = await early.answer(view, Size(1200, 800), question, fetch)
-        other = await full.answer(view, Size(1200, 800), question, fetch)
+        one = await early.answer(view, Size(1200, 800), GenerationRequest(question), fetch)
+        other = await full.answer(view, Size(1200, 800), GenerationRequest(question), fetch)
         assert one.decision == other.decision
         assert (one.text, one.stage) == (other.text, other.stage)
         assert other.first.token_ids == whole.token_ids
         needed = policy.tokens_needed if one.decision.retransmit else len(whole.token_ids)
         assert one.first.token_ids == whole.token_ids[:needed]
-        owed = await early.answer(view, Size(300, 200), question, decline)
+        owed = await early.answer(view, Size(300, 200), GenerationRequest(question), decline)
         assert owed.text == whole.text
         assert one.decision.retransmit is (number % 2 == 0)
         await backend.release(view)

@@ -1,4 +1,4 @@
-"""Algorithm 1 over the scripted backend: who decides, what is computed, what is accounted."""
+"""The two-stage engine over the scripted backend: decisions, computation, accounting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server_plugin.backends.base import RelativeAttention, Sampling
+from server_plugin.backends.base import GenerationRequest, RelativeAttention, Sampling
 from server_plugin.backends.fake import DEFAULT_INFO, FakeBackend, Script, digest
 from server_plugin.engines.two_stage import Engine, RegionUnavailableError, Work
 from vlm_collab.errors import ConfigError
@@ -27,6 +27,7 @@ from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Retransmit,
 SOURCE = Size(896, 896)
 VIEW = Image.new("RGB", (112, 112), (1, 2, 3))
 REGION = Image.new("RGB", (112, 112), (4, 5, 6))
+QUESTION = GenerationRequest("what?")
 THRESHOLD = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.5)
 
 
@@ -34,8 +35,8 @@ def scripted(bits: float, **more) -> FakeBackend:
     return FakeBackend(play=lambda *_: Script("one two", "three", bits, (4, 4), **more))
 
 
-async def ask(backend, policy=THRESHOLD, **options):
-    """One question; returns the outcome and the needs that were asked for."""
+async def ask(backend, policy=THRESHOLD, request=QUESTION, **options):
+    """Ask one question; return the outcome and the requested regions."""
     needs = []
 
     async def fetch(need):
@@ -44,7 +45,7 @@ async def ask(backend, policy=THRESHOLD, **options):
 
     engine = Engine(backend=backend, policy=policy)
     view = await backend.open_view(VIEW)
-    outcome = await engine.answer(view, SOURCE, "what?", fetch, **options)
+    outcome = await engine.answer(view, SOURCE, request, fetch, **options)
     await backend.release(view)
     return outcome, needs
 
@@ -116,7 +117,7 @@ async def test_without_a_region_the_first_answer_stands():
         raise RegionUnavailableError(Fallback.DECLINED)
 
     engine = Engine(backend=backend, policy=THRESHOLD)
-    outcome = await engine.answer(view, SOURCE, "what?", fetch)
+    outcome = await engine.answer(view, SOURCE, GenerationRequest("what?"), fetch)
     assert (outcome.text, outcome.fallback) == ("one two", Fallback.DECLINED)
     assert outcome.need is not None
 
@@ -136,7 +137,7 @@ async def test_a_runtime_that_fails_after_the_first_answer_costs_only_the_second
 
 
 async def test_the_answer_is_no_longer_than_asked_or_allowed():
-    outcome, _ = await ask(scripted(0.0), max_new_tokens=1)
+    outcome, _ = await ask(scripted(0.0), request=replace(QUESTION, max_new_tokens=1))
     assert outcome.text == "one"
     assert len(outcome.first.token_ids) == 1
 
@@ -157,9 +158,9 @@ async def test_work_adds_up_what_was_really_computed():
     def cost(cached: int, added: int, layers: int = info.layers) -> int:
         return extension_flops(cached, added, info.hidden_size, layers)
 
-    # First: 16 prompt tokens on 64 visual ones, then 3 generated tokens (two words and the end),
-    # the last of which is never fed back. Generic: 12 tokens, no further than the layer that is
-    # read. Second: 16, then 2 tokens.
+    # First: 16 prompt tokens after 64 visual ones, then 3 generated tokens (two words and the end),
+    # the last of which is never fed back. Generic: 12 tokens, up to the layer that is read.
+    # Second: 16, then 2 tokens.
     first = cost(64, 16) + cost(80, 1) + cost(81, 1)
     expected = first + cost(64, 12, info.layer + 1) + cost(64, 16) + cost(80, 1)
     assert outcome.work.flops == expected
@@ -184,7 +185,9 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
 
 
 async def test_what_came_before_reaches_both_passes():
-    outcome, _ = await ask(FakeBackend(), AlwaysPolicy(), history=(("who?", "me"),))
+    outcome, _ = await ask(
+        FakeBackend(), AlwaysPolicy(), replace(QUESTION, history=(("who?", "me"),))
+    )
     assert outcome.text.endswith("who? me what?")
     assert outcome.first.text.endswith("who? me what?")
 
@@ -199,7 +202,9 @@ async def test_the_picture_with_the_largest_relative_attention_is_searched():
         return REGION
 
     sizes = [Size(112, 112), Size(500, 500), SOURCE]
-    outcome = await Engine(backend=backend, policy=THRESHOLD).answer(view, sizes, "what?", fetch)
+    outcome = await Engine(backend=backend, policy=THRESHOLD).answer(
+        view, sizes, GenerationRequest("what?"), fetch
+    )
     assert outcome.stage is Stage.SECOND
     assert [(need.picture, need.box) for need in needs] == [(2, Box(448, 448, 560, 560))]
 
@@ -227,7 +232,7 @@ async def test_stop_texts_end_an_answer_and_are_not_part_of_it(stops, text, fini
 
 
 async def test_an_answer_says_why_it_ends():
-    outcome, _ = await ask(scripted(0.0), max_new_tokens=2)
+    outcome, _ = await ask(scripted(0.0), request=replace(QUESTION, max_new_tokens=2))
     assert (outcome.text, outcome.finish) == ("one two", Finish.LENGTH)
     outcome, _ = await ask(scripted(0.0))
     assert outcome.finish is Finish.END
@@ -256,20 +261,22 @@ async def test_tokens_make_up_the_text():
 
 async def test_a_question_about_no_picture():
     engine = Engine(backend=FakeBackend(), policy=AlwaysPolicy())
-    outcome = await engine.chat("what is small?", history=(("who?", "me"),), stop=(" small",))
+    outcome = await engine.chat(
+        GenerationRequest("what is small?", history=(("who?", "me"),)), stop=(" small",)
+    )
     assert (outcome.text, outcome.finish) == ("first  who? me what is", Finish.STOP)
     assert (outcome.stage, outcome.need) == (Stage.FIRST, None)
     assert outcome.work.decoded_tokens > 0
 
 
 async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
-    """Its seed is chosen once for the question, whatever passes it takes."""
+    """The seed is drawn once per question, not once per pass."""
     seen = []
 
     class Watching(FakeBackend):
-        async def first_pass(self, *args, **options):
-            seen.append(options["sampling"])
-            return await super().first_pass(*args, **options)
+        async def first_pass(self, view, request, **options):
+            seen.append(request.sampling)
+            return await super().first_pass(view, request, **options)
 
     backend = Watching(play=lambda *_: Script("one two three four", "five", 1.0))
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
@@ -279,7 +286,10 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
         raise RegionUnavailableError(Fallback.DECLINED)
 
     outcome = await Engine(backend=backend, policy=policy).answer(
-        view, SOURCE, "what?", fetch, sampling=Sampling(temperature=0.7)
+        view,
+        SOURCE,
+        replace(QUESTION, sampling=Sampling(temperature=0.7)),
+        fetch,
     )
     assert outcome.text == "one two three four"
     assert len(seen) == 2
@@ -291,18 +301,20 @@ async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
 
 
 WIDE = replace(DEFAULT_INFO, base_px=320)
-"""Windows as the demo model's, which cover all of a picture of up to 320 px."""
+"""The demo model's window size; a window covers all of a picture of up to 320 px."""
 
 
 async def ask_about(backend, source, *, retransmit=Retransmit.ALWAYS, **settings):
-    """One question about a picture of some size; fails if a region is asked for."""
+    """Ask about a picture of a given size; fail if a region is requested."""
 
     async def fetch(need):
         raise AssertionError(f"{need.box} of {source} was asked for")
 
     view = await backend.open_view(*[VIEW] * (1 if isinstance(source, Size) else len(source)))
     engine = Engine(backend=backend, policy=settings.pop("policy", THRESHOLD), **settings)
-    return await engine.answer(view, source, "what?", fetch, retransmit=retransmit)
+    return await engine.answer(
+        view, source, GenerationRequest("what?"), fetch, retransmit=retransmit
+    )
 
 
 @pytest.mark.parametrize("retransmit", [Retransmit.AUTO, Retransmit.ALWAYS])
@@ -340,7 +352,7 @@ async def test_a_sure_answer_about_a_small_picture_is_just_sure():
 
 @pytest.mark.parametrize("source", [Size(112, 112), Size(300, 300)])
 async def test_an_answer_that_no_region_can_better_is_whole(source):
-    """An early decision may stop a first answer only where something comes in its place."""
+    """An early decision may stop a first answer only if a second pass can replace it."""
     script = Script("one two three four", "five", 1.0, (4, 4))
     backend = FakeBackend(play=lambda *_: script, info=WIDE)
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST, 0.5)
@@ -353,7 +365,7 @@ async def test_an_answer_that_no_region_can_better_is_whole(source):
 
 
 def test_what_a_view_cost_beside_a_question_is_counted_by_itself():
-    """A first question with text between its pictures uses little of what its view had cached."""
+    """A first question with text between its pictures can use little of its view's cache."""
     work = Work()
     work.add(DEFAULT_INFO, 150, 100)
     width, layers = DEFAULT_INFO.hidden_size, DEFAULT_INFO.layers

@@ -1,4 +1,7 @@
-"""Eq. 17 of 003_92b41fe49395ce1a.txt against the operations that were executed, term by term.
+"""Eq. 17 of Song and Kim against the operations that were executed, term by term.
+
+The paper: *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+2512.16349).
 
 Every term is an exact whole number, so the sums must agree to the last operation; what Eq. 17
 leaves out or counts otherwise has a name here.
@@ -19,6 +22,7 @@ import pytest
 
 from edge_client.cli.main import main
 from eval.bench.flop_count import counted
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.cli.flops import Shape, costs_of, shape_of
 from server_plugin.engines.two_stage import Engine, RegionNeed
@@ -37,10 +41,10 @@ SOURCE = Size(1200, 800)
 LAYER = 1
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
-# As Eq. 17 has it: as many key heads as heads, and feed-forward matrices that come to 16·d² a
-# token (three of 8/3·d, as in LLaVA-1.5 nearly; two of 4·d in the papers).
+# As Eq. 17 assumes: as many key heads as query heads, and feed-forward matrices of 16·d² FLOPs per
+# token (three of width 8/3·d, nearly as in LLaVA-1.5; two of 4·d in the papers).
 AS_IN_EQ_17 = TinyLlava(hidden=96, heads=4, key_value_heads=4, intermediate=256)
-# As newer decoders are: fewer key heads, another feed-forward width.
+# As in newer decoders: fewer key heads, another feed-forward width.
 OTHERWISE = TinyLlava(hidden=64, heads=4, key_value_heads=2, intermediate=224)
 
 
@@ -64,19 +68,19 @@ def backend(folder: Path) -> Iterator[TransformersBackend]:
 
 
 class Terms:
-    """What one forward of this shape executes beyond Eq. 17, by name."""
+    """Operations of one forward beyond Eq. 17, by name."""
 
     def __init__(self, shape: TinyLlava, vocabulary: int) -> None:
         self.shape, self.vocabulary = shape, vocabulary
 
     def grouped_heads(self, new: int, layers: int) -> int:
-        """Keys and values of fewer heads than Eq. 17 assumes: negative, or 0."""
+        """Difference for fewer key and value heads than Eq. 17 assumes: negative, or 0."""
         shape = self.shape
         key_width = shape.hidden * shape.key_value_heads // shape.heads
         return 4 * new * shape.hidden * (key_width - shape.hidden) * layers
 
     def feed_forward(self, new: int, layers: int) -> int:
-        """Three matrices of the decoder's own width where Eq. 17 has two of four times d."""
+        """Difference for three feed-forward matrices, where Eq. 17 has two of width 4·d."""
         shape = self.shape
         return new * (6 * shape.hidden * shape.intermediate - 16 * shape.hidden**2) * layers
 
@@ -85,17 +89,19 @@ class Terms:
         return 2 * context * self.shape.hidden
 
     def head(self) -> int:
-        """Logits, of the last position only."""
+        """Logits of the last position."""
         return 2 * self.shape.hidden * self.vocabulary
 
     def decoder(self, new: int, layers: int | None = None) -> int:
-        """All that a forward of the decoder's own has besides `extension_flops`."""
+        """Operations of a decoder forward besides `extension_flops`."""
         count = self.shape.layers if layers is None else layers
         return self.grouped_heads(new, count) + self.feed_forward(new, count)
 
     def behind_the_row(self, new: int, context: int) -> int:
-        """What the layer that is read leaves out once it has the row, as Eq. 17 counts it:
-        attention, the output projection and the feed-forward part; negative."""
+        """Operations of Eq. 17 that the layer of the row skips once it has the row; negative.
+
+        They are attention, output projection and feed-forward part.
+        """
         width = self.shape.hidden
         return -(4 * new * context * width + 2 * new * width**2 + 16 * new * width**2)
 
@@ -123,7 +129,7 @@ async def test_a_first_pass_is_eq_17_and_these_terms(
     with counted(backend) as prefix:
         view = await backend.open_view(picture(0, info.view))
     with counted(backend) as question:
-        first = await backend.first_pass(view, QUESTION, max_new_tokens=1)
+        first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=1))
     shared = view.prefixes[""].length
     text = first.context_tokens - shared
 
@@ -137,10 +143,10 @@ async def test_a_first_pass_is_eq_17_and_these_terms(
         + terms.head()
     )
 
-    # The same against Eq. 17 of the visual tokens alone.
+    # The same against Eq. 17 for the visual tokens alone.
     in_text = flops(first.context_tokens, width, layers) - flops(visual, width, layers)
-    # Computed before the question is known, the view's tokens do not attend to it. Eq. 17 counts
-    # attention from every token to every token, as if there were no causal mask.
+    # The view's tokens are computed before the question is known and do not attend to it. Eq. 17
+    # counts attention from every token to every token, as without a causal mask.
     not_attended = 4 * shared * text * width * layers
     executed = prefix.get_total_flops() + question.get_total_flops()
     assert executed - flops(visual, width, layers) == (
@@ -171,7 +177,7 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
     engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=tokens)
     with counted(backend) as executed:
         view = await backend.open_view(picture(0, info.view))
-        outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+        outcome = await engine.answer(view, SOURCE, GenerationRequest(QUESTION), fetch)
     first, second, work = outcome.first, outcome.second, outcome.work
     assert second is not None
     shared = view.prefixes[""].length
@@ -180,11 +186,11 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
     assert first.prefilled_tokens == first.context_tokens  # the prefix is counted with it
     assert steps > 0
 
-    # `Work` takes the view's prefix and the question for one prefill.
+    # `Work` counts the view's prefix and the question as one prefill.
     question = first.context_tokens - shared
     in_two_parts = -4 * shared * question * shape.hidden * shape.layers
-    # Layers behind the one that is read are left out in `Work` too. It counts that layer whole,
-    # but only what leads to the row runs: queries, keys and values.
+    # `Work` leaves out later layers too. It counts the layer of the row in full, but only queries,
+    # keys and values are computed there.
     read = LAYER + 1
     generic_terms = (
         terms.grouped_heads(generic, read)
@@ -221,7 +227,7 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Without weights, to the last operation."""
+    """The command, without weights, gives the exact number of operations."""
     folder = save(tmp_path)
     preset = preset_for_family(family).with_overrides(layer=LAYER)
     backend = TransformersBackend.load(str(folder), preset, device="cpu")
@@ -231,7 +237,7 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
 
     engine = Engine(backend=backend, policy=AlwaysPolicy(), max_new_tokens=4)
     view = await backend.open_view(picture(0, backend.info.view))
-    outcome = await engine.answer(view, SOURCE, QUESTION, fetch)
+    outcome = await engine.answer(view, SOURCE, GenerationRequest(QUESTION), fetch)
     assert outcome.second is not None
     answers = len(outcome.first.token_ids), len(outcome.second.token_ids)
     assert answers == (4, 4)
@@ -265,7 +271,7 @@ def test_a_7b_model_costs_half_of_what_eq_20_says() -> None:
     assert 3.9 < costs.eq_20_total / costs.eq_18_first_pass < 4.2
     assert costs.decoding == 0
     assert costs.ratio == pytest.approx(1.9, abs=0.05)
-    # Where the picture's tokens depend on the question, the generic instruction prefills them too.
+    # If the picture's tokens depend on the question, the generic instruction prefills them too.
     apart = costs_of(replace(shape, shared=False), 20, 1)
     assert apart.generic_instruction == extension_flops(0, 601, 4096, 15)
     assert apart.first_pass == costs.first_pass
@@ -298,7 +304,7 @@ def test_another_preset_and_prompt_are_counted(
 
 
 def _entry_points() -> list[EntryPoint]:
-    """As the package declares them; an older installation need not have them yet."""
+    """Entry points as the package declares them; an older installation may not have them yet."""
     project = tomllib.loads(_PROJECT.read_text())["project"]
     group = "vlm_collab.commands"
     return [

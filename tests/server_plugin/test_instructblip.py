@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers import attention
 from server_plugin.backends.transformers.adapters.instructblip import (
@@ -108,7 +109,7 @@ async def test_both_passes_equal_plain_transformers(shape: str, pair: int, loade
     image = source.resize(info.view, Image.Resampling.BICUBIC)
 
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer(question, image, max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs(question, image)["input_ids"].shape[1]
 
@@ -126,7 +127,9 @@ async def test_both_passes_equal_plain_transformers(shape: str, pair: int, loade
     assert box == find_region(expected, frame, info.base_px)
 
     region = source.crop(token_box_to_source(box, info.grid, frame, size))
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     joined = oracle.answer_by_hand(question, image, region, max_new_tokens=NEW_TOKENS)
     compare_answer(second, joined)
     assert second.context_tokens == first.context_tokens + info.visual_tokens
@@ -135,7 +138,7 @@ async def test_both_passes_equal_plain_transformers(shape: str, pair: int, loade
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_the_comparison_can_fail(shape: str, loaded: Loaded) -> None:
-    """Everything that is compared varies by far more than the tolerances."""
+    """All compared values vary by far more than the tolerances."""
     backend, oracle = loaded[shape]
     answers, peaks, ended, boxes = set(), set(), set(), set()
     changed = 0
@@ -145,9 +148,13 @@ async def test_the_comparison_can_fail(shape: str, loaded: Loaded) -> None:
         region = picture(seed + 100, Size(50, 80))
         view = await backend.open_view(image)
         for question in QUESTIONS[:3]:
-            first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+            first = await backend.first_pass(
+                view, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             relative = await backend.relative_attention(view, first)
-            second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+            second = await backend.second_pass(
+                view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             answers.add(first.token_ids)
             peaks.add(int(relative.map.argmax()))
             ended.add(first.ended)
@@ -234,12 +241,12 @@ def test_ids_are_the_processors(shape: str, loaded: Loaded) -> None:
     for question in QUESTIONS:
         inputs = oracle.inputs(question, picture(0, Size(30, 30)))
         ids = inputs["input_ids"][0].tolist()
-        prompt = prompts.build(question, 1, 0)
+        prompt = prompts.build(GenerationRequest(question, max_new_tokens=0), 1)
         assert list(prompt.ids) == ids
         assert prompts.qformer_ids(question) == inputs["qformer_input_ids"][0].tolist()
         count = backend.info.visual_tokens
         assert prompt.images == (range(count),)
-        two = prompts.build(question, 2, 0)
+        two = prompts.build(GenerationRequest(question, max_new_tokens=0), 2)
         assert list(two.ids) == ids[:count] + ids
         assert two.images == (range(count), range(count, 2 * count))
 
@@ -249,9 +256,13 @@ async def test_questions_that_run_together_do_not_mix(backend: TransformersBacke
     region = picture(9, Size(40, 60))
 
     async def ask(view: Any, question: str) -> tuple[Any, ...]:
-        first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+        first = await backend.first_pass(
+            view, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+        )
         relative = await backend.relative_attention(view, first)
-        second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+        second = await backend.second_pass(
+            view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+        )
         return first, second, relative.map
 
     pairs = [(view, question) for view in views for question in QUESTIONS[:4]]
@@ -275,7 +286,7 @@ async def test_a_folder_opens_with_the_preset_of_its_family(folders: dict[str, P
     assert (info.view, info.fit, info.grid) == (Size(224, 224), Fit.STRETCH, Grid(16, 16))
     assert (info.visual_tokens, info.base_px, info.layer) == (32, 224, 3)
     view = await backend.open_view(picture(0, info.view))
-    assert (await backend.first_pass(view, "what?", max_new_tokens=3)).token_ids
+    assert (await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=3))).token_ids
     await backend.close()
 
 
@@ -292,11 +303,11 @@ def test_shipped_values() -> None:
 
 
 async def test_half_precision_runs(folders: dict[str, Path]) -> None:
-    """transformers keeps the query tokens in float32 beside a float16 model."""
+    """transformers keeps the query tokens of a float16 model in float32."""
     for dtype in ("float16", "bfloat16"):
         backend, _ = open_model(str(folders["hub"]), layer=2, device="cpu", dtype=dtype)
         view = await backend.open_view(picture(0, Size(224, 224)))
-        first = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=3)
+        first = await backend.first_pass(view, GenerationRequest(QUESTIONS[0], max_new_tokens=3))
         relative = await backend.relative_attention(view, first)
         assert np.isfinite(relative.map).all()
         assert relative.map.max() > 2 * relative.map.min()
@@ -313,7 +324,9 @@ async def test_an_answer_ends_at_the_tokenizers_end_token(tmp_path: Path) -> Non
         backend, _ = open_model(str(folder), layer=2, device="cpu", dtype="float32")
         oracle = InstructBlipOracle.of(folder)
         view = await backend.open_view(picture(0, Size(224, 224)))
-        got = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+        got = await backend.first_pass(
+            view, GenerationRequest(QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+        )
         ids, _, _ = oracle.answer(
             QUESTIONS[0], picture(0, Size(224, 224)), max_new_tokens=NEW_TOKENS
         )
@@ -350,17 +363,19 @@ async def test_impossible_questions_are_refused(
     question: str, complaint: str, backend: TransformersBackend
 ) -> None:
     with pytest.raises(QuestionError, match=complaint) as caught:
-        backend.check_question(question)
+        backend.check_question(GenerationRequest(question))
     assert "\n" not in str(caught.value)
     view = await backend.open_view(picture(0, backend.info.view))
     with pytest.raises(QuestionError, match=complaint):
-        await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     with pytest.raises(QuestionError, match=complaint):
-        await backend.second_pass(view, picture(1, Size(9, 9)), question, max_new_tokens=1)
+        await backend.second_pass(
+            view, picture(1, Size(9, 9)), GenerationRequest(question, max_new_tokens=1)
+        )
 
 
 def test_no_text_becomes_a_reserved_token(backend: TransformersBackend) -> None:
-    """Whatever passes the check has the reserved tokens of the prompt itself and no others."""
+    """A question that passes the check adds no reserved tokens to the prompt."""
     adapter = adapter_of(backend)
     dec = adapter.processor.qformer_tokenizer.bos_token_id
     texts = ["[sep]", "[ CLS ]", "<Image>", "</S>", "<ima\u0000ge>", "[S\u0301EP]", "\u0130", "[U]"]
@@ -372,11 +387,11 @@ def test_no_text_becomes_a_reserved_token(backend: TransformersBackend) -> None:
         "[MASK] [UNK]",
         "end [SEP] begin",
     ]
-    # The Q-Former's tokenizer looks for its last one in the lower-cased text.
+    # The Q-Former's tokenizer searches for its last special token in the lower-cased text.
     texts += ["[CLS]", "read[DEC]", "read [dec]", "read [D\u00c9C]", "read [de\u0000c]"]
     for text in [*QUESTIONS, *texts]:
-        backend.check_question(text)
-        prompt = adapter.prompts.build(text, 2, 0)
+        backend.check_question(GenerationRequest(text))
+        prompt = adapter.prompts.build(GenerationRequest(text, max_new_tokens=0), 2)
         assert sum(prompt.ids.count(token) for token in (0, 1, 2, 320, 321)) == 2 * 32 + 1
         ids = adapter.prompts.qformer_ids(text)
         assert (ids[0], ids[-1]) == (2, 3)
@@ -392,10 +407,10 @@ async def test_the_longest_question_of_the_qformer_is_exact(loaded: Loaded) -> N
     assert len(adapter_of(backend).prompts.qformer_ids(question)) == limit
     image = picture(0, backend.info.view)
     view = await backend.open_view(image)
-    answer = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    answer = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     compare_answer(answer, oracle.answer(question, image, max_new_tokens=NEW_TOKENS))
     with pytest.raises(QuestionError, match=f"{limit + 1} tokens exceed the {limit}"):
-        backend.check_question(question + "?")
+        backend.check_question(GenerationRequest(question + "?"))
 
 
 async def test_a_region_keeps_all_its_parts_but_under_the_crop_fit(
@@ -472,7 +487,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(
 def test_a_checkpoint_that_names_a_sister_processor_loads(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As a revision of the hub's own checkpoint does."""
+    """As in one revision of the hub's checkpoint."""
     copy = Path(shutil.copytree(folders["hub"], tmp_path / "copy"))
     rename = edit(
         "processor_config.json", lambda c: c.update(processor_class="InstructBlipVideoProcessor")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.models.presets import preset_named
@@ -58,14 +59,14 @@ def conversation(talk: Talk, asked: Parts) -> tuple[str, tuple[tuple[str, str], 
 
 
 def local_behind(places: Places, of: int, number: int) -> Places:
-    """With a local view behind the last place of a picture."""
+    """Places with a local view after the last place of a picture."""
     last = max(i for i, place in enumerate(places) if place.picture == of)
     local = places[last]._replace(picture=number)
     return (*places[: last + 1], local, *places[last + 1 :])
 
 
 class Llava(Oracle):
-    """Asked in the checkpoint's chat form, with `<image>` where a picture stands."""
+    """Oracle with the checkpoint's chat form, with `<image>` for each picture."""
 
     def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
         text = ""
@@ -73,7 +74,7 @@ class Llava(Oracle):
             spots = spots_of(places, turn)
             opening = sum(position == 0 for position, _ in spots)
             pieces = ["<image>" if isinstance(p, int) else p for p in split(question, spots)]
-            # Pictures that open a text have a line of their own in this family's form.
+            # In this family's form, pictures at the beginning of a text have a line of their own.
             words = "".join(pieces[:opening]) + "\n" * bool(opening) + "".join(pieces[opening:])
             text += f"USER: {words} ASSISTANT:" + ("" if answer is None else f" {answer} ")
         self.text, self.shown = text, [pictures[place.picture] for place in places]
@@ -83,7 +84,7 @@ class Llava(Oracle):
 
 
 class Qwen(QwenOracle):
-    """Asked through the checkpoint's chat template, with parts in their order."""
+    """Oracle with the checkpoint's chat template, with text and pictures in order."""
 
     def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
         self.talk: list[Any] = []
@@ -162,18 +163,18 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
     said = [*history, (question, None)]
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
     region = picture(3, Size(120, 120))
-    given: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "history": history, "places": places}
+    request = GenerationRequest(question, history=history, places=places, max_new_tokens=NEW_TOKENS)
     view = await backend.open_view(*images)
     visual = backend.info.visual_tokens
 
-    first = await backend.first_pass(view, question, **given)
+    first = await backend.first_pass(view, request)
     oracle.asked(said, places, images)
     compare_answer(first, oracle.answer("", max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs("")["input_ids"].shape[1]
     expected = rows(oracle, places, backend.info.layer, visual)
     np.testing.assert_allclose(first.row, expected, rtol=1e-4, atol=0)
 
-    # The generic row is the view's own, with its pictures in front.
+    # The generic row belongs to the view, with its pictures in front.
     relative = await backend.relative_attention(view, first)
     front = (Place(0, 0, 0), Place(0, 0, 1))
     oracle.asked([(GENERIC, None)], front, images)
@@ -181,7 +182,7 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
     np.testing.assert_allclose(np.stack(relative.maps).reshape(-1), ratio, rtol=2e-4, atol=0)
 
     for of in (0, 1):
-        second = await backend.second_pass(view, region, question, picture=of, **given)
+        second = await backend.second_pass(view, region, request, picture=of)
         oracle.asked(said, local_behind(places, of, 2), [*images, region])
         compare_answer(second, oracle.answer("", max_new_tokens=NEW_TOKENS))
     await backend.release(view)
@@ -189,12 +190,12 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 async def test_the_order_changes_the_answer(family, pairs) -> None:
-    """So the comparison above can fail."""
+    """Shows that the comparison above can fail."""
     backend, oracle = pairs[family]
     question, _, places = conversation([], LABELS)
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
     view = await backend.open_view(*images)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     oracle.asked([(question, None)], places, images)
     with pytest.raises(AssertionError):
         compare_answer(first, oracle.answer("", max_new_tokens=NEW_TOKENS))
@@ -206,21 +207,25 @@ async def test_what_an_interleaved_prompt_begins_with_is_not_computed_again(fami
     backend, _ = pairs[family]
     view = await backend.open_view(*(picture(seed, backend.info.view) for seed in (1, 2)))
     visual, front = backend.info.visual_tokens, view.prefixes[""].length
-    plain = await backend.first_pass(view, "what?", max_new_tokens=1)
+    plain = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
     assert plain.prefilled_tokens == plain.context_tokens  # what the view cost is told once
 
     question, _, places = conversation([], OPENING)
-    first = await backend.first_pass(view, question, max_new_tokens=1, places=places)
+    first = await backend.first_pass(
+        view, GenerationRequest(question, max_new_tokens=1, places=places)
+    )
     assert (
         visual
         < first.prefilled_tokens
         == first.context_tokens - (front - visual) + (0 if family == "llava" else 1)
     )
     question, _, places = conversation([], LABELS)
-    first = await backend.first_pass(view, question, max_new_tokens=1, places=places)
+    first = await backend.first_pass(
+        view, GenerationRequest(question, max_new_tokens=1, places=places)
+    )
     assert 2 * visual < first.prefilled_tokens < first.context_tokens
-    # Nothing of it stays: the next plain question goes on from the view as ever.
-    plain = await backend.first_pass(view, "what?", max_new_tokens=1)
+    # It leaves no trace: the next plain question continues from the view's cache.
+    plain = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
     assert plain.prefilled_tokens == plain.context_tokens - front
     assert list(view.prefixes) == [""]
     await backend.release(view)
@@ -238,7 +243,7 @@ async def test_interleaved_questions_run_together_as_alone(family, pairs) -> Non
 
     def passes() -> list[Any]:
         return [
-            backend.first_pass(view, question, max_new_tokens=4, places=places)
+            backend.first_pass(view, GenerationRequest(question, max_new_tokens=4, places=places))
             for question, places in asked
         ]
 
@@ -261,7 +266,9 @@ async def test_instructblip_takes_pictures_in_front(tmp_path) -> None:
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
     question, _, places = conversation([], AGAIN)
     view = await backend.open_view(*images)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS, places=places)
+    first = await backend.first_pass(
+        view, GenerationRequest(question, max_new_tokens=NEW_TOKENS, places=places)
+    )
     compare_answer(first, oracle.answer_by_hand(question, *images, max_new_tokens=NEW_TOKENS))
     await backend.close()
 
@@ -281,4 +288,6 @@ async def test_instructblip_takes_pictures_in_front(tmp_path) -> None:
 def test_impossible_places_are_refused(places, complaint, pairs) -> None:
     backend, _ = pairs["llava"]
     with pytest.raises(QuestionError, match=complaint):
-        backend.check_question("what", 2, places=tuple(Place(*each) for each in places))
+        backend.check_question(
+            GenerationRequest("what", places=tuple(Place(*each) for each in places)), 2
+        )

@@ -466,10 +466,10 @@ class Gated(FakeBackend):
         self.gate = asyncio.Event()
         self.order: list[str] = []
 
-    async def first_pass(self, view, question, **how):
-        self.order.append(question.split()[0])
+    async def first_pass(self, view, request, **how):
+        self.order.append(request.question.split()[0])
         await self.gate.wait()
-        return await super().first_pass(view, question, **how)
+        return await super().first_pass(view, request, **how)
 
 
 async def test_a_websocket_client_does_not_wait_behind_all_questions_of_an_http_client():

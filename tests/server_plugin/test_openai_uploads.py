@@ -49,13 +49,13 @@ class Watched(FakeBackend):
         self.opened += 1
         return await super().open_view(*images)
 
-    async def first_pass(self, view, question, **how):
-        self.how = how
-        return await super().first_pass(view, question, **how)
+    async def first_pass(self, view, request, **how):
+        self.request = request
+        return await super().first_pass(view, request, **how)
 
-    async def text_pass(self, question, **how):
-        self.how = how
-        return await super().text_pass(question, **how)
+    async def text_pass(self, request, **how):
+        self.request = request
+        return await super().text_pass(request, **how)
 
 
 # ---- both stages -----------------------------------------------------------------------------
@@ -197,7 +197,7 @@ async def test_a_chat_that_sends_its_picture_every_time_has_it_computed_once():
             text, _ = await chat(client, messages)
             messages.append({"role": "assistant", "content": text})
         assert backend.opened == 1
-        assert backend.how["history"] == (
+        assert backend.request.history == (
             ("sky?", messages[1]["content"]),
             ("small?", messages[3]["content"]),
         )
@@ -234,7 +234,7 @@ async def test_a_response_is_continued_without_its_picture():
             assert first.vlm_collab["bytes_up"] < 300
             assert first.vlm_collab["original_bytes"] == len(PHOTO)
         assert backend.opened == 1
-        assert [asked for asked, _ in backend.how["history"]] == ["sky?", "small?"]
+        assert [asked for asked, _ in backend.request.history] == ["sky?", "small?"]
 
 
 async def test_a_dropped_view_is_made_again_from_the_stored_picture():
@@ -332,13 +332,13 @@ async def test_parameters_reach_the_model():
             top_p=0.9,
             seed=11,
         )
-        assert backend.how["sampling"] == Sampling(temperature=0.5, top_p=0.9, seed=11)
-        assert backend.how["max_new_tokens"] == 7
+        assert backend.request.sampling == Sampling(temperature=0.5, top_p=0.9, seed=11)
+        assert backend.request.max_new_tokens == 7
         await client.responses.create(
             model="fake", input="hello", max_output_tokens=3, temperature=0.25
         )
-        assert backend.how["sampling"].temperature == 0.25
-        assert backend.how["max_new_tokens"] == 3
+        assert backend.request.sampling.temperature == 0.25
+        assert backend.request.max_new_tokens == 3
 
 
 async def test_an_answer_ends_at_a_stop_text():

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.adapters.instructblip import InstructBlipPrompts
 from server_plugin.backends.transformers.adapters.prompts import PromptBuilder
 from server_plugin.backends.transformers.adapters.tokens import PlainText
@@ -171,9 +172,11 @@ def reserved(tokenizer: Any, ids: Any) -> list[int]:
 def test_no_text_of_a_user_becomes_a_special_token(name, builders, question, turn, images) -> None:
     tokenizer, prompts = builders[name]
     history = () if turn is None else (turn,)
-    prompts.check(question, images, 1, history)
-    prompt = prompts.build(question, images, 1, history)
-    plain = prompts.build("?", images, 1, (("?", "?"),) * len(history))
+    prompts.check(GenerationRequest(question, history=history, max_new_tokens=1), images)
+    prompt = prompts.build(GenerationRequest(question, history=history, max_new_tokens=1), images)
+    plain = prompts.build(
+        GenerationRequest("?", history=(("?", "?"),) * len(history), max_new_tokens=1), images
+    )
     assert reserved(tokenizer, prompt.ids) == reserved(tokenizer, plain.ids)
     assert prompt.images == plain.images
     if name == "instructblip":
@@ -187,7 +190,9 @@ def test_no_text_of_a_user_becomes_a_special_token(name, builders, question, tur
 def test_the_ids_decode_to_the_texts(name, builders, question, answer) -> None:
     """The decoded prompt holds the texts, letter by letter."""
     tokenizer, prompts = builders[name]
-    ids = prompts.build(question, 0, 1, ((question, answer),)).ids
+    ids = prompts.build(
+        GenerationRequest(question, history=((question, answer),), max_new_tokens=1), 0
+    ).ids
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     said = question, answer
     if name == "qwen":  # this family normalises what it reads
@@ -231,7 +236,14 @@ def test_ordinary_text_has_the_tokenizers_own_ids(name, builders, question, answ
         image = tokenizer.convert_tokens_to_ids("<|image_pad|>" if name == "qwen" else "<image>")
         for token in tokenizer.encode(text):
             expected += [token] * (VISUAL if token == image else 1)
-    assert list(prompts.build(question, images, 1, ((question, answer),)).ids) == expected
+    assert (
+        list(
+            prompts.build(
+                GenerationRequest(question, history=((question, answer),), max_new_tokens=1), images
+            ).ids
+        )
+        == expected
+    )
 
 
 def test_special_tokens_of_a_template_stay_special(builders) -> None:
@@ -272,9 +284,11 @@ async def test_a_quoted_conversation_is_answered(family: str, folders: dict[str,
     quoted = TITLES if family != "instructblip" else TITLES[:60]
     view = await backend.open_view(picture(0, backend.info.view))
     answers = [
-        await backend.first_pass(view, quoted, max_new_tokens=3),
-        await backend.second_pass(view, picture(1, backend.info.view), quoted, max_new_tokens=3),
-        await backend.text_pass(quoted, max_new_tokens=3),
+        await backend.first_pass(view, GenerationRequest(quoted, max_new_tokens=3)),
+        await backend.second_pass(
+            view, picture(1, backend.info.view), GenerationRequest(quoted, max_new_tokens=3)
+        ),
+        await backend.text_pass(GenerationRequest(quoted, max_new_tokens=3)),
     ]
     assert all(answer.token_ids for answer in answers)
     assert answers[0].row is not None

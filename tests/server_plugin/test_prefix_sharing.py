@@ -1,4 +1,4 @@
-"""Compute once: the prefix of a view is shared, never changed, and paid for once."""
+"""The prefix of a view is computed once, shared, never changed, and counted once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.models.presets import preset_named
 from tests.support.oracle import picture
@@ -38,11 +39,17 @@ async def test_forks_never_change_the_prefix(backend: TransformersBackend) -> No
     view = await backend.open_view(picture(0, backend.info.view))
     cache = view.prefixes[""].cache
     held = [layer.keys.clone() for layer in cache.layers]
-    before = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=NEW_TOKENS)
-    await backend.first_pass(view, QUESTIONS[1], max_new_tokens=NEW_TOKENS)
+    before = await backend.first_pass(
+        view, GenerationRequest(QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    )
+    await backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=NEW_TOKENS))
     await backend.relative_attention(view, before)
-    await backend.second_pass(view, picture(1, Size(50, 50)), QUESTIONS[1], max_new_tokens=4)
-    after = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    await backend.second_pass(
+        view, picture(1, Size(50, 50)), GenerationRequest(QUESTIONS[1], max_new_tokens=4)
+    )
+    after = await backend.first_pass(
+        view, GenerationRequest(QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    )
     assert replace(before, prefilled_tokens=0, row=None) == replace(
         after, prefilled_tokens=0, row=None
     )
@@ -53,7 +60,7 @@ async def test_forks_never_change_the_prefix(backend: TransformersBackend) -> No
 
 @contextmanager
 def counted_forwards(backend: TransformersBackend) -> Iterator[list[int]]:
-    """New positions of each forward of the decoder."""
+    """Number of new positions in each forward of the decoder."""
     lengths: list[int] = []
     hook = backend._adapter.decoder.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -70,7 +77,7 @@ async def test_every_token_is_computed_once_and_reported_once(
         view = await backend.open_view(picture(0, backend.info.view))
         prefix = lengths.pop()
         assert visual < prefix < visual + 10
-        first = await backend.first_pass(view, "what?", max_new_tokens=3)
+        first = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=3))
         text = lengths[0]
         assert lengths == [text, 1, 1]
         assert first.prefilled_tokens == prefix + text == first.context_tokens
@@ -83,10 +90,12 @@ async def test_every_token_is_computed_once_and_reported_once(
         assert lengths == []
         assert (again.prefilled_tokens, again.context_tokens) == (0, 0)
         assert (again.map == relative.map).all()
-        follow_up = await backend.first_pass(view, "what?", max_new_tokens=1)
+        follow_up = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
         assert lengths == [follow_up.prefilled_tokens] == [text]
         lengths.clear()
-        second = await backend.second_pass(view, picture(1, Size(9, 9)), "what?", max_new_tokens=1)
+        second = await backend.second_pass(
+            view, picture(1, Size(9, 9)), GenerationRequest("what?", max_new_tokens=1)
+        )
         assert lengths == [second.prefilled_tokens] == [visual + text]
         assert second.context_tokens == prefix + visual + text
 
@@ -98,7 +107,7 @@ async def test_the_memory_of_a_view_is_what_it_holds(backend: TransformersBacken
     expected += backend.info.visual_tokens * 64 * 4  # what an interleaved question begins from
     assert view.nbytes <= backend.info.view_bytes
     assert view.nbytes == expected
-    first = await backend.first_pass(view, "what?", max_new_tokens=1)
+    first = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
     assert view.nbytes == expected
     await backend.relative_attention(view, first)
     assert view.nbytes == expected + 4 * backend.info.visual_tokens
@@ -106,7 +115,7 @@ async def test_the_memory_of_a_view_is_what_it_holds(backend: TransformersBacken
     await backend.release(view)
     assert view.nbytes == 0
     with pytest.raises(RuntimeError, match="released"):
-        await backend.first_pass(view, "what?", max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -116,7 +125,7 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
 @contextmanager
 def counted_flops(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
     """Count what the model's own thread computes; PyTorch counts per thread."""
-    # PyTorch's table has the fused kernels of CUDA, but not the one of the CPU.
+    # PyTorch's FLOP table has the fused kernels of CUDA, but not that of the CPU.
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
     backend._worker.call(counter.__enter__).result()
@@ -140,11 +149,13 @@ async def test_a_retransmitted_question_costs_two_prefills(tmp_path: Path) -> No
     assert backend.info.visual_tokens == 576
     with counted_flops(backend) as prefill:
         view = await backend.open_view(picture(0, backend.info.view))
-        first = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=1)
+        first = await backend.first_pass(view, GenerationRequest(QUESTIONS[0], max_new_tokens=1))
     with counted_flops(backend) as rest:
         await backend.relative_attention(view, first)
         region = picture(1, Size(300, 300))
-        second = await backend.second_pass(view, region, QUESTIONS[0], max_new_tokens=1)
+        second = await backend.second_pass(
+            view, region, GenerationRequest(QUESTIONS[0], max_new_tokens=1)
+        )
     await backend.close()
     assert first.context_tokens > 576
     assert second.context_tokens > 2 * 576

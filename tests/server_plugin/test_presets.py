@@ -1,4 +1,4 @@
-"""Presets: what is shipped, and what is refused."""
+"""Presets: those in `configs/models/`, and invalid ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_shipped_values() -> None:
 
 def test_no_shipped_preset_hides_a_part_of_a_picture() -> None:
     for name, preset in load_presets().items():
-        assert preset.fit is Fit.STRETCH, name  # 003: Resize; and what ViCrop's boxes mean
+        assert preset.fit is Fit.STRETCH, (
+            name
+        )  # resizing, as in Song and Kim, Algorithm 1, and as ViCrop's boxes assume
         assert preset.warning is None
         for fit in ("stretch", "pad"):
             assert preset.with_overrides(fit=fit).warning is None

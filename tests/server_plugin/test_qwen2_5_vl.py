@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,23 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
-from server_plugin.backends.base import Generation
-from server_plugin.backends.open import open_model
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.checkpoint import load_processor
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.adapters.qwen2_5_vl import Qwen25VLAdapter
 from server_plugin.backends.transformers.attention import ATTENTION_NAME
 from server_plugin.backends.transformers.backend import TransformersBackend
-from server_plugin.models.presets import Preset, preset_for_model, preset_named
+from server_plugin.models.presets import Preset, preset_named
 from tests.support.batches import queued, together
 from tests.support.oracle import compare_answer, picture
 from tests.support.oracle_qwen import QwenOracle
-from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
-from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from tests.support.tiny_qwen import TinyQwen, change_json, save_tiny_qwen
+from vlm_collab.errors import ConfigError, ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size, frame_of, token_box_to_source
 from vlm_collab.method.roi import find_region
 
@@ -73,14 +69,14 @@ def preset_of(shape: str, **overrides: Any) -> Preset:
 
 
 def shown(source: Image.Image, backend: TransformersBackend) -> Image.Image:
-    """The global view that an edge makes of a picture."""
+    """Return the global view that an edge makes from a picture."""
     return source.resize(backend.info.view, Image.Resampling.BICUBIC)
 
 
 def adapter_like(
     backend: TransformersBackend, processor: Any = None, **overrides: Any
 ) -> Qwen25VLAdapter:
-    """Another adapter on the same weights."""
+    """Make another adapter with the same weights."""
     adapter = backend._adapter
     preset = adapter.preset.with_overrides(**overrides)
     return Qwen25VLAdapter(adapter.model, processor or adapter.processor, preset)
@@ -122,10 +118,10 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
 async def compare(
     backend: TransformersBackend, oracle: QwenOracle, source: Image.Image, question: str
 ) -> tuple[Generation, Generation]:
-    """Both passes on one picture, each number against the oracle's."""
+    """Run both passes on one picture; compare each number with the oracle's."""
     image, info = shown(source, backend), backend.info
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer(question, image, max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs(question, image)["input_ids"].shape[1]
 
@@ -143,7 +139,9 @@ async def compare(
     assert box == find_region(expected, frame, info.base_px)
 
     region = source.crop(token_box_to_source(box, info.grid, frame, size))
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     compare_answer(second, oracle.answer(question, image, region, max_new_tokens=NEW_TOKENS))
     assert second.context_tokens == oracle.inputs(question, image, region)["input_ids"].shape[1]
     await backend.release(view)
@@ -167,9 +165,13 @@ async def test_the_comparison_can_fail(loaded: dict[str, Pair]) -> None:
     for seed in range(6):
         view = await backend.open_view(picture(seed, backend.info.view))
         for question in QUESTIONS[:3]:
-            first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+            first = await backend.first_pass(
+                view, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             relative = await backend.relative_attention(view, first)
-            second = await backend.second_pass(view, local, question, max_new_tokens=NEW_TOKENS)
+            second = await backend.second_pass(
+                view, local, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             answers.add(first.token_ids)
             seconds.add(second.token_ids)
             peaks.add(int(relative.map.argmax()))
@@ -194,13 +196,21 @@ async def test_questions_that_run_together_equal_plain_transformers(
     asked = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
     with together(backend) as sizes:
         tasks = await queued(
-            *(backend.first_pass(views[v], q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+            *(
+                backend.first_pass(views[v], GenerationRequest(q, max_new_tokens=NEW_TOKENS))
+                for v, q in asked
+            )
         )
     firsts = await asyncio.gather(*tasks)
     assert max(sizes) == 4
     with together(backend) as sizes:
         tasks = await queued(
-            *(backend.second_pass(views[v], region, q, max_new_tokens=NEW_TOKENS) for v, q in asked)
+            *(
+                backend.second_pass(
+                    views[v], region, GenerationRequest(q, max_new_tokens=NEW_TOKENS)
+                )
+                for v, q in asked
+            )
         )
     seconds = await asyncio.gather(*tasks)
     assert max(sizes) == 4
@@ -213,7 +223,7 @@ async def test_questions_that_run_together_equal_plain_transformers(
         np.testing.assert_allclose(first.row, expected, rtol=1e-4, atol=0)
 
 
-# What follows is about positions.
+# ---- positions
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -226,10 +236,10 @@ def test_positions_equal_those_of_transformers(
     for question in QUESTIONS:
         pictures = [picture(seed, Size(60, 40)) for seed in range(images)]
         ids = oracle.inputs(question, *pictures)["input_ids"][0].tolist()
-        prompt = adapter.prompts.build(question, images, 1)
+        prompt = adapter.prompts.build(GenerationRequest(question, max_new_tokens=1), images)
         assert list(prompt.ids) == ids
         expected = oracle.positions(question, *pictures)
-        # An answer goes on from the largest position, one at a time, alike in all three.
+        # An answer continues from the largest position, by one per token, equal in all three.
         answer = expected.max() + 1 + torch.arange(9)
         expected = torch.cat([expected, answer.expand(3, 1, -1)], dim=-1)
         whole = adapter.positions(prompt, 0, len(ids) + 9)
@@ -241,7 +251,7 @@ def test_positions_do_not_depend_on_where_a_forward_begins(
     images: int, backend: TransformersBackend
 ) -> None:
     adapter = backend._adapter
-    prompt = adapter.prompts.build("what is it?", images, 1)
+    prompt = adapter.prompts.build(GenerationRequest("what is it?", max_new_tokens=1), images)
     length = len(prompt.ids) + 4
     whole = adapter.positions(prompt, 0, length)
     for start in range(length):
@@ -251,24 +261,24 @@ def test_positions_do_not_depend_on_where_a_forward_begins(
 
 
 def one_axis(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """As if the decoder had ordinary rotary positions."""
+    """Wrong: ordinary rotary positions."""
     return Adapter.positions(adapter, prompt, start, length).expand(3, 1, -1)
 
 
 def transposed(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Rows and columns exchanged."""
+    """Wrong: rows and columns exchanged."""
     return Qwen25VLAdapter.positions(adapter, prompt, start, length)[[0, 2, 1]]  # type: ignore[arg-type]
 
 
 def answer_by_index(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Right in the prompt; the answer is counted on from the number of its tokens."""
+    """Wrong for the answer: positions continue from the number of prompt tokens."""
     right = start < len(prompt.ids)
     wrong = one_axis(adapter, prompt, start, length)
     return Qwen25VLAdapter.positions(adapter, prompt, start, length) if right else wrong  # type: ignore[arg-type]
 
 
 def second_by_index(adapter: Adapter, prompt: Prompt, start: int, length: int) -> torch.Tensor:
-    """Right with one picture; the second one is a run of text."""
+    """Wrong for a second picture: it is counted as text."""
     positions = Qwen25VLAdapter.positions(adapter, prompt, start, length)  # type: ignore[arg-type]
     if len(prompt.images) == 2 and start < prompt.images[1].start:
         place = slice(prompt.images[1].start - start, prompt.images[1].stop - start)
@@ -287,15 +297,17 @@ async def test_wrong_positions_are_caught(
     loaded: dict[str, Pair],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The comparison fails on them from the first pass on in which they are wrong."""
+    """The comparison fails from the first pass on that has wrong positions."""
     backend, oracle = loaded["mha-224"]
     image, region = picture(3, backend.info.view), picture(4, Size(60, 60))
     question = QUESTIONS[1]
     adapter = backend._adapter
     monkeypatch.setattr(adapter, "positions", lambda *args: wrong(adapter, *args))
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     answers = [(first, (image,)), (second, (image, region))]
     for number, (got, pictures) in enumerate(answers):
         expected = oracle.answer(question, *pictures, max_new_tokens=NEW_TOKENS)
@@ -310,7 +322,7 @@ async def test_wrong_positions_are_caught(
         assert np.abs(first.row / row - 1).max() > 0.01
 
 
-# What follows is about prompts and questions.
+# ---- prompts and questions
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -323,7 +335,7 @@ def test_prompts_are_those_of_the_chat_template(
     pictures = [picture(seed, Size(30, 50)) for seed in range(images)]
     for question in QUESTIONS:
         expected = oracle.inputs(question, *pictures)["input_ids"][0].tolist()
-        prompt = adapter.prompts.build(question, images, 1)
+        prompt = adapter.prompts.build(GenerationRequest(question, max_new_tokens=1), images)
         assert list(prompt.ids) == expected
         image = oracle.model.config.image_token_id
         places = [place for run in prompt.images for place in run]
@@ -333,7 +345,7 @@ def test_prompts_are_those_of_the_chat_template(
 async def test_the_vicrop_form_equals_plain_transformers(
     folders: dict[str, Path], loaded: dict[str, Pair]
 ) -> None:
-    """The suffix stands behind the generic instruction as well."""
+    """The generic instruction has the suffix too."""
     folder = folders["gqa-280"]
     preset = preset_of("gqa-280", prompt="vicrop")
     backend = TransformersBackend.load(str(folder), preset, device="cpu")
@@ -355,14 +367,16 @@ async def test_impossible_questions_are_refused(
     question: str, complaint: str, backend: TransformersBackend
 ) -> None:
     with pytest.raises(QuestionError) as caught:
-        backend.check_question(question)
+        backend.check_question(GenerationRequest(question))
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     view = await backend.open_view(picture(0, backend.info.view))
     with pytest.raises(QuestionError):
-        await backend.first_pass(view, question, max_new_tokens=1)
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=1))
     with pytest.raises(QuestionError):
-        await backend.second_pass(view, picture(1, Size(9, 9)), question, max_new_tokens=1)
+        await backend.second_pass(
+            view, picture(1, Size(9, 9)), GenerationRequest(question, max_new_tokens=1)
+        )
 
 
 async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -> None:
@@ -370,7 +384,7 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
 
     def fits(length: int) -> bool:
         try:
-            backend.check_question("é" * length)
+            backend.check_question(GenerationRequest("é" * length))
         except QuestionError:
             return False
         return True
@@ -378,12 +392,14 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
     longest = max(length for length in range(1, 600) if fits(length))
     image, region = picture(0, backend.info.view), picture(1, Size(9, 9))
     view = await backend.open_view(image)
-    got = await backend.second_pass(view, region, "é" * longest, max_new_tokens=NEW_TOKENS)
+    got = await backend.second_pass(
+        view, region, GenerationRequest("é" * longest, max_new_tokens=NEW_TOKENS)
+    )
     assert 1022 <= got.context_tokens + NEW_TOKENS <= 1024
     compare_answer(got, oracle.answer("é" * longest, image, region, max_new_tokens=NEW_TOKENS))
 
 
-# What follows is about pictures and the size of the view.
+# ---- pictures and view sizes
 
 
 def test_what_is_known_of_a_model(loaded: dict[str, Pair]) -> None:
@@ -394,7 +410,7 @@ def test_what_is_known_of_a_model(loaded: dict[str, Pair]) -> None:
 
 
 async def test_the_smallest_view(folders: dict[str, Path]) -> None:
-    """28 px, one token: the image processor by itself would make more of it."""
+    """28 px, one token: the image processor alone would enlarge it."""
     preset = preset_of("mha-224", view_px=28)
     backend = TransformersBackend.load(str(folders["mha-224"]), preset, device="cpu")
     assert (backend.info.grid, backend.info.visual_tokens) == (Grid(1, 1), 1)
@@ -410,7 +426,7 @@ def test_the_processors_limits_do_not_change_a_view(
 ) -> None:
     """A checkpoint whose own limits would make all pictures larger, or all smaller."""
     image = picture(0, Size(224, 224))
-    change("preprocessor_config.json", min_pixels=limits[0], max_pixels=limits[1])(copy)
+    change_json("preprocessor_config.json", min_pixels=limits[0], max_pixels=limits[1])(copy)
     processor = load_processor(str(copy))
     by_itself = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert by_itself.tolist() != [[1, 16, 16]]
@@ -419,11 +435,13 @@ def test_the_processors_limits_do_not_change_a_view(
 
 
 def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) -> None:
-    """What is loaded where torchvision is installed."""
+    """The whole processor is loaded if torchvision is installed."""
     backend, oracle = loaded["mha-224"]
     whole = adapter_like(backend, oracle.processor)
     parts = backend._adapter
-    assert whole.prompts.build("what?", 2, 1) == parts.prompts.build("what?", 2, 1)
+    assert whole.prompts.build(
+        GenerationRequest("what?", max_new_tokens=1), 2
+    ) == parts.prompts.build(GenerationRequest("what?", max_new_tokens=1), 2)
     image = picture(0, Size(70, 90))
     assert torch.equal(whole.see([image])[0], parts.see([image])[0])
     assert whole.text_of([72, 105, 360]) == parts.text_of([72, 105, 360])
@@ -461,32 +479,7 @@ async def test_wrong_pictures_are_refused(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
     for wrong in (Image.new("L", (9, 9)), Image.new("RGB", (9, 0))):
         with pytest.raises(ImageError, match="must be RGB"):
-            await backend.second_pass(view, wrong, "what?", max_new_tokens=1)
-
-
-# What follows is about checkpoints.
-
-
-@pytest.mark.parametrize(
-    "name", ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "/x/Qwen2.5-VL-7B"]
-)
-def test_the_preset_of_hub_names(name: str) -> None:
-    preset = preset_for_model(name)
-    assert preset == preset_named("qwen2.5-vl")
-    assert (preset.layer, preset.view_px, preset.fit) == (22, 224, Fit.STRETCH)
-
-
-async def test_a_folder_opens_with_the_preset_of_its_family(
-    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    backend, preset = open_model(str(folders["mha-224"]), layer=3, eta=0.25, device="cpu")
-    assert preset == preset_named("qwen2.5-vl").with_overrides(layer=3, eta=0.25)
-    assert (backend.info.view, backend.info.grid) == (Size(224, 224), Grid(8, 8))
-    view = await backend.open_view(picture(0, backend.info.view))
-    answer = await backend.first_pass(view, "what?", max_new_tokens=2)
-    assert len(answer.token_ids) == 2
-    await backend.close()
-    assert capfd.readouterr() == ("", "")
+            await backend.second_pass(view, wrong, GenerationRequest("what?", max_new_tokens=1))
 
 
 def test_without_view_px_the_view_is_that_of_the_paper(backend: TransformersBackend) -> None:
@@ -508,110 +501,3 @@ def test_only_the_text_decoder_changes_its_attention(loaded: dict[str, Pair]) ->
     assert model.config.text_config._attn_implementation == ATTENTION_NAME
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert oracle.model.config.text_config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("class_name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
-def test_the_hubs_image_processors_load(class_name: str, copy: Path) -> None:
-    change("preprocessor_config.json", image_processor_type=class_name)(copy)
-    processor = load_processor(str(copy)).image_processor
-    assert (processor.patch_size, processor.merge_size) == (14, 2)
-
-
-def test_a_package_that_is_missing_is_one_line(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only what videos need is done without."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise ImportError("\nQwen2Tokenizer requires the tokenizers library.\n")
-
-    monkeypatch.setattr(Qwen2_5_VLProcessor, "from_pretrained", fail)
-    with pytest.raises(ModelError, match=r"cannot load its tokenizer .*: Qwen2Tokenizer requires"):
-        load_processor(str(folders["mha-224"]))
-
-
-async def test_a_checkpoint_saved_again_by_newer_transformers_loads_alike(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Its configuration is nested and its processors lie in one file."""
-    source, again = folders["mha-224"], tmp_path / "again"
-    shutil.copytree(source, again)
-    AutoModelForImageTextToText.from_pretrained(source).save_pretrained(again)
-    assert "text_config" in json.loads((again / "config.json").read_text())
-    assert "text_config" not in json.loads((source / "config.json").read_text())
-    (again / "preprocessor_config.json").unlink()
-    load_processor(str(source)).image_processor.save_pretrained(again)
-    rows = []
-    for folder in (source, again):
-        backend = TransformersBackend.load(str(folder), preset_of("mha-224"), device="cpu")
-        view = await backend.open_view(picture(0, backend.info.view))
-        rows.append((await backend.first_pass(view, "what?", max_new_tokens=1)).row)
-        await backend.close()
-    np.testing.assert_array_equal(rows[0], rows[1])
-
-
-def remove(*names: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return damage
-
-
-def change(name: str, **values: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return damage
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def drop_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["visual.merger.mlp.0.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def swap_tokenizer(folder: Path) -> None:
-    """As if it were the one of a model without pictures."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = folder / name
-        path.write_text(path.read_text().replace("<|image_pad|>", "<|other|>"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (truncate, "cannot load its weights"),
-        (remove("model.safetensors"), "cannot load its weights"),
-        (drop_weight, "1 weights do not fit .*missing keys.*merger"),
-        (change("config.json", intermediate_size=99), "12 weights do not fit .*mismatched keys"),
-        (change("config.json", use_sliding_window=True), "sliding or hybrid attention"),
-        (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-        (remove("tokenizer.json"), "tokenizer"),
-        (swap_tokenizer, r"no special token '<\|image_pad\|>' with id"),
-        (change("config.json", vision_start_token_id=5), r"no special token '<\|vision_start\|>'"),
-        (remove("preprocessor_config.json"), "cannot load its tokenizer or image processor"),
-        (change("preprocessor_config.json", patch_size=16), "patch_size 16, its vision tower 14"),
-        (change("preprocessor_config.json", merge_size=1), "merge_size 1, its vision tower 2"),
-        (
-            change("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
-            "is a CLIPImageProcessor.*, which gives no grid of patches; .* do not belong together",
-        ),
-        (remove("config.json"), "no model checkpoint"),
-        (change("config.json", vision_config=3), "cannot load its config.json"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_in_one_line(
-    damage: Callable[[Path], None], complaint: str, copy: Path
-) -> None:
-    damage(copy)
-    with pytest.raises(ModelError, match=complaint) as caught:
-        TransformersBackend.load(str(copy), preset_of("mha-224"), device="cpu")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from eval.signs.scenes import generate_scene, questions, render
-from server_plugin.backends.base import Generation
+from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.open import demo_folder, open_model
 from server_plugin.backends.transformers.attention import ATTENTION_NAME
 from server_plugin.backends.transformers.backend import TransformersBackend
@@ -52,14 +52,14 @@ QUESTIONS = (
 
 
 def preset_of(shape: str) -> Preset:
-    # What the demo preset tunes for its own model goes back to the definitions' defaults.
+    # Values that the demo preset tunes for its own model are reset to the defaults.
     plain = msgspec.structs.replace(preset_named("demo"), base_px=None, epsilon=0.0)
     preset = plain.with_overrides(layer=LAYERS[shape], max_new_tokens=NEW_TOKENS)
     return preset if SHAPES[shape].stretch else preset.with_overrides(fit="crop")
 
 
 def shown(source: Image.Image, backend: TransformersBackend) -> Image.Image:
-    """The global view that an edge makes of a picture."""
+    """Return the global view that an edge makes from a picture."""
     info = backend.info
     frame = frame_of(Size(*source.size), info.fit, info.view)
     box = (frame.left, frame.top, frame.left + frame.width, frame.top + frame.height)
@@ -98,13 +98,13 @@ async def compare(
     question: str,
     epsilon: float = 0.0,
 ) -> tuple[Generation, Generation]:
-    """Both passes on one picture, each number against the oracle's.
+    """Run both passes on one picture; compare each number with the oracle's.
 
     `epsilon` is what the preset adds to the denominator of Eq. 22.
     """
     image, info = shown(source, backend), backend.info
     view = await backend.open_view(image)
-    first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+    first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer(question, image, max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs(question, image)["input_ids"].shape[1]
 
@@ -124,7 +124,9 @@ async def compare(
     assert box == find_region(expected, frame, info.base_px)
 
     region = source.crop(token_box_to_source(box, info.grid, frame, size))
-    second = await backend.second_pass(view, region, question, max_new_tokens=NEW_TOKENS)
+    second = await backend.second_pass(
+        view, region, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+    )
     compare_answer(second, oracle.answer(question, image, region, max_new_tokens=NEW_TOKENS))
     assert second.context_tokens == oracle.inputs(question, image, region)["input_ids"].shape[1]
     assert second.row is None
@@ -150,7 +152,9 @@ async def test_the_comparison_can_fail(
     for seed in range(6):
         view = await backend.open_view(picture(seed, backend.info.view))
         for question in QUESTIONS[:3]:
-            first = await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+            first = await backend.first_pass(
+                view, GenerationRequest(question, max_new_tokens=NEW_TOKENS)
+            )
             relative = await backend.relative_attention(view, first)
             answers.add(first.token_ids)
             peaks.add(int(relative.map.argmax()))
@@ -165,7 +169,7 @@ async def test_the_comparison_can_fail(
 async def test_the_demo_model_equals_plain_transformers(
     index: int, demo: tuple[TransformersBackend, Oracle, Preset]
 ) -> None:
-    """On scenes of its own kind, square, wide and tall."""
+    """With square, wide and tall scenes of the demo model's kind."""
     scene = generate_scene("test", index, size=((896, 896), (1120, 896), (896, 1120))[index % 3])
     backend, oracle, preset = demo
     await compare(backend, oracle, render(scene), questions(scene)[0].text, preset.epsilon)
@@ -200,7 +204,9 @@ async def test_what_is_known_of_a_model(
 
 async def test_stop_rule_and_text_sink_see_every_token(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
-    whole = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    whole = await backend.first_pass(
+        view, GenerationRequest(QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    )
     texts: list[str] = []
     seen: list[int] = []
 
@@ -209,7 +215,10 @@ async def test_stop_rule_and_text_sink_see_every_token(backend: TransformersBack
         return len(steps) == 4
 
     cut = await backend.first_pass(
-        view, QUESTIONS[0], max_new_tokens=NEW_TOKENS, stop=stop, on_text=texts.append
+        view,
+        GenerationRequest(QUESTIONS[0], max_new_tokens=NEW_TOKENS),
+        stop=stop,
+        on_text=texts.append,
     )
     assert seen == [1, 2, 3, 4]
     assert cut.token_ids == whole.token_ids[:4]
@@ -221,7 +230,7 @@ async def test_stop_rule_and_text_sink_see_every_token(backend: TransformersBack
 
 @contextmanager
 def held_up(backend: TransformersBackend) -> Iterator[tuple[Any, threading.Event, list[str]]]:
-    """A text sink that holds the worker at the second token until the block ends."""
+    """Make a text sink that blocks the worker at the second token until the `with` block ends."""
     started, gate, texts = threading.Event(), threading.Event(), []
 
     def on_text(text: str) -> None:
@@ -240,13 +249,15 @@ async def test_a_cancelled_answer_stops_at_the_next_token(backend: TransformersB
     view = await backend.open_view(picture(0, backend.info.view))
     with held_up(backend) as (on_text, started, texts):
         running = asyncio.create_task(
-            backend.first_pass(view, QUESTIONS[1], max_new_tokens=200, on_text=on_text)
+            backend.first_pass(
+                view, GenerationRequest(QUESTIONS[1], max_new_tokens=200), on_text=on_text
+            )
         )
         assert await asyncio.to_thread(started.wait, 30)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-    after = await backend.first_pass(view, QUESTIONS[1], max_new_tokens=3)
+    after = await backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=3))
     assert len(after.token_ids) == 3
     assert len(texts) == 2
 
@@ -257,7 +268,9 @@ async def test_a_cancelled_answer_leaves_the_queue(backend: TransformersBackend)
     order: list[str] = []
 
     async def ask(name: str, on_text: Any = None) -> None:
-        await backend.first_pass(view, QUESTIONS[1], max_new_tokens=3, on_text=on_text)
+        await backend.first_pass(
+            view, GenerationRequest(QUESTIONS[1], max_new_tokens=3), on_text=on_text
+        )
         order.append(name)
 
     with held_up(backend) as (on_text, started, _):
@@ -278,11 +291,13 @@ async def test_releasing_a_view_does_not_disturb_what_runs_on_it(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
-    whole = await backend.first_pass(view, QUESTIONS[1], max_new_tokens=5)
+    whole = await backend.first_pass(view, GenerationRequest(QUESTIONS[1], max_new_tokens=5))
     with held_up(backend) as (on_text, started, _):
         tasks = [
             asyncio.create_task(
-                backend.first_pass(view, QUESTIONS[1], max_new_tokens=5, on_text=sink)
+                backend.first_pass(
+                    view, GenerationRequest(QUESTIONS[1], max_new_tokens=5), on_text=sink
+                )
             )
             for sink in (on_text, None)
         ]
@@ -299,7 +314,7 @@ async def test_models_in_one_process_do_not_mix_their_rows(
     views: list[TransformersView] = [await backend.open_view(image) for backend in backends]
 
     async def row(backend: TransformersBackend, view: TransformersView) -> bytes:
-        answer = await backend.first_pass(view, QUESTIONS[0], max_new_tokens=4)
+        answer = await backend.first_pass(view, GenerationRequest(QUESTIONS[0], max_new_tokens=4))
         assert answer.row is not None
         return answer.row.tobytes()
 
@@ -333,13 +348,15 @@ async def test_impossible_questions_are_refused(
     question: str, complaint: str, backend: TransformersBackend
 ) -> None:
     with pytest.raises(QuestionError, match=complaint) as caught:
-        backend.check_question(question)
+        backend.check_question(GenerationRequest(question))
     assert "\n" not in str(caught.value)
     view = await backend.open_view(picture(0, backend.info.view))
     with pytest.raises(QuestionError, match=complaint):
-        await backend.first_pass(view, question, max_new_tokens=NEW_TOKENS)
+        await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
     with pytest.raises(QuestionError, match=complaint):
-        await backend.second_pass(view, picture(1, Size(9, 9)), question, max_new_tokens=1)
+        await backend.second_pass(
+            view, picture(1, Size(9, 9)), GenerationRequest(question, max_new_tokens=1)
+        )
 
 
 async def test_the_longest_question_is_exact(backend: TransformersBackend) -> None:
@@ -347,7 +364,7 @@ async def test_the_longest_question_is_exact(backend: TransformersBackend) -> No
     longest = max(n for n in range(500) if fits(backend, "é" * n, 2))
     view = await backend.open_view(picture(0, backend.info.view))
     answer = await backend.second_pass(
-        view, picture(1, Size(9, 9)), "é" * longest, max_new_tokens=NEW_TOKENS
+        view, picture(1, Size(9, 9)), GenerationRequest("é" * longest, max_new_tokens=NEW_TOKENS)
     )
     assert 510 <= answer.context_tokens + NEW_TOKENS <= 512
     assert fits(backend, "é" * (longest + 10), 1)
@@ -357,7 +374,7 @@ def fits(backend: TransformersBackend, question: str, images: int) -> bool:
     if not question:
         return False
     try:
-        backend.check_question(question, images)
+        backend.check_question(GenerationRequest(question), images)
     except QuestionError:
         return False
     return True
@@ -370,7 +387,7 @@ async def test_wrong_pictures_are_refused(backend: TransformersBackend) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
     for wrong in (Image.new("L", (9, 9)), Image.new("RGB", (0, 9))):
         with pytest.raises(ImageError, match="must be RGB"):
-            await backend.second_pass(view, wrong, "what?", max_new_tokens=1)
+            await backend.second_pass(view, wrong, GenerationRequest("what?", max_new_tokens=1))
 
 
 async def test_closing_ends_what_runs_and_what_waits(folders: dict[str, Path]) -> None:
@@ -380,7 +397,9 @@ async def test_closing_ends_what_runs_and_what_waits(folders: dict[str, Path]) -
     with held_up(backend) as (on_text, started, _):
         tasks = [
             asyncio.create_task(
-                backend.first_pass(view, QUESTIONS[1], max_new_tokens=200, on_text=sink)
+                backend.first_pass(
+                    view, GenerationRequest(QUESTIONS[1], max_new_tokens=200), on_text=sink
+                )
             )
             for sink in (on_text, None)
         ]

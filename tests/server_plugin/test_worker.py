@@ -1,4 +1,4 @@
-"""The queue before a model's thread: what runs together, in which order, and what a fault costs."""
+"""The queue of a model's thread: batches, order, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.patience import PATIENCE_S
 def worker(
     limit: int = 4, execute: Callable[[Hashable, list[Job]], None] | None = None
 ) -> Iterator[tuple[BatchWorker, list[list[str]]]]:
-    """A worker whose jobs answer with their own payload, and the batches it ran."""
+    """Yield a worker whose jobs return their payload, and the list of its batches."""
     batches: list[list[str]] = []
 
     def run(kind: Hashable, jobs: list[Job]) -> None:
@@ -34,7 +34,7 @@ def worker(
 
 @contextmanager
 def busy(worker: BatchWorker) -> Iterator[None]:
-    """Keep the thread from its queue while the block fills it."""
+    """Block the thread while the `with` block fills the queue."""
     gate, started = threading.Event(), threading.Event()
     worker.call(lambda: (started.set(), gate.wait(PATIENCE_S)))
     assert started.wait(PATIENCE_S)
@@ -45,7 +45,7 @@ def busy(worker: BatchWorker) -> Iterator[None]:
 
 
 async def queued(worker: BatchWorker, *jobs: tuple[str, str, int]) -> list[asyncio.Task[str]]:
-    """Tasks for jobs of (kind, payload, length), all in the queue."""
+    """Queue jobs of (kind, payload, length); return their tasks."""
     tasks = []
     for kind, payload, length in jobs:
         tasks.append(asyncio.ensure_future(worker.run(kind, payload, length)))
@@ -118,7 +118,7 @@ async def test_jobs_settled_before_a_fault_are_not_run_again() -> None:
 
 
 class Panic(BaseException):
-    """What a library's native code may raise."""
+    """An error such as a library's native code may raise."""
 
 
 @pytest.mark.parametrize("error", [Panic("boom"), asyncio.CancelledError(), SystemExit(1)])

@@ -1,4 +1,4 @@
-"""Making a backend's operations wait for each other, so that they run in one batch."""
+"""Helpers that make a backend's operations run in one batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.patience import PATIENCE_S
 
 @contextmanager
 def together(backend: TransformersBackend) -> Iterator[list[int]]:
-    """What is asked inside waits until the block ends; yields the batch size of each forward."""
+    """Hold operations until the `with` block ends; yield the batch size of each forward."""
     gate, sizes = threading.Event(), []
     hook = backend._adapter.decoder.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
@@ -28,7 +28,7 @@ def together(backend: TransformersBackend) -> Iterator[list[int]]:
 
 
 async def queued(*operations: Awaitable[Any]) -> list[asyncio.Future[Any]]:
-    """Tasks of operations that have reached the queue."""
+    """Start operations; return their tasks once all are queued."""
     tasks = [asyncio.ensure_future(operation) for operation in operations]
     await asyncio.sleep(0.01)
     return tasks

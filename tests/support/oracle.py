@@ -1,4 +1,4 @@
-"""Plain transformers as the oracle: used as any user would, sharing no code with the product."""
+"""Plain transformers as the oracle: used as by any user, without code of this project."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ class Oracle:
 
 
 def uncertainties(logits: np.ndarray) -> np.ndarray:
-    """Min-entropy, Shannon entropy (bits) and margin of each row, straight from Eq. 14-16."""
+    """Min-entropy, Shannon entropy (bits) and margin of each row, from Song and Kim, Eq. 14-16.
+
+    The paper: *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+    2512.16349).
+    """
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     top = -np.sort(-p, axis=1)
@@ -75,8 +79,8 @@ def uncertainties(logits: np.ndarray) -> np.ndarray:
 
 
 def compare_answer(got: Generation, expected: tuple[list[int], str, np.ndarray]) -> None:
-    """An answer against the oracle's: tokens, text, and uncertainty by every metric, token by
-    token and by every aggregation."""
+    """Compare an answer with the oracle's: tokens, text, and uncertainty by every metric, for each
+    token and with every aggregation."""
     ids, text, logits = expected
     assert list(got.token_ids) == ids
     assert got.text == text

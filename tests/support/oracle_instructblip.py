@@ -1,4 +1,4 @@
-"""Plain transformers as the oracle for InstructBLIP, sharing no code with the product.
+"""Plain transformers as the oracle for InstructBLIP, without code of this project.
 
 Answers come from the library's own `generate`, attention from a second copy of the model with
 eager attention. The library has no InstructBLIP of two pictures; for that the Q-Former is called
@@ -61,7 +61,7 @@ class InstructBlipOracle:
     def answer_by_hand(
         self, question: str, *pictures: Image.Image, max_new_tokens: int
     ) -> tuple[list[int], str, np.ndarray]:
-        """The same from the query tokens of any number of pictures, one behind the other."""
+        """The same, from the query tokens of any number of pictures, one after the other."""
         text_ids = self.processor.tokenizer(self.template.format(question), return_tensors="pt")
         with torch.inference_mode():
             parts = [self.query_tokens(question, picture) for picture in pictures]
@@ -76,7 +76,7 @@ class InstructBlipOracle:
         return self._told(output, 0)
 
     def query_tokens(self, question: str, picture: Image.Image) -> torch.Tensor:
-        """What the language model sees of a picture, `(query tokens, hidden)`."""
+        """The language model's input for a picture, `(query tokens, hidden)`."""
         inputs, model = self.inputs(question, picture), self.model
         seen = model.vision_model(inputs["pixel_values"]).last_hidden_state
         count = model.config.num_query_tokens

@@ -77,7 +77,7 @@ class QwenOracle:
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            # The checkpoint asks for one; answers here are those of the raw logits.
+            # The checkpoint sets one, but answers are compared on the raw logits.
             repetition_penalty=1.0,
             output_logits=True,
             return_dict_in_generate=True,

@@ -104,7 +104,7 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def _qformer_tokenizer() -> PreTrainedTokenizerFast:
-    # Spelled out: the library's own WordPiece training gives other ids at every run.
+    # A fixed vocabulary: the library's WordPiece training gives different ids in every run.
     words = sorted(
         {word for text in _SENTENCES for word in re.findall(r"\w+|[^\w\s]", text.lower())}
     )
@@ -128,7 +128,7 @@ def _qformer_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="[PAD]",
         cls_token="[CLS]",
         mask_token="[MASK]",
-        # Unlike the others it is looked for in the lower-cased text.
+        # Unlike the others, it is searched for in the lower-cased text.
         bos_token=AddedToken("[DEC]", normalized=True),
     )
 
@@ -165,7 +165,7 @@ def _model(
             num_key_value_heads=shape.key_value_heads,
             max_position_embeddings=shape.context_tokens,
             bos_token_id=tokenizer.bos_token_id,
-            # `generate` takes the end from here and not from `generation_config.json`.
+            # `generate` reads the end token here, not in `generation_config.json`.
             eos_token_id=list(shape.end_tokens),
             pad_token_id=tokenizer.pad_token_id,
         ),

@@ -8,6 +8,7 @@ distinguishable in every layer.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ SPECIAL_TOKENS = (
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 ADDED_TOKENS = ("<tool_call>", "</tool_call>", "<|fim_prefix|>")
-"""Added to the vocabulary as on the hub, without being called special."""
+"""Added to the vocabulary as on the hub, but not as special tokens."""
 
 NORMALISED_TOKEN = "<Kind>"
-"""One that is looked for in the normalised text. The hub's have none; fine-tuned ones may."""
+"""A token that is searched for in the normalised text, as fine-tuned checkpoints may have."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,7 +47,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Gives what the hub checkpoint's own template gives for pictures and text."""
+"""Gives the same result as the hub checkpoint's template for pictures and text."""
 
 _SENTENCES = (
     "system\nYou are a helpful assistant.\nuser\nassistant\n",
@@ -80,7 +81,7 @@ class TinyQwen:
     output_gain: float = 2.5
     """Spread of the logits."""
     more_end_tokens: tuple[int, ...] = ()
-    """Ordinary tokens that end an answer too, so that some answers end early."""
+    """Ordinary tokens that also end an answer, so that some answers end early."""
     seed: int = 0
 
 
@@ -125,7 +126,7 @@ def _flatten_config(folder: Path) -> None:
         | {
             "rope_theta": rope["rope_theta"],
             "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
-            # A window is configured, and not used.
+            # A window is configured but not used.
             "use_sliding_window": False,
             "sliding_window": 32,
             "max_window_layers": 1,
@@ -171,7 +172,7 @@ def _model(shape: TinyQwen, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForCondition
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
-            # The hub's embedding tables have rows to spare, too.
+            # The hub's embedding tables also have unused rows.
             "vocab_size": len(tokenizer) + 7,
             "hidden_size": shape.hidden,
             "intermediate_size": shape.intermediate,
@@ -179,7 +180,7 @@ def _model(shape: TinyQwen, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForCondition
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.key_value_heads,
             "max_position_embeddings": shape.context_tokens,
-            # A small base, or the last of so few frequencies would hardly turn at all.
+            # A small base: with so few frequencies, the last one would hardly rotate otherwise.
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 20.0,
@@ -206,7 +207,7 @@ def _model(shape: TinyQwen, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForCondition
     )
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     _draw_weights(model, shape)
-    # As on the hub, but for the values that only sampling uses.
+    # As on the hub, except for values that only sampling uses.
     model.generation_config = GenerationConfig(
         bos_token_id=ids["<|endoftext|>"],
         pad_token_id=ids["<|endoftext|>"],
@@ -233,3 +234,13 @@ def _draw_weights(model: Qwen2_5_VLForConditionalGeneration, shape: TinyQwen) ->
             if "embed_tokens" in name and not shape.tied:
                 fan_in = 1
             weight.normal_(0.0, gain / fan_in**0.5, generator=random)
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    """Return a function that sets fields of a JSON file in a checkpoint's folder."""
+
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage

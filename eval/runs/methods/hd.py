@@ -43,7 +43,7 @@ from eval.runs.methods.method import (
 from eval.runs.methods.two_stage import codecs_of, statistics
 from eval.runs.wire import SentAnswer, one_stage_bytes
 from eval.tasks.base import Sample, Task
-from server_plugin.backends.base import Generation, ModelInfo
+from server_plugin.backends.base import Generation, GenerationRequest, ModelInfo
 from server_plugin.backends.open import FAKE_MODEL, checkpoint_of
 from server_plugin.backends.transformers.adapters.checkpoint import (
     load_config,
@@ -158,7 +158,7 @@ class HdModel:
 
     def check_question(self, question: str, max_new_tokens: int) -> None:
         """See `Backend.check_question`."""
-        self._prompts.check(question, 1, max_new_tokens)
+        self._prompts.check(GenerationRequest(question, max_new_tokens=max_new_tokens), 1)
 
     @torch.inference_mode()
     def visual_tokens(self, picture: Image.Image) -> Tensor:
@@ -194,7 +194,7 @@ class HdModel:
             stop: texts at which the answer ends.
         """
         adapter = self._adapter
-        prompt = self._prompts.build(question, 1, max_new_tokens)
+        prompt = self._prompts.build(GenerationRequest(question, max_new_tokens=max_new_tokens), 1)
         place = prompt.images[0]
         embeddings = torch.cat(
             [

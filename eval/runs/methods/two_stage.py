@@ -31,7 +31,7 @@ from eval.runs.methods.method import (
 )
 from eval.runs.wire import SentAnswer, exchange_bytes, one_stage_bytes
 from eval.tasks.base import Sample, Task
-from server_plugin.backends.base import Backend, Generation
+from server_plugin.backends.base import Backend, Generation, GenerationRequest
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, Work
 from server_plugin.models.presets import Preset
@@ -116,12 +116,12 @@ class TwoStage(Method):
 
         try:
             # Not in `prepare`, which runs on another thread: tokenizers are not thread-safe.
-            member.check_question(asked.sample.question)
+            member.check_question(GenerationRequest(asked.sample.question))
             view = await member.open_view(ready.shown)
             outcome = await engine.answer(
                 view,
                 asked.picture.size,
-                asked.sample.question,
+                GenerationRequest(asked.sample.question),
                 fetch,
                 retransmit=Retransmit.ALWAYS,
                 stop=tuple(self._task.stop),

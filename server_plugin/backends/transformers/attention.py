@@ -1,15 +1,15 @@
-"""One attention row beside fused attention.
+"""Capture of one attention row beside fused attention.
 
-The relative attention map (Eq. 22 of 003_92b41fe49395ce1a.txt) needs a single row of one layer's
-attention matrix: that of the last prompt position. Fused kernels do not return it, and eager
-attention would materialise the matrix of every layer. So the decoder runs on a registered
-attention function that calls the stock SDPA function and, where a `RowCapture` is handed to the
-forward and the layer is the one asked for, computes that row from the query and the cached keys
-at hand: heads x context products, nothing quadratic.
+The relative attention map (Song and Kim, *Collaborative Edge-to-Server Inference for
+Vision-Language Models*, 2025, arXiv 2512.16349, Eq. 22) needs one row of one layer's attention
+matrix: the row of the last prompt position. Fused kernels do not return it, and eager attention
+would compute the matrix of every layer. So the decoder runs on a registered attention function that
+calls the stock SDPA function. If the forward pass has a `RowCapture`, that function also computes
+the row in the requested layer, from the query and the cached keys: heads x context products.
 
-What it relies on in transformers, and nothing else: the `AttentionInterface` and
-`AttentionMaskInterface` registries, and that a decoder hands unknown keyword arguments of its
-forward down to the attention function. `RowCapture.take` fails loudly should that ever change.
+This relies on two things in transformers: the `AttentionInterface` and `AttentionMaskInterface`
+registries, and that a decoder passes unknown keyword arguments of its forward to the attention
+function. `RowCapture.take` raises if that ever changes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ CAPTURE_ARGUMENT: Final = "row_capture"
 
 
 class RowReadyError(Exception):
-    """The row is there and the rest of the forward is not wanted. Never leaves the backend."""
+    """The row is captured, and the rest of the forward pass is not needed. Stays in the backend."""
 
 
 @dataclass(slots=True, eq=False)
 class RowCapture:
-    """Asks one forward of one decoder for an attention row of each of its sequences. Used once.
+    """Captures an attention row of each sequence in one forward pass of a decoder. Used once.
 
-    It travels as an argument of that forward, so models and questions that run side by side
-    cannot see each other's.
+    It is an argument of that forward pass, so models and questions that run side by side cannot
+    get each other's rows.
 
     Attributes:
         layer: decoder layer, from 0.
-        keys: for each sequence, the positions of its context whose weights are kept (the softmax
-            is over all that it sees); all of one length.
-        visible: `(batch, context)`, False where a position is padding; None: there is none.
-        stop: raise `RowReadyError` once the rows are there, which leaves out that layer's own
-            attention and every later layer. For forwards of which only the rows are wanted.
+        keys: for each sequence, the positions whose weights are kept, all of one length. The
+            softmax is over every visible position.
+        visible: `(batch, context)`, False at padding; None: there is no padding.
+        stop: raise `RowReadyError` once the rows are captured, which skips that layer's own
+            attention and every later layer. For forward passes that need only the rows.
     """
 
     layer: int
@@ -58,10 +58,10 @@ class RowCapture:
     _rows: Tensor | None = field(default=None, init=False)
 
     def see(self, layer: int | None, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        """Keep the rows if this is the layer asked for.
+        """Keep the rows if this is the requested layer.
 
         Raises:
-            RowReadyError: with `stop`, when it is.
+            RowReadyError: it is, and `stop` is set.
         """
         if layer != self.layer:
             return
@@ -71,7 +71,7 @@ class RowCapture:
             raise RowReadyError
 
     def take(self) -> Tensor:
-        """The rows, float32, shape `(batch, len(keys))`.
+        """Return the rows, float32, shape `(batch, keys)`.
 
         Raises:
             RuntimeError: no layer reported them: the decoder does not use `ATTENTION_NAME`, or
@@ -90,16 +90,16 @@ class RowCapture:
 def last_query_rows(
     query: Tensor, key: Tensor, scaling: float | None = None, visible: Tensor | None = None
 ) -> Tensor:
-    """Attention of the last query position, mean over heads (the Â of Eq. 22).
+    """Attention of the last query position, mean over heads (Â in Song and Kim, Eq. 22).
 
     Args:
         query: `(batch, heads, queries, width)`, positions already applied.
         key: `(batch, key heads, context, width)`; each serves `heads / key heads` query heads.
         scaling: factor on the products; None: one over the square root of `width`.
-        visible: `(batch, context)`, False at padding. The last position sees all the rest.
+        visible: `(batch, context)`, False at padding. The last position attends to the rest.
 
     Returns:
-        float32, shape `(batch, context)`, not negative; each row has the sum 1.
+        float32, shape `(batch, context)`, not negative; each row sums to 1.
     """
     batch, heads, _, width = query.shape
     key_heads = key.shape[1]
@@ -122,20 +122,20 @@ def capturing_attention(
     row_capture: RowCapture | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: stock SDPA, with the row on the side when one is asked for.
+    """Attention function: stock SDPA, plus the row capture if there is one.
 
     Args:
-        module: the attention layer; its `layer_idx` says which.
+        module: the attention layer; `layer_idx` is its number.
         query: `(batch, heads, queries, width)`.
         key: `(batch, key heads, context, width)`.
         value: like `key`.
-        attention_mask: as made by the stock mask function of SDPA.
+        attention_mask: from the stock mask function of SDPA.
         scaling: factor on the products.
-        row_capture: the capture handed to the decoder's forward, if any.
-        rest: whatever else transformers passes to an attention function.
+        row_capture: the capture passed to the decoder's forward, if any.
+        rest: other arguments that transformers passes to an attention function.
 
     Returns:
-        `(batch, queries, heads, width)`, and None where eager attention would give its weights.
+        `(batch, queries, heads, width)`, and None in place of the attention weights.
     """
     if row_capture is not None:
         row_capture.see(getattr(module, "layer_idx", None), query, key, scaling)
@@ -146,16 +146,15 @@ def capturing_attention(
 
 
 def use_capturing_attention(decoder: torch.nn.Module) -> None:
-    """Make one text decoder run on `capturing_attention`. Other models are left alone.
+    """Make one text decoder use `capturing_attention`. Other models are not affected.
 
     Args:
         decoder: a transformers model without vision tower.
 
     Raises:
-        RuntimeError: the decoder does not go through transformers' attention registry.
+        RuntimeError: the decoder does not use transformers' attention registry.
     """
-    # Registering adds a name and is harmless to repeat; only this decoder's own configuration
-    # then asks for it.
+    # Registering only adds a name and may be repeated; only this decoder's configuration uses it.
     AttentionInterface.register(ATTENTION_NAME, capturing_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     decoder.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]

@@ -1,17 +1,17 @@
 """The Transformers backend: both passes over one cached prefix, in small batches on one thread.
 
-What 003_92b41fe49395ce1a.txt counts as 4·F(n) FLOPs for a retransmitted question (Eq. 17-20) is
-about 2·F(n) here, with the same numbers out. The prompt starts with the global view's visual
-tokens whatever the question is, so their keys and values are computed once per view; the first
-pass, the generic instruction and the second pass each continue from a fork of that cache and
-compute only what is new: a few text tokens, and for the second pass the local view. In a family
-whose visual tokens depend on the question, first and second pass share them.
+Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
+2512.16349), count 4·F(n) FLOPs for a retransmitted question (Eq. 17-20). This backend needs about
+2·F(n) for the same results. Every prompt starts with the global view's visual tokens, so their keys
+and values are computed once per view. The first pass, the generic instruction and the second pass
+each continue from a copy of that cache and compute only their new tokens: a few text tokens and, in
+the second pass, the local view. If a family's visual tokens depend on the question, first and
+second pass share them.
 
-Operations that wait run together where their shapes allow
-(`server_plugin.backends.transformers.worker`, `server_plugin.backends.transformers.passes`,
-`server_plugin.backends.transformers.batch`). Greedy decoding gives what `generate(do_sample=False)`
-gives. Logits processors that a checkpoint's generation settings may ask for (repetition penalties
-and the like) are not applied: the uncertainty is defined on the raw logits, and so is the answer.
+Waiting operations run together if their shapes allow it (modules `worker`, `passes` and `batch`).
+Greedy decoding gives the same tokens as `generate(do_sample=False)`. Logits processors from a
+checkpoint's generation settings (repetition penalties, for example) are not applied: answer and
+uncertainty are defined on the raw logits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -50,13 +48,12 @@ from server_plugin.backends.transformers.adapters.checkpoint import (
 from server_plugin.backends.transformers.adapters.registry import adapter_for
 from server_plugin.backends.transformers.attention import use_capturing_attention
 from server_plugin.backends.transformers.devices import device_of, dtype_of
-from server_plugin.backends.transformers.passes import Ask, Passes
-from server_plugin.backends.transformers.views import Seen, TransformersView, view_bytes
+from server_plugin.backends.transformers.passes import AnswerJob, Passes
+from server_plugin.backends.transformers.views import TransformersView, ViewSnapshot, view_bytes
 from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosedError
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
 from vlm_collab.method.roi import relative_maps
-from vlm_collab.protocol.image_positions import Places
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 
@@ -64,8 +61,8 @@ _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
 class TransformersBackend:
     """One checkpoint on one device. See `server_plugin.backends.base.Backend`.
 
-    Make it with `load`. All model work runs on one thread of its own, the oldest operation
-    first. A cancelled operation leaves the queue; one that is running ends at its next token.
+    Create it with `load`. All model work runs on one thread, oldest operation first. A cancelled
+    operation leaves the queue; if it is running, it ends at its next token.
     """
 
     _passes: type[Passes] = Passes
@@ -74,7 +71,7 @@ class TransformersBackend:
         layout, text = adapter.layout, adapter.decoder.config
         preset = adapter.preset
         _check_layer(preset.layer, text, name)
-        # Prefixes share tensors, which is right only for layers that never write in place.
+        # Prefixes share tensors, which works only if layers never write in place.
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
             raise ModelError(f"{name} has sliding or hybrid attention, which cannot be shared")
         use_capturing_attention(adapter.decoder)
@@ -82,15 +79,16 @@ class TransformersBackend:
         self._preset = preset
         try:
             shared = adapter.prompts.shared(1)
-            adapter.prompts.build(preset.generic_instruction, 1, 0, views=1)
-            adapter.prompts.build(preset.generic_instruction, 2, 1)
+            generic = GenerationRequest(preset.generic_instruction, max_new_tokens=0)
+            adapter.prompts.build(generic, 1)
+            adapter.prompts.build(generic.with_limit(1), 2)
         except QuestionError as error:
             raise ModelError(
                 f"{name} has a context of {layout.context_tokens} tokens, too few for two "
                 f"pictures of {layout.visual_tokens} and the generic instruction"
             ) from error
         try:
-            adapter.prompts.build(preset.generic_instruction, 2, preset.max_new_tokens)
+            adapter.prompts.build(generic.with_limit(preset.max_new_tokens), 2)
         except QuestionError as error:
             raise ConfigError(
                 f"answers of max_new_tokens {preset.max_new_tokens} leave no room for two pictures "
@@ -132,17 +130,17 @@ class TransformersBackend:
         Args:
             name_or_folder: hub name, or local folder.
             preset: how the model is used; its family must be the checkpoint's.
-            device: a torch device; "auto" is CUDA where there is one, else the CPU.
+            device: a torch device; "auto" is CUDA if available, else the CPU.
             dtype: a torch floating point type; "auto" is bfloat16 on CUDA, else float32.
-            name: what clients see; by default the hub name, or the folder's last part.
-            batch: most questions that run together; each takes memory for a prompt's keys and
-                values. None: a small number that suits the device.
+            name: the name that clients see; default: the hub name, or the folder's last part.
+            batch: most questions that run together. Each needs memory for the keys and values of a
+                prompt. None: a small number that suits the device.
 
         Raises:
             ModelError: the checkpoint is missing, truncated, incomplete, without tokenizer, or
                 of a family without an adapter.
-            ConfigError: the preset is for another family, its layer does not exist, device or
-                dtype are none that torch knows here, or `batch` is not positive.
+            ConfigError: the preset is for another family, its layer does not exist, torch does not
+                have the device or dtype, or `batch` is not positive.
         """
         if batch is not None and batch < 1:
             raise ConfigError(f"a batch holds one question or more, not {batch}")
@@ -150,7 +148,7 @@ class TransformersBackend:
         where = device_of(device)
         number = dtype_of(dtype, where)
         shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
-        # Everything that can be refused is refused before gigabytes of weights are read.
+        # All checks come before gigabytes of weights are read.
         adapter_class = adapter_for(model_type_of(source))
         if preset.family != adapter_class.family:
             raise ConfigError(
@@ -168,15 +166,8 @@ class TransformersBackend:
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
 
     async def open_view(self, *images: Image) -> TransformersView:
         for image in images:
@@ -192,28 +183,22 @@ class TransformersBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            view, question, None, max_new_tokens, history, sampling, stop, on_text, places
-        )
+        return await self._answer(view, request, None, stop, on_text)
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
             raise ValueError("the first pass came without its attention row")
-        seen = self._seen(view, self._preset.generic_instruction)
-        assert seen.view is not None
-        generic, new_tokens, context_tokens = seen.view.generic_row, 0, 0
+        state = self._state(view, self._preset.generic_instruction)
+        assert state.view is not None
+        generic, new_tokens, context_tokens = state.view.generic_row, 0, 0
         if generic is None:
-            kind = "generic", view.pictures, seen.cached
-            generic, new_tokens, context_tokens = await self._run(kind, seen)
+            kind = "generic", view.pictures, state.cached
+            generic, new_tokens, context_tokens = await self._run(kind, state)
         return RelativeAttention(
             maps=relative_maps(first.row, generic, self._info.grid, epsilon=self._preset.epsilon),
             prefilled_tokens=new_tokens,
@@ -225,63 +210,43 @@ class TransformersBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        return await self._answer(
-            view,
-            question,
-            region,
-            max_new_tokens,
-            history,
-            sampling,
-            stop,
-            on_text,
-            places,
-            picture,
-        )
+        return await self._answer(view, request, region, stop, on_text, picture)
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            None, question, None, max_new_tokens, history, sampling, stop, on_text
-        )
+        return await self._answer(None, request, None, stop, on_text)
 
     async def release(self, view: View) -> None:
-        # An operation that runs on it now holds its own references and ends undisturbed.
+        # A running operation holds its own references and is not disturbed.
         assert isinstance(view, TransformersView)
         view.released = True
         view.seen = view.generic_row = None
         view.prefixes.clear()
 
     async def close(self) -> None:
-        # What is queued fails at once; what runs, at its next token.
+        # Queued operations fail at once, running ones at their next token.
         await asyncio.to_thread(self._worker.close)
         self._adapter.model = self._adapter.processor = None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Hold the model back until all of the operations queued meanwhile are there.
+        """Hold the model until the `with` block ends, so that operations queued in it can batch.
 
-        Which operations run together then depends on nothing but their order, and so do the last
-        bits of their results. For evaluations; a service would rather start at once.
+        Batches, and with them the last bits of results, then depend only on the operations' order.
+        Meant for evaluations; a service starts each operation at once.
         """
         gate = threading.Event()
         self._worker.call(gate.wait)
@@ -291,57 +256,55 @@ class TransformersBackend:
             gate.set()
 
     async def warm_up(self) -> None:
-        """Run both passes once, so that the first question does not pay for kernel set-up."""
+        """Run both passes once, so that the first question does not wait for kernel set-up."""
         grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-        instruction = self._preset.generic_instruction
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
         view = await self.open_view(grey)
-        first = await self.first_pass(view, instruction, max_new_tokens=2)
+        first = await self.first_pass(view, request)
         await self.relative_attention(view, first)
-        await self.second_pass(view, grey, instruction, max_new_tokens=2)
+        await self.second_pass(view, grey, request)
         await self.release(view)
 
     async def _answer(
         self,
         view: View | None,
-        question: str,
+        request: GenerationRequest,
         region: Image | None,
-        max_new_tokens: int,
-        history: History,
-        sampling: Sampling,
         stop: StopRule | None,
         on_text: TextSink | None,
-        places: Places = (),
         picture: int = 0,
     ) -> Generation:
         prompts = self._adapter.prompts
         views = 0 if view is None else view.pictures
         images = views + (region is not None)
-        prompts.check(question, images, max_new_tokens, history, places)
-        prompt = prompts.build(
-            question, images, max_new_tokens, history, views, places=places, picture=picture
-        )
-        seen = self._seen(view, question)
+        limit = request.max_new_tokens or self._preset.max_new_tokens
+        request = request.with_limit(limit)
+        prompts.check(request, images)
+        prompt = prompts.build(request, images, views, picture=picture)
+        state = self._state(view, request.question)
         if prompt.shown:
-            seen = seen.interleaved(prompts.shared(views), prompt)
-        ask = Ask(seen, prompt, question, region, max_new_tokens, sampling, stop, on_text)
+            state = state.interleaved(prompts.shared(views), prompt)
+        job = AnswerJob(state, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", views, images, prompt.shown, seen.cached), ask, len(prompt.ids) - seen.cached
+            ("answer", views, images, prompt.shown, state.cached),
+            job,
+            len(prompt.ids) - state.cached,
         )
         return answer
 
-    def _seen(self, view: View | None, question: str) -> Seen:
-        """What is at hand of a view for a question.
+    def _state(self, view: View | None, question: str) -> ViewSnapshot:
+        """Return the state of a view for a question.
 
         Raises:
             RuntimeError: the view was released.
         """
         if view is None:
-            return Seen(None, "", None, ())
+            return ViewSnapshot(None, "", None, ())
         assert isinstance(view, TransformersView)
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return Seen(view, key, view.prefixes.get(key), view.seen or ())
+        return ViewSnapshot(view, key, view.prefixes.get(key), view.seen or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""
@@ -354,6 +317,7 @@ class TransformersBackend:
 
 
 def _check_layer(layer: int, text_config: Any, name: str) -> None:
+    """Raise ConfigError if the decoder has no such layer."""
     count = text_config.num_hidden_layers
     if layer >= count:
         raise ConfigError(

@@ -1,11 +1,11 @@
-"""Several sequences through one decoder at once, each computing what it would alone.
+"""Batches: several sequences run through one decoder together, with the results of single runs.
 
-All of a batch stand on cached prefixes of one length, and add prompts of their own lengths behind
-them. Shorter ones are padded between prefix and new tokens, so that all end at the same place:
+All sequences of a batch have cached prefixes of one length. Their new tokens differ in number;
+shorter ones are padded between prefix and new tokens, so that all end at the same position:
 
     [ prefix ][ padding ][ new tokens ][ answer so far ]
 
-No sequence sees padding, and position ids skip it, so it changes nothing but the order of some
+No sequence attends to padding, and position ids skip it, so padding changes only the order of some
 additions.
 """
 
@@ -36,9 +36,9 @@ class Row:
 
     Attributes:
         prompt: the whole prompt.
-        prefix: keys and values of its first positions, a batch of one, never written to; None:
+        prefix: keys and values of its first positions, a batch of one, never written to; None if
             nothing is cached.
-        embeddings: of all the others, `(n, hidden)`.
+        embeddings: embeddings of the remaining positions, `(n, hidden)`.
     """
 
     prompt: Prompt
@@ -55,18 +55,17 @@ class Batch:
     """Sequences that run together.
 
     Args:
-        adapter: of the model.
-        rows: the sequences; their prefixes are of one length.
+        adapter: the model's adapter.
+        rows: the sequences; their prefixes have one length.
 
     Attributes:
         cache: keys and values of all sequences so far.
-        visible: `(batch, context)`, False at padding; None while no sequence has any.
+        visible: `(batch, context)`, False at padding; None if no sequence has padding.
 
-    What it costs in memory: appending to a `DynamicLayer` concatenates into new tensors, so a
-    batch of one copies nothing before it runs, and a prefix is never written to. Once it runs, it
-    holds a copy of each prefix beside its own tokens, 2 x layers x key heads x head width numbers
-    per token (0.5 MiB for LLaVA-1.5-7B in bfloat16, about 300 MiB for each 605-token prompt), until
-    its answers are there.
+    Memory: appending to a `DynamicLayer` concatenates into new tensors, so a prefix is never
+    written to, and a batch of one copies nothing before it runs. While it runs, a batch holds a
+    copy of each prefix and its own tokens: 2 x layers x key heads x head width numbers per token
+    (0.5 MiB for LLaVA-1.5-7B in bfloat16, about 300 MiB for each 605-token prompt).
     """
 
     def __init__(self, adapter: Adapter, rows: Sequence[Row]) -> None:
@@ -86,7 +85,7 @@ class Batch:
             self.visible = (places < self._start) | (places >= self._start + padding)
 
     def place(self, row: int, index: int) -> int:
-        """Where a position of a sequence's prompt lies in the batch's context."""
+        """Return the index in the batch's context of a position in a sequence's prompt."""
         return index if index < self._start else index + self._padding[row]
 
     def prefill(self, capture: RowCapture | None = None) -> Tensor:
@@ -123,7 +122,7 @@ class Batch:
         return self._forward(self._adapter.embed(tokens)[:, None], positions)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the sequences only."""
+        """Continue with some of the sequences only."""
         index = torch.tensor(rows, device=self._adapter.device)
         for layer in layers_of(self.cache):
             layer.keys, layer.values = layer.keys[index], layer.values[index]
@@ -133,7 +132,7 @@ class Batch:
         self._padding = [self._padding[row] for row in rows]
 
     def copy_of(self, row: int, length: int) -> DynamicCache:
-        """Keys and values of the first positions of a sequence, in memory of their own."""
+        """Copy keys and values of a sequence's first positions."""
         cache, begin = copy.copy(self.cache), self.place(row, 0)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers_of(cache):
@@ -148,7 +147,7 @@ class Batch:
         extra = {} if capture is None else {CAPTURE_ARGUMENT: capture}
         hidden: Tensor = self._adapter.decoder(
             inputs_embeds=embeddings,
-            # The batch axis is the last but one: M-RoPE has another before it.
+            # The batch axis is second to last: M-RoPE has one more axis before it.
             position_ids=torch.cat(positions, dim=-2),
             attention_mask=None if self.visible is None else self.visible.long(),
             use_cache=True,
@@ -160,12 +159,12 @@ class Batch:
 
 @functools.cache
 def cache_argument(decoder: type) -> str:
-    """Name under which the forward of a class of decoders takes its cache.
+    """Return the name of the cache argument in the forward method of a class of decoders.
 
-    transformers renamed it in 5.24 and takes the old name up to 5.40, with a warning.
+    transformers renamed it in 5.24, and accepts the old name up to 5.40 with a warning.
 
     Raises:
-        ModelError: it has neither name.
+        ModelError: the method has neither argument.
     """
     taken = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
     for name in ("cache", "past_key_values"):
@@ -178,15 +177,15 @@ def cache_argument(decoder: type) -> str:
 
 
 def layers_of(cache: DynamicCache) -> list[Any]:
-    """The cache's layers, each with its `keys` and `values`, `(batch, key heads, context, D)`.
+    """Return the cache's layers, each with `keys` and `values`, `(batch, key heads, context, D)`.
 
-    Typed `Any`: transformers' annotations cover layers of other kinds, which the backend refuses.
+    Typed `Any`, because transformers' annotations include kinds of layers that are refused here.
     """
     return cache.layers
 
 
 def _joined(prefixes: Sequence[DynamicCache | None], config: Any) -> DynamicCache:
-    """One cache that continues from all prefixes and leaves them alone."""
+    """Return one cache that continues from all prefixes, without changing them."""
     held = [prefix for prefix in prefixes if prefix is not None]
     if not held:
         return DynamicCache(config=config)

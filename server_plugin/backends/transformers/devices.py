@@ -1,4 +1,4 @@
-"""Where a model runs, and in which numbers: what users name, tried before weights are loaded."""
+"""Device and floating point type of a model, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a user named.
+    """Return the device with a name.
 
     Args:
-        name: as torch writes it (`cpu`, `cuda:1`); `auto` is CUDA where there is one, else the CPU.
+        name: as torch writes it (`cpu`, `cuda:1`); `auto` is CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: there is none of that name, or nothing can be computed on it here.
+        ConfigError: there is no such device, or torch cannot compute on it here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = torch.accelerator.current_accelerator()
     known = dict.fromkeys(("auto", *_KINDS, *(() if here is None else (here.type,))))
     try:
-        # torch warns of some of its old names, and computes nothing on others.
+        # torch warns about some old device names, and cannot compute on others.
         device = torch.device(name) if name.partition(":")[0] in known else None
     except RuntimeError:
         device = None
@@ -41,10 +41,10 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The type of numbers that a user named; `auto` is bfloat16 on CUDA, else float32.
+    """Return the floating point type with a name; `auto` is bfloat16 on CUDA, else float32.
 
     Raises:
-        ConfigError: it is no floating point type.
+        ConfigError: the name is no floating point type.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,6 +1,6 @@
-"""What the Transformers backend's model does, on its thread: views, generic rows and answers.
+"""Model work of the Transformers backend, on its thread: views, generic rows and answers.
 
-Operations of one kind run together, each from what is cached of its view.
+Operations of one kind run together. Each continues from the cached prefix of its view.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from server_plugin.backends.base import Generation, Sampling, StopRule, TextSink
+from server_plugin.backends.base import Generation, GenerationRequest, StopRule, TextSink
 from server_plugin.backends.transformers.adapters.base import Adapter, VisualTokens
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
 from server_plugin.backends.transformers.batch import Batch, Row
 from server_plugin.backends.transformers.sampling import Chooser, surprisal
-from server_plugin.backends.transformers.views import Looks, Prefix, Seen, TransformersView
+from server_plugin.backends.transformers.views import Looks, Prefix, TransformersView, ViewSnapshot
 from server_plugin.backends.transformers.worker import Job, WorkerClosedError, fail
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A pass to be run.
+class AnswerJob:
+    """One pass to run.
 
     Attributes:
-        seen: the global view.
-        prompt: over all pictures.
-        question: the user's text.
+        state: the global view.
+        prompt: the prompt with all its pictures.
+        request: the question and the parameters of its answer.
+        max_new_tokens: longest answer, in tokens.
         region: the local view, in a second pass.
-        max_new_tokens, sampling, stop, on_text: see `Backend.first_pass`.
+        stop, on_text: see `Backend.first_pass`.
     """
 
-    seen: Seen
+    state: ViewSnapshot
     prompt: Prompt
-    question: str
-    region: Image | None
+    request: GenerationRequest
     max_new_tokens: int
-    sampling: Sampling
+    region: Image | None
     stop: StopRule | None
     on_text: TextSink | None
 
 
 @dataclass(slots=True, eq=False)
-class _Answer:
-    """An answer in the making."""
+class _GrowingAnswer:
+    """An answer that is being generated."""
 
     job: Job
     chooser: Chooser
@@ -63,16 +63,16 @@ class _Answer:
     row: NDArray[np.float32] | None = None
 
     @property
-    def ask(self) -> Ask:
-        return cast(Ask, self.job.payload)
+    def details(self) -> AnswerJob:
+        return cast(AnswerJob, self.job.payload)
 
 
 class Passes:
-    """Runs operations on a model that nothing else uses meanwhile.
+    """Runs operations on a model. Nothing else may use the model at the same time.
 
     Args:
         adapter: the model.
-        closing: whether answers shall end at their next token.
+        closing: tells whether answers shall end at their next token.
     """
 
     def __init__(self, adapter: Adapter, closing: Callable[[], bool]) -> None:
@@ -80,16 +80,16 @@ class Passes:
         self._preset = adapter.preset
         self._closing = closing
         self._end_tokens = adapter.end_tokens
-        # By the number of pictures; mostly there is one.
+        # Cached by number of pictures, usually one.
         self._shared = functools.cache(adapter.prompts.shared)
         self._generic = functools.cache(self._generic_prompt)
 
     def execute(self, kind: Hashable, jobs: list[Job]) -> None:
-        """Work on operations of one kind together, and settle the future of each.
+        """Run operations of one kind together, and set the result of each one's future.
 
         Args:
-            kind: begins with "view", "generic" or "answer", and the number of pictures.
-            jobs: payloads are a tuple of images, a `Seen` and an `Ask`, respectively.
+            kind: begins with "view", "generic" or "answer", then the number of pictures.
+            jobs: payloads are tuples of images, `ViewSnapshot`s or `AnswerJob`s, respectively.
         """
         with torch.inference_mode():
             what, pictures, *_ = cast(tuple[Any, ...], kind)
@@ -101,8 +101,8 @@ class Passes:
                 self._answers(jobs)
 
     def _generic_prompt(self, pictures: int) -> Prompt:
-        instruction = self._preset.generic_instruction
-        return self._adapter.prompts.build(instruction, pictures, 0, views=pictures)
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=0)
+        return self._adapter.prompts.build(request, pictures, views=pictures)
 
     def _open_views(self, jobs: list[Job], pictures: int) -> None:
         adapter = self._adapter
@@ -119,7 +119,7 @@ class Passes:
         batch.prefill()
         length = len(shared.ids)
         for number, (job, one) in enumerate(zip(jobs, tokens, strict=True)):
-            # Each in memory of its own, so that views can be released one by one.
+            # Each view gets memory of its own, so that it can be released alone.
             cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
             kept = seen[number] if len(jobs) == 1 else tuple(part.clone() for part in seen[number])
             view = TransformersView(kept, pictures)
@@ -128,7 +128,7 @@ class Passes:
 
     def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
         """Attention under the generic instruction, once for each view."""
-        asked: dict[int, Seen] = {}
+        asked: dict[int, ViewSnapshot] = {}
         for job in jobs:
             if job.payload.view.generic_row is None:
                 asked[id(job.payload.view)] = job.payload
@@ -136,53 +136,56 @@ class Passes:
         computed = self._read_generic(list(asked.values()), prompt) if asked else {}
         for job in jobs:
             view: TransformersView = job.payload.view
-            if id(view) not in computed:  # the row came while this job waited
+            if id(view) not in computed:  # another job computed the row while this one waited
                 job.future.set_result((view.generic_row, 0, 0))
                 continue
             row, new_tokens = computed[id(view)]
-            computed[id(view)] = row, 0  # for the next to ask for it, it costs nothing
+            computed[id(view)] = row, 0  # the next job that needs it pays nothing
             if not view.released:
                 view.generic_row = row
             context_tokens = len(prompt.ids) if new_tokens else 0
             job.future.set_result((row, new_tokens, context_tokens))
 
     def _read_generic(
-        self, views: list[Seen], prompt: Prompt
+        self, views: list[ViewSnapshot], prompt: Prompt
     ) -> dict[int, tuple[NDArray[np.float32], int]]:
-        """Rows on the grid and newly computed positions, by the identity of the view."""
-        made = [self._row(seen, prompt, self._preset.generic_instruction, []) for seen in views]
+        """Return the row on the grid and the number of computed positions, by id of the view."""
+        made = [self._row(state, prompt, self._preset.generic_instruction, []) for state in views]
         batch = Batch(self._adapter, [row for row, _ in made])
         prompts = [prompt] * len(made)
         capture = self._capture(batch, prompts, stop=True)
-        # The capture ends the forward: layers behind the one that is read are not computed.
+        # The capture ends the forward pass: later layers are not computed.
         with contextlib.suppress(RowReadyError):
             batch.prefill(capture)
         rows = self._on_grid(capture, batch, prompts, [looks for _, looks in made])
         return {
-            id(seen.view): (
+            id(state.view): (
                 row,
                 len(prompt.ids)
-                - seen.cached
-                + (0 if seen.prefix is None else seen.prefix.take_uncounted()),
+                - state.cached
+                + (0 if state.prefix is None else state.prefix.take_uncounted()),
             )
-            for seen, row in zip(views, rows, strict=True)
+            for state, row in zip(views, rows, strict=True)
         }
 
     def _answers(self, jobs: list[Job]) -> None:
-        """Prefill what the caches do not hold yet, then decode greedily, all together."""
-        answers = [_Answer(job, Chooser(job.payload.sampling)) for job in jobs]
-        asks = [answer.ask for answer in answers]
-        regions = [ask.region for ask in asks if ask.region is not None]
+        """Prefill the positions that are not cached, then decode all answers together."""
+        answers = [_GrowingAnswer(job, Chooser(job.payload.request.sampling)) for job in jobs]
+        details = [answer.details for answer in answers]
+        regions = [one.region for one in details if one.region is not None]
         local = iter(self._adapter.see(regions)) if regions else iter(())
         made = [
             self._row(
-                ask.seen, ask.prompt, ask.question, [] if ask.region is None else [next(local)]
+                one.state,
+                one.prompt,
+                one.request.question,
+                [] if one.region is None else [next(local)],
             )
-            for ask in asks
+            for one in details
         ]
         batch = Batch(self._adapter, [row for row, _ in made])
-        looks = [one for _, one in made]
-        prompts = [ask.prompt for ask in asks]
+        looks = [looks for _, looks in made]
+        prompts = [one.prompt for one in details]
         without_row = regions or not prompts[0].views
         capture = None if without_row else self._capture(batch, prompts)
         hidden = batch.prefill(capture)
@@ -195,7 +198,7 @@ class Passes:
             ):
                 answer.row = row
         while True:
-            # Only the last positions predict anything; (batch, hidden) -> (batch, vocabulary)
+            # Only last positions predict a token: (batch, hidden) -> (batch, vocabulary)
             logits = self._adapter.output_head(hidden).float()
             numbers = logits.cpu().numpy()
             live = [
@@ -210,26 +213,26 @@ class Passes:
                 answers = [answers[number] for number in live]
             hidden = batch.step([answer.ids[-1] for answer in answers])
 
-    def _add(self, answer: _Answer, logits: NDArray[np.float32]) -> bool:
-        """Append a token; returns whether the answer is over, its future settled."""
-        ask, future = answer.ask, answer.job.future
+    def _add(self, answer: _GrowingAnswer, logits: NDArray[np.float32]) -> bool:
+        """Append a token. Return whether the answer is complete; its future then has a result."""
+        details, future = answer.details, answer.job.future
         if answer.job.abandoned or self._closing():
-            # Made here and not raised, for the reason that `fail` gives.
+            # Created but not raised: a traceback would keep memory alive, see `fail`.
             future.set_exception(WorkerClosedError())
             return True
         try:
             token = answer.chooser.choose(logits)
             answer.ids.append(token)
             answer.steps.append(token_statistics(logits))
-            # Of the likeliest token it is known already, and a vocabulary is long.
-            drawn = ask.sampling.temperature > 0
+            # The likeliest token's surprisal is its min-entropy; that saves a pass over all logits.
+            drawn = details.request.sampling.temperature > 0
             bits = surprisal(logits, token) if drawn else answer.steps[-1].min_entropy_bits
             answer.surprisals.append(bits)
             ended = token in self._end_tokens
-            if ask.on_text is not None:
-                ask.on_text(self._adapter.text_of(answer.ids))
-            stopped = ask.stop is not None and ask.stop(answer.steps, ended)
-            if not (ended or stopped or len(answer.ids) >= ask.max_new_tokens):
+            if details.on_text is not None:
+                details.on_text(self._adapter.text_of(answer.ids))
+            stopped = details.stop is not None and details.stop(answer.steps, ended)
+            if not (ended or stopped or len(answer.ids) >= details.max_new_tokens):
                 return False
             result = Generation(
                 text=self._adapter.text_of(answer.ids),
@@ -237,12 +240,12 @@ class Passes:
                 steps=tuple(answer.steps),
                 ended=ended,
                 prefilled_tokens=answer.prefilled_tokens
-                + (0 if ask.seen.prefix is None else ask.seen.prefix.take_uncounted()),
-                context_tokens=len(ask.prompt.ids),
+                + (0 if details.state.prefix is None else details.state.prefix.take_uncounted()),
+                context_tokens=len(details.prompt.ids),
                 row=answer.row,
                 surprisals=tuple(answer.surprisals),
             )
-        # A caller's own function may raise anything; that ends this answer and no other.
+        # A caller's callback may raise anything; that ends this answer only.
         except BaseException as error:
             fail(answer.job, error)
         else:
@@ -250,19 +253,19 @@ class Passes:
         return True
 
     def _row(
-        self, seen: Seen, prompt: Prompt, question: str, local: Sequence[Tensor]
+        self, state: ViewSnapshot, prompt: Prompt, question: str, local: Sequence[Tensor]
     ) -> tuple[Row, Looks]:
-        """A prompt ready to run, and what its global views' tokens look at.
+        """Return a prompt ready to run, and where its global views' tokens look.
 
         Args:
-            local: the vision encoder's output of the local view, in a second pass.
+            local: the vision encoder's output for the local view, in a second pass.
         """
-        prefix = seen.prefix
+        prefix = state.prefix
         start = 0 if prefix is None else prefix.length
         new = [shows for place, shows in prompt.shows() if place.start >= start]
         made = {
             shows: self._adapter.visual_tokens(
-                local[0] if shows == prompt.views else seen.pictures[shows], question
+                local[0] if shows == prompt.views else state.pictures[shows], question
             )
             for shows in dict.fromkeys(new)
         }
@@ -275,19 +278,19 @@ class Passes:
             return row, prefix.looks
         return row, tuple(made[view].looks for view in range(prompt.views))
 
-    def _keep_prefix(self, answer: _Answer, batch: Batch, number: int, looks: Looks) -> None:
-        """After a prefill without a prefix: keep the one just made."""
-        seen = answer.ask.seen
-        if seen.prefix is None and seen.view is not None and not answer.ask.prompt.shown:
-            cache = batch.copy_of(number, answer.ask.prompt.shared)
-            seen.view.keep(seen.key, Prefix(cache, looks, 0))
+    def _keep_prefix(self, answer: _GrowingAnswer, batch: Batch, number: int, looks: Looks) -> None:
+        """Keep the prefix that a prefill without a cached prefix has computed."""
+        state = answer.details.state
+        if state.prefix is None and state.view is not None and not answer.details.prompt.shown:
+            cache = batch.copy_of(number, answer.details.prompt.shared)
+            state.view.keep(state.key, Prefix(cache, looks, 0))
 
     def _capture(
         self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
     ) -> RowCapture:
-        """Asks for the attention to the global views of a batch, what lies between included."""
-        spans = [prompt.looked_at for prompt in prompts]
-        # Padding may lie within them, and in interleaved prompts they differ.
+        """Capture the attention to a batch's global views, and to the tokens between them."""
+        spans = [prompt.views_span for prompt in prompts]
+        # Spans may contain padding, and differ between interleaved prompts.
         begin = min(batch.place(i, span.start) for i, span in enumerate(spans))
         last = max(batch.place(i, span.stop - 1) for i, span in enumerate(spans))
         keys = [slice(begin, last + 1)] * len(prompts)
@@ -300,7 +303,7 @@ class Passes:
         prompts: Sequence[Prompt],
         looks: Sequence[Looks],
     ) -> list[NDArray[np.float32]]:
-        """For each of a batch, attention to the cells of its pictures, one after the other."""
+        """Return each sequence's attention to the grid cells, picture after picture."""
         begin = capture.keys[0].start
         rows = []
         for number, (row, prompt, every) in enumerate(
@@ -312,7 +315,7 @@ class Passes:
                     continue
                 first = batch.place(number, place.start) - begin
                 one = self._adapter.on_grid(row[first : first + len(place)], every[shows])
-                # Of a picture that stands at several places, what goes to any of them.
+                # For a picture at several places, the sum over them.
                 cells[shows] = cells[shows] + one if shows in cells else one
             ordered = [cells[shows] for shows in range(prompt.views)]
             rows.append(torch.cat(ordered).float().cpu().numpy())
@@ -323,8 +326,8 @@ class Passes:
 
         Args:
             prompt: the whole prompt.
-            start: where to begin; not inside a picture.
-            pictures: the pictures behind `start`.
+            start: first position; not inside a picture.
+            pictures: the pictures after `start`.
         """
         parts: list[Tensor] = []
         places = [place for place in prompt.images if place.start >= start]

@@ -1,4 +1,4 @@
-"""Choosing tokens (numpy): greedily, or drawn with temperature and top-p."""
+"""Token choice (numpy): greedy, or sampling with temperature and top-p."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Chooser:
     """Chooses the tokens of one answer.
 
     Args:
-        sampling: how.
+        sampling: temperature, top-p and seed.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -23,14 +23,14 @@ class Chooser:
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature else None
 
     def choose(self, logits: NDArray[Any]) -> int:
-        """The next token.
+        """Choose the next token.
 
         Args:
             logits: (V,) raw scores, any real dtype.
 
         Returns:
-            Without temperature the first of the likeliest tokens; else one drawn from
-            softmax(logits / temperature), cut to the smallest set of likeliest tokens whose
+            Without temperature, the first of the likeliest tokens. Otherwise a token drawn from
+            softmax(logits / temperature), restricted to the smallest set of likeliest tokens whose
             probability is `top_p` or more, and normalised again.
         """
         if self._random is None:
@@ -45,7 +45,7 @@ class Chooser:
 
 
 def surprisal(logits: NDArray[Any], token: int) -> float:
-    """−log2 of a token's probability in softmax(logits), in bits.
+    """Return −log2 of a token's probability under softmax(logits), in bits.
 
     Args:
         logits: (V,) raw scores.

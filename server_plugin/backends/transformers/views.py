@@ -1,4 +1,4 @@
-"""Global views as the Transformers backend keeps them: caches, and the memory that they take."""
+"""Global views of the Transformers backend: cached prefixes, and the memory that they occupy."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.batch import layers_of
 
 KEPT_PREFIXES = 2
-"""Questions per view whose visual tokens stay cached, where these depend on the question."""
+"""Prefixes kept per view in families whose visual tokens depend on the question."""
 
 
 Looks = tuple[Tensor | None, ...]
-"""What the visual tokens of each global view look at; see `VisualTokens.looks`."""
+"""For each global view, `VisualTokens.looks`: how its visual tokens attend to the grid cells."""
 
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Keys and values of a prompt's part up to the last visual token of the global view.
+    """Keys and values of a prompt, up to the last visual token of the global view.
 
     Attributes:
-        cache: of these positions, never written to.
-        looks: of each picture.
-        uncounted_tokens: positions that no result has reported as prefilled yet; the first
-            answer on it reports them, so that costs add up to what was computed.
-        of: the longer one that this is the beginning of.
+        cache: keys and values of these positions; never written to.
+        looks: for each picture, see `Looks`.
+        uncounted_tokens: computed positions that no result has reported as prefilled yet. The
+            first answer that uses the prefix reports them, so that costs add up.
+        of: the longer prefix that this one was cut from, if any.
     """
 
     cache: DynamicCache
@@ -44,11 +44,11 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Its positions."""
+        """Number of positions."""
         return int(self.cache.get_seq_length())
 
     def cut(self, length: int) -> Prefix:
-        """Its first positions, in the same memory."""
+        """Return a prefix of the first positions, in the same memory."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers_of(cache):
@@ -57,28 +57,29 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Its memory, in bytes."""
+        """Memory, in bytes."""
         looks = sum(one.nbytes for one in self.looks if one is not None)
         cached = (t.nbytes for one in layers_of(self.cache) for t in (one.keys, one.values))
         return int(looks + sum(cached))
 
     def take_uncounted(self) -> int:
-        """The positions to report now; 0 ever after."""
+        """Return the positions to report as prefilled; 0 from the second call on."""
         tokens, self.uncounted_tokens = self.uncounted_tokens, 0
         return tokens + (0 if self.of is None else self.of.take_uncounted())
 
 
 @dataclass(slots=True, eq=False)
 class TransformersView:
-    """A global view as this backend keeps it: what was computed of it, and no pixels.
+    """A global view in this backend: everything computed from it, without pixels.
 
     Attributes:
-        seen: the vision encoder's output of each picture, for prompts that cannot go on from a
-            cache: of new questions in families that read them, of interleaved ones in all.
-        pictures: how many it is of.
-        prefixes: by question, where that matters; else one for all questions, under "".
-        generic_row: attention on the grid under the generic instruction, once it was needed.
-        released: nothing is held any more.
+        seen: the vision encoder's output for each picture. Needed by prompts that cannot continue
+            from a cached prefix: interleaved prompts, and new questions in families whose visual
+            tokens depend on the question.
+        pictures: number of pictures.
+        prefixes: by question if visual tokens depend on it; else one for all questions, under "".
+        generic_row: attention on the grid under the generic instruction; None until computed.
+        released: whether the view was released and holds nothing any more.
     """
 
     seen: tuple[Tensor, ...] | None
@@ -89,14 +90,14 @@ class TransformersView:
 
     @property
     def nbytes(self) -> int:
-        """Memory held for this view, in bytes."""
+        """Memory of this view, in bytes."""
         held = [part.nbytes for part in self.seen or ()]
         if self.generic_row is not None:
             held.append(self.generic_row.nbytes)
         return sum(held) + sum(prefix.nbytes for prefix in list(self.prefixes.values()))
 
     def keep(self, key: str, prefix: Prefix) -> None:
-        """Hold a prefix for later passes, and let the oldest ones go."""
+        """Keep a prefix for later passes; the oldest ones are dropped."""
         if not self.released:
             self.prefixes[key] = prefix
             while len(self.prefixes) > KEPT_PREFIXES:
@@ -104,14 +105,14 @@ class TransformersView:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A view as one operation uses it; whoever holds this is not disturbed by a release.
+class ViewSnapshot:
+    """A view's state for one operation; stays valid if the view is released meanwhile.
 
     Attributes:
-        view: the global view; None for a question about no picture.
-        key: of the view's prefix for this operation's question.
-        prefix: what is cached under it.
-        pictures: the vision encoder's output of each, where it was kept.
+        view: the global view; None for a question without pictures.
+        key: key of the prefix for this operation's question.
+        prefix: the cached prefix, if there is one.
+        pictures: the vision encoder's output for each picture, if it was kept.
     """
 
     view: TransformersView | None
@@ -119,15 +120,15 @@ class Seen:
     prefix: Prefix | None
     pictures: tuple[Tensor, ...]
 
-    def interleaved(self, usual: Prompt, prompt: Prompt) -> Seen:
-        """The same for a prompt with pictures among its texts.
+    def interleaved(self, usual: Prompt, prompt: Prompt) -> ViewSnapshot:
+        """Return the state for a prompt with pictures among its texts.
 
-        What such a prompt begins with in common with the usual one is taken from the cache, as
-        far as the same pictures stand in it at the same places.
+        The common beginning of both prompts is taken from the cache, as far as the same pictures
+        stand at the same places.
 
         Args:
-            usual: the part that is cached, of the prompt with all pictures in front.
-            prompt: the interleaved one.
+            usual: the cached part of the prompt with all pictures in front.
+            prompt: the interleaved prompt.
         """
         if self.prefix is None:
             return self
@@ -147,12 +148,12 @@ class Seen:
 
     @property
     def cached(self) -> int:
-        """Positions that need not be computed."""
+        """Number of cached positions."""
         return 0 if self.prefix is None else self.prefix.length
 
 
 def view_bytes(adapter: Adapter, tokens: int) -> int:
-    """Memory that a view of so many prefix tokens will occupy; an upper bound."""
+    """Upper bound of the memory of a view with `tokens` prefix tokens, in bytes."""
     layout = adapter.layout
     cached = _cache_bytes(adapter.decoder.config, tokens, adapter.dtype)
     cells = 4 * layout.grid.rows * layout.grid.columns  # float32
@@ -164,7 +165,7 @@ def view_bytes(adapter: Adapter, tokens: int) -> int:
 
 
 def _cache_bytes(text_config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Size of the key-value cache of so many tokens."""
+    """Size of the key-value cache of `tokens` tokens, in bytes."""
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or (
         text_config.hidden_size // text_config.num_attention_heads

@@ -1,8 +1,8 @@
-"""One thread for one model, and the queue before it: jobs that can run together do.
+"""One thread per model, with a queue that batches jobs.
 
-A job that finds the thread idle starts at once, alone. Jobs that arrive while it is busy wait, and
-the oldest then takes along, in order of arrival, those of its own kind that waste little when they
-are padded to one length. The oldest always goes next, so no kind of job starves another.
+If the thread is idle, a job starts at once, alone. Otherwise it waits. The next batch is the oldest
+job and, in order of arrival, jobs of the same kind that waste little when padded to one length. The
+oldest job always goes next, so no kind of job starves another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _LARGEST_PADDING = 1.5
-"""Padded over real positions, at most. Beyond it, two batches cost less than one."""
+"""Largest ratio of padded to real positions. Beyond it, two batches cost less than one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,10 +28,10 @@ class Job:
 
     Attributes:
         kind: jobs of the same kind can run together.
-        length: new positions that it computes, to judge what padding it would need.
-        payload: what to do.
-        future: what becomes of it; settled on the worker's thread.
-        abandoned: nobody waits for it any more; set from any thread.
+        length: number of new positions, which decides how much padding it would need.
+        payload: the input of the operation.
+        future: receives the result, on the worker's thread.
+        abandoned: whether nobody waits for the result any more; set from any thread.
     """
 
     kind: Hashable
@@ -46,21 +46,21 @@ class WorkerClosedError(Exception):
 
 
 class _Alone:
-    """The kind of a job that never runs with another: no two of these are equal."""
+    """The kind of a job that always runs alone: no two instances are equal."""
 
 
 Execute = Callable[[Hashable, list[Job]], None]
-"""Runs jobs of one kind together and settles each one's future, in any order. If it raises, the
-jobs not yet settled are tried again one by one, so that none fails by another's fault."""
+"""Runs jobs of one kind together and sets the result of each one's future, in any order. If it
+raises, the unfinished jobs run again one by one, so that one job's error does not fail others."""
 
 
 class BatchWorker:
-    """The thread and its queue.
+    """A thread and its queue.
 
     Args:
-        execute: what runs on the thread.
+        execute: runs a batch, on the thread.
         limit: most jobs in one batch.
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, execute: Execute, limit: int, name: str) -> None:
@@ -74,7 +74,7 @@ class BatchWorker:
 
     @property
     def closing(self) -> bool:
-        """Whether `close` was called; a long job looks now and then and gives up."""
+        """Whether `close` was called. Long jobs check this now and then, and give up."""
         return self._closing
 
     async def run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
@@ -88,18 +88,18 @@ class BatchWorker:
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
-            # That took it out of the queue if it had not begun.
+            # Cancelling the future took the job out of the queue if it had not begun.
             job.abandoned = True
             raise
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
-        """Run a function on the thread, by itself, in its turn."""
+        """Run a function alone on the thread, when its turn comes."""
         job = Job(_Alone(), 1, work)
         self._put(job)
         return job.future
 
     def close(self) -> None:
-        """End the thread; what waits fails. Blocks until the running batch has given up."""
+        """End the thread; waiting jobs fail. Blocks until the running batch has ended."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -149,23 +149,23 @@ class BatchWorker:
                 if not job.future.done():
                     job.future.set_exception(RuntimeError(f"a job of {job.kind} was left undone"))
             return
-        # Whatever it is, the thread must live on: a library's panic is no `Exception`.
+        # The thread must go on after any error: a panic in a Rust library is no `Exception`.
         except BaseException as error:
             if len(jobs) == 1:
                 fail(jobs[0], error)
                 return
             log.warning("%d operations together failed; trying each alone", len(jobs))
-        # Outside the handler, whose exception would keep the failed batch's memory.
+        # Outside the handler: its exception would keep the failed batch in memory.
         for job in jobs:
             if not job.future.done():
                 self._work([job])
 
 
 def fail(job: Job, error: BaseException) -> None:
-    """Settle a job by an error that was raised; the trace goes to the log.
+    """Fail a job with an error that was raised; the traceback goes to the log.
 
-    The trace itself must not go with the error: its frames hold the batch, which holds the job,
-    which holds the error, and such a ring keeps a device's memory until the collector comes by.
+    The error is stored without its traceback. Its frames hold the batch, which holds the job, which
+    holds the error: such a cycle would keep device memory until garbage collection.
     """
     if job.future.done():
         return

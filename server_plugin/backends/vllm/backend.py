@@ -1,12 +1,12 @@
-"""The vLLM backend: both passes as ordinary requests to an engine that shares their prefixes.
+"""The vLLM backend: both passes are ordinary requests to one engine, which shares their prefixes.
 
-Every prompt about a view starts with the same tokens, so first pass, generic instruction and
-second pass share its blocks through vLLM's automatic prefix caching; how many questions run
-together is the engine's affair. What makes blocks and pictures the same is a secret of the
-backend's own and a digest of the pixels: no other user of the engine can hit upon them.
+Every prompt about a view starts with the same tokens, so first pass, generic instruction and second
+pass share cached blocks through vLLM's automatic prefix caching. The engine decides how many
+questions run together. Cache keys contain a secret of the backend and a digest of the pixels, so
+other users of the engine cannot find out what is cached.
 
-vLLM gives no attention weights; `server_plugin.backends.vllm.capture` reads the one row in its
-workers.
+vLLM returns no attention weights; `server_plugin.backends.vllm.capture` computes the one row that
+is needed, in vLLM's workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import math
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +26,10 @@ from PIL import Image as PillowImage
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
-    GREEDY,
     Generation,
-    History,
+    GenerationRequest,
     ModelInfo,
     RelativeAttention,
-    Sampling,
     StopRule,
     TextSink,
     View,
@@ -40,84 +38,51 @@ from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.vllm import capture
 from server_plugin.backends.vllm.client import ExpectedRow, RowClient
+from server_plugin.backends.vllm.engine_requests import (
+    check_prompt,
+    outputs_of,
+    sampling_parameters,
+)
 from server_plugin.backends.vllm.setup import EVERY_LOGPROB, check_setup
+from server_plugin.backends.vllm.views import NamedPicture, VllmView, pictures_of, result_of
 from vlm_collab.errors import ImageError, ModelError, QuestionError
 from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
-from vlm_collab.protocol.image_positions import Places
-
-_ATTEMPTS = 3
-"""How often a picture is handed over again that vLLM's two ends disagree about."""
 
 _RPC_PATIENCE_S = 2.0
-"""Between two looks at whether the engine that owes an answer is still there."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """A picture as it is given to the engine.
-
-    Attributes:
-        image: RGB, as the checkpoint's image processor takes it.
-        name: stands for the pixels, in vLLM's caches too.
-    """
-
-    image: Image
-    name: str
+"""Seconds between checks that the engine is alive, while a call waits for its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmGeneration(Generation):
-    """A generated answer, whose row stays in the workers until it is needed.
+    """A generated answer. Its attention row stays in the workers until it is needed.
 
     Attributes:
-        prompt: what it answers.
-        expected: its row; None when none was asked for.
+        prompt: the prompt.
+        expected: the row; None if none was requested.
     """
 
     prompt: Prompt
     expected: ExpectedRow | None
 
 
-@dataclass(slots=True, eq=False)
-class VllmView:
-    """A global view: its pixels, and its generic row once that was needed.
-
-    Attributes:
-        shown: the pictures, one or more; None after a release.
-        pictures: how many.
-        generic: the request that computes the generic row, or did.
-    """
-
-    shown: tuple[_Picture, ...] | None
-    pictures: int = 1
-    generic: asyncio.Task[Generation] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the pixels and the row, in bytes. vLLM's own caches have budgets of theirs."""
-        pixels = sum(math.prod(picture.image.size) * 3 for picture in self.shown or ())
-        generic = _result(self.generic)
-        return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
-
-
 class VllmBackend:
     """One engine of vLLM. See `server_plugin.backends.base.Backend`.
 
-    Everything here runs on the event loop on which it is first awaited; so do `stop` and
-    `on_text`. Of each token's statistics, the Shannon entropy is NaN unless the preset's metric
-    asks for it: it needs the whole vocabulary's probabilities, which are costly to hand over.
+    Everything runs on the event loop of the first await, `stop` and `on_text` included. The Shannon
+    entropy in token statistics is NaN unless the preset's metric is entropy: it needs the
+    probabilities of the whole vocabulary, which are costly to transfer.
 
     Args:
-        engine: vLLM's `AsyncLLM`, or what its server calls an engine client.
-        adapter: of the checkpoint, made without weights.
-        name: what clients see.
+        engine: vLLM's `AsyncLLM`, or an engine client of its server.
+        adapter: the checkpoint's adapter, without weights.
+        name: the name that clients see.
         owned: whether `close` shuts the engine down.
 
     Raises:
-        ConfigError: the engine is set up in a way that rows would be missing, statistics not
-            exact, or second passes impossible.
+        ConfigError: with the engine's settings, rows would be missing, statistics inexact, or
+            second passes impossible.
     """
 
     def __init__(self, engine: Any, adapter: Adapter, name: str, *, owned: bool = True) -> None:
@@ -155,33 +120,26 @@ class VllmBackend:
         self._secret = secrets.token_bytes(16)
         self._scope = secrets.token_hex(16)
         self._running: set[asyncio.Task[Generation]] = set()
-        """The event loop itself keeps no task alive."""
+        """References to running tasks; the event loop itself keeps none."""
 
     @property
     def failed(self) -> bool:
-        """Whether the engine is dead; it does not come back."""
+        """Whether the engine is dead, for good."""
         return self._engine is not None and bool(self._engine.errored)
 
     @property
     def engine(self) -> Any:
-        """The engine that answers, for requests of other kinds; None once closed."""
+        """The engine, for requests of other kinds; None after `close`."""
         return self._engine
 
     @property
     def info(self) -> ModelInfo:
         return self._info
 
-    def check_question(
-        self,
-        question: str,
-        images: int = 2,
-        *,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        self._adapter.prompts.check(question, images, self._preset.max_new_tokens, history, places)
-        # One that stands at several places is as many to vLLM.
-        again = len(places) - len({place.picture for place in places})
+    def check_question(self, request: GenerationRequest, images: int = 2) -> None:
+        self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
+        # vLLM counts a picture at several places several times.
+        again = len(request.places) - len({place.picture for place in request.places})
         if images + again > self._most_pictures:
             raise QuestionError(
                 f"this server takes {self._most_pictures} pictures in a prompt, the local view "
@@ -201,35 +159,21 @@ class VllmBackend:
     async def first_pass(
         self,
         view: View,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        pictures = _pictures_of(view)
-        return await self._answer(
-            pictures,
-            question,
-            max_new_tokens,
-            history=history,
-            places=places,
-            sampling=sampling,
-            stop=stop,
-            on_text=on_text,
-            rows=len(pictures),
-        )
+        pictures = pictures_of(view)
+        return await self._answer(pictures, request, stop=stop, on_text=on_text, rows=len(pictures))
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         row = await self.row_of(first)
-        pictures = _pictures_of(view)
+        pictures = pictures_of(view)
         assert isinstance(view, VllmView)
         task, new = view.generic, False
-        if task is None or (task.done() and _result(task) is None):
-            # Of its own, so that one question that is cancelled does not take it from others.
+        if task is None or (task.done() and result_of(task) is None):
+            # A task of its own, so that cancelling one question does not fail others.
             task = asyncio.create_task(self._generic(pictures))
             self._running.add(task)
             task.add_done_callback(self._forget)
@@ -244,17 +188,17 @@ class VllmBackend:
         )
 
     async def row_of(self, first: Generation) -> NDArray[np.float32]:
-        """The attention row of a first pass, fetched now if it was not yet.
+        """Fetch the attention row of a first pass, unless it was fetched already.
 
-        Nothing is fetched with the answer: most questions end with it, and a row that cannot be
-        had must not cost an answer that is complete.
+        The row is not fetched with the answer: most questions need no row, and a missing row must
+        not fail an answer that is complete.
 
         Returns:
-            what `Generation.row` describes.
+            The row; see `Generation.row`.
 
         Raises:
-            ModelError: the workers do not have it, or the engine is gone.
-            ValueError: it was not asked for.
+            ModelError: the workers do not have the row, or the engine is gone.
+            ValueError: no row was requested.
         """
         if not isinstance(first, VllmGeneration) or first.expected is None:
             raise ValueError("this answer has no attention row")
@@ -262,11 +206,11 @@ class VllmBackend:
 
         row = torch.from_numpy(await first.expected.fetch())
         prompt = first.prompt
-        start = prompt.looked_at.start
+        start = prompt.views_span.start
         cells: dict[int, torch.Tensor] = {}
         for place, shows in prompt.shows():
             one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
-            # Of a picture that stands at several places, what goes to any of them.
+            # For a picture at several places, the sum over them.
             cells[shows] = cells[shows] + one if shows in cells else one
         grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()
         return grid
@@ -275,90 +219,71 @@ class VllmBackend:
         self,
         view: View,
         region: Image,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
         picture: int = 0,
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
         if region.mode != "RGB" or 0 in region.size:
             raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
-        pictures = (*_pictures_of(view), self._picture(self._adapter.fitted(region)))
+        pictures = (*pictures_of(view), self._picture(self._adapter.fitted(region)))
         return await self._answer(
             pictures,
-            question,
-            max_new_tokens,
-            history=history,
-            places=places,
+            request,
             picture=picture,
             views=len(pictures) - 1,
-            sampling=sampling,
             stop=stop,
             on_text=on_text,
         )
 
     async def text_pass(
         self,
-        question: str,
+        request: GenerationRequest,
         *,
-        max_new_tokens: int,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        return await self._answer(
-            (),
-            question,
-            max_new_tokens,
-            history=history,
-            sampling=sampling,
-            stop=stop,
-            on_text=on_text,
-        )
+        return await self._answer((), request, stop=stop, on_text=on_text)
 
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
-        # What runs on it now holds its own references and ends undisturbed.
+        # Running operations hold their own references and are not disturbed.
         view.shown = view.generic = None
 
     async def warm_up(self) -> None:
-        """Check that rows can be had, and run both passes once.
+        """Check that attention rows can be captured, and run both passes once.
 
         Raises:
-            ConfigError: they cannot; the line names vLLM's version and what is missing.
+            ConfigError: they cannot; the message names vLLM's version and what is missing.
         """
         try:
             await self._rows.install()
             grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-            instruction = self._preset.generic_instruction
+            request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
             view = await self.open_view(grey)
-            first = await self.first_pass(view, instruction, max_new_tokens=2)
+            first = await self.first_pass(view, request)
             await self.relative_attention(view, first)
-            await self.second_pass(view, grey, instruction, max_new_tokens=2)
+            await self.second_pass(view, grey, request)
             await self.release(view)
         except BaseException:
-            await self.close()  # nobody will use it, and its processes would stay
+            await self.close()  # otherwise the engine's processes would stay
             raise
 
     async def close(self) -> None:
-        # Let go of it as well: as the interpreter ends, it could no longer clean up after itself.
+        # Drop the reference too: at interpreter exit, the engine could not clean up any more.
         engine, self._engine = self._engine, None
         if engine is not None and self._owned:
             await asyncio.to_thread(engine.shutdown)
 
     def _forget(self, task: asyncio.Task[Generation]) -> None:
         self._running.discard(task)
-        _seen(task)
+        _ignore_error(task)
 
-    async def _generic(self, pictures: Sequence[_Picture]) -> Generation:
-        """The generic instruction's answer, with its row."""
-        instruction = self._preset.generic_instruction
-        answer = await self._answer(pictures, instruction, 1, rows=len(pictures))
+    async def _generic(self, pictures: Sequence[NamedPicture]) -> Generation:
+        """Run the generic instruction, and fetch its attention row."""
+        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=1)
+        answer = await self._answer(pictures, request, rows=len(pictures))
         return replace(answer, row=await self.row_of(answer))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -367,7 +292,7 @@ class VllmBackend:
         engine = self._engine
         call = asyncio.ensure_future(engine.collective_rpc(method, args=arguments))
         try:
-            # An engine that dies leaves its calls unanswered.
+            # An engine that dies does not answer its calls.
             while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
                 if engine.errored:
                     raise ModelError("vLLM failed: its engine is gone")
@@ -375,43 +300,38 @@ class VllmBackend:
             call.cancel()
         return call.result()
 
-    def _picture(self, image: Image) -> _Picture:
+    def _picture(self, image: Image) -> NamedPicture:
         digest = hashlib.blake2b(image.tobytes(), key=self._secret, digest_size=16)
         digest.update(repr(image.size).encode())
-        return _Picture(image, digest.hexdigest())
+        return NamedPicture(image, digest.hexdigest())
 
     async def _answer(
         self,
-        pictures: Sequence[_Picture],
-        question: str,
-        max_new_tokens: int,
+        pictures: Sequence[NamedPicture],
+        request: GenerationRequest,
         *,
-        history: History = (),
-        sampling: Sampling = GREEDY,
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
         rows: int = 0,
-        places: Places = (),
         picture: int = 0,
         views: int = 0,
     ) -> VllmGeneration:
-        """One request, from prompt to answer.
+        """Run one request, from prompt to answer.
 
         Args:
-            rows: of how many pictures, from the first on, the attention is wanted.
-            places, picture: see `Backend.second_pass`.
-            views: of the pictures, those before the local view; only looked at with places.
+            rows: number of pictures, from the first on, whose attention row is captured.
+            picture: see `Backend.second_pass`.
+            views: number of pictures before the local view; used only with places.
         """
         await self._rows.install()
         prompts = self._adapter.prompts
-        prompts.check(question, len(pictures), max_new_tokens, history, places)
+        limit = request.max_new_tokens or self._preset.max_new_tokens
+        request = request.with_limit(limit)
+        prompts.check(request, len(pictures))
         prompt = prompts.build(
-            question,
+            request,
             len(pictures),
-            max_new_tokens,
-            history,
-            views if places and not rows else rows,
-            places=places,
+            views if request.places and not rows else rows,
             picture=picture,
         )
         name = secrets.token_hex(8)
@@ -423,17 +343,24 @@ class VllmBackend:
             ended = stopped = False
             cached = 0
             in_order = [pictures[shows] for shows in prompt.order]
-            outputs = self._outputs(
-                name, prompt, in_order, max_new_tokens, sampling, with_row=rows > 0
+            if self._engine is None:
+                raise ModelError("the model was closed")
+            parameters = sampling_parameters(
+                request.sampling,
+                limit,
+                logprobs=self._logprobs,
+                end_tokens=self._adapter.end_tokens,
+                extra_args=self._row_request(name, prompt) if rows else None,
             )
-            # Leaving the loop, for whatever reason, aborts what is left of the request.
+            outputs = outputs_of(self._engine, name, prompt, in_order, parameters, self._scope)
+            # Leaving the loop for any reason aborts the request.
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     if rows and expected is None:
-                        # It is there since the prompt ended.
+                        # The row was captured when the prompt ended.
                         expected = self._rows.expect(self._key(name))
                     if output.prompt_token_ids is not None:
-                        _check_prompt(prompt, output.prompt_token_ids)
+                        check_prompt(prompt, output.prompt_token_ids)
                     cached = max(cached, output.num_cached_tokens or 0)
                     part = output.outputs[0]
                     for token, logprobs in zip(part.token_ids, part.logprobs or (), strict=True):
@@ -450,7 +377,7 @@ class VllmBackend:
                         break
             if not ids:
                 raise ModelError("vLLM ended an answer before its first token")
-            if not (stopped or ended or len(ids) >= max_new_tokens):
+            if not (stopped or ended or len(ids) >= limit):
                 raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
             return VllmGeneration(
                 text=self._adapter.text_of(ids),
@@ -465,80 +392,25 @@ class VllmBackend:
             )
         finally:
             if rows and expected is None:
-                # The prompt may have ended although its first token never came here; and the
-                # request is aborted by now, so that no row can come after.
+                # The prompt may have ended although its first token never arrived. The request is
+                # aborted by now, so no row can be captured later.
                 self._rows.expect(self._key(name))
 
     def _key(self, name: str) -> str:
-        """What a request's row is called."""
+        """Return the key of a request's row."""
         return self._rows_scope + name
 
-    async def _outputs(
-        self,
-        name: str,
-        prompt: Prompt,
-        pictures: Sequence[_Picture],
-        max_new_tokens: int,
-        sampling: Sampling,
-        *,
-        with_row: bool,
-    ) -> AsyncGenerator[Any]:
-        """vLLM's outputs for a request: each with the tokens since the last one."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        if self._engine is None:
-            raise ModelError("the model was closed")
-        span = None
-        if with_row:
-            # From the first global view to the last, what lies between included.
-            seen = prompt.looked_at
-            span = {
-                capture.KEY: self._key(name),
-                capture.FIRST: seen.start,
-                capture.STOP: seen.stop,
-            }
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature else 1.0,
-            seed=sampling.seed if sampling.temperature else None,
-            max_tokens=max_new_tokens,
-            logprobs=self._logprobs,
-            # Exactly the tokens that end an answer on the Transformers backend.
-            ignore_eos=True,
-            stop_token_ids=sorted(self._adapter.end_tokens),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args=span,
-        )
-        request: dict[str, Any] = {
-            "prompt_token_ids": _collapsed(prompt),
-            "cache_salt": self._scope,
+    def _row_request(self, name: str, prompt: Prompt) -> dict[str, Any]:
+        """Return what the row capture reads: from the first global view to the end of the last."""
+        span = prompt.views_span
+        return {
+            capture.KEY: self._key(name),
+            capture.FIRST: span.start,
+            capture.STOP: span.stop,
         }
-        if pictures:
-            request["multi_modal_data"] = {"image": [picture.image for picture in pictures]}
-            # A picture whose name is known is not processed again.
-            request["multi_modal_uuids"] = {"image": [picture.name for picture in pictures]}
-        try:
-            for attempt in range(1, _ATTEMPTS + 1):
-                # In vLLM's own threads, so that pictures hold nobody up.
-                (rendered,) = await self._engine.renderer.render_cmpl_async([request])
-                stream = self._engine.generate(rendered, params, name)
-                async with contextlib.aclosing(stream) as outputs:
-                    async for output in outputs:
-                        if attempt < _ATTEMPTS and _missed(output):
-                            break
-                        yield output
-                    else:
-                        return
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "vllm":
-                raise
-            reason = " ".join(str(error).split()) or repr(error.__cause__ or error)
-            raise ModelError(f"vLLM failed: {reason[:200]}") from error
 
     def _statistics(self, logprobs: Any) -> TokenStatistics:
-        """Of one token, from `{id: Logprob}`, natural logarithms of the raw softmax."""
+        """Compute a token's statistics from `{id: Logprob}`, natural logarithms of softmax."""
         values = [one.logprob for one in logprobs.values()]
         if self._logprobs == EVERY_LOGPROB:
             return token_statistics(np.array(values))
@@ -548,51 +420,7 @@ class VllmBackend:
         )
 
 
-def _seen(task: asyncio.Task[Any]) -> None:
-    """An error that nobody waits for any more is no news."""
+def _ignore_error(task: asyncio.Task[Any]) -> None:
+    """Mark a task's error as retrieved, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
-
-
-def _result(task: asyncio.Task[Generation] | None) -> Generation | None:
-    """What a task came to, if it did."""
-    if task is None or not task.done() or task.cancelled() or task.exception() is not None:
-        return None
-    return task.result()
-
-
-def _missed(output: Any) -> bool:
-    """Whether vLLM ended a request before its first token for want of a picture.
-
-    Its front-end sends the engine no picture that it believes to be there already. It is not if
-    the question that brought it was cancelled on the way, or if the engine needed the room. vLLM
-    notices, forgets what it believed, and leaves it to the caller to ask again.
-    """
-    ended = output.outputs[0]
-    return ended.finish_reason == "error" and not ended.token_ids
-
-
-def _pictures_of(view: View) -> tuple[_Picture, ...]:
-    assert isinstance(view, VllmView)
-    if view.shown is None:
-        raise RuntimeError("this view was released")
-    return view.shown
-
-
-def _collapsed(prompt: Prompt) -> list[int]:
-    """A prompt with one image token for each picture, which vLLM writes out again."""
-    ids: list[int] = []
-    start = 0
-    for place in prompt.images:
-        ids += prompt.ids[start : place.start + 1]
-        start = place.stop
-    return [*ids, *prompt.ids[start:]]
-
-
-def _check_prompt(prompt: Prompt, written_out: Sequence[int]) -> None:
-    """The span that is read must be the view; vLLM's processor must not see it otherwise."""
-    if tuple(written_out) != prompt.ids:
-        raise ModelError(
-            f"vLLM made a prompt of {len(written_out)} tokens where the checkpoint's own "
-            f"processor makes {len(prompt.ids)}; it takes pictures of this model in another way"
-        )

@@ -1,12 +1,12 @@
 """The worker side of the vLLM plugin: attention rows of requests that ask for them.
 
 Registered as a `vllm.general_plugins` entry point, so vLLM calls `register` in each of its
-processes. It gives the workers three methods, for `collective_rpc`; nothing else changes until the
-first of them is called. From then on two functions of each worker are wrapped: the one that runs
-a step, to learn whose prompt ends in it, and the one attention layer whose row is wanted. A step
-in which no such prompt ends costs a look into its list of requests.
+processes. It adds three methods to the workers, for `collective_rpc`; nothing else changes until
+the first of them is called. It wraps two functions of each worker: the one that runs a step, to
+learn which prompts end in it, and the forward of the attention layer whose row is read. A step in
+which no such prompt ends costs only a check of its list of requests.
 
-All contact with vLLM's internals is in this module. Each point of contact:
+All use of vLLM's internals is in this module:
 
 what                                                why                               since
 `WorkerBase`, with a method set on it               `collective_rpc` finds it there   0.11
@@ -14,7 +14,7 @@ what                                                why                         
 `SchedulerOutput.{scheduled_new_reqs,               ids, prompt lengths and positions 0.11
   scheduled_cached_reqs, num_scheduled_tokens,      of what is scheduled
   finished_req_ids}`
-`SamplingParams.extra_args`                         carries the wish for a row        0.10
+`SamplingParams.extra_args`                         carries the row request           0.10
 V1: `runner.input_batch.req_ids`                    order of requests in the step     0.8
 V2: `runner.prepare_inputs(…).req_ids`              the same (read, never run)        0.25
 `compilation_config.static_forward_context`         the attention layers by name      0.8
@@ -31,8 +31,8 @@ V2: `runner.prepare_inputs(…).req_ids`              the same (read, never run)
 `compilation_config.cudagraph_mode`                 a full CUDA graph replays past    0.11
                                                     any Python, and rows with it
 
-Versions before 0.32 were not tried. Rows were compared on CPU attention; the CUDA paths are
-written from vLLM's source and were never run.
+Versions before 0.32 were not tested. Rows were compared on CPU attention; the CUDA paths follow
+vLLM's source and were never run.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ from server_plugin.backends.vllm.rows import summed_row, token_major_keys, vecto
 log = logging.getLogger(__name__)
 
 SUPPORTED = "0.32"
-"""The vLLM release whose internals these are."""
+"""The vLLM release whose internals are used here."""
 
 INSTALL, TAKE, HELD = "vlm_collab_install", "vlm_collab_take", "vlm_collab_held"
 """Names of the worker methods."""
 
 KEY, FIRST, STOP = "vlm_collab_key", "vlm_collab_first", "vlm_collab_stop"
-"""What a request that wants its row has in `extra_args`: a name for the row, which begins with a
-secret of whoever installed the capture, and the span of prompt positions that it is about."""
+"""Keys in `extra_args` of a request that needs its row: the row's key, which begins with the secret
+of the caller that installed the capture, and the span of prompt positions."""
 
 MAX_ROWS = 1024
-"""Rows held until they are fetched; the oldest go first. A client that is gone fetches none."""
+"""Most rows kept until they are fetched; the oldest are dropped first."""
 
 MAX_ROWS_BYTES = 32 * 2**20
-"""Memory of all rows held, on the device, which vLLM's own budget knows nothing of. One row may
-be as long as a prompt."""
+"""Most device memory of all kept rows, which vLLM's own budget does not include. A row may be as
+long as a prompt."""
 
 _LAYER = "language_model.model.layers.{}.self_attn.attn"
 
@@ -82,15 +82,15 @@ _CUDA_KEYS: dict[str, Keys] = {
 
 
 class UnsupportedError(Exception):
-    """This vLLM, or the way it is set up, has no place where the row could be read."""
+    """The row cannot be read in this release of vLLM, or with its settings."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """A request that asked for its row.
+class _RowRequest:
+    """A request whose attention row is needed.
 
     Attributes:
-        key: name of the row.
+        key: key of the row.
         first, stop: the span of prompt positions.
         prompt: length of the prompt.
     """
@@ -103,20 +103,20 @@ class _Wish:
 
 @dataclass(slots=True, eq=False)
 class RowReader:
-    """What one worker knows of rows.
+    """Captures rows in one worker.
 
     Attributes:
-        order: the requests of the step that is running, as its attention layers have them.
-        keys: how the layer's keys are read.
-        block_table: from metadata to (requests, blocks).
-        wishes: requests whose prompt has not ended yet.
-        due: of those whose prompt ends in this step, the place of the last prompt token in the
-            step's queries of that request.
-        lengths: queries of each request in this step.
-        rows: what was captured and not fetched yet, summed over this worker's heads.
-        rows_bytes: memory that these occupy.
-        heads: how many heads that is.
-        scopes: with one of these the names of rows begin that are served.
+        order: returns the requests of the running step, in the order of its attention layers.
+        keys: reads the layer's keys.
+        block_table: returns (requests, blocks) from attention metadata.
+        pending: requests whose prompt has not ended yet.
+        due: for each request whose prompt ends in this step, the index of its last prompt token
+            among its queries of the step.
+        lengths: number of queries of each request in this step.
+        rows: captured rows that were not fetched yet, summed over this worker's heads.
+        rows_bytes: memory of these rows, in bytes.
+        heads: number of heads of the layer in this worker.
+        scopes: secret prefixes; rows are captured only if their key begins with one.
     """
 
     order: Callable[[], list[str]]
@@ -124,50 +124,52 @@ class RowReader:
     block_table: Callable[[Any], Tensor]
     heads: int
     scopes: set[str]
-    wishes: dict[str, _Wish] = field(default_factory=dict)
+    pending: dict[str, _RowRequest] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
     rows_bytes: int = 0
 
     def step(self, scheduled: Any) -> None:
-        """Look at what a step schedules."""
+        """Note which prompts end in a step, from what it schedules."""
         for gone in scheduled.finished_req_ids:
-            self.wishes.pop(gone, None)
+            self.pending.pop(gone, None)
         computed: dict[str, int] = {}
         for new in scheduled.scheduled_new_reqs:
-            if (wish := _wish_of(new)) is not None and wish.key.startswith(tuple(self.scopes)):
-                self.wishes[new.req_id] = wish
+            if (request := _row_request(new)) is not None and request.key.startswith(
+                tuple(self.scopes)
+            ):
+                self.pending[new.req_id] = request
                 computed[new.req_id] = new.num_computed_tokens
         self.due = {}
-        if not self.wishes:
+        if not self.pending:
             return
-        going_on = scheduled.scheduled_cached_reqs
-        computed.update(zip(going_on.req_ids, going_on.num_computed_tokens, strict=True))
+        continued = scheduled.scheduled_cached_reqs
+        computed.update(zip(continued.req_ids, continued.num_computed_tokens, strict=True))
         self.lengths = scheduled.num_scheduled_tokens
-        for name, wish in self.wishes.items():
-            place = wish.prompt - 1 - computed.get(name, wish.prompt)
+        for name, request in self.pending.items():
+            place = request.prompt - 1 - computed.get(name, request.prompt)
             if 0 <= place < self.lengths.get(name, 0):
                 self.due[name] = place
 
     def read(self, layer: Any, query: Tensor, cache: Tensor, metadata: Any) -> None:
-        """After the layer's attention: the rows that are due, once."""
+        """Capture the rows that are due, after the layer's attention."""
         due, self.due = self.due, {}
         table, start = self.block_table(metadata), 0
         impl = layer.impl
         for number, name in enumerate(self.order()):
             if name in due:
-                wish = self.wishes.pop(name)
-                count = -(-wish.prompt // cache.shape[2])
+                request = self.pending.pop(name)
+                count = -(-request.prompt // cache.shape[2])
                 self._keep(
-                    wish.key,
+                    request.key,
                     summed_row(
                         query[start + due[name]].view(impl.num_heads, impl.head_size),
                         self.keys(cache, table[number, :count]),
-                        wish.prompt,
+                        request.prompt,
                         impl.scale,
-                        wish.first,
-                        wish.stop,
+                        request.first,
+                        request.stop,
                     ),
                 )
             start += self.lengths[name]
@@ -186,14 +188,16 @@ class RowReader:
         return row
 
     def take(self, keys: list[str]) -> list[tuple[bytes, int] | None]:
-        """Rows by name, each only once: float32 bytes, and the heads that they sum up."""
+        """Return and drop rows by key: float32 bytes, and the number of heads in the sum."""
         held = [self._release(key) for key in keys]
         return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in held]
 
 
-def _wish_of(request: Any) -> _Wish | None:
-    """What a new request asks for. Anything malformed is no wish: users can set `extra_args`
-    through vLLM's own endpoints, and a worker must not fall over it."""
+def _row_request(request: Any) -> _RowRequest | None:
+    """Return the row request of a new request, if it has a valid one.
+
+    Users can set `extra_args` through vLLM's own endpoints, so malformed values are ignored.
+    """
     extra = getattr(request.sampling_params, "extra_args", None)
     if not extra or request.prompt_token_ids is None:
         return None
@@ -203,11 +207,11 @@ def _wish_of(request: Any) -> _Wish | None:
         return None
     if not (isinstance(first, int) and isinstance(stop, int)):
         return None
-    return _Wish(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
+    return _RowRequest(key, first, stop, prompt) if 0 <= first < stop <= prompt else None
 
 
 def register() -> None:
-    """The entry point: give vLLM's workers the three methods. Called in every vLLM process."""
+    """Entry point: add the three methods to vLLM's workers. Called in every vLLM process."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, INSTALL, _install)
@@ -216,11 +220,11 @@ def register() -> None:
 
 
 def _install(worker: Any, layer: int, scope: str) -> dict[str, Any]:
-    """Begin to serve rows of a decoder layer; for another scope too if they are served already.
+    """Start to capture rows of a decoder layer, or add a scope if they are captured already.
 
     Args:
-        scope: a secret of the caller's, with which the names of its rows begin. Users of vLLM's
-            own endpoints set `extra_args` too, and could have others' rows pushed out.
+        scope: the caller's secret prefix of its rows' keys. Without it, users of vLLM's own
+            endpoints, who can set `extra_args` too, could displace others' rows.
 
     Returns:
         `{"heads": …}` of this worker, 0 if the layer is on another one (pipeline parallelism);
@@ -234,33 +238,33 @@ def _install(worker: Any, layer: int, scope: str) -> dict[str, Any]:
         return {"heads": _wrap(worker, layer, scope)}
     except UnsupportedError as error:
         missing = str(error)
-    except Exception as error:  # whatever another release may raise where this one does not
+    except Exception as error:  # other releases may raise anything
         missing = " ".join(f"{type(error).__name__}: {error}".split())
     return {"error": f"vLLM {vllm.__version__} cannot give attention rows here: {missing}"}
 
 
 def _take(worker: Any, keys: list[str]) -> list[tuple[bytes, int] | None]:
-    """See `RowReader.take`; for `collective_rpc`."""
+    """Call `RowReader.take`, for `collective_rpc`."""
     reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
     return [None] * len(keys) if reader is None else reader.take(keys)
 
 
 def _held(worker: Any) -> dict[str, int]:
-    """What this worker keeps: requests whose row is still to come, and rows nobody fetched yet."""
+    """Count what this worker keeps: requests that wait for their row, and rows not fetched yet."""
     reader: RowReader | None = getattr(worker, "vlm_collab_rows", None)
     if reader is None:
-        return {"wishes": 0, "rows": 0}
-    return {"wishes": len(reader.wishes), "rows": len(reader.rows)}
+        return {"pending": 0, "rows": 0}
+    return {"pending": len(reader.pending), "rows": len(reader.rows)}
 
 
 def _wrap(worker: Any, number: int, scope: str) -> int:
-    """Wrap step and layer. Returns this worker's heads of the layer."""
+    """Wrap step and layer. Return the number of heads of the layer in this worker."""
     runner = worker.model_runner
     config = runner.vllm_config
     _check(config)
     if (served := getattr(worker, "vlm_collab_layer", number)) != number:
         raise UnsupportedError(f"rows of layer {served} are served already, not of {number}")
-    if hasattr(worker, "vlm_collab_rows"):  # for another front-end of the same engine
+    if hasattr(worker, "vlm_collab_rows"):  # another front-end of the same engine
         worker.vlm_collab_rows.scopes.add(scope)
         return int(worker.vlm_collab_rows.heads)
     layer = config.compilation_config.static_forward_context.get(_LAYER.format(number))
@@ -273,7 +277,7 @@ def _wrap(worker: Any, number: int, scope: str) -> int:
     keys, table = _keys(layer), _block_table(layer, runner)
     heads = int(impl.num_heads)
     run, attend = runner.execute_model, impl.forward
-    # Only now, when all the rest is there: with V2 this wraps a method.
+    # Last, when nothing else can fail: with V2 this wraps a method.
     order = _order_v2(runner) if config.use_v2_model_runner else _order_v1(runner)
     reader = RowReader(order, keys, table, heads, {scope})
 
@@ -299,7 +303,7 @@ def _wrap(worker: Any, number: int, scope: str) -> int:
         if reader.due and metadata is not None:
             try:
                 reader.read(layer, query, cache, metadata)
-            except Exception:  # the engine serves others too; who misses the row is told
+            except Exception:  # must not end the engine; the caller gets an error for its row
                 log.exception("attention rows were lost")
         return result
 
@@ -309,7 +313,7 @@ def _wrap(worker: Any, number: int, scope: str) -> int:
 
 
 def _check(config: Any) -> None:
-    """Refuse set-ups of the engine in which rows would be missing or wrong."""
+    """Refuse settings of the engine with which rows would be missing or wrong."""
     graphs = config.compilation_config.cudagraph_mode
     if graphs is not None and graphs.name not in ("NONE", "PIECEWISE"):
         raise UnsupportedError(
@@ -322,7 +326,7 @@ def _check(config: Any) -> None:
         raise UnsupportedError("prefill context parallelism")
     if parallel.use_ubatching:  # more than dual batch overlap turns it on
         raise UnsupportedError("steps that are cut into micro-batches")
-    # Data parallelism is the front-end's to refuse: each replica's workers see a size of 1.
+    # The front-end refuses data parallelism: each replica's workers see a size of 1.
     if config.speculative_config is not None:
         raise UnsupportedError("speculative decoding")
 
@@ -333,7 +337,7 @@ def _check_layer(impl: Any) -> None:
         raise UnsupportedError(f"a key cache of type {impl.kv_cache_dtype}")
     if getattr(impl, "sliding_window", None) not in (None, -1, (-1, -1)):
         raise UnsupportedError("sliding-window attention")
-    # What an implementation does not have, it cannot do either.
+    # An implementation without these attributes does not have the feature.
     if getattr(impl, "logits_soft_cap", None):
         raise UnsupportedError("soft-capped attention")
     if getattr(impl, "alibi_slopes", None) is not None:
@@ -371,15 +375,15 @@ def _block_table(layer: Any, runner: Any) -> Callable[[Any], Tensor]:
 
 def _order_v1(runner: Any) -> Callable[[], list[str]]:
     def order() -> list[str]:
-        # Asked for anew in each step: the list is replaced as requests come and go.
+        # Read in each step: vLLM replaces the list as requests come and go.
         return list(runner.input_batch.req_ids)
 
-    order()  # if it is not there, that shows now
+    order()  # fails now if the attribute is missing
     return order
 
 
 def _order_v2(runner: Any) -> Callable[[], list[str]]:
-    """The V2 runner makes a new batch for each step and keeps it to itself."""
+    """Wrap `prepare_inputs`: the V2 runner makes a new batch in each step and does not keep it."""
     prepare = runner.prepare_inputs
     latest: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The front-end's end of the row capture: calls to all workers, few and together."""
+"""Front-end side of the row capture: fetches rows from all workers in few calls."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from server_plugin.backends.vllm.rows import mean_over_ranks
 from vlm_collab.errors import ConfigError, ModelError
 
 WorkerCall = Callable[..., Awaitable[Any]]
-"""Calls a method of all workers, by name and with its arguments; gives their results."""
+"""Calls a method of all workers, by name and with arguments; returns their results."""
 
 MOST_WAITING = 64
-"""Rows that may wait in the workers for a call to carry them, whether or not anybody wants them.
-Far fewer than the workers keep (`capture.MAX_ROWS`), which push out the oldest."""
+"""Rows that may wait in the workers before a call fetches them, needed or not. Far fewer than
+`capture.MAX_ROWS`, from which on workers drop the oldest."""
 
 
 class ExpectedRow:
-    """A row that the workers have until it is fetched."""
+    """A row that stays in the workers until it is fetched."""
 
     def __init__(self, client: RowClient, row: asyncio.Future[NDArray[np.float32]]) -> None:
         self._client = client
         self._row = row
 
     async def fetch(self) -> NDArray[np.float32]:
-        """The row; once it was fetched, at no cost.
+        """Return the row; fetches it on the first call only.
 
         Returns:
             Mean over heads, float32, one entry per position of the span.
 
         Raises:
-            ModelError: no worker has it, or the engine takes no calls any more.
+            ModelError: no worker has the row, or the engine accepts no calls any more.
         """
         if not self._row.done():
             self._client.call_soon()
-        # Whoever gives up meanwhile leaves the row to others who ask for it.
+        # Shielded: a caller that is cancelled must not cancel the row for others.
         return await asyncio.shield(self._row)
 
 
 class RowClient:
     """Fetches rows from the workers of one engine.
 
-    A call holds up the engine's loop for a moment, so there are few: none before a row is asked
-    for, and then all that are known to be there travel in it, so that no worker keeps those that
-    nobody wants.
+    A call pauses the engine's loop for a moment, so calls are few. The first request for a row
+    starts one, and it fetches all rows that are captured by then, so that workers do not keep rows
+    that nobody needs.
 
     Args:
         call: see `WorkerCall`.
         layer: decoder layer, from 0, whose rows are read.
-        heads: its attention heads, on all ranks together.
-        scope: a secret with which the keys of all rows begin; workers serve no others.
+        heads: attention heads of the layer, over all ranks.
+        scope: a secret prefix of the keys of all rows; workers serve no other keys.
     """
 
     def __init__(self, call: WorkerCall, layer: int, heads: int, scope: str) -> None:
@@ -65,15 +65,15 @@ class RowClient:
         self._installed = False
         self._install_lock = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[NDArray[np.float32]]] = {}
-        """Rows that no call has carried yet, by key and in order."""
+        """Rows that no call has fetched yet, by key and in order."""
         self._urgent = False
         self._fetching: asyncio.Task[None] | None = None
 
     async def install(self) -> None:
-        """Have the workers begin, once.
+        """Install the capture in the workers, once.
 
         Raises:
-            ConfigError: they cannot; one line with vLLM's version and what is missing.
+            ConfigError: they cannot capture; one line with vLLM's version and what is missing.
         """
         async with self._install_lock:
             if self._installed:
@@ -102,7 +102,7 @@ class RowClient:
             self._installed = True
 
     def expect(self, key: str) -> ExpectedRow:
-        """Say that a row is there, or will not come any more. Nobody has to fetch it."""
+        """Register a row that is captured by now, or never will be. It need not be fetched."""
         row: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._waiting[key] = row
         if len(self._waiting) >= MOST_WAITING:
@@ -110,7 +110,7 @@ class RowClient:
         return ExpectedRow(self, row)
 
     def call_soon(self) -> None:
-        """Have all rows that wait carried by one call, after the one that runs."""
+        """Fetch all waiting rows in one call, after the call that runs now."""
         self._urgent = True
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._fetch())
@@ -123,7 +123,7 @@ class RowClient:
                 break
             try:
                 ranks = await self._call(capture.TAKE, list(waiting))
-                parts = list(zip(*ranks, strict=True))  # of each row: what each rank has
+                parts = list(zip(*ranks, strict=True))  # per row: the parts of all ranks
             except Exception as error:
                 lost = ModelError(f"vLLM gave no attention rows: {' '.join(str(error).split())}")
                 outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(waiting)
@@ -132,7 +132,7 @@ class RowClient:
             for row, outcome in zip(waiting.values(), outcomes, strict=True):
                 if isinstance(outcome, ModelError):
                     row.set_exception(outcome)
-                    row.exception()  # if nobody wants it, it is no news
+                    row.exception()  # so that asyncio does not log it if nobody fetches the row
                 else:
                     row.set_result(outcome)
         self._fetching = None

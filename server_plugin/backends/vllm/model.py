@@ -1,4 +1,4 @@
-"""Opening a checkpoint on the vLLM backend: everything that can be refused first, then vLLM."""
+"""Open a checkpoint on the vLLM backend: checks first, then vLLM's engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm_collab.errors import ConfigError, ModelError
 from vlm_collab.method.policy import Metric
 
 FAMILIES = ("llava", "qwen2.5-vl")
-"""What both this package and the supported vLLM serve."""
+"""Families that both this package and the supported vLLM serve."""
 
 
 def open_vllm_model(
@@ -38,27 +38,26 @@ def open_vllm_model(
     batch: int | None = None,
     engine: Mapping[str, Any] | None = None,
 ) -> VllmBackend:
-    """Start vLLM's engine in this process, with its workers beside it. Blocks; may download.
+    """Start vLLM's engine in this process, with workers in others. Blocks; may download.
 
     Args:
         name_or_folder: hub name, or local folder.
         preset: how the model is used; its family must be the checkpoint's.
         dtype: a torch floating point type; "auto" is float32 on the CPU, else the checkpoint's.
-        name: what clients see; by default the hub name, or the folder's last part.
+        name: the name that clients see; default: the hub name, or the folder's last part.
         batch: most requests that run together; None: vLLM's own choice.
-        engine: arguments of vLLM's `AsyncEngineArgs`, which take precedence over those made
-            here.
+        engine: arguments of vLLM's `AsyncEngineArgs`; they override those made here.
 
     Raises:
         ModelError: the checkpoint is missing, damaged or of a family without an adapter, or vLLM
             cannot load it.
-        ConfigError: vLLM is not installed or takes none of these options, the family is none
-            that it serves, or the preset does not fit the checkpoint.
+        ConfigError: vLLM is not installed or rejects an option, it does not serve the family, or
+            the preset does not fit the checkpoint.
     """
     source = local_or_hub(name_or_folder)
     shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
     check(source, preset, shown)
-    # stdout is the command's, which may have promised JSON on it.
+    # vLLM must not log to stdout, which may carry the command's JSON.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -82,23 +81,23 @@ def open_vllm_model(
 
 
 def engine_options(preset: Preset, dtype: str = "auto", batch: int | None = None) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs` that a preset needs on this machine.
+    """Return the arguments of vLLM's `AsyncEngineArgs` that a preset needs on this machine.
 
     Args:
-        dtype, batch: as `open_vllm_model`.
+        dtype, batch: as in `open_vllm_model`.
     """
     from vllm.platforms import current_platform
 
     options: dict[str, Any] = {
         "limit_mm_per_prompt": {"image": 2},
-        # Full CUDA graphs would run past the capture.
+        # Full CUDA graphs would skip the capture.
         "compilation_config": {"cudagraph_mode": "PIECEWISE"},
     }
     if preset.metric is Metric.ENTROPY:
         options["max_logprobs"] = -1
     if current_platform.is_cpu():
-        # Blocks there are of 128 tokens if one may choose, more than some views have; only whole
-        # blocks are shared.
+        # The CPU default, 128 tokens per block, is more than some views have, and only whole blocks
+        # are shared.
         options["block_size"] = 32
     if dtype != "auto":
         options["dtype"] = dtype
@@ -112,17 +111,17 @@ def engine_options(preset: Preset, dtype: str = "auto", batch: int | None = None
 def vllm_backend(
     engine: Any, source: str, preset: Preset, shown: str, *, owned: bool = True
 ) -> VllmBackend:
-    """The backend over an engine that runs.
+    """Make a backend for a running engine.
 
     Args:
-        engine: `AsyncLLM`, or what vLLM's server calls an engine client.
+        engine: `AsyncLLM`, or an engine client of vLLM's server.
         source: the folder or hub name that the engine has loaded.
         preset: how the model is used.
-        shown: what clients see.
+        shown: the name that clients see.
         owned: whether closing the backend shuts the engine down.
 
     Raises:
-        ModelError, ConfigError: as `open_vllm_model`.
+        ModelError, ConfigError: as in `open_vllm_model`.
     """
     adapter_class = check(source, preset, shown)
     adapter = weightless_adapter(adapter_class, source, preset, engine.model_config.max_model_len)
@@ -130,10 +129,10 @@ def vllm_backend(
 
 
 def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
-    """Refuse what cannot be served, from the checkpoint's small files alone.
+    """Refuse a checkpoint that cannot be served; reads its small files only.
 
     Raises:
-        ModelError, ConfigError: as `open_vllm_model`.
+        ModelError, ConfigError: as in `open_vllm_model`.
     """
     adapter_class = adapter_for(model_type_of(source))
     if adapter_class.family not in FAMILIES:
@@ -159,18 +158,18 @@ def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
 def weightless_adapter(
     adapter_class: type[Adapter], source: str, preset: Preset, context_tokens: int
 ) -> Adapter:
-    """An adapter that makes prompts and reads answers; the weights are the engine's.
+    """Make an adapter without weights, which builds prompts and decodes answers.
 
     Args:
         source: folder or hub name of the checkpoint.
-        context_tokens: longest sequence that the engine takes; cuts the checkpoint's own.
+        context_tokens: longest sequence that the engine takes; lowers the checkpoint's own limit.
     """
     config = load_config(source)
     text = config.get_text_config()
     text.max_position_embeddings = min(text.max_position_embeddings, context_tokens)
     try:
         generation = GenerationConfig.from_pretrained(source)
-    except OSError:  # there are none; transformers then takes them from the configuration
+    except OSError:  # no file; transformers then derives them from the configuration
         generation = GenerationConfig.from_model_config(config)
     model = SimpleNamespace(
         config=config,

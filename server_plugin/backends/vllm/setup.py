@@ -1,7 +1,7 @@
-"""Set-ups of vLLM that are refused whatever it runs on, before a model is loaded if that can be.
+"""Checks of vLLM's settings, before a model is loaded if possible.
 
-Nothing here needs vLLM. What depends on its internals is `server_plugin.backends.vllm.capture`'s to
-refuse.
+Nothing here needs vLLM. Checks that depend on its internals are in
+`server_plugin.backends.vllm.capture`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,7 +18,20 @@ from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 
 EVERY_LOGPROB = -1
-"""What vLLM calls the whole vocabulary where it counts log-probabilities."""
+"""vLLM's number of log-probabilities that means the whole vocabulary."""
+
+
+def require_vllm() -> None:
+    """Check that vLLM is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
+        raise ConfigError(
+            "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
+        )
 
 
 def check_setup(
@@ -28,19 +42,19 @@ def check_setup(
     max_logprobs: int | None = None,
     logprobs_mode: str | None = None,
 ) -> None:
-    """Refuse set-ups of an engine that make a backend impossible; None is not known yet.
+    """Refuse settings of an engine with which the backend cannot work; None means not known yet.
 
     Args:
         preset: how the model is used.
         replicas: `--data-parallel-size`.
-        pictures: how many a prompt may have, `--limit-mm-per-prompt`.
-        max_logprobs, logprobs_mode: as vLLM's options.
+        pictures: most pictures in a prompt, `--limit-mm-per-prompt`.
+        max_logprobs, logprobs_mode: vLLM's options of these names.
 
     Raises:
-        ConfigError: rows would be missing, statistics not exact, or second passes impossible.
+        ConfigError: rows would be missing, statistics inexact, or second passes impossible.
     """
     if replicas is not None and replicas > 1:
-        # Each of its engines' workers believes to be the only one, so they cannot tell.
+        # Workers of each replica see a data-parallel size of 1, so they cannot check this.
         raise ConfigError(
             "data parallelism inside one server: only the first replica would answer for its "
             "rows; run one server per replica, without --data-parallel-size"
@@ -64,14 +78,14 @@ def check_setup(
 
 
 def check_revision(source: str, revision: str | None) -> None:
-    """Refuse another revision of a model on the hub than its main one.
+    """Refuse any revision of a model on the hub but the main one.
 
     Args:
         source: hub name, or local folder, which has no revisions.
-        revision: what was asked for; None if nothing was.
+        revision: the requested revision, if any.
 
     Raises:
-        ConfigError: one line.
+        ConfigError: another revision was requested.
     """
     if revision is not None and not Path(source).is_dir():
         raise ConfigError(
@@ -81,12 +95,12 @@ def check_revision(source: str, revision: str | None) -> None:
 
 
 def check_arguments(source: str, preset: Preset, arguments: Sequence[str]) -> None:
-    """Refuse what can be seen to be wrong in arguments of `vllm serve`; vLLM itself reads the rest.
+    """Check arguments of `vllm serve` as far as this package knows them; vLLM checks the rest.
 
     Args:
         source: hub name, or local folder.
         preset: how the model is used.
-        arguments: as on a command line.
+        arguments: arguments of the command line.
 
     Raises:
         ConfigError: see `check_setup` and `check_revision`.
@@ -102,7 +116,7 @@ def check_arguments(source: str, preset: Preset, arguments: Sequence[str]) -> No
 
 
 def _value(arguments: Sequence[str], *names: str) -> str | None:
-    """What an option is set to: the last one counts, and vLLM takes `_` for `-`."""
+    """Return an option's value. The last occurrence counts, and vLLM treats `_` as `-`."""
     found = None
     for argument, following in zip_longest(arguments, arguments[1:]):
         option, equals, value = argument.partition("=")

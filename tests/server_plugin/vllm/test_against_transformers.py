@@ -38,7 +38,7 @@ QUESTIONS = (
     "a" * 60,
     "what does the tiny sign at the left say {question} {0}",
 )
-# Heads of 32, the narrowest that vLLM's CPU kernels take.
+# Heads of width 32, the smallest that vLLM's CPU kernels support.
 LLAVA = TinyLlava(hidden=128, key_value_heads=2, end_tokens=(2, 44, 202, 8), seed=1)
 QWEN = TinyQwen(hidden=128, key_value_heads=2, mrope_section=(4, 6, 6), seed=2)
 MODELS = {
@@ -48,8 +48,8 @@ MODELS = {
 }
 SETUPS: dict[str, dict[str, Any]] = {
     "prefixes": {},
-    # 40 tokens a step: the prompts, of 80 tokens and more, are computed in pieces, several
-    # requests' pieces in one step, some of them a single token long.
+    # 40 tokens per step: prompts of 80 tokens and more are computed in chunks. A step has chunks of
+    # several requests, some of a single token.
     "chunks": {
         "enable_prefix_caching": False,
         "max_num_batched_tokens": 40,
@@ -59,7 +59,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False},
     # Each has half of the heads.
     "two ranks": {"tensor_parallel_size": 2},
-    # Room for the longest request and no other: requests lose their blocks and start anew.
+    # Room for one longest request: other requests lose their blocks and restart.
     "too few blocks": {
         "enable_prefix_caching": False,
         "max_num_batched_tokens": 40,
@@ -90,7 +90,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What is asked, by model."""
+    """Questions, by model."""
     root = tmp_path_factory.mktemp("vllm")
     folders = {
         "llava": in_hub_names(save_tiny_llava(root / "llava", LLAVA)),
@@ -126,7 +126,7 @@ def pairs(root: Path, name: str, preset: str) -> list[dict[str, str]]:
         source = picture(number, SOURCES[number % len(SOURCES)])
         files = [root / f"{name}-{number}-{part}.png" for part in ("view", "region")]
         source.resize((side, side), Image.Resampling.BICUBIC).save(files[0])
-        # Any shape and size: bringing it to the encoder's input is part of what is compared.
+        # Any shape and size: resizing to the encoder's input is compared too.
         width, height = source.size
         source.crop((width // 4, height // 3, width, height)).save(files[1])
         question = QUESTIONS[(number + number // 6) % len(QUESTIONS)]
@@ -136,7 +136,7 @@ def pairs(root: Path, name: str, preset: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def expected(jobs: dict[str, dict[str, Any]]) -> Callable[[str], list[dict[str, Any]]]:
-    """The Transformers backend's answers for a model, asked one at a time."""
+    """Return the Transformers backend's answers for a model, asked one at a time."""
 
     @cache
     def of(model: str) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def compare(got: dict[str, Any], wanted: dict[str, Any], number: int, exact_entr
             assert got[part][key] == wanted[part][key], f"{part} {key}, pair {number}"
         steps, expected_steps = np.array(got[part]["steps"]), np.array(wanted[part]["steps"])
         if not exact_entropy:
-            # It is not to be had from two probabilities, and says so.
+            # Two probabilities are not enough for the entropy, which then is NaN.
             assert np.isnan(steps[:, 1]).all()
             expected_steps[:, 1] = np.nan
         np.testing.assert_allclose(steps, expected_steps, rtol=0, atol=1e-4)
@@ -240,7 +240,7 @@ def compare(got: dict[str, Any], wanted: dict[str, Any], number: int, exact_entr
 
 
 def check_sharing(answer: dict[str, Any]) -> None:
-    """Whole blocks of the view are taken from the cache by every pass but the first."""
+    """Every pass but the first takes the view's whole blocks from the cache."""
     visual = len(answer["first"]["row"])
     whole_blocks = visual // BLOCK * BLOCK
     for prefilled, context in (

@@ -1,5 +1,4 @@
-"""What becomes of questions when vLLM stops or its engine dies, and of clients where the plugin is
-missing or refuses.
+"""Questions when vLLM stops or its engine dies, and clients when the plugin is missing or refuses.
 
 Each test starts a server of its own. Run with `pytest -m vllm tests/server_plugin/vllm`.
 """
@@ -48,7 +47,7 @@ def ready(server: Served) -> bool:
 
 
 async def become_ready(server: Served) -> None:
-    """It says that its start is complete shortly before it takes connections."""
+    """Wait until the server accepts connections, shortly after it reports that it has started."""
     assert server.started, "\n".join(server.log[-40:])
     async with asyncio.timeout(20):
         while not await asyncio.to_thread(ready, server):
@@ -62,7 +61,7 @@ def name_of(pid: int) -> str:
 async def ask_until_refused(
     client: EdgeClient, number: int, answered: asyncio.Event
 ) -> list[EdgeAnswer | CollabError]:
-    """Questions one after the other: whatever happens to the server, some are in flight."""
+    """Ask questions one after the other, so that some are always in progress."""
     outcomes: list[EdgeAnswer | CollabError] = []
     while True:
         try:
@@ -95,15 +94,14 @@ async def test_no_question_is_lost_when_a_process_of_the_engine_is_killed(victim
         refused = [outcome for outcome in outcomes if isinstance(outcome, CollabError)]
         assert len(refused) == len(tasks)
         assert all(map(str, refused))
-        # vLLM ends its own process then, unless it is told to live on; whoever looks after it
-        # starts it anew.
+        # vLLM then ends its own process, unless it is set to stay; a supervisor restarts it.
         await asyncio.to_thread(server.process.wait, 90)
         assert time.monotonic() - began < 240
         assert not ready(server)
 
 
 async def test_a_server_that_is_stopped_finishes_what_is_in_flight() -> None:
-    """Within `--shutdown-timeout`: a question then has further passes before it."""
+    """Within `--shutdown-timeout`, during which a question can still need further passes."""
     stop = ("--shutdown-timeout", "60")
     with collab_serve("demo", "--policy", "always", *ENGINE, *stop) as server:
         await become_ready(server)
@@ -112,7 +110,7 @@ async def test_a_server_that_is_stopped_finishes_what_is_in_flight() -> None:
                 await client.ask(QUESTION, picture(number), view_id=number)
             for _ in range(8):
                 assert isinstance(await client.next(), RegionWanted)
-            # These are on their way, or in their first pass.
+            # These questions are being sent, or in their first pass.
             for number in range(9, 13):
                 await client.ask(QUESTION, picture(number), view_id=number)
             server.process.send_signal(signal.SIGTERM)
@@ -143,7 +141,7 @@ async def test_a_server_that_is_stopped_finishes_what_is_in_flight() -> None:
 
 @pytest.mark.slow
 async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
-    """Where vLLM is told to live on, nobody else would notice."""
+    """If vLLM is set to stay, only the service can report the dead engine."""
     variables = {"VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
     with collab_serve("demo", "--policy", "always", *ENGINE, **variables) as server:
         await become_ready(server)
@@ -180,7 +178,7 @@ async def test_without_the_plugin_a_client_is_told() -> None:
 
 @pytest.mark.slow
 def test_an_engine_that_cannot_give_exact_statistics_does_not_start() -> None:
-    """What only the running engine tells; one line says it, and no trace."""
+    """Errors that only the running engine reveals are one line, without a traceback."""
     options = json.dumps({"vlm_collab": {"preset": "demo", "overrides": {"metric": "entropy"}}})
     arguments = (str(demo_folder()), *ENGINE, "--additional-config", options)
     with vllm_serve(*arguments, VLLM_PLUGINS="vlm_collab") as server:

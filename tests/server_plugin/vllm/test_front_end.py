@@ -1,4 +1,4 @@
-"""The vLLM plugin's front-end without vLLM: fetching rows, and what is refused before it starts."""
+"""The vLLM plugin's front-end, without vLLM: fetching rows, and checks before the start."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
 
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import demo_folder
 from server_plugin.backends.vllm import capture
@@ -39,7 +40,7 @@ SCOPE = "a secret "
 
 
 class Workers:
-    """Two ranks of two heads each, whose rows are named by what they hold."""
+    """Two ranks of two heads each; a row's key names its content."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -108,7 +109,7 @@ async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for(
     np.testing.assert_array_equal(await three.fetch(), [3, 6])
     assert len(workers.taken) == 1
     client.expect("4")
-    # A row that nobody wants is fetched too, so that no worker keeps it.
+    # A row that nobody needs is fetched too, so that no worker keeps it.
     np.testing.assert_array_equal(await client.expect("5").fetch(), [5, 10])
     assert workers.taken[-1] == ["4", "5"]
 
@@ -178,7 +179,7 @@ async def test_workers_that_cannot_serve_rows_end_the_start(
 @pytest.mark.parametrize(
     ("failure", "line"),
     [
-        # As vLLM 0.32 says it.
+        # The message of vLLM 0.32.
         (
             "Call to collective_rpc method failed: Worker failed with error 'Method "
             "'vlm_collab_install' is not implemented.', please check the stack trace above",
@@ -217,7 +218,7 @@ def test_an_adapter_without_weights_makes_prompts_of_the_engine_s_context() -> N
     source = str(demo_folder())
     adapter = weightless_adapter(check(source, preset, "demo"), source, preset, 300)
     assert adapter.layout.context_tokens == 300
-    prompt = adapter.prompts.build("what is on the sign?", 2, 16)
+    prompt = adapter.prompts.build(GenerationRequest("what is on the sign?", max_new_tokens=16), 2)
     assert [len(place) for place in prompt.images] == [64, 64]
     assert adapter.end_tokens == {2}
     assert adapter.text_of([*prompt.ids[-3:], 2]).endswith("ASSISTANT:")
@@ -232,7 +233,7 @@ def test_a_misspelled_option_is_refused(given: dict[str, Any]) -> None:
 
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:
-    """By uvicorn as vLLM runs it: its server is in the application's state."""
+    """By uvicorn as vLLM runs it, with its server in the application's state."""
     endpoint = CollabEndpoint()
 
     async def refuse_to_wait(websocket: WebSocket) -> None:
@@ -256,7 +257,7 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
 
 
 async def test_vllm_s_server_drops_clients_that_do_not_read() -> None:
-    """Those of vLLM's own endpoints too: they are all connections of one server."""
+    """Connections to vLLM's own endpoints count too: one server has them all."""
     endpoint = CollabEndpoint()
     endpoint._limits = ServiceLimits(write_timeout_s=0.4)
     app = Starlette(routes=[Route("/v1/models", lambda _: Response(bytes(2**17)))])
@@ -331,7 +332,7 @@ async def test_a_refusal_at_start_is_one_line(capsys: pytest.CaptureFixture[str]
 
 
 class StoppingEngine:
-    """What is asked of an engine client that is told to stop."""
+    """An engine client that records its shutdown."""
 
     def __init__(self) -> None:
         self.timeouts: list[float | None] = []
@@ -341,7 +342,7 @@ class StoppingEngine:
 
 
 async def test_questions_end_before_their_engine_does() -> None:
-    """vLLM shuts its engine down in a thread, and once more in the loop's own at its end."""
+    """vLLM shuts its engine down in a thread, and at its end again in the event loop's thread."""
     held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
     engine, loop = StoppingEngine(), asyncio.get_running_loop()
     finish_before_shutdown(engine, held)
@@ -378,7 +379,7 @@ async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
 
 
 async def test_an_engine_that_ended_by_itself_is_not_waited_for() -> None:
-    """vLLM then cleans up in the event loop's thread, where waiting for it would be for ever."""
+    """vLLM then cleans up in the event loop's thread, where waiting for the loop never ends."""
     engine, held = StoppingEngine(), service()
     finish_before_shutdown(engine, held)
     engine.shutdown()

@@ -88,7 +88,7 @@ def asked() -> list[tuple[bytes, str]]:
 
 
 async def ask_all(url: str, token: str | None) -> list[EdgeAnswer]:
-    """Plain questions; and conversations about two pictures."""
+    """Plain questions, and conversations about two pictures."""
     options = Options(tokens=True, stop=("7",))
     pairs = list(itertools.pairwise(asked()))[:COUNT_OF_TWO]
     async with EdgeClient(url, token=token) as client:
@@ -143,7 +143,7 @@ async def test_the_key_guards_our_routes(server: int) -> None:
 
 
 async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int) -> None:
-    """A browser sends a key neither for a page nor with a WebSocket, but as a subprotocol."""
+    """A browser cannot send a key in a header for a page or a WebSocket; it uses a subprotocol."""
     assert "<html" in get(server, "/collab/", key=None)[1]
     assert get(server, "/collab/page/main.js", key=None)[0] == 200
     assert get(server, "/collab/page/access", key=None, body={})[0] == 401
@@ -153,7 +153,7 @@ async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int)
     def offered(key: str) -> str:
         return TOKEN_SUBPROTOCOL + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
 
-    # By whatever name the server is reached, which is what the Host header says.
+    # For any host name in the Host header.
     url = "ws://vlm.example.org/collab/v1/collab"
     here = "https://vlm.example.org"
     for protocols, origin, status in (
@@ -187,7 +187,7 @@ def test_vllm_s_own_endpoints_work_beside_it(server: int) -> None:
     status, text = get(server, "/v1/completions", body=body)
     assert status == 200
     assert json.loads(text)["usage"]["completion_tokens"] >= 1
-    # Whatever a client asks of the plugin through vLLM's own endpoints, the engine goes on.
+    # No request for rows through vLLM's own endpoints ends the engine.
     extra = {"vlm_collab_key": "x", "vlm_collab_first": 0, "vlm_collab_stop": 10**9}
     assert get(server, "/v1/completions", body={**body, "vllm_xargs": extra})[0] == 200
     extra["vlm_collab_stop"] = 2
@@ -227,7 +227,7 @@ async def test_a_view_is_computed_once_for_all_its_questions(server: int) -> Non
 
 
 def held(server: int) -> dict[str, int]:
-    """What the plugin keeps in the worker."""
+    """Return the counts of what the plugin keeps in the worker."""
     (of_worker,) = json.loads(get(server, "/collective_rpc", KEY, {"method": HELD})[1])["results"]
     assert isinstance(of_worker, dict)
     return of_worker
@@ -248,13 +248,13 @@ def counted(server: int) -> dict[str, float]:
 
 
 async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> None:
-    """200 connections, dropped in every stage: no request, no row, no memory."""
+    """200 connections dropped at every stage leave no request, no row, no memory."""
     for _ in range(5):
         await come_and_go(served.url, 200)
     await ask_all(served.url, KEY)
     warm = served.memory_bytes()
     await come_and_go(served.url, 200)
-    # Each answer that comes now was behind them in the engine's queue.
+    # Answers that come now were after them in the engine's queue.
     await ask_all(served.url, KEY)
     status, text = await asyncio.to_thread(get, served.port, "/metrics")
     assert status == 200
@@ -265,14 +265,14 @@ async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> 
     for name in ("questions_in_flight", "queue_depth", "connections"):
         (value,) = re.findall(rf"^vlm_collab_{name}\S* (\S+)$", text, re.M)
         assert float(value) == 0, name
-    # The rows of questions that were left are given back with the others.
-    assert await asyncio.to_thread(held, served.port) == {"wishes": 0, "rows": 0}
+    # Rows of dropped questions are fetched with the others.
+    assert await asyncio.to_thread(held, served.port) == {"pending": 0, "rows": 0}
     assert list(warm) == [served.process.pid, *served.children()], "the same processes"
     grown = {pid: now - warm[pid] for pid, now in served.memory_bytes().items()}
     front_end, *others = grown.values()
-    # 200 views are 8 MB; the pictures that they came from are 480 MB.
+    # 200 views have 8 MB; their original pictures have 480 MB.
     assert front_end < 4e6, grown
-    # Here it depends on which steps happen to be the largest.
+    # The worker's memory also depends on the largest step.
     assert sum(others) < 32e6, grown
 
 

@@ -1,4 +1,4 @@
-"""Beginning to read rows in a worker, without vLLM: what is wrapped, and what is refused.
+"""Installing the row capture in a worker, without vLLM: wrapped functions, and refusals.
 
 The stand-ins below have what is looked at of vLLM's objects and no more, so that a point of
 contact which the ledger in `server_plugin.backends.vllm.capture` does not name fails here.
@@ -82,7 +82,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, of which only the version is asked."""
+    """A module `vllm` that has only a version."""
     module: Any = ModuleType("vllm")
     module.__version__ = "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
@@ -90,7 +90,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def a_step() -> SimpleNamespace:
-    """One token of "a", and the last three of the prompt of "b", which wants its row."""
+    """A step: one token of "a", and the last three of the prompt of "b", which requests its row."""
     return SimpleNamespace(
         finished_req_ids=set(),
         scheduled_new_reqs=[
@@ -138,14 +138,14 @@ def test_an_installed_worker_reads_the_row_of_a_step(backend: str, v2: bool) -> 
     query = (torch.arange(4.0 * HEADS * WIDTH).view(4, HEADS, WIDTH) / 20)[3]
     weights = torch.einsum("hw,htw->ht", query, keys).mul(0.5).softmax(-1)
     np.testing.assert_allclose(np.frombuffer(data, np.float32), weights.sum(0)[2:20], rtol=1e-5)
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def test_steps_that_only_warm_up_are_no_steps() -> None:
     worker = Worker()
     capture._install(worker, LAYER, SCOPE)
     assert worker.model_runner.execute_model(a_step(), dummy_run=True) == "executed"
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def test_a_row_that_cannot_be_read_does_not_stop_the_step(
@@ -174,7 +174,7 @@ def test_a_pipeline_stage_without_the_layer_has_no_heads() -> None:
     worker.config.parallel_config.pipeline_parallel_size = 2
     assert capture._install(worker, LAYER + 1, SCOPE) == {"heads": 0}
     assert capture._take(worker, ["x", "y"]) == [None, None]
-    assert capture._held(worker) == {"wishes": 0, "rows": 0}
+    assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
 def graphs(name: str) -> Callable[[Worker], None]:
@@ -192,7 +192,7 @@ def attention(**values: Any) -> Callable[[Worker], None]:
 
 
 def gone(path: str) -> Callable[[Worker], None]:
-    """Something that another release of vLLM might not have."""
+    """An attribute is missing, as it may be in another release of vLLM."""
 
     def remove(worker: Worker) -> None:
         *parents, last = path.split(".")
@@ -209,14 +209,14 @@ def no_layer(worker: Worker) -> None:
 
 
 def no_group(worker: Worker) -> None:
-    """FlashInfer's block table is that of the layer's cache group."""
+    """With FlashInfer, the block table is that of the layer's cache group."""
     worker.layer.attn_backend.get_name = lambda: "FLASHINFER"
     worker.model_runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[])
     worker.model_runner.input_batch.block_table = []
 
 
 def failing(error: BaseException) -> Callable[[Worker], None]:
-    """vLLM raises something where nothing is expected."""
+    """vLLM raises an unexpected error."""
 
     def change(worker: Worker) -> None:
         def get_name() -> str:
@@ -314,4 +314,4 @@ def test_every_worker_gets_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     worker: Any = Derived()
     assert worker.vlm_collab_take(["x"]) == [None]
     assert worker.vlm_collab_install(LAYER, SCOPE) == {"heads": HEADS}
-    assert worker.vlm_collab_held() == {"wishes": 0, "rows": 0}
+    assert worker.vlm_collab_held() == {"pending": 0, "rows": 0}

@@ -1,4 +1,4 @@
-"""What the vLLM plugin computes, without vLLM: keys out of cache layouts, rows, ranks, steps."""
+"""Computations of the vLLM plugin, without vLLM: keys from cache layouts, rows, ranks, steps."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def put(keys: torch.Tensor, key_at: Any) -> None:
 
 
 def in_order(blocks: torch.Tensor) -> torch.Tensor:
-    """(key/value heads, context, width) out of (blocks, key/value heads, width, block)."""
+    """(key/value heads, context, width) from (blocks, key/value heads, width, block)."""
     return blocks.permute(1, 0, 3, 2).flatten(1, 2)[:, :CONTEXT]
 
 
 def in_blocks(keys: torch.Tensor) -> torch.Tensor:
-    """The other way round; what fills the last block is some other request's."""
+    """The inverse; the rest of the last block holds another request's values."""
     tail = torch.full((len(keys), -keys.shape[1] % BLOCK, WIDTH), 9.0)
     blocks = torch.cat([keys, tail], 1).unflatten(1, (-1, BLOCK))
     return blocks.permute(1, 0, 3, 2)
@@ -76,7 +76,7 @@ def test_vector_keys_lie_column_major_before_all_values(keys: torch.Tensor) -> N
 
 
 def weights(query: torch.Tensor, keys: torch.Tensor) -> np.ndarray:
-    """Attention of each head over the context, straight from the definition."""
+    """Attention of each head over the context, from the definition."""
     rows = []
     for head in range(len(query)):
         scores = keys[head * len(keys) // len(query)].double() @ query[head].double()
@@ -161,7 +161,7 @@ def test_a_prompt_ends_in_exactly_one_step_however_it_is_cut(seed: int, reader: 
         first = False
         if reader.due:
             due.append(computed + reader.due["a"])
-            reader.wishes.pop("a")  # as `read` does
+            reader.pending.pop("a")  # as `read` does
         computed += length
     assert due == [prompt - 1]
 
@@ -179,7 +179,7 @@ def test_a_prompt_that_is_preempted_is_due_when_it_ends_after_all(reader: RowRea
 def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
     reader.step(step([new("a", 60, **asking())], {}, {"a": 40}, set()))
     reader.step(step([], {}, {}, {"a"}))
-    assert not reader.wishes
+    assert not reader.pending
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {"other": 1},
         asking(key=7),
         asking(key="row" + "long" * 20),
-        # Other users of the engine name theirs as they like, and could have ours pushed out.
+        # Other users of the engine can choose any key, and could displace our rows.
         asking(key="another's"),
         asking(key=""),
         asking(first="3"),
@@ -200,16 +200,18 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {KEY: "row", FIRST: 3},
     ],
 )
-def test_nothing_but_a_well_formed_wish_is_one(extra: dict[str, Any], reader: RowReader) -> None:
+def test_nothing_but_a_well_formed_row_request_is_one(
+    extra: dict[str, Any], reader: RowReader
+) -> None:
     reader.step(step([new("a", 60, **extra)], {}, {"a": 60}, set()))
-    assert not reader.wishes
+    assert not reader.pending
     assert not reader.due
 
 
 def test_several_requests_in_one_step_get_their_own_rows(
     query: torch.Tensor, keys: torch.Tensor
 ) -> None:
-    # "b" and "d" end here; the others are in the middle of something else.
+    # The prompts of "b" and "d" end here, those of the others do not.
     order = ["a", "b", "c", "d"]
     lengths = {"a": 1, "b": 3, "c": 2, "d": 1}
     prompts = {"b": CONTEXT, "d": 50}
@@ -232,7 +234,7 @@ def test_several_requests_in_one_step_get_their_own_rows(
     queries[3], queries[6] = query.flatten(), 2 * query.flatten()
     layer = SimpleNamespace(impl=SimpleNamespace(num_heads=HEADS, head_size=WIDTH, scale=0.3))
     reader.read(layer, queries, cache, None)
-    assert not reader.wishes
+    assert not reader.pending
     expected = {
         "row b": weights(query, keys).sum(0)[3:40],
         "row d": weights(2 * query, keys[:, : prompts["d"]]).sum(0)[:9],
@@ -265,7 +267,7 @@ def test_long_rows_that_nobody_fetches_do_not_fill_the_device(reader: RowReader)
 
 
 def engine_of(**changes: Any) -> SimpleNamespace:
-    """What is looked at of an engine's configuration, plain but for the changes."""
+    """An engine's configuration as far as it is checked: plain values with some changes."""
     parallel = {"use_ubatching": False} | changes
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=None),

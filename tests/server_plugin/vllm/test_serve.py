@@ -1,4 +1,4 @@
-"""`vlm-collab serve --backend vllm` up to the moment in which vLLM takes over."""
+"""`vlm-collab serve --backend vllm` until vLLM takes over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm_collab.geometry import Fit
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The one name that is asked of vLLM: what it runs on."""
+    """Provide the one name that is imported from vLLM: its platform."""
     platform = SimpleNamespace(is_cpu=lambda: True)
     platforms = ModuleType("vllm.platforms")
     platforms.current_platform = platform  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def made(
 
 
 def value(arguments: tuple[str, ...], option: str) -> str:
-    """What vLLM's parser would take: the last one."""
+    """Return the value that vLLM's parser would use: the last one."""
     return arguments[len(arguments) - arguments[::-1].index(option)]
 
 
@@ -150,7 +150,7 @@ def test_options_of_compilation_keep_the_graphs_that_rows_need(
         ["-cc", '{"cudagraph_mode": "NONE"}'],
         ["-cc.cudagraph_mode=NONE", "-cc.mode", "3"],
         ["--compilation-config.cudagraph_mode", "NONE"],
-        # What vLLM will say about these is clearer.
+        # vLLM's own errors for these are clearer.
         ["-cc", "3"],
         ["-cc", "{"],
         ["-cc"],
@@ -166,7 +166,7 @@ def test_graphs_that_the_user_sets_are_the_user_s(given: list[str]) -> None:
 @pytest.mark.vllm
 @pytest.mark.xdist_group("parser")
 def test_vllm_s_own_parser_takes_the_user_s_options_and_the_graphs() -> None:
-    """Every form in which vLLM takes a dictionary, through its real parser."""
+    """Every form of a dictionary option, through vLLM's real parser."""
     forms: dict[str, list[str]] = {
         "none": [],
         "dotted": ["--compilation-config.mode", "3"],
@@ -214,7 +214,7 @@ def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"options": {"policy_options": {"rate": 0.5}}}, "--policy random"),
         ({"options": {"policy": "sometimes"}}, "sometimes"),
         ({"further": ["--additional_config", "{}"]}, "KEY VALUE"),
-        # vLLM would take these for `--additional-config` too, and ours would be gone.
+        # vLLM would read these as `--additional-config` too, and drop this package's options.
         ({"further": ["--additional={}"]}, "KEY VALUE"),
         ({"further": ["--addi.other", "1"]}, "KEY VALUE"),
         ({"further": ["--config", "vllm.yaml"]}, "--config"),
@@ -257,7 +257,7 @@ def test_exact_entropy_is_not_given_away_on_the_command_line() -> None:
         ["--logprobs-mode", "processed_logprobs", "--logprobs-mode", "raw_logprobs"],
         ["--limit-mm-per-prompt", '{"image": 4}'],
         ["--limit-mm-per-prompt", '{"image": {"count": 4}}'],
-        # vLLM says what is wrong with these.
+        # vLLM reports the errors in these.
         ["--limit-mm-per-prompt", "7"],
         ["--limit-mm-per-prompt", "{"],
         ["--data-parallel-size", "two"],

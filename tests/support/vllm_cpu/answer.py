@@ -33,6 +33,6 @@ def main() -> None:
     print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 
 
-# vLLM starts its engine in a process of its own, which imports this file again.
+# vLLM starts its engine in another process, which imports this file again.
 if __name__ == "__main__":
     main()

@@ -4,8 +4,9 @@ A job is ``{"backend": "vllm" | "transformers", "checkpoint": folder, "preset": 
 "overrides": {…}, "engine": {…}, "together": [1, 8], "pairs": [{"view": file, "region": file,
 "question": text}, …]}``. The whole list is asked once for each entry of `together`, that many at
 a time. The result is `{"answers": one list for each entry, in the order of the pairs,
-"preemptions": how often vLLM took a request's blocks away and computed it again later}`, and from
-vLLM "left": the first pass of the first pair, asked after it was left on its way to the engine.
+"preemptions": how often vLLM preempted a request and recomputed it}`, and from
+vLLM "left": the first pass of the first pair, asked again after it was cancelled on its way to the
+engine.
 "interleaved" of a job is a list of `{"views": files, "region": file, "question": text, "history":
 [[text, text], …], "places": [[turn, position, picture], …], "picture": number}`, asked one by one
 at the end; "interleaved" of the result are the answers.
@@ -17,6 +18,8 @@ import asyncio
 import json
 import sys
 from typing import Any
+
+from server_plugin.backends.base import GenerationRequest
 
 
 async def row_of(backend: Any, generation: Any) -> list[float]:
@@ -42,17 +45,17 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     from PIL import Image
 
     view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
-    question = pair["question"]
+    request = GenerationRequest(pair["question"], max_new_tokens=new_tokens)
     texts: list[str] = []
-    first = await backend.first_pass(
-        view, question, max_new_tokens=new_tokens, on_text=texts.append
-    )
+    first = await backend.first_pass(view, request, on_text=texts.append)
     relative = await backend.relative_attention(view, first)
     again = await backend.relative_attention(view, first)
     region = Image.open(pair["region"]).convert("RGB")
-    second = await backend.second_pass(view, region, question, max_new_tokens=new_tokens)
+    second = await backend.second_pass(view, region, request)
     cut = await backend.first_pass(
-        view, question, max_new_tokens=new_tokens, stop=lambda steps, ended: len(steps) == 2
+        view,
+        request,
+        stop=lambda steps, ended: len(steps) == 2,
     )
     await backend.release(view)
     return {
@@ -75,19 +78,16 @@ async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) 
     files = (*asked["views"], asked["region"])
     *views, region = (Image.open(file).convert("RGB") for file in files)
     view = await backend.open_view(*views)
-    given: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "history": tuple(map(tuple, asked["history"])),
-        "places": tuple(Place(*place) for place in asked["places"]),
-    }
-    backend.check_question(
-        asked["question"], len(views) + 1, history=given["history"], places=given["places"]
+    request = GenerationRequest(
+        asked["question"],
+        history=tuple((question, answer) for question, answer in asked["history"]),
+        places=tuple(Place(*place) for place in asked["places"]),
+        max_new_tokens=new_tokens,
     )
-    first = await backend.first_pass(view, asked["question"], **given)
+    backend.check_question(request, len(views) + 1)
+    first = await backend.first_pass(view, request)
     relative = await backend.relative_attention(view, first)
-    second = await backend.second_pass(
-        view, region, asked["question"], picture=asked["picture"], **given
-    )
+    second = await backend.second_pass(view, region, request, picture=asked["picture"])
     await backend.release(view)
     return {
         "first": await answer_of(backend, first),
@@ -97,10 +97,11 @@ async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) 
 
 
 async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, Any]:
-    """Leave a question whose picture vLLM's front-end has and its engine has not; ask it again."""
+    """Cancel a question before its picture reaches vLLM's engine, and ask it again."""
     from PIL import Image
 
     view = await backend.open_view(Image.open(pair["view"]).convert("RGB"))
+    request = GenerationRequest(pair["question"], max_new_tokens=new_tokens)
     renderer = backend._engine.renderer
     render = renderer.render_cmpl_async
 
@@ -110,12 +111,12 @@ async def ask_after_leaving(backend: Any, pair: dict[str, str], new_tokens: int)
 
     renderer.render_cmpl_async = leave
     try:
-        await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+        await backend.first_pass(view, request)
     except asyncio.CancelledError:
         pass
     finally:
         renderer.render_cmpl_async = render
-    asked_again = await backend.first_pass(view, pair["question"], max_new_tokens=new_tokens)
+    asked_again = await backend.first_pass(view, request)
     return await answer_of(backend, asked_again)
 
 
@@ -170,6 +171,6 @@ def main() -> None:
     print(json.dumps(asyncio.run(run(backend, job, preset.max_new_tokens))))
 
 
-# vLLM starts its engine in a process of its own, which imports this file again.
+# vLLM starts its engine in another process, which imports this file again.
 if __name__ == "__main__":
     main()

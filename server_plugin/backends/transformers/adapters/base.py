@@ -1,8 +1,8 @@
-"""What differs between model families, as one small interface.
+"""The adapter interface: everything that differs between model families.
 
-A family is one subclass of `Adapter` in this folder, one line in `registry.py`, and one YAML
-preset in `configs/models/`. The backend does everything else: caches, passes, generation,
-attention rows, threads.
+A family needs one subclass of `Adapter` in this folder, one line in `registry.py`, and one YAML
+preset in `configs/models/`. The backend does the rest: caches, passes, generation, attention rows,
+threads.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Layout:
         grid: the token grid of the relative attention map.
         visual_tokens: tokens of one picture in the decoder's context.
         context_tokens: longest sequence that the decoder takes.
-        seen_numbers: numbers that `Adapter.see` gives for a picture, with `reads_question`,
-            where they are kept for later questions; else 0.
+        seen_numbers: how many numbers `Adapter.see` returns for a picture, in families with
+            `reads_question`, which keep them for later questions; else 0.
     """
 
     view: Size
@@ -44,12 +44,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class VisualTokens:
-    """One picture as the decoder takes it.
+    """One picture as the input of the decoder.
 
     Attributes:
         embeddings: `(visual_tokens, hidden)`.
-        looks: how much each visual token looks at each cell of the grid, `(visual_tokens,
-            cells)`, for families whose visual tokens are not the cells themselves.
+        looks: attention of each visual token to each grid cell, `(visual_tokens, cells)`, in
+            families whose visual tokens are not the cells themselves; else None.
     """
 
     embeddings: Tensor
@@ -60,16 +60,16 @@ class Adapter(ABC):
     """One loaded checkpoint of one family.
 
     Args:
-        model: as `from_pretrained` gave it, in evaluation mode on its device.
+        model: from `from_pretrained`, in evaluation mode on its device.
         processor: tokenizer and image processor of the checkpoint.
-        preset: how it is used.
+        preset: how the model is used.
 
     Attributes:
-        family: the family's name, as presets have it.
+        family: the family's name in presets.
         model_types: values of `config.model_type` that this adapter serves.
         layout: sizes of the view, its tokens and the context.
         reads_question: whether a picture's visual tokens depend on the question. If not, they
-            open every prompt about the picture and are prefilled once.
+            are at the start of every prompt about the picture and are prefilled once.
     """
 
     family: ClassVar[str]
@@ -87,13 +87,13 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def layout_of(cls, config: Any, preset: Preset) -> Layout:
-        """Sizes of the view, its tokens and the context, from a checkpoint's configuration.
+        """Return sizes of the view, its tokens and the context, from a checkpoint's configuration.
 
-        Called before weights are read too, so that what cannot be served is refused at once.
+        Also called before weights are read, so that an unsupported checkpoint is refused at once.
 
         Raises:
-            ModelError: a checkpoint that this adapter cannot serve.
-            ConfigError: the preset asks of it what it cannot do.
+            ModelError: this adapter cannot serve the checkpoint.
+            ConfigError: the checkpoint cannot do what the preset asks.
         """
 
     @property
@@ -109,44 +109,44 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def prompts(self) -> PromptBuilder:
-        """Makes the token ids of a question, and says where its pictures lie."""
+        """Builds the token ids of a question, with the positions of its pictures."""
 
     @abstractmethod
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
-        """The vision encoder's output: everything that depends on a picture alone.
+        """Run the vision encoder: everything that depends on a picture alone.
 
         Args:
-            pictures: RGB, any size; brought to the encoder's input first.
+            pictures: RGB, any size; they are resized to the encoder's input first.
 
         Returns:
-            One tensor for each picture, all of one shape; without `reads_question` these are
-            the visual tokens, `(visual_tokens, hidden)`.
+            One tensor for each picture, all of one shape. Without `reads_question` these are the
+            visual tokens, `(visual_tokens, hidden)`.
         """
 
     @abstractmethod
     def fitted(self, picture: Image) -> Image:
-        """A picture in a shape of which the checkpoint's image processor loses nothing.
+        """Bring a picture to a shape from which the checkpoint's image processor cuts nothing off.
 
         Args:
-            picture: RGB, any size; the global view itself comes back as it is.
+            picture: RGB, any size. A picture of the view's size is returned unchanged.
         """
 
     def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
-        """Visual tokens of a picture in a prompt with this question.
+        """Return the visual tokens of a picture in a prompt with this question.
 
         Args:
             seen: one picture's tensor from `see`.
-            question: the user's text, or the generic instruction; only looked at with
+            question: the user's text, or the generic instruction; used only with
                 `reads_question`.
         """
         return VisualTokens(seen)
 
     def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
-        """Attention to the cells of the grid.
+        """Convert attention to visual tokens into attention to grid cells.
 
         Args:
             row: attention to the visual tokens of the global view, `(visual_tokens,)`.
-            looks: as in that picture's `VisualTokens`.
+            looks: see `VisualTokens`.
 
         Returns:
             Row-major, `(rows * columns,)`.
@@ -154,21 +154,21 @@ class Adapter(ABC):
         return row if looks is None else row @ looks
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """Embeddings of text tokens, shape `(len(ids), hidden)`."""
+        """Return the embeddings of text tokens, shape `(len(ids), hidden)`."""
         tokens = torch.tensor(ids, dtype=torch.long, device=self.device)
         embeddings: Tensor = self.decoder.get_input_embeddings()(tokens)
         return embeddings
 
     def positions(self, prompt: Prompt, start: int, length: int) -> Tensor:
-        """Position ids of `length` tokens of a prompt and its answer.
+        """Return position ids of tokens of a prompt and its answer.
 
         Args:
             prompt: the whole prompt.
-            start: index of the first of them; those from `len(prompt.ids)` on are the answer's.
-            length: how many.
+            start: index of the first token; indices from `len(prompt.ids)` on are the answer's.
+            length: number of tokens.
 
         Returns:
-            Shape `(…, 1, length)`: what the decoder takes, with a batch axis of one before last.
+            Shape `(…, 1, length)`, as the decoder takes it; the axis before the last is the batch.
         """
         return torch.arange(start, start + length, device=self.device)[None]
 
@@ -181,16 +181,16 @@ class Adapter(ABC):
         return frozenset([end] if isinstance(end, int) else end)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens removed, stripped."""
+        """Decode generated tokens: special tokens removed, white space stripped."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
 
 def square_cells(vision: Any, preset: Preset) -> tuple[int, int]:
-    """Of a vision tower with one input size: its side in px, and patches along a side.
+    """Return side in px and patches per side of a vision tower with one input size.
 
     Raises:
-        ModelError: it has no square patches.
+        ModelError: the tower has no square patches.
         ConfigError: the preset asks for another size.
     """
     side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)

@@ -1,4 +1,4 @@
-"""Checkpoints: what architecture a name or folder holds, and loading it with one clear error."""
+"""Checkpoints: find the architecture, load the parts, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from vlm_collab.errors import ModelError
 _FILE_FAULTS = (
     OSError, ValueError, LookupError, TypeError, ImportError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-"""What transformers, safetensors and the standard library raise for missing or damaged files, and
-for files that need a package which is not installed."""
+"""Errors that transformers, safetensors and the standard library raise for missing or damaged
+files, and for files that need a package which is not installed."""
 
 _HUB_TIMEOUT_S = 5.0
 
 _CHATTY = ("huggingface_hub", "httpx", "httpx2")
-"""Loggers that tell of every request and retry. What matters of it becomes our own error."""
+"""Loggers that report every request and retry. What matters is raised as `ModelError`."""
 
 # Typed `Any`: their annotations do not cover what `from_pretrained` returns, or are missing.
 _PROCESSORS: Any = AutoProcessor
@@ -50,35 +50,35 @@ _DOWNLOAD_BARS: Any = hub_utils
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """Tokenizer and image processor, where the checkpoint's whole processor cannot be had."""
+    """Tokenizer and image processor, if the checkpoint's whole processor cannot be loaded."""
 
     tokenizer: Any
     image_processor: Any
 
 
 def local_or_hub(name: str) -> str:
-    """A checkpoint's name as transformers takes it: a home folder's `~` is written out.
+    """Return a checkpoint's name as transformers takes it, with `~` expanded.
 
     Raises:
-        ModelError: it can only be meant as a folder, and there is none.
+        ModelError: the name can only be a folder, and there is none.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
-    # A hub name is `name` or `owner/name`; everything else can only be meant as a path.
+    # A hub name is `name` or `owner/name`; everything else can only be a path.
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model folder {name}")
     return name
 
 
 def model_type_of(name: str) -> str:
-    """Architecture of a checkpoint, from its `config.json`.
+    """Return the architecture of a checkpoint, from its `config.json`.
 
     Args:
-        name: local folder, or name on the hub, as `local_or_hub` gives it; so for all below.
+        name: local folder or hub name, from `local_or_hub`. The same holds for the functions below.
 
     Raises:
-        ModelError: it is missing, cannot be reached, or has no usable `config.json`.
+        ModelError: the checkpoint is missing, cannot be reached, or has no usable `config.json`.
     """
     with _one_line(name, "config.json"):
         config, _ = PreTrainedConfig.get_config_dict(name, **_where(name))
@@ -89,7 +89,7 @@ def model_type_of(name: str) -> str:
 
 
 def load_config(name: str) -> Any:
-    """Configuration of a checkpoint.
+    """Load the configuration of a checkpoint.
 
     Raises:
         ModelError: `config.json` is missing or does not fit its architecture.
@@ -99,10 +99,10 @@ def load_config(name: str) -> Any:
 
 
 def load_processor(name: str) -> Any:
-    """Tokenizer and image processor of a checkpoint.
+    """Load tokenizer and image processor of a checkpoint.
 
     Returns:
-        The checkpoint's own processor; without what videos need, a `Processor` of the two.
+        The checkpoint's own processor; a `Processor` of the two if packages for video are missing.
 
     Raises:
         ModelError: one of them is missing or damaged.
@@ -112,7 +112,7 @@ def load_processor(name: str) -> Any:
         try:
             processor = _processor_class(name).from_pretrained(name, **where)
         except (ImportError, ValueError) as error:
-            # Some families' processors take videos too, and need torchvision for that alone.
+            # Processors of some families also take videos, and need torchvision only for these.
             if "torchvision" not in str(error).lower():
                 raise
             processor = Processor(
@@ -126,35 +126,35 @@ def load_processor(name: str) -> Any:
 
 
 def _processor_class(name: str) -> Any:
-    """The processor of the checkpoint's architecture.
+    """Return the processor class of the checkpoint's architecture.
 
-    `AutoProcessor` goes by the name that `processor_config.json` holds, and some checkpoints on
-    the hub name one of a sister architecture there.
+    `AutoProcessor` uses the name in `processor_config.json`, which in some checkpoints on the hub
+    is that of a related architecture.
     """
     config = type(load_config(name))
     return PROCESSOR_MAPPING.get(config, _PROCESSORS)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Weights of a checkpoint, on a device, in evaluation mode.
+    """Load the weights of a checkpoint to a device, in evaluation mode.
 
     Only safetensors files are read: other formats can run code.
 
     Raises:
-        ModelError: weights are missing, truncated, or of another shape than the configuration.
+        ModelError: weights are missing, truncated, or do not have the configuration's shapes.
     """
     with _one_line(name, "weights"):
         model, report = _MODELS.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
-            # Collected in the report instead of raised, and refused below with the rest.
+            # Mismatches then are in the report, and are refused below.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_where(name),
         )
     for kind in ("mismatched_keys", "missing_keys"):
-        # transformers would go on with random values in their place.
+        # transformers would use random values in their place.
         if keys := report[kind]:
             first = sorted(str(key) for key in keys)[0]
             raise ModelError(
@@ -165,29 +165,29 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _where(name: str) -> dict[str, bool]:
-    """Arguments of `from_pretrained` for a folder or a hub name.
+    """Return arguments of `from_pretrained` for a folder or a hub name.
 
     Raises:
-        ModelError: a hub name of which nothing is here, and the hub cannot be reached.
+        ModelError: the hub cannot be reached, and nothing of the checkpoint is cached.
     """
     return {"local_files_only": Path(name).is_dir() or not _hub_answers(name)}
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the hub can be asked; if it cannot, there must be something in the cache.
+    """Whether the hub answers. If not, raise `ModelError` unless the checkpoint is cached.
 
-    The library itself would try each missing file for half a minute before it gives up.
+    Without this check, the library would try each missing file for half a minute.
     """
     url = hf_hub_url(name, "config.json")
     try:
         get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
     except HFValidationError:
-        raise  # no name that a hub can have
+        raise  # not a valid hub name
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
-            return True  # it answered; `from_pretrained` says best what is wrong
+            return True  # it answered; `from_pretrained` gives the best error
         reason = str(error)
-    # The HTTP library's errors have no base here that is the same in all versions of the hub's.
+    # Versions of huggingface_hub use different HTTP libraries, without a common base error.
     except Exception as error:
         reason = str(error) or type(error).__name__
     else:
@@ -203,13 +203,13 @@ def _hub_answers(name: str) -> bool:
 
 @contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
-    """While something is loaded: one clear error, and nothing else on stderr but progress."""
+    """Turn errors while loading into one-line `ModelError`s, and keep stderr to progress bars."""
     try:
         with _quiet():
             yield
     except Exception as error:
-        # The tokenizers library raises bare `Exception`; anything else unexpected is a bug of
-        # ours and goes on as it is.
+        # The tokenizers library raises bare `Exception`. Any other error is a bug in this package
+        # and is raised unchanged.
         if not (isinstance(error, _FILE_FAULTS) or type(error) is Exception):
             raise
         reason = " ".join(str(error).split())
@@ -218,8 +218,10 @@ def _one_line(name: str, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No lines about requests and no bar for weights that are read from a disk; bars for what is
-    downloaded only where somebody watches them."""
+    """Silence log lines about requests and progress bars for reading weights from a disk.
+
+    Downloads show progress bars only on a terminal.
+    """
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     bars = _BARS.is_progress_bar_enabled()

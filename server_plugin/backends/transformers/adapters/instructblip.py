@@ -1,17 +1,18 @@
-"""InstructBLIP with a Vicuna decoder: ViT, a Q-Former that reads the question, Llama decoder.
+"""Adapter for InstructBLIP with a Vicuna decoder: ViT, Q-Former, Llama decoder.
 
 Covers `Salesforce/instructblip-vicuna-*`. The Q-Former turns a picture's patches into a few query
-tokens while it reads the prompt, so a picture's visual tokens depend on the question. They stand
+tokens while it reads the question, so a picture's visual tokens depend on the question. They stand
 before everything else in the decoder's prompt, even before its first special token. A second
-picture's query tokens, computed under the same question, follow right behind the first's.
+picture's query tokens, computed under the same question, follow directly after the first's.
 
-Concurrency: an adapter keeps nothing of a question between calls. What one forward of the
-Q-Former is asked for travels as an argument of that forward, so forwards may run side by side.
+Concurrency: an adapter keeps no state of a question between calls. The capture is an argument of
+the Q-Former's forward, so forward passes may run side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from server_plugin.backends.base import History
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.adapters.base import (
     Adapter,
     Layout,
@@ -35,7 +36,7 @@ from server_plugin.backends.transformers.adapters.tokens import PlainText, Token
 from server_plugin.models.presets import IMAGE_SLOT, QUESTION_SLOT, Preset
 from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
-from vlm_collab.protocol.image_positions import Place, Places
+from vlm_collab.protocol.image_positions import Place
 
 ATTENTION_NAME: Final = "vlm_collab_qformer_sdpa"
 """Name of the Q-Former's attention function in transformers' registries."""
@@ -48,10 +49,10 @@ class InstructBlipAdapter(Adapter):
 
     Raises:
         ModelError: the language model is no Llama, tokenizer or image processor do not belong to
-            the model, the Q-Former's tokenizer is missing, or the vision tower is none with
-            square patches.
-        ConfigError: the preset's Q-Former layer does not exist, or its template begins with
-            anything but the picture.
+            the model, the Q-Former's tokenizer is missing, or the vision tower has no square
+            patches.
+        ConfigError: the preset's Q-Former layer does not exist, or its template does not begin
+            with the picture.
     """
 
     family = "instructblip"
@@ -60,7 +61,8 @@ class InstructBlipAdapter(Adapter):
 
     def __init__(self, model: Any, processor: Any, preset: Preset) -> None:
         super().__init__(model, processor, preset)
-        # In half precision transformers keeps the query tokens, which come first, in float32.
+        # In half precision, transformers keeps the query tokens in float32, and `model.dtype` is
+        # that of the first parameter.
         self.dtype = model.language_model.dtype
         _check_picture_size(processor.image_processor, self.layout.view)
         self._prompts = _prompts(model.config, processor, preset, self.layout)
@@ -81,7 +83,7 @@ class InstructBlipAdapter(Adapter):
             grid=Grid(rows=cells, columns=cells),
             visual_tokens=config.num_query_tokens,
             context_tokens=config.text_config.max_position_embeddings,
-            # The vision tower's output, class token included: all that no question changes.
+            # The vision tower's output, class token included; it does not depend on the question.
             seen_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
         )
 
@@ -101,9 +103,9 @@ class InstructBlipAdapter(Adapter):
     def end_tokens(self) -> frozenset[int]:
         """Token ids that end an answer.
 
-        Those that `generate` obeys, which for this family are the inner language model's, and
-        the tokenizer's end token besides: in the hub's files the former name another token
-        (`<s>`), and what a model writes behind its `</s>` is no part of the answer.
+        These are the inner language model's, which `generate` uses, and the tokenizer's end token:
+        the hub's files name another token (`<s>`) for the former, and text after `</s>` is not
+        part of the answer.
         """
         end = self.model.language_model.generation_config.eos_token_id
         ids = [] if end is None else [end] if isinstance(end, int) else end
@@ -111,7 +113,8 @@ class InstructBlipAdapter(Adapter):
         return frozenset(ids) if own is None else frozenset([*ids, own])
 
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
-        """The vision tower's last hidden states, class token first: `(1 + cells, width)` each."""
+        """Return the vision tower's last hidden states, class token first: `(1 + cells, width)`
+        each."""
         pixels: Tensor = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
@@ -119,7 +122,7 @@ class InstructBlipAdapter(Adapter):
         return list(features.last_hidden_state)
 
     def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
-        """Query tokens of a picture under a question, and which patches they were taken from.
+        """Return a picture's query tokens under a question, and their attention to its patches.
 
         The `looks` are the attention of one cross-attention layer of the Q-Former (softmax over
         class token and patches, mean over heads, class token dropped), float32.
@@ -132,12 +135,12 @@ class InstructBlipAdapter(Adapter):
             encoder_hidden_states=seen[None],
             **{_CAPTURE_ARGUMENT: capture},
         ).last_hidden_state
-        # Behind the query tokens come those of the text, which the decoder reads by itself.
+        # After the query tokens come the text's tokens, which the decoder does not use.
         queries = hidden[0, : self.layout.visual_tokens]
         return VisualTokens(self.model.language_projection(queries), capture.take()[:, 1:])
 
     def fitted(self, picture: Image) -> Image:
-        """Bring a picture to the view's shape, except by stretching: the processor does that."""
+        """Crop or pad a picture to the view's shape; the processor itself stretches."""
         view = self.layout.view
         if picture.size == view or self.preset.fit is Fit.STRETCH:
             return picture
@@ -149,20 +152,20 @@ class InstructBlipAdapter(Adapter):
 
 
 class InstructBlipPrompts(PromptBuilder):
-    """Makes two readings of one text: the decoder's and the Q-Former's.
+    """Builds prompts for decoder and Q-Former from one text.
 
-    In a conversation the Q-Former reads the question at hand, and the decoder all of it. Places of
-    pictures in the texts cannot be kept: query tokens stand before all text, each picture's once.
+    In a conversation, the Q-Former reads the current question, the decoder reads everything.
+    Places of pictures are ignored: query tokens stand before all text, once for each picture.
 
-    The decoder's begins with the image tokens, and only then comes what its tokenizer makes of
-    the text, its first special token included. The Q-Former's is the text alone, in the words of
-    its own tokenizer. This is what the checkpoints' own processor does.
+    The decoder's prompt begins with the image tokens. Then comes the tokenised text, with its first
+    special token. The Q-Former's prompt is the text alone, from its own tokenizer. This is what the
+    checkpoint's own processor does.
 
     Args:
-        tokenizer: of the decoder.
-        qformer_tokenizer: of the Q-Former.
-        template: with `<image>` first, then one `{question}`.
-        image_token: how the checkpoint writes the place of a visual token.
+        tokenizer: the decoder's.
+        qformer_tokenizer: the Q-Former's.
+        template: `<image>` first, then one `{question}`.
+        image_token: the checkpoint's text for a visual token.
         image_token_id: its id.
         visual_tokens: tokens of one picture.
         context_tokens: longest sequence that the decoder takes, answer included.
@@ -207,56 +210,41 @@ class InstructBlipPrompts(PromptBuilder):
         self._qformer_reserved_ids = set(added) - {qformer_tokenizer.unk_token_id}
         self._qformer_own_reserved = self._count_qformer_reserved(self.qformer_ids("?"))
 
-    def check(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        places: Places = (),
-    ) -> None:
-        """Refuse a question that no prompt can be made of.
+    def check(self, request: GenerationRequest, images: int) -> None:
+        """Refuse a question for which no prompt can be built.
 
         Raises:
-            QuestionError: as in `PromptBuilder.check`, and also for more text than the Q-Former
-                reads.
+            QuestionError: as in `PromptBuilder.check`, or the question is too long for the
+                Q-Former.
         """
-        super().check(question, images, max_new_tokens, history)
+        super().check(replace(request, places=()), images)
         if not images:
-            return  # nothing for the Q-Former to look at
-        ids = self.qformer_ids(question)
+            return  # the Q-Former is not used
+        ids = self.qformer_ids(request.question)
         if self._count_qformer_reserved(ids) != self._qformer_own_reserved:
             raise QuestionError("the question spells a token that this model reserves")
         self._check_qformer_length(ids)
 
     def build(
-        self,
-        question: str,
-        images: int,
-        max_new_tokens: int,
-        history: History = (),
-        views: int = 1,
-        *,
-        places: Places = (),
-        picture: int = 0,
+        self, request: GenerationRequest, images: int, views: int = 1, *, picture: int = 0
     ) -> Prompt:
-        """The prompt of a checked question over `images` pictures, in their order.
+        """Build the prompt of a checked question, with all pictures in front.
 
         Raises:
-            QuestionError: it leaves no room for `max_new_tokens` tokens of answer, or the
-                Q-Former cannot read all of it.
+            QuestionError: there is no room for an answer of `max_new_tokens` tokens, or the
+                question is too long for the Q-Former.
         """
         if images:
-            self._check_qformer_length(self.qformer_ids(question))
-        return super().build(question, images, max_new_tokens, history, views)
+            self._check_qformer_length(self.qformer_ids(request.question))
+        return super().build(replace(request, places=()), images, views)
 
     def qformer_ids(self, question: str) -> list[int]:
-        """Token ids of the text that the Q-Former reads for a question."""
+        """Return the token ids that the Q-Former reads for a question."""
         return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
 
-    def _encode(self, question: str, shown: Sequence[Place], history: History = ()) -> list[int]:
+    def _encode(self, request: GenerationRequest, shown: Sequence[Place]) -> list[int]:
         pictures = [self._image_token_id] * len(shown)
-        return pictures + self._plain.encode(self._conversation(question, shown, history))
+        return pictures + self._plain.encode(self._conversation(request, shown))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:
@@ -270,10 +258,10 @@ class InstructBlipPrompts(PromptBuilder):
 
 
 class _CrossCapture:
-    """Asks one forward of the Q-Former for one cross-attention layer's weights. Used once.
+    """Captures one cross-attention layer's weights in one forward of the Q-Former. Used once.
 
     Args:
-        layer: the attention module to watch.
+        layer: the attention module.
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
@@ -281,25 +269,25 @@ class _CrossCapture:
         self._weights: Tensor | None = None
 
     def see(self, layer: torch.nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Keep the weights if this is the layer asked for.
+        """Keep the weights if this is the requested layer.
 
         Args:
-            layer: the module that attends.
+            layer: the module that runs now.
             query: `(1, heads, queries, width)`.
             key: `(1, heads, keys, width)`.
             scaling: factor on the products.
         """
         if layer is self._layer:
-            # A few query tokens by a few hundred patches: nothing beside the layer itself.
+            # A few query tokens times a few hundred patches: cheap compared with the layer.
             scores = query[0].float() @ key[0].float().transpose(1, 2) * scaling
             self._weights = torch.softmax(scores, dim=-1).mean(dim=0)
 
     def take(self) -> Tensor:
-        """The weights, mean over heads, float32, shape `(queries, keys)`.
+        """Return the weights, mean over heads, float32, shape `(queries, keys)`.
 
         Raises:
-            RuntimeError: the layer did not report them: the installed transformers does not hand
-                keyword arguments down to attention.
+            RuntimeError: nothing was captured: the installed transformers does not pass keyword
+                arguments down to attention.
         """
         if self._weights is None:
             import transformers
@@ -321,7 +309,7 @@ def _capturing_attention(
     cross_capture: _CrossCapture | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """The Q-Former's attention: stock SDPA, with one layer's weights on the side."""
+    """Attention function of the Q-Former: stock SDPA, plus the capture of one layer's weights."""
     if cross_capture is not None:
         cross_capture.see(module, query, key, scaling)
     output: tuple[Tensor, None] = sdpa_attention_forward(
@@ -331,14 +319,14 @@ def _capturing_attention(
 
 
 def _use_capturing_attention(qformer: Any) -> None:
-    """Make one Q-Former run on `_capturing_attention`. Other models are left alone."""
+    """Make one Q-Former use `_capturing_attention`. Other models are not affected."""
     AttentionInterface.register(ATTENTION_NAME, _capturing_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     qformer.set_attn_implementation(ATTENTION_NAME)
 
 
 def _cross_attention(qformer: Any, index: int) -> torch.nn.Module:
-    """The attention module of a cross-attention layer, counted among those layers."""
+    """Return the attention module of a cross-attention layer, counted among those layers."""
     found = [layer for layer in qformer.encoder.layer if layer.has_cross_attention]
     if index >= len(found):
         raise ConfigError(
@@ -352,7 +340,7 @@ def _cross_attention(qformer: Any, index: int) -> torch.nn.Module:
 def _prompts(config: Any, processor: Any, preset: Preset, layout: Layout) -> InstructBlipPrompts:
     tokenizer, image_token = processor.tokenizer, str(processor.image_token)
     qformer_tokenizer = getattr(processor, "qformer_tokenizer", None)
-    # Where the folder is missing, transformers loads the decoder's tokenizer a second time.
+    # If the folder is missing, transformers loads the decoder's tokenizer a second time.
     if qformer_tokenizer is None or qformer_tokenizer.get_vocab() == tokenizer.get_vocab():
         raise ModelError("the checkpoint has no tokenizer for its Q-Former (qformer_tokenizer/)")
     image_token_id: int | None = config.image_token_id
@@ -365,7 +353,7 @@ def _prompts(config: Any, processor: Any, preset: Preset, layout: Layout) -> Ins
         ("language model", config.text_config.vocab_size, tokenizer),
         ("Q-Former", config.qformer_config.vocab_size, qformer_tokenizer),
     ):
-        # Added tokens may lie behind the embeddings: no question can hold one.
+        # Added tokens may lie beyond the embeddings: no question can contain one.
         if tokens.vocab_size > vocabulary:
             raise ModelError(
                 f"the tokenizer of the {which} has {tokens.vocab_size} tokens, the model "

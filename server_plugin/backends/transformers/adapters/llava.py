@@ -1,7 +1,7 @@
-"""LLaVA-1.5 and models of its shape: CLIP vision tower, projector, Llama decoder.
+"""Adapter for LLaVA-1.5 and models like it: CLIP vision tower, projector, Llama decoder.
 
 Covers `llava-hf/llava-1.5-*` and the embedded demo model. A picture is a run of image tokens in
-the prompt, one per patch; a second picture is a second run right behind the first.
+the prompt, one per patch; a second picture is a second run directly after the first.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class LlavaAdapter(Adapter):
     """A `LlavaForConditionalGeneration` checkpoint.
 
     Raises:
-        ModelError: tokenizer and model disagree on the image token, or the vision tower is none
-            with square patches.
+        ModelError: tokenizer and model disagree on the image token, or the vision tower has no
+            square patches.
     """
 
     family = "llava"
@@ -87,15 +87,15 @@ class LlavaAdapter(Adapter):
         return list(features)
 
     def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
-        # The "full" feature strategy keeps the class token in front of the patches.
+        # The "full" feature strategy keeps the class token before the patches.
         cells = self.layout.grid.rows * self.layout.grid.columns
         return row[len(row) - cells :]
 
     def fitted(self, picture: Image) -> Image:
-        """Bring a picture to the view's shape where the checkpoint's own processor would not.
+        """Bring a picture to the view's shape if the checkpoint's own processor would crop it.
 
-        The hub's processor crops the centre out of whatever is not square. That is the `crop`
-        fit; under the others it would cut off parts of a local view that were asked for.
+        The hub's processor crops the centre of every picture that is not square. The fit `crop`
+        means just that; with the other fits it would cut off requested parts of a local view.
         """
         view = self.layout.view
         if picture.size == view:
@@ -107,12 +107,12 @@ class LlavaAdapter(Adapter):
             colour = tuple(round(channel * 255) for channel in mean)
             return ImageOps.pad(picture, view, PillowImage.Resampling.BICUBIC, color=colour)
         if self.processor.image_processor.size.get("height"):
-            return picture  # the processor stretches by itself
+            return picture  # the processor stretches it
         return picture.resize(view, PillowImage.Resampling.BICUBIC)
 
 
 def _middle(picture: Image) -> Image:
-    """What the processor's centre crop can show of a picture, with some margin.
+    """Cut a very long picture down to its middle, which the processor's centre crop still shows.
 
     The processor scales before it crops, so a picture one pixel wide would become millions of
     pixels long.

@@ -1,9 +1,10 @@
-"""Qwen2.5-VL: a vision tower with window attention, and a Qwen2 decoder with M-RoPE.
+"""Adapter for Qwen2.5-VL: vision tower with window attention, Qwen2 decoder with M-RoPE.
 
-Covers `Qwen/Qwen2.5-VL-*`. The model takes pictures of any size; here every picture, global view
-or local, is brought to one square size, 224 px by default as in 003_92b41fe49395ce1a.txt, so that
-a view has the same grid whatever it shows. A token stands for a square of merged patches (28 px).
-Each picture lies between its own start and end token; a second one is a second such run.
+Covers `Qwen/Qwen2.5-VL-*`. The model takes pictures of any size. Here every picture, global or
+local view, is resized to one square, so that all views have the same grid. Its side is 224 px by
+default, as in Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+(2025, arXiv 2512.16349). A token represents a square of merged patches (28 px). Each picture stands
+between its own start and end token.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Qwen25VLAdapter(Adapter):
 
     Raises:
         ModelError: tokenizer or image processor do not belong to the model.
-        ConfigError: the preset's `view_px` is no multiple of a token's side, or gives pictures
-            of which the context cannot hold two.
+        ConfigError: the preset's `view_px` is no multiple of a token's side, or the context cannot
+            hold two pictures of that size.
     """
 
     family = "qwen2.5-vl"
@@ -44,8 +45,8 @@ class Qwen25VLAdapter(Adapter):
         super().__init__(model, processor, preset)
         config = model.config
         _check_parts(processor, config)
-        # Positions of a picture's tokens from its first one on, (3, visual_tokens): time, row
-        # and column. A picture is one moment.
+        # Positions of a picture's tokens relative to its first one, (3, visual_tokens): time, row
+        # and column. Time is 0 throughout.
         cells = torch.arange(self.layout.visual_tokens, device=self.device)
         columns = self.layout.grid.columns
         self._cells = torch.stack([torch.zeros_like(cells), cells // columns, cells % columns])
@@ -100,11 +101,11 @@ class Qwen25VLAdapter(Adapter):
     def see(self, pictures: Sequence[Image]) -> list[Tensor]:
         inputs = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures],
-            # By itself it would choose a size for each picture, within limits of its own.
+            # Otherwise the processor would choose a size for each picture.
             do_resize=False,
             return_tensors="pt",
         )
-        # All patches of all pictures in one sequence -> for each (visual_tokens, hidden).
+        # All patches of all pictures in one sequence -> (visual_tokens, hidden) per picture.
         features = self.model.get_image_features(
             inputs["pixel_values"].to(self.device, self.dtype),
             inputs["image_grid_thw"].to(self.device),
@@ -114,9 +115,9 @@ class Qwen25VLAdapter(Adapter):
     def positions(self, prompt: Prompt, start: int, length: int) -> Tensor:
         """M-RoPE positions: time, row and column, shape `(3, 1, length)`.
 
-        Text counts up by one in all three. A picture's tokens have their place on its grid,
-        counted from the position that the text has reached; the text behind it goes on after
-        the picture's longer side, that is, with fewer positions than there are tokens.
+        In text, all three count up by one per token. A picture's tokens have their row and column
+        on its grid, counted from the position that the text has reached. The text after a picture
+        continues after the longer side of its grid, so there are fewer positions than tokens.
         """
         skipped = self.layout.visual_tokens - max(self.layout.grid)
         passed = sum(place.stop <= start for place in prompt.images)
@@ -140,14 +141,14 @@ class Qwen25VLAdapter(Adapter):
 
 
 def _check_parts(processor: Any, config: Any) -> None:
-    """Refuse a tokenizer or an image processor that the weights were not made with."""
+    """Refuse a tokenizer or an image processor that does not belong to the weights."""
     ids = {
         _IMAGE_TOKEN: config.image_token_id,
         _AROUND_PICTURE[0]: config.vision_start_token_id,
         _AROUND_PICTURE[1]: config.vision_end_token_id,
     }
     for token, expected in ids.items():
-        # Anything else would be looked for in the text of a question too.
+        # A token that is not special would be found in the text of a question too.
         added = processor.tokenizer.added_tokens_decoder.get(expected)
         if str(added) != token:
             raise ModelError(

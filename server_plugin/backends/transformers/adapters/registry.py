@@ -1,4 +1,4 @@
-"""From `config.model_type` to the adapter of a family."""
+"""Registry of adapters, by `config.model_type`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from server_plugin.backends.transformers.adapters.qwen2_5_vl import Qwen25VLAdap
 from vlm_collab.errors import ModelError
 
 ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, InstructBlipAdapter, Qwen25VLAdapter)
-"""Every family there is. A new one is added here."""
+"""All families. Add a new one here."""
 
 
 def adapter_for(model_type: str) -> type[Adapter]:
-    """The adapter that serves an architecture.
+    """Return the adapter for an architecture.
 
     Args:
         model_type: as in the checkpoint's `config.json`.
 
     Raises:
-        ModelError: none does; the line says which are supported and how to add one.
+        ModelError: there is none; the message says which are supported and how to add one.
     """
     for adapter in ADAPTERS:
         if model_type in adapter.model_types:

@@ -1,11 +1,10 @@
-"""Token ids of a prompt in which nobody's text can spell a special token.
+"""Tokenisation in which a user's text cannot contain special tokens.
 
-A tokenizer looks for its special tokens (`<image>`, `</s>`, `<|im_start|>`) anywhere in a text,
-so a question that quotes one would forge it. Here a copy of the tokenizer knows them under
-spellings that are drawn at random and never leave this process. Templates are written with
-those; texts of users cannot be. The copy works on the whole prompt at once, so an ordinary
-question gets exactly the ids that the checkpoint's own tokenizer gives it: no text is cut, and
-no word is joined or split otherwise.
+A tokenizer recognises its special tokens (`<image>`, `</s>`, `<|im_start|>`) anywhere in a text,
+so a question that quotes one would inject it. Here a copy of the tokenizer has random spellings for
+them, which never leave this process. Templates use these spellings; users cannot know them. The
+copy tokenises the whole prompt at once, so an ordinary question gets exactly the ids that the
+checkpoint's own tokenizer gives: no text is cut, and no word is joined or split differently.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from vlm_collab.errors import ModelError
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The parts of a transformers tokenizer that are used here."""
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]: ...
@@ -45,10 +44,10 @@ class PlainText:
     """Tokenises templates with their special tokens, and all other text as plain text.
 
     Args:
-        tokenizer: of the checkpoint; one of the Rust library `tokenizers`.
+        tokenizer: the checkpoint's, backed by the Rust library `tokenizers`.
 
     Raises:
-        ModelError: it is a tokenizer of another kind.
+        ModelError: the tokenizer is of another kind.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -64,7 +63,7 @@ class PlainText:
         self._core.no_truncation()
         self._core.no_padding()
         added = {id: token for id, token in tokenizer.added_tokens_decoder.items() if str(token)}
-        # Drawn anew, so no text that was written before can hold it, and none can find it out.
+        # Random for each process, so no text can contain it.
         secret = secrets.token_hex(16)
         self._spellings = {str(token): f"<{secret}.{id}>" for id, token in added.items()}
         self._core.add_tokens(
@@ -82,24 +81,24 @@ class PlainText:
         self._ids = {
             self._core.token_to_id(self._spellings[str(token)]): id for id, token in added.items()
         }
-        # The longest of several that begin at one place, as the tokenizer itself takes it.
+        # Of several that begin at the same place, the longest matches, as in the tokenizer.
         longest_first = sorted(self._spellings, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if added else None
 
     def template(self, text: str) -> str:
-        """A template's text for `encode`, with its special tokens as such."""
+        """Prepare a template's text for `encode`, which then recognises its special tokens."""
         if self._special is None:
             return text
         return self._special.sub(lambda found: self._spellings[found[0]], text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with those that the tokenizer puts before and after every text.
+        """Return token ids, with those that the tokenizer adds before and after every text.
 
         Args:
-            text: parts that came through `template`, and texts of users as they are.
+            text: parts prepared by `template`, and users' texts unchanged.
         """
         encoded = self._core.encode(text)
-        # What the tokenizer puts around a text has its own ids already.
+        # Tokens that the tokenizer adds around the text already have their own ids.
         return [
             id if around else self._ids.get(id, id)
             for id, around in zip(encoded.ids, encoded.special_tokens_mask, strict=True)
