@@ -138,12 +138,12 @@ $(VENV)/.torch: $(PINS)
 	$(PIP) install $(PINNED) "$(TORCH)"
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[eval]"
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml demo/pyproject.toml
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[eval]" --editable ./demo
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[dev]"
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml demo/pyproject.toml
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[dev]" --editable ./demo
 	touch $@
 
 clean:

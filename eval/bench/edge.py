@@ -302,8 +302,8 @@ def _serving() -> Iterator[str]:
 def install() -> dict[str, Any]:
     """Size of what `pip install vlm-collab` puts on a device, from the files installed here.
 
-    Compiled bytecode, which pip makes, is counted; the demo checkpoint, which a device has no use
-    for, is not.
+    Compiled bytecode, which pip makes, is counted. Training code and benchmarks are not: the wheel
+    leaves them out.
     """
     sizes = {}
     waiting = ["vlm-collab"]
@@ -325,7 +325,7 @@ def install() -> dict[str, Any]:
         path.stat().st_size
         for package in ("vlm_collab", "edge_client", "server_plugin", "eval", "configs")
         for path in (root / package).rglob("*")
-        if path.is_file() and "demo_model" not in path.parts
+        if path.is_file() and not {"demo_model", "bench"} & set(path.parts)
     )
     return {
         "figure": "install",

@@ -36,8 +36,8 @@ _USE = """
 
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained("server_plugin/demo_model")
-    processor = AutoProcessor.from_pretrained("server_plugin/demo_model")
+    model = LlavaForConditionalGeneration.from_pretrained("demo/vlm_collab_demo/demo_model")
+    processor = AutoProcessor.from_pretrained("demo/vlm_collab_demo/demo_model")
 
 Prompts: `USER: <image>\\n{question} ASSISTANT:` for one picture,
 `USER: <image><image>\\n{question} ASSISTANT:` for a global view and then a local view. The answer

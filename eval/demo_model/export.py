@@ -29,7 +29,7 @@ from eval.demo_model.words import (
     build_tokenizer,
 )
 
-FOLDER = Path(__file__).resolve().parents[2] / "server_plugin" / "demo_model"
+FOLDER = Path(__file__).resolve().parents[2] / "demo" / "vlm_collab_demo" / "demo_model"
 
 # transformers' names in memory -> the hub's names on disk.
 _HUB_NAMES = (

@@ -37,7 +37,7 @@ from vlm_collab.geometry import Box, Fit, Grid, Size
 from vlm_collab.method.roi import relative_map
 from vlm_collab.pictures.images import Codec
 
-FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+FOLDER = Path(__file__).resolve().parents[2] / "demo" / "vlm_collab_demo" / "pictures"
 SIZES = ((1024, 896), (896, 896), (896, 1024), (1152, 896))
 QUALITY = 92
 QUALITY_SENT = 90

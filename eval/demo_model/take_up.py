@@ -1,6 +1,6 @@
 """Take up a finished checkpoint as the stages that led to it, to train it further.
 
-``python -m eval.demo_model.take_up --checkpoint server_plugin/demo_model --out runs/demo``
+``python -m eval.demo_model.take_up --checkpoint demo/vlm_collab_demo/demo_model --out runs/demo``
 
 Leaves an output folder in which every stage up to ``--stage`` counts as finished, so that the
 training command goes on with the next one. A checkpoint holds bfloat16 weights and neither

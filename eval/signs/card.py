@@ -82,8 +82,8 @@ as in POPE's adversarial set | the sign of that shape |
 | `count` | how many signs are there? | none: the whole picture |
 
 Every other answer of `presence` and `colour` is yes. The words are those that the demo model was
-trained on (`server_plugin/demo_model/README.md`), {colours} colours and {shapes} shapes; it was
-not trained on "what colour is …", so colours are asked with yes or no.
+trained on (`demo/vlm_collab_demo/demo_model/README.md`), {colours} colours and {shapes} shapes; it
+was not trained on "what colour is …", so colours are asked with yes or no.
 
 `text_size` bins the numbers by the height of the digits in a view of {view} px on a side: tiny,
 less than 4 px; small, to 5; medium, to 8; large, from 8 px on. A tiny number can only be guessed

@@ -2,7 +2,7 @@
 
 Two questions about each picture: one that asks for a number, which is tiny more often than not,
 and one about the signs themselves (`Kind`), which a small view mostly answers. All are asked in
-the words that the demo model learned (`server_plugin/demo_model/README.md`).
+the words that the demo model learned (`demo/vlm_collab_demo/demo_model/README.md`).
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_provenance_says_what_was_run(unbroken: Path) -> None:
     assert told["task"]["limit"] == LIMIT
     assert (told["samples"], told["failed"]) == (LIMIT, 0)
     assert told["codec"] == {"view": ["jpeg", 90], "region": ["jpeg", 90]}
-    weights = Path("server_plugin/demo_model/model.safetensors")
+    weights = Path("demo/vlm_collab_demo/demo_model/model.safetensors")
     digest = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True)
     assert told["model"]["weights"] == digest.stdout.split()[0]
     assert told["model"]["preset"]["layer"] == 1

@@ -66,10 +66,10 @@ def _build() -> None:
         _run(*install, "--no-deps", LMMS_EVAL)
         ready.write_text(wanted)
     _borrow()
-    # Once for each state of `pyproject.toml`, which is where entry points are.
+    # Once for each state of the `pyproject.toml` files, which name the entry points.
     mark = FOLDER / ".plugin"
-    if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        _run(*install, "--no-deps", "--editable", str(ROOT))
+    if not mark.exists() or mark.stat().st_mtime < pinned.projects_changed():
+        _run(*install, "--no-deps", *pinned.EDITABLE)
         mark.touch()
 
 
@@ -108,7 +108,7 @@ def python(*arguments: str, home: Path, **variables: str) -> subprocess.Complete
         env={
             **os.environ,
             # This checkout before any other that the plugin may have been installed from.
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(map(str, pinned.PROJECTS)),
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

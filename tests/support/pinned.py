@@ -6,13 +6,24 @@ import hashlib
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+PROJECTS = (ROOT, ROOT / "demo")
+"""Folders of this repository's distributions, `vlm-collab` and `vlm-collab-demo`."""
+EDITABLE = tuple(part for folder in PROJECTS for part in ("--editable", str(folder)))
+"""Arguments of `pip install` that install both from this checkout."""
+
+
+def projects_changed() -> float:
+    """When the newer of their `pyproject.toml` files changed, in seconds since the epoch."""
+    return max((folder / "pyproject.toml").stat().st_mtime for folder in PROJECTS)
+
 
 def folder() -> Path | None:
     """Where the files are; None: the newest versions are wanted (`make … CONSTRAINTS=`)."""
     wanted = os.environ.get("CONSTRAINTS")
     if wanted == "":
         return None
-    return Path(__file__).resolve().parents[2] / (wanted or "constraints")
+    return ROOT / (wanted or "constraints")
 
 
 def options(name: str) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "constraints"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 
+OWN = {"vlm-collab", "vlm-collab-demo"}
+"""The distributions of this repository. They are installed from the checkout, not from an index."""
+
 _LEFT_OUT = ("torch", "triton")
 _LEFT_OUT_TOO = ("nvidia-", "cuda-")
 """Beginnings of names; these come with a torch for CUDA, each in the version that it names."""
@@ -47,25 +50,31 @@ def build_requirements() -> list[str]:
     return [*project()["build-system"]["requires"], "editables"]  # type: ignore[index]
 
 
+def _checkout(extra: str) -> list[str]:
+    """Arguments of `pip install` for this repository's distributions, with an extra."""
+    return ["--editable", f"{ROOT}[{extra}]", "--editable", str(ROOT / "demo")]
+
+
 def environments() -> dict[str, list[str]]:
     """For each file of constraints, what pip is asked for."""
     return {
-        "main.txt": ["--editable", f"{ROOT}[dev]", "pip", *build_requirements()],
-        "lmms.txt": ["--editable", f"{ROOT}[eval]", *lmms_env.LIGHT, *build_requirements()],
-        "vllm.txt": ["--editable", f"{ROOT}[server]", vllm_env.VLLM, *build_requirements()],
+        "main.txt": [*_checkout("dev"), "pip", *build_requirements()],
+        "lmms.txt": [*_checkout("eval"), *lmms_env.LIGHT, *build_requirements()],
+        "vllm.txt": [*_checkout("server"), vllm_env.VLLM, *build_requirements()],
     }
 
 
 def asked_for(extras: Iterable[str] = ()) -> Iterator[Requirement]:
-    """The requirements of this package on others, with those of some extras."""
+    """The requirements of this package on others' packages, with those of some extras."""
     data = project()["project"]
     lists = [data["dependencies"]]  # type: ignore[index]
     lists += [data["optional-dependencies"][extra] for extra in extras]  # type: ignore[index]
     for text in (text for one in lists for text in one):
         wanted = Requirement(text)
-        if canonicalize_name(wanted.name) == "vlm-collab":
+        name = canonicalize_name(wanted.name)
+        if name == "vlm-collab":
             yield from asked_for(wanted.extras)
-        else:
+        elif name not in OWN:
             yield wanted
 
 
@@ -99,8 +108,7 @@ def newest(wanted: list[str]) -> dict[str, str]:
             raise SystemExit(2)
         items = json.loads(report.read_text(encoding="utf-8"))["install"]
     found = {canonicalize_name(i["metadata"]["name"]): i["metadata"]["version"] for i in items}
-    del found["vlm-collab"]
-    return {name: found[name] for name in sorted(found) if not is_left_out(name)}
+    return {name: found[name] for name in sorted(found.keys() - OWN) if not is_left_out(name)}
 
 
 def write() -> None:
