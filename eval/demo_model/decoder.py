@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own usage)
@@ -12,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from eval.demo_model import optim
 from eval.demo_model.build import build_model
+from eval.demo_model.loop import Run, drawn_ahead, train_loop
 from eval.demo_model.measure import Sample, measure
 from eval.demo_model.packing import DecoderBatch, decoder_batch, tree_mask
 from eval.demo_model.recipe import Recipe, Stage
@@ -19,9 +19,6 @@ from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, SIDE, random_window, view_style
 from eval.demo_model.words import IMAGE
 from eval.signs.scenes import draw, generate_scene, questions
-
-if TYPE_CHECKING:
-    from eval.demo_model.train import Run
 
 _VAL_SCENES = 64
 
@@ -87,8 +84,6 @@ def validation_samples(two_digits: float) -> list[Sample]:
 
 def train_decoder(run: Run, recipe: Recipe, stage: Stage) -> None:
     """Train projector and decoder by packed question answering."""
-    from eval.demo_model.train import drawn_ahead, train_loop
-
     torch.manual_seed(stage.seed)
     model = build_model(recipe)
     if not any(recipe.stage(name).kind == "tower" for name in stage.start_from):

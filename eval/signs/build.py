@@ -17,9 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from tqdm import tqdm  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from eval.signs.card import card, file_of
 from eval.signs.samples import DEFAULT_COUNT, PER_PICTURE, SPLITS, item, photograph, row_of
@@ -31,7 +31,7 @@ _ROOM_FOR_PICTURES_BYTES = 1 << 28  # of a row group, so that each picture is st
 
 def schema() -> pa.Schema:
     """Columns of the data set, with what `datasets` needs to know of them."""
-    from datasets import Features, Image, List, Value  # type: ignore[import-untyped]
+    from datasets import Features, Image, List, Value
 
     texts = ("question_id", "image_id", "question", "answer", "kind", "text_size")
     features = {"image": Image()} | {name: Value("string") for name in texts}
