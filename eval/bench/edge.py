@@ -48,7 +48,8 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageFont, features
 
 from edge_client.picture import Picture
-from eval.signs.scenes import generate_scene, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.pictures.images import Codec, encode
 

@@ -18,7 +18,7 @@ from server_plugin.backends.transformers.backend import TransformersBackend
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def flop_counter() -> FlopCounterMode:
@@ -35,4 +35,6 @@ def counted(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
     try:
         yield counter
     finally:
-        backend._worker.call(lambda: counter.__exit__(None, None, None)).result()
+        backend._worker.call(
+            lambda: counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        ).result()

@@ -34,7 +34,7 @@ from vlm_collab.method.uncertainty import TokenStatistics, batch_token_statistic
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class StraightforwardAnswer:
     """What one retransmitted question led to.
 
     Attributes:
@@ -75,7 +75,7 @@ class Straightforward:
         crop: Callable[[Box], Image],
         *,
         max_new_tokens: int,
-    ) -> Answered:
+    ) -> StraightforwardAnswer:
         """Both passes, whatever the uncertainty says.
 
         Args:
@@ -94,7 +94,7 @@ class Straightforward:
         window = place_region(heat, frame, info.base_px, preset.ratios, preset.placement)
         box = token_box_to_source(window, info.grid, frame, source)
         second, _ = self._generate(question, [view, crop(box)], max_new_tokens)
-        return Answered(first, second, box, steps)
+        return StraightforwardAnswer(first, second, box, steps)
 
     def _inputs(self, question: str, pictures: Sequence[Image]) -> Any:
         text = self._preset.template.replace(IMAGE_SLOT, IMAGE_SLOT * len(pictures))

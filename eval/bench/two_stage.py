@@ -32,7 +32,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from transformers import (
 )
 
 from eval.bench.flop_count import counted, flop_counter
-from eval.bench.straightforward import Answered, Straightforward
+from eval.bench.straightforward import Straightforward, StraightforwardAnswer
 from eval.demo_model.provenance import provenance
 from eval.demo_model.words import BOS, EOS, IMAGE, PAD, build_tokenizer
 from server_plugin.backends.base import Generation, ModelInfo
@@ -135,11 +135,12 @@ def random_subject(shapes: Shapes, device: torch.device, dtype: torch.dtype, see
             num_key_value_heads=shapes.heads,
             max_position_embeddings=4096,
         ),
-        image_token_id=IMAGE,
+        image_token_id=IMAGE,  # type: ignore[call-arg]
         vision_feature_select_strategy="default",
     )
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model.eval()
         random = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -149,9 +150,11 @@ def random_subject(shapes: Shapes, device: torch.device, dtype: torch.dtype, see
             gain = 1.6 if "q_proj" in name or "k_proj" in name else 1.0
             fan_in = 1 if "embed" in name and "patch" not in name else weight[0].numel()
             weight.normal_(0.0, gain / fan_in**0.5, generator=random)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
+    )
     square = {"height": 336, "width": 336}
-    processor = LlavaProcessor(
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
         tokenizer=build_tokenizer(),
         patch_size=14,
@@ -179,14 +182,14 @@ def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subje
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class PicturePair:
     """What both sides are shown."""
 
     source: Image.Image
     view: Image.Image
 
     @classmethod
-    def random(cls, side: Size, seed: int) -> Pictures:
+    def random(cls, side: Size, seed: int) -> PicturePair:
         """Blocks of random colours: every patch differs from its neighbours."""
         blocks = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         source = Image.fromarray(blocks).resize(SOURCE, Image.Resampling.BICUBIC)
@@ -200,10 +203,10 @@ class Pictures:
 class OurSide:
     """One retransmitted question through the engine, from a new view to its release."""
 
-    def __init__(self, backend: TransformersBackend, preset: Preset, pictures: Pictures, k: int):
+    def __init__(self, backend: TransformersBackend, preset: Preset, pictures: PicturePair, k: int):
         self._backend, self._preset, self._pictures, self._k = backend, preset, pictures, k
 
-    async def answer(self, max_new_tokens: int, aggregate: Aggregate) -> Answered:
+    async def answer(self, max_new_tokens: int, aggregate: Aggregate) -> StraightforwardAnswer:
         async def fetch(need: RegionNeed) -> Image.Image:
             return self._pictures.crop(need.box)
 
@@ -220,7 +223,9 @@ class OurSide:
         if outcome.second is None or outcome.need is None:
             raise RuntimeError("the second stage failed; see the log")
         first = outcome.first
-        return Answered(first.token_ids, outcome.second.token_ids, outcome.need.box, first.steps)
+        return StraightforwardAnswer(
+            first.token_ids, outcome.second.token_ids, outcome.need.box, first.steps
+        )
 
 
 class PassesWithoutCapture(Passes):
@@ -250,7 +255,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class AnswerSetting:
     """How a question is answered; `name` is what the result calls it."""
 
     name: str
@@ -267,19 +272,19 @@ class Bench:
         adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
         self.backend = TransformersBackend(adapter, "bench")
         info = self.backend.info
-        pictures = Pictures.random(info.view, seed)
+        pictures = PicturePair.random(info.view, seed)
         self._ours = OurSide(self.backend, subject.preset, pictures, k)
         self._plain = Straightforward(subject.model, subject.processor, subject.preset, info)
         self._pictures, self._k, self._runner = pictures, k, runner
 
-    def ours(self, setting: Setting) -> Answered:
+    def ours(self, setting: AnswerSetting) -> StraightforwardAnswer:
         return self._runner.run(self._ours.answer(setting.tokens, setting.aggregate))
 
-    def plain(self, setting: Setting) -> Answered:
+    def plain(self, setting: AnswerSetting) -> StraightforwardAnswer:
         view, crop = self._pictures.view, self._pictures.crop
         return self._plain.answer(view, SOURCE, QUESTION, crop, max_new_tokens=setting.tokens)
 
-    def compare(self, setting: Setting) -> dict[str, Any]:
+    def compare(self, setting: AnswerSetting) -> dict[str, Any]:
         """Run both sides once, untimed: what they answer, and what they compute."""
         with counted(self.backend) as ours_counter:
             ours = self.ours(setting)
@@ -303,7 +308,7 @@ class Bench:
             },
         }
 
-    def pairs(self, settings: Sequence[Setting], repeats: int) -> dict[str, list[Pair]]:
+    def pairs(self, settings: Sequence[AnswerSetting], repeats: int) -> dict[str, list[Pair]]:
         """Times of both sides for each setting, one pair a repetition."""
         taken: dict[str, list[Pair]] = {setting.name: [] for setting in settings}
         rounds = [(number, setting) for number in range(repeats) for setting in settings]
@@ -339,9 +344,9 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> dict[str, Any]:
     """Time both sides: prefill, decoding and total, for each length and way to decide."""
-    prefill = Setting("prefill", 1)
-    full = [Setting(f"{n} tokens, full", n) for n in answers]
-    early = [Setting(f"{n} tokens, first_k", n, Aggregate.FIRST_K) for n in answers]
+    prefill = AnswerSetting("prefill", 1)
+    full = [AnswerSetting(f"{n} tokens, full", n) for n in answers]
+    early = [AnswerSetting(f"{n} tokens, first_k", n, Aggregate.FIRST_K) for n in answers]
     # An answer of k tokens or fewer is over before it could be stopped: both ways are one.
     settings = [prefill, *full, *(s for s in early if s.tokens > k)]
     compared = {
@@ -395,6 +400,12 @@ def gflops(counts: dict[str, int]) -> dict[str, float]:
     return {**shown, "ratio": round(counts["plain"] / counts["ours"], 4)}
 
 
+def _ask(
+    runner: asyncio.Runner, ask: Callable[[str], Coroutine[Any, Any, Generation]], name: str
+) -> Generation:
+    return runner.run(ask(name))
+
+
 def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -> dict[str, Any]:
     """Time the first pass with its attention row against one without; one token each.
 
@@ -404,7 +415,7 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
     subject.model.generation_config.eos_token_id = None
     adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
     sides = {"on": TransformersBackend(adapter, "on"), "off": WithoutCapture(adapter, "off")}
-    picture = Pictures.random(sides["on"].info.view, seed).view
+    picture = PicturePair.random(sides["on"].info.view, seed).view
     kept = {name: runner.run(backend.open_view(picture)) for name, backend in sides.items()}
 
     async def new_view(name: str) -> Generation:
@@ -424,9 +435,7 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
         taken: list[Pair] = []
         for number in tqdm(range(repeats), desc=what, disable=None):
             order = ["on", "off"] if number % 2 else ["off", "on"]
-            times = {
-                name: timed(lambda name=name, ask=ask: runner.run(ask(name))) for name in order
-            }
+            times = {name: timed(partial(_ask, runner, ask, name)) for name in order}
             taken.append(Pair(times["on"], times["off"]))
         results[what] = {
             "on_s": round(statistics.median(pair.ours_s for pair in taken), 5),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.signs.scenes import Box, Question
+from eval.signs.scenes import Box, SignQuestion
 from vlm_collab.geometry import Frame, Size
 from vlm_collab.method.roi import Placement, region_box
 
@@ -29,7 +29,7 @@ def own_box(
     return region_box(relative, Frame(0, 0, *size), Size(*size), base_px, placement=placement)
 
 
-def true_box(question: Question, size: tuple[int, int], side: int = 224) -> Box:
+def true_box(question: SignQuestion, size: tuple[int, int], side: int = 224) -> Box:
     """A square of ``side`` px (more if the text needs it) around the true place."""
     x0, y0, x1, y1 = question.text_box
     side = min(max(side, round(1.15 * max(x1 - x0, y1 - y0))), *size)

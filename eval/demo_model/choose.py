@@ -30,11 +30,11 @@ from eval.demo_model.boxes import contains, own_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import Asked, Settings, ask
+from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, ask
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import spread
-from eval.signs.scenes import crop
+from eval.signs.drawing import crop
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
@@ -56,7 +56,7 @@ class Tried:
     holds: dict[str, tuple[bool, ...]]
 
 
-def first_answers(reader: Reader, settings: Settings, indices: list[int]) -> list[bool]:
+def first_answers(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[bool]:
     """Which first answers are right."""
     samples = [ask(settings, index).sample for index in indices]
     readings = reader.read(
@@ -65,7 +65,9 @@ def first_answers(reader: Reader, settings: Settings, indices: list[int]) -> lis
     return [r.text == s.question.answer for r, s in zip(readings, samples, strict=True)]
 
 
-def all_epsilons(reader: Reader, settings: Settings, indices: list[int]) -> list[tuple[bool, ...]]:
+def all_epsilons(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[tuple[bool, ...]]:
     """Whether the region search's box holds the text, with each constant."""
     asked = [ask(settings, index) for index in indices]
     return [
@@ -80,7 +82,7 @@ def all_epsilons(reader: Reader, settings: Settings, indices: list[int]) -> list
     ]
 
 
-def all_sides(reader: Reader, settings: Settings, indices: list[int]) -> list[Tried]:
+def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
     """Second answers with boxes of each side, by both placements."""
     asked = [ask(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
@@ -115,7 +117,9 @@ def all_sides(reader: Reader, settings: Settings, indices: list[int]) -> list[Tr
 Rows = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _rows(reader: Reader, settings: Settings, asked: list[Asked]) -> list[Rows]:
+def _rows(
+    reader: Reader, settings: EvaluationSettings, asked: list[RenderedQuestion]
+) -> list[Rows]:
     """Attention under the question and under the generic instruction, at the settings' layer."""
     features = reader.features([a.sample.view for a in asked])
     first = reader.read(features, [a.sample.question.text for a in asked])
@@ -126,7 +130,7 @@ def _rows(reader: Reader, settings: Settings, asked: list[Asked]) -> list[Rows]:
     ]
 
 
-def _map(settings: Settings, rows: Rows, epsilon: float) -> NDArray[np.float64]:
+def _map(settings: EvaluationSettings, rows: Rows, epsilon: float) -> NDArray[np.float64]:
     return relative_map(*rows, _GRID, epsilon=epsilon)
 
 
@@ -147,7 +151,7 @@ def best(counts: dict[T, int]) -> T:
     return max(sorted(counts), key=lambda value: counts[value])
 
 
-def choose(settings: Settings, folder: Path, workers: int) -> dict[str, Any]:
+def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str, Any]:
     """All choices, with what they were made from; a later one uses the earlier ones."""
     accuracy = {}
     for power in POWERS:
@@ -191,7 +195,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = Settings(
+    settings = EvaluationSettings(
         split="val",
         count=options.count,
         two_digits=options.two_digits,

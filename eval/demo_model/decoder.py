@@ -11,14 +11,15 @@ from transformers import LlavaForConditionalGeneration
 
 from eval.demo_model import optim
 from eval.demo_model.build import build_model
-from eval.demo_model.loop import Run, drawn_ahead, train_loop
-from eval.demo_model.measure import Sample, measure
+from eval.demo_model.loop import TrainingRun, drawn_ahead, train_loop
+from eval.demo_model.measure import ViewedQuestion, measure
 from eval.demo_model.packing import DecoderBatch, decoder_batch, tree_mask
-from eval.demo_model.recipe import Recipe, Stage
+from eval.demo_model.recipe import Recipe, TrainingStage
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, SIDE, random_window, view_style
 from eval.demo_model.words import IMAGE
-from eval.signs.scenes import draw, generate_scene, questions
+from eval.signs.drawing import draw
+from eval.signs.sampling import generate_scene, questions
 
 _VAL_SCENES = 64
 
@@ -59,7 +60,7 @@ def packed_loss(
     return loss, {"token_right": float((right * weights).sum() / weights.sum())}
 
 
-def validation_samples(two_digits: float) -> list[Sample]:
+def validation_samples(two_digits: float) -> list[ViewedQuestion]:
     """Fast drawings of validation scenes, one question each, for the curve only."""
     import numpy as np
 
@@ -72,7 +73,7 @@ def validation_samples(two_digits: float) -> list[Sample]:
         full = draw(scene, (0.0, 0.0, 896.0, 896.0), (448, 448), exact_texture=False)
         window = random_window(rng, scene, question.sign)
         samples.append(
-            Sample(
+            ViewedQuestion(
                 view=full.resize((SIDE, SIDE)),
                 question=question,
                 size=scene.size,
@@ -82,7 +83,7 @@ def validation_samples(two_digits: float) -> list[Sample]:
     return samples
 
 
-def train_decoder(run: Run, recipe: Recipe, stage: Stage) -> None:
+def train_decoder(run: TrainingRun, recipe: Recipe, stage: TrainingStage) -> None:
     """Train projector and decoder by packed question answering."""
     torch.manual_seed(stage.seed)
     model = build_model(recipe)

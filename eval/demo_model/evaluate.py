@@ -22,12 +22,13 @@ from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask, through_jpeg
-from eval.demo_model.report import Outcome, preset, report
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, ask, through_jpeg
+from eval.demo_model.report import QuestionResult, preset, report
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC, second_kind
 from eval.demo_model.workers import here, spread
-from eval.signs.scenes import Box, crop
+from eval.signs.drawing import crop
+from eval.signs.scenes import Box
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
@@ -37,12 +38,14 @@ FRESH = 20_000
 """First scene of the test split that no figure was ever made of before the committed ones."""
 
 
-def run(model: LlavaForConditionalGeneration, settings: Settings) -> list[Outcome]:
+def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:
     """All passes on ``settings.count`` scenes, in this process."""
     return here(model, answered, settings)
 
 
-def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Outcome]:
+def answered(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[QuestionResult]:
     """All passes on some scenes."""
     asked = [ask(settings, index) for index in indices]
     features = reader.features([a.sample.view for a in asked])
@@ -65,7 +68,7 @@ def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Out
         arrived = [through_jpeg(region, settings.jpeg) for region in regions]
         refined[name] = reader.read(features, texts, reader.features(arrived))
     return [
-        Outcome(
+        QuestionResult(
             index=one.scene.index,
             question=one.sample.question,
             size=one.sample.size,
@@ -119,7 +122,7 @@ def main() -> None:
     first_index = options.first_index
     if first_index is None:
         first_index = FRESH if options.split == "test" else 0
-    settings = Settings(
+    settings = EvaluationSettings(
         split=options.split,
         count=options.count,
         two_digits=options.two_digits,

@@ -42,9 +42,21 @@ def trade_off(axes: Axes, figures: dict[str, Any]) -> None:
     curves = figures["trade_offs"]["sliding"]
     for metric, (label, colour, line) in METRICS.items():
         drawn = curves[f"{metric}/full"]
-        axes.plot(drawn["retransmitted"], drawn["accuracy"], line, color=colour, label=label)
+        axes.plot(
+            drawn["retransmitted"],
+            drawn["accuracy"],
+            line,
+            color=colour,
+            label=label,
+        )
     drawn = curves["min_entropy/full"]
-    axes.plot(drawn["retransmitted"], drawn["random"], ":", color="#616161", label="random")
+    axes.plot(
+        drawn["retransmitted"],
+        drawn["random"],
+        ":",
+        color="#616161",
+        label="random",
+    )
     for share, word in ((0, "never"), (-1, "always")):
         x, y = drawn["retransmitted"][share], drawn["accuracy"][share]
         axes.plot([x], [y], "o", color="#212121")

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from eval.demo_model import optim
-from eval.demo_model.recipe import Stage
+from eval.demo_model.recipe import TrainingStage
 
 _CHUNK = 24  # batches drawn ahead by all workers before the training thread goes on
 _SAVE_EVERY_S = 60.0
@@ -36,7 +36,7 @@ def drawn_ahead(
         yield from pool.starmap(make, arguments[first : first + _CHUNK], chunksize=1)
 
 
-class Run:
+class TrainingRun:
     """The output folder: checkpoints, finished stages and the learning curve."""
 
     def __init__(self, out: Path, device: torch.device, workers: int) -> None:
@@ -88,13 +88,13 @@ class Run:
         return state
 
 
-def _as_text(stage: Stage) -> str:
+def _as_text(stage: TrainingStage) -> str:
     return msgspec.json.encode(stage).decode()
 
 
 def train_loop(
-    run: Run,
-    stage: Stage,
+    run: TrainingRun,
+    stage: TrainingStage,
     model: nn.Module,
     optimisers: list[torch.optim.Optimizer],
     batches: Callable[[int], Iterator[Any]],

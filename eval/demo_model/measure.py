@@ -22,7 +22,7 @@ from eval.demo_model.packing import PATCHES, vocabulary
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
 from eval.demo_model.words import EOS, GENERIC, IMAGE
-from eval.signs.scenes import Box, Question
+from eval.signs.scenes import Box, SignQuestion
 from server_plugin.backends.transformers.batch import cache_argument
 
 _MAX_TOKENS = 5
@@ -30,11 +30,11 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ViewedQuestion:
     """A question about a picture: 112-px global view, source size (w, h), maybe a local view."""
 
     view: Image.Image
-    question: Question
+    question: SignQuestion
     size: tuple[int, int]
     local: Image.Image | None = None
 
@@ -99,7 +99,8 @@ class Reader:
         embeds = inner.language_model.embed_tokens(ids)
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         embeds = embeds.masked_scatter(slots, visual.to(embeds.dtype))
-        held = cache_argument(type(inner.language_model))
+        decoder: type = type(inner.language_model)
+        held = cache_argument(decoder)
         cache = DynamicCache(config=inner.language_model.config)
         before = inner.language_model.config._attn_implementation
         inner.language_model.set_attn_implementation("eager")
@@ -154,7 +155,7 @@ class Measured:
     ``raw`` and ``relative`` are (N, layers, 64).
     """
 
-    samples: list[Sample]
+    samples: list[ViewedQuestion]
     first: list[Reading]
     local: list[Reading]
     raw: NDArray[np.float64]
@@ -196,12 +197,12 @@ def touched_patches(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
     return touched
 
 
-def _right(readings: list[Reading], samples: list[Sample]) -> NDArray[np.bool_]:
+def _right(readings: list[Reading], samples: list[ViewedQuestion]) -> NDArray[np.bool_]:
     return np.array([r.text == s.question.answer for r, s in zip(readings, samples, strict=True)])
 
 
 def measure(
-    model: LlavaForConditionalGeneration, samples: list[Sample], epsilon: float = 0.0
+    model: LlavaForConditionalGeneration, samples: list[ViewedQuestion], epsilon: float = 0.0
 ) -> Measured:
     """First pass, generic pass and (where samples have local views) second pass."""
     reader = Reader(model)

@@ -28,7 +28,7 @@ from edge_client.picture import Picture
 from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import Asked, Settings, ask, settings_of
+from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, ask, settings_of
 from eval.demo_model.workers import chunks
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
@@ -42,7 +42,7 @@ _AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ServiceResult:
     """What came back for one question; sizes in bytes, WebSocket headers in the first two."""
 
     first: bool
@@ -55,10 +55,10 @@ class Told:
     region: int
 
 
-def told(asked: Asked, answer: EdgeAnswer) -> Told:
+def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult:
     """One question's result."""
     question = asked.sample.question
-    return Told(
+    return ServiceResult(
         first=answer.first_text == question.answer,
         refined=answer.text == question.answer,
         holds=answer.box is not None and contains(answer.box, question.text_box),
@@ -70,12 +70,14 @@ def told(asked: Asked, answer: EdgeAnswer) -> Told:
     )
 
 
-def drawn(settings: Settings, indices: list[int]) -> list[Asked]:
+def rendered_questions(settings: EvaluationSettings, indices: list[int]) -> list[RenderedQuestion]:
     """The questions with their full-size pictures."""
     return [ask(settings, index) for index in indices]
 
 
-async def through(settings: Settings, placement: str, quality: int) -> list[Told]:
+async def ask_service(
+    settings: EvaluationSettings, placement: str, quality: int
+) -> list[ServiceResult]:
     """Ask every question over the network; pictures are drawn meanwhile in another process."""
     side = settings.base_px if placement == "sliding" else settings.centroid_px
     backend, preset = open_model(
@@ -88,7 +90,7 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
     )
     options = Options(retransmit=Retransmit.ALWAYS)
     turns = asyncio.Semaphore(_AT_ONCE)
-    made: list[Told] = []
+    made: list[ServiceResult] = []
     context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
     try:
@@ -97,18 +99,18 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
             EdgeClient(url, view_codec=Codec.JPEG, view_quality=quality) as client,
         ):
 
-            async def one(asked: Asked) -> Told:
+            async def one(asked: RenderedQuestion) -> ServiceResult:
                 async with turns:
                     picture = Picture.from_pil(asked.picture)
                     answer = await client.ask(picture, asked.sample.question.text, options=options)
-                return told(asked, answer)
+                return service_result(asked, answer)
 
             parts = chunks(settings.indices())
             with (
                 ProcessPoolExecutor(1, context) as pool,
                 tqdm(total=settings.count, desc=placement, disable=None) as bar,
             ):
-                draw = partial(drawn, settings)
+                draw = partial(rendered_questions, settings)
                 coming = loop.run_in_executor(pool, draw, parts[0])
                 for number in range(len(parts)):
                     ready = await coming
@@ -121,7 +123,7 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
     return made
 
 
-def compared(made: list[Told], reference: dict[str, Any], refined: str) -> dict[str, Any]:
+def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str) -> dict[str, Any]:
     """Figures of a run, and how far they lie from the reference's same questions, in points.
 
     Args:
@@ -173,7 +175,7 @@ def main() -> None:
         raise SystemExit(f"{options.reference} is about another checkpoint; make it again first")
     settings = settings_of(reference["settings"])
     settings = replace(settings, count=min(options.count, settings.count))
-    made = asyncio.run(through(settings, options.placement, options.jpeg))
+    made = asyncio.run(ask_service(settings, options.placement, options.jpeg))
     refined = "own" if options.placement == "sliding" else "centroid"
     figures = compared(made, reference, refined)
     result = {

@@ -33,7 +33,8 @@ from eval.demo_model.words import (
     second_kind,
     sign_list,
 )
-from eval.signs.scenes import Question, Scene, generate_scene, questions
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import Scene, SignQuestion
 
 PATCHES = GRID * GRID
 LOCAL_VIEWS = 2
@@ -95,7 +96,7 @@ class DecoderBatch:
     weights: NDArray[np.float32]
 
 
-def _asked_with_crop(rng: np.random.Generator, asked: tuple[Question, ...]) -> Question:
+def _asked_with_crop(rng: np.random.Generator, asked: tuple[SignQuestion, ...]) -> SignQuestion:
     """Half of the local views go to one of the two smallest texts."""
     if rng.random() < 0.5:
         smallest = sorted(asked, key=lambda q: q.view_text_height_px)[:2]

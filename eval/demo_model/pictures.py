@@ -27,11 +27,13 @@ from transformers import LlavaForConditionalGeneration
 from edge_client.picture import Picture
 from eval.demo_model.boxes import own_box
 from eval.demo_model.measure import Reader, Reading
-from eval.demo_model.questions import Settings
+from eval.demo_model.questions import EvaluationSettings
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import load_model
-from eval.signs.scenes import Question, SceneStyle, generate_scene, questions, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle, SignQuestion
 from server_plugin.models.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Grid, Size
 from vlm_collab.method.roi import relative_map
@@ -63,7 +65,7 @@ class Picked:
 
 
 def play(
-    reader: Reader, picture: Image.Image, question: Question, settings: Settings
+    reader: Reader, picture: Image.Image, question: SignQuestion, settings: EvaluationSettings
 ) -> tuple[Reading, Reading, tuple[int, int, int, int]]:
     """First answer, refined answer and the box between them."""
     # Through the edge client itself: another way of scaling could turn a close answer.
@@ -91,7 +93,7 @@ def _arrived(data: bytes) -> Image.Image:
 
 
 def pick(
-    model: LlavaForConditionalGeneration, settings: Settings, eta_bits: float, out: Path
+    model: LlavaForConditionalGeneration, settings: EvaluationSettings, eta_bits: float, out: Path
 ) -> list[Picked]:
     """Find, save and describe the pictures."""
     reader = Reader(model)
@@ -158,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(
+    settings = EvaluationSettings(
         split="test",
         count=0,
         two_digits=options.two_digits,

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from eval.demo_model.measure import Sample
+from eval.demo_model.measure import ViewedQuestion
 from eval.demo_model.views import SIDE
-from eval.signs.scenes import Scene, SceneStyle, generate_scene, questions, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import Scene, SceneStyle
 
 SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 """Picture sizes (w, h) in px, taken in turn."""
@@ -23,7 +25,7 @@ still."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class EvaluationSettings:
     """What to run: the split, the share of two-digit texts, and how regions are placed.
 
     ``base_px`` is the base side of the region search, ``centroid_px`` the side of the second
@@ -52,21 +54,21 @@ class Settings:
         return range(self.first_index, self.first_index + self.count)
 
 
-def settings_of(values: dict[str, Any]) -> Settings:
+def settings_of(values: dict[str, Any]) -> EvaluationSettings:
     """Settings as a result file holds them."""
-    return Settings(**values)
+    return EvaluationSettings(**values)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RenderedQuestion:
     """One question: its scene, the full-size picture, and the sample for the model."""
 
     scene: Scene
     picture: Image.Image
-    sample: Sample
+    sample: ViewedQuestion
 
 
-def ask(settings: Settings, index: int) -> Asked:
+def ask(settings: EvaluationSettings, index: int) -> RenderedQuestion:
     """The question about scene ``index``; it names each of the scene's signs in turn."""
     size, style = SIZES[index % len(SIZES)], settings.scene_style()
     scene = generate_scene(settings.split, index, size=size, style=style)
@@ -74,7 +76,9 @@ def ask(settings: Settings, index: int) -> Asked:
     picture = render(scene)
     view = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     question = choice[(index // len(SIZES)) % len(choice)]
-    return Asked(scene, picture, Sample(through_jpeg(view, settings.jpeg), question, scene.size))
+    return RenderedQuestion(
+        scene, picture, ViewedQuestion(through_jpeg(view, settings.jpeg), question, scene.size)
+    )
 
 
 def through_jpeg(picture: Image.Image, quality: int | None) -> Image.Image:

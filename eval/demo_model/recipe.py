@@ -10,7 +10,7 @@ import msgspec
 import yaml
 
 
-class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrainingStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage of training.
 
     ``two_digits`` is the share of two-digit texts at the start and at the end, ``ease`` runs
@@ -44,11 +44,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Recipe:
     """Model widths and the stages, in order."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[TrainingStage, ...]
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> TrainingStage:
         """The stage of that name.
 
         Raises:
@@ -72,7 +72,7 @@ def load_recipe(path: Path) -> Recipe:
         values = dict(entry)
         try:
             # Converted strictly; YAML reads 1e-3 (without a dot) as a text.
-            stages.append(msgspec.convert(values, Stage))
+            stages.append(msgspec.convert(values, TrainingStage))
         except msgspec.ValidationError as error:
             raise ValueError(f"{path}: stage {entry.get('name')!r}: {error}") from None
     return Recipe(stages=tuple(stages), vision=raw["vision"], text=raw["text"])

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from eval.demo_model.boxes import contains, own_box, random_box
 from eval.demo_model.measure import Reading, auroc, touched_patches
-from eval.demo_model.questions import SIZES, Settings
+from eval.demo_model.questions import SIZES, EvaluationSettings
 from eval.demo_model.views import GRID
-from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, SignQuestion
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
@@ -37,7 +37,7 @@ _STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class QuestionResult:
     """Everything about one question. ``generic`` is (layers, 64).
 
     ``own`` is the answer with the region search's box, ``centroid`` with the second placement's.
@@ -46,7 +46,7 @@ class Outcome:
     """
 
     index: int
-    question: Question
+    question: SignQuestion
     size: tuple[int, int]
     first: Reading
     own: Reading
@@ -80,7 +80,7 @@ def aggregated(tokens: NDArray[np.float64], aggregate: str) -> float:
     return float(tokens[:counted].mean())
 
 
-def uncertainty(outcomes: list[Outcome], metric: str, aggregate: str) -> NDArray[np.float64]:
+def uncertainty(outcomes: list[QuestionResult], metric: str, aggregate: str) -> NDArray[np.float64]:
     """Uncertainty of each first answer, higher is less sure (the margin is negated)."""
     sign = -1.0 if metric == "margin" else 1.0
     return np.array([sign * aggregated(getattr(o.first, metric), aggregate) for o in outcomes])
@@ -120,7 +120,7 @@ def curve(first: NDArray[np.float64], gains: NDArray[np.float64]) -> dict[str, A
     }
 
 
-def trade_offs(outcomes: list[Outcome]) -> dict[str, Any]:
+def trade_offs(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """`curve` by placement, metric and aggregation."""
     first = np.array([o.right("first") for o in outcomes], float)
     curves: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def trade_offs(outcomes: list[Outcome]) -> dict[str, Any]:
     return curves
 
 
-def traded(outcomes: list[Outcome]) -> dict[str, Any]:
+def traded(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """Accuracy when the most unsure share is sent again, from none to all."""
     first = np.array([o.right("first") for o in outcomes], float)
     own = np.array([o.right("own") for o in outcomes], float)
@@ -159,13 +159,13 @@ def traded(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def easy_questions(outcomes: list[Outcome]) -> dict[str, Any]:
+def easy_questions(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """Questions about presence and number, from the global view: right, and how sure.
 
     The uncertainty of the first answers about numbers on signs stands beside them.
     """
 
-    def seen(inside: list[Outcome]) -> dict[str, Any]:
+    def seen(inside: list[QuestionResult]) -> dict[str, Any]:
         bits = [float(o.easy.min_entropy.mean()) for o in inside]
         return {
             "count": len(inside),
@@ -185,7 +185,7 @@ def easy_questions(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+def by_height(outcomes: list[QuestionResult]) -> list[dict[str, Any]]:
     """Accuracies by text height in the global view (px of 112); none for an empty bin."""
     rows = []
     for low, high in itertools.pairwise(HEIGHT_BINS):
@@ -194,7 +194,7 @@ def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+def by_novelty(outcomes: list[QuestionResult]) -> dict[str, dict[str, Any]]:
     """Accuracies and AUROC of min-entropy, by whether training ever saw the sign's font and the
     background's texture."""
     rows: dict[str, dict[str, Any]] = {}
@@ -215,7 +215,7 @@ def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def histogram(outcomes: list[Outcome]) -> dict[str, Any]:
+def histogram(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """How many right and wrong first answers by mean min-entropy; the last bin takes the rest."""
     bits = np.minimum(uncertainty(outcomes, "min_entropy", "full"), HISTOGRAM_BITS[-1])
     right = np.array([o.right("first") for o in outcomes])
@@ -226,7 +226,7 @@ def histogram(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
+def holds(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
     """How often a box holds the whole text, over all and where the first answer is wrong.
 
     The boxes: the region search on the relative map with the settings' constant in the
@@ -263,7 +263,7 @@ def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     }
 
 
-def by_layer(outcomes: list[Outcome], epsilon: float) -> list[dict[str, Any]]:
+def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, Any]]:
     """Per decoder layer and map: peak on the asked sign; box (by base side) holds the text."""
     rows = []
     for layer in range(outcomes[0].generic.shape[0]):
@@ -289,7 +289,7 @@ def by_layer(outcomes: list[Outcome], epsilon: float) -> list[dict[str, Any]]:
     return rows
 
 
-def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
+def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
     """All figures of a run."""
     wrong = np.array([not o.right("first") for o in outcomes])
     held = np.array([contains(o.box, o.question.text_box) for o in outcomes])
@@ -332,9 +332,9 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     }
 
 
-def _accuracies(outcomes: list[Outcome]) -> dict[str, Any]:
+def _accuracies(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """How many, and the share of each answer that is right; no shares of nothing."""
-    shares = {
+    shares: dict[str, float] = {
         which: round(sum(o.right(which) for o in outcomes) / len(outcomes), 4)
         for which in (ANSWERS if outcomes else ())
     }
@@ -347,7 +347,7 @@ def best_layer(rows: list[dict[str, Any]], base_px: int) -> int:
     return int(best["layer"])
 
 
-def preset(figures: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def preset(figures: dict[str, Any], settings: EvaluationSettings) -> dict[str, Any]:
     """What a validation run says the model's preset should hold."""
     return {
         "layer": best_layer(figures["by_layer"], settings.base_px),

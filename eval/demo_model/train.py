@@ -16,13 +16,13 @@ from transformers import CLIPVisionConfig
 
 from eval.demo_model import optim
 from eval.demo_model.decoder import train_decoder
-from eval.demo_model.loop import Run, drawn_ahead, train_loop
-from eval.demo_model.recipe import Recipe, Stage, load_recipe
+from eval.demo_model.loop import TrainingRun, drawn_ahead, train_loop
+from eval.demo_model.recipe import Recipe, TrainingStage, load_recipe
 from eval.demo_model.tower import TowerWithHeads, to_pixels, tower_loss, whitening_filters
 from eval.demo_model.views import TowerBatch, tower_batch
 
 
-def train_tower(run: Run, recipe: Recipe, stage: Stage) -> None:
+def train_tower(run: TrainingRun, recipe: Recipe, stage: TrainingStage) -> None:
     """Train the vision tower by dense patch labels."""
     torch.manual_seed(stage.seed)
     config = CLIPVisionConfig(**recipe.vision)
@@ -74,7 +74,7 @@ def main() -> None:
             recipe.stage(options.until)
     except ValueError as error:
         parser.error(str(error))
-    run = Run(options.out, torch.device(options.device), options.workers)
+    run = TrainingRun(options.out, torch.device(options.device), options.workers)
     for stage in recipe.stages:
         if not run.finished(stage.name).exists():
             if stage.kind == "tower":

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, draw, generate_scene
+from eval.signs.drawing import draw
+from eval.signs.sampling import generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign
 
 SIDE = 112
 GRID = 8

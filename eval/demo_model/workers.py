@@ -15,10 +15,10 @@ from transformers import LlavaForConditionalGeneration
 
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
-from eval.demo_model.questions import Settings
+from eval.demo_model.questions import EvaluationSettings
 
 T = TypeVar("T")
-Work = Callable[[Reader, Settings, list[int]], list[T]]
+Work = Callable[[Reader, EvaluationSettings, list[int]], list[T]]
 """What to do with a chunk of scene indices; a function of a module, so that it can be sent."""
 
 _CHUNK = 50
@@ -37,7 +37,9 @@ def chunks(indices: Sequence[int]) -> list[list[int]]:
     return [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
 
 
-def here(model: LlavaForConditionalGeneration, work: Work[T], settings: Settings) -> list[T]:
+def here(
+    model: LlavaForConditionalGeneration, work: Work[T], settings: EvaluationSettings
+) -> list[T]:
     """All of ``settings`` in this process, with a progress bar."""
     reader = Reader(model)
     made: list[T] = []
@@ -54,12 +56,12 @@ def _start(folder: Path) -> None:
     _reader = Reader(load_model(folder))
 
 
-def _one(work: Work[T], settings: Settings, chunk: list[int]) -> list[T]:
+def _one(work: Work[T], settings: EvaluationSettings, chunk: list[int]) -> list[T]:
     assert _reader is not None
     return work(_reader, settings, chunk)
 
 
-def spread(folder: Path, work: Work[T], settings: Settings, workers: int) -> list[T]:
+def spread(folder: Path, work: Work[T], settings: EvaluationSettings, workers: int) -> list[T]:
     """All of ``settings`` on ``workers`` processes of one thread each, in order."""
     if workers < 2:
         return here(load_model(folder), work, settings)

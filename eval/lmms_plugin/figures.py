@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from eval.lmms_plugin.runner import Reply
+from eval.lmms_plugin.runner import CostedAnswer
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
 
@@ -18,7 +18,7 @@ class Totals:
         second, fallback, cut: answers of the second pass; first ones that stand in for a second
             one; those that reached the longest answer.
         bytes_up, bytes_down, view_bytes, region_bytes, original_bytes, decoded_tokens, mflops:
-            as of `Reply`.
+            as of `CostedAnswer`.
         additional: region over view pixels, of each question.
         own_files: questions whose originals count with their own files' sizes.
         uncertainty: of the first answers.
@@ -64,7 +64,7 @@ class Totals:
         return figures
 
 
-def totals_of(replies: Iterable[Reply | Exception]) -> Totals:
+def totals_of(replies: Iterable[CostedAnswer | Exception]) -> Totals:
     """Of one process."""
     totals = Totals()
     for reply in replies:

@@ -23,8 +23,8 @@ from eval.lmms_plugin.figures import Totals, added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
 from eval.lmms_plugin.over_network import OverNetwork
-from eval.lmms_plugin.questions import Question, questions_of
-from eval.lmms_plugin.runner import Answered, Asker, Reply, ask_all
+from eval.lmms_plugin.questions import LmmsQuestion, questions_of
+from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, TimedAnswers, answer_all
 from eval.lmms_plugin.settings import settings_from
 from eval.runs.methods.method import SampleError
 from vlm_collab.errors import CollabError, ConfigError
@@ -132,10 +132,10 @@ class VlmCollab(lmms):
             raise ConfigError(f"{tasks}: vlm_collab {why}; choose tasks of type generate_until")
         raise AssertionError
 
-    def _asker(self) -> Asker:
+    def _asker(self) -> AnswerSource:
         return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
 
-    async def _ask(self, questions: Sequence[Question]) -> Answered:
+    async def _ask(self, questions: Sequence[LmmsQuestion]) -> TimedAnswers:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(
                 tqdm(total=len(questions), desc="vlm_collab", disable=self.rank != 0)
@@ -146,14 +146,14 @@ class VlmCollab(lmms):
                 mode = "a" if self._seconds else "w"
                 log = stack.enter_context(_opened(self._settings.log, self.rank, mode))
 
-            def done(question: Question, reply: Reply | SampleError) -> None:
+            def done(question: LmmsQuestion, reply: CostedAnswer | SampleError) -> None:
                 bar.update()
                 if isinstance(reply, SampleError):
                     logger.error(f"{question.name} counts as answered with nothing: {reply}")
                 if log is not None and not question.padding:
                     log.write(_line(question, reply) + "\n")
 
-            return await ask_all(
+            return await answer_all(
                 self._asker(),
                 questions,
                 lambda question: originals_of(question, self.task_dict),
@@ -171,17 +171,17 @@ def _opened(path: str, rank: int, mode: str) -> Any:
         raise ConfigError(f"model_args: log: {error}") from error
 
 
-def _line(question: Question, reply: Reply | SampleError) -> str:
+def _line(question: LmmsQuestion, reply: CostedAnswer | SampleError) -> str:
     told: dict[str, Any] = {"task": question.task, "doc_id": question.doc_id}
     if isinstance(reply, SampleError):
         return json.dumps({**told, "failed": str(reply)}, ensure_ascii=False)
-    for name in Reply.__dataclass_fields__:
+    for name in CostedAnswer.__dataclass_fields__:
         value = getattr(reply, name)
         told[name] = value.name.lower() if hasattr(value, "name") else value
     return json.dumps(told, ensure_ascii=False)
 
 
-def _result(reply: Reply | SampleError) -> GenerationResult:
+def _result(reply: CostedAnswer | SampleError) -> GenerationResult:
     if isinstance(reply, SampleError):
         return GenerationResult(text="")
     counts = TokenCounts(input_tokens=reply.prefilled_tokens, output_tokens=reply.decoded_tokens)

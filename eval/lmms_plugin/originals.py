@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from edge_client.picture import Picture
-from eval.lmms_plugin.questions import Question, require_pictures
+from eval.lmms_plugin.questions import LmmsQuestion, require_pictures
 from eval.runs.methods.method import SampleError
 from vlm_collab.errors import ImageError
 from vlm_collab.pictures.images import Codec, encode
@@ -31,7 +31,7 @@ RE_ENCODED_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
+class OriginalPicture:
     """One picture of a question.
 
     Attributes:
@@ -45,7 +45,9 @@ class Original:
     own_file: bool
 
 
-def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]]) -> list[Original]:
+def originals_of(
+    question: LmmsQuestion, documents: Mapping[str, Mapping[str, Any]]
+) -> list[OriginalPicture]:
     """The pictures of a question.
 
     Args:
@@ -95,10 +97,10 @@ def _stored_files(rows: Any, index: int) -> Iterator[tuple[bytes, bool]]:
                     yield file.read(), named
 
 
-def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> Original:
+def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> OriginalPicture:
     if isinstance(shown, str | os.PathLike):
         picture = Picture.open(shown)
-        return Original(picture, picture.original_bytes or 0, own_file=True)
+        return OriginalPicture(picture, picture.original_bytes or 0, own_file=True)
     if not isinstance(shown, Image.Image):
         raise SampleError(f"vlm_collab takes pictures, no {type(shown).__name__}")
     pixels = shown.convert("RGB")
@@ -107,11 +109,11 @@ def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> Original:
             continue
         picture = Picture.open(data)
         if named or not data.startswith(b"\x89PNG"):
-            return Original(picture, len(data), own_file=True)
-        return Original(picture, _re_encoded_bytes(pixels), own_file=False)
+            return OriginalPicture(picture, len(data), own_file=True)
+        return OriginalPicture(picture, _re_encoded_bytes(pixels), own_file=False)
     # As they are: neither turned upright nor converted by what an earlier file said of them.
     pixels.info = {}
-    return Original(Picture.from_pil(pixels), _re_encoded_bytes(pixels), own_file=False)
+    return OriginalPicture(Picture.from_pil(pixels), _re_encoded_bytes(pixels), own_file=False)
 
 
 def _shows(data: bytes, pixels: Image.Image) -> bool:

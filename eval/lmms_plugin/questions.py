@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
+from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, LmmsSettings
 from eval.runs.methods.method import SampleError
 from server_plugin.models.presets import IMAGE_SLOT
 from vlm_collab.errors import ConfigError
@@ -21,7 +21,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class LmmsQuestion:
     """One request.
 
     Attributes:
@@ -47,8 +47,8 @@ class Question:
 
 
 def questions_of(
-    requests: Sequence[Any], settings: Settings, warn: Callable[[str], None]
-) -> list[Question]:
+    requests: Sequence[Any], settings: LmmsSettings, warn: Callable[[str], None]
+) -> list[LmmsQuestion]:
     """The requests of `generate_until`.
 
     Args:
@@ -70,7 +70,7 @@ def questions_of(
         for name in sorted(generation.keys() - _KNOWN - warned):
             warned.add(name)
             warn(f"{task}: the generation option {name} has no effect on vlm_collab")
-        question = Question(
+        question = LmmsQuestion(
             task=task,
             split=split,
             doc_id=doc_id,
@@ -84,7 +84,9 @@ def questions_of(
     return questions
 
 
-def _options(generation: Mapping[str, Any], settings: Settings, task: str, *, seed: int) -> Options:
+def _options(
+    generation: Mapping[str, Any], settings: LmmsSettings, task: str, *, seed: int
+) -> Options:
     beams = generation.get("num_beams") or 1
     if beams != 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""All questions through both stages: where, is a matter of two small classes behind `Asker`."""
+"""Answer all questions by both stages, in this process or at a service (`AnswerSource`)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from eval.lmms_plugin.originals import Original
-from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.originals import OriginalPicture
+from eval.lmms_plugin.questions import LmmsQuestion
 from eval.runs.loop import MOST_FAILURES_IN_A_ROW
 from eval.runs.methods.method import SampleError, one_line
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
-Load = Callable[[Question], list[Original]]
+Load = Callable[[LmmsQuestion], list[OriginalPicture]]
 """Gets a question's pictures; raises `SampleError`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class CostedAnswer:
     """One answer and what it cost.
 
     Attributes:
@@ -37,7 +37,7 @@ class Reply:
         view_pixels, region_pixels: of the pictures sent, width x height.
         prefilled_tokens, decoded_tokens, mflops: as of `vlm_collab.protocol.messages.Usage`.
         original_bytes: of the originals together.
-        own_files: whether these are the sizes of their own files (`Original`).
+        own_files: whether these are the sizes of their own files (`OriginalPicture`).
     """
 
     text: str
@@ -62,15 +62,15 @@ class Reply:
     own_files: bool
 
 
-class Answered(NamedTuple):
+class TimedAnswers(NamedTuple):
     """All replies, in order, and the time that they took: from the model or service being there
     to the last answer, in s."""
 
-    replies: list[Reply | SampleError]
+    replies: list[CostedAnswer | SampleError]
     seconds: float
 
 
-class Asker(ABC):
+class AnswerSource(ABC):
     """Answers questions. `open` it, use it, `close` it.
 
     Attributes:
@@ -80,7 +80,7 @@ class Asker(ABC):
     group: int
 
     @abstractmethod
-    async def open(self, questions: Sequence[Question]) -> None:
+    async def open(self, questions: Sequence[LmmsQuestion]) -> None:
         """Get ready for these questions.
 
         Raises:
@@ -92,11 +92,11 @@ class Asker(ABC):
         """Free everything."""
 
     @abstractmethod
-    def prepare(self, question: Question, originals: Sequence[Original]) -> Any:
+    def prepare(self, question: LmmsQuestion, originals: Sequence[OriginalPicture]) -> Any:
         """What the edge can do before anything is sent. Runs on a thread of its own."""
 
     @abstractmethod
-    async def answer(self, ready: Sequence[Any]) -> list[Reply | SampleError]:
+    async def answer(self, ready: Sequence[Any]) -> list[CostedAnswer | SampleError]:
         """Answers to a group, in order.
 
         Raises:
@@ -104,12 +104,12 @@ class Asker(ABC):
         """
 
 
-async def ask_all(
-    asker: Asker,
-    questions: Sequence[Question],
+async def answer_all(
+    asker: AnswerSource,
+    questions: Sequence[LmmsQuestion],
     load: Load,
-    done: Callable[[Question, Reply | SampleError], None],
-) -> Answered:
+    done: Callable[[LmmsQuestion, CostedAnswer | SampleError], None],
+) -> TimedAnswers:
     """Answer all questions, group by group; the next one's pictures are made meanwhile.
 
     Args:
@@ -121,7 +121,7 @@ async def ask_all(
     Raises:
         CollabError: the model or service cannot be used, or question after question fails.
     """
-    replies: list[Reply | SampleError] = []
+    replies: list[CostedAnswer | SampleError] = []
     in_a_row = 0
     coming: asyncio.Task[list[Any]] | None = None
     try:
@@ -142,24 +142,24 @@ async def ask_all(
                 in_a_row = in_a_row + 1 if isinstance(reply, SampleError) else 0
             if in_a_row > MOST_FAILURES_IN_A_ROW or in_a_row == len(questions):
                 raise CollabError(f"{in_a_row} questions failed in a row, the last: {reply}")
-        return Answered(replies, time.perf_counter() - begin)
+        return TimedAnswers(replies, time.perf_counter() - begin)
     finally:
         if coming is not None:
             coming.cancel()
         await asker.close()
 
 
-def _groups(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
+def _groups(questions: Sequence[LmmsQuestion], size: int) -> list[Sequence[LmmsQuestion]]:
     """Neighbours of one task, so that its answers do not depend on what else is run."""
-    groups: list[Sequence[Question]] = []
+    groups: list[Sequence[LmmsQuestion]] = []
     for _, same in itertools.groupby(questions, key=lambda question: question.task):
         of_task = list(same)
         groups += [of_task[start : start + size] for start in range(0, len(of_task), size)]
     return groups
 
 
-async def _prepare(asker: Asker, group: Sequence[Question], load: Load) -> list[Any]:
-    def one(question: Question) -> Any:
+async def _prepare(asker: AnswerSource, group: Sequence[LmmsQuestion], load: Load) -> list[Any]:
+    def one(question: LmmsQuestion) -> Any:
         try:
             return asker.prepare(question, load(question))
         except SampleError as error:

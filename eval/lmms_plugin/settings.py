@@ -43,7 +43,7 @@ _IN_PROCESS = (
 """What a service has settled for itself."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of `--model vlm_collab`.
 
     Attributes:
@@ -113,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return {name: value for name, value in given.items() if value is not None}
 
 
-def settings_from(arguments: Mapping[str, Any]) -> Settings:
+def settings_from(arguments: Mapping[str, Any]) -> LmmsSettings:
     """Settings from lmms-eval's arguments.
 
     Args:
@@ -127,9 +127,9 @@ def settings_from(arguments: Mapping[str, Any]) -> Settings:
     given.pop("max_batch_size", None)
     _take_batch_size(given, str(given.pop("batch_size", 1)))
     try:
-        settings = msgspec.convert(given, Settings, strict=False)
+        settings = msgspec.convert(given, LmmsSettings, strict=False)
     except msgspec.ValidationError as error:
-        known = ", ".join(Settings.__struct_fields__)
+        known = ", ".join(LmmsSettings.__struct_fields__)
         raise ConfigError(f"model_args: {_first_line(error)}; options: {known}") from None
     if settings.server is None:
         for name in ("token", "token_file", "concurrency"):

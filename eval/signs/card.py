@@ -50,8 +50,8 @@ _TEXT = """\
 # Signs: the generated benchmark
 
 Pictures of coloured signs with numbers, large and tiny, and questions about them with their
-answers and the places that show them. Everything is drawn by `eval/signs/scenes.py`, so it needs no
-download, and the truth is exact. It is made for one purpose: that a two-stage system has real
+answers and the boxes that show them. `eval/signs/drawing.py` draws everything, so nothing is
+downloaded and the truth is exact. The benchmark has one purpose: it gives a two-stage system real
 work on any machine. It is not a stand-in for photographs: figures on it say nothing about TextVQA
 or another public benchmark.
 

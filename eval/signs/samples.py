@@ -16,18 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.signs.scenes import (
-    COLOURS,
-    SHAPES,
-    Question,
-    Scene,
-    SceneStyle,
-    Sign,
-    Split,
-    generate_scene,
-    questions,
-    render,
-)
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, SignQuestion, Split
 from vlm_collab.geometry import Box
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -182,7 +173,7 @@ class _Asked:
     question: str
     answer: str
     box: Box | None = None
-    number: Question | None = None
+    number: SignQuestion | None = None
 
 
 def _asked(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator) -> _Asked:

@@ -32,7 +32,8 @@ from eval.signs.samples import (
     scene_of,
     text_size,
 )
-from eval.signs.scenes import COLOURS, SHAPES, Split, generate_scene
+from eval.signs.sampling import generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Split
 from eval.tasks import open_task
 from eval.tasks.signs import Signs
 

@@ -23,13 +23,15 @@ from eval.demo_model.measure import Reader
 from eval.demo_model.optim import make_optimisers, rate_at
 from eval.demo_model.packing import decoder_batch, tree_mask, vocabulary
 from eval.demo_model.questions import settings_of
-from eval.demo_model.recipe import Stage, load_recipe
+from eval.demo_model.recipe import TrainingStage, load_recipe
 from eval.demo_model.report import report
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, patch_labels, tower_batch, whole
 from eval.demo_model.words import GENERIC, IMAGE, build_tokenizer
 from eval.demo_model.workers import load_model
-from eval.signs.scenes import SceneStyle, generate_scene, questions, render_view
+from eval.signs.drawing import render_view
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle
 
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "demo-model.json"
@@ -222,14 +224,14 @@ def test_training_goes_on_where_it_was_stopped(
 ) -> None:
     """A stage that is killed and started again ends with the weights of an unbroken one."""
     monkeypatch.setattr(train, "_SAVE_EVERY_S", -1.0)  # save after every step
-    stage = Stage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
+    stage = TrainingStage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
 
     def finish(
-        folder: Path, stop_before: int | None, stage: Stage = stage
+        folder: Path, stop_before: int | None, stage: TrainingStage = stage
     ) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         model = torch.nn.Linear(3, 2)
-        working = train.Run(folder, torch.device("cpu"), workers=1)
+        working = train.TrainingRun(folder, torch.device("cpu"), workers=1)
 
         def batches(first: int) -> Iterator[torch.Tensor]:
             for step in range(first, stage.steps):
@@ -289,7 +291,7 @@ def test_a_decoder_without_a_tower_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE)
     stage = msgspec.structs.replace(recipe.stage("decoder-1"), start_from=())
     with pytest.raises(ValueError, match="'decoder-1' needs a tower stage"):
-        train_decoder(train.Run(tmp_path, torch.device("cpu"), 1), recipe, stage)
+        train_decoder(train.TrainingRun(tmp_path, torch.device("cpu"), 1), recipe, stage)
 
 
 def test_an_unknown_last_stage_is_refused(

@@ -15,13 +15,16 @@ from eval.demo_model.evaluate import FRESH
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reading, auroc
 from eval.demo_model.provenance import weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask
-from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, ask
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, SignQuestion
 from server_plugin.models.presets import preset_named
 from vlm_collab.method.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-SETTINGS = Settings(split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005)
+SETTINGS = EvaluationSettings(
+    split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005
+)
 SIZE = (896, 896)
 
 
@@ -30,9 +33,9 @@ def reading(text: str, bits: tuple[float, ...], attention: np.ndarray) -> Readin
     return Reading(text, values, values * 2, 1 - values / 10, attention)
 
 
-def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcome:
+def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.QuestionResult:
     """A question whose map peaks at the patch under the middle of the text."""
-    question: Question = questions(ask(SETTINGS, index).scene)[0]
+    question: SignQuestion = questions(ask(SETTINGS, index).scene)[0]
     x0, y0, x1, y1 = question.text_box
     attention = np.full((1, 64), 0.001)
     attention[0, (y0 + y1) // 2 * 8 // 896 * 8 + (x0 + x1) // 2 * 8 // 896] = 0.5
@@ -42,7 +45,7 @@ def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcom
         return reading(question.answer if right else "no", (bits, 0.5, 0.0), attention)
 
     seen = attention.reshape(8, 8)
-    return report.Outcome(
+    return report.QuestionResult(
         index=index,
         question=question,
         size=SIZE,
@@ -60,7 +63,7 @@ def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcom
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[report.Outcome]:
+def outcomes() -> list[report.QuestionResult]:
     return [
         outcome(0, first=True, own=True, bits=0.0),
         outcome(1, first=False, own=True, bits=3.0),
@@ -76,7 +79,7 @@ def test_aggregations_take_all_two_and_one_token() -> None:
     assert report.aggregated(np.array([3.0]), "first_k") == 3.0
 
 
-def test_a_small_margin_is_unsure(outcomes: list[report.Outcome]) -> None:
+def test_a_small_margin_is_unsure(outcomes: list[report.QuestionResult]) -> None:
     by_bits = np.argsort(report.uncertainty(outcomes, "min_entropy", "full"))
     by_margin = np.argsort(report.uncertainty(outcomes, "margin", "full"))
     np.testing.assert_array_equal(by_bits, by_margin)
@@ -93,7 +96,7 @@ def test_the_most_unsure_are_sent_first() -> None:
     assert drawn["least_lead_over_random_at_any_count"] == pytest.approx(6.25, abs=0.006)
 
 
-def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.Outcome]) -> None:
+def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.QuestionResult]) -> None:
     curves = report.trade_offs(outcomes)
     assert set(curves) == {"sliding", "centroid"}
     for placement, last in (("sliding", 0.75), ("centroid", 1.0)):
@@ -103,7 +106,7 @@ def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.Outco
             assert drawn["accuracy"][-1] == last
 
 
-def test_report_counts(outcomes: list[report.Outcome]) -> None:
+def test_report_counts(outcomes: list[report.QuestionResult]) -> None:
     figures = report.report(outcomes, SETTINGS)
     assert figures["right"] == {"first": 2, "own": 3, "true": 4, "centroid": 4}
     assert figures["gain_points"] == 25.0
@@ -128,7 +131,7 @@ def test_report_counts(outcomes: list[report.Outcome]) -> None:
     assert sum(row["count"] for row in figures["by_text_height"]) == 4
 
 
-def test_what_training_never_saw_is_told_apart(outcomes: list[report.Outcome]) -> None:
+def test_what_training_never_saw_is_told_apart(outcomes: list[report.QuestionResult]) -> None:
     sign = replace(outcomes[1].question.sign, font=HELD_OUT_FONT)
     made = [
         outcomes[0],

@@ -12,7 +12,8 @@ import subprocess
 import pytest
 from PIL import Image
 
-from eval.signs.scenes import crop, generate_scene, questions, render
+from eval.signs.drawing import crop, render
+from eval.signs.sampling import generate_scene, questions
 from server_plugin.backends.open import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment
 

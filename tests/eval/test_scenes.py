@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from eval.demo_model.views import whole
-from eval.signs import scenes
-from eval.signs.scenes import SceneStyle, draw, generate_scene, questions, render, render_view
+from eval.signs import drawing, sampling, scenes
+from eval.signs.drawing import draw, render, render_view
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle
 
 SMALL = (448, 448)
 WHOLE = (0.0, 0.0, 448.0, 448.0)
@@ -67,7 +69,7 @@ def test_the_default_style_draws_what_committed_figures_were_made_from() -> None
 def test_text_heights_follow_their_density(power: float) -> None:
     """Shares of drawn heights against the integral of h^-p, by the trapezoidal rule."""
     low, high = 24.0, 160.0
-    drawn = np.array([scenes._height(low, high, power, s) for s in np.linspace(0, 1, 20_001)])
+    drawn = np.array([sampling._height(low, high, power, s) for s in np.linspace(0, 1, 20_001)])
     assert drawn[0] == pytest.approx(low)
     assert drawn[-1] == pytest.approx(high)
     assert (np.diff(drawn) > 0).all()
@@ -166,9 +168,9 @@ def test_fast_drawing_shows_the_same_signs() -> None:
 def test_a_crop_is_the_picture_at_full_resolution() -> None:
     scene = generate_scene("val", 5, size=SMALL)
     picture = render(scene)
-    window = scenes.crop(picture, (100, 120, 212, 232))
+    window = drawing.crop(picture, (100, 120, 212, 232))
     np.testing.assert_array_equal(np.asarray(window), np.asarray(picture)[120:232, 100:212])
-    assert scenes.crop(picture, (100, 120, 212, 232), 56).size == (56, 56)
+    assert drawing.crop(picture, (100, 120, 212, 232), 56).size == (56, 56)
 
 
 def test_wrong_use_is_refused() -> None:
