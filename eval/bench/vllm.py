@@ -48,7 +48,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.bench.two_stage import SHAPES, machine, random_subject, spread
+from eval.bench.subjects import SHAPES, random_subject
+from eval.bench.two_stage import machine, spread
 from eval.demo_model.provenance import provenance
 from server_plugin.backends.open import checkpoint_of, preset_of
 from server_plugin.backends.vllm.model import (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eval.bench import subjects
 from eval.bench import two_stage as bench_two_stage
 from eval.bench.straightforward import Straightforward
 from server_plugin.backends.base import ModelInfo
@@ -56,11 +57,11 @@ def test_both_sides_answer_alike_and_everything_is_reported(
 def test_shapes_need_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = bench_two_stage.Shapes(
+    shapes = subjects.Shapes(
         layers=2, hidden=64, intermediate=172, heads=2, vocabulary=700, layer=1,
         vision_layers=2, vision_hidden=32, vision_heads=2,
     )  # fmt: skip
-    monkeypatch.setitem(bench_two_stage.SHAPES, "shapes-small", shapes)
+    monkeypatch.setitem(subjects.SHAPES, "shapes-small", shapes)
     result = run(capsys, "--answers", "2")
     assert (result["model"], result["shapes"]["hidden"]) == ("shapes-small", 64)
     assert result["equations_gflop"]["eq_20"] > 0
