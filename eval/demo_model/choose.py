@@ -1,13 +1,13 @@
-"""What the benchmark and the preset hold: ``python -m eval.demo_model.choose``.
+"""Choose settings of the benchmark and the preset: ``python -m eval.demo_model.choose``.
 
-Validation scenes only, and none that an evaluation reads (their indices start at 10 000). In turn:
+Uses validation scenes that no evaluation reads (their indices start at 10 000). Chooses, in turn:
 
-* the power p of the text heights' density h^-p: the smallest of ``POWERS`` with which the global
-  view alone is right in at most ``ROOM`` of the questions, so that there is room for a gain of 40
-  points and a few to spare. The rest is chosen on texts drawn with that p;
-* the constant in the denominator of the relative map: the one of ``EPSILONS`` whose box of the
-  region search holds the text most often; on ties the smallest;
-* the base side of the region search, of ``SIDES_PX``, likewise;
+* the power p of the text heights' density h^-p: the smallest of ``POWERS`` for which at most the
+  share ``ROOM`` of the answers from the global view alone is right, which leaves room for a gain of
+  40 points and a few more. All further choices use texts drawn with that p;
+* the constant in the denominator of the relative map: the one of ``EPSILONS`` with which the box of
+  the region search contains the text most often; on ties the smallest;
+* the base side of the region search, of ``SIDES_PX``, in the same way;
 * the side of the centroid placement's square: the one of ``SIDES_PX`` with the most right answers
   after the second pass; on ties the smallest. (Right answers differ by less than chance between
   neighbouring sides, for either placement.)
@@ -49,15 +49,15 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One question: after a box of each of ``SIDES_PX`` by the region search (``sliding``) and by
-    the centroid, whether the answer is right and whether the box holds the whole text."""
+    """One question, with a box of each of ``SIDES_PX`` by either placement: whether the answer is
+    right, and whether the box contains the whole text."""
 
     right: dict[str, tuple[bool, ...]]
     holds: dict[str, tuple[bool, ...]]
 
 
 def first_answers(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[bool]:
-    """Which first answers are right."""
+    """Whether each first answer is right."""
     samples = [ask(settings, index).sample for index in indices]
     readings = reader.read(
         reader.features([s.view for s in samples]), [s.question.text for s in samples]
@@ -68,7 +68,7 @@ def first_answers(reader: Reader, settings: EvaluationSettings, indices: list[in
 def all_epsilons(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[tuple[bool, ...]]:
-    """Whether the region search's box holds the text, with each constant."""
+    """Whether the region search's box contains the text, for each constant."""
     asked = [ask(settings, index) for index in indices]
     return [
         tuple(
@@ -83,7 +83,7 @@ def all_epsilons(
 
 
 def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
-    """Second answers with boxes of each side, by both placements."""
+    """Results with boxes of each side, by both placements."""
     asked = [ask(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
     truths = [a.sample.question.answer for a in asked]
@@ -135,10 +135,10 @@ def _map(settings: EvaluationSettings, rows: Rows, epsilon: float) -> NDArray[np
 
 
 def easiest(accuracy: dict[float, float]) -> float:
-    """The smallest power whose accuracy leaves room for the gain.
+    """The smallest power for which the accuracy leaves room for the gain.
 
     Raises:
-        ValueError: none does.
+        ValueError: there is none.
     """
     fit = [power for power, share in accuracy.items() if share <= ROOM]
     if not fit:
@@ -152,7 +152,7 @@ def best(counts: dict[T, int]) -> T:
 
 
 def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str, Any]:
-    """All choices, with what they were made from; a later one uses the earlier ones."""
+    """Make all choices, each with the earlier ones; return them with their figures."""
     accuracy = {}
     for power in POWERS:
         made = spread(folder, first_answers, replace(settings, text_height_power=power), workers)

@@ -1,4 +1,4 @@
-"""Stage kind "decoder": projector and language model over a frozen vision tower."""
+"""Stages of kind "decoder": train projector and language model over a frozen vision tower."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VAL_SCENES = 64
 
 
 def load_tower(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
-    """Take over the vision tower of a finished tower stage."""
+    """Load the vision tower of a finished tower stage."""
     prefix = "tower."
     tower = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     model.model.vision_tower.load_state_dict(tower)
@@ -61,7 +61,7 @@ def packed_loss(
 
 
 def validation_samples(two_digits: float) -> list[ViewedQuestion]:
-    """Fast drawings of validation scenes, one question each, for the curve only."""
+    """Validation scenes, drawn fast, with one question each; only for the learning curve."""
     import numpy as np
 
     rng = np.random.default_rng(5)

@@ -1,10 +1,10 @@
 """Evaluate the demo checkpoint: ``python -m eval.demo_model.evaluate --split test --out R.json``.
 
-Full-resolution scenes, one question each. Reported are the accuracy from the global view alone,
-with the model's own region by either placement, and with a region around the true place; how
-well uncertainty tells wrong first answers from right ones; and where each decoder layer looks.
-Choices (attention layer, sides of the regions, threshold) are made on the validation split and
-only reported on the test split.
+Asks one question about each full-resolution scene. Reports the accuracy from the global view
+alone, with the model's own region by either placement, and with a region around the true place;
+how well uncertainty separates wrong from right first answers; and where each decoder layer looks.
+Settings (attention layer, sides of the regions, threshold) are chosen on the validation split; the
+test split is for reporting.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from vlm_collab.method.roi import Placement, relative_map
 _GRID = Grid(GRID, GRID)
 
 FRESH = 20_000
-"""First scene of the test split that no figure was ever made of before the committed ones."""
+"""First test scene; no figure before the committed ones used this scene or later ones."""
 
 
 def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:
-    """All passes on ``settings.count`` scenes, in this process."""
-    return here(model, answered, settings)
+    """Run all passes on ``settings.count`` scenes in this process."""
+    return here(model, run_passes, settings)
 
 
-def answered(
+def run_passes(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[QuestionResult]:
-    """All passes on some scenes."""
+    """Run all passes on some scenes."""
     asked = [ask(settings, index) for index in indices]
     features = reader.features([a.sample.view for a in asked])
     texts = [a.sample.question.text for a in asked]
@@ -88,13 +88,15 @@ def answered(
 
 
 def comparable(made: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether two splits' results are about the same weights, run the same way."""
+    """Whether two splits' results are of the same weights and settings."""
 
-    def way(one: dict[str, Any]) -> dict[str, Any]:
+    def shared_settings(one: dict[str, Any]) -> dict[str, Any]:
         own = ("split", "count", "first_index")
         return {key: value for key, value in one["settings"].items() if key not in own}
 
-    return made.get("weights") == result["weights"] and way(made) == way(result)
+    return made.get("weights") == result["weights"] and shared_settings(made) == shared_settings(
+        result
+    )
 
 
 def main() -> None:
@@ -135,7 +137,7 @@ def main() -> None:
         style=options.style,
         text_height_power=TEXT_HEIGHT_POWERS[options.style],
     )
-    outcomes = spread(options.model, answered, settings, options.workers)
+    outcomes = spread(options.model, run_passes, settings, options.workers)
     figures = report(outcomes, settings)
     result = {
         "made_by": provenance("evaluate"),
@@ -149,7 +151,7 @@ def main() -> None:
     print(text)
     if options.out:
         existing = json.loads(options.out.read_text()) if options.out.exists() else {}
-        # Figures of another checkpoint or style do not stay beside these.
+        # Drop figures of another checkpoint or style.
         kept = {name: made for name, made in existing.items() if comparable(made, result)}
         existing = {**kept, options.split: json.loads(text)}
         options.out.parent.mkdir(parents=True, exist_ok=True)

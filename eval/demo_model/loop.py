@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval.demo_model import optim
 from eval.demo_model.recipe import TrainingStage
 
-_CHUNK = 24  # batches drawn ahead by all workers before the training thread goes on
+_CHUNK = 24  # batches that the workers draw before training continues
 _SAVE_EVERY_S = 60.0
 T = TypeVar("T")
 
@@ -27,17 +27,16 @@ T = TypeVar("T")
 def drawn_ahead(
     pool: Pool, make: Callable[..., T], arguments: list[tuple[Any, ...]]
 ) -> Iterator[T]:
-    """Results of ``make`` in order, drawn in chunks.
+    """Results of ``make`` in order, computed in chunks.
 
-    Drawing and training take turns on the cores: side by side on two cores they cost each other
-    far more than the turns do.
+    Drawing and training alternate: on two cores, both at once slow each other down by far more.
     """
     for first in range(0, len(arguments), _CHUNK):
         yield from pool.starmap(make, arguments[first : first + _CHUNK], chunksize=1)
 
 
 class TrainingRun:
-    """The output folder: checkpoints, finished stages and the learning curve."""
+    """A training run's output folder: checkpoints, finished stages and the learning curve."""
 
     def __init__(self, out: Path, device: torch.device, workers: int) -> None:
         self.out = out
@@ -51,11 +50,11 @@ class TrainingRun:
         return multiprocessing.get_context("spawn").Pool(self.workers)
 
     def finished(self, name: str) -> Path:
-        """Where a finished stage leaves its weights."""
+        """Path of a finished stage's weights."""
         return self.out / f"{name}.pt"
 
     def unfinished(self, name: str) -> Path:
-        """Where a running stage keeps its state."""
+        """Path of an unfinished stage's state."""
         return self.out / f"{name}.part.pt"
 
     def log(self, **values: Any) -> None:
@@ -65,7 +64,7 @@ class TrainingRun:
             file.write(json.dumps(rounded) + "\n")
 
     def forget(self, stage: str, after: int) -> None:
-        """Drop curve lines of steps that are about to be run again."""
+        """Remove the curve's lines of steps that will run again."""
         path = self.out / "curve.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         points = [json.loads(line) for line in lines]
@@ -77,7 +76,7 @@ class TrainingRun:
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint so that a kill at any moment leaves a whole one behind."""
+        """Write a checkpoint atomically: a killed run leaves a complete one."""
         partial = path.with_suffix(".tmp")
         torch.save(state, partial)
         partial.replace(path)
@@ -101,7 +100,7 @@ def train_loop(
     loss_of: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
     evaluate: Callable[[], dict[str, float]],
 ) -> None:
-    """Train one stage to its end, with checkpoints, a progress bar and a curve."""
+    """Train one stage, with checkpoints, a progress bar and a learning curve."""
     step, before = 0, 0.0
     if run.unfinished(stage.name).exists():
         state = run.load(run.unfinished(stage.name))

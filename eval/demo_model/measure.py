@@ -1,9 +1,9 @@
-"""What the demo model answers, how sure it is and where it looks, by plain transformers.
+"""Answers, uncertainty and attention of the demo model, by plain transformers.
 
-This is an evaluation tool, made for many questions at once: it recomputes prefixes and switches
-eager attention on. The engine computes the same quantities without either; the definitions are
-those of DESIGN section 3 (uncertainty: 003_92b41fe49395ce1a.txt, Eq. 14-16, relative attention:
-Eq. 22).
+This evaluation tool handles many questions at once: it recomputes prefixes and uses eager
+attention. The engine computes the same quantities without either. Uncertainty and relative
+attention are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349), Eq. 14-16 and Eq. 22.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class ViewedQuestion:
-    """A question about a picture: 112-px global view, source size (w, h), maybe a local view."""
+    """A question with its 112-px global view, source size (w, h) and, optionally, a local view."""
 
     view: Image.Image
     question: SignQuestion
@@ -74,7 +74,7 @@ class Reader:
     def read(
         self, features: Tensor, questions: list[str], local: Tensor | None = None
     ) -> list[Reading]:
-        """Answers to ``questions`` on global views (and local views, 003 Eq. 12)."""
+        """Answer ``questions`` on global views (and local views: Song and Kim, Eq. 12)."""
         images = PATCHES * (1 if local is None else 2)
         prompts = [
             [*self.words.prefix(), *[IMAGE] * images, *self.words.suffix(q)] for q in questions
@@ -150,7 +150,7 @@ def auroc(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """First answers, answers with the given local views, and maps of a set of samples.
+    """First answers, answers with the given local views, and maps of a set of questions.
 
     ``raw`` and ``relative`` are (N, layers, 64).
     """
@@ -166,7 +166,7 @@ class Measured:
         return _right(self.first, self.samples)
 
     def located(self, maps: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Per layer, how often the map's peak lies on a patch that the asked sign touches."""
+        """Per layer, how often the map's peak lies on a patch of the sign in question."""
         peaks = maps.argmax(-1)
         hits = np.zeros(peaks.shape)
         for row, sample in enumerate(self.samples):
@@ -189,7 +189,7 @@ class Measured:
 
 
 def touched_patches(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which of the 64 patches of the global view a source box touches."""
+    """Mask of the 64 patches of the global view that a source box touches."""
     columns, rows = np.arange(GRID) * size[0] / GRID, np.arange(GRID) * size[1] / GRID
     across = (columns + size[0] / GRID > box[0]) & (columns < box[2])
     down = (rows + size[1] / GRID > box[1]) & (rows < box[3])
@@ -204,7 +204,7 @@ def _right(readings: list[Reading], samples: list[ViewedQuestion]) -> NDArray[np
 def measure(
     model: LlavaForConditionalGeneration, samples: list[ViewedQuestion], epsilon: float = 0.0
 ) -> Measured:
-    """First pass, generic pass and (where samples have local views) second pass."""
+    """Run the first and the generic pass, and the second one if all samples have local views."""
     reader = Reader(model)
     features = reader.features([s.view for s in samples])
     asked = [s.question.text for s in samples]

@@ -1,9 +1,9 @@
 """The evaluation through the real service: ``python -m eval.demo_model.over_service --out R.json``.
 
-The same questions as `eval.demo_model.evaluate`, asked by the real edge client of the real
-service over a WebSocket on this machine, with JPEG views and regions and the second pass forced,
-so that every question has a first and a refined answer. Reported are both accuracies, the bytes
-really sent, and the differences to a results file made in one process without JPEG.
+The edge client asks the questions of `eval.demo_model.evaluate` at the service, over a WebSocket on
+this machine, with JPEG views and regions. The second pass is forced, so every question has a first
+and a refined answer. Reports both accuracies, the bytes sent, and the differences to a results
+file made in one process without JPEG.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class ServiceResult:
-    """What came back for one question; sizes in bytes, WebSocket headers in the first two."""
+    """Result of one question; sizes in bytes, `up` and `down` with WebSocket headers."""
 
     first: bool
     refined: bool
@@ -56,7 +56,7 @@ class ServiceResult:
 
 
 def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult:
-    """One question's result."""
+    """Summarise one answer."""
     question = asked.sample.question
     return ServiceResult(
         first=answer.first_text == question.answer,
@@ -71,14 +71,14 @@ def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult
 
 
 def rendered_questions(settings: EvaluationSettings, indices: list[int]) -> list[RenderedQuestion]:
-    """The questions with their full-size pictures."""
+    """Draw the questions' full-size pictures."""
     return [ask(settings, index) for index in indices]
 
 
 async def ask_service(
     settings: EvaluationSettings, placement: str, quality: int
 ) -> list[ServiceResult]:
-    """Ask every question over the network; pictures are drawn meanwhile in another process."""
+    """Ask every question at the service; another process draws the next pictures meanwhile."""
     side = settings.base_px if placement == "sliding" else settings.centroid_px
     backend, preset = open_model(
         "demo", device="cpu", dtype="float32", placement=placement, base_px=side
@@ -124,12 +124,12 @@ async def ask_service(
 
 
 def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str) -> dict[str, Any]:
-    """Figures of a run, and how far they lie from the reference's same questions, in points.
+    """Figures of a run, and their differences to the reference on the same questions, in points.
 
     Args:
-        made: the answers over the service, in the reference's order, maybe fewer.
+        made: results from the service, in the reference's order; possibly fewer.
         reference: one split of a results file.
-        refined: name of the reference's answer after the same placement.
+        refined: name of the reference's answer with the same placement.
     """
     count = len(made)
     figures: dict[str, Any] = {"questions": count, "accuracy": {}, "in_process": {}}

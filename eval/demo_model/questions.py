@@ -1,4 +1,4 @@
-"""The questions of an evaluation: which scene, which question, and what the model is shown."""
+"""Questions of an evaluation, with their scenes and pictures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 """Picture sizes (w, h) in px, taken in turn."""
 
 TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.0, "harder": 3.5}
-"""Scene styles by name. The benchmark's texts are mostly small, so that the global view alone is
-right little more than half the time; its power was chosen on validation scenes
-(`eval.demo_model.choose`, `docs/results/demo-model-choices.json`). Those of "harder" are smaller
-still."""
+"""Power of the text heights' density, by name of the scene style. The texts of "benchmark" are
+mostly small, so that little more than half of the answers from the global view alone are right; its
+power was chosen on validation scenes (`eval.demo_model.choose`,
+`docs/results/demo-model-choices.json`). The texts of "harder" are even smaller."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """What to run: the split, the share of two-digit texts, and how regions are placed.
+    """Settings of an evaluation.
 
-    ``base_px`` is the base side of the region search, ``centroid_px`` the side of the second
-    placement's square, both in source px. Text heights have a density proportional to
-    h^-``text_height_power`` (`eval.signs.scenes.SceneStyle`), which ``style`` names.
+    ``two_digits`` is the share of two-digit texts. ``base_px`` is the base side of the region
+    search, ``centroid_px`` the side of the centroid placement's square, both in source px. Text
+    heights have a density proportional to h^-``text_height_power``
+    (`eval.signs.scenes.SceneStyle`); ``style`` is the name of that power.
     """
 
     split: Literal["val", "test"]
@@ -46,16 +47,16 @@ class EvaluationSettings:
     text_height_power: float = 1.0
 
     def scene_style(self) -> SceneStyle:
-        """How the scenes are drawn up."""
+        """Style of the scenes."""
         return SceneStyle(two_digits=self.two_digits, text_height_power=self.text_height_power)
 
     def indices(self) -> range:
-        """The scenes."""
+        """Indices of the scenes."""
         return range(self.first_index, self.first_index + self.count)
 
 
 def settings_of(values: dict[str, Any]) -> EvaluationSettings:
-    """Settings as a result file holds them."""
+    """Read settings from a results file."""
     return EvaluationSettings(**values)
 
 
@@ -69,7 +70,7 @@ class RenderedQuestion:
 
 
 def ask(settings: EvaluationSettings, index: int) -> RenderedQuestion:
-    """The question about scene ``index``; it names each of the scene's signs in turn."""
+    """Make the question about scene ``index``; consecutive scenes ask about different signs."""
     size, style = SIZES[index % len(SIZES)], settings.scene_style()
     scene = generate_scene(settings.split, index, size=size, style=style)
     choice = questions(scene)
@@ -82,7 +83,7 @@ def ask(settings: EvaluationSettings, index: int) -> RenderedQuestion:
 
 
 def through_jpeg(picture: Image.Image, quality: int | None) -> Image.Image:
-    """The picture as it arrives over the uplink; unchanged without a quality."""
+    """Encode and decode a picture as JPEG of this quality; None leaves it unchanged."""
     if quality is None:
         return picture
     buffer = io.BytesIO()

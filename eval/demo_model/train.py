@@ -1,8 +1,8 @@
 """Train the demo model: ``python -m eval.demo_model.train --recipe R.yaml --out runs/demo``.
 
-Runs the recipe's stages in order. Running the same command again goes on where the last run
-stopped: finished stages are skipped, an unfinished one continues from its last checkpoint. The
-learning curve is written as JSON lines to ``curve.jsonl`` in the output folder.
+Runs the recipe's stages in order. The same command continues a stopped run: it skips finished
+stages and continues an unfinished one from its last checkpoint. The learning curve is written as
+JSON lines to ``curve.jsonl`` in the output folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The model in this process: the engine itself, and the edge's real work.
+"""Answer questions with the engine in this process.
 
-Views and regions are really encoded, and the model sees what is decoded from these bytes. Bytes
-are those of the messages that would cross the wire. Questions of a group go through the model in
-step (`eval.runs.lockstep`), so a run repeats bit by bit.
+Views and regions are encoded, and the model sees them decoded again. The reported bytes are those
+of the messages that would be sent. Questions of a group go through the model in lockstep
+(`eval.runs.lockstep`), so a run is reproducible bit by bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DEADLINE_MS = 10_000
 
 @dataclass(slots=True, eq=False)
 class _EncodedQuestion:
-    """A question, its encoded views and what the server decodes of them, and the region."""
+    """A question with its encoded views, the same decoded, and its region."""
 
     question: LmmsQuestion
     originals: Sequence[OriginalPicture]
@@ -59,7 +59,7 @@ class InProcess(AnswerSource):
         settings: of the model.
 
     Raises:
-        ConfigError: options that the model's preset does not take.
+        ConfigError: the model's preset does not accept the options.
     """
 
     def __init__(self, settings: LmmsSettings) -> None:
@@ -87,7 +87,7 @@ class InProcess(AnswerSource):
             batch=settings.batch,
             overrides=settings.preset_options(),
         )
-        # Room is kept for the longest answer that any of them may have.
+        # The model reserves room for the longest answer.
         longest = max(question.options.max_new_tokens or 1 for question in questions)
         self._backend, preset = await loaded(options, longest)
         await self._backend.warm_up()
@@ -135,7 +135,7 @@ class InProcess(AnswerSource):
             return await asyncio.to_thread(cut, need)
 
         try:
-            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            # Not in `prepare`: tokenizers are not thread-safe.
             member.check_question(question.text, len(ready.views) + 1)
             view = await member.open_view(*ready.shown)
             outcome = await engine.answer(
@@ -152,7 +152,7 @@ class InProcess(AnswerSource):
                     seed=options.seed,
                 ),
             )
-        # A model's runtime raises what it likes; one question that it fails on ends no run.
+        # A model runtime may raise any exception; one failed question does not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -196,7 +196,7 @@ class InProcess(AnswerSource):
         )
 
     def _bytes(self, ready: _EncodedQuestion, need: RegionNeed | None) -> tuple[int, int]:
-        """Of the messages up to the answer, each way."""
+        """Bytes of all messages before the answer, up and down."""
         question, codecs, target = ready.question, self._codecs, self._engine.target
         sizes = [one.picture.size for one in ready.originals]
         more = tuple(

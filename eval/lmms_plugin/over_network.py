@@ -1,7 +1,7 @@
-"""A running service: the edge client, and bytes as they were really sent.
+"""Answer questions at a running service, through the edge client; bytes are those really sent.
 
-Each question brings its pictures anew, also where several are about one picture, so that what a
-question costs does not depend on which came before it.
+Each question sends its pictures, even if an earlier one was about the same picture, so that its
+cost does not depend on the questions before it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vlm_collab.protocol.table import FITS
 log = logging.getLogger(__name__)
 
 _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
-"""Not a question's fault."""
+"""Errors that are not about one question."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class OverNetwork(AnswerSource):
     """A running service.
 
     Args:
-        settings: of the model; with `server`.
+        settings: settings of the model, with `server`.
 
     Raises:
         ConfigError: an impossible setting.
@@ -64,10 +64,10 @@ class OverNetwork(AnswerSource):
         self._welcome: Welcome
 
     async def check(self) -> None:
-        """See whether it is there.
+        """Check that the service can be reached.
 
         Raises:
-            CollabError: it is not, or does not let this edge in.
+            CollabError: it cannot be reached, or refuses this edge.
         """
         try:
             await self._client.connect()

@@ -1,4 +1,4 @@
-"""One request of lmms-eval, as a question of the protocol."""
+"""Convert lmms-eval's requests into questions of the protocol."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class LmmsQuestion:
     """One request.
 
     Attributes:
-        task, split, doc_id: where it comes from.
+        task, split, doc_id: the document it is about.
         text: the prompt.
-        options: wishes, as they cross the wire.
-        visuals: what lmms-eval calls to get a document's pictures.
-        padding: asked only so that all processes ask equally many.
+        options: the request's options, as sent to the server.
+        visuals: function that returns a document's pictures.
+        padding: whether it only evens out the number of questions per process.
     """
 
     task: str
@@ -42,14 +42,14 @@ class LmmsQuestion:
 
     @property
     def name(self) -> str:
-        """For messages to people."""
+        """Name of the question in messages."""
         return f"{self.task}, document {self.doc_id}"
 
 
 def questions_of(
     requests: Sequence[Any], settings: LmmsSettings, warn: Callable[[str], None]
 ) -> list[LmmsQuestion]:
-    """The requests of `generate_until`.
+    """Convert the requests of `generate_until`.
 
     Args:
         requests: instances with arguments (context, generation options, pictures, document,
@@ -58,7 +58,7 @@ def questions_of(
         warn: called once for each option that has no effect here.
 
     Raises:
-        ConfigError: generation options that cannot be honoured.
+        ConfigError: a generation option cannot be applied.
     """
     asked: Counter[tuple[str, int]] = Counter()
     warned: set[str] = set()
@@ -74,7 +74,7 @@ def questions_of(
             task=task,
             split=split,
             doc_id=doc_id,
-            # Pictures always stand before the question, so their places in it mean nothing.
+            # Pictures always come before the question, so their positions in it have no effect.
             text=text.replace(IMAGE_SLOT, "").strip() if IMAGE_SLOT in text else text,
             options=_options(generation, settings, task, seed=zlib.crc32(key.encode())),
             visuals=visuals,
@@ -99,7 +99,7 @@ def _options(
     draws = temperature > 0 and generation.get("do_sample") is not False
     return Options(
         retransmit=settings.retransmit,
-        # In this process, the threshold is the engine's own.
+        # In this process, the engine already has the threshold.
         eta=settings.eta if settings.server is not None else None,
         max_new_tokens=settings.max_new_tokens or limit,
         stop=_stop_texts(generation.get("until"), task),
@@ -121,7 +121,7 @@ def _stop_texts(until: str | Sequence[str] | None, task: str) -> tuple[str, ...]
 
 
 def require_pictures(pictures: Sequence[Any]) -> None:
-    """Refuse a question about no picture.
+    """Check that a question has a picture.
 
     Raises:
         SampleError: there is none.

@@ -18,8 +18,8 @@ from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
-Load = Callable[[LmmsQuestion], list[OriginalPicture]]
-"""Gets a question's pictures; raises `SampleError`."""
+LoadPictures = Callable[[LmmsQuestion], list[OriginalPicture]]
+"""Loads a question's pictures; raises `SampleError`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +28,16 @@ class CostedAnswer:
 
     Attributes:
         text: the answer.
-        stage, fallback, finish: as of `vlm_collab.protocol.messages.Answer`.
+        stage, fallback, finish: as in `vlm_collab.protocol.messages.Answer`.
         uncertainty: of `text`, in the unit of the policy's metric.
-        first_text, first_uncertainty: of the first answer, as far as it was generated.
-        box, picture: the region asked for, in px, and which picture it is of; None for none.
-        bytes_up, bytes_down: of all messages, WebSocket headers included.
-        view_bytes, region_bytes: of the encoded pictures among them.
-        view_pixels, region_pixels: of the pictures sent, width x height.
-        prefilled_tokens, decoded_tokens, mflops: as of `vlm_collab.protocol.messages.Usage`.
-        original_bytes: of the originals together.
-        own_files: whether these are the sizes of their own files (`OriginalPicture`).
+        first_text, first_uncertainty: the first answer, as far as it was generated.
+        box, picture: the requested region, in px, and the index of its picture; None without one.
+        bytes_up, bytes_down: all messages, WebSocket headers included.
+        view_bytes, region_bytes: the encoded pictures among them.
+        view_pixels, region_pixels: width x height of the pictures sent.
+        prefilled_tokens, decoded_tokens, mflops: as in `vlm_collab.protocol.messages.Usage`.
+        original_bytes: size of all originals together.
+        own_files: whether these are the sizes of the stored files (`OriginalPicture`).
     """
 
     text: str
@@ -63,60 +63,62 @@ class CostedAnswer:
 
 
 class TimedAnswers(NamedTuple):
-    """All replies, in order, and the time that they took: from the model or service being there
-    to the last answer, in s."""
+    """All replies in order, and the seconds they took.
+
+    The time runs from when the model or service is ready to the last answer.
+    """
 
     replies: list[CostedAnswer | SampleError]
     seconds: float
 
 
 class AnswerSource(ABC):
-    """Answers questions. `open` it, use it, `close` it.
+    """Answers questions, after `open` and until `close`.
 
     Attributes:
-        group: questions that are under way together; known once it is open.
+        group: number of questions that run together; set by `open`.
     """
 
     group: int
 
     @abstractmethod
     async def open(self, questions: Sequence[LmmsQuestion]) -> None:
-        """Get ready for these questions.
+        """Load the model or connect to the service, for these questions.
 
         Raises:
-            CollabError: it cannot be done; one line.
+            CollabError: that failed; the message has one line.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Free everything."""
+        """Release the model or the connection."""
 
     @abstractmethod
     def prepare(self, question: LmmsQuestion, originals: Sequence[OriginalPicture]) -> Any:
-        """What the edge can do before anything is sent. Runs on a thread of its own."""
+        """Do the edge's work before anything is sent. Runs in a worker thread."""
 
     @abstractmethod
     async def answer(self, ready: Sequence[Any]) -> list[CostedAnswer | SampleError]:
-        """Answers to a group, in order.
+        """Answer a group of prepared questions, in order.
 
         Raises:
-            CollabError: nothing more can be asked.
+            CollabError: no further question can be answered.
         """
 
 
 async def answer_all(
-    asker: AnswerSource,
+    source: AnswerSource,
     questions: Sequence[LmmsQuestion],
-    load: Load,
+    load: LoadPictures,
     done: Callable[[LmmsQuestion, CostedAnswer | SampleError], None],
 ) -> TimedAnswers:
-    """Answer all questions, group by group; the next one's pictures are made meanwhile.
+    """Answer all questions, group by group; prepare the next group meanwhile.
 
     Args:
-        asker: opened and closed here.
-        questions: what is asked.
-        load: gets pictures.
-        done: told of each question, in order.
+        source: opened and closed here.
+        questions: all questions.
+        load: loads a question's pictures.
+        done: called for each question, in order.
 
     Raises:
         CollabError: the model or service cannot be used, or question after question fails.
@@ -125,16 +127,16 @@ async def answer_all(
     in_a_row = 0
     coming: asyncio.Task[list[Any]] | None = None
     try:
-        await asker.open(questions)
+        await source.open(questions)
         begin = time.perf_counter()
-        groups = _groups(questions, asker.group)
+        groups = _groups(questions, source.group)
         for number, group in enumerate(groups):
-            prepared = await (coming or asyncio.create_task(_prepare(asker, group, load)))
+            prepared = await (coming or asyncio.create_task(_prepare(source, group, load)))
             coming = None
             if number + 1 < len(groups):
-                coming = asyncio.create_task(_prepare(asker, groups[number + 1], load))
+                coming = asyncio.create_task(_prepare(source, groups[number + 1], load))
             ready = [one for one in prepared if not isinstance(one, SampleError)]
-            answered = iter(await asker.answer(ready))
+            answered = iter(await source.answer(ready))
             for question, one in zip(group, prepared, strict=True):
                 reply = one if isinstance(one, SampleError) else next(answered)
                 replies.append(reply)
@@ -146,11 +148,11 @@ async def answer_all(
     finally:
         if coming is not None:
             coming.cancel()
-        await asker.close()
+        await source.close()
 
 
 def _groups(questions: Sequence[LmmsQuestion], size: int) -> list[Sequence[LmmsQuestion]]:
-    """Neighbours of one task, so that its answers do not depend on what else is run."""
+    """Groups of one task each, so that its answers do not depend on what else is run."""
     groups: list[Sequence[LmmsQuestion]] = []
     for _, same in itertools.groupby(questions, key=lambda question: question.task):
         of_task = list(same)
@@ -158,13 +160,15 @@ def _groups(questions: Sequence[LmmsQuestion], size: int) -> list[Sequence[LmmsQ
     return groups
 
 
-async def _prepare(asker: AnswerSource, group: Sequence[LmmsQuestion], load: Load) -> list[Any]:
+async def _prepare(
+    source: AnswerSource, group: Sequence[LmmsQuestion], load: LoadPictures
+) -> list[Any]:
     def one(question: LmmsQuestion) -> Any:
         try:
-            return asker.prepare(question, load(question))
+            return source.prepare(question, load(question))
         except SampleError as error:
             return error
-        # Tasks and readers of data sets raise what they like.
+        # Tasks and data set readers may raise any exception.
         except Exception as error:
             return SampleError(f"its pictures: {one_line(error)}")
 

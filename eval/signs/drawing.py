@@ -1,4 +1,4 @@
-"""Drawing scenes: textures, lines and signs.
+"""Draw scenes: textures, lines and signs.
 
 :func:`draw` draws any window at any output size. The full-size picture (:func:`render`) and the
 training view (:func:`draw` at 224 px, reduced to 112) differ only in how finely they are drawn and
@@ -58,7 +58,7 @@ def _texture(family: str, seed: int, size: tuple[int, int]) -> Image.Image:
 
 @functools.cache
 def _texture_bank(split: Split) -> tuple[Image.Image, ...]:
-    """Ready textures for the fast drawing path; their seeds carry the split like all others."""
+    """Textures drawn in advance, for fast drawing; each split has its own."""
     families = TEXTURES
     side = (_BANK_SIDE_PX, _BANK_SIDE_PX)
     return tuple(
@@ -100,8 +100,8 @@ def draw(
 ) -> Image.Image:
     """Draw the ``window`` (left, top, right, bottom, source px) of a scene at ``out`` (w, h) px.
 
-    With ``exact_texture=False`` the background comes from a bank of ready textures, which makes
-    a 224-px drawing take about a millisecond; signs, lines and texts are the same either way.
+    With ``exact_texture=False`` the background comes from textures drawn in advance, which makes
+    a 224-px drawing take about a millisecond; signs, lines and texts do not change.
     """
     picture = _backdrop(scene, window, out, exact=exact_texture)
     pen = ImageDraw.Draw(picture)
@@ -142,7 +142,7 @@ def _draw_sign(
     high = max(round((bottom - top) * scale[1]), 1)
     levels = glyph_masks(sign.font)
     number = mask_index(sign.text)
-    level = len(levels) - 1  # the smallest ready mask that still has to be reduced
+    level = len(levels) - 1  # the smallest mask that still has to be reduced
     while level > 0 and levels[level][number].height < high * 1.5:
         level -= 1
     mask = levels[level][number]
@@ -153,12 +153,12 @@ def _draw_sign(
 
 
 def _reshaped(mask: Image.Image, slant: float, weight: float) -> Image.Image:
-    """A glyph mask with slanted and bolder or thinner strokes, squeezed into its own size."""
+    """A digit mask with slanted and bolder or thinner strokes."""
     width, height = mask.size
     shift = abs(slant) * height
     if shift >= 1.0:
-        # Widened by what the slant needs. Output column x of row y shows input column
-        # x + slant * y - shift for a slant to the right: the top row moves by all of it.
+        # The output is wider by the slant's shift. For a slant to the right, column x of row y
+        # shows input column x + slant * y - shift: the top row moves by the whole shift.
         start = -shift if slant > 0 else 0.0
         mask = mask.transform(
             (round(width + shift), height),
@@ -197,12 +197,12 @@ def _shape(
 
 
 def render(scene: Scene) -> Image.Image:
-    """The whole scene at its own size, as an RGB picture."""
+    """Draw the whole scene at its own size, as an RGB picture."""
     return draw(scene, (0.0, 0.0, float(scene.size[0]), float(scene.size[1])), scene.size)
 
 
 def render_view(scene: Scene, side: int = 112) -> Image.Image:
-    """The global view: the full-size picture stretched to ``side`` x ``side`` pixels."""
+    """Draw the global view: the full-size picture stretched to ``side`` x ``side`` pixels."""
     return render(scene).resize((side, side), Image.Resampling.BICUBIC)
 
 

@@ -7,20 +7,20 @@ import os
 
 from PIL import Image, ImageDraw, ImageFont
 
-_ATLAS_HEIGHT_PX = 160
+_HEIGHT_PX = 160
 
 
 def mask_index(text: str) -> int:
-    """Place of a text in the atlas: 0-9 for one digit, 10 + value for two."""
+    """Index of a text among the masks: 0-9 for one digit, 10 + value for two."""
     return int(text) if len(text) == 1 else 10 + int(text)
 
 
 @functools.cache
 def glyph_masks(font: str) -> tuple[tuple[Image.Image, ...], ...]:
-    """Masks of "0".."9" and "00".."99", scaled from one large size.
+    """Masks of "0".."9" and "00".."99", tight to the ink, as [level][`mask_index`].
 
-    Scaling one large drawing keeps font hinting, which snaps small glyphs to pixels, out of the
-    views: a reduced photograph of a sign has none either.
+    Each level halves the size of the one before. All are scaled from one large drawing: font
+    hinting, which snaps small glyphs to pixels, would not occur in a reduced photograph either.
     """
     import matplotlib
 
@@ -34,8 +34,8 @@ def glyph_masks(font: str) -> tuple[tuple[Image.Image, ...], ...]:
         box = canvas.point(lambda v: 255 if v > 96 else 0).getbbox()
         assert box is not None
         tight = canvas.crop(box)
-        width = round(tight.width * _ATLAS_HEIGHT_PX / tight.height)
-        full.append(tight.resize((width, _ATLAS_HEIGHT_PX), Image.Resampling.BICUBIC))
+        width = round(tight.width * _HEIGHT_PX / tight.height)
+        full.append(tight.resize((width, _HEIGHT_PX), Image.Resampling.BICUBIC))
     levels = [tuple(full)]
     for _ in range(3):
         levels.append(

@@ -1,4 +1,4 @@
-"""Making scenes and their questions from a split and an index."""
+"""Make scenes and their questions from a split and an index."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ _UNIT_SIDE_PX = 896  # sign and text sizes below are stated for a picture of thi
 _DARK_INK_ON = {"orange", "yellow", "white"}
 # The tallest text that two digits may have inside the shape, as a share of its diameter.
 _TEXT_SHARE = {"circle": 0.54, "square": 0.54, "triangle": 0.34, "diamond": 0.38, "cross": 0.36}
-_TEXT_DROP = {"triangle": 0.20}  # how far below the centre the text sits, share of the diameter
+_TEXT_DROP = {
+    "triangle": 0.20
+}  # how far the text lies below the centre, as a share of the diameter
 
 
 def generate_scene(
@@ -77,7 +79,7 @@ def questions(scene: Scene) -> tuple[SignQuestion, ...]:
 
 def _background(rng: np.random.Generator, split: Split, size: tuple[int, int]) -> Background:
     families = TEXTURES
-    if split == "test":  # half of the test backgrounds are of a family training never sees
+    if split == "test":  # half of the test backgrounds have a texture that training never sees
         families = (*TEXTURES, *([HELD_OUT_TEXTURE] * len(TEXTURES)))
     unit = min(size) / _UNIT_SIDE_PX
     tint = list(TINTS)[int(rng.integers(len(TINTS)))]
@@ -114,7 +116,7 @@ def _signs(
         colour, shape = names[pair // len(SHAPES)], SHAPES[pair % len(SHAPES)]
         height, diameter = _sizes(rng, shape, style)
         planned.append((diameter * unit, height * unit, colour, shape))
-    planned.sort(reverse=True)  # the largest first: the rest still find room
+    planned.sort(reverse=True)  # the largest first, so that the rest find room
     signs: list[Sign] = []
     for diameter, height, colour, shape in planned:
         centre = _place(rng, size, diameter, signs)
@@ -130,7 +132,7 @@ def _signs(
 
 
 def _sizes(rng: np.random.Generator, shape: str, style: SceneStyle) -> tuple[float, float]:
-    """Text height and a diameter that holds it but says little about it."""
+    """A text height, and a diameter that has room for it but hardly depends on it."""
     share = _TEXT_SHARE[shape]
     low, high = style.text_height_px
     high = max(min(high, style.diameter_px[1] * share), low)
@@ -141,7 +143,7 @@ def _sizes(rng: np.random.Generator, shape: str, style: SceneStyle) -> tuple[flo
 
 
 def _height(low: float, high: float, power: float, share: float) -> float:
-    """The height below which lies ``share`` of a density proportional to h^-power."""
+    """The ``share``-quantile of a density proportional to h^-power."""
     if power == 1.0:
         return float(low * (high / low) ** share)
     rest = 1.0 - power
@@ -205,7 +207,7 @@ def _jittered(rng: np.random.Generator, sign: Sign, jitter: float) -> Sign:
     """The sign with its digits stretched, slanted, and bolder or thinner."""
     stretch, slant, weight = (rng.uniform(-1.0, 1.0, 3) * jitter).tolist()
     left, top, right, bottom = sign.text_box
-    # Narrower or wider by the same factor, but never beyond the sign's own box.
+    # The width changes by a random factor, but never beyond the sign's own box.
     half = min((right - left) / 2 * math.exp(stretch), sign.diameter_px * 0.42)
     middle = (left + right) / 2
     box = round(middle - half), top, max(round(middle + half), round(middle - half) + 1), bottom

@@ -60,13 +60,13 @@ SEED = 20_261
 
 @dataclass(frozen=True, slots=True)
 class SceneStyle:
-    """What a scene holds. Lengths are in pixels of an 896-pixel picture and scale with it.
+    """Distribution of scenes. Lengths are in pixels of an 896-pixel picture and scale with it.
 
     ``two_digits`` is the share of signs that carry two digits (the rest carry one). Text heights
-    h have a density proportional to h^-p, ``p`` being ``text_height_power``: log-uniform at 1,
-    the more small texts the larger it is. ``glyph_jitter`` is how far digits may be stretched,
-    slanted and (where they are large enough to show it) made bolder or thinner than their font has
-    them; for training, so that a few fonts stand for many.
+    h have a density proportional to h^-p, where p is ``text_height_power``: log-uniform for
+    p = 1, more small texts for larger p. ``glyph_jitter`` bounds how much digits are stretched,
+    slanted and (if they are large enough to show it) made bolder or thinner than in their font.
+    It lets training generalise from few fonts.
     """
 
     signs: tuple[int, int] = (3, 6)
@@ -101,7 +101,7 @@ class Sign:
 
     @property
     def name(self) -> str:
-        """The words a question uses, such as "red circle"."""
+        """Name of the sign in questions, such as "red circle"."""
         return f"{self.colour} {self.shape}"
 
     @property
@@ -123,14 +123,14 @@ class Background:
 
     @property
     def description(self) -> str:
-        """One sentence that starts with a word about the background, never about a sign."""
+        """One sentence about the background, without a word about the signs."""
         count = LINE_WORDS[0 if not self.lines else 1 if len(self.lines) < 5 else 2]
         return f"{self.tint} background with {count} lines."
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture to be drawn; ``size`` is (width, height) in pixels."""
+    """Everything on a picture; ``size`` is (width, height) in pixels."""
 
     split: Split
     index: int
@@ -141,7 +141,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class SignQuestion:
-    """A question with its truth. ``view_text_height_px`` is the text height in a 112-px view."""
+    """A question with its answer. ``view_text_height_px`` is the text height in a 112-px view."""
 
     text: str
     answer: str

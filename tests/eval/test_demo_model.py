@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from eval.demo_model import train
+from eval.demo_model import loop, train
 from eval.demo_model.build import build_model
 from eval.demo_model.decoder import train_decoder
 from eval.demo_model.evaluate import run
@@ -219,11 +219,11 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates[-1] <= 0.011
 
 
-def test_training_goes_on_where_it_was_stopped(
+def test_training_continues_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage that is killed and started again ends with the weights of an unbroken one."""
-    monkeypatch.setattr(train, "_SAVE_EVERY_S", -1.0)  # save after every step
+    """A stage that is killed and started again ends with the weights of an uninterrupted one."""
+    monkeypatch.setattr(loop, "_SAVE_EVERY_S", -1.0)  # save after every step
     stage = TrainingStage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
 
     def finish(
@@ -231,7 +231,7 @@ def test_training_goes_on_where_it_was_stopped(
     ) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         model = torch.nn.Linear(3, 2)
-        working = train.TrainingRun(folder, torch.device("cpu"), workers=1)
+        working = loop.TrainingRun(folder, torch.device("cpu"), workers=1)
 
         def batches(first: int) -> Iterator[torch.Tensor]:
             for step in range(first, stage.steps):
@@ -242,7 +242,7 @@ def test_training_goes_on_where_it_was_stopped(
         def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
             return model(batch).float().square().mean(), {}
 
-        train.train_loop(
+        loop.train_loop(
             working,
             stage,
             model,
@@ -291,7 +291,7 @@ def test_a_decoder_without_a_tower_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE)
     stage = msgspec.structs.replace(recipe.stage("decoder-1"), start_from=())
     with pytest.raises(ValueError, match="'decoder-1' needs a tower stage"):
-        train_decoder(train.TrainingRun(tmp_path, torch.device("cpu"), 1), recipe, stage)
+        train_decoder(loop.TrainingRun(tmp_path, torch.device("cpu"), 1), recipe, stage)
 
 
 def test_an_unknown_last_stage_is_refused(

@@ -415,7 +415,7 @@ def said(work):
         return str(error)
 
 class Stopped(VlmCollab):
-    def _asker(self):
+    def _answer_source(self):
         raise KeyboardInterrupt
 
 model = VlmCollab(pretrained="demo", batch_size=1, device=None)

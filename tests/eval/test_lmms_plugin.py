@@ -316,11 +316,11 @@ def load(question: LmmsQuestion) -> list[OriginalPicture]:
 
 
 def answers(
-    asker: AnswerSource,
+    source: AnswerSource,
     to_ask: Sequence[LmmsQuestion],
     load: Callable[[LmmsQuestion], list[OriginalPicture]] = load,
 ) -> list[CostedAnswer | SampleError]:
-    return asyncio.run(answer_all(asker, to_ask, load, lambda question, reply: None)).replies
+    return asyncio.run(answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
 
 def in_process(texts: Sequence[str] = QUESTIONS, **settings: Any) -> list[CostedAnswer]:
@@ -342,9 +342,9 @@ async def over_network(
     engine = engine_of(backend, preset, None, {})
     async with running(Service(engine, config or ServiceConfig(port=0))) as url:
         settled = LmmsSettings(server=url, token=token, **settings)
-        asker = OverNetwork(settled)
+        source = OverNetwork(settled)
         to_ask = questions(settled, texts, until="\n\n")
-        return (await answer_all(asker, to_ask, load, lambda question, reply: None)).replies
+        return (await answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
 
 async def test_a_service_that_cuts_pictures_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -421,8 +421,8 @@ async def test_a_question_that_fails_takes_no_other_along(way: str) -> None:
         replies = await over_network(texts)
     else:
         settled = LmmsSettings(pretrained="fake")
-        asker = InProcess(settled)
-        replies, _ = await answer_all(asker, questions(settled, texts), load, lambda *_: None)
+        source = InProcess(settled)
+        replies, _ = await answer_all(source, questions(settled, texts), load, lambda *_: None)
     first, second, third = replies
     assert isinstance(first, CostedAnswer)
     assert isinstance(third, CostedAnswer)
@@ -476,16 +476,16 @@ def test_groups_hold_questions_of_one_task() -> None:
     settled = LmmsSettings(pretrained="fake")
     mixed = [requests(text, task=task)[0] for task, text in zip("uuuvv", "abcde", strict=True)]
     rows = {"u": PICTURES["t"], "v": PICTURES["t"]}
-    asker, told = Recorded(settled), list[str]()
+    source, told = Recorded(settled), list[str]()
     asyncio.run(
         answer_all(
-            asker,
+            source,
             questions_of(mixed, settled, print),
             lambda question: originals_of(question, rows),
             lambda question, _: told.append(question.text),
         )
     )
-    assert asker.groups == [["a", "b"], ["c"], ["d", "e"]]
+    assert source.groups == [["a", "b"], ["c"], ["d", "e"]]
     assert told == list("abcde")
 
 
