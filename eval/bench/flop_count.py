@@ -22,14 +22,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which knows the fused kernels of CUDA, and here also that of the CPU."""
+    """PyTorch's FLOP counter, extended from CUDA's fused kernels to the CPU's."""
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     return FlopCounterMode(display=False, custom_mapping=on_cpu)
 
 
 @contextmanager
 def counted(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
-    """Count what a backend computes; PyTorch counts per thread, and the model has its own."""
+    """Count a backend's FLOPs in its own thread, because PyTorch counts per thread."""
     counter = flop_counter()
     backend._worker.call(counter.__enter__).result()
     try:

@@ -48,7 +48,7 @@ SHAPES = {
         layers=32, hidden=4096, intermediate=11008, heads=32, vocabulary=32064, layer=14,
         vision_layers=24, vision_hidden=1024, vision_heads=16,
     ),
-    # A quarter of the depth and of the width; vision tower with the same share of the work.
+    # A quarter of the depth and of the width; the vision tower has the same share of the work.
     "shapes-small": Shapes(
         layers=8, hidden=1024, intermediate=2752, heads=8, vocabulary=8016, layer=3,
         vision_layers=6, vision_hidden=256, vision_heads=4,
@@ -58,7 +58,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a model, not yet bound to either side."""
+    """The model that both sides of a benchmark use."""
 
     model: Any
     processor: Any
@@ -66,7 +66,7 @@ class Subject:
 
 
 def random_subject(shapes: Shapes, device: torch.device, dtype: torch.dtype, seed: int) -> Subject:
-    """A model of these shapes with random weights, made in the device's memory."""
+    """Make a model of these shapes with random weights on the device."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=shapes.vision_hidden,
@@ -116,10 +116,10 @@ def random_subject(shapes: Shapes, device: torch.device, dtype: torch.dtype, see
 
 
 def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A checkpoint.
+    """Load a checkpoint.
 
     Raises:
-        SystemExit: it is of a family that the straightforward pipeline is not written for.
+        SystemExit: the straightforward pipeline does not support its family.
     """
     source = local_or_hub(name)
     adapter = adapter_for(model_type_of(source))
@@ -132,7 +132,7 @@ def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subje
 
 
 def shapes_of(subject: Subject) -> dict[str, int]:
-    """Sizes that a result depends on."""
+    """The model's sizes, for the result."""
     text = subject.model.config.text_config
     return {
         "layers": text.num_hidden_layers,

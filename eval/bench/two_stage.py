@@ -1,25 +1,25 @@
-"""How much does computing every visual token once save? Engine against straightforward pipeline.
+"""Benchmark the engine against a straightforward pipeline: computing each visual token once.
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
-`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`,
-which is what a reader of the paper would write on plain transformers. Answers have a fixed length;
-the end token is switched off for both. Tokens and boxes of both sides are compared before anything
-is timed, and must be the same in float32. (In 16-bit numbers near-ties fall differently with the
-shape of a matrix; how many tokens agree is reported instead.)
+`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`, a
+plain implementation on transformers. Answers have a fixed length; the end token is off on both
+sides. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
+(In 16-bit precision, rounding depends on matrix shapes and can decide near-ties; the share of equal
+tokens is reported instead.)
 
-The prefill side is everything but token-by-token decoding: a run with answers of one token, which
-comes out of the prefill. Decoding is what a longer answer takes beyond that. `first_k` lets the
-engine stop the first answer after k tokens; the pipeline has nothing that could.
+Prefill is everything but token-by-token decoding: a run with answers of one token, which comes from
+the prefill. Decoding is the additional time of a longer answer. With `first_k`, the engine stops
+the first answer after k tokens; the pipeline cannot.
 
-Each repetition times both sides of every setting back to back, in alternating order, so that a
-busy machine slows both alike. Ratios are the pipeline's time over the engine's: medians over the
-pairs, with the lower and upper quartile. FLOPs are given twice: by the equations of
-003_92b41fe49395ce1a.txt (visual tokens in the decoder only), and as executed, counted by PyTorch
-(vision tower, text tokens and output head included).
+Each repetition times both sides of every setting one after the other, in alternating order, so
+that other load slows both alike. Ratios are the pipeline's time over the engine's: medians over the
+pairs, with quartiles. FLOPs are given twice: by the equations of Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349; visual tokens in the
+decoder only), and as counted by PyTorch (vision tower, text tokens and output head included).
 
-The last line is one JSON object. Run `python -m eval.bench.two_stage`; on a GPU with
-`--model shapes-7b` for the shapes of LLaVA-1.5-7B with random weights. `--capture` times the first
-pass with its attention row against one without.
+The last line is one JSON object. Run `python -m eval.bench.two_stage`; on a GPU, `--model
+shapes-7b` uses the shapes of LLaVA-1.5-7B with random weights. `--capture` compares the first pass
+with and without its attention row.
 """
 
 from __future__ import annotations
@@ -64,25 +64,25 @@ SOURCE = Size(1344, 1008)
 
 @dataclass(frozen=True, slots=True)
 class PicturePair:
-    """What both sides are shown."""
+    """A source picture and its global view."""
 
     source: Image.Image
     view: Image.Image
 
     @classmethod
     def random(cls, side: Size, seed: int) -> PicturePair:
-        """Blocks of random colours: every patch differs from its neighbours."""
+        """Make blocks of random colours, so that every patch differs from its neighbours."""
         blocks = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         source = Image.fromarray(blocks).resize(SOURCE, Image.Resampling.BICUBIC)
         return cls(source, source.resize(side, Image.Resampling.BICUBIC))
 
     def crop(self, box: Box) -> Image.Image:
-        """A region at the size of the view, as the edge would send it."""
+        """Cut a region and scale it to the view's size, as the edge does."""
         return self.source.crop(box).resize(self.view.size, Image.Resampling.BICUBIC)
 
 
 class OurSide:
-    """One retransmitted question through the engine, from a new view to its release."""
+    """Answers a retransmitted question with the engine, from a new view to its release."""
 
     def __init__(self, backend: TransformersBackend, preset: Preset, pictures: PicturePair, k: int):
         self._backend, self._preset, self._pictures, self._k = backend, preset, pictures, k
@@ -110,20 +110,20 @@ class OurSide:
 
 
 class PassesWithoutCapture(Passes):
-    """What the model does, but for the attention row."""
+    """The model's passes without the attention row."""
 
     def _capture(self, *_: Any, **__: Any) -> Any:
         return None
 
 
 class WithoutCapture(TransformersBackend):
-    """The backend without the attention row, to see what the row costs."""
+    """The backend without the attention row, to measure the row's cost."""
 
     _passes = PassesWithoutCapture
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call. Both sides end with tokens read back from the device."""
+    """Wall-clock seconds of one call. Both sides end a call by reading tokens from the device."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -137,7 +137,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSetting:
-    """How a question is answered; `name` is what the result calls it."""
+    """How a question is answered; `name` is its key in the result."""
 
     name: str
     tokens: int
@@ -148,7 +148,7 @@ class Bench:
     """Both sides on one subject."""
 
     def __init__(self, subject: Subject, k: int, seed: int, runner: asyncio.Runner) -> None:
-        # Answers of fixed length, on both sides: nothing ends them but their limit.
+        # Both sides: answers of a fixed length, which only the limit ends.
         subject.model.generation_config.eos_token_id = None
         adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
         self.backend = TransformersBackend(adapter, "bench")
@@ -166,7 +166,7 @@ class Bench:
         return self._plain.answer(view, SOURCE, QUESTION, crop, max_new_tokens=setting.tokens)
 
     def compare(self, setting: AnswerSetting) -> dict[str, Any]:
-        """Run both sides once, untimed: what they answer, and what they compute."""
+        """Run both sides once, untimed; compare their answers and count their FLOPs."""
         with counted(self.backend) as ours_counter:
             ours = self.ours(setting)
         with flop_counter() as plain_counter:
@@ -190,7 +190,7 @@ class Bench:
         }
 
     def pairs(self, settings: Sequence[AnswerSetting], repeats: int) -> dict[str, list[Pair]]:
-        """Times of both sides for each setting, one pair a repetition."""
+        """Times of both sides for each setting, one pair per repetition."""
         taken: dict[str, list[Pair]] = {setting.name: [] for setting in settings}
         rounds = [(number, setting) for number in range(repeats) for setting in settings]
         for number, setting in tqdm(rounds, desc="timing", disable=None):
@@ -219,16 +219,16 @@ def medians(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Medians of both sides, and the ratio pair by pair."""
+    """Medians of both sides, and quartiles of the pairs' ratios."""
     return {**medians(pairs), "ratio": spread([pair.plain_s / pair.ours_s for pair in pairs])}
 
 
 def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> dict[str, Any]:
-    """Time both sides: prefill, decoding and total, for each length and way to decide."""
+    """Time both sides: prefill, decoding and total, for each answer length and aggregation."""
     prefill = AnswerSetting("prefill", 1)
     full = [AnswerSetting(f"{n} tokens, full", n) for n in answers]
     early = [AnswerSetting(f"{n} tokens, first_k", n, Aggregate.FIRST_K) for n in answers]
-    # An answer of k tokens or fewer is over before it could be stopped: both ways are one.
+    # An answer of at most k tokens cannot be stopped early: both aggregations are the same.
     settings = [prefill, *full, *(s for s in early if s.tokens > k)]
     compared = {
         setting.name: bench.compare(setting)
@@ -241,14 +241,14 @@ def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> di
         if setting.name not in taken:
             measured = f"{setting.tokens} tokens, full"
         total = taken[measured]
-        # What a longer answer takes beyond the prefill of the same repetition.
+        # Time beyond the prefill of the same repetition.
         decoding = [
             Pair(*(max(a - b, 0.0) for a, b in zip(whole, start, strict=True)))
             for whole, start in zip(total, taken["prefill"], strict=True)
         ]
         shown = medians(decoding)
         if shown["ours_s"]:
-            # Differences of two timings are too rough for ratios pair by pair.
+            # Differences of two timings are too noisy for ratios of single pairs.
             shown["ratio_of_medians"] = round(shown["plain_s"] / shown["ours_s"], 3)
         results[setting.name] = {"total": summary(total), "decoding": shown}
     return {
@@ -261,11 +261,11 @@ def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> di
 
 
 def equations(info: ModelInfo) -> dict[str, int]:
-    """FLOPs of a retransmitted question's prefills by Eq. 17 of 003, visual tokens only.
+    """FLOPs of a retransmitted question's prefills by Song and Kim, Eq. 17; visual tokens only.
 
     The straightforward pipeline prefills F(n) in `generate`, F(n) under the question, F(n) under
-    the generic instruction and F(2n): 5·F(n) where attention is small. Eq. 20 has one F(n) less,
-    since it takes the attention from the first pass.
+    the generic instruction, and F(2n): 5·F(n) if attention is a small part. Eq. 20 has one F(n)
+    less, because it takes the attention from the first pass.
     """
     n, width, layers = info.visual_tokens, info.hidden_size, info.layers
     return {
@@ -276,7 +276,7 @@ def equations(info: ModelInfo) -> dict[str, int]:
 
 
 def gflops(counts: dict[str, int]) -> dict[str, float]:
-    """In units of 10⁹, with the ratio of the two sides."""
+    """Convert FLOPs to GFLOPs and add the ratio of the two sides."""
     shown = {name: round(count / 1e9, 3) for name, count in counts.items()}
     return {**shown, "ratio": round(counts["plain"] / counts["ours"], 4)}
 
@@ -288,10 +288,10 @@ def _ask(
 
 
 def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -> dict[str, Any]:
-    """Time the first pass with its attention row against one without; one token each.
+    """Time the first pass with and without its attention row; one token each.
 
-    Of a new view (vision tower, prefix and question) and of a follow-up question, whose few text
-    tokens are all that there is to compute.
+    Measures a new view (vision tower, prefix and question) and a follow-up question, which computes
+    only a few text tokens.
     """
     subject.model.generation_config.eos_token_id = None
     adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
@@ -312,7 +312,7 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
     for what, ask in ("new_view", new_view), ("follow_up", follow_up):
         on, off = runner.run(ask("on")), runner.run(ask("off"))  # also the warm-up
         if on.token_ids != off.token_ids or on.row is None or off.row is not None:
-            raise SystemExit(f"{what}: the two first passes are not what they should be")
+            raise SystemExit(f"{what}: the first passes with and without the row do not match")
         taken: list[Pair] = []
         for number in tqdm(range(repeats), desc=what, disable=None):
             order = ["on", "off"] if number % 2 else ["off", "on"]
@@ -340,10 +340,10 @@ def machine(device: torch.device) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The result for these options.
+    """Run the benchmark with these options.
 
     Raises:
-        SystemExit: it cannot be had here, or the two sides do not give the same answers.
+        SystemExit: it cannot run on this machine, or the two sides' answers differ.
     """
     gpu = torch.cuda.is_available()
     device = torch.device(
