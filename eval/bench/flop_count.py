@@ -1,8 +1,9 @@
-"""Executed floating-point operations, counted by PyTorch's own counter.
+"""Count executed floating-point operations with PyTorch's own counter.
 
-It counts matrix products, convolutions and attention, two operations for each multiplication with
-its addition, and takes no half off attention for the causal mask; so does Eq. 17 of
-003_92b41fe49395ce1a.txt. Norms, activations, softmax and sampling are not counted in either.
+It counts matrix products, convolutions and attention, with two operations for each multiply-add and
+without halving attention for the causal mask, as in Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models* (2025, arXiv 2512.16349), Eq. 17. Neither counts norms,
+activations, softmax and sampling.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded demo model: it loads, it is small, it reads, and its figures can be made again."""
+"""The demo model: it loads, it is small, it reads signs, and its figures are reproducible."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model() -> LlavaForConditionalGeneration:
 # --- the checkpoint folder -------------------------------------------------------------------
 
 
-def test_checkpoint_loads_with_nothing_missing_or_over() -> None:
+def test_checkpoint_loads_without_missing_or_unexpected_keys() -> None:
     _, info = LlavaForConditionalGeneration.from_pretrained(FOLDER, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not info["error_msgs"]
@@ -57,7 +57,7 @@ def test_folder_is_small() -> None:
     assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 12_000_000
 
 
-def test_weights_carry_the_hub_names_in_bfloat16() -> None:
+def test_weights_have_the_hub_names_in_bfloat16() -> None:
     with safe_open(FOLDER / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
         dtypes = {file.get_slice(name).get_dtype() for name in names}
@@ -82,7 +82,7 @@ def test_unknown_parameter_has_no_hub_name() -> None:
 
 
 def test_export_keeps_the_logits(tmp_path: Path) -> None:
-    """What is written under the hub's names computes what the model in memory computes."""
+    """The exported checkpoint gives the same logits as the model in memory."""
     torch.manual_seed(0)
     recipe = load_recipe(RECIPE)
     made = build_model(recipe)
@@ -135,7 +135,7 @@ def test_chat_template_gives_the_prompt() -> None:
 @pytest.mark.parametrize(
     "text", ["47", "Wie viel kostet das? 3,50 €", "漢字 🙂 tabs\tand\nlines", "007", GENERIC]
 )
-def test_any_text_has_tokens_and_comes_back(text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = build_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.unk_token_id not in ids
@@ -156,7 +156,7 @@ def test_committed_tokenizer_is_the_one_the_code_builds() -> None:
 # --- training parts --------------------------------------------------------------------------
 
 
-def test_batches_are_made_again_from_seed_and_step() -> None:
+def test_batches_depend_on_seed_and_step_only() -> None:
     one, two = (tower_batch(3, 7, 4, 0.5, 0.0) for _ in range(2))
     np.testing.assert_array_equal(one.views, two.views)
     np.testing.assert_array_equal(one.digits, two.digits)
@@ -179,7 +179,7 @@ def test_patch_labels_name_the_sign_under_the_patch() -> None:
         assert (labels.colour[labels.sign == 0] == IGNORE).all()
 
 
-def test_packed_branches_compute_what_they_would_alone() -> None:
+def test_packed_branches_compute_the_same_as_single_prompts() -> None:
     """The tree mask and the positions of packed training are those of single prompts."""
     torch.manual_seed(0)
     made = build_model(load_recipe(RECIPE))
@@ -266,7 +266,7 @@ def test_training_continues_where_it_stopped(
     assert steps == sorted(steps)
 
 
-def test_recipe_mistakes_are_named(tmp_path: Path) -> None:
+def test_errors_in_a_recipe_are_named(tmp_path: Path) -> None:
     bad = tmp_path / "recipe.yaml"
     bad.write_text("vision: {}\ntext: {}\nstages:\n  - {name: one, kind: tower, stepz: 3}\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: stage 'one'.*stepz"):
@@ -303,7 +303,7 @@ def test_an_unknown_last_stage_is_refused(
     assert "no stage 'nine'" in capsys.readouterr().err
 
 
-def test_jitter_reaches_what_both_kinds_of_stage_draw() -> None:
+def test_jitter_is_applied_in_both_kinds_of_stage() -> None:
     plain, shaken = (decoder_batch(5, 1, 4, 1.0, 0.0, 1.75, jitter) for jitter in (0.0, 0.25))
     for view in range(3):  # the global view and both local ones
         assert not np.array_equal(plain.views[:, view], shaken.views[:, view])
@@ -318,11 +318,11 @@ def test_the_curve_of_a_checkpoint_ends_with_its_stage(tmp_path: Path) -> None:
     assert curve(tmp_path, stages[:2]) == points[:2]
 
 
-# --- what it can do --------------------------------------------------------------------------
+# --- abilities -------------------------------------------------------------------------------
 
 
 def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> None:
-    """The batched reader gives generate's own tokens, and its min-entropy, on the same view."""
+    """The batched reader gives the same tokens and min-entropy as `generate` on the same view."""
     scene = generate_scene("val", 1)
     view, asked = render_view(scene), questions(scene)[0]
     reader = Reader(model)
@@ -344,8 +344,8 @@ def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> No
     np.testing.assert_allclose(bits, reading.min_entropy, atol=1e-4)
 
 
-def test_its_own_regions_make_it_right(model: LlavaForConditionalGeneration) -> None:
-    """40 held-out scenes: clearly more right answers after the model's own regions."""
+def test_its_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
+    """On 40 held-out scenes, clearly more answers are right with the model's own regions."""
     from dataclasses import replace
 
     committed = json.loads(RESULTS.read_text())["test"]
@@ -353,20 +353,20 @@ def test_its_own_regions_make_it_right(model: LlavaForConditionalGeneration) -> 
     first = sum(o.right("first") for o in outcomes)
     own = sum(o.right("own") for o in outcomes)
     assert own - first >= 4
-    # No worse than the committed accuracy, less three standard deviations of 40 draws.
+    # At least the committed accuracy minus three standard deviations of 40 draws.
     expected = committed["accuracy"]["own"]
     assert own / 40 >= expected - 3 * (expected * (1 - expected) / 40) ** 0.5 - 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_committed_figures_are_made_again(
+def test_committed_figures_are_reproduced(
     model: LlavaForConditionalGeneration, split: str, request: pytest.FixtureRequest
 ) -> None:
     """The committed command gives the committed counts.
 
     Scenes and weights are the same bits everywhere, but float32 sums differ in their last bits
-    between processors; an answer on the edge may turn, so two of them are let go.
+    between processors, which can change a close answer, so two may differ.
     """
     if "slow" not in request.config.getoption("markexpr"):
         pytest.skip("takes minutes; run with -m slow")
@@ -382,10 +382,10 @@ def test_committed_figures_are_made_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_committed_answers_are_given_again(
+def test_committed_answers_are_reproduced(
     model: LlavaForConditionalGeneration, split: str, request: pytest.FixtureRequest
 ) -> None:
-    """The first 200 questions of the benchmark style, one by one; two answers may turn."""
+    """The first 200 questions of the benchmark style, one by one; two answers may differ."""
     from dataclasses import replace
 
     if "slow" not in request.config.getoption("markexpr"):

@@ -1,4 +1,4 @@
-"""The evaluation's figures, from answers made up here."""
+"""The evaluation's figures, computed from made-up answers."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_aggregations_take_all_two_and_one_token() -> None:
     assert report.aggregated(np.array([3.0]), "first_k") == 3.0
 
 
-def test_a_small_margin_is_unsure(outcomes: list[report.QuestionResult]) -> None:
+def test_a_small_margin_means_high_uncertainty(outcomes: list[report.QuestionResult]) -> None:
     by_bits = np.argsort(report.uncertainty(outcomes, "min_entropy", "full"))
     by_margin = np.argsort(report.uncertainty(outcomes, "margin", "full"))
     np.testing.assert_array_equal(by_bits, by_margin)
 
 
-def test_the_most_unsure_are_sent_first() -> None:
+def test_the_least_certain_are_retransmitted_first() -> None:
     first, refined = np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 1.0])
     gains = report.gains_of(first, refined, np.array([0.1, 0.9, 0.3, 0.5]))
     np.testing.assert_allclose(gains, [0, 0.25, 0.5, 0.25, 0.25])
@@ -131,7 +131,9 @@ def test_report_counts(outcomes: list[report.QuestionResult]) -> None:
     assert sum(row["count"] for row in figures["by_text_height"]) == 4
 
 
-def test_what_training_never_saw_is_told_apart(outcomes: list[report.QuestionResult]) -> None:
+def test_unseen_fonts_and_textures_are_reported_apart(
+    outcomes: list[report.QuestionResult],
+) -> None:
     sign = replace(outcomes[1].question.sign, font=HELD_OUT_FONT)
     made = [
         outcomes[0],
@@ -161,7 +163,7 @@ def test_random_boxes_are_seeded_and_inside() -> None:
     assert boxes.random_box((0, 0, 896, 896), SIZE, 3) == (0, 0, 896, 896)
 
 
-def test_a_true_box_holds_its_text() -> None:
+def test_a_true_box_contains_its_text() -> None:
     for index in range(50):
         scene = generate_scene("val", index, size=(1120, 896))
         for question in questions(scene):
@@ -205,7 +207,7 @@ def test_the_choices_follow_from_their_counts() -> None:
         assert choose.best(by_side) == made["chosen_px"]
 
 
-def test_preset_and_commands_hold_what_was_chosen() -> None:
+def test_preset_and_defaults_are_the_chosen_values() -> None:
     chosen, val = committed("demo-model-choices.json"), committed("demo-model.json")["val"]
     preset = preset_named("demo")
     sides = chosen["sides"]
@@ -215,7 +217,7 @@ def test_preset_and_commands_hold_what_was_chosen() -> None:
     assert SETTINGS.centroid_px == sides["centroid"]["chosen_px"]
 
 
-def test_all_results_are_about_the_committed_weights_run_the_same_way() -> None:
+def test_all_results_are_of_the_committed_weights_and_settings() -> None:
     digest = weights_digest()
     assert committed("demo-model-choices.json")["weights"] == digest
     preset = preset_named("demo")
@@ -245,7 +247,7 @@ def test_all_results_are_about_the_committed_weights_run_the_same_way() -> None:
         assert made["questions"] == 2000
 
 
-def test_committed_summaries_follow_from_the_questions() -> None:
+def test_committed_summaries_follow_from_the_single_questions() -> None:
     """Accuracies, AUROC and the gain at half, from each question's answers and entropy."""
     for name in ("demo-model.json", "demo-model-2000.json", "demo-model-harder.json"):
         for made in committed(name).values():
@@ -261,5 +263,5 @@ def test_committed_summaries_follow_from_the_questions() -> None:
             assert half == pytest.approx(made["trade_off"]["gain_at_half"], abs=5e-3)
 
 
-def test_the_card_is_what_its_command_writes() -> None:
+def test_the_model_card_is_up_to_date() -> None:
     assert (FOLDER / "README.md").read_text() == card.text()

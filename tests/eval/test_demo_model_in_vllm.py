@@ -1,4 +1,4 @@
-"""The demo checkpoint in vLLM itself: ``pytest -m slow tests/eval/test_demo_model_in_vllm.py``.
+"""The demo checkpoint in vLLM: ``pytest -m slow tests/eval/test_demo_model_in_vllm.py``.
 
 Builds an environment of 3.5 GB (`.venv-vllm`) with vLLM for the CPU, so it is not run by default.
 """

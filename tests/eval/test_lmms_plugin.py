@@ -1,4 +1,4 @@
-"""The parts of the lmms-eval plugin that need no lmms-eval: options, pictures, both ways to ask."""
+"""Parts of the lmms-eval plugin that need no lmms-eval: options, pictures, both answer sources."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PNG = saved(photo(640, 480), "PNG")
 def requests(
     text: str = "which number?", count: int = 1, task: str = "t", **generation: Any
 ) -> list[Any]:
-    """What lmms-eval hands to `generate_until`."""
+    """Requests as lmms-eval passes them to `generate_until`."""
 
     def shown(document: Mapping[str, Any]) -> Any:
         return [document["image"].convert("RGB")]
@@ -73,7 +73,7 @@ def asked(text: str = "which number?", **generation: Any) -> LmmsQuestion:
 # --- settings -----------------------------------------------------------------------------------
 
 
-def test_settings_are_what_stands_in_model_args() -> None:
+def test_settings_come_from_model_args() -> None:
     told = {"eta": 1, "metric": "entropy", "aggregate": "first_k", "k": 5, "codec": "webp"}
     settings = settings_from({**told, "policy": "always", "batch_size": 1, "max_batch_size": None})
     assert settings == LmmsSettings(
@@ -156,7 +156,7 @@ def test_a_token_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- requests -----------------------------------------------------------------------------------
 
 
-def test_a_task_s_generation_options_become_wishes() -> None:
+def test_a_task_s_generation_options_are_sent() -> None:
     assert asked(until=["\n\n", "", "\n\n"], max_new_tokens=16, temperature=0.0).options == (
         Options(max_new_tokens=16, stop=("\n\n",))
     )
@@ -168,12 +168,12 @@ def test_a_task_s_generation_options_become_wishes() -> None:
     assert asked(temperature=0.7, do_sample=False).options == Options(max_new_tokens=64)
 
 
-def test_an_own_longest_answer_goes_first() -> None:
+def test_the_user_s_longest_answer_has_priority() -> None:
     (question,) = questions_of(requests(max_new_tokens=512), LmmsSettings(max_new_tokens=20), print)
     assert question.options.max_new_tokens == 20
 
 
-def test_a_threshold_crosses_the_wire_only_to_a_service() -> None:
+def test_a_threshold_is_sent_only_to_a_service() -> None:
     for settings, eta in (
         (LmmsSettings(eta=1.0), None),
         (LmmsSettings(eta=1.0, server="ws://a"), 1.0),
@@ -182,7 +182,7 @@ def test_a_threshold_crosses_the_wire_only_to_a_service() -> None:
         assert question.options.eta == eta
 
 
-def test_repeated_questions_are_drawn_anew_and_runs_repeat() -> None:
+def test_repeated_questions_have_seeds_of_their_own_and_runs_repeat() -> None:
     same = requests(temperature=1.0) * 3
 
     def seeds(**settings: Any) -> list[int | None]:
@@ -193,12 +193,12 @@ def test_repeated_questions_are_drawn_anew_and_runs_repeat() -> None:
     assert seeds() == seeds() != seeds(seed=1)
 
 
-def test_marks_of_pictures_in_the_text_are_taken_out() -> None:
+def test_image_placeholders_in_the_text_are_removed() -> None:
     assert asked("<image>\nwhich <image> number?").text == "which  number?"
     assert asked(" which number?\n").text == " which number?\n"
 
 
-def test_what_cannot_be_honoured_is_refused_and_what_has_no_effect_named_once() -> None:
+def test_unsupported_options_are_refused_and_ignored_ones_named_once() -> None:
     with pytest.raises(ConfigError, match="t asks for a search with 3 beams"):
         asked(num_beams=3)
     with pytest.raises(ConfigError, match="t ends its answers at 5 texts"):
@@ -212,7 +212,7 @@ def test_what_cannot_be_honoured_is_refused_and_what_has_no_effect_named_once() 
 
 
 def documents(images: Sequence[Any], *, lists: bool = False, **columns: Any) -> dict[str, Any]:
-    """A data set of one row for each picture (or list of pictures)."""
+    """A data set with one row per picture (or list of pictures)."""
     kind = List(Image()) if lists else Image()
     rows = {"image": list(images), **columns}
     features = Features({"image": kind} | {name: Image() for name in columns})
@@ -289,7 +289,7 @@ def test_several_pictures_come_in_the_order_shown() -> None:
         (lambda doc: ["/nowhere/clip.mp4"], "/nowhere/clip.mp4"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_one_line(
+def test_other_objects_than_pictures_are_refused_with_one_line(
     visuals: Callable[[Mapping[str, Any]], Any], line: str
 ) -> None:
     with pytest.raises(SampleError) as error:
@@ -297,7 +297,7 @@ def test_what_is_no_picture_is_refused_with_one_line(
     assert line in str(error.value)
 
 
-# --- asking, with the scripted model ------------------------------------------------------------
+# --- answers of the scripted model --------------------------------------------------------------
 
 
 PICTURES = documents([file(JPEG)] * 40)
@@ -347,7 +347,9 @@ async def over_network(
         return (await answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
 
-async def test_a_service_that_cuts_pictures_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_service_that_crops_pictures_causes_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     await over_network(fit="pad")
     assert "fit" not in caplog.text
     await over_network(fit="crop")
@@ -383,7 +385,7 @@ async def test_both_ways_answer_the_same_and_send_the_same_bytes(policy: str) ->
     here = await asyncio.to_thread(in_process, policy=policy)
     for mine, theirs in zip(here, there, strict=True):
         assert isinstance(theirs, CostedAnswer)
-        # Times take one to three bytes on the wire, three in this process.
+        # On the wire, a time takes one to three bytes; in this process, three.
         assert 0 <= mine.bytes_down - theirs.bytes_down <= 8
         same = {"bytes_down": 0, "uncertainty": 0.0, "first_uncertainty": 0.0}
         assert asdict(mine) | same == asdict(theirs) | same
@@ -415,7 +417,7 @@ async def test_several_pictures_cost_the_same_both_ways() -> None:
 
 
 @pytest.mark.parametrize("way", ["here", "there"])
-async def test_a_question_that_fails_takes_no_other_along(way: str) -> None:
+async def test_a_failed_question_does_not_affect_others(way: str) -> None:
     texts = [QUESTIONS[0], "<|reserved|> " * 3000, QUESTIONS[1]]
     if way == "there":
         replies = await over_network(texts)
@@ -430,7 +432,7 @@ async def test_a_question_that_fails_takes_no_other_along(way: str) -> None:
     assert "\n" not in str(second)
 
 
-def test_pictures_that_cannot_be_had_fail_their_question_alone() -> None:
+def test_missing_pictures_fail_only_their_question() -> None:
     def load_or_not(question: LmmsQuestion) -> list[OriginalPicture]:
         if question.text == QUESTIONS[1]:
             raise OSError("the disk is gone")
@@ -442,7 +444,7 @@ def test_pictures_that_cannot_be_had_fail_their_question_alone() -> None:
     assert str(second) == "its pictures: OSError: the disk is gone"
 
 
-def test_question_after_question_that_fails_ends_it() -> None:
+def test_many_failures_in_a_row_end_the_run() -> None:
     def load_some(question: LmmsQuestion) -> list[OriginalPicture]:
         if question.text == "?":
             raise SampleError("gone")
@@ -457,7 +459,7 @@ def test_question_after_question_that_fails_ends_it() -> None:
 
 
 class Recorded(InProcess):
-    """Remembers how questions were grouped."""
+    """Records how questions were grouped."""
 
     def __init__(self, settings: LmmsSettings) -> None:
         super().__init__(settings)
@@ -489,7 +491,7 @@ def test_groups_hold_questions_of_one_task() -> None:
     assert told == list("abcde")
 
 
-async def test_a_service_that_lets_nobody_in_ends_it() -> None:
+async def test_a_refused_connection_ends_the_run() -> None:
     with pytest.raises(AuthenticationError):
         await over_network(config=ServiceConfig(port=0, token="right"), token="wrong")
 
@@ -511,7 +513,7 @@ def test_options_that_the_preset_does_not_take_are_refused_at_once() -> None:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def test_figures_are_means_over_what_was_answered() -> None:
+def test_figures_are_means_over_answered_questions() -> None:
     replies = in_process()
     parts = totals_of([*replies[:1], SampleError("no")]), totals_of(replies[1:])
     totals = added(parts)

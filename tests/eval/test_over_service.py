@@ -1,4 +1,4 @@
-"""The evaluation through the real service: its figures, and a few questions for real."""
+"""The evaluation over the service: its figures, and a few real questions."""
 
 from __future__ import annotations
 
