@@ -399,8 +399,8 @@ def main() -> None:
     for run in range(1, options.runs + 1):
         for figure in quality() if options.quality else figures(options.repeats):
             goal = GOALS.get(figure["figure"])
-            told = {**figure, **({"goal": goal} if goal else {}), "run": run, **machine}
-            line = json.dumps(told)
+            entry = {**figure, **({"goal": goal} if goal else {}), "run": run, **machine}
+            line = json.dumps(entry)
             print(line, flush=True)
             lines.append(line)
     if options.out is not None:

@@ -139,10 +139,10 @@ def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str)
         (refined, [t.refined for t in made]),
     ):
         before = [mark == "1" for mark in reference["right_by_question"][which][:count]]
-        here, there = float(np.mean(values)), float(np.mean(before))
-        figures["accuracy"][which] = round(here, 4)
-        figures["in_process"][which] = round(there, 4)
-        figures["difference_points"][which] = round(100 * (here - there), 2)
+        share, share_before = float(np.mean(values)), float(np.mean(before))
+        figures["accuracy"][which] = round(share, 4)
+        figures["in_process"][which] = round(share_before, 4)
+        figures["difference_points"][which] = round(100 * (share - share_before), 2)
         figures["answers_that_turned"][which] = {
             "to_right": sum(v and not b for v, b in zip(values, before, strict=True)),
             "to_wrong": sum(b and not v for v, b in zip(values, before, strict=True)),

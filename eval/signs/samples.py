@@ -187,9 +187,9 @@ def _asked_about(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generato
     sign = askable[int(rng.integers(len(askable)))]
     if yes:
         return _QuestionText(_presence(sign.colour, sign.shape), "yes", Box(*sign.box))
-    there = {(one.colour, one.shape) for one in scene.signs}
+    present = {(one.colour, one.shape) for one in scene.signs}
     shapes = (sign.shape,) if kind is Kind.COLOUR else SHAPES
-    absent = [(c, s) for c in COLOURS for s in shapes if (c, s) not in there]
+    absent = [(c, s) for c in COLOURS for s in shapes if (c, s) not in present]
     colour, shape = absent[int(rng.integers(len(absent)))]
     box = Box(*sign.box) if kind is Kind.COLOUR else None
     return _QuestionText(_presence(colour, shape), "no", box)

@@ -1,4 +1,4 @@
-"""What a device gets: the wheel with its plain dependencies, in an environment of its own."""
+"""The plain edge install: the wheel with its dependencies, in a clean environment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A real service with the scripted backend, on a thread of its own."""
+    """A service with the scripted backend, in a thread."""
     ready, stop = threading.Event(), threading.Event()
     found: list[str] = []
 
@@ -127,7 +127,7 @@ print(answer.refined, int(peak) * 1024, int(after) * 1024)
 
 
 def test_asking_about_a_large_photo_takes_little_memory(device: Device, url: str, tmp_path: Path):
-    """Decoded, this photo takes 48 MB. They are needed for a region alone, and let go after it."""
+    """Decoded, this photo takes 48 MB, which only a region needs; they are freed after it."""
     photo = tmp_path / "photo.jpg"
     small = Image.effect_noise((400, 300), 60).convert("RGB")
     small.resize((4000, 3000)).save(photo, quality=90)
@@ -155,7 +155,10 @@ def test_policy_and_audit_log_work_from_the_small_install(device: Device, url: s
     assert '"max_region" is not known' in refused["error"]
 
 
-def test_serving_from_the_small_install_says_what_is_missing(device: Device, tmp_path: Path):
-    done = run(device.program, "serve", code=2, cwd=tmp_path)
-    assert 'pip install "vlm-collab[server]"' in done.stderr
+@pytest.mark.parametrize(("command", "extra"), [("serve", "server"), ("demo", "demo")])
+def test_commands_of_the_server_say_what_to_install(
+    device: Device, command: str, extra: str, tmp_path: Path
+):
+    done = run(device.program, command, code=2, cwd=tmp_path)
+    assert f'pip install "vlm-collab[{extra}]"' in done.stderr
     assert done.stderr.count("\n") == 1
