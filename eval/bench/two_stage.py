@@ -129,7 +129,7 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = (float(v) for v in np.percentile(values, (25, 50, 75)))
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
@@ -220,7 +220,7 @@ def medians(pairs: Sequence[Pair]) -> dict[str, float]:
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Medians of both sides, and quartiles of the pairs' ratios."""
-    return {**medians(pairs), "ratio": spread([pair.plain_s / pair.ours_s for pair in pairs])}
+    return {**medians(pairs), "ratio": quartiles([pair.plain_s / pair.ours_s for pair in pairs])}
 
 
 def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
         results[what] = {
             "on_s": round(statistics.median(pair.ours_s for pair in taken), 5),
             "off_s": round(statistics.median(pair.plain_s for pair in taken), 5),
-            "ratio": spread([pair.ours_s / pair.plain_s for pair in taken]),
+            "ratio": quartiles([pair.ours_s / pair.plain_s for pair in taken]),
         }
     for backend in sides.values():
         runner.run(backend.close())

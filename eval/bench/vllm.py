@@ -49,7 +49,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval.bench.subjects import SHAPES, random_subject
-from eval.bench.two_stage import machine, spread
+from eval.bench.two_stage import machine, quartiles
 from eval.demo_model.provenance import provenance
 from server_plugin.backends.open import checkpoint_of, preset_of
 from server_plugin.backends.vllm.model import (
@@ -214,7 +214,7 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
     ]
     for one, other in (*pairs, ("plain", "control")):
         ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
-        result[f"{one}_over_{other}"] = {**spread(ratios), "interval": interval(ratios)}
+        result[f"{one}_over_{other}"] = {**quartiles(ratios), "interval": interval(ratios)}
     return result
 
 

@@ -30,10 +30,10 @@ from eval.demo_model.boxes import contains, own_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, ask
+from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, render_question
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
-from eval.demo_model.workers import spread
+from eval.demo_model.workers import run_in_workers
 from eval.signs.drawing import crop
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
@@ -58,7 +58,7 @@ class Tried:
 
 def first_answers(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[bool]:
     """Whether each first answer is right."""
-    samples = [ask(settings, index).sample for index in indices]
+    samples = [render_question(settings, index).sample for index in indices]
     readings = reader.read(
         reader.features([s.view for s in samples]), [s.question.text for s in samples]
     )
@@ -69,7 +69,7 @@ def all_epsilons(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[tuple[bool, ...]]:
     """Whether the region search's box contains the text, for each constant."""
-    asked = [ask(settings, index) for index in indices]
+    asked = [render_question(settings, index) for index in indices]
     return [
         tuple(
             contains(
@@ -84,7 +84,7 @@ def all_epsilons(
 
 def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
     """Results with boxes of each side, by both placements."""
-    asked = [ask(settings, index) for index in indices]
+    asked = [render_question(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
     truths = [a.sample.question.answer for a in asked]
     features = reader.features([a.sample.view for a in asked])
@@ -155,13 +155,15 @@ def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str
     """Make all choices, each with the earlier ones; return them with their figures."""
     accuracy = {}
     for power in POWERS:
-        made = spread(folder, first_answers, replace(settings, text_height_power=power), workers)
+        made = run_in_workers(
+            folder, first_answers, replace(settings, text_height_power=power), workers
+        )
         accuracy[power] = round(float(np.mean(made)), 4)
     settings = replace(settings, text_height_power=easiest(accuracy))
-    kept = spread(folder, all_epsilons, settings, workers)
+    kept = run_in_workers(folder, all_epsilons, settings, workers)
     by_epsilon = {e: sum(row[i] for row in kept) for i, e in enumerate(EPSILONS)}
     settings = replace(settings, epsilon=best(by_epsilon))
-    tried = spread(folder, all_sides, settings, workers)
+    tried = run_in_workers(folder, all_sides, settings, workers)
     sides: dict[str, Any] = {}
     for placement in Placement:
         name = placement.value

@@ -22,11 +22,16 @@ from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, ask, through_jpeg
+from eval.demo_model.questions import (
+    TEXT_HEIGHT_POWERS,
+    EvaluationSettings,
+    render_question,
+    through_jpeg,
+)
 from eval.demo_model.report import QuestionResult, preset, report
 from eval.demo_model.views import GRID, SIDE
-from eval.demo_model.words import GENERIC, second_kind
-from eval.demo_model.workers import here, spread
+from eval.demo_model.words import GENERIC, easy_question
+from eval.demo_model.workers import run_here, run_in_workers
 from eval.signs.drawing import crop
 from eval.signs.scenes import Box
 from vlm_collab.geometry import Grid
@@ -40,19 +45,19 @@ FRESH = 20_000
 
 def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:
     """Run all passes on ``settings.count`` scenes in this process."""
-    return here(model, run_passes, settings)
+    return run_here(model, run_passes, settings)
 
 
 def run_passes(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[QuestionResult]:
     """Run all passes on some scenes."""
-    asked = [ask(settings, index) for index in indices]
+    asked = [render_question(settings, index) for index in indices]
     features = reader.features([a.sample.view for a in asked])
     texts = [a.sample.question.text for a in asked]
     first = reader.read(features, texts)
     generic = reader.read(features, [GENERIC] * len(asked))
-    kinds = [second_kind(a.scene, np.random.default_rng([7, a.scene.index])) for a in asked]
+    kinds = [easy_question(a.scene, np.random.default_rng([7, a.scene.index])) for a in asked]
     easy = reader.read(features, [text for text, _ in kinds])
     boxes: dict[str, list[Box]] = {"own": [], "centroid": [], "true": []}
     for one, seen, plain in zip(asked, first, generic, strict=True):
@@ -137,7 +142,7 @@ def main() -> None:
         style=options.style,
         text_height_power=TEXT_HEIGHT_POWERS[options.style],
     )
-    outcomes = spread(options.model, run_passes, settings, options.workers)
+    outcomes = run_in_workers(options.model, run_passes, settings, options.workers)
     figures = report(outcomes, settings)
     result = {
         "made_by": provenance("evaluate"),

@@ -28,7 +28,12 @@ from edge_client.picture import Picture
 from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, ask, settings_of
+from eval.demo_model.questions import (
+    EvaluationSettings,
+    RenderedQuestion,
+    render_question,
+    settings_of,
+)
 from eval.demo_model.workers import chunks
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
@@ -72,7 +77,7 @@ def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult
 
 def rendered_questions(settings: EvaluationSettings, indices: list[int]) -> list[RenderedQuestion]:
     """Draw the questions' full-size pictures."""
-    return [ask(settings, index) for index in indices]
+    return [render_question(settings, index) for index in indices]
 
 
 async def ask_service(

@@ -20,10 +20,10 @@ from eval.demo_model.views import (
     GRID,
     IGNORE,
     draw_view,
+    full_window,
     random_size,
     random_window,
     view_style,
-    whole,
 )
 from eval.demo_model.words import (
     GENERIC,
@@ -31,7 +31,7 @@ from eval.demo_model.words import (
     LIST_SIGNS,
     PAD,
     Vocabulary,
-    second_kind,
+    easy_question,
     sign_list,
 )
 from eval.signs.sampling import generate_scene, questions
@@ -108,7 +108,7 @@ def _question_for_crop(rng: np.random.Generator, asked: tuple[SignQuestion, ...]
 def _pack(scene: Scene, rng: np.random.Generator) -> tuple[_Tree, list[NDArray[np.uint8]]]:
     words = vocabulary()
     asked = questions(scene)
-    views = [draw_view(scene, whole(scene), rng)]
+    views = [draw_view(scene, full_window(scene), rng)]
     tree = _Tree()
     tree.start([*words.prefix(), *[IMAGE] * PATCHES])
     for number in rng.permutation(len(asked))[:_VIEW_QUESTIONS].tolist():
@@ -120,7 +120,7 @@ def _pack(scene: Scene, rng: np.random.Generator) -> tuple[_Tree, list[NDArray[n
         views.append(draw_view(scene, random_window(rng, scene, around), rng))
         prompt = [IMAGE] * PATCHES + words.suffix(question.text)
         tree.grow(prompt, words.answer(question.answer), 1.0)
-    text, answer = second_kind(scene, rng)
+    text, answer = easy_question(scene, rng)
     tree.grow(words.suffix(text), words.answer(answer), 1.0)
     description = words.answer(scene.background.description)
     tree.grow(words.suffix(GENERIC), description, _GENERIC_WEIGHT)

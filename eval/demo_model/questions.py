@@ -69,7 +69,7 @@ class RenderedQuestion:
     sample: ViewedQuestion
 
 
-def ask(settings: EvaluationSettings, index: int) -> RenderedQuestion:
+def render_question(settings: EvaluationSettings, index: int) -> RenderedQuestion:
     """Make the question about scene ``index``; consecutive scenes ask about different signs."""
     size, style = SIZES[index % len(SIZES)], settings.scene_style()
     scene = generate_scene(settings.split, index, size=size, style=style)

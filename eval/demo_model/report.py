@@ -138,7 +138,7 @@ def trade_offs(outcomes: list[QuestionResult]) -> dict[str, Any]:
     return curves
 
 
-def traded(outcomes: list[QuestionResult]) -> dict[str, Any]:
+def trade_off(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """Accuracy if the least certain share is retransmitted, from none to all."""
     first = np.array([o.right("first") for o in outcomes], float)
     own = np.array([o.right("own") for o in outcomes], float)
@@ -314,7 +314,7 @@ def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict
             for aggregate in AGGREGATES
         },
         "first_k": FIRST_K,
-        "trade_off": traded(outcomes),
+        "trade_off": trade_off(outcomes),
         "trade_offs": trade_offs(outcomes),
         "min_entropy_histogram": histogram(outcomes),
         "presence_and_count_questions": easy_questions(outcomes),

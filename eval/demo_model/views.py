@@ -97,7 +97,7 @@ def random_window(rng: np.random.Generator, scene: Scene, sign: Sign | None) -> 
     return left, top, left + side, top + side
 
 
-def whole(scene: Scene) -> Window:
+def full_window(scene: Scene) -> Window:
     """The window that is the whole picture."""
     return 0.0, 0.0, float(scene.size[0]), float(scene.size[1])
 
@@ -221,7 +221,7 @@ def tower_batch(
         scene = generate_scene(
             "val" if split == "val" else "train", index, size=random_size(rng), style=style
         )
-        window = whole(scene)
+        window = full_window(scene)
         if not crowded:
             window = random_window(rng, scene, scene.signs[int(rng.integers(len(scene.signs)))])
         views.append(draw_view(scene, window, rng))

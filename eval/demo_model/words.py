@@ -50,7 +50,7 @@ def sign_list(scene: Scene) -> str:
     return ", ".join(f"{sign.name} {sign.text}" for sign in ordered)
 
 
-def second_kind(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def easy_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A question that the global view suffices for, with its answer."""
     if rng.random() < 0.3:
         return COUNT_SIGNS, str(len(scene.signs))

@@ -37,7 +37,7 @@ def chunks(indices: Sequence[int]) -> list[list[int]]:
     return [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
 
 
-def here(
+def run_here(
     model: LlavaForConditionalGeneration, work: Work[T], settings: EvaluationSettings
 ) -> list[T]:
     """Evaluate all scenes of ``settings`` in this process, with a progress bar."""
@@ -61,10 +61,12 @@ def _one(work: Work[T], settings: EvaluationSettings, chunk: list[int]) -> list[
     return work(_reader, settings, chunk)
 
 
-def spread(folder: Path, work: Work[T], settings: EvaluationSettings, workers: int) -> list[T]:
+def run_in_workers(
+    folder: Path, work: Work[T], settings: EvaluationSettings, workers: int
+) -> list[T]:
     """Evaluate all scenes of ``settings`` in ``workers`` processes of one thread each, in order."""
     if workers < 2:
-        return here(load_model(folder), work, settings)
+        return run_here(load_model(folder), work, settings)
     made: list[T] = []
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")

@@ -26,7 +26,7 @@ from eval.demo_model.questions import settings_of
 from eval.demo_model.recipe import TrainingStage, load_recipe
 from eval.demo_model.report import report
 from eval.demo_model.tower import to_pixels
-from eval.demo_model.views import IGNORE, patch_labels, tower_batch, whole
+from eval.demo_model.views import IGNORE, full_window, patch_labels, tower_batch
 from eval.demo_model.words import GENERIC, IMAGE, build_tokenizer
 from eval.demo_model.workers import load_model
 from eval.signs.drawing import render_view
@@ -168,7 +168,7 @@ def test_batches_depend_on_seed_and_step_only() -> None:
 def test_patch_labels_name_the_sign_under_the_patch() -> None:
     for index in range(30):
         scene = generate_scene("val", index, style=SceneStyle(two_digits=0.5))
-        labels = patch_labels(scene, whole(scene))
+        labels = patch_labels(scene, full_window(scene))
         for sign in scene.signs:
             column, row = (int(v // 112) for v in sign.centre)
             patch = row * 8 + column

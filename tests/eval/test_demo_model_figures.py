@@ -15,7 +15,7 @@ from eval.demo_model.evaluate import FRESH
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reading, auroc
 from eval.demo_model.provenance import weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, ask
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, render_question
 from eval.signs.sampling import generate_scene, questions
 from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, SignQuestion
 from server_plugin.models.presets import preset_named
@@ -35,7 +35,7 @@ def reading(text: str, bits: tuple[float, ...], attention: np.ndarray) -> Readin
 
 def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.QuestionResult:
     """A question whose map peaks at the patch under the middle of the text."""
-    question: SignQuestion = questions(ask(SETTINGS, index).scene)[0]
+    question: SignQuestion = questions(render_question(SETTINGS, index).scene)[0]
     x0, y0, x1, y1 = question.text_box
     attention = np.full((1, 64), 0.001)
     attention[0, (y0 + y1) // 2 * 8 // 896 * 8 + (x0 + x1) // 2 * 8 // 896] = 0.5
@@ -173,7 +173,7 @@ def test_a_true_box_contains_its_text() -> None:
 
 
 def test_sides_are_asked_in_turn() -> None:
-    asked = [ask(SETTINGS, index) for index in (0, 3, 4)]
+    asked = [render_question(SETTINGS, index) for index in (0, 3, 4)]
     assert [a.picture.size for a in asked] == [(896, 896), (1120, 896), (896, 1120)]
     assert all(a.sample.view.size == (112, 112) for a in asked)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.demo_model.views import whole
+from eval.demo_model.views import full_window
 from eval.signs import drawing, sampling, scenes
 from eval.signs.drawing import draw, render, render_view
 from eval.signs.sampling import generate_scene, questions
@@ -157,7 +157,7 @@ def test_fast_drawing_shows_the_same_signs() -> None:
     """The training view differs from the reduced picture only in its background."""
     scene = generate_scene("val", 3)
     exact = np.asarray(render_view(scene)).astype(int)
-    fast = draw(scene, whole(scene), (224, 224), exact_texture=False)
+    fast = draw(scene, full_window(scene), (224, 224), exact_texture=False)
     quick = np.asarray(fast.resize((112, 112))).astype(int)
     for sign in scene.signs:
         x0, y0, x1, y1 = (round(v / 8) for v in sign.text_box)
