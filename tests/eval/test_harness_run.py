@@ -36,6 +36,7 @@ from eval.tasks import Sample, Task, open_task
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import RegionNeed
+from tests.support.pinned import PROJECTS
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import CollabError, ConfigError
@@ -202,7 +203,7 @@ def test_a_killed_run_goes_on_to_the_same_rows(unbroken: Path, tmp_path: Path) -
         [sys.executable, str(STALLING), str(folder), str(LIMIT), str(LIMIT - 2)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PROJECTS))},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
