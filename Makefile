@@ -1,13 +1,13 @@
 # `make demo` shows the system at work, `make report` measures it, `make test` checks all of it.
-# Each sets up everything in $(VENV) by themselves.
+# Each first sets up all it needs in $(VENV).
 
 PYTHON ?= python3.11
 VENV ?= .venv
-# This exact build is a CPU one on the machines we test on; a plain `torch` may bring gigabytes
-# of CUDA. Override it on a GPU host: `make demo TORCH=torch`.
+# On the machines we test on, this version is a CPU build; a plain `torch` may bring gigabytes of
+# CUDA. On a GPU host: `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
-# Exact versions of all the rest; `make constraints` renews them. `CONSTRAINTS=` takes the newest
-# that pyproject.toml allows. With another VENV, so that both can be had: `make test-newest`.
+# Exact versions of all other packages; `make constraints` renews them. `CONSTRAINTS=` takes the
+# newest that pyproject.toml allows; `make test-newest` does so in an environment of its own.
 CONSTRAINTS ?= constraints
 JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -18,10 +18,10 @@ RUN = $(VENV)/bin
 export CONSTRAINTS
 PACKAGES = vlm_collab edge_client server_plugin eval
 
-# The tests in vLLM build an environment of 3.5 GB beside $(VENV). `make test VLLM=0` goes without.
+# The tests with vLLM need an environment of their own, of 3.5 GB. `make test VLLM=0` skips them.
 VLLM ?= 1
 
-# Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
+# Those with lmms-eval need one of 100 MB, which borrows the rest from $(VENV). `LMMS=0` skips them.
 LMMS ?= 1
 
 .PHONY: demo report serve test lint types layers check vllm-env check-vllm bench-vllm lmms-env \
@@ -30,15 +30,15 @@ LMMS ?= 1
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
 
-# Every figure and table of the paper on the demo model, from nothing; prints where numbers differ
-# from docs/results/demo. A stopped run goes on where it was; `rm -r out/report` begins again.
+# Makes every figure and table of the paper on the demo model, and prints where numbers differ from
+# docs/results/demo. Continues a stopped run; `rm -r out/report` starts again.
 report: $(VENV)/.demo
 	$(RUN)/python -m eval.report.demo --out out/report
 
 serve: $(VENV)/.demo
 	$(RUN)/vlm-collab serve
 
-# What the tests need is installed while types are checked; both wait for one core each.
+# Types are checked while the tests' environments are installed; each uses one core.
 NEEDED = browser rtsp-server $(if $(filter-out 0,$(VLLM)),vllm-env) $(if $(filter-out 0,$(LMMS)),lmms-env)
 test: $(VENV)/.dev
 	$(MAKE) --jobs 2 --output-sync=target lint types layers $(NEEDED)
@@ -54,8 +54,8 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(RUN)/lint-imports
 
-# Two workers on two cores; one thread each, or their thread pools fight. With lmms-eval among them,
-# which would leave one core idle by itself.
+# Two workers on two cores, with one thread each, so that their thread pools do not compete.
+# Includes the tests with lmms-eval, which alone would leave one core idle.
 check: $(VENV)/.dev browser rtsp-server $(if $(filter-out 0,$(LMMS)),lmms-env)
 	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses $(JOBS) --dist loadfile \
 	  -m "not slow and not vllm$(if $(filter-out 0,$(LMMS)),, and not lmms)"
@@ -67,7 +67,7 @@ check-vllm: vllm-env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and not slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
 
-# What attention rows cost in vLLM for the CPU (docs/vllm.md). Nothing else should run meanwhile.
+# Measures the cost of attention rows in vLLM on the CPU (docs/vllm.md). Run nothing else meanwhile.
 BENCH ?= --rounds 24
 bench-vllm: vllm-env
 	$(RUN)/python -m tests.support.vllm_cpu.environment eval.bench.vllm $(BENCH)
@@ -78,16 +78,16 @@ lmms-env: $(VENV)/.dev
 check-lmms: lmms-env
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "lmms and not slow" tests/eval/test_lmms_eval.py
 
-# What takes minutes and rarely breaks: models over thousands of scenes, more set-ups of vLLM. Run it
-# before a release; CI does not.
+# Tests that take minutes and rarely fail: models on thousands of scenes, more configurations of
+# vLLM. Run them before a release; CI does not.
 test-slow: vllm-env browser
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "slow and not vllm and not lmms" --numprocesses $(JOBS) \
 	  --dist loadfile
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "vllm and slow" --numprocesses $(JOBS) --dist loadgroup \
 	  tests/server_plugin/vllm
 
-# What another version of a dependency would break first: answers, rows and boxes of all families
-# against plain transformers, how checkpoints are read, what commands print, both ends of a link.
+# Tests that another version of a dependency would break first: answers, rows and boxes of all model
+# families against plain transformers, reading checkpoints, output of commands, both ends of a link.
 PARITY = $(addprefix tests/server_plugin/test_,transformers_backend.py instructblip.py \
     qwen2_5_vl.py deprecations.py checkpoints.py service.py cli.py) \
   $(addprefix tests/edge_client/test_,client.py cli.py picture.py)
@@ -96,9 +96,9 @@ parity: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN)/pytest -m "not vllm and not lmms" --numprocesses $(JOBS) \
 	  --dist loadfile $(TESTS)
 
-# The newest versions that pyproject.toml allows, in an environment of their own; half a minute if
-# they are those of constraints/. CI runs it behind `make test`, so that a release that breaks
-# something here is noticed here. `make test-newest TESTS=tests` runs everything.
+# Tests with the newest versions that pyproject.toml allows, in an environment of their own; takes
+# half a minute if they are those of constraints/. CI runs it after `make test`, to notice releases
+# that break something. `make test-newest TESTS=tests` runs all tests.
 test-newest: $(VENV)/.dev
 	@TORCH="$(TORCH)" $(RUN)/python -m tests.support.versions drift; case $$? in \
 	  0) echo "the newest versions that pyproject.toml allows are those of constraints/" ;; \
@@ -106,8 +106,8 @@ test-newest: $(VENV)/.dev
 	  *) exit 1 ;; \
 	esac
 
-# The lowest versions that pyproject.toml allows (torch's aside). Run it before a release, and when
-# a bound changes.
+# Tests with the lowest versions that pyproject.toml allows, except torch. Run it before a release
+# and when a bound changes.
 test-oldest: $(VENV)/.dev
 	rm -rf .venv-oldest && $(RUN)/python -m tests.support.versions oldest .venv-oldest/constraints
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints parity
@@ -115,7 +115,7 @@ test-oldest: $(VENV)/.dev
 constraints: $(VENV)/.dev
 	TORCH="$(TORCH)" $(RUN)/python -m tests.support.versions write
 
-# The page is tested in Chromium. Where it cannot be had those tests skip and say so, except in CI.
+# The page is tested in Chromium. Without it these tests are skipped with a message, except in CI.
 browser:
 	@for name in chromium chromium-browser google-chrome; do \
 	  command -v $$name >/dev/null && exit 0; \
@@ -138,12 +138,12 @@ $(VENV)/.torch: $(PINS)
 	$(PIP) install $(PINNED) "$(TORCH)"
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[eval]"
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml demo/pyproject.toml
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[eval]" --editable ./demo
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[dev]"
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml demo/pyproject.toml
+	$(PIP) install $(PINNED) $(PINNED_BUILD) --editable ".[dev]" --editable ./demo
 	touch $@
 
 clean:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.cli.demo import PICTURES
 from tests.support.patience import PATIENCE_S
 from tests.support.process import serving
+from vlm_collab_demo import PICTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENAI_EDGE = ROOT / "docs" / "examples" / "openai_edge.py"

@@ -18,6 +18,7 @@ import pexpect
 import pytest
 
 from tests.support.oracle import picture
+from tests.support.pinned import PROJECTS
 from tests.support.process import SERVE
 from vlm_collab.geometry import Size
 
@@ -69,7 +70,7 @@ def first(tmp_path: Path) -> dict[str, str]:
     return {
         **kept,
         "HOME": str(tmp_path / "home"),
-        "PYTHONPATH": os.pathsep.join((str(tmp_path / "noise"), str(ROOT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "noise", *PROJECTS))),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",

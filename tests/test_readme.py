@@ -42,7 +42,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the README's `photo.jpg`."""
-    shutil.copy(min((ROOT / "eval/pictures").glob("*.jpg")), tmp_path / "photo.jpg")
+    shutil.copy(min((ROOT / "demo/vlm_collab_demo/pictures").glob("*.jpg")), tmp_path / "photo.jpg")
     return tmp_path
 
 

@@ -22,9 +22,13 @@ def built_with() -> list[Requirement]:
 
 
 WANTED = {
-    "main.txt": [*versions.asked_for(["dev"]), *versions.asked_for(["gateway"]), *built_with()],
-    "lmms.txt": [*versions.asked_for(["eval"]), *map(Requirement, LIGHT), *built_with()],
-    "vllm.txt": [*versions.asked_for(["server"]), Requirement(VLLM), *built_with()],
+    "main.txt": [
+        *versions.requirements(["dev"]),
+        *versions.requirements(["gateway"]),
+        *built_with(),
+    ],
+    "lmms.txt": [*versions.requirements(["eval"]), *map(Requirement, LIGHT), *built_with()],
+    "vllm.txt": [*versions.requirements(["server"]), Requirement(VLLM), *built_with()],
 }
 
 

@@ -1,7 +1,7 @@
 """The official OpenAI SDK as the edge: a small view goes up, and a crop only when it is needed.
 
 vlm-collab serve &
-python docs/examples/openai_edge.py eval/pictures/scene-2.jpg "what number is on the white diamond?"
+python docs/examples/openai_edge.py photo.jpg "what number is on the white diamond?"
 """
 
 import base64

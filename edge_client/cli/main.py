@@ -62,7 +62,7 @@ _EXTRA = {
     "gateway": "gateway",
     "watch": "camera",
     "serve": "server",
-    "demo": "eval",
+    "demo": "demo",
     "eval": "eval",
     "calibrate": "eval",
     "flops": "server",

@@ -1,23 +1,23 @@
-"""What the edge costs: time for a view and a region, importing, memory, and the install.
+"""Benchmark the edge: time for a view and a region, import time, memory, and install size.
 
 Times of pictures are in units of one full decoding of the same 12-megapixel JPEG by plain Pillow.
-Each repetition times a full decoding and the thing itself, back to back, so that a busy machine
-slows both alike; figures are medians of the paired ratios, of processor time of one thread. The
-pictures are drawn: a scene as it is, the same with a sensor's noise, and a page of small texts.
-How much entropy decoding they need, which scaled decoding does not save, differs most.
+Each repetition times a full decoding and the measured operation, one after the other, so that other
+load slows both alike; figures are medians of the paired ratios of one thread's processor time. The
+pictures are generated: a scene, the same with sensor noise, and a page of small texts. They differ
+most in their share of entropy decoding, which scaled decoding does not save.
 
-An allocator either gives a picture's memory back or keeps it for the next one. A new process and
-one that asks now and then work in *fresh* memory, whose first touch costs as much as half the
-decoding; one that does nothing but decode may work in *kept* memory. Both are measured (glibc).
+An allocator either returns a picture's memory or keeps it for the next one. A new process, or one
+that asks now and then, works in *fresh* memory, whose first use costs as much as half the decoding;
+one that decodes all the time may work in *kept* memory. Both are measured (glibc).
 
-*View* opens the file, makes the 336 px global view and encodes it. *View and region* also cuts
-672 px and encodes them at 336. *Naive* decodes in full for each of the two. *Decoding at 1/8* is
-plain Pillow's smallest scaled decoding, and nothing else.
+*View* opens the file, makes the 336 px global view and encodes it. *View and region* also cuts a
+region of 672 px and encodes it at 336. *Naive* decodes in full for each of the two. *Decoding at
+1/8* is plain Pillow's smallest scaled decoding alone.
 
-Memory is that of a process which asks a local service about such a picture, imports included.
+Memory is that of a process that asks a local service about such a picture, imports included.
 
-One JSON line for each figure; `--out` collects them. Run `python -m eval.bench.edge`; with
-`--quality` it shows instead what scaled decoding costs in quality, against decoding in full.
+Prints one JSON line per figure; `--out` also writes them to a file. Run `python -m
+eval.bench.edge`; `--quality` measures instead the loss of quality by scaled decoding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageFont, features
 
 from edge_client.picture import Picture
-from eval.signs.scenes import generate_scene, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.pictures.images import Codec, encode
 
@@ -102,33 +103,33 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def full(data: bytes) -> Image.Image:
-    """The unit: all pixels, by plain Pillow."""
+    """Decode all pixels by plain Pillow: the unit of time."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
 def view(data: bytes) -> None:
-    """What a question costs whose first answer stands."""
+    """The work for a question without a region."""
     Picture.open(data).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
 
 
 def view_and_region(data: bytes) -> None:
-    """What a question costs with its second pass."""
+    """The work for a question with a region."""
     picture = Picture.open(data)
     picture.view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
     picture.region(BOX, VIEW, Codec.JPEG, 90)
 
 
 def naive(data: bytes) -> None:
-    """The same without care."""
+    """The same by decoding in full for each."""
     encode(full(data).resize(VIEW, Image.Resampling.BICUBIC), Codec.JPEG, 90)
     cut = full(data).crop(BOX).resize(VIEW, Image.Resampling.BICUBIC)
     encode(cut, Codec.JPEG, 90)
 
 
 def eighth(data: bytes) -> Image.Image:
-    """The smallest scaled decoding there is; what is left is mostly entropy decoding."""
+    """Decode at 1/8, the smallest scale; most of the remaining work is entropy decoding."""
     image = Image.open(io.BytesIO(data))
     image.draft(None, (SOURCE.width // 8, SOURCE.height // 8))
     image.load()
@@ -150,7 +151,7 @@ _MEMORY = {
 
 
 def times(repeats: int) -> Iterator[dict[str, Any]]:
-    """Figures of all pictures, in processes that treat memory in the one and the other way."""
+    """Figures of all pictures, in processes with fresh and with kept memory."""
     for memory, settings in _MEMORY.items():
         command = [sys.executable, "-m", "eval.bench.edge", "--times", "--repeats", str(repeats)]
         environment = {**os.environ, **settings}
@@ -195,7 +196,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def importing(repeats: int) -> Iterator[dict[str, Any]]:
-    """Processor time of new processes, beyond one that does nothing."""
+    """Processor time of new processes, minus that of an empty one."""
     codes = {
         "import edge_client": "import edge_client",
         "import edge_client.EdgeClient": "from edge_client import EdgeClient",
@@ -225,7 +226,7 @@ def _process_s(code: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-# Its own process, so that nothing of this one counts; VmHWM is the largest it ever was.
+# Runs in its own process; VmHWM is the process's peak memory.
 _ASKING = """
 import re, sys, edge_client
 from pathlib import Path
@@ -259,7 +260,7 @@ def resident(data: bytes) -> Iterator[dict[str, Any]]:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             refined, now_kb, most_kb = done.stdout.split()
             if (refined == "True") != (arguments[0] == unsure):
-                raise SystemExit(f"the service did not do as expected: {done.stdout}")
+                raise SystemExit(f"unexpected answer of the service: {done.stdout}")
             yield {
                 "figure": f"resident while asking, {name}",
                 "value": round(int(most_kb) * 1024 / 1e6, 1),
@@ -300,10 +301,10 @@ def _serving() -> Iterator[str]:
 
 
 def install() -> dict[str, Any]:
-    """Size of what `pip install vlm-collab` puts on a device, from the files installed here.
+    """Size of `pip install vlm-collab` on a device, computed from the files installed here.
 
-    Compiled bytecode, which pip makes, is counted; the demo checkpoint, which a device has no use
-    for, is not.
+    Compiled bytecode, which pip makes, is counted. Training code and benchmarks are not: the wheel
+    leaves them out.
     """
     sizes = {}
     waiting = ["vlm-collab"]
@@ -325,7 +326,7 @@ def install() -> dict[str, Any]:
         path.stat().st_size
         for package in ("vlm_collab", "edge_client", "server_plugin", "eval", "configs")
         for path in (root / package).rglob("*")
-        if path.is_file() and "demo_model" not in path.parts
+        if path.is_file() and not {"demo_model", "bench"} & set(path.parts)
     )
     return {
         "figure": "install",
@@ -339,7 +340,7 @@ def install() -> dict[str, Any]:
 
 
 def quality() -> Iterator[dict[str, Any]]:
-    """How near the encoded view is to the best one, when it comes from a scaled decoding."""
+    """Quality of encoded views that come from scaled decoding, compared with the best view."""
     for name, data in pictures().items():
         decoded = full(data)
         for side in (224, 336, 448, 672):
@@ -366,7 +367,7 @@ def _psnr(encoded: bytes, other: Image.Image) -> float:
 
 
 def figures(repeats: int) -> Iterator[dict[str, Any]]:
-    """All of them but quality."""
+    """All figures but quality."""
     yield from times(repeats)
     yield from importing(repeats)
     yield from resident(pictures()["scene with noise"])
@@ -377,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="pairs behind each median")
     parser.add_argument("--quality", action="store_true", help="quality instead of costs")
-    parser.add_argument("--runs", type=int, default=1, help="do it all so many times")
+    parser.add_argument("--runs", type=int, default=1, help="repetitions of the whole benchmark")
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="file to collect the lines in")
     options = parser.parse_args()
@@ -398,8 +399,8 @@ def main() -> None:
     for run in range(1, options.runs + 1):
         for figure in quality() if options.quality else figures(options.repeats):
             goal = GOALS.get(figure["figure"])
-            told = {**figure, **({"goal": goal} if goal else {}), "run": run, **machine}
-            line = json.dumps(told)
+            entry = {**figure, **({"goal": goal} if goal else {}), "run": run, **machine}
+            line = json.dumps(entry)
             print(line, flush=True)
             lines.append(line)
     if options.out is not None:

@@ -1,8 +1,9 @@
-"""Executed floating-point operations, counted by PyTorch's own counter.
+"""Count executed floating-point operations with PyTorch's own counter.
 
-It counts matrix products, convolutions and attention, two operations for each multiplication with
-its addition, and takes no half off attention for the causal mask; so does Eq. 17 of
-003_92b41fe49395ce1a.txt. Norms, activations, softmax and sampling are not counted in either.
+It counts matrix products, convolutions and attention, with two operations for each multiply-add and
+without halving attention for the causal mask, as in Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models* (2025, arXiv 2512.16349), Eq. 17. Neither counts norms,
+activations, softmax and sampling.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from server_plugin.backends.transformers.backend import TransformersBackend
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which knows the fused kernels of CUDA, and here also that of the CPU."""
+    """PyTorch's FLOP counter, extended from CUDA's fused kernels to the CPU's."""
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     return FlopCounterMode(display=False, custom_mapping=on_cpu)
 
 
 @contextmanager
 def counted(backend: TransformersBackend) -> Iterator[FlopCounterMode]:
-    """Count what a backend computes; PyTorch counts per thread, and the model has its own."""
+    """Count a backend's FLOPs in its own thread, because PyTorch counts per thread."""
     counter = flop_counter()
     backend._worker.call(counter.__enter__).result()
     try:
         yield counter
     finally:
-        backend._worker.call(lambda: counter.__exit__(None, None, None)).result()
+        backend._worker.call(
+            lambda: counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        ).result()

@@ -1,12 +1,13 @@
-"""How much faster is the region search than the nested loops it stands for?
+"""Benchmark the region search against nested loops.
 
 All search the same maps and must find the same boxes. *Plain* loops add up every window cell by
-cell; *array* loops sum every window with one call of numpy, as ViCrop does. Both grow with the
-number of window positions. The summed-area table pays a fixed handful of array operations per
-ratio, about a microsecond each, whatever the size: the gain is largest for large photos, whose
-windows are small, and least where the grid holds few windows.
+cell; *array* loops sum every window with one call of numpy, as ViCrop does (Zhang et al., *MLLMs
+Know Where to Look: Training-free Perception of Small Visual Details with Multimodal LLMs*, 2025,
+arXiv 2502.17422). Their time grows with the number of window positions. The summed-area table
+needs a few array operations per ratio, about a microsecond each, for any size: the gain is largest
+for large photos, whose windows are small, and smallest if the grid has few window positions.
 
-Each repetition times both, back to back, so that a busy machine slows both alike; the ratio is
+Each repetition times both, one after the other, so that other load slows both alike; the ratio is
 the median over the pairs. The last line is one JSON object. Run `python -m eval.bench.roi`.
 """
 
@@ -142,7 +143,7 @@ def measure(source: Size, maps: Sequence[NDArray[np.float64]], inner: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=31, help="maps, each timed once with both")
+    parser.add_argument("--pairs", type=int, default=31, help="maps, each timed once per method")
     parser.add_argument("--inner", type=int, default=20, help="fast searches per timing")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

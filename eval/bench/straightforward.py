@@ -1,18 +1,18 @@
-"""Algorithm 1 of 003_92b41fe49395ce1a.txt as a reader of the paper would write it on transformers.
+"""A straightforward pipeline on transformers, which the engine is compared with.
 
-Each step is one plain call, with nothing shared between them:
+It implements Algorithm 1 of Song and Kim, *Collaborative Edge-to-Server Inference for
+Vision-Language Models* (2025, arXiv 2512.16349). Each step is a separate call; nothing is shared:
 
 1. `generate` on the global view gives the first answer, and its logits the uncertainty;
 2. a forward with `output_attentions=True` gives the attention under the question,
-3. another one that under the generic instruction; their ratio is the map, and the region search
-   finds the box;
+3. another forward gives the attention under the generic instruction; their ratio is the map, and
+   the region search finds the box;
 4. `generate` on both views gives the second answer.
 
-It is what the engine is measured against, so it is not made slower than it has to be: one copy of
-the weights in the same numbers on the same device, `inference_mode`, fused attention in `generate`
-(only the forwards that must return attention weights run eager, as transformers requires), no cache
-and one row of logits in those forwards, and the same region search, cropping and statistics as the
-engine's.
+The comparison is fair: the pipeline uses one copy of the weights in the same precision on the same
+device, `inference_mode`, fused attention in `generate` (only the forwards that return attention
+weights are eager, as transformers requires), no cache and one row of logits in those forwards, and
+the engine's own region search, cropping and statistics.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from vlm_collab.method.uncertainty import TokenStatistics, batch_token_statistic
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What one retransmitted question led to.
+class StraightforwardAnswer:
+    """Result of one retransmitted question.
 
     Attributes:
         first, second: token ids of the two answers.
@@ -54,7 +54,7 @@ class Straightforward:
 
     Args:
         model: a `LlavaForConditionalGeneration`. It is not changed, its weights are not copied.
-        processor: of the checkpoint.
+        processor: the checkpoint's processor.
         preset: prompt, generic instruction, layer and region search.
         info: grid and sizes of the model.
     """
@@ -75,14 +75,14 @@ class Straightforward:
         crop: Callable[[Box], Image],
         *,
         max_new_tokens: int,
-    ) -> Answered:
-        """Both passes, whatever the uncertainty says.
+    ) -> StraightforwardAnswer:
+        """Run both passes, whatever the uncertainty.
 
         Args:
             view: the global view.
             source: size of the original, in px.
             question: the user's text.
-            crop: gives the local view of a box.
+            crop: function that returns the local view of a box.
             max_new_tokens: longest answer.
         """
         preset, info = self._preset, self._info
@@ -94,7 +94,7 @@ class Straightforward:
         window = place_region(heat, frame, info.base_px, preset.ratios, preset.placement)
         box = token_box_to_source(window, info.grid, frame, source)
         second, _ = self._generate(question, [view, crop(box)], max_new_tokens)
-        return Answered(first, second, box, steps)
+        return StraightforwardAnswer(first, second, box, steps)
 
     def _inputs(self, question: str, pictures: Sequence[Image]) -> Any:
         text = self._preset.template.replace(IMAGE_SLOT, IMAGE_SLOT * len(pictures))
@@ -127,7 +127,7 @@ class Straightforward:
 
 
 def _with_attention(model: Any, name: str) -> Any:
-    """A copy of a model that shares its weights and has its own kind of attention."""
+    """Copy a model with another kind of attention; the copy shares the weights."""
     shared = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     twin.set_attn_implementation(name)

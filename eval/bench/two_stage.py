@@ -1,25 +1,25 @@
-"""How much does computing every visual token once save? Engine against straightforward pipeline.
+"""Benchmark the engine against a straightforward pipeline: computing each visual token once.
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
-`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`,
-which is what a reader of the paper would write on plain transformers. Answers have a fixed length;
-the end token is switched off for both. Tokens and boxes of both sides are compared before anything
-is timed, and must be the same in float32. (In 16-bit numbers near-ties fall differently with the
-shape of a matrix; how many tokens agree is reported instead.)
+`server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`, a
+plain implementation on transformers. Answers have a fixed length; the end token is off on both
+sides. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
+(In 16-bit precision, rounding depends on matrix shapes and can decide near-ties; the share of equal
+tokens is reported instead.)
 
-The prefill side is everything but token-by-token decoding: a run with answers of one token, which
-comes out of the prefill. Decoding is what a longer answer takes beyond that. `first_k` lets the
-engine stop the first answer after k tokens; the pipeline has nothing that could.
+Prefill is everything but token-by-token decoding: a run with answers of one token, which comes from
+the prefill. Decoding is the additional time of a longer answer. With `first_k`, the engine stops
+the first answer after k tokens; the pipeline cannot.
 
-Each repetition times both sides of every setting back to back, in alternating order, so that a
-busy machine slows both alike. Ratios are the pipeline's time over the engine's: medians over the
-pairs, with the lower and upper quartile. FLOPs are given twice: by the equations of
-003_92b41fe49395ce1a.txt (visual tokens in the decoder only), and as executed, counted by PyTorch
-(vision tower, text tokens and output head included).
+Each repetition times both sides of every setting one after the other, in alternating order, so
+that other load slows both alike. Ratios are the pipeline's time over the engine's: medians over the
+pairs, with quartiles. FLOPs are given twice: by the equations of Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349; visual tokens in the
+decoder only), and as counted by PyTorch (vision tower, text tokens and output head included).
 
-The last line is one JSON object. Run `python -m eval.bench.two_stage`; on a GPU with
-`--model shapes-7b` for the shapes of LLaVA-1.5-7B with random weights. `--capture` times the first
-pass with its attention row against one without.
+The last line is one JSON object. Run `python -m eval.bench.two_stage`; on a GPU, `--model
+shapes-7b` uses the shapes of LLaVA-1.5-7B with random weights. `--capture` compares the first pass
+with and without its attention row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,33 +42,17 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaProcessor,
-)
 
 from eval.bench.flop_count import counted, flop_counter
-from eval.bench.straightforward import Answered, Straightforward
+from eval.bench.straightforward import Straightforward, StraightforwardAnswer
+from eval.bench.subjects import SHAPES, Subject, loaded_subject, random_subject, shapes_of
 from eval.demo_model.provenance import provenance
-from eval.demo_model.words import BOS, EOS, IMAGE, PAD, build_tokenizer
 from server_plugin.backends.base import Generation, GenerationRequest, ModelInfo
-from server_plugin.backends.transformers.adapters.checkpoint import (
-    load_model,
-    load_processor,
-    local_or_hub,
-    model_type_of,
-)
 from server_plugin.backends.transformers.adapters.llava import LlavaAdapter
-from server_plugin.backends.transformers.adapters.registry import adapter_for
 from server_plugin.backends.transformers.backend import TransformersBackend
 from server_plugin.backends.transformers.passes import Passes
 from server_plugin.engines.two_stage import Engine, RegionNeed
-from server_plugin.models.presets import Preset, preset_for_family, preset_for_model
+from server_plugin.models.presets import Preset
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box, Size
 from vlm_collab.method.cost import flops, shared_prefix_flops, total_flops
@@ -78,132 +62,32 @@ QUESTION = "what number is on the small red triangle?"
 SOURCE = Size(1344, 1008)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shapes:
-    """Sizes of a LLaVA model; views of 336 px give 576 visual tokens in all of them."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    vocabulary: int
-    layer: int
-    vision_layers: int
-    vision_hidden: int
-    vision_heads: int
-
-
-SHAPES = {
-    "shapes-7b": Shapes(
-        layers=32, hidden=4096, intermediate=11008, heads=32, vocabulary=32064, layer=14,
-        vision_layers=24, vision_hidden=1024, vision_heads=16,
-    ),
-    # A quarter of the depth and of the width; vision tower with the same share of the work.
-    "shapes-small": Shapes(
-        layers=8, hidden=1024, intermediate=2752, heads=8, vocabulary=8016, layer=3,
-        vision_layers=6, vision_hidden=256, vision_heads=4,
-    ),
-}  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured: a model, not yet bound to either side."""
-
-    model: Any
-    processor: Any
-    preset: Preset
-
-
-def random_subject(shapes: Shapes, device: torch.device, dtype: torch.dtype, seed: int) -> Subject:
-    """A model of these shapes with random weights, made in the device's memory."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=shapes.vision_hidden,
-            intermediate_size=4 * shapes.vision_hidden,
-            num_hidden_layers=shapes.vision_layers,
-            num_attention_heads=shapes.vision_heads,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=shapes.vocabulary,
-            hidden_size=shapes.hidden,
-            intermediate_size=shapes.intermediate,
-            num_hidden_layers=shapes.layers,
-            num_attention_heads=shapes.heads,
-            num_key_value_heads=shapes.heads,
-            max_position_embeddings=4096,
-        ),
-        image_token_id=IMAGE,
-        vision_feature_select_strategy="default",
-    )
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-        random = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim < 2:
-                continue  # biases stay zero and norms one
-            # Sharp enough that attention, and with it map and answers, depend on the inputs.
-            gain = 1.6 if "q_proj" in name or "k_proj" in name else 1.0
-            fan_in = 1 if "embed" in name and "patch" not in name else weight[0].numel()
-            weight.normal_(0.0, gain / fan_in**0.5, generator=random)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-    square = {"height": 336, "width": 336}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
-        tokenizer=build_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    preset = preset_for_family("llava").with_overrides(layer=shapes.layer, fit="stretch")
-    return Subject(model, processor, preset)
-
-
-def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A checkpoint.
-
-    Raises:
-        SystemExit: it is of a family that the straightforward pipeline is not written for.
-    """
-    source = local_or_hub(name)
-    adapter = adapter_for(model_type_of(source))
-    if adapter is not LlavaAdapter:
-        raise SystemExit(f"{name} is of {adapter.family}; the pipeline is written for llava only")
-    preset = (preset_for_model(name) or preset_for_family(adapter.family)).with_overrides(
-        fit="stretch"
-    )
-    return Subject(load_model(source, device, dtype), load_processor(source), preset)
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """What both sides are shown."""
+class PicturePair:
+    """A source picture and its global view."""
 
     source: Image.Image
     view: Image.Image
 
     @classmethod
-    def random(cls, side: Size, seed: int) -> Pictures:
-        """Blocks of random colours: every patch differs from its neighbours."""
+    def random(cls, side: Size, seed: int) -> PicturePair:
+        """Make blocks of random colours, so that every patch differs from its neighbours."""
         blocks = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         source = Image.fromarray(blocks).resize(SOURCE, Image.Resampling.BICUBIC)
         return cls(source, source.resize(side, Image.Resampling.BICUBIC))
 
     def crop(self, box: Box) -> Image.Image:
-        """A region at the size of the view, as the edge would send it."""
+        """Cut a region and scale it to the view's size, as the edge does."""
         return self.source.crop(box).resize(self.view.size, Image.Resampling.BICUBIC)
 
 
 class OurSide:
-    """One retransmitted question through the engine, from a new view to its release."""
+    """Answers a retransmitted question with the engine, from a new view to its release."""
 
-    def __init__(self, backend: TransformersBackend, preset: Preset, pictures: Pictures, k: int):
+    def __init__(self, backend: TransformersBackend, preset: Preset, pictures: PicturePair, k: int):
         self._backend, self._preset, self._pictures, self._k = backend, preset, pictures, k
 
-    async def answer(self, max_new_tokens: int, aggregate: Aggregate) -> Answered:
+    async def answer(self, max_new_tokens: int, aggregate: Aggregate) -> StraightforwardAnswer:
         async def fetch(need: RegionNeed) -> Image.Image:
             return self._pictures.crop(need.box)
 
@@ -220,38 +104,40 @@ class OurSide:
         if outcome.second is None or outcome.need is None:
             raise RuntimeError("the second stage failed; see the log")
         first = outcome.first
-        return Answered(first.token_ids, outcome.second.token_ids, outcome.need.box, first.steps)
+        return StraightforwardAnswer(
+            first.token_ids, outcome.second.token_ids, outcome.need.box, first.steps
+        )
 
 
 class PassesWithoutCapture(Passes):
-    """What the model does, but for the attention row."""
+    """The model's passes without the attention row."""
 
     def _capture(self, *_: Any, **__: Any) -> Any:
         return None
 
 
 class WithoutCapture(TransformersBackend):
-    """The backend without the attention row, to see what the row costs."""
+    """The backend without the attention row, to measure the row's cost."""
 
     _passes = PassesWithoutCapture
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call. Both sides end with tokens read back from the device."""
+    """Wall-clock seconds of one call. Both sides end a call by reading tokens from the device."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = (float(v) for v in np.percentile(values, (25, 50, 75)))
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """How a question is answered; `name` is what the result calls it."""
+class AnswerSetting:
+    """How a question is answered; `name` is its key in the result."""
 
     name: str
     tokens: int
@@ -262,25 +148,25 @@ class Bench:
     """Both sides on one subject."""
 
     def __init__(self, subject: Subject, k: int, seed: int, runner: asyncio.Runner) -> None:
-        # Answers of fixed length, on both sides: nothing ends them but their limit.
+        # Both sides: answers of a fixed length, which only the limit ends.
         subject.model.generation_config.eos_token_id = None
         adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
         self.backend = TransformersBackend(adapter, "bench")
         info = self.backend.info
-        pictures = Pictures.random(info.view, seed)
+        pictures = PicturePair.random(info.view, seed)
         self._ours = OurSide(self.backend, subject.preset, pictures, k)
         self._plain = Straightforward(subject.model, subject.processor, subject.preset, info)
         self._pictures, self._k, self._runner = pictures, k, runner
 
-    def ours(self, setting: Setting) -> Answered:
+    def ours(self, setting: AnswerSetting) -> StraightforwardAnswer:
         return self._runner.run(self._ours.answer(setting.tokens, setting.aggregate))
 
-    def plain(self, setting: Setting) -> Answered:
+    def plain(self, setting: AnswerSetting) -> StraightforwardAnswer:
         view, crop = self._pictures.view, self._pictures.crop
         return self._plain.answer(view, SOURCE, QUESTION, crop, max_new_tokens=setting.tokens)
 
-    def compare(self, setting: Setting) -> dict[str, Any]:
-        """Run both sides once, untimed: what they answer, and what they compute."""
+    def compare(self, setting: AnswerSetting) -> dict[str, Any]:
+        """Run both sides once, untimed; compare their answers and count their FLOPs."""
         with counted(self.backend) as ours_counter:
             ours = self.ours(setting)
         with flop_counter() as plain_counter:
@@ -303,8 +189,8 @@ class Bench:
             },
         }
 
-    def pairs(self, settings: Sequence[Setting], repeats: int) -> dict[str, list[Pair]]:
-        """Times of both sides for each setting, one pair a repetition."""
+    def pairs(self, settings: Sequence[AnswerSetting], repeats: int) -> dict[str, list[Pair]]:
+        """Times of both sides for each setting, one pair per repetition."""
         taken: dict[str, list[Pair]] = {setting.name: [] for setting in settings}
         rounds = [(number, setting) for number in range(repeats) for setting in settings]
         for number, setting in tqdm(rounds, desc="timing", disable=None):
@@ -333,16 +219,16 @@ def medians(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Medians of both sides, and the ratio pair by pair."""
-    return {**medians(pairs), "ratio": spread([pair.plain_s / pair.ours_s for pair in pairs])}
+    """Medians of both sides, and quartiles of the pairs' ratios."""
+    return {**medians(pairs), "ratio": quartiles([pair.plain_s / pair.ours_s for pair in pairs])}
 
 
 def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> dict[str, Any]:
-    """Time both sides: prefill, decoding and total, for each length and way to decide."""
-    prefill = Setting("prefill", 1)
-    full = [Setting(f"{n} tokens, full", n) for n in answers]
-    early = [Setting(f"{n} tokens, first_k", n, Aggregate.FIRST_K) for n in answers]
-    # An answer of k tokens or fewer is over before it could be stopped: both ways are one.
+    """Time both sides: prefill, decoding and total, for each answer length and aggregation."""
+    prefill = AnswerSetting("prefill", 1)
+    full = [AnswerSetting(f"{n} tokens, full", n) for n in answers]
+    early = [AnswerSetting(f"{n} tokens, first_k", n, Aggregate.FIRST_K) for n in answers]
+    # An answer of at most k tokens cannot be stopped early: both aggregations are the same.
     settings = [prefill, *full, *(s for s in early if s.tokens > k)]
     compared = {
         setting.name: bench.compare(setting)
@@ -355,14 +241,14 @@ def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> di
         if setting.name not in taken:
             measured = f"{setting.tokens} tokens, full"
         total = taken[measured]
-        # What a longer answer takes beyond the prefill of the same repetition.
+        # Time beyond the prefill of the same repetition.
         decoding = [
             Pair(*(max(a - b, 0.0) for a, b in zip(whole, start, strict=True)))
             for whole, start in zip(total, taken["prefill"], strict=True)
         ]
         shown = medians(decoding)
         if shown["ours_s"]:
-            # Differences of two timings are too rough for ratios pair by pair.
+            # Differences of two timings are too noisy for ratios of single pairs.
             shown["ratio_of_medians"] = round(shown["plain_s"] / shown["ours_s"], 3)
         results[setting.name] = {"total": summary(total), "decoding": shown}
     return {
@@ -375,11 +261,11 @@ def two_stages(bench: Bench, answers: Sequence[int], k: int, repeats: int) -> di
 
 
 def equations(info: ModelInfo) -> dict[str, int]:
-    """FLOPs of a retransmitted question's prefills by Eq. 17 of 003, visual tokens only.
+    """FLOPs of a retransmitted question's prefills by Song and Kim, Eq. 17; visual tokens only.
 
     The straightforward pipeline prefills F(n) in `generate`, F(n) under the question, F(n) under
-    the generic instruction and F(2n): 5·F(n) where attention is small. Eq. 20 has one F(n) less,
-    since it takes the attention from the first pass.
+    the generic instruction, and F(2n): 5·F(n) if attention is a small part. Eq. 20 has one F(n)
+    less, because it takes the attention from the first pass.
     """
     n, width, layers = info.visual_tokens, info.hidden_size, info.layers
     return {
@@ -390,21 +276,27 @@ def equations(info: ModelInfo) -> dict[str, int]:
 
 
 def gflops(counts: dict[str, int]) -> dict[str, float]:
-    """In units of 10⁹, with the ratio of the two sides."""
+    """Convert FLOPs to GFLOPs and add the ratio of the two sides."""
     shown = {name: round(count / 1e9, 3) for name, count in counts.items()}
     return {**shown, "ratio": round(counts["plain"] / counts["ours"], 4)}
 
 
-def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -> dict[str, Any]:
-    """Time the first pass with its attention row against one without; one token each.
+def _ask(
+    runner: asyncio.Runner, ask: Callable[[str], Coroutine[Any, Any, Generation]], name: str
+) -> Generation:
+    return runner.run(ask(name))
 
-    Of a new view (vision tower, prefix and question) and of a follow-up question, whose few text
-    tokens are all that there is to compute.
+
+def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -> dict[str, Any]:
+    """Time the first pass with and without its attention row; one token each.
+
+    Measures a new view (vision tower, prefix and question) and a follow-up question, which computes
+    only a few text tokens.
     """
     subject.model.generation_config.eos_token_id = None
     adapter = LlavaAdapter(subject.model, subject.processor, subject.preset)
     sides = {"on": TransformersBackend(adapter, "on"), "off": WithoutCapture(adapter, "off")}
-    picture = Pictures.random(sides["on"].info.view, seed).view
+    picture = PicturePair.random(sides["on"].info.view, seed).view
     kept = {name: runner.run(backend.open_view(picture)) for name, backend in sides.items()}
 
     async def new_view(name: str) -> Generation:
@@ -422,18 +314,16 @@ def capture(subject: Subject, seed: int, repeats: int, runner: asyncio.Runner) -
     for what, ask in ("new_view", new_view), ("follow_up", follow_up):
         on, off = runner.run(ask("on")), runner.run(ask("off"))  # also the warm-up
         if on.token_ids != off.token_ids or on.row is None or off.row is not None:
-            raise SystemExit(f"{what}: the two first passes are not what they should be")
+            raise SystemExit(f"{what}: the first passes with and without the row do not match")
         taken: list[Pair] = []
         for number in tqdm(range(repeats), desc=what, disable=None):
             order = ["on", "off"] if number % 2 else ["off", "on"]
-            times = {
-                name: timed(lambda name=name, ask=ask: runner.run(ask(name))) for name in order
-            }
+            times = {name: timed(partial(_ask, runner, ask, name)) for name in order}
             taken.append(Pair(times["on"], times["off"]))
         results[what] = {
             "on_s": round(statistics.median(pair.ours_s for pair in taken), 5),
             "off_s": round(statistics.median(pair.plain_s for pair in taken), 5),
-            "ratio": spread([pair.ours_s / pair.plain_s for pair in taken]),
+            "ratio": quartiles([pair.ours_s / pair.plain_s for pair in taken]),
         }
     for backend in sides.values():
         runner.run(backend.close())
@@ -452,10 +342,10 @@ def machine(device: torch.device) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The result for these options.
+    """Run the benchmark with these options.
 
     Raises:
-        SystemExit: it cannot be had here, or the two sides do not give the same answers.
+        SystemExit: it cannot run on this machine, or the two sides' answers differ.
     """
     gpu = torch.cuda.is_available()
     device = torch.device(
@@ -495,18 +385,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": number,
         "repeats": options.repeats,
         **result,
-    }
-
-
-def shapes_of(subject: Subject) -> dict[str, int]:
-    """Sizes that a result depends on."""
-    text = subject.model.config.text_config
-    return {
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "intermediate": text.intermediate_size,
-        "vocabulary": text.vocab_size,
-        "layer": subject.preset.layer,
     }
 
 

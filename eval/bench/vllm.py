@@ -1,26 +1,26 @@
-"""What do attention rows cost in vLLM? First passes with their rows against plain requests.
+"""Benchmark the cost of attention rows in vLLM: first passes with rows against plain requests.
 
-Two engines of vLLM run side by side in this process's care: one with the plugin, asked through
-`VllmBackend`, and one that loads no plugin, asked as any user of vLLM would. Both get the same
-prompts and the same new pictures, many at a time, in five ways:
+This process starts two engines of vLLM: one with the plugin, used through `VllmBackend`, and one
+without plugins, used through vLLM's own interface. Both get the same prompts and the same new
+pictures, many at a time, in five ways:
 
-- `rows`: first passes, each of whose rows is fetched, as if every question went on to a region.
-- `captured`: first passes whose rows are captured and given back unread: an answer is good enough.
+- `rows`: first passes whose rows are fetched, as if every question needed a region.
+- `captured`: first passes whose rows are captured and released unread: no question needs a region.
 - `plain`: plain requests to the engine without the plugin.
-- `statistics`: the same with the log-probabilities that uncertainty needs; so what is left is what
-  the row alone costs.
-- `control`: plain requests to the engine with the plugin. Two engines are never quite alike; over
-  the control, the rows' cost is measured within one engine.
+- `statistics`: the same with the log-probabilities that uncertainty needs; the remaining difference
+  is the cost of the row alone.
+- `control`: plain requests to the engine with the plugin. Two engines never perform exactly alike;
+  compared with the control, the rows' cost is measured within one engine.
 
-Each round times all of them, in alternating order, so that a busy machine slows all alike. Ratios
-are over ours in throughput: the other's time over that of `rows` or `captured`; 1 is no cost. Of
-each, the median over the rounds with quartiles, and an interval that holds the median in 95 % of
-bootstraps over rounds; of the time elapsed, and of the processor time that front-end, engine and
-worker used, which other work on the machine touches less. (Not little: vLLM's engine process spins
-while it waits for its worker.) The goal is met if the whole interval of plain over ours in elapsed
-time lies above it, missed if it lies below, and undecided otherwise or after a few rounds only.
-Tokens of the ways are compared as they are timed (those of `captured` while warming up), and must
-be the same in float32.
+Each round times all ways, in random order, so that other load slows all alike. Ratios are
+throughput relative to another way: its time over that of `rows` or `captured`; 1 means no cost.
+For each ratio, the result has the median over the rounds with quartiles, and a 95 % bootstrap
+interval of the median over rounds: for the elapsed time, and for the processor time of front-end,
+engine and worker, which depends less on other load. (It still does: vLLM's engine process spins
+while it waits for its worker.) The goal is met if the whole interval of the elapsed time's ratio of
+`plain` lies above it, missed if it lies below, and undecided otherwise or after too few rounds.
+Tokens of the ways are compared in each round (those of `captured` only during warm-up), and must be
+equal in float32.
 
 The last line is one JSON object. Run `python -m eval.bench.vllm` where vLLM is installed, or
 `make bench-vllm`, which installs it for the CPU first (docs/vllm.md).
@@ -48,7 +48,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.bench.two_stage import SHAPES, machine, random_subject, spread
+from eval.bench.subjects import SHAPES, random_subject
+from eval.bench.two_stage import machine, quartiles
 from eval.demo_model.provenance import provenance
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import checkpoint_of, preset_of
@@ -67,9 +68,9 @@ QUESTION = "what is written on the large red sign?"
 GOAL = 0.97
 RESAMPLES = 10_000
 FEWEST_ROUNDS = 12
-"""Bootstraps over fewer give intervals that are too narrow."""
+"""With fewer rounds, bootstrap intervals are too narrow."""
 GIB = 2**30
-# What a result depends on besides the command's options, on the CPU.
+# Environment variables that a result on the CPU depends on.
 VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
 
 Tokens = tuple[int, ...]
@@ -77,14 +78,14 @@ Way = Callable[[Image.Image], Awaitable[Tokens]]
 
 
 def pictures(count: int, side: int, seed: int) -> list[Image.Image]:
-    """Views that no other seed gives, so that no cache knows them."""
+    """Make views that are different for each seed, so that no cache has them."""
     draw = np.random.default_rng(seed)
     small = draw.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in small]
 
 
 def ours(backend: Any, new_tokens: int, *, fetched: bool) -> Way:
-    """First passes through our backend: statistics of every token, and the row, fetched or not."""
+    """First passes through our backend: token statistics, and the row, fetched or not."""
 
     async def one(picture: Image.Image) -> Tokens:
         view = await backend.open_view(picture)
@@ -100,7 +101,7 @@ def ours(backend: Any, new_tokens: int, *, fetched: bool) -> Way:
 
 
 def plain(engine: Any, adapter: Any, new_tokens: int, logprobs: int | None) -> Way:
-    """Requests as vLLM's own interface takes them."""
+    """Plain requests through vLLM's own interface."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -116,7 +117,7 @@ def plain(engine: Any, adapter: Any, new_tokens: int, logprobs: int | None) -> W
     numbers = itertools.count()
 
     async def one(picture: Image.Image) -> Tokens:
-        # Every request comes as text, here as with us.
+        # As in our backend, each request starts from text.
         prompt = adapter.prompts.build(GenerationRequest(QUESTION, max_new_tokens=new_tokens), 1)
         (place,) = prompt.images
         ids = [*prompt.ids[: place.start + 1], *prompt.ids[place.stop :]]
@@ -125,14 +126,14 @@ def plain(engine: Any, adapter: Any, new_tokens: int, logprobs: int | None) -> W
         tokens: list[int] = []
         async for output in engine.generate(rendered, params, f"{logprobs}-{next(numbers)}"):
             tokens += output.outputs[0].token_ids
-        adapter.text_of(tokens)  # as ours does
+        adapter.text_of(tokens)  # as in our backend
         return tuple(tokens)
 
     return one
 
 
 async def ask_all(way: Way, views: Sequence[Image.Image], together: int) -> list[Tokens]:
-    """Answers of a way to all pictures, so many at a time that each end is a beginning."""
+    """Ask about all pictures in one way; keep `together` requests in flight."""
     gate = asyncio.Semaphore(together)
 
     async def one(view: Image.Image) -> Tokens:
@@ -149,10 +150,10 @@ async def measure(
     workers: dict[str, list[psutil.Process]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Times of all ways, round by round.
+    """Time all ways, round by round.
 
     Args:
-        workers: the processes of each engine, "ours" and "plain".
+        workers: processes of each engine, "ours" and "plain".
     """
     await backend.warm_up()
     ways = {
@@ -162,7 +163,7 @@ async def measure(
         "statistics": plain(engine, adapter, options.new_tokens, 2),
         "control": plain(backend.engine, adapter, options.new_tokens, None),
     }
-    # Each engine is asked several times: no time must find another's pictures in its caches.
+    # Each engine runs several ways; none may find another's pictures in the engine's caches.
     shown = {"rows": 0, "plain": 0, "control": 1, "statistics": 1, "captured": 2}
     side = backend.info.view.width
     wall: dict[str, list[float]] = {name: [] for name in ways}
@@ -208,7 +209,7 @@ async def measure(
 
 
 def compared(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians of the ways' times in seconds, and their ratios, which are of the same rounds."""
+    """Medians of the ways' times in seconds, and ratios of times of the same round."""
     result: dict[str, Any] = {
         "median_s": {name: round(float(np.median(taken)), 4) for name, taken in times.items()}
     }
@@ -217,19 +218,19 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
     ]
     for one, other in (*pairs, ("plain", "control")):
         ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
-        result[f"{one}_over_{other}"] = {**spread(ratios), "interval": interval(ratios)}
+        result[f"{one}_over_{other}"] = {**quartiles(ratios), "interval": interval(ratios)}
     return result
 
 
 def interval(ratios: Sequence[float]) -> list[float]:
-    """What holds the median in 95 % of bootstraps over the rounds, its ends included."""
+    """95 % bootstrap interval of the median over the rounds."""
     draw = np.random.default_rng(0)
     resampled = draw.choice(np.asarray(ratios), (RESAMPLES, len(ratios)))
     return [round(float(end), 4) for end in np.percentile(np.median(resampled, 1), (2.5, 97.5))]
 
 
 def verdict(ratio: dict[str, Any], rounds: int) -> str:
-    """Whether a ratio meets the goal, as far as these rounds can tell."""
+    """Whether a ratio meets the goal: "met", "missed" or "undecided"."""
     low, high = ratio["interval"]
     if rounds < FEWEST_ROUNDS:
         return "undecided"
@@ -237,17 +238,16 @@ def verdict(ratio: dict[str, Any], rounds: int) -> str:
 
 
 def cpu_s(processes: Sequence[psutil.Process]) -> float:
-    """Processor time that they have used so far, all threads together."""
+    """Processor time that the processes have used so far, in seconds."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def saved_shapes(name: str, folder: Path) -> str:
-    """A random checkpoint of these shapes, as a folder."""
+    """Save a random checkpoint of these shapes in a folder."""
     subject = random_subject(SHAPES[name], torch.device("cpu"), torch.float32, seed=0)
     subject.model.save_pretrained(folder)
     subject.processor.save_pretrained(folder)
-    # In the names that the hub's checkpoints have, which the newest transformers shortens and
-    # vLLM looks for.
+    # vLLM expects the names of the hub's checkpoints, which the newest transformers shortens.
     (weights,) = folder.glob("*.safetensors")
     named = {
         name.replace("vision_tower.", "vision_tower.vision_model."): weight
@@ -258,17 +258,17 @@ def saved_shapes(name: str, folder: Path) -> str:
 
 
 def run(source: str, preset: Preset, options: argparse.Namespace) -> dict[str, Any]:
-    """Open both engines on a checkpoint, and measure."""
+    """Open both engines with a checkpoint, and measure."""
     require_vllm()
     check(source, preset, options.model)
     engine = {
         "enforce_eager": not options.compile,
         "max_model_len": options.max_model_len,
-        # There are two of them.
+        # for each of the two engines
         "kv_cache_memory_bytes": int(options.kv_cache_gib * GIB),
         "gpu_memory_utilization": 0.45,
     }
-    # Which plugins an engine's processes load is settled as they start.
+    # An engine's processes read this when they start.
     os.environ["VLLM_PLUGINS"] = ""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -288,7 +288,9 @@ def run(source: str, preset: Preset, options: argparse.Namespace) -> dict[str, A
             "plain": [one for one in theirs if one.pid not in before],
             "ours": [one for one in psutil.Process().children(True) if one.pid not in known],
         }
-        cache = bare.vllm_config.cache_config.kv_cache_memory_bytes / GIB  # variables may set it
+        cache = (
+            bare.vllm_config.cache_config.kv_cache_memory_bytes / GIB
+        )  # the environment may set it
         return {
             "kv_cache_gib": round(cache, 3),
             **asyncio.run(measure(backend, bare, adapter, workers, options)),
@@ -298,7 +300,7 @@ def run(source: str, preset: Preset, options: argparse.Namespace) -> dict[str, A
 
 
 def command() -> str:
-    """What a shell in this folder repeats the run by, with the variables that it depends on."""
+    """Shell command that repeats the run in this folder, with the environment variables."""
     words = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     words += [sys.executable, "-m", "eval.bench.vllm", *sys.argv[1:]]
     return shlex.join(words).replace(f"{Path.cwd()}/", "").replace(str(Path.cwd()), ".")
@@ -308,13 +310,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo", help="demo, a checkpoint, or shapes-small")
-    parser.add_argument("--questions", type=int, default=128, help="of a round")
+    parser.add_argument("--questions", type=int, default=128, help="per round")
     parser.add_argument("--together", type=int, default=32, help="questions in flight")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before the first timed one")
     parser.add_argument("--max-model-len", type=int, help="512 for demo, otherwise 2048")
-    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine")
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="per engine")
     parser.add_argument("--compile", action="store_true", help="without --enforce-eager")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
@@ -357,6 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(result))
 
 
-# vLLM starts its engines in processes of their own, which import this file again.
+# vLLM's engine processes import this file again.
 if __name__ == "__main__":
     main()

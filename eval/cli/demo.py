@@ -21,7 +21,7 @@ from edge_client.cli import output as show
 from edge_client.cli.options import Token, TokenFile, token_of
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from server_plugin.backends.open import open_model
+from server_plugin.backends.open import demo_package, open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
@@ -31,8 +31,6 @@ from vlm_collab.geometry import Box, Size, frame_of
 from vlm_collab.pictures.images import SourceImage
 from vlm_collab.protocol.messages import Options, Welcome
 from vlm_collab.protocol.table import FITS
-
-PICTURES = Path(__file__).resolve().parents[1] / "pictures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,13 @@ class Case:
     truth: str | None
 
 
-def cases(folder: Path = PICTURES) -> list[Case]:
-    """The questions that come with the package, in the order of `pictures.json`."""
+def cases() -> list[Case]:
+    """The questions that come with the demo model, in the order of `pictures.json`.
+
+    Raises:
+        ModelError: the demo model is not installed.
+    """
+    folder = Path(demo_package().PICTURES)
     listed = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))["pictures"]
     return [Case(folder / one["file"], one["question"], one["truth"]) for one in listed]
 

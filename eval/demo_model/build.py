@@ -16,7 +16,7 @@ from eval.demo_model.words import BOS, EOS, IMAGE, PAD, build_tokenizer
 
 
 def llava_config(recipe: Recipe) -> LlavaConfig:
-    """The LLaVA configuration of a recipe, shaped like the hub's LLaVA-1.5 checkpoints."""
+    """LLaVA configuration of a recipe, in the form of the hub's LLaVA-1.5 checkpoints."""
     text: dict[str, Any] = {
         **recipe.text,
         "vocab_size": len(build_tokenizer()),
@@ -39,5 +39,5 @@ def llava_config(recipe: Recipe) -> LlavaConfig:
 
 
 def build_model(recipe: Recipe) -> LlavaForConditionalGeneration:
-    """The model with fresh weights."""
+    """The model with random weights."""
     return LlavaForConditionalGeneration(llava_config(recipe))

@@ -1,6 +1,6 @@
 """Write the model card: ``python -m eval.demo_model.card``.
 
-Every figure comes from the committed results files; the words around them are here.
+All figures come from the committed results files; this module has the words.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ coloured signs with numbers. It exists so that `vlm-collab` works from a fresh c
 download: it reads large numbers from a 112 x 112 view, is unsure about tiny ones, looks at the
 right place, and reads them from a full-resolution region.
 
-**It is a demo model.** It knows nothing but these generated scenes. Its figures are never a
-result on TextVQA or any other public benchmark, and say nothing about other models.
+**It is a demo model.** It knows only these generated scenes. Its figures are not results on TextVQA
+or any other public benchmark, and say nothing about other models.
 """
 
 _USE = """
@@ -36,8 +36,8 @@ _USE = """
 
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained("server_plugin/demo_model")
-    processor = AutoProcessor.from_pretrained("server_plugin/demo_model")
+    model = LlavaForConditionalGeneration.from_pretrained("demo/vlm_collab_demo/demo_model")
+    processor = AutoProcessor.from_pretrained("demo/vlm_collab_demo/demo_model")
 
 Prompts: `USER: <image>\\n{question} ASSISTANT:` for one picture,
 `USER: <image><image>\\n{question} ASSISTANT:` for a global view and then a local view. The answer
@@ -64,27 +64,28 @@ tokenizer of {vocabulary} entries in which digits never merge. bfloat16; key nam
 
 Stages (`eval/demo_model/recipe.yaml`): the vision tower alone under dense losses per patch
 (sign, colour, shape, each digit, the digit under the patch), first on one-digit signs; then
-projector and decoder on packed question answering with the tower frozen; then the same again with
-two digits, three times, at last with digits stretched, slanted, bolder and thinner than their fonts
-have them. Muon on hidden matrices, AdamW on the rest, bfloat16 autocast. Each stage is one
-run with one seed. The decoder is never told where to look: the attention map arises from answering.
-The answer to the generic instruction starts with a word about the background, since a denominator
-that looks at the signs would spoil the relative map. The curve is in `training-curve.json`.
+projector and decoder on packed question answering with the tower frozen; then both again three
+times with two digits, the last time with digits stretched, slanted, bolder and thinner than in
+their fonts. Muon on hidden matrices, AdamW on the rest, bfloat16 autocast. Each stage is one run
+with one seed. The decoder gets no labels of where to look: the attention map results from question
+answering. The answer to the generic instruction starts with a word about the background, because
+attention to the signs in the denominator would spoil the relative map. The learning curve is in
+`training-curve.json`.
 
-This checkpoint's run differs from one unbroken run of the recipe:
+This checkpoint's training differs from one uninterrupted run of the recipe:
 
-- from `tower-3` on it was trained as the recipe says, but began there from the bfloat16 weights of
-  the checkpoint that `decoder-2` had given (`python -m eval.demo_model.take_up`), with a new
-  read-out for the dense losses;
-- up to `decoder-2` the training fonts were five, `cmb10` among them only from about 900 steps into
-  `tower-2` on, and the length of `tower-2` was changed while it ran. From `tower-3` on they were
+- `tower-3` and all later stages follow the recipe, but `tower-3` started from the bfloat16 weights
+  of the checkpoint made by `decoder-2` (`python -m eval.demo_model.take_up`), with a new read-out
+  for the dense losses;
+- up to `decoder-2` there were five training fonts, `cmb10` among them only after about 900 steps of
+  `tower-2`, and the length of `tower-2` was changed while it ran. From `tower-3` on there were
   eight.
 
-Test figures of earlier checkpoints were looked at while this one was made (AUROC 0.897 after
-`decoder-2`, 0.893 after `decoder-3`, both below the 0.90 wanted): more fonts, longer training and
-the jittered digits came after that. No setting was chosen on the test split, and the figures below
-are of test scenes (from index 20 000 on) that no earlier figure was made of; held-out font and
-texture are the same.
+Test figures of earlier checkpoints were known while this one was made (AUROC 0.897 after
+`decoder-2`, 0.893 after `decoder-3`, both below the goal of 0.90): more fonts, longer training and
+jittered digits came after that. No setting was chosen on the test split. The figures below are of
+test scenes (from index 20 000 on) that no earlier figure used; held-out font and texture are the
+same.
 
 | stage | steps | minutes on two shared CPU cores |
 |---|---|---|
@@ -107,7 +108,7 @@ def _stages(curve: list[dict[str, Any]]) -> str:
 
 
 def _shares(test: dict[str, Any]) -> list[str]:
-    """The main table: what is wanted of the model, and what was measured."""
+    """Rows of the main table: goals and measurements."""
     accuracy, boxes = test["accuracy"], test["box_holds_text"]
     curves, auroc = test["trade_offs"]["sliding"], test["auroc"]
     curve, easy = curves["min_entropy/full"], test["presence_and_count_questions"]
@@ -138,7 +139,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
             f"{auroc['min_entropy/full']:.3f}",
         ),
         (
-            "region search's box holds the text, first answer wrong",
+            "region search's box contains the text, first answer wrong",
             "88 %",
             _percent(boxes["sliding"]["first_wrong"]),
         ),
@@ -148,7 +149,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
             _percent(boxes["sliding_without_epsilon"]["first_wrong"]),
         ),
         (
-            "centroid's box holds the text, first answer wrong",
+            "centroid's box contains the text, first answer wrong",
             "95 %",
             _percent(boxes["centroid"]["first_wrong"]),
         ),
@@ -179,7 +180,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
             for name in ("presence", "count")
         ),
         (
-            "number questions beside them",
+            "number questions, for comparison",
             "",
             f"{easy['mean_min_entropy_bits_of_number_questions']:.3f} bits",
         ),
@@ -188,7 +189,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
 
 
 def _uncertainties(test: dict[str, Any]) -> list[str]:
-    """The three metrics and the three aggregations side by side."""
+    """Rows of the table of metrics and aggregations."""
     curves = test["trade_offs"]["sliding"]
     rows = []
     for metric in ("min_entropy", "entropy", "margin"):
@@ -202,7 +203,7 @@ def _uncertainties(test: dict[str, Any]) -> list[str]:
 
 
 def _over_service(service: dict[str, Any]) -> list[str]:
-    """The same questions over the network."""
+    """Rows of the table of the same questions over the network."""
     rows = []
     for name, run in service.items():
         if not name.startswith("test/"):
@@ -224,7 +225,7 @@ def figures(
     choices: dict[str, Any],
     harder: dict[str, Any],
 ) -> str:
-    """The figures section.
+    """Write the figures section.
 
     Args:
         benchmark: results on scenes of the benchmark style, both splits.
@@ -243,16 +244,15 @@ def figures(
         "896 x 896, one in five 1120 x 896, one in five 896 x 1120), one question each, all texts",
         "of two digits. Text heights have a density proportional to "
         f"h^-{settings['text_height_power']:g}, a power chosen on",
-        "validation scenes (for each checkpoint anew: `docs/results/demo-model-choices.json`) as",
-        "the smallest that leaves room for a gain of 40 points.",
-        "Half of the test signs use a font, half of the backgrounds a texture, that training never",
-        "saw. Weights in bfloat16, computed in float32. Attention layer "
-        f"{settings['layer']}, base side of the region",
+        "validation scenes for each checkpoint (`docs/results/demo-model-choices.json`) as the",
+        "smallest that leaves room for a gain of 40 points. Half of the test signs use a font and",
+        "half of the backgrounds a texture that training did not have. Weights in bfloat16,",
+        f"computed in float32. Attention layer {settings['layer']}, base side of the region",
         f"search {settings['base_px']} px, side of the centroid's square "
         f"{settings['centroid_px']} px and denominator constant {settings['epsilon']:g}",
         "were chosen on the validation split. The figure: `docs/results/demo-model-2000.png`.",
         "",
-        "| | wanted | measured |",
+        "| | goal | measured |",
         "|---|---|---|",
         *_shares(test),
         "",
@@ -263,7 +263,7 @@ def figures(
         "|---|---|---|---|",
         *_uncertainties(test),
         "",
-        "By what training never saw:",
+        "By font and texture that training had (seen) or not (unseen):",
         "",
         "| | questions | global view | own region | true region | AUROC |",
         "|---|---|---|---|---|---|",
@@ -287,17 +287,17 @@ def figures(
         )
     lines += [
         "",
-        "The same questions through the real service and edge client, views and regions as JPEG of",
-        "quality 90 (in brackets the difference in points to the table above; bytes are all that",
-        "went up for a question, WebSocket headers included):",
+        "The same questions through service and edge client, with views and regions as JPEG of",
+        "quality 90 (in brackets the difference in points to the table above; bytes are all bytes",
+        "sent to the server for a question, WebSocket headers included):",
         "",
         "| placement | questions | global view | own region | bytes up |",
         "|---|---|---|---|---|",
         *_over_service(service),
         "",
-        "How hard the texts are decides much of this. Of texts of 3 to 4 px a third is read right,",
-        "partly by luck and unsurely, and the more of these there are, the less uncertainty tells.",
-        "The same figures on easier and on harder texts:",
+        "Much depends on how small the texts are. A third of the texts of 3 to 4 px is read right,",
+        "partly by luck and with high uncertainty; the more of these there are, the less well does",
+        "uncertainty separate right from wrong answers. The figures on easier and harder texts:",
         "",
         "| texts | questions | global view | own region | AUROC | gain at half |",
         "|---|---|---|---|---|---|",
@@ -309,18 +309,18 @@ def figures(
             for one in (plain, test, harder)
         ),
         "",
-        "The rule that chose the power was changed after test figures had been seen: it used to",
-        "be the power that brings the global view nearest to one half, which gave the last line,",
-        "where AUROC and gain at half fall short of what is wanted.",
+        "The rule for the power was changed after test figures had been seen. The old rule, the",
+        "power with which the accuracy of the global view is nearest to one half, gave the last",
+        "line, where AUROC and gain at half miss their goals.",
         "",
     ]
     chosen = default["val"]["preset"]
     lines += [
         "Chosen on the validation split, for `configs/models/demo.yaml`: "
         + ", ".join(f"`{key}: {value:g}`" for key, value in chosen.items())
-        + " (the threshold keeps 95 % of the gain of sending every region).",
+        + " (with this threshold, 95 % of the gain of sending every region remains).",
         "",
-        "All from `docs/results/`, made by",
+        "All figures are from `docs/results/`, made by",
         "",
         f"    {choices['made_by']['command']}",
         *(
@@ -331,12 +331,13 @@ def figures(
         "",
         "## Limits",
         "",
-        "- The generic instruction looks at the background and hardly ever at a sign, so the",
-        "  plain quotient of the relative map (no constant, the default of the definition) divides",
-        "  by almost nothing there and overrates signs that were not asked about: it holds less of",
-        "  the texts than is wanted. With the constant the map is about as good as raw attention,",
-        "  not better: on these scenes nothing but the question draws the model's eye.",
-        "- One training run with one seed: differences of a few points mean nothing.",
+        "- Under the generic instruction the model attends to the background and hardly ever to",
+        "  a sign. So without a constant in the denominator (the default of the definition) the",
+        "  relative map divides by almost nothing at signs and overrates those that the question",
+        "  is not about; its boxes contain the text less often than the goal. With the constant",
+        "  the map is about as good as raw attention, not better: on these scenes only the",
+        "  question attracts the model's attention.",
+        "- One training run with one seed: differences of a few points are not significant.",
         "- Numbers of one or two digits only; no words, no other objects, no photographs.",
         "- Signs never overlap, and each colour-and-shape pair occurs once in a picture.",
         "- Text under about 4 px in the global view is guessed, as it should be.",
@@ -351,7 +352,7 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def text() -> str:
-    """The whole card."""
+    """The model card."""
     curve = json.loads((FOLDER / "training-curve.json").read_text())
     config = json.loads((FOLDER / "config.json").read_text())
     size = (FOLDER / "model.safetensors").stat().st_size
@@ -373,7 +374,7 @@ def text() -> str:
 
 
 def main() -> None:
-    """Write the card."""
+    """Write the model card."""
     (FOLDER / "README.md").write_text(text())
 
 

@@ -1,13 +1,13 @@
-"""What the benchmark and the preset hold: ``python -m eval.demo_model.choose``.
+"""Choose settings of the benchmark and the preset: ``python -m eval.demo_model.choose``.
 
-Validation scenes only, and none that an evaluation reads (their indices start at 10 000). In turn:
+Uses validation scenes that no evaluation reads (their indices start at 10 000). Chooses, in turn:
 
-* the power p of the text heights' density h^-p: the smallest of ``POWERS`` with which the global
-  view alone is right in at most ``ROOM`` of the questions, so that there is room for a gain of 40
-  points and a few to spare. The rest is chosen on texts drawn with that p;
-* the constant in the denominator of the relative map: the one of ``EPSILONS`` whose box of the
-  region search holds the text most often; on ties the smallest;
-* the base side of the region search, of ``SIDES_PX``, likewise;
+* the power p of the text heights' density h^-p: the smallest of ``POWERS`` for which at most the
+  share ``ROOM`` of the answers from the global view alone is right, which leaves room for a gain of
+  40 points and a few more. All further choices use texts drawn with that p;
+* the constant in the denominator of the relative map: the one of ``EPSILONS`` with which the box of
+  the region search contains the text most often; on ties the smallest;
+* the base side of the region search, of ``SIDES_PX``, in the same way;
 * the side of the centroid placement's square: the one of ``SIDES_PX`` with the most right answers
   after the second pass; on ties the smallest. (Right answers differ by less than chance between
   neighbouring sides, for either placement.)
@@ -30,11 +30,11 @@ from eval.demo_model.boxes import contains, own_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import Asked, Settings, ask
+from eval.demo_model.questions import EvaluationSettings, RenderedQuestion, render_question
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
-from eval.demo_model.workers import spread
-from eval.signs.scenes import crop
+from eval.demo_model.workers import run_in_workers
+from eval.signs.drawing import crop
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
@@ -49,25 +49,27 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One question: after a box of each of ``SIDES_PX`` by the region search (``sliding``) and by
-    the centroid, whether the answer is right and whether the box holds the whole text."""
+    """One question, with a box of each of ``SIDES_PX`` by either placement: whether the answer is
+    right, and whether the box contains the whole text."""
 
     right: dict[str, tuple[bool, ...]]
     holds: dict[str, tuple[bool, ...]]
 
 
-def first_answers(reader: Reader, settings: Settings, indices: list[int]) -> list[bool]:
-    """Which first answers are right."""
-    samples = [ask(settings, index).sample for index in indices]
+def first_answers(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[bool]:
+    """Whether each first answer is right."""
+    samples = [render_question(settings, index).sample for index in indices]
     readings = reader.read(
         reader.features([s.view for s in samples]), [s.question.text for s in samples]
     )
     return [r.text == s.question.answer for r, s in zip(readings, samples, strict=True)]
 
 
-def all_epsilons(reader: Reader, settings: Settings, indices: list[int]) -> list[tuple[bool, ...]]:
-    """Whether the region search's box holds the text, with each constant."""
-    asked = [ask(settings, index) for index in indices]
+def all_epsilons(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[tuple[bool, ...]]:
+    """Whether the region search's box contains the text, for each constant."""
+    asked = [render_question(settings, index) for index in indices]
     return [
         tuple(
             contains(
@@ -80,9 +82,9 @@ def all_epsilons(reader: Reader, settings: Settings, indices: list[int]) -> list
     ]
 
 
-def all_sides(reader: Reader, settings: Settings, indices: list[int]) -> list[Tried]:
-    """Second answers with boxes of each side, by both placements."""
-    asked = [ask(settings, index) for index in indices]
+def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
+    """Results with boxes of each side, by both placements."""
+    asked = [render_question(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
     truths = [a.sample.question.answer for a in asked]
     features = reader.features([a.sample.view for a in asked])
@@ -115,7 +117,9 @@ def all_sides(reader: Reader, settings: Settings, indices: list[int]) -> list[Tr
 Rows = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _rows(reader: Reader, settings: Settings, asked: list[Asked]) -> list[Rows]:
+def _rows(
+    reader: Reader, settings: EvaluationSettings, asked: list[RenderedQuestion]
+) -> list[Rows]:
     """Attention under the question and under the generic instruction, at the settings' layer."""
     features = reader.features([a.sample.view for a in asked])
     first = reader.read(features, [a.sample.question.text for a in asked])
@@ -126,15 +130,15 @@ def _rows(reader: Reader, settings: Settings, asked: list[Asked]) -> list[Rows]:
     ]
 
 
-def _map(settings: Settings, rows: Rows, epsilon: float) -> NDArray[np.float64]:
+def _map(settings: EvaluationSettings, rows: Rows, epsilon: float) -> NDArray[np.float64]:
     return relative_map(*rows, _GRID, epsilon=epsilon)
 
 
 def easiest(accuracy: dict[float, float]) -> float:
-    """The smallest power whose accuracy leaves room for the gain.
+    """The smallest power for which the accuracy leaves room for the gain.
 
     Raises:
-        ValueError: none does.
+        ValueError: there is none.
     """
     fit = [power for power, share in accuracy.items() if share <= ROOM]
     if not fit:
@@ -147,17 +151,19 @@ def best(counts: dict[T, int]) -> T:
     return max(sorted(counts), key=lambda value: counts[value])
 
 
-def choose(settings: Settings, folder: Path, workers: int) -> dict[str, Any]:
-    """All choices, with what they were made from; a later one uses the earlier ones."""
+def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str, Any]:
+    """Make all choices, each with the earlier ones; return them with their figures."""
     accuracy = {}
     for power in POWERS:
-        made = spread(folder, first_answers, replace(settings, text_height_power=power), workers)
+        made = run_in_workers(
+            folder, first_answers, replace(settings, text_height_power=power), workers
+        )
         accuracy[power] = round(float(np.mean(made)), 4)
     settings = replace(settings, text_height_power=easiest(accuracy))
-    kept = spread(folder, all_epsilons, settings, workers)
+    kept = run_in_workers(folder, all_epsilons, settings, workers)
     by_epsilon = {e: sum(row[i] for row in kept) for i, e in enumerate(EPSILONS)}
     settings = replace(settings, epsilon=best(by_epsilon))
-    tried = spread(folder, all_sides, settings, workers)
+    tried = run_in_workers(folder, all_sides, settings, workers)
     sides: dict[str, Any] = {}
     for placement in Placement:
         name = placement.value
@@ -191,7 +197,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = Settings(
+    settings = EvaluationSettings(
         split="val",
         count=options.count,
         two_digits=options.two_digits,

@@ -1,9 +1,8 @@
-"""Stage kind "decoder": projector and language model over a frozen vision tower."""
+"""Stages of kind "decoder": train projector and language model over a frozen vision tower."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own usage)
@@ -12,22 +11,21 @@ from transformers import LlavaForConditionalGeneration
 
 from eval.demo_model import optim
 from eval.demo_model.build import build_model
-from eval.demo_model.measure import Sample, measure
+from eval.demo_model.loop import TrainingRun, drawn_ahead, train_loop
+from eval.demo_model.measure import ViewedQuestion, measure
 from eval.demo_model.packing import DecoderBatch, decoder_batch, tree_mask
-from eval.demo_model.recipe import Recipe, Stage
+from eval.demo_model.recipe import Recipe, TrainingStage
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import IGNORE, SIDE, random_window, view_style
 from eval.demo_model.words import IMAGE
-from eval.signs.scenes import draw, generate_scene, questions
-
-if TYPE_CHECKING:
-    from eval.demo_model.train import Run
+from eval.signs.drawing import draw
+from eval.signs.sampling import generate_scene, questions
 
 _VAL_SCENES = 64
 
 
 def load_tower(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
-    """Take over the vision tower of a finished tower stage."""
+    """Load the vision tower of a finished tower stage."""
     prefix = "tower."
     tower = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     model.model.vision_tower.load_state_dict(tower)
@@ -62,8 +60,8 @@ def packed_loss(
     return loss, {"token_right": float((right * weights).sum() / weights.sum())}
 
 
-def validation_samples(two_digits: float) -> list[Sample]:
-    """Fast drawings of validation scenes, one question each, for the curve only."""
+def validation_samples(two_digits: float) -> list[ViewedQuestion]:
+    """Validation scenes, drawn fast, with one question each; only for the learning curve."""
     import numpy as np
 
     rng = np.random.default_rng(5)
@@ -75,7 +73,7 @@ def validation_samples(two_digits: float) -> list[Sample]:
         full = draw(scene, (0.0, 0.0, 896.0, 896.0), (448, 448), exact_texture=False)
         window = random_window(rng, scene, question.sign)
         samples.append(
-            Sample(
+            ViewedQuestion(
                 view=full.resize((SIDE, SIDE)),
                 question=question,
                 size=scene.size,
@@ -85,10 +83,8 @@ def validation_samples(two_digits: float) -> list[Sample]:
     return samples
 
 
-def train_decoder(run: Run, recipe: Recipe, stage: Stage) -> None:
+def train_decoder(run: TrainingRun, recipe: Recipe, stage: TrainingStage) -> None:
     """Train projector and decoder by packed question answering."""
-    from eval.demo_model.train import drawn_ahead, train_loop
-
     torch.manual_seed(stage.seed)
     model = build_model(recipe)
     if not any(recipe.stage(name).kind == "tower" for name in stage.start_from):

@@ -1,10 +1,10 @@
 """Evaluate the demo checkpoint: ``python -m eval.demo_model.evaluate --split test --out R.json``.
 
-Full-resolution scenes, one question each. Reported are the accuracy from the global view alone,
-with the model's own region by either placement, and with a region around the true place; how
-well uncertainty tells wrong first answers from right ones; and where each decoder layer looks.
-Choices (attention layer, sides of the regions, threshold) are made on the validation split and
-only reported on the test split.
+Asks one question about each full-resolution scene. Reports the accuracy from the global view
+alone, with the model's own region by either placement, and with a region around the true place;
+how well uncertainty separates wrong from right first answers; and where each decoder layer looks.
+Settings (attention layer, sides of the regions, threshold) are chosen on the validation split; the
+test split is for reporting.
 """
 
 from __future__ import annotations
@@ -22,34 +22,42 @@ from eval.demo_model.boxes import own_box, true_box
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask, through_jpeg
-from eval.demo_model.report import Outcome, preset, report
+from eval.demo_model.questions import (
+    TEXT_HEIGHT_POWERS,
+    EvaluationSettings,
+    render_question,
+    through_jpeg,
+)
+from eval.demo_model.report import QuestionResult, preset, report
 from eval.demo_model.views import GRID, SIDE
-from eval.demo_model.words import GENERIC, second_kind
-from eval.demo_model.workers import here, spread
-from eval.signs.scenes import Box, crop
+from eval.demo_model.words import GENERIC, easy_question
+from eval.demo_model.workers import run_here, run_in_workers
+from eval.signs.drawing import crop
+from eval.signs.scenes import Box
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
 _GRID = Grid(GRID, GRID)
 
 FRESH = 20_000
-"""First scene of the test split that no figure was ever made of before the committed ones."""
+"""First test scene; no figure before the committed ones used this scene or later ones."""
 
 
-def run(model: LlavaForConditionalGeneration, settings: Settings) -> list[Outcome]:
-    """All passes on ``settings.count`` scenes, in this process."""
-    return here(model, answered, settings)
+def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:
+    """Run all passes on ``settings.count`` scenes in this process."""
+    return run_here(model, run_passes, settings)
 
 
-def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Outcome]:
-    """All passes on some scenes."""
-    asked = [ask(settings, index) for index in indices]
+def run_passes(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[QuestionResult]:
+    """Run all passes on some scenes."""
+    asked = [render_question(settings, index) for index in indices]
     features = reader.features([a.sample.view for a in asked])
     texts = [a.sample.question.text for a in asked]
     first = reader.read(features, texts)
     generic = reader.read(features, [GENERIC] * len(asked))
-    kinds = [second_kind(a.scene, np.random.default_rng([7, a.scene.index])) for a in asked]
+    kinds = [easy_question(a.scene, np.random.default_rng([7, a.scene.index])) for a in asked]
     easy = reader.read(features, [text for text, _ in kinds])
     boxes: dict[str, list[Box]] = {"own": [], "centroid": [], "true": []}
     for one, seen, plain in zip(asked, first, generic, strict=True):
@@ -65,7 +73,7 @@ def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Out
         arrived = [through_jpeg(region, settings.jpeg) for region in regions]
         refined[name] = reader.read(features, texts, reader.features(arrived))
     return [
-        Outcome(
+        QuestionResult(
             index=one.scene.index,
             question=one.sample.question,
             size=one.sample.size,
@@ -85,13 +93,15 @@ def answered(reader: Reader, settings: Settings, indices: list[int]) -> list[Out
 
 
 def comparable(made: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether two splits' results are about the same weights, run the same way."""
+    """Whether two splits' results are of the same weights and settings."""
 
-    def way(one: dict[str, Any]) -> dict[str, Any]:
+    def shared_settings(one: dict[str, Any]) -> dict[str, Any]:
         own = ("split", "count", "first_index")
         return {key: value for key, value in one["settings"].items() if key not in own}
 
-    return made.get("weights") == result["weights"] and way(made) == way(result)
+    return made.get("weights") == result["weights"] and shared_settings(made) == shared_settings(
+        result
+    )
 
 
 def main() -> None:
@@ -119,7 +129,7 @@ def main() -> None:
     first_index = options.first_index
     if first_index is None:
         first_index = FRESH if options.split == "test" else 0
-    settings = Settings(
+    settings = EvaluationSettings(
         split=options.split,
         count=options.count,
         two_digits=options.two_digits,
@@ -132,7 +142,7 @@ def main() -> None:
         style=options.style,
         text_height_power=TEXT_HEIGHT_POWERS[options.style],
     )
-    outcomes = spread(options.model, answered, settings, options.workers)
+    outcomes = run_in_workers(options.model, run_passes, settings, options.workers)
     figures = report(outcomes, settings)
     result = {
         "made_by": provenance("evaluate"),
@@ -146,7 +156,7 @@ def main() -> None:
     print(text)
     if options.out:
         existing = json.loads(options.out.read_text()) if options.out.exists() else {}
-        # Figures of another checkpoint or style do not stay beside these.
+        # Drop figures of another checkpoint or style.
         kept = {name: made for name, made in existing.items() if comparable(made, result)}
         existing = {**kept, options.split: json.loads(text)}
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Write the checkpoint folder: ``python -m eval.demo_model.export --run runs/demo --stage S``.
 
-The weights carry the key names of the hub's ``llava-hf/llava-1.5-7b-hf``, which transformers and
-vLLM both read; transformers' own ``save_pretrained`` would leave out a level of the vision tower's
-names that vLLM looks for.
+The weights have the key names of the hub's ``llava-hf/llava-1.5-7b-hf``, which transformers and
+vLLM both read. transformers' ``save_pretrained`` would omit a level of the vision tower's names
+that vLLM expects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eval.demo_model.words import (
     build_tokenizer,
 )
 
-FOLDER = Path(__file__).resolve().parents[2] / "server_plugin" / "demo_model"
+FOLDER = Path(__file__).resolve().parents[2] / "demo" / "vlm_collab_demo" / "demo_model"
 
 # transformers' names in memory -> the hub's names on disk.
 _HUB_NAMES = (
@@ -53,11 +53,11 @@ def hub_name(name: str) -> str:
 
 
 def hub_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """bfloat16 weights under the hub's names, each its own contiguous array."""
+    """Convert weights to bfloat16 under the hub's names, each a contiguous array."""
     return {hub_name(k): v.detach().to(torch.bfloat16).contiguous() for k, v in state.items()}
 
 
-# Written by transformers into every configuration; they say nothing about this model.
+# transformers writes these into every configuration; they do not describe this model.
 _NOT_OURS = (
     "_name_or_path",
     "chunk_size_feed_forward",
@@ -80,7 +80,7 @@ def _config(recipe: Recipe) -> dict[str, Any]:
             part.pop(key, None)
         part["dtype"] = part["torch_dtype"] = "bfloat16"
     text["architectures"] = ["LlamaForCausalLM"]
-    text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # where older readers look
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # for older readers
     config.update(
         architectures=["LlavaForConditionalGeneration"],
         image_token_index=IMAGE,
@@ -93,7 +93,7 @@ def _config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _image_processor(side: int) -> dict[str, Any]:
-    """Stretch to the encoder's square, scale to [-1, 1]."""
+    """Image processor: stretch to the encoder's square, scale to [-1, 1]."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -173,7 +173,7 @@ def write_checkpoint(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> 
 
 
 def curve(run: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
-    """The validation lines of a run's learning curve, of these stages."""
+    """Validation lines of a run's learning curve, for these stages."""
     lines = (run / "curve.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
     return [

@@ -1,6 +1,6 @@
 """Draw the evaluation: ``python -m eval.demo_model.figure --results R.json --out F.png``.
 
-Everything comes from the results file; no model runs.
+Reads the results file only; no model runs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,21 @@ def trade_off(axes: Axes, figures: dict[str, Any]) -> None:
     curves = figures["trade_offs"]["sliding"]
     for metric, (label, colour, line) in METRICS.items():
         drawn = curves[f"{metric}/full"]
-        axes.plot(drawn["retransmitted"], drawn["accuracy"], line, color=colour, label=label)
+        axes.plot(
+            drawn["retransmitted"],
+            drawn["accuracy"],
+            line,
+            color=colour,
+            label=label,
+        )
     drawn = curves["min_entropy/full"]
-    axes.plot(drawn["retransmitted"], drawn["random"], ":", color="#616161", label="random")
+    axes.plot(
+        drawn["retransmitted"],
+        drawn["random"],
+        ":",
+        color="#616161",
+        label="random",
+    )
     for share, word in ((0, "never"), (-1, "always")):
         x, y = drawn["retransmitted"][share], drawn["accuracy"][share]
         axes.plot([x], [y], "o", color="#212121")
@@ -57,7 +69,7 @@ def trade_off(axes: Axes, figures: dict[str, Any]) -> None:
 
 
 def certainty(axes: Axes, figures: dict[str, Any]) -> None:
-    """How sure right and wrong first answers are."""
+    """Uncertainty of right and of wrong first answers."""
     counts = figures["min_entropy_histogram"]
     edges = np.array(counts["edges_bits"])
     axes.stairs(counts["right"], edges, fill=True, alpha=0.5, color="#2e7d32", label="right")
@@ -70,7 +82,7 @@ def certainty(axes: Axes, figures: dict[str, Any]) -> None:
 
 
 def holding(axes: Axes, figures: dict[str, Any]) -> None:
-    """How often each kind of box holds the whole text."""
+    """How often each kind of box contains the whole text."""
     rates = figures["box_holds_text"]
     where = np.arange(len(BOXES))
     for offset, which, label, colour in (

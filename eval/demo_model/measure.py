@@ -1,9 +1,9 @@
-"""What the demo model answers, how sure it is and where it looks, by plain transformers.
+"""Answers, uncertainty and attention of the demo model, by plain transformers.
 
-This is an evaluation tool, made for many questions at once: it recomputes prefixes and switches
-eager attention on. The engine computes the same quantities without either; the definitions are
-those of DESIGN section 3 (uncertainty: 003_92b41fe49395ce1a.txt, Eq. 14-16, relative attention:
-Eq. 22).
+This evaluation tool handles many questions at once: it recomputes prefixes and uses eager
+attention. The engine computes the same quantities without either. Uncertainty and relative
+attention are those of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349), Eq. 14-16 and Eq. 22.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eval.demo_model.packing import PATCHES, vocabulary
 from eval.demo_model.tower import to_pixels
 from eval.demo_model.views import GRID
 from eval.demo_model.words import EOS, GENERIC, IMAGE
-from eval.signs.scenes import Box, Question
+from eval.signs.scenes import Box, SignQuestion
 from server_plugin.backends.transformers.batch import cache_argument
 
 _MAX_TOKENS = 5
@@ -31,11 +31,11 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A question about a picture: 112-px global view, source size (w, h), maybe a local view."""
+class ViewedQuestion:
+    """A question with its 112-px global view, source size (w, h) and, optionally, a local view."""
 
     view: Image.Image
-    question: Question
+    question: SignQuestion
     size: tuple[int, int]
     local: Image.Image | None = None
 
@@ -75,7 +75,7 @@ class Reader:
     def read(
         self, features: Tensor, questions: list[str], local: Tensor | None = None
     ) -> list[Reading]:
-        """Answers to ``questions`` on global views (and local views, 003 Eq. 12)."""
+        """Answer ``questions`` on global views (and local views: Song and Kim, Eq. 12)."""
         images = PATCHES * (1 if local is None else 2)
         prompts = [
             [*self.words.prefix(), *[IMAGE] * images, *self.words.suffix(q)] for q in questions
@@ -100,7 +100,8 @@ class Reader:
         embeds = inner.language_model.embed_tokens(ids)
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         embeds = embeds.masked_scatter(slots, visual.to(embeds.dtype))
-        held = cache_argument(type(inner.language_model))
+        decoder: type = type(inner.language_model)
+        held = cache_argument(decoder)
         cache = DynamicCache(config=inner.language_model.config)
         before = inner.language_model.config._attn_implementation
         inner.language_model.set_attn_implementation("eager")
@@ -142,12 +143,12 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """First answers, answers with the given local views, and maps of a set of samples.
+    """First answers, answers with the given local views, and maps of a set of questions.
 
     ``raw`` and ``relative`` are (N, layers, 64).
     """
 
-    samples: list[Sample]
+    samples: list[ViewedQuestion]
     first: list[Reading]
     local: list[Reading]
     raw: NDArray[np.float64]
@@ -158,7 +159,7 @@ class Measured:
         return _right(self.first, self.samples)
 
     def located(self, maps: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Per layer, how often the map's peak lies on a patch that the asked sign touches."""
+        """Per layer, how often the map's peak lies on a patch of the sign in question."""
         peaks = maps.argmax(-1)
         hits = np.zeros(peaks.shape)
         for row, sample in enumerate(self.samples):
@@ -181,7 +182,7 @@ class Measured:
 
 
 def touched_patches(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which of the 64 patches of the global view a source box touches."""
+    """Mask of the 64 patches of the global view that a source box touches."""
     columns, rows = np.arange(GRID) * size[0] / GRID, np.arange(GRID) * size[1] / GRID
     across = (columns + size[0] / GRID > box[0]) & (columns < box[2])
     down = (rows + size[1] / GRID > box[1]) & (rows < box[3])
@@ -189,14 +190,14 @@ def touched_patches(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
     return touched
 
 
-def _right(readings: list[Reading], samples: list[Sample]) -> NDArray[np.bool_]:
+def _right(readings: list[Reading], samples: list[ViewedQuestion]) -> NDArray[np.bool_]:
     return np.array([r.text == s.question.answer for r, s in zip(readings, samples, strict=True)])
 
 
 def measure(
-    model: LlavaForConditionalGeneration, samples: list[Sample], epsilon: float = 0.0
+    model: LlavaForConditionalGeneration, samples: list[ViewedQuestion], epsilon: float = 0.0
 ) -> Measured:
-    """First pass, generic pass and (where samples have local views) second pass."""
+    """Run the first and the generic pass, and the second one if all samples have local views."""
     reader = Reader(model)
     features = reader.features([s.view for s in samples])
     asked = [s.question.text for s in samples]

@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate line, shared by both kinds of stage."""
+"""Optimisers and learning-rate schedule of both kinds of stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_optimisers(
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int = 50) -> float:
-    """Short warm-up, constant until half, then a straight line to nearly zero."""
+    """Learning rate: a short warm-up, constant until half, then linear to nearly zero."""
     rise = min((step + 1) / warmup, 1.0)
     fall = min(2.0 * (1.0 - step / steps), 1.0)
     return peak * min(rise, max(fall, 0.01))

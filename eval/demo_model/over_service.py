@@ -1,9 +1,9 @@
 """The evaluation through the real service: ``python -m eval.demo_model.over_service --out R.json``.
 
-The same questions as `eval.demo_model.evaluate`, asked by the real edge client of the real
-service over a WebSocket on this machine, with JPEG views and regions and the second pass forced,
-so that every question has a first and a refined answer. Reported are both accuracies, the bytes
-really sent, and the differences to a results file made in one process without JPEG.
+The edge client asks the questions of `eval.demo_model.evaluate` at the service, over a WebSocket on
+this machine, with JPEG views and regions. The second pass is forced, so every question has a first
+and a refined answer. Reports both accuracies, the bytes sent, and the differences to a results
+file made in one process without JPEG.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
@@ -28,7 +28,12 @@ from edge_client.picture import Picture
 from eval.demo_model.boxes import contains
 from eval.demo_model.figure import RESULTS
 from eval.demo_model.provenance import provenance, weights_digest
-from eval.demo_model.questions import Asked, Settings, ask, settings_of
+from eval.demo_model.questions import (
+    EvaluationSettings,
+    RenderedQuestion,
+    render_question,
+    settings_of,
+)
 from eval.demo_model.workers import chunks
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
@@ -42,8 +47,8 @@ _AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What came back for one question; sizes in bytes, WebSocket headers in the first two."""
+class ServiceResult:
+    """Result of one question; sizes in bytes, `up` and `down` with WebSocket headers."""
 
     first: bool
     refined: bool
@@ -55,10 +60,10 @@ class Told:
     region: int
 
 
-def told(asked: Asked, answer: EdgeAnswer) -> Told:
-    """One question's result."""
+def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult:
+    """Summarise one answer."""
     question = asked.sample.question
-    return Told(
+    return ServiceResult(
         first=answer.first_text == question.answer,
         refined=answer.text == question.answer,
         holds=answer.box is not None and contains(answer.box, question.text_box),
@@ -70,13 +75,15 @@ def told(asked: Asked, answer: EdgeAnswer) -> Told:
     )
 
 
-def drawn(settings: Settings, indices: list[int]) -> list[Asked]:
-    """The questions with their full-size pictures."""
-    return [ask(settings, index) for index in indices]
+def rendered_questions(settings: EvaluationSettings, indices: list[int]) -> list[RenderedQuestion]:
+    """Draw the questions' full-size pictures."""
+    return [render_question(settings, index) for index in indices]
 
 
-async def through(settings: Settings, placement: str, quality: int) -> list[Told]:
-    """Ask every question over the network; pictures are drawn meanwhile in another process."""
+async def ask_service(
+    settings: EvaluationSettings, placement: str, quality: int
+) -> list[ServiceResult]:
+    """Ask every question at the service; another process draws the next pictures meanwhile."""
     side = settings.base_px if placement == "sliding" else settings.centroid_px
     backend, preset = open_model(
         "demo", device="cpu", dtype="float32", placement=placement, base_px=side
@@ -88,7 +95,7 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
     )
     options = Options(retransmit=Retransmit.ALWAYS)
     turns = asyncio.Semaphore(_AT_ONCE)
-    made: list[Told] = []
+    made: list[ServiceResult] = []
     context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
     try:
@@ -97,18 +104,18 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
             EdgeClient(url, view_codec=Codec.JPEG, view_quality=quality) as client,
         ):
 
-            async def one(asked: Asked) -> Told:
+            async def one(asked: RenderedQuestion) -> ServiceResult:
                 async with turns:
                     picture = Picture.from_pil(asked.picture)
                     answer = await client.ask(picture, asked.sample.question.text, options=options)
-                return told(asked, answer)
+                return service_result(asked, answer)
 
             parts = chunks(settings.indices())
             with (
                 ProcessPoolExecutor(1, context) as pool,
                 tqdm(total=settings.count, desc=placement, disable=None) as bar,
             ):
-                draw = partial(drawn, settings)
+                draw = partial(rendered_questions, settings)
                 coming = loop.run_in_executor(pool, draw, parts[0])
                 for number in range(len(parts)):
                     ready = await coming
@@ -121,13 +128,13 @@ async def through(settings: Settings, placement: str, quality: int) -> list[Told
     return made
 
 
-def compared(made: list[Told], reference: dict[str, Any], refined: str) -> dict[str, Any]:
-    """Figures of a run, and how far they lie from the reference's same questions, in points.
+def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str) -> dict[str, Any]:
+    """Figures of a run, and their differences to the reference on the same questions, in points.
 
     Args:
-        made: the answers over the service, in the reference's order, maybe fewer.
+        made: results from the service, in the reference's order; possibly fewer.
         reference: one split of a results file.
-        refined: name of the reference's answer after the same placement.
+        refined: name of the reference's answer with the same placement.
     """
     count = len(made)
     figures: dict[str, Any] = {"questions": count, "accuracy": {}, "in_process": {}}
@@ -137,10 +144,10 @@ def compared(made: list[Told], reference: dict[str, Any], refined: str) -> dict[
         (refined, [t.refined for t in made]),
     ):
         before = [mark == "1" for mark in reference["right_by_question"][which][:count]]
-        here, there = float(np.mean(values)), float(np.mean(before))
-        figures["accuracy"][which] = round(here, 4)
-        figures["in_process"][which] = round(there, 4)
-        figures["difference_points"][which] = round(100 * (here - there), 2)
+        share, share_before = float(np.mean(values)), float(np.mean(before))
+        figures["accuracy"][which] = round(share, 4)
+        figures["in_process"][which] = round(share_before, 4)
+        figures["difference_points"][which] = round(100 * (share - share_before), 2)
         figures["answers_that_turned"][which] = {
             "to_right": sum(v and not b for v, b in zip(values, before, strict=True)),
             "to_wrong": sum(b and not v for v, b in zip(values, before, strict=True)),
@@ -173,7 +180,7 @@ def main() -> None:
         raise SystemExit(f"{options.reference} is about another checkpoint; make it again first")
     settings = settings_of(reference["settings"])
     settings = replace(settings, count=min(options.count, settings.count))
-    made = asyncio.run(through(settings, options.placement, options.jpeg))
+    made = asyncio.run(ask_service(settings, options.placement, options.jpeg))
     refined = "own" if options.placement == "sliding" else "centroid"
     figures = compared(made, reference, refined)
     result = {

@@ -1,10 +1,11 @@
 """Packed sequences for decoder training: one scene, its global view once, many questions.
 
-A packed sequence is a tree. The trunk is what every prompt about a picture starts with:
-``<s>USER: `` and the global view's 64 visual tokens. Each branch goes on from the trunk with its
-own text, or with a local view's visual tokens and then its text (003_92b41fe49395ce1a.txt,
-Eq. 12). A token sees the trunk and its own branch up to itself, and its position counts from the
-trunk's end, so each branch computes just what it would alone.
+A packed sequence is a tree. Its trunk is the common start of every prompt about a picture:
+``<s>USER: `` and the global view's 64 visual tokens. Each branch continues the trunk with its own
+text, or with a local view's visual tokens and then its text (Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models*, 2025, arXiv 2512.16349, Eq. 12). A token
+attends to the trunk and to earlier tokens of its own branch, and its position counts from the
+trunk's end, so each branch computes the same as it would alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from eval.demo_model.views import (
     GRID,
     IGNORE,
     draw_view,
+    full_window,
     random_size,
     random_window,
     view_style,
-    whole,
 )
 from eval.demo_model.words import (
     GENERIC,
@@ -30,22 +31,23 @@ from eval.demo_model.words import (
     LIST_SIGNS,
     PAD,
     Vocabulary,
-    second_kind,
+    easy_question,
     sign_list,
 )
-from eval.signs.scenes import Question, Scene, generate_scene, questions
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import Scene, SignQuestion
 
 PATCHES = GRID * GRID
 LOCAL_VIEWS = 2
 _VIEW_QUESTIONS = 4
-_ELSEWHERE = 0.08  # share of local views that show any place, not the one asked about
+_ELSEWHERE = 0.08  # share of local views of a random place, not of the sign in question
 _LIST_WEIGHT = 0.4
 _GENERIC_WEIGHT = 0.3
 
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    """The vocabulary, made once in each process."""
+    """The vocabulary, built once per process."""
     return Vocabulary()
 
 
@@ -81,10 +83,10 @@ class _Tree:
 
 @dataclass(frozen=True, slots=True)
 class DecoderBatch:
-    """``views`` uint8 (B, 3, 112, 112, 3): global view, two local views. The rest (B, L).
+    """``views`` is uint8 (B, 3, 112, 112, 3): a global and two local views; the rest is (B, L).
 
-    ``labels`` holds the token that each position predicts, ``branch`` 0 for the trunk and -1 for
-    padding, ``weights`` the share of each label in the loss.
+    ``labels`` holds the token that each position predicts, ``branch`` is 0 for the trunk and -1
+    for padding, ``weights`` is the weight of each label in the loss.
     """
 
     views: NDArray[np.uint8]
@@ -95,8 +97,8 @@ class DecoderBatch:
     weights: NDArray[np.float32]
 
 
-def _asked_with_crop(rng: np.random.Generator, asked: tuple[Question, ...]) -> Question:
-    """Half of the local views go to one of the two smallest texts."""
+def _question_for_crop(rng: np.random.Generator, asked: tuple[SignQuestion, ...]) -> SignQuestion:
+    """Choose a question for a local view; half of the time one of the two smallest texts."""
     if rng.random() < 0.5:
         smallest = sorted(asked, key=lambda q: q.view_text_height_px)[:2]
         return smallest[int(rng.integers(len(smallest)))]
@@ -106,19 +108,19 @@ def _asked_with_crop(rng: np.random.Generator, asked: tuple[Question, ...]) -> Q
 def _pack(scene: Scene, rng: np.random.Generator) -> tuple[_Tree, list[NDArray[np.uint8]]]:
     words = vocabulary()
     asked = questions(scene)
-    views = [draw_view(scene, whole(scene), rng)]
+    views = [draw_view(scene, full_window(scene), rng)]
     tree = _Tree()
     tree.start([*words.prefix(), *[IMAGE] * PATCHES])
     for number in rng.permutation(len(asked))[:_VIEW_QUESTIONS].tolist():
         question = asked[number]
         tree.grow(words.suffix(question.text), words.answer(question.answer), 1.0)
     for _ in range(LOCAL_VIEWS):
-        question = _asked_with_crop(rng, asked)
+        question = _question_for_crop(rng, asked)
         around = None if rng.random() < _ELSEWHERE else question.sign
         views.append(draw_view(scene, random_window(rng, scene, around), rng))
         prompt = [IMAGE] * PATCHES + words.suffix(question.text)
         tree.grow(prompt, words.answer(question.answer), 1.0)
-    text, answer = second_kind(scene, rng)
+    text, answer = easy_question(scene, rng)
     tree.grow(words.suffix(text), words.answer(answer), 1.0)
     description = words.answer(scene.background.description)
     tree.grow(words.suffix(GENERIC), description, _GENERIC_WEIGHT)
@@ -135,7 +137,7 @@ def decoder_batch(
     power: float = 1.0,
     jitter: float = 0.0,
 ) -> DecoderBatch:
-    """Batch ``step`` of decoder training; the same arguments give the same batch."""
+    """Make batch ``step`` of decoder training; the same arguments give the same batch."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, 2]))
     trees, views = [], []
     for place in range(count):
@@ -165,7 +167,7 @@ def decoder_batch(
 
 
 def tree_mask(branch: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Who may look at whom: (B, 1, L, L) for a (B, L) array of branches."""
+    """Attention mask, (B, 1, L, L), for a (B, L) array of branches."""
     same = branch[:, :, None] == branch[:, None, :]
     trunk = (branch == 0)[:, None, :]
     earlier = np.tril(np.ones((branch.shape[1], branch.shape[1]), bool))

@@ -1,13 +1,13 @@
 """Make the demo pictures: ``python -m eval.demo_model.pictures``.
 
-Walks the test split in order and takes, for each role, the first scene whose question plays it
-with the committed checkpoint, through JPEG views and regions as on the uplink:
+Goes through the test split in order. For each role, takes the first scene with a question that
+fits the role with the committed checkpoint and with views and regions sent as JPEG:
 
-* "sure": the global view alone is answered surely (well below the preset's threshold) and rightly;
-* "asks": the first answer is unsure (well above it) and wrong, the answer after the model's own
-  region right.
+* "sure": the first answer is right, and its uncertainty is well below the preset's threshold;
+* "asks": the first answer is wrong, and its uncertainty well above the threshold; the answer with
+  the model's own region is right.
 
-Nothing else is picked: the first scene that plays a role is the one shown.
+There is no other selection.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from edge_client.picture import Picture
 from eval.demo_model.boxes import own_box
 from eval.demo_model.measure import Reader, Reading
-from eval.demo_model.questions import Settings
+from eval.demo_model.questions import EvaluationSettings
 from eval.demo_model.views import GRID, SIDE
 from eval.demo_model.words import GENERIC
 from eval.demo_model.workers import load_model
-from eval.signs.scenes import Question, SceneStyle, generate_scene, questions, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle, SignQuestion
 from server_plugin.models.presets import preset_named
 from vlm_collab.geometry import Box, Fit, Grid, Size
 from vlm_collab.method.roi import relative_map
 from vlm_collab.pictures.images import Codec
 
-FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+FOLDER = Path(__file__).resolve().parents[2] / "demo" / "vlm_collab_demo" / "pictures"
 SIZES = ((1024, 896), (896, 896), (896, 1024), (1152, 896))
 QUALITY = 92
 QUALITY_SENT = 90
 _LARGEST_BYTES = 500_000
-_FIRST_INDEX = 100_000  # beyond what any evaluation reads
+_FIRST_INDEX = 100_000  # later than the scenes of any evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """One picture with its question."""
+    """A picture with its question and the model's answers."""
 
     file: str
     role: str
@@ -62,11 +64,11 @@ class Picked:
     text_height_in_view_px: float
 
 
-def play(
-    reader: Reader, picture: Image.Image, question: Question, settings: Settings
+def two_passes(
+    reader: Reader, picture: Image.Image, question: SignQuestion, settings: EvaluationSettings
 ) -> tuple[Reading, Reading, tuple[int, int, int, int]]:
     """First answer, refined answer and the box between them."""
-    # Through the edge client itself: another way of scaling could turn a close answer.
+    # With the edge client's own scaling: another one could change a close answer.
     shot, side = Picture.from_pil(picture), Size(SIDE, SIDE)
     features = reader.features([_arrived(shot.view(side, Fit.STRETCH, Codec.JPEG, QUALITY_SENT))])
     first = reader.read(features, [question.text])[0]
@@ -80,7 +82,7 @@ def play(
     box = own_box(relative, picture.size, settings.base_px)
     place = Box(box[0], box[1], box[2], box[3])
     local = _arrived(shot.region(place, side, Codec.JPEG, QUALITY_SENT))
-    # The edge never enlarges a small region; the encoder's processor does.
+    # The edge never enlarges a small region; the image processor does.
     local = local.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     own = reader.read(features, [question.text], reader.features([local]))[0]
     return first, own, (box[0], box[1], box[2], box[3])
@@ -91,9 +93,9 @@ def _arrived(data: bytes) -> Image.Image:
 
 
 def pick(
-    model: LlavaForConditionalGeneration, settings: Settings, eta_bits: float, out: Path
+    model: LlavaForConditionalGeneration, settings: EvaluationSettings, eta_bits: float, out: Path
 ) -> list[Picked]:
-    """Find, save and describe the pictures."""
+    """Select, save and describe the pictures."""
     reader = Reader(model)
     wanted = ["sure", "asks", "asks", "sure"]
     picked: list[Picked] = []
@@ -109,13 +111,13 @@ def pick(
         render(scene).save(buffer, "JPEG", quality=QUALITY)
         if buffer.tell() > _LARGEST_BYTES:
             continue
-        picture = Image.open(buffer).convert("RGB")  # what the edge will read from the file
+        picture = Image.open(buffer).convert("RGB")  # what the edge reads from the file
         for question in questions(scene):
-            first, own, box = play(reader, picture, question, settings)
+            first, own, box = two_passes(reader, picture, question, settings)
             bits = float(first.min_entropy.mean())
             sure = bits < eta_bits
             role = ""
-            # Not so close to the threshold that another processor's last digits could decide.
+            # Near the threshold, rounding on another processor could change the decision.
             if eta_bits / 1.5 < bits < eta_bits * 1.5:
                 continue
             if sure and first.text == question.answer:
@@ -158,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(
+    settings = EvaluationSettings(
         split="test",
         count=0,
         two_digits=options.two_digits,

@@ -1,4 +1,4 @@
-"""What stands behind a result: command, revision, versions."""
+"""Provenance of a result: command, revision, versions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eval.demo_model.export import FOLDER
 
 
 def weights_digest(folder: Path = FOLDER) -> str:
-    """SHA-256 of a checkpoint's weights: which model a result is about."""
+    """SHA-256 of a checkpoint's weights, to identify the model of a result."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def provenance(tool: str) -> dict[str, str]:
-    """Command, revision and versions behind a result of ``eval.demo_model.<tool>``."""
+    """Command, revision and versions of a result of ``eval.demo_model.<tool>``."""
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,

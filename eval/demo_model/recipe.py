@@ -1,4 +1,4 @@
-"""The training recipe: what the YAML file says, as typed values."""
+"""Read the training recipe from its YAML file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import msgspec
 import yaml
 
 
-class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrainingStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage of training.
 
-    ``two_digits`` is the share of two-digit texts at the start and at the end, ``ease`` runs
-    from its first value to zero over the first ``ease_until`` of the stage. Text heights have a
-    density proportional to h^-``text_height_power``; ``glyph_jitter`` is as `SceneStyle` has it.
-    ``start_from`` names earlier stages whose weights this one takes over.
+    ``two_digits`` is the share of two-digit texts at the start and at the end; it reaches the
+    latter, and ``ease`` reaches zero, after the share ``ease_until`` of the stage. Text heights
+    have a density proportional to h^-``text_height_power``; ``glyph_jitter`` is that of
+    `SceneStyle`. ``start_from`` names the earlier stages whose weights this one starts from.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Recipe:
     """Model widths and the stages, in order."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[TrainingStage, ...]
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> TrainingStage:
         """The stage of that name.
 
         Raises:
@@ -64,15 +64,15 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        ValueError: for a key or value that no stage knows.
+        ValueError: an unknown key, or a value of a wrong type.
     """
     raw = yaml.safe_load(path.read_text())
     stages = []
     for entry in raw["stages"]:
         values = dict(entry)
         try:
-            # Converted strictly; YAML reads 1e-3 (without a dot) as a text.
-            stages.append(msgspec.convert(values, Stage))
+            # Strict: YAML reads 1e-3 (without a dot) as a string.
+            stages.append(msgspec.convert(values, TrainingStage))
         except msgspec.ValidationError as error:
             raise ValueError(f"{path}: stage {entry.get('name')!r}: {error}") from None
     return Recipe(stages=tuple(stages), vision=raw["vision"], text=raw["text"])

@@ -1,7 +1,8 @@
-"""The figures of an evaluation, from what the model answered.
+"""Compute the figures of an evaluation from the model's answers.
 
-Uncertainty metrics and aggregations are those of 003_92b41fe49395ce1a.txt (Eq. 14-16 and the
-first k tokens), relative attention is its Eq. 22.
+Uncertainty metrics and aggregations are those of Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models* (2025, arXiv 2512.16349; Eq. 14-16 and the first k tokens),
+relative attention is its Eq. 22.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from eval.analysis.statistics import auroc
 from eval.demo_model.boxes import contains, own_box, random_box
 from eval.demo_model.measure import Reading, touched_patches
-from eval.demo_model.questions import SIZES, Settings
+from eval.demo_model.questions import SIZES, EvaluationSettings
 from eval.demo_model.views import GRID
-from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, Question
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Box, SignQuestion
 from vlm_collab.geometry import Grid
 from vlm_collab.method.roi import Placement, relative_map
 
@@ -27,8 +28,8 @@ ANSWERS: tuple[Answer, ...] = ("first", "own", "true", "centroid")
 METRICS = ("min_entropy", "entropy", "margin")
 AGGREGATES = ("full", "first_k", "first")
 FIRST_K = 2
-"""Tokens of the ``first_k`` aggregation. An answer of two digits is three tokens with the end
-token, so 2 is the only k that differs from ``first`` (1) and ``full`` (3): both digits, no end."""
+"""Tokens of the ``first_k`` aggregation. An answer of two digits has three tokens, the end token
+included, so 2 (both digits) is the only k that differs from ``first`` (1) and ``full`` (3)."""
 
 BASES_PX = (112, 168, 224, 256, 280, 320, 360)
 HEIGHT_BINS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.5)
@@ -38,16 +39,16 @@ _STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """Everything about one question. ``generic`` is (layers, 64).
+class QuestionResult:
+    """All results about one question. ``generic`` is (layers, 64).
 
-    ``own`` is the answer with the region search's box, ``centroid`` with the second placement's.
-    ``easy`` is the answer to a question that the global view is enough for, ``easy_truth`` what
-    it should be. ``texture`` is the family of the background.
+    ``own`` is the answer with the region search's box, ``centroid`` with the centroid placement's,
+    ``true`` with a box around the true place. ``easy`` is the answer to a question that the global
+    view suffices for, ``easy_truth`` the right one. ``texture`` is the family of the background.
     """
 
     index: int
-    question: Question
+    question: SignQuestion
     size: tuple[int, int]
     first: Reading
     own: Reading
@@ -61,7 +62,7 @@ class Outcome:
     texture: str
 
     def right(self, which: Answer) -> bool:
-        """Whether that answer is right."""
+        """Whether the answer of this name is right."""
         reading: Reading = getattr(self, which)
         return reading.text == self.question.answer
 
@@ -70,19 +71,19 @@ class Outcome:
         return self.first.attention / (self.generic + epsilon)
 
     def product_map(self, layer: int, epsilon: float) -> NDArray[np.float64]:
-        """Relative attention of one layer as the product computes it, (8, 8)."""
+        """Relative attention of one layer, computed as in the product, (8, 8)."""
         rows = self.first.attention[layer], self.generic[layer]
         return relative_map(*rows, _GRID, epsilon=epsilon)
 
 
 def aggregated(tokens: NDArray[np.float64], aggregate: str) -> float:
-    """One value for an answer from the values of its tokens, end token included."""
+    """Aggregate the values of an answer's tokens, end token included."""
     counted = {"full": len(tokens), "first_k": FIRST_K, "first": 1}[aggregate]
     return float(tokens[:counted].mean())
 
 
-def uncertainty(outcomes: list[Outcome], metric: str, aggregate: str) -> NDArray[np.float64]:
-    """Uncertainty of each first answer, higher is less sure (the margin is negated)."""
+def uncertainty(outcomes: list[QuestionResult], metric: str, aggregate: str) -> NDArray[np.float64]:
+    """Uncertainty of each first answer; higher is less certain (the margin is negated)."""
     sign = -1.0 if metric == "margin" else 1.0
     return np.array([sign * aggregated(getattr(o.first, metric), aggregate) for o in outcomes])
 
@@ -90,11 +91,11 @@ def uncertainty(outcomes: list[Outcome], metric: str, aggregate: str) -> NDArray
 def gains_of(
     first: NDArray[np.float64], refined: NDArray[np.float64], unsure: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Gain in accuracy when the n most unsure are sent again, for n from 0 to all.
+    """Gain in accuracy if the n least certain questions are retransmitted, for n from 0 to all.
 
     Args:
         first, refined: 1 where that answer is right, else 0.
-        unsure: uncertainty of the first answers, higher is less sure; ties in given order.
+        unsure: uncertainty of the first answers; ties keep their order.
     """
     order = np.argsort(-unsure, kind="stable")
     gains: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum((refined - first)[order])])
@@ -102,10 +103,10 @@ def gains_of(
 
 
 def curve(first: NDArray[np.float64], gains: NDArray[np.float64]) -> dict[str, Any]:
-    """Accuracy over the share sent again, and how it compares with sending a random share.
+    """Accuracy by share of retransmitted questions, compared with retransmitting a random share.
 
-    A region arrives at the size of the global view, so the share is also the additional
-    communication cost of 003 (section VII-A). Leads over random are in points.
+    A region has the size of the global view, so the share is also the additional communication
+    cost of Song and Kim (section VII-A). Leads over random are in points.
     """
     count, full = len(first), float(gains[-1])
     lead = 100 * (gains - np.linspace(0, 1, count + 1) * full)
@@ -121,7 +122,7 @@ def curve(first: NDArray[np.float64], gains: NDArray[np.float64]) -> dict[str, A
     }
 
 
-def trade_offs(outcomes: list[Outcome]) -> dict[str, Any]:
+def trade_offs(outcomes: list[QuestionResult]) -> dict[str, Any]:
     """`curve` by placement, metric and aggregation."""
     first = np.array([o.right("first") for o in outcomes], float)
     curves: dict[str, Any] = {}
@@ -138,8 +139,8 @@ def trade_offs(outcomes: list[Outcome]) -> dict[str, Any]:
     return curves
 
 
-def traded(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Accuracy when the most unsure share is sent again, from none to all."""
+def trade_off(outcomes: list[QuestionResult]) -> dict[str, Any]:
+    """Accuracy if the least certain share is retransmitted, from none to all."""
     first = np.array([o.right("first") for o in outcomes], float)
     own = np.array([o.right("own") for o in outcomes], float)
     unsure = uncertainty(outcomes, "min_entropy", "full")
@@ -160,13 +161,13 @@ def traded(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def easy_questions(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Questions about presence and number, from the global view: right, and how sure.
+def easy_questions(outcomes: list[QuestionResult]) -> dict[str, Any]:
+    """Accuracy and uncertainty of questions about presence and count, from the global view.
 
-    The uncertainty of the first answers about numbers on signs stands beside them.
+    For comparison also the uncertainty of the first answers about numbers on signs.
     """
 
-    def seen(inside: list[Outcome]) -> dict[str, Any]:
+    def seen(inside: list[QuestionResult]) -> dict[str, Any]:
         bits = [float(o.easy.min_entropy.mean()) for o in inside]
         return {
             "count": len(inside),
@@ -186,8 +187,8 @@ def easy_questions(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Accuracies by text height in the global view (px of 112); none for an empty bin."""
+def by_height(outcomes: list[QuestionResult]) -> list[dict[str, Any]]:
+    """Accuracies by text height in the 112-px global view; an empty bin has none."""
     rows = []
     for low, high in itertools.pairwise(HEIGHT_BINS):
         inside = [o for o in outcomes if low <= o.question.view_text_height_px < high]
@@ -195,8 +196,8 @@ def by_height(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    """Accuracies and AUROC of min-entropy, by whether training ever saw the sign's font and the
+def by_novelty(outcomes: list[QuestionResult]) -> dict[str, dict[str, Any]]:
+    """Accuracies and AUROC of min-entropy, by whether training had the sign's font and the
     background's texture."""
     rows: dict[str, dict[str, Any]] = {}
     for font, texture in itertools.product(("seen", "unseen"), repeat=2):
@@ -216,8 +217,8 @@ def by_novelty(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def histogram(outcomes: list[Outcome]) -> dict[str, Any]:
-    """How many right and wrong first answers by mean min-entropy; the last bin takes the rest."""
+def histogram(outcomes: list[QuestionResult]) -> dict[str, Any]:
+    """Counts of right and wrong first answers by mean min-entropy; the last bin is open."""
     bits = np.minimum(uncertainty(outcomes, "min_entropy", "full"), HISTOGRAM_BITS[-1])
     right = np.array([o.right("first") for o in outcomes])
     return {
@@ -227,12 +228,12 @@ def histogram(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
-    """How often a box holds the whole text, over all and where the first answer is wrong.
+def holds(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
+    """How often a box contains the whole text: of all questions, and of wrong first answers.
 
-    The boxes: the region search on the relative map with the settings' constant in the
-    denominator and without one, the centroid placement on the former, both placements on raw
-    attention, and random boxes of both placements' sizes.
+    The boxes: the region search on the relative map with and without the settings' constant in the
+    denominator, the centroid placement with it, both placements on raw attention, and random boxes
+    of both placements' sizes.
     """
     layer, base = settings.layer, settings.base_px
     kept: dict[str, list[bool]] = {}
@@ -264,8 +265,9 @@ def holds(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     }
 
 
-def by_layer(outcomes: list[Outcome], epsilon: float) -> list[dict[str, Any]]:
-    """Per decoder layer and map: peak on the asked sign; box (by base side) holds the text."""
+def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, Any]]:
+    """Per decoder layer and map: how often its peak is on the sign in question, and how often the
+    box (by base side) contains the text."""
     rows = []
     for layer in range(outcomes[0].generic.shape[0]):
         row: dict[str, Any] = {"layer": layer}
@@ -290,8 +292,8 @@ def by_layer(outcomes: list[Outcome], epsilon: float) -> list[dict[str, Any]]:
     return rows
 
 
-def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
-    """All figures of a run."""
+def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
+    """Compute all figures of a run."""
     wrong = np.array([not o.right("first") for o in outcomes])
     held = np.array([contains(o.box, o.question.text_box) for o in outcomes])
     right = {w: int(sum(o.right(w) for o in outcomes)) for w in ANSWERS}
@@ -313,7 +315,7 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
             for aggregate in AGGREGATES
         },
         "first_k": FIRST_K,
-        "trade_off": traded(outcomes),
+        "trade_off": trade_off(outcomes),
         "trade_offs": trade_offs(outcomes),
         "min_entropy_histogram": histogram(outcomes),
         "presence_and_count_questions": easy_questions(outcomes),
@@ -333,9 +335,9 @@ def report(outcomes: list[Outcome], settings: Settings) -> dict[str, Any]:
     }
 
 
-def _accuracies(outcomes: list[Outcome]) -> dict[str, Any]:
-    """How many, and the share of each answer that is right; no shares of nothing."""
-    shares = {
+def _accuracies(outcomes: list[QuestionResult]) -> dict[str, Any]:
+    """Count, and share of right answers of each kind; an empty list has no shares."""
+    shares: dict[str, float] = {
         which: round(sum(o.right(which) for o in outcomes) / len(outcomes), 4)
         for which in (ANSWERS if outcomes else ())
     }
@@ -343,12 +345,12 @@ def _accuracies(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def best_layer(rows: list[dict[str, Any]], base_px: int) -> int:
-    """The decoder layer whose box of the region search holds the text most often."""
+    """The decoder layer whose box of the region search contains the text most often."""
     best = max(rows, key=lambda row: row["relative_with_epsilon_box_holds_text"][str(base_px)])
     return int(best["layer"])
 
 
-def preset(figures: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def preset(figures: dict[str, Any], settings: EvaluationSettings) -> dict[str, Any]:
     """What a validation run says the model's preset should hold."""
     return {
         "layer": best_layer(figures["by_layer"], settings.base_px),

@@ -1,11 +1,11 @@
-"""Take up a finished checkpoint as the stages that led to it, to train it further.
+"""Continue training from a finished checkpoint.
 
-``python -m eval.demo_model.take_up --checkpoint server_plugin/demo_model --out runs/demo``
+``python -m eval.demo_model.take_up --checkpoint demo/vlm_collab_demo/demo_model --out runs/demo``
 
-Leaves an output folder in which every stage up to ``--stage`` counts as finished, so that the
-training command goes on with the next one. A checkpoint holds bfloat16 weights and neither
-optimiser state nor the tower's read-out, so this is a new start of the next stage and not the
-unbroken run: the read-out starts from random weights.
+Writes an output folder in which every stage up to ``--stage`` counts as finished, so that the
+training command continues with the next one. A checkpoint holds bfloat16 weights without optimiser
+state and without the tower's read-out, so the result differs from an uninterrupted run: the
+read-out starts from random weights.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from eval.demo_model.tower import TowerWithHeads
 
 
 def model_state(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
-    """The checkpoint's weights in float32 under transformers' names."""
+    """Load the checkpoint's weights in float32 under transformers' names."""
     saved = load_file(folder / "model.safetensors")
     names = build_model(recipe).state_dict()
     return {name: saved[hub_name(name)].float() for name in names}
 
 
 def tower_state(recipe: Recipe, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """A tower stage's weights: the checkpoint's tower below a new read-out."""
+    """Weights of a tower stage: the checkpoint's tower with a new read-out."""
     torch.manual_seed(seed)
     model = TowerWithHeads(CLIPVisionConfig(**recipe.vision))
     prefix = "model.vision_tower."
@@ -47,7 +47,7 @@ def take_up(recipe: Recipe, folder: Path, stage: str, out: Path) -> None:
     """Write the output folder.
 
     Raises:
-        ValueError: if the recipe has no such stage, or the folder has a run in it already.
+        ValueError: the recipe has no such stage, or the folder already contains a run.
     """
     last = recipe.stages.index(recipe.stage(stage))
     if (out / "curve.jsonl").exists() or any(out.glob("*.pt")):
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=FOLDER)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
-    parser.add_argument("--stage", help="last stage that counts as done (default: by the curve)")
+    parser.add_argument("--stage", help="last finished stage (default: the curve's last)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     stage = options.stage
@@ -77,7 +77,7 @@ def main() -> None:
         take_up(load_recipe(options.recipe), options.checkpoint, stage, options.out)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{options.out}: goes on after {stage}")
+    print(f"{options.out}: training continues after {stage}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage kind "tower": the vision tower alone, under dense losses on what each patch shows."""
+"""Vision tower and losses of stages of kind "tower": dense labels of what each patch shows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SIZES = (1, len(COLOURS), len(SHAPES), 11, 11, 11)
 
 
 def to_pixels(views: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1], as the image processor gives it."""
+    """Scale uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1], as the image processor does."""
     return torch.from_numpy(views).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 class TowerWithHeads(nn.Module):
-    """CLIP vision tower with one linear read-out per patch; the read-out is thrown away later."""
+    """CLIP vision tower with a linear read-out per patch, which only training uses."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class TowerWithHeads(nn.Module):
         self.heads = nn.Linear(config.hidden_size, sum(_SIZES))
 
     def hidden(self) -> nn.Module:
-        """The encoder, whose matrices Muon takes."""
+        """The encoder, whose matrices Muon optimises."""
         return self.tower.get_submodule("encoder")
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, 112, 112) to six score arrays (N, 64, classes)."""
+        """Compute six score arrays (N, 64, classes) of pixels (N, 3, 112, 112)."""
         features = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]
         scores: Tensor = self.heads(self.norm(features))
         return torch.split(scores.float(), list(_SIZES), dim=-1)
@@ -43,8 +43,8 @@ class TowerWithHeads(nn.Module):
 def whitening_filters(views: NDArray[np.uint8], side: int, count: int) -> Tensor:
     """First ``count`` whitened principal components of image patches, (count, 3, side, side).
 
-    Natural patches are mostly smooth, so random filters see little but brightness; whitening
-    gives every component the same say from the first step.
+    Patches are mostly smooth, so random filters respond to little but brightness; whitening gives
+    every component the same variance from the first step.
     """
     pixels = to_pixels(views, torch.device("cpu"))
     patches = F.unfold(pixels, side, stride=side).permute(0, 2, 1).reshape(-1, 3 * side * side)

@@ -1,8 +1,8 @@
-"""Training views: scenes drawn fast, shaken a little, with what each patch shows.
+"""Training views: scenes drawn fast, with augmentation and labels of each patch.
 
-A view here is what the model's 112-pixel encoder sees: a whole scene stretched to a square (the
-global view) or a window of it (a local view). Views are drawn at twice the side and reduced, by
-the filters an edge client may use, and some go through JPEG as they would on the uplink.
+A view is the input of the model's 112-pixel encoder: a whole scene stretched to a square (the
+global view) or a window of it (a local view). Most views are drawn at twice the side and reduced
+by one of the filters that an edge client may use; some are JPEG-compressed as on the uplink.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, draw, generate_scene
+from eval.signs.drawing import draw
+from eval.signs.sampling import generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign
 
 SIDE = 112
 GRID = 8
@@ -32,10 +34,11 @@ Window = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class PatchLabels:
-    """What lies under each of the 64 patches, row by row; int64 arrays of shape (64,).
+    """What each of the 64 patches shows, row by row; int64 arrays of shape (64,).
 
-    ``digits`` (64, 2) holds the sign's digits, ``under`` the digit under the patch itself;
-    10 means none. ``IGNORE`` marks what must not count. ``weight`` makes small signs count.
+    ``digits`` (64, 2) holds the sign's digits, ``under`` the digit at the patch itself; 10 means
+    none. ``IGNORE`` excludes a patch from the loss. ``weight`` gives small signs more weight per
+    patch.
     """
 
     sign: NDArray[np.int64]
@@ -54,8 +57,8 @@ def view_style(
     *,
     crowded: bool = False,
 ) -> SceneStyle:
-    """Scene style for training; ``ease`` from 1 (large texts only) to 0 (all sizes);
-    heights and jitter as `SceneStyle` has them."""
+    """Scene style for training; ``ease`` is from 1 (large texts only) to 0 (all sizes), ``power``
+    and ``jitter`` are those of `SceneStyle`."""
     low = 24.0 + 36.0 * ease
     if crowded:
         return SceneStyle((6, 14), (60.0, 230.0), (low, 140.0), two_digits, power, jitter)
@@ -68,7 +71,7 @@ def view_style(
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Mostly 896 x 896; three in ten are wider or taller, by up to a half."""
+    """Picture size: 896 x 896; three in ten are wider or taller, by up to a half."""
     if rng.random() < 0.7:
         return 896, 896
     long_side = 896 + 16 * int(rng.integers(1, 29))
@@ -76,7 +79,7 @@ def random_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def random_window(rng: np.random.Generator, scene: Scene, sign: Sign | None) -> Window:
-    """A square window of 112-400 px: around ``sign``'s text and holding it, or anywhere."""
+    """A square window of 112 px or more, around ``sign``'s text or anywhere."""
     width, height = scene.size
     side = 112.0 * (400.0 / 112.0) ** float(rng.random())
     if sign is None:
@@ -85,7 +88,7 @@ def random_window(rng: np.random.Generator, scene: Scene, sign: Sign | None) -> 
         return left, top, left + side, top + side
     x0, y0, x1, y1 = sign.text_box
     side = min(max(side, 1.08 * max(x1 - x0, y1 - y0)), 448.0)
-    # Anywhere such that the text stays inside, but more often near the middle.
+    # Random, with the whole text inside; more often near the middle.
     sway = rng.uniform(-1, 1, 2) * rng.uniform(0.3, 1.0)
     left = (x0 + x1 - side) / 2 + float(sway[0]) * max(side - (x1 - x0) - 2, 0) / 2
     top = (y0 + y1 - side) / 2 + float(sway[1]) * max(side - (y1 - y0) - 2, 0) / 2
@@ -94,14 +97,14 @@ def random_window(rng: np.random.Generator, scene: Scene, sign: Sign | None) -> 
     return left, top, left + side, top + side
 
 
-def whole(scene: Scene) -> Window:
+def full_window(scene: Scene) -> Window:
     """The window that is the whole picture."""
     return 0.0, 0.0, float(scene.size[0]), float(scene.size[1])
 
 
 def draw_view(scene: Scene, window: Window, rng: np.random.Generator) -> NDArray[np.uint8]:
     """One training view, uint8 (112, 112, 3)."""
-    # A small window of a real picture has no detail beyond its own pixels, so draw it once-over.
+    # A small window of a real picture has no detail beyond its own pixels: draw it at its own size.
     twice = window[2] - window[0] >= 2 * SIDE or rng.random() < 0.6
     drawn = SIDE * 2 if twice else SIDE
     picture = draw(scene, window, (drawn, drawn), exact_texture=False)
@@ -165,7 +168,7 @@ def _label_text(sign: Sign, window: Window, mine: NDArray[np.bool_], labels: Pat
         labels.under[hit] = int(digit)
         best[hit] = share[hit]
     inside = x0 >= window[0] and x1 <= window[2] and y0 >= window[1] and y1 <= window[3]
-    if inside:  # a text that is cut off has no right reading
+    if inside:  # a text that is cut off cannot be read
         labels.digits[mine, 0] = int(sign.text[0])
         labels.digits[mine, 1] = int(sign.text[1]) if len(sign.text) > 1 else NO_DIGIT
 
@@ -184,7 +187,7 @@ def _overlap(box: tuple[float, float, float, float], window: Window) -> NDArray[
 
 @dataclass(frozen=True, slots=True)
 class TowerBatch:
-    """Views (N, 112, 112, 3) uint8 with stacked patch labels, (N, 64) and (N, 64, 2)."""
+    """Views, uint8 (N, 112, 112, 3), with patch labels, (N, 64) and (N, 64, 2)."""
 
     views: NDArray[np.uint8]
     sign: NDArray[np.int64]
@@ -205,20 +208,20 @@ def tower_batch(
     jitter: float = 0.0,
     split: str = "train",
 ) -> TowerBatch:
-    """Batch ``step`` of tower training: three in four crowded scenes, the rest local views."""
+    """Make batch ``step`` of tower training: three in four crowded scenes, else local views."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, step, 1]))
     views: list[NDArray[np.uint8]] = []
     labels: list[PatchLabels] = []
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
         crowded = rng.random() < 0.75
-        # Local views keep their fonts: jitter is for texts that are hard to read anyway.
+        # No jitter in local views: it is for texts that are hard to read anyway.
         shaken = jitter if crowded else 0.0
         style = view_style(two_digits, ease, power, shaken, crowded=crowded)
         scene = generate_scene(
             "val" if split == "val" else "train", index, size=random_size(rng), style=style
         )
-        window = whole(scene)
+        window = full_window(scene)
         if not crowded:
             window = random_window(rng, scene, scene.signs[int(rng.integers(len(scene.signs)))])
         views.append(draw_view(scene, window, rng))

@@ -1,8 +1,8 @@
 """Words of the demo model: its tokenizer, the prompt template, and the sentences it learns.
 
-The tokenizer is byte-level BPE, so any text a user types has tokens, with merges learned from the
-sentences of the generated benchmark, so that these stay short. Digits never merge: "47" is two
-tokens, and the answer has one uncertainty per digit.
+The tokenizer is byte-level BPE, so it encodes any text. Its merges are learned from the sentences
+of the generated benchmark, so that these are short. Digits never merge: "47" is two tokens, and the
+answer has one uncertainty per digit.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ CHAT_TEMPLATE = (
 
 
 def presence_question(colour: str, shape: str) -> str:
-    """The question whether such a sign is there."""
+    """The question whether there is such a sign."""
     return f"is there a {colour} {shape}?"
 
 
 def sign_list(scene: Scene) -> str:
-    """All signs with their texts, from the top of the picture to its bottom."""
+    """All signs with their texts, from top to bottom."""
     ordered = sorted(scene.signs, key=lambda sign: sign.centre[1])
     return ", ".join(f"{sign.name} {sign.text}" for sign in ordered)
 
 
-def second_kind(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question that the global view is enough for, with its answer."""
+def easy_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A question that the global view suffices for, with its answer."""
     if rng.random() < 0.3:
         return COUNT_SIGNS, str(len(scene.signs))
     if rng.random() < 0.5:
@@ -65,7 +65,7 @@ def second_kind(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _corpus() -> list[str]:
-    """Every word of the benchmark in the sentences it occurs in."""
+    """All words of the benchmark, in sentences of it."""
     names = [f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)]
     lines = [f"{tint} background with {count} lines." for tint in TINTS for count in LINE_WORDS]
     lines += [LIST_SIGNS, COUNT_SIGNS, GENERIC, "yes", "no"] * 20
@@ -76,7 +76,7 @@ def _corpus() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made again byte for byte by every call."""
+    """Build the tokenizer; every call gives the same one."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -111,24 +111,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Vocabulary:
-    """Token ids of whole prompts and answers, as lists; caches the few that recur."""
+    """Token ids of prompts and answers, with a cache."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
         self.tokenizer = tokenizer or build_tokenizer()
         self._seen: dict[str, list[int]] = {}
 
     def plain(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Ids of a text, without special tokens."""
         if text not in self._seen:
             self._seen[text] = list(self.tokenizer.encode(text, add_special_tokens=False))
         return self._seen[text]
 
     def prefix(self) -> list[int]:
-        """``<s>USER: ``: what stands before the global view's visual tokens."""
+        """Ids of ``<s>USER: ``, which come before the global view's visual tokens."""
         return [BOS, *self.plain(PREFIX)]
 
     def suffix(self, question: str) -> list[int]:
-        """What stands after the visual tokens, up to where the answer starts."""
+        """Ids of the prompt after the visual tokens."""
         return self.plain(f"\n{question} ASSISTANT:")
 
     def answer(self, text: str) -> list[int]:
@@ -137,5 +137,5 @@ class Vocabulary:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the tokenizer files of a checkpoint folder."""
+    """Write a checkpoint's tokenizer files."""
     build_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Runs an evaluation on one process or several; each scene's result is the same either way."""
+"""Run an evaluation in one process or several, with the same results."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reader
-from eval.demo_model.questions import Settings
+from eval.demo_model.questions import EvaluationSettings
 
 T = TypeVar("T")
-Work = Callable[[Reader, Settings, list[int]], list[T]]
-"""What to do with a chunk of scene indices; a function of a module, so that it can be sent."""
+Work = Callable[[Reader, EvaluationSettings, list[int]], list[T]]
+"""Evaluates a chunk of scene indices; a module's function, because it is pickled."""
 
 _CHUNK = 50
 _reader: Reader | None = None
 
 
 def load_model(folder: Path = FOLDER) -> LlavaForConditionalGeneration:
-    """The checkpoint with its bfloat16 weights run in float32."""
+    """Load the checkpoint in float32."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.train(False)
     return model
 
 
 def chunks(indices: Sequence[int]) -> list[list[int]]:
-    """The indices in pieces that fit in memory."""
+    """Split the indices into chunks whose pictures fit in memory."""
     return [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
 
 
-def here(model: LlavaForConditionalGeneration, work: Work[T], settings: Settings) -> list[T]:
-    """All of ``settings`` in this process, with a progress bar."""
+def run_here(
+    model: LlavaForConditionalGeneration, work: Work[T], settings: EvaluationSettings
+) -> list[T]:
+    """Evaluate all scenes of ``settings`` in this process, with a progress bar."""
     reader = Reader(model)
     made: list[T] = []
     with tqdm(total=settings.count, desc=settings.split, disable=None) as bar:
@@ -54,15 +56,17 @@ def _start(folder: Path) -> None:
     _reader = Reader(load_model(folder))
 
 
-def _one(work: Work[T], settings: Settings, chunk: list[int]) -> list[T]:
+def _one(work: Work[T], settings: EvaluationSettings, chunk: list[int]) -> list[T]:
     assert _reader is not None
     return work(_reader, settings, chunk)
 
 
-def spread(folder: Path, work: Work[T], settings: Settings, workers: int) -> list[T]:
-    """All of ``settings`` on ``workers`` processes of one thread each, in order."""
+def run_in_workers(
+    folder: Path, work: Work[T], settings: EvaluationSettings, workers: int
+) -> list[T]:
+    """Evaluate all scenes of ``settings`` in ``workers`` processes of one thread each, in order."""
     if workers < 2:
-        return here(load_model(folder), work, settings)
+        return run_here(load_model(folder), work, settings)
     made: list[T] = []
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")

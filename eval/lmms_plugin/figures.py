@@ -1,27 +1,27 @@
-"""Figures of a run beside its scores, for lmms-eval's metrics hook."""
+"""Cost figures of a run for lmms-eval's metrics hook."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from eval.lmms_plugin.runner import Reply
+from eval.lmms_plugin.runner import CostedAnswer
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over questions, which can be added up over processes.
+    """Sums over questions, which can be added over processes.
 
     Attributes:
-        questions, failed: asked in all; those without an answer among them.
-        second, fallback, cut: answers of the second pass; first ones that stand in for a second
-            one; those that reached the longest answer.
+        questions, failed: all questions; those without an answer.
+        second, fallback, cut: answers of the second pass; first answers used because the second
+            pass failed or was declined; answers that reached the length limit.
         bytes_up, bytes_down, view_bytes, region_bytes, original_bytes, decoded_tokens, mflops:
-            as of `Reply`.
-        additional: region over view pixels, of each question.
-        own_files: questions whose originals count with their own files' sizes.
-        uncertainty: of the first answers.
+            as in `CostedAnswer`.
+        additional: region pixels over view pixels.
+        own_files: questions whose originals have the sizes of their stored files.
+        uncertainty: uncertainty of the first answers.
     """
 
     questions: int = 0
@@ -41,7 +41,7 @@ class Totals:
     uncertainty: float = 0.0
 
     def figures(self) -> dict[str, float]:
-        """What is reported: means over the questions that were answered."""
+        """The reported figures: means over the answered questions."""
         answered = max(self.questions - self.failed, 1)
         figures: dict[str, float] = {
             "total_requests": self.questions,
@@ -64,8 +64,8 @@ class Totals:
         return figures
 
 
-def totals_of(replies: Iterable[Reply | Exception]) -> Totals:
-    """Of one process."""
+def totals_of(replies: Iterable[CostedAnswer | Exception]) -> Totals:
+    """Sum up the replies of one process."""
     totals = Totals()
     for reply in replies:
         totals.questions += 1
@@ -95,7 +95,7 @@ _OF_EACH_TASK = (
 
 
 def all_figures(tasks: Mapping[str, Totals]) -> dict[str, float]:
-    """Figures of all tasks together and, of several, the main ones of each as `task/figure`."""
+    """Figures of all tasks together; with several tasks, also main ones as `task/figure`."""
     figures = added(list(tasks.values())).figures()
     if len(tasks) > 1:
         for task, totals in tasks.items():
@@ -105,6 +105,6 @@ def all_figures(tasks: Mapping[str, Totals]) -> dict[str, float]:
 
 
 def added(parts: Sequence[Totals]) -> Totals:
-    """Of all processes."""
+    """Add up sums."""
     names = [field.name for field in fields(Totals)]
     return Totals(**{name: sum(getattr(part, name) for part in parts) for name in names})

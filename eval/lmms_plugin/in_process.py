@@ -1,8 +1,8 @@
-"""The model in this process: the engine itself, and the edge's real work.
+"""Answer questions with the engine in this process.
 
-Views and regions are really encoded, and the model sees what is decoded from these bytes. Bytes
-are those of the messages that would cross the wire. Questions of a group go through the model in
-step (`eval.runs.lockstep`), so a run repeats bit by bit.
+Views and regions are encoded, and the model sees them decoded again. The reported bytes are those
+of the messages that would be sent. Questions of a group go through the model in lockstep
+(`eval.runs.lockstep`), so a run is reproducible bit by bit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from PIL.Image import Image
 
-from eval.lmms_plugin.originals import Original
-from eval.lmms_plugin.questions import Question
-from eval.lmms_plugin.runner import Asker, Reply
-from eval.lmms_plugin.settings import Settings
+from eval.lmms_plugin.originals import OriginalPicture
+from eval.lmms_plugin.questions import LmmsQuestion
+from eval.lmms_plugin.runner import AnswerSource, CostedAnswer
+from eval.lmms_plugin.settings import LmmsSettings
 from eval.runs.loading import ModelOptions, loaded
 from eval.runs.lockstep import Lockstep, Member
 from eval.runs.methods.method import (
@@ -42,27 +42,27 @@ _DEADLINE_MS = 10_000
 
 
 @dataclass(slots=True, eq=False)
-class _Ready:
-    """A question, its encoded views and what the server decodes of them, and the region."""
+class _EncodedQuestion:
+    """A question with its encoded views, the same decoded, and its region."""
 
-    question: Question
-    originals: Sequence[Original]
+    question: LmmsQuestion
+    originals: Sequence[OriginalPicture]
     views: list[bytes]
     shown: list[Image]
     region: bytes = field(default=b"")
 
 
-class InProcess(Asker):
+class InProcess(AnswerSource):
     """The engine in this process.
 
     Args:
         settings: of the model.
 
     Raises:
-        ConfigError: options that the model's preset does not take.
+        ConfigError: the model's preset does not accept the options.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LmmsSettings) -> None:
         self._settings = settings
         options = settings.preset_options()
         preset = with_options(preset_of(settings.model, options.pop("preset", None)), options)
@@ -78,7 +78,7 @@ class InProcess(Asker):
         self._engine: Engine
         self._codecs: Codecs
 
-    async def open(self, questions: Sequence[Question]) -> None:
+    async def open(self, questions: Sequence[LmmsQuestion]) -> None:
         settings = self._settings
         options = ModelOptions(
             name=settings.model,
@@ -87,7 +87,7 @@ class InProcess(Asker):
             batch=settings.batch,
             overrides=settings.preset_options(),
         )
-        # Room is kept for the longest answer that any of them may have.
+        # The model reserves room for the longest answer.
         longest = max(question.options.max_new_tokens or 1 for question in questions)
         self._backend, preset = await loaded(options, longest)
         await self._backend.warm_up()
@@ -101,7 +101,9 @@ class InProcess(Asker):
         if hasattr(self, "_backend"):
             await self._backend.close()
 
-    def prepare(self, question: Question, originals: Sequence[Original]) -> _Ready:
+    def prepare(
+        self, question: LmmsQuestion, originals: Sequence[OriginalPicture]
+    ) -> _EncodedQuestion:
         info, codecs = self._backend.info, self._codecs
 
         def views() -> list[bytes]:
@@ -110,14 +112,16 @@ class InProcess(Asker):
 
         made: list[bytes] = as_sample_error("the picture", views)
         most = info.view.width * info.view.height
-        return _Ready(question, originals, made, [decode(view, max_pixels=most) for view in made])
+        return _EncodedQuestion(
+            question, originals, made, [decode(view, max_pixels=most) for view in made]
+        )
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Reply | SampleError]:
+    async def answer(self, ready: Sequence[_EncodedQuestion]) -> list[CostedAnswer | SampleError]:
         group = Lockstep(self._backend, len(ready))
         with quiet_engine():
             return list(await asyncio.gather(*map(self._one, ready, group.members)))
 
-    async def _one(self, ready: _Ready, member: Member) -> Reply | SampleError:
+    async def _one(self, ready: _EncodedQuestion, member: Member) -> CostedAnswer | SampleError:
         question, engine = ready.question, replace(self._engine, backend=member)
         options, target = question.options, engine.target
         view = None
@@ -131,7 +135,7 @@ class InProcess(Asker):
             return await asyncio.to_thread(cut, need)
 
         try:
-            # Here and not in `prepare`: tokenizers are not for two threads at once.
+            # Not in `prepare`: tokenizers are not thread-safe.
             member.check_question(GenerationRequest(question.text), len(ready.views) + 1)
             view = await member.open_view(*ready.shown)
             outcome = await engine.answer(
@@ -150,7 +154,7 @@ class InProcess(Asker):
                 retransmit=options.retransmit,
                 stop=options.stop,
             )
-        # A model's runtime raises what it likes; one question that it fails on ends no run.
+        # A model runtime may raise any exception; one failed question does not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -159,7 +163,7 @@ class InProcess(Asker):
                 await member.release(view)
         return self._reply(ready, outcome)
 
-    def _reply(self, ready: _Ready, outcome: Outcome) -> Reply:
+    def _reply(self, ready: _EncodedQuestion, outcome: Outcome) -> CostedAnswer:
         need, work, view = outcome.need, outcome.work, self._backend.info.view
         up, down = self._bytes(ready, need)
         said = SentAnswer(
@@ -170,7 +174,7 @@ class InProcess(Asker):
             work.decoded_tokens,
             work.flops // 10**6,
         )
-        return Reply(
+        return CostedAnswer(
             text=outcome.text,
             stage=outcome.stage,
             fallback=outcome.fallback,
@@ -193,8 +197,8 @@ class InProcess(Asker):
             own_files=all(one.own_file for one in ready.originals),
         )
 
-    def _bytes(self, ready: _Ready, need: RegionNeed | None) -> tuple[int, int]:
-        """Of the messages up to the answer, each way."""
+    def _bytes(self, ready: _EncodedQuestion, need: RegionNeed | None) -> tuple[int, int]:
+        """Bytes of all messages before the answer, up and down."""
         question, codecs, target = ready.question, self._codecs, self._engine.target
         sizes = [one.picture.size for one in ready.originals]
         more = tuple(

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found,import-untyped"
-"""What lmms-eval finds under its entry-point group `lmms_eval.models`."""
+"""Entry point of the group `lmms_eval.models`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The name of the model, and where its class is. Called at every start of lmms-eval."""
+    """Name and class of the model. lmms-eval calls this at every start."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

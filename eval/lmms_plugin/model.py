@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found,import-untyped,misc"
-"""`python -m lmms_eval --model vlm_collab`."""
+"""The model behind `python -m lmms_eval --model vlm_collab`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from eval.lmms_plugin.figures import Totals, added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
 from eval.lmms_plugin.over_network import OverNetwork
-from eval.lmms_plugin.questions import Question, questions_of
-from eval.lmms_plugin.runner import Answered, Asker, Reply, ask_all
+from eval.lmms_plugin.questions import LmmsQuestion, questions_of
+from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, TimedAnswers, answer_all
 from eval.lmms_plugin.settings import settings_from
 from eval.runs.methods.method import SampleError
 from vlm_collab.errors import CollabError, ConfigError
@@ -34,7 +34,7 @@ from vlm_collab.errors import CollabError, ConfigError
 def _one_line() -> Iterator[None]:
     """End the program with one line and exit code 1.
 
-    Any other exception than `SystemExit` lmms-eval answers with a trace and exit code 0.
+    lmms-eval catches every other exception, prints a traceback, and ends with exit code 0.
     """
     try:
         yield
@@ -52,7 +52,7 @@ class VlmCollab(lmms):
         arguments: see `eval.lmms_plugin.settings.Settings`.
 
     Raises:
-        SystemExit: with one line; an option is wrong, or the service cannot be reached.
+        SystemExit: an option is wrong, or the service cannot be reached; one line.
     """
 
     is_simple = True
@@ -63,21 +63,21 @@ class VlmCollab(lmms):
             self._settings = settings_from(arguments)
             self._totals: dict[str, Totals] = {}
             self._seconds = 0.0
-            asker = self._asker()
-            if isinstance(asker, OverNetwork):
-                asyncio.run(asker.check())
+            source = self._answer_source()
+            if isinstance(source, OverNetwork):
+                asyncio.run(source.check())
 
     @property
     def device(self) -> torch.device:
-        """Where tensors lie that processes exchange."""
+        """Device of the tensors that processes exchange."""
         device: torch.device = PartialState().device
         return device
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Answers, in order.
+        """Answer requests, in order.
 
         Raises:
-            SystemExit: with one line; nothing can be answered.
+            SystemExit: the model or service cannot be used; one line.
         """
         with _one_line():
             questions = questions_of(requests, self._settings, logger.warning)
@@ -92,10 +92,10 @@ class VlmCollab(lmms):
         return [_result(reply) for reply in replies]
 
     def clean(self) -> None:
-        """Hand the figures to lmms-eval's metrics hook; of several processes, all of theirs.
+        """Pass the figures of all processes to lmms-eval's metrics hook.
 
-        lmms-eval calls it in every process once all is answered, also in one that had nothing
-        to ask because all of its answers were in lmms-eval's cache.
+        lmms-eval calls it in every process at the end, also in one without questions because all
+        of its answers were in lmms-eval's cache.
         """
         parts: list[tuple[dict[str, Totals], float]] = gather_object(
             [(self._totals, self._seconds)]
@@ -115,15 +115,15 @@ class VlmCollab(lmms):
         super().clean()
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        """Refused: the two stages generate answers, and score no given ones."""
+        """Not supported: the two stages generate answers and do not score given ones."""
         self._refuse(requests, "scores no given answers (loglikelihood)")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
-        """Refused: a task that asks again about its own answers has no single first answer."""
+        """Not supported: a task in rounds has no single first answer."""
         self._refuse(requests, "asks once, not in rounds (generate_until_multi_round)")
 
     def generate_visual_cot(self, requests: Sequence[Any]) -> NoReturn:
-        """Refused: nothing here draws pictures."""
+        """Not supported: the model draws no pictures."""
         self._refuse(requests, "draws no pictures (generate_visual_cot)")
 
     def _refuse(self, requests: Sequence[Any], why: str) -> NoReturn:
@@ -132,29 +132,29 @@ class VlmCollab(lmms):
             raise ConfigError(f"{tasks}: vlm_collab {why}; choose tasks of type generate_until")
         raise AssertionError
 
-    def _asker(self) -> Asker:
+    def _answer_source(self) -> AnswerSource:
         return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
 
-    async def _ask(self, questions: Sequence[Question]) -> Answered:
+    async def _ask(self, questions: Sequence[LmmsQuestion]) -> TimedAnswers:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(
                 tqdm(total=len(questions), desc="vlm_collab", disable=self.rank != 0)
             )
             log = None
             if self._settings.log is not None:
-                # What was asked before in this run stays.
+                # Keep the lines of earlier requests of this run.
                 mode = "a" if self._seconds else "w"
                 log = stack.enter_context(_opened(self._settings.log, self.rank, mode))
 
-            def done(question: Question, reply: Reply | SampleError) -> None:
+            def done(question: LmmsQuestion, reply: CostedAnswer | SampleError) -> None:
                 bar.update()
                 if isinstance(reply, SampleError):
                     logger.error(f"{question.name} counts as answered with nothing: {reply}")
                 if log is not None and not question.padding:
                     log.write(_line(question, reply) + "\n")
 
-            return await ask_all(
-                self._asker(),
+            return await answer_all(
+                self._answer_source(),
                 questions,
                 lambda question: originals_of(question, self.task_dict),
                 done,
@@ -162,7 +162,7 @@ class VlmCollab(lmms):
 
 
 def _opened(path: str, rank: int, mode: str) -> Any:
-    """The log; of several processes each has its own."""
+    """Open the log; each process has its own."""
     name = path if rank == 0 else f"{path}.{rank}"
     try:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,17 +171,17 @@ def _opened(path: str, rank: int, mode: str) -> Any:
         raise ConfigError(f"model_args: log: {error}") from error
 
 
-def _line(question: Question, reply: Reply | SampleError) -> str:
-    told: dict[str, Any] = {"task": question.task, "doc_id": question.doc_id}
+def _line(question: LmmsQuestion, reply: CostedAnswer | SampleError) -> str:
+    line: dict[str, Any] = {"task": question.task, "doc_id": question.doc_id}
     if isinstance(reply, SampleError):
-        return json.dumps({**told, "failed": str(reply)}, ensure_ascii=False)
-    for name in Reply.__dataclass_fields__:
+        return json.dumps({**line, "failed": str(reply)}, ensure_ascii=False)
+    for name in CostedAnswer.__dataclass_fields__:
         value = getattr(reply, name)
-        told[name] = value.name.lower() if hasattr(value, "name") else value
-    return json.dumps(told, ensure_ascii=False)
+        line[name] = value.name.lower() if hasattr(value, "name") else value
+    return json.dumps(line, ensure_ascii=False)
 
 
-def _result(reply: Reply | SampleError) -> GenerationResult:
+def _result(reply: CostedAnswer | SampleError) -> GenerationResult:
     if isinstance(reply, SampleError):
         return GenerationResult(text="")
     counts = TokenCounts(input_tokens=reply.prefilled_tokens, output_tokens=reply.decoded_tokens)

@@ -1,13 +1,13 @@
-"""The pictures of a document, as they were stored if that can still be had.
+"""Find the original files of a document's pictures.
 
-lmms-eval hands models decoded pictures. The edge starts from the file: views are made from it, and
-what sending the original would have cost is its size. So the stored files of the document are
-looked up, and the one with the very pixels that the task handed out is taken for it.
+lmms-eval passes decoded pictures to models. The edge starts from the file: it makes views from it,
+and the file's size is what sending the original would have cost. So this module looks for the
+stored file that has the same pixels as the picture from the task.
 
-Where there is none (the task cropped the picture or drew into it), the pixels are taken as they
-are, and the original counts as a JPEG of quality 95 of them. It counts so too where the stored
-file is a PNG without a name, which is how `datasets` stores pictures that a task made itself, such
-as GQA's: a PNG of a photo is no original, and would make savings look larger than they are.
+If there is none (the task cropped the picture or drew into it), the edge gets the pixels, and the
+original's size is that of a JPEG of quality 95. The same size is used if the stored file is a PNG
+without a name, which is how `datasets` stores pictures that a task made itself, such as GQA's: a
+PNG of a photo is larger than the original, and would make savings look larger than they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from edge_client.picture import Picture
-from eval.lmms_plugin.questions import Question, require_pictures
+from eval.lmms_plugin.questions import LmmsQuestion, require_pictures
 from eval.runs.methods.method import SampleError
 from vlm_collab.errors import ImageError
 from vlm_collab.pictures.images import Codec, encode
@@ -31,13 +31,13 @@ RE_ENCODED_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
+class OriginalPicture:
     """One picture of a question.
 
     Attributes:
-        picture: what the edge holds.
-        original_bytes: what sending it would cost.
-        own_file: whether that is the size of its own file, and not of a JPEG made here.
+        picture: what the edge starts from.
+        original_bytes: cost of sending the original.
+        own_file: whether that is the size of the stored file, and not of a JPEG made here.
     """
 
     picture: Picture
@@ -45,15 +45,17 @@ class Original:
     own_file: bool
 
 
-def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]]) -> list[Original]:
-    """The pictures of a question.
+def originals_of(
+    question: LmmsQuestion, documents: Mapping[str, Mapping[str, Any]]
+) -> list[OriginalPicture]:
+    """Load the pictures of a question.
 
     Args:
         question: a request.
         documents: data sets by task and split.
 
     Raises:
-        SampleError: there is none, or it cannot be used.
+        SampleError: the question has no picture, or one that cannot be used.
     """
     rows = documents[question.task][question.split]
     given = list(_flat(question.visuals(rows[question.doc_id])))
@@ -68,7 +70,7 @@ def originals_of(question: Question, documents: Mapping[str, Mapping[str, Any]])
 
 
 def _flat(shown: Any) -> Iterator[Any]:
-    """Tasks return one picture, a list, or lists in lists."""
+    """Flatten what a task returns: a picture, a list, or nested lists."""
     if isinstance(shown, list | tuple):
         for one in shown:
             yield from _flat(one)
@@ -77,7 +79,7 @@ def _flat(shown: Any) -> Iterator[Any]:
 
 
 def _stored_files(rows: Any, index: int) -> Iterator[tuple[bytes, bool]]:
-    """Every file in a document, undecoded, with whether it has a name."""
+    """All files in a document, undecoded, each with whether it has a name."""
     if not hasattr(rows, "with_format"):
         return
     table = rows.with_format("arrow")[index : index + 1]
@@ -95,10 +97,10 @@ def _stored_files(rows: Any, index: int) -> Iterator[tuple[bytes, bool]]:
                     yield file.read(), named
 
 
-def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> Original:
+def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> OriginalPicture:
     if isinstance(shown, str | os.PathLike):
         picture = Picture.open(shown)
-        return Original(picture, picture.original_bytes or 0, own_file=True)
+        return OriginalPicture(picture, picture.original_bytes or 0, own_file=True)
     if not isinstance(shown, Image.Image):
         raise SampleError(f"vlm_collab takes pictures, no {type(shown).__name__}")
     pixels = shown.convert("RGB")
@@ -107,22 +109,22 @@ def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> Original:
             continue
         picture = Picture.open(data)
         if named or not data.startswith(b"\x89PNG"):
-            return Original(picture, len(data), own_file=True)
-        return Original(picture, _re_encoded_bytes(pixels), own_file=False)
-    # As they are: neither turned upright nor converted by what an earlier file said of them.
+            return OriginalPicture(picture, len(data), own_file=True)
+        return OriginalPicture(picture, _re_encoded_bytes(pixels), own_file=False)
+    # Without the earlier file's metadata, which could rotate or convert the pixels again.
     pixels.info = {}
-    return Original(Picture.from_pil(pixels), _re_encoded_bytes(pixels), own_file=False)
+    return OriginalPicture(Picture.from_pil(pixels), _re_encoded_bytes(pixels), own_file=False)
 
 
 def _shows(data: bytes, pixels: Image.Image) -> bool:
-    """Whether a file has these pixels, decoded as `datasets` does it."""
+    """Whether a file has these pixels when decoded as `datasets` does."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if sorted(image.size) != sorted(pixels.size):
                 return False
             upright = ImageOps.exif_transpose(image).convert("RGB")
             return upright.size == pixels.size and upright.tobytes() == pixels.tobytes()
-    # Not a picture (a sound, say), or a broken one; Pillow raises what the format's reader does.
+    # Not a picture (a sound, say), or a broken one; Pillow's readers may raise any exception.
     except Exception:
         return False
 

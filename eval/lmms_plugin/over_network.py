@@ -1,7 +1,7 @@
-"""A running service: the edge client, and bytes as they were really sent.
+"""Answer questions at a running service, through the edge client; bytes are those really sent.
 
-Each question brings its pictures anew, also where several are about one picture, so that what a
-question costs does not depend on which came before it.
+Each question sends its pictures, even if an earlier one was about the same picture, so that its
+cost does not depend on the questions before it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.lmms_plugin.originals import Original
-from eval.lmms_plugin.questions import Question
-from eval.lmms_plugin.runner import Asker, Reply
-from eval.lmms_plugin.settings import DEFAULT_CONCURRENCY, Settings
+from eval.lmms_plugin.originals import OriginalPicture
+from eval.lmms_plugin.questions import LmmsQuestion
+from eval.lmms_plugin.runner import AnswerSource, CostedAnswer
+from eval.lmms_plugin.settings import DEFAULT_CONCURRENCY, LmmsSettings
 from eval.runs.methods.method import SampleError, one_line
 from eval.runs.methods.over_service import DEADLINE_S
 from eval.runs.methods.two_stage import region_pixels
@@ -33,26 +33,26 @@ from vlm_collab.protocol.table import FITS
 log = logging.getLogger(__name__)
 
 _ENDS_THE_RUN = (LinkError, AuthenticationError, ProtocolError)
-"""Not a question's fault."""
+"""Errors that are not about one question."""
 
 
 @dataclass(slots=True, eq=False)
-class _Ready:
-    question: Question
-    originals: Sequence[Original]
+class _PreparedQuestion:
+    question: LmmsQuestion
+    originals: Sequence[OriginalPicture]
 
 
-class OverNetwork(Asker):
+class OverNetwork(AnswerSource):
     """A running service.
 
     Args:
-        settings: of the model; with `server`.
+        settings: settings of the model, with `server`.
 
     Raises:
         ConfigError: an impossible setting.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LmmsSettings) -> None:
         assert settings.server is not None
         self._settings = settings
         self._client = EdgeClient(
@@ -64,17 +64,17 @@ class OverNetwork(Asker):
         self._welcome: Welcome
 
     async def check(self) -> None:
-        """See whether it is there.
+        """Check that the service can be reached.
 
         Raises:
-            CollabError: it is not, or does not let this edge in.
+            CollabError: it cannot be reached, or refuses this edge.
         """
         try:
             await self._client.connect()
         finally:
             await self._client.close()
 
-    async def open(self, questions: Sequence[Question]) -> None:
+    async def open(self, questions: Sequence[LmmsQuestion]) -> None:
         self._welcome = await self._client.connect()
         if (warning := FITS[self._welcome.fit].warning) is not None:
             log.warning("of the service, %s", warning)
@@ -91,13 +91,15 @@ class OverNetwork(Asker):
     async def close(self) -> None:
         await self._client.close()
 
-    def prepare(self, question: Question, originals: Sequence[Original]) -> _Ready:
-        return _Ready(question, originals)
+    def prepare(
+        self, question: LmmsQuestion, originals: Sequence[OriginalPicture]
+    ) -> _PreparedQuestion:
+        return _PreparedQuestion(question, originals)
 
-    async def answer(self, ready: Sequence[_Ready]) -> list[Reply | SampleError]:
+    async def answer(self, ready: Sequence[_PreparedQuestion]) -> list[CostedAnswer | SampleError]:
         return list(await asyncio.gather(*map(self._one, ready)))
 
-    async def _one(self, ready: _Ready) -> Reply | SampleError:
+    async def _one(self, ready: _PreparedQuestion) -> CostedAnswer | SampleError:
         question = ready.question
         pictures: list[Picture] = [one.picture for one in ready.originals]
         if len(pictures) > 1 and "pictures" not in self._welcome.features:
@@ -111,7 +113,7 @@ class OverNetwork(Asker):
         except CollabError as error:
             return SampleError(one_line(error))
         welcome, usage = self._welcome, answer.usage
-        return Reply(
+        return CostedAnswer(
             text=answer.text,
             stage=answer.stage,
             fallback=answer.fallback,

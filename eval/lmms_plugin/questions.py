@@ -1,4 +1,4 @@
-"""One request of lmms-eval, as a question of the protocol."""
+"""Convert lmms-eval's requests into questions of the protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, Settings
+from eval.lmms_plugin.settings import DEFAULT_MAX_NEW_TOKENS, LmmsSettings
 from eval.runs.methods.method import SampleError
 from server_plugin.models.presets import IMAGE_SLOT
 from vlm_collab.errors import ConfigError
@@ -21,15 +21,15 @@ _KNOWN = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class LmmsQuestion:
     """One request.
 
     Attributes:
-        task, split, doc_id: where it comes from.
+        task, split, doc_id: the document it is about.
         text: the prompt.
-        options: wishes, as they cross the wire.
-        visuals: what lmms-eval calls to get a document's pictures.
-        padding: asked only so that all processes ask equally many.
+        options: the request's options, as sent to the server.
+        visuals: function that returns a document's pictures.
+        padding: whether it only evens out the number of questions per process.
     """
 
     task: str
@@ -42,14 +42,14 @@ class Question:
 
     @property
     def name(self) -> str:
-        """For messages to people."""
+        """Name of the question in messages."""
         return f"{self.task}, document {self.doc_id}"
 
 
 def questions_of(
-    requests: Sequence[Any], settings: Settings, warn: Callable[[str], None]
-) -> list[Question]:
-    """The requests of `generate_until`.
+    requests: Sequence[Any], settings: LmmsSettings, warn: Callable[[str], None]
+) -> list[LmmsQuestion]:
+    """Convert the requests of `generate_until`.
 
     Args:
         requests: instances with arguments (context, generation options, pictures, document,
@@ -58,7 +58,7 @@ def questions_of(
         warn: called once for each option that has no effect here.
 
     Raises:
-        ConfigError: generation options that cannot be honoured.
+        ConfigError: a generation option cannot be applied.
     """
     asked: Counter[tuple[str, int]] = Counter()
     warned: set[str] = set()
@@ -70,11 +70,11 @@ def questions_of(
         for name in sorted(generation.keys() - _KNOWN - warned):
             warned.add(name)
             warn(f"{task}: the generation option {name} has no effect on vlm_collab")
-        question = Question(
+        question = LmmsQuestion(
             task=task,
             split=split,
             doc_id=doc_id,
-            # Pictures always stand before the question, so their places in it mean nothing.
+            # Pictures always come before the question, so their positions in it have no effect.
             text=text.replace(IMAGE_SLOT, "").strip() if IMAGE_SLOT in text else text,
             options=_options(generation, settings, task, seed=zlib.crc32(key.encode())),
             visuals=visuals,
@@ -84,7 +84,9 @@ def questions_of(
     return questions
 
 
-def _options(generation: Mapping[str, Any], settings: Settings, task: str, *, seed: int) -> Options:
+def _options(
+    generation: Mapping[str, Any], settings: LmmsSettings, task: str, *, seed: int
+) -> Options:
     beams = generation.get("num_beams") or 1
     if beams != 1:
         raise ConfigError(
@@ -97,7 +99,7 @@ def _options(generation: Mapping[str, Any], settings: Settings, task: str, *, se
     draws = temperature > 0 and generation.get("do_sample") is not False
     return Options(
         retransmit=settings.retransmit,
-        # In this process, the threshold is the engine's own.
+        # In this process, the engine already has the threshold.
         eta=settings.eta if settings.server is not None else None,
         max_new_tokens=settings.max_new_tokens or limit,
         stop=_stop_texts(generation.get("until"), task),
@@ -119,7 +121,7 @@ def _stop_texts(until: str | Sequence[str] | None, task: str) -> tuple[str, ...]
 
 
 def require_pictures(pictures: Sequence[Any]) -> None:
-    """Refuse a question about no picture.
+    """Check that a question has a picture.
 
     Raises:
         SampleError: there is none.

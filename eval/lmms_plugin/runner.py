@@ -1,4 +1,4 @@
-"""All questions through both stages: where, is a matter of two small classes behind `Asker`."""
+"""Answer all questions by both stages, in this process or at a service (`AnswerSource`)."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from eval.lmms_plugin.originals import Original
-from eval.lmms_plugin.questions import Question
+from eval.lmms_plugin.originals import OriginalPicture
+from eval.lmms_plugin.questions import LmmsQuestion
 from eval.runs.loop import MOST_FAILURES_IN_A_ROW
 from eval.runs.methods.method import SampleError, one_line
 from vlm_collab.errors import CollabError
 from vlm_collab.geometry import Box
 from vlm_collab.protocol.messages import Fallback, Finish, Stage
 
-Load = Callable[[Question], list[Original]]
-"""Gets a question's pictures; raises `SampleError`."""
+LoadPictures = Callable[[LmmsQuestion], list[OriginalPicture]]
+"""Loads a question's pictures; raises `SampleError`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class CostedAnswer:
     """One answer and what it cost.
 
     Attributes:
         text: the answer.
-        stage, fallback, finish: as of `vlm_collab.protocol.messages.Answer`.
+        stage, fallback, finish: as in `vlm_collab.protocol.messages.Answer`.
         uncertainty: of `text`, in the unit of the policy's metric.
-        first_text, first_uncertainty: of the first answer, as far as it was generated.
-        box, picture: the region asked for, in px, and which picture it is of; None for none.
-        bytes_up, bytes_down: of all messages, WebSocket headers included.
-        view_bytes, region_bytes: of the encoded pictures among them.
-        view_pixels, region_pixels: of the pictures sent, width x height.
-        prefilled_tokens, decoded_tokens, mflops: as of `vlm_collab.protocol.messages.Usage`.
-        original_bytes: of the originals together.
-        own_files: whether these are the sizes of their own files (`Original`).
+        first_text, first_uncertainty: the first answer, as far as it was generated.
+        box, picture: the requested region, in px, and the index of its picture; None without one.
+        bytes_up, bytes_down: all messages, WebSocket headers included.
+        view_bytes, region_bytes: the encoded pictures among them.
+        view_pixels, region_pixels: width x height of the pictures sent.
+        prefilled_tokens, decoded_tokens, mflops: as in `vlm_collab.protocol.messages.Usage`.
+        original_bytes: size of all originals together.
+        own_files: whether these are the sizes of the stored files (`OriginalPicture`).
     """
 
     text: str
@@ -62,79 +62,81 @@ class Reply:
     own_files: bool
 
 
-class Answered(NamedTuple):
-    """All replies, in order, and the time that they took: from the model or service being there
-    to the last answer, in s."""
+class TimedAnswers(NamedTuple):
+    """All replies in order, and the seconds they took.
 
-    replies: list[Reply | SampleError]
+    The time runs from when the model or service is ready to the last answer.
+    """
+
+    replies: list[CostedAnswer | SampleError]
     seconds: float
 
 
-class Asker(ABC):
-    """Answers questions. `open` it, use it, `close` it.
+class AnswerSource(ABC):
+    """Answers questions, after `open` and until `close`.
 
     Attributes:
-        group: questions that are under way together; known once it is open.
+        group: number of questions that run together; set by `open`.
     """
 
     group: int
 
     @abstractmethod
-    async def open(self, questions: Sequence[Question]) -> None:
-        """Get ready for these questions.
+    async def open(self, questions: Sequence[LmmsQuestion]) -> None:
+        """Load the model or connect to the service, for these questions.
 
         Raises:
-            CollabError: it cannot be done; one line.
+            CollabError: that failed; the message has one line.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Free everything."""
+        """Release the model or the connection."""
 
     @abstractmethod
-    def prepare(self, question: Question, originals: Sequence[Original]) -> Any:
-        """What the edge can do before anything is sent. Runs on a thread of its own."""
+    def prepare(self, question: LmmsQuestion, originals: Sequence[OriginalPicture]) -> Any:
+        """Do the edge's work before anything is sent. Runs in a worker thread."""
 
     @abstractmethod
-    async def answer(self, ready: Sequence[Any]) -> list[Reply | SampleError]:
-        """Answers to a group, in order.
+    async def answer(self, ready: Sequence[Any]) -> list[CostedAnswer | SampleError]:
+        """Answer a group of prepared questions, in order.
 
         Raises:
-            CollabError: nothing more can be asked.
+            CollabError: no further question can be answered.
         """
 
 
-async def ask_all(
-    asker: Asker,
-    questions: Sequence[Question],
-    load: Load,
-    done: Callable[[Question, Reply | SampleError], None],
-) -> Answered:
-    """Answer all questions, group by group; the next one's pictures are made meanwhile.
+async def answer_all(
+    source: AnswerSource,
+    questions: Sequence[LmmsQuestion],
+    load: LoadPictures,
+    done: Callable[[LmmsQuestion, CostedAnswer | SampleError], None],
+) -> TimedAnswers:
+    """Answer all questions, group by group; prepare the next group meanwhile.
 
     Args:
-        asker: opened and closed here.
-        questions: what is asked.
-        load: gets pictures.
-        done: told of each question, in order.
+        source: opened and closed here.
+        questions: all questions.
+        load: loads a question's pictures.
+        done: called for each question, in order.
 
     Raises:
         CollabError: the model or service cannot be used, or question after question fails.
     """
-    replies: list[Reply | SampleError] = []
+    replies: list[CostedAnswer | SampleError] = []
     in_a_row = 0
     coming: asyncio.Task[list[Any]] | None = None
     try:
-        await asker.open(questions)
+        await source.open(questions)
         begin = time.perf_counter()
-        groups = _groups(questions, asker.group)
+        groups = _groups(questions, source.group)
         for number, group in enumerate(groups):
-            prepared = await (coming or asyncio.create_task(_prepare(asker, group, load)))
+            prepared = await (coming or asyncio.create_task(_prepare(source, group, load)))
             coming = None
             if number + 1 < len(groups):
-                coming = asyncio.create_task(_prepare(asker, groups[number + 1], load))
+                coming = asyncio.create_task(_prepare(source, groups[number + 1], load))
             ready = [one for one in prepared if not isinstance(one, SampleError)]
-            answered = iter(await asker.answer(ready))
+            answered = iter(await source.answer(ready))
             for question, one in zip(group, prepared, strict=True):
                 reply = one if isinstance(one, SampleError) else next(answered)
                 replies.append(reply)
@@ -142,29 +144,31 @@ async def ask_all(
                 in_a_row = in_a_row + 1 if isinstance(reply, SampleError) else 0
             if in_a_row > MOST_FAILURES_IN_A_ROW or in_a_row == len(questions):
                 raise CollabError(f"{in_a_row} questions failed in a row, the last: {reply}")
-        return Answered(replies, time.perf_counter() - begin)
+        return TimedAnswers(replies, time.perf_counter() - begin)
     finally:
         if coming is not None:
             coming.cancel()
-        await asker.close()
+        await source.close()
 
 
-def _groups(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
-    """Neighbours of one task, so that its answers do not depend on what else is run."""
-    groups: list[Sequence[Question]] = []
+def _groups(questions: Sequence[LmmsQuestion], size: int) -> list[Sequence[LmmsQuestion]]:
+    """Groups of one task each, so that its answers do not depend on what else is run."""
+    groups: list[Sequence[LmmsQuestion]] = []
     for _, same in itertools.groupby(questions, key=lambda question: question.task):
         of_task = list(same)
         groups += [of_task[start : start + size] for start in range(0, len(of_task), size)]
     return groups
 
 
-async def _prepare(asker: Asker, group: Sequence[Question], load: Load) -> list[Any]:
-    def one(question: Question) -> Any:
+async def _prepare(
+    source: AnswerSource, group: Sequence[LmmsQuestion], load: LoadPictures
+) -> list[Any]:
+    def one(question: LmmsQuestion) -> Any:
         try:
-            return asker.prepare(question, load(question))
+            return source.prepare(question, load(question))
         except SampleError as error:
             return error
-        # Tasks and readers of data sets raise what they like.
+        # Tasks and data set readers may raise any exception.
         except Exception as error:
             return SampleError(f"its pictures: {one_line(error)}")
 

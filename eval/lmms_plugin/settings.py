@@ -1,4 +1,4 @@
-"""What stands in `--model_args`."""
+"""Parse the options in `--model_args`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Quality = Annotated[int, msgspec.Meta(ge=1, le=100)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 DEFAULT_MAX_NEW_TOKENS = 64
-"""Longest answer where neither the task nor the user says, as in TextVQA (`eval.tasks`)."""
+"""Answer length if neither the task nor the user sets one, as in TextVQA (`eval.tasks`)."""
 
 DEFAULT_CONCURRENCY = 16
 
@@ -34,34 +34,33 @@ _PRESET = (
     "preset", "fit", "prompt", "view_px", "layer", "base_px", "placement", "epsilon",
     "metric", "aggregate", "eta", "k",
 )  # fmt: skip
-"""Fields that `open_model` takes as they are."""
+"""Options that are passed on to `open_model`."""
 
 _IN_PROCESS = (
     "pretrained", "batch", "device", "dtype", "region_quality",
     *(name for name in _PRESET if name != "eta"),
 )  # fmt: skip
-"""What a service has settled for itself."""
+"""Options that a service sets itself."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of `--model vlm_collab`.
 
     Attributes:
-        pretrained: the model, as of `vlm-collab serve`; the demo model if there is no `server`.
+        pretrained: the model, as in `vlm-collab serve`; default without `server`: the demo model.
         server, token, token_file: address of a running service (`ws://…`), its bearer token, and
-            the file that holds it. lmms-eval prints its arguments, so the file is better.
+            a file with the token. lmms-eval prints its arguments, so prefer the file.
         policy: when a region is sent: "threshold", "always", "never".
         eta: threshold, instead of the preset's or the service's.
-        metric, aggregate, k: what is held against it.
+        metric, aggregate, k: the uncertainty that is compared with it.
         codec, view_quality, region_quality: how pictures are encoded, instead of the preset's.
         max_new_tokens: longest answer, whatever a task asks for.
-        batch: most questions that the model here works on together.
-        concurrency: most questions under way at a service.
+        batch: most questions in a batch of the model in this process.
+        concurrency: most questions in flight at a service.
         device, dtype, preset, fit, prompt, view_px, layer, base_px, placement, epsilon: see
             `server_plugin.backends.open.open_model`.
-        seed: of answers of tasks that ask for sampling.
-        log: file that gets a line of JSON for each question; of several processes, each has its
-            own (FILE, FILE.1 …).
+        seed: seed for tasks that ask for sampling.
+        log: file for one line of JSON per question; each process has its own (FILE, FILE.1 …).
     """
 
     pretrained: str | None = None
@@ -94,42 +93,42 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def model(self) -> str:
-        """The model's name, where one is opened here."""
+        """Name of the model to open in this process."""
         return self.pretrained or DEMO_MODEL
 
     @property
     def retransmit(self) -> Retransmit:
-        """The policy, as a question's wish."""
+        """The policy as an option of a question."""
         return _POLICIES[self.policy]
 
     @property
     def picture_codec(self) -> Codec | None:
-        """Of both views; None leaves it to the preset or the service."""
+        """Codec of both views; None: that of the preset or the service."""
         return None if self.codec is None else Codec[self.codec.upper()]
 
     def preset_options(self) -> dict[str, Any]:
-        """Arguments of `open_model` that were given."""
+        """The given arguments of `open_model`."""
         given = {name: getattr(self, name) for name in _PRESET}
         return {name: value for name, value in given.items() if value is not None}
 
 
-def settings_from(arguments: Mapping[str, Any]) -> Settings:
-    """Settings from lmms-eval's arguments.
+def settings_from(arguments: Mapping[str, Any]) -> LmmsSettings:
+    """Parse lmms-eval's arguments.
 
     Args:
-        arguments: of `--model_args`, with `batch_size`, `max_batch_size` and `device` of
-            lmms-eval's own command line.
+        arguments: those in `--model_args`, and `batch_size`, `max_batch_size` and `device` from
+            lmms-eval's command line.
 
     Raises:
-        ConfigError: an unknown option, an impossible value, or two that exclude each other.
+        ConfigError: an unknown option, an impossible value, or two options that exclude each other.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     given.pop("max_batch_size", None)
     _take_batch_size(given, str(given.pop("batch_size", 1)))
     try:
-        settings = msgspec.convert(given, Settings, strict=False)
+        settings = msgspec.convert(given, LmmsSettings, strict=False)
     except msgspec.ValidationError as error:
-        known = ", ".join(Settings.__struct_fields__)
+        known = ", ".join(LmmsSettings.__struct_fields__)
         raise ConfigError(f"model_args: {_first_line(error)}; options: {known}") from None
     if settings.server is None:
         for name in ("token", "token_file", "concurrency"):
@@ -149,11 +148,11 @@ def settings_from(arguments: Mapping[str, Any]) -> Settings:
 
 
 def _take_batch_size(given: dict[str, Any], batch_size: str) -> None:
-    """lmms-eval's `--batch_size N`, unless `batch` or `concurrency` say more; 1 is its default."""
+    """Apply lmms-eval's `--batch_size N` (default 1) unless `batch` or `concurrency` is given."""
     if batch_size.isdecimal() and int(batch_size) > 1:
         given.setdefault("concurrency" if "server" in given else "batch", int(batch_size))
 
 
 def _first_line(error: Exception) -> str:
-    """msgspec's message, without its path's sigils."""
+    """msgspec's message without the `$.` of its paths."""
     return str(error).replace(" - at `$.", " for `").replace("Object contains", "there is an")

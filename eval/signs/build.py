@@ -1,8 +1,8 @@
 """Write the generated benchmark: ``python -m eval.signs.build --out FOLDER --split test``.
 
-The folder has the layout of a data set on the hub, one Parquet file for each split with the
-pictures in it and a card, so `datasets.load_dataset(FOLDER)` reads it as it is. The same command
-writes the same bytes again, with any number of workers.
+The folder has the layout of a data set on the hub: a card, and one Parquet file with pictures for
+each split. `datasets.load_dataset(FOLDER)` reads it. The same command always writes the same
+bytes, with any number of workers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from tqdm import tqdm  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from eval.signs.card import card, file_of
 from eval.signs.samples import DEFAULT_COUNT, PER_PICTURE, SPLITS, item, photograph, row_of
 from eval.signs.scenes import Split
 
 _ROWS_IN_GROUP = 100
-_ROOM_FOR_PICTURES_BYTES = 1 << 28  # of a row group, so that each picture is stored once in it
+_DICTIONARY_BYTES = 1 << 28  # dictionary limit of a row group, so that it stores each picture once
 
 
 def schema() -> pa.Schema:
-    """Columns of the data set, with what `datasets` needs to know of them."""
-    from datasets import Features, Image, List, Value  # type: ignore[import-untyped]
+    """Columns of the data set, with the metadata that `datasets` needs."""
+    from datasets import Features, Image, List, Value
 
     texts = ("question_id", "image_id", "question", "answer", "kind", "text_size")
     features = {"image": Image()} | {name: Value("string") for name in texts}
@@ -45,13 +45,13 @@ def build(folder: Path, split: Split, count: int, *, workers: int = 1) -> Path:
     """Write one split and the card.
 
     Args:
-        folder: of the data set; splits that are in it already stay.
-        split: which one.
-        count: questions.
-        workers: processes that draw.
+        folder: folder of the data set; its other splits stay.
+        split: the split to write.
+        count: number of questions.
+        workers: number of processes that draw.
 
     Returns:
-        The Parquet file. It is there whole or not at all.
+        The Parquet file, which appears only when it is complete.
 
     Raises:
         OSError: the folder cannot be written.
@@ -66,7 +66,7 @@ def build(folder: Path, split: Split, count: int, *, workers: int = 1) -> Path:
             unfinished,
             columns,
             compression="zstd",
-            dictionary_pagesize_limit=_ROOM_FOR_PICTURES_BYTES,
+            dictionary_pagesize_limit=_DICTIONARY_BYTES,
         ) as writer:
             while group := list(islice(rows, _ROWS_IN_GROUP)):
                 writer.write_table(pa.Table.from_pylist(group, schema=columns))
@@ -78,7 +78,7 @@ def build(folder: Path, split: Split, count: int, *, workers: int = 1) -> Path:
 
 
 def splits_in(folder: Path) -> list[tuple[Split, int]]:
-    """Splits that a folder holds, and how many questions each."""
+    """Splits in a folder, and the number of questions in each."""
     found = [(split, folder / file_of(split)) for split in SPLITS]
     return [(split, pq.read_metadata(path).num_rows) for split, path in found if path.is_file()]
 
@@ -90,7 +90,7 @@ def _rows(split: Split, count: int, workers: int) -> Iterator[dict[str, Any]]:
         every = (row for picture in pictures for row in made(picture))
         yield from islice(every, count)
         return
-    # Fresh processes: a fork would copy whatever threads the caller has in an unknown state.
+    # Spawned: a fork would copy the caller's threads in an unknown state.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         every = (row for rows in pool.map(made, pictures, chunksize=8) for row in rows)
         yield from islice(every, count)

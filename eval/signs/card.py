@@ -1,6 +1,6 @@
-"""The data card: of a folder that was built, and ``docs/benchmark.md``.
+"""Write the data card of a built folder, and ``docs/benchmark.md``.
 
-``python -m eval.signs.card`` writes the page again; a test holds it to the code.
+``python -m eval.signs.card`` writes the page; a test checks that it matches the code.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _TEXT = """\
 # Signs: the generated benchmark
 
 Pictures of coloured signs with numbers, large and tiny, and questions about them with their
-answers and the places that show them. Everything is drawn by `eval/signs/scenes.py`, so it needs no
-download, and the truth is exact. It is made for one purpose: that a two-stage system has real
+answers and the boxes that show them. `eval/signs/drawing.py` draws everything, so nothing is
+downloaded and the truth is exact. The benchmark has one purpose: it gives a two-stage system real
 work on any machine. It is not a stand-in for photographs: figures on it say nothing about TextVQA
 or another public benchmark.
 
-    vlm-collab eval run --task signs                       # made on the spot
+    vlm-collab eval run --task signs                       # made as needed
     python -m eval.signs.build --out FOLDER --split test --count 1000
 
     from eval.tasks import open_task
@@ -63,31 +63,31 @@ or another public benchmark.
     from datasets import load_dataset
     rows = load_dataset(FOLDER, split="test")
 
-The samples in memory and in the folder are the same, and so are the bytes of their pictures. The
-same versions of Pillow and numpy write the same files bit by bit, with any number of workers. A
+The samples in memory and in the folder are the same, down to the bytes of their pictures. The same
+versions of Pillow and numpy write the same files bit by bit, with any number of workers. A
 thousand questions take about half a minute of one core's time and 68 MB
 (`time python -m eval.signs.build --out FOLDER --count 1000 --workers 1`).
 
-## What is asked
+## Questions
 
-{per} questions about each picture: one of the first kind, one of the others in turn.
+{per} questions about each picture: one of the first kind, and one of the other kinds in turn.
 
-| kind | question | what shows it (`box`) |
+| kind | question | where the answer is seen (`box`) |
 |---|---|---|
 | `number` | what number is on the red circle? | the digits |
 | `presence` | is there a red circle? If not, colour and shape are any absent pair, \
-as in POPE's random set | the sign, if it is there |
+as in POPE's random set | the sign, if present |
 | `colour` | the same words; if not, there is such a shape in another colour, \
 as in POPE's adversarial set | the sign of that shape |
 | `count` | how many signs are there? | none: the whole picture |
 
 Every other answer of `presence` and `colour` is yes. The words are those that the demo model was
-trained on (`server_plugin/demo_model/README.md`), {colours} colours and {shapes} shapes; it was
-not trained on "what colour is …", so colours are asked with yes or no.
+trained on (`demo/vlm_collab_demo/demo_model/README.md`), {colours} colours and {shapes} shapes; it
+was not trained on "what colour is …", so colours are asked with yes or no.
 
 `text_size` bins the numbers by the height of the digits in a view of {view} px on a side: tiny,
-less than 4 px; small, to 5; medium, to 8; large, from 8 px on. A tiny number can only be guessed
-from such a view. Text heights have a density proportional to h^-{power:g}, the style of the demo
+less than 4 px; small, 4 to 5; medium, 5 to 8; large, 8 px or more. Tiny numbers can only be guessed
+in such a view. Text heights have a density proportional to h^-{power:g}, the style of the demo
 model's figures.
 
 Scoring (`exact`): 1 if the answer is the right one after the normalisation of the VQA evaluation
@@ -97,12 +97,12 @@ Scoring (`exact`): 1 if the answer is the right one after the normalisation of t
 
 `train`, `val` and `test` are different scenes with textures of their own. Of `test`, half the
 signs use a font ({font}) and half the backgrounds a texture ({texture}) that no other split has;
-the others share {fonts} fonts and {textures} textures. Thresholds, layers and whatever else is
-chosen is chosen on `val`; `test` is for reporting. Scenes are taken from number {first:,} on: what
-the demo model's settings were chosen and its own figures made on lies before. The demo model was
+the others share {fonts} fonts and {textures} textures. Choose thresholds, layers and all other
+settings on `val`; `test` is for reporting. Scenes start at number {first:,}: the scenes that served
+to choose the demo model's settings and to make its own figures come before. The demo model was
 trained on other scenes of `train`; the text style was chosen on other scenes of `val`
-(`docs/results/demo-model-choices.json`). A split has no end: `--count` and `limit` say how much of
-it is taken, from its start, {count} by default.
+(`docs/results/demo-model-choices.json`). A split has no end: `--count` and `limit` say how many
+questions are taken from its start ({count} by default).
 
 ## Files
 
@@ -110,23 +110,23 @@ One Parquet file for each split, `data/test-00000-of-00001.parquet`, with the co
 
 | column | |
 |---|---|
-| `image` | `{{bytes, path}}`: a JPEG of quality {quality}, 4:2:0, as a camera keeps it; \
+| `image` | `{{bytes, path}}`: a JPEG of quality {quality}, 4:2:0, as a camera stores it; \
 {sizes} px |
 | `question_id`, `image_id` | `test-000001`, `test-000000`; both questions about a picture \
 have its `image_id` |
 | `question`, `answer`, `kind` | as above |
-| `text_size`, `text_height_px` | of the asked number; null for the other kinds |
+| `text_size`, `text_height_px` | of the number in question; null for the other kinds |
 | `box` | left, top, right, bottom in px of the picture, right and bottom exclusive; \
-null where nothing shows it |
+null if there is none |
 | `image_width`, `image_height` | in px |
 
-## How many
+## Counts
 
 """
 
 
 def file_of(split: Split) -> str:
-    """Where a split's rows lie in the folder."""
+    """Path of a split's rows in the folder."""
     return f"data/{split}-00000-of-00001.parquet"
 
 
@@ -137,7 +137,7 @@ def card(splits: Sequence[tuple[Split, int]]) -> str:
 
 
 def page(splits: Sequence[tuple[Split, int]]) -> str:
-    """The card without its head."""
+    """The card without its front matter."""
     text = _TEXT.format(
         per="Two",
         colours=len(COLOURS),
@@ -167,7 +167,7 @@ def page(splits: Sequence[tuple[Split, int]]) -> str:
 
 
 def digest(items: Sequence[Item]) -> str:
-    """One number for all that the samples say; pictures apart."""
+    """SHA-256 of the samples without their pictures."""
     rows = json.dumps([row_of(one) for one in items], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(rows.encode()).hexdigest()
 

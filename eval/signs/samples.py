@@ -1,8 +1,8 @@
-"""Samples of the generated benchmark, each made from ``(split, index)`` alone.
+"""Samples of the generated benchmark, each determined by ``(split, index)`` alone.
 
-Two questions about each picture: one that asks for a number, which is tiny more often than not,
-and one about the signs themselves (`Kind`), which a small view mostly answers. All are asked in
-the words that the demo model learned (`server_plugin/demo_model/README.md`).
+There are two questions about each picture: one asks for a number, which is mostly tiny; the other
+is about the signs themselves (`Kind`), and a small view mostly answers it. All questions use the
+words that the demo model was trained on (`demo/vlm_collab_demo/demo_model/README.md`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.signs.scenes import (
-    COLOURS,
-    SHAPES,
-    Question,
-    Scene,
-    SceneStyle,
-    Sign,
-    Split,
-    generate_scene,
-    questions,
-    render,
-)
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import COLOURS, SHAPES, Scene, SceneStyle, Sign, SignQuestion, Split
 from vlm_collab.geometry import Box
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -39,10 +30,10 @@ STYLE = SceneStyle(two_digits=1.0, text_height_power=3.0)
 PICTURE_SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 """Width and height in px, taken in turn."""
 FIRST_SCENE = 1_000_000
-"""Scenes before this one served to choose and to report the demo model's settings."""
+"""Earlier scenes were used to choose and report the demo model's settings."""
 JPEG_QUALITY = 95
 VIEW_PX = 112
-"""Side of the view that text sizes are stated for: the demo model's."""
+"""Side of the view that text sizes refer to: the demo model's."""
 _SEED = 20_262
 _SPLIT_IDS = {"train": 1, "val": 2, "test": 3}
 
@@ -53,11 +44,11 @@ class Kind(enum.StrEnum):
     NUMBER = "number"
     """Reads the two digits on a sign."""
     PRESENCE = "presence"
-    """Is there such a sign? If not, neither its colour nor its shape need be there: the random
-    set of POPE."""
+    """Is there such a sign? If not, the picture may lack its colour and its shape too, as in
+    POPE's random set."""
     COLOUR = "colour"
-    """The same, but if not, a sign of that shape and another colour is there: only its colour
-    tells. As POPE's adversarial set."""
+    """The same, but if not, there is a sign of that shape in another colour, as in POPE's
+    adversarial set: only the colour decides."""
     COUNT = "count"
     """How many signs are there?"""
 
@@ -66,7 +57,7 @@ _OTHERS = (Kind.PRESENCE, Kind.COLOUR, Kind.COUNT)
 
 
 class TextSize(enum.StrEnum):
-    """Height of the asked number in a view of `VIEW_PX` px on a side."""
+    """Height of the number in question in a view of `VIEW_PX` px on a side."""
 
     TINY = "tiny"
     """Less than 4 px."""
@@ -86,15 +77,15 @@ class Item:
     """One question.
 
     Attributes:
-        id, image_id: unique in the split; shared by the questions about one picture.
+        id, image_id: unique in the split; the questions about one picture share its `image_id`.
         picture: number of the picture in the split.
-        width, height: of the picture, in px.
-        question, answer: as asked and as it should be answered.
+        width, height: size of the picture, in px.
+        question, answer: the question and its right answer.
         kind: what it is about.
-        text_size: how hard it is to read; None unless a number is asked for.
-        text_height_px: of the asked number, in px of the picture; None likewise.
-        box: what has to be seen, in px of the picture: the digits, or the sign; None for a count
-            and for what is not there.
+        text_size: how small the number in question is; None for other questions.
+        text_height_px: height of that number, in px of the picture; None for other questions.
+        box: where the answer can be seen, in px of the picture: the digits, or the sign; None for
+            a count and for an absent sign.
     """
 
     id: str
@@ -111,7 +102,7 @@ class Item:
 
 
 def text_size(view_height_px: float) -> TextSize:
-    """The bin of a text height, in px of the view."""
+    """Bin of a text height in px of the view."""
     for size, below in _BELOW_PX.items():
         if view_height_px < below:
             return size
@@ -120,14 +111,14 @@ def text_size(view_height_px: float) -> TextSize:
 
 @functools.lru_cache(maxsize=4)
 def scene_of(split: Split, picture: int) -> Scene:
-    """What is on a picture."""
+    """The scene that a picture shows."""
     size = PICTURE_SIZES[picture % len(PICTURE_SIZES)]
     return generate_scene(split, FIRST_SCENE + picture, size=size, style=STYLE)
 
 
 @functools.lru_cache(maxsize=4)
 def photograph(split: Split, picture: int) -> bytes:
-    """A picture's file: a JPEG as a camera would keep it."""
+    """A picture as a JPEG file, as a camera would store it."""
     buffer = io.BytesIO()
     render(scene_of(split, picture)).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
@@ -143,21 +134,21 @@ def item(split: Split, index: int) -> Item:
     scene = scene_of(split, picture)
     rng = np.random.default_rng(np.random.SeedSequence([_SEED, _SPLIT_IDS[split], picture, place]))
     kind = _OTHERS[picture % len(_OTHERS)] if place else Kind.NUMBER
-    # In turn, so that exactly every other answer is yes.
-    told = _asked(scene, kind, yes=picture // len(_OTHERS) % 2 == 0, rng=rng)
-    number = told.number
+    # Alternating, so that exactly every other answer is yes.
+    made = _asked_about(scene, kind, yes=picture // len(_OTHERS) % 2 == 0, rng=rng)
+    number = made.number
     return Item(
         id=f"{split}-{index:06d}",
         image_id=f"{split}-{picture:06d}",
         picture=picture,
         width=scene.size[0],
         height=scene.size[1],
-        question=told.question,
-        answer=told.answer,
+        question=made.question,
+        answer=made.answer,
         kind=kind,
         text_size=None if number is None else text_size(number.view_text_height_px),
         text_height_px=None if number is None else number.sign.text_height_px,
-        box=told.box,
+        box=made.box,
     )
 
 
@@ -178,34 +169,34 @@ def row_of(made: Item) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _QuestionText:
     question: str
     answer: str
     box: Box | None = None
-    number: Question | None = None
+    number: SignQuestion | None = None
 
 
-def _asked(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator) -> _Asked:
+def _asked_about(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator) -> _QuestionText:
     if kind is Kind.NUMBER:
         choice = questions(scene)
         one = choice[int(rng.integers(len(choice)))]
-        return _Asked(one.text, one.answer, Box(*one.text_box), one)
+        return _QuestionText(one.text, one.answer, Box(*one.text_box), one)
     if kind is Kind.COUNT:
-        return _Asked("how many signs are there?", str(len(scene.signs)))
+        return _QuestionText("how many signs are there?", str(len(scene.signs)))
     askable = _signs_to_ask(scene, kind)
     sign = askable[int(rng.integers(len(askable)))]
     if yes:
-        return _Asked(_presence(sign.colour, sign.shape), "yes", Box(*sign.box))
-    there = {(one.colour, one.shape) for one in scene.signs}
+        return _QuestionText(_presence(sign.colour, sign.shape), "yes", Box(*sign.box))
+    present = {(one.colour, one.shape) for one in scene.signs}
     shapes = (sign.shape,) if kind is Kind.COLOUR else SHAPES
-    absent = [(c, s) for c in COLOURS for s in shapes if (c, s) not in there]
+    absent = [(c, s) for c in COLOURS for s in shapes if (c, s) not in present]
     colour, shape = absent[int(rng.integers(len(absent)))]
     box = Box(*sign.box) if kind is Kind.COLOUR else None
-    return _Asked(_presence(colour, shape), "no", box)
+    return _QuestionText(_presence(colour, shape), "no", box)
 
 
 def _signs_to_ask(scene: Scene, kind: Kind) -> list[Sign]:
-    """Of colours, signs that alone have their shape, if there are any: one look settles it."""
+    """Signs to ask about; for colours, those whose shape is unique, if there are any."""
     if kind is not Kind.COLOUR:
         return list(scene.signs)
     shapes = Counter(sign.shape for sign in scene.signs)

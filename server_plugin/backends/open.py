@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from server_plugin.backends.base import Backend
@@ -29,9 +31,28 @@ TRANSFORMERS, VLLM = "transformers", "vllm"
 """Names of the model runtimes."""
 
 
+def demo_package() -> ModuleType:
+    """Import `vlm_collab_demo`, which the distribution `vlm-collab-demo` brings.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        return import_module("vlm_collab_demo")
+    except ModuleNotFoundError:
+        raise ModelError(
+            "the demo model is not installed; install it with `pip install vlm-collab-demo` "
+            "(in a checkout: `pip install -e ./demo`), or name another model"
+        ) from None
+
+
 def demo_folder() -> Path:
-    """Return the folder of the embedded demo checkpoint, in a checkout or an installed package."""
-    return Path(__file__).resolve().parents[1] / "demo_model"
+    """Folder of the demo checkpoint.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    return Path(demo_package().DEMO_MODEL)
 
 
 def open_model(
@@ -59,7 +80,7 @@ def open_model(
     """Open a model. Blocks while it loads; a hub name may be downloaded.
 
     Args:
-        name: None or "demo" for the embedded demo model, "fake" for the scripted backend
+        name: None or "demo" for the demo model, "fake" for the scripted backend
             without a model, else a local folder or a name on the hub.
         preset: a preset, the name of one in `configs/models/`, or the path of a YAML file.
             Default: the one whose globs match `name`, else the family's default.
@@ -165,11 +186,6 @@ def checkpoint_of(name: str | None) -> str:
     """
     if name not in (None, DEMO_MODEL):
         return name
-    if not (demo_folder() / "config.json").is_file():
-        raise ModelError(
-            f"the demo model is not installed: {demo_folder()} holds no checkpoint "
-            "(train one with eval/, or name another model)"
-        )
     return str(demo_folder())
 
 

@@ -448,7 +448,7 @@ def test_a_file_needs_no_extra(server, file):
 
 
 def test_the_demo_model_reads_a_sign_that_a_camera_shows(tmp_path):
-    pictures = ROOT / "eval/pictures"
+    pictures = ROOT / "demo/vlm_collab_demo/pictures"
     told = json.loads((pictures / "pictures.json").read_text())["pictures"]
     one = next(picture for picture in told if picture["file"] == "scene-3.jpg")
     assert one["role"] == "asks"

@@ -1,4 +1,4 @@
-"""The benchmark in miniature: both sides answer alike, and its numbers mean what they say."""
+"""The benchmark on a tiny model: both sides give the same answers, and its figures are right."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eval.bench import subjects
 from eval.bench import two_stage as bench_two_stage
 from eval.bench.straightforward import Straightforward
 from server_plugin.backends.base import ModelInfo
@@ -39,7 +40,7 @@ def test_both_sides_answer_alike_and_everything_is_reported(
     assert set(result["results"]) == {
         "prefill", "3 tokens, full", "3 tokens, first_k", "8 tokens, full", "8 tokens, first_k",
     }  # fmt: skip
-    # Three tokens are over before four could decide.
+    # An answer of three tokens ends before `first_k` with k = 4 decides.
     assert result["results"]["3 tokens, first_k"] == result["results"]["3 tokens, full"]
     executed = result["executed_gflop"]
     assert executed["8 tokens, first_k"]["ours"] < executed["8 tokens, full"]["ours"]
@@ -56,21 +57,21 @@ def test_both_sides_answer_alike_and_everything_is_reported(
 def test_shapes_need_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = bench_two_stage.Shapes(
+    shapes = subjects.Shapes(
         layers=2, hidden=64, intermediate=172, heads=2, vocabulary=700, layer=1,
         vision_layers=2, vision_hidden=32, vision_heads=2,
     )  # fmt: skip
-    monkeypatch.setitem(bench_two_stage.SHAPES, "shapes-small", shapes)
+    monkeypatch.setitem(subjects.SHAPES, "shapes-small", shapes)
     result = run(capsys, "--answers", "2")
     assert (result["model"], result["shapes"]["hidden"]) == ("shapes-small", 64)
     assert result["equations_gflop"]["eq_20"] > 0
     assert (result["same_boxes"], result["same_tokens"]) == (True, 1.0)
 
 
-def test_a_pipeline_that_answers_otherwise_is_refused(
+def test_a_pipeline_with_other_answers_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both sides are compared, not assumed to be the same."""
+    """The benchmark compares the answers of both sides."""
     row = Straightforward._row
 
     def reversed_row(self: Straightforward, *arguments: Any) -> Any:
@@ -108,7 +109,7 @@ def test_the_equations_count_five_prefills_against_two() -> None:
         (("--model", "no/such/folder/here"), "there is no model folder"),
     ],
 )
-def test_what_cannot_run_says_so_in_a_line(arguments: tuple[str, ...], words: str) -> None:
+def test_impossible_options_give_one_line(arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(SystemExit, match=words) as caught:
         bench_two_stage.main([*arguments, "--device", "cpu"])
     assert "\n" not in str(caught.value)

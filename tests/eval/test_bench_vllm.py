@@ -1,4 +1,4 @@
-"""What the benchmark of rows in vLLM makes of its times; the engines are stand-ins."""
+"""The evaluation of times in the benchmark of rows in vLLM; the engines are stand-ins."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_goal_is_met_or_missed_only_by_the_whole_interval(ends: list[float],
 
 
 class Stand:
-    """Both engines: each answers by the picture, and remembers what it was shown."""
+    """Stands for either engine: its answer depends on the picture, and it records all pictures."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shown: dict[str, list[bytes]] = {"ours": [], "plain": []}
@@ -117,7 +117,7 @@ async def test_only_one_way_fetches_the_rows(fetched: bool) -> None:
 
 
 async def test_no_engine_is_shown_a_picture_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caches would know it, and the second time would be too short."""
+    """Its caches would have the picture, and the second time would be too short."""
     stand = Stand(monkeypatch)
     result = await stand.measure()
     assert len(stand.shown["ours"]) == 3 * 3 * 5
@@ -129,14 +129,16 @@ async def test_no_engine_is_shown_a_picture_twice(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("way", ["rows", "captured", "control", "plain 2", "plain None"])
-async def test_other_answers_end_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_differing_answers_end_the_benchmark(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand = Stand(monkeypatch)
     stand.wrong = way
     with pytest.raises(SystemExit, match="same answers"):
         await stand.measure()
 
 
-def test_the_command_of_a_result_can_be_given_to_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_a_result_works_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path.cwd()
     for name in bench.VARIABLES:
         monkeypatch.delenv(name, raising=False)

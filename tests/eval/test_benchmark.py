@@ -1,4 +1,4 @@
-"""The generated benchmark: the same on every call, true to its pictures, fair in its questions."""
+"""The generated benchmark: reproducible, with right answers and balanced questions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from eval.signs.samples import (
     scene_of,
     text_size,
 )
-from eval.signs.scenes import COLOURS, SHAPES, Split, generate_scene
+from eval.signs.sampling import generate_scene
+from eval.signs.scenes import COLOURS, SHAPES, Split
 from eval.tasks import open_task
 from eval.tasks.signs import Signs
 
@@ -100,14 +101,14 @@ def test_every_answer_is_what_the_scene_shows(items: dict[Split, list[Item]]) ->
                 assert one.answer == ("yes" if name in signs else "no")
 
 
-def test_yes_and_no_are_equally_many(items: dict[Split, list[Item]]) -> None:
+def test_yes_and_no_are_equally_frequent(items: dict[Split, list[Item]]) -> None:
     for made in items.values():
         for kind in (Kind.PRESENCE, Kind.COLOUR):
             answers = Counter(one.answer for one in made if one.kind is kind)
             assert answers == {"yes": 50, "no": 50}
 
 
-def test_a_colour_question_is_settled_by_the_colour_alone(items: dict[Split, list[Item]]) -> None:
+def test_only_the_colour_decides_a_colour_question(items: dict[Split, list[Item]]) -> None:
     for split, made in items.items():
         for one in (one for one in made if one.kind is Kind.COLOUR):
             colour, shape = one.question.removesuffix("?").split()[-2:]
@@ -127,7 +128,7 @@ def test_an_absent_sign_is_any_colour_and_shape(items: dict[Split, list[Item]]) 
     assert {shape for _, shape in absent} == set(SHAPES)
 
 
-def test_a_presence_question_s_box_is_there_only_for_what_is_there(
+def test_a_presence_question_has_a_box_only_if_the_sign_is_there(
     items: dict[Split, list[Item]],
 ) -> None:
     asked = [one for one in items["test"] if one.kind is Kind.PRESENCE]
@@ -171,8 +172,8 @@ def test_splits_show_different_scenes(items: dict[Split, list[Item]]) -> None:
 # --- as a task ------------------------------------------------------------------------------
 
 
-def test_a_box_holds_what_answers_the_question() -> None:
-    """The digits' own colour is in the box, and the picture is the one that was described."""
+def test_a_box_shows_the_answer() -> None:
+    """The box contains the digits' colour, and the picture is that of the sample."""
     for index in range(0, 8, 2):
         made = item("val", index)
         picture = Image.open(io.BytesIO(photograph("val", made.picture))).convert("L")
@@ -198,7 +199,7 @@ def test_summaries_are_by_kind_and_by_text_size() -> None:
     assert sizes == {"tiny": 0.0, **{size: 1.0 for size in sizes if size != "tiny"}}
 
 
-def test_there_are_as_many_as_one_asks_for() -> None:
+def test_a_task_has_as_many_samples_as_requested() -> None:
     assert len(open_task("signs")) == DEFAULT_COUNT
     more = open_task("signs", split="train", limit=DEFAULT_COUNT + 5)
     assert len(list(more)) == DEFAULT_COUNT + 5
@@ -209,7 +210,7 @@ def test_there_are_as_many_as_one_asks_for() -> None:
 # --- as a data set --------------------------------------------------------------------------
 
 
-def test_a_folder_holds_what_is_made_on_the_spot(tmp_path: Path) -> None:
+def test_a_folder_has_the_same_samples_as_the_task(tmp_path: Path) -> None:
     build(tmp_path / "signs", "val", 11)
     here = open_task("signs", split="val", limit=11)
     there = open_task("signs", split="val", data=tmp_path / "signs")
@@ -220,7 +221,7 @@ def test_a_folder_holds_what_is_made_on_the_spot(tmp_path: Path) -> None:
             assert getattr(one, name) == getattr(other, name)
 
 
-def test_it_loads_as_any_data_set_does(tmp_path: Path) -> None:
+def test_a_folder_loads_as_a_data_set(tmp_path: Path) -> None:
     build(tmp_path, "val", 4)
     build(tmp_path, "test", 6)
     loaded = load_dataset(str(tmp_path))
@@ -260,7 +261,7 @@ def test_the_same_command_writes_the_same_bytes_with_any_number_of_workers(
     assert cards == [card([("test", 18)])] * 2
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_whole(
+def test_an_interrupted_build_leaves_no_data_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(split: Split, picture: int) -> bytes:
@@ -297,19 +298,19 @@ def test_a_wrong_command_gets_one_clear_line(
 # --- the card -------------------------------------------------------------------------------
 
 
-def test_the_page_is_the_code_s() -> None:
-    """Its digests also pin every question, answer and box of the default splits."""
+def test_the_benchmark_page_is_up_to_date() -> None:
+    """The page's digests also pin every question, answer and box of the default splits."""
     assert PAGE.read_text(encoding="utf-8") == page([(s, DEFAULT_COUNT) for s in SPLITS]), (
         "run `python -m eval.signs.card`"
     )
 
 
-def test_the_digest_tells_one_answer_apart(items: dict[Split, list[Item]]) -> None:
+def test_the_digest_changes_with_one_answer(items: dict[Split, list[Item]]) -> None:
     some = items["test"][:10]
     assert digest(some) != digest([*some[:9], replace(some[9], answer="7")])
 
 
-def test_scores_take_an_answer_for_what_it_says() -> None:
+def test_answers_are_normalised_before_scoring() -> None:
     truth = open_task("signs", limit=6)[5].truth  # how many signs
     number = {"3": "three", "4": "Four.", "5": " five ", "6": "The six"}[truth.answers[0]]
     assert Signs.scorers["exact"](number, truth) == 1.0

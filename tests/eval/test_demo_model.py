@@ -1,4 +1,4 @@
-"""The embedded demo model: it loads, it is small, it reads, and its figures can be made again."""
+"""The demo model: it loads, it is small, it reads signs, and its figures are reproducible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from eval.demo_model import train
+from eval.demo_model import loop, train
 from eval.demo_model.build import build_model
 from eval.demo_model.decoder import train_decoder
 from eval.demo_model.evaluate import run
@@ -23,13 +23,15 @@ from eval.demo_model.measure import Reader
 from eval.demo_model.optim import make_optimisers, rate_at
 from eval.demo_model.packing import decoder_batch, tree_mask, vocabulary
 from eval.demo_model.questions import settings_of
-from eval.demo_model.recipe import Stage, load_recipe
+from eval.demo_model.recipe import TrainingStage, load_recipe
 from eval.demo_model.report import report
 from eval.demo_model.tower import to_pixels
-from eval.demo_model.views import IGNORE, patch_labels, tower_batch, whole
+from eval.demo_model.views import IGNORE, full_window, patch_labels, tower_batch
 from eval.demo_model.words import GENERIC, IMAGE, build_tokenizer
 from eval.demo_model.workers import load_model
-from eval.signs.scenes import SceneStyle, generate_scene, questions, render_view
+from eval.signs.drawing import render_view
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle
 
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "demo-model.json"
@@ -45,7 +47,7 @@ def model() -> LlavaForConditionalGeneration:
 # --- the checkpoint folder -------------------------------------------------------------------
 
 
-def test_checkpoint_loads_with_nothing_missing_or_over() -> None:
+def test_checkpoint_loads_without_missing_or_unexpected_keys() -> None:
     _, info = LlavaForConditionalGeneration.from_pretrained(FOLDER, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not info["error_msgs"]
@@ -55,7 +57,7 @@ def test_folder_is_small() -> None:
     assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 12_000_000
 
 
-def test_weights_carry_the_hub_names_in_bfloat16() -> None:
+def test_weights_have_the_hub_names_in_bfloat16() -> None:
     with safe_open(FOLDER / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
         dtypes = {file.get_slice(name).get_dtype() for name in names}
@@ -80,7 +82,7 @@ def test_unknown_parameter_has_no_hub_name() -> None:
 
 
 def test_export_keeps_the_logits(tmp_path: Path) -> None:
-    """What is written under the hub's names computes what the model in memory computes."""
+    """The exported checkpoint gives the same logits as the model in memory."""
     torch.manual_seed(0)
     recipe = load_recipe(RECIPE)
     made = build_model(recipe)
@@ -133,7 +135,7 @@ def test_chat_template_gives_the_prompt() -> None:
 @pytest.mark.parametrize(
     "text", ["47", "Wie viel kostet das? 3,50 €", "漢字 🙂 tabs\tand\nlines", "007", GENERIC]
 )
-def test_any_text_has_tokens_and_comes_back(text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = build_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.unk_token_id not in ids
@@ -154,7 +156,7 @@ def test_committed_tokenizer_is_the_one_the_code_builds() -> None:
 # --- training parts --------------------------------------------------------------------------
 
 
-def test_batches_are_made_again_from_seed_and_step() -> None:
+def test_batches_depend_on_seed_and_step_only() -> None:
     one, two = (tower_batch(3, 7, 4, 0.5, 0.0) for _ in range(2))
     np.testing.assert_array_equal(one.views, two.views)
     np.testing.assert_array_equal(one.digits, two.digits)
@@ -166,7 +168,7 @@ def test_batches_are_made_again_from_seed_and_step() -> None:
 def test_patch_labels_name_the_sign_under_the_patch() -> None:
     for index in range(30):
         scene = generate_scene("val", index, style=SceneStyle(two_digits=0.5))
-        labels = patch_labels(scene, whole(scene))
+        labels = patch_labels(scene, full_window(scene))
         for sign in scene.signs:
             column, row = (int(v // 112) for v in sign.centre)
             patch = row * 8 + column
@@ -177,7 +179,7 @@ def test_patch_labels_name_the_sign_under_the_patch() -> None:
         assert (labels.colour[labels.sign == 0] == IGNORE).all()
 
 
-def test_packed_branches_compute_what_they_would_alone() -> None:
+def test_packed_branches_compute_the_same_as_single_prompts() -> None:
     """The tree mask and the positions of packed training are those of single prompts."""
     torch.manual_seed(0)
     made = build_model(load_recipe(RECIPE))
@@ -217,19 +219,19 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates[-1] <= 0.011
 
 
-def test_training_goes_on_where_it_was_stopped(
+def test_training_continues_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage that is killed and started again ends with the weights of an unbroken one."""
-    monkeypatch.setattr(train, "_SAVE_EVERY_S", -1.0)  # save after every step
-    stage = Stage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
+    """A stage that is killed and started again ends with the weights of an uninterrupted one."""
+    monkeypatch.setattr(loop, "_SAVE_EVERY_S", -1.0)  # save after every step
+    stage = TrainingStage("tiny", "tower", steps=30, batch=1, learning_rate=0.01, seed=0)
 
     def finish(
-        folder: Path, stop_before: int | None, stage: Stage = stage
+        folder: Path, stop_before: int | None, stage: TrainingStage = stage
     ) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         model = torch.nn.Linear(3, 2)
-        working = train.Run(folder, torch.device("cpu"), workers=1)
+        working = loop.TrainingRun(folder, torch.device("cpu"), workers=1)
 
         def batches(first: int) -> Iterator[torch.Tensor]:
             for step in range(first, stage.steps):
@@ -240,7 +242,7 @@ def test_training_goes_on_where_it_was_stopped(
         def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
             return model(batch).float().square().mean(), {}
 
-        train.train_loop(
+        loop.train_loop(
             working,
             stage,
             model,
@@ -264,7 +266,7 @@ def test_training_goes_on_where_it_was_stopped(
     assert steps == sorted(steps)
 
 
-def test_recipe_mistakes_are_named(tmp_path: Path) -> None:
+def test_errors_in_a_recipe_are_named(tmp_path: Path) -> None:
     bad = tmp_path / "recipe.yaml"
     bad.write_text("vision: {}\ntext: {}\nstages:\n  - {name: one, kind: tower, stepz: 3}\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: stage 'one'.*stepz"):
@@ -289,7 +291,7 @@ def test_a_decoder_without_a_tower_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE)
     stage = msgspec.structs.replace(recipe.stage("decoder-1"), start_from=())
     with pytest.raises(ValueError, match="'decoder-1' needs a tower stage"):
-        train_decoder(train.Run(tmp_path, torch.device("cpu"), 1), recipe, stage)
+        train_decoder(loop.TrainingRun(tmp_path, torch.device("cpu"), 1), recipe, stage)
 
 
 def test_an_unknown_last_stage_is_refused(
@@ -301,7 +303,7 @@ def test_an_unknown_last_stage_is_refused(
     assert "no stage 'nine'" in capsys.readouterr().err
 
 
-def test_jitter_reaches_what_both_kinds_of_stage_draw() -> None:
+def test_jitter_is_applied_in_both_kinds_of_stage() -> None:
     plain, shaken = (decoder_batch(5, 1, 4, 1.0, 0.0, 1.75, jitter) for jitter in (0.0, 0.25))
     for view in range(3):  # the global view and both local ones
         assert not np.array_equal(plain.views[:, view], shaken.views[:, view])
@@ -316,11 +318,11 @@ def test_the_curve_of_a_checkpoint_ends_with_its_stage(tmp_path: Path) -> None:
     assert curve(tmp_path, stages[:2]) == points[:2]
 
 
-# --- what it can do --------------------------------------------------------------------------
+# --- abilities -------------------------------------------------------------------------------
 
 
 def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> None:
-    """The batched reader gives generate's own tokens, and its min-entropy, on the same view."""
+    """The batched reader gives the same tokens and min-entropy as `generate` on the same view."""
     scene = generate_scene("val", 1)
     view, asked = render_view(scene), questions(scene)[0]
     reader = Reader(model)
@@ -342,8 +344,8 @@ def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> No
     np.testing.assert_allclose(bits, reading.min_entropy, atol=1e-4)
 
 
-def test_its_own_regions_make_it_right(model: LlavaForConditionalGeneration) -> None:
-    """40 held-out scenes: clearly more right answers after the model's own regions."""
+def test_its_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
+    """On 40 held-out scenes, clearly more answers are right with the model's own regions."""
     from dataclasses import replace
 
     committed = json.loads(RESULTS.read_text())["test"]
@@ -351,20 +353,20 @@ def test_its_own_regions_make_it_right(model: LlavaForConditionalGeneration) -> 
     first = sum(o.right("first") for o in outcomes)
     own = sum(o.right("own") for o in outcomes)
     assert own - first >= 4
-    # No worse than the committed accuracy, less three standard deviations of 40 draws.
+    # At least the committed accuracy minus three standard deviations of 40 draws.
     expected = committed["accuracy"]["own"]
     assert own / 40 >= expected - 3 * (expected * (1 - expected) / 40) ** 0.5 - 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_committed_figures_are_made_again(
+def test_committed_figures_are_reproduced(
     model: LlavaForConditionalGeneration, split: str, request: pytest.FixtureRequest
 ) -> None:
     """The committed command gives the committed counts.
 
     Scenes and weights are the same bits everywhere, but float32 sums differ in their last bits
-    between processors; an answer on the edge may turn, so two of them are let go.
+    between processors, which can change a close answer, so two may differ.
     """
     if "slow" not in request.config.getoption("markexpr"):
         pytest.skip("takes minutes; run with -m slow")
@@ -380,10 +382,10 @@ def test_committed_figures_are_made_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_committed_answers_are_given_again(
+def test_committed_answers_are_reproduced(
     model: LlavaForConditionalGeneration, split: str, request: pytest.FixtureRequest
 ) -> None:
-    """The first 200 questions of the benchmark style, one by one; two answers may turn."""
+    """The first 200 questions of the benchmark style, one by one; two answers may differ."""
     from dataclasses import replace
 
     if "slow" not in request.config.getoption("markexpr"):

@@ -1,4 +1,4 @@
-"""The evaluation's figure is drawn from a results file alone."""
+"""The evaluation's figure needs a results file only."""
 
 from __future__ import annotations
 

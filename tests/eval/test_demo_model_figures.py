@@ -1,4 +1,4 @@
-"""The evaluation's figures, from answers made up here."""
+"""The evaluation's figures, computed from made-up answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from eval.demo_model.evaluate import FRESH
 from eval.demo_model.export import FOLDER
 from eval.demo_model.measure import Reading
 from eval.demo_model.provenance import weights_digest
-from eval.demo_model.questions import TEXT_HEIGHT_POWERS, Settings, ask
-from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, Question, generate_scene, questions
+from eval.demo_model.questions import TEXT_HEIGHT_POWERS, EvaluationSettings, render_question
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import HELD_OUT_FONT, HELD_OUT_TEXTURE, SignQuestion
 from server_plugin.models.presets import preset_named
 from vlm_collab.method.roi import Placement
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-SETTINGS = Settings(split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005)
+SETTINGS = EvaluationSettings(
+    split="val", count=4, two_digits=1.0, layer=0, base_px=320, epsilon=0.005
+)
 SIZE = (896, 896)
 
 
@@ -31,9 +34,9 @@ def reading(text: str, bits: tuple[float, ...], attention: np.ndarray) -> Readin
     return Reading(text, values, values * 2, 1 - values / 10, attention)
 
 
-def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcome:
+def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.QuestionResult:
     """A question whose map peaks at the patch under the middle of the text."""
-    question: Question = questions(ask(SETTINGS, index).scene)[0]
+    question: SignQuestion = questions(render_question(SETTINGS, index).scene)[0]
     x0, y0, x1, y1 = question.text_box
     attention = np.full((1, 64), 0.001)
     attention[0, (y0 + y1) // 2 * 8 // 896 * 8 + (x0 + x1) // 2 * 8 // 896] = 0.5
@@ -43,7 +46,7 @@ def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcom
         return reading(question.answer if right else "no", (bits, 0.5, 0.0), attention)
 
     seen = attention.reshape(8, 8)
-    return report.Outcome(
+    return report.QuestionResult(
         index=index,
         question=question,
         size=SIZE,
@@ -61,7 +64,7 @@ def outcome(index: int, *, first: bool, own: bool, bits: float) -> report.Outcom
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[report.Outcome]:
+def outcomes() -> list[report.QuestionResult]:
     return [
         outcome(0, first=True, own=True, bits=0.0),
         outcome(1, first=False, own=True, bits=3.0),
@@ -77,13 +80,13 @@ def test_aggregations_take_all_two_and_one_token() -> None:
     assert report.aggregated(np.array([3.0]), "first_k") == 3.0
 
 
-def test_a_small_margin_is_unsure(outcomes: list[report.Outcome]) -> None:
+def test_a_small_margin_means_high_uncertainty(outcomes: list[report.QuestionResult]) -> None:
     by_bits = np.argsort(report.uncertainty(outcomes, "min_entropy", "full"))
     by_margin = np.argsort(report.uncertainty(outcomes, "margin", "full"))
     np.testing.assert_array_equal(by_bits, by_margin)
 
 
-def test_the_most_unsure_are_sent_first() -> None:
+def test_the_least_certain_are_retransmitted_first() -> None:
     first, refined = np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 1.0])
     gains = report.gains_of(first, refined, np.array([0.1, 0.9, 0.3, 0.5]))
     np.testing.assert_allclose(gains, [0, 0.25, 0.5, 0.25, 0.25])
@@ -94,7 +97,7 @@ def test_the_most_unsure_are_sent_first() -> None:
     assert drawn["least_lead_over_random_at_any_count"] == pytest.approx(6.25, abs=0.006)
 
 
-def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.Outcome]) -> None:
+def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.QuestionResult]) -> None:
     curves = report.trade_offs(outcomes)
     assert set(curves) == {"sliding", "centroid"}
     for placement, last in (("sliding", 0.75), ("centroid", 1.0)):
@@ -104,7 +107,7 @@ def test_all_curves_start_at_never_and_end_at_always(outcomes: list[report.Outco
             assert drawn["accuracy"][-1] == last
 
 
-def test_report_counts(outcomes: list[report.Outcome]) -> None:
+def test_report_counts(outcomes: list[report.QuestionResult]) -> None:
     figures = report.report(outcomes, SETTINGS)
     assert figures["right"] == {"first": 2, "own": 3, "true": 4, "centroid": 4}
     assert figures["gain_points"] == 25.0
@@ -129,7 +132,9 @@ def test_report_counts(outcomes: list[report.Outcome]) -> None:
     assert sum(row["count"] for row in figures["by_text_height"]) == 4
 
 
-def test_what_training_never_saw_is_told_apart(outcomes: list[report.Outcome]) -> None:
+def test_unseen_fonts_and_textures_are_reported_apart(
+    outcomes: list[report.QuestionResult],
+) -> None:
     sign = replace(outcomes[1].question.sign, font=HELD_OUT_FONT)
     made = [
         outcomes[0],
@@ -159,7 +164,7 @@ def test_random_boxes_are_seeded_and_inside() -> None:
     assert boxes.random_box((0, 0, 896, 896), SIZE, 3) == (0, 0, 896, 896)
 
 
-def test_a_true_box_holds_its_text() -> None:
+def test_a_true_box_contains_its_text() -> None:
     for index in range(50):
         scene = generate_scene("val", index, size=(1120, 896))
         for question in questions(scene):
@@ -169,7 +174,7 @@ def test_a_true_box_holds_its_text() -> None:
 
 
 def test_sides_are_asked_in_turn() -> None:
-    asked = [ask(SETTINGS, index) for index in (0, 3, 4)]
+    asked = [render_question(SETTINGS, index) for index in (0, 3, 4)]
     assert [a.picture.size for a in asked] == [(896, 896), (1120, 896), (896, 1120)]
     assert all(a.sample.view.size == (112, 112) for a in asked)
 
@@ -203,7 +208,7 @@ def test_the_choices_follow_from_their_counts() -> None:
         assert choose.best(by_side) == made["chosen_px"]
 
 
-def test_preset_and_commands_hold_what_was_chosen() -> None:
+def test_preset_and_defaults_are_the_chosen_values() -> None:
     chosen, val = committed("demo-model-choices.json"), committed("demo-model.json")["val"]
     preset = preset_named("demo")
     sides = chosen["sides"]
@@ -213,7 +218,7 @@ def test_preset_and_commands_hold_what_was_chosen() -> None:
     assert SETTINGS.centroid_px == sides["centroid"]["chosen_px"]
 
 
-def test_all_results_are_about_the_committed_weights_run_the_same_way() -> None:
+def test_all_results_are_of_the_committed_weights_and_settings() -> None:
     digest = weights_digest()
     assert committed("demo-model-choices.json")["weights"] == digest
     preset = preset_named("demo")
@@ -243,7 +248,7 @@ def test_all_results_are_about_the_committed_weights_run_the_same_way() -> None:
         assert made["questions"] == 2000
 
 
-def test_committed_summaries_follow_from_the_questions() -> None:
+def test_committed_summaries_follow_from_the_single_questions() -> None:
     """Accuracies, AUROC and the gain at half, from each question's answers and entropy."""
     for name in ("demo-model.json", "demo-model-2000.json", "demo-model-harder.json"):
         for made in committed(name).values():
@@ -259,5 +264,5 @@ def test_committed_summaries_follow_from_the_questions() -> None:
             assert half == pytest.approx(made["trade_off"]["gain_at_half"], abs=5e-3)
 
 
-def test_the_card_is_what_its_command_writes() -> None:
+def test_the_model_card_is_up_to_date() -> None:
     assert (FOLDER / "README.md").read_text() == card.text()

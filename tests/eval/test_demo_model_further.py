@@ -1,4 +1,4 @@
-"""A finished checkpoint can be trained further: it stands for the stages that led to it."""
+"""Training can continue from a finished checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eval.demo_model.workers import load_model
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 
 
-def test_a_checkpoint_is_taken_up_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_is_taken_up_completely(tmp_path: Path) -> None:
     recipe, out = load_recipe(RECIPE), tmp_path / "run"
     last = recipe.stages[-1].name
     take_up(recipe, FOLDER, last, out)
@@ -27,7 +27,7 @@ def test_a_checkpoint_is_taken_up_whole(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == json.loads(
         (FOLDER / "training-curve.json").read_text()
     )
-    # Exported again, it is the same checkpoint; a tower stage carries the same tower.
+    # Exporting it gives the same checkpoint; a tower stage has the same tower.
     state = torch.load(out / f"{last}.pt", weights_only=True)["model"]
     write_checkpoint(recipe, state, tmp_path / "again")
     weights = "model.safetensors"
@@ -39,7 +39,7 @@ def test_a_checkpoint_is_taken_up_whole(tmp_path: Path) -> None:
         assert torch.equal(tensor, committed[name]), name
 
 
-def test_a_run_is_never_written_over(tmp_path: Path) -> None:
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "curve.jsonl").write_text("")
     with pytest.raises(ValueError, match="has a run in it already"):
         take_up(load_recipe(RECIPE), FOLDER, "tower-1", tmp_path)

@@ -1,4 +1,4 @@
-"""The demo checkpoint in vLLM itself: ``pytest -m slow tests/eval/test_demo_model_in_vllm.py``.
+"""The demo checkpoint in vLLM: ``pytest -m slow tests/eval/test_demo_model_in_vllm.py``.
 
 Builds an environment of 3.5 GB (`.venv-vllm`) with vLLM for the CPU, so it is not run by default.
 """
@@ -12,7 +12,8 @@ import subprocess
 import pytest
 from PIL import Image
 
-from eval.signs.scenes import crop, generate_scene, questions, render
+from eval.signs.drawing import crop, render
+from eval.signs.sampling import generate_scene, questions
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import demo_folder, open_model
 from tests.support.vllm_cpu.environment import SUPPORT, ensure, environment

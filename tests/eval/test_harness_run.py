@@ -37,6 +37,7 @@ from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import RegionNeed
+from tests.support.pinned import PROJECTS
 from tests.support.tiny_instructblip import save_tiny_instructblip
 from tests.support.tiny_qwen import save_tiny_qwen
 from vlm_collab.errors import CollabError, ConfigError
@@ -187,7 +188,7 @@ def test_provenance_says_what_was_run(unbroken: Path) -> None:
     assert told["task"]["limit"] == LIMIT
     assert (told["samples"], told["failed"]) == (LIMIT, 0)
     assert told["codec"] == {"view": ["jpeg", 90], "region": ["jpeg", 90]}
-    weights = Path("server_plugin/demo_model/model.safetensors")
+    weights = Path("demo/vlm_collab_demo/demo_model/model.safetensors")
     digest = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True)
     assert told["model"]["weights"] == digest.stdout.split()[0]
     assert told["model"]["preset"]["layer"] == 1
@@ -203,7 +204,7 @@ def test_a_killed_run_resumes_to_the_same_rows(unbroken: Path, tmp_path: Path) -
         [sys.executable, str(STALLING), str(folder), str(LIMIT), str(LIMIT - 2)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PROJECTS))},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"

@@ -1,6 +1,6 @@
-"""lmms-eval's own command with the plugin, offline, against this project's own harness.
+"""lmms-eval's own command with the plugin, offline, compared with `vlm-collab eval`.
 
-Its exit code is 0 whatever happens to a task, so it is the results file that is looked at.
+Its exit code is 0 even if a task fails, so these tests check the results file.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Data:
     """Rows of generated signs in the layout of the hub, and lmms-eval's tasks on them.
 
     Attributes:
-        folder: with a folder for each benchmark, and the tasks in `tasks`.
+        folder: contains a folder for each benchmark, and the tasks in `tasks`.
     """
 
     folder: Path
 
     def ours(self, name: str) -> Task:
-        """The same rows as this project opens them."""
+        """The same rows as a task of this project."""
         if name == "signs":
             return open_task(name, data=self.folder / "data" / name)
         return open_task(name, data=self.folder / name, post_prompt="")
@@ -115,7 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         generation_kwargs={"max_new_tokens": 8, "top_k": 4},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
-    # The example of the document, as it stands there.
+    # The documentation's example, unchanged.
     example = DOCUMENT.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
     (folder / "tasks" / "signs.yaml").write_text(example, encoding="utf-8")
     build(folder / "data" / "signs", "test", COUNT)
@@ -137,7 +137,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], **kinds: Any) -> None:
 
 
 def _task(folder: Path, name: str, split: str, **fields: Any) -> None:
-    """A task of lmms-eval's, on local rows."""
+    """A task of lmms-eval on local rows."""
     (file,) = (folder / name / "data").glob("*.parquet")
     fields |= {
         "task": f"{name}_here",
@@ -151,12 +151,12 @@ def _task(folder: Path, name: str, split: str, **fields: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What a run of lmms-eval left.
+class LmmsRun:
+    """Outcome of a run of lmms-eval.
 
     Attributes:
-        process: with all that it printed.
-        results: of the results file.
+        process: the finished process with its output.
+        results: contents of the results file.
         samples: logged samples by task, in their order.
         log: the plugin's own lines by task.
     """
@@ -173,14 +173,14 @@ class Ended:
         return float(self.results["results"][task][f"{metric},none"])
 
 
-Evaluate = Callable[..., Ended]
+Evaluate = Callable[..., LmmsRun]
 
 
 @pytest.fixture(scope="module")
 def evaluate(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     """`python -m lmms_eval --model vlm_collab …`."""
 
-    def run_it(*arguments: str, tasks: str, model_args: str = "") -> Ended:
+    def run_it(*arguments: str, tasks: str, model_args: str = "") -> LmmsRun:
         out = tmp_path_factory.mktemp("out")
         log = out / "log.jsonl"
         process = lmms_env.python(
@@ -199,7 +199,7 @@ def evaluate(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
         }
         lines = _lines(log)
         by_task = {name: [one for one in lines if one["task"] == name] for name in samples}
-        return Ended(process, json.loads(results.read_text()), samples, by_task)
+        return LmmsRun(process, json.loads(results.read_text()), samples, by_task)
 
     return run_it
 
@@ -210,7 +210,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ours(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Sequence[Record]]:
-    """Both passes of the same rows by this project's own harness."""
+    """Both passes of the same rows by `vlm-collab eval`."""
     kept, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, str(data.folder / "cache")
     records = {}
     try:
@@ -225,16 +225,16 @@ def ours(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, S
 
 
 @pytest.fixture(scope="module")
-def here(evaluate: Evaluate) -> Ended:
-    """In one process, as the preset decides."""
+def here(evaluate: Evaluate) -> LmmsRun:
+    """A run in one process, with the preset's policy."""
     tasks = "textvqa_here,pope_here,pairs_here,signs"
     return evaluate(tasks=tasks, model_args="pretrained=demo")
 
 
 @pytest.fixture(scope="module")
-def there(evaluate: Evaluate) -> Ended:
-    """Over a service, with a second stage in any case."""
-    # A service has a longest answer of its own, whatever a task asks for.
+def there(evaluate: Evaluate) -> LmmsRun:
+    """A run over a service, always with a second pass."""
+    # A service limits the answer's length, whatever a task asks for.
     with serving("--max-new-tokens", "128") as (_, ready):
         return evaluate(
             tasks="textvqa_here,pope_here,pairs_here",
@@ -248,12 +248,12 @@ def _decided(record: Record, policy: ThresholdPolicy) -> Decision:
     return policy.decide(steps, ended=record.first_ended)
 
 
-# --- against this project's harness --------------------------------------------------------------
+# --- against `vlm-collab eval` -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["textvqa", "pope", "signs"])
-def test_in_process_it_answers_what_the_harness_answers(
-    name: str, here: Ended, ours: Mapping[str, Sequence[Record]]
+def test_in_process_it_answers_as_vlm_collab_eval(
+    name: str, here: LmmsRun, ours: Mapping[str, Sequence[Record]]
 ) -> None:
     policy, task = preset_named("demo").policy(), name if name == "signs" else f"{name}_here"
     records, lines = ours[name], here.log[task]
@@ -261,7 +261,7 @@ def test_in_process_it_answers_what_the_harness_answers(
     unsure = [decision.retransmit for decision in decisions]
     assert len(records) == len(lines) == COUNT
     assert [one["stage"] == "second" for one in lines] == unsure
-    # Groups are the same, so these are the very same numbers.
+    # The groups are the same, so the numbers are equal bit by bit.
     assert [one["first_uncertainty"] for one in lines] == [one.value for one in decisions]
     texts = [r.second_text if u else r.first_text for r, u in zip(records, unsure, strict=True)]
     assert here.answers(task) == [one["text"] for one in lines] == texts
@@ -273,14 +273,14 @@ def test_in_process_it_answers_what_the_harness_answers(
         assert line["box"] == (record.box if second else None)
 
 
-def test_both_stages_were_in_it(here: Ended) -> None:
+def test_the_run_had_both_stages(here: LmmsRun) -> None:
     stages = {one["stage"] for lines in here.log.values() for one in lines}
     assert stages == {"first", "second"}
 
 
 @pytest.mark.parametrize("name", ["textvqa", "pope"])
-def test_over_a_service_it_answers_what_the_harness_answers(
-    name: str, there: Ended, ours: Mapping[str, Sequence[Record]]
+def test_over_a_service_it_answers_as_vlm_collab_eval(
+    name: str, there: LmmsRun, ours: Mapping[str, Sequence[Record]]
 ) -> None:
     lines = there.log[f"{name}_here"]
     assert there.answers(f"{name}_here") == [record.second_text for record in ours[name]]
@@ -292,14 +292,14 @@ def test_over_a_service_it_answers_what_the_harness_answers(
             record.region_bytes,
         )
         assert line["box"] == record.box
-        # Numbers of questions grow with them; options (a stop text, the longest answer) are sent.
+        # Question numbers get longer; options (a stop text, the longest answer) are sent too.
         plain = record.ask_bytes + record.reply_bytes + record.view_bytes + record.region_bytes
         assert 0 < line["bytes_up"] - plain < 64
 
 
 @pytest.mark.parametrize("way", ["here", "there"])
 def test_its_scores_are_ours(way: str, data: Data, request: pytest.FixtureRequest) -> None:
-    ended: Ended = request.getfixturevalue(way)
+    ended: LmmsRun = request.getfixturevalue(way)
     textvqa, pope = data.ours("textvqa"), data.ours("pope")
     said = ended.answers("textvqa_here")
     score = textvqa.scorers["vqa"]
@@ -314,7 +314,7 @@ def test_its_scores_are_ours(way: str, data: Data, request: pytest.FixtureReques
     assert figures["accuracy"] > 0
 
 
-def test_the_document_s_own_task_is_scored_as_ours(data: Data, here: Ended) -> None:
+def test_the_document_s_own_task_is_scored_as_ours(data: Data, here: LmmsRun) -> None:
     signs = data.ours("signs")
     score = signs.scorers["exact"]
     said = here.answers("signs")
@@ -334,7 +334,7 @@ def test_lmms_eval_still_makes_the_table_that_our_tasks_are_held_to(tmp_path: Pa
 
 @pytest.mark.parametrize("way", ["here", "there"])
 def test_the_results_file_has_bytes_and_rates(way: str, request: pytest.FixtureRequest) -> None:
-    ended: Ended = request.getfixturevalue(way)
+    ended: LmmsRun = request.getfixturevalue(way)
     lines = [one for lines in ended.log.values() for one in lines]
     figures = ended.results["throughput"]
     second = sum(one["stage"] == "second" for one in lines)
@@ -359,7 +359,7 @@ def test_the_results_file_has_bytes_and_rates(way: str, request: pytest.FixtureR
     }
 
 
-def test_a_question_about_two_pictures_counts_both(here: Ended, there: Ended) -> None:
+def test_a_question_about_two_pictures_counts_both(here: LmmsRun, there: LmmsRun) -> None:
     for ended in (here, there):
         alone = [one["view_pixels"] for one in ended.log["pope_here"]]
         assert [one["view_pixels"] for one in ended.log["pairs_here"]] == [2 * alone[0]] * 2
@@ -371,13 +371,13 @@ def test_a_question_about_two_pictures_counts_both(here: Ended, there: Ended) ->
         assert mine["first_text"] == theirs["first_text"]
 
 
-def test_an_option_without_effect_is_named(here: Ended) -> None:
+def test_an_option_without_effect_is_named(here: LmmsRun) -> None:
     told = here.process.stdout + here.process.stderr
     assert told.count("the generation option top_k has no effect on vlm_collab") == 1
 
 
 def test_several_processes_share_a_task_and_report_all_of_it(
-    data: Data, here: Ended, tmp_path: Path
+    data: Data, here: LmmsRun, tmp_path: Path
 ) -> None:
     log, limit = tmp_path / "log.jsonl", COUNT - 1  # odd: one process gets a question to pad with
     done = lmms_env.python(
@@ -400,7 +400,7 @@ def test_several_processes_share_a_task_and_report_all_of_it(
         assert figures[f"avg_{name}"] == pytest.approx(sum(one[name] for one in alone) / limit)
 
 
-# --- what cannot be -----------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 DRIVER = """
@@ -415,7 +415,7 @@ def said(work):
         return str(error)
 
 class Stopped(VlmCollab):
-    def _asker(self):
+    def _answer_source(self):
         raise KeyboardInterrupt
 
 model = VlmCollab(pretrained="demo", batch_size=1, device=None)
@@ -432,7 +432,7 @@ print(json.dumps([
 """
 
 
-def test_what_it_does_not_do_is_refused_with_one_line(tmp_path: Path) -> None:
+def test_unsupported_requests_are_refused_with_one_line(tmp_path: Path) -> None:
     done = lmms_env.python("-c", DRIVER, home=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     likelihood, rounds, drawing, nobody, eta, etta, stopped = json.loads(
@@ -451,7 +451,7 @@ def test_what_it_does_not_do_is_refused_with_one_line(tmp_path: Path) -> None:
     assert not any("\n" in line for line in (likelihood, rounds, drawing, nobody, eta, etta))
 
 
-def test_tasks_that_no_answer_can_be_had_for_end_it(data: Data, tmp_path: Path) -> None:
+def test_a_task_without_any_answer_ends_the_run(data: Data, tmp_path: Path) -> None:
     """Every question of the task is longer than the model's context."""
     file = data.folder / "tasks" / "long.yaml"
     pairs = yaml.safe_load((data.folder / "tasks" / "pairs.yaml").read_text())

@@ -1,4 +1,4 @@
-"""The parts of the lmms-eval plugin that need no lmms-eval: options, pictures, both ways to ask."""
+"""Parts of the lmms-eval plugin that need no lmms-eval: options, pictures, both answer sources."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image as Pillow
 
 from eval.lmms_plugin.figures import added, all_figures, totals_of
 from eval.lmms_plugin.in_process import InProcess
-from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, Original, originals_of
+from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, OriginalPicture, originals_of
 from eval.lmms_plugin.over_network import OverNetwork
-from eval.lmms_plugin.questions import Question, questions_of
-from eval.lmms_plugin.runner import Asker, Reply, ask_all
-from eval.lmms_plugin.settings import Settings, settings_from
+from eval.lmms_plugin.questions import LmmsQuestion, questions_of
+from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, answer_all
+from eval.lmms_plugin.settings import LmmsSettings, settings_from
 from eval.runs.loop import MOST_FAILURES_IN_A_ROW
 from eval.runs.methods.method import SampleError
 from server_plugin.backends.open import open_model
@@ -44,7 +44,7 @@ PNG = saved(photo(640, 480), "PNG")
 def requests(
     text: str = "which number?", count: int = 1, task: str = "t", **generation: Any
 ) -> list[Any]:
-    """What lmms-eval hands to `generate_until`."""
+    """Requests as lmms-eval passes them to `generate_until`."""
 
     def shown(document: Mapping[str, Any]) -> Any:
         return [document["image"].convert("RGB")]
@@ -65,18 +65,18 @@ def requests(
     ]
 
 
-def asked(text: str = "which number?", **generation: Any) -> Question:
-    (question,) = questions_of(requests(text, **generation), Settings(), print)
+def asked(text: str = "which number?", **generation: Any) -> LmmsQuestion:
+    (question,) = questions_of(requests(text, **generation), LmmsSettings(), print)
     return question
 
 
 # --- settings -----------------------------------------------------------------------------------
 
 
-def test_settings_are_what_stands_in_model_args() -> None:
+def test_settings_come_from_model_args() -> None:
     told = {"eta": 1, "metric": "entropy", "aggregate": "first_k", "k": 5, "codec": "webp"}
     settings = settings_from({**told, "policy": "always", "batch_size": 1, "max_batch_size": None})
-    assert settings == Settings(
+    assert settings == LmmsSettings(
         eta=1.0,
         metric=Metric.ENTROPY,
         aggregate=Aggregate.FIRST_K,
@@ -156,7 +156,7 @@ def test_a_token_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- requests -----------------------------------------------------------------------------------
 
 
-def test_a_task_s_generation_options_become_wishes() -> None:
+def test_a_task_s_generation_options_are_sent() -> None:
     assert asked(until=["\n\n", "", "\n\n"], max_new_tokens=16, temperature=0.0).options == (
         Options(max_new_tokens=16, stop=("\n\n",))
     )
@@ -168,40 +168,43 @@ def test_a_task_s_generation_options_become_wishes() -> None:
     assert asked(temperature=0.7, do_sample=False).options == Options(max_new_tokens=64)
 
 
-def test_an_own_longest_answer_goes_first() -> None:
-    (question,) = questions_of(requests(max_new_tokens=512), Settings(max_new_tokens=20), print)
+def test_the_user_s_longest_answer_has_priority() -> None:
+    (question,) = questions_of(requests(max_new_tokens=512), LmmsSettings(max_new_tokens=20), print)
     assert question.options.max_new_tokens == 20
 
 
-def test_a_threshold_crosses_the_wire_only_to_a_service() -> None:
-    for settings, eta in (Settings(eta=1.0), None), (Settings(eta=1.0, server="ws://a"), 1.0):
+def test_a_threshold_is_sent_only_to_a_service() -> None:
+    for settings, eta in (
+        (LmmsSettings(eta=1.0), None),
+        (LmmsSettings(eta=1.0, server="ws://a"), 1.0),
+    ):
         (question,) = questions_of(requests(), settings, print)
         assert question.options.eta == eta
 
 
-def test_repeated_questions_are_drawn_anew_and_runs_repeat() -> None:
+def test_repeated_questions_have_seeds_of_their_own_and_runs_repeat() -> None:
     same = requests(temperature=1.0) * 3
 
     def seeds(**settings: Any) -> list[int | None]:
-        asked_again = questions_of(same, Settings(**settings), print)
+        asked_again = questions_of(same, LmmsSettings(**settings), print)
         return [question.options.seed for question in asked_again]
 
     assert len(set(seeds())) == 3
     assert seeds() == seeds() != seeds(seed=1)
 
 
-def test_marks_of_pictures_in_the_text_are_taken_out() -> None:
+def test_image_placeholders_in_the_text_are_removed() -> None:
     assert asked("<image>\nwhich <image> number?").text == "which  number?"
     assert asked(" which number?\n").text == " which number?\n"
 
 
-def test_what_cannot_be_honoured_is_refused_and_what_has_no_effect_named_once() -> None:
+def test_unsupported_options_are_refused_and_ignored_ones_named_once() -> None:
     with pytest.raises(ConfigError, match="t asks for a search with 3 beams"):
         asked(num_beams=3)
     with pytest.raises(ConfigError, match="t ends its answers at 5 texts"):
         asked(until=list("abcde"))
     warned: list[str] = []
-    questions_of(requests(count=3, top_k=5), Settings(), warned.append)
+    questions_of(requests(count=3, top_k=5), LmmsSettings(), warned.append)
     assert warned == ["t: the generation option top_k has no effect on vlm_collab"]
 
 
@@ -209,7 +212,7 @@ def test_what_cannot_be_honoured_is_refused_and_what_has_no_effect_named_once() 
 
 
 def documents(images: Sequence[Any], *, lists: bool = False, **columns: Any) -> dict[str, Any]:
-    """A data set of one row for each picture (or list of pictures)."""
+    """A data set with one row per picture (or list of pictures)."""
     kind = List(Image()) if lists else Image()
     rows = {"image": list(images), **columns}
     features = Features({"image": kind} | {name: Image() for name in columns})
@@ -222,9 +225,11 @@ def file(data: bytes, name: str | None = "a.jpg") -> dict[str, Any]:
 
 def found(
     rows: Mapping[str, Any], visuals: Callable[[Mapping[str, Any]], Any] | None = None
-) -> list[Original]:
+) -> list[OriginalPicture]:
     show = visuals or (lambda doc: [doc["image"].convert("RGB")])
-    question = Question(task="t", split="test", doc_id=0, text="?", options=Options(), visuals=show)
+    question = LmmsQuestion(
+        task="t", split="test", doc_id=0, text="?", options=Options(), visuals=show
+    )
     return originals_of(question, rows)
 
 
@@ -284,7 +289,7 @@ def test_several_pictures_come_in_the_order_shown() -> None:
         (lambda doc: ["/nowhere/clip.mp4"], "/nowhere/clip.mp4"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_one_line(
+def test_other_objects_than_pictures_are_refused_with_one_line(
     visuals: Callable[[Mapping[str, Any]], Any], line: str
 ) -> None:
     with pytest.raises(SampleError) as error:
@@ -292,53 +297,59 @@ def test_what_is_no_picture_is_refused_with_one_line(
     assert line in str(error.value)
 
 
-# --- asking, with the scripted model ------------------------------------------------------------
+# --- answers of the scripted model --------------------------------------------------------------
 
 
 PICTURES = documents([file(JPEG)] * 40)
 QUESTIONS = ("what is the small number?", "what is the big number?", "which small sign?")
 
 
-def questions(settings: Settings, texts: Sequence[str], **generation: Any) -> list[Question]:
+def questions(
+    settings: LmmsSettings, texts: Sequence[str], **generation: Any
+) -> list[LmmsQuestion]:
     asked_all = [requests(text, **generation)[0] for text in texts]
     return questions_of(asked_all, settings, print)
 
 
-def load(question: Question) -> list[Original]:
+def load(question: LmmsQuestion) -> list[OriginalPicture]:
     return originals_of(question, PICTURES)
 
 
 def answers(
-    asker: Asker, to_ask: Sequence[Question], load: Callable[[Question], list[Original]] = load
-) -> list[Reply | SampleError]:
-    return asyncio.run(ask_all(asker, to_ask, load, lambda question, reply: None)).replies
+    source: AnswerSource,
+    to_ask: Sequence[LmmsQuestion],
+    load: Callable[[LmmsQuestion], list[OriginalPicture]] = load,
+) -> list[CostedAnswer | SampleError]:
+    return asyncio.run(answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
 
-def in_process(texts: Sequence[str] = QUESTIONS, **settings: Any) -> list[Reply]:
-    settled = Settings(pretrained="fake", **settings)
+def in_process(texts: Sequence[str] = QUESTIONS, **settings: Any) -> list[CostedAnswer]:
+    settled = LmmsSettings(pretrained="fake", **settings)
     replies = answers(InProcess(settled), questions(settled, texts, until="\n\n"))
     assert not [reply for reply in replies if isinstance(reply, SampleError)]
-    return [reply for reply in replies if isinstance(reply, Reply)]
+    return [reply for reply in replies if isinstance(reply, CostedAnswer)]
 
 
 async def over_network(
     texts: Sequence[str] = QUESTIONS,
-    load: Callable[[Question], list[Original]] = load,
+    load: Callable[[LmmsQuestion], list[OriginalPicture]] = load,
     config: ServiceConfig | None = None,
     token: str | None = None,
     fit: str | None = None,
     **settings: Any,
-) -> list[Reply | SampleError]:
+) -> list[CostedAnswer | SampleError]:
     backend, preset = open_model("fake", max_new_tokens=64, fit=fit)
     engine = engine_of(backend, preset, None, {})
     async with running(Service(engine, config or ServiceConfig(port=0))) as url:
-        settled = Settings(server=url, token=token, **settings)
-        asker = OverNetwork(settled)
+        settled = LmmsSettings(server=url, token=token, **settings)
+        source = OverNetwork(settled)
         to_ask = questions(settled, texts, until="\n\n")
-        return (await ask_all(asker, to_ask, load, lambda question, reply: None)).replies
+        return (await answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
 
-async def test_a_service_that_cuts_pictures_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_service_that_crops_pictures_causes_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     await over_network(fit="pad")
     assert "fit" not in caplog.text
     await over_network(fit="crop")
@@ -373,8 +384,8 @@ async def test_both_ways_answer_the_same_and_send_the_same_bytes(policy: str) ->
     there = await over_network(policy=policy)
     here = await asyncio.to_thread(in_process, policy=policy)
     for mine, theirs in zip(here, there, strict=True):
-        assert isinstance(theirs, Reply)
-        # Times take one to three bytes on the wire, three in this process.
+        assert isinstance(theirs, CostedAnswer)
+        # On the wire, a time takes one to three bytes; in this process, three.
         assert 0 <= mine.bytes_down - theirs.bytes_down <= 8
         same = {"bytes_down": 0, "uncertainty": 0.0, "first_uncertainty": 0.0}
         assert asdict(mine) | same == asdict(theirs) | same
@@ -385,61 +396,61 @@ async def test_both_ways_answer_the_same_and_send_the_same_bytes(policy: str) ->
 async def test_several_pictures_cost_the_same_both_ways() -> None:
     rows = documents([[file(JPEG), file(saved(photo(200, 300), "JPEG"))]] * 3, lists=True)
 
-    def load_both(question: Question) -> list[Original]:
-        shown = Question(
+    def load_both(question: LmmsQuestion) -> list[OriginalPicture]:
+        shown = LmmsQuestion(
             task="t", split="test", doc_id=0, text="", options=Options(),
             visuals=lambda doc: doc["image"],
         )  # fmt: skip
         return originals_of(shown, rows)
 
     there = await over_network(load=load_both)
-    settled = Settings(pretrained="fake")
+    settled = LmmsSettings(pretrained="fake")
     to_ask = questions(settled, QUESTIONS, until="\n\n")
-    here, _ = await ask_all(InProcess(settled), to_ask, load_both, lambda question, reply: None)
+    here, _ = await answer_all(InProcess(settled), to_ask, load_both, lambda question, reply: None)
     single = await asyncio.to_thread(in_process)
     for mine, theirs, one in zip(here, there, single, strict=True):
-        assert isinstance(mine, Reply)
-        assert isinstance(theirs, Reply)
+        assert isinstance(mine, CostedAnswer)
+        assert isinstance(theirs, CostedAnswer)
         assert (mine.bytes_up, mine.text, mine.box) == (theirs.bytes_up, theirs.text, theirs.box)
         assert mine.view_pixels == theirs.view_pixels == 2 * one.view_pixels
         assert mine.view_bytes == theirs.view_bytes > one.view_bytes
 
 
 @pytest.mark.parametrize("way", ["here", "there"])
-async def test_a_question_that_fails_takes_no_other_along(way: str) -> None:
+async def test_a_failed_question_does_not_affect_others(way: str) -> None:
     texts = [QUESTIONS[0], "<|reserved|> " * 3000, QUESTIONS[1]]
     if way == "there":
         replies = await over_network(texts)
     else:
-        settled = Settings(pretrained="fake")
-        asker = InProcess(settled)
-        replies, _ = await ask_all(asker, questions(settled, texts), load, lambda *_: None)
+        settled = LmmsSettings(pretrained="fake")
+        source = InProcess(settled)
+        replies, _ = await answer_all(source, questions(settled, texts), load, lambda *_: None)
     first, second, third = replies
-    assert isinstance(first, Reply)
-    assert isinstance(third, Reply)
+    assert isinstance(first, CostedAnswer)
+    assert isinstance(third, CostedAnswer)
     assert isinstance(second, SampleError)
     assert "\n" not in str(second)
 
 
-def test_pictures_that_cannot_be_had_fail_their_question_alone() -> None:
-    def load_or_not(question: Question) -> list[Original]:
+def test_missing_pictures_fail_only_their_question() -> None:
+    def load_or_not(question: LmmsQuestion) -> list[OriginalPicture]:
         if question.text == QUESTIONS[1]:
             raise OSError("the disk is gone")
         return load(question)
 
-    settled = Settings(pretrained="fake")
+    settled = LmmsSettings(pretrained="fake")
     first, second, _ = answers(InProcess(settled), questions(settled, QUESTIONS), load_or_not)
-    assert isinstance(first, Reply)
+    assert isinstance(first, CostedAnswer)
     assert str(second) == "its pictures: OSError: the disk is gone"
 
 
-def test_question_after_question_that_fails_ends_it() -> None:
-    def load_some(question: Question) -> list[Original]:
+def test_many_failures_in_a_row_end_the_run() -> None:
+    def load_some(question: LmmsQuestion) -> list[OriginalPicture]:
         if question.text == "?":
             raise SampleError("gone")
         return load(question)
 
-    settled = Settings(pretrained="fake")
+    settled = LmmsSettings(pretrained="fake")
     many = questions(settled, ["?"] * (MOST_FAILURES_IN_A_ROW + 5))
     with pytest.raises(CollabError, match="questions failed in a row, the last: gone"):
         answers(InProcess(settled), [*questions(settled, QUESTIONS), *many], load_some)
@@ -448,39 +459,39 @@ def test_question_after_question_that_fails_ends_it() -> None:
 
 
 class Recorded(InProcess):
-    """Remembers how questions were grouped."""
+    """Records how questions were grouped."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LmmsSettings) -> None:
         super().__init__(settings)
         self.groups: list[list[str]] = []
 
-    async def open(self, to_ask: Sequence[Question]) -> None:
+    async def open(self, to_ask: Sequence[LmmsQuestion]) -> None:
         await super().open(to_ask)
         self.group = 2
 
-    async def answer(self, ready: Sequence[Any]) -> list[Reply | SampleError]:
+    async def answer(self, ready: Sequence[Any]) -> list[CostedAnswer | SampleError]:
         self.groups.append([one.question.text for one in ready])
         return await super().answer(ready)
 
 
 def test_groups_hold_questions_of_one_task() -> None:
-    settled = Settings(pretrained="fake")
+    settled = LmmsSettings(pretrained="fake")
     mixed = [requests(text, task=task)[0] for task, text in zip("uuuvv", "abcde", strict=True)]
     rows = {"u": PICTURES["t"], "v": PICTURES["t"]}
-    asker, told = Recorded(settled), list[str]()
+    source, told = Recorded(settled), list[str]()
     asyncio.run(
-        ask_all(
-            asker,
+        answer_all(
+            source,
             questions_of(mixed, settled, print),
             lambda question: originals_of(question, rows),
             lambda question, _: told.append(question.text),
         )
     )
-    assert asker.groups == [["a", "b"], ["c"], ["d", "e"]]
+    assert source.groups == [["a", "b"], ["c"], ["d", "e"]]
     assert told == list("abcde")
 
 
-async def test_a_service_that_lets_nobody_in_ends_it() -> None:
+async def test_a_refused_connection_ends_the_run() -> None:
     with pytest.raises(AuthenticationError):
         await over_network(config=ServiceConfig(port=0, token="right"), token="wrong")
 
@@ -494,15 +505,15 @@ async def test_a_service_without_stop_texts_is_refused(monkeypatch: pytest.Monke
 
 def test_options_that_the_preset_does_not_take_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="k needs the aggregate first_k"):
-        InProcess(Settings(pretrained="fake", k=3))
+        InProcess(LmmsSettings(pretrained="fake", k=3))
     with pytest.raises(ConfigError, match="eta"):
-        InProcess(Settings(pretrained="fake", metric=Metric.MARGIN, eta=2.0))
+        InProcess(LmmsSettings(pretrained="fake", metric=Metric.MARGIN, eta=2.0))
 
 
 # --- figures ------------------------------------------------------------------------------------
 
 
-def test_figures_are_means_over_what_was_answered() -> None:
+def test_figures_are_means_over_answered_questions() -> None:
     replies = in_process()
     parts = totals_of([*replies[:1], SampleError("no")]), totals_of(replies[1:])
     totals = added(parts)

@@ -1,4 +1,4 @@
-"""Evaluation of the demo model through the service: its figures, and some real questions."""
+"""The evaluation over the service: its figures, and a few real questions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from eval.demo_model.over_service import Told, compared, through
-from eval.demo_model.questions import Settings
+from eval.demo_model.over_service import ServiceResult, ask_service, compared
+from eval.demo_model.questions import EvaluationSettings
 
 
 def test_differences_are_in_points() -> None:
-    def made(first: bool, refined: bool) -> Told:
-        return Told(first, refined, True, "NONE", up=10, down=4, view=6, region=3)
+    def made(first: bool, refined: bool) -> ServiceResult:
+        return ServiceResult(first, refined, True, "NONE", up=10, down=4, view=6, region=3)
 
     reference = {"right_by_question": {"first": "10011", "own": "11111"}}
     answers = [made(True, True), made(False, True), made(True, False), made(False, True)]
@@ -31,8 +31,10 @@ def test_differences_are_in_points() -> None:
 
 @pytest.mark.slow
 def test_every_question_gets_a_second_pass() -> None:
-    settings = Settings("val", count=3, two_digits=1.0, layer=1, base_px=320, epsilon=0.005)
-    made = asyncio.run(through(settings, "sliding", 90))
+    settings = EvaluationSettings(
+        "val", count=3, two_digits=1.0, layer=1, base_px=320, epsilon=0.005
+    )
+    made = asyncio.run(ask_service(settings, "sliding", 90))
     assert len(made) == 3
     for one in made:
         assert one.fallback == "NONE"

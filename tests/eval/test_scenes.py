@@ -1,4 +1,4 @@
-"""The generated scenes: made again on every call, disjoint between splits, true to their boxes."""
+"""The generated scenes: reproducible, disjoint between splits, with exact boxes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.demo_model.views import whole
-from eval.signs import scenes
-from eval.signs.scenes import SceneStyle, draw, generate_scene, questions, render, render_view
+from eval.demo_model.views import full_window
+from eval.signs import drawing, sampling, scenes
+from eval.signs.drawing import draw, render, render_view
+from eval.signs.sampling import generate_scene, questions
+from eval.signs.scenes import SceneStyle
 
 SMALL = (448, 448)
 WHOLE = (0.0, 0.0, 448.0, 448.0)
@@ -24,7 +26,7 @@ PINNED = [
 """Signs of test scene 0 with two digits: name, text, box."""
 
 
-def test_a_scene_is_made_again_from_its_index() -> None:
+def test_a_scene_depends_on_its_index_only() -> None:
     first = generate_scene("test", 17, size=(896, 672), style=SceneStyle(two_digits=0.5))
     again = generate_scene("test", 17, size=(896, 672), style=SceneStyle(two_digits=0.5))
     assert first == again
@@ -55,7 +57,7 @@ def test_test_split_holds_out_a_font_and_a_texture() -> None:
     assert 0.35 < families.count(scenes.HELD_OUT_TEXTURE) / len(families) < 0.65
 
 
-def test_the_default_style_draws_what_committed_figures_were_made_from() -> None:
+def test_the_default_style_gives_the_scenes_of_the_committed_figures() -> None:
     scene = generate_scene("test", 0, style=SceneStyle(two_digits=1.0))
     assert scene == generate_scene(
         "test", 0, style=SceneStyle(two_digits=1.0, text_height_power=1.0)
@@ -67,7 +69,7 @@ def test_the_default_style_draws_what_committed_figures_were_made_from() -> None
 def test_text_heights_follow_their_density(power: float) -> None:
     """Shares of drawn heights against the integral of h^-p, by the trapezoidal rule."""
     low, high = 24.0, 160.0
-    drawn = np.array([scenes._height(low, high, power, s) for s in np.linspace(0, 1, 20_001)])
+    drawn = np.array([sampling._height(low, high, power, s) for s in np.linspace(0, 1, 20_001)])
     assert drawn[0] == pytest.approx(low)
     assert drawn[-1] == pytest.approx(high)
     assert (np.diff(drawn) > 0).all()
@@ -121,7 +123,7 @@ def test_every_question_names_one_sign() -> None:
 
 
 def test_text_pixels_fill_their_box_and_no_more() -> None:
-    """Two drawings that differ in the digits alone differ inside the text box alone."""
+    """Drawings that differ only in their digits differ only inside the text box."""
     from dataclasses import replace
 
     checked = 0
@@ -152,10 +154,10 @@ def test_text_pixels_fill_their_box_and_no_more() -> None:
 
 
 def test_fast_drawing_shows_the_same_signs() -> None:
-    """The training view differs from the reduced picture in its background only."""
+    """The training view differs from the reduced picture only in its background."""
     scene = generate_scene("val", 3)
     exact = np.asarray(render_view(scene)).astype(int)
-    fast = draw(scene, whole(scene), (224, 224), exact_texture=False)
+    fast = draw(scene, full_window(scene), (224, 224), exact_texture=False)
     quick = np.asarray(fast.resize((112, 112))).astype(int)
     for sign in scene.signs:
         x0, y0, x1, y1 = (round(v / 8) for v in sign.text_box)
@@ -166,12 +168,12 @@ def test_fast_drawing_shows_the_same_signs() -> None:
 def test_a_crop_is_the_picture_at_full_resolution() -> None:
     scene = generate_scene("val", 5, size=SMALL)
     picture = render(scene)
-    window = scenes.crop(picture, (100, 120, 212, 232))
+    window = drawing.crop(picture, (100, 120, 212, 232))
     np.testing.assert_array_equal(np.asarray(window), np.asarray(picture)[120:232, 100:212])
-    assert scenes.crop(picture, (100, 120, 212, 232), 56).size == (56, 56)
+    assert drawing.crop(picture, (100, 120, 212, 232), 56).size == (56, 56)
 
 
-def test_wrong_use_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="index"):
         generate_scene("train", -1)
     with pytest.raises(ValueError, match="224"):
@@ -196,7 +198,7 @@ def test_jitter_changes_digits_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("slant", [-0.3, 0.3])
 def test_slanted_digits_lean_to_their_side(slant: float) -> None:
-    """The ink's centre moves to the right from the bottom to the top, or to the left."""
+    """The ink's centre moves sideways from bottom to top, in the direction of the slant."""
     sign = replace(
         generate_scene("train", 3, style=SceneStyle(two_digits=0.0)).signs[0],
         text="1", slant=slant, text_box=(40, 20, 100, 120), box=(0, 0, 140, 140),

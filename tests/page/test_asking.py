@@ -11,7 +11,6 @@ from starlette.routing import Mount
 
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.cli.demo import PICTURES
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.backends.open import open_model
 from server_plugin.cli.serve import engine_of
@@ -23,6 +22,7 @@ from tests.support import page_cases
 from tests.support.browser import Visitor, visiting
 from tests.support.wire import http, service
 from vlm_collab.protocol.messages import Answer, Ask, Cancel, Partial, Region, Stage, Welcome
+from vlm_collab_demo import PICTURES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

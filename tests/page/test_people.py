@@ -7,13 +7,13 @@ import json
 import pytest
 from playwright.async_api import Browser
 
-from eval.cli.demo import PICTURES
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow
 from tests.support.browser import Visitor, visiting
 from tests.support.wire import service
 from vlm_collab.protocol.messages import Ask
+from vlm_collab_demo import PICTURES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-import server_plugin.backends.open
 from edge_client import EdgeClient, Picture
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend
@@ -244,8 +243,8 @@ async def test_the_fake_opens_without_a_checkpoint() -> None:
     await backend.close()
 
 
-def test_a_missing_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_plugin.backends.open, "demo_folder", lambda: tmp_path)
+def test_a_missing_demo_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vlm_collab_demo", None)  # as if it were not installed
     for name in (None, "demo"):
         with pytest.raises(ModelError, match="demo model is not installed"):
             open_model(name)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 from typing import Any
 
-from eval.cli.demo import PICTURES, cases
+from eval.cli.demo import cases
 from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service.asgi import Service
@@ -20,7 +20,7 @@ async def test_whole_pictures_are_read_in_two_stages():
     refined = []
     try:
         async with asking(service) as client:
-            for case in cases(PICTURES):
+            for case in cases():
                 data = case.photo.read_bytes()
                 chat = await client.chat.completions.create(
                     model="demo", messages=[message(case.question, data)]
@@ -43,7 +43,7 @@ async def test_the_first_question_about_pictures_may_have_text_between_them():
     """Nothing was asked before, so what opening the views cost is told with this answer."""
     backend, preset = await asyncio.to_thread(open_model, "demo")
     service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
-    one, other = cases(PICTURES)[:2]
+    one, other = cases()[:2]
     shown = [
         f"data:image/jpeg;base64,{base64.b64encode(case.photo.read_bytes()).decode()}"
         for case in (one, other)

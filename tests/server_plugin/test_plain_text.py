@@ -131,7 +131,7 @@ def instructblip_prompts(tokenizer: Any, qformer: Any) -> InstructBlipPrompts:
 def builders(folders: dict[str, Path]) -> dict[str, tuple[Any, Any]]:
     """(tokenizer, prompts) by name."""
     tiny = AutoTokenizer.from_pretrained(folders["llava-1.5"])
-    demo = AutoTokenizer.from_pretrained("server_plugin/demo_model")
+    demo = AutoTokenizer.from_pretrained("demo/vlm_collab_demo/demo_model")
     qwen = AutoTokenizer.from_pretrained(folders["qwen2.5-vl"])
     first, prepended, outside = llama("first"), llama("prepended"), with_added_start()
     vicuna = AutoTokenizer.from_pretrained(folders["instructblip"])

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.signs.scenes import generate_scene, questions, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
 from server_plugin.backends.base import Generation, GenerationRequest
 from server_plugin.backends.open import demo_folder, open_model
 from server_plugin.backends.transformers.attention import ATTENTION_NAME

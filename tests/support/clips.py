@@ -10,13 +10,14 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from eval.signs import scenes
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene
 
 
 @functools.cache
 def scene(index: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """What a camera sees: one of the generated scenes."""
-    return scenes.render(scenes.generate_scene("test", index, size=size))
+    return render(generate_scene("test", index, size=size))
 
 
 def shaken(image: Image.Image, step: int) -> Image.Image:

@@ -1,9 +1,9 @@
-"""A second environment with lmms-eval, and its command run in it.
+"""Build a second environment with lmms-eval, and run its command there.
 
-lmms-eval asks for a torchvision that a CPU build of torch cannot load, and for much that none of
-these tests need. So it is installed without its dependencies, with the few that its own command
-imports, and everything else is this environment's: `.venv-lmms` takes 100 MB and half a minute.
-`python -m tests.support.lmms_env` builds it, as do the tests themselves.
+lmms-eval requires a torchvision that a CPU build of torch cannot load, and much that these tests do
+not need. So it is installed without its dependencies, plus the few that its command imports; all
+other packages are those of the main environment. `.venv-lmms` takes 100 MB and half a minute.
+`python -m tests.support.lmms_env` builds it, and so do the tests.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FOLDER = ROOT / ".venv-lmms"
 PYTHON = FOLDER / "bin/python"
 LMMS_EVAL = "lmms-eval==0.7.3"
 LIGHT = ("loguru", "pytz", "tenacity", "evaluate", "sacrebleu", "aiohttp", "pytablewriter")
-"""What its command imports beside torch, transformers, accelerate, datasets and what they bring;
-the list of `docs/lmms-eval.md`."""
+"""Packages that its command imports, besides torch, transformers, accelerate, datasets and their
+dependencies; the list of `docs/lmms-eval.md`."""
 
 
 class EnvironmentMissingError(Exception):
@@ -31,7 +31,7 @@ class EnvironmentMissingError(Exception):
 
 
 def ensure() -> Path:
-    """Build the environment if it is not there; returns its interpreter.
+    """Build the environment if necessary; returns its interpreter.
 
     Raises:
         EnvironmentMissingError: it cannot be built here.
@@ -44,18 +44,18 @@ def ensure() -> Path:
 
 
 def site_packages() -> Path:
-    """Where its packages lie."""
+    """Folder of its packages."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return FOLDER / "lib" / version / "site-packages"
 
 
 def tasks() -> Path:
-    """lmms-eval's own tasks."""
+    """Folder of lmms-eval's own tasks."""
     return site_packages() / "lmms_eval" / "tasks"
 
 
 def _build() -> None:
-    # pip of this environment, which sees what the other one has and installs only the rest.
+    # With the main environment's pip, which sees the borrowed packages and installs only the rest.
     pip = (sys.executable, "-m", "pip", "--python", str(PYTHON), "--disable-pip-version-check")
     install = (*pip, "install", "--quiet", *pinned.options("lmms.txt"))
     ready, wanted = FOLDER / ".ready", " ".join((LMMS_EVAL, *LIGHT, pinned.state("lmms.txt")))
@@ -66,15 +66,15 @@ def _build() -> None:
         _run(*install, "--no-deps", LMMS_EVAL)
         ready.write_text(wanted)
     _borrow()
-    # Once for each state of `pyproject.toml`, which is where entry points are.
+    # Once for each state of the `pyproject.toml` files, which name the entry points.
     mark = FOLDER / ".plugin"
-    if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        _run(*install, "--no-deps", "--editable", str(ROOT))
+    if not mark.exists() or mark.stat().st_mtime < pinned.projects_changed():
+        _run(*install, "--no-deps", *pinned.EDITABLE)
         mark.touch()
 
 
 def _borrow() -> None:
-    """Everything that is not there is taken from the environment of these tests."""
+    """Let it import all other packages from the environment of these tests."""
     line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     path = site_packages() / "borrowed.pth"
     if not path.exists() or path.read_text() != line:
@@ -95,9 +95,9 @@ def python(*arguments: str, home: Path, **variables: str) -> subprocess.Complete
     """Run its interpreter.
 
     Args:
-        arguments: of the interpreter.
-        home: a folder for caches.
-        variables: more of the environment.
+        arguments: the interpreter's arguments.
+        home: folder for caches.
+        variables: more environment variables.
     """
     return subprocess.run(
         [ensure(), *arguments],
@@ -107,8 +107,8 @@ def python(*arguments: str, home: Path, **variables: str) -> subprocess.Complete
         cwd=ROOT,
         env={
             **os.environ,
-            # This checkout before any other that the plugin may have been installed from.
-            "PYTHONPATH": str(ROOT),
+            # This checkout, and not another one that the plugin may be installed from.
+            "PYTHONPATH": os.pathsep.join(map(str, pinned.PROJECTS)),
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

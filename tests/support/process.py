@@ -1,4 +1,4 @@
-"""`vlm-collab serve` as a process of its own."""
+"""Programs as processes of their own, `vlm-collab serve` among them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SERVE = (str(Path(sys.executable).with_name("vlm-collab")), "serve")
+
+
+def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which must have this exit code."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    assert done.returncode == code, f"{command}: {done.stdout}\n{done.stderr}"
+    return done
 
 
 @contextmanager

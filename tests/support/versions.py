@@ -1,14 +1,15 @@
 """Exact versions for the environments that the Makefile and the tests build.
 
-`constraints/` holds one file for each environment: what `make` installs, and what comes into the
-environments with lmms-eval and with vLLM. `make constraints` renews all of them. Without them, a
-release of any of some hundred packages could break `make test` for whoever installs that day.
+`constraints/` has one file for each environment: the main one, and those with lmms-eval and with
+vLLM. `make constraints` renews all of them. Without them, a new release of any of about a hundred
+packages could break `make test`.
 
-torch is in none: which build is right depends on the machine (`TORCH`, see the Makefile).
+None of them contains torch, because the right build depends on the machine (`TORCH`, see the
+Makefile).
 
     python -m tests.support.versions write          # the newest that pyproject.toml allows
-    python -m tests.support.versions drift          # what has come out since; if any, exit code 1
-    python -m tests.support.versions oldest FOLDER  # main.txt with the lowest that it allows
+    python -m tests.support.versions drift          # lists newer versions; exit code 1 if any
+    python -m tests.support.versions oldest FOLDER  # main.txt with the lowest versions allowed
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "constraints"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 
+OWN = {"vlm-collab", "vlm-collab-demo"}
+"""The distributions of this repository. They are installed from the checkout, not from an index."""
+
 _LEFT_OUT = ("torch", "triton")
-_LEFT_OUT_TOO = ("nvidia-", "cuda-")
-"""Beginnings of names; these come with a torch for CUDA, each in the version that it names."""
+_LEFT_OUT_PREFIXES = ("nvidia-", "cuda-")
+"""Prefixes of packages that a CUDA build of torch requires in exact versions."""
 
 
 def project() -> dict[str, object]:
@@ -43,49 +47,55 @@ def project() -> dict[str, object]:
 
 
 def build_requirements() -> list[str]:
-    """What pip installs to build this package, editable builds included."""
+    """Packages that pip needs to build this package, editable builds included."""
     return [*project()["build-system"]["requires"], "editables"]  # type: ignore[index]
 
 
+def _checkout(extra: str) -> list[str]:
+    """Arguments of `pip install` for this repository's distributions, with an extra."""
+    return ["--editable", f"{ROOT}[{extra}]", "--editable", str(ROOT / "demo")]
+
+
 def environments() -> dict[str, list[str]]:
-    """For each file of constraints, what pip is asked for."""
+    """Arguments of `pip install` behind each constraints file."""
     return {
-        "main.txt": ["--editable", f"{ROOT}[dev]", "pip", *build_requirements()],
-        "lmms.txt": ["--editable", f"{ROOT}[eval]", *lmms_env.LIGHT, *build_requirements()],
-        "vllm.txt": ["--editable", f"{ROOT}[server]", vllm_env.VLLM, *build_requirements()],
+        "main.txt": [*_checkout("dev"), "pip", *build_requirements()],
+        "lmms.txt": [*_checkout("eval"), *lmms_env.LIGHT, *build_requirements()],
+        "vllm.txt": [*_checkout("server"), vllm_env.VLLM, *build_requirements()],
     }
 
 
-def asked_for(extras: Iterable[str] = ()) -> Iterator[Requirement]:
-    """The requirements of this package on others, with those of some extras."""
+def requirements(extras: Iterable[str] = ()) -> Iterator[Requirement]:
+    """The requirements of this package on others' packages, with those of some extras."""
     data = project()["project"]
     lists = [data["dependencies"]]  # type: ignore[index]
     lists += [data["optional-dependencies"][extra] for extra in extras]  # type: ignore[index]
     for text in (text for one in lists for text in one):
         wanted = Requirement(text)
-        if canonicalize_name(wanted.name) == "vlm-collab":
-            yield from asked_for(wanted.extras)
-        else:
+        name = canonicalize_name(wanted.name)
+        if name == "vlm-collab":
+            yield from requirements(wanted.extras)
+        elif name not in OWN:
             yield wanted
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Versions by canonical name that a file of constraints holds."""
+    """Read a constraints file: versions by canonical name."""
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in pairs}
 
 
 def is_left_out(name: str) -> bool:
-    """Whether no file holds this package, because it comes with torch's build."""
-    return name in _LEFT_OUT or name.startswith(_LEFT_OUT_TOO)
+    """Whether the files omit this package, because it depends on torch's build."""
+    return name in _LEFT_OUT or name.startswith(_LEFT_OUT_PREFIXES)
 
 
 def newest(wanted: list[str]) -> dict[str, str]:
-    """What pip would install today into an empty environment. Asks the package index.
+    """Versions that pip would install today into an empty environment, from the package index.
 
     Raises:
-        SystemExit: it finds no versions that agree, or nobody answers.
+        SystemExit: there are no compatible versions, or the index cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
@@ -95,16 +105,15 @@ def newest(wanted: list[str]) -> dict[str, str]:
             stdout=sys.stderr,
         )
         if done.returncode:
-            print("no versions were found; what pip says stands above", file=sys.stderr)
+            print("no versions were found; see pip's output above", file=sys.stderr)
             raise SystemExit(2)
         items = json.loads(report.read_text(encoding="utf-8"))["install"]
     found = {canonicalize_name(i["metadata"]["name"]): i["metadata"]["version"] for i in items}
-    del found["vlm-collab"]
-    return {name: found[name] for name in sorted(found) if not is_left_out(name)}
+    return {name: found[name] for name in sorted(found.keys() - OWN) if not is_left_out(name)}
 
 
 def write() -> None:
-    """Renew all files."""
+    """Renew all constraints files."""
     for name, wanted in environments().items():
         lines = [f"{package}=={version}\n" for package, version in newest(wanted).items()]
         head = "# Made by `make constraints`. Without torch, whose build depends on the machine.\n"
@@ -113,7 +122,7 @@ def write() -> None:
 
 
 def drift() -> int:
-    """Print what is newer today than in `main.txt`; returns 1 if anything is."""
+    """Print packages whose version is not that of `main.txt`; return 1 if there are any."""
     held, today = pins(FOLDER / "main.txt"), newest(environments()["main.txt"])
     changed = [name for name in sorted(held | today) if held.get(name) != today.get(name)]
     for name in changed:
@@ -122,8 +131,8 @@ def drift() -> int:
 
 
 def oldest(folder: Path) -> None:
-    """Write a `main.txt` of every lower bound in `pyproject.toml`, torch's left out."""
-    wanted = [*asked_for(["dev"]), *asked_for(["gateway"])]
+    """Write a `main.txt` with every lower bound in `pyproject.toml` except torch's."""
+    wanted = [*requirements(["dev"]), *requirements(["gateway"])]
     wanted += [Requirement(text) for text in build_requirements()]
     lines = set()
     for one in wanted:

@@ -22,7 +22,8 @@ from websockets.exceptions import InvalidStatus
 from edge_client.answer import EdgeAnswer
 from edge_client.client import EdgeClient
 from edge_client.picture import Picture
-from eval.signs.scenes import generate_scene, questions, render
+from eval.signs.drawing import render
+from eval.signs.sampling import generate_scene, questions
 from server_plugin.backends.open import open_model
 from server_plugin.backends.vllm.capture import HELD
 from server_plugin.engines.assembly import engine_of

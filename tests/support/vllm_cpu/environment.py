@@ -72,8 +72,8 @@ def _build() -> None:
     # its dependencies, since the extra `vllm` would bring the CUDA build. Once for each state of
     # `pyproject.toml`, which is where entry points are.
     mark = FOLDER / ".plugin"
-    if not mark.exists() or mark.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        _run(*install, "--no-deps", "--editable", str(ROOT))
+    if not mark.exists() or mark.stat().st_mtime < pinned.projects_changed():
+        _run(*install, "--no-deps", *pinned.EDITABLE)
         mark.touch()
 
 
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         # This checkout comes before any other from which the plugin was installed.
-        "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT, ROOT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT, *pinned.PROJECTS))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
