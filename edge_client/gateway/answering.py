@@ -26,7 +26,7 @@ from vlm_collab.openai import (
     Url,
     api_error,
     check_model,
-    check_text,
+    check_text_length,
     refuse,
     refuse_pictures_in,
     stage_name,
@@ -270,7 +270,7 @@ def _check_texts(query: Query) -> None:
         ApiError: there is one.
     """
     texts = (query.question, *(text for turn in query.history for text in turn))
-    check_text(sum(map(len, texts)), query.question_param)
+    check_text_length(sum(map(len, texts)), query.question_param)
     for text in texts:
         refuse_pictures_in(text, query.question_param)
 

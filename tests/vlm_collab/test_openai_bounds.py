@@ -21,7 +21,7 @@ from vlm_collab.openai import (
     parse_chat,
     refuse_pictures_in,
 )
-from vlm_collab.openai import text_only as searching
+from vlm_collab.openai import hidden_pictures as searching
 from vlm_collab.openai.bounds import MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_CHARS, MAX_VALUES
 
 TINY = {"role": "user", "content": "a"}

@@ -18,11 +18,13 @@ from vlm_collab.openai.answer import (
     sse,
     stage_name,
 )
+from vlm_collab.openai.bounds import check_text_length
 from vlm_collab.openai.chat_reply import ChatStream, completion, finish_reason
 from vlm_collab.openai.chat_request import parse_chat
 from vlm_collab.openai.conversation import Conversation, PictureSource, Query, Role, Url, WireLimits
 from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
 from vlm_collab.openai.fields import decode_body
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import without_tools
 from vlm_collab.openai.responses_reply import ResponseBuilder
 from vlm_collab.openai.responses_request import (
@@ -32,9 +34,9 @@ from vlm_collab.openai.responses_request import (
     call_id,
     parse_responses,
 )
-from vlm_collab.openai.text_only import chat_is_text, check_text, refuse_pictures_in, texts_of
+from vlm_collab.openai.text_only import chat_is_text, texts_of, without_ignored
 from vlm_collab.openai.text_stream import TextFlow
-from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header, without_ignored
+from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header
 
 __all__ = [
     "DONE",
@@ -59,7 +61,7 @@ __all__ = [
     "call_id",
     "chat_is_text",
     "check_model",
-    "check_text",
+    "check_text_length",
     "completion",
     "decode_body",
     "finish_reason",

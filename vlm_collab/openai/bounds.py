@@ -52,5 +52,19 @@ def check_amount(value: Mapping[str, Any]) -> None:
         level = below
 
 
+def check_text_length(chars: int, param: str) -> None:
+    """Refuse more text than is worth a search.
+
+    Args:
+        chars: how much text there is.
+        param: where it is in the request; empty for the request itself.
+
+    Raises:
+        ApiError: more than `MAX_TEXT_CHARS` (413).
+    """
+    if chars > MAX_TEXT_CHARS:
+        _too_large(param or None, f"more than {MAX_TEXT_CHARS} characters of text")
+
+
 def _too_large(param: str | None, text: str) -> None:
     raise refuse(param, text, "request_too_large", status=413)

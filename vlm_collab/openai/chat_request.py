@@ -16,13 +16,13 @@ from vlm_collab.openai.conversation import (
 )
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import (
     check_detail,
     leave_tools,
     read_extension,
     read_options,
 )
-from vlm_collab.openai.text_only import refuse_pictures_in
 from vlm_collab.openai.unsupported import refused
 
 _MESSAGES = "messages"
@@ -141,9 +141,7 @@ def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSo
     kind = part.text("type")
     match kind:
         case "text" | "refusal":
-            text = part.text(kind)
-            if text is None:
-                raise refuse(part.path(kind), f"{part.path(kind)} is missing", "missing_parameter")
+            text = part.required_text(kind)
             part.harmless("cache_control")
             part.end()
             return text
@@ -156,9 +154,9 @@ def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSo
             check_detail(image)
             url = image.text("url")
             image.end()
-            param = image.path("url")
             if url is None:
-                raise refuse(param, f"{param} is missing", "missing_parameter")
+                raise image.missing("url")
+            param = image.path("url")
             return read_picture(url, param, limits), param
         case "image_url":
             raise refused(part.path("type"), "only the user shows pictures")

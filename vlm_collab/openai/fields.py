@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 import msgspec
@@ -66,9 +66,19 @@ class Fields:
         """An object further in, whose fields are listed with those of this one."""
         return Fields(value, where, self.ignored)
 
-    def take(self, name: str) -> Any:
-        """A field of any type."""
-        return self._left.pop(name, None)
+    @property
+    def names(self) -> Set[str]:
+        """Fields not read yet."""
+        return self._left.keys()
+
+    def has(self, name: str) -> bool:
+        """Whether a field is there and not read yet."""
+        return self._left.get(name) is not None
+
+    def take(self, name: str, default: object = None) -> Any:
+        """A field of any type; the default where it is absent."""
+        value = self._left.pop(name, None)
+        return default if value is None else value
 
     def text(self, name: str) -> str | None:
         """A string."""
@@ -76,6 +86,13 @@ class Fields:
         if value is None or isinstance(value, str):
             return value
         raise self._wrong(name, "a string")
+
+    def required_text(self, name: str) -> str:
+        """A string that has to be there."""
+        value = self.text(name)
+        if value is None:
+            raise self.missing(name)
+        return value
 
     def flag(self, name: str) -> bool:
         """True or false; absent is false."""
@@ -148,6 +165,10 @@ class Fields:
             if value is not None:
                 path = self.path(name)
                 raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
+
+    def missing(self, name: str) -> ApiError:
+        """The error for a field that has to be there."""
+        return refuse(self.path(name), f"{self.path(name)} is missing", "missing_parameter")
 
     def _wrong(self, name: str, wanted: str) -> ApiError:
         return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)

@@ -325,8 +325,7 @@ class _Items:
         """Add an output. What other tools found is told to the model as the user's words."""
         call = item.text("call_id")
         if not call:
-            param = item.path("call_id")
-            raise refuse(param, f"{param} is missing", "missing_parameter")
+            raise item.missing("call_id")
         item.harmless("id", "status", "name")
         found = item.take("output")
         item.end()
@@ -377,11 +376,11 @@ def _read_input(said: object, fields: Fields, limits: WireLimits) -> _Items:
 
 
 def _reference(item: Fields) -> ItemReference:
-    id, param = item.text("id"), item.path("id")
+    id = item.text("id")
     if not id:
-        raise refuse(param, f"{param} is missing", "missing_parameter")
+        raise item.missing("id")
     item.end()
-    return ItemReference(id, param)
+    return ItemReference(id, item.path("id"))
 
 
 def _message(item: Fields, limits: WireLimits) -> Conversation:
@@ -419,21 +418,15 @@ def _parts(
         part = item.inner(value, f"{path}[{i}]")
         match part.text("type"):
             case "input_text" | "output_text":
-                text = part.text("text")
-                if text is None:
-                    param = part.path("text")
-                    raise refuse(param, f"{param} is missing", "missing_parameter")
+                parts.append(part.required_text("text"))
                 part.harmless("annotations", "logprobs")
-                parts.append(text)
             case "refusal":
                 parts.append(part.text("refusal") or "")
             case "input_image":
                 part.only("file_id", [], "no files are stored; send a data URL")
                 check_detail(part)
                 param = part.path("image_url")
-                url = part.text("image_url")
-                if url is None:
-                    raise refuse(param, f"{param} is missing", "missing_parameter")
+                url = part.required_text("image_url")
                 parts.append((read_picture(url, param, limits), param))
             case kind:
                 raise refused(part.path("type"), f"input_text and input_image, not {kind}")

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlm_collab.openai.errors import ApiError, refuse
-from vlm_collab.openai.text_only import CHAT_FIELDS, refuse_pictures_in
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 
 IGNORED_HEADER = "x-vlm-collab-ignored"
 """Names what of a request had no effect, as paths without indices, with commas between."""
@@ -173,21 +173,6 @@ class Ignored:
             # Names are the client's, and headers hold little.
             shown = _UNPRINTABLE.sub("?", _INDEX.sub("[]", path)[:_MOST_NAME_CHARS])
             self._paths.setdefault(shown)
-
-
-def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A chat without the fields that have no effect and may not be handed on, and their names.
-
-    Whether the rest is about text alone `chat_is_text` says.
-
-    Raises:
-        ApiError: see `Ignored.unread`.
-    """
-    ignored = Ignored()
-    for name, value in body.items():
-        if name not in CHAT_FIELDS and value is not None:
-            ignored.unread("", name, value)
-    return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
