@@ -21,7 +21,8 @@ from edge_client.picture import Album, Picture, PictureLike
 from edge_client.privacy.guard import open_guard
 from edge_client.privacy.policy import Policy
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
+from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS
 from vlm_collab.protocol.edge_session import EdgeLimits
 from vlm_collab.protocol.image_positions import Place, fault_of, joined
 from vlm_collab.protocol.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome

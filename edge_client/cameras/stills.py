@@ -16,7 +16,7 @@ from edge_client.cameras.sharpest import is_blank
 from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Size
-from vlm_collab.pictures.images import SourceImage, read_source
+from vlm_collab.pictures.source_image import SourceImage, read_source
 
 POLL_S = 0.2
 SETTLED_S = 2.0

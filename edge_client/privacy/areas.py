@@ -82,7 +82,7 @@ class Mask(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: no usable picture, or no drawing of areas.
         """
-        from vlm_collab.pictures.images import SourceImage  # Pillow, which few policies need
+        from vlm_collab.pictures.source_image import SourceImage  # Pillow, which few policies need
 
         try:
             source = SourceImage.open(path, max_pixels=MAX_MASK_PIXELS)

@@ -16,7 +16,8 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.source_image import SourceImage
 
 # Nothing of a picture from outside makes a library warn.
 pytestmark = pytest.mark.filterwarnings("error")

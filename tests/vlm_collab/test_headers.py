@@ -13,9 +13,11 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
 from vlm_collab.errors import ImageError, ImageTooLargeError
-from vlm_collab.pictures import headers
-from vlm_collab.pictures.headers import MAX_PARTS, MAX_SCANS, orientation_in
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures import container
+from vlm_collab.pictures.container import MAX_PARTS, orientation_in
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.jpeg import MAX_SCANS
+from vlm_collab.pictures.source_image import SourceImage
 
 SOI = b"\xff\xd8"
 PNG_HEAD = 33  # signature and IHDR
@@ -264,5 +266,5 @@ def test_orientations_of_all_spellings(order: str, kind: int, field: str) -> Non
 
 
 def test_a_hidden_orientation_is_not_searched_for() -> None:
-    block = directory(headers._MAX_EXIF_ENTRIES) + struct.pack("<HHII", ORIENTATION, 3, 1, 6)
+    block = directory(container._MAX_EXIF_ENTRIES) + struct.pack("<HHII", ORIENTATION, 3, 1, 6)
     assert orientation_in(block) == 1

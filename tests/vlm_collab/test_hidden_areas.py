@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 
 HIDDEN = (Box(64, 96, 192, 160), Box(300, 0, 320, 240))
 SIZE = Size(320, 240)

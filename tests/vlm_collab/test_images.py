@@ -16,15 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tests.support.pictures import MEGAPIXEL, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.pictures.images import (
-    MAX_SOURCE_BYTES,
-    PAD_COLOUR,
-    Codec,
-    SourceImage,
-    choose_codec,
-    decode,
-    encode,
-)
+from vlm_collab.pictures.images import Codec, choose_codec, decode, encode
+from vlm_collab.pictures.source_image import MAX_SOURCE_BYTES, PAD_COLOUR, SourceImage
 
 # Encoding
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageCms
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.source_image import SourceImage
 
 
 @pytest.mark.parametrize("codec", Codec)

@@ -13,8 +13,8 @@ from PIL.ImageFile import ImageFile
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.headers import top_rows
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.jpeg import top_rows
+from vlm_collab.pictures.source_image import SourceImage
 
 SIZE = Size(420, 600)
 

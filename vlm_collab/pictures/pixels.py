@@ -21,14 +21,15 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.pictures.headers import (
+from vlm_collab.pictures.container import (
     Codec,
+    StoredHeader,
     check_frames,
     check_pixels,
-    identify,
     orientation_in,
-    webp_size,
 )
+from vlm_collab.pictures.headers import identify
+from vlm_collab.pictures.webp import canvas_size
 
 ALL_CODECS = frozenset(Codec)
 
@@ -66,12 +67,24 @@ def open_bounded(data: bytes, codec: Codec, max_pixels: int, max_frames: int) ->
     """
     if codec is Codec.WEBP:
         # Pillow's WebP decoder allocates its canvas on opening, so the size is read first.
-        check_pixels(webp_size(data), max_pixels)
+        check_pixels(canvas_size(data), max_pixels)
     with _decoder_errors(codec, "its header is damaged"):
         image = _DECODERS[codec](io.BytesIO(data))
         frames = getattr(image, "n_frames", 1)
     check_pixels(image.size, max_pixels)
     check_frames(frames, max_frames)
+    return image
+
+
+def open_checked(pixels: bytes, codec: Codec, stored: StoredHeader) -> ImageFile:
+    """What `pixels_only` left of a picture whose header has been checked, opened lazily.
+
+    Raises:
+        ImageTooLargeError, ImageError: the decoder sees it otherwise.
+    """
+    image = open_bounded(pixels, codec, stored.width * stored.height, stored.frames)
+    if image.size != (stored.width, stored.height):
+        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
     return image
 
 

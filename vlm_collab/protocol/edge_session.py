@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.container import Codec
 from vlm_collab.protocol.image_positions import fault_of
 from vlm_collab.protocol.messages import (
     VERSION,

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
-from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.container import Codec
 from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places
 
 VERSION = 1
