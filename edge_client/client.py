@@ -24,7 +24,7 @@ from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.images import Codec
 from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS
 from vlm_collab.protocol.edge_session import EdgeLimits
-from vlm_collab.protocol.image_positions import Place, fault_of, joined
+from vlm_collab.protocol.image_positions import Place, join_parts, places_fault
 from vlm_collab.protocol.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome
 
 DEFAULT_DEADLINE_S = 60.0
@@ -203,7 +203,7 @@ class EdgeClient:
             raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
         told = (*(turn.places for turn in turns), places)
         shown = [Place(i, one.position, one.picture) for i, each in enumerate(told) for one in each]
-        fault = fault_of(shown, (*(turn.question for turn in turns), text), len(sources))
+        fault = places_fault(shown, (*(turn.question for turn in turns), text), len(sources))
         if fault is not None:
             raise ConfigError(fault)
         opened = [await asyncio.to_thread(self._open, source) for source in sources]
@@ -288,7 +288,7 @@ class EdgeClient:
 
 def _told(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
     """A text, and where pictures stand in it."""
-    whole, spots = joined([text] if isinstance(text, str) else text)
+    whole, spots = join_parts([text] if isinstance(text, str) else text)
     return whole, tuple(PicturePlace(*spot) for spot in spots)
 
 

@@ -31,7 +31,7 @@ from vlm_collab.openai import (
     refuse_pictures_in,
     stage_name,
 )
-from vlm_collab.protocol.image_positions import Place, split, spots_of
+from vlm_collab.protocol.image_positions import Place, places_in_turn, split_at_pictures
 from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Welcome
 
 log = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class Answerer:
         left_s: float,
     ) -> EdgeAnswer:
         def told(turn: int, text: str) -> list[str | int]:
-            return split(text, spots_of(places, turn))
+            return split_at_pictures(text, places_in_turn(places, turn))
 
         try:
             return await self._client.ask(

@@ -47,7 +47,7 @@ from vlm_collab.openai import (
     Query,
     ResponseBuilder,
     Result,
-    TextFlow,
+    TextStream,
     Url,
     api_error,
     chat_is_text,
@@ -236,7 +236,7 @@ class Gateway:
         pieces = answer_pieces(
             lambda on_text: camera.answer(query, on_text, fetched),
             form,
-            TextFlow(query.options.stop),
+            TextStream(query.options.stop),
             whole=query.options.tokens,
             finished=finished,
         )

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge_client.link.question import TextSink
 from vlm_collab.errors import CollabError
-from vlm_collab.openai import ApiError, Result, TextFlow, api_error
+from vlm_collab.openai import ApiError, Result, TextStream, api_error
 from vlm_collab.protocol.messages import Stage
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def answer_pieces(
     ask: Callable[[TextSink], Coroutine[Any, Any, Result]],
     form: Form,
-    flow: TextFlow,
+    flow: TextStream,
     *,
     whole: bool,
     finished: Callable[[Result], None],

@@ -32,7 +32,7 @@ from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import Places, split, spots_of
+from vlm_collab.protocol.image_positions import Places, places_in_turn, split_at_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _said(question: str, history: History, places: Places = ()) -> str:
     """
     texts: list[str] = []
     for turn, (asked, *answered) in enumerate((*history, (question,))):
-        parts = split(asked, spots_of(places, turn))
+        parts = split_at_pictures(asked, places_in_turn(places, turn))
         texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
         texts += answered
     return " ".join(texts)

@@ -13,7 +13,7 @@ import pytest
 from edge_client.gateway import streaming
 from edge_client.gateway.streaming import EventStream, Gone, answer_pieces, unless_gone
 from tests.support.patience import PATIENCE_S
-from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
+from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextStream
 from vlm_collab.protocol.messages import Stage
 
 FORM = ChatStream(id="c", created=1, model="m", include_usage=False)
@@ -127,7 +127,7 @@ async def test_work_is_cancelled_for_who_left():
 
 
 def pieces(ask: Any, finished: Any = lambda result: None, **how: Any) -> Any:
-    return answer_pieces(ask, FORM, TextFlow(), **{"whole": False, "finished": finished, **how})
+    return answer_pieces(ask, FORM, TextStream(), **{"whole": False, "finished": finished, **how})
 
 
 async def test_what_goes_wrong_before_the_first_text_is_raised():

@@ -22,7 +22,7 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
 )
-from vlm_collab.protocol.image_positions import split, spots_of
+from vlm_collab.protocol.image_positions import places_in_turn, split_at_pictures
 from vlm_collab.protocol.messages import Options, Retransmit
 
 LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
@@ -716,7 +716,7 @@ def written(query: Query) -> list[str]:
     asked = [*(each for each, _ in query.history), query.question]
     told = []
     for turn, question in enumerate(asked):
-        pieces = split(question, spots_of(query.places, turn))
+        pieces = split_at_pictures(question, places_in_turn(query.places, turn))
         told.append("".join(p if isinstance(p, str) else f"<{p}>" for p in pieces))
     return told
 

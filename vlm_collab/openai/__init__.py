@@ -1,7 +1,7 @@
 """OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and server.
 
 `parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
-`ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
+`ResponseBuilder` put answers into OpenAI's form; `TextStream` decides what of a growing answer can
 be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
 listed: `vlm_collab.openai.unsupported` has the rule.
 No sockets, clocks or models here.
@@ -35,7 +35,7 @@ from vlm_collab.openai.responses_request import (
     parse_responses,
 )
 from vlm_collab.openai.text_only import chat_is_text, texts_of, without_ignored
-from vlm_collab.openai.text_stream import TextFlow
+from vlm_collab.openai.text_stream import TextStream
 from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
     "ResponsesRequest",
     "Result",
     "Role",
-    "TextFlow",
+    "TextStream",
     "Url",
     "WireLimits",
     "api_error",

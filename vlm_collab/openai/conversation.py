@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vlm_collab.openai.errors import refuse
-from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places, needed
+from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places, needed_places
 from vlm_collab.protocol.messages import MAX_PICTURES, Options
 
 MAX_TURNS = 256
@@ -298,5 +298,5 @@ def make_query(
         include_usage=include_usage,
         sources=sizes,
         ignored=ignored,
-        places=needed(places, (*(asked for asked, _ in history), question)),
+        places=needed_places(places, (*(asked for asked, _ in history), question)),
     )

@@ -83,7 +83,7 @@ class ResponseBuilder:
         sent = self.delta(rest)
         if not self._text:
             sent += self._open()
-        # What was streamed is what the client has; it differs where `TextFlow` restarted.
+        # What was streamed is what the client has; it differs where `TextStream` restarted.
         message = self._message(result, self._text)
         part = message["content"][0]
         sent += self._event(

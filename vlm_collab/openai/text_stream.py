@@ -10,7 +10,7 @@ _UNSETTLED_CHARS = 4
 _RESTART = "\n\n"
 
 
-class TextFlow:
+class TextStream:
     """Turns the texts of an answer in the making into pieces that only ever add to each other.
 
     The first pass's text is held back until it is known to stand, since a second pass replaces

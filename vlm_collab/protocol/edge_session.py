@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
 from vlm_collab.pictures.container import Codec
-from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -156,7 +156,7 @@ class EdgeSession(Session):
             id, question, view_id, view, source.width, source.height, options, history, more, places
         )
         if message.all_places:
-            fault = fault_of(message.all_places, message.questions, 1 + len(more))
+            fault = places_fault(message.all_places, message.questions, 1 + len(more))
             if fault is None and "places" not in welcome.features:
                 fault = "the server does not keep the order of texts and pictures"
             if fault is not None:

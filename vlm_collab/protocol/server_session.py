@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -132,7 +132,7 @@ class ServerSession(Session):
             return self._refuse(message, ErrorCode.TOO_LARGE, text)
         if not message.question.strip():
             return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
-        fault = fault_of(message.all_places, message.questions, 1 + len(message.more))
+        fault = places_fault(message.all_places, message.questions, 1 + len(message.more))
         if fault is not None:
             return self._refuse(message, ErrorCode.BAD_QUESTION, fault)
         return message

@@ -16,7 +16,7 @@ from vlm_collab.openai import (
     RegionReport,
     Report,
     Result,
-    TextFlow,
+    TextStream,
     api_error,
     stage_name,
 )
@@ -43,7 +43,7 @@ class Reply:
 
     def __init__(self, question: Question, sender: Sender, writer: Writer | None) -> None:
         self._question, self._sender, self._writer = question, sender, writer
-        self.flow = TextFlow(question.options.stop)
+        self.flow = TextStream(question.options.stop)
 
     async def settled(self) -> Wanted | Ended | None:
         """How it goes; None if it failed after the stream had begun, which then has ended.
