@@ -1,4 +1,5 @@
-"""Costs against the numbers that `003_92b41fe49395ce1a.txt` prints, and plain counting."""
+"""Costs against plain counting and the printed numbers of Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349)."""
 
 from __future__ import annotations
 

@@ -216,10 +216,12 @@ class SourceImage:
         return canvas
 
     def region(self, box: Box, target: Size) -> Image.Image:
-        """Crop and resize, Eq. 21 of `003_92b41fe49395ce1a.txt`, at full resolution.
+        """Crop a region at full resolution and resize it.
 
-        Never enlarged: an axis along which the crop is smaller than the target keeps its pixels,
-        and the server enlarges it. Interpolated pixels would cost bytes and tell nothing.
+        Eq. 21 of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models*
+        (2025, arXiv 2512.16349). The crop is never enlarged: along an axis on which it is smaller
+        than the target it keeps its pixels, and the server enlarges it. Interpolated pixels would
+        cost bytes without adding detail.
 
         Args:
             box: source pixels, inside the picture.

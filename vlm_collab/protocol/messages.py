@@ -212,8 +212,9 @@ class Usage(Struct, array_like=True, frozen=True):
         bytes_down: bytes sent for it before this answer, likewise.
         prefilled_tokens: prompt tokens computed, all passes together.
         decoded_tokens: tokens generated, all passes together.
-        mflops: decoder FLOPs executed, by Eq. 17 of `003_92b41fe49395ce1a.txt` applied to the
-            tokens really computed, in 10⁶.
+        mflops: decoder FLOPs executed, in 10⁶: Eq. 17 of Song and Kim, *Collaborative
+            Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349), for the
+            tokens really computed.
         queue_ms, first_ms, region_ms, second_ms: waiting for the model, first pass with the
             decision, waiting for the region, second pass. 65535 stands for that or longer.
     """
@@ -372,8 +373,8 @@ class RegionRequest(Message, tag=18, frozen=True):
             region does not come, `Answer` carries all of it.
         uncertainty_micro: the aggregated value that led here, in millionths of the unit of the
             server's metric (`micro`); five bytes where a float takes nine.
-        index, side_px: `b = [b1, b2]` of 003: token of the top-left cell (row-major), side of
-            the square in source px.
+        index, side_px: b = [b1, b2] of Song and Kim, Eq. 11: token of the top-left cell
+            (row-major), side of the square in source px.
         columns, rows: span of the window in cells (restores the exact box at the edge).
         target_width, target_height: largest useful size of the local view, in px.
         codec, quality: how to encode it.
