@@ -190,7 +190,7 @@ class Gateway:
         async with self._place(request) as place:
             body = await self._body(request, place)
             asked = await asyncio.to_thread(parse_responses, body, limits)
-            asked = asked.recalled(lambda id: self._responses.answer(camera.camera, id))
+            asked = asked.resolve_references(lambda id: self._responses.answer(camera.camera, id))
             if asked.region_tool or asked.outputs:
                 raise refuse(
                     "tools" if asked.region_tool else "input",
@@ -208,7 +208,11 @@ class Gateway:
             def keep(result: Result) -> None:
                 if asked.store:
                     # An address may show something else by the time it is gone on from.
-                    whole = asked.whole(before).fetched(fetched).answered(result.text)
+                    whole = (
+                        asked.conversation_after(before)
+                        .with_fetched(fetched)
+                        .with_answer(result.text)
+                    )
                     self._responses.keep(camera.camera, id, whole, result.text)
 
             if query.stream:

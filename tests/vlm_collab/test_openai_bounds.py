@@ -133,7 +133,7 @@ def test_each_picture_is_looked_up_and_not_searched_for() -> None:
     Counted.compared = 0
     message = Conversation.message(Role.USER, [(each, "") for each in pictures * 2])
     assert len(message.pictures) == 1000
-    assert len(message.shown) == 2000
+    assert len(message.picture_places) == 2000
     assert Counted.compared < 20_000  # equal hashes of others are rare
 
 

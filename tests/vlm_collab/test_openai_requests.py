@@ -380,7 +380,7 @@ def test_a_response_about_a_picture() -> None:
 
 
 def test_a_response_that_goes_on_from_another() -> None:
-    before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).answered("a sign")
+    before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).with_answer("a sign")
     query = respond("and now?", before=before, instructions="be long")
     assert query.history == (("be long\nwhat?", "a sign"),)
     assert query.question == "and now?"
@@ -538,19 +538,19 @@ def test_an_item_that_is_referred_to_is_what_it_said() -> None:
     ]
     answers = {"resp_1": "a sign", "resp_2": "a tree"}
     request = parse_responses({"input": said}, LIMITS)
-    query = request.recalled(answers.get).query()
+    query = request.resolve_references(answers.get).query()
     assert query.history == (("what?", "a sign"), ("and?", "a tree"))
     assert query.question == "so?"
     for gone, param in (("resp_1", "input[1].id"), ("resp_2", "input[3].id")):
         left = {name: one for name, one in answers.items() if name != gone}
-        error = refused(request.recalled, left.get)
+        error = refused(request.resolve_references, left.get)
         assert (error.status, error.param, error.code) == (404, param, "item_not_found")
         assert gone.removeprefix("resp_") in str(error)
 
 
 def test_an_item_of_another_kind_is_not_found() -> None:
     request = parse_responses({"input": [{"type": "item_reference", "id": "rs_1"}]}, LIMITS)
-    assert refused(request.recalled, lambda id: "a sign").param == "input[0].id"
+    assert refused(request.resolve_references, lambda id: "a sign").param == "input[0].id"
 
 
 @pytest.mark.parametrize(
@@ -571,13 +571,13 @@ def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> 
     resumed = parse_responses({"input": [shown, called, taken]}, LIMITS)
     assert resumed.previous_response_id == "resp_1"
     assert [each.picture for each in resumed.outputs] == [OTHER]
-    assert resumed.said == ()
+    assert resumed.inputs == ()
     # Once it has been answered, the region is of a question that is over.
     more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
     asked = {"role": "user", "content": "what?"}
     later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
     assert (later.previous_response_id, later.outputs) == (None, ())
-    query = later.recalled({"resp_2": "a sign"}.get).query()
+    query = later.resolve_references({"resp_2": "a sign"}.get).query()
     assert query.history == (("what?", "a sign"),)
     assert (query.question, query.pictures) == ("so?", (JPEG,))
 
@@ -765,7 +765,11 @@ def test_pictures_stay_in_their_messages() -> None:
 def test_places_count_across_responses() -> None:
     first = {"role": "user", "content": [responses_part("one:"), responses_part(JPEG)]}
     body = {"model": "m", "input": [first]}
-    kept = parse_responses(json.dumps(body).encode(), LIMITS).whole().answered("a sign")
+    kept = (
+        parse_responses(json.dumps(body).encode(), LIMITS)
+        .conversation_after()
+        .with_answer("a sign")
+    )
     later = {"role": "user", "content": [*map(responses_part, ["two:", OTHER, "one:", JPEG])]}
     query = respond([later], before=kept, instructions="be short")
     assert written(query) == ["be short\none:<0>", "two:<1>\none:<0>"]
@@ -776,9 +780,9 @@ def test_pictures_that_turn_out_the_same_stand_where_each_stood() -> None:
     shown = {"type": "input_image", "image_url": url}
     item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), shown]}
     body = {"model": "m", "input": [item]}
-    whole = parse_responses(json.dumps(body).encode(), LIMITS).whole()
-    fetched = whole.fetched({Url(url): JPEG})
-    assert [place.picture for place in fetched.shown] == [0, 0]
+    whole = parse_responses(json.dumps(body).encode(), LIMITS).conversation_after()
+    fetched = whole.with_fetched({Url(url): JPEG})
+    assert [place.picture for place in fetched.picture_places] == [0, 0]
     assert fetched.pictures == (JPEG,)
 
 

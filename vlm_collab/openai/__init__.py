@@ -1,10 +1,15 @@
-"""OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and server.
+"""OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and service.
 
-`parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
-`ResponseBuilder` put answers into OpenAI's form; `TextStream` decides what of a growing answer can
-be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
-listed: `vlm_collab.openai.unsupported` has the rule.
-No sockets, clocks or models here.
+- Requests: `parse_chat` (`chat_request`) and `parse_responses` (`responses_request`) read them;
+  `conversation` has the result, a `Query`. `fields` reads JSON objects, `parameters` reads what
+  both APIs share, `bounds` limits the size, `unsupported` says what is refused or ignored.
+- Requests about text alone: `text_only` has their schema; `hidden_pictures` finds pictures in
+  texts.
+- Answers: `completion` and `ChatStream` (`chat_reply`), `ResponseBuilder` (`responses_reply`);
+  `answer` has what both share. `TextStream` decides which part of a growing answer can be sent.
+- Errors: `ApiError` and the translation of this project's errors to it (`errors`).
+
+There are no sockets, clocks or models here.
 """
 
 from vlm_collab.openai.answer import (

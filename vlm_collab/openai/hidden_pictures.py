@@ -13,19 +13,19 @@ from vlm_collab.openai.bounds import check_text_length
 from vlm_collab.openai.errors import refuse
 
 _DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
-# Looking behind keeps it linear: no run is begun again at each of its characters.
+# The lookbehind keeps the search linear: a run is not tried again at each of its characters.
 _RUN = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{60,}")
 _ARMOUR = re.compile(r"-----BEGIN [A-Z0-9 ]+-----[^-]*-----END ")
-"""A certificate or a key, as PEM has them."""
+"""A certificate or a key in PEM format."""
 _ESCAPES = (
     (re.compile(r"(?<!\\)\\+(?:/|u002f)", re.IGNORECASE), "/"),  # PHP
     (re.compile(r"(?<!\\)\\+u002b", re.IGNORECASE), "+"),  # .NET
     (re.compile(r"(?<!\\)\\+[rn]"), "\n"),
 )
-"""What JSON inside a text makes of base64, with more backslashes for JSON inside JSON."""
+"""Escapes in base64 inside a JSON text; JSON inside JSON has more backslashes."""
 _HEX = frozenset("0123456789abcdefABCDEF")
 _DIGESTS = frozenset({64, 96, 128})
-"""Characters of SHA-256, SHA-384 and SHA-512 in hexadecimal; those of others make no run."""
+"""Lengths of SHA-256, SHA-384 and SHA-512 in hexadecimal; shorter digests make no run."""
 _SHORTEST = len("data:image/")
 _MOST_RUN = 2000
 _MOST_CHARS = 2**20
@@ -34,33 +34,33 @@ _MOST_PATH_CHARS = 200
 
 
 def refuse_pictures_in(value: object, where: str = "") -> None:
-    """Refuse texts that are pictures: data URLs of them, and what can only be encoded data.
+    """Refuse texts that hold pictures: data URLs of pictures, and what can only be encoded data.
 
-    No word of any language is 2000 letters, digits, `+`, `/`, `-` and `_` long, and pictures of
-    more than 1500 bytes are that in base64. Lines are joined where they have one length of at
-    least 60, and the last one no more. Lists of digests and of paths are no base64, though they
-    look like it, and what PEM encloses is a certificate or a key.
+    A run of 2000 letters, digits, `+`, `/`, `-` and `_` is no word of any language; a picture of
+    more than 1500 bytes is such a run in base64. Consecutive lines of one length of at least 60
+    count as one run, with a last line that is no longer. Lists of digests and of paths look like
+    base64 but are accepted, and so are certificates and keys in PEM format.
 
-    Texts of more than 2^20 characters, which no model that is shown pictures can read, and lists
-    of more than 1000 numbers, which bytes are in JSON, are refused likewise; and more than 2^22
-    characters together, before they are searched.
+    Also refused: a text of more than 2^20 characters, which no model for pictures can read; a list
+    of more than 1000 numbers, which may be bytes; and more than 2^22 characters in all, before they
+    are searched.
 
     Args:
-        value: a text, or something of JSON with texts in it; names of fields are texts, too.
-        where: its path, for `param`.
+        value: a text, or a JSON value with texts in it; names of fields count as texts.
+        where: path of the value, for `param`.
 
     Raises:
-        ApiError: names the first, by the first 200 characters of its path.
+        ApiError: with the first 200 characters of the path of the first picture.
     """
     searched = 0
-    way: list[str | int] = []  # the keys to what is being looked through
+    keys: list[str | int] = []  # path of the container being searched
     within: list[Iterator[tuple[str | int, object]]] = [iter([(where, value)])]
     while within:
         for key, one in within[-1]:
             searched += len(one) if isinstance(one, str) else 0
             check_text_length(searched, where)
             if _holds_picture(one):
-                path = _path([*way, key])
+                path = _path([*keys, key])
                 raise refuse(
                     path or None,
                     f"{path or 'the request'}: a picture among the words, or other encoded data; "
@@ -68,18 +68,18 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
                     "picture_in_text",
                 )
             if isinstance(one, Mapping | list):
-                way.append(key)
+                keys.append(key)
                 within.append(iter(one.items() if isinstance(one, Mapping) else enumerate(one)))
                 break
         else:
             within.pop()
-            del way[-1:]
+            del keys[-1:]
 
 
-def _path(way: Iterable[str | int]) -> str:
-    """A path as `param` has it, cut where it is too long to read: names are the client's."""
+def _path(keys: Iterable[str | int]) -> str:
+    """A path in the form of `param`, cut to a readable length: names come from the client."""
     path = ""
-    for key in way:
+    for key in keys:
         if isinstance(key, int):
             path += f"[{key}]"
         else:
@@ -90,7 +90,7 @@ def _path(way: Iterable[str | int]) -> str:
 
 
 def _holds_picture(one: object) -> bool:
-    """Whether something of JSON is a picture, leaving aside what is further in."""
+    """Whether a JSON value itself is a picture; the values inside it are not searched."""
     if isinstance(one, str):
         return _is_picture(one)
     if isinstance(one, Mapping):
@@ -119,13 +119,13 @@ def _is_picture(text: str) -> bool:
 
 
 def _lines(text: str) -> Iterator[list[str]]:
-    """Long runs, each with those that go on with it: lines of its length, and a last one."""
+    """Long runs, each with the lines that continue it: lines of its length, and a last one."""
     lines: list[str] = []
     end = 0
     for run in _RUN.finditer(text):
         line = run.group()
-        whole = bool(lines) and len(lines[-1]) == len(lines[0]) >= len(line)
-        if not (whole and text[end : run.start()].isspace()):
+        continues = bool(lines) and len(lines[-1]) == len(lines[0]) >= len(line)
+        if not (continues and text[end : run.start()].isspace()):
             yield lines
             lines = []
         lines.append(line)
@@ -138,8 +138,8 @@ def _is_encoded(lines: list[str]) -> bool:
         return False
     if len(lines[0]) >= _MOST_RUN:
         return True
-    # Not of the last, which may be a word; nor of what is before the lines of a diff.
+    # Skip the last line, which may be a word, and each line's first character, a diff's + or -.
     chars = set("".join(line[1:] for line in lines[:-1]))
     digests = len(lines[0]) in _DIGESTS and chars <= _HEX
-    mixed = chars & set("+/") and chars & set("-_")  # as in paths, and in no base64
+    mixed = chars & set("+/") and chars & set("-_")  # paths have both, base64 never
     return not (digests or mixed)

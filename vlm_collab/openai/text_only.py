@@ -87,12 +87,12 @@ def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str,
         The other fields, for `chat_is_text` to judge, and the names of the dropped ones.
 
     Raises:
-        ApiError: see `Ignored.unread`.
+        ApiError: see `Ignored.judge`.
     """
     ignored = Ignored()
     for name, value in body.items():
         if name not in CHAT_FIELDS and value is not None:
-            ignored.unread("", name, value)
+            ignored.judge("", name, value)
     return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
 
 

@@ -77,7 +77,7 @@ class Responses:
         """Read a request and answer it; errors as `Chat.answer`."""
         request = await self._asker.read(len(body), lambda: self._read_request(body))
         sender.headers |= ignored_header(request.ignored)
-        request = request.recalled(lambda id: self._answer(client, id))
+        request = request.resolve_references(lambda id: self._answer(client, id))
         before = self._before(client, request)
         if request.outputs:
             turn = await self._resumed(client, request, before, len(body))
@@ -125,7 +125,7 @@ class Responses:
             request,
             self._asker.ask(client, query, pictures, remote=request.region_tool),
             query,
-            request.whole(before.conversation if before else None),
+            request.conversation_after(before.conversation if before else None),
             pictures,
             request.instructions,
             Tally(up=body_bytes, pictures=pictures.sent_bytes),
@@ -214,7 +214,7 @@ class Responses:
             end = builder.finish_call if request.stream else builder.whole_call
             last = end(call.id, where, result)
         else:
-            conversation = conversation.answered(result.text)
+            conversation = conversation.with_answer(result.text)
             last = builder.finish(rest, result) if request.stream else builder.whole(result)
         # Kept before it is told: the client may be back at once.
         if request.store or call is not None:
