@@ -1,4 +1,4 @@
-"""What the readers of JPEG, PNG and WebP share: segments and chunks, limits and EXIF."""
+"""Common parts of the JPEG, PNG and WebP readers: segments and chunks, limits, EXIF."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 from vlm_collab.errors import ImageError, ImageTooLargeError
 
 MAX_PARTS = 200
-"""Most segments or chunks of a peer's picture up to its pixels; in WebP, most chunks in all. Of
-12 MiB of metadata a JPEG makes as many. How long they are does not matter: they are skipped."""
+"""Most segments or chunks of a peer's picture before its pixels; in WebP, most chunks in all. A
+JPEG with 12 MiB of metadata has as many. Their length does not matter, since they are skipped."""
 
 MAX_ORIGINAL_PARTS = 1 << 16
-"""The same for an original at the edge, where nobody else waits meanwhile."""
+"""The same bound for an original at the edge, where reading it keeps nobody else waiting."""
 
 MAX_PROFILE_BYTES = 4 << 20
-"""A longer colour profile is ignored; those of printers have up to three MiB."""
+"""Longest colour profile; a longer one is ignored. Profiles of printers have up to 3 MiB."""
 
 _MAX_EXIF_ENTRIES = 256  # cameras write a few dozen
 
@@ -40,7 +40,14 @@ class StoredHeader(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A segment or chunk: its kind, where it begins, its content, and where the next begins."""
+    """A segment or chunk, by offsets in the file.
+
+    Attributes:
+        kind: the marker byte, or the chunk's type.
+        begin: start of the part.
+        body, end: start and end of its content.
+        after: start of the next part.
+    """
 
     kind: bytes
     begin: int
@@ -79,8 +86,8 @@ def check_frames(frames: int, max_frames: int) -> None:
 
 
 def orientation_in(exif: bytes) -> int:
-    """EXIF orientation of an EXIF block, 1 to 8; 1 where there is none or it cannot be read."""
-    for _ in range(2):  # some writers put it where the container says it already
+    """Orientation in an EXIF block, 1 to 8; 1 if it is missing or unreadable."""
+    for _ in range(2):  # some writers add the prefix although the container implies it
         exif = exif.removeprefix(EXIF_PREFIX)
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -102,7 +109,11 @@ def orientation_in(exif: bytes) -> int:
 
 
 def bounded(parts: Iterator[Part], codec: Codec, max_parts: int) -> Iterator[Part]:
-    """The same parts, as long as they are not too many."""
+    """The parts, up to `max_parts`.
+
+    Raises:
+        ImageTooLargeError: there are more.
+    """
     for number, part in enumerate(parts, start=1):
         if number > max_parts:
             raise ImageTooLargeError(f"a {codec.name} picture of more than {max_parts} parts")

@@ -1,12 +1,13 @@
-"""What an encoded picture says of itself, read without a decoder and in bounded time.
+"""Read the header of an encoded picture without a decoder and in bounded time.
 
-A service looks at a picture before it takes a question, on the thread that serves everybody. The
-decoders are no good for that: opening a file, Pillow inflates text and colour profiles, walks
-EXIF directories entry by entry and looks for the next marker byte by byte, so that a frame of
-some kilobytes can hold it for a second; and it refuses good pixels over text that is long or
-damaged. Here only the container is walked, a bounded number of its parts, and nothing is
-decompressed (but for the profile of a PNG, in `profile_in`). `pixels_only` then leaves out what a
-decoder would parse without needing it.
+The service checks a picture before it accepts a question, on the thread that serves all clients.
+Decoders are too slow for that: when Pillow opens a file it inflates text and colour profiles, walks
+EXIF directories entry by entry and searches for the next marker byte by byte, so a file of some
+kilobytes can block it for a second. It also refuses good pixels because of long or damaged text.
+
+Here only a bounded number of the container's parts is read, and nothing is decompressed (except the
+profile of a PNG, in `profile_in`). `pixels_only` then removes the parts that a decoder would parse
+without needing them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["Codec", "StoredHeader", "identify", "pixels_only", "profile_in", "st
 
 
 def identify(data: bytes) -> Codec | None:
-    """The format that the first bytes name, if it is one of ours."""
+    """The format by the first bytes; None if it is none of `Codec`."""
     if data.startswith(b"\xff\xd8\xff"):
         return Codec.JPEG
     if data.startswith(png.SIGNATURE):
@@ -40,7 +41,7 @@ def identify(data: bytes) -> Codec | None:
 def stored_header(
     data: bytes, codec: Codec, max_pixels: int, max_frames: int, max_parts: int = MAX_PARTS
 ) -> StoredHeader:
-    """Check what an encoded picture promises, before anything of it is decoded.
+    """Check the header of an encoded picture before anything is decoded.
 
     Args:
         data: the encoded picture.
@@ -64,13 +65,13 @@ def stored_header(
 
 
 def pixels_only(data: bytes, codec: Codec, max_parts: int = MAX_PARTS) -> bytes:
-    """The same picture without what its decoder would parse, but its pixels do not need.
+    """Remove from an encoded picture everything that its pixels do not need.
 
-    So nothing that is wrong with metadata, checksums included, keeps good pixels from being
-    decoded. A WebP animation stays as it is.
+    Then broken metadata, checksums included, cannot prevent the decoding of good pixels. A WebP
+    animation is not changed.
 
     Args:
-        data: an encoded picture that `stored_header` has passed.
+        data: an encoded picture that passed `stored_header`.
         codec: its format.
         max_parts: as for `stored_header`.
 
@@ -88,15 +89,15 @@ def pixels_only(data: bytes, codec: Codec, max_parts: int = MAX_PARTS) -> bytes:
 
 
 def profile_in(data: bytes, codec: Codec, max_parts: int = MAX_PARTS) -> bytes | None:
-    """The colour profile (ICC) that comes with a picture, unread.
+    """The colour profile (ICC) of a picture, unparsed.
 
     Args:
-        data: an encoded picture that `stored_header` has passed.
+        data: an encoded picture that passed `stored_header`.
         codec: its format.
         max_parts: as for `stored_header`.
 
     Returns:
-        None if there is none, or it is damaged, incomplete or longer than `MAX_PROFILE_BYTES`.
+        None if it is missing, damaged, incomplete or longer than `MAX_PROFILE_BYTES`.
     """
     find = {Codec.JPEG: jpeg.profile, Codec.PNG: png.profile, Codec.WEBP: webp.profile}[codec]
     profile = find(data, max_parts)

@@ -1,13 +1,12 @@
-"""Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
+"""Decode pictures from a peer within bounds, and encode pictures without metadata (Pillow).
 
-Bytes are checked by `vlm_collab.pictures.headers` before a pixel is decompressed, and the decoder
-gets what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or
-their checksums, a picture whose pixels are whole is a good one.
+`vlm_collab.pictures.headers` checks the bytes before any pixel is decompressed, and the decoder
+gets only what the pixels need. So a picture with intact pixels is accepted even if its EXIF, profiles,
+texts or their checksums are broken.
 
-All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
-it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The
-server ignores profiles: the edge has applied them, and a stranger's profile would only be one
-more parser to attack.
+All decoded pictures are upright 8-bit RGB. Transparency is laid on white, as on a web page; 16-bit
+grey is scaled to 8 bits. The edge converts colours with an ICC profile to sRGB. The server ignores
+profiles: the edge has applied them, and parsing a stranger's profile would be a risk.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _LONGEST_SIDES = {Codec.JPEG: 65500, Codec.WEBP: 16383}
 
 
 class ImageHeader(NamedTuple):
-    """What an encoded picture says of itself. Sizes are upright, as `decode` returns them."""
+    """Header of an encoded picture. Sizes are upright, as `decode` returns them."""
 
     codec: Codec
     width: int
@@ -59,8 +58,8 @@ def choose_codec(offered: Iterable[int], accepted: Sequence[Codec]) -> Codec:
     """The first codec of the server's list, in its order of preference, that the edge offers.
 
     Args:
-        offered: what the edge can encode; numbers of codecs unknown here are skipped.
-        accepted: what the server takes, best first.
+        offered: codecs that the edge can encode; unknown numbers are skipped.
+        accepted: codecs that the server accepts, best first.
 
     Raises:
         UnsupportedImageError: they have none in common.
@@ -83,12 +82,12 @@ def read_header(
 ) -> ImageHeader:
     """Check a picture received from a peer by its header alone.
 
-    Nothing is decompressed, and it takes well under a millisecond whatever the bytes are. A
-    picture that passes may still turn out to be broken when it is decoded.
+    Nothing is decompressed, and the check takes well under a millisecond for any bytes. A picture
+    that passes may still turn out to be broken when it is decoded.
 
     Args:
         data: the encoded picture.
-        codecs: the formats agreed on; no other is opened.
+        codecs: the formats agreed on; others are refused.
         max_pixels: most pixels, width × height.
         max_frames: most frames of an animation.
 
@@ -124,11 +123,11 @@ def decode(
 
 
 def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
-    """Encode a picture as it lies, without any metadata (EXIF, XMP, ICC, comments, thumbnails).
+    """Encode a picture without any metadata (EXIF, XMP, ICC, comments, thumbnails).
 
     JPEG with 4:2:0 chroma and optimised tables, WebP lossy, PNG optimised. Colours with an ICC
-    profile become sRGB first. An EXIF orientation is dropped unapplied: pictures from this
-    module are upright already.
+    profile become sRGB first. An EXIF orientation is dropped and not applied: pictures
+    from this package are upright already.
 
     Args:
         image: any mode; sent as RGB.

@@ -19,7 +19,7 @@ from vlm_collab.pictures.container import (
 )
 
 MAX_SCANS = 100
-"""Most scans of a JPEG: each costs a pass over all pixels, and encoders make a dozen or fewer."""
+"""Most scans of a JPEG. Each costs a pass over all pixels; encoders write a dozen or fewer."""
 
 _SOF = frozenset(bytes([n]) for n in range(0xC0, 0xD0) if n not in (0xC4, 0xC8, 0xCC))
 _SEQUENTIAL = (b"\xc0", b"\xc1")
@@ -27,32 +27,32 @@ _DECODABLE = frozenset(b"\xc0 \xc1 \xc2 \xc9 \xca".split())  # others are lossle
 _SOS, _APP0, _APP1, _APP2, _APP14, _COM = b"\xda", b"\xe0", b"\xe1", b"\xe2", b"\xee", b"\xfe"
 _JUNK = b""  # bytes between two segments
 
-# What a decoder can do without. JFIF's and Adobe's segments say what a JPEG's components mean,
-# but only where they are as long as they should be.
-_JPEG_SPARE = {*(bytes([n]) for n in range(0xE0, 0xF0)), _COM, _JUNK}
-_JPEG_NEEDED = {_APP0: (b"JFIF\0", 14), _APP14: (b"Adobe", 12)}
+# Segments that a decoder does not need. JFIF's and Adobe's segments are needed: they define the
+# colour components, but only if they have their full length.
+_SPARE = {*(bytes([n]) for n in range(0xE0, 0xF0)), _COM, _JUNK}
+_NEEDED = {_APP0: (b"JFIF\0", 14), _APP14: (b"Adobe", 12)}
 
 _EOI = b"\xff\xd9"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # but for those within coded pixels
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # except markers within coded pixels
 _MAX_SCAN_PARTS = 8 * MAX_SCANS  # scans, and tables between them
 _PADDING = re.compile(rb"\xff+")
 _PROFILE_PART = b"ICC_PROFILE\0"
 
 
 def top_rows(data: bytes, rows: int) -> bytes | None:
-    """A JPEG file that names fewer rows than it has, so that decoding ends after them.
+    """Change a JPEG's header to fewer rows, so that decoding ends after them.
 
-    A decoder takes as many blocks from the file as its header says, from the top, and skips the
-    rest. The pixels are those of the whole, but for the lowest block of rows: colours there are
-    interpolated with rows that are no longer known.
+    A decoder reads as many blocks as the header states, from the top, and skips the rest. The
+    pixels are the same as those of the whole picture, except in the lowest block of rows, where
+    colours are interpolated with rows that are missing.
 
     Args:
         data: the file.
-        rows: how many; fewer than it has.
+        rows: number of rows, fewer than the picture has.
 
     Returns:
-        None if it is not of the plain kind in which rows follow each other in the file:
-        sequential, all colours in one scan.
+        None if the rows do not follow each other in the file: they do in a sequential JPEG with
+        all colours in one scan.
     """
     frame = None
     try:
@@ -62,11 +62,13 @@ def top_rows(data: bytes, rows: int) -> bytes | None:
                     return None
                 frame = part.body
             elif part.kind == _SOS and frame is not None:
-                if data[part.body] != data[frame + 5]:  # colours in the scan, and in the frame
+                if (
+                    data[part.body] != data[frame + 5]
+                ):  # number of colours in the scan and in the frame
                     return None
                 return data[: frame + 1] + rows.to_bytes(2, "big") + data[frame + 3 :]
     except (ImageError, struct.error, IndexError):
-        return None  # a decoder has its own way with what is broken
+        return None  # broken; decoders may still accept it
     return None
 
 
@@ -99,23 +101,23 @@ def pixels(data: bytes, max_parts: int) -> bytes:
     for part in bounded(_parts(data), Codec.JPEG, max_parts):
         if part.kind == _SOS:
             kept.append(whole[part.begin : _jpeg_end(data, part.begin)])
-        elif part.kind not in _JPEG_SPARE or _says_what_colours_mean(data, part):
+        elif part.kind not in _SPARE or _says_what_colours_mean(data, part):
             kept.append(whole[part.begin : part.after])
     return b"".join(kept)
 
 
 def _jpeg_end(data: bytes, place: int) -> int:
-    """Where a picture ends whose first scan begins at `place`; phones append others, and films.
+    """End of the picture with its first scan at `place`. Phones append more pictures and films.
 
     Raises:
         ImageTooLargeError: more than `MAX_SCANS` scans.
     """
     scans = 0
     for _ in range(_MAX_SCAN_PARTS):
-        # Coded pixels hold no such bytes by accident (T.81, B.1.1.5).
+        # Coded pixels never contain these bytes (T.81, B.1.1.5).
         marker = _MARKER.search(data, place)
         if marker is None:
-            return len(data)  # cut short, which the decoder may say
+            return len(data)  # cut short; left to the decoder to report
         if marker[0] == _EOI:
             return marker.end()
         scans += marker[0][1:] == _SOS
@@ -127,7 +129,7 @@ def _jpeg_end(data: bytes, place: int) -> int:
 
 
 def _says_what_colours_mean(data: bytes, part: Part) -> bool:
-    begins, length = _JPEG_NEEDED.get(part.kind, (b"", 0))
+    begins, length = _NEEDED.get(part.kind, (b"", 0))
     return bool(begins) and data.startswith(begins, part.body) and part.end - part.body >= length
 
 
@@ -147,7 +149,7 @@ def _parts(data: bytes) -> Iterator[Part]:
     """Segments up to and including the one that starts the first scan."""
     place = 2
     while True:
-        # As decoders do, skip what does not belong between segments, and what pads them.
+        # Like decoders, skip stray bytes and padding between segments.
         mark = data.find(b"\xff", place)
         if mark < 0:
             raise broken(Codec.JPEG, "its header is incomplete")

@@ -52,7 +52,7 @@ def pixels(data: bytes, max_parts: int) -> bytes:
             kept.append(whole[part.begin : part.after])
         elif part.kind == b"IDAT":
             place = part.begin
-    # As one chunk: the decoder would take thousands of tiny ones one by one.
+    # Merge the chunks: a decoder would read thousands of tiny ones one by one.
     pixels = []
     checksum = zlib.crc32(b"IDAT")
     while data[place + 4 : place + 8] == b"IDAT":
@@ -73,7 +73,7 @@ def profile(data: bytes, max_parts: int) -> bytes | None:
     for part in bounded(_parts(data), Codec.PNG, max_parts):
         if part.kind != b"iCCP":
             continue
-        # Its name, and the one method of compression that there is.
+        # The profile's name, a zero byte, and the only compression method.
         _, _, packed = data[part.body : part.end].partition(b"\0")
         unpacking = zlib.decompressobj()
         try:
@@ -85,7 +85,7 @@ def profile(data: bytes, max_parts: int) -> bytes | None:
 
 
 def _parts(data: bytes) -> Iterator[Part]:
-    """Chunks up to and including the first of the pixels."""
+    """Chunks up to and including the first chunk of pixels."""
     place = len(SIGNATURE)
     while True:
         length, kind = struct.unpack_from(">I4s", data, place)

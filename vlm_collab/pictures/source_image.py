@@ -34,43 +34,43 @@ from vlm_collab.pictures.pixels import (
 )
 
 MAX_SOURCE_PIXELS = 200_000_000
-"""Default limit for an original at the edge: the largest phone sensors have 200 megapixels."""
+"""Default limit for an original at the edge; the largest phone sensors have 200 megapixels."""
 
 MAX_SOURCE_BYTES = 1 << 30
-"""An original file beyond this is refused unread; 200 megapixels fit even as 16-bit PNG."""
+"""Largest file of an original; larger ones are not read. 200 megapixels fit even as 16-bit PNG."""
 
 PAD_COLOUR = (122, 116, 104)
-"""The bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become zeros."""
+"""RGB of the bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become 0."""
 
 _OVERSAMPLING = 1.4
-"""Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
-this many times the target leaves the rest, which shows, to the bicubic filter. Of scenes and
-small texts, the encoded view is then as near to a perfect one as when everything is decoded, to
-0.2 dB (`python -m eval.bench.edge --quality`; of texts it is not at 1.3)."""
+"""A JPEG is decoded at a reduced scale only down to this many times the target size. Scaled decoding
+averages blocks of pixels, which blurs and aliases; the bicubic filter does the rest of the
+reduction. At 1.4 the encoded view of scenes and small texts is within 0.2 dB of one made from fully
+decoded pixels; at 1.3 it is not for texts (`python -m eval.bench.edge --quality`)."""
 
 _REDUCING_GAP = 2
-"""The same for Pillow's own averaging before its filter, which loses more."""
+"""The same factor for Pillow's own averaging before its filter, which loses more detail."""
 
 _CODED_PX = 32
 """Widest block of pixels that a JPEG codes together, with any chroma subsampling in use."""
 
 _REACH = 3
-"""How far below a box a filter may look, in pixels of the result."""
+"""Rows below a box that a filter may read, in pixels of the result."""
 
 _MOST_ROWS = 0.9
-"""A JPEG is decoded as a whole where a region needs more than this share of its rows."""
+"""A JPEG is decoded completely if a region needs more than this share of its rows."""
 
 
 class SourceImage:
-    """The original at the edge: views and full-resolution regions of it, decoded when needed.
+    """The original at the edge. Makes views and full-resolution regions, and decodes when needed.
 
-    Coordinates are those of the upright picture, EXIF orientation applied. Decoded pixels are
-    cached once needed at full size, those of a JPEG only down to what is needed; a view of a large
-    JPEG needs only a scaled decoding and caches nothing. Not for use by two threads at once.
+    Coordinates are those of the upright picture, with the EXIF orientation applied. Pixels decoded
+    at full size are cached; a JPEG is decoded only down to the lowest row needed. A view of a large
+    JPEG needs only a scaled decoding, which is not cached. Not thread-safe.
 
     Attributes:
         size: width and height of the upright picture, px, from the header.
-        hidden: what `hiding` blacked out, px of the upright picture.
+        hidden: boxes blacked out by `hiding`, px of the upright picture.
     """
 
     __slots__ = ("_data", "_icc", "_orientation", "_pixels", "_stored", "hidden", "size")
@@ -100,7 +100,7 @@ class SourceImage:
         *,
         max_pixels: int = MAX_SOURCE_PIXELS,
     ) -> SourceImage:
-        """Open a JPEG, PNG or WebP picture; reads its header, decodes nothing.
+        """Open a JPEG, PNG or WebP picture; reads its header and decodes nothing.
 
         Args:
             source: path, content, or binary file of the picture. A file is read to its end.
@@ -125,9 +125,9 @@ class SourceImage:
 
     @classmethod
     def received(cls, data: bytes, *, max_pixels: int) -> SourceImage:
-        """Take an original from a peer: checked as `decode` does, and its profile ignored.
+        """Open an original from a peer: checked as by `decode`, its profile ignored.
 
-        Errors as `read_header`; pixels that are broken show when they are needed.
+        Errors as `read_header`. Broken pixels raise an error only when they are decoded.
         """
         codec = agreed_codec(data, ALL_CODECS)
         stored = stored_header(data, codec, max_pixels, 1)
@@ -137,9 +137,9 @@ class SourceImage:
 
     @classmethod
     def from_pil(cls, image: Image.Image, *, max_pixels: int = MAX_SOURCE_PIXELS) -> SourceImage:
-        """Take a picture that Pillow holds already, a camera frame for example.
+        """Use a picture that Pillow has decoded or opened, such as a camera frame.
 
-        An EXIF orientation and an ICC profile in `image.info` are honoured as in a file.
+        An EXIF orientation and an ICC profile in `image.info` are applied as for a file.
 
         Raises:
             UnsupportedImageError: its mode has no RGB form.
@@ -152,11 +152,11 @@ class SourceImage:
         return cls(b"", loaded(image), Size(*image.size), orientation, icc)
 
     def hiding(self, boxes: Iterable[Box]) -> SourceImage:
-        """The same picture with these boxes black, beside those hidden already.
+        """The same picture with these boxes black, in addition to those already hidden.
 
-        They are blacked out as soon as pixels are decoded, before anything is resized, so nothing
-        of them reaches a pixel that is shown; and once more in what comes out, where every
-        pixel that a box touches is black.
+        They are blacked out in the decoded pixels before any resizing, so that no hidden pixel
+        influences a visible one. They are blacked out again in the result, where every pixel that
+        a box touches is black.
 
         Args:
             boxes: px of the upright picture; clipped to it.
@@ -180,7 +180,7 @@ class SourceImage:
         )
 
     def pixel_digest(self) -> str:
-        """SHA-256, in hex, over width, height and the upright 8-bit RGB pixels."""
+        """SHA-256 of width, height and the upright 8-bit RGB pixels, in hexadecimal."""
         pixels, _ = self._decoded(1, self._stored.height)
         counted = hashlib.sha256(b"%d %d " % self.size)
         counted.update(transposed(to_srgb(pixels, self._icc), self._orientation).tobytes())
@@ -189,15 +189,15 @@ class SourceImage:
     def view(
         self, side: Size, fit: Fit, *, pad_colour: tuple[int, int, int] = PAD_COLOUR
     ) -> Image.Image:
-        """The picture as the vision encoder wants it, exactly `side` pixels large.
+        """Make the view for the vision encoder, exactly `side` pixels large.
 
-        Resized with an antialiased bicubic filter, the one such encoders are trained with. With
-        `Fit.PAD` the picture's edges fall on whole pixels of the view, at most half a pixel from
-        where `frame_of` has them.
+        It is resized with an antialiased bicubic filter, as in the training of such encoders. With
+        `Fit.PAD` the picture's edges are on whole pixels of the view, at most half a pixel from
+        their place in `frame_of`.
 
         Args:
             side: width and height of the view, px.
-            fit: how the picture is brought to that aspect.
+            fit: how the picture is brought to the aspect of `side`.
             pad_colour: RGB of the bars of `Fit.PAD`.
 
         Raises:
@@ -225,7 +225,7 @@ class SourceImage:
 
         Args:
             box: source pixels, inside the picture.
-            target: size that the server asks for, px; the aspect is not kept.
+            target: size that the server requested, px; the aspect is not kept.
 
         Raises:
             ValueError: the box is empty or not inside the picture, or the target not positive.
@@ -243,7 +243,7 @@ class SourceImage:
 
     def _resampled(self, box: Box, size: Size) -> Image.Image:
         """The pixels of an upright box, resized to `size`, as upright sRGB."""
-        # Everything is done as stored; only the small result is turned upright.
+        # Work on the stored pixels; only the small result is turned upright.
         left, top, right, bottom = _stored_box(box, self.size, self._orientation)
         size = Size(*upright_size(size, self._orientation))  # turning is its own inverse
         shrink = min((right - left) / size.width, (bottom - top) / size.height)
@@ -253,7 +253,7 @@ class SourceImage:
         if scale == 1 and size == (right - left, bottom - top):
             small = pixels.crop((left, top, right, bottom))
         else:
-            # A pixel of a scaled JPEG spans exactly `scale` stored ones, but for the last.
+            # A pixel of a scaled JPEG spans exactly `scale` stored pixels, except the last.
             part = (left / scale, top / scale, right / scale, bottom / scale)
             small = pixels.resize(
                 size, Image.Resampling.BICUBIC, box=part, reducing_gap=_REDUCING_GAP
@@ -264,10 +264,10 @@ class SourceImage:
         return upright
 
     def _decoded(self, scale_limit: float, bottom: int) -> tuple[Image.Image, int]:
-        """Stored pixels, flattened, and how many times smaller they are than the original.
+        """Decode the stored pixels; returns them flattened, and their scale denominator.
 
-        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`, and
-        only down to `bottom`, in stored px, where what is below it would take long.
+        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`. At full
+        scale it is decoded only down to row `bottom`, in stored px, if that saves much.
         """
         if self._pixels is not None and self._pixels.height >= min(bottom, self._stored.height):
             return self._pixels, 1
@@ -276,7 +276,7 @@ class SourceImage:
         image = open_bounded(pixels_alone, codec, math.prod(self._stored), 1)
         scale = next((s for s in (8, 4, 2) if s <= min(scale_limit, *self._stored)), 1)
         if codec is Codec.JPEG and scale > 1:
-            # The decoder picks the largest of these scales that leaves this size or more.
+            # The decoder chooses the strongest reduction that leaves at least this size.
             image.draft(None, (self._stored.width // scale, self._stored.height // scale))
             pixels = loaded(image)
             _black_out(pixels, (_coded_box(box, scale) for box in self._stored_hidden()))
@@ -304,7 +304,7 @@ def _black_out(image: Image.Image, boxes: Iterable[Box]) -> None:
 
 
 def _coded_box(box: Box, scale: int) -> Box:
-    """Pixels of a JPEG decoded at 1 / `scale` that something of a stored box may have reached.
+    """Pixels of a JPEG decoded at 1 / `scale` that a stored box may have influenced.
 
     A scaled pixel is made from its whole coded block, and its colour also from the next pixel's.
     """
@@ -315,7 +315,7 @@ def _coded_box(box: Box, scale: int) -> Box:
 
 
 def _shown_at(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
-    """Where hidden boxes lie in a box that is shown at `size`; every pixel that they touch."""
+    """Hidden boxes in a box resized to `size`, with every pixel that they touch."""
     for left, top, right, bottom in hidden:
         if left < box.right and right > box.left and top < box.bottom and bottom > box.top:
             yield Box(
@@ -327,7 +327,7 @@ def _shown_at(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
 
 
 def _stored_box(box: Box, upright: Size, orientation: int) -> Box:
-    """Where an upright box lies in the picture as stored, before `transposed`."""
+    """An upright box in coordinates of the stored picture."""
     left, top, right, bottom = box
     if orientation in (2, 3, 6, 7):  # the stored axis along these runs the other way
         left, right = upright.width - right, upright.width - left
@@ -337,16 +337,16 @@ def _stored_box(box: Box, upright: Size, orientation: int) -> Box:
 
 
 def _padded_extent(offset: int, length: int, frame: int, side: int) -> tuple[int, int]:
-    """Start and length in view pixels of a picture that lies `offset` px into its frame."""
+    """Start and length, in view pixels, of a picture `offset` px into its frame."""
     start = round(offset * side / frame)
     end = round((offset + length) * side / frame)
     return start, max(end - start, 1)
 
 
 def read_source(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """All of an original's file, if it starts like a picture and is not too long.
+    """Read an original's file, if it starts like a picture and is not too long.
 
-    Only regular files are opened: a pipe would keep its reader waiting.
+    Only regular files are opened: reading a pipe could block.
 
     Args:
         source: path, or open binary file.
@@ -354,7 +354,7 @@ def read_source(source: str | os.PathLike[str] | BinaryIO) -> bytes:
     Raises:
         UnsupportedImageError: not a picture, or of another format; only its start was read.
         ImageTooLargeError: more than `MAX_SOURCE_BYTES`.
-        ImageError: missing, no regular file, or unreadable. Each says which file, where it has a
+        ImageError: missing, not a regular file, or unreadable. Messages name the file if it has a
             name.
     """
     if not isinstance(source, str | os.PathLike):
@@ -393,6 +393,6 @@ def _read(file: BinaryIO) -> bytes:
 
 
 def _shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: on one line whatever its name."""
+    """A path for a message, always on one line."""
     name = os.fspath(path)
     return name if name.isprintable() else repr(name)

@@ -24,7 +24,7 @@ def canvas_size(data: bytes) -> tuple[int, int]:
     """Canvas size from the first chunk of a WebP file (RFC 9649, section 2).
 
     Raises:
-        ImageError: that chunk is incomplete, or none that a file can begin with.
+        ImageError: that chunk is incomplete, or no file can begin with it.
     """
     kind, head = data[12:16], data[20:30]
     if kind == b"VP8X" and len(head) == 10:
@@ -59,7 +59,7 @@ def pixels(data: bytes, max_parts: int) -> bytes:
         if part.kind == b"VP8X" and body:
             if body[0] & _ANIMATED:
                 return data
-            body = bytes([body[0] & _ALPHA]) + body[1:]  # nor does it promise the others
+            body = bytes([body[0] & _ALPHA]) + body[1:]  # clear the flags of removed chunks
         if part.kind in _NEEDED:
             length = int.from_bytes(data[part.body - 4 : part.body], "little")
             kept += [part.kind, struct.pack("<I", length), body, b"\0" * (len(body) & 1)]
@@ -76,7 +76,7 @@ def profile(data: bytes, max_parts: int) -> bytes | None:
 
 
 def _parts(data: bytes) -> Iterator[Part]:
-    """All chunks; one that is cut short is the decoder's to refuse."""
+    """All chunks; a chunk that is cut short is left to the decoder to refuse."""
     (length,) = struct.unpack_from("<I", data, 4)
     place, limit = 12, min(8 + length, len(data))
     while place + 8 <= limit:
