@@ -1,8 +1,8 @@
 """Decode pictures from a peer within bounds, and encode pictures without metadata (Pillow).
 
 `vlm_collab.pictures.headers` checks the bytes before any pixel is decompressed, and the decoder
-gets only what the pixels need. So a picture with intact pixels is accepted even if its EXIF, profiles,
-texts or their checksums are broken.
+gets only what the pixels need. So a picture with intact pixels is accepted even if its EXIF,
+profiles, texts or their checksums are broken.
 
 All decoded pictures are upright 8-bit RGB. Transparency is laid on white, as on a web page; 16-bit
 grey is scaled to 8 bits. The edge converts colours with an ICC profile to sRGB. The server ignores

@@ -43,8 +43,8 @@ PAD_COLOUR = (122, 116, 104)
 """RGB of the bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become 0."""
 
 _OVERSAMPLING = 1.4
-"""A JPEG is decoded at a reduced scale only down to this many times the target size. Scaled decoding
-averages blocks of pixels, which blurs and aliases; the bicubic filter does the rest of the
+"""A JPEG is decoded at a reduced scale only down to this many times the target size. Scaled
+decoding averages blocks of pixels, which blurs and aliases; the bicubic filter does the rest of the
 reduction. At 1.4 the encoded view of scenes and small texts is within 0.2 dB of one made from fully
 decoded pixels; at 1.3 it is not for texts (`python -m eval.bench.edge --quality`)."""
 
