@@ -1,4 +1,4 @@
-"""Places of pictures: on the wire, in both state machines, and what they mean."""
+"""Places of pictures: their meaning, on the wire and in both state machines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def ask(places=(), history=(), more=MORE) -> Ask:
 
 
 def test_what_is_not_placed_costs_no_byte() -> None:
-    """And is what it was before there were places, byte for byte."""
+    """Its bytes are the same as before places were added to the protocol."""
     turn = Turn("what?", "a sign")
     frame = msgspec.msgpack.decode(encode(ask(history=[turn], more=())))
     assert frame == [3, 1, "what is it?", 1, VIEW, 10, 20, None, [["what?", "a sign"]]]

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: objects, streams, errors, and what can be sent of a growing text."""
+"""Answers in OpenAI's format: objects, streams, errors, and the streaming of growing texts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TOLD = Result(
 
 
 def events(sent: bytes) -> list[Any]:
-    """What a stream holds, each event parsed."""
+    """The parsed events of a stream."""
     lines = [line for line in sent.decode().split("\n") if line.startswith("data: ")]
     return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in lines]
 
@@ -78,7 +78,7 @@ def encoded(value: Any) -> Any:
 
 
 def strictly(kind: Any, value: Any) -> Any:
-    """As the SDK's own types have it, missing and mistyped fields included."""
+    """Parse by the SDK's own types; missing and mistyped fields fail."""
     return TypeAdapter(kind).validate_python(value, strict=False)
 
 
@@ -293,7 +293,7 @@ def test_pieces_make_up_the_text(text: str, cuts: list[int]) -> None:
 
 @given(TEXTS, st.text(alphabet="ab .\n", min_size=1, max_size=3), st.integers(1, 5))
 def test_nothing_of_a_stop_text_is_sent(text: str, stop: str, step: int) -> None:
-    """As the engine tells it: the text grows into the stop text, then ends before it."""
+    """As the engine reports it: the text grows into the stop text, then ends before it."""
     whole = text + stop
     flow = TextStream((stop,))
     sent = "".join(flow.feed(SECOND, whole[:cut]) for cut in range(0, len(whole) + 1, step))

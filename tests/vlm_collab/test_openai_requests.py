@@ -1,4 +1,4 @@
-"""What requests of both OpenAI APIs come to, and what is refused by which name."""
+"""Parsing requests of both OpenAI APIs, and errors with the parameter's name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def user(*content: Any) -> dict[str, Any]:
 
 
 def allowed(mode: str) -> dict[str, Any]:
-    """A choice among some of the tools, as a chat has it."""
+    """A choice among some of the tools, in the form of a chat."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": TOOLS}}
 
 
@@ -126,7 +126,7 @@ def test_what_one_side_says_in_a_row_is_one_text() -> None:
 
 
 def test_what_cameras_in_use_send() -> None:
-    """A bare text among the parts, an address without its object, a format that is wrong."""
+    """A bare text among the parts, an address without its object, and a wrong media type."""
     bare = {"type": "image_url", "image_url": data_url(OTHER, "image/png")}
     query = chat(user(image(JPEG, detail="low"), bare, "describe it"))
     assert query.pictures == (JPEG, OTHER)
@@ -484,7 +484,7 @@ def test_names_in_the_list_are_the_clients_and_stay_a_header() -> None:
 
 
 def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
-    """A conversation that another model began, which called tools, goes on about a picture."""
+    """A conversation begun by another model that called tools continues with a picture."""
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     for content in (None, "", []):
         query = chat(
@@ -497,7 +497,7 @@ def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
         )
         assert query.history == (("what is the weather?\nrain, 12 degrees", "It rains."),)
         assert (query.question, query.pictures) == ("does it here?", (JPEG,))
-    # What it said beside the call was said.
+    # The text beside the call stays.
     query = chat(
         user("what is the weather?"),
         {"role": "assistant", "content": "I look.", "tool_calls": [call]},
@@ -561,7 +561,7 @@ def test_an_item_of_another_kind_is_not_found() -> None:
     ],
 )
 def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> None:
-    """Programs that keep the conversation themselves send all of it, and no response's id."""
+    """Programs that keep the conversation themselves send all of it, without a response's id."""
     shown = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
     taken = {
         "type": "function_call_output",
@@ -572,7 +572,7 @@ def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> 
     assert resumed.previous_response_id == "resp_1"
     assert [each.picture for each in resumed.outputs] == [OTHER]
     assert resumed.inputs == ()
-    # Once it has been answered, the region is of a question that is over.
+    # After an answer, the region belongs to an ended question.
     more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
     asked = {"role": "user", "content": "what?"}
     later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
@@ -698,7 +698,7 @@ def test_garbage_is_refused_in_one_line(body: dict[str, Any]) -> None:
     chat_is_text(body)
 
 
-# ---- texts and pictures in their order -----------------------------------------------------------
+# ---- order of texts and pictures -----------------------------------------------------------------
 
 
 def part(one: str | bytes) -> dict[str, Any]:
@@ -712,7 +712,7 @@ def responses_part(one: str | bytes) -> dict[str, Any]:
 
 
 def written(query: Query) -> list[str]:
-    """Each question with its pictures in it, by their numbers."""
+    """Each question as pieces of text with the numbers of the pictures between them."""
     asked = [*(each for each, _ in query.history), query.question]
     told = []
     for turn, question in enumerate(asked):
@@ -728,7 +728,7 @@ def written(query: Query) -> list[str]:
         ([JPEG, "is it", OTHER, "?"], "<0>is it<1>\n?", 2),
         (["the same:", JPEG, JPEG], "the same:<0><0>", 1),
         ([JPEG, "and", OTHER, "and", JPEG], "<0>and<1>\nand<0>", 2),
-        # One run of different pictures stands in front, as ever: no place is written.
+        # One run of different pictures goes to the front, without places.
         (["what?", JPEG], "what?", 1),
         ([JPEG, "what?"], "what?", 1),
         (["which", JPEG, OTHER, "is it?"], "which\nis it?", 2),
@@ -755,7 +755,7 @@ def test_pictures_stay_in_their_messages() -> None:
         user(text("the first again:"), image(JPEG)),
     )
     assert written(query) == ["be brief\nwhat?<0>", "<1>and here?", "the first again:<0>"]
-    # One that is shown without a word, last of all, stands behind the words before it.
+    # A last picture without a text after it comes at the end of the text before it.
     query = chat(
         user(image(JPEG), text("compare this")), user(text("with this")), user(image(OTHER))
     )
