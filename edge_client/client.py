@@ -23,9 +23,10 @@ from edge_client.privacy.guard import open_guard
 from edge_client.privacy.policy import PrivacyPolicy
 from edge_client.retry import Retry
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
-from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec
+from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS
 from vlm_collab.protocol.edge_session import EdgeLimits
-from vlm_collab.protocol.image_positions import Place, fault_of, joined
+from vlm_collab.protocol.image_positions import Place, join_parts, places_fault
 from vlm_collab.protocol.messages import MAX_PICTURES, Options, PicturePlace, Turn, Welcome
 
 DEFAULT_DEADLINE_S = 60.0
@@ -206,7 +207,7 @@ class EdgeClient:
             raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
         all_places = enumerate((*(turn.places for turn in turns), places))
         positions = [Place(i, one.position, one.picture) for i, each in all_places for one in each]
-        fault = fault_of(positions, (*(turn.question for turn in turns), text), len(sources))
+        fault = places_fault(positions, (*(turn.question for turn in turns), text), len(sources))
         if fault is not None:
             raise ConfigError(fault)
         opened = [await asyncio.to_thread(self._open, source) for source in sources]
@@ -291,7 +292,7 @@ class EdgeClient:
 
 def _text_and_places(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
     """Split a question into its text and the positions of pictures in it."""
-    joined_text, spots = joined([text] if isinstance(text, str) else text)
+    joined_text, spots = join_parts([text] if isinstance(text, str) else text)
     return joined_text, tuple(PicturePlace(*spot) for spot in spots)
 
 

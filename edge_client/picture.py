@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, SourceImage, encode, read_source
+from vlm_collab.pictures.images import Codec, encode
+from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS, SourceImage, read_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image

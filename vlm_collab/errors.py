@@ -7,21 +7,21 @@
     ├── ImageError                  a picture cannot be used
     │   ├── UnsupportedImageError   not a picture, or not in a format both sides agreed on
     │   └── ImageTooLargeError      more pixels, frames or bytes than the limit
-    ├── QuestionError               a question is empty, too long, or no text
+    ├── QuestionError               a question is empty, too long, or not a text
     ├── ModelError                  a checkpoint is missing, broken or of an unknown family
     ├── ProtocolError               the order or content of messages is wrong
     │   ├── LocalProtocolError      this side tried to do what the protocol forbids
     │   └── RemoteProtocolError     the peer did
     ├── LinkError                   no connection, or it was lost for good
-    ├── DeadlineError               no answer within the time the caller gave
-    ├── PrivacyError                the owner's policy keeps it on the device
+    ├── DeadlineError               no answer before the caller's deadline
+    ├── PrivacyError                the privacy policy keeps the picture on the device
     ├── AuthenticationError         the server does not accept the token, or the origin
     └── ServerError                 the server refused a question; carries the wire error code
-        ├── BusyError               its queue is full; `retry_after_s` says when to come back
+        ├── BusyError               its queue is full; `retry_after_s` says when to ask again
         └── ViewGoneError           it no longer has the view; the edge sends it again by itself
 
-Programming errors (`TypeError`, `ValueError` of a wrong call) are not part of it and are not
-caught anywhere.
+`vlm_collab.openai.ApiError` is a `CollabError` too. Programming errors (`TypeError` or `ValueError`
+of a wrong call) are not part of the hierarchy and are not caught.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ class ErrorCode(enum.IntEnum):
     """
 
     BAD_FRAME = 1
-    """The frame is no message of this protocol."""
+    """The frame is not a message of this protocol."""
     BAD_ORDER = 2
     """The message is not allowed now (`Ask` before `Hello`, a question id used twice)."""
     UNSUPPORTED_VERSION = 3
     """The peer speaks another version of the protocol."""
     BAD_IMAGE = 4
-    """The picture cannot be decoded, or is in a format that was not agreed on."""
+    """The picture cannot be decoded, or its format was not agreed on."""
     TOO_LARGE = 5
     """A frame, picture, question or budget is over a limit that `Welcome` stated."""
     BAD_QUESTION = 6
-    """The question is empty or no text, or the model cannot take it."""
+    """The question is empty or not a text, or the model cannot take it."""
     VIEW_GONE = 7
-    """The view that the question refers to is no longer held; send it again."""
+    """The server no longer has the view that the question refers to; send it again."""
     BUSY = 8
     """The queue is full; try again after `retry_after_ms`."""
     CANCELLED = 9
     """The edge cancelled the question."""
     SHUTTING_DOWN = 10
-    """The server is going away and takes no more questions."""
+    """The server is shutting down and takes no more questions."""
     DEADLINE = 11
-    """The server could not answer in the time it allows itself."""
+    """The server could not answer within its own time limit."""
     BAD_OPTION = 12
-    """An option has a value that this server or model cannot honour."""
+    """An option has a value that this server or model does not support."""
     INTERNAL = 13
-    """The server failed; its log knows more."""
+    """The server failed; see its log."""
 
 
 class CollabError(Exception):
@@ -76,7 +76,7 @@ class ImageError(CollabError):
 
 
 class UnsupportedImageError(ImageError):
-    """Not a picture, or not in a format both sides agreed on."""
+    """Not a picture, or not in a format that both sides agreed on."""
 
 
 class ImageTooLargeError(ImageError):
@@ -84,7 +84,7 @@ class ImageTooLargeError(ImageError):
 
 
 class QuestionError(CollabError):
-    """A question is empty, too long, or no text."""
+    """A question is empty, too long, or not a text."""
 
 
 class ModelError(CollabError):
@@ -105,11 +105,11 @@ class ProtocolError(CollabError):
 
 
 class LocalProtocolError(ProtocolError):
-    """This side tried to send what the protocol does not allow now. A bug on this side."""
+    """This side tried to break the protocol. A bug on this side."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what the protocol does not allow now, or bytes that are no message."""
+    """The peer sent a message that the protocol does not allow now, or no message at all."""
 
 
 class LinkError(CollabError):
@@ -117,11 +117,11 @@ class LinkError(CollabError):
 
 
 class DeadlineError(CollabError):
-    """No answer within the time that the caller gave."""
+    """No answer before the caller's deadline."""
 
 
 class PrivacyError(CollabError):
-    """The owner's policy does not let it leave the device (see `docs/privacy.md`)."""
+    """The privacy policy does not let the picture leave the device (see `docs/privacy.md`)."""
 
 
 class AuthenticationError(CollabError):
@@ -134,7 +134,7 @@ class ServerError(CollabError):
     Args:
         message: the server's own line.
         code: the reason from the closed list.
-        retry_after_s: when asking again can help, in seconds; None if it cannot.
+        retry_after_s: when to ask again, in seconds; None if that cannot help.
     """
 
     def __init__(self, message: str, code: ErrorCode, retry_after_s: float | None = None) -> None:
@@ -148,7 +148,7 @@ class BusyError(ServerError):
 
 
 class ViewGoneError(ServerError):
-    """The server no longer holds the view that a follow-up question names."""
+    """The server no longer has the view that a follow-up question refers to."""
 
 
 def server_error(code: ErrorCode, message: str, retry_after_s: float | None) -> ServerError:

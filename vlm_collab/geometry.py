@@ -1,6 +1,6 @@
-"""Rectangles: the source image, what a view shows of it, the token grid, and boxes between them.
+"""Rectangles: the source image, the part a view shows, the token grid, and boxes between them.
 
-Four coordinate systems meet here:
+There are four coordinate systems:
 
 * *source* pixels: the upright original at the edge, `(width, height)` order;
 * the *frame*: the rectangle of source pixels that the view shows (`Fit` says how it is chosen);
@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 MAX_SIDE_PX = 1 << 31
 """Longest image, frame or token-box side accepted, in pixels. No picture format of this project
-goes beyond it, and every product formed here stays far below 2**53, where doubles (and so
-JavaScript) stop being exact."""
+has longer sides, and every product formed here stays far below 2**53, beyond which doubles (and
+so JavaScript) are not exact."""
 
 MAX_GRID_SIDE = 1 << 12
 """Most rows or columns of a token grid. Vision encoders in use have 7 to 64."""
@@ -70,25 +70,25 @@ class Grid(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The place of one visual token in its grid, from 0."""
+    """The position of one visual token in its grid, from 0."""
 
     row: int
     column: int
 
 
 class Fit(enum.StrEnum):
-    """How a source image of any aspect becomes a view of a fixed one."""
+    """How a source image of any aspect ratio becomes a view of a fixed one."""
 
     STRETCH = "stretch"
-    """All of the image, squeezed to the view's aspect."""
+    """The whole image, squeezed to the view's aspect."""
     PAD = "pad"
-    """All of the image in its own aspect, centred between bars of one colour."""
+    """The whole image in its own aspect, centred between bars of one colour."""
     CROP = "crop"
-    """The largest centred part that has the view's aspect."""
+    """The largest centred part of the image that has the view's aspect."""
 
     @property
     def warning(self) -> str | None:
-        """What people should know who ask through such views, in a line; None if nothing."""
+        """A warning to users about this fit, in one line; None if there is none."""
         if self is not Fit.CROP:
             return None
         return (
@@ -110,16 +110,17 @@ class Frame(NamedTuple):
 
 
 class TokenBox(NamedTuple):
-    """A region as it crosses the wire: enough to restore its pixels exactly.
+    """A region as it crosses the wire; its pixel box can be restored exactly.
 
-    `index` and `side_px` are the vector b = [b₁, b₂] of Eq. 11 of `003_92b41fe49395ce1a.txt`.
-    The paper's b alone leaves the window's span open when the cells are not square.
+    `index` and `side_px` are b = [b₁, b₂] of Song and Kim, *Collaborative Edge-to-Server Inference
+    for Vision-Language Models* (2025, arXiv 2512.16349), Eq. 11. If the cells are not square, b
+    alone does not determine the window's span.
 
     Attributes:
         index: token at the window's top-left, row-major.
         side_px: side of the square in source pixels before clipping; even, since it is 2q.
-        columns: the window's span in cells.
-        rows: the window's span in cells.
+        columns: width of the window in cells.
+        rows: height of the window in cells.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which no box needs
@@ -165,7 +166,11 @@ def frame_of(source: Size, fit: Fit, view: Size) -> Frame:
 
 
 def shown_share(source: Size, fit: Fit, view: Size) -> float:
-    """Share of a picture's area that its view shows: 1 but for `Fit.CROP`. Errors as `frame_of`."""
+    """Share of a picture's area that its view shows; below 1 only with `Fit.CROP`.
+
+    Raises:
+        ValueError: as `frame_of`.
+    """
     frame = frame_of(source, fit, view)
     width, height = min(frame.width, source.width), min(frame.height, source.height)
     return width * height / (source.width * source.height)
@@ -177,17 +182,19 @@ def token_box_to_source(token_box: TokenBox, grid: Grid, frame: Frame, source: S
     With window origin (x, y), span (w, h) cells, cells of W/C × H/R frame pixels and half side
     q = side_px / 2: centre = (⌊x·(W/C) + w·(W/C)/2⌋, ⌊y·(H/R) + h·(H/R)/2⌋), moved to at least q
     and then to at most W − q (H − q); the box is centre ± q, clipped. These are the roundings of
-    ViCrop, whose search section VI-B of `003_92b41fe49395ce1a.txt` adopts.
+    ViCrop (Zhang et al., *MLLMs Know Where to Look: Training-free Perception of Small Visual
+    Details with Multimodal LLMs*, 2025, arXiv 2502.17422); Song and Kim adopt its search
+    (section VI-B).
 
     All this happens in the frame's own coordinates. The box is then translated into the source
     image, moved inside it by the shortest way, and clipped where it is longer than the image.
-    Only `Fit.PAD` ever moves it: a window may lie partly or wholly on the bars, from which an
-    edge has nothing to send.
+    Only with `Fit.PAD` is it ever moved: a window may lie partly or wholly on the bars, where
+    there are no pixels to send.
 
     Args:
-        token_box: what came over the wire.
+        token_box: the region as received.
         grid: the token grid of the view.
-        frame: what `frame_of` gives for that view.
+        frame: the result of `frame_of` for that view.
         source: size of the upright source image, px.
 
     Returns:
@@ -218,10 +225,10 @@ def token_box_to_source(token_box: TokenBox, grid: Grid, frame: Frame, source: S
 
 
 def whole_image(grid: Grid, frame: Frame) -> TokenBox:
-    """The token box that stands for everything the view shows.
+    """The token box of everything the view shows.
 
-    Its square has the frame's longer side (rounded up to even), so clipping gives the frame's
-    part of the image exactly.
+    Its square has the frame's longer side (rounded up to even). Clipping it gives exactly the part
+    of the image inside the frame.
 
     Raises:
         ValueError: the grid or the frame is impossible.
@@ -231,19 +238,20 @@ def whole_image(grid: Grid, frame: Frame) -> TokenBox:
 
 
 def adds_detail(box: Box, target: Size, frame: Frame, view: Size) -> bool:
-    """Whether the local view of a box would show more of it than the global view does.
+    """Whether the local view of a box would show more detail of it than the global view does.
 
-    The global view shows the box on ``box.width · view.width / frame.width`` columns of pixels, or
-    on ``box.width`` where the view is enlarged; the local view, which is never enlarged, on
-    ``min(box.width, target.width)``. It shows more if that is at least one whole pixel more, in
-    width or in height, or if part of the box is outside the frame. Less than a pixel is rounding.
+    In the global view the box is ``box.width · view.width / frame.width`` pixels wide, or
+    ``box.width`` if the view is enlarged. In the local view, which is never enlarged, it is
+    ``min(box.width, target.width)`` wide. The local view adds detail if it is at least one whole
+    pixel wider or higher, or if part of the box is outside the frame. Less than one pixel is
+    rounding.
 
-    Integers only, so every side that asks gets the same answer.
+    Integers only, so both sides get the same result.
 
     Args:
         box: the region, in source px; not empty.
         target: largest size of the local view, px.
-        frame: what the global view shows.
+        frame: the part that the global view shows.
         view: size of the global view, px.
     """
     right, bottom = frame.left + frame.width, frame.top + frame.height
@@ -255,12 +263,13 @@ def adds_detail(box: Box, target: Size, frame: Frame, view: Size) -> bool:
 
 
 def has_more_detail(source: Size, target: Size, frame: Frame, view: Size) -> bool:
-    """Whether some region inside the frame adds detail; see `adds_detail`.
+    """Whether any region inside the frame adds detail; see `adds_detail`.
 
     Args:
-        source: size of the upright source image, px; the rest as for `adds_detail`.
+        source: size of the upright source image, px.
+        target, frame, view: as in `adds_detail`.
     """
-    # The gain grows with the box until the local view has to be reduced.
+    # The gain grows with the box, until the box is larger than the target.
     width, height = min(source.width, target.width), min(source.height, target.height)
     return _shows_more(width, target.width, frame.width, view.width) or _shows_more(
         height, target.height, frame.height, view.height
@@ -270,10 +279,10 @@ def has_more_detail(source: Size, target: Size, frame: Frame, view: Size) -> boo
 def cell_to_source(row: int, column: int, grid: Grid, frame: Frame, source: Size) -> Box:
     """The source pixels that one visual token shows.
 
-    A cell owns the pixels whose centres lie in it (a centre on the line between two cells belongs
-    to the later one), so the cells of a grid share out the frame's pixels without gap or overlap.
-    Where cells are smaller than pixels and a cell owns none, it is given the pixel that holds its
-    own centre.
+    A cell has the pixels with their centres in it; a centre on the line between two cells belongs
+    to the later one. So the cells of a grid cover the frame's pixels without gap or overlap. If
+    cells are smaller than pixels, a cell without a pixel centre gets the pixel that contains the
+    cell's own centre.
 
     Returns:
         A box inside the image. It is empty (`pixels` is 0) for a cell that shows only the bars
@@ -294,11 +303,10 @@ def cell_to_source(row: int, column: int, grid: Grid, frame: Frame, source: Size
 
 
 def source_to_cell(x: int, y: int, grid: Grid, frame: Frame) -> Cell | None:
-    """The cell that shows the source pixel in column `x`, row `y`; the way back of
-    `cell_to_source`.
+    """The cell that shows the source pixel in column `x`, row `y`; inverse of `cell_to_source`.
 
     Returns:
-        The cell that holds the pixel's centre; None if the view does not show the pixel (cut
+        The cell that contains the pixel's centre; None if the view does not show the pixel (cut
         off by `Fit.CROP`, or outside the image).
 
     Raises:

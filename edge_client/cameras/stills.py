@@ -17,7 +17,7 @@ from edge_client.picture import Picture
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Size
 from vlm_collab.pictures.headers import identify
-from vlm_collab.pictures.images import SourceImage, read_source
+from vlm_collab.pictures.source_image import SourceImage, read_source
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 POLL_S = 0.2

@@ -33,7 +33,8 @@ from edge_client.link.dial import DEFAULT_URL
 from edge_client.picture import Picture
 from vlm_collab.errors import CollabError, ConfigError, QuestionError
 from vlm_collab.pictures.headers import identify
-from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, encode
+from vlm_collab.pictures.images import Codec, decode, encode
+from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS
 from vlm_collab.protocol.messages import Options
 
 _SAVED_QUALITY = 95

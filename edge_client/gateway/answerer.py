@@ -26,12 +26,12 @@ from vlm_collab.openai import (
     Url,
     api_error,
     check_model,
-    check_text,
+    check_text_length,
     refuse,
     refuse_pictures_in,
     stage_name,
 )
-from vlm_collab.protocol.image_positions import Place, split, spots_of
+from vlm_collab.protocol.image_positions import Place, places_in_turn, split_at_pictures
 from vlm_collab.protocol.messages import CUT_MARK, Fallback, Finish, Welcome
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class Answerer:
         left_s: float,
     ) -> EdgeAnswer:
         def with_places(turn: int, text: str) -> list[str | int]:
-            return split(text, spots_of(places, turn))
+            return split_at_pictures(text, places_in_turn(places, turn))
 
         try:
             return await self._client.ask(
@@ -283,7 +283,7 @@ def _check_texts(query: Query) -> None:
         ApiError: there is one.
     """
     texts = (query.question, *(text for turn in query.history for text in turn))
-    check_text(sum(map(len, texts)), query.question_param)
+    check_text_length(sum(map(len, texts)), query.question_param)
     for text in texts:
         refuse_pictures_in(text, query.question_param)
 

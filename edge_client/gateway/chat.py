@@ -17,7 +17,7 @@ from edge_client.gateway.http import admitted, json_response, read_json
 from edge_client.gateway.streaming import answer_pieces, stream_response
 from vlm_collab.openai import (
     ChatStream,
-    TextFlow,
+    TextStream,
     chat_is_text,
     completion,
     ignored_header,
@@ -64,7 +64,7 @@ class ChatEndpoint:
                 pieces = answer_pieces(
                     lambda on_text: camera.answer(query, on_text),
                     form,
-                    TextFlow(query.options.stop),
+                    TextStream(query.options.stop),
                     buffered=query.options.tokens,
                     finished=lambda result: None,
                 )

@@ -18,7 +18,7 @@ from edge_client.gateway.streaming import answer_pieces, stream_response
 from vlm_collab.openai import (
     ResponseBuilder,
     Result,
-    TextFlow,
+    TextStream,
     Url,
     ignored_header,
     parse_responses,
@@ -56,7 +56,7 @@ class ResponsesEndpoint:
         async with admitted(request, self._admission, self._limits) as slot:
             body = await read_json(request, slot, self._limits)
             asked = await asyncio.to_thread(parse_responses, body, self._limits.wire)
-            asked = asked.recalled(lambda id: self._store.answer(camera.camera, id))
+            asked = asked.resolve_references(lambda id: self._store.answer(camera.camera, id))
             if asked.region_tool or asked.outputs:
                 raise refuse(
                     "tools" if asked.region_tool else "input",
@@ -75,14 +75,18 @@ class ResponsesEndpoint:
             def keep(result: Result) -> None:
                 if asked.store:
                     # The fetched bytes are kept: the URL may serve another picture later.
-                    conversation = asked.whole(before).fetched(fetched).answered(result.text)
+                    conversation = (
+                        asked.conversation_after(before)
+                        .with_fetched(fetched)
+                        .with_answer(result.text)
+                    )
                     self._store.keep(camera.camera, id, conversation, result.text)
 
             if query.stream:
                 pieces = answer_pieces(
                     lambda on_text: camera.answer(query, on_text, fetched),
                     form,
-                    TextFlow(query.options.stop),
+                    TextStream(query.options.stop),
                     buffered=query.options.tokens,
                     finished=keep,
                 )

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from edge_client.answer import TextSink
 from edge_client.gateway.admission import AdmissionSlot
 from vlm_collab.errors import CollabError
-from vlm_collab.openai import ApiError, Result, TextFlow, api_error
+from vlm_collab.openai import ApiError, Result, TextStream, api_error
 from vlm_collab.protocol.messages import Stage
 from vlm_collab.web.streams import EventStream, StreamFormat, cancel, first_piece
 
@@ -57,7 +57,7 @@ async def stream_response(
 async def answer_pieces(
     ask: Callable[[TextSink], Coroutine[Any, Any, Result]],
     form: StreamFormat,
-    flow: TextFlow,
+    flow: TextStream,
     *,
     buffered: bool,
     finished: Callable[[Result], None],

@@ -83,7 +83,7 @@ class Mask(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: the file is not a usable picture, or the drawing is too intricate.
         """
-        from vlm_collab.pictures.images import SourceImage  # imports Pillow; few policies need it
+        from vlm_collab.pictures.source_image import SourceImage
 
         try:
             source = SourceImage.open(path, max_pixels=MAX_MASK_PIXELS)

@@ -28,7 +28,7 @@ from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
 from vlm_collab.errors import ConfigError, QuestionError
 from vlm_collab.geometry import Box, Size, frame_of
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 from vlm_collab.protocol.messages import Options, Welcome
 from vlm_collab.protocol.table import FITS
 

@@ -30,7 +30,7 @@ from vlm_collab.errors import ImageError, QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
-from vlm_collab.protocol.image_positions import split, spots_of
+from vlm_collab.protocol.image_positions import places_in_turn, split_at_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _conversation(request: GenerationRequest) -> str:
     """
     texts: list[str] = []
     for turn, (asked, *answered) in enumerate((*request.history, (request.question,))):
-        parts = split(asked, spots_of(request.places, turn))
+        parts = split_at_pictures(asked, places_in_turn(request.places, turn))
         texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
         texts += answered
     return " ".join(texts)

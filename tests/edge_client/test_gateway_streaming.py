@@ -12,7 +12,7 @@ import pytest
 
 from edge_client.gateway.streaming import answer_pieces
 from tests.support.patience import PATIENCE_S
-from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextFlow
+from vlm_collab.openai import ApiError, ChatStream, Report, Result, TextStream
 from vlm_collab.protocol.messages import Stage
 from vlm_collab.web import streams
 from vlm_collab.web.streams import ClientGoneError, EventStream, while_connected
@@ -128,7 +128,9 @@ async def test_work_is_cancelled_when_the_client_disconnects():
 
 
 def pieces(ask: Any, finished: Any = lambda result: None, **how: Any) -> Any:
-    return answer_pieces(ask, FORM, TextFlow(), **{"buffered": False, "finished": finished, **how})
+    return answer_pieces(
+        ask, FORM, TextStream(), **{"buffered": False, "finished": finished, **how}
+    )
 
 
 async def test_what_goes_wrong_before_the_first_text_is_raised():

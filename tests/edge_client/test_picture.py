@@ -18,7 +18,8 @@ from edge_client.picture import Picture, PictureCache
 from tests.e2e.common import photo
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode
+from vlm_collab.pictures.images import Codec, decode, encode
+from vlm_collab.pictures.source_image import SourceImage
 
 VIEW = Size(64, 64)
 

@@ -38,7 +38,7 @@ from tests.support.process import SERVE
 from tests.support.tiny_llava import TinyLlava, rename_family, save_tiny_llava
 from vlm_collab.errors import CollabError, ConfigError, ErrorCode, ModelError, ServerError
 from vlm_collab.geometry import Fit, Size
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 from vlm_collab.protocol.messages import Stage
 
 DEMO = preset_named("demo")

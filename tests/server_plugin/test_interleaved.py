@@ -25,7 +25,13 @@ from tests.support.tiny_llava import TinyLlava, save_tiny_llava
 from tests.support.tiny_qwen import TinyQwen, save_tiny_qwen
 from vlm_collab.errors import QuestionError
 from vlm_collab.geometry import Size
-from vlm_collab.protocol.image_positions import Place, Places, joined, split, spots_of
+from vlm_collab.protocol.image_positions import (
+    Place,
+    Places,
+    join_parts,
+    places_in_turn,
+    split_at_pictures,
+)
 
 NEW_TOKENS = 8
 GENERIC = "Write a general description of the image."
@@ -52,7 +58,7 @@ CASES: dict[str, tuple[Talk, Parts]] = {
 
 def conversation(talk: Talk, asked: Parts) -> tuple[str, tuple[tuple[str, str], ...], Places]:
     """(question, history, places)."""
-    told = [joined(parts) for parts in (*(each for each, _ in talk), asked)]
+    told = [join_parts(parts) for parts in (*(each for each, _ in talk), asked)]
     places = tuple(Place(i, *spot) for i, (_, spots) in enumerate(told) for spot in spots)
     history = tuple((told[i][0], answer) for i, (_, answer) in enumerate(talk))
     return told[-1][0], history, places
@@ -71,9 +77,11 @@ class Llava(Oracle):
     def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
         text = ""
         for turn, (question, answer) in enumerate(said):
-            spots = spots_of(places, turn)
+            spots = places_in_turn(places, turn)
             opening = sum(position == 0 for position, _ in spots)
-            pieces = ["<image>" if isinstance(p, int) else p for p in split(question, spots)]
+            pieces = [
+                "<image>" if isinstance(p, int) else p for p in split_at_pictures(question, spots)
+            ]
             # In this family's form, pictures at the beginning of a text have a line of their own.
             words = "".join(pieces[:opening]) + "\n" * bool(opening) + "".join(pieces[opening:])
             text += f"USER: {words} ASSISTANT:" + ("" if answer is None else f" {answer} ")
@@ -96,7 +104,7 @@ class Qwen(QwenOracle):
                     "type": "image",
                     "image": pictures[part].resize(self.view, Image.Resampling.BICUBIC),
                 }
-                for part in split(question, spots_of(places, turn))
+                for part in split_at_pictures(question, places_in_turn(places, turn))
             ]
             self.talk.append({"role": "user", "content": content})
             if answer is not None:

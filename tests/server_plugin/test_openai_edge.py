@@ -27,7 +27,7 @@ from tests.support.pictures import photo
 from tests.support.wire import SURE, UNSURE, service, settled
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 
 ORIGINAL = photo(1600, 1200)
 VIEW = png(SourceImage.from_pil(ORIGINAL).view(DEFAULT_INFO.view, Fit.STRETCH))

@@ -37,7 +37,8 @@ from tests.support.wire import SURE, UNSURE, http, service
 from vlm_collab.errors import ImageError, ImageTooLargeError
 from vlm_collab.geometry import Box, Fit, Size
 from vlm_collab.method.policy import Aggregate, Metric, ThresholdPolicy
-from vlm_collab.pictures.images import SourceImage, decode
+from vlm_collab.pictures.images import decode
+from vlm_collab.pictures.source_image import SourceImage
 
 
 class Watched(FakeBackend):

@@ -21,7 +21,7 @@ from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo, saved
 from tests.support.wire import http
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 
 PHOTO = saved(photo(900, 700), "JPEG", quality=90)
 TOOL: Any = {"type": "function", "name": "request_region", "parameters": {}, "strict": False}

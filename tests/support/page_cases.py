@@ -14,7 +14,8 @@ from tests.support.transcripts import plain, replay, stored
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_to_source
 from vlm_collab.page import token_in
-from vlm_collab.pictures.images import Codec, _padded_extent
+from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.source_image import _padded_extent
 from vlm_collab.protocol.messages import (
     Answer,
     DownMessage,

@@ -1,4 +1,5 @@
-"""Costs against the numbers that `003_92b41fe49395ce1a.txt` prints, and plain counting."""
+"""Costs against plain counting and the printed numbers of Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349)."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def test_additional_cost_is_one_if_all_are_sent_again_and_zero_if_none() -> None
     assert additional_communication_cost([view] * 5, [view] * 5) == 1
     assert additional_communication_cost([0] * 5, [view] * 5) == 0
     assert additional_communication_cost([view, 0, 0, 0], [view] * 4) == 0.25
-    # A region smaller than a view counts for less; samples weigh alike whatever their size.
+    # A region smaller than a view counts less; each sample has the same weight at any size.
     assert additional_communication_cost([50, 0], [100, 1000]) == 0.25
 
 
@@ -92,11 +93,11 @@ def test_equations_18_to_20() -> None:
 
 @given(COUNTS, COUNTS, COUNTS)
 def test_extension_counts_each_new_row_once(cached: int, first: int, then: int) -> None:
-    """Against a sum over single tokens, each looking at the whole block it came with."""
+    """Against a sum over single tokens; each attends to its whole block."""
     d, layers = 64, 3
     block = extension_flops(cached, first, d, layers)
     assert block == sum(24 * d * d + 4 * (cached + first) * d for _ in range(first)) * layers
-    # In two steps the first does not look at the second: never more than at once.
+    # In two steps the first part does not attend to the second, so it never costs more.
     steps = block + extension_flops(cached + first, then, d, layers)
     assert steps <= extension_flops(cached, first + then, d, layers)
     assert extension_flops(0, first, d, layers) == flops(first, d, layers)

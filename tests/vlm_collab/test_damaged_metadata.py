@@ -1,4 +1,4 @@
-"""Pictures whose pixels are good and whose metadata are not; and what is said of bad pixels."""
+"""Pictures with good pixels and broken metadata, and errors about broken pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Size
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.source_image import SourceImage
 
-# Nothing of a picture from outside makes a library warn.
+# No picture from a peer may make a library warn.
 pytestmark = pytest.mark.filterwarnings("error")
 
 MEBIBYTE = 1 << 20
@@ -49,14 +50,14 @@ def jpeg(*before: bytes, behind: bytes = b"", **options: object) -> bytes:
 
 
 def bare_jpeg(*before: bytes) -> bytes:
-    """Without the segment that Pillow writes first (JFIF)."""
+    """A JPEG without the segment that Pillow writes first (JFIF)."""
     plain = saved(photo(), "JPEG", quality=95)
     (length,) = struct.unpack_from(">H", plain, 4)
     return plain[:2] + b"".join(before) + plain[4 + length :]
 
 
 def webp(flags: int, *chunks: tuple[bytes, bytes], cut: int = 0) -> bytes:
-    """A lossless picture with a header that promises `flags`."""
+    """A lossless picture with `flags` in its header."""
     image = saved(photo(), "WEBP", lossless=True)[12:]
     body = b"VP8X" + struct.pack("<II", 10, flags) + b"\x3f\0\0\x2f\0\0"
     for kind, content in chunks:
@@ -130,7 +131,7 @@ GOOD = {
 
 
 def settings_of_pillow() -> tuple[object, ...]:
-    """Which are every thread's."""
+    """They apply to all threads."""
     return (
         Image.MAX_IMAGE_PIXELS,
         ImageFile.LOAD_TRUNCATED_IMAGES,
@@ -168,7 +169,7 @@ def test_metadata_cost_no_memory(kind: str) -> None:
 
 
 def test_a_profile_is_applied_whatever_lies_beside_it() -> None:
-    """One with sRGB's red and blue exchanged, of three MiB, and its checksum wrong."""
+    """A profile of 3 MiB with sRGB's red and blue exchanged, and a wrong checksum."""
     profile = bytearray(SRGB)
     red, blue = (profile.index(tag, 128) + 4 for tag in (b"rXYZ", b"bXYZ"))
     profile[red : red + 4], profile[blue : blue + 4] = (
@@ -194,7 +195,7 @@ def test_a_profile_is_applied_whatever_lies_beside_it() -> None:
         assert np.abs(np.subtract(shown.getpixel((0, 0)), (128, 90, 40))).max() <= 6
 
 
-# What is said of pictures whose pixels are damaged
+# Errors about damaged pixels
 
 OURS = re.compile(
     r"a broken (JPEG|PNG|WEBP) picture: (its header is (damaged|incomplete)|it is cut short|"
@@ -210,7 +211,7 @@ OURS = re.compile(
 
 
 def files() -> dict[str, bytes]:
-    """Pictures of all kinds that the three formats have."""
+    """Pictures of every kind of the three formats."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010E] = "a description"
@@ -238,7 +239,7 @@ def files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", files())
 def test_damage_is_told_in_our_own_words(kind: str) -> None:
-    """Whatever a decoder raises on it, and wherever: on opening, decoding or converting."""
+    """Any exception of a decoder, on opening, decoding or converting."""
     chance = random.Random(kind)
     data = files()[kind]
     told: set[str] = set()
@@ -271,7 +272,7 @@ def test_damage_is_told_in_our_own_words(kind: str) -> None:
 
 
 def _with_right_checksums(data: bytes) -> bytes:
-    """So that damage reaches what stands behind the check."""
+    """With a correct checksum, so that the damage passes the check."""
     made, place = data[:8], 8
     while place + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -318,7 +319,7 @@ def test_cut_short_is_said_so(codec: Codec) -> None:
     [(0, 12, "rare kind"), (5, 2, "rare kind"), (0, 159, "damaged"), (5, 0, "damaged")],
 )
 def test_kinds_of_jpeg_that_are_not_decoded(place: int, value: int, line: str) -> None:
-    """Bits of a colour, and how many colours."""
+    """Bits per colour and number of colours."""
     data = bytearray(saved(photo(), "JPEG"))
     data[data.index(b"\xff\xc0") + 4 + place] = value
     for use in (SourceImage.open, lambda data: read_header(data, max_pixels=MEGAPIXEL)):
@@ -333,7 +334,7 @@ def test_a_limit_of_the_encoder_is_told_in_our_own_words() -> None:
 
 
 def test_pillow_knows_no_way_to_open_the_pictures_of_this_file() -> None:
-    """So these tests would see it if a decoder got the metadata after all."""
+    """So these tests would fail if a decoder got the metadata."""
     refused = []
     for kind, data in GOOD.items():
         try:

@@ -86,7 +86,7 @@ def test_frame_against_exact_fractions(source: Size, fit: Fit, view: Size) -> No
         width = max(1, min(source.width, floor(source.height * aspect)))
         height = max(1, min(source.height, floor(source.width / aspect)))
     assert (frame.width, frame.height) == (width, height)
-    # Centred: the margins of either side differ by the odd pixel at most.
+    # Centred: the two margins differ by at most one pixel.
     for before, inner, outer in (
         (frame.left, width, source.width),
         (frame.top, height, source.height),
@@ -107,7 +107,7 @@ def test_impossible_sizes_are_refused(side: int) -> None:
 
 
 def plain_box(token_box: TokenBox, grid: Grid, source: Size) -> Box:
-    """Section 3 of the design, word for word, for a view of the whole image."""
+    """The definition of a box (centre, half side, clipping) for a view of the whole image."""
     y, x = divmod(token_box.index, grid.columns)
     half = token_box.side_px // 2
     cell_width, cell_height = source.width / grid.columns, source.height / grid.rows
@@ -142,12 +142,12 @@ def test_token_box_is_inside_and_not_empty(
     assert 0 <= box.left < box.right <= source.width
     assert 0 <= box.top < box.bottom <= source.height
     if fit is Fit.CROP:
-        # Nothing is asked for that the view did not show.
+        # The box is inside what the view shows.
         assert box.left >= frame.left
         assert box.right <= frame.left + frame.width
         assert box.top >= frame.top
         assert box.bottom <= frame.top + frame.height
-    # Only clipping makes the square smaller, never its place.
+    # Only clipping makes the square smaller.
     assert box.width == min(token_box.side_px, frame.width, source.width)
     assert box.height == min(token_box.side_px, frame.height, source.height)
 
@@ -156,7 +156,7 @@ def test_token_box_is_inside_and_not_empty(
 def test_cropped_and_padded_boxes_follow_the_frame(
     data: st.DataObject, source: Size, fit: Fit, view: Size, grid: Grid
 ) -> None:
-    """A frame is a picture of its own: its box, moved to its place in the source."""
+    """A box in a frame is the box of a picture of that size, moved to the frame's place."""
     frame = frame_of(source, fit, view)
     token_box = data.draw(windows(grid))
     inner = plain_box(token_box, grid, Size(frame.width, frame.height))
@@ -253,7 +253,7 @@ def test_every_pixel_finds_its_cell_and_back(
     assert (cell is not None) == shown
     if cell is None:
         return
-    # The cell whose rational extent holds the pixel's centre.
+    # The cell that contains the pixel's centre, in exact fractions.
     column = floor((x - frame.left + Fraction(1, 2)) * grid.columns / frame.width)
     row = floor((y - frame.top + Fraction(1, 2)) * grid.rows / frame.height)
     assert cell == (row, column)
@@ -311,32 +311,32 @@ def test_core_imports_without_numpy() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-# ---- what a region adds ----------------------------------------------------------------------
+# ---- regions that add detail -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("source", "fit", "view", "box", "target", "adds"),
     [
-        # A picture of the view's size, smaller, and larger by less than a pixel of the view.
+        # Pictures of the view's size, smaller, and larger by less than a pixel of the view.
         (Size(112, 112), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), False),
         (Size(60, 40), Fit.STRETCH, Size(112, 112), Box(0, 0, 60, 40), Size(112, 112), False),
         (Size(60, 40), Fit.STRETCH, Size(112, 112), Box(10, 10, 40, 40), Size(112, 112), False),
         (Size(113, 113), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), False),
         (Size(114, 113), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), True),
-        # All of a larger picture, reduced again to the view's size; part of it; a larger target.
+        # A whole larger picture, reduced to the view's size; a part of it; a larger target.
         (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 128, 128), Size(112, 112), False),
         (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 128), Size(112, 112), True),
         (Size(128, 128), Fit.STRETCH, Size(112, 112), Box(0, 0, 128, 128), Size(120, 120), True),
-        # A target so small that the region would lose what the view shows.
+        # A target so small that the region would show less than the view.
         (Size(400, 400), Fit.STRETCH, Size(112, 112), Box(0, 0, 336, 336), Size(56, 56), False),
         (Size(400, 400), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 112), Size(56, 56), True),
         # Long and thin: the view shows all rows, and a third of the columns.
         (Size(336, 50), Fit.STRETCH, Size(112, 112), Box(0, 0, 112, 50), Size(112, 112), True),
         (Size(336, 50), Fit.STRETCH, Size(112, 112), Box(0, 0, 336, 50), Size(112, 112), False),
-        # Bars take rows of the view, so the whole picture alone shows twice as many of its own.
+        # Bars take half of the view's rows, so a region of the whole picture shows twice as many.
         (Size(400, 200), Fit.PAD, Size(112, 112), Box(0, 0, 400, 200), Size(112, 112), True),
         (Size(100, 50), Fit.PAD, Size(112, 112), Box(0, 0, 100, 50), Size(112, 112), False),
-        # What a centre crop cut off is in no view.
+        # The view does not show what a centre crop cut off.
         (Size(224, 112), Fit.CROP, Size(112, 112), Box(0, 0, 112, 112), Size(112, 112), True),
         (Size(224, 112), Fit.CROP, Size(112, 112), Box(56, 0, 168, 112), Size(112, 112), False),
     ],

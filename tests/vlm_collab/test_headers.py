@@ -1,4 +1,4 @@
-"""A peer's picture costs little to look at, whatever it is: counted in work, not in time."""
+"""Checking a peer's picture costs little for any bytes; measured in work, not in time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved
 from vlm_collab.errors import ImageError, ImageTooLargeError
-from vlm_collab.pictures import headers
-from vlm_collab.pictures.headers import MAX_PARTS, MAX_SCANS, orientation_in
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures import container
+from vlm_collab.pictures.container import MAX_PARTS, orientation_in
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.jpeg import MAX_SCANS
+from vlm_collab.pictures.source_image import SourceImage
 
 SOI = b"\xff\xd8"
 PNG_HEAD = 33  # signature and IHDR
@@ -30,7 +32,7 @@ def segment(kind: int, body: bytes) -> bytes:
 
 
 def png(*chunks: bytes, behind: bytes = b"") -> bytes:
-    """A picture with chunks before its pixels, and some behind them."""
+    """A picture with chunks before and after its pixels."""
     plain = saved(photo(), "PNG")
     return plain[:PNG_HEAD] + b"".join(chunks) + plain[PNG_HEAD:-12] + behind + plain[-12:]
 
@@ -56,7 +58,7 @@ def directory(entries: int) -> bytes:
 
 
 def inflating(kind: bytes, between: bytes) -> bytes:
-    """A chunk of a kilobyte that is a megabyte when inflated."""
+    """A chunk of a kilobyte that inflates to a megabyte."""
     return chunk(kind, b"key" + between + zlib.compress(bytes(1 << 20)))
 
 
@@ -69,7 +71,7 @@ TEXTS = [
 
 @pytest.fixture
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes a call of a function a failure of the test."""
+    """Makes the test fail if a function is called."""
 
     def forbid(*places: tuple[object, str]) -> None:
         for owner, name in places:
@@ -83,7 +85,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def lines_run(call: Callable[[], object]) -> int:
-    """How many lines of Python a call runs; the measure of its work that no other load disturbs."""
+    """Lines of Python that a call runs: a measure of work that other load does not disturb."""
     count = 0
 
     def trace(frame: object, event: str, argument: object) -> object:
@@ -186,7 +188,7 @@ def test_metadata_has_limits_for_peers(data: bytes, complaint: str) -> None:
     for call in (read_header, decode):
         with pytest.raises(ImageTooLargeError, match=complaint):
             call(data, max_pixels=MEGAPIXEL)
-    # An original may hold what it likes: phones write maker notes of megabytes.
+    # Originals have wider bounds: phones write maker notes of megabytes.
     assert SourceImage.open(data).size == (64, 48)
 
 
@@ -241,7 +243,7 @@ def test_broken_headers_are_told_in_one_line(data: bytes, complaint: str) -> Non
 
 
 def test_a_still_beside_an_animation_counts() -> None:
-    """A PNG whose plain picture is no frame of its animation shows one more."""
+    """A PNG has one more frame if its plain picture is not part of the animation."""
     frames = [photo(), photo().transpose(Image.Transpose.ROTATE_180)]
     for default in (False, True):
         data = saved(
@@ -264,5 +266,5 @@ def test_orientations_of_all_spellings(order: str, kind: int, field: str) -> Non
 
 
 def test_a_hidden_orientation_is_not_searched_for() -> None:
-    block = directory(headers._MAX_EXIF_ENTRIES) + struct.pack("<HHII", ORIENTATION, 3, 1, 6)
+    block = directory(container._MAX_EXIF_ENTRIES) + struct.pack("<HHII", ORIENTATION, 3, 1, 6)
     assert orientation_in(block) == 1

@@ -1,4 +1,4 @@
-"""Areas of an original that are black in all that is made of it."""
+"""Hidden areas of an original are black in everything made from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.source_image import SourceImage
 
 HIDDEN = (Box(64, 96, 192, 160), Box(300, 0, 320, 240))
 SIZE = Size(320, 240)
@@ -19,7 +19,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def touched(size: Size, box: Box, hidden: tuple[Box, ...]) -> np.ndarray:
-    """Which pixels of a box shown at `size` a hidden box touches, by brute force."""
+    """Pixels of a box shown at `size` that a hidden box touches, by brute force."""
     result = np.zeros((size.height, size.width), bool)
     for y in range(size.height):
         for x in range(size.width):
@@ -52,7 +52,7 @@ def test_boxes_are_those_of_the_upright_picture(orientation: int) -> None:
 @pytest.mark.parametrize("fit", list(Fit))
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_nothing_hidden_reaches_a_view_or_a_region(fit: Fit, orientation: int) -> None:
-    """Originals that differ in hidden pixels alone give the same pixels, black where hidden."""
+    """Originals that differ only in hidden pixels give the same result, black in hidden areas."""
     one, other = photo(*SIZE), photo(*SIZE)
     for number, box in enumerate(HIDDEN):
         other.paste(Image.effect_noise(box.size, 90 + number).convert("RGB"), box[:2])
@@ -66,7 +66,7 @@ def test_nothing_hidden_reaches_a_view_or_a_region(fit: Fit, orientation: int) -
     assert np.array_equal(pixels(regions[0]), pixels(regions[1]))
     black = ~pixels(regions[0]).any(axis=2)
     assert np.array_equal(black, touched(target, box, HIDDEN))
-    # Apart from the pixels beside it, which black is mixed into, the rest is as ever.
+    # All other pixels are unchanged, except those beside it, into which black is mixed.
     plain = pixels(SourceImage.open(turned(one, orientation, "PNG")).region(box, target))
     near = black.copy()
     for shift in range(1, 4):
@@ -81,7 +81,7 @@ def test_nothing_hidden_reaches_a_view_or_a_region(fit: Fit, orientation: int) -
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("side", [40, 80, 150])
 def test_scaled_decoding_lets_nothing_through(subsampling: str, side: int) -> None:
-    """Scaled decoding makes a pixel from a whole coded block, and colours from its neighbours."""
+    """Scaled decoding makes a pixel from a whole coded block, and its colour also from others."""
     size = Size(1280, 960)
     hidden = Box(256, 320, 512, 576)  # whole coded blocks, so that only they differ in the file
     one, other = photo(*size), photo(*size)
@@ -95,7 +95,7 @@ def test_scaled_decoding_lets_nothing_through(subsampling: str, side: int) -> No
     assert np.array_equal(pixels(views[0]), pixels(views[1]))
     black = ~pixels(views[0]).any(axis=2)
     assert not (touched(Size(side, side), Box(0, 0, *size), (hidden,)) & ~black).any()
-    # What is black beyond it is a coded block and a resized pixel wide at most.
+    # The black area is at most a coded block and a resized pixel wider.
     grown = Box(hidden.left - 72, hidden.top - 72, hidden.right + 72, hidden.bottom + 72)
     assert not (black & ~touched(Size(side, side), Box(0, 0, *size), (grown,))).any()
     plain = [pixels(SourceImage.open(file).view(Size(side, side), Fit.STRETCH)) for file in files]

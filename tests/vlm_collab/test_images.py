@@ -16,15 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tests.support.pictures import MEGAPIXEL, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
 from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.pictures.images import (
-    MAX_SOURCE_BYTES,
-    PAD_COLOUR,
-    Codec,
-    SourceImage,
-    choose_codec,
-    decode,
-    encode,
-)
+from vlm_collab.pictures.images import Codec, choose_codec, decode, encode
+from vlm_collab.pictures.source_image import MAX_SOURCE_BYTES, PAD_COLOUR, SourceImage
 
 # Encoding
 
@@ -32,7 +25,7 @@ SECRET = b"LATITUDE-SECRET"
 
 
 def tagged(codec: Codec) -> bytes:
-    """A picture with everything in it that a camera or an editor may leave."""
+    """A picture with all the metadata that a camera or an editor may write."""
     thumbnail = saved(photo(16, 12), "JPEG", comment=SECRET)
     exif = Image.Exif()
     exif[0x010E] = SECRET.decode()
@@ -116,7 +109,7 @@ def test_no_metadata_survives(origin: Codec, codec: Codec) -> None:
 
 
 def test_jpeg_is_small() -> None:
-    """4:2:0 and tables made for the picture; plain Pillow is the measure."""
+    """4:2:0 and optimised tables, compared with plain Pillow."""
     image = Image.effect_noise((336, 336), 60).convert("RGB")
     sent = encode(image, Codec.JPEG, 60)
     assert len(sent) < len(saved(image, "JPEG", quality=60))
@@ -156,7 +149,7 @@ def colours(image: Image.Image) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("fit", Fit)
 def test_views_of_turned_pictures(orientation: int, fit: Fit) -> None:
-    """Large enough that the JPEG is decoded at 1/4; odd sides, so that scaled edges are partial."""
+    """So large that the JPEG is decoded at 1/4; odd sides, so that scaled edges are partial."""
     image = photo(1003, 661)
     source = SourceImage.open(turned(image, orientation, quality=95))
     assert source.size == (1003, 661)
@@ -250,7 +243,7 @@ def test_a_view_of_a_large_jpeg_does_not_decode_it_in_full(
 
 
 def test_scaled_decoding_keeps_the_view_sharp() -> None:
-    """Against a full decoding resized with the same filter, on detail at the view's limit."""
+    """Against full decoding with the same filter, on detail at the limit of the view."""
     noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((500, 375), 1).resize((2000, 1500), 3)
     data = saved(image, "JPEG", quality=95, subsampling=0)
@@ -263,7 +256,7 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
 def modes() -> dict[str, tuple[bytes | Image.Image, list[tuple[int, int, int]]]]:
-    """Pictures of 2 × 2 pixels in every kind, and the colours that they show."""
+    """Pictures of 2 × 2 pixels of every kind, and their expected colours."""
     grey16 = Image.fromarray(np.array([[0, 65535], [32768, 257]], dtype=np.uint16))
     rgba = Image.new("RGBA", (2, 2), (255, 0, 0, 255))
     rgba.putpixel((1, 0), (0, 0, 255, 0))
@@ -376,7 +369,7 @@ def test_wrong_files_get_one_clear_line(tmp_path: Path) -> None:
 def test_what_is_no_regular_file_is_refused_unopened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening a pipe would wait for its writer for ever."""
+    """Opening a pipe would wait forever for a writer."""
     pipe = tmp_path / "pipe.jpg"
     os.mkfifo(pipe)
     monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("it was opened"))

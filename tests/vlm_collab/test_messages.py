@@ -141,7 +141,7 @@ def test_every_message_survives_the_wire(message):
 
 @given(messages)
 def test_what_is_left_out_is_what_a_reader_puts_in_by_itself(message):
-    """Frames are no longer than with all fields spelled out, and say the same."""
+    """Trimmed frames decode to the same message as frames with all fields, and are no longer."""
     spelled = msgspec.msgpack.encode(message)
     assert len(encode(message)) <= len(spelled)
     decode = decode_up if isinstance(message, UP) else decode_down
@@ -212,9 +212,9 @@ def test_numbers_out_of_bounds_are_refused(fields):
         decode_up(msgspec.msgpack.encode(fields))
 
 
-# Text that a person wrote or reads and picture bytes are the payload. First what a 7B model, a
-# 20-megapixel original and thousands of questions come to, WebSocket header included; then the
-# largest numbers that any field can hold.
+# Overhead of messages: their bytes without texts for people and picture bytes, with the WebSocket
+# header. First for a 7B model, a 20-megapixel original and thousands of questions; then for the
+# largest numbers that the fields can hold.
 IMAGE = bytes(60_000)
 BIG_USAGE = Usage(70_000, 300, 1300, 40, 20_000_000, 9999, 9999, 9999, 9999)
 WIRE = {

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: objects, streams, errors, and what can be sent of a growing text."""
+"""Answers in OpenAI's format: objects, streams, errors, and the streaming of growing texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vlm_collab.openai import (
     Report,
     ResponseBuilder,
     Result,
-    TextFlow,
+    TextStream,
     WireLimits,
     api_error,
     check_model,
@@ -63,7 +63,7 @@ TOLD = Result(
 
 
 def events(sent: bytes) -> list[Any]:
-    """What a stream holds, each event parsed."""
+    """The parsed events of a stream."""
     lines = [line for line in sent.decode().split("\n") if line.startswith("data: ")]
     return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in lines]
 
@@ -78,7 +78,7 @@ def encoded(value: Any) -> Any:
 
 
 def strictly(kind: Any, value: Any) -> Any:
-    """As the SDK's own types have it, missing and mistyped fields included."""
+    """Parse by the SDK's own types; missing and mistyped fields fail."""
     return TypeAdapter(kind).validate_python(value, strict=False)
 
 
@@ -250,14 +250,14 @@ def test_models_that_are_not_served() -> None:
 
 
 def test_the_first_pass_is_held_back_until_it_stands() -> None:
-    flow = TextFlow()
+    flow = TextStream()
     assert [flow.feed(FIRST, text) for text in ("a", "a bird", "a bird!")] == ["", "", ""]
     assert flow.finish("a bird!") == "a bird!"
     assert not flow.restarted
 
 
 def test_the_second_pass_replaces_it_and_streams() -> None:
-    flow = TextFlow()
+    flow = TextStream()
     flow.feed(FIRST, "a bird")
     sent = [flow.feed(SECOND, text) for text in ("the number is", "the number is 47")]
     assert sent == ["the numbe", "r i"]
@@ -266,14 +266,14 @@ def test_the_second_pass_replaces_it_and_streams() -> None:
 
 
 def test_another_text_than_the_one_begun_is_sent_whole() -> None:
-    flow = TextFlow()
+    flow = TextStream()
     assert flow.feed(SECOND, "the number is 47") == "the number i"
     assert flow.finish("a bird") == "\n\na bird"
     assert flow.restarted
 
 
 def test_a_pass_that_is_made_again_goes_on_where_it_was() -> None:
-    flow = TextFlow()
+    flow = TextStream()
     begun = flow.feed(SECOND, "the number is")
     assert flow.feed(FIRST, "a") == flow.feed(SECOND, "the") == ""
     assert begun + flow.finish("the number is 47") == "the number is 47"
@@ -285,7 +285,7 @@ TEXTS = st.text(alphabet="ab .\n\N{REPLACEMENT CHARACTER}", max_size=24)
 
 @given(TEXTS, st.lists(st.integers(0, 24), max_size=8))
 def test_pieces_make_up_the_text(text: str, cuts: list[int]) -> None:
-    flow = TextFlow()
+    flow = TextStream()
     sent = "".join(flow.feed(SECOND, text[:cut]) for cut in cuts)
     assert sent + flow.finish(text) == text
     assert not flow.restarted
@@ -293,9 +293,9 @@ def test_pieces_make_up_the_text(text: str, cuts: list[int]) -> None:
 
 @given(TEXTS, st.text(alphabet="ab .\n", min_size=1, max_size=3), st.integers(1, 5))
 def test_nothing_of_a_stop_text_is_sent(text: str, stop: str, step: int) -> None:
-    """As the engine tells it: the text grows into the stop text, then ends before it."""
+    """As the engine reports it: the text grows into the stop text, then ends before it."""
     whole = text + stop
-    flow = TextFlow((stop,))
+    flow = TextStream((stop,))
     sent = "".join(flow.feed(SECOND, whole[:cut]) for cut in range(0, len(whole) + 1, step))
     stands = whole.partition(stop)[0].rstrip()
     assert sent + flow.finish(stands) == stands

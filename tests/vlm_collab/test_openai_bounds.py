@@ -1,4 +1,4 @@
-"""Requests that are cheap to send and dear to read are refused before anybody looks into them."""
+"""Requests that are cheap to send and expensive to read are refused before they are parsed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlm_collab.openai import (
     parse_chat,
     refuse_pictures_in,
 )
-from vlm_collab.openai import text_only as searching
+from vlm_collab.openai import hidden_pictures as searching
 from vlm_collab.openai.bounds import MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_CHARS, MAX_VALUES
 
 TINY = {"role": "user", "content": "a"}
@@ -64,7 +64,7 @@ def test_what_real_programs_send_is_within_the_bounds():
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": picture}}]
     long = "word " * (2**20 // 5)
     for body in (
-        # A day of an agent's work, each message in parts of its own.
+        # A day of an agent's work, each message with several parts.
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * MAX_MESSAGES},
         {"messages": [{"role": "user", "content": parts}]},
         {"messages": [{**TINY, "content": long}] * 3},
@@ -75,7 +75,7 @@ def test_what_real_programs_send_is_within_the_bounds():
 
 
 def test_bodies_of_tiny_messages_are_refused_without_a_search(monkeypatch: pytest.MonkeyPatch):
-    """300 000 messages in 8 MiB, which took seconds of search each."""
+    """300 000 messages in 8 MiB; the search took seconds before it was bounded."""
     searched = 0
 
     def count(text: str) -> bool:
@@ -96,7 +96,7 @@ def test_bodies_of_tiny_messages_are_refused_without_a_search(monkeypatch: pytes
 
 
 def test_no_more_text_is_searched_than_anybody_reads(monkeypatch: pytest.MonkeyPatch):
-    """Nor where it is written so that it looks like pictures of its own."""
+    """The same for text written to look like data URLs."""
     searched: list[int] = []
     monkeypatch.setattr(searching, "_is_picture", lambda text: bool(searched.append(len(text))))
 
@@ -128,17 +128,17 @@ class Counted(Url):
 
 
 def test_each_picture_is_looked_up_and_not_searched_for() -> None:
-    """16 000 tiny pictures in one message of 1.3 MB took nine seconds."""
+    """16 000 tiny pictures in one message of 1.3 MB once took nine seconds."""
     pictures = [Counted(f"https://example.org/{i}") for i in range(1000)]
     Counted.compared = 0
     message = Conversation.message(Role.USER, [(each, "") for each in pictures * 2])
     assert len(message.pictures) == 1000
-    assert len(message.shown) == 2000
+    assert len(message.picture_places) == 2000
     assert Counted.compared < 20_000  # equal hashes of others are rare
 
 
 def joins_in(work: Callable[[], object]) -> int:
-    """How often some work joins texts."""
+    """Number of times that a call joins texts."""
     joins = 0
 
     def note(_: object, event: str, called: object) -> None:
@@ -155,7 +155,7 @@ def joins_in(work: Callable[[], object]) -> int:
 
 
 def test_texts_are_joined_once_and_not_for_each_message_or_picture() -> None:
-    """Each of 4096 messages had all texts before it copied, and so had each picture."""
+    """Each of 4096 messages, and each picture, once copied all texts before it."""
     shown = base64.b64encode(b"picture").decode()
     image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{shown}"}}
     pictures: list[object] = [{"type": "text", "text": "a"}, image]

@@ -1,4 +1,4 @@
-"""What requests of both OpenAI APIs come to, and what is refused by which name."""
+"""Parsing requests of both OpenAI APIs, and errors with the parameter's name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlm_collab.openai import (
     parse_chat,
     parse_responses,
 )
-from vlm_collab.protocol.image_positions import split, spots_of
+from vlm_collab.protocol.image_positions import places_in_turn, split_at_pictures
 from vlm_collab.protocol.messages import Options, Retransmit
 
 LIMITS = WireLimits(max_body_bytes=1 << 16, max_pictures=3, max_picture_bytes=1000)
@@ -48,7 +48,7 @@ def user(*content: Any) -> dict[str, Any]:
 
 
 def allowed(mode: str) -> dict[str, Any]:
-    """A choice among some of the tools, as a chat has it."""
+    """A choice among some of the tools, in the form of a chat."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": TOOLS}}
 
 
@@ -126,7 +126,7 @@ def test_what_one_side_says_in_a_row_is_one_text() -> None:
 
 
 def test_what_cameras_in_use_send() -> None:
-    """A bare text among the parts, an address without its object, a format that is wrong."""
+    """A bare text among the parts, an address without its object, and a wrong media type."""
     bare = {"type": "image_url", "image_url": data_url(OTHER, "image/png")}
     query = chat(user(image(JPEG, detail="low"), bare, "describe it"))
     assert query.pictures == (JPEG, OTHER)
@@ -380,7 +380,7 @@ def test_a_response_about_a_picture() -> None:
 
 
 def test_a_response_that_goes_on_from_another() -> None:
-    before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).answered("a sign")
+    before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).with_answer("a sign")
     query = respond("and now?", before=before, instructions="be long")
     assert query.history == (("be long\nwhat?", "a sign"),)
     assert query.question == "and now?"
@@ -484,7 +484,7 @@ def test_names_in_the_list_are_the_clients_and_stay_a_header() -> None:
 
 
 def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
-    """A conversation that another model began, which called tools, goes on about a picture."""
+    """A conversation begun by another model that called tools continues with a picture."""
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     for content in (None, "", []):
         query = chat(
@@ -497,7 +497,7 @@ def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
         )
         assert query.history == (("what is the weather?\nrain, 12 degrees", "It rains."),)
         assert (query.question, query.pictures) == ("does it here?", (JPEG,))
-    # What it said beside the call was said.
+    # The text beside the call stays.
     query = chat(
         user("what is the weather?"),
         {"role": "assistant", "content": "I look.", "tool_calls": [call]},
@@ -538,19 +538,19 @@ def test_an_item_that_is_referred_to_is_what_it_said() -> None:
     ]
     answers = {"resp_1": "a sign", "resp_2": "a tree"}
     request = parse_responses({"input": said}, LIMITS)
-    query = request.recalled(answers.get).query()
+    query = request.resolve_references(answers.get).query()
     assert query.history == (("what?", "a sign"), ("and?", "a tree"))
     assert query.question == "so?"
     for gone, param in (("resp_1", "input[1].id"), ("resp_2", "input[3].id")):
         left = {name: one for name, one in answers.items() if name != gone}
-        error = refused(request.recalled, left.get)
+        error = refused(request.resolve_references, left.get)
         assert (error.status, error.param, error.code) == (404, param, "item_not_found")
         assert gone.removeprefix("resp_") in str(error)
 
 
 def test_an_item_of_another_kind_is_not_found() -> None:
     request = parse_responses({"input": [{"type": "item_reference", "id": "rs_1"}]}, LIMITS)
-    assert refused(request.recalled, lambda id: "a sign").param == "input[0].id"
+    assert refused(request.resolve_references, lambda id: "a sign").param == "input[0].id"
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_an_item_of_another_kind_is_not_found() -> None:
     ],
 )
 def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> None:
-    """Programs that keep the conversation themselves send all of it, and no response's id."""
+    """Programs that keep the conversation themselves send all of it, without a response's id."""
     shown = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
     taken = {
         "type": "function_call_output",
@@ -571,13 +571,13 @@ def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> 
     resumed = parse_responses({"input": [shown, called, taken]}, LIMITS)
     assert resumed.previous_response_id == "resp_1"
     assert [each.picture for each in resumed.outputs] == [OTHER]
-    assert resumed.said == ()
-    # Once it has been answered, the region is of a question that is over.
+    assert resumed.inputs == ()
+    # After an answer, the region belongs to an ended question.
     more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
     asked = {"role": "user", "content": "what?"}
     later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
     assert (later.previous_response_id, later.outputs) == (None, ())
-    query = later.recalled({"resp_2": "a sign"}.get).query()
+    query = later.resolve_references({"resp_2": "a sign"}.get).query()
     assert query.history == (("what?", "a sign"),)
     assert (query.question, query.pictures) == ("so?", (JPEG,))
 
@@ -698,7 +698,7 @@ def test_garbage_is_refused_in_one_line(body: dict[str, Any]) -> None:
     chat_is_text(body)
 
 
-# ---- texts and pictures in their order -----------------------------------------------------------
+# ---- order of texts and pictures -----------------------------------------------------------------
 
 
 def part(one: str | bytes) -> dict[str, Any]:
@@ -712,11 +712,11 @@ def responses_part(one: str | bytes) -> dict[str, Any]:
 
 
 def written(query: Query) -> list[str]:
-    """Each question with its pictures in it, by their numbers."""
+    """Each question as pieces of text with the numbers of the pictures between them."""
     asked = [*(each for each, _ in query.history), query.question]
     told = []
     for turn, question in enumerate(asked):
-        pieces = split(question, spots_of(query.places, turn))
+        pieces = split_at_pictures(question, places_in_turn(query.places, turn))
         told.append("".join(p if isinstance(p, str) else f"<{p}>" for p in pieces))
     return told
 
@@ -728,7 +728,7 @@ def written(query: Query) -> list[str]:
         ([JPEG, "is it", OTHER, "?"], "<0>is it<1>\n?", 2),
         (["the same:", JPEG, JPEG], "the same:<0><0>", 1),
         ([JPEG, "and", OTHER, "and", JPEG], "<0>and<1>\nand<0>", 2),
-        # One run of different pictures stands in front, as ever: no place is written.
+        # One run of different pictures goes to the front, without places.
         (["what?", JPEG], "what?", 1),
         ([JPEG, "what?"], "what?", 1),
         (["which", JPEG, OTHER, "is it?"], "which\nis it?", 2),
@@ -755,7 +755,7 @@ def test_pictures_stay_in_their_messages() -> None:
         user(text("the first again:"), image(JPEG)),
     )
     assert written(query) == ["be brief\nwhat?<0>", "<1>and here?", "the first again:<0>"]
-    # One that is shown without a word, last of all, stands behind the words before it.
+    # A last picture without a text after it comes at the end of the text before it.
     query = chat(
         user(image(JPEG), text("compare this")), user(text("with this")), user(image(OTHER))
     )
@@ -765,7 +765,11 @@ def test_pictures_stay_in_their_messages() -> None:
 def test_places_count_across_responses() -> None:
     first = {"role": "user", "content": [responses_part("one:"), responses_part(JPEG)]}
     body = {"model": "m", "input": [first]}
-    kept = parse_responses(json.dumps(body).encode(), LIMITS).whole().answered("a sign")
+    kept = (
+        parse_responses(json.dumps(body).encode(), LIMITS)
+        .conversation_after()
+        .with_answer("a sign")
+    )
     later = {"role": "user", "content": [*map(responses_part, ["two:", OTHER, "one:", JPEG])]}
     query = respond([later], before=kept, instructions="be short")
     assert written(query) == ["be short\none:<0>", "two:<1>\none:<0>"]
@@ -776,9 +780,9 @@ def test_pictures_that_turn_out_the_same_stand_where_each_stood() -> None:
     shown = {"type": "input_image", "image_url": url}
     item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), shown]}
     body = {"model": "m", "input": [item]}
-    whole = parse_responses(json.dumps(body).encode(), LIMITS).whole()
-    fetched = whole.fetched({Url(url): JPEG})
-    assert [place.picture for place in fetched.shown] == [0, 0]
+    whole = parse_responses(json.dumps(body).encode(), LIMITS).conversation_after()
+    fetched = whole.with_fetched({Url(url): JPEG})
+    assert [place.picture for place in fetched.picture_places] == [0, 0]
     assert fetched.pictures == (JPEG,)
 
 

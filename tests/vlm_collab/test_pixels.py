@@ -13,7 +13,8 @@ from PIL import Image, ImageCms
 
 from tests.support.pictures import MEGAPIXEL, ORIENTATION, difference, photo, saved, turned
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.pictures.images import Codec, SourceImage, decode, encode, read_header
+from vlm_collab.pictures.images import Codec, decode, encode, read_header
+from vlm_collab.pictures.source_image import SourceImage
 
 
 @pytest.mark.parametrize("codec", Codec)
@@ -61,7 +62,7 @@ def test_pixel_limit(codec: Codec) -> None:
 
 
 def png_bomb(side: int) -> bytes:
-    """A PNG whose header promises side × side pixels and whose pixels are missing."""
+    """A PNG with side × side pixels in its header and no pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -145,7 +146,7 @@ def test_animations(format: str) -> None:
 
 
 def test_pictures_that_phones_append_are_left_alone() -> None:
-    """An MPO file (gain maps, depth, stereo pairs) is a JPEG with others behind it."""
+    """An MPO file (gain maps, depth, stereo pairs) is a JPEG with more JPEGs after it."""
     data = saved(photo(), "MPO", save_all=True, append_images=[photo(8, 8)])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert read_header(data, max_pixels=MEGAPIXEL) == (Codec.JPEG, 64, 48, 1)
@@ -164,7 +165,7 @@ def test_truncated_pictures_are_refused(codec: Codec) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("codec", Codec)
 def test_broken_pictures_give_an_image_error_or_an_image(codec: Codec) -> None:
-    """Whatever is flipped, inserted or cut out: no exception of the decoders gets through."""
+    """With any bytes flipped, inserted or cut out, no exception of a decoder gets through."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010E] = "a description"

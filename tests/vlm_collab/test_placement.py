@@ -1,4 +1,4 @@
-"""The centroid placement: against arithmetic by hand, and inside the image whatever comes."""
+"""The centroid placement: against arithmetic by hand, and inside the image for any map."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAME = frame_of(SOURCE, Fit.STRETCH, Size(112, 112))
 
 
 def spots(**cells: float) -> np.ndarray:
-    """A map that is zero but for cells named like r3c4."""
+    """A map that is zero except in cells named like r3c4."""
     values = np.zeros(GRID)
     for name, value in cells.items():
         row, column = name[1:].split("c")
@@ -43,7 +43,7 @@ def spots(**cells: float) -> np.ndarray:
         (spots(r3c4=1, r4c4=1), TokenBox(28, 200, 1, 2), Box(350, 300, 550, 500)),
         # A weak neighbour moves it by less than a quarter of a cell, which rounds to none.
         (spots(r3c4=1, r3c5=0.3), TokenBox(28, 200, 1, 1), Box(350, 250, 550, 450)),
-        # What is further away than one cell does not count, nor do negative values.
+        # Cells further away than one cell do not count, nor do negative values.
         (spots(r3c4=1, r3c6=0.9, r3c5=-5), TokenBox(28, 200, 1, 1), Box(350, 250, 550, 450)),
         # At the border the box is moved inside.
         (spots(r0c0=1), TokenBox(0, 200, 1, 1), Box(0, 0, 200, 200)),

@@ -65,7 +65,7 @@ def test_end_of_sequence_token_can_be_left_out() -> None:
 
     assert full(STEPS, include_end=False, ended=True) == 2.0
     assert full(STEPS, include_end=True, ended=True) == 1.5
-    # Cut off before its end: there is no such token to leave out.
+    # Cut off before its end: there is no end-of-sequence token to leave out.
     assert full(STEPS, include_end=False, ended=False) == 1.5
     # Nothing else was generated.
     assert full(STEPS[:1], include_end=False, ended=True) == 1.0
@@ -120,7 +120,7 @@ def test_threshold_policy_passes_its_options_on() -> None:
     ("how", "needed"), [(Aggregate.FULL, None), (Aggregate.FIRST_K, 2), (Aggregate.FIRST, 1)]
 )
 def test_ready_after(how: Aggregate, needed: int | None) -> None:
-    """A choice that needs no token still reports an uncertainty that does."""
+    """The decision needs no token, but the reported uncertainty does."""
     for policy in (
         ThresholdPolicy(Metric.MIN_ENTROPY, how, 1.0, k=2),
         AlwaysPolicy(aggregate=how, k=2),
@@ -133,7 +133,7 @@ def test_ready_after(how: Aggregate, needed: int | None) -> None:
 
 @given(ANY_STEPS, st.sampled_from([Aggregate.FIRST_K, Aggregate.FIRST]), st.integers(1, 5))
 def test_decision_stands_once_ready(steps: list[TokenStatistics], how: Aggregate, k: int) -> None:
-    """What comes after enough tokens changes nothing."""
+    """Tokens after the needed ones change nothing."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, 2.0, k=k)
     for count in range(1, len(steps)):
         if policy.ready_after(steps[:count]):

@@ -19,7 +19,7 @@ VIEW = Size(336, 336)
 def plain_region(
     relative: NDArray[np.float64] | NDArray[np.int64], source: Size, base_px: int
 ) -> Box:
-    """Section 3 of the design, word for word: one sum per window, no table.
+    """The definition of the region search as plain loops: one sum per window, no table.
 
     Sums of an integer map are exact, and contrasts are exact fractions of the sums, so ties are
     decided by the definition and not by the order of adding.
@@ -66,7 +66,7 @@ def plain_region(
 
 
 def a_map(random: np.random.Generator, grid: Grid, kind: int) -> NDArray[np.float64]:
-    """Relative attention as it may come: spread, peaked, tied everywhere, constant, zero."""
+    """Maps of relative attention: spread, peaked, with ties, constant, zero."""
     match kind:
         case 0:
             return random.gamma(2.0, size=grid)
@@ -102,7 +102,7 @@ def check(random: np.random.Generator, grid: Grid) -> None:
     relative = a_map(random, grid, kind)
     source = a_source(random)
     base_px = int(random.choice([112, 224, 336]))
-    # The loops get whole numbers where the map has ties. A constant map ties whatever its value.
+    # The loops get whole numbers if the map has ties. A constant map has ties at any value.
     exact = relative * 64 if kind in (2, 3) else np.sign(relative)
     plain = relative if kind < 2 else exact.astype(np.int64)
     box = region_box(relative, frame_of(source, Fit.STRETCH, VIEW), source, base_px)
@@ -137,7 +137,7 @@ def test_boxes_stay_inside_for_padded_and_cropped_views() -> None:
 
 
 def test_padded_view_searches_its_frame() -> None:
-    """The search knows no fit: a frame is searched like a picture of that size."""
+    """The fit does not matter: a frame is searched like a picture of that size."""
     random = np.random.default_rng(1)
     source = Size(4000, 3000)
     relative = np.zeros((24, 24))
@@ -169,7 +169,7 @@ def test_ties_go_to_the_first_in_column_order_and_the_first_ratio() -> None:
 
 
 def test_ties_do_not_depend_on_the_order_of_adding() -> None:
-    """0.1 is no binary fraction: floating-point sums of ten differ with their grouping."""
+    """0.1 is no binary fraction: floating-point sums of ten of them depend on their grouping."""
     for scale in (0.1, 1 / 3, 1e-300, 1e300):
         found = find_region(np.full((16, 16), scale), Frame(0, 0, 1600, 1600), 336)
         assert found == (0, 336, 3, 3)
@@ -247,7 +247,7 @@ def test_relative_map_with_zero_denominators() -> None:
     # All denominators zero: attended cells stand out from the others, equally.
     nothing = relative_map(question, np.zeros(4), Grid(2, 2))
     np.testing.assert_array_equal(nothing, [[0.0, 1.0], [1.0, 1.0]])
-    # A quotient that overflows is as good as infinite.
+    # A quotient that overflows counts as infinite.
     tiny = relative_map(np.array([1.0, 1.0]), np.array([5e-324, 0.5]), Grid(1, 2))
     np.testing.assert_array_equal(tiny, [[2.0, 2.0]])
 
@@ -279,7 +279,7 @@ def test_impossible_epsilon_is_refused(epsilon: float) -> None:
     ("name", "side"), [("llava-1.5", 24), ("instructblip", 16), ("qwen2.5-vl", 8)]
 )
 def test_with_the_shipped_presets_boxes_are_those_of_the_plain_loops(name: str, side: int) -> None:
-    """Twelve pictures that are not square; the loops are ViCrop's, on all of the picture."""
+    """Twelve pictures that are not square; the loops are ViCrop's, on the whole picture."""
     random = np.random.default_rng(side)
     fit, base_px = preset_named(name).fit, 14 * side
     for width, height in ((1600, 900), (900, 1600), (4000, 3000), (640, 480)) * 3:

@@ -56,7 +56,7 @@ def request(id: int, *, index: int = 0, side_px: int = 112, first: str = "1") ->
 
 
 def pair(limits: ServerLimits | None = None, edge_limits: EdgeLimits | None = None):
-    """Two sessions past the greeting."""
+    """Two sessions after `Hello` and `Welcome`."""
     edge = EdgeSession(limits=edge_limits or EdgeLimits())
     server = ServerSession(limits=limits or ServerLimits(10_000, 100, 4))
     edge.hello((Codec.JPEG,))
@@ -67,7 +67,7 @@ def pair(limits: ServerLimits | None = None, edge_limits: EdgeLimits | None = No
 
 
 def carry(source, target):
-    """Deliver all frames that wait, and return what they meant."""
+    """Deliver all frames and return the events."""
     return [target.receive(frame) for frame in source.data_to_send()]
 
 
@@ -81,7 +81,7 @@ def answer(server, id, text="done"):
     return server.answer(id, text, Stage.FIRST, Fallback.NONE, 0.1, Usage(first_ms=3))
 
 
-# ---- a question's life -----------------------------------------------------------------------
+# ---- one question ----------------------------------------------------------------------------
 
 
 def test_a_sure_answer():
@@ -190,7 +190,7 @@ def test_after_a_cancel_the_model_s_words_go_nowhere():
     assert carry(server, edge) == [Error(id, ErrorCode.CANCELLED, "cancelled")]
 
 
-# ---- wrong moves -----------------------------------------------------------------------------
+# ---- wrong order -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", [s for s in State if s is not State.NEW])
@@ -346,13 +346,13 @@ def test_the_edge_declines_by_itself_what_its_limits_forbid(limits, side_px, ind
     ],
 )
 def test_a_server_that_wants_larger_views_than_the_edge_sends_is_refused(width, height, limits):
-    """A view as large as the picture would be the picture."""
+    """Such a server could ask for the whole picture as a view."""
     edge = EdgeSession(limits=limits)
     edge.hello((Codec.JPEG,))
     greeting = msgspec.structs.replace(WELCOME, view_width=width, view_height=height)
     with pytest.raises(RemoteProtocolError, match=f"{width} x {height} px") as caught:
         edge.receive(encode(greeting))
-    # Not TOO_LARGE, which would blame who asks.
+    # Not TOO_LARGE, which would blame the question.
     assert caught.value.code is ErrorCode.BAD_OPTION
     assert edge.welcome is None
     with pytest.raises(LocalProtocolError):
@@ -427,7 +427,7 @@ def test_any_bytes_end_in_a_clean_protocol_error(frames):
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Both ends act whenever they may; the link keeps order but delivers when it likes."""
+    """Both ends act at any time they may; the link keeps the order but delivers at any time."""
 
     def __init__(self):
         super().__init__()
@@ -534,8 +534,8 @@ class Interleavings(RuleBasedStateMachine):
         match event:
             case Error(id=0):
                 assert self.closing
-                # What crossed the goodbye on its way up is refused by the closing itself: the
-                # shell ends it, as it does when a link is lost.
+                # A message that crossed the goodbye on its way up gets no reply: the caller ends
+                # the question, as when a link is lost.
                 for id in self.edge.in_flight:
                     self.ended[id] = "goodbye"
                 self.edge = EdgeSession()
@@ -554,7 +554,7 @@ class Interleavings(RuleBasedStateMachine):
         assert set(self.asked) == set(self.ended) | set(self.edge.in_flight)
 
     def teardown(self):
-        """Whatever happened, once the server ends what it knows, nothing is left anywhere."""
+        """When the server has ended all its questions, neither end has any left."""
         for _ in range(3):
             while self.up:
                 self.deliver_up()
@@ -571,11 +571,11 @@ TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=200, stateful_step_count=60)
 
 
-# ---- peers of another age ----------------------------------------------------------------------
+# ---- peers of other versions -------------------------------------------------------------------
 
 
 class OlderAnswer(msgspec.Struct, array_like=True, tag=19):
-    """`Answer` as edges read it that know neither tokens nor `Fallback.NO_DETAIL`."""
+    """`Answer` as read by older edges, without tokens and `Fallback.NO_DETAIL`."""
 
     id: int
     text: str

@@ -1,4 +1,4 @@
-"""Regions of a JPEG need no decoding of what lies below them."""
+"""A JPEG is decoded only down to the end of a region."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from PIL.ImageFile import ImageFile
 from tests.support.pictures import photo, saved, turned
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.headers import top_rows
-from vlm_collab.pictures.images import SourceImage
+from vlm_collab.pictures.jpeg import top_rows
+from vlm_collab.pictures.source_image import SourceImage
 
 SIZE = Size(420, 600)
 
 
 def busy(size: Size = SIZE) -> Image.Image:
-    """With detail and colour everywhere, so that any difference shows."""
+    """A picture with detail and colour everywhere, so that any difference shows."""
     noise = [Image.effect_noise(size, spread) for spread in (70, 80, 90)]
     return Image.blend(photo(*size), Image.merge("RGB", noise), 0.5)
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sizes of the pictures that are decoded."""
+    """Sizes of the pictures that a call decodes."""
     sizes: list[tuple[int, int]] = []
     prepare = ImageFile.load_prepare
 
@@ -53,7 +53,7 @@ def test_regions_are_those_of_the_whole(
         left, top = draw.randrange(400), draw.randrange(590)
         box = Box(left, top, draw.randint(left + 1, 420), draw.randint(top + 1, 600))
         target = Size(draw.randint(1, 420), draw.randint(1, 600))
-        # At least half of it, or a scaled decoding will do.
+        # At least half of the picture; below that a scaled decoding is used.
         target = Size(
             max(target.width, box.width // 2 + 1), max(target.height, box.height // 2 + 1)
         )

@@ -20,7 +20,7 @@ LOGITS = st.lists(st.floats(-60, 60) | st.just(-math.inf), min_size=1, max_size=
 
 
 def plain_statistics(logits: list[float]) -> tuple[float, float, float]:
-    """Eq. 14-16 of `003_92b41fe49395ce1a.txt` as written, in decimal."""
+    """Song and Kim (2025, arXiv 2512.16349), Eq. 14-16 as written, in decimal."""
     with localcontext() as context:
         context.prec = 60
         weights = [Decimal(x).exp() if x > -math.inf else Decimal(0) for x in logits]

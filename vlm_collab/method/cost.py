@@ -1,7 +1,8 @@
-"""What an answer costs: bytes on the wire, pixels sent again, floating-point operations.
+"""Costs of an answer: bytes on the wire, pixels sent again, floating-point operations.
 
-Sources: section V-B, Eq. 17-20, and sections VII-A, VII-B and VII-F of
-`003_92b41fe49395ce1a.txt`. Standard library only.
+Sources: Eq. 17-20 and sections V-B, VII-A, VII-B and VII-F of Song and Kim, *Collaborative
+Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349). Standard library
+only.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ Direction: TypeAlias = Literal["up", "down"]
 
 
 class ByteCounter:
-    """Bytes really sent and received on one side, per kind of message and direction.
+    """Bytes sent and received on one side, counted per kind of message and direction.
 
-    A kind is the name of a message class. Only messages that were understood belong here: a
-    peer must not be able to make up keys.
+    A kind is the name of a message class. Count only messages that were decoded, so that a peer
+    cannot make up keys.
     """
 
     __slots__ = ("_bytes", "_messages")
@@ -67,11 +68,13 @@ def _total(counts: Counter[tuple[Direction, str]], direction: Direction, kind: s
 def additional_communication_cost(
     local_pixels: Sequence[int], global_pixels: Sequence[int]
 ) -> float:
-    """Section VII-A of 003: pixels of local views over pixels of global views, the mean over all
-    samples. 1 if every sample was retransmitted at the global view's size, 0 if none was.
+    """Additional communication cost (Song and Kim, section VII-A).
+
+    The pixels of a sample's local view over those of its global view, averaged over all samples.
+    It is 1 if every sample was retransmitted at the global view's size, and 0 if none was.
 
     Args:
-        local_pixels: pixels of the local view sent for each sample, 0 where none was.
+        local_pixels: pixels of the local view sent for each sample, 0 if none was sent.
         global_pixels: pixels of the global view of each sample, in the same order.
 
     Raises:
@@ -88,7 +91,8 @@ def additional_communication_cost(
 def larger_view_cost(view: Size, baseline: Size) -> float:
     """Additional communication cost of sending every image once, at a larger size.
 
-    How 003 places LLaVA-1.5-HD on its axis: 448² against 336² pixels is 0.78 (section VII-B).
+    view pixels / baseline pixels − 1. Song and Kim place LLaVA-1.5-HD on their cost axis in this
+    way: 448² against 336² pixels is 0.78 (section VII-B).
 
     Raises:
         ValueError: the baseline has no pixels.
@@ -99,11 +103,13 @@ def larger_view_cost(view: Size, baseline: Size) -> float:
 
 
 def relative_cost(sent_bytes: Sequence[int], global_jpeg100_bytes: Sequence[int]) -> float:
-    """Section VII-F of 003: image bytes sent over the bytes of the same samples' global views as
-    JPEG of quality 100. A ratio of totals, since it compares volumes of data.
+    """Relative communication cost (Song and Kim, section VII-F).
+
+    The image bytes sent for all samples, over the bytes of their global views as JPEG of quality
+    100. It is a ratio of two totals, since it compares volumes of data.
 
     Args:
-        sent_bytes: for each sample, the bytes of all the pictures sent, views and regions.
+        sent_bytes: for each sample, the bytes of all pictures sent: views and regions.
         global_jpeg100_bytes: for each sample, the bytes of its global view as JPEG quality 100.
 
     Raises:
@@ -117,12 +123,12 @@ def relative_cost(sent_bytes: Sequence[int], global_jpeg100_bytes: Sequence[int]
 
 
 def flops(n_v: int, d_llm: int, layers: int) -> int:
-    """Eq. 17 of 003: operations to prefill `n_v` visual tokens, (24·n·d² + 4·n²·d)·L.
+    """FLOPs to prefill `n_v` visual tokens: F(n) = (24·n·d² + 4·n²·d)·L (Song and Kim, Eq. 17).
 
     Args:
-        n_v: visual tokens; the text's few per cent are neglected.
-        d_llm: hidden size of the language model.
-        layers: its number of decoder layers.
+        n_v: number of visual tokens n. Text tokens, a few per cent, are neglected.
+        d_llm: hidden size d of the language model.
+        layers: its number of decoder layers L.
 
     Raises:
         ValueError: a negative argument.
@@ -131,28 +137,40 @@ def flops(n_v: int, d_llm: int, layers: int) -> int:
 
 
 def first_pass_flops(n_v: int, d_llm: int, layers: int) -> int:
-    """Eq. 18 of 003: F(n)."""
+    """FLOPs of the first pass: F(n) (Song and Kim, Eq. 18)."""
     return flops(n_v, d_llm, layers)
 
 
 def second_stage_flops(n_v: int, d_llm: int, layers: int) -> int:
-    """Eq. 19 of 003: F(n) to prefill once more under the generic instruction, F(2n) for the
-    second pass over both views."""
+    """FLOPs of the second stage: F(n) + F(2n) (Song and Kim, Eq. 19).
+
+    F(n) prefills the global view under the generic instruction; F(2n) is the second pass over
+    both views.
+    """
     return flops(n_v, d_llm, layers) + flops(2 * n_v, d_llm, layers)
 
 
 def total_flops(n_v: int, d_llm: int, layers: int, *, retransmitted: bool) -> int:
-    """Eq. 20 of 003, for one sample."""
+    """FLOPs of one sample (Song and Kim, Eq. 20).
+
+    F(n), plus F(n) + F(2n) if it was retransmitted.
+    """
     first = first_pass_flops(n_v, d_llm, layers)
     return first + second_stage_flops(n_v, d_llm, layers) if retransmitted else first
 
 
 def extension_flops(cached: int, added: int, d_llm: int, layers: int) -> int:
-    """Operations to append tokens to a sequence whose keys and values are cached.
+    """FLOPs to append tokens to a sequence of cached keys and values.
 
-    Not of the papers: Eq. 17 of 003 with the rows of the new tokens only,
-    (24·k·d² + 4·k·(m + k)·d)·L for k tokens after m. Like Eq. 17, it does not halve attention
-    for the causal mask; with m = 0 it *is* Eq. 17.
+    (24·k·d² + 4·k·(m + k)·d)·L for k added tokens after m cached ones: Song and Kim, Eq. 17, for
+    the new tokens only. With m = 0 it equals Eq. 17. Like Eq. 17, it does not halve attention for
+    the causal mask. The papers do not give this formula.
+
+    Args:
+        cached: number of cached tokens m.
+        added: number of added tokens k.
+        d_llm: hidden size d of the language model.
+        layers: its number of decoder layers L.
 
     Raises:
         ValueError: a negative argument.
@@ -172,13 +190,13 @@ def shared_prefix_flops(
     generic: int = 0,
     retransmitted: bool = True,
 ) -> int:
-    """Operations as this project's engine spends them, by `extension_flops`.
+    """FLOPs that this project's engine spends on one sample, by `extension_flops`.
 
-    Not of the papers: the global view's visual tokens open every prompt, so their keys and
-    values are computed once and the three prefills fork from them. First pass: n_v and the
-    question. Generic instruction: its own tokens. Second pass: the local view and the question.
-    With as many local tokens as global ones this is about 2·F(n), where Eq. 18-20 of 003 count
-    4·F(n).
+    Every prompt begins with the global view's visual tokens. The engine computes their keys and
+    values once, and all three prefills continue from them: the first pass adds the question, the
+    generic instruction adds its own tokens, and the second pass adds the local view and the
+    question. With as many local as global tokens this is about 2·F(n); Song and Kim, Eq. 18-20,
+    count 4·F(n). The papers do not give this formula.
 
     Args:
         n_v: visual tokens of the global view.

@@ -1,10 +1,11 @@
-"""When to ask for a region: uncertainty of an answer, and policies that decide by it.
+"""When to ask for a region: the uncertainty of an answer, and policies that decide by it.
 
-The definitions that need no arrays live here (`Metric`, `Aggregate`, `TokenStatistics`,
-`aggregate`), so that the edge and the messages can use them where numpy is not installed.
-`vlm_collab.method.uncertainty` computes the statistics from logits and re-exports these names.
+`Metric`, `Aggregate`, `TokenStatistics` and `aggregate` need no arrays. They are defined here, so
+that the edge can use them without numpy. `vlm_collab.method.uncertainty` computes the statistics
+from logits.
 
-Sources: section V-A and Eq. 9, 13-16 of `003_92b41fe49395ce1a.txt`.
+Sources: section V-A and Eq. 9 and 13-16 of Song and Kim, *Collaborative Edge-to-Server Inference
+for Vision-Language Models* (2025, arXiv 2512.16349).
 """
 
 from __future__ import annotations
@@ -19,26 +20,29 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from vlm_collab.errors import ConfigError
 
 DEFAULT_FIRST_TOKENS = 5
-"""k of `Aggregate.FIRST_K`: section VII-D of 003 finds five tokens about as good as all."""
+"""k of `Aggregate.FIRST_K`. Five tokens are about as good as all (Song and Kim, section VII-D)."""
 
 
 class Metric(enum.StrEnum):
-    """What is measured at each generated token; the values are the wire and config names."""
+    """The metric of each generated token; values are the names in configuration files."""
 
     MIN_ENTROPY = "min_entropy"
-    """−log2 max p, in bits; higher is less sure (Eq. 15 of 003)."""
+    """−log2 max p, in bits; higher is less sure (Song and Kim, Eq. 15)."""
     ENTROPY = "entropy"
-    """Shannon entropy −Σ p log2 p, in bits; higher is less sure (Eq. 14 of 003)."""
+    """Shannon entropy −Σ p log2 p, in bits; higher is less sure (Song and Kim, Eq. 14)."""
     MARGIN = "margin"
-    """p₁ − p₂, from 0 to 1; lower is less sure (Eq. 16 of 003)."""
+    """p₁ − p₂, from 0 to 1; lower is less sure (Song and Kim, Eq. 16)."""
 
 
 class Aggregate(enum.StrEnum):
-    """Over which generated tokens the metric is averaged (Eq. 13, section VII-D of 003)."""
+    """The tokens over which the metric is averaged (Song and Kim, Eq. 13 and section VII-D)."""
 
     FULL = "full"
+    """All tokens."""
     FIRST_K = "first_k"
+    """The first k tokens, or all of a shorter answer."""
     FIRST = "first"
+    """The first token alone."""
 
 
 class TokenStatistics(NamedTuple):
@@ -68,16 +72,16 @@ def aggregate(
     include_end: bool = True,
     ended: bool = False,
 ) -> float:
-    """Uncertainty of an answer: the mean of a metric over its tokens (Eq. 9, 13 of 003).
+    """Uncertainty of an answer: the mean of a metric over its tokens (Song and Kim, Eq. 9 and 13).
 
     Args:
         steps: one entry per generated token, in order.
-        metric: what is averaged.
-        how: over which tokens. An answer shorter than `k` is averaged whole.
+        metric: the metric to average.
+        how: the tokens to average over.
         k: how many tokens `Aggregate.FIRST_K` takes.
         include_end: count the end-of-sequence token as a generated token. If false it is left
             out, unless nothing else was generated.
-        ended: the last step is the end-of-sequence token. Matters only without `include_end`.
+        ended: the last step is the end-of-sequence token. Used only without `include_end`.
 
     Returns:
         The mean, in the metric's own unit (bits, or a probability for the margin).
@@ -100,13 +104,13 @@ def aggregate(
 
 
 class Decision(NamedTuple):
-    """What a policy decided about one answer, and by which number.
+    """What a policy decided about one answer.
 
     Attributes:
         retransmit: ask the edge for a region.
         value: the aggregated uncertainty, in the metric's unit.
-        metric: what `value` measures.
-        threshold: what `value` was held against; None where the policy does not look at it.
+        metric: the metric of `value`.
+        threshold: the threshold that `value` was compared with; None if the policy has none.
     """
 
     retransmit: bool
@@ -121,7 +125,7 @@ class Policy(Protocol):
 
     @property
     def tokens_needed(self) -> int | None:
-        """How many tokens are enough to decide; None if the whole answer is needed."""
+        """Number of tokens that are enough to decide; None if the whole answer is needed."""
 
     def ready_after(self, steps: Sequence[TokenStatistics]) -> bool:
         """Whether these steps of an answer still being generated are enough to decide.
@@ -137,7 +141,7 @@ class Policy(Protocol):
         Args:
             steps: statistics of its tokens so far, at least one.
             ended: the last step is the end-of-sequence token.
-            key: names the question; only `RandomPolicy` looks at it.
+            key: identifies the question; only `RandomPolicy` uses it.
 
         Raises:
             ValueError: there are no steps.
@@ -161,10 +165,10 @@ def _check_k(k: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """What policies that do not look at it share: the uncertainty that a decision reports.
+    """Base of policies without a threshold: they report the uncertainty, but do not decide by it.
 
     Attributes:
-        metric, aggregate, k: as of `ThresholdPolicy`.
+        metric, aggregate, k: as in `ThresholdPolicy`.
 
     Raises:
         ValueError: `k` is not positive.
@@ -179,7 +183,7 @@ class _Measured:
 
     @property
     def tokens_needed(self) -> int | None:
-        # The choice needs none, but the uncertainty that goes with it does.
+        # The decision needs no token, but the uncertainty that it reports does.
         return _tokens_needed(self.aggregate, self.k)
 
     def ready_after(self, steps: Sequence[TokenStatistics]) -> bool:
@@ -195,13 +199,13 @@ class _Measured:
 
 @dataclass(frozen=True, slots=True)
 class ThresholdPolicy:
-    """Retransmit when the answer is less sure than a threshold (section V-A of 003).
+    """Retransmit an answer whose uncertainty reaches a threshold η (Song and Kim, section V-A).
 
-    Entropies retransmit at `eta` or above, the margin at `eta` or below.
+    With an entropy: retransmit at `eta` or above. With the margin: at `eta` or below.
 
     Attributes:
-        metric: what is measured per token.
-        aggregate: over which tokens it is averaged.
+        metric: the metric of each token.
+        aggregate: the tokens over which it is averaged.
         eta: the threshold η, in the metric's unit.
         k: how many tokens `Aggregate.FIRST_K` takes.
         include_end: count the end-of-sequence token.
@@ -243,7 +247,7 @@ class ThresholdPolicy:
 
 @dataclass(frozen=True, slots=True)
 class AlwaysPolicy(_Measured):
-    """Retransmit every question: the upper curve of Fig. 4 of 003, and plain ViCrop."""
+    """Retransmit every question: the upper curve of Song and Kim, Fig. 4, and plain ViCrop."""
 
     def decide(
         self, steps: Sequence[TokenStatistics], *, ended: bool, key: int | str = 0
@@ -263,15 +267,15 @@ class NeverPolicy(_Measured):
 
 @dataclass(frozen=True, slots=True)
 class RandomPolicy(_Measured):
-    """Retransmit a random share of the questions: the baseline of section VII-B of 003.
+    """Retransmit a random share of the questions: the baseline of Song and Kim, section VII-B.
 
-    The draw depends on `seed` and the question's key alone, so a run can be repeated or resumed
-    in any order, and at one seed the questions sent at a low rate are a subset of those sent at
-    a higher one.
+    The draw depends only on `seed` and the question's key. So a run can be repeated or resumed in
+    any order. With one seed, the questions sent at a low rate are a subset of those sent at a
+    higher rate.
 
     Attributes:
         rate: the share to retransmit, from 0 to 1.
-        seed: which draw.
+        seed: seed of the draws.
 
     Raises:
         ValueError: `rate` is not between 0 and 1, or `k` is not positive.
@@ -289,7 +293,7 @@ class RandomPolicy(_Measured):
         self, steps: Sequence[TokenStatistics], *, ended: bool, key: int | str = 0
     ) -> Decision:
         digest = hashlib.blake2b(f"{self.seed}:{key}".encode(), digest_size=8).digest()
-        # 53 bits, as many as a double holds: a draw in [0, 1) that is never rounded up to 1.
+        # A double holds 53 bits, so a draw in [0, 1) is never rounded up to 1.
         draw = (int.from_bytes(digest, "big") >> 11) / (1 << 53)
         return self._decision(draw < self.rate, steps, ended)
 

@@ -1,7 +1,10 @@
 """Where the model needs to look: relative attention and the region search (numpy).
 
-Sources: Eq. 10, 11, 22 and section VI-B of `003_92b41fe49395ce1a.txt`, which adopts ViCrop's
-search; the roundings are ViCrop's, so that boxes can be compared exactly.
+Sources: Eq. 10, 11 and 22 and section VI-B of Song and Kim, *Collaborative Edge-to-Server
+Inference for Vision-Language Models* (2025, arXiv 2512.16349). They adopt the search of ViCrop:
+Zhang et al., *MLLMs Know Where to Look: Training-free Perception of Small Visual Details with
+Multimodal LLMs* (2025, arXiv 2502.17422). The roundings are ViCrop's, so that boxes can be
+compared exactly.
 """
 
 from __future__ import annotations
@@ -25,16 +28,16 @@ from vlm_collab.geometry import (
 )
 
 DEFAULT_RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
-"""Window sides tried, as multiples of the encoder's input side (section VI-B of 003)."""
+"""Window sides tried, as multiples of the encoder's input side (Song and Kim, section VI-B)."""
 
 
 class Placement(enum.StrEnum):
     """How the box is placed on the map."""
 
     SLIDING = "sliding"
-    """The window of highest contrast among several sizes: the search of 003, the default."""
+    """The window of highest contrast among several sizes (Song and Kim, section VI-B; default)."""
     CENTROID = "centroid"
-    """One size, centred on the centroid around the map's peak. Not of the papers."""
+    """A window of one size, centred on the centroid around the map's peak; not in the papers."""
 
 
 _SUM_BITS = 61
@@ -48,15 +51,16 @@ def relative_map(
     *,
     epsilon: float = 0.0,
 ) -> NDArray[np.float64]:
-    """Relative attention, Eq. 10 and 22 of 003: question / (generic + epsilon), element-wise.
+    """Relative attention: question / (generic + epsilon), cell by cell (Song and Kim, Eq. 10, 22).
 
-    Where the denominator is zero, or so small that the quotient overflows, 0/0 counts as 0 (no
-    attention either way) and x/0 as the largest finite quotient of the map (more is not known,
-    and an infinite cell would decide the search alone); 1 if there is no finite one above zero.
+    A denominator may be zero, or so small that the quotient overflows. Then 0/0 counts as 0 (no
+    attention under either prompt), and x/0 as the largest finite quotient of the map, since an
+    infinite cell would decide the search alone; x/0 counts as 1 if no finite quotient is above 0.
 
     Args:
-        question_row: (R·C,) attention from the last prompt position to the visual tokens.
-        generic_row: (R·C,) the same under the generic instruction.
+        question_row: (R·C,) attention of the last prompt position to the visual tokens, the mean
+            over heads, under the question.
+        generic_row: (R·C,) the same attention under the generic instruction.
         grid: R rows × C columns.
         epsilon: added to the denominator.
 
@@ -95,14 +99,14 @@ def relative_maps(
     *,
     epsilon: float = 0.0,
 ) -> tuple[NDArray[np.float64], ...]:
-    """`relative_map` of each of several pictures whose rows follow each other.
+    """`relative_map` of each of P pictures, from their concatenated attention rows.
 
     Args:
-        question_row, generic_row: (P·R·C,), as for one picture, P of them.
-        grid: of one picture.
+        question_row, generic_row: (P·R·C,) the rows of all pictures, in order.
+        grid: the grid of one picture.
 
     Raises:
-        ValueError: the rows are not those of whole pictures; else as `relative_map`.
+        ValueError: the length of a row is no multiple of R·C; else as `relative_map`.
     """
     cells = grid.rows * grid.columns
     pictures, rest = divmod(len(question_row), cells)
@@ -123,20 +127,22 @@ def find_region(
     base_px: int,
     ratios: Sequence[float] = DEFAULT_RATIOS,
 ) -> TokenBox:
-    """The window of highest contrast, Eq. 11 and section VI-B of 003.
+    """Find the window of highest contrast (Song and Kim, Eq. 11 and section VI-B).
 
-    With the frame W × H pixels, the grid R × C and base side s: for each ratio r the window
-    spans min(⌊s·r / (W/C)⌋, C) columns and min(⌊s·r / (H/R)⌋, R) rows, at least one each. The
-    window with the largest sum is taken; its contrast is that sum minus the mean sum of its up
-    to four neighbours shifted by one cell, over its cell count. A ratio whose window covers the
-    whole grid is skipped. The ratio of largest contrast wins, and its square has side
-    2·⌊s·r / 2⌋. If ratio 1 already covers the grid, or every ratio does, the region is
-    everything.
+    With a frame of W × H pixels, a grid of R × C cells and base side s, for each ratio r:
 
-    Ties: among windows the first in column order (x outer, y inner), among ratios the first.
-    Ties are exact: the map is rounded once to integers, at least 2**47 steps for its largest
-    value on a grid of up to 64 × 64, and integer sums and contrasts do not depend on the order
-    of adding. A map of integers (times any power of two) loses nothing by it.
+    - The window spans min(⌊s·r / (W/C)⌋, C) columns and min(⌊s·r / (H/R)⌋, R) rows, at least one
+      each. A ratio whose window covers the whole grid is skipped.
+    - The window with the largest sum is taken. Its contrast is (its sum − the mean sum of its up
+      to four neighbours) / its number of cells; a neighbour is the window shifted by one cell.
+
+    The ratio of largest contrast wins, and its square has side 2·⌊s·r / 2⌋ pixels. If the window
+    of ratio 1 covers the grid, or that of every ratio does, the region is all that the view shows.
+
+    On ties the first window in column order (x outer, y inner) and the first ratio win. Ties are
+    exact: the map is rounded once to integers (on a grid of up to 64 × 64 its largest value gets
+    at least 2**47 steps), and integer sums do not depend on the order of adding. A map of integers
+    (times any power of two) is not changed by the rounding.
 
     All windows of a ratio are summed at once from a summed-area table.
 
@@ -182,7 +188,7 @@ def find_region(
                 return whole_image(grid, frame)
             continue
         if (width, height) in tried:
-            continue  # same windows, same contrast: the earlier ratio keeps the tie
+            continue  # same windows, same contrast: the earlier ratio wins the tie
         tried.add((width, height))
         if table is None:
             table = _summed_area(values, largest)
@@ -211,20 +217,20 @@ def find_region(
 
 
 def centroid_region(relative: NDArray[Any], frame: Frame, side_px: int) -> TokenBox:
-    """A square of one size around the map's peak.
+    """Place a square of one size around the map's peak.
 
-    Its centre is the centroid of the peak cell (the first in row-major order on ties) and its
-    up to eight neighbours, weighted by the map with negative values as zero, rounded to half
-    cells, which is as fine as a token box can say. Where attention falls between two cells,
-    the sliding window must choose one of them; this does not.
+    The centre is the centroid of the peak cell (on ties the first in row-major order) and its up
+    to eight neighbours, weighted by the map, with negative values as zero. It is rounded to half
+    cells, the resolution of a token box. If the attention lies between two cells, the sliding
+    window has to choose one of them; the centroid does not.
 
     Args:
         relative: (R, C) relative attention; finite.
         frame: what the view shows of the source, px.
-        side_px: side of the square in source px, at least 2; an odd one loses a pixel.
+        side_px: side of the square in source px, at least 2; an odd side is reduced by 1.
 
     Returns:
-        The region as it crosses the wire; everything, if the square covers the frame.
+        The region as it crosses the wire; all that the view shows, if the square covers the frame.
 
     Raises:
         ValueError: the map is not a non-empty 2-D array of finite numbers, or the side is under
@@ -254,7 +260,7 @@ def centroid_region(relative: NDArray[Any], frame: Frame, side_px: int) -> Token
 
 
 def _half_cells(centre: float, cells: int) -> tuple[int, int]:
-    """First cell and span of the window of one or two cells whose centre is nearest."""
+    """First cell and span of the one or two cells with the nearest centre."""
     halves = min(max(math.floor(2 * centre + 0.5), 1), 2 * cells - 1)
     return ((halves - 1) // 2, 1) if halves % 2 else (halves // 2 - 1, 2)
 
@@ -266,8 +272,11 @@ def place_region(
     ratios: Sequence[float] = DEFAULT_RATIOS,
     placement: Placement = Placement.SLIDING,
 ) -> TokenBox:
-    """The region by the named placement: `find_region`, or `centroid_region` with the side of
-    the first ratio. Errors as theirs."""
+    """Place the region by `find_region`, or by `centroid_region` with the side of the first ratio.
+
+    Raises:
+        ValueError: as in those.
+    """
     if placement is Placement.CENTROID:
         return centroid_region(relative, frame, math.floor(base_px * ratios[0]))
     return find_region(relative, frame, base_px, ratios)
@@ -281,14 +290,14 @@ def region_box(
     ratios: Sequence[float] = DEFAULT_RATIOS,
     placement: Placement = Placement.SLIDING,
 ) -> Box:
-    """`place_region`, then its pixels in the source image. Errors as those of `place_region`."""
+    """The region of `place_region` in pixels of the source image; same errors."""
     token_box = place_region(relative, frame, base_px, ratios, placement)
     grid = Grid(*np.shape(relative))
     return token_box_to_source(token_box, grid, frame, source)
 
 
 def _summed_area(values: NDArray[np.float64], largest: float) -> NDArray[np.int64]:
-    """Summed-area table of a map in fixed point, `largest` being its largest absolute value.
+    """Summed-area table of a map in fixed point; `largest` is the map's largest absolute value.
 
     Returns:
         (C + 1, R + 1), transposed: entry [x, y] is the sum of the first x columns of the first

@@ -1,9 +1,10 @@
 """Uncertainty of generated tokens, from their raw logits (numpy).
 
-What needs no arrays (`Metric`, `Aggregate`, `TokenStatistics`, `aggregate`) is defined in
-`vlm_collab.method.policy`, which imports without numpy, and re-exported here.
+`Metric`, `Aggregate`, `TokenStatistics` and `aggregate` need no arrays. They are defined in
+`vlm_collab.method.policy`, which does not import numpy, and re-exported here.
 
-Sources: Eq. 14-16 of `003_92b41fe49395ce1a.txt`.
+Sources: Eq. 14-16 of Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language
+Models* (2025, arXiv 2512.16349).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ __all__ = [
 def token_statistics(logits: NDArray[Any]) -> TokenStatistics:
     """The three metrics of one generated token.
 
-    With p = softmax(logits) in float64 and base-2 logarithms: Shannon entropy −Σ p log2 p
-    (Eq. 14 of `003_92b41fe49395ce1a.txt`, 0 to log2 V bits), min-entropy −log2 max p (Eq. 15,
-    same range), margin p₁ − p₂ between the two likeliest tokens (Eq. 16, 0 to 1; 1 if V is 1).
+    With p = softmax(logits), computed in float64 (Song and Kim, Eq. 14-16):
+
+    - Shannon entropy −Σ p log2 p (Eq. 14), from 0 to log2 V bits;
+    - min-entropy −log2 max p (Eq. 15), from 0 to log2 V bits;
+    - margin p₁ − p₂ between the two likeliest tokens (Eq. 16), from 0 to 1; 1 if V is 1.
 
     Args:
         logits: (V,) raw scores, any real dtype, before temperature or any other processing.

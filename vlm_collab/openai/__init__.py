@@ -1,10 +1,15 @@
-"""OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and server.
+"""OpenAI's Chat Completions and Responses APIs as bytes in and bytes out, for gateway and service.
 
-`parse_chat` and `parse_responses` make questions of requests; `completion`, `ChatStream` and
-`ResponseBuilder` put answers into OpenAI's form; `TextFlow` decides what of a growing answer can
-be sent. What can't be honoured is refused with the parameter's name (`ApiError`), or ignored and
-listed: `vlm_collab.openai.unsupported` has the rule.
-No sockets, clocks or models here.
+- Requests: `parse_chat` (`chat_request`) and `parse_responses` (`responses_request`) read them;
+  `conversation` has the result, a `Query`. `fields` reads JSON objects, `parameters` reads what
+  both APIs share, `bounds` limits the size, `unsupported` says what is refused or ignored.
+- Requests about text alone: `text_only` has their schema; `hidden_pictures` finds pictures in
+  texts.
+- Answers: `completion` and `ChatStream` (`chat_reply`), `ResponseBuilder` (`responses_reply`);
+  `answer` has what both share. `TextStream` decides which part of a growing answer can be sent.
+- Errors: `ApiError` and the translation of this project's errors to it (`errors`).
+
+There are no sockets, clocks or models here.
 """
 
 from vlm_collab.openai.answer import (
@@ -18,11 +23,13 @@ from vlm_collab.openai.answer import (
     sse,
     stage_name,
 )
+from vlm_collab.openai.bounds import check_text_length
 from vlm_collab.openai.chat_reply import ChatStream, completion, finish_reason
 from vlm_collab.openai.chat_request import parse_chat
 from vlm_collab.openai.conversation import Conversation, PictureSource, Query, Role, Url, WireLimits
 from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
 from vlm_collab.openai.fields import decode_body
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import without_tools
 from vlm_collab.openai.responses_reply import ResponseBuilder
 from vlm_collab.openai.responses_request import (
@@ -32,9 +39,9 @@ from vlm_collab.openai.responses_request import (
     call_id,
     parse_responses,
 )
-from vlm_collab.openai.text_only import chat_is_text, check_text, refuse_pictures_in, texts_of
-from vlm_collab.openai.text_stream import TextFlow
-from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header, without_ignored
+from vlm_collab.openai.text_only import chat_is_text, texts_of, without_ignored
+from vlm_collab.openai.text_stream import TextStream
+from vlm_collab.openai.unsupported import IGNORED_HEADER, ignored_header
 
 __all__ = [
     "DONE",
@@ -52,14 +59,14 @@ __all__ = [
     "ResponsesRequest",
     "Result",
     "Role",
-    "TextFlow",
+    "TextStream",
     "Url",
     "WireLimits",
     "api_error",
     "call_id",
     "chat_is_text",
     "check_model",
-    "check_text",
+    "check_text_length",
     "completion",
     "decode_body",
     "finish_reason",

@@ -1,4 +1,4 @@
-"""What an answer says of itself: the one extra field, usage, logprobs, and SSE."""
+"""Parts of an answer in both APIs: the extra field, logprobs, models, and server-sent events."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MICRO_BITS_TO_NATS = math.log(2.0) / 1e6
 
 
 class RegionReport(msgspec.Struct, frozen=True):
-    """Where the model wanted to look.
+    """The region that the model requested.
 
     Attributes:
-        picture: which of the request's different pictures, from 0.
+        picture: number of the request's different picture, from 0.
         box: left, top, right, bottom in px of the upright original.
     """
 
@@ -33,18 +33,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the model that answered.
         stage: `first` or `second`, the pass that the text comes from.
-        refined: whether it comes from the second.
-        fallback: why it is the first although the model was unsure; `none` otherwise.
-        declined: why the edge would not send the region, such as `privacy` or `limit`.
-        uncertainty: of the text, in the unit of the server's metric.
-        first_text, first_uncertainty: of the first answer.
-        region: None where the model was sure.
-        bytes_up, bytes_down: bytes that crossed the uplink for this question, each way.
-        view_bytes, region_bytes: pictures among those sent; 0 for views that the server had.
-        original_bytes: what the originals have, which is what sending them would have cost.
-            None where that is not known.
-        restarted: of a streamed answer, that the text that stands did not go on from what had
-            been sent of another, and was sent whole behind it and an empty line.
+        refined: whether the text comes from the second pass.
+        fallback: why the first answer stands although the model was unsure; otherwise `none`.
+        declined: why the edge did not send the region, such as `privacy` or `limit`.
+        uncertainty: uncertainty of the text, in the unit of the server's metric.
+        first_text, first_uncertainty: text and uncertainty of the first answer.
+        region: the requested region; None if the model was sure.
+        bytes_up, bytes_down: bytes sent over the uplink for this question, each way.
+        view_bytes, region_bytes: bytes of pictures among them; 0 for views that the server had.
+        original_bytes: bytes of the originals, the cost of sending them whole; None if unknown.
+        restarted: the final text of a streamed answer did not continue the text sent before, so
+            the whole text was sent again after an empty line.
     """
 
     model: str
@@ -65,21 +64,21 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stage_name(stage: Stage) -> str:
-    """How a `Report` names a pass."""
+    """The name of a pass in a `Report`."""
     return stage.name.lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A finished answer, for both APIs to put into their form.
+    """A finished answer, from which both APIs build their replies.
 
     Attributes:
         text: the answer.
-        report: the extra field.
-        finish: why it ends.
-        tokens: what it is made of, if that was asked for.
-        prompt_tokens: prompt tokens that were computed, all passes together.
-        completion_tokens: tokens that were generated, all passes together.
+        report: the extra field `vlm_collab`.
+        finish: why generation ended.
+        tokens: the tokens of the text, if logprobs were requested.
+        prompt_tokens: prompt tokens computed, all passes together.
+        completion_tokens: tokens generated, all passes together.
     """
 
     text: str
@@ -91,13 +90,13 @@ class Result:
 
 
 def logprobs_of(tokens: Iterable[Token]) -> list[dict[str, Any]]:
-    """Tokens as OpenAI writes them: log of the probability in nats, and UTF-8 bytes.
+    """Tokens in OpenAI's format: natural logarithm of the probability, and UTF-8 bytes.
 
-    The end-of-sequence token adds no text and is left out, as OpenAI does.
+    The end-of-sequence token has no text and is left out, as by OpenAI.
     """
-    told = list(tokens)
-    if told and not told[-1].text:
-        told.pop()
+    listed = list(tokens)
+    if listed and not listed[-1].text:
+        listed.pop()
     return [
         {
             "token": token.text,
@@ -105,7 +104,7 @@ def logprobs_of(tokens: Iterable[Token]) -> list[dict[str, Any]]:
             "bytes": list(token.text.encode()),
             "top_logprobs": [],
         }
-        for token in told
+        for token in listed
     ]
 
 
@@ -130,13 +129,13 @@ def models_list(
 def model_object(name: str, created: int, context_tokens: int | None = None) -> dict[str, Any]:
     """The answer to `GET /v1/models/{id}`.
 
-    Beside OpenAI's fields there are those by which programs learn how much they may send, and
-    what: vLLM's `max_model_len`, and OpenRouter's `context_length` and `architecture`.
+    Beside OpenAI's fields it has vLLM's `max_model_len` and OpenRouter's `context_length` and
+    `architecture`, from which programs learn how much they may send, and what.
 
     Args:
-        name: of the model.
+        name: name of the model.
         created: Unix time, in seconds.
-        context_tokens: longest sequence that the model takes; None where it is not known.
+        context_tokens: longest sequence of the model; None if unknown.
     """
     model: dict[str, Any] = {
         "id": name,
@@ -155,10 +154,10 @@ def model_object(name: str, created: int, context_tokens: int | None = None) -> 
 
 
 def check_model(wanted: str | None, names: Iterable[str]) -> None:
-    """Refuse a model that is not served; a request that names none means the one there is.
+    """Refuse a model that is not served. A request without a name is accepted.
 
     Raises:
-        ApiError: 404, with the names there are.
+        ApiError: the model is unknown (404); the message lists the known names.
     """
     known = list(names)
     if wanted and wanted not in known:

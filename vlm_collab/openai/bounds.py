@@ -1,4 +1,4 @@
-"""How much a request may hold, found out before anybody looks at what it says."""
+"""Bounds on the size of a request, checked before it is parsed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from vlm_collab.openai.errors import refuse
 
 MAX_MESSAGES = 4096
-"""Messages of a chat, or items of a response's input; a conversation about pictures has at most 256
-questions, and agents send a few messages for each."""
+"""Most messages of a chat, or items of a response's input. A conversation about pictures has at
+most 256 questions, and agents send a few messages for each."""
 MAX_VALUES = 100_000
-"""Values of JSON in a request, lists and objects included."""
+"""Most JSON values in a request, lists and objects included."""
 MAX_DEPTH = 64
-"""Lists and objects within each other."""
+"""Most levels of nested lists and objects."""
 MAX_TEXT_CHARS = 2**22
-"""All texts of a request but its pictures; no model that is served here reads so much."""
+"""Most characters of all texts of a request, pictures excluded; no model served here reads more."""
 
 
 def check_amount(value: Mapping[str, Any]) -> None:
-    """Refuse a request that is cheap to send and dear to read.
+    """Refuse a request that is cheap to send and expensive to read.
 
-    It costs as much as the bounds, whatever the request holds: lists and objects are looked into
-    level by level, and no further than a bound.
+    The check goes through lists and objects level by level and stops at the first bound, so its
+    own cost is bounded too.
 
     Raises:
-        ApiError: too many messages, values or words, or too deep (413).
+        ApiError: too many messages, values, characters or levels (413).
     """
     for name in ("messages", "input"):
         items = value.get(name)
@@ -50,6 +50,20 @@ def check_amount(value: Mapping[str, Any]) -> None:
         seen += len(below)
         depth += 1
         level = below
+
+
+def check_text_length(chars: int, param: str) -> None:
+    """Refuse more text than a search for pictures may take.
+
+    Args:
+        chars: number of characters.
+        param: path of the text in the request; empty for the request itself.
+
+    Raises:
+        ApiError: more than `MAX_TEXT_CHARS` (413).
+    """
+    if chars > MAX_TEXT_CHARS:
+        _too_large(param or None, f"more than {MAX_TEXT_CHARS} characters of text")
 
 
 def _too_large(param: str | None, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Answers of the Chat Completions API."""
+"""Replies of the Chat Completions API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm_collab.protocol.messages import Finish
 
 
 def finish_reason(finish: Finish) -> str:
-    """OpenAI's word for why an answer ends."""
+    """The value of `finish_reason` in OpenAI's API."""
     return "length" if finish is Finish.LENGTH else "stop"
 
 
@@ -34,9 +34,9 @@ def completion(result: Result, *, id: str, created: int, model: str) -> dict[str
 
     Args:
         result: the answer.
-        id: of the completion, such as `chatcmpl-…`.
+        id: id of the completion, such as `chatcmpl-…`.
         created: Unix time, in seconds.
-        model: the name that the client asked for.
+        model: name of the model in the request.
     """
     return {
         "id": id,
@@ -61,7 +61,7 @@ class ChatStream:
 
     Args:
         id, created, model: see `completion`.
-        include_usage: end with a chunk that has the usage.
+        include_usage: end the stream with a chunk of the usage.
     """
 
     def __init__(self, *, id: str, created: int, model: str, include_usage: bool) -> None:
@@ -74,18 +74,18 @@ class ChatStream:
         self._include_usage = include_usage
 
     def start(self) -> bytes:
-        """The first chunk: who speaks."""
+        """The first chunk, with the role."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def delta(self, text: str) -> bytes:
-        """A piece of the answer; nothing for an empty one."""
+        """A piece of the answer; nothing for an empty piece."""
         return self._chunk({"content": text}) if text else b""
 
     def finish(self, rest: str, result: Result) -> bytes:
-        """The last pieces of the answer, why it ends, what it cost, and the end of the stream.
+        """The rest of the text, the finish reason, the usage, and the end of the stream.
 
         Args:
-            rest: what is left to send of the text.
+            rest: the part of the text not sent yet.
             result: the answer. If it has tokens, `rest` is sent with their logprobs.
         """
         logprobs = _logprobs(result)
@@ -99,7 +99,7 @@ class ChatStream:
         return last + end + usage + DONE
 
     def error(self, error: ApiError) -> bytes:
-        """The end of a stream whose status was sent before anything went wrong."""
+        """The end of a stream that fails after its status was sent."""
         return sse(error.body()) + DONE
 
     def _chunk(

@@ -16,13 +16,13 @@ from vlm_collab.openai.conversation import (
 )
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields, decode_body
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import (
     check_detail,
     leave_tools,
     read_extension,
     read_options,
 )
-from vlm_collab.openai.text_only import refuse_pictures_in
 from vlm_collab.openai.unsupported import refused
 
 _MESSAGES = "messages"
@@ -31,22 +31,22 @@ _ROLES = {
     "developer": Role.USER,
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
-    # What tools found is told to the model; only another one can have called them.
+    # Output of tools that another model called; this model gets it as the user's text.
     "tool": Role.USER,
     "function": Role.USER,
 }
 
 
 def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
-    """Read a request to `/v1/chat/completions`.
+    """Parse a request to `/v1/chat/completions`.
 
     Args:
-        body: as it came, or what `decode_body` made of it.
+        body: the body, or the result of `decode_body`.
         limits: see `WireLimits`.
 
     Raises:
-        ApiError: it is wrong, over a limit, or asks for what can't be honoured; `param` says
-            what.
+        ApiError: the request is not valid, over a limit, or asks for something unsupported;
+            `param` names the parameter.
     """
     value = decode_body(body, limits.max_body_bytes) if isinstance(body, bytes) else body
     fields = Fields(value)
@@ -106,14 +106,14 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
         where = message.path("role")
         raise refuse(where, f"{where} must be one of {', '.join(_ROLES)}")
     called = bool(_left_out(message, "tool_calls")) | bool(_left_out(message, "function_call"))
-    # In answers sent back, and in what tools found.
+    # These are in answers that clients send back, and in output of tools.
     message.harmless("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
     message.harmless("tool_call_id")
     content = message.take("content")
     message.end()
     path = message.path("content")
     if not content and (called or name in ("tool", "function")):
-        return Conversation()  # whoever calls a tool has not answered yet; it may find nothing
+        return Conversation()  # a call without an answer, or a tool without output
     if isinstance(content, str):
         return Conversation(((role, content),))
     if content is None and role is Role.ASSISTANT:
@@ -121,7 +121,7 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     if not isinstance(content, list):
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
     parts = [
-        # Cameras in use send their prompt as a bare text.
+        # Some cameras send their prompt as a bare text.
         part if isinstance(part, str) else _part(message.inner(part, f"{path}[{i}]"), role, limits)
         for i, part in enumerate(content)
     ]
@@ -129,7 +129,7 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
 
 
 def _left_out(message: Fields, name: str) -> object:
-    """A call of a tool, which says nothing to the model; a picture in it would be missed."""
+    """Read a tool call, which the model does not get; a picture in it is refused."""
     value = message.take(name)
     if value is not None:
         refuse_pictures_in(value, message.path(name))
@@ -137,28 +137,26 @@ def _left_out(message: Fields, name: str) -> object:
 
 
 def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSource, str]:
-    """A text, or a picture and where it was."""
+    """Read a part: a text, or a picture and its path."""
     kind = part.text("type")
     match kind:
         case "text" | "refusal":
-            text = part.text(kind)
-            if text is None:
-                raise refuse(part.path(kind), f"{part.path(kind)} is missing", "missing_parameter")
+            text = part.required_text(kind)
             part.harmless("cache_control")
             part.end()
             return text
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
-            # Some clients leave out the object around the address.
+            # Some clients send the address without the object around it.
             image = part.inner({"url": value} if isinstance(value, str) else value, part.path(kind))
             part.harmless("cache_control")
             part.end()
             check_detail(image)
             url = image.text("url")
             image.end()
-            param = image.path("url")
             if url is None:
-                raise refuse(param, f"{param} is missing", "missing_parameter")
+                raise image.missing("url")
+            param = image.path("url")
             return read_picture(url, param, limits), param
         case "image_url":
             raise refused(part.path("type"), "only the user shows pictures")

@@ -1,4 +1,4 @@
-"""What a request comes to: a question about pictures, whichever of the two APIs it came by."""
+"""Conversations and questions about pictures, as parsed from a request of either API."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vlm_collab.openai.errors import refuse
-from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places, needed
+from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places, needed_places
 from vlm_collab.protocol.messages import MAX_PICTURES, Options
 
 MAX_TURNS = 256
-"""Earlier questions of a conversation, as many as `Ask.history` holds."""
+"""Most earlier questions of a conversation, as in `Ask.history`."""
 
 _MAX_URL_CHARS = 8192
 
@@ -25,9 +25,9 @@ class WireLimits:
     """Bounds on one request.
 
     Attributes:
-        max_body_bytes: all of it.
-        max_pictures: different pictures in the whole conversation.
-        max_picture_bytes: each picture, decoded from its data URL.
+        max_body_bytes: most bytes of the body.
+        max_pictures: most different pictures in the whole conversation.
+        max_picture_bytes: most bytes of each picture, decoded from its data URL.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -37,7 +37,7 @@ class WireLimits:
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A picture that would have to be fetched."""
+    """The address of a picture that has to be fetched."""
 
     url: str
 
@@ -54,31 +54,32 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What was said, and the pictures it is about.
+    """The texts of a conversation and its pictures.
 
     Attributes:
-        lines: (role, text), oldest first.
-        pictures: in order of appearance, each once: the file's bytes, or where it is.
-        params: where in the request each picture was.
-        shown: where pictures stand, in reading order: (line, position in its text, picture). One
-            at position 0 may stand before a line that is still to come.
+        lines: (role, text) of each text, oldest first.
+        pictures: each different picture once, in order of appearance: the file's bytes or its
+            address.
+        params: path of each picture in the request.
+        picture_places: positions of pictures, in reading order: (line, position in its text,
+            picture). A picture at position 0 may precede a line that is still to come.
     """
 
     lines: tuple[tuple[Role, str], ...] = ()
     pictures: tuple[PictureSource, ...] = ()
     params: tuple[str, ...] = ()
-    shown: Places = ()
+    picture_places: Places = ()
 
     @classmethod
     def message(
         cls, role: Role, parts: Iterable[str | tuple[PictureSource, str]], gap: str = "\n"
     ) -> Conversation:
-        """One message.
+        """Make a conversation of one message.
 
         Args:
-            role: whose.
+            role: author of the message.
             parts: texts, and pictures with their params, in order.
-            gap: what stands between two texts.
+            gap: separator between two texts.
         """
         texts: list[str] = []
         found: dict[PictureSource, str] = {}
@@ -99,8 +100,7 @@ class Conversation:
 
     @classmethod
     def joined(cls, parts: Iterable[Conversation]) -> Conversation:
-        """Several, one after the other; a picture that is in two of them is kept once, and
-        stands where it stood in both."""
+        """Join conversations. A picture of several is kept once, with all its places."""
         lines: list[tuple[Role, str]] = []
         found: dict[PictureSource, str] = {}
         numbers: dict[PictureSource, int] = {}
@@ -109,86 +109,91 @@ class Conversation:
             for picture, param in zip(part.pictures, part.params, strict=True):
                 found.setdefault(picture, param)
                 numbers.setdefault(picture, len(numbers))
-            for line, position, picture_number in part.shown:
+            for line, position, picture_number in part.picture_places:
                 number = numbers[part.pictures[picture_number]]
                 shown.append(Place(len(lines) + line, position, number))
             lines += part.lines
         return cls(tuple(lines), tuple(found), tuple(found.values()), tuple(shown))
 
-    def answered(self, text: str) -> Conversation:
-        """With the answer at its end."""
+    def with_answer(self, text: str) -> Conversation:
+        """The conversation with an answer at its end."""
         lines = (*self.lines, (Role.ASSISTANT, text))
-        return Conversation(lines, self.pictures, self.params, self.shown)
+        return Conversation(lines, self.pictures, self.params, self.picture_places)
 
-    def fetched(self, contents: Mapping[Url, bytes]) -> Conversation:
-        """With pictures instead of their addresses; one that turns out to be there already goes."""
+    def with_fetched(self, contents: Mapping[Url, bytes]) -> Conversation:
+        """The conversation with pictures instead of addresses; equal pictures become one."""
         found: dict[PictureSource, str] = {}
-        there: list[PictureSource] = []
+        sources: list[PictureSource] = []
         for picture, param in zip(self.pictures, self.params, strict=True):
             if isinstance(picture, Url):
                 picture = contents.get(picture, picture)
             found.setdefault(picture, param)
-            there.append(picture)
+            sources.append(picture)
         numbers = {picture: number for number, picture in enumerate(found)}
-        shown = tuple(one._replace(picture=numbers[there[one.picture]]) for one in self.shown)
+        shown = tuple(
+            one._replace(picture=numbers[sources[one.picture]]) for one in self.picture_places
+        )
         return Conversation(self.lines, tuple(found), tuple(found.values()), shown)
 
     def turns(self) -> tuple[tuple[tuple[str, str], ...], str, Places]:
-        """The conversation as (question, answer) pairs, the question that is open, and where the
-        pictures stand in the questions.
+        """Split the conversation into questions and answers.
 
-        What one side says in several messages in a row is one text, with a line break between
-        them. An answer that no question came before has the empty one.
+        Consecutive texts of one side are joined with line breaks. An answer without a question
+        before it gets an empty question.
+
+        Returns:
+            The (question, answer) pairs, the open question, and the places of the pictures in the
+            questions.
         """
         history: list[tuple[str, str]] = []
-        asked: list[str] = []
+        questions: list[str] = []
         answers: list[str] = []
         places: list[Place] = []
-        shown = deque(self.shown)
-        size = 0  # characters of what is asked, joined
+        shown = deque(self.picture_places)
+        size = 0  # characters of the joined question
         for line, (role, text) in enumerate(self.lines):
             if role is Role.ASSISTANT:
-                # What the user showed last without a word stands behind the words before.
+                # Pictures without a text after them come at the end of the text before.
                 while shown and shown[0].turn <= line:
                     places.append(Place(len(history), size, shown.popleft().picture))
                 answers.append(text)
                 continue
             if answers:
-                history.append(("\n".join(asked), "\n".join(answers)))
-                asked, answers, size = [], [], 0
-            begin = size + len("\n") if asked else 0
-            asked.append(text)
+                history.append(("\n".join(questions), "\n".join(answers)))
+                questions, answers, size = [], [], 0
+            begin = size + len("\n") if questions else 0
+            questions.append(text)
             size = begin + len(text)
             while shown and shown[0].turn <= line:
                 _, position, picture = shown.popleft()
                 places.append(Place(len(history), begin + position, picture))
         if answers:
-            history.append(("\n".join(asked), "\n".join(answers)))
-            asked, size = [], 0
+            history.append(("\n".join(questions), "\n".join(answers)))
+            questions, size = [], 0
         places += [Place(len(history), size, one.picture) for one in shown]
-        return tuple(history), "\n".join(asked), tuple(places)
+        return tuple(history), "\n".join(questions), tuple(places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """A question, ready to be asked.
+    """A question parsed from a request of either API.
 
     Attributes:
-        model: the name that the client wants; None if it named none.
-        pictures: over the whole conversation, in order of appearance, each once: the file's
-            bytes from a data URL, or a `Url`. Empty for a request about text alone.
-        picture_params: where in the request each picture was, for errors about it.
+        model: name of the model in the request; None if there is none.
+        pictures: the different pictures of the whole conversation, in order of appearance: the
+            file's bytes from a data URL, or a `Url`. Empty for a request about text alone.
+        picture_params: path of each picture in the request, for errors about it.
         history: (question, answer) pairs, oldest first.
-        question: what is asked now. System and developer texts stand before the user's text
-            that follows them, with a line break between.
-        question_param: where the question was, for errors about it.
-        options: wishes, `tokens` for logprobs among them; `stream` is left to the caller.
-        stream: send the answer as it grows.
+        question: the open question. System and developer texts are joined to the user's text
+            after them with a line break.
+        question_param: parameter with the question, for errors about it.
+        options: options of the question, with `tokens` for logprobs; the caller sets `stream`.
+        stream: stream the answer.
         include_usage: end a streamed chat completion with its usage.
-        sources: sizes (width, height) of the originals of which the pictures are smaller views,
-            in px; empty for pictures that are originals themselves. From `vlm_collab.sources`.
-        ignored: what of the request has no effect (see `vlm_collab.openai.unsupported`).
-        places: where pictures stand in the texts, where that matters; see `places.needed`.
+        sources: sizes (width, height) in px of the originals, if the pictures are smaller views
+            of them (`vlm_collab.sources`); empty if the pictures are originals.
+        ignored: fields without effect (see `vlm_collab.openai.unsupported`).
+        places: places of pictures in the texts, if needed; see `needed_places`.
     """
 
     model: str | None
@@ -206,13 +211,13 @@ class Query:
 
 
 def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
-    """A picture from a data URL, or a `Url` for one that would have to be fetched.
+    """Decode a picture from a data URL, or return a `Url` for one that has to be fetched.
 
-    The length is checked before anything is decoded. What the URL says of the format is not
-    looked at: clients often say `image/jpeg` of everything, and the content tells by itself.
+    The length is checked before anything is decoded. The media type in the URL is ignored:
+    clients often write `image/jpeg` for everything, and the content shows its format.
 
     Raises:
-        ApiError: no such URL, too large, or not base64.
+        ApiError: neither a data URL nor http(s), too large, or not base64.
     """
     scheme = url[:8].partition(":")[0].lower()
     if scheme in ("http", "https"):
@@ -230,7 +235,7 @@ def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
             param, f"{param}: a picture of more than {mib:g} MiB", "image_too_large", status=413
         )
     try:
-        # Line breaks are allowed in MIME, and some clients make them.
+        # MIME allows line breaks, and some clients send them.
         data = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
         raise refuse(param, f"{param}: broken base64", "invalid_image") from None
@@ -251,14 +256,14 @@ def make_query(
     sources: Iterable[tuple[int, int]] = (),
     ignored: tuple[str, ...] = (),
 ) -> Query:
-    """A conversation as a question; checks what only the whole of it shows.
+    """Make a `Query` of a conversation, and check its pictures, places and turns.
 
     Args:
-        conversation: all of it.
-        param: the parameter that it came in.
+        conversation: the whole conversation.
+        param: the parameter that has it in the request.
 
     Raises:
-        ApiError: too many pictures or turns, or nothing is asked.
+        ApiError: too many pictures, places or turns, or there is no question.
     """
     history, question, places = conversation.turns()
     count = len(conversation.pictures)
@@ -298,5 +303,5 @@ def make_query(
         include_usage=include_usage,
         sources=sizes,
         ignored=ignored,
-        places=needed(places, (*(asked for asked, _ in history), question)),
+        places=needed_places(places, (*(asked for asked, _ in history), question)),
     )

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and which one stands for which of ours."""
+"""Errors in OpenAI's format, and the translation of this project's errors to them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from vlm_collab.errors import (
 )
 
 INVALID = "invalid_request_error"
-"""`type` of everything that the client can put right."""
+"""`type` of errors that the client can correct."""
 
 _BUSY_S = 1.0
 
 
 class ApiError(CollabError):
-    """A refusal as OpenAI words it.
+    """An error in OpenAI's format.
 
     Args:
         status: HTTP status.
         message: one line for a person.
         type: OpenAI's class of errors, such as `invalid_request_error`.
         param: the parameter at fault, as a path such as `messages[0].content[1].image_url.url`.
-        code: OpenAI's or our own name of the reason.
-        retry_after_s: when asking again can help, in seconds; None if it cannot.
+        code: name of the reason, OpenAI's or this project's.
+        retry_after_s: when to ask again, in seconds; None if that cannot help.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class ApiError(CollabError):
         return msgspec.json.encode(self.body())
 
     def headers(self) -> dict[str, str]:
-        """HTTP headers that belong to it."""
+        """HTTP headers of the error response."""
         if self.retry_after_s is None:
             return {}
-        # Whole seconds, never zero: a client that comes back at once finds what it left. The SDK
-        # goes by its own short pauses where it is told to wait for more than a minute.
+        # Whole seconds, at least one: an immediate retry would fail again. At most a minute: the
+        # SDK ignores longer waits and makes its own short pauses.
         return {"Retry-After": str(min(max(1, math.ceil(self.retry_after_s)), 60))}
 
 
 def refuse(
     param: str | None, message: str, code: str = "invalid_value", *, status: int = 400
 ) -> ApiError:
-    """An `ApiError` that the client can put right."""
+    """Make an `ApiError` that the client can correct."""
     return ApiError(status, message, INVALID, param, code)
 
 
@@ -94,13 +94,13 @@ _MOST_PATH_CHARS = 200
 
 
 def no_such_route(method: str, path: str, status: int = 404, *, base: str = "") -> ApiError:
-    """What a client is told that asks at an address where nothing is.
+    """The error for a request to an unknown route.
 
     Args:
-        method: of the request.
-        path: of its address.
-        status: 405 where there is something, but for another method.
-        base: what stands before `/v1` here, such as `/cameras/door`.
+        method: HTTP method of the request.
+        path: path of the request.
+        status: 405 if the route exists, but not with this method.
+        base: prefix of `/v1` at this address, such as `/cameras/door`.
     """
     shown = "".join(char if char.isprintable() else "?" for char in path[:_MOST_PATH_CHARS])
     text = f"there is no {method} {shown} here"
@@ -118,11 +118,11 @@ def no_such_route(method: str, path: str, status: int = 404, *, base: str = "") 
 
 
 def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
-    """What an error of ours is for an OpenAI client.
+    """Translate an error of this project to OpenAI's format.
 
     Args:
         error: why a question was not answered.
-        param: the parameter that it comes from, where it is known.
+        param: the parameter that caused it, if known.
     """
     text = str(error)
     match error:
@@ -141,7 +141,7 @@ def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
         case DeadlineError():
             return ApiError(504, text, "timeout_error", None, "deadline")
         case AuthenticationError():
-            # The client's own key was right; the one between gateway and server is not.
+            # The client's own key is right; the gateway's token for the server is not.
             text = f"the server behind this gateway does not let it in: {text}"
             return ApiError(502, text, "server_error", None, "upstream_authentication")
         case LinkError():

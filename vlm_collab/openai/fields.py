@@ -1,8 +1,8 @@
-"""Reading a request's JSON field by field: wrong types are named, what is left over is judged."""
+"""Read the JSON objects of a request field by field; unread fields are refused or ignored."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 import msgspec
@@ -13,10 +13,10 @@ from vlm_collab.openai.unsupported import Ignored, is_any_of, refused
 
 
 def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
-    """A request's body as a JSON object.
+    """Decode a request's body, a JSON object.
 
     Raises:
-        ApiError: too long, or too much in it (413), or no JSON object (400).
+        ApiError: too long, or over the bounds of `check_amount` (413); not a JSON object (400).
     """
     if len(body) > max_bytes:
         raise refuse(
@@ -25,13 +25,13 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
             "request_too_large",
             status=413,
         )
-    # Pictures hold none of these; without a bound, 64 MiB of empty lists would fill gigabytes.
-    # Texts hold some, so what is read has a narrower one.
+    # Without a bound, 64 MiB of empty lists would decode to gigabytes. Pictures have none of these
+    # characters, texts some; `check_amount` has a narrower bound for the decoded values.
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_PARTS:
         raise refuse(None, "the request has too many parts", "request_too_large", status=413)
     try:
         value = msgspec.json.decode(body)
-    # UnicodeDecodeError: a string that is no UTF-8. RecursionError: brackets without end.
+    # UnicodeDecodeError: a string that is not UTF-8. RecursionError: too many open brackets.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise refuse(None, f"the request is no JSON: {error}", "invalid_json") from None
     if not isinstance(value, dict):
@@ -43,12 +43,13 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 class Fields:
     """One JSON object of a request.
 
-    Each method reads one field; null stands for absent. `end` judges what nobody read.
+    Each method reads one field; a null counts as absent. Wrong types raise an `ApiError` with the
+    field's path. `end` refuses or lists the fields that were not read.
 
     Args:
         value: the object.
-        where: its path, for `param`; empty for the request itself.
-        ignored: where to list what has no effect; one list for a whole request.
+        where: path of the object, for `param`; empty for the request itself.
+        ignored: collects the fields without effect; the objects of a request share one.
     """
 
     def __init__(self, value: object, where: str = "", ignored: Ignored | None = None) -> None:
@@ -59,16 +60,26 @@ class Fields:
         self.ignored = Ignored() if ignored is None else ignored
 
     def path(self, name: str) -> str:
-        """A field's path, as `param` has it."""
+        """A field's path, in the form of `param`."""
         return f"{self.where}.{name}" if self.where else name
 
     def inner(self, value: object, where: str) -> Fields:
-        """An object further in, whose fields are listed with those of this one."""
+        """A nested object; both list their ignored fields together."""
         return Fields(value, where, self.ignored)
 
-    def take(self, name: str) -> Any:
-        """A field of any type."""
-        return self._left.pop(name, None)
+    @property
+    def names(self) -> Set[str]:
+        """Fields not read yet."""
+        return self._left.keys()
+
+    def has(self, name: str) -> bool:
+        """Whether a field is there and not read yet."""
+        return self._left.get(name) is not None
+
+    def take(self, name: str, default: object = None) -> Any:
+        """A field of any type; the default where it is absent."""
+        value = self._left.pop(name, None)
+        return default if value is None else value
 
     def text(self, name: str) -> str | None:
         """A string."""
@@ -76,6 +87,13 @@ class Fields:
         if value is None or isinstance(value, str):
             return value
         raise self._wrong(name, "a string")
+
+    def required_text(self, name: str) -> str:
+        """A string that has to be there."""
+        value = self.text(name)
+        if value is None:
+            raise self.missing(name)
+        return value
 
     def flag(self, name: str) -> bool:
         """True or false; absent is false."""
@@ -99,11 +117,11 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(name, "a number")
         if not low <= value <= high:
-            # JSON's whole numbers have no bound, and the largest have no float.
+            # Integers in JSON are unbounded, and the largest cannot be formatted as floats.
             long = isinstance(value, int) and abs(value) >= 10**300
-            told = f"a number of {len(str(abs(value)))} digits" if long else f"{value:g}"
+            shown = f"a number of {len(str(abs(value)))} digits" if long else f"{value:g}"
             path = self.path(name)
-            raise refuse(path, f"{path} must be from {low:g} to {high:g}, not {told}")
+            raise refuse(path, f"{path} must be from {low:g} to {high:g}, not {shown}")
         return float(value)
 
     def integer(self, name: str, low: int | None = None) -> int | None:
@@ -112,7 +130,7 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # as JavaScript has it
+            value = int(value)  # JavaScript has only floats
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(name, "a whole number")
         if low is not None and value < low:
@@ -121,33 +139,37 @@ class Fields:
         return value
 
     def harmless(self, *names: str) -> None:
-        """Fields that change nothing about the answer, and need not be listed."""
+        """Drop fields that do not change the answer and need not be listed as ignored."""
         for name in names:
             self.take(name)
 
     def only(self, name: str, accepted: Collection[object], why: str) -> None:
-        """A field that may only ask for what happens anyway.
+        """Refuse a field unless it asks for what happens anyway.
 
         Args:
-            accepted: values that ask for nothing else.
-            why: what to tell who asks for more.
+            accepted: the values that are accepted.
+            why: reason for the client if the value is refused.
         """
         value = self.take(name)
         if value is not None and not is_any_of(value, accepted):
             raise refused(self.path(name), why)
 
     def end(self) -> None:
-        """Ignore and list what is left, or refuse it: see `vlm_collab.openai.unsupported`."""
+        """List unread fields as ignored, or refuse them: see `vlm_collab.openai.unsupported`."""
         for name, value in self._left.items():
             if value is not None:
-                self.ignored.unread(self.where, name, value)
+                self.ignored.judge(self.where, name, value)
 
     def closed(self) -> None:
-        """Refuse what is left, in an object of our own, where it is a mistake."""
+        """Refuse unread fields. For objects that this project defines, where they are mistakes."""
         for name, value in self._left.items():
             if value is not None:
                 path = self.path(name)
                 raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
+
+    def missing(self, name: str) -> ApiError:
+        """The error for a field that has to be there."""
+        return refuse(self.path(name), f"{self.path(name)} is missing", "missing_parameter")
 
     def _wrong(self, name: str, wanted: str) -> ApiError:
         return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)

@@ -1,4 +1,4 @@
-"""Parameters that both APIs have: how to answer, and the tools that are offered."""
+"""Parameters of both APIs: generation options, tools, and this project's own field."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _MAX_STOP_CHARS = 64
 _MOST_TOKENS = 65535
 
 EXTENSION = "vlm_collab"
-"""Our own field: in a request what only this project understands, in an answer what it cost."""
+"""This project's own field. In requests it has options, in answers a report (`Report`)."""
 
 
 class Extension(NamedTuple):
     """The request's own field `vlm_collab`.
 
     Attributes:
-        retransmit: leave a second look to the server's policy, force or forbid it.
-        eta: threshold instead of the server's.
-        sources: sizes (width, height) of the originals that the pictures are views of, in px.
+        retransmit: leave the second pass to the server's policy, or force or forbid it.
+        eta: threshold to use instead of the server's, in the unit of the server's metric.
+        sources: sizes (width, height) of the originals of the pictures, in px, if the pictures
+            are views.
     """
 
     retransmit: Retransmit = Retransmit.AUTO
@@ -33,10 +34,10 @@ class Extension(NamedTuple):
 
 
 def read_extension(fields: Fields) -> Extension:
-    """Read `vlm_collab`.
+    """Read the field `vlm_collab`.
 
     Raises:
-        ApiError: it is wrong.
+        ApiError: the field is not valid.
     """
     value = fields.take(EXTENSION)
     if value is None:
@@ -64,11 +65,11 @@ def _size(value: Any, i: int) -> tuple[int, int]:
 def read_options(
     fields: Fields, extension: Extension, *, longest: int | None, tokens: bool
 ) -> Options:
-    """Read the parameters that say how tokens are chosen and where an answer ends.
+    """Read the parameters of sampling and of the end of an answer.
 
     Args:
-        longest: most tokens, as the API at hand calls it.
-        tokens: whether logprobs were asked for.
+        longest: most tokens of the answer; its name differs between the APIs.
+        tokens: whether logprobs were requested.
 
     Raises:
         ApiError: one is out of range.
@@ -77,7 +78,7 @@ def read_options(
     top_p = fields.number("top_p", 0.0, 1.0)
     seed = fields.integer("seed")
     if top_p == 0.0:
-        temperature, top_p = 0.0, None  # the smallest set there is holds the likeliest token
+        temperature, top_p = 0.0, None  # the smallest set holds only the likeliest token
     return Options(
         retransmit=extension.retransmit,
         eta=extension.eta,
@@ -104,11 +105,10 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]]:
-    """Read the tools. They are an offer, which a model may leave; `tool_demanded` says of a choice
-    whether it is more than that.
+    """Read the tools. They are an offer that the model may decline, unless `tool_demanded`.
 
     Raises:
-        ApiError: no list of objects.
+        ApiError: not a list of objects.
     """
     tools = fields.items("tools")
     for i, tool in enumerate(tools):
@@ -119,7 +119,7 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
 
 
 def tool_demanded(choice: object) -> bool:
-    """Whether a `tool_choice` or `function_call` demands a call, which text cannot stand in for.
+    """Whether a `tool_choice` or `function_call` demands a call, so that a text is no answer.
 
     `auto`, `none` and `allowed_tools` in the mode `auto` leave the choice to the model.
     """
@@ -130,7 +130,7 @@ def tool_demanded(choice: object) -> bool:
 
 
 def leave_tools(fields: Fields) -> None:
-    """Leave the tools that are offered, in either of the two forms that chats have.
+    """Ignore the tools that a chat offers, as `tools` or as `functions`.
 
     Raises:
         ApiError: a call is demanded.
@@ -148,13 +148,13 @@ _OFFER = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def without_tools(chat: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A chat without the tools that it offers; None if it offers none, or demands a call."""
+    """A chat without its tools; None if it has none, or demands a call."""
     if not any(name in chat for name in _OFFER) or tool_demanded(chat.get("tool_choice")):
         return None
     return {name: value for name, value in chat.items() if name not in _OFFER}
 
 
 def check_detail(fields: Fields) -> None:
-    """`detail` of a picture is without effect, since the model's uncertainty decides."""
+    """Read `detail` of a picture. It has no effect: the model's uncertainty decides."""
     if fields.take("detail") not in (None, "auto", "low", "high", "original"):
         fields.ignored.add(fields.path("detail"))

@@ -1,4 +1,4 @@
-"""Answers of the Responses API."""
+"""Replies of the Responses API."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vlm_collab.protocol.messages import Finish
 
 
 class ResponseBuilder:
-    """One response: as a whole, or as the events of a stream.
+    """Builds one response, as one object or as the events of a stream.
 
     A response is either an answer (`whole`, or `start`, `delta` … and `finish`) or a call of
     the region tool (`whole_call`, or `start` and `finish_call`). Methods that stream return bytes
     to send.
 
     Args:
-        request: what it answers; its parameters are repeated.
-        id: of the response, such as `resp_…`.
+        request: the request; the response repeats its parameters.
+        id: id of the response, such as `resp_…`.
         created: Unix time, in seconds.
-        model: the name that the client asked for.
+        model: name of the model in the request.
     """
 
     def __init__(self, request: ResponsesRequest, *, id: str, created: int, model: str) -> None:
@@ -50,9 +50,9 @@ class ResponseBuilder:
         """The response object of a call of the region tool.
 
         Args:
-            call_id: names the call, for its output.
-            arguments: where to look.
-            result: the first answer, which its usage and report are of.
+            call_id: id of the call, for its output.
+            arguments: the region.
+            result: the first answer; the response has its usage and report.
         """
         return self._object("completed", [self._call(call_id, arguments)], result)
 
@@ -64,7 +64,7 @@ class ResponseBuilder:
         )
 
     def delta(self, text: str) -> bytes:
-        """A piece of the answer; nothing for an empty one."""
+        """A piece of the answer; nothing for an empty piece."""
         if not text:
             return b""
         opened = b"" if self._text else self._open()
@@ -77,13 +77,13 @@ class ResponseBuilder:
         """The last piece of the answer and the closing events.
 
         Args:
-            rest: what is left to send of the text.
+            rest: the part of the text not sent yet.
             result: the answer.
         """
         sent = self.delta(rest)
         if not self._text:
             sent += self._open()
-        # What was streamed is what the client has; it differs where `TextFlow` restarted.
+        # The text that was streamed; it differs from the result if `TextStream` restarted.
         message = self._message(result, self._text)
         part = message["content"][0]
         sent += self._event(
@@ -123,7 +123,7 @@ class ResponseBuilder:
         )
 
     def error(self, error: ApiError) -> bytes:
-        """The end of a stream whose status was sent before anything went wrong."""
+        """The end of a stream that fails after its status was sent."""
         response = self._object("failed", [], None)
         response["error"] = {"code": error.code or "server_error", "message": error.message}
         return self._event("response.failed", response=response)

@@ -31,12 +31,12 @@ from vlm_collab.openai.unsupported import refused
 from vlm_collab.protocol.messages import Options, Retransmit
 
 REGION_TOOL = "request_region"
-"""The one tool that the model calls: it names a box, and gets the crop."""
+"""The only tool that the model calls: its arguments name a box, its output is the crop."""
 
 _INPUT = "input"
 _LOGPROBS = "message.output_text.logprobs"
 _LEFT_OUT = ("reasoning", "file_search_call", "web_search_call")
-"""Items of others' answers, sent back with the conversation, that say nothing to the model."""
+"""Items that other models output and clients send back; this model does not get them."""
 _ROLES = {
     "system": Role.USER,
     "developer": Role.USER,
@@ -47,13 +47,13 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class CallOutput:
-    """What a client sends back for a call of `REGION_TOOL`.
+    """A client's output for a call of `REGION_TOOL`.
 
     Attributes:
-        call_id: which call.
-        picture: the crop; None where the client will not or cannot send one.
-        text: what it says instead.
-        param: where the picture, or the output, was.
+        call_id: id of the call.
+        picture: the crop; None if the client does not send one.
+        text: text of the output, if any.
+        param: path of the picture or, without one, of the output.
     """
 
     call_id: str
@@ -64,41 +64,41 @@ class CallOutput:
 
 @dataclass(frozen=True, slots=True)
 class ItemReference:
-    """An item of an earlier response, by its id instead of what it said.
+    """A reference to an item of an earlier response.
 
     Attributes:
-        id: of the item; `message_id` and `call_item_id` make them.
-        param: where the id was.
+        id: id of the item, made by `message_id` or `call_item_id`.
+        param: path of the id in the request.
     """
 
     id: str
     param: str
 
 
-Said: TypeAlias = Conversation | ItemReference
+InputItem: TypeAlias = Conversation | ItemReference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponsesRequest:
-    """A request to `/v1/responses`. What came before it is kept elsewhere; `query` joins the two.
+    """A request to `/v1/responses`. Earlier responses are stored elsewhere; `query` joins the two.
 
     Attributes:
-        model: the name that the client wants; None if it named none.
-        said: this request's own part, in order; `recalled` replaces the references.
+        model: name of the model in the request; None if there is none.
+        inputs: the input of this request, in order; `resolve_references` replaces the references.
         instructions: system text for this response alone; empty for none.
-        previous_response_id: the response that it goes on from.
+        previous_response_id: the response that this request continues.
         region_tool: the client offers `REGION_TOOL`.
-        outputs: of calls of the region tool.
-        store: keep the response, so that another can go on from it.
-        options: wishes, with what `tool_choice` says of the region tool.
-        stream: send the answer as it grows.
+        outputs: outputs of calls of the region tool.
+        store: store the response, so that it can be continued.
+        options: options of the question; `tool_choice` for the region tool sets `retransmit`.
+        stream: stream the answer.
         sources: see `Query`.
-        limits: those that it was read with.
-        ignored: what of it has no effect (see `vlm_collab.openai.unsupported`).
+        limits: the limits that the request was parsed with.
+        ignored: fields without effect (see `vlm_collab.openai.unsupported`).
     """
 
     model: str | None
-    said: tuple[Said, ...]
+    inputs: tuple[InputItem, ...]
     instructions: str
     previous_response_id: str | None
     region_tool: bool
@@ -112,20 +112,20 @@ class ResponsesRequest:
 
     @property
     def conversation(self) -> Conversation:
-        """This request's own part; references that were not recalled say nothing."""
-        return Conversation.joined(one for one in self.said if isinstance(one, Conversation))
+        """The conversation of this request alone, without unresolved references."""
+        return Conversation.joined(one for one in self.inputs if isinstance(one, Conversation))
 
-    def recalled(self, answer_of: Callable[[str], str | None]) -> ResponsesRequest:
-        """The same with the answers that it refers to.
+    def resolve_references(self, answer_of: Callable[[str], str | None]) -> ResponsesRequest:
+        """The request with the answers that it refers to.
 
         Args:
-            answer_of: the text of a response, by its id; None if there is none, or no longer.
+            answer_of: returns the text of a response by its id; None if it is not stored.
 
         Raises:
-            ApiError: an item is not there (404).
+            ApiError: an item is not stored (404).
         """
 
-        def of(one: Said) -> Said:
+        def of(one: InputItem) -> InputItem:
             if isinstance(one, Conversation):
                 return one
             text = answer_of(_response_of(one.id)) if one.id.startswith(_MESSAGE) else None
@@ -139,21 +139,21 @@ class ResponsesRequest:
                 )
             return Conversation(((Role.ASSISTANT, text),))
 
-        return replace(self, said=tuple(map(of, self.said)))
+        return replace(self, inputs=tuple(map(of, self.inputs)))
 
-    def whole(self, before: Conversation | None = None) -> Conversation:
-        """The conversation to keep: what came before and this request's own part."""
+    def conversation_after(self, before: Conversation | None = None) -> Conversation:
+        """The whole conversation: the one before, then that of this request."""
         return Conversation.joined([before or Conversation(), self.conversation])
 
     def query(self, before: Conversation | None = None) -> Query:
-        """The question that this request asks after what came before it.
+        """The question of this request, after the conversation before it.
 
         Raises:
             ApiError: see `make_query`.
         """
-        told = ((Role.USER, self.instructions),) if self.instructions else ()
+        instructions = ((Role.USER, self.instructions),) if self.instructions else ()
         return make_query(
-            Conversation.joined([Conversation(told), self.whole(before)]),
+            Conversation.joined([Conversation(instructions), self.conversation_after(before)]),
             model=self.model,
             param=_INPUT,
             options=self.options,
@@ -169,40 +169,40 @@ _MOST_ID_CHARS = 100
 
 
 def message_id(response_id: str) -> str:
-    """The id of a response's one message."""
+    """The id of a response's only message."""
     return _MESSAGE + response_id.removeprefix("resp_")
 
 
 def call_item_id(response_id: str) -> str:
-    """The id of a response's one call, as an item."""
+    """The item id of a response's only call."""
     return _CALL + response_id.removeprefix("resp_")
 
 
 def call_id(response_id: str) -> str:
-    """The id of a response's one call, which its output names."""
+    """The id of a response's only call, which the call's output names."""
     return "call_" + response_id.removeprefix("resp_")
 
 
 def _response_of(id: str) -> str:
-    """The response of an item or a call, from either of its ids."""
+    """The id of the response that an item id or a call id belongs to."""
     return f"resp_{id.partition('_')[2]}"
 
 
 def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> ResponsesRequest:
-    """Read a request to `/v1/responses`.
+    """Parse a request to `/v1/responses`.
 
     Args:
-        body: as it came, or what `decode_body` made of it.
+        body: the body, or the result of `decode_body`.
         limits: see `WireLimits`.
 
     Raises:
-        ApiError: it is wrong, over a limit, or asks for what can't be honoured; `param` says
-            what.
+        ApiError: the request is not valid, over a limit, or asks for something unsupported;
+            `param` names the parameter.
     """
     value = decode_body(body, limits.max_body_bytes) if isinstance(body, bytes) else body
     fields = Fields(value)
     model = fields.text("model")
-    said = fields.take(_INPUT)
+    input_value = fields.take(_INPUT)
     instructions = fields.text("instructions") or ""
     previous = fields.text("previous_response_id")
     region_tool = _region_tool(fields)
@@ -222,11 +222,11 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
     stream = fields.flag("stream")
     _read_forms(fields)
     fields.end()
-    items = _read_input(said, fields, limits)
-    said_now, outputs, continued = items.ended()
+    items = _read_input(input_value, fields, limits)
+    inputs, outputs, continued = items.result()
     return ResponsesRequest(
         model=model,
-        said=said_now,
+        inputs=inputs,
         instructions=instructions,
         previous_response_id=previous or continued,
         region_tool=region_tool,
@@ -241,7 +241,7 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
 
 
 def _region_tool(fields: Fields) -> bool:
-    """Whether the region tool is among the tools; the others are left."""
+    """Whether the region tool is among the tools; the others are ignored."""
     tools = read_tools(fields)
     regions = [one.get("type") == "function" and one.get("name") == REGION_TOOL for one in tools]
     if not all(regions):
@@ -250,7 +250,7 @@ def _region_tool(fields: Fields) -> bool:
 
 
 def _tool_choice(fields: Fields, region_tool: bool) -> Retransmit:
-    """What a choice of the region tool means for the second look."""
+    """Translate `tool_choice` for the region tool to `Options.retransmit`."""
     if not region_tool:
         leave_tools(fields)
         return Retransmit.AUTO
@@ -269,7 +269,7 @@ def _logprobs(fields: Fields) -> bool:
     for i, each in enumerate(wanted):
         if not isinstance(each, str):
             raise refuse(f"include[{i}]", f"include[{i}] must be a text", "invalid_type")
-    # Everything else is about calls and thoughts, of which there are none.
+    # All other values ask for calls and reasoning, and there are none here.
     return _LOGPROBS in wanted
 
 
@@ -287,24 +287,24 @@ def _read_forms(fields: Fields) -> None:
 
 
 class _Items:
-    """The items of an input, as far as they have been read."""
+    """Collects the items of an input."""
 
     def __init__(self) -> None:
-        self._said: list[Said] = []
+        self._inputs: list[InputItem] = []
         self._outputs: list[CallOutput] = []
         self._regions: set[str] = set()
         self._others: set[str] = set()
         self._open = False
-        """Whether the region tool was called, and nothing was said since."""
+        """Whether the region tool was called and no message followed."""
 
-    def say(self, one: Said) -> None:
-        """Add what was said. A region that came before it is of a question that is over."""
-        self._said.append(one)
+    def add_message(self, one: InputItem) -> None:
+        """Add a message. It ends the question before it, so that question's region is dropped."""
+        self._inputs.append(one)
         self._outputs = [each for each in self._outputs if each.call_id not in self._regions]
         self._open = False
 
-    def call(self, item: Fields) -> None:
-        """Add a call. Other tools' tell which outputs are theirs."""
+    def add_call(self, item: Fields) -> None:
+        """Add a call. The ids of other tools' calls identify their outputs."""
         name, call = item.text("name"), item.text("call_id") or ""
         item.harmless("id", "status", "arguments", "input", "namespace", "parsed_arguments")
         item.end()
@@ -314,61 +314,63 @@ class _Items:
         else:
             self._others.add(call)
 
-    def refer(self, reference: ItemReference) -> None:
-        """Add a reference: only the region tool is ever called here."""
+    def add_reference(self, reference: ItemReference) -> None:
+        """Add a reference; a reference to a call is to one of the region tool."""
         if reference.id.startswith(_CALL):
             self._open = True
         else:
-            self.say(reference)
+            self.add_message(reference)
 
-    def output(self, item: Fields, limits: WireLimits) -> None:
-        """Add an output. What other tools found is told to the model as the user's words."""
+    def add_output(self, item: Fields, limits: WireLimits) -> None:
+        """Add an output. The model gets the output of other tools as the user's text."""
         call = item.text("call_id")
         if not call:
-            param = item.path("call_id")
-            raise refuse(param, f"{param} is missing", "missing_parameter")
+            raise item.missing("call_id")
         item.harmless("id", "status", "name")
-        found = item.take("output")
+        output = item.take("output")
         item.end()
         if call in self._others:
-            self.say(_content(item, found, "output", Role.USER, limits))
+            self.add_message(_content(item, output, "output", Role.USER, limits))
             return
-        self._outputs.append(_output(item, found, call, limits))
+        self._outputs.append(_output(item, output, call, limits))
         if self._open:
             self._regions.add(call)
 
-    def ended(self) -> tuple[tuple[Said, ...], tuple[CallOutput, ...], str | None]:
-        """What was said, outputs of the region tool, and the response that those go on from, if
-        the input tells. That one knows what was said before its call."""
+    def result(self) -> tuple[tuple[InputItem, ...], tuple[CallOutput, ...], str | None]:
+        """The inputs, the outputs of the region tool, and the response that the outputs continue.
+
+        If the input ends with such an output, the inputs are empty: the stored response has the
+        conversation before its call.
+        """
         if self._outputs and self._open:
             return (), tuple(self._outputs), _response_of(self._outputs[0].call_id)
-        return tuple(self._said), tuple(self._outputs), None
+        return tuple(self._inputs), tuple(self._outputs), None
 
 
-def _read_input(said: object, fields: Fields, limits: WireLimits) -> _Items:
+def _read_input(value: object, fields: Fields, limits: WireLimits) -> _Items:
     items = _Items()
-    if isinstance(said, str):
-        items.say(Conversation(((Role.USER, said),)))
+    if isinstance(value, str):
+        items.add_message(Conversation(((Role.USER, value),)))
         return items
-    if said is None or said == []:
+    if value is None or value == []:
         raise refuse(_INPUT, "input is missing", "missing_parameter")
-    if not isinstance(said, list):
+    if not isinstance(value, list):
         raise refuse(_INPUT, "input must be a text or a list of items", "invalid_type")
-    for i, value in enumerate(said):
-        item = fields.inner(value, f"{_INPUT}[{i}]")
+    for i, each in enumerate(value):
+        item = fields.inner(each, f"{_INPUT}[{i}]")
         kind = item.text("type")
-        # The API lets a reference leave out its type.
-        if kind is None and isinstance(value, dict) and value.keys() == {"id"}:
+        # The type of a reference is optional.
+        if kind is None and isinstance(each, dict) and each.keys() == {"id"}:
             kind = "item_reference"
         match kind:
             case None | "message":
-                items.say(_message(item, limits))
+                items.add_message(_message(item, limits))
             case "function_call_output" | "custom_tool_call_output":
-                items.output(item, limits)
+                items.add_output(item, limits)
             case "function_call" | "custom_tool_call":
-                items.call(item)
+                items.add_call(item)
             case "item_reference":
-                items.refer(_reference(item))
+                items.add_reference(_reference(item))
             case _ if kind in _LEFT_OUT:
                 pass
             case _:
@@ -377,11 +379,11 @@ def _read_input(said: object, fields: Fields, limits: WireLimits) -> _Items:
 
 
 def _reference(item: Fields) -> ItemReference:
-    id, param = item.text("id"), item.path("id")
+    id = item.text("id")
     if not id:
-        raise refuse(param, f"{param} is missing", "missing_parameter")
+        raise item.missing("id")
     item.end()
-    return ItemReference(id, param)
+    return ItemReference(id, item.path("id"))
 
 
 def _message(item: Fields, limits: WireLimits) -> Conversation:
@@ -398,7 +400,7 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
 def _content(
     item: Fields, content: object, name: str, role: Role, limits: WireLimits
 ) -> Conversation:
-    """What a field of an item says, and shows."""
+    """Read the texts and pictures in a field of an item."""
     path = item.path(name)
     if isinstance(content, str):
         return Conversation(((role, content),))
@@ -413,27 +415,21 @@ def _content(
 def _parts(
     item: Fields, content: list[Any], path: str, limits: WireLimits
 ) -> list[str | tuple[PictureSource, str]]:
-    """Texts, and pictures with where they were, in order."""
+    """Read a list of parts: texts, and pictures with their paths."""
     parts: list[str | tuple[PictureSource, str]] = []
     for i, value in enumerate(content):
         part = item.inner(value, f"{path}[{i}]")
         match part.text("type"):
             case "input_text" | "output_text":
-                text = part.text("text")
-                if text is None:
-                    param = part.path("text")
-                    raise refuse(param, f"{param} is missing", "missing_parameter")
+                parts.append(part.required_text("text"))
                 part.harmless("annotations", "logprobs")
-                parts.append(text)
             case "refusal":
                 parts.append(part.text("refusal") or "")
             case "input_image":
                 part.only("file_id", [], "no files are stored; send a data URL")
                 check_detail(part)
                 param = part.path("image_url")
-                url = part.text("image_url")
-                if url is None:
-                    raise refuse(param, f"{param} is missing", "missing_parameter")
+                url = part.required_text("image_url")
                 parts.append((read_picture(url, param, limits), param))
             case kind:
                 raise refused(part.path("type"), f"input_text and input_image, not {kind}")

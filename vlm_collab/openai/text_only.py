@@ -1,165 +1,78 @@
-"""Requests about text alone, which a gateway hands on as they are: what they may hold.
+"""The schema of chats about text alone, which a gateway hands on as they are.
 
-Whatever is handed on leaves the device past the view and past the policy. So the form of such a
-request is closed: a field that is not named here, or is of another type, could hold a picture.
+Whatever is handed on leaves the device past the view and past the policy. So the schema is
+closed: a field that is not named here, or is of another type, could hold a picture.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-import msgspec
+from vlm_collab.openai.errors import ApiError, refuse
+from vlm_collab.openai.fields import Fields
+from vlm_collab.openai.unsupported import Ignored
 
-from vlm_collab.openai.bounds import MAX_TEXT_CHARS
-from vlm_collab.openai.errors import refuse
+_TEXTS = [
+    "model",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "safety_identifier",
+    "service_tier",
+    "user",
+    "verbosity",
+]
+_FLAGS = ["logprobs", "parallel_tool_calls", "store", "stream"]
+_NUMBERS = [
+    "frequency_penalty",
+    "max_completion_tokens",
+    "max_tokens",
+    "min_p",
+    "n",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "temperature",
+    "top_k",
+    "top_logprobs",
+    "top_p",
+]
+_OTHERS = [
+    "logit_bias",
+    "messages",
+    "metadata",
+    "modalities",
+    "response_format",
+    "stop",
+    "stream_options",
+    "tool_choice",
+    "tools",
+    "vlm_collab",
+]
+CHAT_FIELDS = frozenset((*_TEXTS, *_FLAGS, *_NUMBERS, *_OTHERS))
+"""Fields of a chat that may be handed on: OpenAI's, with what vLLM adds and clients offer."""
 
-
-class _Form(msgspec.Struct, forbid_unknown_fields=True):
-    pass
-
-
-class _CacheControl(_Form):
-    type: str
-    ttl: str | None = None
-
-
-class _Text(_Form, tag="text"):
-    text: str
-    cache_control: _CacheControl | None = None
-
-
-class _Refusal(_Form, tag="refusal"):
-    refusal: str
-
-
-class _Called(_Form):
-    name: str
-    arguments: str
-    parsed_arguments: None = None  # the SDK's own
-
-
-class _ToolCall(_Form):
-    id: str
-    type: Literal["function"]
-    function: _Called
-    index: int | None = None  # some send back what was streamed to them
-
-
-class _Message(_Form):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[str | _Text | _Refusal] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: _Called | None = None
-    annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
-    audio: None = None
-    parsed: None = None  # the SDK's own
-
-
-class _Function(_Form):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class _Tool(_Form):
-    type: Literal["function"]
-    function: _Function
-
-
-class _Name(_Form):
-    name: str
-
-
-class _ToolChoice(_Form):
-    type: Literal["function"]
-    function: _Name
-
-
-class _Schema(_Form):
-    name: str
-    description: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class _ResponseFormat(_Form):
-    type: str
-    json_schema: _Schema | None = None
-
-
-class _StreamOptions(_Form):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class _Extension(_Form):
-    retransmit: str | None = None
-    eta: float | None = None
-
-
-class _Chat(_Form):
-    """A chat completion about text, as OpenAI has it, with what vLLM adds and clients offer."""
-
-    messages: list[_Message]
-    model: str | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    logprobs: bool | None = None
-    max_completion_tokens: float | None = None
-    max_tokens: float | None = None
-    metadata: dict[str, str] | None = None
-    min_p: float | None = None
-    modalities: list[str] | None = None
-    n: float | None = None
-    parallel_tool_calls: bool | None = None
-    presence_penalty: float | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    reasoning_effort: str | None = None
-    repetition_penalty: float | None = None
-    response_format: _ResponseFormat | None = None
-    safety_identifier: str | None = None
-    seed: float | None = None
-    service_tier: str | None = None
-    stop: str | list[str] | None = None
-    store: bool | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    temperature: float | None = None
-    tool_choice: str | _ToolChoice | None = None
-    tools: list[_Tool] | None = None
-    top_k: float | None = None
-    top_logprobs: float | None = None
-    top_p: float | None = None
-    user: str | None = None
-    verbosity: str | None = None
-    vlm_collab: _Extension | None = None
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_LARGEST = sys.float_info.max
 
 
 def chat_is_text(body: Mapping[str, Any]) -> bool:
-    """Whether a chat is about text alone by its form; it may ask for more than `parse_chat` takes.
+    """Whether a chat has the form of one about text alone.
 
-    Where anything else could be, such as in a field that other programs show their pictures in,
-    it is not: `parse_chat` says what is wrong with it, before it goes anywhere. Whether its texts
-    are texts `refuse_pictures_in` says.
+    It may ask for more than `parse_chat` accepts. For a chat of any other form, `parse_chat` says
+    what is wrong before it goes anywhere. `refuse_pictures_in` searches the texts for pictures.
     """
     try:
-        msgspec.convert({name: one for name, one in body.items() if one is not None}, _Chat)
-    except msgspec.ValidationError:
+        _check_chat({name: value for name, value in body.items() if value is not None})
+    except ApiError:
         return False
     return True
 
 
 def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
-    """What is said in a chat about text alone (`chat_is_text`)."""
+    """The texts in the messages of a chat for which `chat_is_text` is true."""
     for message in body["messages"]:
         content = message.get("content") or ()
         for part in [content] if isinstance(content, str) else content:
@@ -167,149 +80,147 @@ def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
             yield text or ""
 
 
-CHAT_FIELDS = frozenset(_Chat.__struct_fields__)
-"""Fields of a request that may be handed on; each has a form of its own."""
+def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Drop the fields of a chat that have no effect and may not be handed on.
 
-
-_DATA_URL = re.compile(r"data:image/", re.IGNORECASE)
-# Looking behind keeps it linear: no run is begun again at each of its characters.
-_RUN = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{60,}")
-_ARMOUR = re.compile(r"-----BEGIN [A-Z0-9 ]+-----[^-]*-----END ")
-"""A certificate or a key, as PEM has them."""
-_ESCAPES = (
-    (re.compile(r"(?<!\\)\\+(?:/|u002f)", re.IGNORECASE), "/"),  # PHP
-    (re.compile(r"(?<!\\)\\+u002b", re.IGNORECASE), "+"),  # .NET
-    (re.compile(r"(?<!\\)\\+[rn]"), "\n"),
-)
-"""What JSON inside a text makes of base64, with more backslashes for JSON inside JSON."""
-_HEX = frozenset("0123456789abcdefABCDEF")
-_DIGESTS = frozenset({64, 96, 128})
-"""Characters of SHA-256, SHA-384 and SHA-512 in hexadecimal; those of others make no run."""
-_SHORTEST = len("data:image/")
-_MOST_RUN = 2000
-_MOST_CHARS = 2**20
-_MOST_NUMBERS = 1000
-_MOST_PATH_CHARS = 200
-
-
-def refuse_pictures_in(value: object, where: str = "") -> None:
-    """Refuse texts that are pictures: data URLs of them, and what can only be encoded data.
-
-    No word of any language is 2000 letters, digits, `+`, `/`, `-` and `_` long, and pictures of
-    more than 1500 bytes are that in base64. Lines are joined where they have one length of at
-    least 60, and the last one no more. Lists of digests and of paths are no base64, though they
-    look like it, and what PEM encloses is a certificate or a key.
-
-    Texts of more than 2^20 characters, which no model that is shown pictures can read, and lists
-    of more than 1000 numbers, which bytes are in JSON, are refused likewise; and more than 2^22
-    characters together, before they are searched.
-
-    Args:
-        value: a text, or something of JSON with texts in it; names of fields are texts, too.
-        where: its path, for `param`.
+    Returns:
+        The other fields, for `chat_is_text` to judge, and the names of the dropped ones.
 
     Raises:
-        ApiError: names the first, by the first 200 characters of its path.
+        ApiError: see `Ignored.judge`.
     """
-    searched = 0
-    way: list[str | int] = []  # the keys to what is being looked through
-    within: list[Iterator[tuple[str | int, object]]] = [iter([(where, value)])]
-    while within:
-        for key, one in within[-1]:
-            searched += len(one) if isinstance(one, str) else 0
-            check_text(searched, where)
-            if _holds_picture(one):
-                path = _path([*way, key])
-                raise refuse(
-                    path or None,
-                    f"{path or 'the request'}: a picture among the words, or other encoded data; "
-                    "send pictures as parts of their own",
-                    "picture_in_text",
-                )
-            if isinstance(one, Mapping | list):
-                way.append(key)
-                within.append(iter(one.items() if isinstance(one, Mapping) else enumerate(one)))
-                break
-        else:
-            within.pop()
-            del way[-1:]
+    ignored = Ignored()
+    for name, value in body.items():
+        if name not in CHAT_FIELDS and value is not None:
+            ignored.judge("", name, value)
+    return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
 
 
-def check_text(chars: int, where: str) -> None:
-    """Refuse more text than is worth a search.
+def _closed(
+    value: object,
+    *,
+    needed: Collection[str] = (),
+    texts: Collection[str] = (),
+    flags: Collection[str] = (),
+    numbers: Collection[str] = (),
+    others: Collection[str] = (),
+) -> Fields:
+    """Read an object that has these fields and no more, not even as a null; `others` are left.
 
     Raises:
-        ApiError: there is more (413).
+        ApiError: it has another form.
     """
-    if chars > MAX_TEXT_CHARS:
-        text = f"more than {MAX_TEXT_CHARS} characters of text"
-        raise refuse(where or None, text, "request_too_large", status=413)
+    fields = Fields(value)
+    _require(fields.names <= {*texts, *flags, *numbers, *others})
+    _require(all(fields.has(name) for name in needed))
+    for name in texts:
+        fields.text(name)
+    for name in flags:
+        fields.flag(name)
+    for name in numbers:
+        fields.number(name, -_LARGEST, _LARGEST)
+    return fields
 
 
-def _path(way: Iterable[str | int]) -> str:
-    """A path as `param` has it, cut where it is too long to read: names are the client's."""
-    path = ""
-    for key in way:
-        if isinstance(key, int):
-            path += f"[{key}]"
-        else:
-            path += f"{'.' if path else ''}{key[: _MOST_PATH_CHARS + 1]}"
-        if len(path) > _MOST_PATH_CHARS:
-            return path[:_MOST_PATH_CHARS] + "…"
-    return path
+def _require(fits: bool) -> None:
+    if not fits:
+        raise refuse(None, "not a chat about text alone")
 
 
-def _holds_picture(one: object) -> bool:
-    """Whether something of JSON is a picture, leaving aside what is further in."""
-    if isinstance(one, str):
-        return _is_picture(one)
-    if isinstance(one, Mapping):
-        return any(map(_is_picture, one)) or _are_bytes(one)
-    return isinstance(one, list) and _are_bytes(one)
+def _check_chat(body: dict[str, Any]) -> None:
+    chat = _closed(
+        body, needed=["messages"], texts=_TEXTS, flags=_FLAGS, numbers=_NUMBERS, others=_OTHERS
+    )
+    for message in chat.items("messages"):
+        _check_message(message)
+    for tool in chat.items("tools"):
+        _check_schema(_function_in(tool), "parameters")
+    _check_texts(chat.items("modalities"))
+    stop, choice = chat.take("stop", []), chat.take("tool_choice", "")
+    if not isinstance(stop, str):
+        _check_texts(stop)
+    if not isinstance(choice, str):
+        _closed(_function_in(choice), needed=["name"], texts=["name"])
+    form = _closed(
+        chat.take("response_format", {"type": ""}),
+        needed=["type"],
+        texts=["type"],
+        others=["json_schema"],
+    )
+    _check_schema(form.take("json_schema", {"name": ""}), "schema")
+    metadata = chat.take("metadata", {})
+    names = Fields(metadata).names
+    _closed(metadata, needed=names, texts=names)
+    biases = chat.take("logit_bias", {})
+    names = Fields(biases).names
+    _closed(biases, needed=names, numbers=names)
+    _closed(chat.take("stream_options", {}), flags=["include_usage", "include_obfuscation"])
+    _closed(chat.take("vlm_collab", {}), texts=["retransmit"], numbers=["eta"])
 
 
-def _are_bytes(values: Mapping[str, object] | list[object]) -> bool:
-    if len(values) <= _MOST_NUMBERS:
-        return False
-    each = values.values() if isinstance(values, Mapping) else values
-    return sum(isinstance(one, int | float) for one in each) > _MOST_NUMBERS
+def _check_message(value: object) -> None:
+    message = _closed(
+        value,
+        needed=["role"],
+        texts=["name", "refusal", "reasoning", "reasoning_content", "tool_call_id"],
+        # `parsed` and `parsed_arguments` are the SDK's own.
+        others=["role", "content", "tool_calls", "function_call", "annotations", "audio", "parsed"],
+    )
+    _require(message.take("role") in _ROLES)
+    content = message.take("content", "")
+    if not isinstance(content, str):
+        _require(isinstance(content, list))
+        for part in content:
+            _check_part(part)
+    for call in message.items("tool_calls"):
+        _check_call(call)
+    _check_called(message.take("function_call", {"name": "", "arguments": ""}))
+    _require(not message.items("annotations"))
+    _require(not (message.has("audio") or message.has("parsed")))
 
 
-def _is_picture(text: str) -> bool:
-    if len(text) > _MOST_CHARS:
-        return True
-    if len(text) < _SHORTEST:
-        return False
-    if "\\" in text:
-        for escape, char in _ESCAPES:
-            text = escape.sub(char, text)
-    if _DATA_URL.search(text):
-        return True
-    return any(map(_is_encoded, _lines(_ARMOUR.sub(".", text))))
+def _check_part(value: object) -> None:
+    if isinstance(value, str):
+        return
+    kind = Fields(value).text("type")
+    if kind == "refusal":
+        _closed(value, needed=["refusal"], texts=["type", "refusal"])
+        return
+    _require(kind == "text")
+    part = _closed(value, needed=["text"], texts=["type", "text"], others=["cache_control"])
+    cache_control = part.take("cache_control", {"type": ""})
+    _closed(cache_control, needed=["type"], texts=["type", "ttl"])
 
 
-def _lines(text: str) -> Iterator[list[str]]:
-    """Long runs, each with those that go on with it: lines of its length, and a last one."""
-    lines: list[str] = []
-    end = 0
-    for run in _RUN.finditer(text):
-        line = run.group()
-        whole = bool(lines) and len(lines[-1]) == len(lines[0]) >= len(line)
-        if not (whole and text[end : run.start()].isspace()):
-            yield lines
-            lines = []
-        lines.append(line)
-        end = run.end()
-    yield lines
+def _check_call(value: object) -> None:
+    call = _closed(
+        value, needed=["id", "function"], texts=["id"], others=["type", "function", "index"]
+    )
+    _require(call.take("type") == "function")
+    # Some clients send back what was streamed to them, with its index.
+    _require(type(call.take("index", 0)) is int)
+    _check_called(call.take("function"))
 
 
-def _is_encoded(lines: list[str]) -> bool:
-    if sum(map(len, lines)) < _MOST_RUN:
-        return False
-    if len(lines[0]) >= _MOST_RUN:
-        return True
-    # Not of the last, which may be a word; nor of what is before the lines of a diff.
-    chars = set("".join(line[1:] for line in lines[:-1]))
-    digests = len(lines[0]) in _DIGESTS and chars <= _HEX
-    mixed = chars & set("+/") and chars & set("-_")  # as in paths, and in no base64
-    return not (digests or mixed)
+def _check_called(value: object) -> None:
+    names = ["name", "arguments"]
+    called = _closed(value, needed=names, texts=names, others=["parsed_arguments"])
+    _require(not called.has("parsed_arguments"))
+
+
+def _function_in(value: object) -> object:
+    tool = _closed(value, others=["type", "function"])
+    _require(tool.take("type") == "function")
+    return tool.take("function")
+
+
+def _check_schema(value: object, schema: str) -> None:
+    """A function or a format, with a JSON schema in the field of that name."""
+    named = _closed(
+        value, needed=["name"], texts=["name", "description"], flags=["strict"], others=[schema]
+    )
+    _require(isinstance(named.take(schema), dict | None))
+
+
+def _check_texts(value: object) -> None:
+    _require(isinstance(value, list) and all(isinstance(one, str) for one in value))

@@ -1,31 +1,31 @@
-"""Streaming an answer of two passes where what was sent can't be taken back."""
+"""Streaming an answer of two passes to clients that cannot take text back."""
 
 from __future__ import annotations
 
 from vlm_collab.protocol.messages import Stage
 
 _UNSETTLED_CHARS = 4
-"""The end of a growing text, which a later token may still spell in another way."""
+"""Characters at the end of a growing text that a later token may still change."""
 
 _RESTART = "\n\n"
 
 
-class TextFlow:
-    """Turns the texts of an answer in the making into pieces that only ever add to each other.
+class TextStream:
+    """Turns the growing texts of an answer into pieces that only add to each other.
 
-    The first pass's text is held back until it is known to stand, since a second pass replaces
-    it; then it is sent at once. The second pass's text is sent as it grows, but for its end: a
-    token can change how the last characters are spelled, and where a stop text begins to come
-    up it may have to go.
+    The text of the first pass is held back, since a second pass replaces it. It is sent at once
+    when it turns out to be the answer. The text of the second pass is sent as it grows, except its
+    end: a later token can change the last characters, and the beginning of a stop text may have to
+    be removed.
 
-    Should another text stand in the end than the one that was begun (the second pass failed, or
-    was made again on another link with other draws), it is sent whole after an empty line.
+    The final text may differ from what was sent: the second pass failed, or was repeated on another
+    link with other draws. Then the whole final text is sent after an empty line.
 
     Args:
         stops: the question's stop texts.
 
     Attributes:
-        restarted: another text stands than the one that was begun.
+        restarted: the final text did not continue what was sent.
     """
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
@@ -34,7 +34,7 @@ class TextFlow:
         self.restarted = False
 
     def feed(self, stage: Stage, text: str) -> str:
-        """Take the text of a pass so far; what can be sent of it, often nothing."""
+        """Take the text of a pass so far; return what can be sent now, often nothing."""
         if stage is not Stage.SECOND:
             return ""
         settled = self._settled(text)
@@ -43,7 +43,7 @@ class TextFlow:
         return self._advance(settled)
 
     def finish(self, text: str) -> str:
-        """Take the text that stands; what is left to send of it."""
+        """Take the final text; return what is left to send."""
         if text.startswith(self._sent):
             return self._advance(text)
         self.restarted = True
@@ -64,5 +64,5 @@ class TextFlow:
                 if text.endswith(stop[:length]):
                     end = min(end, len(text) - length)
                     break
-        # Blanks before a stop text go with it; an incomplete character is none yet.
+        # Blanks before a stop text are removed with it. An incomplete character is held back.
         return text[:end].rstrip().rstrip("\N{REPLACEMENT CHARACTER}")

@@ -1,34 +1,34 @@
-"""The rule for what nothing here can honour: refused, or ignored and listed.
+"""Parameters that are not supported: which are refused, and which are ignored and listed.
 
-A field that this package does not know has no effect, and is ignored. The answer's headers list
-it (`IGNORED_HEADER`), so that nothing is ignored in silence. A field is refused instead if without
-it the answer would mean something else than its reader takes it for: another form, another
-number of answers, other words, or an answer about something that was not looked at. `REFUSED`
-names those fields, and the values of theirs that ask for nothing. A field that holds a picture is
-refused whatever its name.
+An unknown field has no effect and is ignored. A response header lists it (`IGNORED_HEADER`), so
+that nothing is ignored silently. A field is refused if the answer without it would mislead the
+client: another format, another number of answers, other words, or an answer about something that
+the model did not see. `REFUSED` names these fields, with the values that have no effect and are
+accepted. A field that holds a picture is refused whatever its name.
 
-What cuts unlikely tokens off (`top_k`, `min_p`, …) is ignored. Without `temperature` the likeliest
-token is taken, which it never cuts off; with one, what is drawn is as the model has it. Penalties
-and biases are refused: they change which token is the likeliest.
+Parameters that cut off unlikely tokens (`top_k`, `min_p`, …) are ignored. Without `temperature` the
+likeliest token is taken, which they never cut off; with `temperature`, tokens are drawn from the
+model's own distribution. Penalties and biases are refused, since they change which token is the
+likeliest.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlm_collab.openai.errors import ApiError, refuse
-from vlm_collab.openai.text_only import CHAT_FIELDS, refuse_pictures_in
+from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 
 IGNORED_HEADER = "x-vlm-collab-ignored"
-"""Names what of a request had no effect, as paths without indices, with commas between."""
+"""Response header with the ignored fields, as paths without indices, separated by commas."""
 
 UNSUPPORTED = "unsupported_parameter"
 
 
 class _Rule(NamedTuple):
-    """Why a field is refused, and the values with which it is not."""
+    """Why a field is refused, and the values with which it is accepted."""
 
     why: str
     neutral: Collection[object] = ()
@@ -41,15 +41,15 @@ _ENDED = "answers end where the model or a stop text ends them"
 _PROMPTED = "the prompt is the served model's own"
 _TOLD = "what the model is told goes into the messages or the input"
 CALLS_NONE = "the model calls no tools; leave the choice to it"
-"""Why a call of a tool can't be demanded."""
+"""Why a demanded tool call is refused."""
 _SHOWN = "send pictures as parts of what the user says; other files cannot be read"
 
 REFUSED: Mapping[str, _Rule] = {
-    # How many answers.
+    # Number of answers.
     "n": _Rule("one answer to a question", [1]),
     "best_of": _Rule("one answer to a question", [1]),
     "top_logprobs": _Rule("only the token that was chosen is told", [0]),
-    # Which words.
+    # Choice of tokens.
     "presence_penalty": _Rule("penalties are not supported", [0]),
     "frequency_penalty": _Rule("penalties are not supported", [0]),
     "repetition_penalty": _Rule("penalties are not supported", [1]),
@@ -62,7 +62,7 @@ REFUSED: Mapping[str, _Rule] = {
     "dry_multiplier": _Rule("penalties are not supported", [0]),
     "use_beam_search": _Rule(_BIASED, [False]),
     "num_beams": _Rule(_BIASED, [1]),
-    # Which form.
+    # Format of the answer.
     "response_format": _Rule(_PLAIN, [{"type": "text"}]),
     "format": _Rule(_PLAIN, [{"type": "text"}, ""]),
     "json_schema": _Rule(_PLAIN, [{}]),
@@ -75,14 +75,14 @@ REFUSED: Mapping[str, _Rule] = {
     "regex": _Rule(_PLAIN, [""]),
     "ebnf": _Rule(_PLAIN, [""]),
     "modalities": _Rule("answers are text", [["text"]]),
-    # Where it begins and ends.
+    # Where the answer begins and ends.
     "continue_final_message": _Rule(_BEGUN, [False]),
     "suffix": _Rule(_BEGUN, [""]),
     "echo": _Rule(_BEGUN, [False]),
     "ignore_eos": _Rule(_ENDED, [False]),
     "min_tokens": _Rule(_ENDED, [0]),
     "stop_token_ids": _Rule(_ENDED, [[]]),
-    # What the model is told, what it may look up, and when the answer comes.
+    # The prompt, searches, and background work.
     "messages": _Rule(_TOLD),
     "input": _Rule(_TOLD),
     "instructions": _Rule(_TOLD),
@@ -95,10 +95,10 @@ REFUSED: Mapping[str, _Rule] = {
     "web_search_options": _Rule("nothing is searched"),
     "plugins": _Rule("there are none", [[]]),
     "background": _Rule("nothing runs in the background", [False]),
-    # `tool_choice` in its older form, which only `parse_chat` reads.
+    # The older form of `tool_choice`; only `parse_chat` reads it.
     "function_call": _Rule(CALLS_NONE, ["auto", "none"]),
 }
-"""Fields of a request without which its answer would mean something else."""
+"""Fields of a request that are refused: the answer without them would mislead the client."""
 
 _REFUSED_ANYWHERE: Mapping[str, _Rule] = {
     "audio": _Rule("neither heard nor spoken"),
@@ -116,7 +116,7 @@ _REFUSED_ANYWHERE: Mapping[str, _Rule] = {
     "video": _Rule(_SHOWN),
     "videos": _Rule(_SHOWN, [[]]),
 }
-"""Those that are also refused further in, of messages and their parts."""
+"""Fields that are refused in messages and their parts, too."""
 
 _NEUTRAL: Mapping[str, Collection[object]] = {
     "store": [False],
@@ -127,7 +127,7 @@ _NEUTRAL: Mapping[str, Collection[object]] = {
     "verbosity": ["medium"],
     "truncation": ["disabled"],
 }
-"""Values that ask for what happens anyway: they are honoured, so nothing is to be listed."""
+"""Values that ask for what happens anyway, so they are not listed as ignored."""
 
 _MOST_NAMES = 32
 _MOST_NAME_CHARS = 64
@@ -136,7 +136,7 @@ _UNPRINTABLE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 class Ignored:
-    """What of a request has no effect, in order of appearance."""
+    """The fields of a request that have no effect, in order of appearance."""
 
     def __init__(self) -> None:
         self._paths: dict[str, None] = {}
@@ -146,16 +146,16 @@ class Ignored:
         """Paths without indices, each once: at most 32, of at most 64 characters each."""
         return tuple(self._paths)
 
-    def unread(self, where: str, name: str, value: object) -> None:
-        """Judge a field that nobody reads.
+    def judge(self, where: str, name: str, value: object) -> None:
+        """Refuse a field that no parser reads, or list it as ignored.
 
         Args:
-            where: path of the object that it is in; empty for the request itself.
+            where: path of the object with the field; empty for the request itself.
             name: its name.
-            value: not null.
+            value: its value, not null.
 
         Raises:
-            ApiError: without it, the answer would mean something else.
+            ApiError: the field is refused, or holds a picture.
         """
         path = f"{where}.{name}" if where else name
         rule = _REFUSED_ANYWHERE.get(name) or (None if where else REFUSED.get(name))
@@ -168,41 +168,26 @@ class Ignored:
             self.add(path)
 
     def add(self, path: str) -> None:
-        """List a field."""
+        """List a field as ignored."""
         if len(self._paths) < _MOST_NAMES:
-            # Names are the client's, and headers hold little.
+            # Names come from the client, and headers are short ASCII.
             shown = _UNPRINTABLE.sub("?", _INDEX.sub("[]", path)[:_MOST_NAME_CHARS])
             self._paths.setdefault(shown)
 
 
-def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A chat without the fields that have no effect and may not be handed on, and their names.
-
-    Whether the rest is about text alone `chat_is_text` says.
-
-    Raises:
-        ApiError: see `Ignored.unread`.
-    """
-    ignored = Ignored()
-    for name, value in body.items():
-        if name not in CHAT_FIELDS and value is not None:
-            ignored.unread("", name, value)
-    return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
-
-
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
-    """HTTP headers that list what had no effect; none if there is nothing to list."""
+    """The response header that lists ignored fields; no header if there are none."""
     listed = ", ".join(names)
     return {IGNORED_HEADER: listed} if listed else {}
 
 
 def refused(param: str, why: str) -> ApiError:
-    """A refusal of what nothing here can honour."""
+    """The error for a parameter that is not supported."""
     return refuse(param, f"{param}: {why}", UNSUPPORTED)
 
 
 def is_any_of(value: object, accepted: Iterable[object]) -> bool:
-    """Equality as JSON has it: true is no 1, although Python thinks so."""
+    """Whether a value equals one of some JSON values; unlike in Python, true does not equal 1."""
     return any(
         value == one and isinstance(value, bool) is isinstance(one, bool) for one in accepted
     )

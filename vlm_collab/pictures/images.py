@@ -1,50 +1,32 @@
-"""Pictures in and out: bounded decoding, encoding without metadata, views and regions (Pillow).
+"""Decode pictures from a peer within bounds, and encode pictures without metadata (Pillow).
 
-Bytes are checked by `vlm_collab.pictures.headers` before a pixel is decompressed, and the decoder
-gets what belongs to the pixels and nothing else: whatever is wrong with EXIF, profiles, texts or
-their checksums, a picture whose pixels are whole is a good one.
+`vlm_collab.pictures.headers` checks the bytes before any pixel is decompressed, and the decoder
+gets only what the pixels need. So a picture with intact pixels is accepted even if its EXIF,
+profiles, texts or their checksums are broken.
 
-All pictures that come out are upright 8-bit RGB. Transparency is laid on white, as a page shows
-it; 16-bit grey is scaled to 8 bits. At the edge, colours with an ICC profile become sRGB. The
-server ignores profiles: the edge has applied them, and a stranger's profile would only be one
-more parser to attack.
+All decoded pictures are upright 8-bit RGB. Transparency is laid on white, as on a web page; 16-bit
+grey is scaled to 8 bits. The edge converts colours with an ICC profile to sRGB. The server ignores
+profiles: the edge has applied them, and parsing a stranger's profile would be a risk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import math
-import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from PIL import Image
-from PIL.ImageFile import ImageFile
 
-from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.geometry import Box, Fit, Size, frame_of
-from vlm_collab.pictures.headers import (
-    MAX_ORIGINAL_PARTS,
-    Codec,
-    StoredHeader,
-    check_pixels,
-    identify,
-    pixels_only,
-    profile_in,
-    stored_header,
-    top_rows,
-)
+from vlm_collab.errors import ImageError, UnsupportedImageError
+from vlm_collab.pictures.container import Codec
+from vlm_collab.pictures.headers import pixels_only, stored_header
 from vlm_collab.pictures.pixels import (
     ALL_CODECS,
     agreed_codec,
     codec_names,
-    describe,
     flatten,
     loaded,
-    open_bounded,
-    orientation_of,
+    open_checked,
     to_srgb,
     transposed,
     upright_size,
@@ -52,51 +34,19 @@ from vlm_collab.pictures.pixels import (
 
 __all__ = [
     "ALL_CODECS",
-    "MAX_SOURCE_BYTES",
-    "MAX_SOURCE_PIXELS",
-    "PAD_COLOUR",
     "Codec",
     "ImageHeader",
-    "SourceImage",
     "choose_codec",
     "decode",
     "encode",
     "read_header",
-    "read_source",
 ]
-
-MAX_SOURCE_PIXELS = 200_000_000
-"""Default limit for an original at the edge: the largest phone sensors have 200 megapixels."""
-
-MAX_SOURCE_BYTES = 1 << 30
-"""An original file beyond this is refused unread; 200 megapixels fit even as 16-bit PNG."""
-
-PAD_COLOUR = (122, 116, 104)
-"""The bars of `Fit.PAD`: the mean colour that CLIP encoders subtract, so they become zeros."""
 
 _LONGEST_SIDES = {Codec.JPEG: 65500, Codec.WEBP: 16383}
 
-_OVERSAMPLING = 1.4
-"""Scaled JPEG decoding averages blocks of pixels, which blurs and aliases. Decoding to at least
-this many times the target leaves the rest, which shows, to the bicubic filter. Of scenes and
-small texts, the encoded view is then as near to a perfect one as when everything is decoded, to
-0.2 dB (`python -m eval.bench.edge --quality`; of texts it is not at 1.3)."""
-
-_REDUCING_GAP = 2
-"""The same for Pillow's own averaging before its filter, which loses more."""
-
-_CODED_PX = 32
-"""Widest block of pixels that a JPEG codes together, with any chroma subsampling in use."""
-
-_REACH = 3
-"""How far below a box a filter may look, in pixels of the result."""
-
-_MOST_ROWS = 0.9
-"""A JPEG is decoded as a whole where a region needs more than this share of its rows."""
-
 
 class ImageHeader(NamedTuple):
-    """What an encoded picture says of itself. Sizes are upright, as `decode` returns them."""
+    """Header of an encoded picture. Sizes are upright, as `decode` returns them."""
 
     codec: Codec
     width: int
@@ -108,8 +58,8 @@ def choose_codec(offered: Iterable[int], accepted: Sequence[Codec]) -> Codec:
     """The first codec of the server's list, in its order of preference, that the edge offers.
 
     Args:
-        offered: what the edge can encode; numbers of codecs unknown here are skipped.
-        accepted: what the server takes, best first.
+        offered: codecs that the edge can encode; unknown numbers are skipped.
+        accepted: codecs that the server accepts, best first.
 
     Raises:
         UnsupportedImageError: they have none in common.
@@ -132,19 +82,19 @@ def read_header(
 ) -> ImageHeader:
     """Check a picture received from a peer by its header alone.
 
-    Nothing is decompressed, and it takes well under a millisecond whatever the bytes are. A
-    picture that passes may still turn out to be broken when it is decoded.
+    Nothing is decompressed, and the check takes well under a millisecond for any bytes. A picture
+    that passes may still turn out to be broken when it is decoded.
 
     Args:
         data: the encoded picture.
-        codecs: the formats agreed on; no other is opened.
+        codecs: the formats agreed on; others are refused.
         max_pixels: most pixels, width × height.
         max_frames: most frames of an animation.
 
     Raises:
         UnsupportedImageError: not a picture, or in none of these formats.
         ImageTooLargeError: more pixels or frames than allowed, or more parts than pictures that
-            cross the wire have (`headers.MAX_PARTS`).
+            cross the wire have (`container.MAX_PARTS`).
         ImageError: the header is broken.
     """
     codec = agreed_codec(data, codecs)
@@ -166,18 +116,18 @@ def decode(
     """
     codec = agreed_codec(data, codecs)
     stored = stored_header(data, codec, max_pixels, max_frames)
-    image = _opened(pixels_only(data, codec), codec, stored)
+    image = open_checked(pixels_only(data, codec), codec, stored)
     upright = transposed(loaded(image).convert("RGB"), stored.orientation)
     upright.info.clear()
     return upright
 
 
 def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
-    """Encode a picture as it lies, without any metadata (EXIF, XMP, ICC, comments, thumbnails).
+    """Encode a picture without any metadata (EXIF, XMP, ICC, comments, thumbnails).
 
     JPEG with 4:2:0 chroma and optimised tables, WebP lossy, PNG optimised. Colours with an ICC
-    profile become sRGB first. An EXIF orientation is dropped unapplied: pictures from this
-    module are upright already.
+    profile become sRGB first. An EXIF orientation is dropped and not applied: pictures
+    from this package are upright already.
 
     Args:
         image: any mode; sent as RGB.
@@ -210,350 +160,3 @@ def encode(image: Image.Image, codec: Codec, quality: int) -> bytes:
             f"cannot encode {rgb.width} x {rgb.height} pixels as {codec.name}{why}"
         ) from error
     return buffer.getvalue()
-
-
-class SourceImage:
-    """The original at the edge: views and full-resolution regions of it, decoded when needed.
-
-    Coordinates are those of the upright picture, EXIF orientation applied. Decoded pixels are
-    cached once needed at full size, those of a JPEG only down to what is needed; a view of a large
-    JPEG needs only a scaled decoding and caches nothing. Not for use by two threads at once.
-
-    Attributes:
-        size: width and height of the upright picture, px, from the header.
-        hidden: what `hiding` blacked out, px of the upright picture.
-    """
-
-    __slots__ = ("_data", "_icc", "_orientation", "_pixels", "_stored", "hidden", "size")
-
-    def __init__(
-        self,
-        data: bytes,
-        pixels: Image.Image | None,
-        stored: Size,
-        orientation: int,
-        icc: object,
-        hidden: tuple[Box, ...] = (),
-    ) -> None:
-        """Use `open` or `from_pil` instead."""
-        self._data = data
-        self._pixels = pixels
-        self._stored = stored
-        self._orientation = orientation
-        self._icc = icc
-        self.hidden = hidden
-        self.size = Size(*upright_size(stored, orientation))
-
-    @classmethod
-    def open(
-        cls,
-        source: str | os.PathLike[str] | bytes | BinaryIO,
-        *,
-        max_pixels: int = MAX_SOURCE_PIXELS,
-    ) -> SourceImage:
-        """Open a JPEG, PNG or WebP picture; reads its header, decodes nothing.
-
-        Args:
-            source: path, content, or binary file of the picture. A file is read to its end.
-            max_pixels: most pixels to accept.
-
-        Raises:
-            UnsupportedImageError: not a picture, or of another format.
-            ImageTooLargeError: too many pixels or bytes, or animated.
-            ImageError: missing, unreadable or broken. Each says which file, where it has a name.
-        """
-        data = source if isinstance(source, bytes) else read_source(source)
-        try:
-            codec = agreed_codec(data, ALL_CODECS)
-            stored = stored_header(data, codec, max_pixels, 1, MAX_ORIGINAL_PARTS)
-            image = _opened(pixels_only(data, codec, MAX_ORIGINAL_PARTS), codec, stored)
-        except ImageError as error:
-            if not isinstance(source, str | os.PathLike):
-                raise
-            raise type(error)(f"{_shown(source)}: {error}") from error
-        icc = profile_in(data, codec, MAX_ORIGINAL_PARTS)
-        return cls(data, None, Size(*image.size), stored.orientation, icc)
-
-    @classmethod
-    def received(cls, data: bytes, *, max_pixels: int) -> SourceImage:
-        """Take an original from a peer: checked as `decode` does, and its profile ignored.
-
-        Errors as `read_header`; pixels that are broken show when they are needed.
-        """
-        codec = agreed_codec(data, ALL_CODECS)
-        stored = stored_header(data, codec, max_pixels, 1)
-        pixels = pixels_only(data, codec)
-        image = _opened(pixels, codec, stored)
-        return cls(pixels, None, Size(*image.size), stored.orientation, None)
-
-    @classmethod
-    def from_pil(cls, image: Image.Image, *, max_pixels: int = MAX_SOURCE_PIXELS) -> SourceImage:
-        """Take a picture that Pillow holds already, a camera frame for example.
-
-        An EXIF orientation and an ICC profile in `image.info` are honoured as in a file.
-
-        Raises:
-            UnsupportedImageError: its mode has no RGB form.
-            ImageTooLargeError: more pixels than the limit.
-            ImageError: it was opened lazily, and its data are broken.
-        """
-        check_pixels(image.size, max_pixels)
-        orientation = orientation_of(image)
-        icc = image.info.get("icc_profile")
-        return cls(b"", loaded(image), Size(*image.size), orientation, icc)
-
-    def hiding(self, boxes: Iterable[Box]) -> SourceImage:
-        """The same picture with these boxes black, beside those hidden already.
-
-        They are blacked out as soon as pixels are decoded, before anything is resized, so nothing
-        of them reaches a pixel that is shown; and once more in what comes out, where every
-        pixel that a box touches is black.
-
-        Args:
-            boxes: px of the upright picture; clipped to it.
-        """
-        inside = (
-            Box(
-                max(left, 0),
-                max(top, 0),
-                min(right, self.size.width),
-                min(bottom, self.size.height),
-            )
-            for left, top, right, bottom in boxes
-        )
-        more = tuple(box for box in inside if box.left < box.right and box.top < box.bottom)
-        pixels = self._pixels
-        if pixels is not None and more:
-            pixels = pixels.copy()
-            _black_out(pixels, (_stored_box(box, self.size, self._orientation) for box in more))
-        return SourceImage(
-            self._data, pixels, self._stored, self._orientation, self._icc, self.hidden + more
-        )
-
-    def pixel_digest(self) -> str:
-        """SHA-256, in hex, over width, height and the upright 8-bit RGB pixels."""
-        pixels, _ = self._decoded(1, self._stored.height)
-        counted = hashlib.sha256(b"%d %d " % self.size)
-        counted.update(transposed(to_srgb(pixels, self._icc), self._orientation).tobytes())
-        return counted.hexdigest()
-
-    def view(
-        self, side: Size, fit: Fit, *, pad_colour: tuple[int, int, int] = PAD_COLOUR
-    ) -> Image.Image:
-        """The picture as the vision encoder wants it, exactly `side` pixels large.
-
-        Resized with an antialiased bicubic filter, the one such encoders are trained with. With
-        `Fit.PAD` the picture's edges fall on whole pixels of the view, at most half a pixel from
-        where `frame_of` has them.
-
-        Args:
-            side: width and height of the view, px.
-            fit: how the picture is brought to that aspect.
-            pad_colour: RGB of the bars of `Fit.PAD`.
-
-        Raises:
-            ValueError: `side` is not positive.
-            ImageError: the picture's data are broken.
-        """
-        frame = frame_of(self.size, fit, side)
-        if fit is not Fit.PAD:
-            right, bottom = frame.left + frame.width, frame.top + frame.height
-            return self._resampled(Box(frame.left, frame.top, right, bottom), side)
-        left, width = _padded_extent(-frame.left, self.size.width, frame.width, side.width)
-        top, height = _padded_extent(-frame.top, self.size.height, frame.height, side.height)
-        whole = self._resampled(Box(0, 0, *self.size), Size(width, height))
-        canvas = Image.new("RGB", side, pad_colour)
-        canvas.paste(whole, (left, top))
-        return canvas
-
-    def region(self, box: Box, target: Size) -> Image.Image:
-        """Crop and resize, Eq. 21 of `003_92b41fe49395ce1a.txt`, at full resolution.
-
-        Never enlarged: an axis along which the crop is smaller than the target keeps its pixels,
-        and the server enlarges it. Interpolated pixels would cost bytes and tell nothing.
-
-        Args:
-            box: source pixels, inside the picture.
-            target: size that the server asks for, px; the aspect is not kept.
-
-        Raises:
-            ValueError: the box is empty or not inside the picture, or the target not positive.
-            ImageError: the picture's data are broken.
-        """
-        inside = 0 <= box.left < box.right <= self.size.width
-        if not (inside and 0 <= box.top < box.bottom <= self.size.height):
-            raise ValueError(
-                f"{tuple(box)} is no box inside {self.size.width} x {self.size.height}"
-            )
-        if min(target) < 1:
-            raise ValueError(f"impossible target size {target.width} x {target.height}")
-        size = Size(min(box.width, target.width), min(box.height, target.height))
-        return self._resampled(box, size)
-
-    def _resampled(self, box: Box, size: Size) -> Image.Image:
-        """The pixels of an upright box, resized to `size`, as upright sRGB."""
-        # Everything is done as stored; only the small result is turned upright.
-        left, top, right, bottom = _stored_box(box, self.size, self._orientation)
-        size = Size(*upright_size(size, self._orientation))  # turning is its own inverse
-        shrink = min((right - left) / size.width, (bottom - top) / size.height)
-        pixels, scale = self._decoded(
-            shrink / _OVERSAMPLING, bottom + math.ceil(_REACH * (bottom - top) / size.height)
-        )
-        if scale == 1 and size == (right - left, bottom - top):
-            small = pixels.crop((left, top, right, bottom))
-        else:
-            # A pixel of a scaled JPEG spans exactly `scale` stored ones, but for the last.
-            part = (left / scale, top / scale, right / scale, bottom / scale)
-            small = pixels.resize(
-                size, Image.Resampling.BICUBIC, box=part, reducing_gap=_REDUCING_GAP
-            )
-        upright = transposed(to_srgb(small, self._icc), self._orientation)
-        if self.hidden:
-            _black_out(upright, _shown_at(self.hidden, box, Size(*upright.size)))
-        return upright
-
-    def _decoded(self, scale_limit: float, bottom: int) -> tuple[Image.Image, int]:
-        """Stored pixels, flattened, and how many times smaller they are than the original.
-
-        A JPEG is decoded at 1/8, 1/4 or 1/2 if that is no smaller than 1 / `scale_limit`, and
-        only down to `bottom`, in stored px, where what is below it would take long.
-        """
-        if self._pixels is not None and self._pixels.height >= min(bottom, self._stored.height):
-            return self._pixels, 1
-        codec = agreed_codec(self._data, ALL_CODECS)
-        pixels_alone = pixels_only(self._data, codec, MAX_ORIGINAL_PARTS)
-        image = open_bounded(pixels_alone, codec, math.prod(self._stored), 1)
-        scale = next((s for s in (8, 4, 2) if s <= min(scale_limit, *self._stored)), 1)
-        if codec is Codec.JPEG and scale > 1:
-            # The decoder picks the largest of these scales that leaves this size or more.
-            image.draft(None, (self._stored.width // scale, self._stored.height // scale))
-            pixels = loaded(image)
-            _black_out(pixels, (_coded_box(box, scale) for box in self._stored_hidden()))
-            return pixels, scale
-        rows = (bottom // _CODED_PX + 2) * _CODED_PX
-        if codec is Codec.JPEG and rows < _MOST_ROWS * self._stored.height:
-            top = top_rows(pixels_alone, rows)
-            if top is not None:
-                image = open_bounded(top, codec, math.prod(self._stored), 1)
-        self._pixels = loaded(image)
-        _black_out(self._pixels, self._stored_hidden())
-        if self._pixels.height == self._stored.height:
-            self._data = b""
-        return self._pixels, 1
-
-    def _stored_hidden(self) -> Iterator[Box]:
-        return (_stored_box(box, self.size, self._orientation) for box in self.hidden)
-
-
-def _opened(pixels: bytes, codec: Codec, stored: StoredHeader) -> ImageFile:
-    """What `pixels_only` left of a picture whose header has been checked, opened lazily.
-
-    Raises:
-        ImageTooLargeError, ImageError: the decoder sees it otherwise.
-    """
-    image = open_bounded(pixels, codec, stored.width * stored.height, stored.frames)
-    if image.size != (stored.width, stored.height):
-        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
-    return image
-
-
-def _black_out(image: Image.Image, boxes: Iterable[Box]) -> None:
-    """Make boxes of a flattened picture black, in place."""
-    black = (0, 0, 0, 255) if image.mode == "CMYK" else 0 if image.mode == "L" else (0, 0, 0)
-    for box in boxes:
-        image.paste(black, (box.left, box.top, box.right, box.bottom))
-
-
-def _coded_box(box: Box, scale: int) -> Box:
-    """Pixels of a JPEG decoded at 1 / `scale` that something of a stored box may have reached.
-
-    A scaled pixel is made from its whole coded block, and its colour also from the next pixel's.
-    """
-    grown = (box.left - scale, box.top - scale, box.right + scale, box.bottom + scale)
-    left, top = (max(edge, 0) // _CODED_PX * _CODED_PX // scale for edge in grown[:2])
-    right, bottom = (-(-edge // _CODED_PX) * _CODED_PX // scale for edge in grown[2:])
-    return Box(left, top, right, bottom)
-
-
-def _shown_at(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
-    """Where hidden boxes lie in a box that is shown at `size`; every pixel that they touch."""
-    for left, top, right, bottom in hidden:
-        if left < box.right and right > box.left and top < box.bottom and bottom > box.top:
-            yield Box(
-                max(left - box.left, 0) * size.width // box.width,
-                max(top - box.top, 0) * size.height // box.height,
-                min(-(-(right - box.left) * size.width // box.width), size.width),
-                min(-(-(bottom - box.top) * size.height // box.height), size.height),
-            )
-
-
-def _stored_box(box: Box, upright: Size, orientation: int) -> Box:
-    """Where an upright box lies in the picture as stored, before `transposed`."""
-    left, top, right, bottom = box
-    if orientation in (2, 3, 6, 7):  # the stored axis along these runs the other way
-        left, right = upright.width - right, upright.width - left
-    if orientation in (3, 4, 7, 8):
-        top, bottom = upright.height - bottom, upright.height - top
-    return Box(top, left, bottom, right) if orientation >= 5 else Box(left, top, right, bottom)
-
-
-def _padded_extent(offset: int, length: int, frame: int, side: int) -> tuple[int, int]:
-    """Start and length in view pixels of a picture that lies `offset` px into its frame."""
-    start = round(offset * side / frame)
-    end = round((offset + length) * side / frame)
-    return start, max(end - start, 1)
-
-
-def read_source(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """All of an original's file, if it starts like a picture and is not too long.
-
-    Only regular files are opened: a pipe would keep its reader waiting.
-
-    Args:
-        source: path, or open binary file.
-
-    Raises:
-        UnsupportedImageError: not a picture, or of another format; only its start was read.
-        ImageTooLargeError: more than `MAX_SOURCE_BYTES`.
-        ImageError: missing, no regular file, or unreadable. Each says which file, where it has a
-            name.
-    """
-    if not isinstance(source, str | os.PathLike):
-        return _read(source)
-    name = _shown(source)
-    try:
-        found = os.stat(source)
-        if stat.S_ISDIR(found.st_mode):
-            raise ImageError("is a directory, not a picture")
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError("is no regular file; save the picture as one first")
-        if found.st_size > MAX_SOURCE_BYTES:
-            raise ImageTooLargeError(_TOO_LONG)
-        with open(source, "rb") as file:
-            return _read(file)
-    except (FileNotFoundError, ValueError):  # ValueError: a null byte in the name
-        raise ImageError(f"{name}: no such file") from None
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read: {error.strerror or error}") from error
-    except ImageError as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
-_TOO_LONG = f"more than {MAX_SOURCE_BYTES >> 20} MiB"
-
-
-def _read(file: BinaryIO) -> bytes:
-    head = file.read(32)
-    if identify(head) is None:
-        found = "an empty file" if not head else describe(head)
-        raise UnsupportedImageError(f"{found}; usable formats: {codec_names(ALL_CODECS)}")
-    data = head + file.read(MAX_SOURCE_BYTES)
-    if len(data) > MAX_SOURCE_BYTES:
-        raise ImageTooLargeError(_TOO_LONG)
-    return data
-
-
-def _shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: on one line whatever its name."""
-    name = os.fspath(path)
-    return name if name.isprintable() else repr(name)

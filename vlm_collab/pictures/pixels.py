@@ -1,11 +1,11 @@
-"""Pillow's decoders within bounds; `vlm_collab.pictures.images` builds on them.
+"""Pillow's decoders within bounds, for `images` and `source_image`.
 
-What comes here are the pixels of a picture that `vlm_collab.pictures.headers` has checked, without
-its metadata; the decoder's own view of size and frames is checked once more. Each format is opened
-by its own decoder class and not through `Image.open`: nothing else is ever tried on the bytes, the
-limit is the caller's rather than Pillow's process-wide one, and the second pictures that phones
-append to a JPEG are left alone. None of Pillow's settings is touched, and none of its words is
-shown: whatever a decoder raises on bytes from outside becomes one line of this module.
+The input is a picture that passed `vlm_collab.pictures.headers`, without its metadata. The size and
+frames that the decoder finds are checked once more. Each format is opened by its own decoder class,
+not by `Image.open`: no other decoder sees the bytes, the pixel limit is the caller's instead of
+Pillow's process-wide one, and the second pictures that phones append to a JPEG are ignored.
+Pillow's settings are not changed. Any exception of a decoder becomes an error of this project with
+a message of one line.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlm_collab.errors import ImageError, ImageTooLargeError, UnsupportedImageError
-from vlm_collab.pictures.headers import (
+from vlm_collab.pictures.container import (
     Codec,
+    StoredHeader,
     check_frames,
     check_pixels,
-    identify,
     orientation_in,
-    webp_size,
 )
+from vlm_collab.pictures.headers import identify
+from vlm_collab.pictures.webp import canvas_size
 
 ALL_CODECS = frozenset(Codec)
 
@@ -49,29 +50,41 @@ _DECODERS: dict[Codec, type[ImageFile]] = {
     Codec.WEBP: WebPImageFile,
 }
 
-# Only to say what a refused file is.
+# Used only in the message about a refused file.
 _OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF"}
 
 
 def open_bounded(data: bytes, codec: Codec, max_pixels: int, max_frames: int) -> ImageFile:
-    """Open a picture lazily and check what its header promises.
+    """Open a picture lazily and check its size and frames.
 
     Args:
-        data: of `headers.pixels_only`.
+        data: result of `headers.pixels_only`.
         codec: its format.
-        max_pixels, max_frames: most of each.
+        max_pixels, max_frames: most pixels and frames.
 
     Raises:
         ImageTooLargeError, ImageError: one line.
     """
     if codec is Codec.WEBP:
         # Pillow's WebP decoder allocates its canvas on opening, so the size is read first.
-        check_pixels(webp_size(data), max_pixels)
+        check_pixels(canvas_size(data), max_pixels)
     with _decoder_errors(codec, "its header is damaged"):
         image = _DECODERS[codec](io.BytesIO(data))
         frames = getattr(image, "n_frames", 1)
     check_pixels(image.size, max_pixels)
     check_frames(frames, max_frames)
+    return image
+
+
+def open_checked(pixels: bytes, codec: Codec, stored: StoredHeader) -> ImageFile:
+    """Open the result of `pixels_only` lazily, and check it against the header.
+
+    Raises:
+        ImageTooLargeError, ImageError: the decoder disagrees with the header.
+    """
+    image = open_bounded(pixels, codec, stored.width * stored.height, stored.frames)
+    if image.size != (stored.width, stored.height):
+        raise ImageError(f"a broken {codec.name} picture: it names two sizes")
     return image
 
 
@@ -89,7 +102,7 @@ def agreed_codec(data: bytes, codecs: frozenset[Codec]) -> Codec:
 
 
 def describe(data: bytes) -> str:
-    """What a file that is none of the three formats seems to be."""
+    """Guess the format of a file that is none of the three, for a message."""
     for magic, name in _OTHER_FORMATS.items():
         if data.startswith(magic):
             return f"a {name} file"
@@ -104,11 +117,11 @@ def codec_names(codecs: Iterable[Codec]) -> str:
 
 @contextlib.contextmanager
 def _decoder_errors(codec: Codec | None, detail: str) -> Iterator[None]:
-    """Turn what decoders raise on broken data into one clear line.
+    """Turn exceptions of decoders into one clear line.
 
     Args:
-        codec: the format; None where it is not known.
-        detail: what is wrong, as far as the place tells.
+        codec: the format; None if unknown.
+        detail: what is probably wrong.
     """
     try:
         yield
@@ -120,7 +133,7 @@ def _decoder_errors(codec: Codec | None, detail: str) -> Iterator[None]:
     except MemoryError as error:
         raise ImageTooLargeError("too many pixels for this machine's memory") from error
     except Exception as error:
-        # Of all kinds: Pillow documents none of them, and the bytes come from anywhere.
+        # Pillow does not document what its decoders raise, and the bytes can be anything.
         if "truncated" in str(error):
             detail = "it is cut short"
         name = f" {codec.name}" if codec else ""
@@ -141,7 +154,7 @@ def loaded(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """8-bit L, RGB or CMYK, transparency laid on white; resampling needs real intensities."""
+    """Convert to 8-bit L, RGB or CMYK on a white background, so that pixels can be resampled."""
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit grey at 255. 65535 / 257 is exactly 255.
         wide = image.convert("I")
@@ -161,7 +174,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, icc: object) -> Image.Image:
-    """RGB pixels of a flattened picture, from its ICC profile's colours if it has one."""
+    """Convert a flattened picture to sRGB, by its ICC profile if it has one."""
     if isinstance(icc, bytes) and icc:
         from PIL import ImageCms  # slow to import, and few pictures need it
 
@@ -176,8 +189,8 @@ def to_srgb(image: Image.Image, icc: object) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
-    # Not image.getexif(): for a PNG without EXIF it decodes the whole picture to look behind it.
+    """EXIF orientation, 1 to 8; 1 if it is missing or unreadable."""
+    # Not image.getexif(): for a PNG without EXIF that decodes the whole picture.
     block = image.info.get("exif")
     return orientation_in(block) if isinstance(block, bytes) else 1
 

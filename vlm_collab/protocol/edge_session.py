@@ -1,8 +1,8 @@
 """The edge's end of `vlm-collab/1` as a sans-I/O state machine.
 
-`EdgeSession` takes frames and requests in and gives frames and events out. It knows no socket,
-clock, model or picture: a shell reads frames from somewhere, calls `receive`, acts on the events,
-and writes whatever `data_to_send` returns.
+`EdgeSession` turns frames and calls into frames and events. It has no socket, clock, model or
+picture: the caller reads frames from a connection, passes them to `receive`, acts on the events,
+and writes the frames that `data_to_send` returns.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
-from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.pictures.container import Codec
+from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -37,22 +37,24 @@ from vlm_collab.protocol.session import QuestionProgress, Session
 from vlm_collab.protocol.table import CROSSED_AT_EDGE, FITS
 
 MAX_VIEW_PIXELS = 1024 * 1024
-"""Largest global view that an edge sends by default, in px. Those of the presets have 12 544 to
-112 896; a view as large as the picture would be the picture."""
+"""Largest global view that an edge sends by default, in px. The views of the presets have 12 544 to
+112 896 px. The bound keeps a server from asking for the whole picture as a view."""
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What an edge lets a server have. Requests beyond are declined by the session itself, and a
-    server whose views are beyond is refused when it greets.
+    """Bounds on what a server may request from an edge.
+
+    The session declines region requests beyond them by itself. It refuses a server with larger
+    views when the `Welcome` arrives.
 
     Attributes:
         max_region_share: largest share of a picture's area that one request may name.
-        max_regions: region requests honoured on one connection; None for no bound.
-        max_frame_bytes: largest frame read from the server; its largest message is a map of
-            4096 × 4096 cells at the very most, in practice a few hundred bytes.
-        max_text_chars: longest streamed text; an answer of this length is a runaway server.
-        max_view_pixels: largest global view that a server may want, width × height in px.
+        max_regions: most regions sent on one connection; None for no bound.
+        max_frame_bytes: largest frame read from the server. Its largest message has a map, of
+            4096 × 4096 bytes at most and in practice of a few hundred.
+        max_text_chars: longest streamed text; only a faulty server sends more.
+        max_view_pixels: largest global view that a server may require, width × height in px.
     """
 
     max_region_share: float = 1.0
@@ -64,7 +66,7 @@ class EdgeLimits:
 
 @dataclass(frozen=True, slots=True)
 class TextUpdate:
-    """The text of a pass so far."""
+    """The text that a pass has generated so far."""
 
     id: int
     stage: Stage
@@ -73,10 +75,10 @@ class TextUpdate:
 
 @dataclass(frozen=True, slots=True)
 class RegionWanted:
-    """The server asks for a region, and the edge's limits allow it.
+    """The server requests a region that the edge's limits allow.
 
     Attributes:
-        box: what to crop, in px of the upright original.
+        box: the region to crop, in px of the upright original.
         target: largest useful size of the local view, in px.
     """
 
@@ -88,7 +90,7 @@ class RegionWanted:
 
 @dataclass(frozen=True, slots=True)
 class RegionDeclined:
-    """The session declined a request by itself; the answer is on its way."""
+    """The session declined a region request by itself; the answer will follow."""
 
     id: int
     reason: DeclineReason
@@ -102,7 +104,8 @@ EdgeEvent = Welcome | TextUpdate | RegionWanted | RegionDeclined | Answer | Erro
 class EdgeSession(Session):
     """The edge's end of one connection.
 
-    Every method that sends raises `LocalProtocolError` when the protocol does not allow it now.
+    Every method that sends raises `LocalProtocolError` if the protocol does not allow the message
+    now.
     """
 
     limits: EdgeLimits = field(default_factory=EdgeLimits)
@@ -110,7 +113,7 @@ class EdgeSession(Session):
     _regions: int = 0
 
     def hello(self, codecs: tuple[Codec, ...], *, resume: bytes = b"", client: str = "") -> None:
-        """Open the conversation."""
+        """Open the connection with `Hello`."""
         if self._greeted or self._closed:
             raise LocalProtocolError("Hello was sent already")
         self._greeted = True
@@ -128,21 +131,24 @@ class EdgeSession(Session):
         more: tuple[MoreView, ...] = (),
         places: tuple[PicturePlace, ...] = (),
     ) -> int:
-        """Ask, and return the question's id.
+        """Send a question.
 
         Args:
             question: the user's text.
             view_id: this edge's number for the view.
             source: size of the upright original, in px.
-            view: the encoded global view; None if the server has it under `view_id`.
+            view: the encoded global view; None if the server has it as `view_id`.
             options: None for the server's defaults.
             history: earlier questions and answers, oldest first.
-            more: further pictures; `view_id` stands for all of them together.
-            places: where pictures stand in the question's text.
+            more: further pictures; `view_id` names all of them together.
+            places: positions of pictures in the question's text.
+
+        Returns:
+            The question's id.
 
         Raises:
-            LocalProtocolError: before `Welcome`, over a limit that it stated, or with places that
-                are wrong or that this server would ignore.
+            LocalProtocolError: before `Welcome`, over a limit that `Welcome` stated, or with
+                places that are wrong or that this server would ignore.
         """
         welcome = self.welcome
         if welcome is None or self._closed:
@@ -156,7 +162,7 @@ class EdgeSession(Session):
             id, question, view_id, view, source.width, source.height, options, history, more, places
         )
         if message.all_places:
-            fault = fault_of(message.all_places, message.questions, 1 + len(more))
+            fault = places_fault(message.all_places, message.questions, 1 + len(more))
             if fault is None and "places" not in welcome.features:
                 fault = "the server does not keep the order of texts and pictures"
             if fault is not None:
@@ -188,13 +194,13 @@ class EdgeSession(Session):
         self._push(Region(id, image), id)
 
     def decline(self, id: int, reason: DeclineReason) -> None:
-        """Say that the region will not come."""
+        """Decline to send the region."""
         if self._move(id, Decline) is None:
             raise self._local(id, Decline)
         self._push(Decline(id, reason), id)
 
     def cancel(self, id: int) -> None:
-        """Give the question up; the server still ends it."""
+        """Cancel the question; the server still ends it."""
         if self._move(id, Cancel) is None:
             raise self._local(id, Cancel)
         self._push(Cancel(id), id)
@@ -208,11 +214,11 @@ class EdgeSession(Session):
         """Take one frame from the server.
 
         Returns:
-            What happened; None for a message that crossed one of ours.
+            The event; None for a message that crossed one of this side's.
 
         Raises:
-            RemoteProtocolError: the frame breaks the protocol. The session is closed; the shell
-                drops the connection.
+            RemoteProtocolError: the frame breaks the protocol. The session is closed; the caller
+                has to close the connection.
         """
         self._check_frame(frame, self.limits.max_frame_bytes)
         try:
@@ -268,8 +274,8 @@ class EdgeSession(Session):
     def _judge(
         self, question: QuestionProgress, request: RegionRequest
     ) -> RegionWanted | RegionDeclined:
-        """Restore the box and hold it against this edge's own limits."""
-        assert self.welcome is not None  # `ask` saw it
+        """Restore the pixel box and check it against this edge's limits."""
+        assert self.welcome is not None  # `ask` requires it
         if request.picture >= len(question.sources):
             return self._decline_by_itself(request, DeclineReason.BAD_REQUEST)
         source = question.sources[request.picture]

@@ -1,7 +1,7 @@
-"""Where the pictures of a conversation stand in its texts.
+"""Positions of pictures in the texts of a conversation.
 
 A question without places has its pictures before the first text, each once, in order. With
-places, each picture stands at one place at least, and may stand at several.
+places, each picture has at least one place and may have several.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 MAX_PLACES = 64
-"""Places of pictures in one conversation."""
+"""Most places of pictures in one conversation."""
 
 
 class Place(NamedTuple):
     """One place of one picture.
 
     Attributes:
-        turn: in which question of the conversation, from 0; the open one is the last.
-        position: characters (Unicode code points) of its text that stand before the picture.
-        picture: which of the question's pictures, from 0.
+        turn: number of the question in the conversation, from 0; the open question is the last.
+        position: characters (Unicode code points) of the question's text before the picture.
+        picture: number of the picture, from 0.
     """
 
     turn: int
@@ -29,19 +29,19 @@ class Place(NamedTuple):
 
 
 Places: TypeAlias = tuple[Place, ...]
-"""In reading order. Empty: all pictures before the first text."""
+"""The places of a conversation in reading order. Empty: all pictures before the first text."""
 
-Spots: TypeAlias = tuple[tuple[int, int], ...]
-"""(position, picture) within one text, in reading order."""
+TurnPlaces: TypeAlias = tuple[tuple[int, int], ...]
+"""The places in one question's text: (position, picture), in reading order."""
 
 
-def fault_of(places: Sequence[Place], questions: Sequence[str], pictures: int) -> str | None:
-    """What is wrong with some places, in one line; None if nothing is.
+def places_fault(places: Sequence[Place], questions: Sequence[str], pictures: int) -> str | None:
+    """Say what is wrong with a conversation's places, in one line; None if they are right.
 
     Args:
-        places: as they came.
+        places: the places as received.
         questions: texts of all questions, oldest first.
-        pictures: how many the conversation is about.
+        pictures: number of pictures in the conversation.
     """
     if not places:
         return None
@@ -54,53 +54,53 @@ def fault_of(places: Sequence[Place], questions: Sequence[str], pictures: int) -
             return "a picture has its place behind the end of its text"
         if not 0 <= place.picture < pictures:
             return f"a place names picture {place.picture}, of {pictures}"
-    spots = [place[:2] for place in places]
-    if spots != sorted(spots):
+    positions = [(place.turn, place.position) for place in places]
+    if positions != sorted(positions):
         return "the places of pictures are not in reading order"
     if len({place.picture for place in places}) < pictures:
         return "a picture has no place, while others have"
     return None
 
 
-def needed(places: Sequence[Place], questions: Sequence[str]) -> Places:
-    """The places of a question as it has to be asked: none where they change nothing.
+def needed_places(places: Sequence[Place], questions: Sequence[str]) -> Places:
+    """The places to send with a question: none if they change nothing.
 
-    Text between two pictures tells which is which, and so does a picture that comes again. One
-    run of different pictures has nothing in it that could be parted, so it stands before the
-    first text, where its visual tokens are computed once for all questions.
+    Places are needed if there is text between two pictures, or if a picture appears twice.
+    Otherwise the pictures form one run, which goes before the first text: its visual tokens are
+    then computed once for all questions.
 
     Args:
         places: in reading order; pictures are numbered by their first appearance.
         questions: texts of all questions, oldest first.
     """
-    once = len({place.picture for place in places}) == len(places)
-    parted = any(
+    distinct = len({place.picture for place in places}) == len(places)
+    text_between = any(
         one.turn != other.turn or questions[one.turn][one.position : other.position].strip()
         for one, other in itertools.pairwise(places)
     )
-    return tuple(places) if parted or not once else ()
+    return tuple(places) if text_between or not distinct else ()
 
 
-def joined(parts: Iterable[str | int]) -> tuple[str, Spots]:
-    """A text out of its pieces, and where between them pictures stand.
+def join_parts(parts: Iterable[str | int]) -> tuple[str, TurnPlaces]:
+    """Join pieces of a question to one text, with the places of the pictures between them.
 
     Args:
-        parts: texts, joined as they are, and numbers of pictures.
+        parts: texts, joined without a separator, and numbers of pictures.
     """
-    text, spots = "", []
+    text, places = "", []
     for part in parts:
         if isinstance(part, str):
             text += part
         else:
-            spots.append((len(text), part))
-    return text, tuple(spots)
+            places.append((len(text), part))
+    return text, tuple(places)
 
 
-def split(text: str, spots: Iterable[tuple[int, int]]) -> list[str | int]:
-    """A text in its pieces, with the numbers of the pictures between them; undoes `joined`."""
+def split_at_pictures(text: str, places: Iterable[tuple[int, int]]) -> list[str | int]:
+    """Split a text at its pictures, with their numbers between the pieces; undoes `join_parts`."""
     parts: list[str | int] = []
     begin = 0
-    for position, picture in spots:
+    for position, picture in places:
         if position > begin:
             parts.append(text[begin:position])
         parts.append(picture)
@@ -108,6 +108,6 @@ def split(text: str, spots: Iterable[tuple[int, int]]) -> list[str | int]:
     return [*parts, text[begin:]] if begin < len(text) else parts
 
 
-def spots_of(places: Iterable[Place], turn: int) -> Spots:
-    """The places within one question's text."""
+def places_in_turn(places: Iterable[Place], turn: int) -> TurnPlaces:
+    """The places within the text of one question."""
     return tuple((place.position, place.picture) for place in places if place.turn == turn)

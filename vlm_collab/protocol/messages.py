@@ -1,20 +1,20 @@
 """The messages of `vlm-collab/1`, and their one encoder and decoder.
 
 Each binary WebSocket frame is one msgpack array ``[tag, field, field, …]``: names cost no bytes.
-Evolution: a field is only ever added at the end, with a default; none changes its type or place;
-unknown trailing fields are ignored. Tag 6 is kept for `Patches` (the classification variant).
+Evolution: fields are only added at the end, with a default. No field changes its type or position.
+Unknown trailing fields are ignored. Tag 6 is reserved for `Patches` (the classification variant).
 
 ======= =============== ========= ==========================================================
-tag     message         direction says
+tag     message         direction meaning
 ======= =============== ========= ==========================================================
-1       Hello           up        who I am, what I can encode, which session I come back to
+1       Hello           up        client, its codecs, the session to resume
 3       Ask             up        a question, with a view or the number of one already sent
-4       Region          up        the crop that was asked for
-5       Decline         up        the crop will not come, and why
-7       Cancel          up        forget the question
+4       Region          up        the crop that was requested
+5       Decline         up        the crop will not be sent, and why
+7       Cancel          up        the answer is no longer wanted
 16      Welcome         down      model, view, grid, codecs, limits
 17      Partial         down      text as it streams
-18      RegionRequest   down      unsure: where to look, and the first answer
+18      RegionRequest   down      where the server needs to look, and the first answer
 19      Answer          down      the end of a question
 20      Error           down      the end of a question, or (id 0) of the connection
 ======= =============== ========= ==========================================================
@@ -29,13 +29,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
-from vlm_collab.pictures.images import Codec
+from vlm_collab.pictures.container import Codec
 from vlm_collab.protocol.image_positions import MAX_PLACES, Place, Places
 
 VERSION = 1
 SUBPROTOCOL = "vlm-collab.v1"
 
-# Every number that a peer controls has a bound, so that no later arithmetic meets a surprise.
+# Every number that a peer controls is bounded, so that later arithmetic cannot overflow.
 QuestionId = Annotated[int, Meta(ge=1, le=2**32 - 1)]
 AnyId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -50,34 +50,34 @@ StopText = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 MAX_PICTURES = 16
-"""Pictures that one question can be about."""
+"""Most pictures of one question."""
 
 CUT_MARK = "…"
-"""Ends the text of a first answer that was not generated to its end (U+2026)."""
+"""Marks the end of a first answer that was not generated completely (U+2026)."""
 
 
 class Stage(enum.IntEnum):
-    """Which pass a text comes from."""
+    """The pass that a text comes from."""
 
     FIRST = 1
     SECOND = 2
 
 
 class Retransmit(enum.IntEnum):
-    """What the edge asks of the decision for one question."""
+    """Whether one question gets a second pass."""
 
     AUTO = 0
-    """By the server's policy."""
+    """The server's policy decides."""
     ALWAYS = 1
-    """However sure the server is. Where no region adds detail, the first answer stands even so."""
+    """Always, unless no region adds detail: then the first answer stands."""
     NEVER = 2
 
 
 class Fallback(enum.IntEnum):
-    """Why an answer that the server was unsure of is still the first one."""
+    """Why the first answer stands although the server was unsure."""
 
     NONE = 0
-    """The policy was content, or the answer is the refined one."""
+    """The server was sure, or the answer is from the second pass."""
     DECLINED = 1
     """The edge would not send the region."""
     DEADLINE = 2
@@ -91,33 +91,33 @@ class Fallback(enum.IntEnum):
     LINK_LOST = 6
     """The link was lost in the second stage (set by the edge, never sent)."""
     NO_DETAIL = 7
-    """No region would have shown more than the view (sent as `Answer.no_detail`, not as this)."""
+    """No region would have shown more than the view (sent as `Answer.no_detail` instead)."""
 
 
 class DeclineReason(enum.IntEnum):
     """Why the edge does not send a region."""
 
     LIMIT = 1
-    """Over one of the edge's own limits."""
+    """The region is over one of the edge's limits."""
     PRIVACY = 2
     """The region may not leave the device."""
     GONE = 3
-    """The original picture is no longer at hand."""
+    """The edge no longer has the original picture."""
     BAD_REQUEST = 4
-    """The request makes no sense for this picture."""
+    """The requested box is not valid for this picture."""
     FAILED = 5
     """Cropping or encoding failed."""
 
 
 class Finish(enum.IntEnum):
-    """Why an answer ends where it does."""
+    """Why generation ended."""
 
     END = 0
-    """The model ended it."""
+    """The model generated its end-of-sequence token."""
     LENGTH = 1
-    """It reached the longest answer allowed."""
+    """The answer reached the maximum length."""
     STOP = 2
-    """One of the texts in `Options.stop` came up; it is not part of the answer."""
+    """A text of `Options.stop` was generated; it is not part of the answer."""
 
 
 class Message(Struct, array_like=True, frozen=True):
@@ -125,11 +125,11 @@ class Message(Struct, array_like=True, frozen=True):
 
 
 class PicturePlace(Struct, array_like=True, frozen=True):
-    """Where a picture stands in a text.
+    """A position of a picture in a text.
 
     Attributes:
-        position: characters (Unicode code points) of the text before it.
-        picture: which of the question's pictures, from 0; one may stand at several places.
+        position: characters (Unicode code points) of the text before the picture.
+        picture: number of the picture, from 0. A picture may have several places.
     """
 
     position: Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -137,7 +137,7 @@ class PicturePlace(Struct, array_like=True, frozen=True):
 
 
 class Turn(Struct, array_like=True, frozen=True):
-    """One earlier question of a conversation, and what was answered.
+    """One earlier question of a conversation and its answer.
 
     Attributes:
         question, answer: the texts.
@@ -166,9 +166,9 @@ class Token(Struct, array_like=True, frozen=True):
     """One generated token.
 
     Attributes:
-        text: what it adds to the answer; the texts of all tokens make up the whole.
-        surprisal_micro: −log2 of the probability that the model gave it, in millionths of a bit,
-            before temperature. Of a greedy answer it is the token's min-entropy.
+        text: what the token adds to the answer; all texts joined give the answer.
+        surprisal_micro: −log2 of the token's probability before temperature, in millionths of a
+            bit. In a greedy answer this is the token's min-entropy.
     """
 
     text: str
@@ -176,20 +176,20 @@ class Token(Struct, array_like=True, frozen=True):
 
 
 class Options(Struct, array_like=True, frozen=True):
-    """Per-question wishes; absent ones are the server's defaults.
+    """Options of one question. Unset options take the server's defaults.
 
     Attributes:
-        retransmit: leave the decision to the policy, force or forbid the second stage.
-        eta: threshold instead of the server's, in the unit of the server's metric.
-        max_new_tokens: shorter answers than the server's limit.
+        retransmit: leave the decision to the policy, or force or forbid the second stage.
+        eta: threshold to use instead of the server's, in the unit of the server's metric.
+        max_new_tokens: most tokens of an answer; the server's limit still applies.
         stream: send `Partial` messages.
         want_map: send the relative attention map with a region request (one byte per cell).
-        stop: texts that end an answer where they come up.
-        temperature: 0 or None for the likeliest token at each step; else tokens are drawn from
-            the softmax of the logits over it. Uncertainty is of the raw logits in any case.
-        top_p: draw from the smallest set of likeliest tokens that has this probability.
-        seed: of the draws; None for any.
-        tokens: send the answer's tokens with it.
+        stop: texts that end an answer when they are generated.
+        temperature: 0 or None takes the likeliest token at each step; otherwise tokens are drawn
+            from softmax(logits / temperature). Uncertainty always uses the raw logits.
+        top_p: draw from the smallest set of likeliest tokens with at least this probability.
+        seed: seed of the draws; None for a random one.
+        tokens: send the answer's tokens with the answer.
     """
 
     retransmit: Retransmit = Retransmit.AUTO
@@ -205,17 +205,18 @@ class Options(Struct, array_like=True, frozen=True):
 
 
 class Usage(Struct, array_like=True, frozen=True):
-    """What a question really cost.
+    """Measured cost of a question.
 
     Attributes:
         bytes_up: bytes received for this question, WebSocket headers included.
-        bytes_down: bytes sent for it before this answer, likewise.
+        bytes_down: bytes sent for this question before this answer, headers included.
         prefilled_tokens: prompt tokens computed, all passes together.
         decoded_tokens: tokens generated, all passes together.
-        mflops: decoder FLOPs executed, by Eq. 17 of `003_92b41fe49395ce1a.txt` applied to the
-            tokens really computed, in 10⁶.
-        queue_ms, first_ms, region_ms, second_ms: waiting for the model, first pass with the
-            decision, waiting for the region, second pass. 65535 stands for that or longer.
+        mflops: decoder FLOPs executed, in 10⁶: Eq. 17 of Song and Kim, *Collaborative
+            Edge-to-Server Inference for Vision-Language Models* (2025, arXiv 2512.16349), for the
+            tokens really computed.
+        queue_ms, first_ms, region_ms, second_ms: times of waiting for the model, the first pass
+            with the decision, waiting for the region, the second pass. 65535 means that or longer.
     """
 
     bytes_up: Count = 0
@@ -235,8 +236,8 @@ class Hello(Message, tag=1, frozen=True):
     Attributes:
         version: protocol version.
         codecs: image codecs that the edge can encode.
-        resume: the session key of an earlier `Welcome`; its views are still there if the new
-            `Welcome` carries the same key.
+        resume: session key of an earlier `Welcome`. If the new `Welcome` has the same key, the
+            server still holds the session's views.
         client: name and version of the client, for the server's log.
     """
 
@@ -252,14 +253,15 @@ class Ask(Message, tag=3, frozen=True):
     Attributes:
         id: chosen by the edge, larger than every id before it on this connection.
         question: the user's text.
-        view_id: the edge's number of the view, unique in its session.
-        view: the encoded global view; None refers to one sent before under `view_id`.
+        view_id: the edge's number for the view, unique in its session.
+        view: the encoded global view; None refers to the view sent earlier as `view_id`.
         source_width, source_height: size of the upright original, in px.
         options: None for the defaults.
-        history: what was asked and answered about the picture before, oldest first.
-        more: further pictures, in order; `view_id` stands for all of them together.
-        places: where pictures stand in the question's text, in reading order. Without any, here
-            and in the history, all stand before the first text; else each has one at least.
+        history: earlier questions and answers of the conversation, oldest first.
+        more: further pictures, in order; `view_id` names all of them together.
+        places: positions of pictures in the question's text, in reading order. If there are none,
+            here and in the history, all pictures are before the first text. Otherwise each
+            picture has at least one place.
     """
 
     id: QuestionId
@@ -286,17 +288,19 @@ class Ask(Message, tag=3, frozen=True):
 
     @property
     def all_places(self) -> Places:
-        """Where pictures stand in the whole conversation; see `image_positions` beside this."""
-        told = (*(turn.places for turn in self.history), self.places)
+        """Positions of pictures in the whole conversation; see `protocol.image_positions`."""
+        by_turn = (*(turn.places for turn in self.history), self.places)
         return tuple(
-            Place(turn, one.position, one.picture) for turn, each in enumerate(told) for one in each
+            Place(turn, one.position, one.picture)
+            for turn, places in enumerate(by_turn)
+            for one in places
         )
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the question and all that was said before it."""
-        said = (text for turn in self.history for text in (turn.question, turn.answer))
-        return len(self.question.encode()) + sum(len(text.encode()) for text in said)
+        """UTF-8 bytes of the question and of the history before it."""
+        history = (text for turn in self.history for text in (turn.question, turn.answer))
+        return len(self.question.encode()) + sum(len(text.encode()) for text in history)
 
 
 class Region(Message, tag=4, frozen=True):
@@ -307,7 +311,7 @@ class Region(Message, tag=4, frozen=True):
 
 
 class Decline(Message, tag=5, frozen=True):
-    """The region will not come; the server answers with what it has."""
+    """The region will not be sent; the server answers with the first answer."""
 
     id: QuestionId
     reason: DeclineReason
@@ -323,17 +327,17 @@ class Welcome(Message, tag=16, frozen=True):
     """Accepts a connection.
 
     Attributes:
-        session: key to come back with (`Hello.resume`); the views belong to it.
+        session: key for resuming the session (`Hello.resume`); the views belong to it.
         model: name of the model.
         view_width, view_height: size of the global view, in px.
-        fit: how the picture is brought to it: 0 stretch, 1 pad, 2 crop.
+        fit: how a picture is made into a view: 0 stretch, 1 pad, 2 crop.
         rows, columns: the token grid.
         codecs: image codecs the server takes, best first.
         max_frame_bytes: largest frame the server reads.
-        max_question_bytes: longest question, its conversation included, in UTF-8 bytes.
-        max_in_flight: questions at once on this connection.
-        features: what this server can do beyond the two stages: `history`, `pictures`,
-            `places`, `sampling`, `stop`, `tokens` (see `Ask` and `Options`).
+        max_question_bytes: longest question with its history, in UTF-8 bytes.
+        max_in_flight: most questions in flight on this connection.
+        features: optional features of this server: `history`, `pictures`, `places`, `sampling`,
+            `stop`, `tokens` (see `Ask` and `Options`).
     """
 
     session: Annotated[bytes, Meta(min_length=8, max_length=32)]
@@ -351,10 +355,10 @@ class Welcome(Message, tag=16, frozen=True):
 
 
 class Partial(Message, tag=17, frozen=True):
-    """Text so far = the first `keep` characters of the text before, then `text`.
+    """A change of the text of a pass.
 
-    A pass starts from the empty text. `keep` is needed because a later token can change how the
-    last characters are spelled.
+    The new text is the first `keep` characters of the previous text, then `text`. A pass starts
+    with the empty text. `keep` is needed because a later token can change the last characters.
     """
 
     id: QuestionId
@@ -364,23 +368,23 @@ class Partial(Message, tag=17, frozen=True):
 
 
 class RegionRequest(Message, tag=18, frozen=True):
-    """The server is unsure and says where it needs to look.
+    """The server is unsure and requests a region.
 
     Attributes:
-        first: the first answer, which stands if nothing better comes. A server that decides
-            early may not have generated all of it; it then ends in `CUT_MARK`, and if the
-            region does not come, `Answer` carries all of it.
-        uncertainty_micro: the aggregated value that led here, in millionths of the unit of the
-            server's metric (`micro`); five bytes where a float takes nine.
-        index, side_px: `b = [b1, b2]` of 003: token of the top-left cell (row-major), side of
-            the square in source px.
+        first: the first answer, which stands if there is no second one. A server that decides
+            early may not have generated all of it: the text then ends in `CUT_MARK`, and if the
+            region is not sent, `Answer` has the complete text.
+        uncertainty_micro: aggregated uncertainty of the first answer, in millionths of the unit
+            of the server's metric (`micro`); it takes five bytes, a float nine.
+        index, side_px: b = [b1, b2] of Song and Kim, Eq. 11: token of the top-left cell
+            (row-major), side of the square in source px.
         columns, rows: span of the window in cells (restores the exact box at the edge).
         target_width, target_height: largest useful size of the local view, in px.
-        codec, quality: how to encode it.
-        deadline_ms: how long the server waits.
-        map: relative attention in row-major order, one byte per cell scaled to its largest
-            value; empty unless asked for.
-        picture: which of the question's pictures, from 0.
+        codec, quality: how to encode the local view.
+        deadline_ms: how long the server waits for it.
+        map: relative attention in row-major order, one byte per cell, scaled to the largest
+            value; empty unless `Options.want_map` was set.
+        picture: number of the picture, from 0.
     """
 
     id: QuestionId
@@ -400,26 +404,26 @@ class RegionRequest(Message, tag=18, frozen=True):
 
     @property
     def uncertainty(self) -> float:
-        """In the unit of the server's metric."""
+        """Uncertainty in the unit of the server's metric."""
         return self.uncertainty_micro / 1e6
 
 
 class Answer(Message, tag=19, frozen=True):
-    """Ends a question well.
+    """Ends a question with its answer.
 
     Attributes:
         text: the answer.
-        stage: which pass it comes from.
-        fallback: why it is the first although the server was unsure.
-        uncertainty_micro: of this text, aggregated, in millionths of the unit of the server's
-            metric.
-        usage: what it cost.
-        finish: why it ends where it does.
-        tokens: what `text` is made of, if that was asked for; of a first answer that stands in
-            for a lost second one there may be none.
+        stage: the pass that it comes from.
+        fallback: why the first answer stands although the server was unsure.
+        uncertainty_micro: aggregated uncertainty of this text, in millionths of the unit of the
+            server's metric.
+        usage: the cost of the question.
+        finish: why generation ended.
+        tokens: the tokens of `text`, if `Options.tokens` was set. They may be missing if a first
+            answer replaces a lost second one.
         no_detail: the server was unsure, and no region would have shown more than the view. It
-            says what `Fallback.NO_DETAIL` means; `fallback` is `NONE` on the wire, because edges
-            that are older than this field refuse a number that they do not know.
+            means `Fallback.NO_DETAIL`; `fallback` is `NONE` on the wire, because edges older than
+            this field refuse a number that they do not know.
     """
 
     id: QuestionId
@@ -434,22 +438,22 @@ class Answer(Message, tag=19, frozen=True):
 
     @property
     def uncertainty(self) -> float:
-        """In the unit of the server's metric."""
+        """Uncertainty in the unit of the server's metric."""
         return self.uncertainty_micro / 1e6
 
     @property
     def why_first(self) -> Fallback:
-        """`fallback`, with what `no_detail` says."""
+        """`fallback`, or `Fallback.NO_DETAIL` if `no_detail` is set."""
         return Fallback.NO_DETAIL if self.no_detail else self.fallback
 
 
 class Error(Message, tag=20, frozen=True):
-    """Ends a question with a reason, or with id 0 the connection.
+    """Ends a question with an error; with id 0, the connection.
 
     Attributes:
-        code: from the closed list.
+        code: the reason, from the closed list.
         text: one line for a person.
-        retry_after_ms: when asking again can help; None when it cannot.
+        retry_after_ms: when to ask again; None if that cannot help.
     """
 
     id: AnyId
@@ -468,9 +472,9 @@ _down_decoder: msgspec.msgpack.Decoder[DownMessage] = msgspec.msgpack.Decoder(Do
 
 
 def encode(message: AnyMessage) -> bytes:
-    """One message as the payload of one binary frame.
+    """Encode one message as the payload of one binary frame.
 
-    Questions and answers leave out the fields at their end that say nothing new.
+    In `Ask` and `Answer`, trailing fields with default values are left out.
     """
     if isinstance(message, Answer):
         return _encoder.encode(_trimmed(message))
@@ -489,7 +493,7 @@ _HISTORY_PLACE = 1 + Ask.__struct_fields__.index("history")
 
 
 def _trimmed(struct: Struct) -> list[object]:
-    """A struct as the list that goes on the wire, up to its last value that is no default."""
+    """A struct's values as a list, without the trailing default values."""
     kind = type(struct)
     fields, defaults = list(msgspec.structs.astuple(struct)), kind.__struct_defaults__
     required = len(fields) - len(defaults)
@@ -500,7 +504,7 @@ def _trimmed(struct: Struct) -> list[object]:
 
 
 def decode_up(frame: bytes) -> UpMessage:
-    """Read a frame that an edge sent.
+    """Decode a frame sent by an edge.
 
     Raises:
         RemoteProtocolError: the bytes are no message of this direction.
@@ -509,7 +513,7 @@ def decode_up(frame: bytes) -> UpMessage:
 
 
 def decode_down(frame: bytes) -> DownMessage:
-    """Read a frame that a server sent.
+    """Decode a frame sent by a server.
 
     Raises:
         RemoteProtocolError: the bytes are no message of this direction.
@@ -523,20 +527,20 @@ _M = TypeVar("_M")
 def _decode(decoder: msgspec.msgpack.Decoder[_M], frame: bytes) -> _M:
     try:
         return decoder.decode(frame)
-    # Malformed msgpack, wrong types, and text that is no UTF-8; nested arrays can exhaust the
-    # C decoder's depth guard, which raises RecursionError.
+    # Malformed msgpack, wrong types, or text that is not UTF-8. Deeply nested arrays make the C
+    # decoder raise RecursionError.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         line = " ".join(str(error).split())[:200]
         raise RemoteProtocolError(f"not a message: {line}", ErrorCode.BAD_FRAME) from error
 
 
 def micro(uncertainty: float) -> int:
-    """An uncertainty as it goes on the wire: exact to 5·10⁻⁷ of its unit, up to 4294 units."""
+    """An uncertainty as an integer for the wire: exact to 5·10⁻⁷ of its unit, up to 4294 units."""
     return min(round(uncertainty * 1e6), 2**32 - 1)
 
 
 def short_millis(time_s: float) -> int:
-    """A time in seconds as it goes on the wire: whole milliseconds, 65535 for that or longer."""
+    """A time in seconds as whole milliseconds for the wire; 65535 means that or longer."""
     return min(round(time_s * 1000), 65535)
 
 
@@ -552,7 +556,7 @@ def websocket_bytes(payload_bytes: int, *, masked: bool) -> int:
 
 
 def common_prefix(a: str, b: str) -> int:
-    """Characters that two texts begin with in common; `Partial.keep` is such a number."""
+    """Length of the common prefix of two texts, in characters, as in `Partial.keep`."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

@@ -1,8 +1,8 @@
 """The server's end of `vlm-collab/1` as a sans-I/O state machine.
 
-`ServerSession` takes frames and answers in and gives frames and events out. It knows no socket,
-clock, model or picture: a shell reads frames from somewhere, calls `receive`, acts on the events,
-and writes whatever `data_to_send` returns.
+`ServerSession` turns frames and calls into frames and events. It has no socket, clock, model or
+picture: the caller reads frames from a connection, passes them to `receive`, acts on the events,
+and writes the frames that `data_to_send` returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from vlm_collab.protocol.image_positions import fault_of
+from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -40,12 +40,13 @@ from vlm_collab.protocol.table import CROSSED_AT_SERVER, State
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a server lets one connection do. Each bound is there before anything is decoded.
+    """Bounds on one connection, checked before anything is decoded.
 
     Attributes:
-        max_frame_bytes: a global view of 336 × 336 px is 20-60 kB as JPEG and 340 kB as PNG.
-        max_question_bytes: UTF-8 bytes of one question and the conversation before it.
-        max_in_flight: questions at once on one connection.
+        max_frame_bytes: largest frame. A global view of 336 × 336 px has 20-60 kB as JPEG and
+            340 kB as PNG.
+        max_question_bytes: UTF-8 bytes of one question and its history.
+        max_in_flight: most questions in flight on one connection.
     """
 
     max_frame_bytes: int = 2 * 2**20
@@ -60,9 +61,9 @@ ServerEvent = Hello | Ask | Region | Decline | Cancel | Error
 class ServerSession(Session):
     """The server's end of one connection.
 
-    Methods that send return False, and send nothing, when the question has meanwhile ended or
-    been cancelled, since both can happen while a model works; a move that can never be right
-    raises `LocalProtocolError`.
+    A question can end or be cancelled while the model works. Methods that send then return False
+    (`answer`: None) and send nothing. A message that the protocol can never allow raises
+    `LocalProtocolError`.
     """
 
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -72,13 +73,13 @@ class ServerSession(Session):
         """Take one frame from the edge.
 
         Returns:
-            The message to act on; an `Error` for a question that was refused here (it waits in
-            `data_to_send`); None when there is nothing to do, because the message crossed one
-            of ours, a goodbye included.
+            The message to act on; an `Error` for a question that the session refused (the message
+            is in `data_to_send`); None if there is nothing to do, because the message crossed one
+            of this side's or came after `close`.
 
         Raises:
-            RemoteProtocolError: the frame breaks the protocol. The session is closed; the
-                reason waits in `data_to_send`, and the shell then drops the connection.
+            RemoteProtocolError: the frame breaks the protocol. The session is closed. The caller
+                sends the reason in `data_to_send` and closes the connection.
         """
         if self._said_goodbye:
             return None
@@ -121,7 +122,7 @@ class ServerSession(Session):
         return message
 
     def _ask(self, message: Ask) -> Ask | Error:
-        """Apply the limits; a question over one of them ends here."""
+        """Check the limits; a question beyond one of them is refused."""
         limits, size_bytes = self.limits, message.text_bytes
         if len(self._questions) > limits.max_in_flight:
             text = f"{limits.max_in_flight} questions at once on a connection, no more"
@@ -132,7 +133,7 @@ class ServerSession(Session):
             return self._refuse(message, ErrorCode.TOO_LARGE, text)
         if not message.question.strip():
             return self._refuse(message, ErrorCode.BAD_QUESTION, "the question is empty")
-        fault = fault_of(message.all_places, message.questions, 1 + len(message.more))
+        fault = places_fault(message.all_places, message.questions, 1 + len(message.more))
         if fault is not None:
             return self._refuse(message, ErrorCode.BAD_QUESTION, fault)
         return message
@@ -150,7 +151,7 @@ class ServerSession(Session):
         self._push(welcome)
 
     def partial(self, id: int, stage: Stage, text: str) -> bool:
-        """Send what changed since the last text of this pass."""
+        """Send the change since the last text of this pass."""
         question = self._live(id)
         if question is None:
             return False
@@ -164,7 +165,7 @@ class ServerSession(Session):
         return True
 
     def request_region(self, request: RegionRequest) -> bool:
-        """Ask for a region."""
+        """Request a region."""
         if self._live(request.id) is None:
             return False
         if self._move(request.id, RegionRequest) is None:
@@ -184,10 +185,10 @@ class ServerSession(Session):
         finish: Finish = Finish.END,
         tokens: tuple[Token, ...] = (),
     ) -> Answer | None:
-        """End a question with an answer. The byte counts of `usage` are filled in here.
+        """End a question with an answer. The session fills in the byte counts of `usage`.
 
         Returns:
-            What was sent; None when the question had ended before.
+            The message sent; None if the question had ended before.
         """
         question = self._questions.get(id)
         if question is None:
@@ -214,7 +215,7 @@ class ServerSession(Session):
         return message
 
     def error(self, id: int, code: ErrorCode, text: str, retry_after_ms: int | None = None) -> bool:
-        """End a question with a reason."""
+        """End a question with an error."""
         if id not in self._questions:
             if self.state(id) is State.NEW:
                 raise self._local(id, Error)
@@ -224,7 +225,7 @@ class ServerSession(Session):
         return True
 
     def close(self, code: ErrorCode, text: str, retry_after_ms: int | None = None) -> None:
-        """Refuse everything in flight and end the conversation."""
+        """End every question in flight and the connection with an error."""
         if self._closed:
             return
         for id in self.in_flight:
@@ -233,7 +234,7 @@ class ServerSession(Session):
         self._push(Error(0, code, text, retry_after_ms))
 
     def _live(self, id: int) -> QuestionProgress | None:
-        """The question unless it has ended or been cancelled."""
+        """The question, or None if it has ended or been cancelled."""
         question = self._questions.get(id)
         if question is None and self.state(id) is State.NEW:
             raise LocalProtocolError(f"question {id} was never asked")

@@ -1,4 +1,4 @@
-"""What both ends of `vlm-collab/1` share: questions in flight, frames that wait, byte counts."""
+"""The base of both ends of `vlm-collab/1`: questions in flight, frames to send, byte counts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ from vlm_collab.protocol.table import TRANSITIONS, State
 
 @dataclass(slots=True)
 class QuestionProgress:
+    """A question in flight.
+
+    Attributes:
+        state: its state in the table.
+        sources: sizes of the originals, in px (edge only).
+        text, stage: the text streamed so far, and the pass that it comes from.
+        bytes_up, bytes_down: bytes of its messages, WebSocket headers included.
+    """
+
     state: State = State.NEW
     sources: tuple[Size, ...] = ()
     text: str = ""
@@ -34,7 +43,11 @@ class QuestionProgress:
 
 @dataclass(slots=True)
 class Session:
-    """What both ends share: the table, the frames that wait, and the counts."""
+    """The base of `EdgeSession` and `ServerSession`.
+
+    Attributes:
+        traffic: bytes of all messages, per kind and direction.
+    """
 
     traffic: ByteCounter = field(default_factory=ByteCounter)
     _questions: dict[int, QuestionProgress] = field(default_factory=dict)
@@ -45,7 +58,7 @@ class Session:
 
     @property
     def waiting(self) -> int:
-        """Frames that `data_to_send` would return."""
+        """Number of frames that `data_to_send` would return."""
         return len(self._out)
 
     def data_to_send(self) -> list[bytes]:
@@ -61,8 +74,8 @@ class Session:
     def state(self, id: int) -> State:
         """State of a question.
 
-        An id up to the largest one seen that is not in flight has ended, so no memory is kept
-        of questions that are over.
+        Ended questions are not stored: an id that is not in flight, and is not larger than the
+        largest id seen, has ended.
         """
         question = self._questions.get(id)
         if question is not None:
@@ -70,7 +83,7 @@ class Session:
         return State.ENDED if id <= self._last_id else State.NEW
 
     def _move(self, id: int, message: type[Message]) -> State | None:
-        """Follow the table; None when it has no such move."""
+        """Change a question's state by the table; None if the table has no such transition."""
         after = TRANSITIONS.get((self.state(id), message))
         if after is None:
             return None

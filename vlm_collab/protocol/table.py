@@ -1,9 +1,9 @@
-"""Which message moves a question from one state to the next, on both sides alike.
+"""The states of a question and the messages that change them, the same on both sides.
 
-`TRANSITIONS` is the whole protocol of one question. Messages that were already under way when the
-other side changed the state are named in `CROSSED_AT_SERVER` and `CROSSED_AT_EDGE` and dropped in
-silence; everything else outside the table is an error, local or remote by who made it. A question
-that was asked ends with exactly one `Answer` or `Error`.
+`TRANSITIONS` is the whole protocol of one question. `CROSSED_AT_SERVER` and `CROSSED_AT_EDGE` list
+messages that were on their way when the other side changed the state; they are dropped silently.
+Any other message outside the table is an error: a local one on the sender's side, a remote one on
+the receiver's. Every question ends with exactly one `Answer` or `Error`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vlm_collab.protocol.messages import (
 )
 
 FITS: tuple[Fit, ...] = (Fit.STRETCH, Fit.PAD, Fit.CROP)
-"""Wire values of `Welcome.fit`, by position."""
+"""Fits in the order of the wire values of `Welcome.fit`."""
 
 
 class State(enum.Enum):
-    """Where one question stands."""
+    """State of one question."""
 
     NEW = "new"
     FIRST = "first pass"
@@ -62,10 +62,10 @@ TRANSITIONS: Mapping[tuple[State, type[Message]], State] = MappingProxyType(
         (S.CANCELLED, Error): S.ENDED,
     }
 )
-"""The only legal moves of a question, whichever side makes them."""
+"""The only legal transitions of a question, whichever side sends the message."""
 
 CROSSED_AT_SERVER = frozenset({(S.ENDED, Region), (S.ENDED, Decline), (S.ENDED, Cancel)})
-"""The server answered (a deadline, say) while these were on their way to it."""
+"""Sent by the edge before it knew that the server had ended the question (at a deadline, say)."""
 
 CROSSED_AT_EDGE = frozenset({(S.CANCELLED, Partial), (S.CANCELLED, RegionRequest)})
-"""The edge cancelled while these were on their way to it."""
+"""Sent by the server before it knew that the edge had cancelled the question."""

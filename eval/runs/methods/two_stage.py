@@ -36,7 +36,8 @@ from server_plugin.engines.assembly import engine_of
 from server_plugin.engines.two_stage import Engine, Outcome, RegionNeed, Work
 from server_plugin.models.presets import Preset
 from vlm_collab.method.policy import Metric
-from vlm_collab.pictures.images import MAX_SOURCE_PIXELS, Codec, decode, read_header
+from vlm_collab.pictures.images import Codec, decode, read_header
+from vlm_collab.pictures.source_image import MAX_SOURCE_PIXELS
 from vlm_collab.protocol.messages import Fallback, Finish, Retransmit
 
 

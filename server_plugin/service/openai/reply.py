@@ -21,7 +21,7 @@ from vlm_collab.openai import (
     RegionReport,
     Report,
     Result,
-    TextFlow,
+    TextStream,
     api_error,
     stage_name,
 )
@@ -42,7 +42,7 @@ class AnswerStream:
         self, question: PendingQuestion, sender: Sender, writer: StreamFormat | None
     ) -> None:
         self._question, self._sender, self._writer = question, sender, writer
-        self.flow = TextFlow(question.options.stop)
+        self.flow = TextStream(question.options.stop)
 
     async def last_event(self) -> RegionRequested | FinalAnswer | None:
         """Wait for the event that ends the response; None if the question failed after the stream

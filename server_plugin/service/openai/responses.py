@@ -90,7 +90,7 @@ class ResponsesHandler:
         """Parse a request and answer it; errors as in `ChatHandler.answer`."""
         request = await self._intake.parse(len(body), lambda: self._parse_request(body))
         sender.headers |= ignored_header(request.ignored)
-        request = request.recalled(lambda id: self._recall_answer(client, id))
+        request = request.resolve_references(lambda id: self._recall_answer(client, id))
         previous = self._previous(client, request)
         if request.outputs:
             pending = await self._resume_question(client, request, previous, len(body))
@@ -143,7 +143,7 @@ class ResponsesHandler:
             request,
             self._intake.accept(client, query, pictures, client_crops=request.region_tool),
             query,
-            request.whole(previous.conversation if previous else None),
+            request.conversation_after(previous.conversation if previous else None),
             pictures,
             request.instructions,
             ByteTally(up=body_bytes, pictures=pictures.sent_bytes),
@@ -242,7 +242,7 @@ class ResponsesHandler:
             end = builder.finish_call if request.stream else builder.whole_call
             last = end(call.id, where, result)
         else:
-            conversation = conversation.answered(result.text)
+            conversation = conversation.with_answer(result.text)
             last = builder.finish(rest, result) if request.stream else builder.whole(result)
         # Stored before it is sent: the client may continue it at once.
         if request.store or call is not None:

@@ -24,7 +24,8 @@ from server_plugin.service.config import OpenAiLimits
 from server_plugin.service.view_store import ClientSession, Lease, ViewNotHeldError, ViewStore
 from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Box, Fit, Size
-from vlm_collab.pictures.images import SourceImage, read_header
+from vlm_collab.pictures.images import read_header
+from vlm_collab.pictures.source_image import SourceImage
 
 T = TypeVar("T")
 

@@ -15,7 +15,14 @@ from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.transformers.adapters.tokens import PlainText, Tokenizer
 from server_plugin.models.presets import ANSWER_SLOT, IMAGE_SLOT, QUESTION_SLOT
 from vlm_collab.errors import QuestionError
-from vlm_collab.protocol.image_positions import Place, Places, Spots, fault_of, split, spots_of
+from vlm_collab.protocol.image_positions import (
+    Place,
+    Places,
+    TurnPlaces,
+    places_fault,
+    places_in_turn,
+    split_at_pictures,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ class PromptBuilder:
         self._check_text(request.question, "the question")
         questions = (*(asked for asked, _ in history), request.question)
         pictures = 1 + max((place.picture for place in places), default=-1)
-        fault = fault_of(places, questions, pictures)
+        fault = places_fault(places, questions, pictures)
         if fault is not None or pictures > images:
             raise QuestionError(fault or f"places of {pictures} pictures, and there are {images}")
         shown = _shown(images, places, pictures, pictures - 1)
@@ -218,7 +225,7 @@ class PromptBuilder:
         middle = self._middle if any(map(_opens, shown)) else self._middle.lstrip()
         inside = [place for place in shown if not _opens(place)]
         asked = [*(asked for asked, _ in request.history), request.question]
-        questions = [self._written(text, spots_of(inside, i)) for i, text in enumerate(asked)]
+        questions = [self._written(text, places_in_turn(inside, i)) for i, text in enumerate(asked)]
         text = f"{middle}{questions[0]}{self._after}"
         for (_, answered), written in zip(request.history, questions[1:], strict=True):
             assert self._turn is not None, "checked before"
@@ -227,9 +234,9 @@ class PromptBuilder:
             text += f"{head}{answered}{between}{written}{tail}"
         return text
 
-    def _written(self, text: str, spots: Spots) -> str:
+    def _written(self, text: str, spots: TurnPlaces) -> str:
         """Return a question's text with its pictures in it."""
-        parts = split(text, spots)
+        parts = split_at_pictures(text, spots)
         opening = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
         words = [part if isinstance(part, str) else self._picture for part in parts]
         gap = self._gap if opening and words[opening:] else ""

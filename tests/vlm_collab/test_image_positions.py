@@ -1,4 +1,4 @@
-"""Places of pictures: on the wire, in both state machines, and what they mean."""
+"""Places of pictures: their meaning, on the wire and in both state machines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import EdgeSession
-from vlm_collab.protocol.image_positions import Place, fault_of, joined, needed, split
+from vlm_collab.protocol.image_positions import (
+    Place,
+    join_parts,
+    needed_places,
+    places_fault,
+    split_at_pictures,
+)
 from vlm_collab.protocol.messages import (
     Ask,
     Error,
@@ -31,9 +37,9 @@ pieces = st.lists(st.one_of(st.text("ab é字\n", max_size=4), st.integers(0, 3)
 
 @given(pieces)
 def test_a_text_in_pieces_comes_together_again(parts) -> None:
-    text, spots = joined(parts)
+    text, spots = join_parts(parts)
     assert text == "".join(part for part in parts if isinstance(part, str))
-    assert joined(split(text, spots)) == (text, spots)
+    assert join_parts(split_at_pictures(text, spots)) == (text, spots)
 
 
 class OlderTurn(msgspec.Struct, array_like=True):
@@ -61,7 +67,7 @@ def ask(places=(), history=(), more=MORE) -> Ask:
 
 
 def test_what_is_not_placed_costs_no_byte() -> None:
-    """And is what it was before there were places, byte for byte."""
+    """Its bytes are the same as before places were added to the protocol."""
     turn = Turn("what?", "a sign")
     frame = msgspec.msgpack.decode(encode(ask(history=[turn], more=())))
     assert frame == [3, 1, "what is it?", 1, VIEW, 10, 20, None, [["what?", "a sign"]]]
@@ -151,5 +157,5 @@ def test_what_the_server_would_ignore_is_not_asked() -> None:
 )
 def test_places_are_needed_where_something_could_be_parted(places, texts, kept) -> None:
     given = tuple(Place(*place) for place in places)
-    assert fault_of(given, texts, 1 + max(place.picture for place in given)) is None
-    assert needed(given, texts) == (given if kept else ())
+    assert places_fault(given, texts, 1 + max(place.picture for place in given)) is None
+    assert needed_places(given, texts) == (given if kept else ())

@@ -1,4 +1,4 @@
-"""Which chats are about text alone, and which texts are pictures."""
+"""Chats about text alone, and pictures hidden in texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
     "more",
     [
         {},
-        # As Open WebUI asks for titles, and with all that its settings offer.
+        # Open WebUI's request for a title, and one with all of its settings.
         {"stream": False, "max_completion_tokens": 1000, "temperature": 0.1, "top_p": None},
         {
             "stream": True,
@@ -57,7 +57,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
             "reasoning_effort": "low",
             "response_format": {"type": "json_object"},
         },
-        # As a program with functions of its own does.
+        # A program with functions of its own.
         {
             "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
             "tool_choice": {"type": "function", "function": {"name": "f"}},
@@ -76,7 +76,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
     ],
 )
 def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any]) -> None:
-    """The server behind a gateway may be able to do it."""
+    """The server behind the gateway may support it."""
     messages = [
         {"role": "system", "content": "be short"},
         user("2 + 2?", {**text("in words"), "cache_control": {"type": "ephemeral"}}),
@@ -120,7 +120,7 @@ def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any])
     ],
 )
 def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
-    """It would leave the device as it is, past the view and past the policy."""
+    """It would leave the device unchanged, past the view and past the policy."""
     assert not chat_is_text({"messages": [message]})
     assert not chat_is_text({"messages": {"0": message}})
 
@@ -185,7 +185,7 @@ def php(value: Any) -> str:
         ({"a": f"img-{ENCODED}\n{'no-base64-' * 6}"}, "a"),
         ({"a": f"{DIGESTS}\n{broken(ENCODED, 64)}"}, "a"),
         ({"a": f"-----BEGIN CERTIFICATE-----\n{LINES}"}, "a"),
-        # JSON inside the text, as tools answer.
+        # JSON inside the text, as in output of tools.
         ({"a": php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"})}, "a"),
         ({"a": php(php({"img": f"data:image/jpeg;base64,{ENCODED[:40]}"}))}, "a"),
         ({"a": php({"img": ENCODED})}, "a"),
@@ -214,7 +214,7 @@ def test_no_depth_is_too_much() -> None:
 
 
 def test_what_a_long_name_holds_costs_no_memory() -> None:
-    """Paths of all that is in it would be gigabytes, of a request of one."""
+    """The paths of all its values would take gigabytes."""
     body = {"x y " * 2**18: {str(i): "" for i in range(100)}}
     tracemalloc.start()
     try:
@@ -251,7 +251,7 @@ def test_words_are_no_picture(words: str) -> None:
 
 @pytest.mark.parametrize("mark", ["a", "\\"])
 def test_long_runs_take_no_longer_than_short_ones(mark: str) -> None:
-    """They took tens of times as long, begun again at each of their characters."""
+    """They once took tens of times as long, since the search restarted at each character."""
 
     def seconds(run: int) -> float:
         text = (mark * run + ".") * (2**17 // run)
