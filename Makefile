@@ -24,8 +24,8 @@ VLLM ?= 1
 # Those with lmms-eval, one of 100 MB that borrows the rest from $(VENV). `LMMS=0` goes without.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check vllm-env check-vllm bench-vllm lmms-env \
-  check-lmms test-slow parity test-newest test-oldest constraints browser rtsp-server clean
+.PHONY: demo report serve test lint types layers structure docs check vllm-env check-vllm \
+  bench-vllm lmms-env check-lmms test-slow parity test-newest test-oldest constraints browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -53,6 +53,11 @@ types: $(VENV)/.dev
 
 layers: $(VENV)/.dev
 	$(RUN)/lint-imports
+
+# Size, import circles, arrows against the layers and duplicate code of this tree, beside an earlier
+# revision: `make structure REVISION=a32fb50`. `LIST=1` names every finding.
+structure: $(VENV)/.dev
+	@$(RUN)/python -m tests.support.structure $(addprefix --revision ,$(REVISION)) $(if $(LIST),--list)
 
 # Two workers on two cores; one thread each, or their thread pools fight. With lmms-eval among them,
 # which would leave one core idle by itself.
