@@ -41,18 +41,23 @@ serve: $(VENV)/.demo
 # What the tests need is installed while types are checked; both wait for one core each.
 NEEDED = browser rtsp-server $(if $(filter-out 0,$(VLLM)),vllm-env) $(if $(filter-out 0,$(LMMS)),lmms-env)
 test: $(VENV)/.dev
-	$(MAKE) --jobs 2 --output-sync=target lint types layers $(NEEDED)
+	$(MAKE) --jobs 2 --output-sync=target lint types layers docs $(NEEDED)
 	$(MAKE) check $(if $(filter-out 0,$(VLLM)),check-vllm)
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/codespell
 
 types: $(VENV)/.dev
 	$(RUN)/mypy
 
 layers: $(VENV)/.dev
 	$(RUN)/lint-imports
+
+# The documentation as a site in out/docs. A link or anchor that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 # Size, import circles, arrows against the layers and duplicate code of this tree, beside an earlier
 # revision: `make structure REVISION=a32fb50`. `LIST=1` names every finding.

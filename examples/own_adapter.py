@@ -140,9 +140,9 @@ async def main(photo: Path, question: str) -> None:
     backend = TransformersBackend(VipLlavaAdapter(model, processor, PRESET), "tiny-vipllava")
     engine = engine_of(backend, PRESET, None, {})
     try:
-        async with running(Service(engine, ServiceConfig(port=0))) as url:
-            async with EdgeClient(url) as client:
-                answer = await client.ask(photo, question)
+        service = Service(engine, ServiceConfig(port=0))
+        async with running(service) as url, EdgeClient(url) as client:
+            answer = await client.ask(photo, question)
     finally:
         await backend.close()
     print(f"{answer.model}: looked at {answer.box}, sent {answer.bytes_up} bytes")

@@ -125,7 +125,8 @@ class PlainBackend:
         """Attention under the question over attention under the generic instruction."""
         instruction = GenerationRequest(self.preset.generic_instruction, max_new_tokens=1)
         generic = await self._generate([view.image], instruction, None, None)
-        assert first.row is not None and generic.row is not None
+        assert first.row is not None
+        assert generic.row is not None
         return RelativeAttention(
             maps=relative_maps(first.row, generic.row, self.info.grid, epsilon=self.preset.epsilon),
             prefilled_tokens=generic.prefilled_tokens,
@@ -222,9 +223,9 @@ async def main(photo: Path, question: str) -> None:
     preset = preset_of("demo")
     backend = PlainBackend(checkpoint_of("demo"), preset, "plain")
     engine = engine_of(backend, preset, None, {})
-    async with running(Service(engine, ServiceConfig(port=0))) as url:
-        async with EdgeClient(url) as client:
-            answer = await client.ask(photo, question)
+    service = Service(engine, ServiceConfig(port=0))
+    async with running(service) as url, EdgeClient(url) as client:
+        answer = await client.ask(photo, question)
     print(f"{answer.model}: {answer.text} (first answer: {answer.first_text})")
     print(f"{answer.bytes_up} bytes sent instead of {answer.original_bytes}")
 
