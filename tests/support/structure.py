@@ -152,6 +152,8 @@ def duplicates(root: Path) -> list[list[str]]:
         text=True,
         cwd=root,
     )
+    if not done.stdout:
+        sys.exit(done.stderr)
     pairs: list[list[str]] = []
     for message in json.loads(done.stdout):
         places = re.findall(r"^==(\S+):\[(\d+):(\d+)\]$", message["message"], re.MULTILINE)
