@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.support import structure
+from tests.support import commit_message, structure
 from tests.support.structure import PACKAGES, ROOT, Structure
 
 
@@ -67,3 +67,20 @@ def test_papers_are_cited_by_title() -> None:
         if riddle.search(line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ("Refuse views of no pixels\n\nThey cannot be drawn.\n", None),
+        ("x" * 72, None),
+        ("x" * 73, "73 characters, at most 72"),
+        ("Refuse views.", "full stop"),
+        ("Refuse views\nof no pixels", "empty line"),
+        ("# only a comment\n", "no subject"),
+    ],
+)
+def test_the_commit_hook_checks_the_subject(message: str, fault: str | None) -> None:
+    found = commit_message.faults(message)
+    assert len(found) == (fault is not None)
+    assert fault is None or fault in found[0]
