@@ -24,8 +24,8 @@ VLLM ?= 1
 # Those with lmms-eval need one of 100 MB, which borrows the rest from $(VENV). `LMMS=0` skips them.
 LMMS ?= 1
 
-.PHONY: demo report serve test lint types layers check vllm-env check-vllm bench-vllm lmms-env \
-  check-lmms test-slow parity test-newest test-oldest constraints browser rtsp-server clean
+.PHONY: demo report serve test lint types layers structure docs check vllm-env check-vllm \
+  bench-vllm lmms-env check-lmms test-slow parity test-newest test-oldest constraints browser rtsp-server clean
 
 demo: $(VENV)/.demo
 	$(RUN)/vlm-collab demo --out out/demo
@@ -41,18 +41,28 @@ serve: $(VENV)/.demo
 # Types are checked while the tests' environments are installed; each uses one core.
 NEEDED = browser rtsp-server $(if $(filter-out 0,$(VLLM)),vllm-env) $(if $(filter-out 0,$(LMMS)),lmms-env)
 test: $(VENV)/.dev
-	$(MAKE) --jobs 2 --output-sync=target lint types layers $(NEEDED)
+	$(MAKE) --jobs 2 --output-sync=target lint types layers docs $(NEEDED)
 	$(MAKE) check $(if $(filter-out 0,$(VLLM)),check-vllm)
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/codespell
 
 types: $(VENV)/.dev
 	$(RUN)/mypy
 
 layers: $(VENV)/.dev
 	$(RUN)/lint-imports
+
+# The documentation as a site in out/docs. A link or anchor that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+
+# Size, import circles, imports against the layers and duplicate code of this tree, beside an earlier
+# revision: `make structure REVISION=a32fb50`. `LIST=1` names every finding.
+structure: $(VENV)/.dev
+	@$(RUN)/python -m tests.support.structure $(addprefix --revision ,$(REVISION)) $(if $(LIST),--list)
 
 # Two workers on two cores, with one thread each, so that their thread pools do not compete.
 # Includes the tests with lmms-eval, which alone would leave one core idle.

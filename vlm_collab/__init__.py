@@ -14,4 +14,4 @@ arrays; they need numpy and are imported by name.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,8 @@
 """The official OpenAI SDK as the edge: a small view goes up, and a crop only when it is needed.
 
 vlm-collab serve &
-python docs/examples/openai_edge.py photo.jpg "what number is on the white diamond?"
+python examples/openai_edge.py demo/vlm_collab_demo/pictures/scene-2.jpg \\
+    "what number is on the white diamond?"
 """
 
 import base64
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps
 TOOL = {"type": "function", "name": "request_region", "parameters": {}, "strict": False}
 
 
-def shown(picture: Image.Image) -> dict[str, str]:
+def image_part(picture: Image.Image) -> dict[str, str]:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -31,7 +32,7 @@ path, question = sys.argv[1:]
 photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 model = client.models.list().data[0]
 view = photo.resize((model.vlm_collab["view_width"], model.vlm_collab["view_height"]))
-content = [{"type": "input_text", "text": question}, shown(view)]
+content = [{"type": "input_text", "text": question}, image_part(view)]
 answer = client.responses.create(
     model=model.id,
     tools=[TOOL],
@@ -45,10 +46,10 @@ if call.type == "function_call":  # the model is unsure, and says where it needs
     right, bottom = left + where["width"] * photo.width, top + where["height"] * photo.height
     crop = photo.crop((round(left), round(top), round(right), round(bottom)))
     crop.thumbnail((where["target_width"], where["target_height"]))
-    output = {"type": "function_call_output", "call_id": call.call_id, "output": [shown(crop)]}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": [image_part(crop)]}
     answer = client.responses.create(
         model=model.id, tools=[TOOL], previous_response_id=answer.id, input=[output]
     )
-told = answer.vlm_collab
-print(f"{answer.output_text} (first answer: {told['first_text']})")
-print(f"{told['bytes_up']} bytes sent instead of {os.path.getsize(path) * 4 // 3}")
+details = answer.vlm_collab
+print(f"{answer.output_text} (first answer: {details['first_text']})")
+print(f"{details['bytes_up']} bytes sent instead of {os.path.getsize(path) * 4 // 3}")
