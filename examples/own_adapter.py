@@ -111,7 +111,8 @@ def tiny_checkpoint() -> tuple[VipLlavaForConditionalGeneration, Processor]:
     special = ["<unk>", "<s>", "</s>", "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        ["what is this?"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+        ["what is this?"],
+        trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",

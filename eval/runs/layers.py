@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eval.analysis.boxes import covered
 from eval.runs.loading import ModelOptions, loaded
-from eval.runs.methods.method import PictureCache
+from eval.runs.methods.method import SamplePictures
 from eval.tasks.base import Sample, Task
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.engines.assembly import engine_of
@@ -197,7 +197,7 @@ async def _measure(
     samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
 ) -> list[Look]:
-    made, pictures, info = [], PictureCache(), engine.backend.info
+    made, pictures, info = [], SamplePictures(), engine.backend.info
     for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]

@@ -34,8 +34,8 @@ from eval.runs.methods.method import (
     EdgeSample,
     EncodedSample,
     Method,
-    PictureCache,
     SampleError,
+    SamplePictures,
     Scores,
     as_sample_error,
     one_line,
@@ -265,7 +265,7 @@ class HighResolutionMethod(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codec = codec, view_quality
-        self._pictures = PictureCache()
+        self._pictures = SamplePictures()
         self._model: HdModel
         self._preset: Preset
         self._codecs: Codecs

@@ -153,7 +153,7 @@ class Method(ABC):
 
 
 @dataclass(slots=True)
-class PictureCache:
+class SamplePictures:
     """Cache of originals by image id, so that a picture with several questions is decoded once."""
 
     _kept: OrderedDict[str, Picture] = field(default_factory=OrderedDict)

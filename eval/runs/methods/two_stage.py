@@ -23,8 +23,8 @@ from eval.runs.methods.method import (
     EdgeSample,
     EncodedSample,
     Method,
-    PictureCache,
     SampleError,
+    SamplePictures,
     Scores,
     as_sample_error,
     one_line,
@@ -65,7 +65,7 @@ class TwoStage(Method):
         self._task, self._options = task, options
         self._score = Scores(task)
         self._asked_codecs = codec, view_quality, region_quality
-        self._pictures = PictureCache()
+        self._pictures = SamplePictures()
         self._backend: Backend
         self._preset: Preset
         self._engine: Engine
