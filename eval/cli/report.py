@@ -124,7 +124,7 @@ def report(
     from tqdm import tqdm
 
     from eval.report.inputs import sort_runs
-    from eval.report.moved import moved
+    from eval.report.differences import moved
     from eval.report.write import FORMATS, RESULTS, seen_from, write_report
     from server_plugin.models.calibration import load_calibration
 

@@ -13,7 +13,7 @@ from eval.analysis.records import PROVENANCE, write_shard
 from eval.analysis.run import open_run
 from eval.report.demo import COMMITTED, pack
 from eval.report.inputs import sort_runs
-from eval.report.moved import moved
+from eval.report.differences import moved
 from eval.report.write import RESULTS, write_report
 from tests.eval.test_sweep import saved
 from tests.support.report_runs import KINDS, answers, made
