@@ -35,10 +35,10 @@ from vlm_collab.openai import (
     check_model,
     model_object,
     models_list,
-    no_such_route,
 )
 from vlm_collab.web.access import Gate, RefusalFormat, response_of
 from vlm_collab.web.streams import ClientGoneError
+from vlm_collab.web.unknown_routes import unknown_routes
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Gateway:
         return Starlette(
             routes=routes,
             middleware=[Middleware(Gate, rules=self.config.rules, refused=_log_refusal)],
-            exception_handlers={HTTPException: _no_such_route},
+            exception_handlers={HTTPException: unknown_routes(_base_of)},
             lifespan=self._lifespan,
         )
 
@@ -166,10 +166,6 @@ def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
     log.info(REFUSED, client.scope["type"], error)
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    # The base URL of a camera's API has two more segments.
-    base = "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""
-    refusal = no_such_route(request.method, path, error.status_code, base=base)
-    return Response(refusal.encoded(), refusal.status, error.headers, media_type="application/json")
+def _base_of(path: str) -> str:
+    """The prefix of `/v1`, which is not empty in the API of a camera."""
+    return "/".join(path.split("/")[:3]) if path.startswith("/cameras/") else ""

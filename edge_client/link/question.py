@@ -72,7 +72,7 @@ class LinkSource(Protocol):
     async def link(self) -> Link:
         """Return a usable link."""
 
-    def worked(self) -> None:
+    def record_answer(self) -> None:
         """Note that a question was answered."""
 
 
@@ -290,7 +290,7 @@ class QuestionDriver:
                             # A task, because the server may end the question meanwhile.
                             cropping = asyncio.create_task(self._send_region(exchange, event))
                     case Answer() as answer:
-                        self._links.worked()
+                        self._links.record_answer()
                         self._count(exchange)
                         self._report_text(answer.stage, answer.text)
                         return self._edge_answer(answer, region_event)

@@ -43,7 +43,7 @@ class LinkKeeper:
         """The latest link, in whatever state; None before the first."""
         return self._link
 
-    def worked(self) -> None:
+    def record_answer(self) -> None:
         """Note that a question was answered: the pauses start small again."""
         self._failures = 0
 

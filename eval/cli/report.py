@@ -123,9 +123,9 @@ def report(
 
     from tqdm import tqdm
 
+    from eval.report.differences import differences
     from eval.report.inputs import sort_runs
-    from eval.report.moved import moved
-    from eval.report.write import FORMATS, RESULTS, seen_from, write_report
+    from eval.report.write import FORMATS, RESULTS, relative_path, write_report
     from server_plugin.models.calibration import load_calibration
 
     for one in formats or ():
@@ -148,9 +148,9 @@ def report(
     tell_gaps(*inputs.sources)
     for note in inputs.notes:
         print(note, file=sys.stderr)
-    command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
+    command = ["vlm-collab", "eval", "report", *(relative_path(out, path) for path in runs)]
     for option, path in (("--val", val), ("--layers", layers), ("--data", data)):
-        command += [] if path is None else [option, seen_from(out, path)]
+        command += [] if path is None else [option, relative_path(out, path)]
     command += [] if scorer is None else ["--scorer", scorer]
     command += ["--resamples", str(resamples), "--seed", str(seed)]
     command += [part for one in formats or () for part in ("--format", one)]
@@ -173,7 +173,7 @@ def report(
     for name, why in results["left_out"].items():
         print(f"left out: {name}: {why}")
     if before is not None:
-        lines = moved(before, results)
+        lines = differences(before, results)
         print(f"against {against}: {len(lines)} numbers or series moved")
         for line in lines:
             print(f"  {line}")

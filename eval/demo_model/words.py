@@ -8,7 +8,6 @@ answer has one uncertainty per digit.
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -134,8 +133,3 @@ class Vocabulary:
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token."""
         return [*self.plain(text), EOS]
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write a checkpoint's tokenizer files."""
-    build_tokenizer().save_pretrained(folder)

@@ -271,7 +271,7 @@ def _called(run: dict[str, Any]) -> str:
     return shlex.join(["vlm-collab", *command[1:]]) if command else "unknown"
 
 
-def seen_from(folder: Path, path: Path) -> str:
+def relative_path(folder: Path, path: Path) -> str:
     """The path, relative to a folder."""
     return os.path.relpath(path, folder)
 

@@ -30,7 +30,7 @@ from server_plugin.backends.base import (
 
 
 @runtime_checkable
-class Gathers(Protocol):
+class DelaysBatches(Protocol):
     """A backend that can delay its batches until a whole step is queued.
 
     A backend without it either runs one operation at a time or does not promise repeatable runs.
@@ -87,7 +87,7 @@ class Lockstep:
             task.add_done_callback(self._tasks.discard)
 
     async def _take(self, steps: Sequence[_Step]) -> None:
-        if not isinstance(self.backend, Gathers):
+        if not isinstance(self.backend, DelaysBatches):
             await asyncio.gather(*(_settle(step) for step in steps))
             return
         with self.backend.together():

@@ -23,11 +23,12 @@ from server_plugin.service.logs import REFUSED
 from server_plugin.service.openai.endpoint import OpenAiEndpoint
 from server_plugin.service.state import ServiceState
 from vlm_collab import __version__
-from vlm_collab.openai import ApiError, no_such_route
+from vlm_collab.openai import ApiError
 from vlm_collab.protocol.edge_session import MAX_VIEW_PIXELS
 from vlm_collab.protocol.messages import SUBPROTOCOL
 from vlm_collab.web.access import Gate
 from vlm_collab.web.page_routes import page_routes
+from vlm_collab.web.unknown_routes import unknown_routes
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Service:
         return Starlette(
             routes=routes,
             middleware=[self.gate()],
-            exception_handlers={HTTPException: _no_such_route},
+            exception_handlers={HTTPException: unknown_routes()},
             lifespan=self._lifespan,
         )
 
@@ -209,13 +210,6 @@ def _log_refusal(client: HTTPConnection, error: ApiError) -> None:
 def _log_refused(client: HTTPConnection, status: int) -> None:
     peer = client.client.host if client.client else "?"
     log.warning(REFUSED, extra={"peer": peer, "status": status})
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    """Answer a wrong address in OpenAI's form: most who use one are OpenAI clients."""
-    assert isinstance(error, HTTPException)
-    body = no_such_route(request.method, request.url.path, error.status_code)
-    return Response(body.encoded(), body.status, error.headers, media_type="application/json")
 
 
 def _offered(client: HTTPConnection) -> list[str]:

@@ -6,9 +6,9 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import uvicorn
-from starlette.websockets import WebSocket
 
 from server_plugin.service.asgi import HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig
@@ -33,15 +33,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        service.abort = self._abort
-
-    def _abort(self, websocket: WebSocket) -> None:
-        """Drop a client that does not read, which ASGI does not offer."""
-        if websocket.client is None:
-            return
-        for protocol in list(self.server_state.connections):
-            if getattr(protocol, "client", None) == tuple(websocket.client):
-                protocol.transport.abort()
+        service.abort = partial(web.drop_client, self.server_state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:

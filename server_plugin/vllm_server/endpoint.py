@@ -40,7 +40,7 @@ from vlm_collab.pictures.images import Codec
 from vlm_collab.web.access import is_loopback
 from vlm_collab.web.connection_limits import ConnectionSlots
 from vlm_collab.web.log_throttle import LIBRARIES, LogThrottle
-from vlm_collab.web.server import limit_connections
+from vlm_collab.web.server import drop_client, limit_connections
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +146,8 @@ class CollabEndpoint:
         self._app.router.routes.extend(routes_of(service))
 
     def drop(self, websocket: WebSocket) -> None:
-        """Abort the connection of a client that does not read; ASGI has no way to do this."""
-        if websocket.client is None:
-            return
-        for protocol in list(self._app.state.server.server_state.connections):
-            if getattr(protocol, "client", None) == tuple(websocket.client):
-                protocol.transport.abort()
+        """See `drop_client`."""
+        drop_client(self._app.state.server.server_state, websocket)
 
 
 async def _opened(engine_client: Any, args: Any) -> Service:

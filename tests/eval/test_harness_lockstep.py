@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.runs.lockstep import Gathers, Lockstep, Member
+from eval.runs.lockstep import DelaysBatches, Lockstep, Member
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.backends.fake import FakeBackend
 from server_plugin.backends.open import open_model
@@ -46,7 +46,7 @@ def test_batches_do_not_depend_on_timing(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Passes, "execute", watched)
     backend, _ = open_model("demo", device="cpu", dtype="float32", batch=2)
-    assert isinstance(backend, Gathers)
+    assert isinstance(backend, DelaysBatches)
 
     async def group(delays: list[int]) -> list[Any]:
         members = Lockstep(backend, len(QUESTIONS)).members

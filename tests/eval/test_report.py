@@ -12,8 +12,8 @@ from edge_client.cli.main import main
 from eval.analysis.records import PROVENANCE, write_shard
 from eval.analysis.run import open_run
 from eval.report.demo import COMMITTED, pack
+from eval.report.differences import differences
 from eval.report.inputs import sort_runs
-from eval.report.moved import moved
 from eval.report.write import RESULTS, write_report
 from tests.eval.test_sweep import saved
 from tests.support.report_runs import KINDS, answers, made
@@ -60,9 +60,9 @@ def test_every_kind_of_difference_is_listed() -> None:
         "tables": {"t": {"rows": [{"name": "a", "x": 1.5}, {"name": "c", "x": 2.0}]}},
         "figures": {"f": {"y": [1.0, 2.25], "title": "two", "z": [1.0, 2.0]}},
     }
-    assert moved(before, before) == []
-    assert moved({"figures": {"x": 1.0}}, {"figures": {"x": 1.0 + 1e-12}}) == []
-    assert moved(before, after) == [
+    assert differences(before, before) == []
+    assert differences({"figures": {"x": 1.0}}, {"figures": {"x": 1.0 + 1e-12}}) == []
+    assert differences(before, after) == [
         "tables/t/rows/a/x: 1 -> 1.5 (+0.5)",
         "tables/t/rows/b: only before",
         "tables/t/rows/c: only now",

@@ -16,8 +16,10 @@ from starlette.types import Message
 
 from edge_client.gateway import Gateway, GatewayConfig
 from server_plugin.backends.fake import FakeBackend
+from server_plugin.service.config import OpenAiLimits
 from server_plugin.vllm_server.endpoint import routes_of
 from tests.support.wire import service
+from vlm_collab.openai import WireLimits
 from vlm_collab.protocol.messages import SUBPROTOCOL
 
 PAGE = Path(__file__).parents[2] / "docs" / "access.md"
@@ -26,6 +28,14 @@ TOKEN = "right"
 FOREIGN_NAME = {"Host": "evil.example"}
 FOREIGN_PAGE = {"Origin": "https://evil.example"}
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
+MOST_BYTES = {
+    "vlm-collab serve": OpenAiLimits().max_body_bytes,
+    "vlm-collab gateway": WireLimits().max_body_bytes,
+    "vllm serve": OpenAiLimits().max_body_bytes,
+}
+"""Largest body that a server reads, by the command that starts it."""
+
+_PIECE_BYTES = 2**20
 
 
 class ProbedRoute(NamedTuple):
@@ -74,6 +84,13 @@ def probed_routes(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Prob
 
 async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
     """Send a request; returns the status, 101 for an accepted WebSocket."""
+    return (await asked_with_body(app, route, headers, 0))[0]
+
+
+async def asked_with_body(
+    app: Starlette, route: ProbedRoute, headers: dict[str, str], body_bytes: int
+) -> tuple[int, bool]:
+    """Send a request with a body of zeros; returns the status, and whether the body was read."""
     given = {"Host": "127.0.0.1", **headers}
     scope: dict[str, Any] = {
         "type": "http",
@@ -82,11 +99,14 @@ async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> 
         "query_string": b"",
         "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
     }
-    coming: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+    piece: Message = {"type": "http.request", "body": bytes(_PIECE_BYTES), "more_body": True}
+    last = {"type": "http.request", "body": bytes(body_bytes % _PIECE_BYTES), "more_body": False}
+    coming: list[Message] = [last, *[piece] * (body_bytes // _PIECE_BYTES)]
     if route.method == "WebSocket":
         extensions = {"websocket.http.response": {}}
         scope |= {"type": "websocket", "subprotocols": [SUBPROTOCOL], "extensions": extensions}
         coming = [{"type": "websocket.connect"}]
+    pieces = len(coming)
     told: list[int] = []
 
     async def receive() -> Message:
@@ -100,14 +120,14 @@ async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> 
             told.append(101)
 
     await app(scope, receive, send)
-    return told[0]
+    return told[0], len(coming) < pieces
 
 
 async def table() -> str:
     """The table, in Markdown."""
     lines = [
-        "| server | route | name without a token | page of another origin | no token |",
-        "|---|---|---|---|---|",
+        "| server | route | name without a token | page of another origin | no token | body |",
+        "|---|---|---|---|---|---|",
     ]
     locked = servers(TOKEN)
     for server, app in servers(None).items():
@@ -117,6 +137,7 @@ async def table() -> str:
                 _told(await asked(app, route, FOREIGN_NAME)),
                 _told(await asked(app, route, FOREIGN_PAGE)),
                 _told(await asked(locked[server], route, {})),
+                await _body(app, route, MOST_BYTES[server]),
             )
             methods.setdefault((route.shown, *told), []).append(route.method)
         for (shown, *told_of), each in methods.items():
@@ -135,6 +156,16 @@ def _probed(method: str, path: str) -> ProbedRoute:
     shown = path.replace(":path", "")
     parts = [f"any-{one[1:-1]}" if one.startswith("{") else one for one in shown.split("/")]
     return ProbedRoute(method, shown, "/".join(parts))
+
+
+async def _body(app: Starlette, route: ProbedRoute, most_bytes: int) -> str:
+    """The largest body that a route reads."""
+    if route.method == "WebSocket":
+        return "none"
+    status, was_read = await asked_with_body(app, route, {}, most_bytes + 1)
+    if status == 413:
+        return f"at most {most_bytes / 2**20:g} MiB"
+    return "any" if was_read else "not read"
 
 
 def _told(status: int) -> str:

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from starlette.websockets import WebSocket
+from uvicorn.server import ServerState
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.web.connection_limits import ConnectionSlots
@@ -105,6 +107,20 @@ def limit_connections(
     config.ws_protocol_class = WebSocketConnection
     config.ws_max_size = max_frame_bytes
     config.ws_per_message_deflate = False
+
+
+def drop_client(state: ServerState, websocket: WebSocket) -> None:
+    """Abort the connection of a client that does not read, which ASGI does not offer.
+
+    Args:
+        state: the `server_state` of the uvicorn server.
+        websocket: of the client.
+    """
+    if websocket.client is None:
+        return
+    for protocol in list(state.connections):
+        if getattr(protocol, "client", None) == tuple(websocket.client):
+            protocol.transport.abort()
 
 
 async def serve(server: uvicorn.Server, sock: socket.socket) -> None:

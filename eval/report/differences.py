@@ -13,7 +13,7 @@ ROUNDING = 1e-9
 """Largest difference that is attributed to rounding on another processor."""
 
 
-def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """List the differences of two reports, one line for each number or series of numbers.
 
     Args:
