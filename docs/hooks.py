@@ -1,4 +1,7 @@
-"""Hook of MkDocs that adds pages whose source lies outside docs/, such as CONTRIBUTING.md."""
+"""Hooks of MkDocs: pages whose source lies outside docs/, and no Mermaid.
+
+The site cannot draw Mermaid without a script from another host; pictures stand in its place.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
@@ -23,6 +27,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (root / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_moved(text)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave out folded Mermaid diagrams."""
+    folded = r"<details>\n<summary>[^\n]*</summary>\n\n```mermaid\n.*?```\n\n</details>\n"
+    return re.sub(folded, "", markdown, flags=re.DOTALL)
 
 
 def _moved(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from markdown.extensions.toc import slugify
 
-from tests.support import layers_picture
+from tests.support import layers_picture, states_picture
 from tests.support.protocol_page import PAGE, page
 from vlm_collab.errors import ErrorCode
 from vlm_collab.protocol import messages
@@ -43,6 +43,11 @@ def test_the_protocol_page_names_every_message_move_and_error():
 def test_the_picture_of_the_layers_is_the_contracts():
     text = layers_picture.PICTURE.read_text(encoding="utf-8")
     assert layers_picture.picture() == text, "run `python -m tests.support.layers_picture`"
+
+
+def test_the_picture_of_the_states_is_the_transition_table():
+    text = states_picture.PICTURE.read_text(encoding="utf-8")
+    assert states_picture.picture() == text, "run `python -m tests.support.protocol_page`"
 
 
 def _pages() -> list[Path]:

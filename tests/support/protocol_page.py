@@ -1,7 +1,8 @@
 """Write the generated parts of `docs/protocol.md`: ``python -m tests.support.protocol_page``.
 
 The transition diagram, the messages and the error codes are read from the code, so that the page
-cannot drift; a test compares it with what this module would write.
+cannot drift; a test compares it with what this module would write. The picture of the diagram is
+written too (`tests.support.states_picture`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from tests.support import states_picture
 from vlm_collab.errors import ErrorCode
 from vlm_collab.protocol import messages
 from vlm_collab.protocol.messages import DeclineReason, Fallback, Finish
@@ -24,11 +26,19 @@ _MARK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def diagram() -> str:
-    """The transition table as a Mermaid state diagram."""
-    lines = ["```mermaid", "stateDiagram-v2"]
+    """The transition table as a picture, and folded below it as a Mermaid state diagram."""
+    lines = [
+        f"![States of a question and the messages between them]({states_picture.PICTURE.name})",
+        "",
+        "<details>",
+        "<summary>The same as a Mermaid diagram</summary>",
+        "",
+        "```mermaid",
+        "stateDiagram-v2",
+    ]
     for (state, message), after in TRANSITIONS.items():
         lines.append(f"    {state.name} --> {after.name}: {message.__name__}")
-    return "\n".join([*lines, "```"])
+    return "\n".join([*lines, "```", "", "</details>"])
 
 
 def fields() -> str:
@@ -83,6 +93,7 @@ def page(text: str) -> str:
 def main() -> None:
     """Command line."""
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    states_picture.PICTURE.write_text(states_picture.picture(), encoding="utf-8")
     print(f"wrote {PAGE} (msgspec {msgspec.__version__})", file=sys.stderr)
 
 
