@@ -107,7 +107,7 @@ async def test_a_server_that_is_lost_within_an_event():
         raise ConnectionResetError
 
     async with deployed(pieces) as client:
-        with pytest.raises(openai.APIError, match="the server was lost"):
+        with pytest.raises(openai.APIError, match="to the server was lost"):
             await streamed(client)
 
 
@@ -118,7 +118,7 @@ async def test_a_server_that_sends_an_event_without_an_end():
             yield b"a" * 2**16
 
     async with deployed(pieces) as client:
-        with pytest.raises(openai.APIError, match="no end"):
+        with pytest.raises(openai.APIError, match="too long"):
             await streamed(client)
 
 

@@ -227,7 +227,7 @@ def test_the_gateway_warns_if_its_server_crops_pictures(fit: str):
         with started("--server", str(server["url"])) as (process, own):
             assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it is serving by now
             errors = stopped(process)
-    assert ("of the server, the fit is crop" in errors) == (fit == "crop")
+    assert ("about the server: the fit is crop" in errors) == (fit == "crop")
     assert len(errors.splitlines()) == (fit == "crop")
 
 
@@ -266,7 +266,7 @@ def test_the_longest_question_is_bounded_on_both_sides():
     [
         (["--max-question-bytes", "0"], 2, "max-question-bytes"),
         (["--host", "0.0.0.0"], 2, "without an API key"),
-        (["--server", "http://127.0.0.1"], 2, "is no server address"),
+        (["--server", "http://127.0.0.1"], 2, "is not a server address"),
         (["--port", "70000"], 2, "port"),
         (["--log-level", "loud"], 2, "log level"),
         (["--policy", "/no/such/file.yaml"], 2, "/no/such/file.yaml"),

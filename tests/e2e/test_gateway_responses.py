@@ -84,7 +84,7 @@ async def test_what_was_fetched_counts_among_what_is_kept():
     ):
         first = await respond(here, [snapshot(SURE, host)])
         second = await respond(here, [snapshot(SURE, host)])
-        with pytest.raises(openai.BadRequestError, match="or no longer"):
+        with pytest.raises(openai.BadRequestError, match="or it was dropped"):
             await respond(here, "?", previous_response_id=first.id)
         assert (await respond(here, "?", previous_response_id=second.id)).output_text
 

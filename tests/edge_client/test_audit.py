@@ -459,8 +459,8 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
     [
         (["none.jsonl"], "No such file"),
         (["."], "Is a directory"),
-        (["noise"], "no audit log"),
-        (["log", "--picture", "p.png"], "--out belong together"),
+        (["noise"], "not an audit log"),
+        (["log", "--picture", "p.png"], "--picture and --out together"),
         (["log", "--picture", "none.png", "--out", "s.png"], "none.png: no such file"),
         (["log", "--picture", "p.png", "--out", "s.tiff"], "must end in"),
         (["log", "--picture", "p.png", "--out", "s.png"], "lists no image"),

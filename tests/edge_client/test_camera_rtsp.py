@@ -88,7 +88,7 @@ def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
         while stream.trouble is None and time.monotonic() < until:
             stream.take(after=10**6, wait_s=0.1)
         assert stream.trouble is not None
-        assert "nothing came for" in stream.trouble
+        assert "no data for" in stream.trouble
 
 
 class _Mute(socketserver.StreamRequestHandler):
@@ -129,8 +129,8 @@ def test_a_camera_that_connects_and_sends_no_picture_is_reported(monkeypatch):
                 while len(news) < 1 and time.monotonic() < until:
                     assert stream.take(wait_s=0.05) is None
                     told += filter(None, [stream.trouble])
-            assert re.search(rf"^{url}: no picture for \d+ s; nothing comes$", told[0])
-            assert news == [f"{url} is lost: nothing came for 1 s; trying to get it back"]
+            assert re.search(rf"^{url}: no picture for \d+ s; it sends nothing$", told[0])
+            assert news == [f"{url} is lost: no data for 1 s; trying to get it back"]
         finally:
             server.shutdown()
             thread.join()

@@ -126,8 +126,8 @@ def test_files_that_never_become_pictures_are_reported(tmp_path, monkeypatch):
         assert again.picture.size.width == 100
     told = "\n".join(news)
     for name in ("broken", "empty", "black", "dark"):
-        assert told.count(f"{name}.jpg is passed over") == 1
-    assert told.count("shows nothing") == 2
+        assert told.count(f"{name}.jpg is skipped") == 1
+    assert told.count("it is blank") == 2
     assert len(news) == 4
 
 
@@ -200,8 +200,8 @@ def test_a_file_that_is_no_picture_is_one_line(tmp_path, monkeypatch, content, r
     ("source", "kind", "reason"),
     [
         ("nowhere/at/all", CameraError, "no such file or folder"),
-        ("ftp://me:secret@host/x", ConfigError, "no such kind of stream; known: rtsp://"),
-        ("ftp://host/x?user=me&password=secret", ConfigError, "//host/x\\?…: no such kind"),
+        ("ftp://me:secret@host/x", ConfigError, "unknown kind of stream; known: rtsp://"),
+        ("ftp://host/x?user=me&password=secret", ConfigError, "//host/x\\?…: unknown kind"),
         ("camera:front", ConfigError, "such as camera:0"),
         ("camera:0@huge", ConfigError, "such as camera:0"),
         ("a\0b", CameraError, "no such file"),

@@ -133,9 +133,9 @@ def test_a_conversation(server, file, tmp_path):
         assert f"{UNSURE} second" in told
 
         terminal.type("/look")
-        terminal.see("no new picture; the last one stays")
+        terminal.see("no new picture; keeping the last one")
         terminal.type("/nonsense")
-        terminal.see("/nonsense is no command; /help shows those there are")
+        terminal.see("/nonsense is not a command; /help lists the commands")
         terminal.type("/help")
         told = terminal.see("/quit.*\n")
         for command in ("/look", "/why", "/save"):
@@ -165,7 +165,7 @@ async def test_ctrl_c_takes_a_question_back(file):
             terminal.type(SURE)
             await w.proxy.until_passed(Ask)
             terminal.child.sendintr()
-            await asyncio.to_thread(terminal.see, "taken back")
+            await asyncio.to_thread(terminal.see, "cancelled")
             await w.proxy.until_passed(Cancel)
             await asyncio.to_thread(terminal.see, "> $")
             terminal.type("/quit")
@@ -204,9 +204,9 @@ async def test_a_chat_may_begin_before_its_server(file):
     async with world(connect=False) as w:
         w.proxy.refusing = True
         with Terminal(file, "--server", w.proxy.url) as terminal:
-            told = await asyncio.to_thread(terminal.see, "questions are kept until it answers")
+            told = await asyncio.to_thread(terminal.see, "questions wait until it answers")
             terminal.type(SURE)
-            await asyncio.to_thread(terminal.see, "the question is kept")
+            await asyncio.to_thread(terminal.see, "the question waits")
             w.proxy.refusing = False
             told = await asyncio.to_thread(terminal.see, ANSWERED)
             assert "first " in told
@@ -259,7 +259,7 @@ def test_a_busy_camera_is_reported_and_comes_back(server):
         terminal.see("picture \\d+, 640 x 480 px")
         terminal.see("> $")
         camera.do(page("Device Busy"))
-        terminal.see("is lost: the answer is text/html and no JPEG, PNG or WebP picture; trying")
+        terminal.see("is lost: the response is text/html, not a JPEG, PNG or WebP picture; trying")
         terminal.type(SURE)
         terminal.see(ANSWERED)
         camera.do(shows[1])
@@ -279,7 +279,7 @@ def test_why_explains_that_a_small_picture_needs_no_region(server, tmp_path):
     done = piped(f"{UNSURE}\n/why\n", small, "--server", server)
     assert done.returncode == 0
     assert "the first one: no region would show more than the view does" in done.stdout
-    assert "none was asked for: it would show no more than the view does" in done.stdout
+    assert "none was requested: it would show no more than the view does" in done.stdout
     assert "sure enough" not in done.stdout
 
 
@@ -396,7 +396,7 @@ async def test_in_a_pipe_an_absent_server_is_reported_after_the_deadline(file):
     [
         (("nowhere.jpg",), 3, "nowhere.jpg: no such file or folder"),
         (("camera:98",), 3, "/dev/video98: No such file or directory"),
-        (("gopher://x/y",), 2, "no such kind of stream"),
+        (("gopher://x/y",), 2, "unknown kind of stream"),
         (("--always", "--never", "x"), 2, "--always and --never exclude each other"),
     ],
 )

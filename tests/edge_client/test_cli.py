@@ -262,7 +262,7 @@ async def test_no_region_is_saved_if_none_was_sent(run, photo_file, tmp_path, mo
         arguments = ("ask", photo_file, UNSURE, "--server", url, "--save-crop", "crop.jpg", *extra)
         code, out, _ = await asyncio.to_thread(run, *arguments)
     assert code == 0
-    assert "no region was sent, so none is saved" in out
+    assert "no region was sent, so none was saved" in out
     assert "saved as" not in out
     assert not (tmp_path / "crop.jpg").exists()
 
@@ -273,7 +273,7 @@ async def test_the_region_is_saved_in_the_format_that_its_name_says(run, photo_f
         code, out, _ = await asyncio.to_thread(
             run, "ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)
         )
-        assert (code, "crop.png, which was sent as JPEG" in out) == (0, True)
+        assert (code, "crop.png (it was sent as JPEG)" in out) == (0, True)
         saved = Image.open(file)
         assert (saved.format, saved.size) == ("PNG", (112, 112))
         code, out, _ = await asyncio.to_thread(
@@ -333,13 +333,13 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
         (["ask", photo_file, "why?", "--eta", "inf"], 2, "--eta"),
         (["ask", photo_file, "why?", "--eta", "-3"], 2, "--eta"),
         (["ask", photo_file, "why?", "--always", "--never"], 2, "exclude each other"),
-        (["ask", photo_file, "why?", "--server", "here"], 2, "is no server address"),
+        (["ask", photo_file, "why?", "--server", "here"], 2, "is not a server address"),
         (["ask", photo_file, "why?", "--ca-file", "none.pem"], 2, "CA file"),
         (["ask", photo_file, "why?", "--save-crop", "crop.gif"], 2, "--save-crop"),
         (["ask", photo_file, "why?", "--save-crop", "no/such/crop.png"], 2, "no such directory"),
         (["ask", photo_file, "why?", "--nonsense"], 2, "--nonsense"),
         (["ask", photo_file, "why?", "--map", "map.png"], 2, "map.png is the name of a file"),
-        (["ask", photo_file, "Other.JPG", "why?"], 2, "more photos are given by --photo"),
+        (["ask", photo_file, "Other.JPG", "why?"], 2, "give more photos with --photo"),
         (["nonsense"], 2, "No such command"),
     ]:
         for extra in ([], ["--json"]):

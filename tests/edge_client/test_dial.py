@@ -77,8 +77,8 @@ async def test_no_such_host():
 @pytest.mark.parametrize(
     ("reply", "kind", "line"),
     [
-        (b"", LostError, "without a word"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "as a web server does"),
+        (b"", LostError, "closed the connection without a response"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "does not answer in HTTP"),
         (b"HTTP/1.1 401 Unauthorized\r\n\r\n", AuthenticationError, "HTTP 401"),
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", AuthenticationError, "HTTP 403"),
         (
@@ -94,7 +94,7 @@ async def test_no_such_host():
         (b"HTTP/1.1 404 Not Found\r\n\r\n", LinkError, "HTTP 404"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", LinkError, "HTTP 200"),
         (b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n", LostError, "HTTP 503"),
-        (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is no vlm-collab server"),
+        (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is not a vlm-collab server"),
     ],
 )
 async def test_other_kinds_of_servers(reply, kind, line):
@@ -166,7 +166,7 @@ async def test_redirects_are_not_followed():
     async with scripted(script) as elsewhere:
         reply = f"HTTP/1.1 302 Found\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n"
         async with speaking(reply.encode()) as url:
-            with pytest.raises(LinkError, match="points to another address") as caught:
+            with pytest.raises(LinkError, match="redirects to another address") as caught:
                 await Link.open(Server(url=url), limits=EdgeLimits())
     assert not isinstance(caught.value, LostError)
     assert came == []

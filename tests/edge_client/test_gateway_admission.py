@@ -128,11 +128,11 @@ async def test_bodies_wait_for_room_and_one_alone_always_fits():
 async def test_a_body_larger_than_announced():
     bound = admission(max_requests=9, max_body_bytes=100)
     async with bound.slot(0) as alone:
-        alone.hold(1000)
+        alone.reserve(1000)
         alone.release_body()
         async with bound.slot(50), bound.slot(50) as other:
-            with pytest.raises(ApiError, match="no room"):
-                other.hold(51)
+            with pytest.raises(ApiError, match="no memory now"):
+                other.reserve(51)
             assert bound.nbytes == 100
     assert (bound.nbytes, bound.running) == (0, 0)
 
@@ -156,7 +156,7 @@ async def test_giving_up_leaves_no_gap():
 async def test_waiting_is_bounded():
     bound = admission(max_requests=1, patience_s=0.02)
     async with bound.slot(0):
-        with pytest.raises(ApiError, match="no more at once") as caught:
+        with pytest.raises(ApiError, match="no more are accepted at once") as caught:
             async with bound.slot(0):
                 pass
     assert (caught.value.status, caught.value.code) == (429, "busy")

@@ -141,7 +141,7 @@ def test_the_byte_limit_holds_for_any_hour():
     question = guard.question("why?")
     view_leaves(question, 600)
     watch.wait(minutes=30)
-    with pytest.raises(PrivacyError, match="1000 bytes an hour; 600 have left, and 401 more"):
+    with pytest.raises(PrivacyError, match="1000 bytes an hour; 600 were sent, and 401 more"):
         view_leaves(question, 401)
     assert region_leaves(question, 401, Box(0, 0, 9, 9)) is DeclineReason.LIMIT
     assert region_leaves(question, 400, Box(0, 0, 9, 9)) is None
@@ -177,12 +177,12 @@ def test_bytes_are_remembered_over_a_restart_and_shared_with_others(tmp_path):
         view_leaves(first, 5, shown)
         watch.wait(seconds=1)
     for question in (first, second, started()):
-        with pytest.raises(PrivacyError, match="1000 have left"):
+        with pytest.raises(PrivacyError, match="1000 were sent"):
             view_leaves(question, 1)
     view_leaves(started("garden"), 1000)
     watch.wait(minutes=57, seconds=39)  # 60 of them are older than an hour
     for question in (second, started()):
-        with pytest.raises(PrivacyError, match="700 have left"):
+        with pytest.raises(PrivacyError, match="700 were sent"):
             view_leaves(question, 301)
     view_leaves(started(), 300)
 
@@ -207,13 +207,13 @@ def test_rotating_the_log_does_not_reset_the_hour(rotate, looks, tmp_path):
         with pytest.raises(PrivacyError):
             view_leaves(guard.question("why?"), 600, shown)
     rotate(log)
-    with pytest.raises(PrivacyError, match="600 have left"):
+    with pytest.raises(PrivacyError, match="600 were sent"):
         view_leaves(guard.question("why?"), 600, shown)
     view_leaves(guard.question("why?"), 300, shown)
     fresh = read_log(log)
     assert [image.bytes for image in fresh.images] == [300]
     assert fresh.hidden[fresh.images[0].hidden] == (Box(0, 0, 50, 50),)
-    with pytest.raises(PrivacyError, match="900 have left"):
+    with pytest.raises(PrivacyError, match="900 were sent"):
         view_leaves(guard.question("why?"), 101, shown)
 
 
@@ -226,7 +226,7 @@ def test_every_image_of_the_hour_counts_once_whoever_wrote_it(tmp_path):
         assert region_leaves(writer.question("why?"), 50, Box(0, 0, 90, 9)) is None
     for _ in range(2):
         for writer in (guard, other, Guard(policy, audit=AuditLog(log))):
-            with pytest.raises(PrivacyError, match="450 have left"):
+            with pytest.raises(PrivacyError, match="450 were sent"):
                 view_leaves(writer.question("why?"), 551)
 
 

@@ -71,7 +71,7 @@ class Watching:
         self.news: list[str] = []
         self.camera = open_camera(source, news=self.news.append, live=live)
         self.lines = JsonLinesFile(out)
-        self.progress = WatchProgress(beside=True)
+        self.progress = WatchProgress(shared_terminal=True)
         settings = {"every": None, "seconds": None, "count": None, "deadline_s": 20.0}
         self.watch = Watch(
             self.camera,
@@ -254,18 +254,18 @@ async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes
     good, other = (saved(scene(one), "JPEG", quality=95) for one in (3, 4))
     part, gone = len(good) // 3, "is lost: "
     kinds = {
-        "busy": (picture, page("Device Busy"), f"{gone}the answer is text/html and no JPEG"),
+        "busy": (picture, page("Device Busy"), f"{gone}the response is text/html, not a JPEG"),
         "half": (
             picture,
             part_of(good, part, sized=False),
             f"{gone}a broken JPEG picture",
         ),
-        "short": (picture, part_of(good, part, sized=True), f"{gone}.* broke off"),
+        "short": (picture, part_of(good, part, sized=True), f"{gone}.* was cut off"),
         "silent": (picture, silence(), r"no picture for \d+ s; its web server does not answer"),
         "stuck": (picture, silence(good[:part]), r"no picture for \d+ s; its web server does not"),
-        "black": (picture, picture(saved(Image.new("RGB", (640, 480)), "JPEG")), "shows nothing"),
+        "black": (picture, picture(saved(Image.new("RGB", (640, 480)), "JPEG")), "is blank"),
         "stream, busy": (stream, page("Device Busy"), gone),
-        "stream, half": (stream, stream(good[:part]), "is damaged"),
+        "stream, half": (stream, stream(good[:part]), "only damaged"),
         "stream, silent": (stream, silent_stream(), f"{gone}|no picture for"),
     }
 
@@ -322,7 +322,7 @@ async def test_a_camera_that_hangs_and_goes_on_has_one_line(clip, tmp_path, monk
             with pytest.raises(asyncio.CancelledError):
                 await running_watch
     [told] = [line for line in lines if "error" in line]
-    assert re.search(r"no picture for \d+ s; nothing comes", told["error"])
+    assert re.search(r"no picture for \d+ s; it sends nothing", told["error"])
     assert "answer" in lines[-1]
 
 
@@ -415,8 +415,8 @@ def test_closing_stdout_ends_the_watch(clip, server):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "say how often to ask: either --every N pictures or --seconds S"),
-        (("--every", "2", "--seconds", "2"), "say how often to ask"),
+        ((), "give either --every N (pictures) or --seconds S, to say how often to ask"),
+        (("--every", "2", "--seconds", "2"), "give either --every N"),
         (("--seconds", "inf"), "--seconds must be a number above 0, not inf"),
         (("--every", "2", "--always", "--never"), "exclude each other"),
         (("--every", "2", "--out", "/nowhere/x"), "--out /nowhere/x: No such file or directory"),
