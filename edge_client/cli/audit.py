@@ -30,9 +30,7 @@ def audit(
     camera: Annotated[str | None, typer.Option(help="Show only this camera's images.")] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(
-            help="The original to draw over: shows what the server saw of it; needs --out."
-        ),
+        typer.Option(help="Draw what the server saw over this original; needs --out."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the drawing (.jpg, .png or .webp).")

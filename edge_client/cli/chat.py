@@ -79,7 +79,7 @@ def chat(
         bool, typer.Option("--json", help="Print each answer as a JSON object on one line.")
     ] = False,
 ) -> int:
-    """Talk about what a camera sees, or a picture.
+    """Talk about a picture, or about what a camera sees.
 
     All questions are about the newest good picture, until /look takes another. Each line is a
     question; lines may also come from a pipe. While the server is away, questions wait.
@@ -285,7 +285,7 @@ class CameraChat:
         given = path.suffix.lower().replace(".jpeg", ".jpg")
         if given != suffix:
             raise ConfigError(
-                f"/save {path}: the region was sent as {suffix}; give the file that ending"
+                f"/save {path}: the region was sent as {suffix}; the name must end in {suffix}"
             )
         try:
             path.write_bytes(answer.region)

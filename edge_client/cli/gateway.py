@@ -41,7 +41,7 @@ def gateway(
     token: Token = None,
     token_file: TokenFile = None,
     ca_file: Annotated[
-        Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
+        Path | None, typer.Option(help="PEM file of certificate authorities to trust for wss://.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
@@ -60,7 +60,7 @@ def gateway(
         Path | None, typer.Option(metavar="FILE", help="File that contains only the API key.")
     ] = None,
     allow_anonymous: Annotated[
-        bool, typer.Option("--allow-anonymous", help="Listen beyond localhost without a key.")
+        bool, typer.Option("--allow-anonymous", help="Listen on any address without an API key.")
     ] = False,
     origin: Annotated[
         list[str] | None,
@@ -98,7 +98,7 @@ def gateway(
         typer.Option(
             min=0,
             help="Most connections at once from one address; default: 64, and no limit for this "
-            "machine. 0: no limit, which a proxy on another machine needs.",
+            "machine. 0: no limit; use it behind a proxy on another machine.",
         ),
     ] = None,
     max_waiting: Annotated[
@@ -137,7 +137,7 @@ def gateway(
         ),
     ] = None,
     audit: Annotated[
-        Path | None, typer.Option(help="Log file; every image is listed in it before it leaves.")
+        Path | None, typer.Option(help="Audit log: a file that lists every image before it leaves.")
     ] = None,
     log_level: Annotated[
         str, typer.Option(help="Least severe messages to log: debug, info, warning or error.")

@@ -48,7 +48,7 @@ _BUILT_IN = {
 _HELP = {
     "ask": "Ask questions about photos.",
     "audit": "Show which images left the device.",
-    "chat": "Talk about what a camera sees, or a picture.",
+    "chat": "Talk about a picture, or about what a camera sees.",
     "gateway": "Serve OpenAI's API on this device, for programs that use that API.",
     "watch": "Ask the same question about a camera's pictures again and again.",
     "serve": "Serve a model.",

@@ -27,7 +27,7 @@ TokenFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File that contains only the bearer token.")
 ]
 CaFile = Annotated[
-    Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
+    Path | None, typer.Option(help="PEM file of certificate authorities to trust for wss://.")
 ]
 Deadline = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
 Eta = Annotated[
@@ -54,7 +54,7 @@ CameraName = Annotated[
     ),
 ]
 AuditFile = Annotated[
-    Path | None, typer.Option(help="Log file; every image is listed in it before it leaves.")
+    Path | None, typer.Option(help="Audit log: a file that lists every image before it leaves.")
 ]
 
 

@@ -28,8 +28,8 @@ Turns = Sequence[tuple[str, str]]
 class RetryingClient:
     """Asks one question at a time, and asks again while the server is away.
 
-    Connects when the first question needs it. Other errors (a wrong token, a refused
-    question) are raised at once, because waiting cannot help.
+    Connects when the first question needs it. Errors that do not pass with time (a wrong token, a
+    refused question) are raised at once.
 
     Args:
         url: address of the service.

@@ -51,10 +51,10 @@ def watch(
     question: Annotated[str, typer.Argument(help="The question to ask about each picture.")],
     every: Annotated[
         int | None,
-        typer.Option(min=1, help="Ask about every N-th picture of the camera."),
+        typer.Option(min=1, help="Ask about every N-th picture of the camera; or give --seconds."),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Ask every so many seconds instead.")
+        float | None, typer.Option(min=0.0, help="Ask once in this many seconds; or give --every.")
     ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="End after this many questions; default: no end.")

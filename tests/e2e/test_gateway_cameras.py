@@ -11,7 +11,7 @@ import pytest
 
 from edge_client.privacy.audit_log import ViewLine, read_log
 from tests.e2e.common import SURE, UNSURE, photo, slow
-from tests.e2e.gateways import MODEL, Deployment, deployed, item, said
+from tests.e2e.gateways import MODEL, Deployment, deployed, item, user_message
 from vlm_collab.geometry import Box
 
 POLICY = f"""
@@ -44,7 +44,7 @@ def at(here: Deployment, camera: str) -> openai.AsyncOpenAI:
 
 async def ask(client: openai.AsyncOpenAI, question: str = SURE, number: int = 1) -> Any:
     return await client.chat.completions.create(
-        model=MODEL, messages=[said(question, photo(number))]
+        model=MODEL, messages=[user_message(question, photo(number))]
     )
 
 
@@ -55,7 +55,7 @@ async def test_each_camera_has_its_own_rules(policy: Path, tmp_path: Path):
         assert (await ask(at(here, "door"))).choices
         made = await ask(at(here, "front%20yard"), UNSURE)
         assert made.vlm_collab["declined"] == "limit"
-        for content in ([said(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
+        for content in ([user_message(SURE, photo(1))], [{"role": "user", "content": "hello"}]):
             with pytest.raises(openai.PermissionDeniedError, match='"night"'):
                 await at(here, "night").chat.completions.create(model=MODEL, messages=content)
         assert [model.id async for model in at(here, "door").models.list()] == [MODEL]
@@ -65,7 +65,7 @@ async def test_each_camera_has_its_own_rules(policy: Path, tmp_path: Path):
     assert [log.black_in(line) for line in views] == [(), (Box(0, 0, 240, 360),), ()]
 
 
-async def test_a_camera_that_the_policy_does_not_name(policy: Path):
+async def test_a_camera_that_the_policy_does_not_name_is_not_found(policy: Path):
     async with deployed(policy=policy) as here:
         for camera in ("attic", "door%2Fdoor", "Door"):
             with pytest.raises(openai.NotFoundError) as caught:
@@ -90,15 +90,15 @@ async def test_conversations_stay_with_their_camera(policy: Path):
             assert caught.value.code == "previous_response_not_found"
             with pytest.raises(openai.NotFoundError):
                 await other.responses.delete(first.id)
-            referred: Any = {"type": "item_reference", "id": first.output[0].id}
+            reference: Any = {"type": "item_reference", "id": first.output[0].id}
             with pytest.raises(openai.NotFoundError) as missing:
-                await other.responses.create(model=MODEL, input=[referred, item(SURE, photo(1))])
+                await other.responses.create(model=MODEL, input=[reference, item(SURE, photo(1))])
             assert missing.value.code == "item_not_found"
         await door.responses.create(model=MODEL, input="?", previous_response_id=first.id)
         await door.responses.delete(first.id)
 
 
-async def test_a_camera_has_one_budget_whichever_way_it_is_asked(policy: Path):
+async def test_both_urls_of_a_camera_share_its_byte_limit(policy: Path):
     async with deployed(policy=policy, camera="budget") as here:
         assert (await ask(here.client, number=1)).vlm_collab["view_bytes"] > 5000
         with pytest.raises(openai.PermissionDeniedError, match="10000 bytes an hour"):
@@ -110,18 +110,18 @@ async def test_cameras_share_the_limits(policy: Path):
     async with deployed(
         slow(0.5), policy=policy, limits={"max_requests": 1, "max_waiting": 0}
     ) as here:
-        asked = asyncio.create_task(ask(at(here, "door")))
+        running_question = asyncio.create_task(ask(at(here, "door")))
         while not here.proxy.connections:
             await asyncio.sleep(0.005)
         with pytest.raises(openai.RateLimitError):
             await ask(at(here, "front%20yard"))
-        await asked
+        await running_question
 
 
-async def test_cameras_need_the_key_as_well(policy: Path):
+async def test_requests_to_a_camera_need_the_api_key(policy: Path):
     async with deployed(policy=policy, api_key="right") as here:
         with pytest.raises(openai.AuthenticationError):
             await ask(at(here, "door"))
         with pytest.raises(openai.AuthenticationError):
-            await ask(at(here, "attic"))  # strangers do not learn which cameras exist
+            await ask(at(here, "attic"))  # without the key, nobody learns which cameras exist
         assert (await ask(at(here, "door").with_options(api_key="right"))).choices

@@ -12,7 +12,7 @@ from vlm_collab.protocol.messages import Ask, Region
 
 
 @pytest.mark.parametrize("key", [None, "right"])
-async def test_a_question_asked_on_the_page(key: str | None):
+async def test_a_question_on_the_page_is_answered_through_the_gateway(key: str | None):
     async with (
         deployed(
             FakeBackend(), config={"token": "upstream"}, token="upstream", api_key=key

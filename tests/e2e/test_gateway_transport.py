@@ -1,4 +1,4 @@
-"""The gateway's clients that do not read, are silent, or relay to a server that does not read."""
+"""The gateway with clients that do not read or stay silent, and a server that does not read."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ async def served(made: Gateway, *, buffer: int | None = SMALL) -> AsyncIterator[
         yield here
 
 
-@pytest.mark.parametrize("asked", [request(FILE) * 50, request("/v1/models") * 500])
-async def test_a_client_that_reads_no_response_is_dropped(asked: bytes):
+@pytest.mark.parametrize("requests", [request(FILE) * 50, request("/v1/models") * 500])
+async def test_a_client_that_reads_no_response_is_dropped(requests: bytes):
     async with served(gateway(NOWHERE, api_key="right", limits=QUIET)) as here:
         client = here.open(buffer=SMALL)
-        await client.send_what_goes(asked)
+        await client.send_what_goes(requests)
         await until(lambda: here.waiting() > 0)
         await until(lambda: not here.connections)
 
 
-async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+async def test_silent_connections_do_not_block_others(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "_OTHERS", 2)
     monkeypatch.setattr(slots_module, "RESERVED", 4)
     limits = {"max_requests": 1, "max_waiting": 0, "max_relays": 1}
@@ -63,23 +63,23 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("nbytes", [100, 60 * 2**20])
-async def test_requests_whose_rest_never_comes_hold_nobody_up(
+async def test_incomplete_requests_do_not_block_others(
     nbytes: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(admission, "LONGEST_PAUSE_S", 0.1)
     made = gateway(NOWHERE, limits={"max_requests": 5})
     async with served(made) as here:
-        begun = [here.open() for _ in range(5)]
-        for each in begun:
+        incomplete = [here.open() for _ in range(5)]
+        for each in incomplete:
             await each.send(post(nbytes))
         await until(lambda: made.admission.running + made.admission.waiting == 5)
-        asking = here.open()
-        await asking.send(post(2) + b"{}")
-        assert b" 400 " in await asking.read_until(b"messages")
-        assert b" 408 " in await begun[0].read_until(b"did not arrive in time")
+        complete = here.open()
+        await complete.send(post(2) + b"{}")
+        assert b" 400 " in await complete.read_until(b"messages")
+        assert b" 408 " in await incomplete[0].read_until(b"did not arrive in time")
 
 
-async def test_health_checks_are_answered_when_every_place_is_at_work(
+async def test_health_checks_are_answered_when_all_slots_are_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(runner, "_OTHERS", 1)
@@ -93,7 +93,7 @@ async def test_health_checks_are_answered_when_every_place_is_at_work(
         assert b" 200 " in await here.open().get("/healthz")
 
 
-async def test_connections_of_one_address_are_bounded():
+async def test_connections_of_one_address_are_limited():
     async with served(gateway(NOWHERE, limits={"max_per_address": 1})) as here:
         stuck = here.open(buffer=SMALL)
         await stuck.send_what_goes(request(FILE) * 50)
@@ -129,7 +129,7 @@ async def flood() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def deaf() -> AsyncIterator[str]:
+async def unreading() -> AsyncIterator[str]:
     """A server that reads nothing."""
 
     async def handle(socket: ServerConnection) -> None:
@@ -156,7 +156,7 @@ async def upstream(handle: Any) -> AsyncIterator[str]:
         yield f"ws://127.0.0.1:{port}"
 
 
-async def test_a_page_that_does_not_read_a_server_that_sends_and_sends_is_dropped(flood: str):
+async def test_a_page_that_does_not_read_is_dropped_while_the_server_sends(flood: str):
     async with served(gateway(flood, limits=QUIET)) as here:
         client = here.open(buffer=SMALL)
         assert "101" in await client.upgrade()
@@ -165,8 +165,8 @@ async def test_a_page_that_does_not_read_a_server_that_sends_and_sends_is_droppe
         await until(lambda: not here.connections)
 
 
-async def test_a_server_that_does_not_read_is_dropped(deaf: str):
-    made = gateway(deaf, limits=QUIET)
+async def test_a_server_that_does_not_read_is_dropped(unreading: str):
+    made = gateway(unreading, limits=QUIET)
     async with served(made, buffer=None) as here:
         client = here.open()
         assert "101" in await client.upgrade()
@@ -175,7 +175,7 @@ async def test_a_server_that_does_not_read_is_dropped(deaf: str):
         await until(lambda: made._page._relays == 0)
 
 
-async def test_relays_that_are_not_used_keep_nobody_out():
+async def test_unused_relays_do_not_block_others():
     async with serving_service(service()) as url:
         made = gateway(url, limits={"max_relays": 2})
         async with served(made) as here:

@@ -21,7 +21,7 @@ from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
-from tests.e2e.gateways import MODEL, SMALL, deployed, gateway, item, running, said, sdk
+from tests.e2e.gateways import MODEL, SMALL, deployed, gateway, item, running, sdk, user_message
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as drawn
 from tests.support.pictures import saved, turned
@@ -34,23 +34,23 @@ from vlm_collab.web import http_protocol as connections
 
 def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:
     return client.chat.completions.create(
-        model=MODEL, messages=[said(question, *(pictures or (photo(1),)))], **more
+        model=MODEL, messages=[user_message(question, *(pictures or (photo(1),)))], **more
     )
 
 
 async def test_a_question_waits_for_a_server_that_is_away():
     async with deployed() as here:
         here.proxy.refusing = True
-        asked = asyncio.create_task(ask(here.client))
+        question = asyncio.create_task(ask(here.client))
         await here.proxy.until_connections(3)
-        assert not asked.done()
+        assert not question.done()
         here.proxy.refusing = False
-        made = await asked
+        made = await question
         assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_question_outlives_a_server_that_goes(stream: bool):
+async def test_a_question_survives_a_lost_connection(stream: bool):
     async with deployed() as here:
         cut = here.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
         made = await ask(here.client, UNSURE, stream=stream)
@@ -94,7 +94,7 @@ async def test_without_a_server_there_is_a_clear_error_in_time(stream: bool):
         assert (await ask(here.client)).choices
 
 
-async def test_requests_without_pictures_wait_and_end_likewise():
+async def test_requests_without_pictures_wait_until_the_deadline_too():
     async with deployed(deadline_s=0.3) as here:
         here.proxy.refusing = True
         with pytest.raises(openai.InternalServerError) as caught:
@@ -106,14 +106,14 @@ async def test_requests_without_pictures_wait_and_end_likewise():
         assert (await here.client.responses.create(model=MODEL, input="hello")).output_text
 
 
-async def test_a_server_that_is_too_slow():
+async def test_a_server_that_is_too_slow_is_a_504():
     async with deployed(slow(30.0), deadline_s=0.5) as here:
         with pytest.raises(openai.InternalServerError, match="no answer within") as caught:
             await ask(here.client)
         assert caught.value.status_code == 504
 
 
-async def test_a_second_look_that_fails_leaves_the_first_answer():
+async def test_a_failed_second_pass_leaves_the_first_answer():
     backend = FakeBackend(
         play=lambda *_: Script("a bird", "", uncertainty_bits=2.0, fail_second=True)
     )
@@ -132,7 +132,7 @@ async def test_a_second_look_that_fails_leaves_the_first_answer():
 
 
 async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
-    """Streamed text cannot be taken back, so the valid text is sent in full after it."""
+    """Streamed text cannot be withdrawn, so the valid text is sent in full after it."""
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
@@ -143,17 +143,17 @@ async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
         chunks = [chunk async for chunk in stream]
         assert broken.fired.is_set()
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        begun, _, stands = text.partition("\n\n")
-        assert words.startswith(begun)
-        assert begun
-        assert stands == "a bird"
+        withdrawn, _, valid = text.partition("\n\n")
+        assert words.startswith(withdrawn)
+        assert withdrawn
+        assert valid == "a bird"
         assert chunks[-1].vlm_collab["restarted"]
         assert chunks[-1].vlm_collab["fallback"] == "deadline"
         here.proxy.resume()
 
 
-async def test_a_first_answer_that_was_cut_says_so():
-    """It replaces a lost second answer, and was not generated to its end."""
+async def test_a_cut_first_answer_has_the_finish_reason_length():
+    """It replaces a lost second answer, and the server had not generated all of it."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
     backend = FakeBackend(play=lambda *_: Script("a b c d", "e", uncertainty_bits=2.0))
     async with deployed(backend, config={"policy": policy}, deadline_s=1.0) as here:
@@ -166,21 +166,21 @@ async def test_a_first_answer_that_was_cut_says_so():
 
 
 @pytest.mark.parametrize("api", ["chat", "stream", "responses"])
-async def test_a_client_that_leaves_takes_its_question_along(api: str):
+async def test_a_question_is_cancelled_when_its_client_disconnects(api: str):
     async with deployed(slow(30.0)) as here:
         body: dict[str, Any] = {"model": MODEL}
         if api == "responses":
             path, body["input"] = "/responses", [item(UNSURE, photo(1))]
         else:
-            path, body["messages"] = "/chat/completions", [said(UNSURE, photo(1))]
+            path, body["messages"] = "/chat/completions", [user_message(UNSURE, photo(1))]
             body["stream"] = api == "stream"
-        asked = asyncio.create_task(here.http.post(path, json=body))
+        request = asyncio.create_task(here.http.post(path, json=body))
         await here.proxy.until_passed(Ask)
         async with asyncio.timeout(PATIENCE_S):
             while not here.service.state.questions:
                 await asyncio.sleep(0.005)
-        asked.cancel()
-        await asyncio.gather(asked, return_exceptions=True)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
         await here.proxy.until_passed(Cancel)
         await nothing_left(here)
 
@@ -192,7 +192,7 @@ async def nothing_left(here: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_client_that_leaves_a_stream_in_the_middle():
+async def test_a_question_is_cancelled_when_its_stream_is_closed():
     words = " ".join(f"word{i}" for i in range(18))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=1.5)
@@ -207,7 +207,7 @@ async def test_a_client_that_leaves_a_stream_in_the_middle():
         await nothing_left(here)
 
 
-async def test_clients_that_leave_at_any_time_leave_nothing_behind():
+async def test_clients_that_disconnect_at_any_time_leave_nothing_behind():
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
@@ -215,7 +215,7 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
     draw = random.Random(7)
 
     async def one(number: int) -> None:
-        body = {"model": MODEL, "messages": [said(UNSURE, photo(number % 3))]}
+        body = {"model": MODEL, "messages": [user_message(UNSURE, photo(number % 3))]}
         body["stream"] = bool(number % 2)
         patience_s = draw.uniform(0.0, 0.6)
         with contextlib.suppress(TimeoutError):
@@ -230,7 +230,7 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
         assert (await ask(here.client, UNSURE)).choices[0].message.content == words
 
 
-async def test_a_server_that_is_full_says_when_to_come_back():
+async def test_a_full_server_is_reported_with_retry_after():
     async with deployed(slow(1.0), service_limits={"max_questions": 1}) as here:
         first = asyncio.create_task(ask(here.client))
         await here.proxy.until_passed(Ask)
@@ -243,7 +243,7 @@ async def test_a_server_that_is_full_says_when_to_come_back():
         assert (await first).choices
 
 
-async def test_a_gateway_that_is_full_says_when_to_come_back():
+async def test_a_full_gateway_refuses_with_retry_after():
     async with deployed(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as here:
         first = asyncio.create_task(ask(here.client, stream=True))
         await here.proxy.until_passed(Ask)
@@ -255,8 +255,8 @@ async def test_a_gateway_that_is_full_says_when_to_come_back():
         assert (await ask(here.client, SURE, photo(2))).choices
 
 
-async def test_a_burst_is_answered_to_the_last():
-    """With the SDK's two default retries, which would not outlast a long queue."""
+async def test_a_burst_of_requests_is_answered_completely():
+    """The SDK retries twice by default, which is too little for a long queue of refusals."""
     refused: list[int] = []
 
     async def note(response: httpx.Response) -> None:
@@ -266,8 +266,8 @@ async def test_a_burst_is_answered_to_the_last():
     async with deployed(slow(0.01), limits={"max_requests": 4}) as here:
         http = httpx.AsyncClient(trust_env=False, verify=False, event_hooks={"response": [note]})
         async with sdk(here.base, http_client=http, max_retries=DEFAULT_MAX_RETRIES) as client:
-            asked = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
-            answers = await asyncio.gather(*asked)
+            questions = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
+            answers = await asyncio.gather(*questions)
         for number, answer in enumerate(answers):
             assert answer.choices[0].message.content.endswith(f"{SURE} {number}")
         # None was refused.
@@ -275,11 +275,11 @@ async def test_a_burst_is_answered_to_the_last():
         await nothing_left(here)
 
 
-async def test_clients_that_leave_while_they_wait_are_passed_over():
+async def test_waiting_clients_that_disconnect_are_skipped():
     async with deployed(slow(0.3), limits={"max_requests": 1}) as here:
         first = asyncio.create_task(ask(here.client))
         await here.proxy.until_passed(Ask)
-        body = {"model": MODEL, "messages": [said(SURE, photo(2))]}
+        body = {"model": MODEL, "messages": [user_message(SURE, photo(2))]}
         others = [
             asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
         ]
@@ -294,7 +294,7 @@ async def test_clients_that_leave_while_they_wait_are_passed_over():
         await nothing_left(here)
 
 
-async def test_requests_share_the_room_for_their_bodies():
+async def test_requests_share_the_memory_for_their_bodies():
     async with deployed(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
         # A single body may be larger than the bound for all.
         first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
@@ -307,12 +307,12 @@ async def test_requests_share_the_room_for_their_bodies():
         assert here.gateway.admission.nbytes == 0
 
 
-async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():
+async def test_a_wrong_token_for_the_server_is_a_502():
     async with serving(service(FakeBackend(), token="right")) as url:
         for token in (None, "wrong"):
             async with running(gateway(url, token=token)) as base, sdk(base) as client:
                 for question in (SURE, "text"):
-                    content = [said(question, photo(1))]
+                    content = [user_message(question, photo(1))]
                     if question == "text":
                         content = [{"role": "user", "content": "hello"}]
                     with pytest.raises(openai.InternalServerError, match="behind") as caught:
@@ -375,13 +375,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_pictures_that_cannot_be_used(stream: bool):
+async def test_pictures_that_cannot_be_used_are_refused(stream: bool):
     async with deployed() as here:
         for kind, (picture, status) in WRONG.items():
             with pytest.raises(openai.APIStatusError) as caught:
                 await ask(here.client, SURE, photo(1), picture, stream=stream)
             assert caught.value.status_code == status, kind
-            if kind != "cut off":  # noticed when the view is made of its pixels
+            if kind != "cut off":  # noticed only when the view is made
                 assert caught.value.param == "messages[0].content[2].image_url.url", kind
             assert "\n" not in caught.value.body["message"], kind
         # The gateway still works.
@@ -401,7 +401,7 @@ GARBAGE = [
 ]
 
 
-async def test_garbage():
+async def test_invalid_bodies_are_refused():
     async with deployed(limits={"wire": SMALL}) as here:
         for content, status in GARBAGE:
             for path in ("/chat/completions", "/responses"):
@@ -410,7 +410,7 @@ async def test_garbage():
                 assert answer.json()["error"]["message"]
 
 
-async def test_limits_of_a_request():
+async def test_requests_over_a_limit_are_refused():
     async with deployed(limits={"wire": SMALL}) as here:
         large = saved(Image.effect_noise((600, 600), 100), "PNG")
         assert len(large) > SMALL.max_picture_bytes
@@ -421,7 +421,7 @@ async def test_limits_of_a_request():
             await ask(here.client, SURE, *(photo(i) for i in range(5)))
 
 
-async def test_a_picture_with_more_pixels_than_are_taken():
+async def test_a_picture_with_too_many_pixels_is_refused():
     pixels = 480 * 360
     async with deployed(limits={"max_pixels": pixels}) as here:
         assert (await ask(here.client)).choices
@@ -433,7 +433,7 @@ async def test_a_picture_with_more_pixels_than_are_taken():
         assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
-async def test_a_question_that_is_too_long_or_holds_reserved_text():
+async def test_a_question_that_is_too_long_or_has_reserved_text_is_refused():
     async with deployed() as here:
         for question in ("x" * 20_000, "what is <refuse>?"):
             with pytest.raises(openai.APIStatusError) as caught:
@@ -442,7 +442,7 @@ async def test_a_question_that_is_too_long_or_holds_reserved_text():
             assert caught.value.param == "messages"
 
 
-async def test_a_body_that_never_ends():
+async def test_an_incomplete_body_times_out():
     async with deployed(limits={"body_timeout_s": 0.2}) as here:
         reader, writer = await asyncio.open_connection(
             here.http.base_url.host, here.http.base_url.port
@@ -455,7 +455,7 @@ async def test_a_body_that_never_ends():
         writer.close()
 
 
-async def test_routes_that_are_none_answer_in_the_same_form():
+async def test_unknown_routes_are_refused_in_openais_format():
     async with deployed() as here:
         missing = await here.http.post("/embeddings", json={})
         assert missing.status_code == 404
@@ -465,7 +465,7 @@ async def test_routes_that_are_none_answer_in_the_same_form():
         assert "GET /v1/chat/completions" in wrong.json()["error"]["message"]
 
 
-async def test_health():
+async def test_readiness_follows_the_server_and_health_does_not():
     async with deployed() as here:
         root = httpx.URL(here.base).join("/")
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
@@ -483,8 +483,8 @@ async def test_health():
         assert (await here.http.get(root.join("/healthz"))).text == "ok"
 
 
-async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pytest.MonkeyPatch):
-    """Each takes one of the connection slots, for which it needs no key."""
+async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch):
+    """An idle connection takes a connection slot, and needs no key for it."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with deployed(slow(0.4), api_key="right") as here:
         async with sdk(here.base, api_key="right") as client:
@@ -499,7 +499,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("cameras", [1, 4])
-async def test_few_pictures_are_decoded_at_once_whoever_leaves(
+async def test_max_decoding_holds_when_clients_disconnect(
     monkeypatch: pytest.MonkeyPatch, cameras: int
 ):
     """The largest take gigabytes each. The decoding thread goes on after its client disconnects."""

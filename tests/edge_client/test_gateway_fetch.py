@@ -16,7 +16,7 @@ PICTURE = b"\xff\xd8 a picture"
 
 
 class Web:
-    """A web server with answers set by a test.
+    """A web server whose responses a test sets.
 
     Attributes:
         requests: heads of the received requests.
@@ -64,24 +64,24 @@ async def fetching(*hosts: str, timeout_s: float = 5.0) -> AsyncIterator[Fetcher
 
 async def refused(fetcher: Fetcher, url: str) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        await fetcher.fetch(Url(url), "there")
-    assert caught.value.param == "there"
+        await fetcher.fetch(Url(url), "image_url")
+    assert caught.value.param == "image_url"
     assert caught.value.status == 400
     return caught.value
 
 
-async def test_a_named_host_is_asked():
+async def test_a_picture_is_fetched_from_an_allowed_host():
     async with web() as here, fetching(f"127.0.0.1:{here.port}") as fetcher:
         here.replies["/a.jpg?b=c"] = ok(PICTURE)
         url = f"http://127.0.0.1:{here.port}/a.jpg?b=c"
-        assert await fetcher.fetch(Url(url), "there") == PICTURE
+        assert await fetcher.fetch(Url(url), "image_url") == PICTURE
         head = here.requests[0].lower()
         assert f"host: 127.0.0.1:{here.port}\r\n" in head
         for private in ("authorization", "cookie", "referer"):
             assert private not in head
 
 
-async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_too():
+async def test_a_name_at_a_private_address_needs_that_address_allowed_too():
     async with web() as here:
         here.replies["/"] = ok(PICTURE)
         url = f"http://localhost:{here.port}/"
@@ -90,7 +90,7 @@ async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_t
             assert "--allow-host 127.0.0.1 as well" in str(error) or "::1" in str(error)
         assert not here.requests
         async with fetching(f"localhost:{here.port}", "127.0.0.1", "::1") as fetcher:
-            assert await fetcher.fetch(Url(url), "there") == PICTURE
+            assert await fetcher.fetch(Url(url), "image_url") == PICTURE
             assert f"host: localhost:{here.port}\r\n" in here.requests[0].lower()
 
 
@@ -115,11 +115,11 @@ async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_t
     ],
 )
 async def test_hosts_that_are_not_allowed_get_no_request(url: str, monkeypatch: pytest.MonkeyPatch):
-    def looked_up(*_: object, **__: object) -> None:
+    def refuse_lookup(*_: object, **__: object) -> None:
         raise AssertionError("a name that was not allowed was looked up")
 
     async with fetching("named.example") as fetcher:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", looked_up)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", refuse_lookup)
         assert (await refused(fetcher, url)).type == "invalid_request_error"
 
 
@@ -139,7 +139,7 @@ async def test_hosts_that_are_not_allowed_get_no_request(url: str, monkeypatch: 
         "::ffff:10.0.0.1",
     ],
 )
-async def test_a_name_bound_to_the_owners_network_is_refused(
+async def test_a_name_that_resolves_to_a_private_address_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ):
     async def bound(host: str, port: int, **_: object) -> list[object]:
@@ -158,7 +158,7 @@ async def test_redirects_stay_on_the_host():
         here.replies["/a"] = moved("/b")
         here.replies["/b"] = moved(f"{base}/c")
         here.replies["/c"] = ok(PICTURE)
-        assert await fetcher.fetch(Url(f"{base}/a"), "there") == PICTURE
+        assert await fetcher.fetch(Url(f"{base}/a"), "image_url") == PICTURE
         here.replies["/away"] = moved(f"http://localhost:{here.port}/c")
         assert "redirects to another host" in str(await refused(fetcher, f"{base}/away"))
         here.replies["/port"] = moved(f"http://127.0.0.1:{here.port + 1}/c")
@@ -169,7 +169,7 @@ async def test_redirects_stay_on_the_host():
         assert "302" in str(await refused(fetcher, f"{base}/nowhere"))
 
 
-async def test_limits_and_failures():
+async def test_failed_and_too_large_fetches_are_refused():
     async with web() as here, fetching(f"127.0.0.1:{here.port}", timeout_s=0.3) as fetcher:
         base = f"http://127.0.0.1:{here.port}"
         here.replies["/large"] = ok(b"x" * 1001)
