@@ -43,15 +43,15 @@ async def streamed(stream: Any) -> tuple[list[str], Any]:
 
 
 async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion():
-    async with deployed() as here:
-        made = await here.client.chat.completions.create(
+    async with deployed() as deployment:
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message(UNSURE, photo(1))]
         )
-        extra = made.vlm_collab
-        assert made.choices[0].message.content == second(photo(1), UNSURE, extra)
-        assert made.choices[0].finish_reason == "stop"
-        assert made.model == MODEL
-        assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+        extra = reply.vlm_collab
+        assert reply.choices[0].message.content == second(photo(1), UNSURE, extra)
+        assert reply.choices[0].finish_reason == "stop"
+        assert reply.model == MODEL
+        assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
         assert extra["refined"]
         assert extra["fallback"] == "none"
         assert extra["first_text"] == f"first {view_digest(photo(1))} {UNSURE}"
@@ -61,63 +61,65 @@ async def test_an_unsure_model_gets_its_region_and_the_client_a_plain_completion
 
 
 async def test_a_sure_model_sends_no_region():
-    async with deployed() as here:
-        made = await here.client.chat.completions.create(
+    async with deployed() as deployment:
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message(SURE, photo(1))]
         )
-        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
-        assert made.vlm_collab["region"] is None
-        assert made.vlm_collab["region_bytes"] == 0
+        assert reply.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+        assert reply.vlm_collab["region"] is None
+        assert reply.vlm_collab["region_bytes"] == 0
 
 
 async def test_a_later_request_about_the_same_picture_costs_no_pixels():
-    async with deployed() as here:
+    async with deployed() as deployment:
         messages = [user_message(SURE, photo(1))]
-        first = await here.client.chat.completions.create(model=MODEL, messages=messages)
+        first = await deployment.client.chat.completions.create(model=MODEL, messages=messages)
         answer = first.choices[0].message.content
         messages += [{"role": "assistant", "content": answer}, user_message("and the sea?")]
-        later = await here.client.chat.completions.create(model=MODEL, messages=messages)
+        later = await deployment.client.chat.completions.create(model=MODEL, messages=messages)
         text = later.choices[0].message.content
         assert text == f"first {view_digest(photo(1))} {SURE} {answer} and the sea?"
         assert first.vlm_collab["view_bytes"] > 3000
         assert later.vlm_collab["view_bytes"] == 0
         assert later.vlm_collab["bytes_up"] < 200
         # A request in another form, about the same picture.
-        again = await here.client.responses.create(model=MODEL, input=[item("what?", photo(1))])
+        again = await deployment.client.responses.create(
+            model=MODEL, input=[item("what?", photo(1))]
+        )
         assert again.vlm_collab["view_bytes"] == 0
 
 
 async def test_a_repeated_picture_is_sent_once_and_keeps_its_positions():
-    async with deployed() as here:
-        made = await here.client.chat.completions.create(
+    async with deployed() as deployment:
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message(UNSURE, photo(1), photo(2), photo(1))]
         )
-        extra = made.vlm_collab
+        extra = reply.vlm_collab
         assert extra["region"]["picture"] == 1
         region = region_digest(photo(2), Box(*extra["region"]["box"]))
         views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
         # A repeated picture is sent once, and shown at each of its positions.
-        assert made.choices[0].message.content == f"second {views} {region} {UNSURE}<0><1><0>"
+        assert reply.choices[0].message.content == f"second {views} {region} {UNSURE}<0><1><0>"
         assert extra["original_bytes"] == len(photo(1)) + len(photo(2))
 
 
 async def test_labels_stay_with_their_pictures():
-    async with deployed() as here:
+    async with deployed() as deployment:
         one, two = (user_message(SURE, photo(number))["content"][-1] for number in (1, 2))
         texts = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
         content = [texts[0], one, texts[1], two, texts[2]]
-        made = await here.client.chat.completions.create(
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": content}]
         )
         views = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
-        assert made.choices[0].message.content == (
+        assert reply.choices[0].message.content == (
             f"first {views} Image 1:<0>\nImage 2:<1>\n{SURE}"
         )
 
 
 async def test_a_stream_withholds_the_first_answer_of_an_unsure_model():
-    async with deployed() as here:
-        stream = await here.client.chat.completions.create(
+    async with deployed() as deployment:
+        stream = await deployment.client.chat.completions.create(
             model=MODEL,
             messages=[user_message(UNSURE, photo(1))],
             stream=True,
@@ -133,8 +135,8 @@ async def test_a_stream_withholds_the_first_answer_of_an_unsure_model():
 
 async def test_a_stream_sends_the_second_answer_as_it_comes():
     words = " ".join(f"word{i}" for i in range(12))
-    async with deployed(answering("no idea", words)) as here:
-        stream = await here.client.chat.completions.create(
+    async with deployed(answering("no idea", words)) as deployment:
+        stream = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message("?", photo(1))], stream=True
         )
         pieces, last = await streamed(stream)
@@ -145,8 +147,8 @@ async def test_a_stream_sends_the_second_answer_as_it_comes():
 
 
 async def test_a_stream_of_a_sure_model_sends_its_answer_at_once():
-    async with deployed() as here:
-        stream = await here.client.chat.completions.create(
+    async with deployed() as deployment:
+        stream = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message(SURE, photo(1))], stream=True
         )
         pieces, last = await streamed(stream)
@@ -157,15 +159,15 @@ async def test_a_stream_of_a_sure_model_sends_its_answer_at_once():
 @pytest.mark.parametrize("stream", [False, True])
 async def test_stop_texts_and_max_tokens_end_the_answer(stream: bool):
     async def ask(**parameters: Any) -> tuple[str, str]:
-        made = await here.client.chat.completions.create(
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message("?", photo(1))], stream=stream, **parameters
         )
         if not stream:
-            return made.choices[0].message.content, made.choices[0].finish_reason
-        pieces, last = await streamed(made)
+            return reply.choices[0].message.content, reply.choices[0].finish_reason
+        pieces, last = await streamed(reply)
         return "".join(pieces), last.choices[0].finish_reason
 
-    async with deployed(answering("a b", "one two three four five six")) as here:
+    async with deployed(answering("a b", "one two three four five six")) as deployment:
         assert await ask() == ("one two three four five six", "stop")
         assert await ask(stop="four") == ("one two three", "stop")
         assert await ask(stop=["seven", "o thr"]) == ("one tw", "stop")
@@ -175,12 +177,12 @@ async def test_stop_texts_and_max_tokens_end_the_answer(stream: bool):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_logprobs_are_those_of_the_answer(stream: bool):
-    async with deployed(answering("a b", "one two three")) as here:
-        made = await here.client.chat.completions.create(
+    async with deployed(answering("a b", "one two three")) as deployment:
+        reply = await deployment.client.chat.completions.create(
             model=MODEL, messages=[user_message("?", photo(1))], logprobs=True, stream=stream
         )
         if stream:
-            chunks = [chunk async for chunk in made]
+            chunks = [chunk async for chunk in reply]
             tokens = [
                 token
                 for chunk in chunks
@@ -189,31 +191,31 @@ async def test_logprobs_are_those_of_the_answer(stream: bool):
                 for token in choice.logprobs.content
             ]
         else:
-            tokens = made.choices[0].logprobs.content
+            tokens = reply.choices[0].logprobs.content
         assert "".join(token.token for token in tokens) == "one two three"
         assert tokens[0].logprob == pytest.approx(-0.01 * math.log(2), abs=1e-6)
 
 
 async def test_the_second_pass_can_be_forced_and_forbidden():
-    async with deployed() as here:
+    async with deployed() as deployment:
         for question, retransmit, refined in ((SURE, "always", True), (UNSURE, "never", False)):
-            made = await here.client.chat.completions.create(
+            reply = await deployment.client.chat.completions.create(
                 model=MODEL,
                 messages=[user_message(question, photo(1))],
                 extra_body={"vlm_collab": {"retransmit": retransmit}},
             )
-            assert made.vlm_collab["refined"] is refined
+            assert reply.vlm_collab["refined"] is refined
 
 
 async def test_a_response_can_be_continued():
-    async with deployed() as here:
-        first = await here.client.responses.create(
+    async with deployed() as deployment:
+        first = await deployment.client.responses.create(
             model=MODEL, instructions="be short.", input=[item(UNSURE, photo(3))]
         )
         question = f"be short.\n{UNSURE}"
         assert first.output_text == second(photo(3), question, first.vlm_collab)
         assert first.status == "completed"
-        later = await here.client.responses.create(
+        later = await deployment.client.responses.create(
             model=MODEL, previous_response_id=first.id, input="and the sky?", store=False
         )
         # Instructions apply to one response only.
@@ -222,7 +224,7 @@ async def test_a_response_can_be_continued():
         assert later.previous_response_id == first.id
         for unknown in (later.id, "resp_1"):
             with pytest.raises(openai.BadRequestError) as caught:
-                await here.client.responses.create(
+                await deployment.client.responses.create(
                     model=MODEL, previous_response_id=unknown, input="?"
                 )
             assert caught.value.param == "previous_response_id"
@@ -230,8 +232,8 @@ async def test_a_response_can_be_continued():
 
 
 async def test_a_streamed_response_can_be_continued():
-    async with deployed(answering("a b", "one two three four")) as here:
-        async with here.client.responses.stream(
+    async with deployed(answering("a b", "one two three four")) as deployment:
+        async with deployment.client.responses.stream(
             model=MODEL, input=[item("?", photo(1))], include=["message.output_text.logprobs"]
         ) as stream:
             kinds = [event.type async for event in stream]
@@ -241,7 +243,7 @@ async def test_a_streamed_response_can_be_continued():
         assert whole.output_text == "one two three four"
         assert whole.vlm_collab["refined"]
         assert whole.output[0].content[0].logprobs[0].token == "one"
-        stream = await here.client.responses.create(
+        stream = await deployment.client.responses.create(
             model=MODEL, previous_response_id=whole.id, input="go on", stream=True
         )
         events = [event async for event in stream]
@@ -251,13 +253,13 @@ async def test_a_streamed_response_can_be_continued():
 
 
 async def test_responses_are_kept_within_bounds():
-    async with deployed(limits={"max_responses": 2}) as here:
-        made = [
-            await here.client.responses.create(model=MODEL, input=[item(SURE, photo(1))])
+    async with deployed(limits={"max_responses": 2}) as deployment:
+        reply = [
+            await deployment.client.responses.create(model=MODEL, input=[item(SURE, photo(1))])
             for _ in range(3)
         ]
-        for response, stored in zip(made, (False, True, True), strict=True):
-            ask = here.client.responses.create(
+        for response, stored in zip(reply, (False, True, True), strict=True):
+            ask = deployment.client.responses.create(
                 model=MODEL, previous_response_id=response.id, input="?", store=False
             )
             if stored:
@@ -284,10 +286,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_unsupported_parameters_are_refused_by_name():
-    async with deployed() as here:
+    async with deployed() as deployment:
         for parameters, param in REFUSED:
             with pytest.raises(openai.BadRequestError) as caught:
-                await here.client.chat.completions.create(
+                await deployment.client.chat.completions.create(
                     model=MODEL, messages=[user_message(SURE, photo(1))], **parameters
                 )
             assert caught.value.param == param
@@ -295,9 +297,9 @@ async def test_unsupported_parameters_are_refused_by_name():
 
 
 async def test_the_region_tool_is_refused():
-    async with deployed() as here:
+    async with deployed() as deployment:
         with pytest.raises(openai.BadRequestError, match="by itself") as caught:
-            await here.client.responses.create(
+            await deployment.client.responses.create(
                 model=MODEL,
                 input=[item(UNSURE, photo(1))],
                 tools=[{"type": "function", "name": "request_region", "parameters": {}}],
@@ -306,19 +308,19 @@ async def test_the_region_tool_is_refused():
 
 
 async def test_models_are_listed_with_their_aliases():
-    async with deployed(aliases=("gpt-4o-mini",)) as here:
-        listed = await here.client.models.list()
+    async with deployed(aliases=("gpt-4o-mini",)) as deployment:
+        listed = await deployment.client.models.list()
         assert [model.id for model in listed.data] == [MODEL, "gpt-4o-mini"]
-        assert (await here.client.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
+        assert (await deployment.client.models.retrieve("gpt-4o-mini")).id == "gpt-4o-mini"
         with pytest.raises(openai.NotFoundError):
-            await here.client.models.retrieve("gpt-5")
-        made = await here.client.chat.completions.create(
+            await deployment.client.models.retrieve("gpt-5")
+        reply = await deployment.client.chat.completions.create(
             model="gpt-4o-mini", messages=[user_message(SURE, photo(1))]
         )
-        assert made.model == "gpt-4o-mini"
-        assert made.vlm_collab["model"] == MODEL
+        assert reply.model == "gpt-4o-mini"
+        assert reply.vlm_collab["model"] == MODEL
         with pytest.raises(openai.NotFoundError, match="there is fake") as caught:
-            await here.client.chat.completions.create(
+            await deployment.client.chat.completions.create(
                 model="gpt-5", messages=[user_message(SURE, photo(1))]
             )
         assert caught.value.param == "model"
@@ -340,10 +342,10 @@ async def ten_clients(bases: list[str], rounds: int) -> None:
                     pieces, last = await streamed(stream)
                     text, extra = "".join(pieces), last.vlm_collab
                 elif number % 3 == 1:
-                    made = await client.chat.completions.create(
+                    reply = await client.chat.completions.create(
                         model=MODEL, messages=[user_message(question, picture)]
                     )
-                    text, extra = made.choices[0].message.content, made.vlm_collab
+                    text, extra = reply.choices[0].message.content, reply.vlm_collab
                 else:
                     response = await client.responses.create(
                         model=MODEL, input=[item(question, picture)]
@@ -359,8 +361,8 @@ async def ten_clients(bases: list[str], rounds: int) -> None:
 
 
 async def test_two_gateways_and_ten_clients_do_not_mix_their_answers():
-    async with deployed() as here, running(gateway(here.proxy.url)) as other:
-        await ten_clients([here.base, other], rounds=3)
+    async with deployed() as deployment, running(gateway(deployment.proxy.url)) as other:
+        await ten_clients([deployment.base, other], rounds=3)
 
 
 async def test_requests_of_existing_programs_are_answered():
@@ -404,42 +406,42 @@ async def test_requests_of_existing_programs_are_answered():
         },
         {"model": MODEL, "messages": [{"role": "user", "content": [text]}]},
     ]
-    async with deployed() as here:
+    async with deployed() as deployment:
         for body in requests:
-            answer = await here.http.post("/chat/completions", json=body)
+            answer = await deployment.http.post("/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
             assert "sky?" in answer.text
 
 
 async def test_requests_without_pictures_go_to_the_servers_openai_api():
-    async with deployed(aliases=("gpt-4o-mini",)) as here:
-        made = await here.client.chat.completions.create(
+    async with deployed(aliases=("gpt-4o-mini",)) as deployment:
+        reply = await deployment.client.chat.completions.create(
             model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}]
         )
-        assert made.choices[0].message.content.split() == ["first", "hello"]
-        stream = await here.client.chat.completions.create(
+        assert reply.choices[0].message.content.split() == ["first", "hello"]
+        stream = await deployment.client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=True
         )
         pieces, _ = await streamed(stream)
         assert "".join(pieces).split() == ["first", "hello"]
         with pytest.raises(openai.BadRequestError) as caught:
-            await here.client.chat.completions.create(
+            await deployment.client.chat.completions.create(
                 model=MODEL, messages=[{"role": "user", "content": "hello"}], n=2
             )
         assert caught.value.param == "n"
 
 
 async def test_a_conversation_of_responses_may_begin_without_a_picture():
-    async with deployed() as here:
-        first = await here.client.responses.create(model=MODEL, input="hello")
+    async with deployed() as deployment:
+        first = await deployment.client.responses.create(model=MODEL, input="hello")
         assert first.output_text.split() == ["first", "hello"]
-        stream = await here.client.responses.create(
+        stream = await deployment.client.responses.create(
             model=MODEL, previous_response_id=first.id, input="you there", stream=True
         )
         events = [event async for event in stream]
         whole = events[-1].response
         assert whole.output_text.split() == f"first hello {first.output_text} you there".split()
-        later = await here.client.responses.create(
+        later = await deployment.client.responses.create(
             model=MODEL, previous_response_id=whole.id, input=[item("what?", photo(1))]
         )
         assert view_digest(photo(1)) in later.output_text
@@ -487,7 +489,7 @@ async def test_features_that_the_server_lacks_are_refused():
                     model="scripted", messages=[user_message("?", photo(1))], **parameters
                 )
             assert refusal.value.param == param
-        made = await client.chat.completions.create(
+        reply = await client.chat.completions.create(
             model="scripted", messages=[user_message("?", photo(1))], temperature=0, top_p=1, seed=3
         )
-        assert made.choices[0].message.content == "echo ?"
+        assert reply.choices[0].message.content == "echo ?"

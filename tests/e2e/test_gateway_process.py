@@ -89,11 +89,11 @@ def test_the_demo_model_reads_what_is_too_small_for_its_view():
         with openai.OpenAI(base_url=own["url"], api_key="any") as client:
             for case in cases():
                 content = Path(case.photo).read_bytes()
-                made = client.chat.completions.create(
+                reply = client.chat.completions.create(
                     model=own["model"], messages=[user_message(case.question, content)]
                 )
-                extra = made.vlm_collab  # type: ignore[attr-defined]
-                right[extra["refined"]] += made.choices[0].message.content == case.truth
+                extra = reply.vlm_collab  # type: ignore[attr-defined]
+                right[extra["refined"]] += reply.choices[0].message.content == case.truth
                 assert extra["original_bytes"] == len(content)
                 assert extra["bytes_up"] < len(content) / 2
                 assert bool(extra["region_bytes"]) is extra["refined"]
@@ -105,7 +105,7 @@ def test_the_demo_model_reads_what_is_too_small_for_its_view():
                         stream=True,
                     )
                     text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-                    assert text == made.choices[0].message.content
+                    assert text == reply.choices[0].message.content
         assert right[False]
         assert right[True]
         assert stopped(process) == ""
@@ -211,10 +211,10 @@ def test_key_and_token_may_come_from_files(tmp_path: Path):
         started("--server", str(server["url"]), *files) as (_, own),
     ):
         with openai.OpenAI(base_url=own["url"], api_key="secret-key") as client:
-            made = client.chat.completions.create(
+            reply = client.chat.completions.create(
                 model="fake", messages=[user_message(SURE, photo(1))]
             )
-            assert made.choices[0].message.content
+            assert reply.choices[0].message.content
         with openai.OpenAI(base_url=own["url"], api_key="other", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()

@@ -37,39 +37,41 @@ def snapshot(question: str, host: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "input_text", "text": question}, image]}
 
 
-async def respond(here: Deployment, question: Any, stream: bool = False, **more: Any) -> Any:
+async def respond(deployment: Deployment, question: Any, stream: bool = False, **more: Any) -> Any:
     """Ask for a response, streamed or not."""
-    made = await here.client.responses.create(model=MODEL, input=question, stream=stream, **more)
+    reply = await deployment.client.responses.create(
+        model=MODEL, input=question, stream=stream, **more
+    )
     if not stream:
-        return made
-    return [event async for event in made][-1].response
+        return reply
+    return [event async for event in reply][-1].response
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
     async with (
         camera(lambda count: photo(1) if count == 0 else None) as host,
-        deployed(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)], stream)
-        later = await respond(here, "and the sea?", stream, previous_response_id=first.id)
+        first = await respond(deployment, [snapshot(SURE, host)], stream)
+        later = await respond(deployment, "and the sea?", stream, previous_response_id=first.id)
         assert later.output_text.startswith(f"first {view_digest(photo(1))} {SURE} ")
         assert later.vlm_collab["view_bytes"] == 0
-        last = await respond(here, "the land?", stream, previous_response_id=later.id)
+        last = await respond(deployment, "the land?", stream, previous_response_id=later.id)
         assert last.output_text.startswith(f"first {view_digest(photo(1))} {SURE} ")
 
 
 async def test_a_repeated_url_is_fetched_again():
     async with (
         camera(lambda count: photo([1, 2, 1][count])) as host,
-        deployed(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)])
-        later = await respond(here, [snapshot("now?", host)], previous_response_id=first.id)
+        first = await respond(deployment, [snapshot(SURE, host)])
+        later = await respond(deployment, [snapshot("now?", host)], previous_response_id=first.id)
         both = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
         assert later.output_text.startswith(f"first {both} ")
         # The camera shows its first picture again, which counts once.
-        last = await respond(here, [snapshot("now?", host)], previous_response_id=later.id)
+        last = await respond(deployment, [snapshot("now?", host)], previous_response_id=later.id)
         assert last.output_text.startswith(f"first {both} ")
         assert last.vlm_collab["view_bytes"] == 0
 
@@ -80,31 +82,31 @@ async def test_fetched_pictures_count_towards_max_response_bytes():
         deployed(
             fetch_hosts=frozenset({host}),
             limits={"max_response_bytes": len(photo(1)) + len(photo(2)) - 1},
-        ) as here,
+        ) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)])
-        second = await respond(here, [snapshot(SURE, host)])
+        first = await respond(deployment, [snapshot(SURE, host)])
+        second = await respond(deployment, [snapshot(SURE, host)])
         with pytest.raises(openai.BadRequestError, match="or it was dropped"):
-            await respond(here, "?", previous_response_id=first.id)
-        assert (await respond(here, "?", previous_response_id=second.id)).output_text
+            await respond(deployment, "?", previous_response_id=first.id)
+        assert (await respond(deployment, "?", previous_response_id=second.id)).output_text
 
 
 async def test_a_response_can_be_deleted():
-    async with deployed(api_key="right") as here:
-        here.client.api_key = "right"
-        first = await respond(here, [item(SURE, photo(1))])
-        later = await respond(here, "?", previous_response_id=first.id)
-        reply = await here.client.responses.with_raw_response.delete(first.id)
+    async with deployed(api_key="right") as deployment:
+        deployment.client.api_key = "right"
+        first = await respond(deployment, [item(SURE, photo(1))])
+        later = await respond(deployment, "?", previous_response_id=first.id)
+        reply = await deployment.client.responses.with_raw_response.delete(first.id)
         assert reply.status_code == 200
         assert reply.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
         for unknown in (first.id, "resp_1"):
             with pytest.raises(openai.NotFoundError) as caught:
-                await here.client.responses.delete(unknown)
+                await deployment.client.responses.delete(unknown)
             assert caught.value.param == "response_id"
             assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.BadRequestError):
-            await respond(here, "?", previous_response_id=first.id)
+            await respond(deployment, "?", previous_response_id=first.id)
         # A response that continued it is still stored.
-        assert (await respond(here, "?", previous_response_id=later.id)).output_text
+        assert (await respond(deployment, "?", previous_response_id=later.id)).output_text
         with pytest.raises(openai.AuthenticationError):
-            await here.client.with_options(api_key="wrong").responses.delete(later.id)
+            await deployment.client.with_options(api_key="wrong").responses.delete(later.id)

@@ -53,12 +53,12 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": data_url(PHOTO), "detail
 @asynccontextmanager
 async def both(**options: Any) -> AsyncIterator[tuple[Deployment, list[httpx.AsyncClient]]]:
     """The service and the gateway, for plain HTTP below `/v1`."""
-    async with deployed(**options) as here:
-        direct = http(here.proxy.url) + "/v1"
+    async with deployed(**options) as deployment:
+        direct = http(deployment.proxy.url) + "/v1"
         async with httpx.AsyncClient(
             base_url=direct, trust_env=False, timeout=PATIENCE_S
         ) as server:
-            yield here, [server, here.http]
+            yield deployment, [server, deployment.http]
 
 
 def streamed_text(stream: str) -> str:
@@ -258,8 +258,8 @@ async def test_a_reference_works_only_with_the_key_of_its_answer() -> None:
     async with both(config={"token": "one", "more_tokens": ("two",)}, token="one") as (_, clients):
         server, _ = clients
         keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
-        made = await server.post("/responses", json=ai_sdk(), headers=keys[0])
-        referred = {"type": "item_reference", "id": made.json()["output"][0]["id"]}
+        reply = await server.post("/responses", json=ai_sdk(), headers=keys[0])
+        referred = {"type": "item_reference", "id": reply.json()["output"][0]["id"]}
         body = ai_sdk(referred, ai_sdk_asks("and now?"))
         statuses = [
             (await server.post("/responses", json=body, headers=key)).status_code for key in keys
@@ -270,7 +270,7 @@ async def test_a_reference_works_only_with_the_key_of_its_answer() -> None:
 async def test_an_answer_outlives_its_picture_and_a_reference_renews_it():
     limits = OpenAiLimits(keep_s=0.05, keep_answers_s=600, max_kept=2)
     gateway_limits = {"max_responses": 1, "max_answers": 2}
-    async with both(config={"openai": limits}, limits=gateway_limits) as (here, clients):
+    async with both(config={"openai": limits}, limits=gateway_limits) as (deployment, clients):
         for client in clients:
 
             async def answered(client: httpx.AsyncClient = client) -> dict[str, Any]:
@@ -283,13 +283,13 @@ async def test_an_answer_outlives_its_picture_and_a_reference_renews_it():
 
             first = await answered()
             async with asyncio.timeout(PATIENCE_S):
-                while here.service.openai.responses.count:
+                while deployment.service.openai.responses.count:
                     await asyncio.sleep(0.01)
             second = await answered()
             assert await status(first) == 200  # so it is the most recently used now
             third = await answered()
             assert [await status(each) for each in (first, second, third)] == [200, 404, 200]
-        assert here.service.openai.answers.count == 2
+        assert deployment.service.openai.answers.count == 2
 
 
 async def test_optional_tools_of_the_ai_sdk_are_ignored() -> None:
@@ -403,8 +403,8 @@ async def test_unknown_routes_are_refused_in_openais_format() -> None:
 
 
 def raw_deflate(data: bytes) -> bytes:
-    made = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return made.compress(data) + made.flush()
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
 
 
 @pytest.mark.parametrize(

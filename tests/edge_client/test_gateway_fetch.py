@@ -47,10 +47,10 @@ def moved(where: str) -> bytes:
 
 @asynccontextmanager
 async def web() -> AsyncIterator[Web]:
-    made = Web()
-    async with await asyncio.start_server(made.answer, "127.0.0.1", 0) as server:
-        made.port = server.sockets[0].getsockname()[1]
-        yield made
+    site = Web()
+    async with await asyncio.start_server(site.answer, "127.0.0.1", 0) as server:
+        site.port = server.sockets[0].getsockname()[1]
+        yield site
 
 
 @asynccontextmanager
@@ -71,27 +71,27 @@ async def refused(fetcher: Fetcher, url: str) -> ApiError:
 
 
 async def test_a_picture_is_fetched_from_an_allowed_host():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}") as fetcher:
-        here.replies["/a.jpg?b=c"] = ok(PICTURE)
-        url = f"http://127.0.0.1:{here.port}/a.jpg?b=c"
+    async with web() as server, fetching(f"127.0.0.1:{server.port}") as fetcher:
+        server.replies["/a.jpg?b=c"] = ok(PICTURE)
+        url = f"http://127.0.0.1:{server.port}/a.jpg?b=c"
         assert await fetcher.fetch(Url(url), "image_url") == PICTURE
-        head = here.requests[0].lower()
-        assert f"host: 127.0.0.1:{here.port}\r\n" in head
+        head = server.requests[0].lower()
+        assert f"host: 127.0.0.1:{server.port}\r\n" in head
         for private in ("authorization", "cookie", "referer"):
             assert private not in head
 
 
 async def test_a_name_at_a_private_address_needs_that_address_allowed_too():
-    async with web() as here:
-        here.replies["/"] = ok(PICTURE)
-        url = f"http://localhost:{here.port}/"
-        async with fetching(f"localhost:{here.port}") as fetcher:
+    async with web() as server:
+        server.replies["/"] = ok(PICTURE)
+        url = f"http://localhost:{server.port}/"
+        async with fetching(f"localhost:{server.port}") as fetcher:
             error = await refused(fetcher, url)
             assert "--allow-host 127.0.0.1 as well" in str(error) or "::1" in str(error)
-        assert not here.requests
-        async with fetching(f"localhost:{here.port}", "127.0.0.1", "::1") as fetcher:
+        assert not server.requests
+        async with fetching(f"localhost:{server.port}", "127.0.0.1", "::1") as fetcher:
             assert await fetcher.fetch(Url(url), "image_url") == PICTURE
-            assert f"host: localhost:{here.port}\r\n" in here.requests[0].lower()
+            assert f"host: localhost:{server.port}\r\n" in server.requests[0].lower()
 
 
 @pytest.mark.parametrize(
@@ -153,32 +153,32 @@ async def test_a_name_that_resolves_to_a_private_address_is_refused(
 
 
 async def test_redirects_stay_on_the_host():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}", "127.0.0.1") as fetcher:
-        base = f"http://127.0.0.1:{here.port}"
-        here.replies["/a"] = moved("/b")
-        here.replies["/b"] = moved(f"{base}/c")
-        here.replies["/c"] = ok(PICTURE)
+    async with web() as server, fetching(f"127.0.0.1:{server.port}", "127.0.0.1") as fetcher:
+        base = f"http://127.0.0.1:{server.port}"
+        server.replies["/a"] = moved("/b")
+        server.replies["/b"] = moved(f"{base}/c")
+        server.replies["/c"] = ok(PICTURE)
         assert await fetcher.fetch(Url(f"{base}/a"), "image_url") == PICTURE
-        here.replies["/away"] = moved(f"http://localhost:{here.port}/c")
+        server.replies["/away"] = moved(f"http://localhost:{server.port}/c")
         assert "redirects to another host" in str(await refused(fetcher, f"{base}/away"))
-        here.replies["/port"] = moved(f"http://127.0.0.1:{here.port + 1}/c")
+        server.replies["/port"] = moved(f"http://127.0.0.1:{server.port + 1}/c")
         assert "may not fetch from" in str(await refused(fetcher, f"{base}/port"))
-        here.replies["/round"] = moved("/round")
+        server.replies["/round"] = moved("/round")
         assert "more than 3 redirects" in str(await refused(fetcher, f"{base}/round"))
-        here.replies["/nowhere"] = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n"
+        server.replies["/nowhere"] = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n"
         assert "302" in str(await refused(fetcher, f"{base}/nowhere"))
 
 
 async def test_failed_and_too_large_fetches_are_refused():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}", timeout_s=0.3) as fetcher:
-        base = f"http://127.0.0.1:{here.port}"
-        here.replies["/large"] = ok(b"x" * 1001)
+    async with web() as server, fetching(f"127.0.0.1:{server.port}", timeout_s=0.3) as fetcher:
+        base = f"http://127.0.0.1:{server.port}"
+        server.replies["/large"] = ok(b"x" * 1001)
         assert (await refused(fetcher, f"{base}/large")).code == "image_too_large"
-        here.replies["/gone"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        server.replies["/gone"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
         assert "HTTP 404" in str(await refused(fetcher, f"{base}/gone"))
-        here.replies["/silent"] = b"silence"
+        server.replies["/silent"] = b"silence"
         assert "within 0.3 s" in str(await refused(fetcher, f"{base}/silent"))
-        here.replies["/junk"] = b"junk\r\n\r\n"
+        server.replies["/junk"] = b"junk\r\n\r\n"
         assert "cannot be fetched" in str(await refused(fetcher, f"{base}/junk"))
-    async with fetching(f"127.0.0.1:{here.port}") as fetcher:
+    async with fetching(f"127.0.0.1:{server.port}") as fetcher:
         assert "cannot be fetched" in str(await refused(fetcher, f"{base}/a"))

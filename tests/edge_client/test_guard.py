@@ -449,15 +449,15 @@ async def test_the_policy_bounds_the_view_before_any_is_made(most, tmp_path, mon
         await peer.greet()
         await peer.socket.wait_closed()
 
-    made: list[Size] = []
-    monkeypatch.setattr(Picture, "view", lambda self, side, *form: made.append(side))
+    view_sizes: list[Size] = []
+    monkeypatch.setattr(Picture, "view", lambda self, side, *form: view_sizes.append(side))
     policy, log = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
     async with scripted(script) as server:
         async with EdgeClient(server.url, policy=policy, audit=log) as client:
             for _ in range(2):
                 with pytest.raises(PrivacyError, match=rf"{most} px.*112 x 112"):
                     await client.ask(PHOTO, "why?")
-    assert made == []
+    assert view_sizes == []
     assert log.read_bytes() == b""
 
 
