@@ -20,7 +20,7 @@ def without_password(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
-        place = parts.netloc.rpartition("@")[2]
-        return urlunsplit(parts._replace(netloc=place, query="…" if parts.query else ""))
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=host, query="…" if parts.query else ""))
     except ValueError:
         return url.rpartition("@")[2].partition("?")[0]

@@ -189,7 +189,7 @@ class EdgeClient:
             ImageError: the picture cannot be used.
             QuestionError: the question is empty, too long or not text.
             DeadlineError: no answer in time, not even a first one.
-            PrivacyError: the policy does not let the views leave, or anything at this hour.
+            PrivacyError: the policy does not allow the views, or it is a quiet hour.
             LinkError: the server cannot be reached, or was lost and did not come back in time.
             AuthenticationError: wrong token.
             ServerError: the server refused the question; it says why.
@@ -204,7 +204,7 @@ class EdgeClient:
         one = isinstance(picture, Picture | str | bytes | os.PathLike)
         sources: list[PictureLike] = [picture] if one else list(picture)  # type: ignore
         if not 1 <= len(sources) <= MAX_PICTURES:
-            raise ConfigError(f"a question is about 1 to {MAX_PICTURES} pictures")
+            raise ConfigError(f"a question must have 1 to {MAX_PICTURES} pictures")
         all_places = enumerate((*(turn.places for turn in turns), places))
         positions = [Place(i, one.position, one.picture) for i, each in all_places for one in each]
         fault = places_fault(positions, (*(turn.question for turn in turns), text), len(sources))
@@ -218,7 +218,7 @@ class EdgeClient:
             history=turns,
             places=places,
             view=self._view(opened),
-            # The event loop's clock knows no infinity.
+            # The event loop's clock takes no infinite time.
             deadline_s=None if deadline_s == math.inf else deadline_s,
             on_text=on_text,
             view_codecs=self._view_codecs,
@@ -255,9 +255,9 @@ class EdgeClient:
             async with turns:
                 return await self.ask(picture, question, deadline_s=deadline_s, options=options)
 
-        asked = [one(picture, question) for picture, question in items]
+        tasks = [one(picture, question) for picture, question in items]
         results: list[EdgeAnswer | CollabError] = []
-        for result in await asyncio.gather(*asked, return_exceptions=True):
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, CollabError):
                 raise result  # a programming error, not a failed question
             results.append(result)
@@ -273,12 +273,13 @@ class EdgeClient:
         try:
             size_bytes = sum(len(text.encode()) for text in texts)
         except UnicodeEncodeError:
-            raise QuestionError("the question holds bytes that are no text") from None
+            raise QuestionError("the question contains bytes that are not UTF-8 text") from None
         link = self._keeper.current
         if link is not None and size_bytes > link.welcome.max_question_bytes:
             what = "question has" if len(texts) == 1 else "question and history have"
             raise QuestionError(
-                f"the {what} {size_bytes} bytes; the server takes {link.welcome.max_question_bytes}"
+                f"the {what} {size_bytes} bytes; "
+                f"the server allows {link.welcome.max_question_bytes}"
             )
 
     def _view(self, pictures: Sequence[Picture]) -> ViewState:
@@ -292,10 +293,10 @@ class EdgeClient:
 
 def _text_and_places(text: Text) -> tuple[str, tuple[PicturePlace, ...]]:
     """Split a question into its text and the positions of pictures in it."""
-    joined_text, spots = join_parts([text] if isinstance(text, str) else text)
-    return joined_text, tuple(PicturePlace(*spot) for spot in spots)
+    joined_text, positions = join_parts([text] if isinstance(text, str) else text)
+    return joined_text, tuple(PicturePlace(*position) for position in positions)
 
 
-def _turn(asked: Text, answer: str) -> Turn:
-    question, places = _text_and_places(asked)
-    return Turn(question, answer, places)
+def _turn(question: Text, answer: str) -> Turn:
+    text, places = _text_and_places(question)
+    return Turn(text, answer, places)

@@ -40,7 +40,7 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
         self._client = EdgeClient(url, **options)
         self._loop = asyncio.new_event_loop()
-        # Nothing may be submitted after the loop was told to stop: it would never run.
+        # Nothing may be submitted after the loop was stopped, because it would never run.
         self._submitting = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run_loop, name="edge-client", daemon=True)

@@ -90,7 +90,7 @@ class Camera(ABC):
             wait_s: longest time to wait, in s.
 
         Returns:
-            None if there was none in time; `trouble` and `ended` may tell the reason.
+            None if there was none in time; `trouble` and `ended` may give the reason.
         """
 
     @abstractmethod

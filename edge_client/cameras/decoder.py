@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 from edge_client.cameras.base import CameraError
 
 READ_TIMEOUT_S = 10.0
-"""A camera that sends nothing for this time is lost."""
+"""A camera that sends nothing for this time counts as lost."""
 
 BEHIND_S = 1.0
 """If no read had to wait for a live source during this time, the decoder is behind the source."""
@@ -23,7 +23,7 @@ BEHIND_S = 1.0
 _WAITED_S = 0.004  # a read that takes this long had to wait for the source
 
 MENDED_FRAMES = 300
-"""In streams without key frames, damage has been refreshed away after this many frames."""
+"""Streams without key frames count as repaired this many frames after damage."""
 
 _JPEG_END_BYTES = 1024  # includes what cameras append after the end marker
 
@@ -32,7 +32,7 @@ class FrameDecoder:
     """Yields the undamaged frames of an open source, and counts all frames.
 
     After damage, a decoder continues from a broken picture. So frames are skipped up to the next
-    key frame. Streams that refresh their pictures bit by bit have no key frames; they count as
+    key frame. Some streams have no key frames and refresh their pictures bit by bit; they count as
     repaired after `MENDED_FRAMES`.
 
     If a live source is faster than this machine decodes, the delay would keep growing. When no
@@ -75,20 +75,20 @@ class FrameDecoder:
         # Live: read sound packets too, to notice a source that sends sound but no pictures.
         streams: list[Any] = [] if self._live else [stream]
         packets: Iterator[Packet[Any]] = container.demux(*streams)
-        waited_s = key_s = shown_s = time.monotonic()
+        waited_s = key_s = picture_s = time.monotonic()
         skipped = 0  # frames since the last one that was decoded
         while True:
-            asked_s = time.monotonic()
+            read_began_s = time.monotonic()
             packet = next(packets, None)
             if packet is None:
                 return
             now = time.monotonic()
             if packet.stream.index != stream.index:
-                if now - shown_s > READ_TIMEOUT_S:
+                if now - picture_s > READ_TIMEOUT_S:
                     raise CameraError(f"no picture came for {READ_TIMEOUT_S:g} s")
                 continue
-            shown_s = now
-            if now - asked_s >= _WAITED_S:
+            picture_s = now
+            if now - read_began_s >= _WAITED_S:
                 waited_s = now
                 self.waited = True
             behind = self._live and now - waited_s > BEHIND_S

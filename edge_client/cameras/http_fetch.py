@@ -67,8 +67,8 @@ class FetchedContent:
     def fault(self) -> str:
         """Reason why it is not a picture; without its content, which may repeat a password."""
         if self.empty:
-            return "the answer is empty"
-        return f"the answer is {self.kind or 'something'} and no JPEG, PNG or WebP picture"
+            return "the response is empty"
+        return f"the response is {self.kind or 'something else'}, not a JPEG, PNG or WebP picture"
 
 
 class PictureUrl:
@@ -127,8 +127,8 @@ class PictureUrl:
         finally:
             timer.cancel()
             self._close_socket()
-        if late.is_set():  # the cut-off body may look complete
-            raise CameraError(f"the answer was not complete after {TOTAL_S:g} s")
+        if late.is_set():  # a body that was cut off may look complete
+            raise CameraError(f"the response was not complete after {TOTAL_S:g} s")
         return reply
 
     def stop(self) -> None:
@@ -186,10 +186,10 @@ def _read(response: http.client.HTTPResponse) -> FetchedContent:
     while piece := response.read(1 << 16):
         data += piece
         if len(data) > MAX_BYTES:
-            raise CameraError(f"a picture of more than {MAX_BYTES >> 20} MiB")
-    if response.length:  # bytes that were announced and did not come
+            raise CameraError(f"the picture has more than {MAX_BYTES >> 20} MiB")
+    if response.length:  # announced bytes that did not arrive
         raise CameraError(
-            f"the picture broke off after {len(data)} of {len(data) + response.length} bytes"
+            f"the picture was cut off after {len(data)} of {len(data) + response.length} bytes"
         )
     return FetchedContent(kind, bytes(data))
 
@@ -262,11 +262,11 @@ def _split_url(url: str) -> tuple[str, str, str]:
     """Split a URL into the URL to request, the user name and the password."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    keep = "%/:=&?~#+!$,;'@()*[]"
+    unquoted = "%/:=&?~#+!$,;'@()*[]"
     requested = parts._replace(
         netloc=host,
-        path=quote(parts.path or "/", safe=keep),
-        query=quote(parts.query, safe=keep),
+        path=quote(parts.path or "/", safe=unquoted),
+        query=quote(parts.query, safe=unquoted),
         fragment="",
     )
     return urlunsplit(requested), unquote(parts.username or ""), unquote(parts.password or "")
@@ -275,13 +275,13 @@ def _split_url(url: str) -> tuple[str, str, str]:
 def _reason(error: object) -> str:
     """Return a one-line reason for a failure, without the address (it may hold a password)."""
     if isinstance(error, TimeoutError):
-        return f"nothing came for {SILENCE_S:g} s"
+        return f"no data for {SILENCE_S:g} s"
     if isinstance(error, socket.gaierror):
         return "there is no such host"
     if isinstance(error, http.client.RemoteDisconnected):
-        return "the connection was closed without an answer"
+        return "the connection was closed without a response"
     if isinstance(error, http.client.IncompleteRead):
-        return "the answer broke off"
+        return "the response was cut off"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return "it does not answer as a web server does"
+    return "the response is not valid HTTP"

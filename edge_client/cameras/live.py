@@ -13,7 +13,7 @@ from edge_client.retry import Retry
 SILENCE_S = 5.0
 """After this time without a good picture, a source counts as in trouble."""
 
-_BLANK = "the camera shows nothing: black, grey or covered"
+_BLANK = "the picture is blank: black, grey, or the lens is covered"
 
 
 class LiveCamera(Camera):
@@ -76,7 +76,7 @@ class LiveCamera(Camera):
         if trouble is None and without_picture_s >= SILENCE_S:
             return f"{self.name}: no picture for {without_picture_s:.0f} s; {self._silence()}"
         if trouble is not None and self._failures and self._reached:
-            return f"{trouble}; now it is there again, but {self._silence()}"
+            return f"{trouble}; it was opened again, but {self._silence()}"
         return trouble
 
     @property
@@ -111,7 +111,7 @@ class LiveCamera(Camera):
         """Describe what the source does while no picture comes."""
 
     def _arrived(self) -> None:
-        """Note that a new picture is there, and wake a waiting `take`."""
+        """Note that a new picture has arrived, and wake a waiting `take`."""
         if self._failures:
             self._news(f"{self.name} is back after {self.without_picture_s:.0f} s")
         with self._changed:

@@ -16,7 +16,7 @@ STREAM_SCHEMES = ("rtsp", "rtsps", "http", "https")
 CAMERA_RETRY = Retry(first_s=0.5, longest_s=15.0)
 
 SOURCES_HELP = (
-    "A picture, a folder that fills with pictures, a recording, a webcam (camera:0 or "
+    "A picture, a folder that receives pictures, a recording, a webcam (camera:0 or "
     "/dev/video0) or a stream (rtsp:// or http://)."
 )
 
@@ -43,7 +43,7 @@ def open_camera(
         scheme = found[1].lower()
         if scheme not in STREAM_SCHEMES:
             known = ", ".join(f"{scheme}://" for scheme in STREAM_SCHEMES)
-            raise ConfigError(f"{without_password(source)}: no such kind of stream; known: {known}")
+            raise ConfigError(f"{without_password(source)}: unknown kind of stream; known: {known}")
         if scheme in ("http", "https"):
             return snapshots.open_web(source, notify, retry, live=live)
         from edge_client.cameras import video  # needs PyAV
@@ -78,11 +78,11 @@ def _device(source: str) -> tuple[str, str | None]:
         "@" in source and not re.fullmatch(r"[0-9]{2,5}x[0-9]{2,5}", size)
     ):
         raise ConfigError(
-            f"{source}: a webcam is camera: and its number, such as camera:0 or camera:0@1920x1080"
+            f"{source}: name a webcam by its number, such as camera:0 or camera:0@1920x1080"
         )
     if not sys.platform.startswith("linux"):
         raise ConfigError(
-            f"{source}: webcams are read on Linux only; give the address of a stream instead"
+            f"{source}: webcams work on Linux only; give the address of a stream instead"
         )
     return (f"/dev/video{int(number)}" if numbered else device), size or None
 

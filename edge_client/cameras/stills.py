@@ -23,7 +23,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 POLL_S = 0.2
 SETTLED_S = 2.0
 """A file that cannot be decoded counts as broken if it has not changed for this time; before that,
-it may still be being written."""
+it may still be incomplete."""
 
 _CHECK_SIZE = Size(128, 128)
 
@@ -101,7 +101,7 @@ class _PictureFiles(Camera):
 
     @abstractmethod
     def _scan(self) -> list[_Version]:
-        """List the files that are there now."""
+        """List the existing files."""
 
     @abstractmethod
     def _is_useless(self, small: Image) -> bool:
@@ -164,7 +164,7 @@ class _PictureFiles(Camera):
             return False
         if self._is_useless(small):
             self._arrivals.remove(arrival)
-            self._skip(arrival, "it shows nothing")
+            self._skip(arrival, "it is blank")
             return False
         picture.name = arrival.version.name
         self._good = CameraFrame(
@@ -181,7 +181,7 @@ class _PictureFiles(Camera):
 
     def _skip(self, arrival: _Arrival, reason: str) -> None:
         name = arrival.version.name
-        self._news(f"{name} is passed over: {reason.removeprefix(f'{name}: ')}")
+        self._news(f"{name} is skipped: {reason.removeprefix(f'{name}: ')}")
 
 
 class PictureFolder(_PictureFiles):

@@ -69,15 +69,15 @@ class _OpenArguments:
             raise CameraError(f"{self.name}: {_reason(error)}") from error
         if not container.streams.video:
             container.close()
-            raise CameraError(f"{self.name}: there is no picture in it")
+            raise CameraError(f"{self.name}: it contains no video")
         if _is_picture(container):
             # `Picture.open` handles the three supported formats; FFmpeg would accept others.
             container.close()
-            raise CameraError(f"{self.name}: no video, and no JPEG, PNG or WebP picture")
+            raise CameraError(f"{self.name}: neither a video nor a JPEG, PNG or WebP picture")
         if container.streams.video[0].metadata.get("alpha_mode") == "1":
             # FFmpeg's VP8 and VP9 decoders ignore transparency and would show hidden colours.
             container.close()
-            raise CameraError(f"{self.name}: a WebM recording with transparency is not read")
+            raise CameraError(f"{self.name}: WebM recordings with transparency are not supported")
         return container
 
 
@@ -190,7 +190,7 @@ class Recording(Camera):
     def close(self) -> None:
         """See `Camera.close`."""
         self.ended = True
-        with self._reading:  # no thread may be decoding from it
+        with self._reading:  # wait until no thread decodes from it
             self._container.close()
 
     def _reached(self, after: int, due: int, due_s: float) -> bool:
@@ -229,7 +229,7 @@ class LiveVideo(LiveCamera):
         self._decoder = FrameDecoder(live=live)
         self._recent: deque[_RecentFrame] = deque(maxlen=KEPT_FRAMES)
         self._decoded_all = False
-        self._damaged = 0  # frames that were damaged when the last good one came
+        self._damaged = 0  # number of damaged frames when the last good one came
 
     def _latest(self) -> int:
         return self._recent[-1].number if self._recent and self._is_current() else 0
@@ -241,7 +241,7 @@ class LiveVideo(LiveCamera):
 
     def _silence(self) -> str:
         damaged = self._decoder.damaged > self._damaged
-        return "all that comes is damaged" if damaged else "nothing comes"
+        return "it sends only damaged pictures" if damaged else "it sends nothing"
 
     def _follow(self) -> str:
         container, self._opened = self._opened or self._opening.open(), None
@@ -253,7 +253,7 @@ class LiveVideo(LiveCamera):
                 if self._closed.is_set():
                     break
         except (FFmpegError, OSError) as error:
-            return _reason(error, f"nothing came for {READ_TIMEOUT_S:g} s")
+            return _reason(error, f"no data for {READ_TIMEOUT_S:g} s")
         finally:
             self._reached = False
             self._all_decoded()

@@ -52,11 +52,16 @@ class CodecName(enum.StrEnum):
 def ask(
     photo: Annotated[str, typer.Argument(help="A JPEG, PNG or WebP file.")],
     questions: Annotated[
-        list[str], typer.Argument(metavar="QUESTION", help="What to ask about it.")
+        list[str],
+        typer.Argument(
+            metavar="QUESTION", help="A question about the photo; you can give several."
+        ),
     ],
     photos: Annotated[
         list[str] | None,
-        typer.Option("--photo", "-p", help="One more photo; each question is asked about each."),
+        typer.Option(
+            "--photo", "-p", help="One more photo; every question is asked about every photo."
+        ),
     ] = None,
     server: ServerUrl = DEFAULT_URL,
     token: Token = None,
@@ -85,20 +90,20 @@ def ask(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Save the region as it was sent, if one was (.jpg, .png or .webp).",
+            help="Save the region that was sent, if any, to this file (.jpg, .png or .webp).",
         ),
     ] = None,
     policy: PolicyFile = None,
     camera: CameraName = None,
     audit: AuditFile = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
+        bool, typer.Option("--json", help="Print each answer as a JSON object on one line.")
     ] = False,
 ) -> int:
     """Ask questions about photos.
 
-    A small view of the photo goes to the server. If the model is unsure it says where it needs
-    to look, and just that region is sent, at full resolution.
+    A small view of the photo goes to the server. If the model is unsure, it says where it needs
+    to look, and only that region is sent, at full resolution.
     """
     for question in questions:
         check_question(question)
@@ -131,7 +136,8 @@ def ask(
 def check_question(question: str) -> None:
     """Refuse a question that is empty or the name of a picture.
 
-    `--show-map map.png` and `ask one.jpg two.jpg "why?"` would make questions of file names.
+    Otherwise `--show-map map.png` and `ask one.jpg two.jpg "why?"` would take file names as
+    questions.
 
     Raises:
         QuestionError: one line that says what to give instead.
@@ -140,8 +146,8 @@ def check_question(question: str) -> None:
         raise QuestionError("the question is empty")
     if question.lower().endswith(_PICTURE_ENDINGS) and not any(map(str.isspace, question)):
         raise QuestionError(
-            f"{question} is the name of a file, not a question; more photos are given by --photo, "
-            "a file for the region by --save-crop, and --show-map takes none"
+            f"{question} is the name of a file, not a question; give more photos with --photo and "
+            "a file for the region with --save-crop; --show-map takes no file"
         )
 
 
@@ -170,13 +176,13 @@ async def _ask_all(
                 except CollabError as error:
                     return error
 
-        asked = [
+        tasks = [
             asyncio.create_task(one(number, picture, question))
             for number, (picture, question) in enumerate(pairs)
         ]
         results = []
         with screen:
-            for number, (task, (picture, question)) in enumerate(zip(asked, pairs, strict=True)):
+            for number, (task, (picture, question)) in enumerate(zip(tasks, pairs, strict=True)):
                 result = await task
                 screen.show(number, picture, question, result)
                 results.append(result)
@@ -200,7 +206,7 @@ def _save_crops(
     screen: show.Screen,
 ) -> None:
     """Save the regions that were sent; for several questions, in numbered files."""
-    saved = False
+    any_saved = False
     for number, result in enumerate(results, start=1):
         if isinstance(result, CollabError) or result.region is None:
             continue
@@ -211,11 +217,11 @@ def _save_crops(
             name.write_bytes(result.region if same else _in_format(codec, result.region))
         except OSError as error:
             raise ConfigError(f"--save-crop {name}: {error.strerror or error}") from error
-        form = "" if same or sent_as is None else f", which was sent as {sent_as.name}"
-        screen.note(f"region saved as {name}{form}")
-        saved = True
-    if not saved:
-        screen.note("no region was sent, so none is saved")
+        converted = "" if same or sent_as is None else f" (it was sent as {sent_as.name})"
+        screen.note(f"region saved as {name}{converted}")
+        any_saved = True
+    if not any_saved:
+        screen.note("no region was sent, so none was saved")
 
 
 def _in_format(codec: Codec, region: bytes) -> bytes:

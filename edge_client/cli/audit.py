@@ -26,11 +26,11 @@ _HASH_DIGITS = 12  # enough to tell images apart; the log and its JSON have all 
 
 
 def audit(
-    log_file: Annotated[Path, typer.Argument(metavar="FILE", help="An audit log.")],
+    log_file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit log.")],
     camera: Annotated[str | None, typer.Option(help="Show only this camera's images.")] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw what the server saw of this original; needs --out."),
+        typer.Option(help="Draw what the server saw over this original; needs --out."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the drawing (.jpg, .png or .webp).")
@@ -44,14 +44,14 @@ def audit(
     The totals count the encoded images of each hour and camera.
     """
     if (picture is None) != (out is None):
-        raise ConfigError("--picture and --out belong together")
+        raise ConfigError("give --picture and --out together")
     log = read_log(log_file)
     if camera is not None:
         kept = tuple(line for line in log.images if line.camera == camera)
         log = LoadedLog(kept, log.hidden, log.broken)
     if log.broken:
         lines = "1 line is" if log.broken == 1 else f"{log.broken} lines are"
-        note = f"note: {lines} broken and left out (a crash leaves such a line)"
+        note = f"note: {lines} broken and skipped (a crash can cut a line)"
         report(note, "BROKEN", as_json=False)
     if picture is not None and out is not None:
         _draw(picture, out, log, as_json)
@@ -63,7 +63,7 @@ def audit(
 
 
 class Total(NamedTuple):
-    """What left of one camera's pictures in one hour."""
+    """The images of one camera that left in one hour."""
 
     hour: datetime.datetime
     camera: str
@@ -73,7 +73,7 @@ class Total(NamedTuple):
 
 
 def totals(log: LoadedLog) -> list[Total]:
-    """Sum up what left per hour (device's local time) and camera, sorted by both."""
+    """Sum up the images that left by hour (device's local time) and camera, sorted by both."""
     found: dict[tuple[datetime.datetime, str], list[ImageLine]] = defaultdict(list)
     for line in log.images:
         hour = line.time.astimezone().replace(minute=0, second=0, microsecond=0)
@@ -141,7 +141,7 @@ def _seen(line: ImageLine, log: LoadedLog) -> str:
 
 
 def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
-    # The tables need none of these.
+    # Imported here, because the tables need none of these.
     from edge_client.picture import Picture
     from edge_client.privacy.audit_overlay import draw_overlay
     from vlm_collab.pictures.images import Codec, encode
@@ -159,9 +159,9 @@ def _draw(photo: Path, out: Path, log: LoadedLog, as_json: bool) -> None:
         counts = {"images": overlay.drawn, "same_bytes": overlay.same, "unknown": overlay.unknown}
         print(json.dumps({"out": str(out), **counts}))
         return
-    summary = f"{overlay.drawn} images, {overlay.same} of them byte for byte as they left"
+    summary = f"{overlay.drawn} images, {overlay.same} of them byte for byte as sent"
     if overlay.unknown:
         summary += (
-            f"; {overlay.unknown} more not drawn: the log does not say what was black in them"
+            f"; {overlay.unknown} more not drawn, because the log does not list their black areas"
         )
     print(f"{printable(str(out))}: {summary}")

@@ -50,9 +50,9 @@ PICTURE_WAIT_S = 10.0
 COMMANDS = {
     "/look": "take a new picture and forget the conversation about the old one",
     "/why": "show how sure the model was, where it looked, and what was sent",
-    "/save [FILE]": "save the region as it was sent",
-    "/help": "show this",
-    "/quit": "leave (so does Ctrl-D; Ctrl-C takes a question back)",
+    "/save [FILE]": "save the region that was sent",
+    "/help": "show the commands",
+    "/quit": "quit (or Ctrl-D); Ctrl-C cancels a question",
 }
 
 
@@ -76,19 +76,19 @@ def chat(
         bool, typer.Option("--single", help="Ask each question without the earlier ones.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per line for each answer.")
+        bool, typer.Option("--json", help="Print each answer as a JSON object on one line.")
     ] = False,
 ) -> int:
-    """Talk about what a camera sees, or a picture.
+    """Talk about a picture, or about what a camera sees.
 
-    You talk about the newest good picture until /look takes another. Each line is a question;
-    lines may also come from a pipe. Questions asked while the server is away are kept.
+    All questions are about the newest good picture, until /look takes another. Each line is a
+    question; lines may also come from a pipe. While the server is away, questions wait.
     """
     options = question_options(
         always=always, never=never, eta=eta, deadline_s=deadline, want_map=True
     )
     screen: ChatScreen = JsonScreen() if as_json else TerminalScreen()
-    talking = sys.stdin.isatty()
+    interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses invalid UTF-8
     settings: ClientOptions = {
@@ -102,7 +102,7 @@ def chat(
     with (
         ignore_closed_output(),
         open_camera(source, news=screen.note) as camera,
-        RetryingClient(server, screen.note, forever=talking, settings=settings) as client,
+        RetryingClient(server, screen.note, forever=interactive, settings=settings) as client,
     ):
         client.connect()
         conversation = CameraChat(
@@ -114,7 +114,7 @@ def chat(
             fresh=fresh,
             single=single,
         )
-        code = conversation.run(screen.read if talking else _piped)
+        code = conversation.run(screen.read if interactive else _piped)
     return code
 
 
@@ -154,7 +154,7 @@ class CameraChat:
         self._failed = 0
 
     def run(self, read: Callable[[], str]) -> int:
-        """Answer lines until there are no more.
+        """Answer lines until the input ends.
 
         Args:
             read: returns the next line; raises EOFError after the last.
@@ -162,8 +162,8 @@ class CameraChat:
         Returns:
             The exit code of the first question that failed, if the lines came from a pipe.
         """
-        patient = sys.stdin.isatty()
-        if patient:
+        interactive = sys.stdin.isatty()
+        if interactive:
             with contextlib.suppress(KeyboardInterrupt):
                 self._handle("/look")
             self._screen.note("Ask about the picture; /help shows the commands.")
@@ -173,7 +173,7 @@ class CameraChat:
             except EOFError:
                 break
             except KeyboardInterrupt:
-                if not patient:
+                if not interactive:
                     raise
                 print()  # end the unfinished line
                 continue
@@ -183,10 +183,10 @@ class CameraChat:
                 if line:
                     self._handle(line)
             except KeyboardInterrupt:
-                if not patient:
+                if not interactive:
                     raise
-                self._screen.note("taken back")
-        return 0 if patient else self._failed
+                self._screen.note("cancelled")
+        return 0 if interactive else self._failed
 
     def _handle(self, line: str) -> None:
         try:
@@ -211,7 +211,7 @@ class CameraChat:
                 for name, does in COMMANDS.items():
                     self._screen.note(f"{name:13} {does}")
             case _:
-                raise ConfigError(f"{command} is no command; /help shows those there are")
+                raise ConfigError(f"{command} is not a command; /help lists the commands")
 
     def _look(self) -> CameraFrame:
         """Take the newest picture, if there is a newer one."""
@@ -221,7 +221,7 @@ class CameraChat:
             why = self._camera.trouble or "there is no new picture"
             if old is None:
                 raise CameraError(why)
-            self._screen.note(f"{why}; the last one stays")
+            self._screen.note(f"{why}; keeping the last one")
             return old
         if self._camera.trouble is not None:
             self._screen.note(self._camera.trouble)
@@ -257,7 +257,7 @@ class CameraChat:
     def _why(self) -> None:
         answer, frame = self._answer, self._frame
         if answer is None or frame is None:
-            raise ConfigError("/why: nothing has been answered about this picture yet")
+            raise ConfigError("/why: no question about this picture has been answered yet")
         welcome = self._client.welcome
         fit = None if welcome is None else FITS[welcome.fit]
         view = None if welcome is None else Size(welcome.view_width, welcome.view_height)
@@ -282,9 +282,11 @@ class CameraChat:
         suffix = ".img" if codec is None else f".{codec.name.lower().replace('jpeg', 'jpg')}"
         name = name or f"region-{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
         path = Path(os.path.expanduser(name))
-        wanted = path.suffix.lower().replace(".jpeg", ".jpg")
-        if wanted != suffix:
-            raise ConfigError(f"/save {path}: the region was sent as {suffix}; name it so")
+        given = path.suffix.lower().replace(".jpeg", ".jpg")
+        if given != suffix:
+            raise ConfigError(
+                f"/save {path}: the region was sent as {suffix}; the name must end in {suffix}"
+            )
         try:
             path.write_bytes(answer.region)
         except OSError as error:

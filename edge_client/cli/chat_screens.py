@@ -44,7 +44,7 @@ class ChatScreen(Protocol):
         """Show a notice. Any thread may call this."""
 
     def fail(self, line: str, error: CollabError) -> None:
-        """Show why a line has no answer."""
+        """Show why a line could not be answered."""
 
     def answering(self) -> contextlib.AbstractContextManager[TextSink | None]:
         """Context while an answer is awaited; gives the sink of its growing text."""
@@ -75,7 +75,7 @@ class TerminalScreen:
         self.columns = self._console.width - 2
         self._writing = threading.Lock()
         self._at_prompt = False
-        self._talking = sys.stdin.isatty()
+        self._interactive = sys.stdin.isatty()
 
     def note(self, line: str) -> None:
         with self._writing:
@@ -88,13 +88,13 @@ class TerminalScreen:
                 print(PROMPT + typed, end="", flush=True)
 
     def fail(self, line: str, error: CollabError) -> None:
-        which = "" if self._talking or line.startswith("/") else f"{line}: "
+        which = "" if self._interactive or line.startswith("/") else f"{line}: "
         report(f"{which}{error}", error_name(error), as_json=False)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[TextSink | None]:
         if not self._console.is_terminal:
-            yield None  # nobody watches the text grow, and each update would cost bytes
+            yield None  # nobody would see the text grow, and each update costs bytes
             return
         texts: dict[Stage, str] = {}
 
@@ -110,28 +110,28 @@ class TerminalScreen:
             yield texts.__setitem__
 
     def show_answer(self, frame: CameraFrame, question: str, answer: EdgeAnswer) -> None:
-        if not self._talking:
+        if not self._interactive:
             self._console.print(Text(printable(question), style="bold"))
         self._console.print(show.history(answer, frame.picture))
 
     def explain(self, frame: CameraFrame, answer: EdgeAnswer) -> None:
         first, size, box = answer.first_uncertainty, frame.picture.size, answer.box
-        sure = f"{first:.3f}"
+        uncertainty = f"{first:.3f}"
         if answer.refined:
-            sure += f" at first, {answer.uncertainty:.3f} with the region"
-        where = "none was asked for: the model was sure enough"
+            uncertainty += f" at first, {answer.uncertainty:.3f} with the region"
+        region = "none was requested: the model was sure enough"
         if answer.fallback is Fallback.NO_DETAIL:
-            where = "none was asked for: it would show no more than the view does"
+            region = "none was requested: it would show no more than the view does"
         if box is not None:
             share = box.pixels / (size.width * size.height)
-            where = (
+            region = (
                 f"{box.width} x {box.height} px at ({box.left}, {box.top}) of "
                 f"{size.width} x {size.height}, {share:.1%} of the picture"
             )
         rest = answer.bytes_up - answer.view_bytes - answer.region_bytes
         for name, value in (
-            ("uncertainty", sure),
-            ("region", where),
+            ("uncertainty", uncertainty),
+            ("region", region),
             (
                 "bytes sent",
                 f"{answer.bytes_up}: view {answer.view_bytes}, region {answer.region_bytes}, "
@@ -159,10 +159,10 @@ class JsonScreen:
     columns = 78
 
     def __init__(self) -> None:
-        self._beside = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
     def note(self, line: str) -> None:
-        self._beside.print(Text(printable(line), style="dim"))
+        self._stderr.print(Text(printable(line), style="dim"))
 
     def fail(self, line: str, error: CollabError) -> None:
         # Replace invalid characters.
@@ -187,7 +187,7 @@ class JsonScreen:
         """Show nothing: the answer's JSON object has all of it."""
 
     def draw(self, drawn: Text) -> None:
-        self._beside.print(drawn)
+        self._stderr.print(drawn)
 
     def read(self) -> str:
         return input()

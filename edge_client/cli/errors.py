@@ -24,7 +24,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# By base class; a subclass stands before its base class.
+# By class; a subclass comes before its base class.
 _EXIT_CODES: dict[type[CollabError], int] = {
     ConfigError: EXIT_USAGE,
     QuestionError: EXIT_USAGE,
@@ -37,8 +37,8 @@ _EXIT_CODES: dict[type[CollabError], int] = {
 }
 
 EXIT_CODES_HELP = (
-    "Exit codes: 0 answered · 1 failed · 2 wrong use · 3 picture unusable · 4 no server · "
-    "5 not let in · 6 no answer in time · 7 refused by the server · 8 kept back by the policy · "
+    "Exit codes: 0 answered · 1 failed · 2 wrong usage · 3 picture unusable · 4 no server · "
+    "5 access denied · 6 no answer in time · 7 refused by the server · 8 blocked by the policy · "
     "130 interrupted"
 )
 

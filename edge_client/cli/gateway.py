@@ -41,7 +41,7 @@ def gateway(
     token: Token = None,
     token_file: TokenFile = None,
     ca_file: Annotated[
-        Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
+        Path | None, typer.Option(help="PEM file of certificate authorities to trust for wss://.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = (
@@ -51,53 +51,58 @@ def gateway(
         str | None,
         typer.Option(
             envvar=API_KEY_VARIABLE,
-            help="API key that clients must send. Needed on any address but localhost. Other "
+            help="API key that clients must send. Required on all addresses but localhost. Other "
             "users of this machine can see it on the command line; prefer --api-key-file or the "
             "variable.",
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File that holds the API key, and only it.")
+        Path | None, typer.Option(metavar="FILE", help="File that contains only the API key.")
     ] = None,
     allow_anonymous: Annotated[
-        bool, typer.Option("--allow-anonymous", help="Listen beyond localhost without a key.")
+        bool, typer.Option("--allow-anonymous", help="Listen on any address without an API key.")
     ] = False,
     origin: Annotated[
         list[str] | None,
-        typer.Option(help="Origin of browser pages that may use it; repeat for several."),
+        typer.Option(help="Origin of web pages that may use the gateway; repeat for several."),
     ] = None,
     host_name: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name by which clients may call the gateway without a key, beside localhost and "
+            help="Name by which clients may call the gateway without a key, besides localhost and "
             "IP addresses; repeat for several."
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host (name, name:port or address) from which picture addresses are fetched; "
-            "repeat for several. By default nothing is fetched."
+            help="Host (name, name:port or address) from which pictures may be fetched by URL; "
+            "repeat for several. By default, nothing is fetched."
         ),
     ] = None,
     model_name: Annotated[
         list[str] | None,
-        typer.Option(help="Another name for the model, for clients with a fixed model name."),
+        typer.Option(
+            help="Another name for the model, for clients with a fixed model name; repeat for "
+            "several."
+        ),
     ] = None,
     deadline: Annotated[
         float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")
     ] = DEFAULT_DEADLINE_S,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests in progress at once.")] = 32,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Most requests in progress at once.")
+    ] = 32,
     max_per_address: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Connections at once from one address; default: 64, without limit from this "
-            "machine. 0 for no limit, as needed behind a proxy on another machine.",
+            help="Most connections at once from one address; default: 64, and no limit for this "
+            "machine. 0: no limit; use it behind a proxy on another machine.",
         ),
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; further ones get HTTP 429.")
+        int, typer.Option(min=0, help="Most requests that may wait; further ones get HTTP 429.")
     ] = 256,
     max_question_bytes: Annotated[
         int | None,
@@ -107,7 +112,7 @@ def gateway(
             "server's limit.",
         ),
     ] = None,
-    max_body_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request body, in MiB.")] = 64,
     max_megapixels: Annotated[
         int,
         typer.Option(
@@ -116,31 +121,36 @@ def gateway(
     ] = 120,
     picture_memory_mb: Annotated[
         int,
-        typer.Option(min=1, help="Memory for originals, in MiB, so that no view is sent twice."),
+        typer.Option(
+            min=1, help="Memory for originals, in MiB; the view of a stored one is not sent again."
+        ),
     ] = 256,
     policy: Annotated[
-        Path | None, typer.Option(help="Policy file: what may leave the device.")
+        Path | None,
+        typer.Option(help="Policy file: what may leave the device (YAML, see docs/privacy.md)."),
     ] = None,
     camera: Annotated[
         str | None,
         typer.Option(
-            help="Camera whose rules of the policy apply at /v1; each camera has its own API at "
+            help="Camera of the policy whose rules apply at /v1; each camera has its own API at "
             "/cameras/NAME/v1."
         ),
     ] = None,
     audit: Annotated[
-        Path | None, typer.Option(help="Log file that lists every image before it leaves.")
+        Path | None, typer.Option(help="Audit log: a file that lists every image before it leaves.")
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        str, typer.Option(help="Least severe messages to log: debug, info, warning or error.")
+    ] = "warning",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line when ready.")] = False,
 ) -> None:
-    """Speak OpenAI's API on this device, and send only what the model needs to see.
+    """Serve OpenAI's API on this device, and send only what the model needs to see.
 
-    Clients send full pictures as usual. Only a small view goes to the server, and the region that
-    the model asks for. Needs the `gateway` extra.
+    Clients send full pictures as usual. Only a small view and the region that the model asks for
+    go to the server. Needs the `gateway` extra.
     """
     if log_level not in _LEVELS:
-        raise ConfigError(f"log level {log_level!r} is unknown; known: {', '.join(_LEVELS)}")
+        raise ConfigError(f"unknown log level {log_level!r}; known: {', '.join(_LEVELS)}")
     wire = WireLimits(max_body_bytes=max_body_mb * 2**20)
     config = GatewayConfig(
         host=host,
@@ -176,14 +186,18 @@ def gateway(
 async def _serve(
     config: GatewayConfig, server: str, options: ClientOptions, *, as_json: bool
 ) -> None:
-    # Inside the event loop, to which the connections belong.
+    # Made inside the event loop, because its connections belong to the loop.
     gateway = Gateway(config, server, **options)
     sock = bind(config)
     try:
         model, note, warning = await _server_model(gateway)
         url = url_of(sock)
         if warning is not None:
-            print(f"vlm-collab gateway: of the server, {warning}", file=sys.stderr, flush=True)
+            print(
+                f"vlm-collab gateway: warning about the server: {warning}",
+                file=sys.stderr,
+                flush=True,
+            )
         if as_json:
             ready = {"event": "ready", "url": url, "model": model, "pid": os.getpid()}
             print(json.dumps(ready), flush=True)

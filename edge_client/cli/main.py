@@ -2,8 +2,8 @@
 
 Commands are plain functions that Typer reads. The edge's commands are listed here. Other packages
 add theirs through the entry-point group `vlm_collab.commands`, so that this package imports no
-server. A command is imported only when it is used, so `vlm-collab --help` is quick if torch is
-installed, and works if it is not.
+server. A command is imported only when it is used, so `vlm-collab --help` is quick, and needs
+no torch.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _BUILT_IN = {
 _HELP = {
     "ask": "Ask questions about photos.",
     "audit": "Show which images left the device.",
-    "chat": "Talk about what a camera sees, or a picture.",
-    "gateway": "Speak OpenAI's API on this device, for clients that know no other.",
-    "watch": "Ask the same question of a camera again and again.",
+    "chat": "Talk about a picture, or about what a camera sees.",
+    "gateway": "Serve OpenAI's API on this device, for programs that use that API.",
+    "watch": "Ask the same question about a camera's pictures again and again.",
     "serve": "Serve a model.",
     "demo": "Start a server with the demo model, and ask it about high-resolution pictures.",
     "eval": "Measure models on benchmarks.",
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv is None:  # change process-wide settings only in a process of our own
         silence_libraries()
     arguments = sys.argv[1:] if argv is None else argv
-    # Without handlers these would print warnings; the error that follows reports the cause.
+    # Without handlers these loggers would print warnings; the error that follows has the cause.
     for name in ("edge_client", "websockets"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:

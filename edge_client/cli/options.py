@@ -24,36 +24,37 @@ Token = Annotated[
     ),
 ]
 TokenFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File that holds the bearer token, and only it.")
+    Path | None, typer.Option(metavar="FILE", help="File that contains only the bearer token.")
 ]
 CaFile = Annotated[
-    Path | None, typer.Option(help="Certificate authorities to trust for wss:// (PEM).")
+    Path | None, typer.Option(help="PEM file of certificate authorities to trust for wss://.")
 ]
 Deadline = Annotated[float, typer.Option(min=0.001, help="Longest time for an answer, in seconds.")]
 Eta = Annotated[
     float | None,
-    typer.Option(help="Uncertainty from which a region is sent, instead of the server's."),
+    typer.Option(help="Uncertainty threshold for sending a region; default: the server's."),
 ]
 Always = Annotated[
     bool,
     typer.Option(
         "--always",
-        help="Send a region however sure the server is, if one shows more than the view.",
+        help="Send a region even if the server is sure, unless none shows more than the view.",
     ),
 ]
-Never = Annotated[bool, typer.Option("--never", help="Send no region.")]
+Never = Annotated[bool, typer.Option("--never", help="Never send a region.")]
 PolicyFile = Annotated[
-    Path | None, typer.Option(help="What may leave the device (YAML, see docs/privacy.md).")
+    Path | None,
+    typer.Option(help="Policy file: what may leave the device (YAML, see docs/privacy.md)."),
 ]
 CameraName = Annotated[
     str | None,
     typer.Option(
         "--camera",
-        help="Camera whose rules of the policy apply; default: the policy's `default` entry.",
+        help="Camera of the policy whose rules apply; default: the policy's `default` entry.",
     ),
 ]
 AuditFile = Annotated[
-    Path | None, typer.Option(help="Log file that lists every image before it leaves.")
+    Path | None, typer.Option(help="Audit log: a file that lists every image before it leaves.")
 ]
 
 
@@ -78,7 +79,7 @@ def question_options(
         raise ConfigError("--always and --never exclude each other")
     # Typer's `min` accepts "nan".
     if eta is not None and not 0 <= eta < math.inf:
-        raise ConfigError(f"--eta must be a number from 0, not {eta:g}")
+        raise ConfigError(f"--eta must be a number of 0 or more, not {eta:g}")
     if math.isnan(deadline_s):
         raise ConfigError("--deadline must be a number of seconds, not nan")
     return Options(

@@ -21,20 +21,20 @@ from vlm_collab.protocol.messages import DeclineReason, Fallback, Stage
 
 _FALLBACK_REASONS = {
     Fallback.DECLINED: "the region was not sent",
-    Fallback.DEADLINE: "the refined one did not come in time",
+    Fallback.DEADLINE: "the refined answer did not come in time",
     Fallback.BAD_REGION: "the server could not use the region",
-    Fallback.OVERLOAD: "the server had no room for a second look",
-    Fallback.SERVER_FAILED: "the server failed at the second look",
+    Fallback.OVERLOAD: "the server had no room for a second pass",
+    Fallback.SERVER_FAILED: "the server failed in the second pass",
     Fallback.LINK_LOST: "the connection was lost",
     Fallback.NO_DETAIL: "no region would show more than the view does",
 }
 
 _DECLINE_REASONS = {
     DeclineReason.LIMIT: "it is over a limit",
-    DeclineReason.PRIVACY: "the policy keeps it back",
+    DeclineReason.PRIVACY: "the policy does not allow it",
     DeclineReason.GONE: "the original is gone",
-    DeclineReason.BAD_REQUEST: "the request makes no sense",
-    DeclineReason.FAILED: "it could not be made",
+    DeclineReason.BAD_REQUEST: "the request is invalid",
+    DeclineReason.FAILED: "cutting it failed",
 }
 
 NO_TEXT = "(no text)"
@@ -80,7 +80,7 @@ class JsonLines:
         pass
 
     def sink(self, number: int, picture: Picture, question: str) -> TextSink | None:
-        """Return None: no program reads half an answer, and each update would cost bytes."""
+        """Return None: programs do not read half an answer, and each update would cost bytes."""
         return None
 
     def show(
@@ -239,7 +239,7 @@ def cut_off(answer: EdgeAnswer) -> str:
     """Describe the part of the picture that the model did not see."""
     return (
         f"{1 - answer.shown:.0%} of the picture, at its edges: the server's fit is `crop`, "
-        "which shows the model the middle only"
+        "which shows the model only the middle"
     )
 
 
@@ -251,8 +251,8 @@ def _answer_text(text: str, uncertainty: float, colour: str = "") -> Text:
 
 def shown_text(text: str) -> str:
     """Return an answer for people: printable, or `NO_TEXT` if it is blank."""
-    shown = printable(text)
-    return shown if shown.strip() else NO_TEXT
+    line = printable(text)
+    return line if line.strip() else NO_TEXT
 
 
 def _cost(answer: EdgeAnswer) -> str:

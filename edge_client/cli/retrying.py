@@ -28,7 +28,7 @@ Turns = Sequence[tuple[str, str]]
 class RetryingClient:
     """Asks one question at a time, and asks again while the server is away.
 
-    Connects when the first question needs it. Errors that waiting cannot cure (a wrong token, a
+    Connects when the first question needs it. Errors that do not pass with time (a wrong token, a
     refused question) are raised at once.
 
     Args:
@@ -84,8 +84,8 @@ class RetryingClient:
         except LinkError as error:
             if not is_transient(error):
                 raise
-            kept = "until it answers" if self._forever else "for as long as their deadline"
-            self._note(f"{error}; questions are kept {kept}")
+            end = "it answers" if self._forever else "their deadline"
+            self._note(f"{error}; questions wait until {end}")
 
     def ask(
         self,
@@ -130,7 +130,7 @@ class RetryingClient:
                 if not self._forever and time.monotonic() + pause_s >= until:
                     raise
                 if self._forever:
-                    self._note(f"{error}; the question is kept (Ctrl-C drops it)")
+                    self._note(f"{error}; the question waits (Ctrl-C cancels it)")
                 time.sleep(pause_s)
             except ServerError as error:
                 if error.code not in _TOO_LONG or not turns:
@@ -141,8 +141,8 @@ class RetryingClient:
                     self._log.answered()
                 if len(turns) < len(history):
                     self._note(
-                        "the conversation is longer than the model takes: it was told the last "
-                        f"{len(turns)} of {len(history)} questions and answers"
+                        "the conversation is too long for the model: only the last "
+                        f"{len(turns)} of {len(history)} questions and answers were sent"
                     )
                 self._update_welcome(client, answer)
                 return answer
@@ -174,7 +174,7 @@ class RetryingClient:
 
 
 def is_transient(error: CollabError) -> bool:
-    """Whether a failure is the link's, so that another attempt can help."""
+    """Whether the link failed, so that another attempt can help."""
     return isinstance(error, LostError) or (
         isinstance(error, LinkError | DeadlineError) and isinstance(error.__cause__, LostError)
     )
@@ -189,17 +189,17 @@ class _AttemptReporter(logging.Handler):
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self._tell = note
+        self._note = note
         self.away = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Report the reason, once per outage."""
         if record.levelno >= logging.INFO and not self.away:
             self.away = True
-            self._tell(f"no server ({record.getMessage()}); trying again")
+            self._note(f"no server ({record.getMessage()}); trying again")
 
     def answered(self) -> None:
         """Note that the server has answered."""
         if self.away:
             self.away = False
-            self._tell("the server is back")
+            self._note("the server is back")

@@ -41,26 +41,27 @@ from edge_client.link.dial import DEFAULT_URL
 from vlm_collab.errors import CollabError, ConfigError, LinkError, QuestionError
 from vlm_collab.protocol.messages import Options
 
-_GLANCE_S = 0.5
+_TAKE_WAIT_S = 0.5
 _SILENCE_S = 5.0
 """A camera in trouble for this time gets an output line of its own."""
 
 
 def watch(
     source: Annotated[str, typer.Argument(help=SOURCES_HELP)],
-    question: Annotated[str, typer.Argument(help="What to ask about each picture.")],
+    question: Annotated[str, typer.Argument(help="The question to ask about each picture.")],
     every: Annotated[
         int | None,
-        typer.Option(min=1, help="Ask about every n-th picture that the camera delivers."),
+        typer.Option(min=1, help="Ask about every N-th picture of the camera; or give --seconds."),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Ask every S seconds instead.")
+        float | None, typer.Option(min=0.0, help="Ask once in this many seconds; or give --every.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="End after this many questions; default: never.")
+        int | None, typer.Option(min=1, help="End after this many questions; default: no end.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Append the lines to this file instead of stdout.")
+        Path | None,
+        typer.Option(help="Append the JSON lines to this file instead of writing them to stdout."),
     ] = None,
     live: Annotated[
         bool,
@@ -84,12 +85,14 @@ def watch(
     """Ask the same question about a camera's pictures again and again, and write JSON lines.
 
     One question runs at a time. If the camera is faster, pictures are skipped and counted. A
-    failed question is a line with its error, and the watch continues. Ctrl-C and SIGTERM end it.
+    failed question gives a line with its error, and the watch continues. Ctrl-C and SIGTERM end it.
     """
     if not question.strip():
         raise QuestionError("the question is empty")
     if (every is None) == (seconds is None):
-        raise ConfigError("say how often to ask: either --every N pictures or --seconds S")
+        raise ConfigError(
+            "give either --every N (pictures) or --seconds S, to say how often to ask"
+        )
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"--seconds must be a number above 0, not {seconds:g}")
     options = question_options(
@@ -102,7 +105,7 @@ def watch(
         "camera": camera_name,
         "audit": audit,
     }
-    progress = WatchProgress(beside=out is None and sys.stdout.isatty())
+    progress = WatchProgress(shared_terminal=out is None and sys.stdout.isatty())
     with (
         ignore_closed_output(),
         JsonLinesFile(out) as lines,
@@ -180,7 +183,7 @@ class Watch:
         self._last = 0  # number of the last frame asked about
         self._due = 1  # number of the next frame to ask about
         self._due_s: float | None = None  # when to ask next: monotonic, or recording position
-        self._reported = ""  # the camera's trouble that has got its line already
+        self._reported = ""  # the camera's trouble for which a line was written
 
     async def run(self) -> None:
         """Watch until the count is reached, a recording ends, or the task is cancelled.
@@ -198,7 +201,7 @@ class Watch:
             except LinkError as error:
                 if not is_transient(error):
                     raise
-                self._progress.note(f"{error}; going on until it answers")
+                self._progress.note(f"{error}; trying again until it answers")
             while self._count is None or self._progress.asked < self._count:
                 frame, skipped = await self._next()
                 if frame is None:
@@ -281,7 +284,7 @@ class Watch:
                 after=self._last,
                 due=due,
                 due_s=(self._due_s or 0.0) if self._seconds is not None else 0.0,
-                wait_s=_GLANCE_S,
+                wait_s=_TAKE_WAIT_S,
             )
             if frame is not None or self._camera.ended:
                 self._reported = ""

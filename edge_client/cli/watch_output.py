@@ -17,7 +17,7 @@ from vlm_collab.errors import ConfigError
 
 
 class JsonLinesFile:
-    """Writes JSON lines to a file or stdout, each one at once and completely.
+    """Writes JSON lines to a file or stdout, each one at once and complete.
 
     Args:
         path: the file, which is appended to; None for stdout.
@@ -77,7 +77,7 @@ class WatchProgress:
     """Progress of a watch on stderr; in a terminal, a line that is updated.
 
     Args:
-        beside: stdout shows the JSON lines on the same terminal, so no line is updated.
+        shared_terminal: stdout shows the JSON lines on the same terminal, so no line is updated.
 
     Attributes:
         asked, failed, skipped: counts.
@@ -85,13 +85,13 @@ class WatchProgress:
         latest: the last answer or error.
     """
 
-    def __init__(self, *, beside: bool) -> None:
+    def __init__(self, *, shared_terminal: bool) -> None:
         self.asked = self.failed = self.skipped = self.frame = 0
         self.latest = ""
         self._console = Console(highlight=False, soft_wrap=True, stderr=True)
         self._live: Live | None = None
-        # Not where the JSON lines scroll by.
-        if self._console.is_terminal and not beside:
+        # An updated line would mix with JSON lines on the same terminal.
+        if self._console.is_terminal and not shared_terminal:
             self._live = Live(
                 console=self._console,
                 auto_refresh=False,

@@ -59,11 +59,11 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, nbytes: int) -> AsyncIterator[AdmissionSlot]:
-        """Wait for a slot. It is released at the end of the block, unless a stream keeps it.
+        """Wait for a slot. The end of the block releases it, unless a stream keeps it.
 
         Args:
             nbytes: size of the body as announced by the client. A body of any size fits if there
-                is no other.
+                is no other one.
 
         Raises:
             ApiError: too many requests wait, or the wait took too long (429).
@@ -91,7 +91,7 @@ class Admission:
             async with asyncio.timeout(self._patience_s):
                 await future
         except BaseException as error:
-            if future.done() and not future.cancelled():  # it was admitted as it gave up
+            if future.done() and not future.cancelled():  # admitted at the moment when it gave up
                 self.release_bytes(nbytes)
                 self.finish()
             elif entry in self._waiting:
@@ -103,25 +103,25 @@ class Admission:
 
     def busy_error(self, nbytes: int) -> ApiError:
         """The refusal of a request with a body of `nbytes`."""
-        text = f"{self.running} requests are being worked on and {self.waiting} wait"
+        text = f"{self.running} requests are running and {self.waiting} are waiting"
         if self.running < self._limits.max_requests and not self._fits(nbytes):
-            text += "; no room for another one of this size now"
+            text += "; there is no memory now for another one of this size"
         else:
-            text += "; no more at once"
+            text += "; no more are accepted at once"
         wait_s = self.retry_after_s()
         return ApiError(429, text, "rate_limit_error", None, "busy", retry_after_s=wait_s)
 
-    def reserve_bytes(self, nbytes: int, held: int) -> None:
-        """Reserve further bytes for a body that has `held`.
+    def reserve_bytes(self, nbytes: int, reserved: int) -> None:
+        """Reserve further bytes for a body that has `reserved` already.
 
         Raises:
             ApiError: they do not fit beside the other bodies (429).
         """
         self.nbytes += nbytes
-        others = self.nbytes - held - nbytes
+        others = self.nbytes - reserved - nbytes
         if others and self.nbytes > self._limits.max_body_bytes:
             self.nbytes -= nbytes
-            raise self.busy_error(held + nbytes)
+            raise self.busy_error(reserved + nbytes)
 
     def release_bytes(self, nbytes: int) -> None:
         """Release the bytes of a body."""
@@ -203,8 +203,8 @@ class AdmissionSlot:
             due_s = pause_ends_s if self._admission.waiting else self._due_s
             self._timeout.reschedule(min(self._due_s, due_s))
 
-    def hold(self, nbytes: int) -> None:
-        """Count the bytes of the body so far, if they are more than announced.
+    def reserve(self, nbytes: int) -> None:
+        """Reserve memory for the body so far, if it is larger than announced.
 
         Raises:
             ApiError: there is no room for more (429).

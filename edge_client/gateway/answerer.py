@@ -53,13 +53,13 @@ class Answerer:
         config: see `GatewayConfig`.
         url: address of the service.
         album: keeps originals in memory for later questions.
-        options: see `ClientOptions`; `policy`, `audit` and `decoder` hold for all requests.
+        options: see `ClientOptions`; `policy`, `audit` and `decoder` apply to all requests.
 
     Attributes:
-        camera: name of the camera whose rules hold.
+        camera: name of the camera whose rules apply.
 
     Raises:
-        ConfigError: an impossible setting.
+        ConfigError: a setting is invalid.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Answerer:
             ca_file=options.get("ca_file"),
             proxy=options.get("proxy"),
         )
-        self._shown_url = without_secrets(self.server.url)
+        self._display_url = without_secrets(self.server.url)
         policy, camera = options.get("policy"), options.get("camera")
-        self._guard = open_guard(policy, camera, None, self._shown_url)
+        self._guard = open_guard(policy, camera, None, self._display_url)
         self.camera = self._guard.policy.name
         self.watched = policy is not None or options.get("audit") is not None
         """Whether a policy or an audit log is in use."""
@@ -124,7 +124,7 @@ class Answerer:
                 return await self._client.connect()
         except TimeoutError:
             raise NoServerError(
-                f"no server answers at {self._shown_url}; the gateway keeps trying"
+                f"no server answers at {self._display_url}; the gateway keeps trying"
             ) from None
 
     def names(self, welcome: Welcome) -> tuple[str, ...]:
@@ -157,15 +157,15 @@ class Answerer:
         Raises:
             ApiError: it is longer than `max_question_bytes`.
         """
-        most = self._config.limits.max_question_bytes
-        if most is None:
+        limit = self._config.limits.max_question_bytes
+        if limit is None:
             return
         size = sum(len(text.encode()) for text in texts)
-        if size > most:
+        if size > limit:
             raise refuse(
                 param,
-                f"{param}: the question and what was said before it have {size} bytes of text, "
-                f"more than {most} (--max-question-bytes)",
+                f"{param}: the question and its conversation have {size} bytes of text, "
+                f"more than {limit} (--max-question-bytes)",
                 "invalid_question",
             )
 
@@ -305,7 +305,7 @@ def _check_features(query: Query, welcome: Welcome) -> None:
     )
     for needed, feature, param in wanted:
         if needed and feature not in welcome.features:
-            text = f"{param}: the model {welcome.model} is served without {feature}"
+            text = f"{param}: the server of the model {welcome.model} does not support {feature}"
             raise refuse(param, text, "unsupported_parameter")
 
 

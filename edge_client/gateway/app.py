@@ -48,7 +48,7 @@ HEALTH = ("/healthz", "/readyz")
 _MODELS_WAIT_S = 5.0
 _READY_WAIT_S = 0.05
 
-_CLIENT_GONE = 499  # the usual status for a client that disconnected; nobody reads it
+_CLIENT_GONE = 499  # the usual status for a client that disconnected; no client reads it
 
 
 class Gateway:
@@ -57,14 +57,14 @@ class Gateway:
     Args:
         config: see `GatewayConfig`.
         url: address of the service.
-        options: see `ClientOptions`; `policy` and `audit` hold for all requests.
+        options: see `ClientOptions`; `policy` and `audit` apply to all requests.
 
     Attributes:
         answerer: answers requests that name no camera.
         admission: admits requests.
 
     Raises:
-        ConfigError: an impossible setting.
+        ConfigError: a setting is invalid.
     """
 
     def __init__(
@@ -149,11 +149,11 @@ class Gateway:
         return json_response(model_object(name, self._created, context))
 
     async def _health(self, _: Request) -> Response:
-        """Say that the process is alive."""
+        """Report that the process is alive."""
         return PlainTextResponse("ok")
 
     async def _ready(self, _: Request) -> Response:
-        """Say whether the server can be reached."""
+        """Report whether the server can be reached."""
         try:
             model: str | None = (await self.answerer.welcome(_READY_WAIT_S)).model
         except CollabError:

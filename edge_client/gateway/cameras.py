@@ -25,7 +25,7 @@ class Cameras:
         options: see `ClientOptions`; `camera` is the default camera.
 
     Raises:
-        ConfigError: an impossible setting.
+        ConfigError: a setting is invalid.
 
     Attributes:
         default: answers requests that name no camera.
@@ -42,8 +42,8 @@ class Cameras:
         limits = config.limits
         pixels = options.get("max_pixels", limits.max_pixels)
         self._pictures = PictureCache(pixels, limits.max_picture_bytes)
-        # Bounded by threads and not by a semaphore: a decoding thread cannot be stopped, so it must
-        # count until its picture is done, even if the question was given up.
+        # A pool of threads sets the limit, not a semaphore: a decoding thread cannot be stopped, so
+        # it must count until its picture is done, even if the question was cancelled.
         self._decoder = ThreadPoolExecutor(limits.max_decoding, "pictures")
         options.setdefault("decoder", self._decoder)
         self.default = Answerer(config, url, self._pictures, **options)
@@ -58,8 +58,8 @@ class Cameras:
         if name is None:
             return self.default
         if name not in self._names:
-            why = "" if self._names else "; cameras are named by the file of --policy"
-            text = f"there is no camera {name!r} here{why}"
+            hint = "" if self._names else "; name cameras in the file of --policy"
+            text = f"there is no camera {name!r}{hint}"
             raise refuse(None, text, "camera_not_found", status=404)
         if name not in self._answerers:
             options: ClientOptions = {**self._options, "camera": name}

@@ -70,5 +70,5 @@ class ChatEndpoint:
                 )
                 return await stream_response(request, pieces, slot, headers)
             result = await while_connected(request.receive, camera.answer(query, None))
-            answered = completion(result, id=id, created=created, model=model)
-            return json_response(answered, headers=headers)
+            reply = completion(result, id=id, created=created, model=model)
+            return json_response(reply, headers=headers)

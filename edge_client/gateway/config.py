@@ -1,4 +1,4 @@
-"""Settings of the gateway. The defaults are safe: localhost only, limits on, no foreign pages."""
+"""Settings of the gateway. The defaults are safe: only localhost, limits, no other origins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GatewayLimits:
         max_question_bytes: longest question with its conversation, in UTF-8 bytes; None leaves it
             to the server, which has its own bound.
         max_requests: running requests; further ones wait.
-        max_waiting: waiting requests; further ones get "busy, retry after".
+        max_waiting: waiting requests; further ones get HTTP 429.
         max_body_bytes: bodies of all running requests together. A single one always fits, and
             others wait for room.
         max_picture_bytes: memory for originals, so that later questions about the same picture need
@@ -32,9 +32,9 @@ class GatewayLimits:
             bytes of their pictures and texts; the least recently used are dropped first.
         max_answers, max_answer_bytes: number of answers kept for references to them, and their
             UTF-8 bytes; the least recently used are dropped first.
-        max_relays: WebSockets of the page; as many more may be open that have not sent anything.
-        max_per_address: connections of any kind per address; None for 64, but no bound for this
-            machine, where a proxy may run; 0 for no bound, as behind a proxy elsewhere.
+        max_relays: WebSockets of the page; as many more may be open that have not sent a frame.
+        max_per_address: connections of any kind per address; None for 64, but no limit for this
+            machine, where a proxy may run; 0 for no limit, which a proxy elsewhere needs.
         write_timeout_s: a client that reads none of its waiting data for this long is dropped.
         body_timeout_s: time for a request's body to arrive.
         fetch_timeout_s: time for fetching a picture.
@@ -77,8 +77,8 @@ class GatewayConfig:
             loopback names and IP addresses.
         fetch_hosts: hosts from which pictures may be fetched, as `name`, `name:port` or address.
         aliases: further names by which clients may call the model.
-        deadline_s: time for one question, including the wait for the server. A request may wait
-            as long for its admission before.
+        deadline_s: time for one question, including the wait for the server. Before that, a
+            request may wait for its admission as long again.
         limits: see `GatewayLimits`.
     """
 
@@ -99,14 +99,14 @@ class GatewayConfig:
         if not self.deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {self.deadline_s:g}")
         if self.api_key is not None and not _is_valid_key(self.api_key):
-            raise ConfigError("the API key must be printable ASCII characters without blanks")
+            raise ConfigError("the API key must be printable ASCII characters without spaces")
         checked_names(self.host_names)
         if "*" in self.origins:
-            raise ConfigError("--origin takes the address of a page, such as https://example.org")
+            raise ConfigError("--origin takes the origin of a page, such as https://example.org")
         if self.api_key is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
                 f"listening on {self.host} without an API key lets anyone in; "
-                "give --api-key-file or VLM_COLLAB_API_KEY, or --allow-anonymous to mean it"
+                "give --api-key-file or VLM_COLLAB_API_KEY, or --allow-anonymous to allow this"
             )
 
     @property

@@ -47,7 +47,7 @@ class ConversationStore:
         """Look up a conversation; the empty one for no id.
 
         Raises:
-            ApiError: it is not stored, or no longer.
+            ApiError: it was never stored, or it was dropped.
         """
         if name is None:
             return Conversation()
@@ -67,7 +67,7 @@ class ConversationStore:
         """Delete a response.
 
         Raises:
-            ApiError: it is not stored, or no longer (404).
+            ApiError: it was never stored, or it was dropped (404).
         """
         dropped = self._drop_answer(camera, name)
         if self._kept.pop((camera, name), None) is None and not dropped:
@@ -80,16 +80,16 @@ class ConversationStore:
 
     def _nbytes(self) -> int:
         """Bytes in memory: responses that continue each other share the same objects."""
-        held: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         for conversation in self._kept.values():
             for _, text in conversation.lines:
-                held[id(text)] = len(text)
+                sizes[id(text)] = len(text)
             for picture in conversation.pictures:
                 if isinstance(picture, bytes):
-                    held[id(picture)] = len(picture)
-        return sum(held.values())
+                    sizes[id(picture)] = len(picture)
+        return sum(sizes.values())
 
 
 def _unknown(name: str, param: str, *, status: int = 400) -> ApiError:
-    text = f"there is no response {name!r}, or no longer"
+    text = f"there is no response {name!r}; it was never stored, or it was dropped"
     return refuse(param, text, "previous_response_not_found", status=status)

@@ -67,7 +67,7 @@ class Fetcher:
             async with asyncio.timeout(self._timeout_s):
                 return await self._follow(picture.url, param)
         except TimeoutError:
-            raise _failed(param, f"not there within {self._timeout_s:g} s") from None
+            raise _failed(param, f"it did not arrive within {self._timeout_s:g} s") from None
         except httpx.HTTPError as error:
             raise _failed(param, str(error) or type(error).__name__) from None
 
@@ -77,7 +77,9 @@ class Fetcher:
             try:
                 url = httpx.URL(address)
             except (httpx.InvalidURL, ValueError) as error:
-                raise refuse(param, f"{param}: no address: {error}", "invalid_image_url") from None
+                raise refuse(
+                    param, f"{param}: not a valid URL: {error}", "invalid_image_url"
+                ) from None
             if host is not None and url.host != host:
                 raise _failed(param, f"{host} redirects to another host, {url.host}")
             host = url.host
@@ -102,7 +104,7 @@ class Fetcher:
     async def _resolve(self, url: httpx.URL, param: str) -> str:
         """Resolve a URL's host and check its address."""
         if url.scheme not in _DEFAULT_PORTS or url.userinfo:
-            raise refuse(param, f"{param}: pictures are fetched from http(s)://host/path only")
+            raise refuse(param, f"{param}: pictures are fetched only from http(s)://host/path")
         port = url.port or _DEFAULT_PORTS[url.scheme]
         standard = port == _DEFAULT_PORTS[url.scheme]
         names = {f"{url.host}:{port}", *([url.host] if standard else [])}
@@ -110,15 +112,15 @@ class Fetcher:
             named = url.host if standard else f"{url.host}:{port}"
             raise refuse(
                 param,
-                f"{param}: this gateway fetches nothing from {named}, unless it is started with "
-                f"--allow-host {named}; send a data URL",
+                f"{param}: this gateway may not fetch from {named}; send a data URL, or start the "
+                f"gateway with --allow-host {named}",
                 "image_url_not_allowed",
             )
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         except OSError:
-            raise _failed(param, f"there is no host {url.host}") from None
+            raise _failed(param, f"unknown host {url.host}") from None
         resolved = str(found[0][4][0])
         address = ipaddress.ip_address(resolved.partition("%")[0])
         public = address.is_global and not address.is_multicast
@@ -140,7 +142,7 @@ class Fetcher:
             if len(data) > self._max_bytes:
                 mib = self._max_bytes / 2**20
                 raise refuse(
-                    param, f"{param}: a picture of more than {mib:g} MiB", "image_too_large"
+                    param, f"{param}: the picture has more than {mib:g} MiB", "image_too_large"
                 )
         return bytes(data)
 

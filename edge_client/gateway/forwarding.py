@@ -38,11 +38,11 @@ async def forward_chat(
     slot: AdmissionSlot,
     aliases: Sequence[str],
 ) -> Response:
-    """Forward a Chat Completions request unchanged, but for the model's name.
+    """Forward a Chat Completions request unchanged, except for the model's name.
 
     Args:
         request: the client's request.
-        camera: its rules hold, and its server answers.
+        camera: its rules apply, and its server answers.
         body: the request's body, without the ignored parameters.
         ignored: names of the ignored parameters.
         slot: the request's slot; a streamed response keeps it.
@@ -70,8 +70,8 @@ async def forward_chat(
         if response.status_code == 400 and (toolless := without_tools(body)) is not None:
             response = await forwarded(toolless)
             ignored = (*ignored, "tools") if body.get("tools") else ignored
-        theirs = response.headers.get(IGNORED_HEADER)
-        listed = ignored_header([*ignored, *([theirs] if theirs else [])])
+        upstream_ignored = response.headers.get(IGNORED_HEADER)
+        listed = ignored_header([*ignored, *([upstream_ignored] if upstream_ignored else [])])
         if body.get("stream") is True and response.status_code == 200:
             return await stream_response(request, _relayed(response), slot, listed, opened)
         content = await while_connected(request.receive, content_of(response))
@@ -81,12 +81,12 @@ async def forward_chat(
 
 
 async def _relayed(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """Relay a stream unchanged, event by event; if it breaks off, an error of our own follows."""
+    """Relay a stream unchanged, event by event; if it breaks off, an error event follows."""
     try:
         async for events in whole_events(response.aiter_bytes()):
             yield events
     except httpx.HTTPError as error:
         yield sse(lost(error).body())
     except EventTooLongError:
-        text = "the server behind this gateway sends an event that has no end"
+        text = "the server behind this gateway sent an event that is too long"
         yield sse(ApiError(502, text, "server_error", None, "upstream_protocol").body())

@@ -20,7 +20,7 @@ from vlm_collab.web.bodies import BodyTooLargeError, read_body
 def admitted(
     request: Request, admission: Admission, limits: GatewayLimits
 ) -> AbstractAsyncContextManager[AdmissionSlot]:
-    """Wait for a request's slot; its body is not read before."""
+    """Wait for a request's slot; the body is read after that."""
     announced = request.headers.get("content-length", "")
     nbytes = int(announced) if announced.isascii() and announced.isdecimal() else 0
     return admission.slot(min(nbytes, limits.wire.max_body_bytes))
@@ -30,7 +30,7 @@ async def read_json(request: Request, slot: AdmissionSlot, limits: GatewayLimits
     """Read and decode a request's body.
 
     Raises:
-        ApiError: too slow (408), too large (413), no room (429), or no JSON object (400).
+        ApiError: too slow (408), too large (413), no memory (429), or not a JSON object (400).
         ClientDisconnect: the client left.
     """
     most = limits.wire.max_body_bytes
@@ -38,7 +38,7 @@ async def read_json(request: Request, slot: AdmissionSlot, limits: GatewayLimits
     def received(size: int) -> None:
         slot.received()
         if size <= most:
-            slot.hold(size)
+            slot.reserve(size)
 
     try:
         async with slot.reading(limits.body_timeout_s):

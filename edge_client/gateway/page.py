@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 * 2**20
 
 _OFF = (
-    "The page is off here: a privacy policy or an audit log watches over what leaves this device, "
-    "and the page would go around it."
+    "The page is switched off here: this gateway has a privacy policy or an audit log, and the "
+    "page would bypass it."
 )
 _ACCESS_WAIT_S = 3.0
 
@@ -39,7 +39,7 @@ class Page:
     crops. With a privacy policy or an audit log there is no page, since it would bypass them.
 
     Args:
-        answerer: knows the server.
+        answerer: has the connection to the server.
         limits: bounds on the page's connections.
     """
 
@@ -116,7 +116,7 @@ class Page:
         assert relay is not None
 
         def use() -> bool:
-            """Count this relay at its first frame; whether it may go on."""
+            """Count this relay at its first frame. Return whether it may continue."""
             nonlocal used
             if not used and self._relays < self._max_relays:
                 used = True

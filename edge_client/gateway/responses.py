@@ -55,28 +55,28 @@ class ResponsesEndpoint:
         """
         async with admitted(request, self._admission, self._limits) as slot:
             body = await read_json(request, slot, self._limits)
-            asked = await asyncio.to_thread(parse_responses, body, self._limits.wire)
-            asked = asked.resolve_references(lambda id: self._store.answer(camera.camera, id))
-            if asked.region_tool or asked.outputs:
+            parsed = await asyncio.to_thread(parse_responses, body, self._limits.wire)
+            parsed = parsed.resolve_references(lambda id: self._store.answer(camera.camera, id))
+            if parsed.region_tool or parsed.outputs:
                 raise refuse(
-                    "tools" if asked.region_tool else "input",
+                    "tools" if parsed.region_tool else "input",
                     "this gateway answers region requests by itself: send the original picture, "
                     "and no tools",
                     "unsupported_parameter",
                 )
-            before = self._store.get(camera.camera, asked.previous_response_id)
-            query = asked.query(before)
+            previous = self._store.get(camera.camera, parsed.previous_response_id)
+            query = parsed.query(previous)
             id, created = f"resp_{secrets.token_hex(24)}", int(time.time())
             model = await while_connected(request.receive, camera.model_name(query))
-            form = ResponseBuilder(asked, id=id, created=created, model=model)
+            builder = ResponseBuilder(parsed, id=id, created=created, model=model)
             headers = ignored_header(query.ignored)
             fetched: dict[Url, bytes] = {}
 
             def keep(result: Result) -> None:
-                if asked.store:
+                if parsed.store:
                     # The fetched bytes are kept: the URL may serve another picture later.
                     conversation = (
-                        asked.conversation_after(before)
+                        parsed.conversation_after(previous)
                         .with_fetched(fetched)
                         .with_answer(result.text)
                     )
@@ -85,7 +85,7 @@ class ResponsesEndpoint:
             if query.stream:
                 pieces = answer_pieces(
                     lambda on_text: camera.answer(query, on_text, fetched),
-                    form,
+                    builder,
                     TextStream(query.options.stop),
                     buffered=query.options.tokens,
                     finished=keep,
@@ -93,10 +93,10 @@ class ResponsesEndpoint:
                 return await stream_response(request, pieces, slot, headers)
             result = await while_connected(request.receive, camera.answer(query, None, fetched))
             keep(result)
-            return json_response(form.whole(result), headers=headers)
+            return json_response(builder.whole(result), headers=headers)
 
     async def delete(self, request: Request, camera: Answerer) -> Response:
-        """Delete a kept response.
+        """Delete a stored response.
 
         Raises:
             ApiError: there is none with this id (404).

@@ -21,7 +21,7 @@ from vlm_collab.web.streams import EventStream, StreamFormat, cancel, first_piec
 
 log = logging.getLogger(__name__)
 
-FAILED = ApiError(500, "the gateway failed; its log knows more", "server_error")
+FAILED = ApiError(500, "the gateway failed; its log says why", "server_error")
 """The error that a client gets for a bug in the gateway."""
 
 
@@ -83,7 +83,7 @@ async def answer_pieces(
     try:
         text = await texts.get()
         if text is None:
-            task.result()  # raises what went wrong
+            task.result()  # raises the error
         yield form.start()
         while text is not None:
             piece = "" if buffered else flow.feed(*text)
@@ -95,7 +95,7 @@ async def answer_pieces(
         except CollabError as error:
             yield form.error(api_error(error))
             return
-        # A bug: its trace goes to the log, and the stream does not end as if all were well.
+        # A bug: its traceback goes to the log, and the stream ends with an error.
         except Exception:
             log.exception("a stream failed")
             yield form.error(FAILED)

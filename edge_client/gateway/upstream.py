@@ -75,7 +75,12 @@ class TextUpstream:
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
             raise ApiError(
-                503, f"no server: {why}", "server_error", None, "no_server", retry_after_s=5.0
+                503,
+                f"the server cannot be reached: {why}",
+                "server_error",
+                None,
+                "no_server",
+                retry_after_s=5.0,
             ) from None
         try:
             if response.status_code != 200:
@@ -133,7 +138,7 @@ def lost(error: httpx.HTTPError) -> ApiError:
     if isinstance(error, httpx.TimeoutException):
         return ApiError(504, "the server did not answer in time", "timeout_error")
     why = str(error) or type(error).__name__
-    return ApiError(502, f"the server was lost: {why}", "server_error")
+    return ApiError(502, f"the connection to the server was lost: {why}", "server_error")
 
 
 def _tls_context(server: Server) -> ssl.SSLContext | bool:
@@ -157,12 +162,12 @@ def _check_refusal(status: int, content: bytes) -> None:
     """Check that a refusal is one in OpenAI's format and concerns the client.
 
     Raises:
-        ApiError: the server has no such API, or does not let the gateway in.
+        ApiError: the server has no such API, or refuses the gateway's token.
     """
     if status in (401, 403):
         raise ApiError(
             502,
-            f"the server behind this gateway does not let it in (HTTP {status})",
+            f"the server behind this gateway refuses access (HTTP {status}); check --token-file",
             "server_error",
             None,
             "upstream_authentication",
@@ -172,7 +177,7 @@ def _check_refusal(status: int, content: bytes) -> None:
     if status in (404, 405, 426, 501):
         raise refuse(
             "messages",
-            "the server behind this gateway takes only questions about pictures: send one along",
+            "the server behind this gateway answers only questions about pictures; add a picture",
             "picture_needed",
         )
     raise _protocol_error(f" (HTTP {status})")
@@ -204,7 +209,7 @@ def _refusal(
 
 
 def _protocol_error(more: str = "") -> ApiError:
-    text = f"the server behind this gateway does not answer in OpenAI's form{more}"
+    text = f"the server behind this gateway does not answer in OpenAI's format{more}"
     return ApiError(502, text, "server_error", None, "upstream_protocol")
 
 
@@ -258,7 +263,7 @@ async def _stream(response: httpx.Response, model: str, on_text: TextSink) -> Re
     text, reason = "", None
     tokens: list[Token] = []
     usage: Mapping[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
-    # httpx-sse insists on this type; servers that answer with another one are read all the same.
+    # httpx-sse requires this type, but some servers send another one.
     response.headers["content-type"] = "text/event-stream"
     async for event in EventSource(response).aiter_sse():
         if not event.data or event.data == "[DONE]":

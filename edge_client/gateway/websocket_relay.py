@@ -20,15 +20,15 @@ _TRY_LATER = 1013
 async def relay_frames(
     websocket: WebSocket, upstream: ClientConnection, use: Callable[[], bool], timeout_s: float
 ) -> None:
-    """Relay frames both ways until one side ends.
+    """Relay frames in both directions until one side closes.
 
     A side that does not read is dropped: the server after `timeout_s`, the page by the write
-    timeout that holds for all clients.
+    timeout of all clients.
 
     Args:
         websocket: to the page.
         upstream: to the server.
-        use: called before each frame from the page; whether it may be relayed.
+        use: called before each frame from the page; returns whether it may be relayed.
         timeout_s: the server must read some of its waiting data in every span of this length.
     """
     directions = [

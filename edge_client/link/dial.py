@@ -40,7 +40,7 @@ class LostError(LinkError):
 
     Args:
         message: one line for the user.
-        retry_after_s: when to come back, as the server asked; None if it did not say.
+        retry_after_s: when to try again, as the server asked; None if it did not say.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -82,7 +82,7 @@ class Server:
                 raise ConfigError(f"{name} must be more than 0")
 
     @property
-    def shown(self) -> str:
+    def display_url(self) -> str:
         """The address without secrets, for messages and logs."""
         return without_secrets(self.url)
 
@@ -123,33 +123,36 @@ async def dial(server: Server, *, max_frame_bytes: int) -> ClientConnection:
             ssl=context,
         )
     except InvalidURI as error:
-        raise ConfigError(f"{server.shown} is no server address: {error.msg}") from error
+        raise ConfigError(f"{server.display_url} is not a server address: {error.msg}") from error
     except InvalidProxy as error:
         raise ConfigError(
-            f"{without_secrets(error.proxy)} is no address of a proxy: {error.msg}"
+            f"{without_secrets(error.proxy)} is not a proxy address: {error.msg}"
         ) from error
     except InvalidStatus as error:
         raise _refusal(server, error.response) from error
     except InvalidMessage as error:
         if isinstance(error.__cause__, EOFError):
-            raise LostError(f"{server.shown} closed the connection without a word") from error
-        raise LinkError(f"{server.shown} does not answer as a web server does") from error
+            raise LostError(
+                f"{server.display_url} closed the connection without a response"
+            ) from error
+        raise LinkError(f"{server.display_url} does not answer in HTTP") from error
     except (InvalidHandshake, NegotiationError) as error:
-        raise LinkError(f"{server.shown} is no vlm-collab server: {error}") from error
+        raise LinkError(f"{server.display_url} is not a vlm-collab server: {error}") from error
     except ssl.SSLCertVerificationError as error:
         reason = error.verify_message or str(error)
         raise LinkError(
-            f"the certificate of {server.shown} is not trusted: {reason} (a CA file can help)"
+            f"the certificate of {server.display_url} is not trusted: {reason} "
+            "(give a CA file to trust it)"
         ) from error
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-        raise LostError(f"{server.shown} closed the connection without a word") from error
+        raise LostError(f"{server.display_url} closed the connection without a response") from error
     except ssl.SSLError as error:
-        raise LinkError(f"no TLS with {server.shown}: {error.reason or error}") from error
+        raise LinkError(f"TLS with {server.display_url} failed: {error.reason or error}") from error
     except OSError as error:
-        raise LostError(f"cannot connect to {server.shown}: {_why(error)}") from error
+        raise LostError(f"cannot connect to {server.display_url}: {_why(error)}") from error
     if connection.subprotocol != SUBPROTOCOL:
         connection.transport.abort()
-        raise LinkError(f"{server.shown} does not speak {SUBPROTOCOL}")
+        raise LinkError(f"{server.display_url} does not speak {SUBPROTOCOL}")
     return connection
 
 
@@ -157,17 +160,17 @@ def _full_url(url: str) -> str:
     example = f"it looks like {DEFAULT_URL.removesuffix(ENDPOINT)}"
     # If a password was not percent-encoded, address and password cannot be told apart.
     unclear = "@" in url
-    shown = "that" if unclear else repr(without_secrets(url))
+    name = "the given text" if unclear else repr(without_secrets(url))
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         why = "" if unclear else f" ({error})"
-        raise ConfigError(f"{shown} is no server address{why}; {example}") from None
+        raise ConfigError(f"{name} is not a server address{why}; {example}") from None
     if parts.scheme not in ("ws", "wss") or not host or parts.fragment:
-        raise ConfigError(f"{shown} is no server address; {example}")
+        raise ConfigError(f"{name} is not a server address; {example}")
     if parts.username is not None:
-        raise ConfigError("a server address holds no name or password; there is a token for that")
+        raise ConfigError("a server address must not contain a name or password; use a token")
     path = parts.path if parts.path.strip("/") else ENDPOINT
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
@@ -185,12 +188,12 @@ def _tls(server: Server) -> ssl.SSLContext | None:
 
 
 def _refusal_text(response: Response) -> str:
-    """Return the text line of a refusal after a colon; empty if there is none."""
+    """Return ": " and the text line of a refusal; empty if there is none."""
     if not response.headers.get("Content-Type", "").startswith("text/plain"):
         return ""
     line = bytes(response.body or b"").partition(b"\n")[0].decode(errors="replace").strip()
-    shown = "".join(char for char in line if char.isprintable())[:_MAX_REFUSAL_CHARS]
-    return f": {shown}" if shown else ""
+    printable = "".join(char for char in line if char.isprintable())[:_MAX_REFUSAL_CHARS]
+    return f": {printable}" if printable else ""
 
 
 def _refusal(server: Server, response: Response) -> LinkError | AuthenticationError:
@@ -198,17 +201,21 @@ def _refusal(server: Server, response: Response) -> LinkError | AuthenticationEr
     status = response.status_code
     if status == 401:
         wrong = "no token was given" if server.token is None else "the token is not accepted"
-        return AuthenticationError(f"{server.shown} needs a valid token: {wrong} (HTTP 401)")
+        return AuthenticationError(f"{server.display_url} needs a valid token: {wrong} (HTTP 401)")
     if status == 403:
         text = _refusal_text(response)
-        return AuthenticationError(f"{server.shown} does not let this client in (HTTP 403){text}")
+        return AuthenticationError(f"{server.display_url} refuses this client (HTTP 403){text}")
     if status in _TRANSIENT_STATUS:
         wait = response.headers.get("Retry-After", "")
         retry_after_s = float(wait) if wait.isascii() and wait.isdecimal() else None
-        return LostError(f"{server.shown} takes no connection now (HTTP {status})", retry_after_s)
+        return LostError(
+            f"{server.display_url} accepts no connections now (HTTP {status})", retry_after_s
+        )
     if 300 <= status < 400:
-        return LinkError(f"{server.shown} points to another address (HTTP {status}); give that one")
-    return LinkError(f"{server.shown} is no vlm-collab server (HTTP {status})")
+        return LinkError(
+            f"{server.display_url} redirects to another address (HTTP {status}); give that address"
+        )
+    return LinkError(f"{server.display_url} is not a vlm-collab server (HTTP {status})")
 
 
 def _why(error: OSError) -> str:

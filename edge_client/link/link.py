@@ -115,7 +115,7 @@ class Link:
         welcome: the server's `Welcome`.
         ended: why the link ended; None while it is open.
         retired: the server is shutting down. Running questions may still be answered; new ones
-            belong on another link.
+            need another link.
     """
 
     def __init__(self, socket: ClientConnection, session: EdgeSession, welcome: Welcome) -> None:
@@ -158,7 +158,7 @@ class Link:
                     raise
         except TimeoutError:
             raise LostError(
-                f"{server.shown} did not answer within {server.connect_timeout_s:g} s"
+                f"{server.display_url} did not answer within {server.connect_timeout_s:g} s"
             ) from None
         return cls(socket, session, welcome)
 
@@ -178,7 +178,7 @@ class Link:
         if self.usable:
             return
         self._slots.release()  # wakes the next waiting caller, which ends up here too
-        raise self.ended or LostError("the server is going away")
+        raise self.ended or LostError("the server is shutting down")
 
     def give_back(self) -> None:
         """Release the slot from `slot` without calling `ask`."""
@@ -305,7 +305,9 @@ async def _greet(socket: ClientConnection, session: EdgeSession) -> Welcome:
 
 def _binary(frame: str | bytes) -> bytes:
     if isinstance(frame, str):
-        raise RemoteProtocolError("a text frame, where all are binary", ErrorCode.BAD_FRAME)
+        raise RemoteProtocolError(
+            "the server sent a text frame; all frames must be binary", ErrorCode.BAD_FRAME
+        )
     return frame
 
 

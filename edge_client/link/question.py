@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RESCUE_GRACE_S = 5.0
-"""After a link is lost in the second stage, the question may be asked again for the region's
+"""If a link is lost in the second stage, the question may be asked again during the region's
 deadline plus this time, which covers connecting and repeating the first pass."""
 
 MAX_VIEW_GONE = 5
@@ -67,7 +67,7 @@ costs some bytes; referring to a missing one costs a round trip as well."""
 
 
 class LinkSource(Protocol):
-    """What gives a question its links; see `edge_client.link.reconnect.LinkKeeper`."""
+    """The source of a question's links; see `edge_client.link.reconnect.LinkKeeper`."""
 
     async def link(self) -> Link:
         """Return a usable link."""
@@ -200,7 +200,7 @@ class QuestionDriver:
         if not self._losses or left_s <= 0:
             return link
         await asyncio.sleep(left_s)
-        return await self._links.link()  # a new one, if that one was lost meanwhile
+        return await self._links.link()  # a new one, if the first one was lost meanwhile
 
     async def _attempt(self) -> EdgeAnswer:
         request = self._request

@@ -44,7 +44,7 @@ class LinkKeeper:
         return self._link
 
     def record_answer(self) -> None:
-        """Note that a question was answered: the pauses start small again."""
+        """Note that a question was answered: the pauses start short again."""
         self._failures = 0
 
     async def link(self) -> Link:

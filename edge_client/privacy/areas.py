@@ -19,7 +19,7 @@ from vlm_collab.geometry import Box, Size
 
 MAX_MASK_PIXELS = 50_000_000
 MAX_MASK_BOXES = 20_000
-"""A mask is stored as rectangles. One that needs more of them is noise rather than a drawing."""
+"""A mask is stored as rectangles. A mask that needs more of them is noise, not a drawing."""
 
 _ASPECT_TOLERANCE = 0.01
 
@@ -81,7 +81,7 @@ class Mask(msgspec.Struct, frozen=True):
         transparent pixels are not.
 
         Raises:
-            ConfigError: the file is not a usable picture, or the drawing is too intricate.
+            ConfigError: the file is not a usable picture, or the drawing is too complex.
         """
         from vlm_collab.pictures.source_image import SourceImage
 
@@ -93,7 +93,7 @@ class Mask(msgspec.Struct, frozen=True):
         dark = grey.point(lambda value: 1 if value < 128 else 0).tobytes()
         boxes = tuple(islice(_rectangles(dark, source.size), MAX_MASK_BOXES + 1))
         if len(boxes) > MAX_MASK_BOXES:
-            raise ConfigError(f"the mask {path} is too intricate; draw plain black areas on white")
+            raise ConfigError(f"the mask {path} is too complex; draw plain black areas on white")
         return cls(path, source.size, boxes)
 
     def boxes(self, size: Size) -> Iterator[Box]:
@@ -137,5 +137,5 @@ def _check_aspect(what: str, drawn_on: Size, size: Size) -> None:
     if abs(aspect - 1) > _ASPECT_TOLERANCE:
         raise PrivacyError(
             f"{what} of {drawn_on.width} x {drawn_on.height} px does not fit a picture of "
-            f"{size.width} x {size.height} px; nothing of it is sent"
+            f"{size.width} x {size.height} px; nothing of the picture is sent"
         )

@@ -25,7 +25,7 @@ from vlm_collab.geometry import Box, Fit, Size
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
-    """The field of all lines."""
+    """The field that all lines have."""
 
     time: Annotated[datetime.datetime, msgspec.Meta(tz=True)]
     """UTC."""
@@ -180,7 +180,7 @@ class AuditLog:
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise OSError("is no regular file")
+            raise OSError("not a regular file")
         return file
 
 
@@ -227,7 +227,7 @@ def read_log(path: str | os.PathLike[str]) -> LoadedLog:
     except OSError as error:
         raise ConfigError(f"the audit log {path}: {error.strerror or error}") from error
     if broken and not images and not hidden:
-        raise ConfigError(f"{path} is no audit log of this program")
+        raise ConfigError(f"{path} is not an audit log of this program")
     return LoadedLog(tuple(images), hidden, broken)
 
 

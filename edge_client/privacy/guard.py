@@ -105,7 +105,7 @@ class Guard:
         return QuestionGuard(self, text)
 
     def check_time(self) -> None:
-        """Check that anything may leave now.
+        """Check that images may leave now.
 
         Raises:
             PrivacyError: during quiet hours.
@@ -113,7 +113,7 @@ class Guard:
         hours = self.policy.quiet(self._clock())
         if hours is not None:
             raise PrivacyError(
-                f'camera "{self.policy.name}": the policy lets nothing leave during {hours}'
+                f'camera "{self.policy.name}": the policy allows no sending during {hours}'
             )
 
     def check_view(self, side: Size) -> None:
@@ -148,7 +148,7 @@ class Guard:
         if spent + wanted > limit:
             raise BudgetError(
                 f'camera "{self.policy.name}": the policy allows {limit} bytes an hour; {spent} '
-                f"have left, and {wanted} more would be too many"
+                f"were sent, and {wanted} more would exceed the limit"
             )
 
     def leave(self, lines: Sequence[ImageLine], hidden: Sequence[tuple[Box, ...]]) -> None:

@@ -52,7 +52,7 @@ class Hours(msgspec.Struct, frozen=True):
         try:
             start, end = (_minutes(part) for part in text.split("-"))
         except ValueError:
-            raise ValueError(f'"{text}" is no time window like "22:00-06:30"') from None
+            raise ValueError(f'"{text}" is not a time window such as "22:00-06:30"') from None
         if start in (end, _DAY):
             raise ValueError(f'"{text}" is empty; a whole day is "00:00-24:00"')
         return cls(start, end)
@@ -126,8 +126,8 @@ class PrivacyPolicy(msgspec.Struct, frozen=True):
             name: name of the camera; None for a picture of no camera, which gets `default`.
 
         Raises:
-            ConfigError: the camera has no entry. It is not sent without a decision of the owner,
-                and a misspelled name must not get rules that hide less.
+            ConfigError: the camera has no entry. Its pictures are not sent before the owner has
+                decided, and a misspelled name must not get rules that hide less.
         """
         name = name or DEFAULT_CAMERA
         found = self.cameras.get(name)
@@ -203,7 +203,7 @@ def _load_yaml(file: Path) -> object:
             keys = [key.value for key, _ in node.value]
             twice = next((key for key in keys if keys.count(key) > 1), None)
             if twice is not None:
-                raise ConfigError(f"{file}, line {node.start_mark.line + 1}: {twice} stands twice")
+                raise ConfigError(f"{file}, line {node.start_mark.line + 1}: {twice} occurs twice")
             return super().construct_mapping(node, deep)
 
     try:
@@ -211,9 +211,9 @@ def _load_yaml(file: Path) -> object:
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: no UTF-8 text") from error
+        raise ConfigError(f"{file}: not UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _checked_mapping(content: object, known: Iterable[str], where: str) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _hidden(area: _Area, folder: Path) -> HiddenArea:
         raise ValueError(f"an entry of hide has exactly one of {_comma_list(kinds)}")
     ((kind, value),) = given.items()
     if kind == "px" and of is None:
-        raise ValueError(f"px {list(value)} needs of: [width, height], the picture it belongs to")
+        raise ValueError(f"px {list(value)} needs of: [width, height], the size of the picture")
     if kind != "px" and of is not None:
         raise ValueError(f"of belongs to px, not to {kind}")
     if kind == "mask":
@@ -266,7 +266,7 @@ def _hidden(area: _Area, folder: Path) -> HiddenArea:
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         within = "0 to 1" if of is None else f"{width} x {height} px"
         raise ValueError(
-            f"{kind} {list(value)} is no rectangle [left, top, right, bottom] within {within}"
+            f"{kind} {list(value)} is not a rectangle [left, top, right, bottom] within {within}"
         )
     return Rectangle(left, top, right, bottom, None if of is None else Size(*of))
 

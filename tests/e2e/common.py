@@ -1,4 +1,4 @@
-"""Helpers of the end-to-end tests: pictures, impatient clients, and checks of answers."""
+"""Helpers of the end-to-end tests: pictures, clients with short pauses, and checks of answers."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def photo(seed: int) -> bytes:
 
 @cache
 def view_digest(picture: bytes) -> str:
-    """The fake backend's name for a picture's view as sent."""
+    """The digest by which the fake backend names a picture's view."""
     view = Picture.open(picture).view(VIEW, Fit.STRETCH, Codec.JPEG, 90)
     return digest(decode(view, max_pixels=10**6))
 
 
 @cache
 def region_digest(picture: bytes, box: Box) -> str:
-    """The fake backend's name for a region as sent."""
+    """The digest by which the fake backend names a region."""
     region = Picture.open(picture).region(box, VIEW, Codec.JPEG, 90)
     return digest(decode(region, max_pixels=10**6))
 
@@ -113,7 +113,7 @@ def slow(seconds: float) -> FakeBackend:
 
 
 async def settled(running_service: Service) -> None:
-    """Wait until the service has no question in flight; fails if one stays."""
+    """Wait until the service has no question in flight; fail if one remains."""
     async with asyncio.timeout(PATIENCE_S):
         while running_service.state.questions or running_service.state.queue.waiting:
             await asyncio.sleep(0.005)
@@ -145,20 +145,20 @@ async def world(
     config: dict[str, Any] | None = None,
     **client: Any,
 ) -> AsyncIterator[World]:
-    """Connect everything; at the end, check that nothing is left on either side."""
+    """Start service, proxy and client; at the end, check that nothing is left on either side."""
     backend = backend or FakeBackend()
-    mine = service(backend, limits=limits, **(config or {}))
+    own_service = service(backend, limits=limits, **(config or {}))
     before = asyncio.all_tasks()
-    async with running(mine) as url:
+    async with running(own_service) as url:
         async with Proxy(url) as proxy:
             edge = EdgeClient(proxy.url, **{"retry": HASTY, **client})
             try:
                 if connect:
                     await edge.connect()
-                yield World(mine, backend, proxy, edge)
+                yield World(own_service, backend, proxy, edge)
             finally:
                 await edge.close()
-        await settled(mine)
-        await alone(mine)
+        await settled(own_service)
+        await alone(own_service)
     assert not backend.views
     assert not {task for task in asyncio.all_tasks() - before if not task.done()}

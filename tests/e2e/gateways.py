@@ -1,4 +1,4 @@
-"""Helpers of the gateway's tests: a service, a gateway before it, and the official SDK."""
+"""Helpers of the gateway's tests: a service, a gateway in front of it, and the official SDK."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def data_url(picture: bytes, kind: str = "image/jpeg") -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def said(question: str, *pictures: bytes | str) -> dict[str, Any]:
-    """A user message of a chat; pictures are given as content or address."""
+def user_message(question: str, *pictures: bytes | str) -> dict[str, Any]:
+    """A user message of a chat; pictures are given by content or URL."""
     urls = [one if isinstance(one, str) else data_url(one) for one in pictures]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [{"type": "text", "text": question}, *parts]}
@@ -76,9 +76,9 @@ class Deployment:
 
 def gateway(url: str, *, limits: dict[str, Any] | None = None, **options: Any) -> Gateway:
     """A gateway on a free port. Options are those of its config or its client."""
-    mine = {key: options.pop(key) for key in list(options) if key in _CONFIG}
+    settings = {key: options.pop(key) for key in list(options) if key in _CONFIG}
     bounds = GatewayLimits(**(limits or {}))
-    config = GatewayConfig(port=0, limits=bounds, **mine)
+    config = GatewayConfig(port=0, limits=bounds, **settings)
     return Gateway(config, url, **{"retry": _HASTY, **options})
 
 
@@ -95,23 +95,23 @@ async def deployed(
     service_limits: dict[str, Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Deployment]:
-    """Connect everything; at the end, check that nothing is left on either side.
+    """Start service, proxy and gateway; at the end, check that nothing is left on either side.
 
     Args:
         config: of the service.
         options: see `gateway`.
     """
     backend = backend or FakeBackend()
-    mine = service(backend, limits=service_limits, **(config or {}))
+    own_service = service(backend, limits=service_limits, **(config or {}))
     before = asyncio.all_tasks()
-    async with serving(mine) as url, Proxy(url) as proxy:
-        made = gateway(proxy.url, **options)
-        async with running(made) as base:
-            here = Deployment(mine, proxy, made, base)
+    async with serving(own_service) as url, Proxy(url) as proxy:
+        own_gateway = gateway(proxy.url, **options)
+        async with running(own_gateway) as base:
+            deployment = Deployment(own_service, proxy, own_gateway, base)
             try:
-                yield here
+                yield deployment
             finally:
-                await here.close()
-        await settled(mine)
+                await deployment.close()
+        await settled(own_service)
     assert not backend.views
     assert not {task for task in asyncio.all_tasks() - before if not task.done()}

@@ -1,4 +1,4 @@
-"""Several pictures in a question, and follow-up questions, end to end."""
+"""Questions about several pictures, and follow-up questions, end to end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_a_picture_no_larger_than_the_view_is_sent_once(size, retransmit):
         assert (await w.client.ask(PHOTOS[0], UNSURE)).stage is Stage.SECOND
 
 
-async def test_pictures_that_are_open_already():
+async def test_opened_pictures_are_accepted_and_sent_once():
     async with world() as w:
         opened = [Picture.open(one) for one in PHOTOS]
         assert (await w.client.ask(opened, SURE)).view_bytes > 0
@@ -84,7 +84,7 @@ async def test_options_reach_the_server_and_its_results_come_back():
         assert "".join(token.text for token in answer.tokens) == answer.text
 
 
-async def test_impossible_questions_are_refused_here():
+async def test_the_client_refuses_impossible_questions():
     async with world() as w:
         for pictures in ([], PHOTOS * 6):
             with pytest.raises(ConfigError, match="1 to 16 pictures"):
@@ -93,7 +93,7 @@ async def test_impossible_questions_are_refused_here():
             await w.client.ask(PHOTOS[0], SURE, history=[("a" * 40_000, "")])
 
 
-async def test_the_plain_function_takes_them_too():
+async def test_the_module_function_accepts_pictures_and_history():
     async with world() as w:
         answer = await asyncio.to_thread(
             ask_once, PHOTOS, SURE, server=w.proxy.url, history=[("who?", "me")]
@@ -105,9 +105,9 @@ async def test_pictures_stand_where_the_caller_puts_them():
     async with world() as w:
         answer = await w.client.ask(PHOTOS[:2], ["Before: ", 0, " after: ", 1, " a small sign?", 0])
         views = "+".join(map(view_digest, PHOTOS[:2]))
-        told = "Before: <0> after: <1> a small sign?<0>"
-        assert answer.first_text == f"first {views} {told}"
-        assert answer.text == f"second {views} {region_digest(PHOTOS[1], answer.box)} {told}"
+        text = "Before: <0> after: <1> a small sign?<0>"
+        assert answer.first_text == f"first {views} {text}"
+        assert answer.text == f"second {views} {region_digest(PHOTOS[1], answer.box)} {text}"
         history = [(["what is ", 0, "?"], "a sign")]
         later = await w.client.ask(PHOTOS[:2], ["and ", 1, "?"], history=history)
         assert later.text == f"first {views} what is <0>? a sign and <1>?"
@@ -115,10 +115,10 @@ async def test_pictures_stand_where_the_caller_puts_them():
 
 
 @pytest.mark.parametrize(
-    ("question", "complaint"),
+    ("question", "reason"),
     [(["what is ", 0, "?"], "has no place"), (["what ", 0, 1, 2], "names picture 2, of 2")],
 )
-async def test_impossible_places_are_one_clear_line(question, complaint):
+async def test_wrong_picture_positions_are_reported_clearly(question, reason):
     async with world() as w:
-        with pytest.raises(ConfigError, match=complaint):
+        with pytest.raises(ConfigError, match=reason):
             await w.client.ask(PHOTOS[:2], question)

@@ -1,4 +1,4 @@
-"""Forwarded streams of the server: what the gateway adds never breaks them."""
+"""Streams that the gateway forwards: what it inserts never breaks an event."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk(text: str) -> bytes:
     return json.dumps({**body, "choices": [choice]}).encode()
 
 
-class Elsewhere(Service):
+class ServiceWithChat(Service):
     """A service whose chat endpoint is another program's, as in `vllm serve`."""
 
     def __init__(self, chat: Callable[[Request], Awaitable[Response]]) -> None:
@@ -56,7 +56,7 @@ async def deployed(pieces: Pieces) -> AsyncIterator[AsyncOpenAI]:
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
     async with (
-        serving(Elsewhere(chat)) as url,
+        serving(ServiceWithChat(chat)) as url,
         running(gateway(url)) as base,
         sdk(base) as client,
     ):
@@ -71,7 +71,7 @@ async def streamed(client: AsyncOpenAI) -> str:
 
 @pytest.fixture
 def comments(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[bytes]:
-    """The gateway's own comments, sent after much less silence than usual."""
+    """The gateway's own comments, which it sends after a much shorter silence than usual."""
     sent: asyncio.Queue[bytes] = asyncio.Queue()
     send = streams._send
 
@@ -86,7 +86,7 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[bytes]:
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
-async def test_a_pause_within_an_event(comments: asyncio.Queue[bytes], end: bytes):
+async def test_no_comment_is_inserted_within_an_event(comments: asyncio.Queue[bytes], end: bytes):
     second = b"data: " + chunk("two") + end
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -101,24 +101,24 @@ async def test_a_pause_within_an_event(comments: asyncio.Queue[bytes], end: byte
         assert await streamed(client) == "one two"
 
 
-async def test_a_server_that_is_lost_within_an_event():
+async def test_a_connection_lost_within_an_event_ends_the_stream_with_an_error():
     async def pieces() -> AsyncIterator[bytes]:
         yield b"data: " + chunk("one") + b"\n\ndata: " + chunk("two")[:30]
         raise ConnectionResetError
 
     async with deployed(pieces) as client:
-        with pytest.raises(openai.APIError, match="the server was lost"):
+        with pytest.raises(openai.APIError, match="to the server was lost"):
             await streamed(client)
 
 
-async def test_a_server_that_sends_an_event_without_an_end():
+async def test_an_endless_event_ends_the_stream_with_an_error():
     async def pieces() -> AsyncIterator[bytes]:
         yield b"data: " + chunk("one") + b"\n\ndata: "
         for _ in range(100):
             yield b"a" * 2**16
 
     async with deployed(pieces) as client:
-        with pytest.raises(openai.APIError, match="no end"):
+        with pytest.raises(openai.APIError, match="too long"):
             await streamed(client)
 
 
@@ -138,12 +138,12 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "look"}}]
 async def test_tools_that_a_server_refuses_are_left_out(
     offer: dict[str, Any], listed: str | None, stream: bool
 ):
-    """Like vLLM without a parser for calls; it refuses an empty list as well."""
-    asked: list[dict[str, Any]] = []
+    """The server acts like vLLM without a parser for tool calls; it refuses an empty list too."""
+    bodies: list[dict[str, Any]] = []
 
     async def chat(request: Request) -> Response:
         body = await request.json()
-        asked.append(body)
+        bodies.append(body)
         if any("tool" in name for name in body):
             error = {"message": "tools", "type": "BadRequestError", "param": None, "code": 400}
             return JSONResponse({"error": error}, 400)
@@ -152,7 +152,7 @@ async def test_tools_that_a_server_refuses_are_left_out(
 
     messages = [{"role": "user", "content": "hello"}]
     async with (
-        serving(Elsewhere(chat)) as url,
+        serving(ServiceWithChat(chat)) as url,
         running(gateway(url)) as base,
         httpx.AsyncClient(base_url=base, trust_env=False, timeout=PATIENCE_S) as client,
     ):
@@ -161,8 +161,8 @@ async def test_tools_that_a_server_refuses_are_left_out(
         assert answer.status_code == 200
         assert "one" in answer.text
         assert answer.headers.get("x-vlm-collab-ignored") == listed
-        assert asked[1:] == [{"model": MODEL, "messages": messages, "stream": stream}]
+        assert bodies[1:] == [{"model": MODEL, "messages": messages, "stream": stream}]
         # Tools that must be called cannot be left out.
         demand = {**body, "tools": TOOLS, "tool_choice": "required"}
         answer = await client.post("/chat/completions", json=demand)
-        assert (answer.status_code, len(asked)) == (400, 3)
+        assert (answer.status_code, len(bodies)) == (400, 3)

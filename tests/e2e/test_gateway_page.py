@@ -12,15 +12,15 @@ from vlm_collab.protocol.messages import Ask, Region
 
 
 @pytest.mark.parametrize("key", [None, "right"])
-async def test_a_question_asked_on_the_page(key: str | None):
+async def test_a_question_on_the_page_is_answered_through_the_gateway(key: str | None):
     async with (
         deployed(
             FakeBackend(), config={"token": "upstream"}, token="upstream", api_key=key
-        ) as here,
+        ) as deployment,
         launched() as browser,
         visiting(browser) as visitor,
     ):
-        await visitor.open(here.base.replace("http", "ws"), connected=key is None)
+        await visitor.open(deployment.base.replace("http", "ws"), connected=key is None)
         if key is not None:
             await visitor.status("token")
             await visitor.page.get_by_label("Access token").fill(key)

@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 from edge_client.cli import main as cli
 from eval.cli.demo import cases
 from tests.e2e.common import SURE, UNSURE, photo
-from tests.e2e.gateways import data_url, said
+from tests.e2e.gateways import data_url, user_message
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import saved
 from tests.support.process import serving
@@ -34,7 +34,7 @@ VLM_COLLAB = str(Path(sys.executable).with_name("vlm-collab"))
 
 @contextmanager
 def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A gateway process and its line that says it is ready."""
+    """A gateway process, and the JSON line that it prints when it is ready."""
     process = subprocess.Popen(
         [VLM_COLLAB, "gateway", "--port", "0", "--json", *arguments],
         stdout=subprocess.PIPE,
@@ -61,13 +61,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     """Run the command; returns its exit status and output."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["gateway", "--port", "0", *arguments])
-    said = capsys.readouterr()
-    assert not said.out
+    output = capsys.readouterr()
+    assert not output.out
     assert isinstance(caught.value.code, int)
-    return caught.value.code, said.err.removesuffix("\n")
+    return caught.value.code, output.err.removesuffix("\n")
 
 
-def test_strangers_do_not_fill_the_log():
+def test_repeated_refusals_are_logged_once():
     arguments = ("--server", "ws://127.0.0.1:9", "--log-level", "info")
     with started(*arguments) as (process, own):
         root = str(own["url"]).removesuffix("/v1")
@@ -89,27 +89,29 @@ def test_the_demo_model_reads_what_is_too_small_for_its_view():
         with openai.OpenAI(base_url=own["url"], api_key="any") as client:
             for case in cases():
                 content = Path(case.photo).read_bytes()
-                made = client.chat.completions.create(
-                    model=own["model"], messages=[said(case.question, content)]
+                reply = client.chat.completions.create(
+                    model=own["model"], messages=[user_message(case.question, content)]
                 )
-                extra = made.vlm_collab  # type: ignore[attr-defined]
-                right[extra["refined"]] += made.choices[0].message.content == case.truth
+                extra = reply.vlm_collab  # type: ignore[attr-defined]
+                right[extra["refined"]] += reply.choices[0].message.content == case.truth
                 assert extra["original_bytes"] == len(content)
                 assert extra["bytes_up"] < len(content) / 2
                 assert bool(extra["region_bytes"]) is extra["refined"]
                 if extra["refined"]:
-                    # The streamed answer is the same, with nothing of the first-stage answer.
+                    # The streamed answer is the same, without any of the first-stage answer.
                     stream = client.chat.completions.create(
-                        model=own["model"], messages=[said(case.question, content)], stream=True
+                        model=own["model"],
+                        messages=[user_message(case.question, content)],
+                        stream=True,
                     )
                     text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-                    assert text == made.choices[0].message.content
+                    assert text == reply.choices[0].message.content
         assert right[False]
         assert right[True]
         assert stopped(process) == ""
 
 
-def test_the_sdk_as_its_documentation_shows_it():
+def test_the_examples_of_the_sdks_documentation_work():
     with serving("fake") as (_, server), started("--server", str(server["url"])) as (process, own):
         client = openai.OpenAI(base_url=own["url"], api_key="any")
         completion = client.chat.completions.create(
@@ -149,7 +151,9 @@ def test_the_sdk_as_its_documentation_shows_it():
             last = event
         assert last.type in ("response.completed", "response.incomplete")
         with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(model="fake", messages=[said(SURE, photo(1))], n=2)
+            client.chat.completions.create(
+                model="fake", messages=[user_message(SURE, photo(1))], n=2
+            )
         client.close()
         assert stopped(process) == ""
 
@@ -167,7 +171,7 @@ def test_the_docs_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert int(cost.split()[0]) < int(cost.split()[2]) == len(photo(1))
 
 
-def test_the_log_has_no_words_and_no_secrets():
+def test_the_log_contains_no_questions_and_no_secrets():
     class Camera(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -187,7 +191,9 @@ def test_the_log_has_no_words_and_no_secrets():
         with started(*arguments, "--log-level", "debug", "--allow-host", host) as (process, own):
             with openai.OpenAI(base_url=own["url"], api_key="secret-key") as client:
                 for picture in (photo(1), f"http://{host}/snap?password=secret-word"):
-                    client.chat.completions.create(model="fake", messages=[said(UNSURE, picture)])
+                    client.chat.completions.create(
+                        model="fake", messages=[user_message(UNSURE, picture)]
+                    )
                 client.responses.create(model="fake", input=SURE)
             logged = stopped(process)
         camera.shutdown()
@@ -205,14 +211,16 @@ def test_key_and_token_may_come_from_files(tmp_path: Path):
         started("--server", str(server["url"]), *files) as (_, own),
     ):
         with openai.OpenAI(base_url=own["url"], api_key="secret-key") as client:
-            made = client.chat.completions.create(model="fake", messages=[said(SURE, photo(1))])
-            assert made.choices[0].message.content
+            reply = client.chat.completions.create(
+                model="fake", messages=[user_message(SURE, photo(1))]
+            )
+            assert reply.choices[0].message.content
         with openai.OpenAI(base_url=own["url"], api_key="other", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
 
 
-def test_a_gateway_starts_before_its_server():
+def test_a_gateway_starts_without_its_server():
     with started("--server", "ws://127.0.0.1:9", "--deadline", "0.3") as (process, own):
         assert own["model"] is None
         with openai.OpenAI(base_url=own["url"], api_key="any", max_retries=0) as client:
@@ -225,13 +233,13 @@ def test_a_gateway_starts_before_its_server():
 def test_the_gateway_warns_if_its_server_crops_pictures(fit: str):
     with serving("fake", "--fit", fit) as (_, server):
         with started("--server", str(server["url"])) as (process, own):
-            assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it is serving by now
+            assert httpx.get(str(own["url"]) + "/models").status_code == 200  # it is ready
             errors = stopped(process)
-    assert ("of the server, the fit is crop" in errors) == (fit == "crop")
+    assert ("about the server: the fit is crop" in errors) == (fit == "crop")
     assert len(errors.splitlines()) == (fit == "crop")
 
 
-def test_the_largest_picture_is_an_option():
+def test_max_megapixels_limits_pictures():
     wide = saved(Image.new("L", (1001, 1000)), "PNG")
     with serving("fake") as (_, server):
         arguments = ("--server", str(server["url"]), "--max-megapixels", "1")
@@ -240,12 +248,12 @@ def test_the_largest_picture_is_an_option():
             openai.OpenAI(base_url=own["url"], api_key="any", max_retries=0) as client,
             pytest.raises(openai.APIStatusError) as caught,
         ):
-            client.chat.completions.create(model="fake", messages=[said(SURE, wide)])
+            client.chat.completions.create(model="fake", messages=[user_message(SURE, wide)])
     assert caught.value.code == "image_too_large"
 
 
-def test_the_longest_question_is_bounded_on_both_sides():
-    """On both sides: here the server takes 60 bytes of text, the gateway 50."""
+def test_max_question_bytes_limits_questions_at_service_and_gateway():
+    """The service allows 60 bytes of text, the gateway 50."""
     with (
         serving("fake", "--max-question-bytes", "60") as (_, server),
         started("--server", str(server["url"]), "--max-question-bytes", "50") as (_, own),
@@ -253,12 +261,14 @@ def test_the_longest_question_is_bounded_on_both_sides():
         for base, most in ((str(server["openai"]), 60), (own["url"], 50)):
             with openai.OpenAI(base_url=base, api_key="any", max_retries=0) as client:
                 for size in (most, most + 1):
-                    asked: Any = [{"role": "user", "content": "?" * size}]
+                    messages: Any = [{"role": "user", "content": "?" * size}]
                     if size <= most:
-                        assert client.chat.completions.create(model="fake", messages=asked).choices
+                        assert client.chat.completions.create(
+                            model="fake", messages=messages
+                        ).choices
                         continue
                     with pytest.raises(openai.BadRequestError, match=f"more than {most}"):
-                        client.chat.completions.create(model="fake", messages=asked)
+                        client.chat.completions.create(model="fake", messages=messages)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +276,7 @@ def test_the_longest_question_is_bounded_on_both_sides():
     [
         (["--max-question-bytes", "0"], 2, "max-question-bytes"),
         (["--host", "0.0.0.0"], 2, "without an API key"),
-        (["--server", "http://127.0.0.1"], 2, "is no server address"),
+        (["--server", "http://127.0.0.1"], 2, "is not a server address"),
         (["--port", "70000"], 2, "port"),
         (["--log-level", "loud"], 2, "log level"),
         (["--policy", "/no/such/file.yaml"], 2, "/no/such/file.yaml"),
@@ -274,24 +284,24 @@ def test_the_longest_question_is_bounded_on_both_sides():
         (["--frobnicate"], 2, "frobnicate"),
     ],
 )
-def test_wrong_use_gets_one_line(
+def test_wrong_usage_is_reported_in_one_line(
     arguments: list[str], code: int, line: str, capsys: pytest.CaptureFixture[str]
 ):
-    ended, said = refused(capsys, *arguments)
-    assert ended == code
-    assert line in said
-    assert "\n" not in said
+    exit_code, error = refused(capsys, *arguments)
+    assert exit_code == code
+    assert line in error
+    assert "\n" not in error
 
 
-def test_a_wrong_token_is_told_at_once(capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_token_is_reported_at_the_start(capsys: pytest.CaptureFixture[str]):
     with serving("fake", "--token", "right") as (_, server):
-        ended, said = refused(capsys, "--server", str(server["url"]), "--token", "wrong")
-        assert ended == 5
-        assert "token" in said
-        assert "\n" not in said
+        exit_code, error = refused(capsys, "--server", str(server["url"]), "--token", "wrong")
+        assert exit_code == 5
+        assert "token" in error
+        assert "\n" not in error
 
 
-def test_without_its_extra_it_says_what_to_install():
+def test_a_missing_extra_is_named():
     missing = "import sys; sys.modules['starlette'] = None; from edge_client.cli.main import main; "
     done = subprocess.run(
         [sys.executable, "-c", missing + "main(['gateway'])"],

@@ -16,15 +16,15 @@ from tests.e2e.gateways import MODEL, Deployment, deployed, item
 
 @asynccontextmanager
 async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
-    """A camera with another picture at each request, or none; yields its host."""
-    asked = 0
+    """A camera that serves a new picture at each request, or 404 for None; yields its host."""
+    requests = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal asked
+        nonlocal requests
         await reader.readuntil(b"\r\n\r\n")
-        shown, asked = show(asked), asked + 1
-        status = b"404 Not Found" if shown is None else b"200 OK"
-        writer.write(b"HTTP/1.1 " + status + b"\r\nConnection: close\r\n\r\n" + (shown or b""))
+        data, requests = show(requests), requests + 1
+        status = b"404 Not Found" if data is None else b"200 OK"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nConnection: close\r\n\r\n" + (data or b""))
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
@@ -33,78 +33,80 @@ async def camera(show: Callable[[int], bytes | None]) -> AsyncIterator[str]:
 
 def snapshot(question: str, host: str) -> dict[str, Any]:
     """A user item about a camera's current picture."""
-    shown = {"type": "input_image", "image_url": f"http://{host}/now.jpg"}
-    return {"role": "user", "content": [{"type": "input_text", "text": question}, shown]}
+    image = {"type": "input_image", "image_url": f"http://{host}/now.jpg"}
+    return {"role": "user", "content": [{"type": "input_text", "text": question}, image]}
 
 
-async def respond(here: Deployment, said: Any, stream: bool = False, **more: Any) -> Any:
+async def respond(deployment: Deployment, question: Any, stream: bool = False, **more: Any) -> Any:
     """Ask for a response, streamed or not."""
-    made = await here.client.responses.create(model=MODEL, input=said, stream=stream, **more)
+    reply = await deployment.client.responses.create(
+        model=MODEL, input=question, stream=stream, **more
+    )
     if not stream:
-        return made
-    return [event async for event in made][-1].response
+        return reply
+    return [event async for event in reply][-1].response
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_follow_up_is_about_the_picture_that_was_fetched(stream: bool):
     async with (
         camera(lambda count: photo(1) if count == 0 else None) as host,
-        deployed(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)], stream)
-        later = await respond(here, "and the sea?", stream, previous_response_id=first.id)
+        first = await respond(deployment, [snapshot(SURE, host)], stream)
+        later = await respond(deployment, "and the sea?", stream, previous_response_id=first.id)
         assert later.output_text.startswith(f"first {view_digest(photo(1))} {SURE} ")
         assert later.vlm_collab["view_bytes"] == 0
-        last = await respond(here, "the land?", stream, previous_response_id=later.id)
+        last = await respond(deployment, "the land?", stream, previous_response_id=later.id)
         assert last.output_text.startswith(f"first {view_digest(photo(1))} {SURE} ")
 
 
-async def test_an_address_that_comes_again_shows_what_is_there_now():
+async def test_a_repeated_url_is_fetched_again():
     async with (
         camera(lambda count: photo([1, 2, 1][count])) as host,
-        deployed(fetch_hosts=frozenset({host})) as here,
+        deployed(fetch_hosts=frozenset({host})) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)])
-        later = await respond(here, [snapshot("now?", host)], previous_response_id=first.id)
+        first = await respond(deployment, [snapshot(SURE, host)])
+        later = await respond(deployment, [snapshot("now?", host)], previous_response_id=first.id)
         both = f"{view_digest(photo(1))}+{view_digest(photo(2))}"
         assert later.output_text.startswith(f"first {both} ")
         # The camera shows its first picture again, which counts once.
-        last = await respond(here, [snapshot("now?", host)], previous_response_id=later.id)
+        last = await respond(deployment, [snapshot("now?", host)], previous_response_id=later.id)
         assert last.output_text.startswith(f"first {both} ")
         assert last.vlm_collab["view_bytes"] == 0
 
 
-async def test_what_was_fetched_counts_among_what_is_kept():
+async def test_fetched_pictures_count_towards_max_response_bytes():
     async with (
         camera(lambda count: photo(count + 1)) as host,
         deployed(
             fetch_hosts=frozenset({host}),
             limits={"max_response_bytes": len(photo(1)) + len(photo(2)) - 1},
-        ) as here,
+        ) as deployment,
     ):
-        first = await respond(here, [snapshot(SURE, host)])
-        second = await respond(here, [snapshot(SURE, host)])
-        with pytest.raises(openai.BadRequestError, match="or no longer"):
-            await respond(here, "?", previous_response_id=first.id)
-        assert (await respond(here, "?", previous_response_id=second.id)).output_text
+        first = await respond(deployment, [snapshot(SURE, host)])
+        second = await respond(deployment, [snapshot(SURE, host)])
+        with pytest.raises(openai.BadRequestError, match="or it was dropped"):
+            await respond(deployment, "?", previous_response_id=first.id)
+        assert (await respond(deployment, "?", previous_response_id=second.id)).output_text
 
 
 async def test_a_response_can_be_deleted():
-    async with deployed(api_key="right") as here:
-        here.client.api_key = "right"
-        first = await respond(here, [item(SURE, photo(1))])
-        later = await respond(here, "?", previous_response_id=first.id)
-        told = await here.client.responses.with_raw_response.delete(first.id)
-        assert told.status_code == 200
-        assert told.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
+    async with deployed(api_key="right") as deployment:
+        deployment.client.api_key = "right"
+        first = await respond(deployment, [item(SURE, photo(1))])
+        later = await respond(deployment, "?", previous_response_id=first.id)
+        reply = await deployment.client.responses.with_raw_response.delete(first.id)
+        assert reply.status_code == 200
+        assert reply.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
         for unknown in (first.id, "resp_1"):
             with pytest.raises(openai.NotFoundError) as caught:
-                await here.client.responses.delete(unknown)
+                await deployment.client.responses.delete(unknown)
             assert caught.value.param == "response_id"
             assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.BadRequestError):
-            await respond(here, "?", previous_response_id=first.id)
-        # A response that continued it stays.
-        assert (await respond(here, "?", previous_response_id=later.id)).output_text
+            await respond(deployment, "?", previous_response_id=first.id)
+        # A response that continued it is still stored.
+        assert (await respond(deployment, "?", previous_response_id=later.id)).output_text
         with pytest.raises(openai.AuthenticationError):
-            await here.client.with_options(api_key="wrong").responses.delete(later.id)
+            await deployment.client.with_options(api_key="wrong").responses.delete(later.id)

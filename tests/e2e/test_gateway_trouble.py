@@ -21,7 +21,7 @@ from edge_client.privacy.policy import CameraPolicy, PrivacyPolicy
 from server_plugin.backends.fake import FakeBackend, Script
 from server_plugin.service.runner import running as serving
 from tests.e2e.common import SURE, UNSURE, photo, slow, view_digest
-from tests.e2e.gateways import MODEL, SMALL, deployed, gateway, item, running, said, sdk
+from tests.e2e.gateways import MODEL, SMALL, deployed, gateway, item, running, sdk, user_message
 from tests.support.patience import PATIENCE_S
 from tests.support.pictures import photo as drawn
 from tests.support.pictures import saved, turned
@@ -34,32 +34,32 @@ from vlm_collab.web import http_protocol as connections
 
 def ask(client: openai.AsyncOpenAI, question: str = SURE, *pictures: Any, **more: Any) -> Any:
     return client.chat.completions.create(
-        model=MODEL, messages=[said(question, *(pictures or (photo(1),)))], **more
+        model=MODEL, messages=[user_message(question, *(pictures or (photo(1),)))], **more
     )
 
 
 async def test_a_question_waits_for_a_server_that_is_away():
-    async with deployed() as here:
-        here.proxy.refusing = True
-        asked = asyncio.create_task(ask(here.client))
-        await here.proxy.until_connections(3)
-        assert not asked.done()
-        here.proxy.refusing = False
-        made = await asked
-        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+    async with deployed() as deployment:
+        deployment.proxy.refusing = True
+        question = asyncio.create_task(ask(deployment.client))
+        await deployment.proxy.until_connections(3)
+        assert not question.done()
+        deployment.proxy.refusing = False
+        reply = await question
+        assert reply.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_question_outlives_a_server_that_goes(stream: bool):
-    async with deployed() as here:
-        cut = here.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
-        made = await ask(here.client, UNSURE, stream=stream)
+async def test_a_question_survives_a_lost_connection(stream: bool):
+    async with deployed() as deployment:
+        cut = deployment.proxy.rule(RegionRequest, Where.BEFORE, What.CUT)
+        reply = await ask(deployment.client, UNSURE, stream=stream)
         if stream:
-            chunks = [chunk async for chunk in made]
+            chunks = [chunk async for chunk in reply]
             extra = chunks[-1].vlm_collab
             text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         else:
-            extra, text = made.vlm_collab, made.choices[0].message.content
+            extra, text = reply.vlm_collab, reply.choices[0].message.content
         assert cut.fired.is_set()
         assert extra["refined"]
         assert text.startswith(f"second {view_digest(photo(1))} ")
@@ -68,146 +68,146 @@ async def test_a_question_outlives_a_server_that_goes(stream: bool):
 
 
 async def test_a_question_is_asked_again_as_often_as_its_connection_breaks():
-    async with deployed() as here:
-        cuts = [here.proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth) for nth in range(1, 10)]
-        made = await ask(here.client)
-        assert made.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
+    async with deployed() as deployment:
+        cuts = [deployment.proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth) for nth in range(1, 10)]
+        reply = await ask(deployment.client)
+        assert reply.choices[0].message.content == f"first {view_digest(photo(1))} {SURE}"
         assert all(cut.fired.is_set() for cut in cuts)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_without_a_server_there_is_a_clear_error_in_time(stream: bool):
-    async with deployed(deadline_s=0.3) as here:
-        here.proxy.refusing = True
+    async with deployed(deadline_s=0.3) as deployment:
+        deployment.proxy.refusing = True
         with pytest.raises(
             openai.InternalServerError, match="no server answers at ws://"
         ) as caught:
-            await ask(here.client, stream=stream)
+            await ask(deployment.client, stream=stream)
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"] == "5"
         assert caught.value.code == "no_server"
         for path in ("/models", "/models/fake"):
-            gone = asyncio.create_task(here.http.get(path))
-            here.proxy.refusing = False
+            gone = asyncio.create_task(deployment.http.get(path))
+            deployment.proxy.refusing = False
             assert (await gone).status_code == 200
         # The gateway reconnects by itself, and the next question finds the server.
-        assert (await ask(here.client)).choices
+        assert (await ask(deployment.client)).choices
 
 
-async def test_requests_without_pictures_wait_and_end_likewise():
-    async with deployed(deadline_s=0.3) as here:
-        here.proxy.refusing = True
+async def test_requests_without_pictures_wait_until_the_deadline_too():
+    async with deployed(deadline_s=0.3) as deployment:
+        deployment.proxy.refusing = True
         with pytest.raises(openai.InternalServerError) as caught:
-            await here.client.chat.completions.create(
+            await deployment.client.chat.completions.create(
                 model=MODEL, messages=[{"role": "user", "content": "hello"}]
             )
         assert caught.value.status_code == 503
-        here.proxy.refusing = False
-        assert (await here.client.responses.create(model=MODEL, input="hello")).output_text
+        deployment.proxy.refusing = False
+        assert (await deployment.client.responses.create(model=MODEL, input="hello")).output_text
 
 
-async def test_a_server_that_is_too_slow():
-    async with deployed(slow(30.0), deadline_s=0.5) as here:
+async def test_a_server_that_is_too_slow_is_a_504():
+    async with deployed(slow(30.0), deadline_s=0.5) as deployment:
         with pytest.raises(openai.InternalServerError, match="no answer within") as caught:
-            await ask(here.client)
+            await ask(deployment.client)
         assert caught.value.status_code == 504
 
 
-async def test_a_second_look_that_fails_leaves_the_first_answer():
+async def test_a_failed_second_pass_leaves_the_first_answer():
     backend = FakeBackend(
         play=lambda *_: Script("a bird", "", uncertainty_bits=2.0, fail_second=True)
     )
-    async with deployed(backend) as here:
+    async with deployed(backend) as deployment:
         for stream in (False, True):
-            made = await ask(here.client, UNSURE, stream=stream)
+            reply = await ask(deployment.client, UNSURE, stream=stream)
             if stream:
-                chunks = [chunk async for chunk in made]
+                chunks = [chunk async for chunk in reply]
                 text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
                 extra = chunks[-1].vlm_collab
             else:
-                text, extra = made.choices[0].message.content, made.vlm_collab
+                text, extra = reply.choices[0].message.content, reply.vlm_collab
             assert text == "a bird"
             assert extra["fallback"] == "server_failed"
             assert not extra["restarted"]
 
 
 async def test_a_second_answer_that_breaks_off_is_followed_by_the_first():
-    """Streamed text cannot be taken back, so the valid text is sent in full after it."""
+    """Streamed text cannot be withdrawn, so the valid text is sent in full after it."""
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
     )
-    async with deployed(backend, deadline_s=3.0) as here:
-        broken = here.proxy.rule(Partial, Where.AFTER, What.STALL, nth=11)
-        stream = await ask(here.client, UNSURE, stream=True)
+    async with deployed(backend, deadline_s=3.0) as deployment:
+        broken = deployment.proxy.rule(Partial, Where.AFTER, What.STALL, nth=11)
+        stream = await ask(deployment.client, UNSURE, stream=True)
         chunks = [chunk async for chunk in stream]
         assert broken.fired.is_set()
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        begun, _, stands = text.partition("\n\n")
-        assert words.startswith(begun)
-        assert begun
-        assert stands == "a bird"
+        withdrawn, _, valid = text.partition("\n\n")
+        assert words.startswith(withdrawn)
+        assert withdrawn
+        assert valid == "a bird"
         assert chunks[-1].vlm_collab["restarted"]
         assert chunks[-1].vlm_collab["fallback"] == "deadline"
-        here.proxy.resume()
+        deployment.proxy.resume()
 
 
-async def test_a_first_answer_that_was_cut_says_so():
-    """It replaces a lost second answer, and was not generated to its end."""
+async def test_a_cut_first_answer_has_the_finish_reason_length():
+    """It replaces a lost second answer, and the server had not generated all of it."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST_K, 0.5, k=2)
     backend = FakeBackend(play=lambda *_: Script("a b c d", "e", uncertainty_bits=2.0))
-    async with deployed(backend, config={"policy": policy}, deadline_s=1.0) as here:
-        here.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
-        made = await ask(here.client, UNSURE)
-        assert made.choices[0].message.content == "a b…"
-        assert made.choices[0].finish_reason == "length"
-        assert made.vlm_collab["fallback"] == "deadline"
-        here.proxy.resume()
+    async with deployed(backend, config={"policy": policy}, deadline_s=1.0) as deployment:
+        deployment.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
+        reply = await ask(deployment.client, UNSURE)
+        assert reply.choices[0].message.content == "a b…"
+        assert reply.choices[0].finish_reason == "length"
+        assert reply.vlm_collab["fallback"] == "deadline"
+        deployment.proxy.resume()
 
 
 @pytest.mark.parametrize("api", ["chat", "stream", "responses"])
-async def test_a_client_that_leaves_takes_its_question_along(api: str):
-    async with deployed(slow(30.0)) as here:
+async def test_a_question_is_cancelled_when_its_client_disconnects(api: str):
+    async with deployed(slow(30.0)) as deployment:
         body: dict[str, Any] = {"model": MODEL}
         if api == "responses":
             path, body["input"] = "/responses", [item(UNSURE, photo(1))]
         else:
-            path, body["messages"] = "/chat/completions", [said(UNSURE, photo(1))]
+            path, body["messages"] = "/chat/completions", [user_message(UNSURE, photo(1))]
             body["stream"] = api == "stream"
-        asked = asyncio.create_task(here.http.post(path, json=body))
-        await here.proxy.until_passed(Ask)
+        request = asyncio.create_task(deployment.http.post(path, json=body))
+        await deployment.proxy.until_passed(Ask)
         async with asyncio.timeout(PATIENCE_S):
-            while not here.service.state.questions:
+            while not deployment.service.state.questions:
                 await asyncio.sleep(0.005)
-        asked.cancel()
-        await asyncio.gather(asked, return_exceptions=True)
-        await here.proxy.until_passed(Cancel)
-        await nothing_left(here)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await deployment.proxy.until_passed(Cancel)
+        await nothing_left(deployment)
 
 
-async def nothing_left(here: Any) -> None:
+async def nothing_left(deployment: Any) -> None:
     """Wait until the gateway has noticed that its clients are gone."""
     async with asyncio.timeout(PATIENCE_S):
-        while here.gateway.admission.running:
+        while deployment.gateway.admission.running:
             await asyncio.sleep(0.005)
 
 
-async def test_a_client_that_leaves_a_stream_in_the_middle():
+async def test_a_question_is_cancelled_when_its_stream_is_closed():
     words = " ".join(f"word{i}" for i in range(18))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=1.5)
     )
-    async with deployed(backend) as here:
-        stream = await ask(here.client, UNSURE, stream=True)
+    async with deployed(backend) as deployment:
+        stream = await ask(deployment.client, UNSURE, stream=True)
         async for chunk in stream:
             if chunk.choices[0].delta.content:
                 break
         await stream.close()
-        await here.proxy.until_passed(Cancel)
-        await nothing_left(here)
+        await deployment.proxy.until_passed(Cancel)
+        await nothing_left(deployment)
 
 
-async def test_clients_that_leave_at_any_time_leave_nothing_behind():
+async def test_clients_that_disconnect_at_any_time_leave_nothing_behind():
     words = " ".join(f"word{i}" for i in range(15))
     backend = FakeBackend(
         play=lambda *_: Script("a bird", words, uncertainty_bits=2.0, delay_s=0.02)
@@ -215,27 +215,27 @@ async def test_clients_that_leave_at_any_time_leave_nothing_behind():
     draw = random.Random(7)
 
     async def one(number: int) -> None:
-        body = {"model": MODEL, "messages": [said(UNSURE, photo(number % 3))]}
+        body = {"model": MODEL, "messages": [user_message(UNSURE, photo(number % 3))]}
         body["stream"] = bool(number % 2)
         patience_s = draw.uniform(0.0, 0.6)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                await here.http.post("/chat/completions", json=body)
+                await deployment.http.post("/chat/completions", json=body)
 
-    async with deployed(backend) as here:
+    async with deployed(backend) as deployment:
         for _ in range(3):
             await asyncio.gather(*(one(number) for number in range(20)))
-        await nothing_left(here)
-        assert here.gateway.admission.nbytes == 0
-        assert (await ask(here.client, UNSURE)).choices[0].message.content == words
+        await nothing_left(deployment)
+        assert deployment.gateway.admission.nbytes == 0
+        assert (await ask(deployment.client, UNSURE)).choices[0].message.content == words
 
 
-async def test_a_server_that_is_full_says_when_to_come_back():
-    async with deployed(slow(1.0), service_limits={"max_questions": 1}) as here:
-        first = asyncio.create_task(ask(here.client))
-        await here.proxy.until_passed(Ask)
+async def test_a_full_server_is_reported_with_retry_after():
+    async with deployed(slow(1.0), service_limits={"max_questions": 1}) as deployment:
+        first = asyncio.create_task(ask(deployment.client))
+        await deployment.proxy.until_passed(Ask)
         # The server asks to wait for a second, which is beyond this gateway's deadline.
-        hasty = gateway(here.proxy.url, deadline_s=0.4)
+        hasty = gateway(deployment.proxy.url, deadline_s=0.4)
         async with running(hasty) as base, sdk(base) as client:
             with pytest.raises(openai.RateLimitError) as caught:
                 await ask(client, SURE, photo(2))
@@ -243,76 +243,81 @@ async def test_a_server_that_is_full_says_when_to_come_back():
         assert (await first).choices
 
 
-async def test_a_gateway_that_is_full_says_when_to_come_back():
-    async with deployed(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as here:
-        first = asyncio.create_task(ask(here.client, stream=True))
-        await here.proxy.until_passed(Ask)
-        with pytest.raises(openai.RateLimitError, match="no more at once") as caught:
-            await ask(here.client, SURE, photo(2))
+async def test_a_full_gateway_refuses_with_retry_after():
+    async with deployed(slow(0.5), limits={"max_requests": 1, "max_waiting": 0}) as deployment:
+        first = asyncio.create_task(ask(deployment.client, stream=True))
+        await deployment.proxy.until_passed(Ask)
+        with pytest.raises(openai.RateLimitError, match="no more are accepted at once") as caught:
+            await ask(deployment.client, SURE, photo(2))
         assert caught.value.response.headers["retry-after"] == "1"
         assert [chunk async for chunk in await first]
-        await nothing_left(here)
-        assert (await ask(here.client, SURE, photo(2))).choices
+        await nothing_left(deployment)
+        assert (await ask(deployment.client, SURE, photo(2))).choices
 
 
-async def test_a_burst_is_answered_to_the_last():
-    """With the SDK's two default retries, which would not outlast a long queue."""
+async def test_a_burst_of_requests_is_answered_completely():
+    """The SDK retries twice by default, which is too little for a long queue of refusals."""
     refused: list[int] = []
 
     async def note(response: httpx.Response) -> None:
         if response.status_code != 200:
             refused.append(response.status_code)
 
-    async with deployed(slow(0.01), limits={"max_requests": 4}) as here:
+    async with deployed(slow(0.01), limits={"max_requests": 4}) as deployment:
         http = httpx.AsyncClient(trust_env=False, verify=False, event_hooks={"response": [note]})
-        async with sdk(here.base, http_client=http, max_retries=DEFAULT_MAX_RETRIES) as client:
-            asked = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
-            answers = await asyncio.gather(*asked)
+        async with sdk(
+            deployment.base, http_client=http, max_retries=DEFAULT_MAX_RETRIES
+        ) as client:
+            questions = [ask(client, f"{SURE} {number}", photo(number % 5)) for number in range(50)]
+            answers = await asyncio.gather(*questions)
         for number, answer in enumerate(answers):
             assert answer.choices[0].message.content.endswith(f"{SURE} {number}")
         # None was refused.
         assert refused == []
-        await nothing_left(here)
+        await nothing_left(deployment)
 
 
-async def test_clients_that_leave_while_they_wait_are_passed_over():
-    async with deployed(slow(0.3), limits={"max_requests": 1}) as here:
-        first = asyncio.create_task(ask(here.client))
-        await here.proxy.until_passed(Ask)
-        body = {"model": MODEL, "messages": [said(SURE, photo(2))]}
+async def test_waiting_clients_that_disconnect_are_skipped():
+    async with deployed(slow(0.3), limits={"max_requests": 1}) as deployment:
+        first = asyncio.create_task(ask(deployment.client))
+        await deployment.proxy.until_passed(Ask)
+        body = {"model": MODEL, "messages": [user_message(SURE, photo(2))]}
         others = [
-            asyncio.create_task(here.http.post("/chat/completions", json=body)) for _ in range(5)
+            asyncio.create_task(deployment.http.post("/chat/completions", json=body))
+            for _ in range(5)
         ]
         async with asyncio.timeout(PATIENCE_S):
-            while here.gateway.admission.waiting < 5:
+            while deployment.gateway.admission.waiting < 5:
                 await asyncio.sleep(0.005)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        assert (await ask(here.client, SURE, photo(3))).choices
+        assert (await ask(deployment.client, SURE, photo(3))).choices
         assert (await first).choices
-        await nothing_left(here)
+        await nothing_left(deployment)
 
 
-async def test_requests_share_the_room_for_their_bodies():
-    async with deployed(slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}) as here:
+async def test_requests_share_the_memory_for_their_bodies():
+    async with deployed(
+        slow(0.5), limits={"max_body_bytes": 60_000, "max_waiting": 0}
+    ) as deployment:
         # A single body may be larger than the bound for all.
-        first = asyncio.create_task(ask(here.client, SURE, photo(1), photo(2)))
-        await here.proxy.until_passed(Ask)
-        with pytest.raises(openai.RateLimitError, match="no room") as caught:
-            await ask(here.client, SURE, photo(3))
+        first = asyncio.create_task(ask(deployment.client, SURE, photo(1), photo(2)))
+        await deployment.proxy.until_passed(Ask)
+        with pytest.raises(openai.RateLimitError, match="no memory now") as caught:
+            await ask(deployment.client, SURE, photo(3))
         assert caught.value.response.headers["retry-after"] == "1"
         assert (await first).choices
-        assert (await ask(here.client, SURE, photo(3))).choices
-        assert here.gateway.admission.nbytes == 0
+        assert (await ask(deployment.client, SURE, photo(3))).choices
+        assert deployment.gateway.admission.nbytes == 0
 
 
-async def test_a_wrong_token_towards_the_server_is_not_the_clients_fault():
+async def test_a_wrong_token_for_the_server_is_a_502():
     async with serving(service(FakeBackend(), token="right")) as url:
         for token in (None, "wrong"):
             async with running(gateway(url, token=token)) as base, sdk(base) as client:
                 for question in (SURE, "text"):
-                    content = [said(question, photo(1))]
+                    content = [user_message(question, photo(1))]
                     if question == "text":
                         content = [{"role": "user", "content": "hello"}]
                     with pytest.raises(openai.InternalServerError, match="behind") as caught:
@@ -340,13 +345,13 @@ RIGHT = {
 
 
 async def test_pictures_of_all_kinds_get_the_right_answer():
-    async with deployed() as here:
+    async with deployed() as deployment:
         for kind, picture in RIGHT.items():
-            made = await ask(here.client, UNSURE, picture)
+            reply = await ask(deployment.client, UNSURE, picture)
             first = f"first {view_digest(picture)} {UNSURE}"
-            assert made.vlm_collab["first_text"] == first, kind
-            assert made.vlm_collab["refined"], kind
-            assert made.vlm_collab["original_bytes"] == len(picture), kind
+            assert reply.vlm_collab["first_text"] == first, kind
+            assert reply.vlm_collab["refined"], kind
+            assert reply.vlm_collab["original_bytes"] == len(picture), kind
 
 
 def animated(format: str) -> bytes:
@@ -375,17 +380,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_pictures_that_cannot_be_used(stream: bool):
-    async with deployed() as here:
+async def test_pictures_that_cannot_be_used_are_refused(stream: bool):
+    async with deployed() as deployment:
         for kind, (picture, status) in WRONG.items():
             with pytest.raises(openai.APIStatusError) as caught:
-                await ask(here.client, SURE, photo(1), picture, stream=stream)
+                await ask(deployment.client, SURE, photo(1), picture, stream=stream)
             assert caught.value.status_code == status, kind
-            if kind != "cut off":  # noticed when the view is made of its pixels
+            if kind != "cut off":  # noticed only when the view is made
                 assert caught.value.param == "messages[0].content[2].image_url.url", kind
             assert "\n" not in caught.value.body["message"], kind
         # The gateway still works.
-        assert (await ask(here.client)).choices
+        assert (await ask(deployment.client)).choices
 
 
 GARBAGE = [
@@ -401,51 +406,51 @@ GARBAGE = [
 ]
 
 
-async def test_garbage():
-    async with deployed(limits={"wire": SMALL}) as here:
+async def test_invalid_bodies_are_refused():
+    async with deployed(limits={"wire": SMALL}) as deployment:
         for content, status in GARBAGE:
             for path in ("/chat/completions", "/responses"):
-                answer = await here.http.post(path, content=content)
+                answer = await deployment.http.post(path, content=content)
                 assert answer.status_code == status, content[:50]
                 assert answer.json()["error"]["message"]
 
 
-async def test_limits_of_a_request():
-    async with deployed(limits={"wire": SMALL}) as here:
+async def test_requests_over_a_limit_are_refused():
+    async with deployed(limits={"wire": SMALL}) as deployment:
         large = saved(Image.effect_noise((600, 600), 100), "PNG")
         assert len(large) > SMALL.max_picture_bytes
         with pytest.raises(openai.APIStatusError) as caught:
-            await ask(here.client, SURE, large)
+            await ask(deployment.client, SURE, large)
         assert caught.value.status_code == 413
         with pytest.raises(openai.BadRequestError, match="more than 4"):
-            await ask(here.client, SURE, *(photo(i) for i in range(5)))
+            await ask(deployment.client, SURE, *(photo(i) for i in range(5)))
 
 
-async def test_a_picture_with_more_pixels_than_are_taken():
+async def test_a_picture_with_too_many_pixels_is_refused():
     pixels = 480 * 360
-    async with deployed(limits={"max_pixels": pixels}) as here:
-        assert (await ask(here.client)).choices
-    async with deployed(limits={"max_pixels": pixels - 1}) as here:
+    async with deployed(limits={"max_pixels": pixels}) as deployment:
+        assert (await ask(deployment.client)).choices
+    async with deployed(limits={"max_pixels": pixels - 1}) as deployment:
         with pytest.raises(openai.APIStatusError, match="480") as caught:
-            await ask(here.client)
+            await ask(deployment.client)
         assert caught.value.status_code == 413
         assert caught.value.code == "image_too_large"
         assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
-async def test_a_question_that_is_too_long_or_holds_reserved_text():
-    async with deployed() as here:
+async def test_a_question_that_is_too_long_or_has_reserved_text_is_refused():
+    async with deployed() as deployment:
         for question in ("x" * 20_000, "what is <refuse>?"):
             with pytest.raises(openai.APIStatusError) as caught:
-                await ask(here.client, question)
+                await ask(deployment.client, question)
             assert caught.value.status_code in (400, 413)
             assert caught.value.param == "messages"
 
 
-async def test_a_body_that_never_ends():
-    async with deployed(limits={"body_timeout_s": 0.2}) as here:
+async def test_an_incomplete_body_times_out():
+    async with deployed(limits={"body_timeout_s": 0.2}) as deployment:
         reader, writer = await asyncio.open_connection(
-            here.http.base_url.host, here.http.base_url.port
+            deployment.http.base_url.host, deployment.http.base_url.port
         )
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
@@ -455,41 +460,41 @@ async def test_a_body_that_never_ends():
         writer.close()
 
 
-async def test_routes_that_are_none_answer_in_the_same_form():
-    async with deployed() as here:
-        missing = await here.http.post("/embeddings", json={})
+async def test_unknown_routes_are_refused_in_openais_format():
+    async with deployed() as deployment:
+        missing = await deployment.http.post("/embeddings", json={})
         assert missing.status_code == 404
         assert missing.json()["error"]["code"] == "unknown_url"
-        wrong = await here.http.get("/chat/completions")
+        wrong = await deployment.http.get("/chat/completions")
         assert wrong.status_code == 405
         assert "GET /v1/chat/completions" in wrong.json()["error"]["message"]
 
 
-async def test_health():
-    async with deployed() as here:
-        root = httpx.URL(here.base).join("/")
-        assert (await here.http.get(root.join("/healthz"))).text == "ok"
+async def test_readiness_follows_the_server_and_health_does_not():
+    async with deployed() as deployment:
+        root = httpx.URL(deployment.base).join("/")
+        assert (await deployment.http.get(root.join("/healthz"))).text == "ok"
         async with asyncio.timeout(PATIENCE_S):
-            while (await here.http.get(root.join("/readyz"))).status_code != 200:
+            while (await deployment.http.get(root.join("/readyz"))).status_code != 200:
                 await asyncio.sleep(0.01)
-        body = (await here.http.get(root.join("/readyz"))).json()
+        body = (await deployment.http.get(root.join("/readyz"))).json()
         assert body["ready"]
         assert body["model"] == MODEL
-        here.proxy.refusing = True
-        here.proxy.cut()
+        deployment.proxy.refusing = True
+        deployment.proxy.cut()
         async with asyncio.timeout(PATIENCE_S):
-            while (await here.http.get(root.join("/readyz"))).status_code != 503:
+            while (await deployment.http.get(root.join("/readyz"))).status_code != 503:
                 await asyncio.sleep(0.01)
-        assert (await here.http.get(root.join("/healthz"))).text == "ok"
+        assert (await deployment.http.get(root.join("/healthz"))).text == "ok"
 
 
-async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pytest.MonkeyPatch):
-    """Each takes one of the connection slots, for which it needs no key."""
+async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch):
+    """An idle connection takes a connection slot, and needs no key for it."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
-    async with deployed(slow(0.4), api_key="right") as here:
-        async with sdk(here.base, api_key="right") as client:
+    async with deployed(slow(0.4), api_key="right") as deployment:
+        async with sdk(deployment.base, api_key="right") as client:
             asking = asyncio.create_task(ask(client))
-            host, port = here.base.removeprefix("http://").removesuffix("/v1").split(":")
+            host, port = deployment.base.removeprefix("http://").removesuffix("/v1").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
             async with asyncio.timeout(PATIENCE_S):
@@ -499,7 +504,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("cameras", [1, 4])
-async def test_few_pictures_are_decoded_at_once_whoever_leaves(
+async def test_max_decoding_holds_when_clients_disconnect(
     monkeypatch: pytest.MonkeyPatch, cameras: int
 ):
     """The largest take gigabytes each. The decoding thread goes on after its client disconnects."""
@@ -520,10 +525,10 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(
 
     monkeypatch.setattr(Picture, "view", counted)
     policy = PrivacyPolicy({name: CameraPolicy() for name in ("default", "c0", "c1", "c2", "c3")})
-    async with deployed(limits={"max_decoding": 2}, policy=policy) as here:
-        root = here.base.removesuffix("/v1")
+    async with deployed(limits={"max_decoding": 2}, policy=policy) as deployment:
+        root = deployment.base.removesuffix("/v1")
         clients = [
-            here.client.with_options(base_url=f"{root}/cameras/c{camera}/v1")
+            deployment.client.with_options(base_url=f"{root}/cameras/c{camera}/v1")
             for camera in range(cameras)
         ]
         asking = [asyncio.create_task(ask(clients[i % cameras], SURE, photo(i))) for i in range(8)]
@@ -533,6 +538,6 @@ async def test_few_pictures_are_decoded_at_once_whoever_leaves(
         for task in asking[:4]:
             task.cancel()
         await asyncio.gather(*asking[:4], return_exceptions=True)
-        for made in await asyncio.gather(*asking[4:]):
-            assert made.choices
+        for reply in await asyncio.gather(*asking[4:]):
+            assert reply.choices
     assert most == 2

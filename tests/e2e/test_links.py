@@ -11,7 +11,7 @@ import pytest
 
 from edge_client.cli.retrying import is_transient
 from edge_client.client import EdgeClient
-from edge_client.link import question as asking
+from edge_client.link import question as question_module
 from edge_client.retry import Retry
 from edge_client.sync import Client
 from server_plugin.backends.fake import FakeBackend
@@ -39,7 +39,7 @@ PHOTO = photo(1)
 # ---- cut, with the server still running ------------------------------------------------------
 
 
-async def test_cut_before_the_welcome():
+async def test_cut_before_the_welcome_connects_again():
     async with world(connect=False) as w:
         w.proxy.rule(Welcome, Where.BEFORE, What.CUT)
         check(await w.client.ask(PHOTO, UNSURE), PHOTO, UNSURE)
@@ -83,7 +83,7 @@ async def test_cut_around_the_region_asks_again(kind, where):
         assert w.proxy.connections == 2
 
 
-async def test_cut_in_both_stages_of_one_question():
+async def test_cut_in_both_stages_of_one_question_asks_again():
     async with world() as w:
         w.proxy.rule(Ask, Where.AFTER, What.CUT)
         w.proxy.rule(Region, Where.WITHIN, What.CUT)
@@ -110,35 +110,37 @@ async def test_a_question_survives_very_many_cuts(question):
         assert w.proxy.connections == 1 + len(rules)
 
 
-def test_the_client_without_an_event_loop_asks_up_to_the_deadline_too():
-    async def behind_a_bad_link(told: queue.Queue[str], over: asyncio.Event) -> None:
+def test_the_synchronous_client_asks_again_until_the_deadline():
+    async def behind_a_bad_link(urls: queue.Queue[str], finished: asyncio.Event) -> None:
         async with running(service(FakeBackend())) as url, Proxy(url) as proxy:
             for nth in range(1, 9):
                 proxy.rule(Ask, Where.AFTER, What.CUT, nth=nth)
-            told.put(proxy.url)
-            await over.wait()
+            urls.put(proxy.url)
+            await finished.wait()
             assert proxy.connections == 9
 
-    told: queue.Queue[str] = queue.Queue()
+    urls: queue.Queue[str] = queue.Queue()
     with ThreadPoolExecutor() as pool:
-        loop, over = asyncio.new_event_loop(), asyncio.Event()
-        serving = pool.submit(loop.run_until_complete, behind_a_bad_link(told, over))
+        loop, finished = asyncio.new_event_loop(), asyncio.Event()
+        serving = pool.submit(loop.run_until_complete, behind_a_bad_link(urls, finished))
         try:
-            with Client(told.get(timeout=10), retry=HASTY) as client:
+            with Client(urls.get(timeout=10), retry=HASTY) as client:
                 check(client.ask(PHOTO, SURE), PHOTO, SURE)
         finally:
-            loop.call_soon_threadsafe(over.set)
+            loop.call_soon_threadsafe(finished.set)
         serving.result(timeout=10)
         loop.close()
 
 
 async def test_a_cut_loses_none_of_many_questions():
     async with world(slow(0.01)) as w:
-        asked = [(photo(i % 3), f"{UNSURE} {i}") for i in range(20)]
+        questions = [(photo(i % 3), f"{UNSURE} {i}") for i in range(20)]
         w.proxy.rule(Ask, Where.AFTER, What.CUT, nth=7)
         w.proxy.rule(Region, Where.WITHIN, What.CUT, nth=5)
         w.proxy.rule(Answer, Where.BEFORE, What.CUT, nth=9)
-        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
+        for (picture, question), answer in zip(
+            questions, await w.client.ask_many(questions), strict=True
+        ):
             assert not isinstance(answer, Exception), answer
             check(answer, picture, question)
 
@@ -157,13 +159,13 @@ async def test_random_cuts_lose_and_mix_up_no_answers(seed):
             )
             for _ in range(6)
         ]
-        asked = [
+        questions = [
             (client, draw.choice(pictures), f"{draw.choice([SURE, UNSURE])} {i}")
             for i in range(15)
             for client in (w.client, other)
         ]
-        answers = await asyncio.gather(*(client.ask(p, q) for client, p, q in asked))
-        for (_, picture, question), answer in zip(asked, answers, strict=True):
+        answers = await asyncio.gather(*(client.ask(p, q) for client, p, q in questions))
+        for (_, picture, question), answer in zip(questions, answers, strict=True):
             check(answer, picture, question)
         assert any(rule.fired.is_set() for rule in rules)
 
@@ -174,36 +176,36 @@ async def test_random_cuts_lose_and_mix_up_no_answers(seed):
 async def test_a_server_lost_in_the_first_stage_is_a_clear_error():
     async with world(retry=Retry(reconnect_attempts=3, first_s=0.01)) as w:
         rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        asking = asyncio.create_task(w.client.ask(PHOTO, SURE))
         await rule.fired.wait()
         w.proxy.refusing = True
         with pytest.raises(LinkError, match=r"tried 3 times") as caught:
-            await asking_
+            await asking
         assert "\n" not in str(caught.value)
 
 
 async def test_questions_wait_until_their_deadline_for_an_absent_server():
     async with world(retry=Retry(first_s=0.001, longest_s=0.002)) as w:
         rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE))
+        asking = asyncio.create_task(w.client.ask(PHOTO, SURE))
         await rule.fired.wait()
         w.proxy.refusing = True
         await w.proxy.until_connections(w.proxy.connections + 25)
         w.proxy.refusing = False
-        assert (await asking_).text.startswith("first")
+        assert (await asking).text.startswith("first")
 
 
-async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_was_lost():
+async def test_a_deadline_error_counts_the_lost_links():
     patient = Retry(reconnect_attempts=1000, first_s=0.01, longest_s=0.02)
     async with world(retry=patient) as w:
         rule = w.proxy.rule(Ask, Where.AFTER, What.CUT)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, SURE, deadline_s=0.5))
+        asking = asyncio.create_task(w.client.ask(PHOTO, SURE, deadline_s=0.5))
         await rule.fired.wait()
         w.proxy.refusing = True
         with pytest.raises(
             DeadlineError, match=r"within 0\.5 s; links lost meanwhile: 1"
         ) as caught:
-            await asking_
+            await asking
         # `chat` keeps such a question, as it does when it cannot reach a server.
         assert is_transient(caught.value)
 
@@ -212,23 +214,23 @@ async def test_a_deadline_that_passes_while_the_server_is_away_says_that_a_link_
 async def test_a_server_lost_in_the_second_stage_leaves_the_first_answer(kind):
     async with world(slow(0.02), retry=Retry(reconnect_attempts=3, first_s=0.01)) as w:
         rule = w.proxy.rule(kind, Where.AFTER, What.CUT)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
+        asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
         await rule.fired.wait()
         w.proxy.refusing = True
-        answer = await asking_
+        answer = await asking
         assert answer.fallback is Fallback.LINK_LOST
         check(answer, PHOTO, UNSURE, refined=False)
 
 
-async def test_a_lost_second_stage_waits_no_longer_than_the_region_would(monkeypatch):
-    monkeypatch.setattr(asking, "RESCUE_GRACE_S", 0.1)
+async def test_a_lost_second_stage_waits_no_longer_than_the_regions_deadline(monkeypatch):
+    monkeypatch.setattr(question_module, "RESCUE_GRACE_S", 0.1)
     patient = Retry(reconnect_attempts=1000, first_s=0.01, longest_s=0.02)
     async with world(limits={"region_deadline_s": 0.1}, retry=patient) as w:
         rule = w.proxy.rule(RegionRequest, Where.AFTER, What.CUT)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, UNSURE, deadline_s=None))
+        asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE, deadline_s=None))
         await rule.fired.wait()
         w.proxy.refusing = True
-        answer = await asking_
+        answer = await asking
         assert answer.fallback is Fallback.LINK_LOST
         assert 0.2 <= answer.elapsed_s < 2
 
@@ -236,7 +238,7 @@ async def test_a_lost_second_stage_waits_no_longer_than_the_region_would(monkeyp
 # ---- stalled ---------------------------------------------------------------------------------
 
 
-async def test_stalled_before_the_welcome():
+async def test_stalled_before_the_welcome_is_an_error_in_time():
     async with world(connect=False, connect_timeout_s=0.1) as w:
         w.proxy.stalling = True
         with pytest.raises(LinkError, match=r"did not answer within 0\.1 s \(tried 3 times\)"):
@@ -299,7 +301,7 @@ async def test_the_server_waits_for_a_region_only_until_its_deadline():
         answer = await w.client.ask(PHOTO, UNSURE)
         assert answer.fallback is Fallback.DEADLINE
         check(answer, PHOTO, UNSURE, refined=False)
-        w.proxy.resume()  # the rest of the region arrives after the end; that is no violation
+        w.proxy.resume()  # the rest of the region arrives after the end, which is allowed
         check(await w.client.ask(PHOTO, UNSURE), PHOTO, UNSURE)
         assert w.proxy.connections == 1
 
@@ -344,14 +346,14 @@ async def test_views_of_a_forgotten_session_are_sent_again():
 async def test_a_crash_between_the_stages_is_repaired_by_the_next_server():
     async with running(service()) as second, world() as w:
         rule = w.proxy.rule(RegionRequest, Where.AFTER, What.STALL)
-        asking_ = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
+        asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
         await rule.fired.wait()
         w.proxy.retarget(second)
         w.proxy.cut()
-        answer = await asking_
+        answer = await asking
         check(answer, PHOTO, UNSURE)
         assert w.proxy.connections == 2
-        # The next server knows nothing of the first one's views.
+        # The next server does not have the first one's views.
         assert answer.view_bytes > 0
 
 
@@ -362,12 +364,12 @@ async def test_a_graceful_stop_between_the_stages_leaves_the_first_answer():
             client = EdgeClient(proxy.url, retry=HASTY)
             await client.connect()
             rule = proxy.rule(Region, Where.BEFORE, What.STALL_UP)
-            asking_ = asyncio.create_task(client.ask(PHOTO, UNSURE))
+            asking = asyncio.create_task(client.ask(PHOTO, UNSURE))
             await rule.fired.wait()
             proxy.retarget(second)
             first.state.draining = True
             draining = asyncio.create_task(first.drain())
-            answer = await asking_
+            answer = await asking
             assert answer.fallback is Fallback.OVERLOAD
             check(answer, PHOTO, UNSURE, refined=False)
             # The client continues with the new server.
@@ -382,11 +384,11 @@ async def test_questions_refused_at_a_stop_are_asked_of_the_next_server():
         async with running(first) as url, Proxy(url) as proxy:
             async with EdgeClient(proxy.url, retry=HASTY) as client:
                 pairs = [(photo(i), question) for i in range(3) for question in (SURE, UNSURE)]
-                asking_ = asyncio.create_task(client.ask_many(pairs))
+                asking = asyncio.create_task(client.ask_many(pairs))
                 await proxy.until_passed(Ask, len(pairs))
                 proxy.retarget(second)
                 await first.drain()
-                for (picture, question), answer in zip(pairs, await asking_, strict=True):
+                for (picture, question), answer in zip(pairs, await asking, strict=True):
                     assert not isinstance(answer, Exception), answer
                     check(answer, picture, question)
         await settled(first)

@@ -56,22 +56,24 @@ async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_cros
         clients = [w.client] + [EdgeClient(w.proxy.url, retry=HASTY) for _ in range(3)]
         # Every client asks about every picture, once with the same text as all other clients and
         # once with its own; ids and view ids are the same everywhere.
-        asked = [
+        questions = [
             (client, picture, f"{UNSURE if i % 2 else SURE} {i} {who if i < 6 else ''}".strip())
             for who, client in enumerate(clients)
             for picture in pictures
             for i in range(10)
         ]
-        assert len(asked) == 200
+        assert len(questions) == 200
         answers = await asyncio.gather(
-            *(client.ask(picture, question) for client, picture, question in asked)
+            *(client.ask(picture, question) for client, picture, question in questions)
         )
-        for (_, picture, question), answer in zip(asked, answers, strict=True):
+        for (_, picture, question), answer in zip(questions, answers, strict=True):
             check(answer, picture, question)
         # Each client sent each picture's view once, for any number of questions about it.
         for client in clients:
             sent = [
-                a.view_bytes > 0 for (c, _, _), a in zip(asked, answers, strict=True) if c is client
+                a.view_bytes > 0
+                for (c, _, _), a in zip(questions, answers, strict=True)
+                if c is client
             ]
             assert sum(sent) == len(pictures)
         assert w.proxy.connections == len(clients)
@@ -81,20 +83,20 @@ async def test_two_hundred_questions_from_four_clients_are_neither_lost_nor_cros
 
 async def test_clients_with_the_same_numbers_have_their_own_pictures():
     async with world(slow(0.01)) as w, EdgeClient(w.proxy.url) as other:
-        # Question 1 on view 1, twice, at the same time.
-        mine, theirs = await asyncio.gather(
+        # Both clients ask question 1 about view 1 at the same time.
+        first, second = await asyncio.gather(
             w.client.ask(photo(7), UNSURE), other.ask(photo(8), UNSURE)
         )
-        check(mine, photo(7), UNSURE)
-        check(theirs, photo(8), UNSURE)
+        check(first, photo(7), UNSURE)
+        check(second, photo(8), UNSURE)
 
 
-async def test_more_questions_than_the_server_takes_wait_for_their_turn():
+async def test_more_questions_than_the_server_accepts_wait_for_a_slot():
     limits = {"connection": ServerLimits(max_in_flight=2)}
     async with world(slow(0.002), limits=limits) as w:
-        asked = [(photo(i % 2), f"{UNSURE} {i}") for i in range(12)]
-        answers = await asyncio.gather(*(w.client.ask(p, q) for p, q in asked))
-        for (picture, question), answer in zip(asked, answers, strict=True):
+        questions = [(photo(i % 2), f"{UNSURE} {i}") for i in range(12)]
+        answers = await asyncio.gather(*(w.client.ask(p, q) for p, q in questions))
+        for (picture, question), answer in zip(questions, answers, strict=True):
             check(answer, picture, question)
 
 
@@ -113,14 +115,14 @@ async def test_a_failing_question_does_not_fail_the_others():
         assert "empty" in lines[2]
 
 
-async def test_texts_grow_on_the_way():
+async def test_growing_texts_are_passed_to_on_text():
     async with world(slow(0.02)) as w:
-        told: list[tuple[Stage, str]] = []
-        answer = await w.client.ask(PHOTO, UNSURE, on_text=lambda *news: told.append(news))
+        updates: list[tuple[Stage, str]] = []
+        answer = await w.client.ask(PHOTO, UNSURE, on_text=lambda *update: updates.append(update))
         check(answer, PHOTO, UNSURE)
-        first = [text for stage, text in told if stage is Stage.FIRST]
-        second = [text for stage, text in told if stage is Stage.SECOND]
-        assert [stage for stage, _ in told] == [Stage.FIRST] * len(first) + [Stage.SECOND] * len(
+        first = [text for stage, text in updates if stage is Stage.FIRST]
+        second = [text for stage, text in updates if stage is Stage.SECOND]
+        assert [stage for stage, _ in updates] == [Stage.FIRST] * len(first) + [Stage.SECOND] * len(
             second
         )
         assert first[-1] == answer.first_text
@@ -130,13 +132,13 @@ async def test_texts_grow_on_the_way():
             assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
 
 
-async def test_a_sink_that_fails_takes_its_own_question_back():
+async def test_a_failing_sink_cancels_only_its_own_question():
     async with world(slow(0.05)) as w:
 
         def sink(stage: Stage, text: str) -> None:
-            raise ValueError("a bug of the caller's")
+            raise ValueError("a bug of the caller")
 
-        with pytest.raises(ValueError, match="a bug of the caller's"):
+        with pytest.raises(ValueError, match="a bug of the caller"):
             await w.client.ask(PHOTO, SURE, on_text=sink)
         check(await w.client.ask(PHOTO, SURE), PHOTO, SURE)
         assert w.proxy.passed[Cancel] == 1
@@ -164,7 +166,7 @@ async def test_options_reach_the_server():
         assert short.text == "first"
 
 
-async def test_the_synchronous_front():
+async def test_the_synchronous_client_answers_like_the_async_one():
     async with world() as w:
 
         def work() -> None:
@@ -185,7 +187,7 @@ async def test_the_synchronous_front():
 # ---- cancelled ------------------------------------------------------------------------------
 
 
-async def taken_back(w: World, asking: asyncio.Task[object]) -> None:
+async def cancel_and_check(w: World, asking: asyncio.Task[object]) -> None:
     """Cancel, and check that the client still works and the server keeps nothing."""
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -198,25 +200,27 @@ async def taken_back(w: World, asking: asyncio.Task[object]) -> None:
     ("kind", "question"),
     [(Ask, SURE), (Partial, SURE), (RegionRequest, UNSURE), (Region, UNSURE)],
 )
-async def test_taking_a_question_back(kind, question):
+async def test_a_question_can_be_cancelled_in_every_phase(kind, question):
     async with world(slow(0.2)) as w:
-        told = asyncio.Event()
+        text_arrived = asyncio.Event()
         asking = asyncio.create_task(
             w.client.ask(
                 PHOTO,
                 question,
-                on_text=(lambda *_: told.set()) if kind in (Partial, RegionRequest) else None,
+                on_text=(lambda *_: text_arrived.set())
+                if kind in (Partial, RegionRequest)
+                else None,
             )
         )
         await w.proxy.until_passed(kind)
         if kind is Partial:
-            await told.wait()
-        await taken_back(w, asking)
+            await text_arrived.wait()
+        await cancel_and_check(w, asking)
         assert w.proxy.passed[Cancel] == 1
         assert w.proxy.connections == 1
 
 
-async def test_taking_back_while_connecting():
+async def test_cancelling_while_connecting_keeps_the_attempt_for_others():
     async with world(connect=False) as w:
         w.proxy.stalling = True
         asking = asyncio.create_task(w.client.ask(PHOTO, SURE))
@@ -233,7 +237,7 @@ async def test_taking_back_while_connecting():
         assert w.proxy.passed[Ask] == 1
 
 
-async def test_taking_back_while_waiting_for_a_slot():
+async def test_cancelling_while_waiting_for_a_slot_sends_nothing():
     limits = {"connection": ServerLimits(max_in_flight=1)}
     async with world(slow(0.2), limits=limits) as w:
         first = asyncio.create_task(w.client.ask(PHOTO, SURE))
@@ -254,10 +258,10 @@ async def test_taking_back_while_waiting_for_a_slot():
 
 async def test_closing_the_client_ends_every_question():
     async with world(slow(0.2)) as w:
-        asked = [asyncio.create_task(w.client.ask(photo(i), SURE)) for i in range(3)]
+        questions = [asyncio.create_task(w.client.ask(photo(i), SURE)) for i in range(3)]
         await w.proxy.until_passed(Ask, 3)
         await w.client.close()
-        for result in await asyncio.gather(*asked, return_exceptions=True):
+        for result in await asyncio.gather(*questions, return_exceptions=True):
             assert isinstance(result, CollabError)
             assert "closed" in str(result)
         with pytest.raises(CollabError, match="closed"):
@@ -291,7 +295,7 @@ async def test_a_region_over_the_limit_is_declined():
         check(answer, PHOTO, UNSURE, refined=False)
 
 
-async def test_no_more_regions_than_allowed():
+async def test_no_more_regions_than_allowed_are_sent():
     async with world() as w:
         async with EdgeClient(w.proxy.url, limits=EdgeLimits(max_regions=2)) as strict:
             answers = [await strict.ask(photo(i), UNSURE) for i in range(3)]
@@ -318,14 +322,16 @@ async def test_a_crop_that_fails_is_declined(caplog):
 
 async def test_a_busy_server_is_asked_again():
     async with world(slow(0.1), limits={"max_questions": 1}) as w:
-        asked = [(photo(i), SURE if i % 2 else UNSURE) for i in range(4)]
-        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
+        questions = [(photo(i), SURE if i % 2 else UNSURE) for i in range(4)]
+        for (picture, question), answer in zip(
+            questions, await w.client.ask_many(questions), strict=True
+        ):
             assert not isinstance(answer, Exception), answer
             check(answer, picture, question)
-        assert w.proxy.passed[Ask] > len(asked)
+        assert w.proxy.passed[Ask] > len(questions)
 
 
-async def test_busy_for_longer_than_the_deadline_is_told_at_once():
+async def test_busy_for_longer_than_the_deadline_is_reported_at_once():
     async with world(slow(0.5), limits={"max_questions": 1}) as w:
         first = asyncio.create_task(w.client.ask(PHOTO, SURE))
         await w.proxy.until_passed(Ask)
@@ -334,7 +340,7 @@ async def test_busy_for_longer_than_the_deadline_is_told_at_once():
         check(await first, PHOTO, SURE)
 
 
-async def test_a_view_that_is_gone_is_sent_again_by_itself():
+async def test_a_view_that_the_server_dropped_is_sent_again():
     room_for_one = {"max_view_bytes": 112 * 112 * 3 + 100}
     async with world(limits=room_for_one) as w:
         for i in (1, 2, 1, 2):
@@ -346,17 +352,19 @@ async def test_a_view_that_is_gone_is_sent_again_by_itself():
         assert again.view_bytes == 0
 
 
-async def test_many_pictures_in_little_room():
+async def test_many_pictures_are_answered_with_little_view_memory():
     async with world(slow(0.002), limits={"max_view_bytes": 2 * 112 * 112 * 3 + 100}) as w:
-        asked = [(photo(i % 4), f"{UNSURE} {i}") for i in range(12)]
-        for (picture, question), answer in zip(asked, await w.client.ask_many(asked), strict=True):
+        questions = [(photo(i % 4), f"{UNSURE} {i}") for i in range(12)]
+        for (picture, question), answer in zip(
+            questions, await w.client.ask_many(questions), strict=True
+        ):
             assert not isinstance(answer, Exception), answer
             check(answer, picture, question)
 
 
-async def test_the_first_of_several_on_a_new_picture_may_be_refused():
+async def test_questions_are_answered_if_the_one_with_the_view_is_refused():
     async with world(slow(0.03), limits={"max_questions": 1}) as w:
-        # This one fills the server's memory, so that the question with the pixels is refused.
+        # This question occupies the server, so that the question with the view is refused.
         busy = asyncio.create_task(w.client.ask(photo(9), SURE))
         await w.proxy.until_passed(Ask)
         questions = [f"{UNSURE} {i}" for i in range(3)]
@@ -366,7 +374,7 @@ async def test_the_first_of_several_on_a_new_picture_may_be_refused():
         check(await busy, photo(9), SURE)
 
 
-async def test_a_refusal_for_good_is_told_with_the_servers_reason():
+async def test_a_final_refusal_is_raised_with_the_servers_reason():
     async with world() as w:
         with pytest.raises(ServerError, match="eta must be") as caught:
             await w.client.ask(PHOTO, SURE, options=Options(eta=-1.0))
@@ -374,17 +382,17 @@ async def test_a_refusal_for_good_is_told_with_the_servers_reason():
         check(await w.client.ask(PHOTO, SURE), PHOTO, SURE)
 
 
-async def test_two_servers_at_once_in_one_program():
-    async with running(service()) as here, running(service()) as there:
-        async with EdgeClient(here) as one, EdgeClient(there) as two:
-            mine, theirs = await asyncio.gather(one.ask(PHOTO, UNSURE), two.ask(photo(2), UNSURE))
-            check(mine, PHOTO, UNSURE)
-            check(theirs, photo(2), UNSURE)
+async def test_one_program_can_ask_two_servers_at_once():
+    async with running(service()) as url, running(service()) as other_url:
+        async with EdgeClient(url) as one, EdgeClient(other_url) as two:
+            first, second = await asyncio.gather(one.ask(PHOTO, UNSURE), two.ask(photo(2), UNSURE))
+            check(first, PHOTO, UNSURE)
+            check(second, photo(2), UNSURE)
 
 
-async def test_a_cut_and_a_cancel_at_the_same_time():
+async def test_a_cut_and_a_cancel_at_the_same_time_leave_the_client_usable():
     async with world(slow(0.05)) as w:
         rule = w.proxy.rule(Answer, Where.BEFORE, What.CUT)
         asking = asyncio.create_task(w.client.ask(PHOTO, UNSURE))
         await rule.fired.wait()
-        await taken_back(w, asking)
+        await cancel_and_check(w, asking)

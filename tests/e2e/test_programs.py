@@ -1,7 +1,7 @@
-"""Requests of existing programs, to the service and to the gateway before it.
+"""Requests of existing programs, to the service and to the gateway in front of it.
 
-Those of the Vercel AI SDK were recorded (`ai` 6.0.326 with `@ai-sdk/openai` 3.0.141), the others
-are written as the programs' sources make them.
+Requests of the Vercel AI SDK were recorded (`ai` 6.0.326 with `@ai-sdk/openai` 3.0.141). The others
+are written after the programs' sources.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ CALL = {
     "type": "function",
     "function": {"name": "get_live_context", "arguments": '{"camera": "door"}'},
 }
-SHOWN = {"type": "image_url", "image_url": {"url": data_url(PHOTO), "detail": "low"}}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": data_url(PHOTO), "detail": "low"}}
 
 
 @asynccontextmanager
 async def both(**options: Any) -> AsyncIterator[tuple[Deployment, list[httpx.AsyncClient]]]:
     """The service and the gateway, for plain HTTP below `/v1`."""
-    async with deployed(**options) as here:
-        direct = http(here.proxy.url) + "/v1"
+    async with deployed(**options) as deployment:
+        direct = http(deployment.proxy.url) + "/v1"
         async with httpx.AsyncClient(
             base_url=direct, trust_env=False, timeout=PATIENCE_S
         ) as server:
-            yield here, [server, here.http]
+            yield deployment, [server, deployment.http]
 
 
-def of(stream: str) -> str:
+def streamed_text(stream: str) -> str:
     """The text of a streamed chat completion."""
     lines = [line[6:] for line in stream.splitlines() if line.startswith("data: {")]
     choices = [choice for line in lines for choice in json.loads(line)["choices"]]
@@ -71,7 +71,7 @@ def of(stream: str) -> str:
 OPEN_WEBUI = {
     "stream": True,
     "stream_options": {"include_usage": True},
-    "messages": [{"role": "user", "content": [{"type": "text", "text": SURE}, SHOWN]}],
+    "messages": [{"role": "user", "content": [{"type": "text", "text": SURE}, IMAGE_PART]}],
     "tools": TOOLS,
 }
 FRIGATE_CHAT = {
@@ -82,7 +82,7 @@ FRIGATE_CHAT = {
         {"role": "user", "content": "who is at the door?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call_8f1", "content": '{"camera": "door"}'},
-        {"role": "user", "content": [{"type": "text", "text": SURE}, SHOWN]},
+        {"role": "user", "content": [{"type": "text", "text": SURE}, IMAGE_PART]},
     ],
     "tools": TOOLS,
     "tool_choice": "auto",
@@ -91,12 +91,16 @@ AUTOGEN = {
     "stream": True,
     "messages": [
         {"role": "system", "content": "Be short."},
-        {"role": "user", "name": "user_proxy", "content": [{"type": "text", "text": SURE}, SHOWN]},
+        {
+            "role": "user",
+            "name": "user_proxy",
+            "content": [{"type": "text", "text": SURE}, IMAGE_PART],
+        },
     ],
 }
 LLAMA_CPP = {
     "stream": True,
-    "messages": [{"role": "user", "content": [{"type": "text", "text": SURE}, SHOWN]}],
+    "messages": [{"role": "user", "content": [{"type": "text", "text": SURE}, IMAGE_PART]}],
     "cache_prompt": True,
     "top_k": 40,
     "min_p": 0.05,
@@ -107,7 +111,7 @@ LLAMA_CPP = {
 
 
 @pytest.mark.parametrize(
-    ("body", "asked", "listed"),
+    ("body", "question", "listed"),
     [
         (OPEN_WEBUI, SURE, "tools"),
         (
@@ -121,22 +125,22 @@ LLAMA_CPP = {
     ],
 )
 async def test_a_picture_in_a_programs_own_form_is_answered(
-    body: dict[str, Any], asked: str, listed: str | None
+    body: dict[str, Any], question: str, listed: str | None
 ) -> None:
     async with both() as (_, clients):
         for client in clients:
             streamed = await client.post("/chat/completions", json={"model": MODEL, **body})
             assert streamed.status_code == 200, streamed.text
-            assert of(streamed.text).split(" ", 2)[2] == asked
+            assert streamed_text(streamed.text).split(" ", 2)[2] == question
             assert streamed.headers.get(IGNORED) == listed
             whole = {name: one for name, one in body.items() if not name.startswith("stream")}
             answer = await client.post("/chat/completions", json={"model": MODEL, **whole})
             (choice,) = answer.json()["choices"]
-            assert choice["message"]["content"].split(" ", 2)[2] == asked
+            assert choice["message"]["content"].split(" ", 2)[2] == question
             assert answer.headers.get(IGNORED) == listed
 
 
-async def test_a_tool_that_is_demanded_is_refused() -> None:
+async def test_a_required_tool_call_is_refused() -> None:
     named = {"type": "function", "function": {"name": "get_live_context"}}
     async with both() as (_, clients):
         for client in clients:
@@ -148,12 +152,12 @@ async def test_a_tool_that_is_demanded_is_refused() -> None:
                 assert "\n" not in error["message"]
 
 
-@pytest.mark.parametrize("shown", [[], [SHOWN]])
-async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
-    shown: list[Any],
+@pytest.mark.parametrize("images", [[], [IMAGE_PART]])
+async def test_the_older_field_for_a_required_call_is_refused(
+    images: list[Any],
 ) -> None:
     """A gateway forwards requests without pictures, but not this field."""
-    content = [{"type": "text", "text": SURE}, *shown]
+    content = [{"type": "text", "text": SURE}, *images]
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": content}],
@@ -172,7 +176,7 @@ async def test_the_older_form_of_a_demand_is_refused_with_and_without_a_picture(
                 assert answer.headers[IGNORED] == "functions"
 
 
-async def test_texts_with_tools_go_on_to_the_server_without_what_it_would_ignore() -> None:
+async def test_ignored_fields_are_listed_for_requests_without_pictures() -> None:
     """Both sides list ignored fields; fields that must not leave the device are not forwarded."""
     body = {
         "model": MODEL,
@@ -191,11 +195,11 @@ async def test_texts_with_tools_go_on_to_the_server_without_what_it_would_ignore
 
 
 def ai_sdk(*items: dict[str, Any], **more: Any) -> dict[str, Any]:
-    shown = [
+    content = [
         {"type": "input_text", "text": SURE},
         {"type": "input_image", "image_url": data_url(PHOTO)},
     ]
-    begun = [{"role": "system", "content": "be short"}, {"role": "user", "content": shown}]
+    begun = [{"role": "system", "content": "be short"}, {"role": "user", "content": content}]
     return {"model": MODEL, "input": [*begun, *items], **more}
 
 
@@ -203,22 +207,22 @@ def ai_sdk_asks(text: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "input_text", "text": text}]}
 
 
-async def test_the_ai_sdk_refers_to_what_was_answered() -> None:
+async def test_the_ai_sdk_can_refer_to_an_earlier_answer() -> None:
     async with both() as (_, clients):
         for client in clients:
             first = (await client.post("/responses", json=ai_sdk())).json()
-            (said,) = first["output"]
-            text = said["content"][0]["text"]
-            referred = {"type": "item_reference", "id": said["id"]}
+            (message,) = first["output"]
+            text = message["content"][0]["text"]
+            referred = {"type": "item_reference", "id": message["id"]}
             body = ai_sdk(referred, ai_sdk_asks("and now?"))
             second = (await client.post("/responses", json=body)).json()
-            told = second["output"][0]["content"][0]["text"]
-            assert told.split(" ", 2)[2] == f"be short\n{SURE} {text} and now?"
-            # The same as if the client had sent the answer itself.
+            answer = second["output"][0]["content"][0]["text"]
+            assert answer.split(" ", 2)[2] == f"be short\n{SURE} {text} and now?"
+            # The client gets the same if it sends the answer itself.
             whole = {"role": "assistant", "content": [{"type": "output_text", "text": text}]}
             body = ai_sdk(whole, ai_sdk_asks("and now?"))
             again = (await client.post("/responses", json=body)).json()
-            assert again["output"][0]["content"][0]["text"] == told
+            assert again["output"][0]["content"][0]["text"] == answer
             streamed = await client.post(
                 "/responses",
                 json=ai_sdk(
@@ -232,7 +236,7 @@ async def test_the_ai_sdk_refers_to_what_was_answered() -> None:
             assert "response.output_text.done" in streamed.text
 
 
-async def test_an_answer_that_is_gone_is_not_found() -> None:
+async def test_a_reference_to_an_unknown_answer_is_not_found() -> None:
     async with both() as (_, clients):
         for client in clients:
             first = (await client.post("/responses", json=ai_sdk())).json()
@@ -249,13 +253,13 @@ async def test_an_answer_that_is_gone_is_not_found() -> None:
                 assert id in error["message"]
 
 
-async def test_an_answer_belongs_to_whoever_asked() -> None:
-    """At the service to the key, at the gateway to the camera."""
+async def test_a_reference_works_only_with_the_key_of_its_answer() -> None:
+    """At the service an answer belongs to a key; at the gateway it belongs to a camera."""
     async with both(config={"token": "one", "more_tokens": ("two",)}, token="one") as (_, clients):
         server, _ = clients
         keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
-        made = await server.post("/responses", json=ai_sdk(), headers=keys[0])
-        referred = {"type": "item_reference", "id": made.json()["output"][0]["id"]}
+        reply = await server.post("/responses", json=ai_sdk(), headers=keys[0])
+        referred = {"type": "item_reference", "id": reply.json()["output"][0]["id"]}
         body = ai_sdk(referred, ai_sdk_asks("and now?"))
         statuses = [
             (await server.post("/responses", json=body, headers=key)).status_code for key in keys
@@ -263,10 +267,10 @@ async def test_an_answer_belongs_to_whoever_asked() -> None:
         assert statuses == [200, 404]
 
 
-async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is_referred_to():
+async def test_an_answer_outlives_its_picture_and_a_reference_renews_it():
     limits = OpenAiLimits(keep_s=0.05, keep_answers_s=600, max_kept=2)
-    mine = {"max_responses": 1, "max_answers": 2}
-    async with both(config={"openai": limits}, limits=mine) as (here, clients):
+    gateway_limits = {"max_responses": 1, "max_answers": 2}
+    async with both(config={"openai": limits}, limits=gateway_limits) as (deployment, clients):
         for client in clients:
 
             async def answered(client: httpx.AsyncClient = client) -> dict[str, Any]:
@@ -279,16 +283,16 @@ async def test_an_answer_is_kept_for_longer_than_its_picture_and_anew_when_it_is
 
             first = await answered()
             async with asyncio.timeout(PATIENCE_S):
-                while here.service.openai.responses.count:
+                while deployment.service.openai.responses.count:
                     await asyncio.sleep(0.01)
             second = await answered()
             assert await status(first) == 200  # so it is the most recently used now
             third = await answered()
             assert [await status(each) for each in (first, second, third)] == [200, 404, 200]
-        assert here.service.openai.answers.count == 2
+        assert deployment.service.openai.answers.count == 2
 
 
-async def test_tools_of_the_ai_sdk_are_an_offer() -> None:
+async def test_optional_tools_of_the_ai_sdk_are_ignored() -> None:
     tools = [
         {"type": "function", "name": "weather", "description": "w", "parameters": {}},
         {"type": "web_search"},
@@ -303,24 +307,24 @@ async def test_tools_of_the_ai_sdk_are_an_offer() -> None:
                 assert answer.headers[IGNORED] == "tools"
 
 
-async def test_the_longest_question_is_an_option() -> None:
-    """In bytes of all texts, with a picture and without one."""
-    for who in range(2):
-        service_limits = {"connection": ServerLimits(max_question_bytes=100)} if who == 0 else None
-        limits = {"max_question_bytes": 100} if who == 1 else None
+async def test_max_question_bytes_counts_all_texts() -> None:
+    """The limit counts the bytes of all texts, with a picture and without one."""
+    for side in range(2):  # the service, then the gateway
+        service_limits = {"connection": ServerLimits(max_question_bytes=100)} if side == 0 else None
+        limits = {"max_question_bytes": 100} if side == 1 else None
         async with both(service_limits=service_limits, limits=limits) as (_, clients):
             for text, fits in (("ä" * 50, True), ("ä" * 51, False)):
-                for content in (text, [{"type": "text", "text": text}, SHOWN]):
+                for content in (text, [{"type": "text", "text": text}, IMAGE_PART]):
                     body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
-                    answer = await clients[who].post("/chat/completions", json=body)
+                    answer = await clients[side].post("/chat/completions", json=body)
                     assert answer.status_code == (200 if fits else 400), answer.text
                     assert fits or "102 bytes" in answer.json()["error"]["message"]
 
 
-# ---- models and unknown routes----------------------------------------------------------------
+# ---- models and unknown routes ---------------------------------------------------------------
 
 
-async def test_models_say_how_much_they_take_and_what() -> None:
+async def test_models_list_their_context_length_and_modalities() -> None:
     backend = FakeBackend(info=replace(DEFAULT_INFO, context_tokens=2048))
     async with both(backend=backend) as (_, clients):
         for client in clients:
@@ -333,12 +337,12 @@ async def test_models_say_how_much_they_take_and_what() -> None:
             assert (await client.get("/models/")).json()["data"] == [listed]
 
 
-async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
+async def test_without_a_known_context_length_none_is_listed() -> None:
     """Like an older service, which speaks the protocol but has no OpenAI endpoint."""
-    mine = service()
-    mine.openai.routes = list  # type: ignore[method-assign]
+    old_service = service()
+    old_service.openai.routes = list  # type: ignore[method-assign]
     async with (
-        serving(mine) as url,
+        serving(old_service) as url,
         running(gateway(url)) as base,
         httpx.AsyncClient(base_url=base, trust_env=False, timeout=PATIENCE_S) as client,
     ):
@@ -359,10 +363,10 @@ async def test_a_server_that_does_not_say_how_much_it_takes() -> None:
         ("/cameras/door/chat/completions", "/v1/chat/completions"),
     ],
 )
-async def test_a_version_missing_in_the_path_is_suggested(path: str, meant: str) -> None:
+async def test_the_right_path_is_suggested_for_a_similar_one(path: str, meant: str) -> None:
     async with both() as (_, clients):
         for client, camera in zip(clients, ("", "/cameras/door"), strict=True):
-            if path.startswith(camera):  # which the gateway has
+            if path.startswith(camera):  # only the gateway has cameras
                 meant = camera + meant
             root = str(client.base_url).removesuffix("/v1/").rstrip("/")
             answer = await client.post(root + path, json={})
@@ -372,7 +376,7 @@ async def test_a_version_missing_in_the_path_is_suggested(path: str, meant: str)
             assert path.rstrip("/") in error["message"]
 
 
-async def test_other_addresses_are_told_in_openais_form() -> None:
+async def test_unknown_routes_are_refused_in_openais_format() -> None:
     async with both() as (_, clients):
         for client in clients:
             root = str(client.base_url).removesuffix("/v1/").rstrip("/")
@@ -389,7 +393,7 @@ async def test_other_addresses_are_told_in_openais_form() -> None:
                 error = answer.json()["error"]
                 assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
                 assert "\n" not in error["message"]
-                if status == 405:  # no suggestion of the address that was used
+                if status == 405:  # the path that was used is not suggested
                     assert answer.headers["allow"]
                     assert "did you mean" not in error["message"]
             assert "/v1" in (await client.get(root + "/api/tags")).json()["error"]["message"]
@@ -399,8 +403,8 @@ async def test_other_addresses_are_told_in_openais_form() -> None:
 
 
 def raw_deflate(data: bytes) -> bytes:
-    made = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return made.compress(data) + made.flush()
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
 
 
 @pytest.mark.parametrize(
@@ -423,7 +427,7 @@ async def test_a_compressed_request_is_read(
         for client in clients:
             answer = await client.post("/chat/completions", content=body, headers=headers)
             assert answer.status_code == 200, answer.text
-            assert of(answer.text).endswith(SURE)
+            assert streamed_text(answer.text).endswith(SURE)
 
 
 SMALL = 1 << 20
@@ -431,7 +435,7 @@ BODY = json.dumps({"model": MODEL, **AUTOGEN}).encode()
 
 
 @pytest.mark.parametrize(
-    ("encoding", "body", "status", "told"),
+    ("encoding", "body", "status", "reason"),
     [
         ("br", b"x", 415, "br"),
         ("gzip, br", b"x", 415, "gzip, br"),
@@ -445,8 +449,8 @@ BODY = json.dumps({"model": MODEL, **AUTOGEN}).encode()
         ("gzip", gzip.compress(b" " * (64 << 20)), 413, "bytes|MiB"),
     ],
 )
-async def test_a_request_that_cannot_be_inflated_is_one_line(
-    encoding: str, body: bytes, status: int, told: str
+async def test_a_request_that_cannot_be_decompressed_is_refused(
+    encoding: str, body: bytes, status: int, reason: str
 ) -> None:
     headers = {"content-type": "application/json", "content-encoding": encoding}
     limits = {"wire": WireLimits(max_body_bytes=SMALL)}
@@ -456,5 +460,5 @@ async def test_a_request_that_cannot_be_inflated_is_one_line(
             answer = await client.post("/chat/completions", content=body, headers=headers)
             message = answer.json()["error"]["message"]
             assert answer.status_code == status, message
-            assert any(word in message for word in told.split("|"))
+            assert any(word in message for word in reason.split("|"))
             assert "\n" not in message

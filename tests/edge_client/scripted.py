@@ -82,17 +82,20 @@ class Peer:
                 return event
 
     async def flush(self) -> None:
+        """Send what the session has queued."""
         for frame in self.session.data_to_send():
             await self.socket.send(frame)
 
     async def greet(self, **changes: Any) -> Hello:
+        """Receive `Hello` and answer it with `Welcome`."""
         hello = await self.next()
         assert isinstance(hello, Hello)
         self.session.send_welcome(welcome(**changes))
         await self.flush()
         return hello
 
-    async def asked(self) -> Ask:
+    async def next_ask(self) -> Ask:
+        """Return the edge's next message, which must be an `Ask`."""
         ask = await self.next()
         assert isinstance(ask, Ask)
         return ask
@@ -108,7 +111,7 @@ class Peer:
     async def answer_all(self) -> None:
         """Echo every question until the edge disconnects."""
         while True:
-            ask = await self.asked()
+            ask = await self.next_ask()
             await self.answer(ask.id, f"echo {ask.question}")
 
 
@@ -151,7 +154,7 @@ async def scripted(*scripts: Script, **options: Any) -> AsyncIterator[Server]:
 
 
 @asynccontextmanager
-async def speaking(reply: bytes) -> AsyncIterator[str]:
+async def replying(reply: bytes) -> AsyncIterator[str]:
     """A TCP server that answers everything with the same bytes and closes the connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -51,11 +51,11 @@ def run(capsys):
     """Run a command line; return its exit code, stdout and stderr."""
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             cli.main([str(argument) for argument in arguments])
-        written = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, written.out, written.err
+        output = capsys.readouterr()
+        assert isinstance(exit_info.value.code, int)
+        return exit_info.value.code, output.out, output.err
 
     return call
 
@@ -85,7 +85,7 @@ async def conversation(log: Path, *, fit: int = 0) -> tuple[list[bytes], str]:
 
     async def script(peer: Peer) -> None:
         await peer.greet(fit=fit)
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         assert isinstance(ask, Ask)
         peer.session.request_region(request(ask.id, index=27, side_px=160, target_width=120))
         region = await peer.next()
@@ -137,7 +137,7 @@ async def test_an_image_is_in_the_log_before_it_leaves(tmp_path, monkeypatch):
 
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         listed.append(len(read_log(log).images))
         log.rename(tmp_path / "old")
         log.mkdir()
@@ -157,7 +157,7 @@ async def test_an_image_is_in_the_log_before_it_leaves(tmp_path, monkeypatch):
             await client.ask(saved(photo(90, 90), "PNG"), "why?")
 
 
-def test_the_line_after_a_crash_starts_a_new_one(tmp_path):
+def test_the_first_entry_after_a_crash_starts_a_new_line(tmp_path):
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.write(view_line(question="one"))
@@ -182,24 +182,24 @@ def test_a_cut_last_line_is_skipped(cut, tmp_path):
 
 
 def test_black_areas_are_written_again_when_their_line_is_gone(tmp_path):
-    """`logrotate` with `copytruncate`, a shell's `>`, a file that was moved away."""
+    """After `logrotate` with `copytruncate`, a shell's `>`, or moving the file away."""
     path, boxes = tmp_path / "audit.jsonl", (Box(0, 0, 160, 480),)
     log, other = AuditLog(path), AuditLog(path)
 
     def writes(writer: AuditLog) -> None:
         writer.write(view_line(hidden=writer.hidden(boxes, NOW)))
 
-    def told() -> int:
+    def hidden_line_count() -> int:
         read = read_log(path)
         assert all(read.hidden[line.hidden] == boxes for line in read.images)
         return sum(isinstance(parsed(raw), HiddenLine) for raw in path.read_bytes().splitlines())
 
     writes(log)
     writes(log)
-    assert told() == 1
+    assert hidden_line_count() == 1
     os.truncate(path, 0)
     writes(log)
-    assert told() == 1
+    assert hidden_line_count() == 1
     os.truncate(path, 0)
     for _ in range(9):  # until it is longer than before
         other.write(view_line())
@@ -208,7 +208,7 @@ def test_black_areas_are_written_again_when_their_line_is_gone(tmp_path):
     path.rename(tmp_path / "old")
     writes(log)
     writes(log)
-    assert told() == 1
+    assert hidden_line_count() == 1
 
 
 def test_written_black_areas_are_not_kept_in_memory(tmp_path):
@@ -216,23 +216,23 @@ def test_written_black_areas_are_not_kept_in_memory(tmp_path):
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
 
-    def tell() -> None:
+    def write_areas() -> None:
         for size in range(20):
             log.hidden((Box(x, size, x + 5, size + 4) for x in range(2000)), NOW)
 
     tracemalloc.start()
     try:
-        tell()
+        write_areas()
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     written_bytes = path.stat().st_size
     assert kept_bytes < written_bytes / 20
-    tell()  # the file still has the line, so nothing is written
+    write_areas()  # the file still has the line, so nothing is written
     assert path.stat().st_size == written_bytes
 
 
-def test_writers_do_not_cut_into_each_other(tmp_path):
+def test_concurrent_writers_do_not_mix_their_lines(tmp_path):
     path = tmp_path / "audit.jsonl"
 
     def write(number: int) -> None:
@@ -329,7 +329,7 @@ def test_a_line_with_another_picture_size_is_reported(run, tmp_path):
 # The command
 
 
-async def test_a_table_for_people_and_totals(run, tmp_path):
+async def test_the_table_lists_images_and_totals(run, tmp_path):
     log = tmp_path / "audit.jsonl"
     await conversation(log)
     AuditLog(log).write(view_line(camera="evil \x1b[31m[red]cam", bytes=10))
@@ -346,7 +346,7 @@ async def test_a_table_for_people_and_totals(run, tmp_path):
         assert line.sha256[:12] in out
 
 
-async def test_json_for_programs(run, tmp_path):
+async def test_json_lists_images_and_totals(run, tmp_path):
     log = tmp_path / "audit.jsonl"
     got, url = await conversation(log)
     for minutes, bytes in ((0, 20), (29, 30), (31, 40)):
@@ -378,11 +378,11 @@ async def test_what_was_seen_is_drawn_over_the_original(fit, run, tmp_path):
     log, original, out = tmp_path / "audit.jsonl", tmp_path / "photo.jpg", tmp_path / "seen.png"
     original.write_bytes(PHOTO)
     got, _ = await conversation(log, fit=fit)
-    code, told, err = await asyncio.to_thread(
+    code, stdout, err = await asyncio.to_thread(
         run, "audit", log, "--picture", original, "--out", out
     )
     assert (code, err) == (0, "")
-    assert "2 images, 2 of them byte for byte" in told
+    assert "2 images, 2 of them byte for byte" in stdout
     drawn = Image.open(out)
     assert drawn.size == SIZE
     upright = photo(*SIZE)
@@ -412,31 +412,36 @@ async def test_images_with_unknown_black_areas_are_not_drawn(run, tmp_path):
     kept = [raw for raw in lines if not isinstance(parsed(raw), HiddenLine)]
     log.write_bytes(b"".join(kept))
     drawing = ("--picture", original, "--out", out)
-    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing)
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log, *drawing)
     assert code == 0
-    assert "0 images" in told
-    assert "2 more" in told
-    assert told.count("\n") == 1
+    assert "0 images" in stdout
+    assert "2 more" in stdout
+    assert stdout.count("\n") == 1
     grey = np.asarray(Image.open(out).convert("RGB"))
     assert grey.std(axis=2).max() == 0  # only the dimmed original
-    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing, "--json")
-    assert json.loads(told) | {"out": ""} == {"out": "", "images": 0, "same_bytes": 0, "unknown": 2}
-    code, told, _ = await asyncio.to_thread(run, "audit", log)
-    assert told.count("black areas unknown") == 2
-    assert "some black" not in told
-    code, told, _ = await asyncio.to_thread(run, "audit", log, "--json")
-    images = [line for line in map(json.loads, told.splitlines()) if line["kind"] != "total"]
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log, *drawing, "--json")
+    assert json.loads(stdout) | {"out": ""} == {
+        "out": "",
+        "images": 0,
+        "same_bytes": 0,
+        "unknown": 2,
+    }
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log)
+    assert stdout.count("black areas unknown") == 2
+    assert "some black" not in stdout
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log, "--json")
+    images = [line for line in map(json.loads, stdout.splitlines()) if line["kind"] != "total"]
     assert [line["hidden"] for line in images] == [None, None]
     # A line from another log supplies one of the missing areas.
-    told_line = next(raw for raw in lines if raw not in kept)
+    hidden_line = next(raw for raw in lines if raw not in kept)
     AuditLog(log).write(view_line(hidden="0" * 16))
-    log.write_bytes(log.read_bytes() + told_line)
-    code, told, _ = await asyncio.to_thread(run, "audit", log, *drawing)
-    assert "2 images, 2 of them byte for byte" in told
-    assert "more" not in told
+    log.write_bytes(log.read_bytes() + hidden_line)
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log, *drawing)
+    assert "2 images, 2 of them byte for byte" in stdout
+    assert "more" not in stdout
 
 
-async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
+async def test_a_camera_frame_is_recognised_by_its_pixels(run, tmp_path):
     log, copy, out = tmp_path / "audit.jsonl", tmp_path / "frame.png", tmp_path / "seen.png"
     frame = photo(*SIZE)
     frame.save(copy)
@@ -444,9 +449,9 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
     masked = guard.masked(Picture.from_pil(frame))
     form = (Size(80, 60), Fit.STRETCH, Codec.WEBP, 80)
     guard.question("why?").views_leave([(masked, masked.view(*form))], *form)
-    code, told, _ = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
+    code, stdout, _ = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
     assert code == 0
-    assert "1 images, 1 of them" in told
+    assert "1 images, 1 of them" in stdout
     frame.putpixel((0, 0), (9, 9, 9))
     frame.save(copy)
     code, _, err = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
@@ -455,18 +460,18 @@ async def test_a_camera_frame_is_known_by_its_pixels(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reason"),
     [
         (["none.jsonl"], "No such file"),
         (["."], "Is a directory"),
-        (["noise"], "no audit log"),
-        (["log", "--picture", "p.png"], "--out belong together"),
+        (["noise"], "not an audit log"),
+        (["log", "--picture", "p.png"], "--picture and --out together"),
         (["log", "--picture", "none.png", "--out", "s.png"], "none.png: no such file"),
         (["log", "--picture", "p.png", "--out", "s.tiff"], "must end in"),
         (["log", "--picture", "p.png", "--out", "s.png"], "lists no image"),
     ],
 )
-def test_wrong_use_is_one_line(arguments, told, run, tmp_path, monkeypatch):
+def test_wrong_usage_is_reported_in_one_line(arguments, reason, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("noise").write_bytes(b"\x00\xff\n\n\x01")
     AuditLog("log").write(view_line())
@@ -475,10 +480,10 @@ def test_wrong_use_is_one_line(arguments, told, run, tmp_path, monkeypatch):
     assert code in (2, 3)
     assert out == ""
     assert err.count("\n") == 1
-    assert told in err
+    assert reason in err
 
 
-def test_an_empty_log_is_a_log(run, tmp_path):
+def test_an_empty_log_is_valid(run, tmp_path):
     AuditLog(tmp_path / "log")
     assert run("audit", tmp_path / "log", "--json") == (0, "", "")
     with pytest.raises(ConfigError):
@@ -510,19 +515,19 @@ async def test_ask_keeps_to_the_policy_and_writes_the_log(run, tmp_path):
             log,
             "--json",
         )
-        told = {}
+        results = {}
         for camera in ("default", "open", "asleep", None):
             which = ("--camera", camera) if camera else ()
             code, out, _ = await asyncio.to_thread(run, *common, *which)
-            told[camera] = code, json.loads(out)
+            results[camera] = code, json.loads(out)
         _, people, _ = await asyncio.to_thread(run, *common[:-3])
     for camera in ("default", None):
-        code, answer = told[camera]
+        code, answer = results[camera]
         assert (code, answer["refined"], answer["fallback"]) == (0, False, "declined")
         assert (answer["region_bytes"], answer["declined"]) == (0, "limit")
-    assert told["open"][1]["refined"] is True
+    assert results["open"][1]["refined"] is True
     assert "not sent, it is over a limit" in people
-    code, refused = told["asleep"]
+    code, refused = results["asleep"]
     assert (code, refused["code"]) == (8, "PRIVACY")
     assert "00:00-24:00" in refused["error"]
     kinds = [(line.camera, isinstance(line, RegionLine)) for line in read_log(log).images]

@@ -47,7 +47,7 @@ cameras:
 """
 
 
-def seen() -> Image.Image:
+def upright_scene() -> Image.Image:
     """The scene in front of the camera, upright."""
     x, y = np.meshgrid(np.linspace(0, 1, SIZE[0]), np.linspace(0, 1, SIZE[1]))
     grey = (60 + 90 * x + 70 * y + 20 * np.sin(40 * x)).astype(np.uint8)
@@ -71,7 +71,7 @@ MATRICES = {
 
 
 def stored(image: Image.Image, orientation: int) -> Image.Image:
-    """The picture as it is stored in a file with this orientation."""
+    """The pixels as a file with this orientation stores them."""
     file = Image.open(io.BytesIO(turned(image, orientation, "PNG")))
     file.load()
     return file.convert("RGB")
@@ -85,9 +85,9 @@ def test_a_display_matrix_is_one_of_eight_orientations(orientation, scale):
     # Compare with the matrix itself, pixel by pixel.
     lying = np.arange(6, dtype=np.uint8).reshape(2, 3)
     a, b, c, d = MATRICES[orientation]
-    shown = {(a * p + c * q, b * p + d * q): lying[q, p] for q in range(2) for p in range(3)}
-    columns, rows = (sorted({place[axis] for place in shown}) for axis in (0, 1))
-    expected = [[shown[column, row] for column in columns] for row in rows]
+    pixels = {(a * p + c * q, b * p + d * q): lying[q, p] for q in range(2) for p in range(3)}
+    columns, rows = (sorted({place[axis] for place in pixels}) for axis in (0, 1))
+    expected = [[pixels[column, row] for column in columns] for row in rows]
     assert np.asarray(transposed(Image.fromarray(lying), orientation)).tolist() == expected
 
 
@@ -97,12 +97,12 @@ def test_any_matrix_is_read_as_some_orientation(matrix):
     assert orientation_of((a, b, 0, c, d, 0, 0, 0, 1)) in MATRICES
 
 
-# ---- where pictures come from -----------------------------------------------------------------
+# ---- sources of pictures -----------------------------------------------------------------
 
 
 def file(orientation: int, folder: Path, stack: ExitStack) -> str:
     path = folder / "picture.jpg"
-    path.write_bytes(turned(seen(), orientation, quality=95))
+    path.write_bytes(turned(upright_scene(), orientation, quality=95))
     return str(path)
 
 
@@ -113,20 +113,20 @@ def in_folder(orientation: int, folder: Path, stack: ExitStack) -> str:
 
 def snapshot(format: str) -> Callable[[int, Path, ExitStack], str]:
     def at(orientation: int, folder: Path, stack: ExitStack) -> str:
-        data = turned(seen(), orientation, format, quality=95)
+        data = turned(upright_scene(), orientation, format, quality=95)
         return stack.enter_context(WebCamera(picture(data, f"image/{format.lower()}"))).url
 
     return at
 
 
 def motion_jpeg(orientation: int, folder: Path, stack: ExitStack) -> str:
-    data = turned(seen(), orientation, quality=95)
+    data = turned(upright_scene(), orientation, quality=95)
     return stack.enter_context(WebCamera(stream(data))).url
 
 
 def recording(orientation: int, folder: Path, stack: ExitStack) -> str:
     """An MP4 with a track matrix, as phones write it; front cameras write a mirrored one."""
-    path = write_clip(folder / "clip.mp4", [stored(seen(), orientation)] * 4)
+    path = write_clip(folder / "clip.mp4", [stored(upright_scene(), orientation)] * 4)
     data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + 4 + 40
     a, b, c, d = (value << 16 for value in MATRICES[orientation])
@@ -145,7 +145,9 @@ def h264(orientation: int, folder: Path, stack: ExitStack) -> str:
     """An H.264 stream with its own display orientation (H.264, D.2.27)."""
     flips = {1: "", 2: ":flip=horizontal", 3: ":rotate=180", 4: ":flip=vertical"}
     flips |= {6: ":rotate=270", 8: ":rotate=90"}
-    plain = write_clip(folder / "plain.mp4", [stored(seen(), orientation)] * 4, key_every=1)
+    plain = write_clip(
+        folder / "plain.mp4", [stored(upright_scene(), orientation)] * 4, key_every=1
+    )
     path = folder / "turned.ts"
     with av.open(str(plain)) as source, av.open(str(path), "w", format="mpegts") as target:
         video = source.streams.video[0]
@@ -186,7 +188,7 @@ async def test_hidden_areas_are_black_in_every_image_that_leaves(source, orienta
 
     async def script(peer: Peer) -> None:
         await peer.greet(codecs=(Codec.PNG,))
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         assert isinstance(ask, Ask)
         assert ask.view is not None
         # The left half, which contains the hidden area.
@@ -227,13 +229,13 @@ async def test_hidden_areas_are_black_in_every_image_that_leaves(source, orienta
         )
         assert np.asarray(image.crop(hidden)).max() == 0
         # The rest is unchanged.
-        expected = seen()
+        expected = upright_scene()
         expected.paste((0, 0, 0), HIDDEN)
         expected = expected.crop(box).resize(image.size, Image.Resampling.BICUBIC)
         assert difference(image.convert("RGB"), expected) < 4
 
 
-# ---- transparency, which a recording may have as well --------------------------------------------
+# ---- transparent recordings --------------------------------------------
 
 
 def test_a_transparent_recording_gets_a_white_background_like_a_picture(tmp_path):
@@ -263,10 +265,10 @@ def test_a_picture_in_a_video_container_is_refused(brand, tmp_path):
     data = saved(drawing, "AVIF").replace(b"ftypavif", b"ftyp" + brand.encode(), 1)
     path = tmp_path / "drawing.heic"
     path.write_bytes(data)
-    with pytest.raises(CameraError, match="no video, and no JPEG, PNG or WebP picture"):
+    with pytest.raises(CameraError, match="neither a video nor a JPEG, PNG or WebP picture"):
         open_camera(str(path), live=False)
     with WebCamera(picture(data, "application/octet-stream")) as camera:
-        with pytest.raises(CameraError, match="no video, and no JPEG, PNG or WebP picture"):
+        with pytest.raises(CameraError, match="neither a video nor a JPEG, PNG or WebP picture"):
             open_camera(camera.url)
 
 
@@ -280,5 +282,5 @@ def test_a_recording_with_unsupported_transparency_is_refused(tmp_path):
         frame = av.VideoFrame.from_ndarray(np.asarray(drawing), format="rgba")
         container.mux(track.encode(frame.reformat(format="yuva420p")))
         container.mux(track.encode(None))
-    with pytest.raises(CameraError, match="with transparency is not read"):
+    with pytest.raises(CameraError, match="with transparency are not supported"):
         open_camera(str(path), live=False)

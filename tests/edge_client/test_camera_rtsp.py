@@ -37,7 +37,7 @@ def camera(clip):
         yield camera
 
 
-def test_the_newest_frame_of_a_stream(camera):
+def test_the_newest_frame_of_a_stream_is_taken(camera):
     with open_camera(camera.url) as stream:
         first = stream.take(wait_s=WAIT_S)
         assert first is not None
@@ -45,11 +45,11 @@ def test_the_newest_frame_of_a_stream(camera):
         assert later is not None
         assert later.number > first.number + 10 - video.KEPT_FRAMES
         assert later.time_s - first.time_s > 0.5
-        shown = decode(
+        decoded = decode(
             later.picture.region(Box(0, 0, 640, 480), Size(640, 480), Codec.JPEG, 95),
             max_pixels=10**6,
         )
-        assert min(difference(shown, shaken(scene(3), step)) for step in range(15)) < 8
+        assert min(difference(decoded, shaken(scene(3), step)) for step in range(15)) < 8
 
 
 def test_an_unplugged_camera_is_reopened(camera):
@@ -77,7 +77,7 @@ def test_an_unplugged_camera_is_reopened(camera):
     assert news[1].startswith(f"{camera.url} is back after ")
 
 
-def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
+def test_a_camera_that_hangs_counts_as_lost(camera, monkeypatch):
     monkeypatch.setattr(video, "READ_TIMEOUT_S", 0.5)
     news: list[str] = []
     with open_camera(camera.url, news=news.append, retry=HASTY) as stream:
@@ -88,7 +88,7 @@ def test_a_camera_that_hangs_is_lost(camera, monkeypatch):
         while stream.trouble is None and time.monotonic() < until:
             stream.take(after=10**6, wait_s=0.1)
         assert stream.trouble is not None
-        assert "nothing came for" in stream.trouble
+        assert "no data for" in stream.trouble
 
 
 class _Mute(socketserver.StreamRequestHandler):
@@ -124,19 +124,19 @@ def test_a_camera_that_connects_and_sends_no_picture_is_reported(monkeypatch):
             url = f"rtsp://127.0.0.1:{server.server_address[1]}/camera"
             news: list[str] = []
             with open_camera(url, news=news.append, retry=HASTY) as stream:
-                told: list[str] = []
+                troubles: list[str] = []
                 until = time.monotonic() + WAIT_S
                 while len(news) < 1 and time.monotonic() < until:
                     assert stream.take(wait_s=0.05) is None
-                    told += filter(None, [stream.trouble])
-            assert re.search(rf"^{url}: no picture for \d+ s; nothing comes$", told[0])
-            assert news == [f"{url} is lost: nothing came for 1 s; trying to get it back"]
+                    troubles += filter(None, [stream.trouble])
+            assert re.search(rf"^{url}: no picture for \d+ s; it sends nothing$", troubles[0])
+            assert news == [f"{url} is lost: no data for 1 s; trying to get it back"]
         finally:
             server.shutdown()
             thread.join()
 
 
-def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypatch):
+def test_a_slow_device_drops_frames_to_keep_up(camera, monkeypatch):
     decoded = decoder._decoded
 
     def slowly(packet):
@@ -155,7 +155,7 @@ def test_a_slow_device_drops_frames_and_falls_no_further_behind(camera, monkeypa
         assert stream._decoder.late > 10
 
 
-def test_a_missing_stream_is_one_line(camera):
+def test_a_missing_stream_is_reported_in_one_line(camera):
     with pytest.raises(CameraError, match=r"404|Not Found") as error:
         open_camera(camera.url + "/../nothing")
     assert "\n" not in str(error.value)

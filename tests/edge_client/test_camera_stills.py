@@ -68,7 +68,7 @@ def test_pictures_between_two_takes_are_counted_and_skipped(tmp_path):
         assert camera.take(due=7) is None
 
 
-def test_an_empty_folder_is_waited_on(tmp_path):
+def test_a_camera_waits_for_the_first_picture_in_an_empty_folder(tmp_path):
     with open_camera(str(tmp_path)) as camera:
         assert camera.take() is None
         threading.Timer(0.3, put, (tmp_path / "new.jpg", picture(100), 5)).start()
@@ -124,14 +124,14 @@ def test_files_that_never_become_pictures_are_reported(tmp_path, monkeypatch):
         again = camera.take()
         assert again is not None
         assert again.picture.size.width == 100
-    told = "\n".join(news)
+    notices = "\n".join(news)
     for name in ("broken", "empty", "black", "dark"):
-        assert told.count(f"{name}.jpg is passed over") == 1
-    assert told.count("shows nothing") == 2
+        assert notices.count(f"{name}.jpg is skipped") == 1
+    assert notices.count("it is blank") == 2
     assert len(news) == 4
 
 
-def test_a_folder_that_goes_away_and_comes_back(tmp_path):
+def test_a_folder_that_disappears_is_reported_and_reopened(tmp_path):
     folder = tmp_path / "card"
     folder.mkdir()
     put(folder / "a.jpg", picture(100), 1)
@@ -163,13 +163,13 @@ def test_a_file_is_one_picture_until_it_is_overwritten(tmp_path):
         assert widths(camera, after=1) == (2, 2, 200)
 
 
-def test_a_picture_without_a_suffix_is_known_by_its_first_bytes(tmp_path):
+def test_a_picture_without_a_suffix_is_recognised_by_its_first_bytes(tmp_path):
     file = put(tmp_path / "snapshot", picture(100), 1)
     with open_camera(str(file)) as camera:
         assert widths(camera) == (1, 1, 100)
 
 
-def test_no_metadata_survives(tmp_path):
+def test_views_contain_no_metadata_and_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "SECRETCAM"
     file = put(tmp_path / "a.jpg", saved(photo(640, 480), "JPEG", exif=exif), 1)
@@ -188,7 +188,9 @@ def test_no_metadata_survives(tmp_path):
     ("content", "reason"),
     [(b"", "empty file"), (b"hello", "not a"), (picture(100)[:700], "broken|truncated")],
 )
-def test_a_file_that_is_no_picture_is_one_line(tmp_path, monkeypatch, content, reason):
+def test_a_file_that_is_not_a_picture_is_reported_in_one_line(
+    tmp_path, monkeypatch, content, reason
+):
     monkeypatch.setattr(stills, "SETTLED_S", 0.2)
     file = put(tmp_path / "x.jpg", content, 1)
     with pytest.raises(CameraError, match=reason) as error:
@@ -200,14 +202,14 @@ def test_a_file_that_is_no_picture_is_one_line(tmp_path, monkeypatch, content, r
     ("source", "kind", "reason"),
     [
         ("nowhere/at/all", CameraError, "no such file or folder"),
-        ("ftp://me:secret@host/x", ConfigError, "no such kind of stream; known: rtsp://"),
-        ("ftp://host/x?user=me&password=secret", ConfigError, "//host/x\\?…: no such kind"),
+        ("ftp://me:secret@host/x", ConfigError, "unknown kind of stream; known: rtsp://"),
+        ("ftp://host/x?user=me&password=secret", ConfigError, "//host/x\\?…: unknown kind"),
         ("camera:front", ConfigError, "such as camera:0"),
         ("camera:0@huge", ConfigError, "such as camera:0"),
         ("a\0b", CameraError, "no such file"),
     ],
 )
-def test_a_wrong_source_is_one_line(source, kind, reason):
+def test_a_wrong_source_is_reported_without_its_password(source, kind, reason):
     with pytest.raises(kind, match=reason) as error:
         open_camera(source)
     assert "secret" not in str(error.value)

@@ -35,16 +35,16 @@ def clip(tmp_path_factory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
 
 
-def shown(frame: CameraFrame) -> Image.Image:
+def picture_of(frame: CameraFrame) -> Image.Image:
     """A frame's picture."""
     size = frame.picture.size
     data = frame.picture.region(Box(0, 0, *size), size, Codec.JPEG, 95)
     return decode(data, max_pixels=10**6)
 
 
-def seen(frame: CameraFrame, index: int) -> float:
+def scene_difference(frame: CameraFrame, index: int) -> float:
     """Difference between a frame and the scene at that moment, in grey levels."""
-    return difference(shown(frame), shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
+    return difference(picture_of(frame), shaken(scene(3 if index < 31 else 4), (index - 1) % 30))
 
 
 # ---- which frame -----------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_the_sharpest_frame_is_chosen_and_never_a_blank_one():
     assert choose.best([Image.new("L", (1, 1))]) is None
 
 
-def test_a_blurred_frame_is_passed_over_for_a_sharp_one_just_before_it(tmp_path):
+def test_a_sharp_frame_is_preferred_to_a_blurred_one_just_after_it(tmp_path):
     still = scene(3)
     blurred = still.filter(ImageFilter.GaussianBlur(4))
     pictures = [still if number % 3 == 2 else blurred for number in range(1, 13)]
@@ -77,7 +77,7 @@ def test_a_blurred_frame_is_passed_over_for_a_sharp_one_just_before_it(tmp_path)
     assert taken == [(2, 4), (5, 7), (8, 10)]
 
 
-def test_a_camera_that_shows_nothing_says_so(tmp_path):
+def test_blank_frames_are_skipped_and_reported(tmp_path):
     dark = [Image.new("RGB", (640, 480))] * 15
     path = write_clip(tmp_path / "clip.mp4", [*dark, *[scene(3)] * 3])
     with open_camera(str(path), live=False) as camera:
@@ -87,7 +87,7 @@ def test_a_camera_that_shows_nothing_says_so(tmp_path):
     with open_camera(str(path), live=True) as camera:
         assert camera.take(wait_s=0.5) is None
         assert camera.trouble is not None
-        assert "shows nothing" in camera.trouble
+        assert "is blank" in camera.trouble
         frame = camera.take(wait_s=WAIT_S)
         assert frame is not None
         assert frame.number >= 16
@@ -108,12 +108,12 @@ def test_a_recording_on_demand_misses_nothing(clip):
             assert number == expected
             assert frame.position_s == pytest.approx((expected - 1) / 10)
             if expected in (1, 30, 31, 60):
-                assert seen(frame, expected) < 6
+                assert scene_difference(frame, expected) < 6
         assert camera.take(after=number) is None
         assert camera.ended
 
 
-def test_a_recording_is_read_on_to_a_position(clip):
+def test_a_recording_is_read_up_to_a_position(clip):
     with open_camera(str(clip), live=False) as camera:
         positions = []
         after = 0
@@ -161,12 +161,12 @@ def test_damaged_frames_are_never_taken(tmp_path, clip):
         while (frame := camera.take(after=after)) is not None:
             after = frame.number
             numbers.append(after)
-            assert seen(frame, after) < 6, after
+            assert scene_difference(frame, after) < 6, after
     # Frames are skipped from the damage to the next key frame (1, 11, 21 ...).
     assert numbers == [*range(1, 13), *range(21, 45), *range(51, 61)]
 
 
-def test_a_turned_recording_is_shown_upright(tmp_path, clip):
+def test_a_rotated_recording_becomes_upright(tmp_path, clip):
     turned = tmp_path / "turned.mp4"
     with av.open(str(clip)) as source, av.open(str(turned), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -184,7 +184,9 @@ def test_a_turned_recording_is_shown_upright(tmp_path, clip):
         frame = camera.take()
         assert frame is not None
         assert frame.picture.size == (480, 640)
-    assert difference(shown(frame), shaken(scene(3), 0).transpose(Image.Transpose.ROTATE_270)) < 6
+    assert (
+        difference(picture_of(frame), shaken(scene(3), 0).transpose(Image.Transpose.ROTATE_270)) < 6
+    )
 
 
 def test_frames_carry_no_metadata(clip):
@@ -205,7 +207,7 @@ def test_frames_carry_no_metadata(clip):
     ("content", "reason"),
     [(b"this is a text", "neither a picture nor a recording"), (b"", "neither|nothing|End of")],
 )
-def test_a_file_that_is_no_recording_is_one_line(tmp_path, content, reason):
+def test_a_file_that_is_not_a_recording_is_reported_in_one_line(tmp_path, content, reason):
     file = tmp_path / "film.mp4"
     file.write_bytes(content)
     with pytest.raises(CameraError, match=reason) as error:
@@ -213,27 +215,27 @@ def test_a_file_that_is_no_recording_is_one_line(tmp_path, content, reason):
     assert "\n" not in str(error.value)
 
 
-def test_a_recording_without_pictures_is_one_line(tmp_path):
+def test_a_recording_without_video_is_refused(tmp_path):
     file = tmp_path / "song.wav"
     with av.open(str(file), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         frame = av.AudioFrame(format="s16", layout="mono", samples=800)
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(CameraError, match="no picture in it"):
+    with pytest.raises(CameraError, match="contains no video"):
         open_camera(str(file))
 
 
 def test_a_playlist_cannot_open_local_files_or_connections(tmp_path, clip):
-    with serving(b"", "video/mp4") as (url, asked):
+    with serving(b"", "video/mp4") as (url, paths):
         playlist = tmp_path / "list.m3u8"
         playlist.write_text(f"#EXTM3U\n#EXTINF:5,\n{url}/x.ts\n#EXT-X-ENDLIST\n")
         with pytest.raises(CameraError):
             open_camera(str(playlist))
-        assert not asked
+        assert not paths
 
 
-def test_a_missing_webcam_is_one_line():
+def test_a_missing_webcam_is_reported_with_its_device():
     with pytest.raises(CameraError, match=r"^/dev/video97: No such file"):
         open_camera("camera:97@1280x720")
 
@@ -244,11 +246,11 @@ def test_a_missing_webcam_is_one_line():
 @contextmanager
 def serving(data: bytes, kind: str, *, sized: bool = False) -> Iterator[tuple[str, list[str]]]:
     """An HTTP server with one content; yields its address and the requested paths."""
-    asked: list[str] = []
+    paths: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             self.send_response(200)
             self.send_header("Content-Type", kind)
             if sized:
@@ -263,19 +265,19 @@ def serving(data: bytes, kind: str, *, sized: bool = False) -> Iterator[tuple[st
         thread = threading.Thread(target=partial(server.serve_forever, 0.05))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
+            yield f"http://127.0.0.1:{server.server_port}", paths
         finally:
             server.shutdown()
             thread.join()
 
 
-def test_a_recording_on_a_web_server(clip):
+def test_a_recording_on_a_web_server_is_read_on_demand(clip):
     with serving(clip.read_bytes(), "video/mp4") as (url, _):
         with open_camera(f"{url}/clip.mp4", live=False) as camera:
             assert camera.on_demand
             frame = camera.take(due=40)
             assert frame is not None
-            assert seen(frame, frame.number) < 6
+            assert scene_difference(frame, frame.number) < 6
 
 
 def test_a_motion_jpeg_stream_that_ends_is_opened_again():
@@ -283,14 +285,14 @@ def test_a_motion_jpeg_stream_that_ends_is_opened_again():
     head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(part)}\r\n\r\n".encode()
     news: list[str] = []
     stream = (head + part + b"\r\n") * 5
-    with serving(stream, "multipart/x-mixed-replace; boundary=frame") as (url, asked):
+    with serving(stream, "multipart/x-mixed-replace; boundary=frame") as (url, paths):
         source = url.replace("//", "//me:secret@") + "/stream"
         with open_camera(source, news=news.append, retry=HASTY) as camera:
             assert camera.name == f"{url}/stream"
             frame = camera.take(due=11, wait_s=WAIT_S)
             assert frame is not None
             assert frame.picture.size == (640, 480)
-    assert len(asked) >= 3
+    assert len(paths) >= 3
     assert any("is lost: " in line for line in news), news
     assert any("is back after" in line for line in news)
     assert "secret" not in "".join(news)
@@ -299,18 +301,18 @@ def test_a_motion_jpeg_stream_that_ends_is_opened_again():
 def test_an_address_with_one_picture_is_fetched_again(monkeypatch):
     monkeypatch.setattr(snapshots, "SNAPSHOT_S", 0.05)
     news: list[str] = []
-    with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, asked):
+    with serving(saved(scene(3), "JPEG", quality=95), "image/jpeg", sized=True) as (url, paths):
         for path in ("/snapshot.jpg", "/cgi-bin/image?channel=1&password=secret"):
             with open_camera(url + path, news=news.append) as camera:
                 frame = camera.take(due=3, wait_s=WAIT_S)
                 assert frame is not None
                 assert "secret" not in f"{camera.name} {frame.picture.name}"
-                assert difference(shown(frame), scene(3)) < 3
-        assert len(asked) >= 6
+                assert difference(picture_of(frame), scene(3)) < 3
+        assert len(paths) >= 6
     assert news == []
 
 
-def test_a_missing_stream_is_one_line_without_the_password():
+def test_a_missing_stream_is_reported_without_its_password():
     with serving(b"", "text/plain") as (url, _):
         pass
     with pytest.raises(CameraError, match="refused") as error:

@@ -102,49 +102,49 @@ def piped(lines: str, *arguments: object, **options) -> subprocess.CompletedProc
 # ---- on a terminal ---------------------------------------------------------------------------
 
 
-def test_a_conversation(server, file, tmp_path):
+def test_a_conversation_with_all_commands(server, file, tmp_path):
     with Terminal(file, "--server", server, cwd=tmp_path) as terminal:
         start = terminal.see("/help shows the commands")
         assert "picture 1, 640 x 480 px" in start
         terminal.type(UNSURE)
-        told = terminal.see(ANSWERED)
-        assert re.search(r"first answer +first .*uncertainty 2\.000", told)
-        assert re.search(r"region +\d+ x \d+ px at", told)
-        assert re.search(r"refined answer +second .*uncertainty 0\.010", told)
+        output = terminal.see(ANSWERED)
+        assert re.search(r"first answer +first .*uncertainty 2\.000", output)
+        assert re.search(r"region +\d+ x \d+ px at", output)
+        assert re.search(r"refined answer +second .*uncertainty 0\.010", output)
 
         terminal.type("/why")
-        told = terminal.see("> $")
+        output = terminal.see("> $")
         raw = terminal.child.before
-        assert "uncertainty     2.000 at first, 0.010 with the region" in told
-        assert re.search(r"bytes sent +\d+: view [1-9]\d*, region [1-9]\d*, question", told)
-        assert told.count("▀") == 48 * 18
+        assert "uncertainty     2.000 at first, 0.010 with the region" in output
+        assert re.search(r"bytes sent +\d+: view [1-9]\d*, region [1-9]\d*, question", output)
+        assert output.count("▀") == 48 * 18
         assert "\x1b[38;2;252;245;165" in raw  # the hottest cell
         assert "\x1b[38;2;90;220;255" in raw  # the box
 
         terminal.type("/save")
-        told = terminal.see(r"saved as (region-\S+\.jpg), (\d+) bytes")
+        output = terminal.see(r"saved as (region-\S+\.jpg), (\d+) bytes")
         with Image.open(next(tmp_path.glob("region-*.jpg"))) as crop:
             assert crop.size == (112, 112)
             assert not crop.getexif()
 
         # A follow-up: the server has the view, and the conversation is sent along.
         terminal.type("and what else?")
-        told = terminal.see(ANSWERED)
-        assert f"{UNSURE} second" in told
+        output = terminal.see(ANSWERED)
+        assert f"{UNSURE} second" in output
 
         terminal.type("/look")
-        terminal.see("no new picture; the last one stays")
+        terminal.see("no new picture; keeping the last one")
         terminal.type("/nonsense")
-        terminal.see("/nonsense is no command; /help shows those there are")
+        terminal.see("/nonsense is not a command; /help lists the commands")
         terminal.type("/help")
-        told = terminal.see("/quit.*\n")
+        output = terminal.see("/quit.*\n")
         for command in ("/look", "/why", "/save"):
-            assert command in told
+            assert command in output
         terminal.type("/quit")
         assert terminal.left() == 0
 
 
-def test_ctrl_c_drops_a_line_and_ctrl_d_leaves(server, file):
+def test_ctrl_c_drops_a_line_and_ctrl_d_quits(server, file):
     with Terminal(file, "--server", server) as terminal:
         terminal.see("> $")
         terminal.child.send("a question that is not")
@@ -152,20 +152,20 @@ def test_ctrl_c_drops_a_line_and_ctrl_d_leaves(server, file):
         terminal.child.sendintr()
         terminal.see("> $")
         terminal.type(SURE)
-        told = terminal.see(ANSWERED)
-        assert "a question that" not in told
+        output = terminal.see(ANSWERED)
+        assert "a question that" not in output
         terminal.child.sendeof()
         assert terminal.left() == 0
 
 
-async def test_ctrl_c_takes_a_question_back(file):
+async def test_ctrl_c_cancels_a_question(file):
     async with world(slow(10.0)) as w:
         with Terminal(file, "--server", w.proxy.url) as terminal:
             await asyncio.to_thread(terminal.see, "> $")
             terminal.type(SURE)
             await w.proxy.until_passed(Ask)
             terminal.child.sendintr()
-            await asyncio.to_thread(terminal.see, "taken back")
+            await asyncio.to_thread(terminal.see, "cancelled")
             await w.proxy.until_passed(Cancel)
             await asyncio.to_thread(terminal.see, "> $")
             terminal.type("/quit")
@@ -186,7 +186,7 @@ async def test_an_answer_is_shown_as_it_grows(file):
         )
 
 
-async def test_a_question_is_kept_while_the_server_is_away(file):
+async def test_a_question_waits_while_the_server_is_away(file):
     async with world() as w:
         with Terminal(file, "--server", w.proxy.url) as terminal:
             await asyncio.to_thread(terminal.see, "> $")
@@ -195,21 +195,21 @@ async def test_a_question_is_kept_while_the_server_is_away(file):
             terminal.type(UNSURE)
             await asyncio.to_thread(terminal.see, r"no server \(.*\); trying again")
             w.proxy.refusing = False
-            told = await asyncio.to_thread(terminal.see, ANSWERED)
-            assert "the server is back" in told
-            assert "second " in told
+            output = await asyncio.to_thread(terminal.see, ANSWERED)
+            assert "the server is back" in output
+            assert "second " in output
 
 
 async def test_a_chat_may_begin_before_its_server(file):
     async with world(connect=False) as w:
         w.proxy.refusing = True
         with Terminal(file, "--server", w.proxy.url) as terminal:
-            told = await asyncio.to_thread(terminal.see, "questions are kept until it answers")
+            await asyncio.to_thread(terminal.see, "questions wait until it answers")
             terminal.type(SURE)
-            await asyncio.to_thread(terminal.see, "the question is kept")
+            await asyncio.to_thread(terminal.see, "the question waits")
             w.proxy.refusing = False
-            told = await asyncio.to_thread(terminal.see, ANSWERED)
-            assert "first " in told
+            output = await asyncio.to_thread(terminal.see, ANSWERED)
+            assert "first " in output
 
 
 def test_look_takes_a_new_picture_of_a_camera(server, tmp_path):
@@ -259,7 +259,7 @@ def test_a_busy_camera_is_reported_and_comes_back(server):
         terminal.see("picture \\d+, 640 x 480 px")
         terminal.see("> $")
         camera.do(page("Device Busy"))
-        terminal.see("is lost: the answer is text/html and no JPEG, PNG or WebP picture; trying")
+        terminal.see("is lost: the response is text/html, not a JPEG, PNG or WebP picture; trying")
         terminal.type(SURE)
         terminal.see(ANSWERED)
         camera.do(shows[1])
@@ -279,11 +279,11 @@ def test_why_explains_that_a_small_picture_needs_no_region(server, tmp_path):
     done = piped(f"{UNSURE}\n/why\n", small, "--server", server)
     assert done.returncode == 0
     assert "the first one: no region would show more than the view does" in done.stdout
-    assert "none was asked for: it would show no more than the view does" in done.stdout
+    assert "none was requested: it would show no more than the view does" in done.stdout
     assert "sure enough" not in done.stdout
 
 
-def test_one_question_a_line_from_a_pipe(server, file, tmp_path):
+def test_each_line_of_a_pipe_is_a_question(server, file, tmp_path):
     crop = tmp_path / "crop.jpg"
     done = piped(f"{UNSURE}\n\n/why\n/save {crop}\n{SURE}\n", file, "--server", server)
     assert done.returncode == 0
@@ -295,11 +295,11 @@ def test_one_question_a_line_from_a_pipe(server, file, tmp_path):
         assert image.format == "JPEG"
 
 
-async def test_an_answer_without_text_is_shown_and_the_talk_goes_on(file):
+async def test_an_empty_answer_is_shown_and_the_conversation_continues(file):
     async def script(peer: Peer) -> None:
         await peer.greet()
         for text in ("", "something"):
-            await peer.answer((await peer.asked()).id, text)
+            await peer.answer((await peer.next_ask()).id, text)
         await peer.socket.wait_closed()
 
     async with scripted(script) as server:
@@ -396,19 +396,19 @@ async def test_in_a_pipe_an_absent_server_is_reported_after_the_deadline(file):
     [
         (("nowhere.jpg",), 3, "nowhere.jpg: no such file or folder"),
         (("camera:98",), 3, "/dev/video98: No such file or directory"),
-        (("gopher://x/y",), 2, "no such kind of stream"),
+        (("gopher://x/y",), 2, "unknown kind of stream"),
         (("--always", "--never", "x"), 2, "--always and --never exclude each other"),
     ],
 )
-def test_wrong_use_is_one_line(capsys, arguments, code, line):
+def test_wrong_usage_is_reported_in_one_line(capsys, arguments, code, line):
     from edge_client.cli import main as cli
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["chat", *arguments])
-    written = capsys.readouterr()
-    assert (ended.value.code, written.out) == (code, "")
-    assert line in written.err
-    assert written.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert (exit_info.value.code, output.out) == (code, "")
+    assert line in output.err
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["chat", "watch"])
@@ -449,8 +449,8 @@ def test_a_file_needs_no_extra(server, file):
 
 def test_the_demo_model_reads_a_sign_that_a_camera_shows(tmp_path):
     pictures = ROOT / "demo/vlm_collab_demo/pictures"
-    told = json.loads((pictures / "pictures.json").read_text())["pictures"]
-    one = next(picture for picture in told if picture["file"] == "scene-3.jpg")
+    listed = json.loads((pictures / "pictures.json").read_text())["pictures"]
+    one = next(picture for picture in listed if picture["file"] == "scene-3.jpg")
     assert one["role"] == "asks"
     with Image.open(pictures / one["file"]) as image:
         clip = write_clip(tmp_path / "clip.mp4", [image.convert("RGB")] * 10, crf=8)

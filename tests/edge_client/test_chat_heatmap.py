@@ -69,7 +69,7 @@ def test_the_hot_cell_is_where_it_belongs():
         (Size(1, 1), (24, 48)),
     ],
 )
-def test_it_has_the_picture_s_shape(size, shape):
+def test_the_map_has_the_shape_of_the_picture(size, shape):
     rows = lines((0, 0), size)
     assert (len(rows), len(rows[0])) == shape
 
@@ -91,7 +91,7 @@ def test_the_box_is_drawn_at_its_edges():
     assert rows[6][10:30] == "+" + "-" * 18 + "+"
 
 
-def test_in_colour_two_dots_share_a_character():
+def test_in_colour_a_character_has_two_dots():
     drawn = heat_map(
         answer((0, 0), Box(0, 0, 480, 360)), Size(480, 360), Fit.STRETCH, VIEW, colour=True
     )
@@ -110,6 +110,6 @@ def test_a_narrow_terminal_gets_a_narrow_map():
     assert {len(line) for line in drawn.plain.splitlines()} == {22}
 
 
-def test_no_map_no_drawing():
+def test_without_a_map_nothing_is_drawn():
     nothing = replace(answer((0, 0)), map=None)
     assert heat_map(nothing, Size(480, 360), Fit.STRETCH, VIEW, colour=True) is None

@@ -25,7 +25,7 @@ from edge_client.cli.printing import printable
 from edge_client.picture import Picture
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, UNSURE, photo, slow, world
-from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
+from tests.edge_client.scripted import Peer, replying, scripted, unused_url
 from tests.support.patience import PATIENCE_S
 from tests.support.wire import service
 from vlm_collab import errors
@@ -47,13 +47,13 @@ def run(capsys, monkeypatch):
     monkeypatch.delenv("VLM_COLLAB_TOKEN", raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             cli.main(list(arguments))
-        written = capsys.readouterr()
-        code = ended.value.code
+        output = capsys.readouterr()
+        code = exit_info.value.code
         assert isinstance(code, int)
-        assert "Traceback" not in written.err
-        return code, written.out, written.err
+        assert "Traceback" not in output.err
+        return code, output.out, output.err
 
     return call
 
@@ -61,7 +61,7 @@ def run(capsys, monkeypatch):
 # ---- answers ---------------------------------------------------------------------------------
 
 
-async def test_answers_for_people(run, photo_file):
+async def test_answers_are_printed_as_text_in_the_order_of_the_questions(run, photo_file):
     async with running(service()) as url:
         code, out, err = await asyncio.to_thread(
             run, "ask", photo_file, UNSURE, SURE, "--server", url, "--show-map"
@@ -76,7 +76,7 @@ async def test_answers_for_people(run, photo_file):
     assert out.index(UNSURE) < out.index(SURE)
 
 
-async def test_answers_for_programs(run, photo_file, tmp_path):
+async def test_answers_are_printed_as_json_for_each_photo_and_question(run, photo_file, tmp_path):
     other = tmp_path / "other.jpg"
     other.write_bytes(photo(2))
     async with running(service()) as url:
@@ -111,11 +111,11 @@ async def test_answers_for_programs(run, photo_file, tmp_path):
     assert sure["fallback"] == "none"
 
 
-async def test_an_answer_without_text_is_shown_as_one(run, photo_file):
+async def test_an_empty_answer_is_printed_as_no_text(run, photo_file):
     async def script(peer: Peer) -> None:
         await peer.greet()
         for text in ("", " \n", ""):
-            await peer.answer((await peer.asked()).id, text)
+            await peer.answer((await peer.next_ask()).id, text)
         await peer.socket.wait_closed()
 
     async with scripted(script) as server:
@@ -134,8 +134,8 @@ def coloured(answer: EdgeAnswer, picture: Picture) -> str:
     return console.file.getvalue()
 
 
-def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
-    """The number may rise in the second pass: good for a margin, bad for entropies."""
+def test_the_refined_answer_has_no_colour_for_better(photo_file):
+    """The value may rise in the second pass, which is good for a margin and bad for an entropy."""
     picture = Picture.open(photo_file)
     green = re.compile(r"\x1b\[(\d+;)*32m")
     for first, second in [(0.3, 0.9), (0.9, 0.3)]:
@@ -160,13 +160,13 @@ def test_no_colour_says_that_the_refined_answer_is_the_better_one(photo_file):
             elapsed_s=1.0,
             model="m",
         )
-        shown = coloured(refined, picture)
-        assert f"uncertainty {first:.3f}" in shown
-        assert f"uncertainty {second:.3f}" in shown
-        assert not green.search(shown)
+        output = coloured(refined, picture)
+        assert f"uncertainty {first:.3f}" in output
+        assert f"uncertainty {second:.3f}" in output
+        assert not green.search(output)
 
 
-async def test_one_failed_question_among_several(run, photo_file):
+async def test_a_failed_question_does_not_fail_the_others(run, photo_file):
     async with running(service()) as url:
         arguments = ("ask", photo_file, "what is <refuse>?", SURE, "--server", url)
         code, out, _ = await asyncio.to_thread(run, *arguments, "--json")
@@ -183,7 +183,7 @@ async def test_one_failed_question_among_several(run, photo_file):
         assert err.count("\n") == 1
 
 
-async def test_a_failed_question_is_one_line(run, photo_file):
+async def test_a_failed_question_is_reported_in_one_line(run, photo_file):
     async with running(service()) as url:
         code, out, err = await asyncio.to_thread(
             run, "ask", photo_file, "what is <refuse>?", "--server", url
@@ -199,7 +199,7 @@ async def test_a_refusal_text_cannot_drive_the_terminal(run, photo_file):
     async def refuse(peer: Peer) -> None:
         await peer.greet()
         while True:
-            ask = await peer.asked()
+            ask = await peer.next_ask()
             peer.session.error(ask.id, ErrorCode.INTERNAL, evil)
             await peer.flush()
 
@@ -262,7 +262,7 @@ async def test_no_region_is_saved_if_none_was_sent(run, photo_file, tmp_path, mo
         arguments = ("ask", photo_file, UNSURE, "--server", url, "--save-crop", "crop.jpg", *extra)
         code, out, _ = await asyncio.to_thread(run, *arguments)
     assert code == 0
-    assert "no region was sent, so none is saved" in out
+    assert "no region was sent, so none was saved" in out
     assert "saved as" not in out
     assert not (tmp_path / "crop.jpg").exists()
 
@@ -273,7 +273,7 @@ async def test_the_region_is_saved_in_the_format_that_its_name_says(run, photo_f
         code, out, _ = await asyncio.to_thread(
             run, "ask", photo_file, UNSURE, "--server", url, "--save-crop", str(file)
         )
-        assert (code, "crop.png, which was sent as JPEG" in out) == (0, True)
+        assert (code, "crop.png (it was sent as JPEG)" in out) == (0, True)
         saved = Image.open(file)
         assert (saved.format, saved.size) == ("PNG", (112, 112))
         code, out, _ = await asyncio.to_thread(
@@ -311,10 +311,10 @@ async def test_options_reach_the_server(run, photo_file):
         assert (code, json.loads(out)["refined"]) == (0, True)
 
 
-# ---- wrong use -------------------------------------------------------------------------------
+# ---- wrong usage -----------------------------------------------------------------------------
 
 
-def test_wrong_use_is_one_line(run, photo_file, tmp_path):
+def test_wrong_usage_is_reported_in_one_line(run, photo_file, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("no picture")
     for arguments, code, line in [
@@ -333,13 +333,13 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
         (["ask", photo_file, "why?", "--eta", "inf"], 2, "--eta"),
         (["ask", photo_file, "why?", "--eta", "-3"], 2, "--eta"),
         (["ask", photo_file, "why?", "--always", "--never"], 2, "exclude each other"),
-        (["ask", photo_file, "why?", "--server", "here"], 2, "is no server address"),
+        (["ask", photo_file, "why?", "--server", "here"], 2, "is not a server address"),
         (["ask", photo_file, "why?", "--ca-file", "none.pem"], 2, "CA file"),
         (["ask", photo_file, "why?", "--save-crop", "crop.gif"], 2, "--save-crop"),
         (["ask", photo_file, "why?", "--save-crop", "no/such/crop.png"], 2, "no such directory"),
         (["ask", photo_file, "why?", "--nonsense"], 2, "--nonsense"),
         (["ask", photo_file, "why?", "--map", "map.png"], 2, "map.png is the name of a file"),
-        (["ask", photo_file, "Other.JPG", "why?"], 2, "more photos are given by --photo"),
+        (["ask", photo_file, "Other.JPG", "why?"], 2, "give more photos with --photo"),
         (["nonsense"], 2, "No such command"),
     ]:
         for extra in ([], ["--json"]):
@@ -356,17 +356,19 @@ def test_wrong_use_is_one_line(run, photo_file, tmp_path):
                 assert err.count("\n") == 1
 
 
-async def test_no_server_is_one_line(run, photo_file):
+async def test_a_missing_server_is_reported_in_one_line(run, photo_file):
     url = await unused_url()
     code, out, err = await asyncio.to_thread(run, "ask", photo_file, "why?", "--server", url)
     assert (code, out, err.count("\n")) == (4, "", 1)
     assert "nothing listens there" in err
-    async with speaking(b"HTTP/1.1 404 Not Found\r\n\r\n") as url:
+    async with replying(b"HTTP/1.1 404 Not Found\r\n\r\n") as url:
         code, _, err = await asyncio.to_thread(run, "ask", photo_file, "why?", "--server", url)
     assert (code, err.count("\n")) == (4, 1)
 
 
-async def test_the_token(run, photo_file, monkeypatch, tmp_path):
+async def test_the_token_comes_from_option_file_or_environment(
+    run, photo_file, monkeypatch, tmp_path
+):
     async with running(service(token="s3cret")) as url:
         arguments = ("ask", photo_file, SURE, "--server", url)
         for extra in ((), ("--token", "wrong")):
@@ -387,7 +389,7 @@ async def test_the_token(run, photo_file, monkeypatch, tmp_path):
         assert (await asyncio.to_thread(run, *arguments))[0] == 0
 
 
-async def test_no_answer_in_time(run, photo_file):
+async def test_a_passed_deadline_has_its_own_exit_code(run, photo_file):
     async with running(service(slow(1.0))) as url:
         code, out, _ = await asyncio.to_thread(
             run, "ask", photo_file, SURE, "--server", url, "--deadline", "0.1", "--json"
@@ -443,7 +445,7 @@ def test_help_imports_no_command():
         assert done.stdout.splitlines()[-1].endswith("[]"), done.stdout[-300:]
 
 
-def test_the_version():
+def test_version_is_printed():
     done = program("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("vlm-collab 0.")
@@ -481,7 +483,7 @@ def test_no_help_shows_types_of_python(run, command, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["numpy", "starlette"])
-def test_a_missing_extra_is_one_line(missing):
+def test_a_missing_extra_is_named(missing):
     block = f"import sys; sys.modules[{missing!r}] = None\n"
     done = program("serve", "fake", code=block)
     assert done.returncode == 2
@@ -489,7 +491,7 @@ def test_a_missing_extra_is_one_line(missing):
     assert done.stderr == 'vlm-collab serve needs more packages: pip install "vlm-collab[server]"\n'
 
 
-def test_a_command_that_is_not_installed_is_one_line(monkeypatch, run):
+def test_a_command_that_is_not_installed_is_reported(monkeypatch, run):
     class Point:
         name = "demo"
 
@@ -502,7 +504,7 @@ def test_a_command_that_is_not_installed_is_one_line(monkeypatch, run):
     assert err.startswith("vlm-collab demo is not part of this installation")
 
 
-async def test_an_interrupt_takes_the_question_back(photo_file):
+async def test_an_interrupt_cancels_the_question(photo_file):
     async with world(slow(5.0)) as w:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -536,17 +538,17 @@ async def test_closed_output_is_no_failure(photo_file):
         assert b"Traceback" not in err
 
 
-# ---- what is printed -------------------------------------------------------------------------
+# ---- printed text ------------------------------------------------------------------------
 
 
 def test_text_from_outside_cannot_drive_the_terminal():
-    told = printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
-    assert all(c.isprintable() for c in told)
-    assert "\x1b" not in told
-    assert told.startswith("fine ")
+    text = printable("fine \x1b[2J\x1b]0;title\x07 \u202e still\r\nhere\t!")
+    assert all(c.isprintable() for c in text)
+    assert "\x1b" not in text
+    assert text.startswith("fine ")
 
 
-def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
+def test_importing_the_package_is_quick_and_imports_nothing_heavy():
     code = (
         # CPU time, not wall time: the machine may be busy.
         "import sys, time; begin = time.process_time(); import edge_client;"
@@ -561,7 +563,7 @@ def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
     assert float(seconds) < 0.15
 
 
-def test_the_package_names_what_it_offers():
+def test_all_exported_names_can_be_imported():
     import edge_client
 
     for name in edge_client.__all__:

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import pytest
 
 from edge_client.client import EdgeClient
-from edge_client.link import question as asking
+from edge_client.link import question as question_module
 from edge_client.retry import Retry
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, scripted, unused_url
@@ -42,16 +42,16 @@ async def echo(peer: Peer) -> None:
     await peer.answer_all()
 
 
-# ---- settings and wrong calls ----------------------------------------------------------------
+# ---- settings and invalid calls --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", [{"view_quality": 0}, {"view_quality": 101}, {"url": "here"}])
-def test_impossible_settings(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         EdgeClient(**wrong)
 
 
-def test_there_is_at_least_one_attempt():
+def test_zero_attempts_are_refused():
     with pytest.raises(ConfigError):
         Retry(attempts=0)
 
@@ -63,7 +63,7 @@ async def test_empty_questions_are_refused_without_a_server(question):
 
 
 @pytest.mark.parametrize("deadline_s", [0, -1, float("nan")])
-async def test_impossible_deadlines(deadline_s):
+async def test_invalid_deadlines_are_refused(deadline_s):
     with pytest.raises(ConfigError, match="deadline"):
         await EdgeClient(await unused_url()).ask(PHOTO, "why?", deadline_s=deadline_s)
 
@@ -81,7 +81,7 @@ async def test_a_question_over_the_servers_limit_is_not_sent():
         assert (await client.ask(PHOTO, "why?")).text == "echo why?"
 
 
-async def test_a_format_that_the_server_does_not_take():
+async def test_a_format_that_the_server_does_not_accept_is_an_error():
     async with scripted(echo) as server, EdgeClient(server.url, view_codec=Codec.PNG) as client:
         with pytest.raises(UnsupportedImageError, match="JPEG"):
             await client.ask(PHOTO, "why?")
@@ -101,13 +101,13 @@ async def test_a_view_over_the_servers_limit_is_an_error():
 
 
 async def test_only_the_first_of_several_questions_carries_the_view():
-    seen: list[Ask] = []
+    asks: list[Ask] = []
 
     async def script(peer: Peer) -> None:
         await peer.greet()
         for _ in range(6):
-            seen.append(await peer.asked())
-        for ask in seen:
+            asks.append(await peer.next_ask())
+        for ask in asks:
             await peer.answer(ask.id, ask.question)
         await peer.socket.wait_closed()
 
@@ -116,22 +116,22 @@ async def test_only_the_first_of_several_questions_carries_the_view():
         pairs = [(picture, q) for q in questions for picture in (PHOTO, photo(2))]
         answers = await client.ask_many(pairs)
         assert [getattr(answer, "text", answer) for answer in answers] == [q for _, q in pairs]
-    carried = [ask.view_id for ask in seen if ask.view is not None]
+    carried = [ask.view_id for ask in asks if ask.view is not None]
     assert sorted(carried) == [1, 2]
     for view_id in (1, 2):
-        first = next(ask for ask in seen if ask.view_id == view_id)
+        first = next(ask for ask in asks if ask.view_id == view_id)
         assert first.view is not None
 
 
 async def test_view_gone_is_answered_with_the_view_a_limited_number_of_times():
-    asked: list[Ask] = []
+    asks: list[Ask] = []
 
     async def forgetful(peer: Peer) -> None:
         await peer.greet()
         while True:
-            ask = await peer.asked()
-            asked.append(ask)
-            if len(asked) in (1, 3):
+            ask = await peer.next_ask()
+            asks.append(ask)
+            if len(asks) in (1, 3):
                 await peer.answer(ask.id, "fine")
             else:
                 await peer.error(ask.id, ErrorCode.VIEW_GONE, 0)
@@ -140,12 +140,12 @@ async def test_view_gone_is_answered_with_the_view_a_limited_number_of_times():
         await client.ask(PHOTO, "one?")
         answer = await client.ask(PHOTO, "two?")
         assert answer.text == "fine"
-        assert [ask.view is not None for ask in asked] == [True, False, True]
+        assert [ask.view is not None for ask in asks] == [True, False, True]
         # If a server never keeps the view, the error is raised.
         with pytest.raises(ViewGoneError):
             await client.ask(PHOTO, "three?")
-        assert len(asked) == 3 + 1 + asking.MAX_VIEW_GONE
-        assert all(ask.view is not None for ask in asked[4:])
+        assert len(asks) == 3 + 1 + question_module.MAX_VIEW_GONE
+        assert all(ask.view is not None for ask in asks[4:])
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ async def test_view_gone_is_answered_with_the_view_a_limited_number_of_times():
     ],
 )
 async def test_a_refusal_decides_whether_its_view_is_sent_again(code, kept):
-    asked: list[Ask] = []
+    asks: list[Ask] = []
 
     async def script(peer: Peer) -> None:
         await peer.greet()
         for number in range(4):
-            asked.append(ask := await peer.asked())
+            asks.append(ask := await peer.next_ask())
             if number % 2:
                 await peer.answer(ask.id, "fine")
             else:
@@ -178,39 +178,39 @@ async def test_a_refusal_decides_whether_its_view_is_sent_again(code, kept):
                 await client.ask(PHOTO, "one?")
             assert (await client.ask(PHOTO, "two?")).text == "fine"
     # The third refers to the view that the second sent, whether or not it was kept.
-    assert [ask.view is not None for ask in asked] == [True, not kept, False, False]
+    assert [ask.view is not None for ask in asks] == [True, not kept, False, False]
 
 
 async def test_a_question_refused_at_shutdown_sends_its_view_again():
     """The next server may use the same session key without the views of the first."""
-    asked: list[Ask] = []
+    asks: list[Ask] = []
 
     async def leaving(peer: Peer) -> None:
         await peer.greet()
-        asked.append(ask := await peer.asked())
+        asks.append(ask := await peer.next_ask())
         await peer.error(ask.id, ErrorCode.SHUTTING_DOWN, 1)
         await peer.socket.wait_closed()
 
     async def successor(peer: Peer) -> None:
         await peer.greet()
-        asked.append(ask := await peer.asked())
+        asks.append(ask := await peer.next_ask())
         await peer.answer(ask.id, "fine")
         await peer.socket.wait_closed()
 
     async with scripted(leaving, successor) as server:
         async with EdgeClient(server.url, retry=HASTY) as client:
             assert (await client.ask(PHOTO, "why?")).text == "fine"
-    assert [ask.view is not None for ask in asked] == [True, True]
+    assert [ask.view is not None for ask in asks] == [True, True]
 
 
 async def test_the_session_key_decides_whether_views_are_sent_again():
-    asked: list[Ask] = []
+    asks: list[Ask] = []
     resumed: list[bytes] = []
 
     def serving(key: bytes):
         async def script(peer: Peer) -> None:
             resumed.append((await peer.greet(session=key)).resume)
-            asked.append(ask := await peer.asked())
+            asks.append(ask := await peer.next_ask())
             await peer.answer(ask.id, "fine")
             await peer.socket.close()
 
@@ -225,7 +225,7 @@ async def test_the_session_key_decides_whether_views_are_sent_again():
                     while client._keeper.current.ended is None:
                         await asyncio.sleep(0.001)
     assert resumed == [b"", b"session-a", b"session-a"]
-    assert [ask.view is not None for ask in asked] == [True, False, True]
+    assert [ask.view is not None for ask in asks] == [True, False, True]
 
 
 # ---- refusals --------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ async def test_a_busy_server_is_asked_again_no_earlier_than_it_says():
         await peer.greet()
         for _ in range(2):
             times.append(asyncio.get_running_loop().time())
-            await peer.error((await peer.asked()).id, ErrorCode.BUSY, 80)
-        ask = await peer.asked()
+            await peer.error((await peer.next_ask()).id, ErrorCode.BUSY, 80)
+        ask = await peer.next_ask()
         times.append(asyncio.get_running_loop().time())
         assert ask.view is not None  # a busy server may not have stored it
         await peer.answer(ask.id, "at last")
@@ -250,11 +250,11 @@ async def test_a_busy_server_is_asked_again_no_earlier_than_it_says():
     assert times[2] - times[1] >= 0.08
 
 
-async def test_busy_for_good():
+async def test_busy_without_a_retry_time_is_raised():
     async def busy(peer: Peer) -> None:
         await peer.greet()
         while True:
-            await peer.error((await peer.asked()).id, ErrorCode.BUSY)
+            await peer.error((await peer.next_ask()).id, ErrorCode.BUSY)
 
     async with scripted(busy) as server, EdgeClient(server.url) as client:
         with pytest.raises(BusyError):
@@ -267,7 +267,7 @@ async def test_busy_for_good():
 async def test_a_refusal_is_raised_and_other_questions_continue(code):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, other = await peer.asked(), await peer.asked()
+        ask, other = await peer.next_ask(), await peer.next_ask()
         await peer.error(ask.id, code)
         await peer.answer(other.id, "fine")
         await peer.answer_all()
@@ -283,10 +283,10 @@ async def test_a_refusal_is_raised_and_other_questions_continue(code):
         assert (await client.ask(PHOTO, "three?")).text == "echo three?"
 
 
-async def test_a_server_that_goes_away_is_replaced_by_the_next():
+async def test_a_question_at_a_stopping_server_is_asked_at_the_next():
     async def leaving(peer: Peer) -> None:
         await peer.greet()
-        await peer.asked()
+        await peer.next_ask()
         peer.session.close(ErrorCode.SHUTTING_DOWN, "bye", 1)
         await peer.flush()
         await peer.socket.wait_closed()
@@ -300,7 +300,7 @@ async def test_a_server_that_goes_away_is_replaced_by_the_next():
 async def test_running_questions_on_a_stopping_server_may_still_be_answered():
     async def leaving(peer: Peer) -> None:
         await peer.greet()
-        first, second = await peer.asked(), await peer.asked()
+        first, second = await peer.next_ask(), await peer.next_ask()
         await peer.error(second.id, ErrorCode.SHUTTING_DOWN, 1)
         await asked_again.wait()
         await peer.answer(first.id, "a last word")
@@ -308,7 +308,7 @@ async def test_running_questions_on_a_stopping_server_may_still_be_answered():
 
     async def next_server(peer: Peer) -> None:
         await peer.greet()
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         asked_again.set()
         await peer.answer(ask.id, "a first word")
         await peer.socket.wait_closed()
@@ -323,11 +323,11 @@ async def test_running_questions_on_a_stopping_server_may_still_be_answered():
 
 async def crash(peer: Peer) -> None:
     await peer.greet()
-    await peer.asked()
+    await peer.next_ask()
     peer.socket.transport.abort()
 
 
-async def test_a_question_that_loses_its_link_again_and_again_has_until_its_deadline():
+async def test_a_question_is_asked_again_however_often_its_link_is_lost():
     async with scripted(*[crash] * 25, echo) as server:
         async with EdgeClient(server.url, retry=HASTY) as client:
             assert (await client.ask(PHOTO, "why?")).text == "echo why?"
@@ -347,10 +347,10 @@ async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
     pace = Retry(first_s=0.02, longest_s=0.16)
     sent: list[float] = []
 
-    async def crash_if_told(peer: Peer) -> None:
+    async def crash_on_request(peer: Peer) -> None:
         await peer.greet()
         while True:
-            ask = await peer.asked()
+            ask = await peer.next_ask()
             if ask.question == "crash":
                 sent.append(asyncio.get_running_loop().time())
                 peer.socket.transport.abort()
@@ -363,13 +363,13 @@ async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
                 await client.ask(PHOTO, "why?", deadline_s=5)
             await asyncio.sleep(0)
 
-    async with scripted(crash_if_told) as server:
+    async with scripted(crash_on_request) as server:
         async with EdgeClient(server.url, retry=pace) as client:
-            beside = asyncio.create_task(others(client))
+            background = asyncio.create_task(others(client))
             with pytest.raises(DeadlineError):
                 await client.ask(PHOTO, "crash", deadline_s=1.5)
-            beside.cancel()
-            await asyncio.gather(beside, return_exceptions=True)
+            background.cancel()
+            await asyncio.gather(background, return_exceptions=True)
     gaps = [later - earlier for earlier, later in pairwise(sent)]
     assert len(gaps) >= 5
     for losses, gap in enumerate(gaps, 1):
@@ -377,7 +377,7 @@ async def test_a_question_is_sent_again_no_faster_than_its_own_losses_allow():
         assert gap > min(0.02 * 2 ** (losses - 1), 0.16) / 2 - 0.008, (losses, gaps)
 
 
-def test_by_default_a_minute_has_room_for_few_attempts():
+def test_by_default_a_minute_has_at_most_28_attempts():
     """The limit that README.md states."""
     shortest = [Retry().longest_pause_s(losses) / 2 for losses in range(1, 100)]
     assert min(shortest) == 0.1
@@ -400,10 +400,10 @@ async def test_a_greeting_refused_for_now_is_tried_again():
             await EdgeClient(server.url, retry=HASTY).connect()
 
 
-async def test_the_bytes_of_all_attempts_count():
+async def test_the_bytes_of_all_attempts_are_counted():
     async def cut(peer: Peer) -> None:
         await peer.greet()
-        await peer.asked()
+        await peer.next_ask()
         peer.socket.transport.abort()
 
     async def other(peer: Peer) -> None:
@@ -449,11 +449,11 @@ async def test_closing_while_connecting_ends_the_wait():
     hello = asyncio.Event()
     async with scripted(silent) as server:
         client = EdgeClient(server.url)
-        asked = asyncio.create_task(client.ask(PHOTO, "why?"))
+        question = asyncio.create_task(client.ask(PHOTO, "why?"))
         await hello.wait()
         await client.close()
         with pytest.raises(LinkError, match="closed"):
-            await asked
+            await question
         await client.close()
 
 

@@ -30,15 +30,15 @@ async def test_a_12_megapixel_jpeg_is_decoded_in_full_only_for_a_region(decoded)
     async def script(peer: Peer) -> None:
         await peer.greet(view_width=336, view_height=336, rows=24, columns=24)
         for _ in range(2):
-            ask = await peer.asked()
+            ask = await peer.next_ask()
             await peer.answer(ask.id, "sure")
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         peer.session.request_region(
             request(ask.id, index=300, side_px=336, target_width=336, target_height=336)
         )
         assert isinstance(await peer.next(), Region)
         await peer.answer(ask.id, "second", Stage.SECOND)
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         peer.session.request_region(request(ask.id, index=0, side_px=4000, columns=24, rows=24))
         assert isinstance(await peer.next(), Decline)
         await peer.answer(ask.id, "first")
@@ -51,7 +51,7 @@ async def test_a_12_megapixel_jpeg_is_decoded_in_full_only_for_a_region(decoded)
         async with EdgeClient(server.url, policy=policy) as client:
             await client.ask(large, "why?")
             assert decoded == [(1000, 750)]
-            await client.ask(large, "and?")  # the view is there already
+            await client.ask(large, "and?")  # the server has the view
             assert decoded == [(1000, 750)]
             answer = await client.ask(large, "and there?")
             assert answer.refined

@@ -9,7 +9,7 @@ import trustme
 
 from edge_client.link.dial import DEFAULT_URL, LostError, Server
 from edge_client.link.link import Link
-from tests.edge_client.scripted import Peer, scripted, speaking, unused_url
+from tests.edge_client.scripted import Peer, replying, scripted, unused_url
 from vlm_collab.errors import AuthenticationError, ConfigError, LinkError
 from vlm_collab.protocol.edge_session import EdgeLimits
 
@@ -25,7 +25,7 @@ from vlm_collab.protocol.edge_session import EdgeLimits
         (DEFAULT_URL, DEFAULT_URL),
     ],
 )
-def test_addresses(given, full):
+def test_addresses_without_a_path_get_the_default_path(given, full):
     assert Server(url=given).url == full
 
 
@@ -42,7 +42,7 @@ def test_addresses(given, full):
         "ws://h#x",
     ],
 )
-def test_wrong_addresses_show_a_right_one(wrong):
+def test_wrong_addresses_are_refused_in_one_line(wrong):
     with pytest.raises(ConfigError) as caught:
         Server(url=wrong)
     assert "\n" not in str(caught.value)
@@ -55,7 +55,7 @@ def test_a_token_must_fit_in_a_header(token):
 
 
 @pytest.mark.parametrize("wrong", [{"connect_timeout_s": 0}, {"ping_interval_s": -1}])
-def test_impossible_times(wrong):
+def test_invalid_times_are_refused(wrong):
     with pytest.raises(ConfigError, match="more than 0"):
         Server(**wrong)
 
@@ -64,12 +64,12 @@ async def opened(url: str, **settings: object) -> Link:
     return await Link.open(Server(url=url, **settings), limits=EdgeLimits())
 
 
-async def test_nothing_listens():
+async def test_a_closed_port_is_reported():
     with pytest.raises(LostError, match="nothing listens there"):
         await opened(await unused_url())
 
 
-async def test_no_such_host():
+async def test_an_unknown_host_is_reported():
     with pytest.raises(LinkError, match="no such host"):
         await opened("ws://no-such-host.invalid:1")
 
@@ -77,8 +77,8 @@ async def test_no_such_host():
 @pytest.mark.parametrize(
     ("reply", "kind", "line"),
     [
-        (b"", LostError, "without a word"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "as a web server does"),
+        (b"", LostError, "closed the connection without a response"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", LinkError, "does not answer in HTTP"),
         (b"HTTP/1.1 401 Unauthorized\r\n\r\n", AuthenticationError, "HTTP 401"),
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", AuthenticationError, "HTTP 403"),
         (
@@ -94,11 +94,11 @@ async def test_no_such_host():
         (b"HTTP/1.1 404 Not Found\r\n\r\n", LinkError, "HTTP 404"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", LinkError, "HTTP 200"),
         (b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n", LostError, "HTTP 503"),
-        (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is no vlm-collab server"),
+        (b"HTTP/1.1 101 Fine\r\nUpgrade: other\r\n\r\n", LinkError, "is not a vlm-collab server"),
     ],
 )
-async def test_other_kinds_of_servers(reply, kind, line):
-    async with speaking(reply) as url:
+async def test_other_servers_are_reported_in_one_line(reply, kind, line):
+    async with replying(reply) as url:
         with pytest.raises(kind, match=line) as caught:
             await opened(url)
     assert "\n" not in str(caught.value)
@@ -112,7 +112,7 @@ async def test_other_kinds_of_servers(reply, kind, line):
     "reply", [b"", b"SSH\r\n", *(b"HTTP/1.1 %d No\r\n\r\n" % n for n in (302, 401, 403, 404, 503))]
 )
 async def test_a_token_in_the_address_is_not_repeated(reply):
-    async with speaking(reply) as url:
+    async with replying(reply) as url:
         with pytest.raises((LinkError, AuthenticationError)) as caught:
             await opened(f"{url}/v1/collab?token=s3cret")
     assert "s3cret" not in str(caught.value)
@@ -157,19 +157,19 @@ def test_a_token_in_a_wrong_address_is_not_repeated(wrong):
 
 async def test_redirects_are_not_followed():
     """The audit log names the given address, so pictures must go there."""
-    came: list[str] = []
+    connected: list[str] = []
 
     async def script(peer: Peer) -> None:
-        came.append("here")
+        connected.append("here")
         await peer.greet()
 
     async with scripted(script) as elsewhere:
         reply = f"HTTP/1.1 302 Found\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n"
-        async with speaking(reply.encode()) as url:
-            with pytest.raises(LinkError, match="points to another address") as caught:
+        async with replying(reply.encode()) as url:
+            with pytest.raises(LinkError, match="redirects to another address") as caught:
                 await Link.open(Server(url=url), limits=EdgeLimits())
     assert not isinstance(caught.value, LostError)
-    assert came == []
+    assert connected == []
 
 
 async def test_the_token_is_sent_and_its_absence_is_reported():
@@ -179,14 +179,14 @@ async def test_the_token_is_sent_and_its_absence_is_reported():
         await (await opened(server.url)).close()
         assert "Authorization" not in server.headers[1]
         assert server.headers[1]["User-Agent"].startswith("vlm-collab/")
-    async with speaking(b"HTTP/1.1 401 Unauthorized\r\n\r\n") as url:
+    async with replying(b"HTTP/1.1 401 Unauthorized\r\n\r\n") as url:
         with pytest.raises(AuthenticationError, match="no token was given"):
             await opened(url)
         with pytest.raises(AuthenticationError, match="not accepted"):
             await opened(url, token="wrong")
 
 
-async def test_another_subprotocol():
+async def test_a_server_without_the_subprotocol_is_refused():
     async with scripted(Peer.greet, subprotocols=None) as server:
         with pytest.raises(LinkError, match=r"does not speak vlm-collab\.v1"):
             await opened(server.url)
@@ -199,7 +199,7 @@ async def test_environment_proxies_are_not_used(monkeypatch):
         await (await opened(server.url)).close()
 
 
-async def test_a_proxy_that_was_asked_for_is_used():
+async def test_a_given_proxy_is_used():
     async with scripted(Peer.greet) as server:
         nowhere = (await unused_url()).replace("ws://", "http://")
         with pytest.raises(LinkError):
@@ -208,7 +208,7 @@ async def test_a_proxy_that_was_asked_for_is_used():
             await opened(server.url, proxy="nonsense")
 
 
-async def test_tls_is_checked(tmp_path):
+async def test_the_servers_certificate_is_checked(tmp_path):
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -227,7 +227,7 @@ async def test_tls_is_checked(tmp_path):
             await opened(plain.url.replace("ws:", "wss:"))
 
 
-async def test_wrong_ca_files(tmp_path):
+async def test_wrong_ca_files_are_refused(tmp_path):
     empty = tmp_path / "empty.pem"
     empty.write_text("nothing")
     for file in (empty, tmp_path / "missing.pem"):

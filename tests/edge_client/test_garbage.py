@@ -31,21 +31,21 @@ async def answer_to_nothing(peer: Peer) -> None:
 
 async def noise_later(peer: Peer) -> None:
     await peer.greet()
-    await peer.asked()
+    await peer.next_ask()
     await peer.socket.send(b"\x00" * 40)
     await peer.socket.wait_closed()
 
 
 async def too_large(peer: Peer) -> None:
     await peer.greet()
-    await peer.asked()
+    await peer.next_ask()
     await peer.socket.send(b"\x00" * (2**21 + 1))
     await peer.socket.wait_closed()
 
 
 async def second_welcome(peer: Peer) -> None:
     await peer.greet()
-    await peer.asked()
+    await peer.next_ask()
     peer.session.send_welcome(welcome())
     await peer.flush()
     await peer.socket.wait_closed()
@@ -58,7 +58,7 @@ async def other_version(peer: Peer) -> None:
 
 async def protocol_close(peer: Peer) -> None:
     await peer.greet()
-    await peer.asked()
+    await peer.next_ask()
     await peer.socket.close(1002, "that was no message")
 
 
@@ -88,7 +88,7 @@ async def test_garbage_is_one_clear_error_and_no_second_attempt(script):
 async def test_garbage_in_the_second_stage_leaves_the_first_answer():
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         peer.session.request_region(request(ask.id))
         await peer.flush()
         await peer.next()

@@ -16,7 +16,7 @@ PICTURE = b"\xff\xd8 a picture"
 
 
 class Web:
-    """A web server with answers set by a test.
+    """A web server whose responses a test sets.
 
     Attributes:
         requests: heads of the received requests.
@@ -47,10 +47,10 @@ def moved(where: str) -> bytes:
 
 @asynccontextmanager
 async def web() -> AsyncIterator[Web]:
-    made = Web()
-    async with await asyncio.start_server(made.answer, "127.0.0.1", 0) as server:
-        made.port = server.sockets[0].getsockname()[1]
-        yield made
+    site = Web()
+    async with await asyncio.start_server(site.answer, "127.0.0.1", 0) as server:
+        site.port = server.sockets[0].getsockname()[1]
+        yield site
 
 
 @asynccontextmanager
@@ -64,34 +64,34 @@ async def fetching(*hosts: str, timeout_s: float = 5.0) -> AsyncIterator[Fetcher
 
 async def refused(fetcher: Fetcher, url: str) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        await fetcher.fetch(Url(url), "there")
-    assert caught.value.param == "there"
+        await fetcher.fetch(Url(url), "image_url")
+    assert caught.value.param == "image_url"
     assert caught.value.status == 400
     return caught.value
 
 
-async def test_a_named_host_is_asked():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}") as fetcher:
-        here.replies["/a.jpg?b=c"] = ok(PICTURE)
-        url = f"http://127.0.0.1:{here.port}/a.jpg?b=c"
-        assert await fetcher.fetch(Url(url), "there") == PICTURE
-        head = here.requests[0].lower()
-        assert f"host: 127.0.0.1:{here.port}\r\n" in head
+async def test_a_picture_is_fetched_from_an_allowed_host():
+    async with web() as server, fetching(f"127.0.0.1:{server.port}") as fetcher:
+        server.replies["/a.jpg?b=c"] = ok(PICTURE)
+        url = f"http://127.0.0.1:{server.port}/a.jpg?b=c"
+        assert await fetcher.fetch(Url(url), "image_url") == PICTURE
+        head = server.requests[0].lower()
+        assert f"host: 127.0.0.1:{server.port}\r\n" in head
         for private in ("authorization", "cookie", "referer"):
             assert private not in head
 
 
-async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_too():
-    async with web() as here:
-        here.replies["/"] = ok(PICTURE)
-        url = f"http://localhost:{here.port}/"
-        async with fetching(f"localhost:{here.port}") as fetcher:
+async def test_a_name_at_a_private_address_needs_that_address_allowed_too():
+    async with web() as server:
+        server.replies["/"] = ok(PICTURE)
+        url = f"http://localhost:{server.port}/"
+        async with fetching(f"localhost:{server.port}") as fetcher:
             error = await refused(fetcher, url)
             assert "--allow-host 127.0.0.1 as well" in str(error) or "::1" in str(error)
-        assert not here.requests
-        async with fetching(f"localhost:{here.port}", "127.0.0.1", "::1") as fetcher:
-            assert await fetcher.fetch(Url(url), "there") == PICTURE
-            assert f"host: localhost:{here.port}\r\n" in here.requests[0].lower()
+        assert not server.requests
+        async with fetching(f"localhost:{server.port}", "127.0.0.1", "::1") as fetcher:
+            assert await fetcher.fetch(Url(url), "image_url") == PICTURE
+            assert f"host: localhost:{server.port}\r\n" in server.requests[0].lower()
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,11 @@ async def test_a_name_that_leads_to_a_private_address_needs_that_address_named_t
     ],
 )
 async def test_hosts_that_are_not_allowed_get_no_request(url: str, monkeypatch: pytest.MonkeyPatch):
-    def looked_up(*_: object, **__: object) -> None:
+    def refuse_lookup(*_: object, **__: object) -> None:
         raise AssertionError("a name that was not allowed was looked up")
 
     async with fetching("named.example") as fetcher:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", looked_up)
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", refuse_lookup)
         assert (await refused(fetcher, url)).type == "invalid_request_error"
 
 
@@ -139,7 +139,7 @@ async def test_hosts_that_are_not_allowed_get_no_request(url: str, monkeypatch: 
         "::ffff:10.0.0.1",
     ],
 )
-async def test_a_name_bound_to_the_owners_network_is_refused(
+async def test_a_name_that_resolves_to_a_private_address_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ):
     async def bound(host: str, port: int, **_: object) -> list[object]:
@@ -153,32 +153,32 @@ async def test_a_name_bound_to_the_owners_network_is_refused(
 
 
 async def test_redirects_stay_on_the_host():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}", "127.0.0.1") as fetcher:
-        base = f"http://127.0.0.1:{here.port}"
-        here.replies["/a"] = moved("/b")
-        here.replies["/b"] = moved(f"{base}/c")
-        here.replies["/c"] = ok(PICTURE)
-        assert await fetcher.fetch(Url(f"{base}/a"), "there") == PICTURE
-        here.replies["/away"] = moved(f"http://localhost:{here.port}/c")
+    async with web() as server, fetching(f"127.0.0.1:{server.port}", "127.0.0.1") as fetcher:
+        base = f"http://127.0.0.1:{server.port}"
+        server.replies["/a"] = moved("/b")
+        server.replies["/b"] = moved(f"{base}/c")
+        server.replies["/c"] = ok(PICTURE)
+        assert await fetcher.fetch(Url(f"{base}/a"), "image_url") == PICTURE
+        server.replies["/away"] = moved(f"http://localhost:{server.port}/c")
         assert "redirects to another host" in str(await refused(fetcher, f"{base}/away"))
-        here.replies["/port"] = moved(f"http://127.0.0.1:{here.port + 1}/c")
-        assert "fetches nothing from" in str(await refused(fetcher, f"{base}/port"))
-        here.replies["/round"] = moved("/round")
+        server.replies["/port"] = moved(f"http://127.0.0.1:{server.port + 1}/c")
+        assert "may not fetch from" in str(await refused(fetcher, f"{base}/port"))
+        server.replies["/round"] = moved("/round")
         assert "more than 3 redirects" in str(await refused(fetcher, f"{base}/round"))
-        here.replies["/nowhere"] = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n"
+        server.replies["/nowhere"] = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n"
         assert "302" in str(await refused(fetcher, f"{base}/nowhere"))
 
 
-async def test_limits_and_failures():
-    async with web() as here, fetching(f"127.0.0.1:{here.port}", timeout_s=0.3) as fetcher:
-        base = f"http://127.0.0.1:{here.port}"
-        here.replies["/large"] = ok(b"x" * 1001)
+async def test_failed_and_too_large_fetches_are_refused():
+    async with web() as server, fetching(f"127.0.0.1:{server.port}", timeout_s=0.3) as fetcher:
+        base = f"http://127.0.0.1:{server.port}"
+        server.replies["/large"] = ok(b"x" * 1001)
         assert (await refused(fetcher, f"{base}/large")).code == "image_too_large"
-        here.replies["/gone"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        server.replies["/gone"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
         assert "HTTP 404" in str(await refused(fetcher, f"{base}/gone"))
-        here.replies["/silent"] = b"silence"
+        server.replies["/silent"] = b"silence"
         assert "within 0.3 s" in str(await refused(fetcher, f"{base}/silent"))
-        here.replies["/junk"] = b"junk\r\n\r\n"
+        server.replies["/junk"] = b"junk\r\n\r\n"
         assert "cannot be fetched" in str(await refused(fetcher, f"{base}/junk"))
-    async with fetching(f"127.0.0.1:{here.port}") as fetcher:
+    async with fetching(f"127.0.0.1:{server.port}") as fetcher:
         assert "cannot be fetched" in str(await refused(fetcher, f"{base}/a"))

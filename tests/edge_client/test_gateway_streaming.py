@@ -53,7 +53,7 @@ class Client:
 
 
 async def stream(client: Client, pieces: AsyncGenerator[bytes, None]) -> list[str]:
-    """Send a stream; returns what was closed at its end, in order."""
+    """Send a stream; return the names of what was closed at its end, in order."""
     closed: list[str] = []
 
     async def watched() -> AsyncGenerator[bytes, None]:
@@ -101,7 +101,7 @@ async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-async def test_a_client_that_leaves_ends_the_work(broken: bool):
+async def test_a_stream_is_closed_when_its_client_disconnects(broken: bool):
     client = Client(broken=broken)
 
     async def endless() -> AsyncGenerator[bytes, None]:
@@ -133,7 +133,7 @@ def pieces(ask: Any, finished: Any = lambda result: None, **how: Any) -> Any:
     )
 
 
-async def test_what_goes_wrong_before_the_first_text_is_raised():
+async def test_an_error_before_the_first_text_is_raised():
     async def failing(on_text: Any) -> Result:
         raise ApiError(429, "busy")
 
@@ -144,35 +144,35 @@ async def test_what_goes_wrong_before_the_first_text_is_raised():
 @pytest.mark.parametrize(
     ("error", "message"), [(ApiError(502, "lost"), "lost"), (KeyError("bug"), "the gateway failed")]
 )
-async def test_what_goes_wrong_later_is_the_last_event(error: Exception, message: str):
+async def test_a_later_error_is_the_last_event(error: Exception, message: str):
     async def failing(on_text: Any) -> Result:
         on_text(Stage.SECOND, "some words of an answer")
         await asyncio.sleep(0)
         raise error
 
-    told: list[Result] = []
-    sent = b"".join([piece async for piece in pieces(failing, told.append)])
+    results: list[Result] = []
+    sent = b"".join([piece async for piece in pieces(failing, results.append)])
     *_, last, done = [line for line in sent.decode().split("\n\n") if line]
     assert message in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
-    assert not told
+    assert not results
 
 
-async def test_an_answer_is_told_before_its_end_is_sent():
+async def test_finished_is_called_before_the_end_is_sent():
     async def answering(on_text: Any) -> Result:
         on_text(Stage.FIRST, "a bird")
         return Result(text="a bird", report=Report(model="m"))
 
-    told: list[Result] = []
-    made = pieces(answering, told.append)
-    assert b'"role":"assistant"' in await anext(made)
-    assert not told
-    assert b"a bird" in await anext(made)
-    assert [result.text for result in told] == ["a bird"]
-    assert [piece async for piece in made] == []
+    results: list[Result] = []
+    stream_pieces = pieces(answering, results.append)
+    assert b'"role":"assistant"' in await anext(stream_pieces)
+    assert not results
+    assert b"a bird" in await anext(stream_pieces)
+    assert [result.text for result in results] == ["a bird"]
+    assert [piece async for piece in stream_pieces] == []
 
 
-async def test_a_stream_that_is_closed_takes_its_question_back():
+async def test_closing_a_stream_cancels_its_question():
     cancelled = asyncio.Event()
 
     async def endless(on_text: Any) -> Result:
@@ -183,7 +183,7 @@ async def test_a_stream_that_is_closed_takes_its_question_back():
             cancelled.set()
         raise AssertionError
 
-    made = pieces(endless)
-    await anext(made)
-    await made.aclose()
+    stream_pieces = pieces(endless)
+    await anext(stream_pieces)
+    await stream_pieces.aclose()
     assert cancelled.is_set()

@@ -47,8 +47,10 @@ async def answering(
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"POST /under/v1/chat/completions HTTP/1.1\r\n")
-        said = len(content) if length is None else length
-        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {said}\r\n\r\n".encode() + content)
+        announced = len(content) if length is None else length
+        writer.write(
+            f"HTTP/1.1 {status} X\r\nContent-Length: {announced}\r\n\r\n".encode() + content
+        )
         if silent:
             await stay.wait()
         writer.close()
@@ -64,7 +66,7 @@ async def answering(
             await upstream.close()
 
 
-async def test_an_answer():
+async def test_an_answer_is_read():
     async with answering(GOOD) as upstream:
         result = await upstream.ask(QUERY, "m", None)
         assert (result.text, result.finish) == ("hi", Finish.LENGTH)
@@ -72,7 +74,7 @@ async def test_an_answer():
         assert result.tokens[0].surprisal_micro == 1_000_000
 
 
-async def test_a_streamed_answer():
+async def test_a_streamed_answer_is_read():
     texts: list[Any] = []
     async with answering(STREAM) as upstream:
         result = await upstream.ask(QUERY, "m", lambda stage, text: texts.append(text))
@@ -82,7 +84,7 @@ async def test_a_streamed_answer():
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-async def test_a_stream_in_every_form_of_the_standard(end: str):
+async def test_streams_with_any_line_end_are_read(end: str):
     lines = (
         ": comment",
         "",
@@ -117,7 +119,9 @@ async def test_a_stream_in_every_form_of_the_standard(end: str):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_trouble(content: bytes, how: dict[str, Any], status: int, stream: bool):
+async def test_failures_become_errors_with_the_right_status(
+    content: bytes, how: dict[str, Any], status: int, stream: bool
+):
     async with answering(content, **how) as upstream:
         with pytest.raises(ApiError) as caught:
             await upstream.ask(QUERY, "m", (lambda *_: None) if stream else None)
@@ -134,7 +138,7 @@ async def test_trouble(content: bytes, how: dict[str, Any], status: int, stream:
         b"",
     ],
 )
-async def test_streams_that_break_off(content: bytes):
+async def test_broken_streams_are_a_502(content: bytes):
     async with answering(content) as upstream:
         with pytest.raises(ApiError) as caught:
             await upstream.ask(QUERY, "m", lambda *_: None)

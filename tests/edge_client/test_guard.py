@@ -1,4 +1,4 @@
-"""What leaves, is declined or is refused by the privacy policy."""
+"""The privacy policy: what leaves, what is declined, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORM = (Size(50, 50), Fit.STRETCH, Codec.JPEG, 90)
 REGION = (Size(80, 80), Codec.JPEG, 90)
 
 
-class Watch:
+class FakeClock:
     """A clock that a test sets."""
 
     def __init__(self) -> None:
@@ -83,18 +83,18 @@ def test_everything_may_leave_without_a_policy():
         (0.0, Box(0, 0, 1, 1), DeclineReason.LIMIT),
     ],
 )
-def test_the_share_of_a_picture(share, box, reason):
+def test_max_region_share_limits_regions(share, box, reason):
     question = Guard(CameraPolicy(max_region_share=share)).question("why?")
     assert question.may_send(picture(), box) is reason
 
 
-def test_regions_of_one_question_whatever_the_picture():
+def test_regions_are_counted_per_question_over_all_pictures():
     guard = Guard(CameraPolicy(max_regions_per_question=2))
     question, one, other = guard.question("why?"), picture(), picture()
     corner, middle = Box(0, 0, 9, 9), Box(100, 100, 120, 120)
-    for shown, box in ((one, corner), (other, corner)):
-        assert question.may_send(shown, box) is None
-        assert question.region_leaves(shown, b"jpeg", box, *REGION) is None
+    for image, box in ((one, corner), (other, corner)):
+        assert question.may_send(image, box) is None
+        assert question.region_leaves(image, b"jpeg", box, *REGION) is None
     assert question.may_send(one, middle) is DeclineReason.LIMIT
     # The same region again, as after a lost link, does not count.
     assert question.may_send(other, corner) is None
@@ -110,11 +110,11 @@ def test_a_completely_hidden_region_is_declined():
             )
         )
     )
-    shown = guard.masked(picture())
+    masked = guard.masked(picture())
     question = guard.question("why?")
-    assert question.may_send(shown, Box(10, 10, 100, 100)) is DeclineReason.PRIVACY
-    assert question.may_send(shown, Box(10, 10, 101, 100)) is None
-    assert question.may_send(shown, Box(10, 10, 100, 101)) is None
+    assert question.may_send(masked, Box(10, 10, 100, 100)) is DeclineReason.PRIVACY
+    assert question.may_send(masked, Box(10, 10, 101, 100)) is None
+    assert question.may_send(masked, Box(10, 10, 100, 101)) is None
 
 
 def test_the_same_picture_gets_the_same_masked_one():
@@ -128,27 +128,27 @@ def test_a_masked_file_stays_masked_when_it_is_opened_again():
     data = saved(photo(400, 300), "PNG")
     masked = Guard(hiding(0, 0, 200, 300)).masked(Picture.open(data))
     for _ in range(2):
-        shown = Image.open(
+        region = Image.open(
             io.BytesIO(masked.region(Box(0, 0, 400, 300), Size(400, 300), Codec.PNG, 1))
         )
-        assert shown.crop((0, 0, 200, 300)).getbbox() is None
-        assert shown.getbbox() is not None
+        assert region.crop((0, 0, 200, 300)).getbbox() is None
+        assert region.getbbox() is not None
 
 
 def test_the_byte_limit_holds_for_any_hour():
-    watch = Watch()
-    guard = Guard(CameraPolicy(max_bytes_per_hour=1000), clock=watch)
+    clock = FakeClock()
+    guard = Guard(CameraPolicy(max_bytes_per_hour=1000), clock=clock)
     question = guard.question("why?")
     view_leaves(question, 600)
-    watch.wait(minutes=30)
-    with pytest.raises(PrivacyError, match="1000 bytes an hour; 600 have left, and 401 more"):
+    clock.wait(minutes=30)
+    with pytest.raises(PrivacyError, match="1000 bytes an hour; 600 were sent, and 401 more"):
         view_leaves(question, 401)
     assert region_leaves(question, 401, Box(0, 0, 9, 9)) is DeclineReason.LIMIT
     assert region_leaves(question, 400, Box(0, 0, 9, 9)) is None
-    watch.wait(minutes=29, seconds=59)
+    clock.wait(minutes=29, seconds=59)
     with pytest.raises(PrivacyError):
         view_leaves(question, 1)
-    watch.wait(seconds=1)  # the first 600 are an hour old
+    clock.wait(seconds=1)  # the first 600 are an hour old
     view_leaves(question, 600)
     with pytest.raises(PrivacyError):
         view_leaves(question, 1)
@@ -164,27 +164,27 @@ def test_several_views_leave_together_or_not_at_all(tmp_path):
     assert len(read_log(log).images) == 2
 
 
-def test_bytes_are_remembered_over_a_restart_and_shared_with_others(tmp_path):
-    watch, log = Watch(), tmp_path / "audit.jsonl"
+def test_the_byte_count_survives_a_restart_and_is_shared(tmp_path):
+    clock, log = FakeClock(), tmp_path / "audit.jsonl"
 
-    def started(camera: str = "door") -> QuestionGuard:
+    def restarted(camera: str = "door") -> QuestionGuard:
         rules = CameraPolicy(name=camera, max_bytes_per_hour=1000)
-        return Guard(rules, audit=AuditLog(log), clock=watch).question("why?")
+        return Guard(rules, audit=AuditLog(log), clock=clock).question("why?")
 
-    first, second = started(), started()
-    shown = picture()
+    first, second = restarted(), restarted()
+    image = picture()
     for _ in range(200):  # more than is read at once from the end of the log
-        view_leaves(first, 5, shown)
-        watch.wait(seconds=1)
-    for question in (first, second, started()):
-        with pytest.raises(PrivacyError, match="1000 have left"):
+        view_leaves(first, 5, image)
+        clock.wait(seconds=1)
+    for question in (first, second, restarted()):
+        with pytest.raises(PrivacyError, match="1000 were sent"):
             view_leaves(question, 1)
-    view_leaves(started("garden"), 1000)
-    watch.wait(minutes=57, seconds=39)  # 60 of them are older than an hour
-    for question in (second, started()):
-        with pytest.raises(PrivacyError, match="700 have left"):
+    view_leaves(restarted("garden"), 1000)
+    clock.wait(minutes=57, seconds=39)  # 60 of them are older than an hour
+    for question in (second, restarted()):
+        with pytest.raises(PrivacyError, match="700 were sent"):
             view_leaves(question, 301)
-    view_leaves(started(), 300)
+    view_leaves(restarted(), 300)
 
 
 def moved(log: Path) -> None:
@@ -196,28 +196,28 @@ def cut_short(log: Path) -> None:
 
 
 @pytest.mark.parametrize("rotate", [moved, cut_short])
-@pytest.mark.parametrize("looks", [0, 1])
-def test_rotating_the_log_does_not_reset_the_hour(rotate, looks, tmp_path):
+@pytest.mark.parametrize("reads", [0, 1])
+def test_rotating_the_log_does_not_reset_the_hour(rotate, reads, tmp_path):
     log = tmp_path / "audit.jsonl"
     policy = CameraPolicy(max_bytes_per_hour=1000, hide=hiding(0, 0, 50, 50).hide)
     guard = Guard(policy, audit=AuditLog(log))
-    shown = guard.masked(picture())
-    view_leaves(guard.question("why?"), 600, shown)
-    for _ in range(looks):  # reads what was written before
+    masked = guard.masked(picture())
+    view_leaves(guard.question("why?"), 600, masked)
+    for _ in range(reads):  # reads what was written before
         with pytest.raises(PrivacyError):
-            view_leaves(guard.question("why?"), 600, shown)
+            view_leaves(guard.question("why?"), 600, masked)
     rotate(log)
-    with pytest.raises(PrivacyError, match="600 have left"):
-        view_leaves(guard.question("why?"), 600, shown)
-    view_leaves(guard.question("why?"), 300, shown)
+    with pytest.raises(PrivacyError, match="600 were sent"):
+        view_leaves(guard.question("why?"), 600, masked)
+    view_leaves(guard.question("why?"), 300, masked)
     fresh = read_log(log)
     assert [image.bytes for image in fresh.images] == [300]
     assert fresh.hidden[fresh.images[0].hidden] == (Box(0, 0, 50, 50),)
-    with pytest.raises(PrivacyError, match="900 have left"):
-        view_leaves(guard.question("why?"), 101, shown)
+    with pytest.raises(PrivacyError, match="900 were sent"):
+        view_leaves(guard.question("why?"), 101, masked)
 
 
-def test_every_image_of_the_hour_counts_once_whoever_wrote_it(tmp_path):
+def test_each_image_counts_once_in_every_process(tmp_path):
     log = tmp_path / "audit.jsonl"
     policy = CameraPolicy(max_bytes_per_hour=1000)
     guard, other = (Guard(policy, audit=AuditLog(log)) for _ in range(2))
@@ -226,18 +226,18 @@ def test_every_image_of_the_hour_counts_once_whoever_wrote_it(tmp_path):
         assert region_leaves(writer.question("why?"), 50, Box(0, 0, 90, 9)) is None
     for _ in range(2):
         for writer in (guard, other, Guard(policy, audit=AuditLog(log))):
-            with pytest.raises(PrivacyError, match="450 have left"):
+            with pytest.raises(PrivacyError, match="450 were sent"):
                 view_leaves(writer.question("why?"), 551)
 
 
 def test_counts_are_dropped_after_an_hour(tmp_path):
-    watch = Watch()
+    clock = FakeClock()
     policy, log = CameraPolicy(max_bytes_per_hour=1000), AuditLog(tmp_path / "audit.jsonl")
-    guard = Guard(policy, audit=log, clock=watch)
+    guard = Guard(policy, audit=log, clock=clock)
     for _ in range(3):
         view_leaves(guard.question("why?"), 600)
         moved(log.path)  # so that it is never read back
-        watch.wait(hours=1)
+        clock.wait(hours=1)
     guard.check_bytes(1)
     assert guard._spent == []
     assert not guard._recent._own  # type: ignore[union-attr]
@@ -262,12 +262,12 @@ def test_views_larger_than_the_policy_allows_do_not_leave(tmp_path):
 def test_threads_do_not_spend_the_same_bytes_twice():
     guard = Guard(CameraPolicy(max_bytes_per_hour=1000))
     refused: list[PrivacyError] = []
-    shown = picture()
+    image = picture()
 
     def send() -> None:
         for _ in range(20):
             try:
-                view_leaves(guard.question("why?"), 10, shown)
+                view_leaves(guard.question("why?"), 10, image)
             except PrivacyError as error:
                 refused.append(error)
 
@@ -279,23 +279,23 @@ def test_threads_do_not_spend_the_same_bytes_twice():
     assert len(refused) == 60
 
 
-def test_quiet_hours_begin_in_the_middle_of_a_question(tmp_path):
-    watch = Watch()
+def test_quiet_hours_may_begin_in_the_middle_of_a_question(tmp_path):
+    clock = FakeClock()
     local = NOON.astimezone()
     minute = local.hour * 60 + local.minute
     quiet = Hours((minute + 1) % 1440, (minute + 3) % 1440)
-    guard = Guard(CameraPolicy(quiet_hours=(quiet,)), clock=watch)
+    guard = Guard(CameraPolicy(quiet_hours=(quiet,)), clock=clock)
     question = guard.question("why?")
     question.begin()
     view_leaves(question, 10)
-    watch.wait(minutes=1)
+    clock.wait(minutes=1)
     with pytest.raises(PrivacyError, match=str(quiet)):
         question.begin()
     with pytest.raises(PrivacyError):
         view_leaves(question, 10)
     assert question.may_send(picture(), Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
     assert region_leaves(question, 10, Box(0, 0, 9, 9)) is DeclineReason.PRIVACY
-    watch.wait(minutes=2)
+    clock.wait(minutes=2)
     question.begin()
 
 
@@ -317,8 +317,8 @@ def test_secrets_in_an_address_are_not_stored():
 # In the client
 
 
-async def ask_for(peer: Peer, **changes: Any) -> Region | Decline:
-    ask = await peer.asked()
+async def request_region(peer: Peer, **changes: Any) -> Region | Decline:
+    ask = await peer.next_ask()
     peer.session.request_region(request(ask.id, **changes))
     reply = await peer.next()
     assert isinstance(reply, Region | Decline)
@@ -346,7 +346,7 @@ PHOTO = saved(photo(1000, 800), "PNG")
 async def test_a_declined_region_leaves_the_first_answer_marked(policy, reason, tmp_path):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        replies.append(await ask_for(peer, codec=Codec.PNG))
+        replies.append(await request_region(peer, codec=Codec.PNG))
         await peer.answer_all()
 
     replies: list[Region | Decline] = []
@@ -371,27 +371,27 @@ async def test_a_declined_region_leaves_the_first_answer_marked(policy, reason, 
 async def test_the_server_sees_no_hidden_pixel():
     async def script(peer: Peer) -> None:
         await peer.greet(codecs=(Codec.PNG,))
-        ask = await peer.asked()
-        seen.append(ask.view)
+        ask = await peer.next_ask()
+        images_sent.append(ask.view)
         peer.session.request_region(
             request(ask.id, codec=Codec.PNG, index=0, side_px=200, columns=2, rows=2)
         )
         reply = await peer.next()
         assert isinstance(reply, Region)
-        seen.append(reply.image)
+        images_sent.append(reply.image)
         await peer.answer(ask.id, "second", Stage.SECOND)
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         assert ask.view is None  # a follow-up question on a masked picture sends no pixels
         await peer.answer(ask.id, "third")
         await peer.socket.wait_closed()
 
-    seen: list[bytes | None] = []
+    images_sent: list[bytes | None] = []
     policy = PrivacyPolicy({"default": hiding(100, 0, 1000, 100, of=(1000, 800))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
         answer = await client.ask(PHOTO, "why?")
         await client.ask(PHOTO, "and?")
     assert answer.box == Box(25, 0, 225, 200)
-    view, region = (Image.open(io.BytesIO(data or b"")) for data in seen)
+    view, region = (Image.open(io.BytesIO(data or b"")) for data in images_sent)
     assert view.crop((12, 0, 112, 14)).getbbox() is None
     assert view.crop((0, 0, 11, 112)).getextrema()[2][0] > 0
     assert region.size == (112, 112)
@@ -402,11 +402,11 @@ async def test_the_server_sees_no_hidden_pixel():
 async def test_a_question_over_the_budget_sends_nothing_and_frees_its_slot(tmp_path):
     async def script(peer: Peer) -> None:
         await peer.greet(max_in_flight=1)
-        asked.append((await peer.asked()).question)
+        questions.append((await peer.next_ask()).question)
         await peer.answer(1, "first")
         await peer.answer_all()
 
-    asked: list[str] = []
+    questions: list[str] = []
     policy = PrivacyPolicy({"door": CameraPolicy(name="door", max_bytes_per_hour=6000)})
     small, large = (
         saved(photo(60, 60), "PNG"),
@@ -420,7 +420,7 @@ async def test_a_question_over_the_budget_sends_nothing_and_frees_its_slot(tmp_p
                 with pytest.raises(PrivacyError, match='camera "door"'):
                     await client.ask(large, "too much?")
             assert (await client.ask(small, "why?")).text == "first"
-            assert asked == ["why?"]
+            assert questions == ["why?"]
             assert (await client.ask(small, "and?")).text == "echo and?"  # needs no bytes
     assert len(read_log(tmp_path / "log").images) == 1
 
@@ -449,22 +449,22 @@ async def test_the_policy_bounds_the_view_before_any_is_made(most, tmp_path, mon
         await peer.greet()
         await peer.socket.wait_closed()
 
-    made: list[Size] = []
-    monkeypatch.setattr(Picture, "view", lambda self, side, *form: made.append(side))
+    view_sizes: list[Size] = []
+    monkeypatch.setattr(Picture, "view", lambda self, side, *form: view_sizes.append(side))
     policy, log = PrivacyPolicy({"default": CameraPolicy(max_view_pixels=most)}), tmp_path / "log"
     async with scripted(script) as server:
         async with EdgeClient(server.url, policy=policy, audit=log) as client:
             for _ in range(2):
                 with pytest.raises(PrivacyError, match=rf"{most} px.*112 x 112"):
                     await client.ask(PHOTO, "why?")
-    assert made == []
+    assert view_sizes == []
     assert log.read_bytes() == b""
 
 
 async def test_a_small_picture_is_enlarged_to_a_view_that_the_policy_allows(tmp_path):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         sizes.append(Image.open(io.BytesIO(ask.view or b"")).size)
         await peer.answer(ask.id, "small")
         await peer.socket.wait_closed()
@@ -488,19 +488,19 @@ async def test_quiet_hours_refuse_a_question_before_it_is_sent():
 
 
 async def test_quiet_hours_stop_a_question_that_waits():
-    """Also a question about a picture whose view the server has."""
+    """This includes a question about a picture whose view the server has."""
 
     async def script(peer: Peer) -> None:
         await peer.greet(max_in_flight=1)
-        await peer.answer((await peer.asked()).id, "first")
+        await peer.answer((await peer.next_ask()).id, "first")
         await peer.answer_all()
 
-    watch = Watch()
+    clock = FakeClock()
     start = NOON.astimezone() + datetime.timedelta(minutes=1)
     quiet = Hours.parse(f"{start:%H:%M}-{start + datetime.timedelta(hours=1):%H:%M}")
     policy = PrivacyPolicy({"default": CameraPolicy(quiet_hours=(quiet,))})
     async with scripted(script) as server, EdgeClient(server.url, policy=policy) as client:
-        client._guard._clock = watch
+        client._guard._clock = clock
         assert (await client.ask(PHOTO, "why?")).text == "first"
         link = client._keeper.current
         assert link is not None
@@ -508,18 +508,18 @@ async def test_quiet_hours_stop_a_question_that_waits():
         waiting = asyncio.create_task(client.ask(PHOTO, "and?"))
         while not link._slots._waiters:
             await asyncio.sleep(0.005)
-        watch.wait(minutes=2)
+        clock.wait(minutes=2)
         link.give_back()
         with pytest.raises(PrivacyError):
             await waiting
-        watch.wait(hours=2)
+        clock.wait(hours=2)
         assert (await client.ask(PHOTO, "now?")).text == "echo now?"
 
 
-async def test_views_of_several_pictures_are_logged_each(tmp_path):
+async def test_each_view_of_several_pictures_is_logged(tmp_path):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask = await peer.asked()
+        ask = await peer.next_ask()
         sent.extend([ask.view, *(more.view for more in ask.more)])
         await peer.answer(ask.id, "first")
         await peer.answer_all()

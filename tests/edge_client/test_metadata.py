@@ -152,13 +152,13 @@ def test_views_and_regions_are_pixels_alone(origin: Codec, codec: Codec, masked:
     for picture in (Picture.open(data), Picture.from_pil(in_memory)):
         if masked:
             picture = picture.hiding([Box(0, 0, 50, 300)])
-        made = [
+        images = [
             picture.view(Size(50, 50), Fit.STRETCH, codec, 90),
             picture.view(Size(60, 60), Fit.PAD, codec, 90),
             picture.region(Box(100, 50, 300, 250), Size(200, 200), codec, 90),
             picture.region(Box(0, 0, *SIZE), Size(300, 300), codec, 90),
         ]
-        for image in made:
+        for image in images:
             assert set(parts(image, codec)) <= BARE[codec]
             for trace in TRACES:
                 assert trace.encode() not in image

@@ -105,7 +105,7 @@ def test_a_camera_frame_needs_no_file():
 # ---- files -----------------------------------------------------------------------------------
 
 
-def test_a_picture_stays_what_it_was_when_its_file_changes(tmp_path):
+def test_an_opened_picture_does_not_change_with_its_file(tmp_path):
     file = tmp_path / "photo.png"
     file.write_bytes(png(1))
     picture = Picture.open(file)
@@ -147,7 +147,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
             open_picture(pipe)
 
 
-def test_a_file_that_is_no_picture_is_not_read(tmp_path):
+def test_a_file_that_is_not_a_picture_is_not_read(tmp_path):
     file = tmp_path / "film.mkv"
     with file.open("wb") as hole:
         hole.truncate(400 * 2**20)
@@ -161,7 +161,7 @@ def test_a_file_that_is_no_picture_is_not_read(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read(tmp_path):
+def test_an_unreadable_file_is_reported(tmp_path):
     file = tmp_path / "secret.png"
     file.write_bytes(png())
     file.chmod(0)
@@ -186,7 +186,7 @@ def test_the_same_file_or_content_is_the_same_picture(tmp_path, monkeypatch):
     assert album.get(picture) is picture
 
 
-def test_a_wrong_file_may_become_right(tmp_path):
+def test_a_file_that_appears_later_is_opened(tmp_path):
     album, file = PictureCache(10**6), tmp_path / "late.png"
     with pytest.raises(ImageError):
         album.get(file)
@@ -194,7 +194,7 @@ def test_a_wrong_file_may_become_right(tmp_path):
     assert album.get(file).size == Size(200, 100)
 
 
-def test_the_least_recently_used_pictures_go_first():
+def test_the_least_recently_used_pictures_are_dropped_first():
     files = [png(i) for i in range(4)]
     album = PictureCache(10**6, max_bytes=sum(len(file) for file in files[:3]) + 100)
     kept, forgotten = album.get(files[0]), album.get(files[1])

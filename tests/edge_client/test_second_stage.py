@@ -25,8 +25,8 @@ from vlm_collab.protocol.messages import (
 PHOTO = photo(1)
 
 
-async def wanting(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline | Cancel]:
-    ask = await peer.asked()
+async def request_and_reply(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline | Cancel]:
+    ask = await peer.next_ask()
     peer.session.request_region(request(ask.id, **changes))
     reply = await peer.next()
     assert isinstance(reply, Region | Decline | Cancel)
@@ -43,7 +43,7 @@ async def wanting(peer: Peer, **changes: object) -> tuple[Ask, Region | Decline 
 async def test_an_invalid_region_request_is_declined(changes, reason):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, reply = await wanting(peer, **changes)
+        ask, reply = await request_and_reply(peer, **changes)
         assert isinstance(reply, Decline)
         assert reply.reason is reason
         peer.session.answer(ask.id, "first", Stage.FIRST, Fallback.DECLINED, 2.0, Usage())
@@ -58,7 +58,7 @@ async def test_an_invalid_region_request_is_declined(changes, reason):
 async def test_a_target_of_any_size_never_enlarges_the_region():
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, reply = await wanting(peer, target_width=65535, target_height=65535)
+        ask, reply = await request_and_reply(peer, target_width=65535, target_height=65535)
         assert isinstance(reply, Region)
         await peer.answer(ask.id, "second", Stage.SECOND)
         await peer.socket.wait_closed()
@@ -72,7 +72,7 @@ async def test_a_target_of_any_size_never_enlarges_the_region():
 async def test_a_region_over_the_frame_limit_is_declined():
     async def script(peer: Peer) -> None:
         await peer.greet(max_frame_bytes=8000)
-        ask, reply = await wanting(
+        ask, reply = await request_and_reply(
             peer,
             codec=Codec.PNG,
             side_px=360,
@@ -100,7 +100,7 @@ async def test_a_region_over_the_frame_limit_is_declined():
 async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallback):
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, _ = await wanting(peer)
+        ask, _ = await request_and_reply(peer)
         await peer.error(ask.id, code, 1)
         await peer.answer_all()
 
@@ -115,15 +115,15 @@ async def test_an_error_in_the_second_stage_leaves_the_first_answer(code, fallba
 async def test_a_cut_first_answer_is_replaced_by_the_complete_one():
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, _ = await wanting(peer, first="a first…")
+        ask, _ = await request_and_reply(peer, first="a first…")
         texts.clear()
         peer.session.answer(
             ask.id, "a first answer", Stage.FIRST, Fallback.SERVER_FAILED, 2.0, Usage()
         )
         await peer.flush()
-        ask, _ = await wanting(peer, first="a first…")
+        ask, _ = await request_and_reply(peer, first="a first…")
         await peer.answer(ask.id, "second", Stage.SECOND)
-        ask, _ = await wanting(peer, first="a first…")
+        ask, _ = await request_and_reply(peer, first="a first…")
         await peer.error(ask.id, ErrorCode.INTERNAL)
         await peer.socket.wait_closed()
 
@@ -134,7 +134,7 @@ async def test_a_cut_first_answer_is_replaced_by_the_complete_one():
         assert texts[-1] == (Stage.FIRST, "a first answer")
         refined = await client.ask(PHOTO, "why?")
         assert (refined.text, refined.first_text) == ("second", "a first…")
-        # No complete answer came: the cut one, with its mark.
+        # No complete answer came, so the cut one is returned with its mark.
         failed = await client.ask(PHOTO, "why?")
         assert (failed.text, failed.fallback) == ("a first…", Fallback.SERVER_FAILED)
 
@@ -144,7 +144,7 @@ async def test_the_deadline_in_the_second_stage_leaves_the_first_answer_and_canc
 
     async def script(peer: Peer) -> None:
         await peer.greet()
-        ask, reply = await wanting(peer)
+        ask, reply = await request_and_reply(peer)
         assert isinstance(reply, Region)
         assert isinstance(await peer.next(), Cancel)
         cancelled.set()
@@ -161,7 +161,7 @@ async def test_the_deadline_in_the_second_stage_leaves_the_first_answer_and_canc
 async def test_a_deadline_without_any_answer_is_an_error_and_cancels():
     async def script(peer: Peer) -> None:
         await peer.greet()
-        await peer.asked()
+        await peer.next_ask()
         assert isinstance(await peer.next(), Cancel)
         # The server still answers, although nobody waits any more.
         await peer.answer(1, "too late")

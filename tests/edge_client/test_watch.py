@@ -1,4 +1,4 @@
-"""`vlm-collab watch`: one line per question, whatever happens to camera and server."""
+"""`vlm-collab watch`: one line for each question, even if camera or server fail."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Watching:
         self.news: list[str] = []
         self.camera = open_camera(source, news=self.news.append, live=live)
         self.lines = JsonLinesFile(out)
-        self.progress = WatchProgress(beside=True)
+        self.progress = WatchProgress(shared_terminal=True)
         settings = {"every": None, "seconds": None, "count": None, "deadline_s": 20.0}
         self.watch = Watch(
             self.camera,
@@ -94,7 +94,7 @@ class Watching:
         return lines
 
 
-async def test_every_nth_frame_of_a_recording(clip, tmp_path):
+async def test_every_nth_frame_of_a_recording_is_asked_about(clip, tmp_path):
     async with world() as w:
         lines = await Watching(str(clip), w.client, tmp_path / "out", every=25).run()
     assert [line["frame"] for line in lines] == [1, 26, 51] or [
@@ -116,19 +116,19 @@ async def test_every_nth_frame_of_a_recording(clip, tmp_path):
     assert len({line["answer"] for line in lines}) == 3
 
 
-async def test_every_n_seconds_of_a_recording(clip, tmp_path):
+async def test_a_frame_every_n_seconds_of_a_recording_is_asked_about(clip, tmp_path):
     async with world() as w:
         lines = await Watching(str(clip), w.client, tmp_path / "out", seconds=2.0).run()
     assert [round(line["position_s"] / 2) for line in lines] == [0, 1, 2]
 
 
-async def test_a_count_ends_it(clip, tmp_path):
+async def test_the_count_ends_the_watch(clip, tmp_path):
     async with world() as w:
         lines = await Watching(str(clip), w.client, tmp_path / "out", every=2, count=4).run()
     assert len(lines) == 4
 
 
-async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
+async def test_frames_are_skipped_and_counted_if_the_server_is_slow(clip, tmp_path):
     async with world(slow(0.2)) as w:
         watching = Watching(str(clip), w.client, tmp_path / "out", live=True, every=1, count=7)
         lines = await watching.run()
@@ -142,14 +142,14 @@ async def test_a_slow_server_makes_it_skip_and_count(clip, tmp_path):
     assert len(lines) + skipped == pytest.approx(frames[-1] - frames[0] + 1, abs=4)
 
 
-async def test_with_an_interval_in_seconds_a_slow_server_makes_it_skip(clip, tmp_path):
+async def test_intervals_are_skipped_if_the_server_is_slow(clip, tmp_path):
     async with world(slow(0.4)) as w:
         watching = Watching(str(clip), w.client, tmp_path / "out", live=True, seconds=0.2, count=4)
         lines = await watching.run()
     assert all(line["skipped"] >= 2 for line in lines[1:])
 
 
-async def test_a_folder_that_fills(tmp_path):
+async def test_each_new_picture_in_a_folder_is_asked_about(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     async with world() as w:
@@ -164,7 +164,7 @@ async def test_a_folder_that_fills(tmp_path):
     assert lines[0]["original_bytes"] == len(saved(scene(0), "JPEG"))
 
 
-async def test_a_failed_question_is_a_line_and_the_watch_goes_on(clip, tmp_path):
+async def test_a_failed_question_gives_a_line_and_the_watch_continues(clip, tmp_path):
     async with world(retry=Retry(attempts=1, reconnect_attempts=1)) as w:
         w.proxy.rule(Ask, Where.AFTER, What.CUT)
         w.proxy.refusing = True
@@ -191,7 +191,7 @@ async def test_a_watch_survives_a_restart_of_the_server(clip, tmp_path):
     assert all(line["refined"] for line in lines)
 
 
-async def test_a_server_that_is_not_there_yet(clip, tmp_path):
+async def test_a_watch_may_start_before_its_server(clip, tmp_path):
     async with world(connect=False, retry=HASTY) as w:
         w.proxy.refusing = True
         watching = Watching(
@@ -209,7 +209,7 @@ async def test_a_server_that_is_not_there_yet(clip, tmp_path):
     assert "answer" in lines[-1]
 
 
-async def test_a_wrong_token_ends_it_at_once(clip, tmp_path):
+async def test_a_wrong_token_ends_the_watch_at_once(clip, tmp_path):
     async with running(service(token="right")) as url:
         client = EdgeClient(url, token="wrong", retry=HASTY)
         with pytest.raises(AuthenticationError):
@@ -217,7 +217,7 @@ async def test_a_wrong_token_ends_it_at_once(clip, tmp_path):
     assert read(tmp_path / "out") == []
 
 
-async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
+async def test_a_refused_question_has_the_servers_error_code(clip, tmp_path):
     async with world() as w:
         watching = Watching(str(clip), w.client, tmp_path / "out", every=50)
         watching.watch._question = "what is <refuse>?"
@@ -225,7 +225,7 @@ async def test_a_refused_question_names_the_server_s_code(clip, tmp_path):
     assert [line["code"] for line in lines] == [ErrorCode.BAD_QUESTION.name] * 2
 
 
-async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_path, monkeypatch):
+async def test_an_unplugged_camera_gives_one_line_and_is_reopened(clip, tmp_path, monkeypatch):
     need_rtsp_server()
     monkeypatch.setattr(watch, "_SILENCE_S", 0.3)
     async with world() as w:
@@ -249,23 +249,23 @@ async def test_a_camera_that_is_unplugged_has_one_line_and_comes_back(clip, tmp_
     assert "answer" in lines[-1]
 
 
-async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes_back(tmp_path):
+async def test_a_camera_without_pictures_gives_one_line_after_five_seconds(tmp_path):
     """All kinds of trouble at the same time, since each takes five seconds."""
     good, other = (saved(scene(one), "JPEG", quality=95) for one in (3, 4))
     part, gone = len(good) // 3, "is lost: "
     kinds = {
-        "busy": (picture, page("Device Busy"), f"{gone}the answer is text/html and no JPEG"),
+        "busy": (picture, page("Device Busy"), f"{gone}the response is text/html, not a JPEG"),
         "half": (
             picture,
             part_of(good, part, sized=False),
             f"{gone}a broken JPEG picture",
         ),
-        "short": (picture, part_of(good, part, sized=True), f"{gone}.* broke off"),
+        "short": (picture, part_of(good, part, sized=True), f"{gone}.* was cut off"),
         "silent": (picture, silence(), r"no picture for \d+ s; its web server does not answer"),
         "stuck": (picture, silence(good[:part]), r"no picture for \d+ s; its web server does not"),
-        "black": (picture, picture(saved(Image.new("RGB", (640, 480)), "JPEG")), "shows nothing"),
+        "black": (picture, picture(saved(Image.new("RGB", (640, 480)), "JPEG")), "is blank"),
         "stream, busy": (stream, page("Device Busy"), gone),
-        "stream, half": (stream, stream(good[:part]), "is damaged"),
+        "stream, half": (stream, stream(good[:part]), "only damaged"),
         "stream, silent": (stream, silent_stream(), f"{gone}|no picture for"),
     }
 
@@ -304,7 +304,7 @@ async def test_a_camera_without_pictures_has_a_line_after_five_seconds_and_comes
         await asyncio.gather(*(watched(w, name) for name in kinds))
 
 
-async def test_a_camera_that_hangs_and_goes_on_has_one_line(clip, tmp_path, monkeypatch):
+async def test_a_camera_that_hangs_gives_one_line(clip, tmp_path, monkeypatch):
     need_rtsp_server()
     async with world() as w:
         with RtspCamera(clip) as camera:
@@ -321,8 +321,8 @@ async def test_a_camera_that_hangs_and_goes_on_has_one_line(clip, tmp_path, monk
             running_watch.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running_watch
-    [told] = [line for line in lines if "error" in line]
-    assert re.search(r"no picture for \d+ s; nothing comes", told["error"])
+    [error] = [line for line in lines if "error" in line]
+    assert re.search(r"no picture for \d+ s; it sends nothing", error["error"])
     assert "answer" in lines[-1]
 
 
@@ -340,7 +340,7 @@ def command(*arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, number):
+def test_a_signal_ends_the_watch_with_complete_lines(clip, tmp_path, server, number):
     out = tmp_path / "out.jsonl"
     out.write_text('{"torn": ')  # a line cut off by a power failure
     process = subprocess.Popen(
@@ -353,22 +353,22 @@ def test_a_signal_ends_it_with_the_last_line_whole(clip, tmp_path, server, numbe
     while out.read_text().count("\n") < 4 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
-    told, errors = process.communicate(timeout=PATIENCE_S)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
-    assert told == ""
+    assert output == ""
     assert "Traceback" not in errors
     torn, *lines = out.read_text().split("\n")[:-1]
     assert torn == '{"torn": '
     assert all(json.loads(line)["refined"] for line in lines)
-    asked = len(lines)
-    assert errors.endswith(f"{asked} asked, 0 failed, {sum_skipped(lines)} skipped\n")
+    count = len(lines)
+    assert errors.endswith(f"{count} asked, 0 failed, {sum_skipped(lines)} skipped\n")
 
 
 def sum_skipped(lines: list[str]) -> int:
     return sum(json.loads(line)["skipped"] for line in lines)
 
 
-def test_on_a_terminal_it_shows_its_progress(clip, tmp_path, server):
+def test_a_terminal_shows_the_progress(clip, tmp_path, server):
     out = tmp_path / "out.jsonl"
     program, *arguments = command(clip, UNSURE, "--every", 15, "--server", server, "--out", out)
     child = pexpect.spawn(
@@ -382,9 +382,9 @@ def test_on_a_terminal_it_shows_its_progress(clip, tmp_path, server):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before)
-    assert shown.endswith("4 asked, 0 failed, 0 skipped\r\n")
-    assert re.search(r"picture \d+: 1 asked, 0 failed, 0 skipped: second [^\r\n]*…", shown)
+    output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before)
+    assert output.endswith("4 asked, 0 failed, 0 skipped\r\n")
+    assert re.search(r"picture \d+: 1 asked, 0 failed, 0 skipped: second [^\r\n]*…", output)
     assert len(read(out)) == 4
 
 
@@ -415,20 +415,20 @@ def test_closing_stdout_ends_the_watch(clip, server):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "say how often to ask: either --every N pictures or --seconds S"),
-        (("--every", "2", "--seconds", "2"), "say how often to ask"),
+        ((), "give either --every N (pictures) or --seconds S, to say how often to ask"),
+        (("--every", "2", "--seconds", "2"), "give either --every N"),
         (("--seconds", "inf"), "--seconds must be a number above 0, not inf"),
         (("--every", "2", "--always", "--never"), "exclude each other"),
         (("--every", "2", "--out", "/nowhere/x"), "--out /nowhere/x: No such file or directory"),
     ],
 )
-def test_wrong_use_is_one_line(capsys, clip, arguments, line):
+def test_wrong_usage_is_reported_in_one_line(capsys, clip, arguments, line):
     from edge_client.cli import main as cli
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["watch", str(clip), "what?", *arguments])
-    assert ended.value.code == 2
-    written = capsys.readouterr()
-    assert written.out == ""
-    assert line in written.err.splitlines()[-1]
-    assert len(written.err.splitlines()) == 1
+    assert exit_info.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert line in output.err.splitlines()[-1]
+    assert len(output.err.splitlines()) == 1

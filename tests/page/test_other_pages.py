@@ -13,7 +13,7 @@ from playwright.async_api import Page
 
 from server_plugin.service.runner import running
 from tests.e2e.common import SURE, photo
-from tests.e2e.gateways import MODEL, gateway, said
+from tests.e2e.gateways import MODEL, gateway, user_message
 from tests.e2e.gateways import running as relaying
 from tests.support.browser import launched
 from tests.support.wire import http, service
@@ -52,7 +52,9 @@ async def told(tab: Page, url: str, key: str, body: str | None = None) -> Any:
 
 
 async def test_a_listed_page_reads_answers_and_refusals_and_no_other_does(tab: Page):
-    question = msgspec.json.encode({"model": MODEL, "messages": [said(SURE, photo(1))]}).decode()
+    question = msgspec.json.encode(
+        {"model": MODEL, "messages": [user_message(SURE, photo(1))]}
+    ).decode()
     async with elsewhere() as mine, elsewhere() as other:
         origins = frozenset({mine})
         async with running(service(token="right", origins=origins)) as url:
