@@ -28,11 +28,8 @@ from vlm_collab.errors import (
     ViewGoneError,
 )
 from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.messages import (
-    Ask,
-    Error,
-    encode,
-)
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Ask, Error
 
 PHOTO = photo(1)
 

@@ -17,6 +17,7 @@ from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
 from vlm_collab.method.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import RegionWanted
+from vlm_collab.protocol.encoding import decode_down, encode
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -29,8 +30,6 @@ from vlm_collab.protocol.messages import (
     Retransmit,
     Stage,
     Turn,
-    decode_down,
-    encode,
 )
 from vlm_collab.protocol.server_session import ServerLimits
 

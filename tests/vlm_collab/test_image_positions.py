@@ -11,6 +11,7 @@ from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import EdgeSession
+from vlm_collab.protocol.encoding import decode_up, encode
 from vlm_collab.protocol.image_positions import (
     Place,
     join_parts,
@@ -18,16 +19,7 @@ from vlm_collab.protocol.image_positions import (
     places_fault,
     split_at_pictures,
 )
-from vlm_collab.protocol.messages import (
-    Ask,
-    Error,
-    MoreView,
-    PicturePlace,
-    Turn,
-    Welcome,
-    decode_up,
-    encode,
-)
+from vlm_collab.protocol.messages import Ask, Error, MoreView, PicturePlace, Turn, Welcome
 from vlm_collab.protocol.server_session import ServerSession
 
 VIEW = b"\xff\xd8\xff"

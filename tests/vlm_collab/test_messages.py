@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.encoding import decode_down, decode_up, encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -30,12 +31,8 @@ from vlm_collab.protocol.messages import (
     Turn,
     Usage,
     Welcome,
-    decode_down,
-    decode_up,
-    encode,
     micro,
     short_millis,
-    websocket_bytes,
 )
 
 UP = (Hello, Ask, Region, Decline, Cancel)

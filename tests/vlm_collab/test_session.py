@@ -25,6 +25,7 @@ from vlm_collab.protocol.edge_session import (
     RegionWanted,
     TextUpdate,
 )
+from vlm_collab.protocol.encoding import encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -41,8 +42,6 @@ from vlm_collab.protocol.messages import (
     Stage,
     Usage,
     Welcome,
-    encode,
-    websocket_bytes,
 )
 from vlm_collab.protocol.server_session import ServerLimits, ServerSession
 from vlm_collab.protocol.table import TRANSITIONS, State

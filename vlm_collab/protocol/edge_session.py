@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
 from vlm_collab.pictures.container import Codec
+from vlm_collab.protocol.encoding import decode_down
 from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
@@ -31,7 +32,6 @@ from vlm_collab.protocol.messages import (
     Stage,
     Turn,
     Welcome,
-    decode_down,
 )
 from vlm_collab.protocol.session import QuestionProgress, Session
 from vlm_collab.protocol.table import CROSSED_AT_EDGE, FITS

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from vlm_collab.protocol.encoding import decode_up
 from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
@@ -31,7 +32,6 @@ from vlm_collab.protocol.messages import (
     Usage,
     Welcome,
     common_prefix,
-    decode_up,
     micro,
 )
 from vlm_collab.protocol.session import QuestionProgress, Session

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.method.cost import ByteCounter
+from vlm_collab.protocol.encoding import encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     AnyMessage,
     Ask,
@@ -16,8 +17,6 @@ from vlm_collab.protocol.messages import (
     Message,
     Region,
     Stage,
-    encode,
-    websocket_bytes,
 )
 from vlm_collab.protocol.table import TRANSITIONS, State
 
