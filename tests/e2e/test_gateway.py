@@ -317,7 +317,7 @@ async def test_models():
         )
         assert made.model == "gpt-4o-mini"
         assert made.vlm_collab["model"] == MODEL
-        with pytest.raises(openai.NotFoundError, match="there is fake") as caught:
+        with pytest.raises(openai.NotFoundError, match="available: fake") as caught:
             await here.client.chat.completions.create(
                 model="gpt-5", messages=[said(SURE, photo(1))]
             )

@@ -417,7 +417,7 @@ async def test_limits_of_a_request():
         with pytest.raises(openai.APIStatusError) as caught:
             await ask(here.client, SURE, large)
         assert caught.value.status_code == 413
-        with pytest.raises(openai.BadRequestError, match="more than 4"):
+        with pytest.raises(openai.BadRequestError, match="at most 4"):
             await ask(here.client, SURE, *(photo(i) for i in range(5)))
 
 

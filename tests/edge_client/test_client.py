@@ -90,7 +90,7 @@ async def test_a_view_over_the_servers_limit_is_an_error():
         await peer.socket.wait_closed()
 
     async with scripted(small) as server, EdgeClient(server.url) as client:
-        with pytest.raises(ProtocolError, match="limit of 500 bytes"):
+        with pytest.raises(ProtocolError, match="at most 500 bytes"):
             await client.ask(PHOTO, "why?")
 
 

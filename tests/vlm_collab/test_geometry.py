@@ -282,7 +282,9 @@ def test_every_cell_finds_its_pixels_and_back(
 
 
 @given(st.integers(1, 80), st.integers(1, 80), FITS, GRIDS)
-def test_cells_share_out_the_frame(width: int, height: int, fit: Fit, grid: Grid) -> None:
+def test_the_cells_cover_the_frame_without_gap_or_overlap(
+    width: int, height: int, fit: Fit, grid: Grid
+) -> None:
     source = Size(width, height)
     frame = frame_of(source, fit, Size(32, 32))
     if frame.width < grid.columns or frame.height < grid.rows:
@@ -341,14 +343,14 @@ def test_core_imports_without_numpy() -> None:
         (Size(224, 112), Fit.CROP, Size(112, 112), Box(56, 0, 168, 112), Size(112, 112), False),
     ],
 )
-def test_what_a_region_adds(
+def test_adds_detail_by_hand(
     source: Size, fit: Fit, view: Size, box: Box, target: Size, adds: bool
 ) -> None:
     assert adds_detail(box, target, frame_of(source, fit, view), view) is adds
 
 
 @given(st.data(), SIZES, FITS, VIEWS, VIEWS, GRIDS)
-def test_where_there_is_no_more_detail_no_box_adds_any(
+def test_no_box_adds_detail_if_the_picture_has_no_more(
     data: st.DataObject, source: Size, fit: Fit, view: Size, target: Size, grid: Grid
 ) -> None:
     frame = frame_of(source, fit, view)
@@ -376,5 +378,5 @@ def test_where_there_is_no_more_detail_no_box_adds_any(
         (Size(1600, 900), Fit.STRETCH, 1.0),
     ],
 )
-def test_how_much_of_a_picture_its_view_shows(source: Size, fit: Fit, share: float) -> None:
+def test_share_of_a_picture_that_its_view_shows(source: Size, fit: Fit, share: float) -> None:
     assert shown_share(source, fit, Size(336, 336)) == pytest.approx(share)

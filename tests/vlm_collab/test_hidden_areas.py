@@ -66,7 +66,7 @@ def test_nothing_hidden_reaches_a_view_or_a_region(fit: Fit, orientation: int) -
     assert np.array_equal(pixels(regions[0]), pixels(regions[1]))
     black = ~pixels(regions[0]).any(axis=2)
     assert np.array_equal(black, touched(target, box, HIDDEN))
-    # All other pixels are unchanged, except those beside it, into which black is mixed.
+    # All other pixels are unchanged, except those near the black area, into which black is mixed.
     plain = pixels(SourceImage.open(turned(one, orientation, "PNG")).region(box, target))
     near = black.copy()
     for shift in range(1, 4):
@@ -102,7 +102,7 @@ def test_scaled_decoding_lets_nothing_through(subsampling: str, side: int) -> No
     assert not np.array_equal(*plain)
 
 
-def test_boxes_not_on_coded_blocks_hide_what_shares_a_block_with_them() -> None:
+def test_partly_hidden_coded_blocks_are_hidden_completely() -> None:
     size = Size(1280, 960)
     hidden = Box(250, 310, 500, 570)
     original = photo(*size)
@@ -137,7 +137,7 @@ def test_a_colour_profile_leaves_hidden_areas_black() -> None:
         assert not pixels(shown)[96:160, 64:192].any()
 
 
-def test_the_callers_picture_is_left_alone() -> None:
+def test_the_caller_s_picture_is_not_changed() -> None:
     frame = photo(*SIZE)
     before = frame.tobytes()
     source = SourceImage.from_pil(frame)
@@ -155,7 +155,7 @@ def test_boxes_are_clipped_and_empty_ones_dropped() -> None:
     assert source.hiding(boxes).hidden == (Box(0, 0, 10, 10), Box(310, 230, 320, 240))
 
 
-def test_pixels_are_named_by_what_they_show() -> None:
+def test_the_pixel_digest_depends_on_upright_pixels_and_size() -> None:
     upright = photo(*SIZE)
     frame = SourceImage.from_pil(upright)
     assert len(frame.pixel_digest()) == 64

@@ -81,7 +81,8 @@ def check_frames(frames: int, max_frames: int) -> None:
     """
     if frames > max_frames:
         raise ImageTooLargeError(
-            f"an animation of {frames} frames, at most {max_frames} allowed; save one as a still"
+            f"an animation of {frames} frames, at most {max_frames} allowed; "
+            "save one frame as a picture"
         )
 
 
