@@ -73,16 +73,18 @@ def test_openai_edge_refines_only_unsure_answers(base_url, role):
 def test_the_documentation_shows_the_output_of_openai_edge(base_url):
     """JPEG sizes may differ a little, as they do between versions of the library."""
     page = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
-    command, shown = re.search(
+    command, expected = re.search(
         r"\npython examples/openai_edge.py ([^\n]+)\n```\n\n```\n(.+?)\n```", page, re.DOTALL
     ).groups()
     file, question = shlex.split(command)
     answer, cost = run(base_url, str(ROOT / file), question).splitlines()
-    expected_answer, expected_cost = shown.splitlines()
+    expected_answer, expected_cost = expected.splitlines()
     assert answer == expected_answer
     assert re.sub(r"\d+", "#", cost) == re.sub(r"\d+", "#", expected_cost)
-    printed, expected = (list(map(int, re.findall(r"\d+", line))) for line in (cost, expected_cost))
-    assert printed == pytest.approx(expected, rel=0.03)
+    sizes, expected_sizes = (
+        list(map(int, re.findall(r"\d+", line))) for line in (cost, expected_cost)
+    )
+    assert sizes == pytest.approx(expected_sizes, rel=0.03)
 
 
 def test_openai_edge_is_short():

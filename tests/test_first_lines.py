@@ -104,7 +104,7 @@ def test_demo(call: Call) -> None:
 
 @pytest.mark.slow
 def test_demo_on_a_terminal(first: dict[str, str], tmp_path: Path) -> None:
-    shown, code = pexpect.run(
+    output, code = pexpect.run(
         f"{PROGRAM} demo --out out",
         env={**first, "TERM": "xterm"},  # type: ignore[arg-type]
         cwd=str(tmp_path / "work"),
@@ -113,9 +113,9 @@ def test_demo_on_a_terminal(first: dict[str, str], tmp_path: Path) -> None:
         withexitstatus=True,
     )
     assert code == 0
-    assert "purple triangle" in shown
-    assert "NOISE" not in shown
-    assert "it/s" not in shown  # a bar
+    assert "purple triangle" in output
+    assert "NOISE" not in output
+    assert "it/s" not in output  # a bar
 
 
 def test_serve_and_ask(first: dict[str, str], call: Call, tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ async def test_only_listed_pages_read_answers_and_refusals(tab: Page):
     async with page_origin() as mine, page_origin() as other:
         origins = frozenset({mine})
         async with running(service(token="right", origins=origins)) as url:
-            made = gateway(url, token="right", api_key="right", origins=origins)
-            async with relaying(made) as base:
+            app = gateway(url, token="right", api_key="right", origins=origins)
+            async with relaying(app) as base:
                 for api in (f"{http(url)}/v1", base):
                     await tab.goto(mine)
                     status, text, _ = await fetched(

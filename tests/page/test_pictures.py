@@ -166,7 +166,7 @@ async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Br
     async with running(service()) as url, visiting(browser, color_scheme="dark") as visitor:
         await visitor.open(url)
         await visitor.choose(saved(image, "PNG"), "drawing.png")
-        shown = await visitor.page.evaluate(
+        colours = await visitor.page.evaluate(
             """() => {
                 const canvas = new OffscreenCanvas(preview.width, preview.height);
                 const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -175,7 +175,7 @@ async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Br
                 return [at(50, 50), at(150, 150)];
             }"""
         )
-        assert shown == [[255, 255, 255, 255], [0, 0, 0, 255]]
+        assert colours == [[255, 255, 255, 255], [0, 0, 0, 255]]
         await visitor.ask(SURE, "sure")
         sent = decoded(visitor.sent(Ask)[-1].view)
         assert min(sent.getpixel((5, 5))) > 250
@@ -197,7 +197,7 @@ async def test_every_fit_gives_the_view_and_region_of_the_python_edge(
         assert (f"{hidden} of the picture, at its edges, are hidden" in note) == (fit is Fit.CROP)
         # The heat map covers the part that the view shows.
         frame = frame_of(Size(*size), fit, info.view)
-        shown = await visitor.page.evaluate(
+        position = await visitor.page.evaluate(
             "['left', 'top', 'width', 'height'].map((side) => heat.style[side])"
         )
         expected = [
@@ -206,7 +206,7 @@ async def test_every_fit_gives_the_view_and_region_of_the_python_edge(
             frame.width / size[0],
             frame.height / size[1],
         ]
-        assert [float(part.rstrip("%")) / 100 for part in shown] == pytest.approx(
+        assert [float(part.rstrip("%")) / 100 for part in position] == pytest.approx(
             expected, abs=1e-4
         )
 

@@ -101,7 +101,7 @@ async def test_a_sure_answer_sends_no_region(visitor: Visitor):
         await visitor.choose(PHOTO)
         card = await visitor.ask(SURE, "sure")
         assert visitor.sent(Region) == []
-        assert "Sure at first sight" in await card.note()
+        assert "Sure of the first answer" in await card.note()
         assert not await visitor.page.locator("#box").is_visible()
         assert not await visitor.page.locator("#show-box").is_visible()
         (ask,) = visitor.sent(Ask)

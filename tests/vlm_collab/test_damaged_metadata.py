@@ -81,7 +81,7 @@ GOOD = {
     "png: a long profile": png(packed(b"iCCP", b"\0\0", SRGB + bytes(3 * MEBIBYTE))),
     "png: too long a profile": png(packed(b"iCCP", b"\0\0", SRGB + bytes(90 * MEBIBYTE))),
     "png: a profile cut short": png(chunk(b"iCCP", b"key\0\0" + zlib.compress(SRGB)[:-40])),
-    "png: a profile that is none": png(chunk(b"iCCP", b"")),
+    "png: an empty profile": png(chunk(b"iCCP", b"")),
     "png: an unknown compression": png(chunk(b"iCCP", b"key\0\7junk")),
     **{
         f"png: a wrong checksum of {kind}": png(chunk(kind.encode(), body, checksum=7))
@@ -118,15 +118,15 @@ GOOD = {
     "jpeg: three MiB of comments": jpeg(*[segment(0xFE, NOISE[:65000])] * 50),
     "jpeg: junk between segments": jpeg(segment(0xFE, b"text") + b"junk \xff\0"),
     "jpeg: padding": jpeg(segment(0xFE, b"text") + b"\xff" * 5000),
-    "jpeg: a film behind": jpeg(behind=NOISE),
+    "jpeg: a video after the end": jpeg(behind=NOISE),
     "webp: noise as EXIF": webp(0x08, IMAGE, (b"EXIF", EXIF)),
     "webp: noise as a profile": webp(0x20, (b"ICCP", NOISE[:999]), IMAGE),
-    "webp: promises what is not there": webp(0x2C, IMAGE),
-    "webp: metadata that were not promised": webp(0, IMAGE, (b"EXIF", EXIF), (b"XMP ", NOISE)),
+    "webp: flags of missing chunks": webp(0x2C, IMAGE),
+    "webp: metadata without flags": webp(0, IMAGE, (b"EXIF", EXIF), (b"XMP ", NOISE)),
     "webp: metadata in a wrong place": webp(0x2C, (b"EXIF", EXIF), (b"XMP ", NOISE), IMAGE),
     "webp: two profiles": webp(0x20, (b"ICCP", SRGB), (b"ICCP", b"x"), IMAGE),
     "webp: metadata cut short": webp(0x04, IMAGE, (b"XMP ", NOISE), cut=MEBIBYTE),
-    "webp: chunks of nobody": webp(0, (b"abcd", b"x"), IMAGE, (b"efgh", NOISE)),
+    "webp: unknown chunks": webp(0, (b"abcd", b"x"), IMAGE, (b"efgh", NOISE)),
 }
 
 
@@ -191,8 +191,8 @@ def test_a_profile_is_applied_despite_damage_beside_it() -> None:
         plain[:2] + b"".join(reversed(segments)) + plain[2:],
         saved(stored, "WEBP", lossless=True, icc_profile=swapped),
     ):
-        shown = SourceImage.open(data).region(Box(0, 0, 4, 4), Size(4, 4))
-        assert np.abs(np.subtract(shown.getpixel((0, 0)), (128, 90, 40))).max() <= 6
+        region = SourceImage.open(data).region(Box(0, 0, 4, 4), Size(4, 4))
+        assert np.abs(np.subtract(region.getpixel((0, 0)), (128, 90, 40))).max() <= 6
 
 
 # Errors about damaged pixels
@@ -289,7 +289,7 @@ def test_unexpected_exceptions_of_a_decoder_become_image_errors(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise error("words of a library")
+        raise error("message of a library")
 
     source = SourceImage.open(saved(photo(), "PNG"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)

@@ -249,8 +249,9 @@ def test_every_pixel_finds_its_cell_and_back(
         x = data.draw(st.integers(0, source.width - 1))
         y = data.draw(st.integers(0, source.height - 1))
     cell = source_to_cell(x, y, grid, frame)
-    shown = frame.left <= x < frame.left + frame.width and frame.top <= y < frame.top + frame.height
-    assert (cell is not None) == shown
+    in_columns = frame.left <= x < frame.left + frame.width
+    in_rows = frame.top <= y < frame.top + frame.height
+    assert (cell is not None) == (in_columns and in_rows)
     if cell is None:
         return
     # The cell that contains the pixel's centre, in exact fractions.
@@ -294,8 +295,8 @@ def test_the_cells_cover_the_frame_without_gap_or_overlap(
         for row in range(grid.rows)
         for column in range(grid.columns)
     ]
-    shown = min(width, frame.width) * min(height, frame.height)
-    assert sum(box.pixels for box in boxes) == shown
+    visible_pixels = min(width, frame.width) * min(height, frame.height)
+    assert sum(box.pixels for box in boxes) == visible_pixels
 
 
 @pytest.mark.parametrize(("row", "column"), [(-1, 0), (0, -1), (24, 0), (0, 24)])

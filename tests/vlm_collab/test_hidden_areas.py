@@ -41,12 +41,12 @@ def test_boxes_are_those_of_the_upright_picture(orientation: int) -> None:
     original = photo(*SIZE)
     data = turned(original, orientation, "PNG")
     whole = Box(0, 0, *SIZE)
-    shown = SourceImage.open(data).hiding(HIDDEN).region(whole, SIZE)
+    result = SourceImage.open(data).hiding(HIDDEN).region(whole, SIZE)
     expected = original.copy()
     for box in HIDDEN:
         expected.paste(0, tuple(box))
-    assert shown.size == SIZE
-    assert np.array_equal(pixels(shown), pixels(expected))
+    assert result.size == SIZE
+    assert np.array_equal(pixels(result), pixels(expected))
 
 
 @pytest.mark.parametrize("fit", list(Fit))
@@ -122,8 +122,8 @@ def test_hidden_is_black_in_every_mode(mode: str) -> None:
         else Image.new("RGB", (80, 60), "white").convert(mode)
     )
     box = Box(10, 20, 30, 40)
-    shown = SourceImage.from_pil(image).hiding([box]).region(Box(0, 0, 80, 60), Size(80, 60))
-    black = ~pixels(shown).any(axis=2)
+    result = SourceImage.from_pil(image).hiding([box]).region(Box(0, 0, 80, 60), Size(80, 60))
+    black = ~pixels(result).any(axis=2)
     assert black.sum() == 400
     assert black[20:40, 10:30].all()
 
@@ -133,8 +133,8 @@ def test_a_colour_profile_leaves_hidden_areas_black() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for icc in (profile, srgb):
         data = saved(photo(*SIZE), "JPEG", icc_profile=icc, quality=95)
-        shown = SourceImage.open(data).hiding(HIDDEN).region(Box(0, 0, *SIZE), SIZE)
-        assert not pixels(shown)[96:160, 64:192].any()
+        result = SourceImage.open(data).hiding(HIDDEN).region(Box(0, 0, *SIZE), SIZE)
+        assert not pixels(result)[96:160, 64:192].any()
 
 
 def test_the_caller_s_picture_is_not_changed() -> None:

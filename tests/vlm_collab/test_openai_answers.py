@@ -83,19 +83,19 @@ def strictly(kind: Any, value: Any) -> Any:
 
 
 def test_a_completion() -> None:
-    made = strictly(ChatCompletion, encoded(completion(RESULT, id="c", created=5, model="m")))
-    assert made.choices[0].message.content == "a sign"
-    assert made.choices[0].finish_reason == "stop"
-    assert made.choices[0].logprobs is None
-    assert made.usage.total_tokens == 34
-    assert made.vlm_collab["region"] == {"picture": 0, "box": [1, 2, 3, 4]}
-    assert made.vlm_collab["bytes_up"] == 500
+    reply = strictly(ChatCompletion, encoded(completion(RESULT, id="c", created=5, model="m")))
+    assert reply.choices[0].message.content == "a sign"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.choices[0].logprobs is None
+    assert reply.usage.total_tokens == 34
+    assert reply.vlm_collab["region"] == {"picture": 0, "box": [1, 2, 3, 4]}
+    assert reply.vlm_collab["bytes_up"] == 500
 
 
 def test_logprobs_are_in_nats_and_leave_out_the_end() -> None:
-    made = strictly(ChatCompletion, encoded(completion(TRUNCATED, id="c", created=5, model="m")))
-    assert made.choices[0].finish_reason == "length"
-    logprobs = made.choices[0].logprobs.content
+    reply = strictly(ChatCompletion, encoded(completion(TRUNCATED, id="c", created=5, model="m")))
+    assert reply.choices[0].finish_reason == "length"
+    logprobs = reply.choices[0].logprobs.content
     assert [each.token for each in logprobs] == ["a", " sign"]
     assert logprobs[0].logprob == pytest.approx(-math.log(2))
     assert bytes(logprobs[1].bytes) == b" sign"
@@ -131,19 +131,19 @@ def test_a_failed_stream_ends_with_the_error() -> None:
 
 
 def test_a_response() -> None:
-    made = strictly(Response, encoded(builder(instructions="be short").whole(RESULT)))
-    assert made.output_text == "a sign"
-    assert made.status == "completed"
-    assert made.instructions == "be short"
-    assert made.usage.total_tokens == 34
-    assert made.vlm_collab["original_bytes"] == 9000
+    reply = strictly(Response, encoded(builder(instructions="be short").whole(RESULT)))
+    assert reply.output_text == "a sign"
+    assert reply.status == "completed"
+    assert reply.instructions == "be short"
+    assert reply.usage.total_tokens == 34
+    assert reply.vlm_collab["original_bytes"] == 9000
 
 
 def test_a_truncated_response_is_incomplete() -> None:
-    made = strictly(Response, encoded(builder().whole(TRUNCATED)))
-    assert made.status == "incomplete"
-    assert made.incomplete_details.reason == "max_output_tokens"
-    assert [each.token for each in made.output[0].content[0].logprobs] == ["a", " sign"]
+    reply = strictly(Response, encoded(builder().whole(TRUNCATED)))
+    assert reply.status == "incomplete"
+    assert reply.incomplete_details.reason == "max_output_tokens"
+    assert [each.token for each in reply.output[0].content[0].logprobs] == ["a", " sign"]
 
 
 def test_a_streamed_response() -> None:
@@ -178,8 +178,8 @@ def test_an_empty_streamed_response_still_has_its_parts() -> None:
 def test_a_call_of_the_region_tool() -> None:
     tool = [{"type": "function", "name": "request_region"}]
     whole = builder(tools=tool).whole_call("call_1", {"left": 0.5}, RESULT)
-    made = strictly(Response, encoded(whole))
-    call = made.output[0]
+    reply = strictly(Response, encoded(whole))
+    call = reply.output[0]
     assert (call.type, call.name, call.call_id) == ("function_call", "request_region", "call_1")
     assert json.loads(call.arguments) == {"left": 0.5}
     form = builder(tools=tool, stream=True)
@@ -229,12 +229,12 @@ def test_a_failed_streamed_response_ends_with_the_error() -> None:
 def test_errors_are_translated_to_status_and_code(
     error: CollabError, status: int, code: str | None
 ) -> None:
-    made = api_error(error, param="here")
-    assert made.status == status
-    assert code is None or made.code == code
-    assert "x" in made.message
-    assert (made.param is not None) <= (400 <= status < 500)
-    assert ("Retry-After" in made.headers()) == (status in (429, 503))
+    translated = api_error(error, param="here")
+    assert translated.status == status
+    assert code is None or translated.code == code
+    assert "x" in translated.message
+    assert (translated.param is not None) <= (400 <= status < 500)
+    assert ("Retry-After" in translated.headers()) == (status in (429, 503))
 
 
 def test_retry_after_is_at_least_one_second() -> None:
@@ -276,9 +276,9 @@ def test_a_final_text_that_does_not_continue_the_sent_one_is_sent_whole() -> Non
 
 def test_a_repeated_pass_continues_the_sent_text() -> None:
     flow = TextStream()
-    begun = flow.feed(SECOND, "the number is")
+    sent = flow.feed(SECOND, "the number is")
     assert flow.feed(FIRST, "a") == flow.feed(SECOND, "the") == ""
-    assert begun + flow.finish("the number is 47") == "the number is 47"
+    assert sent + flow.finish("the number is 47") == "the number is 47"
     assert not flow.restarted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -104,9 +105,10 @@ def test_the_amount_of_searched_text_is_bounded(monkeypatch: pytest.MonkeyPatch)
         while True:
             yield "data:," + "word " * (2**20 // 6)
 
-    made = texts()
     body = decode_body(
-        msgspec.json.encode({"messages": [{**TINY, "content": next(made)} for _ in range(40)]}),
+        msgspec.json.encode(
+            {"messages": [{**TINY, "content": text} for text in islice(texts(), 40)]}
+        ),
         MOST_BYTES,
     )
     with pytest.raises(ApiError) as caught:
@@ -156,8 +158,8 @@ def joins_in(work: Callable[[], object]) -> int:
 
 def test_texts_are_joined_once_for_each_request() -> None:
     """Otherwise each of 4096 messages, and each picture, would copy all texts before it."""
-    shown = base64.b64encode(b"picture").decode()
-    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{shown}"}}
+    encoded = base64.b64encode(b"picture").decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded}"}}
     pictures: list[object] = [{"type": "text", "text": "a"}, image]
 
     def joins(body: dict[str, Any]) -> int:

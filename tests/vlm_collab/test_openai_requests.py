@@ -524,9 +524,9 @@ def test_tool_outputs_in_a_response_become_user_texts() -> None:
     assert query.history == (("what is the weather?\nrain", "It rains."),)
     assert query.question == "and now?"
     found = {"type": "input_image", "image_url": data_url(JPEG)}
-    taken = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
-    assert respond([{"role": "user", "content": "look"}, call, taken]).pictures == (JPEG,)
-    both = {**taken, "output": [found, {**found, "image_url": data_url(OTHER)}]}
+    output = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
+    assert respond([{"role": "user", "content": "look"}, call, output]).pictures == (JPEG,)
+    both = {**output, "output": [found, {**found, "image_url": data_url(OTHER)}]}
     assert respond([{"role": "user", "content": "look"}, call, both]).pictures == (JPEG, OTHER)
 
 
@@ -556,28 +556,28 @@ def test_an_item_of_another_kind_is_not_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "called",
+    "call",
     [
         {"type": "item_reference", "id": "fc_1"},
         {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "request_region"},
     ],
 )
-def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> None:
+def test_a_call_that_is_sent_back_names_its_response(call: dict[str, Any]) -> None:
     """Programs that keep the conversation themselves send all of it, without a response's id."""
-    shown = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
-    taken = {
+    picture = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
+    output = {
         "type": "function_call_output",
         "call_id": "call_1",
         "output": [{"type": "input_image", "image_url": data_url(OTHER)}],
     }
-    resumed = parse_responses({"input": [shown, called, taken]}, LIMITS)
+    resumed = parse_responses({"input": [picture, call, output]}, LIMITS)
     assert resumed.previous_response_id == "resp_1"
     assert [each.picture for each in resumed.outputs] == [OTHER]
     assert resumed.inputs == ()
     # After an answer, the region belongs to an ended question.
     more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
-    asked = {"role": "user", "content": "what?"}
-    later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
+    question = {"role": "user", "content": "what?"}
+    later = parse_responses({"input": [picture, question, call, output, *more]}, LIMITS)
     assert (later.previous_response_id, later.outputs) == (None, ())
     query = later.resolve_references({"resp_2": "a sign"}.get).query()
     assert query.history == (("what?", "a sign"),)
@@ -586,8 +586,8 @@ def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> 
 
 def test_outputs_of_unknown_calls_are_kept() -> None:
     output = {"type": "function_call_output", "call_id": "call_9", "output": "x"}
-    asked = parse_responses({"input": [output, {"role": "user", "content": "so?"}]}, LIMITS)
-    assert [each.call_id for each in asked.outputs] == ["call_9"]
+    request = parse_responses({"input": [output, {"role": "user", "content": "so?"}]}, LIMITS)
+    assert [each.call_id for each in request.outputs] == ["call_9"]
 
 
 def test_outputs_of_the_region_tool_are_read() -> None:
@@ -781,8 +781,8 @@ def test_places_are_kept_across_responses() -> None:
 
 def test_equal_fetched_pictures_become_one_at_both_places() -> None:
     url = "https://example.org/a.jpg"
-    shown = {"type": "input_image", "image_url": url}
-    item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), shown]}
+    fetched_later = {"type": "input_image", "image_url": url}
+    item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), fetched_later]}
     body = {"model": "m", "input": [item]}
     whole = parse_responses(json.dumps(body).encode(), LIMITS).conversation_after()
     fetched = whole.with_fetched({Url(url): JPEG})

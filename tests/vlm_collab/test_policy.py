@@ -83,8 +83,8 @@ def test_aggregate_is_a_plain_mean(
     steps: list[TokenStatistics], metric: Metric, how: Aggregate, k: int
 ) -> None:
     field = list(Metric).index(metric)
-    taken = {"full": steps, "first_k": steps[:k], "first": steps[:1]}[how.value]
-    expected = sum(step[field] for step in taken) / len(taken)
+    averaged = {"full": steps, "first_k": steps[:k], "first": steps[:1]}[how.value]
+    expected = sum(step[field] for step in averaged) / len(averaged)
     assert aggregate(steps, metric, how, k) == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 

@@ -426,7 +426,7 @@ def test_any_bytes_end_in_a_clean_protocol_error(frames):
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Both ends act at any time they may; the link keeps the order but delivers at any time."""
+    """Both ends act whenever they may; the link delays messages but keeps their order."""
 
     def __init__(self):
         super().__init__()
@@ -486,21 +486,21 @@ class Interleavings(RuleBasedStateMachine):
             self._collect()
 
     @rule(data=st.data())
-    def want_region(self, data):
+    def request_region(self, data):
         id = self._pick(self.server, {State.FIRST}, data)
         if id is not None:
             self.server.request_region(request(id, first=f"first {id}"))
             self._collect()
 
     @rule(data=st.data())
-    def end_well(self, data):
+    def answer_question(self, data):
         id = self._pick(self.server, set(State), data)
         if id is not None:
             self.server.answer(id, f"answer {id}", Stage.FIRST, Fallback.NONE, 0.0, Usage())
             self._collect()
 
     @rule(data=st.data())
-    def end_badly(self, data):
+    def fail_question(self, data):
         id = self._pick(self.server, set(State), data)
         if id is not None:
             self.server.error(id, ErrorCode.INTERNAL, f"error {id}")
@@ -508,8 +508,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.closing and len(self.asked) > 2)
     @rule()
-    def say_goodbye(self):
-        self.server.close(ErrorCode.SHUTTING_DOWN, "goodbye")
+    def close_server(self):
+        self.server.close(ErrorCode.SHUTTING_DOWN, "closed")
         self.closing = True
         self._collect()
 
@@ -533,14 +533,14 @@ class Interleavings(RuleBasedStateMachine):
         match event:
             case Error(id=0):
                 assert self.closing
-                # A message that crossed the goodbye on its way up gets no reply: the caller ends
-                # the question, as when a link is lost.
+                # A message that crossed the close on its way up gets no reply: the caller ends the
+                # question, as when a link is lost.
                 for id in self.edge.in_flight:
-                    self.ended[id] = "goodbye"
+                    self.ended[id] = "closed"
                 self.edge = EdgeSession()
             case Answer(id=id, text=text) | Error(id=id, text=text):
                 assert id not in self.ended
-                assert text in (f"answer {id}", f"error {id}", "goodbye")
+                assert text in (f"answer {id}", f"error {id}", "closed")
                 self.ended[id] = text
             case RegionWanted(id=id, request=wanted):
                 assert wanted.first == f"first {id}"
@@ -548,7 +548,7 @@ class Interleavings(RuleBasedStateMachine):
         self._collect()
 
     @invariant()
-    def nothing_is_in_two_places(self):
+    def every_question_is_either_in_flight_or_ended(self):
         assert set(self.ended).isdisjoint(self.edge.in_flight)
         assert set(self.asked) == set(self.ended) | set(self.edge.in_flight)
 
@@ -595,7 +595,7 @@ def test_no_detail_is_read_by_new_and_old_edges():
     assert answer.why_first is Fallback.NO_DETAIL
     older = msgspec.msgpack.decode(frame, type=OlderAnswer)
     assert (older.text, older.fallback) == ("so", Fallback.NONE)
-    assert older.fallback in range(7), "numbers that were there before the new one"
+    assert older.fallback in range(7), "a number that older edges know"
 
 
 def test_all_other_answers_are_the_same_bytes_as_before():

@@ -122,4 +122,5 @@ def bounded(parts: Iterator[Part], codec: Codec, max_parts: int) -> Iterator[Par
 
 
 def broken(codec: Codec, detail: str) -> ImageError:
+    """The error for a broken picture; `detail` says what is wrong."""
     return ImageError(f"a broken {codec.name} picture: {detail}")

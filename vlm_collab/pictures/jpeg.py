@@ -72,6 +72,7 @@ def top_rows(data: bytes, rows: int) -> bytes | None:
 
 
 def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
+    """See `headers.stored_header`."""
     size: tuple[int, int] | None = None
     orientation = None
     for part in bounded(_parts(data), Codec.JPEG, max_parts):
@@ -95,6 +96,7 @@ def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
 
 
 def pixels(data: bytes, max_parts: int) -> bytes:
+    """See `headers.pixels_only`."""
     whole = memoryview(data)  # originals are large: each byte is copied once
     kept = [whole[:2]]
     for part in bounded(_parts(data), Codec.JPEG, max_parts):
@@ -133,6 +135,7 @@ def _defines_colours(data: bytes, part: Part) -> bool:
 
 
 def profile(data: bytes, max_parts: int) -> bytes | None:
+    """See `headers.profile_in`."""
     found: dict[int, bytes] = {}
     count = 0
     for part in bounded(_parts(data), Codec.JPEG, max_parts):

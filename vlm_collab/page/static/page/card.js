@@ -147,7 +147,7 @@ export class Card {
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
       this.note.textContent =
-        sure ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
+        sure ? `Sure of the first answer: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
     if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut off at the maximum length)";
     if (answer.hidden > 0) {

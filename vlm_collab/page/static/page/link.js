@@ -227,7 +227,7 @@ export class Link {
 }
 
 /**
- * Provides a usable link, and connects anew if there is none.
+ * Provides a usable link, and connects again if there is none.
  *
  * `onstate` is called with `{ kind, text }`, where kind is `connecting`, `open`, `lost` (it retries
  * by itself), `token` (a token is needed), or `refused` (the user cannot fix it).
