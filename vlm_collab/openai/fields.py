@@ -158,7 +158,7 @@ class Fields:
         """List unread fields as ignored, or refuse them: see `vlm_collab.openai.unsupported`."""
         for name, value in self._left.items():
             if value is not None:
-                self.ignored.judge(self.where, name, value)
+                self.ignored.refuse_or_list(self.where, name, value)
 
     def refuse_unread(self) -> None:
         """Refuse unread fields: for objects of this project, where they are mistakes."""

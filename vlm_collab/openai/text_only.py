@@ -84,15 +84,15 @@ def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str,
     """Drop the fields of a chat that have no effect and may not be forwarded.
 
     Returns:
-        The other fields, for `chat_is_text` to judge, and the names of the dropped ones.
+        The other fields, to be checked by `chat_is_text`, and the names of the dropped ones.
 
     Raises:
-        ApiError: see `Ignored.judge`.
+        ApiError: see `Ignored.refuse_or_list`.
     """
     ignored = Ignored()
     for name, value in body.items():
         if name not in CHAT_FIELDS and value is not None:
-            ignored.judge("", name, value)
+            ignored.refuse_or_list("", name, value)
     return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
 
 

@@ -148,7 +148,7 @@ class Ignored:
         """Paths without indices, each once: at most 32, of at most 64 characters each."""
         return tuple(self._paths)
 
-    def judge(self, where: str, name: str, value: object) -> None:
+    def refuse_or_list(self, where: str, name: str, value: object) -> None:
         """Refuse a field that no parser reads, or list it as ignored.
 
         Args:

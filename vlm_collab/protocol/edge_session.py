@@ -51,8 +51,8 @@ class EdgeLimits:
     Attributes:
         max_region_share: largest share of a picture's area that one request may name.
         max_regions: most regions sent on one connection; None for no bound.
-        max_frame_bytes: largest frame read from the server. Its largest message has a map, of
-            4096 × 4096 bytes at most and in practice of a few hundred.
+        max_frame_bytes: largest frame read from the server. The server's largest message has a
+            map: at most 4096 × 4096 bytes, in practice a few hundred.
         max_text_chars: longest streamed text; only a faulty server sends more.
         max_view_pixels: largest global view that a server may require, width × height in px.
     """
