@@ -52,14 +52,14 @@ async def test_no_route_answers_pages_of_other_origins(command: str):
     for token in (None, TOKEN):
         app = servers(token)[command]
         for route in probed_routes(app.routes):
-            # Requests for the page's own files look like this behind a proxy that renames.
+            # Behind a proxy that changes `Host`, requests for the page's own files look like this.
             is_file = route.method == "GET" and route.shown.endswith(("/", "/page/{path}"))
             refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
             assert refused is not is_file, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_all_routes_but_the_open_ones_want_the_token(command: str):
+async def test_all_routes_except_open_ones_require_the_token(command: str):
     app = servers(TOKEN)[command]
     for route in probed_routes(app.routes):
         is_open = route.method == "GET" and any(
@@ -103,7 +103,7 @@ async def test_all_routes_but_the_open_ones_want_the_token(command: str):
         ("", False),
     ],
 )
-def test_names_without_a_token(command: str, host: str, known: bool):
+def test_without_a_token_only_own_host_names_are_accepted(command: str, host: str, known: bool):
     app = servers(None, host_names=frozenset({"camera.lan"}))[command]
     for path in ("/healthz", "/v1/nothing", "/"):
         assert (local(app).get(path, headers={"Host": host}).status_code == 403) is not known
@@ -112,8 +112,8 @@ def test_names_without_a_token(command: str, host: str, known: bool):
         assert local(app).get("/v1/nothing", headers=headers).status_code == 404
 
 
-def test_the_name_of_a_listed_page_is_known():
-    """As behind a proxy that forwards the browser's `Host`."""
+def test_the_host_name_of_a_listed_origin_is_accepted():
+    """A proxy may forward the browser's `Host`."""
     app = servers(None, origins=frozenset({f"{MINE}:8443"}))["vlm-collab serve"]
     for host in ("mine.example", "mine.example:8443", "MINE.example:1"):
         assert local(app).get("/readyz", headers={"Host": host}).status_code == 200
@@ -121,12 +121,12 @@ def test_the_name_of_a_listed_page_is_known():
 
 
 async def test_a_request_without_a_host_header_is_allowed():
-    """As sent by probes that speak HTTP/1.0."""
-    told: list[int] = []
+    """Probes that speak HTTP/1.0 send none."""
+    statuses: list[int] = []
 
     async def send(message: dict) -> None:
         if message["type"] == "http.response.start":
-            told.append(message["status"])
+            statuses.append(message["status"])
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -142,13 +142,13 @@ async def test_a_request_without_a_host_header_is_allowed():
     twice = {**scope, "headers": [(b"host", b"localhost"), (b"host", b"evil.example")]}
     await servers(None)["vlm-collab serve"](twice, receive, send)
     # A page with a null origin does not match an empty `Host`.
-    nobodys = {**scope, "headers": [(b"origin", b"null"), (b"host", b"")]}
-    await servers(TOKEN)["vlm-collab serve"](nobodys, receive, send)
-    assert told == [200, 403, 403]
+    null_origin = {**scope, "headers": [(b"origin", b"null"), (b"host", b"")]}
+    await servers(TOKEN)["vlm-collab serve"](null_origin, receive, send)
+    assert statuses == [200, 403, 403]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_refusal_says_which_option_lets_in(command: str):
+def test_a_refusal_names_the_option_that_allows_the_request(command: str):
     app = servers(None)[command]
     below = "/collab" if command == "vllm serve" else ""
     named = local(app).get(f"{below}/readyz", headers=FOREIGN_NAME)
@@ -167,22 +167,22 @@ def test_a_refusal_says_which_option_lets_in(command: str):
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_pages_of_listed_origins_get_what_browsers_want(command: str, token: str | None):
+def test_listed_origins_get_the_cors_headers_that_browsers_need(command: str, token: str | None):
     app = servers(token, origins=frozenset({MINE}))[command]
-    asks = {
+    preflight = {
         "Origin": MINE,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os",
         "Access-Control-Request-Private-Network": "true",
     }
     for path in ("/v1/chat/completions", "/v1/responses", "/healthz", "/v1/nothing"):
-        told = local(app).options(path, headers=asks)
-        assert told.status_code == 200
-        assert told.headers["access-control-allow-origin"] == MINE
-        assert "POST" in told.headers["access-control-allow-methods"]
-        assert "authorization" in told.headers["access-control-allow-headers"]
-        assert told.headers["access-control-allow-private-network"] == "true"
-        assert "access-control-allow-credentials" not in told.headers
+        response = local(app).options(path, headers=preflight)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == MINE
+        assert "POST" in response.headers["access-control-allow-methods"]
+        assert "authorization" in response.headers["access-control-allow-headers"]
+        assert response.headers["access-control-allow-private-network"] == "true"
+        assert "access-control-allow-credentials" not in response.headers
     # Pages can read refusals as well, with all their headers.
     answers = [local(app).get("/v1/nothing", headers={"Origin": MINE})]
     answers.append(local(app).get("/v1/nothing", headers={"Origin": MINE, **WITH_TOKEN}))
@@ -191,20 +191,20 @@ def test_pages_of_listed_origins_get_what_browsers_want(command: str, token: str
         assert each.headers["access-control-allow-origin"] == MINE
         assert each.headers["access-control-expose-headers"] == "*"
         assert each.headers["vary"] == "Origin"
-    # For no other origin.
+    # Other origins are refused.
     for headers in (FOREIGN_PAGE, {"Origin": "null"}, {"Origin": f"{MINE}.evil.example"}):
-        told = local(app).options("/v1/chat/completions", headers={**asks, **headers})
-        assert told.status_code == 403
-        assert "access-control-allow-origin" not in told.headers
+        response = local(app).options("/v1/chat/completions", headers={**preflight, **headers})
+        assert response.status_code == 403
+        assert "access-control-allow-origin" not in response.headers
 
 
-def test_names_that_can_be_listed():
+def test_listed_host_names_are_checked_and_lowered():
     assert checked_names(frozenset({"Camera.lan", "gateway"})) == {"camera.lan", "gateway"}
     for wrong in ("camera.lan:8766", "http://camera.lan", "*", "*.lan", "", "a/b", "camera.lan."):
         with pytest.raises(ConfigError, match="--host-name"):
             checked_names(frozenset({wrong}))
 
 
-async def test_the_table_of_the_page_is_the_servers():
+async def test_the_access_table_in_the_docs_is_current():
     text = PAGE.read_text(encoding="utf-8")
     assert await page(text) == text, "run `python -m tests.support.access_table`"

@@ -1,4 +1,4 @@
-"""The documentation: generated parts are current, links lead somewhere, the site builds."""
+"""The documentation: generated parts are current, links have targets, the site builds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ hooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hooks)
 
 
-def test_the_protocol_page_is_the_code_s():
+def test_the_generated_parts_of_the_protocol_page_are_current():
     text = PAGE.read_text(encoding="utf-8")
     assert page(text) == text, "run `python -m tests.support.protocol_page`"
 
 
-def test_the_protocol_page_names_every_message_move_and_error():
+def test_the_protocol_page_names_every_message_transition_and_error():
     text = PAGE.read_text(encoding="utf-8")
     for union in (messages.UpMessage, messages.DownMessage):
         for kind in typing.get_args(union):
@@ -40,7 +40,7 @@ def test_the_protocol_page_names_every_message_move_and_error():
     assert text.count(" --> ") == len(TRANSITIONS)
 
 
-def test_the_picture_of_the_layers_is_the_contracts():
+def test_the_layers_picture_is_current():
     text = layers_picture.PICTURE.read_text(encoding="utf-8")
     assert layers_picture.picture() == text, "run `python -m tests.support.layers_picture`"
 
@@ -61,8 +61,8 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", _pages(), ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
-    """Those of pages outside docs/ too, which `make docs` does not see as they stand."""
+def test_links_have_targets(page: Path):
+    """Also on pages outside docs/: `make docs` rewrites their links before it checks them."""
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith(("http://", "https://")):
             continue

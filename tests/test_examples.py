@@ -1,4 +1,4 @@
-"""The examples run as they stand, against a real service where they need one."""
+"""The examples run unchanged, against a real service if they need one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHOTO, QUESTION = PICTURES / "scene-2.jpg", "what number is on the white diamond
 
 @pytest.fixture(scope="module")
 def ready() -> Iterator[dict[str, object]]:
-    """What a service with the demo model printed when it was ready."""
+    """The line that a service with the demo model prints when it is ready."""
     with serving() as (_, line):
         yield line
 
@@ -39,7 +39,7 @@ def base_url(ready: dict[str, object]) -> str:
 
 
 def output(script: Path, *arguments: str, cwd: Path = ROOT, **variables: str) -> str:
-    """What a script printed."""
+    """Run a script and return its output."""
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
@@ -57,7 +57,7 @@ def run(base_url: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("role", ["sure", "asks"])
-def test_the_sdk_is_the_edge(base_url, role):
+def test_openai_edge_refines_only_unsure_answers(base_url, role):
     listed = json.loads((PICTURES / "pictures.json").read_text(encoding="utf-8"))["pictures"]
     case = next(one for one in listed if one["role"] == role)
     photo = PICTURES / case["file"]
@@ -70,28 +70,30 @@ def test_the_sdk_is_the_edge(base_url, role):
     assert 1000 < sent < instead / 5
 
 
-def test_the_documentation_shows_what_it_prints(base_url):
-    """But for the sizes of JPEGs, which differ a little between versions of its library."""
+def test_the_documentation_shows_the_output_of_openai_edge(base_url):
+    """JPEG sizes may differ a little, as they do between versions of the library."""
     page = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
-    command, shown = re.search(
+    command, expected = re.search(
         r"\npython examples/openai_edge.py ([^\n]+)\n```\n\n```\n(.+?)\n```", page, re.DOTALL
     ).groups()
     file, question = shlex.split(command)
     answer, cost = run(base_url, str(ROOT / file), question).splitlines()
-    expected_answer, expected_cost = shown.splitlines()
+    expected_answer, expected_cost = expected.splitlines()
     assert answer == expected_answer
     assert re.sub(r"\d+", "#", cost) == re.sub(r"\d+", "#", expected_cost)
-    printed, expected = (list(map(int, re.findall(r"\d+", line))) for line in (cost, expected_cost))
-    assert printed == pytest.approx(expected, rel=0.03)
+    sizes, expected_sizes = (
+        list(map(int, re.findall(r"\d+", line))) for line in (cost, expected_cost)
+    )
+    assert sizes == pytest.approx(expected_sizes, rel=0.03)
 
 
-def test_the_example_is_short():
-    """As its documentation says; lines of code, after imports."""
+def test_openai_edge_is_short():
+    """It has at most 36 lines of code after its imports, as the documentation says."""
     code = OPENAI_EDGE.read_text(encoding="utf-8").partition("TOOL =")[2]
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 36
 
 
-def test_ask(ready: dict[str, object]) -> None:
+def test_ask_prints_answers_and_bytes(ready: dict[str, object]) -> None:
     url = str(ready["url"])
     arguments = (str(PHOTO), QUESTION, "how many signs are there?", "--server", url)
     lines = output(EXAMPLES / "ask.py", *arguments).splitlines()
@@ -101,13 +103,13 @@ def test_ask(ready: dict[str, object]) -> None:
     assert costs[1] < costs[0] / 2  # no view the second time
 
 
-def test_an_own_backend_answers_as_the_one_that_comes_with_it(ready: dict[str, object]) -> None:
+def test_own_backend_answers_like_the_built_in_one(ready: dict[str, object]) -> None:
     expected = edge_client.ask(PHOTO, QUESTION, server=str(ready["url"]))
     answer, _ = output(EXAMPLES / "own_backend.py", str(PHOTO), QUESTION).splitlines()
     assert answer == f"plain: {expected.text} (first answer: {expected.first_text})"
 
 
-def test_an_own_adapter_looks_twice() -> None:
+def test_own_adapter_makes_a_second_pass() -> None:
     line = output(EXAMPLES / "own_adapter.py", str(PHOTO), QUESTION)
     assert re.fullmatch(r"tiny-vipllava: looked at Box\(.+\), sent \d+ bytes\n", line)
 
@@ -129,5 +131,5 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 def test_the_list_of_examples_is_complete() -> None:
     listed = re.findall(r"\| \[`([^`]+)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"))
-    there = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
-    assert sorted(listed) == sorted(there)
+    files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
+    assert sorted(listed) == sorted(files)

@@ -1,8 +1,8 @@
-"""What somebody sees who runs a command for the first time: our lines, and nothing of a library's.
+"""On its first run, a command prints only our own lines, and no warnings of libraries.
 
-Every command runs as a process with an empty home folder, where no library has a cache yet. So that
-these tests do not depend on what today's libraries happen to say, `sitecustomize` makes them speak:
-whoever imports transformers hears a warning of each kind that there is.
+Every command runs as a process with an empty home folder, where no library has a cache yet. These
+tests do not depend on the warnings of today's libraries: `sitecustomize` makes every process that
+imports transformers emit one warning of each kind.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ import logging
 import sys
 import warnings
 
-_import, _said = builtins.__import__, []
+_import, _warned = builtins.__import__, []
 
 
-def speak():
+def warn():
     from transformers.utils import logging as of_transformers
 
     of_transformers.get_logger("transformers.models").warning("NOISE of transformers")
@@ -45,9 +45,9 @@ def speak():
 
 def noisy(name, *rest, **more):
     module = _import(name, *rest, **more)
-    if not _said and name == "transformers" and "torch" in sys.modules:
-        _said.append(name)
-        speak()
+    if not _warned and name == "transformers" and "torch" in sys.modules:
+        _warned.append(name)
+        warn()
     return module
 
 
@@ -61,7 +61,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def first(tmp_path: Path) -> dict[str, str]:
-    """The environment of somebody who has never run any of it."""
+    """The environment of a user who has never run a command."""
     for folder in ("home", "noise", "work"):
         (tmp_path / folder).mkdir()
     (tmp_path / "noise" / "sitecustomize.py").write_text(NOISE)
@@ -87,7 +87,7 @@ def call(first: dict[str, str], tmp_path: Path) -> Call:
     return run
 
 
-def test_the_noise_would_be_heard(call: Call) -> None:
+def test_without_our_commands_library_warnings_are_shown(call: Call) -> None:
     done = call(sys.executable, "-c", "import torch, transformers")
     for kind in KINDS:
         assert f"NOISE of {kind}" in done.stderr
@@ -104,7 +104,7 @@ def test_demo(call: Call) -> None:
 
 @pytest.mark.slow
 def test_demo_on_a_terminal(first: dict[str, str], tmp_path: Path) -> None:
-    shown, code = pexpect.run(
+    output, code = pexpect.run(
         f"{PROGRAM} demo --out out",
         env={**first, "TERM": "xterm"},  # type: ignore[arg-type]
         cwd=str(tmp_path / "work"),
@@ -113,9 +113,9 @@ def test_demo_on_a_terminal(first: dict[str, str], tmp_path: Path) -> None:
         withexitstatus=True,
     )
     assert code == 0
-    assert "purple triangle" in shown
-    assert "NOISE" not in shown
-    assert "it/s" not in shown  # a bar
+    assert "purple triangle" in output
+    assert "NOISE" not in output
+    assert "it/s" not in output  # a bar
 
 
 def test_serve_and_ask(first: dict[str, str], call: Call, tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_serve_and_ask(first: dict[str, str], call: Call, tmp_path: Path) -> Non
             done = call(PROGRAM, "ask", "photo.png", "what is this?", "--server", found[1])
         finally:
             server.terminate()
-        left = server.communicate()
-    assert left == ("", "")
+        rest = server.communicate()
+    assert rest == ("", "")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("photo.png: what is this?\n")
 
 
-def test_serve_says_everything_to_who_asks_for_it(first: dict[str, str]) -> None:
+def test_serve_with_log_level_debug_shows_library_warnings(first: dict[str, str]) -> None:
     with subprocess.Popen(
         [*SERVE, "--port", "0", "--log-level", "debug"],
         stdout=subprocess.PIPE,
@@ -154,12 +154,12 @@ def test_serve_says_everything_to_who_asks_for_it(first: dict[str, str]) -> None
             server.stdout.readline()
         finally:
             server.terminate()
-        _, told = server.communicate()
+        _, stderr = server.communicate()
     for kind in KINDS:
-        assert f"NOISE of {kind}" in told
+        assert f"NOISE of {kind}" in stderr
 
 
-def test_errors_of_libraries_are_heard(call: Call) -> None:
+def test_library_errors_are_shown(call: Call) -> None:
     code = (
         "import logging\n"
         "from vlm_collab.cli.quiet import silence_libraries\n"
@@ -173,7 +173,7 @@ def test_errors_of_libraries_are_heard(call: Call) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_user_set_stays(call: Call, first: dict[str, str]) -> None:
+def test_settings_of_the_user_are_kept(call: Call, first: dict[str, str]) -> None:
     first |= {"TRANSFORMERS_VERBOSITY": "warning", "PYTHONWARNINGS": "default"}
     done = call(PROGRAM, "flops", "demo")
     assert "NOISE of transformers" in done.stderr
@@ -189,7 +189,7 @@ def test_flops(call: Call) -> None:
 
 
 def test_evaluation(call: Call) -> None:
-    """A run, one over files of a benchmark (by `datasets`), a threshold, and a report."""
+    """Two runs (one reads files by `datasets`), a threshold, and a report."""
     run = (PROGRAM, "eval", "run", "--task", "signs", "--limit", "4", "--out")
     done = call(*run, "run")
     assert (done.returncode, done.stderr) == (0, "")

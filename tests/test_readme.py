@@ -1,4 +1,4 @@
-"""What the README tells people to type works."""
+"""The commands and the code in the README work."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_ask_command_runs(url: str, folder: Path):
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (eval[\w.]+)", README))))
-def test_the_modules_explain_themselves(module: str):
+def test_the_modules_have_a_help_text(module: str):
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120
     )

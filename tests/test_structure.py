@@ -51,7 +51,7 @@ def test_an_arrow_against_the_layers_would_be_found() -> None:
 
 
 def test_papers_are_cited_by_title() -> None:
-    """Names of files and numbers that only this project's authors could look up."""
+    """No file names or numbers of papers that only this project's authors know."""
     riddle = re.compile(r"00[0-3]_[0-9a-f]{16}|(?<!\d )(?<![\w.,-])00[0-3](?!\w|[.,]\d)")
     tracked = subprocess.run(
         ["git", "grep", "-lI", "00[0-3]", "--", "*.py", "*.md", "*.yaml", "*.toml", "Makefile"],

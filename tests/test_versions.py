@@ -1,4 +1,4 @@
-"""`constraints/` against what `pyproject.toml` and the installed packages ask for."""
+"""`constraints/` against the requirements of `pyproject.toml` and of the installed packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.vllm_cpu.environment import VLLM
 MAIN = versions.pins(versions.FOLDER / "main.txt")
 
 
-def built_with() -> list[Requirement]:
+def build_requirements() -> list[Requirement]:
     return [Requirement(text) for text in versions.build_requirements()]
 
 
@@ -25,25 +25,25 @@ WANTED = {
     "main.txt": [
         *versions.requirements(["dev"]),
         *versions.requirements(["gateway"]),
-        *built_with(),
+        *build_requirements(),
     ],
-    "lmms.txt": [*versions.requirements(["eval"]), *map(Requirement, LIGHT), *built_with()],
-    "vllm.txt": [*versions.requirements(["server"]), Requirement(VLLM), *built_with()],
+    "lmms.txt": [*versions.requirements(["eval"]), *map(Requirement, LIGHT), *build_requirements()],
+    "vllm.txt": [*versions.requirements(["server"]), Requirement(VLLM), *build_requirements()],
 }
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_the_constraints_hold_what_this_package_asks_for(name: str) -> None:
-    held = versions.pins(versions.FOLDER / name)
+def test_the_constraints_pin_the_requirements_of_this_package(name: str) -> None:
+    pinned = versions.pins(versions.FOLDER / name)
     for wanted in WANTED[name]:
         package = canonicalize_name(wanted.name)
         if not versions.is_left_out(package):
-            assert package in held, f"{name} lacks {package}: make constraints"
-            assert wanted.specifier.contains(held[package]), f"{wanted} is not {held[package]}"
+            assert package in pinned, f"{name} lacks {package}: make constraints"
+            assert wanted.specifier.contains(pinned[package]), f"{wanted} is not {pinned[package]}"
 
 
 def below(wanted: Requirement, seen: set[str]) -> Iterator[str]:
-    """Names of everything that a requirement brings along here, itself included."""
+    """Names of all packages that a requirement needs here, its own included."""
     name = canonicalize_name(wanted.name)
     if name in seen or (versions.is_left_out(name) and name != "torch"):
         return
@@ -64,20 +64,20 @@ def below(wanted: Requirement, seen: set[str]) -> Iterator[str]:
     os.environ.get("CONSTRAINTS", "constraints") != "constraints",
     reason="other versions are installed here, which may ask for other packages",
 )
-def test_the_constraints_hold_what_these_packages_ask_for() -> None:
+def test_the_constraints_pin_all_indirect_requirements() -> None:
     seen: set[str] = set()
-    brought = {name for one in WANTED["main.txt"] for name in below(one, seen)}
-    assert {"jinja2", "mpmath", "tokenizers"} <= brought  # torch's too
-    assert brought - MAIN.keys() == {"torch"}
+    needed = {name for one in WANTED["main.txt"] for name in below(one, seen)}
+    assert {"jinja2", "mpmath", "tokenizers"} <= needed  # torch's too
+    assert needed - MAIN.keys() == {"torch"}
 
 
 def test_torch_is_in_no_file() -> None:
     for name in WANTED:
-        held = versions.pins(versions.FOLDER / name)
-        assert not [package for package in held if versions.is_left_out(package)]
+        pinned = versions.pins(versions.FOLDER / name)
+        assert not [package for package in pinned if versions.is_left_out(package)]
 
 
-def test_the_lowest_versions_are_those_of_the_project(tmp_path) -> None:
+def test_the_oldest_versions_are_the_lower_bounds_of_the_project(tmp_path) -> None:
     versions.oldest(tmp_path)
     lowest = versions.pins(tmp_path / "main.txt")
     assert lowest["transformers"] == "5.18"

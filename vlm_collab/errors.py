@@ -109,7 +109,7 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent a message that the protocol does not allow now, or no message at all."""
+    """The peer sent a frame that is not a message, or a message that is not allowed now."""
 
 
 class LinkError(CollabError):

@@ -92,8 +92,8 @@ class Fit(enum.StrEnum):
         if self is not Fit.CROP:
             return None
         return (
-            "the fit is crop: of a picture that is not square the model sees the middle square "
-            "only, in both passes"
+            "the fit is crop: the model sees only the middle square of a picture that is not "
+            "square, in both passes"
         )
 
 
@@ -201,9 +201,9 @@ def token_box_to_source(token_box: TokenBox, grid: Grid, frame: Frame, source: S
         A box of at least one pixel, inside the image.
 
     Raises:
-        ValueError: the window is not inside the grid, or the side is no positive even number.
+        ValueError: the window is not inside the grid, or the side is not a positive even number.
     """
-    _check_places(grid, frame)
+    _check_grid_and_frame(grid, frame)
     _check_size(source, "source")
     index, side_px, columns, rows = token_box
     if not 0 <= index < grid.rows * grid.columns:
@@ -233,7 +233,7 @@ def whole_image(grid: Grid, frame: Frame) -> TokenBox:
     Raises:
         ValueError: the grid or the frame is impossible.
     """
-    _check_places(grid, frame)
+    _check_grid_and_frame(grid, frame)
     return TokenBox(0, 2 * -(-max(frame.width, frame.height) // 2), grid.columns, grid.rows)
 
 
@@ -279,10 +279,10 @@ def has_more_detail(source: Size, target: Size, frame: Frame, view: Size) -> boo
 def cell_to_source(row: int, column: int, grid: Grid, frame: Frame, source: Size) -> Box:
     """The source pixels that one visual token shows.
 
-    A cell has the pixels with their centres in it; a centre on the line between two cells belongs
-    to the later one. So the cells of a grid cover the frame's pixels without gap or overlap. If
-    cells are smaller than pixels, a cell without a pixel centre gets the pixel that contains the
-    cell's own centre.
+    A cell has the pixels whose centres are inside it; a centre on the line between two cells
+    belongs to the later one. So the cells of a grid cover the frame's pixels without gap or
+    overlap. If cells are smaller than pixels, a cell without a pixel centre gets the pixel that
+    contains the cell's own centre.
 
     Returns:
         A box inside the image. It is empty (`pixels` is 0) for a cell that shows only the bars
@@ -291,7 +291,7 @@ def cell_to_source(row: int, column: int, grid: Grid, frame: Frame, source: Size
     Raises:
         ValueError: the cell is not on the grid, or the grid or the frame is impossible.
     """
-    _check_places(grid, frame)
+    _check_grid_and_frame(grid, frame)
     _check_size(source, "source")
     if not (0 <= row < grid.rows and 0 <= column < grid.columns):
         raise ValueError(
@@ -312,7 +312,7 @@ def source_to_cell(x: int, y: int, grid: Grid, frame: Frame) -> Cell | None:
     Raises:
         ValueError: the grid or the frame is impossible.
     """
-    _check_places(grid, frame)
+    _check_grid_and_frame(grid, frame)
     x, y = x - frame.left, y - frame.top
     if not (0 <= x < frame.width and 0 <= y < frame.height):
         return None
@@ -356,7 +356,7 @@ def _check_size(size: Size, name: str) -> None:
         raise ValueError(f"impossible {name} size {size.width} x {size.height}")
 
 
-def _check_places(grid: Grid, frame: Frame) -> None:
+def _check_grid_and_frame(grid: Grid, frame: Frame) -> None:
     if not (0 < grid.rows <= MAX_GRID_SIDE and 0 < grid.columns <= MAX_GRID_SIDE):
         raise ValueError(f"impossible token grid {grid.rows} x {grid.columns}")
     # A frame is derived, not received; padding to an extreme aspect may exceed MAX_SIDE_PX.

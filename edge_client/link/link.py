@@ -20,6 +20,7 @@ from vlm_collab.errors import (
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import EdgeEvent, EdgeLimits, EdgeSession
+from vlm_collab.protocol.encoding import websocket_bytes
 from vlm_collab.protocol.messages import (
     Answer,
     DeclineReason,
@@ -29,7 +30,6 @@ from vlm_collab.protocol.messages import (
     PicturePlace,
     Turn,
     Welcome,
-    websocket_bytes,
 )
 from vlm_collab.protocol.table import State
 

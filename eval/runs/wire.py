@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vlm_collab.geometry import Size, TokenBox
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.encoding import encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     Answer,
     AnyMessage,
@@ -21,9 +22,7 @@ from vlm_collab.protocol.messages import (
     RegionRequest,
     Stage,
     Usage,
-    encode,
     micro,
-    websocket_bytes,
 )
 
 _ID = 1

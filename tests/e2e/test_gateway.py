@@ -319,7 +319,7 @@ async def test_models_are_listed_with_their_aliases():
         )
         assert reply.model == "gpt-4o-mini"
         assert reply.vlm_collab["model"] == MODEL
-        with pytest.raises(openai.NotFoundError, match="there is fake") as caught:
+        with pytest.raises(openai.NotFoundError, match="available: fake") as caught:
             await deployment.client.chat.completions.create(
                 model="gpt-5", messages=[user_message(SURE, photo(1))]
             )

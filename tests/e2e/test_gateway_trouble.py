@@ -422,7 +422,7 @@ async def test_requests_over_a_limit_are_refused():
         with pytest.raises(openai.APIStatusError) as caught:
             await ask(deployment.client, SURE, large)
         assert caught.value.status_code == 413
-        with pytest.raises(openai.BadRequestError, match="more than 4"):
+        with pytest.raises(openai.BadRequestError, match="at most 4"):
             await ask(deployment.client, SURE, *(photo(i) for i in range(5)))
 
 

@@ -31,7 +31,8 @@ from tests.support.wire import service
 from vlm_collab import errors
 from vlm_collab.errors import CollabError, ErrorCode, server_error
 from vlm_collab.geometry import Box
-from vlm_collab.protocol.messages import Ask, Cancel, Error, Fallback, Stage, Usage, encode
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Ask, Cancel, Error, Fallback, Stage, Usage
 
 
 @pytest.fixture

@@ -28,11 +28,8 @@ from vlm_collab.errors import (
     ViewGoneError,
 )
 from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.messages import (
-    Ask,
-    Error,
-    encode,
-)
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Ask, Error
 
 PHOTO = photo(1)
 
@@ -93,7 +90,7 @@ async def test_a_view_over_the_servers_limit_is_an_error():
         await peer.socket.wait_closed()
 
     async with scripted(small) as server, EdgeClient(server.url) as client:
-        with pytest.raises(ProtocolError, match="limit of 500 bytes"):
+        with pytest.raises(ProtocolError, match="at most 500 bytes"):
             await client.ask(PHOTO, "why?")
 
 

@@ -8,7 +8,8 @@ from edge_client.client import EdgeClient
 from tests.e2e.common import photo
 from tests.edge_client.scripted import HASTY, Peer, request, scripted, welcome
 from vlm_collab.errors import ErrorCode, ProtocolError
-from vlm_collab.protocol.messages import Error, Fallback, encode
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Error, Fallback
 
 PHOTO = photo(1)
 

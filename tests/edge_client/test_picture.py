@@ -143,7 +143,7 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe.jpg")
     for open_picture in (Picture.open, PictureCache(10**6).get):
-        with pytest.raises(ImageError, match=r"pipe\.jpg: is no regular file"):
+        with pytest.raises(ImageError, match=r"pipe\.jpg: is not a regular file"):
             open_picture(pipe)
 
 

@@ -35,7 +35,7 @@ async def answer_prompt(visitor: Visitor, number: int, answer: str = "granted()"
     await visitor.page.evaluate("() => new Promise((done) => setTimeout(done, 50))")
 
 
-async def test_the_region_of_a_pending_question_leaves_the_camera_on(visitor: Visitor):
+async def test_an_answer_to_a_pending_question_leaves_the_camera_on(visitor: Visitor):
     page = visitor.page
     async with running(service(slow(1.5))) as url:
         await visitor.open(url)
@@ -61,7 +61,7 @@ async def test_the_region_of_a_pending_question_leaves_the_camera_on(visitor: Vi
         assert (await visitor.shows_box())["width"] > 0
 
 
-async def test_pressing_twice_opens_one_camera(visitor: Visitor):
+async def test_pressing_the_button_twice_opens_one_camera(visitor: Visitor):
     page = visitor.page
     async with running(service()) as url:
         await visitor.open(url)
@@ -80,7 +80,7 @@ async def test_pressing_twice_opens_one_camera(visitor: Visitor):
 @pytest.mark.parametrize(
     "answer", ["granted()", "refused(new DOMException('', 'NotAllowedError'))"]
 )
-async def test_a_picture_chosen_before_the_camera_may_be_used_is_the_one(
+async def test_choosing_a_picture_before_the_permission_keeps_the_camera_off(
     visitor: Visitor, answer: str
 ):
     page = visitor.page
@@ -97,7 +97,7 @@ async def test_a_picture_chosen_before_the_camera_may_be_used_is_the_one(
         assert await page.inner_text("#problem") == ""
 
 
-async def test_a_picture_that_takes_long_to_open_comes_up_behind_the_camera(visitor: Visitor):
+async def test_a_slowly_opened_picture_stays_behind_the_camera(visitor: Visitor):
     page = visitor.page
     async with running(service()) as url:
         await visitor.open(url)

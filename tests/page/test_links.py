@@ -32,16 +32,16 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PHOTO = photo(1)
 
 
-async def test_the_server_goes_and_comes_back(visitor: Visitor):
-    """Questions asked meanwhile wait, and the next server, which has no view, answers them."""
+async def test_questions_wait_while_the_server_is_away(visitor: Visitor):
+    """The next server answers them; it gets the view first, since it has none."""
     async with running(service()) as url, Proxy(url) as proxy:
         await visitor.open(proxy.url)
         await visitor.choose(PHOTO)
         await visitor.ask(SURE, "sure")
         proxy.refusing = True
         proxy.cut()
-        said = await visitor.status("lost")
-        assert "Trying again" in said
+        status = await visitor.status("lost")
+        assert "Trying again" in status
         card = await visitor.ask(UNSURE)
         assert "Waiting for the server" in await card.note()
         await visitor.screenshot("server-gone")
@@ -56,7 +56,7 @@ async def test_the_server_goes_and_comes_back(visitor: Visitor):
             assert await visitor.meter("sent") == visitor.bytes_up
 
 
-async def test_a_server_that_kept_the_session_gets_no_view_again(visitor: Visitor):
+async def test_the_view_is_not_sent_again_to_a_resumed_session(visitor: Visitor):
     async with running(service()) as url, Proxy(url) as proxy:
         await visitor.open(proxy.url)
         await visitor.choose(PHOTO)
@@ -114,7 +114,7 @@ async def test_a_server_lost_for_good_in_the_second_stage_leaves_the_first_answe
         assert "the connection was lost" in await card.note()
 
 
-async def test_a_server_that_shuts_down_is_followed_by_its_successor(visitor: Visitor):
+async def test_a_question_moves_to_the_next_server_at_a_shutdown(visitor: Visitor):
     backend = slow(0.2)
     mine = service(backend, limits={"shutdown_grace_s": 0.01})
     async with running(mine) as url, Proxy(url) as proxy:
@@ -139,7 +139,7 @@ async def test_a_full_server_is_asked_again(visitor: Visitor):
         assert len(visitor.sent(Ask)) > 2
 
 
-async def test_a_view_that_is_gone_is_sent_again(visitor: Visitor):
+async def test_a_view_that_the_server_lost_is_sent_again(visitor: Visitor):
     mine = service()
     async with running(mine) as url:
         await visitor.open(url)
@@ -168,7 +168,7 @@ async def test_a_question_outlasts_many_lost_links(browser: Browser):
         assert len(visitor.sent(Ask)) == 9
 
 
-async def test_a_question_that_brings_the_server_down_is_given_up(browser: Browser):
+async def test_a_question_that_crashes_the_server_is_given_up(browser: Browser):
     def play(question: str, view: str, region: str) -> Script:
         for connection in list(mine._connections):
             if "deadly" in question:
@@ -224,15 +224,15 @@ async def test_the_page_asks_for_the_token(visitor: Visitor):
         assert not await field.is_visible()
 
 
-async def test_a_server_that_wants_whole_pictures_as_views_is_refused(visitor: Visitor):
+async def test_a_server_that_requires_too_large_views_is_refused(visitor: Visitor):
     info = replace(DEFAULT_INFO, view=Size(2000, 1500), view_bytes=2000 * 1500 * 3)
     async with running(service(FakeBackend(info=info))) as url:
         await visitor.page.goto(page_of(url))
-        said = await visitor.status("refused")
-        assert "views of 2000 × 1500 pixels" in said
+        status = await visitor.status("refused")
+        assert "views of 2000 × 1500 pixels" in status
         await visitor.choose(PHOTO)
         card = await visitor.ask(SURE, "failed")
-        assert said in await card.note()
+        assert status in await card.note()
         assert visitor.sent(Ask) == []
 
 
@@ -276,9 +276,9 @@ async def test_a_page_beyond_localhost_needs_its_origin_listed_or_the_token():
         async with running(service()) as url, renaming(url) as port, visiting(browser) as visitor:
             origin = f"http://camera.example:{port}"
             await visitor.page.goto(f"{origin}/")
-            said = await visitor.status("refused")
-            assert f"--origin {origin}" in said
-            assert "\n" not in said
+            status = await visitor.status("refused")
+            assert f"--origin {origin}" in status
+            assert "\n" not in status
             await visitor.choose(PHOTO)
             card = await visitor.ask(SURE, "failed")
             assert f"--origin {origin}" in await card.note()

@@ -1,4 +1,4 @@
-"""Pages of other origins that use OpenAI's API of a server, in a real browser."""
+"""Pages of other origins that use a server's OpenAI API, in a real browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASKING = """async ([url, key, body]) => {
 
 
 @asynccontextmanager
-async def elsewhere() -> AsyncIterator[str]:
+async def page_origin() -> AsyncIterator[str]:
     """Serve a page of another origin; yields the origin."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,41 +47,43 @@ async def elsewhere() -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def told(tab: Page, url: str, key: str, body: str | None = None) -> Any:
+async def fetched(tab: Page, url: str, key: str, body: str | None = None) -> Any:
     return await tab.evaluate(ASKING, [url, key, body])
 
 
-async def test_a_listed_page_reads_answers_and_refusals_and_no_other_does(tab: Page):
+async def test_only_listed_pages_read_answers_and_refusals(tab: Page):
     question = msgspec.json.encode(
         {"model": MODEL, "messages": [user_message(SURE, photo(1))]}
     ).decode()
-    async with elsewhere() as mine, elsewhere() as other:
+    async with page_origin() as mine, page_origin() as other:
         origins = frozenset({mine})
         async with running(service(token="right", origins=origins)) as url:
-            made = gateway(url, token="right", api_key="right", origins=origins)
-            async with relaying(made) as base:
+            app = gateway(url, token="right", api_key="right", origins=origins)
+            async with relaying(app) as base:
                 for api in (f"{http(url)}/v1", base):
                     await tab.goto(mine)
-                    status, text, _ = await told(tab, f"{api}/chat/completions", "right", question)
+                    status, text, _ = await fetched(
+                        tab, f"{api}/chat/completions", "right", question
+                    )
                     assert (status, SURE in text) == (200, True)
-                    status, text, header = await told(tab, f"{api}/models", "wrong")
+                    status, text, header = await fetched(tab, f"{api}/models", "wrong")
                     assert (status, header) == (401, "Bearer")
                     assert "invalid_api_key" in text
                     await tab.goto(other)
-                    status, text, _ = await told(tab, f"{api}/models", "right")
+                    status, text, _ = await fetched(tab, f"{api}/models", "right")
                     assert (status, "TypeError" in text) == (0, True)
         await tab.goto("about:blank")
 
 
-async def test_a_page_with_a_rebound_name_reads_nothing():
+async def test_a_page_with_a_rebound_name_is_refused():
     """The page comes from the server's own address, so the browser sees the same origin."""
     async with launched("--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
         tab = await browser.new_page()
         async with running(service()) as url, relaying(gateway(url)) as base:
             for root in (http(url), base.removesuffix("/v1")):
-                there = root.replace("127.0.0.1", "evil.example")
+                renamed = root.replace("127.0.0.1", "evil.example")
                 for path in ("/readyz", "/healthz", "/metrics", "/v1/models", "/", "/page/main.js"):
-                    answer = await tab.goto(there + path)
+                    answer = await tab.goto(renamed + path)
                     assert answer is not None
-                    assert answer.status == 403, there + path
+                    assert answer.status == 403, renamed + path
                     assert MODEL not in await answer.text()

@@ -27,7 +27,7 @@ from vlm_collab.protocol.messages import Ask, Decline, Region, RegionRequest
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CLOSE = 1.5
-"""Largest difference in grey levels to Pillow's pixels: same filter, another encoder."""
+"""Largest difference to Pillow's pixels in grey levels: the filter is the same, the encoder not."""
 
 
 def detailed(width: int, height: int) -> Image.Image:
@@ -59,7 +59,7 @@ RESAMPLE = """async ([data, [left, top, right, bottom], width, height]) => {
         ((9000, 3), (1, 0, 8998, 3), (100, 2)),
     ],
 )
-async def test_the_filter_is_pillow_s(
+async def test_the_filter_equals_pillow_s(
     open_page: Visitor,
     source: tuple[int, int],
     box: tuple[int, int, int, int],
@@ -140,7 +140,7 @@ async def test_a_rotated_picture_is_cropped_upright(open_page: Visitor, orientat
 
 @pytest.mark.parametrize("format", ["WEBP", "PNG"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-async def test_formats_that_a_browser_may_not_rotate_are_rotated(
+async def test_formats_that_browsers_do_not_rotate_are_rotated(
     open_page: Visitor, format: str, orientation: int
 ):
     """Chromium rotates a JPEG by its EXIF data, but not a WebP."""
@@ -154,7 +154,7 @@ async def test_formats_that_a_browser_may_not_rotate_are_rotated(
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0", b"MM", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff"]
 )
-async def test_orientation_data_that_is_cut_off_turns_nothing(open_page: Visitor, exif: bytes):
+async def test_truncated_orientation_data_is_ignored(open_page: Visitor, exif: bytes):
     data = saved(detailed(620, 400), "WEBP", lossless=True, exif=exif)
     await asked(open_page, data, "cut.webp")
     check(open_page, Picture.from_pil(detailed(620, 400)))
@@ -166,7 +166,7 @@ async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Br
     async with running(service()) as url, visiting(browser, color_scheme="dark") as visitor:
         await visitor.open(url)
         await visitor.choose(saved(image, "PNG"), "drawing.png")
-        shown = await visitor.page.evaluate(
+        colours = await visitor.page.evaluate(
             """() => {
                 const canvas = new OffscreenCanvas(preview.width, preview.height);
                 const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -175,7 +175,7 @@ async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Br
                 return [at(50, 50), at(150, 150)];
             }"""
         )
-        assert shown == [[255, 255, 255, 255], [0, 0, 0, 255]]
+        assert colours == [[255, 255, 255, 255], [0, 0, 0, 255]]
         await visitor.ask(SURE, "sure")
         sent = decoded(visitor.sent(Ask)[-1].view)
         assert min(sent.getpixel((5, 5))) > 250
@@ -183,7 +183,9 @@ async def test_a_transparent_picture_is_shown_on_white_as_it_is_sent(browser: Br
 
 @pytest.mark.parametrize("fit", list(Fit))
 @pytest.mark.parametrize("size", [(900, 500), (333, 777)])
-async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
+async def test_every_fit_gives_the_view_and_region_of_the_python_edge(
+    visitor: Visitor, fit: Fit, size: tuple[int, int]
+):
     info = replace(DEFAULT_INFO, fit=fit, view=Size(112, 112))
     async with running(service(FakeBackend(info=info))) as url:
         await visitor.open(url)
@@ -195,7 +197,7 @@ async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
         assert (f"{hidden} of the picture, at its edges, are hidden" in note) == (fit is Fit.CROP)
         # The heat map covers the part that the view shows.
         frame = frame_of(Size(*size), fit, info.view)
-        shown = await visitor.page.evaluate(
+        position = await visitor.page.evaluate(
             "['left', 'top', 'width', 'height'].map((side) => heat.style[side])"
         )
         expected = [
@@ -204,13 +206,15 @@ async def test_every_fit(visitor: Visitor, fit: Fit, size: tuple[int, int]):
             frame.width / size[0],
             frame.height / size[1],
         ]
-        assert [float(part.rstrip("%")) / 100 for part in shown] == pytest.approx(
+        assert [float(part.rstrip("%")) / 100 for part in position] == pytest.approx(
             expected, abs=1e-4
         )
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP"])
-async def test_other_formats(open_page: Visitor, format: str):
+async def test_other_formats_give_the_view_and_region_of_the_python_edge(
+    open_page: Visitor, format: str
+):
     image = detailed(500, 400)
     options = {"lossless": True} if format == "WEBP" else {}
     data = saved(image.quantize(256) if format == "GIF" else image, format, **options)
@@ -219,7 +223,9 @@ async def test_other_formats(open_page: Visitor, format: str):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "I;16", "CMYK"])
-async def test_other_kinds_of_pixels(open_page: Visitor, mode: str):
+async def test_other_pixel_modes_give_the_view_and_region_of_the_python_edge(
+    open_page: Visitor, mode: str
+):
     image = detailed(400, 300)
     if mode in ("RGBA", "LA"):
         image = image.convert(mode)
@@ -266,7 +272,7 @@ async def test_each_codec_is_sent_as_pixels_alone(visitor: Visitor, codec: Codec
         assert lost <= 1.3 * difference(encoded, exact) + 0.5
 
 
-async def test_a_picture_lower_than_the_view(open_page: Visitor):
+async def test_a_region_of_a_low_picture_is_not_enlarged(open_page: Visitor):
     data = saved(photo(400, 30), "PNG")
     await asked(open_page, data, "low.png")
     check(open_page, Picture.open(data), within=3)
@@ -285,13 +291,13 @@ async def test_a_picture_smaller_than_the_view_is_sent_once_and_the_card_says_wh
     assert (len(open_page.sent(Ask)), len(open_page.sent(Region))) == (asked + 1, regions)
 
 
-async def test_a_hair_and_a_dot(open_page: Visitor):
+async def test_very_thin_and_tiny_pictures_work(open_page: Visitor):
     for size, state in (((5000, 1), "refined"), ((1, 1), "first"), ((2, 9000), "refined")):
         await open_page.choose(saved(photo(*size), "PNG"), f"thin-{size[0]}.png")
         await open_page.ask(UNSURE, state)
 
 
-async def test_a_huge_picture(open_page: Visitor):
+async def test_a_huge_picture_sends_few_bytes(open_page: Visitor):
     # 48 megapixels as of a phone; smooth, so that it is quick to make.
     image = photo(1000, 750).resize((8000, 6000), Image.Resampling.BILINEAR)
     ImageDraw.Draw(image).rectangle((3000, 2500, 3040, 2540), fill=(255, 255, 255))
@@ -317,16 +323,16 @@ async def test_a_broken_file_is_one_clear_line(
 ):
     file = {"name": name, "mimeType": "image/jpeg", "buffer": data}
     await open_page.page.set_input_files("#file", file)
-    said = await open_page.problem()
-    assert name in said
-    assert line in said
+    problem = await open_page.problem()
+    assert name in problem
+    assert line in problem
     # The page still works.
     await open_page.choose(saved(photo(), "JPEG"))
     assert await open_page.page.inner_text("#problem") == ""
     await open_page.ask(SURE, "sure")
 
 
-async def test_after_a_refused_file_no_question_goes_to_the_picture_before(browser: Browser):
+async def test_after_a_refused_file_no_question_is_about_the_previous_picture(browser: Browser):
     phone = {"width": 360, "height": 740}
     async with running(service()) as url, visiting(browser, viewport=phone) as visitor:
         page = visitor.page
@@ -358,7 +364,7 @@ async def test_after_a_refused_file_no_question_goes_to_the_picture_before(brows
         assert len(visitor.sent(Ask)) == sent + 1
 
 
-async def test_a_picture_that_is_still_being_opened_is_waited_for(visitor: Visitor):
+async def test_no_question_is_sent_while_a_picture_is_opening(visitor: Visitor):
     """Otherwise the question would be about the previous picture."""
     async with running(service()) as url:
         await visitor.open(url)
@@ -386,7 +392,7 @@ async def test_a_picture_that_is_still_being_opened_is_waited_for(visitor: Visit
         assert "next.jpg" in await visitor.page.inner_text("#caption")
 
 
-async def test_a_picture_that_shrinks_to_a_bomb_is_refused_or_read(open_page: Visitor):
+async def test_a_decompression_bomb_is_refused(open_page: Visitor):
     """Many pixels in few bytes: the page survives whatever the browser does with it."""
     data = saved(Image.new("1", (30_000, 30_000)), "PNG")
     assert len(data) < 500_000
@@ -419,7 +425,7 @@ async def test_a_picture_is_pasted_or_dropped(open_page: Visitor, event: str):
     check(open_page, Picture.open(data))
 
 
-async def test_pasting_text_stays_pasting_text(visitor: Visitor):
+async def test_pasted_text_goes_into_the_question(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.page.focus("#question")
@@ -446,7 +452,7 @@ async def test_a_crop_that_fails_is_declined(visitor: Visitor):
         visitor.complaints.clear()
 
 
-async def test_the_camera():
+async def test_a_picture_from_the_camera_is_asked_about():
     flags = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     async with running(service()) as url, launched(*flags) as browser:
         async with visiting(browser, permissions=["camera"]) as visitor:

@@ -284,12 +284,12 @@ async def test_instructblip_takes_pictures_in_front(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("places", "complaint"),
     [
-        ([(0, 5, 0)], "behind the end of its text"),
-        ([(1, 0, 0)], "a question that is not there"),
+        ([(0, 5, 0)], "after the end of its text"),
+        ([(1, 0, 0)], "a question that does not exist"),
         ([(0, 2, 0), (0, 1, 1)], "reading order"),
         ([(0, 0, 1)], "a picture has no place"),
         ([(0, 0, n) for n in range(3)], "places of 3 pictures, and there are 2"),
-        ([(0, 0, 0)] * 65, "more than 64"),
+        ([(0, 0, 0)] * 65, "at most 64"),
         ([(0, 0, 0)] * 30, "exceed"),
     ],
 )

@@ -575,7 +575,7 @@ async def test_models_are_listed_with_their_views():
         assert (await client.models.retrieve("fake")).vlm_collab == expected
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("some/other")
-        with pytest.raises(openai.NotFoundError, match="there is fake"):
+        with pytest.raises(openai.NotFoundError, match="available: fake"):
             await client.chat.completions.create(model="gpt-4o", messages=[message(SURE)])
 
 

@@ -17,6 +17,7 @@ from vlm_collab.errors import ErrorCode, LocalProtocolError, ModelError
 from vlm_collab.method.policy import Aggregate, Metric, NeverPolicy, RandomPolicy, ThresholdPolicy
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import RegionWanted
+from vlm_collab.protocol.encoding import decode_down, encode
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -29,8 +30,6 @@ from vlm_collab.protocol.messages import (
     Retransmit,
     Stage,
     Turn,
-    decode_down,
-    encode,
 )
 from vlm_collab.protocol.server_session import ServerLimits
 
@@ -126,7 +125,7 @@ async def test_the_server_says_what_it_can_do():
 async def test_a_conversation_counts_towards_the_limit_of_a_question():
     limits = {"connection": ServerLimits(max_question_bytes=100)}
     async with running(service(limits=limits)) as url, edge(url) as client:
-        with pytest.raises(LocalProtocolError, match="conversation"):
+        with pytest.raises(LocalProtocolError, match="history"):
             await client.ask(SURE, picture(), history=(Turn("a" * 50, "b" * 50),))
         rude = Ask(1, SURE, 1, picture(), 9, 9, None, (Turn("a" * 50, "b" * 50),))
         await client.websocket.send(encode(rude))

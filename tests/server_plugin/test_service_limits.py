@@ -18,13 +18,8 @@ from tests.support.patience import PATIENCE_S
 from tests.support.wire import SOURCE, SURE, UNSURE, edge, picture, service, settled
 from vlm_collab.errors import ErrorCode
 from vlm_collab.protocol.edge_session import RegionWanted
-from vlm_collab.protocol.messages import (
-    Answer,
-    Ask,
-    Error,
-    Fallback,
-    encode,
-)
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Answer, Ask, Error, Fallback
 
 # ---- bounds on all clients together ----------------------------------------------------------
 

@@ -31,7 +31,8 @@ from tests.support.raw import (
 )
 from tests.support.wire import SURE, edge, picture, service
 from vlm_collab.pictures.images import Codec
-from vlm_collab.protocol.messages import Answer, Ask, Cancel, Hello, Welcome, encode
+from vlm_collab.protocol.encoding import encode
+from vlm_collab.protocol.messages import Answer, Ask, Cancel, Hello, Welcome
 from vlm_collab.web import connection_limits as slots_module
 from vlm_collab.web import http_protocol as serving
 from vlm_collab.web import websocket_protocol as websocket

@@ -17,7 +17,8 @@ import pytest
 from playwright.async_api import Browser, Page, WebSocket, async_playwright
 
 from tests.support.patience import PATIENCE_S
-from vlm_collab.protocol.messages import AnyMessage, decode_down, decode_up, websocket_bytes
+from vlm_collab.protocol.encoding import decode_down, decode_up, websocket_bytes
+from vlm_collab.protocol.messages import AnyMessage
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"
 REPLAY = Path(__file__).with_name("replay.mjs")

@@ -16,6 +16,7 @@ from vlm_collab.geometry import Fit, Grid, Size, TokenBox, frame_of, token_box_t
 from vlm_collab.page import token_in
 from vlm_collab.pictures.images import Codec
 from vlm_collab.pictures.source_image import _padded_extent
+from vlm_collab.protocol.encoding import decode_up, encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     Answer,
     DownMessage,
@@ -26,9 +27,6 @@ from vlm_collab.protocol.messages import (
     Stage,
     Usage,
     Welcome,
-    decode_up,
-    encode,
-    websocket_bytes,
 )
 
 NOT_USED = {"tokens"}

@@ -19,6 +19,7 @@ from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import EdgeSession
+from vlm_collab.protocol.encoding import encode
 from vlm_collab.protocol.messages import (
     Answer,
     AnyMessage,
@@ -32,7 +33,6 @@ from vlm_collab.protocol.messages import (
     Turn,
     Usage,
     Welcome,
-    encode,
 )
 
 FOLDER = Path(__file__).resolve().parents[1] / "vlm_collab" / "transcripts"

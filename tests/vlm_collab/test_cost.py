@@ -51,7 +51,7 @@ def test_additional_cost_is_one_if_all_are_sent_again_and_zero_if_none() -> None
     assert additional_communication_cost([50, 0], [100, 1000]) == 0.25
 
 
-def test_llava_hd_lies_where_the_paper_has_it() -> None:
+def test_llava_hd_costs_what_the_paper_says() -> None:
     assert round(larger_view_cost(Size(448, 448), Size(336, 336)), 2) == 0.78
     assert larger_view_cost(Size(336, 336), Size(336, 336)) == 0
 

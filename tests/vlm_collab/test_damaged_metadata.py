@@ -81,7 +81,7 @@ GOOD = {
     "png: a long profile": png(packed(b"iCCP", b"\0\0", SRGB + bytes(3 * MEBIBYTE))),
     "png: too long a profile": png(packed(b"iCCP", b"\0\0", SRGB + bytes(90 * MEBIBYTE))),
     "png: a profile cut short": png(chunk(b"iCCP", b"key\0\0" + zlib.compress(SRGB)[:-40])),
-    "png: a profile that is none": png(chunk(b"iCCP", b"")),
+    "png: an empty profile": png(chunk(b"iCCP", b"")),
     "png: an unknown compression": png(chunk(b"iCCP", b"key\0\7junk")),
     **{
         f"png: a wrong checksum of {kind}": png(chunk(kind.encode(), body, checksum=7))
@@ -118,20 +118,20 @@ GOOD = {
     "jpeg: three MiB of comments": jpeg(*[segment(0xFE, NOISE[:65000])] * 50),
     "jpeg: junk between segments": jpeg(segment(0xFE, b"text") + b"junk \xff\0"),
     "jpeg: padding": jpeg(segment(0xFE, b"text") + b"\xff" * 5000),
-    "jpeg: a film behind": jpeg(behind=NOISE),
+    "jpeg: a video after the end": jpeg(behind=NOISE),
     "webp: noise as EXIF": webp(0x08, IMAGE, (b"EXIF", EXIF)),
     "webp: noise as a profile": webp(0x20, (b"ICCP", NOISE[:999]), IMAGE),
-    "webp: promises what is not there": webp(0x2C, IMAGE),
-    "webp: metadata that were not promised": webp(0, IMAGE, (b"EXIF", EXIF), (b"XMP ", NOISE)),
+    "webp: flags of missing chunks": webp(0x2C, IMAGE),
+    "webp: metadata without flags": webp(0, IMAGE, (b"EXIF", EXIF), (b"XMP ", NOISE)),
     "webp: metadata in a wrong place": webp(0x2C, (b"EXIF", EXIF), (b"XMP ", NOISE), IMAGE),
     "webp: two profiles": webp(0x20, (b"ICCP", SRGB), (b"ICCP", b"x"), IMAGE),
     "webp: metadata cut short": webp(0x04, IMAGE, (b"XMP ", NOISE), cut=MEBIBYTE),
-    "webp: chunks of nobody": webp(0, (b"abcd", b"x"), IMAGE, (b"efgh", NOISE)),
+    "webp: unknown chunks": webp(0, (b"abcd", b"x"), IMAGE, (b"efgh", NOISE)),
 }
 
 
 def settings_of_pillow() -> tuple[object, ...]:
-    """They apply to all threads."""
+    """Settings of Pillow that apply to all threads."""
     return (
         Image.MAX_IMAGE_PIXELS,
         ImageFile.LOAD_TRUNCATED_IMAGES,
@@ -141,7 +141,7 @@ def settings_of_pillow() -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_metadata_never_keep_good_pixels_out(kind: str) -> None:
+def test_broken_metadata_does_not_prevent_decoding(kind: str) -> None:
     data = GOOD[kind]
     before = settings_of_pillow()
     codec = read_header(data, max_pixels=MEGAPIXEL).codec
@@ -158,7 +158,7 @@ def test_metadata_never_keep_good_pixels_out(kind: str) -> None:
     "kind",
     ["png: more text than Pillow's limit", "png: too long a profile", "webp: metadata cut short"],
 )
-def test_metadata_cost_no_memory(kind: str) -> None:
+def test_long_metadata_needs_little_memory(kind: str) -> None:
     data = GOOD[kind]
     tracemalloc.start()
     try:
@@ -168,7 +168,7 @@ def test_metadata_cost_no_memory(kind: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_profile_is_applied_whatever_lies_beside_it() -> None:
+def test_a_profile_is_applied_despite_damage_beside_it() -> None:
     """A profile of 3 MiB with sRGB's red and blue exchanged, and a wrong checksum."""
     profile = bytearray(SRGB)
     red, blue = (profile.index(tag, 128) + 4 for tag in (b"rXYZ", b"bXYZ"))
@@ -191,8 +191,8 @@ def test_a_profile_is_applied_whatever_lies_beside_it() -> None:
         plain[:2] + b"".join(reversed(segments)) + plain[2:],
         saved(stored, "WEBP", lossless=True, icc_profile=swapped),
     ):
-        shown = SourceImage.open(data).region(Box(0, 0, 4, 4), Size(4, 4))
-        assert np.abs(np.subtract(shown.getpixel((0, 0)), (128, 90, 40))).max() <= 6
+        region = SourceImage.open(data).region(Box(0, 0, 4, 4), Size(4, 4))
+        assert np.abs(np.subtract(region.getpixel((0, 0)), (128, 90, 40))).max() <= 6
 
 
 # Errors about damaged pixels
@@ -204,8 +204,8 @@ OURS = re.compile(
     r"|a broken picture: its palette is missing"
     r"|a (JPEG|PNG|WEBP) picture of more than \d+ (parts|scans)"
     r"|\d+ x \d+ pixels, at most [\d.]+ megapixels allowed"
-    r"|an animation of \d+ frames, at most 1 allowed; save one as a still"
-    r"|a JPEG picture of a rare kind; save it as one with 8 bits a colour, or as PNG"
+    r"|an animation of \d+ frames, at most 1 allowed; save one frame as a picture"
+    r"|an unsupported kind of JPEG; save it with 8 bits per colour, or as PNG"
     r"|not a picture; usable formats: JPEG, PNG, WEBP"
 )
 
@@ -238,11 +238,11 @@ def files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", files())
-def test_damage_is_told_in_our_own_words(kind: str) -> None:
-    """Any exception of a decoder, on opening, decoding or converting."""
+def test_damaged_pictures_give_our_own_error_messages(kind: str) -> None:
+    """Whatever exception a decoder raises on opening, decoding or converting."""
     chance = random.Random(kind)
     data = files()[kind]
-    told: set[str] = set()
+    messages: set[str] = set()
     for _ in range(250):
         broken = bytearray(data)
         for _ in range(chance.randint(1, 4)):
@@ -265,14 +265,14 @@ def test_damage_is_told_in_our_own_words(kind: str) -> None:
             try:
                 use(bytes(broken))
             except ImageError as error:
-                told.add(str(error))
-    assert told
-    for line in told:
+                messages.add(str(error))
+    assert messages
+    for line in messages:
         assert OURS.fullmatch(line), line
 
 
 def _with_right_checksums(data: bytes) -> bytes:
-    """With a correct checksum, so that the damage passes the check."""
+    """The file with correct checksums, so that its damage passes the check."""
     made, place = data[:8], 8
     while place + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -285,11 +285,11 @@ def _with_right_checksums(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, RuntimeError, AssertionError])
-def test_even_if_a_decoder_raises_what_none_should(
+def test_unexpected_exceptions_of_a_decoder_become_image_errors(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise error("words of a library")
+        raise error("message of a library")
 
     source = SourceImage.open(saved(photo(), "PNG"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
@@ -297,7 +297,7 @@ def test_even_if_a_decoder_raises_what_none_should(
         source.pixel_digest()
 
 
-def test_too_little_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_as_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -308,7 +308,7 @@ def test_too_little_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("codec", [Codec.JPEG, Codec.PNG])
-def test_cut_short_is_said_so(codec: Codec) -> None:
+def test_truncated_pictures_are_reported_as_cut_short(codec: Codec) -> None:
     data = encode(photo(200, 150), codec, 90)
     with pytest.raises(ImageError, match=f"^a broken {codec.name} picture: it is cut short$"):
         SourceImage.open(data[: len(data) * 3 // 4]).pixel_digest()
@@ -316,25 +316,30 @@ def test_cut_short_is_said_so(codec: Codec) -> None:
 
 @pytest.mark.parametrize(
     ("place", "value", "line"),
-    [(0, 12, "rare kind"), (5, 2, "rare kind"), (0, 159, "damaged"), (5, 0, "damaged")],
+    [
+        (0, 12, "unsupported kind"),
+        (5, 2, "unsupported kind"),
+        (0, 159, "damaged"),
+        (5, 0, "damaged"),
+    ],
 )
-def test_kinds_of_jpeg_that_are_not_decoded(place: int, value: int, line: str) -> None:
-    """Bits per colour and number of colours."""
+def test_unsupported_kinds_of_jpeg_are_refused(place: int, value: int, line: str) -> None:
+    """By bits per colour and by number of colours."""
     data = bytearray(saved(photo(), "JPEG"))
     data[data.index(b"\xff\xc0") + 4 + place] = value
     for use in (SourceImage.open, lambda data: read_header(data, max_pixels=MEGAPIXEL)):
         with pytest.raises(ImageError, match=line) as caught:
             use(bytes(data))
-        assert isinstance(caught.value, UnsupportedImageError) == (line == "rare kind")
+        assert isinstance(caught.value, UnsupportedImageError) == (line == "unsupported kind")
 
 
-def test_a_limit_of_the_encoder_is_told_in_our_own_words() -> None:
+def test_a_size_limit_of_the_encoder_gives_our_own_error_message() -> None:
     with pytest.raises(ImageError, match=r"^cannot encode 16384 x 1 pixels as WEBP, which holds"):
         encode(Image.new("RGB", (16384, 1)), Codec.WEBP, 90)
 
 
-def test_pillow_knows_no_way_to_open_the_pictures_of_this_file() -> None:
-    """So these tests would fail if a decoder got the metadata."""
+def test_pillow_alone_refuses_many_of_these_pictures() -> None:
+    """This shows that the tests above would fail if a decoder got the metadata."""
     refused = []
     for kind, data in GOOD.items():
         try:

@@ -249,8 +249,9 @@ def test_every_pixel_finds_its_cell_and_back(
         x = data.draw(st.integers(0, source.width - 1))
         y = data.draw(st.integers(0, source.height - 1))
     cell = source_to_cell(x, y, grid, frame)
-    shown = frame.left <= x < frame.left + frame.width and frame.top <= y < frame.top + frame.height
-    assert (cell is not None) == shown
+    in_columns = frame.left <= x < frame.left + frame.width
+    in_rows = frame.top <= y < frame.top + frame.height
+    assert (cell is not None) == (in_columns and in_rows)
     if cell is None:
         return
     # The cell that contains the pixel's centre, in exact fractions.
@@ -282,7 +283,9 @@ def test_every_cell_finds_its_pixels_and_back(
 
 
 @given(st.integers(1, 80), st.integers(1, 80), FITS, GRIDS)
-def test_cells_share_out_the_frame(width: int, height: int, fit: Fit, grid: Grid) -> None:
+def test_the_cells_cover_the_frame_without_gap_or_overlap(
+    width: int, height: int, fit: Fit, grid: Grid
+) -> None:
     source = Size(width, height)
     frame = frame_of(source, fit, Size(32, 32))
     if frame.width < grid.columns or frame.height < grid.rows:
@@ -292,8 +295,8 @@ def test_cells_share_out_the_frame(width: int, height: int, fit: Fit, grid: Grid
         for row in range(grid.rows)
         for column in range(grid.columns)
     ]
-    shown = min(width, frame.width) * min(height, frame.height)
-    assert sum(box.pixels for box in boxes) == shown
+    visible_pixels = min(width, frame.width) * min(height, frame.height)
+    assert sum(box.pixels for box in boxes) == visible_pixels
 
 
 @pytest.mark.parametrize(("row", "column"), [(-1, 0), (0, -1), (24, 0), (0, 24)])
@@ -341,14 +344,14 @@ def test_core_imports_without_numpy() -> None:
         (Size(224, 112), Fit.CROP, Size(112, 112), Box(56, 0, 168, 112), Size(112, 112), False),
     ],
 )
-def test_what_a_region_adds(
+def test_adds_detail_by_hand(
     source: Size, fit: Fit, view: Size, box: Box, target: Size, adds: bool
 ) -> None:
     assert adds_detail(box, target, frame_of(source, fit, view), view) is adds
 
 
 @given(st.data(), SIZES, FITS, VIEWS, VIEWS, GRIDS)
-def test_where_there_is_no_more_detail_no_box_adds_any(
+def test_no_box_adds_detail_if_the_picture_has_no_more(
     data: st.DataObject, source: Size, fit: Fit, view: Size, target: Size, grid: Grid
 ) -> None:
     frame = frame_of(source, fit, view)
@@ -376,5 +379,5 @@ def test_where_there_is_no_more_detail_no_box_adds_any(
         (Size(1600, 900), Fit.STRETCH, 1.0),
     ],
 )
-def test_how_much_of_a_picture_its_view_shows(source: Size, fit: Fit, share: float) -> None:
+def test_share_of_a_picture_that_its_view_shows(source: Size, fit: Fit, share: float) -> None:
     assert shown_share(source, fit, Size(336, 336)) == pytest.approx(share)

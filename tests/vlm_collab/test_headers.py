@@ -1,4 +1,4 @@
-"""Checking a peer's picture costs little for any bytes; measured in work, not in time."""
+"""Checking a peer's picture is little work for any bytes: lines of code are counted, not time."""
 
 from __future__ import annotations
 
@@ -149,13 +149,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_looking_at_any_picture_is_little_work(kind: str) -> None:
+def test_reading_any_header_is_little_work(kind: str) -> None:
     data = HOSTILE[kind]
     assert lines_run(lambda: read_header(data, max_pixels=MEGAPIXEL)) < 5000
 
 
 @pytest.mark.parametrize("kind", sorted(HOSTILE.keys() - {"tiny pixels"}))
-def test_and_so_is_preparing_its_decoding(kind: str) -> None:
+def test_decoding_any_picture_is_little_work_before_the_decoder(kind: str) -> None:
     data = HOSTILE[kind]
     assert lines_run(lambda: decode(data, max_pixels=MEGAPIXEL)) < 8000
 
@@ -184,7 +184,7 @@ def test_tiny_chunks_of_pixels_reach_the_decoder_as_one(monkeypatch: pytest.Monk
     ],
     ids=["png", "jpeg", "webp"],
 )
-def test_metadata_has_limits_for_peers(data: bytes, complaint: str) -> None:
+def test_peers_may_send_only_a_limited_number_of_parts(data: bytes, complaint: str) -> None:
     for call in (read_header, decode):
         with pytest.raises(ImageTooLargeError, match=complaint):
             call(data, max_pixels=MEGAPIXEL)
@@ -201,12 +201,12 @@ def test_metadata_has_limits_for_peers(data: bytes, complaint: str) -> None:
     ],
     ids=["png", "jpeg", "webp"],
 )
-def test_metadata_within_the_limits_change_nothing(data: bytes) -> None:
+def test_metadata_within_the_limits_changes_nothing(data: bytes) -> None:
     assert read_header(data, max_pixels=MEGAPIXEL)[1:] == (64, 48, 1)
     assert difference(decode(data, max_pixels=MEGAPIXEL), photo()) < 4
 
 
-def test_scans_without_end_are_refused() -> None:
+def test_too_many_scans_are_refused() -> None:
     """A scan of eleven bytes costs a pass over all pixels: two seconds for a frame of 2 MB."""
     data = saved(photo(), "JPEG", progressive=True)
     scan = b"\xff\xda\0\x08\1\1\0\x01\x3f\x10\0"
@@ -236,13 +236,13 @@ def frame_header(width: int, height: int) -> bytes:
         (webp()[:20], "incomplete"),
     ],
 )
-def test_broken_headers_are_told_in_one_line(data: bytes, complaint: str) -> None:
+def test_broken_headers_are_reported_in_one_line(data: bytes, complaint: str) -> None:
     for call in (read_header, decode):
         with pytest.raises(ImageError, match=f"a broken (JPEG|PNG|WEBP) picture: .*{complaint}"):
             call(data, max_pixels=MEGAPIXEL)
 
 
-def test_a_still_beside_an_animation_counts() -> None:
+def test_a_still_beside_an_animation_counts_as_a_frame() -> None:
     """A PNG has one more frame if its plain picture is not part of the animation."""
     frames = [photo(), photo().transpose(Image.Transpose.ROTATE_180)]
     for default in (False, True):
@@ -256,7 +256,7 @@ def test_a_still_beside_an_animation_counts() -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(("kind", "field"), [(1, "B3x"), (3, "H2x"), (4, "I")])
-def test_orientations_of_all_spellings(order: str, kind: int, field: str) -> None:
+def test_orientations_are_read_in_all_encodings(order: str, kind: int, field: str) -> None:
     mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
     block = mark + struct.pack(f"{order}IHHHI{field}", 8, 1, ORIENTATION, kind, 1, 6)
     for prefix in (b"", b"Exif\0\0", b"Exif\0\0" * 2):
@@ -265,6 +265,6 @@ def test_orientations_of_all_spellings(order: str, kind: int, field: str) -> Non
         assert orientation_in(block[:length]) == 1
 
 
-def test_a_hidden_orientation_is_not_searched_for() -> None:
+def test_an_orientation_after_too_many_entries_is_ignored() -> None:
     block = directory(container._MAX_EXIF_ENTRIES) + struct.pack("<HHII", ORIENTATION, 3, 1, 6)
     assert orientation_in(block) == 1

@@ -41,12 +41,12 @@ def test_boxes_are_those_of_the_upright_picture(orientation: int) -> None:
     original = photo(*SIZE)
     data = turned(original, orientation, "PNG")
     whole = Box(0, 0, *SIZE)
-    shown = SourceImage.open(data).hiding(HIDDEN).region(whole, SIZE)
+    result = SourceImage.open(data).hiding(HIDDEN).region(whole, SIZE)
     expected = original.copy()
     for box in HIDDEN:
         expected.paste(0, tuple(box))
-    assert shown.size == SIZE
-    assert np.array_equal(pixels(shown), pixels(expected))
+    assert result.size == SIZE
+    assert np.array_equal(pixels(result), pixels(expected))
 
 
 @pytest.mark.parametrize("fit", list(Fit))
@@ -66,7 +66,7 @@ def test_nothing_hidden_reaches_a_view_or_a_region(fit: Fit, orientation: int) -
     assert np.array_equal(pixels(regions[0]), pixels(regions[1]))
     black = ~pixels(regions[0]).any(axis=2)
     assert np.array_equal(black, touched(target, box, HIDDEN))
-    # All other pixels are unchanged, except those beside it, into which black is mixed.
+    # All other pixels are unchanged, except those near the black area, into which black is mixed.
     plain = pixels(SourceImage.open(turned(one, orientation, "PNG")).region(box, target))
     near = black.copy()
     for shift in range(1, 4):
@@ -102,7 +102,7 @@ def test_scaled_decoding_lets_nothing_through(subsampling: str, side: int) -> No
     assert not np.array_equal(*plain)
 
 
-def test_boxes_not_on_coded_blocks_hide_what_shares_a_block_with_them() -> None:
+def test_partly_hidden_coded_blocks_are_hidden_completely() -> None:
     size = Size(1280, 960)
     hidden = Box(250, 310, 500, 570)
     original = photo(*size)
@@ -122,8 +122,8 @@ def test_hidden_is_black_in_every_mode(mode: str) -> None:
         else Image.new("RGB", (80, 60), "white").convert(mode)
     )
     box = Box(10, 20, 30, 40)
-    shown = SourceImage.from_pil(image).hiding([box]).region(Box(0, 0, 80, 60), Size(80, 60))
-    black = ~pixels(shown).any(axis=2)
+    result = SourceImage.from_pil(image).hiding([box]).region(Box(0, 0, 80, 60), Size(80, 60))
+    black = ~pixels(result).any(axis=2)
     assert black.sum() == 400
     assert black[20:40, 10:30].all()
 
@@ -133,11 +133,11 @@ def test_a_colour_profile_leaves_hidden_areas_black() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for icc in (profile, srgb):
         data = saved(photo(*SIZE), "JPEG", icc_profile=icc, quality=95)
-        shown = SourceImage.open(data).hiding(HIDDEN).region(Box(0, 0, *SIZE), SIZE)
-        assert not pixels(shown)[96:160, 64:192].any()
+        result = SourceImage.open(data).hiding(HIDDEN).region(Box(0, 0, *SIZE), SIZE)
+        assert not pixels(result)[96:160, 64:192].any()
 
 
-def test_the_callers_picture_is_left_alone() -> None:
+def test_the_caller_s_picture_is_not_changed() -> None:
     frame = photo(*SIZE)
     before = frame.tobytes()
     source = SourceImage.from_pil(frame)
@@ -155,7 +155,7 @@ def test_boxes_are_clipped_and_empty_ones_dropped() -> None:
     assert source.hiding(boxes).hidden == (Box(0, 0, 10, 10), Box(310, 230, 320, 240))
 
 
-def test_pixels_are_named_by_what_they_show() -> None:
+def test_the_pixel_digest_depends_on_upright_pixels_and_size() -> None:
     upright = photo(*SIZE)
     frame = SourceImage.from_pil(upright)
     assert len(frame.pixel_digest()) == 64

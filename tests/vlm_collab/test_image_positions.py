@@ -11,6 +11,7 @@ from vlm_collab.errors import ErrorCode, LocalProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.edge_session import EdgeSession
+from vlm_collab.protocol.encoding import decode_up, encode
 from vlm_collab.protocol.image_positions import (
     Place,
     join_parts,
@@ -18,16 +19,7 @@ from vlm_collab.protocol.image_positions import (
     places_fault,
     split_at_pictures,
 )
-from vlm_collab.protocol.messages import (
-    Ask,
-    Error,
-    MoreView,
-    PicturePlace,
-    Turn,
-    Welcome,
-    decode_up,
-    encode,
-)
+from vlm_collab.protocol.messages import Ask, Error, MoreView, PicturePlace, Turn, Welcome
 from vlm_collab.protocol.server_session import ServerSession
 
 VIEW = b"\xff\xd8\xff"
@@ -36,7 +28,7 @@ pieces = st.lists(st.one_of(st.text("ab é字\n", max_size=4), st.integers(0, 3)
 
 
 @given(pieces)
-def test_a_text_in_pieces_comes_together_again(parts) -> None:
+def test_join_parts_undoes_split_at_pictures(parts) -> None:
     text, spots = join_parts(parts)
     assert text == "".join(part for part in parts if isinstance(part, str))
     assert join_parts(split_at_pictures(text, spots)) == (text, spots)
@@ -66,8 +58,8 @@ def ask(places=(), history=(), more=MORE) -> Ask:
     )  # fmt: skip
 
 
-def test_what_is_not_placed_costs_no_byte() -> None:
-    """Its bytes are the same as before places were added to the protocol."""
+def test_a_question_without_places_has_no_bytes_for_them() -> None:
+    """Its bytes are those of the protocol before places were added."""
     turn = Turn("what?", "a sign")
     frame = msgspec.msgpack.decode(encode(ask(history=[turn], more=())))
     assert frame == [3, 1, "what is it?", 1, VIEW, 10, 20, None, [["what?", "a sign"]]]
@@ -92,12 +84,12 @@ def test_places_of_a_conversation_are_one_list() -> None:
 
 
 WRONG = [
-    ([(12, 0), (12, 1)], (), "behind the end"),
+    ([(12, 0), (12, 1)], (), "after the end"),
     ([(3, 1), (2, 0)], (), "reading order"),
     ([(3, 0)], (), "has no place"),
-    ([(3, 0), (4, 2)], (), "names picture 2, of 2"),
-    ([], [Turn("what?", "", (PicturePlace(6, 0), PicturePlace(6, 1)))], "behind the end"),
-    ([(0, 0)] * 33, [Turn("what?", "", (PicturePlace(0, 1),) * 33)], "more than 64"),
+    ([(3, 0), (4, 2)], (), "names picture 2, but the last one is 1"),
+    ([], [Turn("what?", "", (PicturePlace(6, 0), PicturePlace(6, 1)))], "after the end"),
+    ([(0, 0)] * 33, [Turn("what?", "", (PicturePlace(0, 1),) * 33)], "at most 64"),
 ]
 
 
@@ -131,7 +123,7 @@ def test_both_ends_refuse_impossible_places(places, history, complaint) -> None:
     assert complaint in refused.text
 
 
-def test_what_the_server_would_ignore_is_not_asked() -> None:
+def test_places_are_refused_if_the_server_would_ignore_them() -> None:
     places = (PicturePlace(3, 0), PicturePlace(4, 1))
     edge, _ = sessions("history", "pictures")
     with pytest.raises(LocalProtocolError, match="order of texts and pictures"):
@@ -155,7 +147,7 @@ def test_what_the_server_would_ignore_is_not_asked() -> None:
         ([(1, 0, 0)], ["what?", "so?"], False),
     ],
 )
-def test_places_are_needed_where_something_could_be_parted(places, texts, kept) -> None:
+def test_places_are_needed_if_text_separates_pictures_or_one_repeats(places, texts, kept) -> None:
     given = tuple(Place(*place) for place in places)
     assert places_fault(given, texts, 1 + max(place.picture for place in given)) is None
     assert needed_places(given, texts) == (given if kept else ())

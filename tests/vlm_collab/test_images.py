@@ -124,7 +124,7 @@ def test_impossible_quality_is_refused(quality: int) -> None:
 
 
 @pytest.mark.parametrize(("codec", "side"), [(Codec.JPEG, 65501), (Codec.WEBP, 16384)])
-def test_sizes_a_format_cannot_hold(codec: Codec, side: int) -> None:
+def test_sizes_that_a_format_cannot_hold_are_refused(codec: Codec, side: int) -> None:
     with pytest.raises(ImageError, match=f"cannot encode {side} x 1"):
         encode(Image.new("RGB", (side, 1)), codec, 50)
 
@@ -366,7 +366,7 @@ def test_wrong_files_get_one_clear_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_regular_file_is_refused_unopened(
+def test_files_that_are_not_regular_are_refused_unopened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening a pipe would wait forever for a writer."""
@@ -374,19 +374,19 @@ def test_what_is_no_regular_file_is_refused_unopened(
     os.mkfifo(pipe)
     monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("it was opened"))
     for path in (pipe, Path("/dev/zero"), tmp_path):
-        with pytest.raises(ImageError, match=r"is no regular file|is a directory") as caught:
+        with pytest.raises(ImageError, match=r"is not a regular file|is a directory") as caught:
             SourceImage.open(path)
         assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_names_that_are_more_than_a_line(tmp_path: Path) -> None:
+def test_unprintable_file_names_are_escaped_in_messages(tmp_path: Path) -> None:
     for name in ("no\0name", "no\nname", "no\x1b[2Jname"):
         with pytest.raises(ImageError, match="no such file") as caught:
             SourceImage.open(tmp_path / name)
         assert str(caught.value).isprintable()
 
 
-def test_files_too_long_are_refused_unread(tmp_path: Path) -> None:
+def test_too_large_files_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "long.png"
     with path.open("wb") as file:
         file.write(saved(photo(), "PNG"))
@@ -400,7 +400,7 @@ def test_files_too_long_are_refused_unread(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_broken_pixels_show_when_they_are_needed() -> None:
+def test_broken_pixels_are_an_error_when_they_are_decoded() -> None:
     data = saved(photo(200, 150), "JPEG")
     source = SourceImage.open(data[: len(data) // 2])
     with pytest.raises(ImageError, match="a broken JPEG picture: it is cut short"):

@@ -14,7 +14,9 @@ from vlm_collab.errors import ConfigError
 @pytest.mark.parametrize(
     "content", [b"s3cret", b"s3cret\n", b" s3cret\r\n", b"\xef\xbb\xbfs3cret\n"]
 )
-def test_a_key_stands_alone_in_its_file(tmp_path: Path, content: bytes) -> None:
+def test_a_key_is_read_without_white_space_and_byte_order_mark(
+    tmp_path: Path, content: bytes
+) -> None:
     file = tmp_path / "key"
     file.write_bytes(content)
     assert read_key(file, "--token-file") == "s3cret"
@@ -42,7 +44,7 @@ def test_a_key_may_come_through_a_pipe() -> None:
         (None, "No such file"),
     ],
 )
-def test_what_is_no_key_is_one_line_that_does_not_repeat_it(
+def test_an_invalid_key_file_is_an_error_of_one_line_without_the_key(
     tmp_path: Path, content: bytes | None, words: str
 ) -> None:
     file = tmp_path / "key"
@@ -56,7 +58,7 @@ def test_what_is_no_key_is_one_line_that_does_not_repeat_it(
     assert "\n" not in line
 
 
-def test_a_file_stands_before_the_environment_and_not_beside_the_option(
+def test_a_file_overrides_the_environment_and_excludes_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "key"

@@ -1,4 +1,4 @@
-"""Frames: round trips, garbage, and what the wire costs."""
+"""Messages as bytes: round trips, garbage, and the overhead on the wire."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vlm_collab.errors import ErrorCode, RemoteProtocolError
 from vlm_collab.pictures.images import Codec
+from vlm_collab.protocol.encoding import decode_down, decode_up, encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     Answer,
     Ask,
@@ -30,12 +31,8 @@ from vlm_collab.protocol.messages import (
     Turn,
     Usage,
     Welcome,
-    decode_down,
-    decode_up,
-    encode,
     micro,
     short_millis,
-    websocket_bytes,
 )
 
 UP = (Hello, Ask, Region, Decline, Cancel)
@@ -134,13 +131,13 @@ messages = st.one_of(
 
 
 @given(messages)
-def test_every_message_survives_the_wire(message):
+def test_every_message_is_decoded_as_it_was_encoded(message):
     decode = decode_up if isinstance(message, UP) else decode_down
     assert decode(encode(message)) == message
 
 
 @given(messages)
-def test_what_is_left_out_is_what_a_reader_puts_in_by_itself(message):
+def test_left_out_fields_are_read_as_their_defaults(message):
     """Trimmed frames decode to the same message as frames with all fields, and are no longer."""
     spelled = msgspec.msgpack.encode(message)
     assert len(encode(message)) <= len(spelled)
@@ -148,7 +145,7 @@ def test_what_is_left_out_is_what_a_reader_puts_in_by_itself(message):
     assert decode(spelled) == message
 
 
-def test_a_plain_question_is_as_short_as_it_was_before_there_were_conversations():
+def test_a_question_without_history_has_no_bytes_for_it():
     frame = encode(Ask(1, "q", 1, None, 640, 480, Options(stream=True)))
     assert msgspec.msgpack.decode(frame) == [3, 1, "q", 1, None, 640, 480, [0, None, None, True]]
 
@@ -250,7 +247,7 @@ WIRE = {
 
 
 @pytest.mark.parametrize("name", WIRE)
-def test_the_wire_adds_at_most_48_bytes_to_the_payload_headers_included(name):
+def test_typical_messages_add_at_most_48_bytes_headers_included(name):
     message, payload_bytes = WIRE[name]
     frame = encode(message)
     up = isinstance(message, UP)
@@ -283,7 +280,7 @@ def test_a_message_adds_at_most_48_bytes_whatever_its_numbers_are(name):
 
 
 @pytest.mark.parametrize(("time_s", "wire"), [(0, 0), (0.0126, 13), (65.6, 65535), (1e9, 65535)])
-def test_long_times_stop_at_the_largest(time_s, wire):
+def test_long_times_become_the_largest_value(time_s, wire):
     assert short_millis(time_s) == wire
 
 

@@ -54,7 +54,7 @@ REPORT = Report(
     original_bytes=9000,
 )
 RESULT = Result(text="a sign", report=REPORT, prompt_tokens=30, completion_tokens=4)
-TOLD = Result(
+TRUNCATED = Result(
     text="a sign",
     report=REPORT,
     finish=Finish.LENGTH,
@@ -78,52 +78,52 @@ def encoded(value: Any) -> Any:
 
 
 def strictly(kind: Any, value: Any) -> Any:
-    """Parse by the SDK's own types; missing and mistyped fields fail."""
+    """Parse with the SDK's own types; missing and mistyped fields fail."""
     return TypeAdapter(kind).validate_python(value, strict=False)
 
 
 def test_a_completion() -> None:
-    made = strictly(ChatCompletion, encoded(completion(RESULT, id="c", created=5, model="m")))
-    assert made.choices[0].message.content == "a sign"
-    assert made.choices[0].finish_reason == "stop"
-    assert made.choices[0].logprobs is None
-    assert made.usage.total_tokens == 34
-    assert made.vlm_collab["region"] == {"picture": 0, "box": [1, 2, 3, 4]}
-    assert made.vlm_collab["bytes_up"] == 500
+    reply = strictly(ChatCompletion, encoded(completion(RESULT, id="c", created=5, model="m")))
+    assert reply.choices[0].message.content == "a sign"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.choices[0].logprobs is None
+    assert reply.usage.total_tokens == 34
+    assert reply.vlm_collab["region"] == {"picture": 0, "box": [1, 2, 3, 4]}
+    assert reply.vlm_collab["bytes_up"] == 500
 
 
 def test_logprobs_are_in_nats_and_leave_out_the_end() -> None:
-    made = strictly(ChatCompletion, encoded(completion(TOLD, id="c", created=5, model="m")))
-    assert made.choices[0].finish_reason == "length"
-    told = made.choices[0].logprobs.content
-    assert [each.token for each in told] == ["a", " sign"]
-    assert told[0].logprob == pytest.approx(-math.log(2))
-    assert bytes(told[1].bytes) == b" sign"
+    reply = strictly(ChatCompletion, encoded(completion(TRUNCATED, id="c", created=5, model="m")))
+    assert reply.choices[0].finish_reason == "length"
+    logprobs = reply.choices[0].logprobs.content
+    assert [each.token for each in logprobs] == ["a", " sign"]
+    assert logprobs[0].logprob == pytest.approx(-math.log(2))
+    assert bytes(logprobs[1].bytes) == b" sign"
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_streamed_completion(include_usage: bool) -> None:
     stream = ChatStream(id="c", created=5, model="m", include_usage=include_usage)
     sent = stream.start() + stream.delta("a ") + stream.delta("") + stream.finish("sign", RESULT)
-    *told, done = events(sent)
+    *sent_events, done = events(sent)
     assert done is None
-    chunks = [strictly(ChatCompletionChunk, each) for each in told]
+    chunks = [strictly(ChatCompletionChunk, each) for each in sent_events]
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
     assert "".join(piece or "" for piece in pieces) == "a sign"
     assert chunks[0].choices[0].delta.role == "assistant"
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert reasons == [None] * (len(reasons) - 1) + ["stop"]
     assert chunks[-1].vlm_collab["refined"]
-    assert not any("vlm_collab" in each for each in told[:-1])
+    assert not any("vlm_collab" in each for each in sent_events[:-1])
     if include_usage:
         assert chunks[-1].choices == []
         assert chunks[-1].usage.total_tokens == 34
-        assert all(each["usage"] is None for each in told[:-1])
+        assert all(each["usage"] is None for each in sent_events[:-1])
     else:
-        assert not any("usage" in each for each in told)
+        assert not any("usage" in each for each in sent_events)
 
 
-def test_a_stream_that_fails_tells_why() -> None:
+def test_a_failed_stream_ends_with_the_error() -> None:
     stream = ChatStream(id="c", created=5, model="m", include_usage=False)
     error, done = events(stream.error(ApiError(502, "lost", "server_error")))
     assert error["error"]["message"] == "lost"
@@ -131,25 +131,25 @@ def test_a_stream_that_fails_tells_why() -> None:
 
 
 def test_a_response() -> None:
-    made = strictly(Response, encoded(builder(instructions="be short").whole(RESULT)))
-    assert made.output_text == "a sign"
-    assert made.status == "completed"
-    assert made.instructions == "be short"
-    assert made.usage.total_tokens == 34
-    assert made.vlm_collab["original_bytes"] == 9000
+    reply = strictly(Response, encoded(builder(instructions="be short").whole(RESULT)))
+    assert reply.output_text == "a sign"
+    assert reply.status == "completed"
+    assert reply.instructions == "be short"
+    assert reply.usage.total_tokens == 34
+    assert reply.vlm_collab["original_bytes"] == 9000
 
 
-def test_a_response_that_was_cut() -> None:
-    made = strictly(Response, encoded(builder().whole(TOLD)))
-    assert made.status == "incomplete"
-    assert made.incomplete_details.reason == "max_output_tokens"
-    assert [each.token for each in made.output[0].content[0].logprobs] == ["a", " sign"]
+def test_a_truncated_response_is_incomplete() -> None:
+    reply = strictly(Response, encoded(builder().whole(TRUNCATED)))
+    assert reply.status == "incomplete"
+    assert reply.incomplete_details.reason == "max_output_tokens"
+    assert [each.token for each in reply.output[0].content[0].logprobs] == ["a", " sign"]
 
 
 def test_a_streamed_response() -> None:
     form = builder(stream=True)
-    told = events(form.start() + form.delta("a ") + form.finish("sign", RESULT))
-    typed = [strictly(ResponseStreamEvent, each) for each in told]
+    sent_events = events(form.start() + form.delta("a ") + form.finish("sign", RESULT))
+    typed = [strictly(ResponseStreamEvent, each) for each in sent_events]
     assert [each.type for each in typed] == [
         "response.created",
         "response.in_progress",
@@ -178,22 +178,22 @@ def test_an_empty_streamed_response_still_has_its_parts() -> None:
 def test_a_call_of_the_region_tool() -> None:
     tool = [{"type": "function", "name": "request_region"}]
     whole = builder(tools=tool).whole_call("call_1", {"left": 0.5}, RESULT)
-    made = strictly(Response, encoded(whole))
-    call = made.output[0]
+    reply = strictly(Response, encoded(whole))
+    call = reply.output[0]
     assert (call.type, call.name, call.call_id) == ("function_call", "request_region", "call_1")
     assert json.loads(call.arguments) == {"left": 0.5}
     form = builder(tools=tool, stream=True)
-    told = events(form.start() + form.finish_call("call_1", {"left": 0.5}, RESULT))
-    typed = [strictly(ResponseStreamEvent, each) for each in told]
+    sent_events = events(form.start() + form.finish_call("call_1", {"left": 0.5}, RESULT))
+    typed = [strictly(ResponseStreamEvent, each) for each in sent_events]
     assert typed[-1].type == "response.completed"
     assert typed[-1].response.output[0].call_id == "call_1"
     assert typed[-3].type == "response.function_call_arguments.done"
 
 
-def test_a_streamed_response_that_fails_tells_why() -> None:
+def test_a_failed_streamed_response_ends_with_the_error() -> None:
     form = builder(stream=True)
-    told = events(form.start() + form.error(ApiError(502, "lost", "server_error")))
-    assert strictly(ResponseStreamEvent, told[-1]).response.error.message == "lost"
+    sent_events = events(form.start() + form.error(ApiError(502, "lost", "server_error")))
+    assert strictly(ResponseStreamEvent, sent_events[-1]).response.error.message == "lost"
 
 
 @pytest.mark.parametrize(
@@ -226,37 +226,39 @@ def test_a_streamed_response_that_fails_tells_why() -> None:
         ),
     ],
 )
-def test_errors(error: CollabError, status: int, code: str | None) -> None:
-    made = api_error(error, param="here")
-    assert made.status == status
-    assert code is None or made.code == code
-    assert "x" in made.message
-    assert (made.param is not None) <= (400 <= status < 500)
-    assert ("Retry-After" in made.headers()) == (status in (429, 503))
+def test_errors_are_translated_to_status_and_code(
+    error: CollabError, status: int, code: str | None
+) -> None:
+    translated = api_error(error, param="here")
+    assert translated.status == status
+    assert code is None or translated.code == code
+    assert "x" in translated.message
+    assert (translated.param is not None) <= (400 <= status < 500)
+    assert ("Retry-After" in translated.headers()) == (status in (429, 503))
 
 
-def test_when_to_come_back_is_a_whole_second_at_least() -> None:
+def test_retry_after_is_at_least_one_second() -> None:
     busy = api_error(server_error(ErrorCode.BUSY, "full", 0.2))
     assert busy.headers() == {"Retry-After": "1"}
 
 
-def test_models_that_are_not_served() -> None:
+def test_models_that_are_not_served_are_refused() -> None:
     check_model(None, ["a"])
     check_model("", ["a"])
     check_model("b", ["a", "b"])
-    with pytest.raises(ApiError, match="there is a, b") as caught:
+    with pytest.raises(ApiError, match="available: a, b") as caught:
         check_model("c", ["a", "b"])
     assert (caught.value.status, caught.value.param) == (404, "model")
 
 
-def test_the_first_pass_is_held_back_until_it_stands() -> None:
+def test_text_of_the_first_pass_is_sent_only_at_the_end() -> None:
     flow = TextStream()
     assert [flow.feed(FIRST, text) for text in ("a", "a bird", "a bird!")] == ["", "", ""]
     assert flow.finish("a bird!") == "a bird!"
     assert not flow.restarted
 
 
-def test_the_second_pass_replaces_it_and_streams() -> None:
+def test_text_of_the_second_pass_is_streamed() -> None:
     flow = TextStream()
     flow.feed(FIRST, "a bird")
     sent = [flow.feed(SECOND, text) for text in ("the number is", "the number is 47")]
@@ -265,18 +267,18 @@ def test_the_second_pass_replaces_it_and_streams() -> None:
     assert not flow.restarted
 
 
-def test_another_text_than_the_one_begun_is_sent_whole() -> None:
+def test_a_final_text_that_does_not_continue_the_sent_one_is_sent_whole() -> None:
     flow = TextStream()
     assert flow.feed(SECOND, "the number is 47") == "the number i"
     assert flow.finish("a bird") == "\n\na bird"
     assert flow.restarted
 
 
-def test_a_pass_that_is_made_again_goes_on_where_it_was() -> None:
+def test_a_repeated_pass_continues_the_sent_text() -> None:
     flow = TextStream()
-    begun = flow.feed(SECOND, "the number is")
+    sent = flow.feed(SECOND, "the number is")
     assert flow.feed(FIRST, "a") == flow.feed(SECOND, "the") == ""
-    assert begun + flow.finish("the number is 47") == "the number is 47"
+    assert sent + flow.finish("the number is 47") == "the number is 47"
     assert not flow.restarted
 
 
@@ -292,11 +294,11 @@ def test_pieces_make_up_the_text(text: str, cuts: list[int]) -> None:
 
 
 @given(TEXTS, st.text(alphabet="ab .\n", min_size=1, max_size=3), st.integers(1, 5))
-def test_nothing_of_a_stop_text_is_sent(text: str, stop: str, step: int) -> None:
+def test_no_part_of_a_stop_text_is_sent(text: str, stop: str, step: int) -> None:
     """As the engine reports it: the text grows into the stop text, then ends before it."""
     whole = text + stop
     flow = TextStream((stop,))
     sent = "".join(flow.feed(SECOND, whole[:cut]) for cut in range(0, len(whole) + 1, step))
-    stands = whole.partition(stop)[0].rstrip()
-    assert sent + flow.finish(stands) == stands
+    final = whole.partition(stop)[0].rstrip()
+    assert sent + flow.finish(final) == final
     assert not flow.restarted

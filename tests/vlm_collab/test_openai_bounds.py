@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -54,12 +55,12 @@ def refused(body: dict[str, Any]) -> ApiError:
         ({"messages": [{**TINY, "content": "word " * (2**20 // 5)}] * 5}, None),
     ],
 )
-def test_too_much_of_anything_is_refused_before_it_is_read(body: dict[str, Any], param: str | None):
+def test_requests_over_a_bound_are_refused(body: dict[str, Any], param: str | None):
     error = refused(body)
     assert (error.status, error.code, error.param) == (413, "request_too_large", param)
 
 
-def test_what_real_programs_send_is_within_the_bounds():
+def test_requests_of_real_programs_are_within_the_bounds():
     picture = "data:image/jpeg;base64," + "A" * (8 * 2**20)
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": picture}}]
     long = "word " * (2**20 // 5)
@@ -75,7 +76,7 @@ def test_what_real_programs_send_is_within_the_bounds():
 
 
 def test_bodies_of_tiny_messages_are_refused_without_a_search(monkeypatch: pytest.MonkeyPatch):
-    """300 000 messages in 8 MiB; the search took seconds before it was bounded."""
+    """300 000 messages in 8 MiB; an unbounded search of them takes seconds."""
     searched = 0
 
     def count(text: str) -> bool:
@@ -95,7 +96,7 @@ def test_bodies_of_tiny_messages_are_refused_without_a_search(monkeypatch: pytes
     assert searched == 4 * MAX_MESSAGES + 1
 
 
-def test_no_more_text_is_searched_than_anybody_reads(monkeypatch: pytest.MonkeyPatch):
+def test_the_amount_of_searched_text_is_bounded(monkeypatch: pytest.MonkeyPatch):
     """The same for text written to look like data URLs."""
     searched: list[int] = []
     monkeypatch.setattr(searching, "_is_picture", lambda text: bool(searched.append(len(text))))
@@ -104,9 +105,10 @@ def test_no_more_text_is_searched_than_anybody_reads(monkeypatch: pytest.MonkeyP
         while True:
             yield "data:," + "word " * (2**20 // 6)
 
-    made = texts()
     body = decode_body(
-        msgspec.json.encode({"messages": [{**TINY, "content": next(made)} for _ in range(40)]}),
+        msgspec.json.encode(
+            {"messages": [{**TINY, "content": text} for text in islice(texts(), 40)]}
+        ),
         MOST_BYTES,
     )
     with pytest.raises(ApiError) as caught:
@@ -127,8 +129,8 @@ class Counted(Url):
     __hash__ = Url.__hash__
 
 
-def test_each_picture_is_looked_up_and_not_searched_for() -> None:
-    """16 000 tiny pictures in one message of 1.3 MB once took nine seconds."""
+def test_equal_pictures_are_found_by_hash() -> None:
+    """Comparing 16 000 tiny pictures of one message (1.3 MB) with each other takes nine seconds."""
     pictures = [Counted(f"https://example.org/{i}") for i in range(1000)]
     Counted.compared = 0
     message = Conversation.message(Role.USER, [(each, "") for each in pictures * 2])
@@ -154,10 +156,10 @@ def joins_in(work: Callable[[], object]) -> int:
     return joins
 
 
-def test_texts_are_joined_once_and_not_for_each_message_or_picture() -> None:
-    """Each of 4096 messages, and each picture, once copied all texts before it."""
-    shown = base64.b64encode(b"picture").decode()
-    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{shown}"}}
+def test_texts_are_joined_once_for_each_request() -> None:
+    """Otherwise each of 4096 messages, and each picture, would copy all texts before it."""
+    encoded = base64.b64encode(b"picture").decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded}"}}
     pictures: list[object] = [{"type": "text", "text": "a"}, image]
 
     def joins(body: dict[str, Any]) -> int:

@@ -39,8 +39,8 @@ def image(picture: bytes, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(picture), **more}}
 
 
-def text(said: str) -> dict[str, Any]:
-    return {"type": "text", "text": said}
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "text": content}
 
 
 def user(*content: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def user(*content: Any) -> dict[str, Any]:
 
 
 def allowed(mode: str) -> dict[str, Any]:
-    """A choice among some of the tools, in the form of a chat."""
+    """A `tool_choice` among some of the tools, in the form of the Chat Completions API."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": TOOLS}}
 
 
@@ -57,8 +57,8 @@ def chat(*messages: Any, limits: WireLimits = LIMITS, **more: Any) -> Query:
     return parse_chat(json.dumps(body).encode(), limits)
 
 
-def respond(said: Any = "what?", *, before: Conversation | None = None, **more: Any) -> Query:
-    body = {"model": "m", "input": said, **more}
+def respond(content: Any = "what?", *, before: Conversation | None = None, **more: Any) -> Query:
+    body = {"model": "m", "input": content, **more}
     return parse_responses(json.dumps(body).encode(), LIMITS).query(before)
 
 
@@ -80,7 +80,7 @@ def test_a_question_about_a_picture() -> None:
     assert not query.stream
 
 
-def test_a_conversation_with_a_picture_that_is_sent_again() -> None:
+def test_a_repeated_picture_is_kept_once() -> None:
     query = chat(
         {"role": "system", "content": "be short"},
         user(image(JPEG), text("what is it?")),
@@ -107,13 +107,13 @@ def test_a_conversation_with_a_picture_that_is_sent_again() -> None:
         {"parsed": None},  # the SDK
     ],
 )
-def test_an_answer_that_is_sent_back_as_it_came_before_a_picture(more: dict[str, Any]) -> None:
+def test_an_answer_sent_back_with_all_its_fields_is_accepted(more: dict[str, Any]) -> None:
     answer = {"role": "assistant", "content": "hello", "refusal": None, **more}
     query = chat(user("hi"), answer, user(text("what?"), image(JPEG)))
     assert (query.history, query.pictures) == ((("hi", "hello"),), (JPEG,))
 
 
-def test_what_one_side_says_in_a_row_is_one_text() -> None:
+def test_consecutive_texts_of_one_side_are_joined() -> None:
     query = chat(
         user(text("a"), text("b")),
         {"role": "developer", "content": "c"},
@@ -125,7 +125,7 @@ def test_what_one_side_says_in_a_row_is_one_text() -> None:
     assert query.question == "e"
 
 
-def test_what_cameras_in_use_send() -> None:
+def test_requests_of_existing_cameras_are_accepted() -> None:
     """A bare text among the parts, an address without its object, and a wrong media type."""
     bare = {"type": "image_url", "image_url": data_url(OTHER, "image/png")}
     query = chat(user(image(JPEG, detail="low"), bare, "describe it"))
@@ -134,12 +134,12 @@ def test_what_cameras_in_use_send() -> None:
     assert query.options.retransmit is Retransmit.AUTO
 
 
-def test_an_address_is_told_from_a_picture() -> None:
+def test_an_http_address_becomes_a_url() -> None:
     picture = {"type": "image_url", "image_url": {"url": "https://example.org/a.jpg"}}
     assert chat(user(picture, "what?")).pictures == (Url("https://example.org/a.jpg"),)
 
 
-def test_options() -> None:
+def test_all_options_are_read() -> None:
     query = chat(
         max_completion_tokens=7,
         stop=["\n", "."],
@@ -165,14 +165,14 @@ def test_options() -> None:
     assert query.include_usage
 
 
-def test_the_longest_answer_has_two_names_and_no_upper_end() -> None:
+def test_max_tokens_has_two_names_and_is_capped() -> None:
     assert chat(max_tokens=9, max_completion_tokens=9).options.max_new_tokens == 9
     assert chat(max_tokens=10**9).options.max_new_tokens == 65535
     assert chat(max_tokens=12.0).options.max_new_tokens == 12
     assert refused(chat, max_tokens=9, max_completion_tokens=8).param == "max_tokens"
 
 
-def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
+def test_top_p_of_zero_takes_the_likeliest_token() -> None:
     assert chat(top_p=0, temperature=1.5).options == Options(temperature=0.0)
 
 
@@ -193,7 +193,7 @@ def test_drawing_from_nothing_is_taking_the_likeliest() -> None:
         {"no_repeat_ngram_size": 0, "dry_multiplier": 0.0, "num_beams": 1, "regex": ""},
     ],
 )
-def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
+def test_values_without_effect_are_accepted(harmless: dict[str, Any]) -> None:
     assert chat(**harmless) == chat()
 
 
@@ -303,7 +303,9 @@ def test_what_changes_nothing_is_accepted(harmless: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(wrong: dict[str, Any], param: str) -> None:
+def test_wrong_or_unsupported_values_are_refused_with_the_parameter(
+    wrong: dict[str, Any], param: str
+) -> None:
     body = {"messages": [user(text("what?"))], **wrong}
     error = refused(parse_chat, body, LIMITS)
     assert error.status == 400
@@ -328,39 +330,39 @@ def test_what_cannot_be_honoured_is_refused_by_name(wrong: dict[str, Any], param
         ("https://example.org/" + "a" * 9000, 400),
     ],
 )
-def test_pictures_that_are_none(url: str, status: int) -> None:
+def test_wrong_picture_urls_are_refused(url: str, status: int) -> None:
     picture = {"type": "image_url", "image_url": {"url": url}}
     error = refused(chat, user(text("what?"), picture))
     assert error.status == status
     assert error.param == "messages[0].content[1].image_url.url"
 
 
-def test_line_breaks_in_base64_are_no_fault() -> None:
+def test_line_breaks_in_base64_are_accepted() -> None:
     encoded = base64.encodebytes(JPEG * 5).decode()
     picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded}"}}
     assert chat(user(text("what?"), picture)).pictures == (JPEG * 5,)
 
 
-def test_more_pictures_than_a_conversation_may_have() -> None:
+def test_too_many_pictures_are_refused() -> None:
     many = [image(b"picture %d" % i) for i in range(4)]
     error = refused(chat, user(text("what?"), *many))
     assert error.param == "messages[0].content[4].image_url.url"
     assert len(chat(user(text("what?"), *many[:3], *many[:3])).pictures) == 3
 
 
-def test_longer_conversations_than_a_question_can_carry() -> None:
+def test_too_many_earlier_questions_are_refused() -> None:
     turn = [user("a"), {"role": "assistant", "content": "b"}]
     assert len(chat(*turn * 256, user("c")).history) == 256
     assert refused(chat, *turn * 257, user("c")).param == "messages"
 
 
 @pytest.mark.parametrize("body", [b"", b"no", b"[]", b'"x"', b"\xff\xfe", b"{", b"[" * 5000])
-def test_bodies_that_are_no_request(body: bytes) -> None:
+def test_bodies_that_are_not_json_objects_are_refused(body: bytes) -> None:
     for parse in (parse_chat, parse_responses):
         assert refused(parse, body, LIMITS).status == 400
 
 
-def test_bodies_that_are_too_much() -> None:
+def test_too_large_bodies_are_refused() -> None:
     assert refused(parse_chat, b" " * (1 << 16) + b"{}", LIMITS).status == 413
     assert refused(parse_chat, b"[]," * 600_000, WireLimits()).status == 413
 
@@ -379,7 +381,7 @@ def test_a_response_about_a_picture() -> None:
     assert query.options.max_new_tokens == 5
 
 
-def test_a_response_that_goes_on_from_another() -> None:
+def test_a_response_continues_an_earlier_conversation() -> None:
     before = Conversation(((Role.USER, "what?"),), (JPEG,), ("there",)).with_answer("a sign")
     query = respond("and now?", before=before, instructions="be long")
     assert query.history == (("be long\nwhat?", "a sign"),)
@@ -387,7 +389,7 @@ def test_a_response_that_goes_on_from_another() -> None:
     assert query.pictures == (JPEG,)
 
 
-def test_a_conversation_that_is_sent_back_as_it_came() -> None:
+def test_an_output_sent_back_becomes_history() -> None:
     answer = {
         "id": "msg_1",
         "type": "message",
@@ -413,7 +415,7 @@ def test_a_conversation_that_is_sent_back_as_it_came() -> None:
         {"stream_options": {"include_obfuscation": False}},
     ],
 )
-def test_what_changes_nothing_about_a_response(more: dict[str, Any]) -> None:
+def test_values_without_effect_on_a_response_are_accepted(more: dict[str, Any]) -> None:
     assert respond(**more) == respond()
 
 
@@ -447,7 +449,7 @@ def test_what_changes_nothing_about_a_response(more: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_has_no_effect_is_ignored_and_listed(
+def test_fields_without_effect_are_ignored_and_listed(
     more: dict[str, Any], listed: tuple[str, ...]
 ) -> None:
     body = {"messages": [user(text("what?"))], **more}
@@ -469,13 +471,13 @@ def test_what_has_no_effect_is_ignored_and_listed(
         ({"input": [{**user("what?"), "content": "what?", "x": 1}]}, ("input[].x",)),
     ],
 )
-def test_what_has_no_effect_on_a_response_is_listed(
+def test_fields_without_effect_on_a_response_are_listed(
     more: dict[str, Any], listed: tuple[str, ...]
 ) -> None:
     assert parse_responses({"input": "what?", **more}, LIMITS).ignored == listed
 
 
-def test_names_in_the_list_are_the_clients_and_stay_a_header() -> None:
+def test_listed_names_are_shortened_to_fit_a_header() -> None:
     strange = {"a\r\nset-cookie: x": 1, "ä" * 500: 1, **{f"field{i}": 1 for i in range(1000)}}
     names = parse_chat({"messages": [user("what?")], **strange}, LIMITS).ignored
     assert names[:2] == ("a??set-cookie??x", "?" * 64)
@@ -483,8 +485,8 @@ def test_names_in_the_list_are_the_clients_and_stay_a_header() -> None:
     assert all(value.isascii() and value.isprintable() for value in ignored_header(names).values())
 
 
-def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
-    """A conversation begun by another model that called tools continues with a picture."""
+def test_tool_outputs_become_user_texts_and_calls_are_dropped() -> None:
+    """A conversation with another model that called tools is continued with a picture."""
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     for content in (None, "", []):
         query = chat(
@@ -507,7 +509,7 @@ def test_what_tools_found_is_told_and_calls_are_left_out() -> None:
     assert query.question == "rain"
 
 
-def test_what_tools_found_is_told_in_a_response_as_well() -> None:
+def test_tool_outputs_in_a_response_become_user_texts() -> None:
     call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
     query = respond(
         [
@@ -522,14 +524,14 @@ def test_what_tools_found_is_told_in_a_response_as_well() -> None:
     assert query.history == (("what is the weather?\nrain", "It rains."),)
     assert query.question == "and now?"
     found = {"type": "input_image", "image_url": data_url(JPEG)}
-    taken = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
-    assert respond([{"role": "user", "content": "look"}, call, taken]).pictures == (JPEG,)
-    both = {**taken, "output": [found, {**found, "image_url": data_url(OTHER)}]}
+    output = {"type": "function_call_output", "call_id": "call_1", "output": [found]}
+    assert respond([{"role": "user", "content": "look"}, call, output]).pictures == (JPEG,)
+    both = {**output, "output": [found, {**found, "image_url": data_url(OTHER)}]}
     assert respond([{"role": "user", "content": "look"}, call, both]).pictures == (JPEG, OTHER)
 
 
-def test_an_item_that_is_referred_to_is_what_it_said() -> None:
-    said = [
+def test_item_references_are_replaced_by_their_answers() -> None:
+    items = [
         {"role": "user", "content": "what?"},
         {"type": "item_reference", "id": "msg_1"},
         {"role": "user", "content": "and?"},
@@ -537,7 +539,7 @@ def test_an_item_that_is_referred_to_is_what_it_said() -> None:
         {"role": "user", "content": "so?"},
     ]
     answers = {"resp_1": "a sign", "resp_2": "a tree"}
-    request = parse_responses({"input": said}, LIMITS)
+    request = parse_responses({"input": items}, LIMITS)
     query = request.resolve_references(answers.get).query()
     assert query.history == (("what?", "a sign"), ("and?", "a tree"))
     assert query.question == "so?"
@@ -554,41 +556,41 @@ def test_an_item_of_another_kind_is_not_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "called",
+    "call",
     [
         {"type": "item_reference", "id": "fc_1"},
         {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "request_region"},
     ],
 )
-def test_a_call_that_is_sent_back_names_its_response(called: dict[str, Any]) -> None:
+def test_a_call_that_is_sent_back_names_its_response(call: dict[str, Any]) -> None:
     """Programs that keep the conversation themselves send all of it, without a response's id."""
-    shown = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
-    taken = {
+    picture = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(JPEG)}]}
+    output = {
         "type": "function_call_output",
         "call_id": "call_1",
         "output": [{"type": "input_image", "image_url": data_url(OTHER)}],
     }
-    resumed = parse_responses({"input": [shown, called, taken]}, LIMITS)
+    resumed = parse_responses({"input": [picture, call, output]}, LIMITS)
     assert resumed.previous_response_id == "resp_1"
     assert [each.picture for each in resumed.outputs] == [OTHER]
     assert resumed.inputs == ()
     # After an answer, the region belongs to an ended question.
     more = [{"type": "item_reference", "id": "msg_2"}, {"role": "user", "content": "so?"}]
-    asked = {"role": "user", "content": "what?"}
-    later = parse_responses({"input": [shown, asked, called, taken, *more]}, LIMITS)
+    question = {"role": "user", "content": "what?"}
+    later = parse_responses({"input": [picture, question, call, output, *more]}, LIMITS)
     assert (later.previous_response_id, later.outputs) == (None, ())
     query = later.resolve_references({"resp_2": "a sign"}.get).query()
     assert query.history == (("what?", "a sign"),)
     assert (query.question, query.pictures) == ("so?", (JPEG,))
 
 
-def test_outputs_of_calls_that_nobody_made_are_not_lost() -> None:
+def test_outputs_of_unknown_calls_are_kept() -> None:
     output = {"type": "function_call_output", "call_id": "call_9", "output": "x"}
-    asked = parse_responses({"input": [output, {"role": "user", "content": "so?"}]}, LIMITS)
-    assert [each.call_id for each in asked.outputs] == ["call_9"]
+    request = parse_responses({"input": [output, {"role": "user", "content": "so?"}]}, LIMITS)
+    assert [each.call_id for each in request.outputs] == ["call_9"]
 
 
-def test_the_region_tool() -> None:
+def test_outputs_of_the_region_tool_are_read() -> None:
     body = {
         "input": [
             {
@@ -646,7 +648,9 @@ def test_the_region_tool() -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
-def test_responses_that_cannot_be_had(wrong: dict[str, Any], param: str | None) -> None:
+def test_wrong_response_requests_are_refused_with_the_parameter(
+    wrong: dict[str, Any], param: str | None
+) -> None:
     if param is None:
         assert parse_responses({"input": "x", **wrong}, LIMITS).options.stop == ("x",)
         return
@@ -713,12 +717,12 @@ def responses_part(one: str | bytes) -> dict[str, Any]:
 
 def written(query: Query) -> list[str]:
     """Each question as pieces of text with the numbers of the pictures between them."""
-    asked = [*(each for each, _ in query.history), query.question]
-    told = []
-    for turn, question in enumerate(asked):
+    questions = [*(each for each, _ in query.history), query.question]
+    texts = []
+    for turn, question in enumerate(questions):
         pieces = split_at_pictures(question, places_in_turn(query.places, turn))
-        told.append("".join(p if isinstance(p, str) else f"<{p}>" for p in pieces))
-    return told
+        texts.append("".join(p if isinstance(p, str) else f"<{p}>" for p in pieces))
+    return texts
 
 
 @pytest.mark.parametrize(
@@ -762,7 +766,7 @@ def test_pictures_stay_in_their_messages() -> None:
     assert written(query) == ["<0>compare this\nwith this<1>"]
 
 
-def test_places_count_across_responses() -> None:
+def test_places_are_kept_across_responses() -> None:
     first = {"role": "user", "content": [responses_part("one:"), responses_part(JPEG)]}
     body = {"model": "m", "input": [first]}
     kept = (
@@ -775,10 +779,10 @@ def test_places_count_across_responses() -> None:
     assert written(query) == ["be short\none:<0>", "two:<1>\none:<0>"]
 
 
-def test_pictures_that_turn_out_the_same_stand_where_each_stood() -> None:
+def test_equal_fetched_pictures_become_one_at_both_places() -> None:
     url = "https://example.org/a.jpg"
-    shown = {"type": "input_image", "image_url": url}
-    item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), shown]}
+    fetched_later = {"type": "input_image", "image_url": url}
+    item = {"role": "user", "content": [responses_part(JPEG), responses_part("or"), fetched_later]}
     body = {"model": "m", "input": [item]}
     whole = parse_responses(json.dumps(body).encode(), LIMITS).conversation_after()
     fetched = whole.with_fetched({Url(url): JPEG})
@@ -786,7 +790,7 @@ def test_pictures_that_turn_out_the_same_stand_where_each_stood() -> None:
     assert fetched.pictures == (JPEG,)
 
 
-def test_more_places_than_a_question_has_are_refused() -> None:
+def test_too_many_places_are_refused() -> None:
     error = refused(chat, user(text("what?"), *[image(JPEG)] * 65))
     assert error.code == "too_many_images"
     assert "64" in str(error)

@@ -18,8 +18,8 @@ PICTURE = "data:image/jpeg;base64,/9j/4A=="
 IMAGE = {"type": "image_url", "image_url": {"url": PICTURE}}
 
 
-def text(said: str) -> dict[str, Any]:
-    return {"type": "text", "text": said}
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "text": content}
 
 
 def user(*content: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "number", "enum": [1, 2
         {"user": "me", "metadata": {"chat": "7"}, "n": 2, "logprobs": True, "top_logprobs": 3},
     ],
 )
-def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any]) -> None:
+def test_chats_about_text_may_have_fields_that_parse_chat_refuses(more: dict[str, Any]) -> None:
     """The server behind the gateway may support it."""
     messages = [
         {"role": "system", "content": "be short"},
@@ -119,8 +119,8 @@ def test_text_alone_may_ask_for_more_than_is_honoured_here(more: dict[str, Any])
         {"role": "assistant", "content": "x", "parsed": {"image": PICTURE}},
     ],
 )
-def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
-    """It would leave the device unchanged, past the view and past the policy."""
+def test_messages_that_may_hide_a_picture_are_not_text(message: Any) -> None:
+    """The gateway would forward it unchanged, at full size and unchecked by the privacy policy."""
     assert not chat_is_text({"messages": [message]})
     assert not chat_is_text({"messages": {"0": message}})
 
@@ -145,7 +145,7 @@ def test_what_may_hide_a_picture_is_not_text(message: Any) -> None:
         ("vlm_collab", {"view": "x"}),
     ],
 )
-def test_fields_that_may_hide_a_picture(name: str, value: Any) -> None:
+def test_fields_that_may_hide_a_picture_are_not_text(name: str, value: Any) -> None:
     body = {"messages": [user("x")]}
     assert chat_is_text(body)
     assert not chat_is_text({**body, name: value})
@@ -200,12 +200,12 @@ def php(value: Any) -> str:
         ({"a": "words and " * 110_000}, "a"),
     ],
 )
-def test_a_text_that_is_a_picture(value: Any, param: str) -> None:
+def test_pictures_in_texts_are_refused(value: Any, param: str) -> None:
     error = refused(value)
     assert (error.status, error.param, error.code) == (400, param, "picture_in_text")
 
 
-def test_no_depth_is_too_much() -> None:
+def test_pictures_are_found_at_any_depth() -> None:
     deep: Any = "data:image/png"
     for _ in range(5000):
         deep = [deep]
@@ -213,7 +213,7 @@ def test_no_depth_is_too_much() -> None:
     assert refused({"a" * 300: "data:image/png"}).param == "a" * 200 + "…"
 
 
-def test_what_a_long_name_holds_costs_no_memory() -> None:
+def test_values_under_a_long_name_need_little_memory() -> None:
     """The paths of all its values would take gigabytes."""
     body = {"x y " * 2**18: {str(i): "" for i in range(100)}}
     tracemalloc.start()
@@ -245,21 +245,21 @@ def test_what_a_long_name_holds_costs_no_memory() -> None:
         "\n".join(f"/home/user/projects/{'a/b/' * 12}{'c' * (i % 10)}" for i in range(40)),
     ],
 )
-def test_words_are_no_picture(words: str) -> None:
+def test_texts_that_resemble_encoded_data_are_accepted(words: str) -> None:
     refuse_pictures_in({"messages": [user(words)]})
 
 
 @pytest.mark.parametrize("mark", ["a", "\\"])
 def test_long_runs_take_no_longer_than_short_ones(mark: str) -> None:
-    """They once took tens of times as long, since the search restarted at each character."""
+    """The search once restarted at each character, which took tens of times as long."""
 
     def seconds(run: int) -> float:
         text = (mark * run + ".") * (2**17 // run)
-        took = []
+        times_s = []
         for _ in range(3):
             begin = time.thread_time()
             refuse_pictures_in(text)
-            took.append(time.thread_time() - begin)
-        return min(took)
+            times_s.append(time.thread_time() - begin)
+        return min(times_s)
 
     assert seconds(1999) < 10 * seconds(20)

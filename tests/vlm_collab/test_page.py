@@ -26,7 +26,7 @@ def text(path: str) -> str:
     return file.content.decode()
 
 
-def test_every_file_that_the_page_names_is_there():
+def test_the_page_has_exactly_the_files_that_it_names():
     named = set(re.findall(r'(?:src|href)="([^"]+)"', text(INDEX)))
     for path in page_paths():
         if path.endswith("js"):
@@ -39,14 +39,14 @@ def test_every_file_that_the_page_names_is_there():
     assert set(page_paths()) == named | {INDEX}, "a file that nothing uses"
 
 
-def test_nothing_but_the_page_is_found():
+def test_only_files_of_the_page_are_found():
     outside = ("", "page", "page/", "../__init__.py", "page/../../__init__.py", "/etc/passwd")
     inside = ("page/vendor/README.md", "page/vendor/msgpack/LICENSE", "package.json")
     for path in (*outside, *inside):
         assert page_file(path) is None
 
 
-def test_files_have_types_that_browsers_run_and_tags_that_follow_the_content():
+def test_files_have_media_types_and_etags():
     for path in page_paths():
         file = page_file(path)
         assert file is not None
@@ -64,7 +64,7 @@ def test_the_page_names_no_other_host():
             }, path
 
 
-def test_the_policy_lets_nothing_in_from_outside_and_runs_nothing_inline():
+def test_the_content_policy_allows_only_own_files_and_no_inline_code():
     policy = dict(
         part.strip().split(" ", 1) for part in HEADERS["Content-Security-Policy"].split(";")
     )
@@ -82,7 +82,7 @@ def test_the_vendored_library_comes_with_its_licence_and_version():
     assert "MessagePack Community" in (vendor / "msgpack/LICENSE").read_text()
 
 
-def test_a_token_among_the_subprotocols():
+def test_the_token_is_found_among_the_subprotocols():
     assert token_in(["vlm-collab.v1"]) is None
     assert token_in(["vlm-collab.v1", "vlm-collab.token.czNjcmV0"]) == "s3cret"
     assert token_in(["vlm-collab.token.Z3LDvG4"]) == "grün"
@@ -120,13 +120,13 @@ def contrast(one: str, other: str) -> float:
 # ---- the message layer -----------------------------------------------------------------------
 
 
-def test_this_package_s_own_edge_understands_what_was_recorded():
+def test_the_python_edge_still_replays_the_recorded_transcripts():
     assert len(stored()) >= 16
     page_cases.check_own()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node; Chromium runs the same cases")
-def test_the_page_s_messages_and_geometry_are_python_s_under_node():
+def test_the_page_s_messages_and_geometry_equal_python_s_under_node():
     sent = page_cases.cases()
     program = f"""
         const {{ replay }} = await import("file://{REPLAY}");

@@ -47,7 +47,7 @@ def test_other_formats_are_refused(format: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"hello", b"RIFF\0\0\0\0WAVE", b"\0" * 1000])
-def test_garbage_is_no_picture(data: bytes) -> None:
+def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedImageError, match="not a picture"):
         read_header(data, max_pixels=MEGAPIXEL)
 
@@ -108,7 +108,7 @@ def webp_bomb(side: int, kind: str) -> bytes:
     ],
     ids=["png", "png-largest", "jpeg", "jpeg-largest", "vp8", "vp8l", "vp8x"],
 )
-def test_bombs_are_refused_unopened(data: bytes) -> None:
+def test_decompression_bombs_are_refused_unopened(data: bytes) -> None:
     tracemalloc.start()
     try:
         for call in (read_header, decode):
@@ -119,14 +119,14 @@ def test_bombs_are_refused_unopened(data: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_the_limit_is_the_callers_not_pillows() -> None:
+def test_the_pixel_limit_is_the_caller_s_and_not_pillow_s() -> None:
     """Pillow's own limit is process-wide and would warn or raise on a 100-megapixel photo."""
     assert read_header(png_bomb(16000), max_pixels=16000**2).width == 16000
     assert read_header(jpeg_bomb(16000), max_pixels=16000**2).width == 16000
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_animations(format: str) -> None:
+def test_animations_are_limited_by_frames(format: str) -> None:
     frames = [photo(), photo().transpose(Image.Transpose.ROTATE_180), photo().convert("L")]
     data = saved(
         frames[0],
@@ -139,13 +139,13 @@ def test_animations(format: str) -> None:
     for call in (read_header, decode):
         with pytest.raises(ImageTooLargeError, match="an animation of 3 frames, at most 1"):
             call(data, max_pixels=MEGAPIXEL)
-    with pytest.raises(ImageTooLargeError, match="save one as a still"):
+    with pytest.raises(ImageTooLargeError, match="save one frame as a picture"):
         SourceImage.open(data)
     assert read_header(data, max_pixels=MEGAPIXEL, max_frames=3).frames == 3
     assert difference(decode(data, max_pixels=MEGAPIXEL, max_frames=3), frames[0]) == 0
 
 
-def test_pictures_that_phones_append_are_left_alone() -> None:
+def test_pictures_that_phones_append_are_ignored() -> None:
     """An MPO file (gain maps, depth, stereo pairs) is a JPEG with more JPEGs after it."""
     data = saved(photo(), "MPO", save_all=True, append_images=[photo(8, 8)])
     assert Image.open(io.BytesIO(data)).format == "MPO"
@@ -165,7 +165,7 @@ def test_truncated_pictures_are_refused(codec: Codec) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("codec", Codec)
 def test_broken_pictures_give_an_image_error_or_an_image(codec: Codec) -> None:
-    """With any bytes flipped, inserted or cut out, no exception of a decoder gets through."""
+    """If bytes are changed, inserted or removed, no exception of a decoder gets through."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010E] = "a description"

@@ -52,13 +52,13 @@ def spots(**cells: float) -> np.ndarray:
         (spots(), TokenBox(0, 200, 1, 1), Box(0, 0, 200, 200)),
     ],
 )
-def test_places(values, token_box, box):
+def test_centroid_regions_by_hand(values, token_box, box):
     assert centroid_region(values, FRAME, 200) == token_box
     assert token_box_to_source(token_box, GRID, FRAME, SOURCE) == box
     assert region_box(values, FRAME, SOURCE, 200, (1.0,), Placement.CENTROID) == box
 
 
-def test_a_square_as_large_as_the_frame_is_everything():
+def test_a_square_as_large_as_the_frame_is_the_whole_image():
     assert centroid_region(spots(r3c4=1), FRAME, 800) == whole_image(GRID, FRAME)
 
 
@@ -104,6 +104,6 @@ def test_boxes_are_inside_the_image_and_near_the_peak(
         (np.ones((2, 2)), 1),
     ],
 )
-def test_impossible_maps_and_sides(values, side):
+def test_impossible_maps_and_sides_are_refused(values, side):
     with pytest.raises(ValueError):
         centroid_region(values, FRAME, side)

@@ -53,7 +53,7 @@ def test_aggregate_by_hand(metric: Metric, how: Aggregate, k: int, expected: flo
     assert aggregate(STEPS, metric, how, k) == expected
 
 
-def test_default_k_is_the_papers() -> None:
+def test_default_k_is_that_of_the_paper() -> None:
     steps = [TokenStatistics(float(i), 0.0, 0.0) for i in range(10)]
     assert DEFAULT_FIRST_TOKENS == 5
     assert aggregate(steps, Metric.MIN_ENTROPY, Aggregate.FIRST_K) == 2.0
@@ -71,7 +71,7 @@ def test_end_of_sequence_token_can_be_left_out() -> None:
     assert full(STEPS[:1], include_end=False, ended=True) == 1.0
 
 
-def test_aggregate_refuses_nothing_and_no_k() -> None:
+def test_aggregate_refuses_no_steps_and_k_of_zero() -> None:
     with pytest.raises(ValueError, match="no generated tokens"):
         aggregate([], Metric.MIN_ENTROPY, Aggregate.FULL)
     with pytest.raises(ValueError, match="k must be"):
@@ -83,8 +83,8 @@ def test_aggregate_is_a_plain_mean(
     steps: list[TokenStatistics], metric: Metric, how: Aggregate, k: int
 ) -> None:
     field = list(Metric).index(metric)
-    taken = {"full": steps, "first_k": steps[:k], "first": steps[:1]}[how.value]
-    expected = sum(step[field] for step in taken) / len(taken)
+    averaged = {"full": steps, "first_k": steps[:k], "first": steps[:1]}[how.value]
+    expected = sum(step[field] for step in averaged) / len(averaged)
     assert aggregate(steps, metric, how, k) == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
@@ -119,7 +119,9 @@ def test_threshold_policy_passes_its_options_on() -> None:
 @pytest.mark.parametrize(
     ("how", "needed"), [(Aggregate.FULL, None), (Aggregate.FIRST_K, 2), (Aggregate.FIRST, 1)]
 )
-def test_ready_after(how: Aggregate, needed: int | None) -> None:
+def test_policies_are_ready_after_the_tokens_that_they_need(
+    how: Aggregate, needed: int | None
+) -> None:
     """The decision needs no token, but the reported uncertainty does."""
     for policy in (
         ThresholdPolicy(Metric.MIN_ENTROPY, how, 1.0, k=2),
@@ -132,7 +134,9 @@ def test_ready_after(how: Aggregate, needed: int | None) -> None:
 
 
 @given(ANY_STEPS, st.sampled_from([Aggregate.FIRST_K, Aggregate.FIRST]), st.integers(1, 5))
-def test_decision_stands_once_ready(steps: list[TokenStatistics], how: Aggregate, k: int) -> None:
+def test_later_tokens_do_not_change_a_ready_decision(
+    steps: list[TokenStatistics], how: Aggregate, k: int
+) -> None:
     """Tokens after the needed ones change nothing."""
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, 2.0, k=k)
     for count in range(1, len(steps)):

@@ -187,7 +187,7 @@ def test_whole_image_if_every_ratio_covers_the_grid() -> None:
     assert find_region(np.eye(4), Frame(0, 0, 300, 200), 336, (1.2, 2.0)) == (0, 300, 4, 4)
 
 
-def test_input_is_left_alone() -> None:
+def test_the_input_map_is_not_changed() -> None:
     relative = np.random.default_rng(0).gamma(2.0, size=(24, 24))
     before = relative.copy()
     find_region(relative, Frame(0, 0, 4000, 3000), 336)

@@ -25,6 +25,7 @@ from vlm_collab.protocol.edge_session import (
     RegionWanted,
     TextUpdate,
 )
+from vlm_collab.protocol.encoding import encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     VERSION,
     Answer,
@@ -41,8 +42,6 @@ from vlm_collab.protocol.messages import (
     Stage,
     Usage,
     Welcome,
-    encode,
-    websocket_bytes,
 )
 from vlm_collab.protocol.server_session import ServerLimits, ServerSession
 from vlm_collab.protocol.table import TRANSITIONS, State
@@ -178,7 +177,7 @@ def test_a_cancel_that_crosses_the_answer_is_dropped():
     assert edge.state(id) is State.ENDED
 
 
-def test_after_a_cancel_the_model_s_words_go_nowhere():
+def test_after_a_cancel_the_server_sends_only_the_end():
     edge, server = pair()
     id = asked(edge, server)
     edge.cancel(id)
@@ -224,7 +223,7 @@ def test_the_server_refuses_every_move_outside_the_table(state, message):
         assert server.data_to_send() == [encode(Error(0, ErrorCode.BAD_ORDER, str(caught.value)))]
 
 
-def test_the_edge_refuses_words_about_questions_it_never_asked():
+def test_the_edge_refuses_messages_about_unknown_questions():
     for message in (
         Answer(5, "x", Stage.FIRST, Fallback.NONE, 0, Usage()),
         request(5),
@@ -236,7 +235,7 @@ def test_the_edge_refuses_words_about_questions_it_never_asked():
             edge.receive(encode(message))
 
 
-def test_an_answer_comes_once():
+def test_a_second_answer_to_a_question_is_refused():
     edge, server = pair()
     id = asked(edge, server)
     answer(server, id)
@@ -246,7 +245,7 @@ def test_an_answer_comes_once():
         edge.receive(frame)
 
 
-def test_nothing_before_the_greeting():
+def test_questions_before_hello_and_welcome_are_refused():
     edge, server = EdgeSession(), ServerSession()
     with pytest.raises(LocalProtocolError):
         edge.ask("what?", 1, SOURCE)
@@ -323,7 +322,7 @@ def test_questions_in_flight_are_bounded_on_both_sides():
         (EdgeLimits(), 111, 0, DeclineReason.BAD_REQUEST),
     ],
 )
-def test_the_edge_declines_by_itself_what_its_limits_forbid(limits, side_px, index, reason):
+def test_the_edge_declines_requests_over_its_limits(limits, side_px, index, reason):
     edge, server = pair(edge_limits=limits)
     id = asked(edge, server)
     server.request_region(request(id, index=index, side_px=side_px))
@@ -368,14 +367,14 @@ def test_a_server_that_wants_larger_views_than_the_edge_sends_is_refused(width, 
         (2000, 1500, EdgeLimits(max_view_pixels=3_000_000)),
     ],
 )
-def test_a_view_up_to_the_limit_is_fine(width, height, limits):
+def test_views_up_to_the_limit_are_accepted(width, height, limits):
     edge = EdgeSession(limits=limits)
     edge.hello((Codec.JPEG,))
     greeting = msgspec.structs.replace(WELCOME, view_width=width, view_height=height)
     assert edge.receive(encode(greeting)) == greeting
 
 
-def test_closing_refuses_what_is_in_flight():
+def test_closing_ends_all_questions_in_flight_with_an_error():
     edge, server = pair()
     ids = [asked(edge, server) for _ in range(3)]
     server.close(ErrorCode.SHUTTING_DOWN, "bye", 500)
@@ -384,7 +383,7 @@ def test_closing_refuses_what_is_in_flight():
     assert edge.in_flight == ()
 
 
-def test_what_was_under_way_when_the_server_said_goodbye_is_dropped():
+def test_messages_that_cross_the_close_of_the_server_are_dropped():
     edge, server = pair()
     id = asked(edge, server)
     server.request_region(request(id))
@@ -396,7 +395,7 @@ def test_what_was_under_way_when_the_server_said_goodbye_is_dropped():
     assert [event.text for event in carry(server, edge)] == ["first", "bye"]
 
 
-def test_a_runaway_text_is_cut_off():
+def test_a_too_long_streamed_text_is_refused():
     edge, server = pair(edge_limits=EdgeLimits(max_text_chars=10))
     id = asked(edge, server)
     server.partial(id, Stage.FIRST, "x" * 10)
@@ -427,7 +426,7 @@ def test_any_bytes_end_in_a_clean_protocol_error(frames):
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Both ends act at any time they may; the link keeps the order but delivers at any time."""
+    """Both ends act whenever they may; the link delays messages but keeps their order."""
 
     def __init__(self):
         super().__init__()
@@ -487,21 +486,21 @@ class Interleavings(RuleBasedStateMachine):
             self._collect()
 
     @rule(data=st.data())
-    def want_region(self, data):
+    def request_region(self, data):
         id = self._pick(self.server, {State.FIRST}, data)
         if id is not None:
             self.server.request_region(request(id, first=f"first {id}"))
             self._collect()
 
     @rule(data=st.data())
-    def end_well(self, data):
+    def answer_question(self, data):
         id = self._pick(self.server, set(State), data)
         if id is not None:
             self.server.answer(id, f"answer {id}", Stage.FIRST, Fallback.NONE, 0.0, Usage())
             self._collect()
 
     @rule(data=st.data())
-    def end_badly(self, data):
+    def fail_question(self, data):
         id = self._pick(self.server, set(State), data)
         if id is not None:
             self.server.error(id, ErrorCode.INTERNAL, f"error {id}")
@@ -509,8 +508,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.closing and len(self.asked) > 2)
     @rule()
-    def say_goodbye(self):
-        self.server.close(ErrorCode.SHUTTING_DOWN, "goodbye")
+    def close_server(self):
+        self.server.close(ErrorCode.SHUTTING_DOWN, "closed")
         self.closing = True
         self._collect()
 
@@ -534,14 +533,14 @@ class Interleavings(RuleBasedStateMachine):
         match event:
             case Error(id=0):
                 assert self.closing
-                # A message that crossed the goodbye on its way up gets no reply: the caller ends
-                # the question, as when a link is lost.
+                # A message that crossed the close on its way up gets no reply: the caller ends the
+                # question, as when a link is lost.
                 for id in self.edge.in_flight:
-                    self.ended[id] = "goodbye"
+                    self.ended[id] = "closed"
                 self.edge = EdgeSession()
             case Answer(id=id, text=text) | Error(id=id, text=text):
                 assert id not in self.ended
-                assert text in (f"answer {id}", f"error {id}", "goodbye")
+                assert text in (f"answer {id}", f"error {id}", "closed")
                 self.ended[id] = text
             case RegionWanted(id=id, request=wanted):
                 assert wanted.first == f"first {id}"
@@ -549,7 +548,7 @@ class Interleavings(RuleBasedStateMachine):
         self._collect()
 
     @invariant()
-    def nothing_is_in_two_places(self):
+    def every_question_is_either_in_flight_or_ended(self):
         assert set(self.ended).isdisjoint(self.edge.in_flight)
         assert set(self.asked) == set(self.ended) | set(self.edge.in_flight)
 
@@ -585,7 +584,7 @@ class OlderAnswer(msgspec.Struct, array_like=True, tag=19):
     usage: Usage
 
 
-def test_a_first_answer_that_no_region_would_better_is_told_to_new_and_old_edges():
+def test_no_detail_is_read_by_new_and_old_edges():
     edge, server = pair()
     edge.ask("why?", 1, SOURCE, b"view")
     carry(edge, server)
@@ -596,7 +595,7 @@ def test_a_first_answer_that_no_region_would_better_is_told_to_new_and_old_edges
     assert answer.why_first is Fallback.NO_DETAIL
     older = msgspec.msgpack.decode(frame, type=OlderAnswer)
     assert (older.text, older.fallback) == ("so", Fallback.NONE)
-    assert older.fallback in range(7), "numbers that were there before the new one"
+    assert older.fallback in range(7), "a number that older edges know"
 
 
 def test_all_other_answers_are_the_same_bytes_as_before():

@@ -1,4 +1,4 @@
-"""A JPEG is decoded only down to the end of a region."""
+"""A JPEG is decoded only down to the last row of a region."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("restart", [0, 1])
-def test_regions_are_those_of_the_whole(
+def test_regions_equal_those_of_a_complete_decoding(
     subsampling: str, restart: int, decoded: list[tuple[int, int]]
 ) -> None:
     data = saved(busy(), "JPEG", quality=85, subsampling=subsampling, restart_marker_rows=restart)
@@ -65,7 +65,9 @@ def test_regions_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_too(orientation: int, decoded: list[tuple[int, int]]) -> None:
+def test_regions_of_rotated_pictures_equal_those_of_a_complete_decoding(
+    orientation: int, decoded: list[tuple[int, int]]
+) -> None:
     data = turned(busy(), orientation, "JPEG", quality=85)
     reference = SourceImage.open(data)
     reference.region(Box(0, 0, *SIZE), SIZE)  # decodes all of it, and keeps it
@@ -77,7 +79,7 @@ def test_turned_pictures_too(orientation: int, decoded: list[tuple[int, int]]) -
     assert min(height / (600 if orientation < 5 else 420) for _, height in decoded) < 0.5
 
 
-def test_a_lower_region_is_decoded_anew_and_a_higher_one_is_there(
+def test_a_lower_region_is_decoded_again_and_a_higher_one_is_cached(
     decoded: list[tuple[int, int]],
 ) -> None:
     source = SourceImage.open(saved(busy(), "JPEG"))
@@ -94,7 +96,7 @@ def test_a_lower_region_is_decoded_anew_and_a_higher_one_is_there(
         decoded.clear()
 
 
-def test_hidden_areas_below_and_across(decoded: list[tuple[int, int]]) -> None:
+def test_hidden_areas_are_black_in_partly_decoded_pictures(decoded: list[tuple[int, int]]) -> None:
     source = SourceImage.open(saved(busy(), "JPEG"))
     hidden = source.hiding([Box(10, 80, 30, 400), Box(0, 500, 420, 600)])
     part = np.asarray(hidden.region(Box(0, 60, 50, 110), Size(50, 50)))
@@ -106,7 +108,9 @@ def test_hidden_areas_below_and_across(decoded: list[tuple[int, int]]) -> None:
     assert not np.asarray(again.region(Box(0, 520, 400, 560), Size(400, 40))).any()
 
 
-def test_other_kinds_are_decoded_as_a_whole(decoded: list[tuple[int, int]]) -> None:
+def test_progressive_jpegs_and_other_formats_are_decoded_completely(
+    decoded: list[tuple[int, int]],
+) -> None:
     progressive = saved(busy(), "JPEG", progressive=True)
     assert top_rows(progressive, 64) is None
     SourceImage.open(progressive).region(Box(0, 0, 20, 20), Size(20, 20))
@@ -115,7 +119,7 @@ def test_other_kinds_are_decoded_as_a_whole(decoded: list[tuple[int, int]]) -> N
     assert decoded[-1] == SIZE
 
 
-def test_the_pixels_name_is_that_of_all_of_them() -> None:
+def test_the_pixel_digest_covers_rows_not_decoded_before() -> None:
     data = saved(busy(), "JPEG")
     source = SourceImage.open(data)
     expected = source.pixel_digest()

@@ -36,8 +36,8 @@ def silence_libraries() -> None:
     Call it in a command line before other imports. `PYTHONWARNINGS`, `python -W` and the
     libraries' own variables take precedence.
     """
-    wanted = dict(_LOG_LEVELS) if sys.stderr.isatty() else {**_LOG_LEVELS, _NO_BARS: "1"}
-    for name, value in wanted.items():
+    variables = dict(_LOG_LEVELS) if sys.stderr.isatty() else {**_LOG_LEVELS, _NO_BARS: "1"}
+    for name, value in variables.items():
         if name not in os.environ:
             os.environ[name] = value
             _set_variables.append(name)

@@ -81,10 +81,10 @@ def additional_communication_cost(
         ValueError: no samples, lengths that differ, or impossible pixel counts.
     """
     if not local_pixels or len(local_pixels) != len(global_pixels):
-        raise ValueError(f"{len(local_pixels)} local views for {len(global_pixels)} global views")
+        raise ValueError(f"{len(local_pixels)} local views, but {len(global_pixels)} global views")
     if min(global_pixels) < 1 or min(local_pixels) < 0:
-        raise ValueError("a global view has at least one pixel, a local view none or more")
-    shares = (mine / theirs for mine, theirs in zip(local_pixels, global_pixels, strict=True))
+        raise ValueError("a global view must have pixels; a local view cannot have fewer than 0")
+    shares = (local / whole for local, whole in zip(local_pixels, global_pixels, strict=True))
     return sum(shares) / len(local_pixels)
 
 
@@ -116,9 +116,9 @@ def relative_cost(sent_bytes: Sequence[int], global_jpeg100_bytes: Sequence[int]
         ValueError: no samples, lengths that differ, or a reference without bytes.
     """
     if not sent_bytes or len(sent_bytes) != len(global_jpeg100_bytes):
-        raise ValueError(f"{len(sent_bytes)} samples for {len(global_jpeg100_bytes)} references")
+        raise ValueError(f"{len(sent_bytes)} samples, but {len(global_jpeg100_bytes)} references")
     if min(global_jpeg100_bytes) < 1 or min(sent_bytes) < 0:
-        raise ValueError("a reference has at least one byte, a sample none or more")
+        raise ValueError("a reference must have bytes, and a sample cannot have fewer than 0")
     return sum(sent_bytes) / sum(global_jpeg100_bytes)
 
 

@@ -164,8 +164,8 @@ def _check_k(k: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    """Base of policies without a threshold: they report the uncertainty, but do not decide by it.
+class _NoThreshold:
+    """Base of policies without a threshold: they report the uncertainty but do not decide by it.
 
     Attributes:
         metric, aggregate, k: as in `ThresholdPolicy`.
@@ -246,8 +246,8 @@ class ThresholdPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class AlwaysPolicy(_Measured):
-    """Retransmit every question: the upper curve of Song and Kim, Fig. 4, and plain ViCrop."""
+class AlwaysPolicy(_NoThreshold):
+    """Retransmit every question: full retransmission (Song and Kim, Fig. 4), as in ViCrop."""
 
     def decide(
         self, steps: Sequence[TokenStatistics], *, ended: bool, key: int | str = 0
@@ -256,7 +256,7 @@ class AlwaysPolicy(_Measured):
 
 
 @dataclass(frozen=True, slots=True)
-class NeverPolicy(_Measured):
+class NeverPolicy(_NoThreshold):
     """Answer every question from the global view alone."""
 
     def decide(
@@ -266,7 +266,7 @@ class NeverPolicy(_Measured):
 
 
 @dataclass(frozen=True, slots=True)
-class RandomPolicy(_Measured):
+class RandomPolicy(_NoThreshold):
     """Retransmit a random share of the questions: the baseline of Song and Kim, section VII-B.
 
     The draw depends only on `seed` and the question's key. So a run can be repeated or resumed in
@@ -314,8 +314,8 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
     `random`.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value is wrong; the line says which are
-            known.
+        ConfigError: a key is unknown or missing, or a value is wrong; the line lists the known
+            ones.
     """
     kind = config.get("kind", "threshold")
     if not isinstance(kind, str) or kind not in _KEYS:

@@ -112,8 +112,8 @@ def relative_maps(
     pictures, rest = divmod(len(question_row), cells)
     if rest or not pictures or len(generic_row) != len(question_row):
         raise ValueError(
-            f"rows of {len(question_row)} and {len(generic_row)} cells are not those of pictures "
-            f"of {cells}"
+            f"attention rows of {len(question_row)} and {len(generic_row)} cells do not fit "
+            f"pictures of {cells} cells each"
         )
     parts = [slice(i * cells, (i + 1) * cells) for i in range(pictures)]
     return tuple(
@@ -137,7 +137,8 @@ def find_region(
       to four neighbours) / its number of cells; a neighbour is the window shifted by one cell.
 
     The ratio of largest contrast wins, and its square has side 2·⌊s·r / 2⌋ pixels. If the window
-    of ratio 1 covers the grid, or that of every ratio does, the region is all that the view shows.
+    of ratio 1 covers the grid, or the windows of all ratios do, the region is all that the view
+    shows.
 
     On ties the first window in column order (x outer, y inner) and the first ratio win. Ties are
     exact: the map is rounded once to integers (on a grid of up to 64 × 64 its largest value gets
@@ -221,8 +222,8 @@ def centroid_region(relative: NDArray[Any], frame: Frame, side_px: int) -> Token
 
     The centre is the centroid of the peak cell (on ties the first in row-major order) and its up
     to eight neighbours, weighted by the map, with negative values as zero. It is rounded to half
-    cells, the resolution of a token box. If the attention lies between two cells, the sliding
-    window has to choose one of them; the centroid does not.
+    cells, the resolution of a token box. If the attention lies between two cells, the box can be
+    centred between them; a sliding window has to choose one of them.
 
     Args:
         relative: (R, C) relative attention; finite.

@@ -3,8 +3,8 @@
 - Requests: `parse_chat` (`chat_request`) and `parse_responses` (`responses_request`) read them;
   `conversation` has the result, a `Query`. `fields` reads JSON objects, `parameters` reads what
   both APIs share, `bounds` limits the size, `unsupported` says what is refused or ignored.
-- Requests about text alone: `text_only` has their schema; `hidden_pictures` finds pictures in
-  texts.
+- Requests about text alone: `text_only` has their schema; `hidden_pictures` finds pictures
+  hidden in texts.
 - Answers: `completion` and `ChatStream` (`chat_reply`), `ResponseBuilder` (`responses_reply`);
   `answer` has what both share. `TextStream` decides which part of a growing answer can be sent.
 - Errors: `ApiError` and the translation of this project's errors to it (`errors`).

@@ -19,7 +19,7 @@ class RegionReport(msgspec.Struct, frozen=True):
     """The region that the model requested.
 
     Attributes:
-        picture: number of the request's different picture, from 0.
+        picture: number of the picture, from 0; equal pictures of a request count once.
         box: left, top, right, bottom in px of the upright original.
     """
 
@@ -153,17 +153,17 @@ def model_object(name: str, created: int, context_tokens: int | None = None) -> 
     return model
 
 
-def check_model(wanted: str | None, names: Iterable[str]) -> None:
+def check_model(requested: str | None, names: Iterable[str]) -> None:
     """Refuse a model that is not served. A request without a name is accepted.
 
     Raises:
         ApiError: the model is unknown (404); the message lists the known names.
     """
     known = list(names)
-    if wanted and wanted not in known:
+    if requested and requested not in known:
         raise ApiError(
             404,
-            f"there is no model {wanted!r} here; there is {', '.join(known)}",
+            f"unknown model {requested!r}; available: {', '.join(known)}",
             "invalid_request_error",
             "model",
             "model_not_found",

@@ -63,7 +63,7 @@ def check_text_length(chars: int, param: str) -> None:
         ApiError: more than `MAX_TEXT_CHARS` (413).
     """
     if chars > MAX_TEXT_CHARS:
-        _too_large(param or None, f"more than {MAX_TEXT_CHARS} characters of text")
+        _too_large(param or None, f"the text has more than {MAX_TEXT_CHARS} characters")
 
 
 def _too_large(param: str | None, text: str) -> None:

@@ -19,7 +19,7 @@ from vlm_collab.openai.fields import Fields, decode_body
 from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import (
     check_detail,
-    leave_tools,
+    ignore_tools,
     read_extension,
     read_options,
 )
@@ -31,7 +31,7 @@ _ROLES = {
     "developer": Role.USER,
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
-    # Output of tools that another model called; this model gets it as the user's text.
+    # Output of tools that another model called; it is passed to this model as the user's text.
     "tool": Role.USER,
     "function": Role.USER,
 }
@@ -56,11 +56,14 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
         raise refuse(_MESSAGES, "messages must hold at least one message", "missing_parameter")
     extension = read_extension(fields)
     options = read_options(
-        fields, extension, longest=_longest(fields), tokens=fields.flag("logprobs")
+        fields,
+        extension,
+        max_new_tokens=_max_new_tokens(fields),
+        tokens=fields.flag("logprobs"),
     )
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
-    leave_tools(fields)
+    ignore_tools(fields)
     fields.end()
     conversation = Conversation.joined(
         _message(fields.inner(message, f"{_MESSAGES}[{i}]"), limits)
@@ -79,7 +82,7 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
     )
 
 
-def _longest(fields: Fields) -> int | None:
+def _max_new_tokens(fields: Fields) -> int | None:
     old, new = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
     if old is not None and new is not None and old != new:
         raise refuse("max_tokens", "max_tokens and max_completion_tokens contradict each other")
@@ -91,11 +94,11 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if value is None:
         return False
     options = fields.inner(value, "stream_options")
-    options.harmless("include_obfuscation")  # padding against eavesdroppers
+    options.skip("include_obfuscation")  # padding against eavesdroppers
     include_usage = options.flag("include_usage")
     options.end()
     if not stream:
-        raise refused("stream_options", "only with stream: true")
+        raise refused("stream_options", "allowed only with stream: true")
     return include_usage
 
 
@@ -105,14 +108,14 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     if role is None:
         where = message.path("role")
         raise refuse(where, f"{where} must be one of {', '.join(_ROLES)}")
-    called = bool(_left_out(message, "tool_calls")) | bool(_left_out(message, "function_call"))
+    calls = _dropped_call(message, "tool_calls"), _dropped_call(message, "function_call")
     # These are in answers that clients send back, and in output of tools.
-    message.harmless("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
-    message.harmless("tool_call_id")
+    message.skip("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
+    message.skip("tool_call_id")
     content = message.take("content")
     message.end()
     path = message.path("content")
-    if not content and (called or name in ("tool", "function")):
+    if not content and (any(calls) or name in ("tool", "function")):
         return Conversation()  # a call without an answer, or a tool without output
     if isinstance(content, str):
         return Conversation(((role, content),))
@@ -128,8 +131,8 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     return Conversation.message(role, parts)
 
 
-def _left_out(message: Fields, name: str) -> object:
-    """Read a tool call, which the model does not get; a picture in it is refused."""
+def _dropped_call(message: Fields, name: str) -> object:
+    """Read a tool call, which is not passed to the model; a picture in it is refused."""
     value = message.take(name)
     if value is not None:
         refuse_pictures_in(value, message.path(name))
@@ -142,14 +145,14 @@ def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSo
     match kind:
         case "text" | "refusal":
             text = part.required_text(kind)
-            part.harmless("cache_control")
+            part.skip("cache_control")
             part.end()
             return text
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
             # Some clients send the address without the object around it.
             image = part.inner({"url": value} if isinstance(value, str) else value, part.path(kind))
-            part.harmless("cache_control")
+            part.skip("cache_control")
             part.end()
             check_detail(image)
             url = image.text("url")
@@ -159,6 +162,6 @@ def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSo
             param = image.path("url")
             return read_picture(url, param, limits), param
         case "image_url":
-            raise refused(part.path("type"), "only the user shows pictures")
+            raise refused(part.path("type"), "pictures are allowed only in user messages")
         case _:
-            raise refused(part.path("type"), f"text and image_url, not {kind}")
+            raise refused(part.path("type"), f"must be text or image_url, not {kind}")

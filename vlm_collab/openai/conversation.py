@@ -46,7 +46,7 @@ PictureSource: TypeAlias = bytes | Url
 
 
 class Role(enum.Enum):
-    """Whose words a line of a conversation are; system and developer texts are the user's."""
+    """Author of a line of a conversation. System and developer texts count as the user's."""
 
     USER = "user"
     ASSISTANT = "assistant"
@@ -84,8 +84,8 @@ class Conversation:
         texts: list[str] = []
         found: dict[PictureSource, str] = {}
         numbers: dict[PictureSource, int] = {}
-        shown: list[Place] = []
-        end = 0  # of the texts so far, joined
+        places: list[Place] = []
+        end = 0  # length of the joined texts so far
         for part in parts:
             if isinstance(part, str):
                 end += len(part) + (len(gap) if texts else 0)
@@ -94,9 +94,9 @@ class Conversation:
             picture, param = part
             found.setdefault(picture, param)
             number = numbers.setdefault(picture, len(numbers))
-            shown.append(Place(0, end, number))
+            places.append(Place(0, end, number))
         lines = ((role, gap.join(texts)),) if texts else ()
-        return cls(lines, tuple(found), tuple(found.values()), tuple(shown))
+        return cls(lines, tuple(found), tuple(found.values()), tuple(places))
 
     @classmethod
     def joined(cls, parts: Iterable[Conversation]) -> Conversation:
@@ -104,16 +104,16 @@ class Conversation:
         lines: list[tuple[Role, str]] = []
         found: dict[PictureSource, str] = {}
         numbers: dict[PictureSource, int] = {}
-        shown: list[Place] = []
+        places: list[Place] = []
         for part in parts:
             for picture, param in zip(part.pictures, part.params, strict=True):
                 found.setdefault(picture, param)
                 numbers.setdefault(picture, len(numbers))
             for line, position, picture_number in part.picture_places:
                 number = numbers[part.pictures[picture_number]]
-                shown.append(Place(len(lines) + line, position, number))
+                places.append(Place(len(lines) + line, position, number))
             lines += part.lines
-        return cls(tuple(lines), tuple(found), tuple(found.values()), tuple(shown))
+        return cls(tuple(lines), tuple(found), tuple(found.values()), tuple(places))
 
     def with_answer(self, text: str) -> Conversation:
         """The conversation with an answer at its end."""
@@ -121,7 +121,7 @@ class Conversation:
         return Conversation(lines, self.pictures, self.params, self.picture_places)
 
     def with_fetched(self, contents: Mapping[Url, bytes]) -> Conversation:
-        """The conversation with pictures instead of addresses; equal pictures become one."""
+        """The conversation with each address replaced by its picture; equal pictures become one."""
         found: dict[PictureSource, str] = {}
         sources: list[PictureSource] = []
         for picture, param in zip(self.pictures, self.params, strict=True):
@@ -130,10 +130,10 @@ class Conversation:
             found.setdefault(picture, param)
             sources.append(picture)
         numbers = {picture: number for number, picture in enumerate(found)}
-        shown = tuple(
+        places = tuple(
             one._replace(picture=numbers[sources[one.picture]]) for one in self.picture_places
         )
-        return Conversation(self.lines, tuple(found), tuple(found.values()), shown)
+        return Conversation(self.lines, tuple(found), tuple(found.values()), places)
 
     def turns(self) -> tuple[tuple[tuple[str, str], ...], str, Places]:
         """Split the conversation into questions and answers.
@@ -149,13 +149,13 @@ class Conversation:
         questions: list[str] = []
         answers: list[str] = []
         places: list[Place] = []
-        shown = deque(self.picture_places)
+        left = deque(self.picture_places)
         size = 0  # characters of the joined question
         for line, (role, text) in enumerate(self.lines):
             if role is Role.ASSISTANT:
                 # Pictures without a text after them come at the end of the text before.
-                while shown and shown[0].turn <= line:
-                    places.append(Place(len(history), size, shown.popleft().picture))
+                while left and left[0].turn <= line:
+                    places.append(Place(len(history), size, left.popleft().picture))
                 answers.append(text)
                 continue
             if answers:
@@ -164,13 +164,13 @@ class Conversation:
             begin = size + len("\n") if questions else 0
             questions.append(text)
             size = begin + len(text)
-            while shown and shown[0].turn <= line:
-                _, position, picture = shown.popleft()
+            while left and left[0].turn <= line:
+                _, position, picture = left.popleft()
                 places.append(Place(len(history), begin + position, picture))
         if answers:
             history.append(("\n".join(questions), "\n".join(answers)))
             questions, size = [], 0
-        places += [Place(len(history), size, one.picture) for one in shown]
+        places += [Place(len(history), size, one.picture) for one in left]
         return tuple(history), "\n".join(questions), tuple(places)
 
 
@@ -222,7 +222,7 @@ def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
     scheme = url[:8].partition(":")[0].lower()
     if scheme in ("http", "https"):
         if len(url) > _MAX_URL_CHARS:
-            raise refuse(param, f"{param}: an address of more than {_MAX_URL_CHARS} characters")
+            raise refuse(param, f"{param}: the address has more than {_MAX_URL_CHARS} characters")
         return Url(url)
     if scheme != "data":
         raise refuse(param, f"{param} must be a data URL: data:image/jpeg;base64,…")
@@ -232,15 +232,15 @@ def read_picture(url: str, param: str, limits: WireLimits) -> PictureSource:
     if len(encoded) // 4 * 3 > limits.max_picture_bytes + 3:
         mib = limits.max_picture_bytes / 2**20
         raise refuse(
-            param, f"{param}: a picture of more than {mib:g} MiB", "image_too_large", status=413
+            param, f"{param}: the picture has more than {mib:g} MiB", "image_too_large", status=413
         )
     try:
         # MIME allows line breaks, and some clients send them.
         data = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise refuse(param, f"{param}: broken base64", "invalid_image") from None
+        raise refuse(param, f"{param}: the base64 data is broken", "invalid_image") from None
     if not data:
-        raise refuse(param, f"{param}: an empty picture", "invalid_image")
+        raise refuse(param, f"{param}: the picture is empty", "invalid_image")
     return data
 
 
@@ -256,7 +256,7 @@ def make_query(
     sources: Iterable[tuple[int, int]] = (),
     ignored: tuple[str, ...] = (),
 ) -> Query:
-    """Make a `Query` of a conversation, and check its pictures, places and turns.
+    """Make a `Query` from a conversation, and check its pictures, places and turns.
 
     Args:
         conversation: the whole conversation.
@@ -270,20 +270,21 @@ def make_query(
     if count > limits.max_pictures:
         raise refuse(
             conversation.params[limits.max_pictures],
-            f"{count} different pictures in a conversation, more than {limits.max_pictures}",
+            f"the conversation has {count} different pictures; at most {limits.max_pictures} are "
+            "allowed",
             "too_many_images",
         )
     if len(places) > MAX_PLACES:
-        text = f"pictures at {len(places)} places of a conversation, more than {MAX_PLACES}"
+        text = f"the pictures have {len(places)} places; at most {MAX_PLACES} are allowed"
         raise refuse(param, text, "too_many_images")
     if len(history) > MAX_TURNS:
-        raise refuse(param, f"a conversation of more than {MAX_TURNS} turns", "too_large")
-    if not all(asked.strip() for asked, _ in history):
-        why = "before each answer there must be a text of the user's"
+        raise refuse(param, f"the conversation has more than {MAX_TURNS} answers", "too_large")
+    if not all(earlier.strip() for earlier, _ in history):
+        why = "each answer must come after a text of the user"
         raise refuse(param, f"{param}: {why}", "invalid_question")
     if not question.strip():
         ends = conversation.lines and conversation.lines[-1][0] is Role.ASSISTANT
-        why = "the last message must be the user's" if ends else "there is no question"
+        why = "the last message must come from the user" if ends else "there is no question"
         raise refuse(param, f"{param}: {why}", "invalid_question")
     sizes = tuple(sources)
     if sizes and len(sizes) != count:
@@ -303,5 +304,5 @@ def make_query(
         include_usage=include_usage,
         sources=sizes,
         ignored=ignored,
-        places=needed_places(places, (*(asked for asked, _ in history), question)),
+        places=needed_places(places, (*(earlier for earlier, _ in history), question)),
     )

@@ -142,7 +142,7 @@ def api_error(error: CollabError, *, param: str | None = None) -> ApiError:
             return ApiError(504, text, "timeout_error", None, "deadline")
         case AuthenticationError():
             # The client's own key is right; the gateway's token for the server is not.
-            text = f"the server behind this gateway does not let it in: {text}"
+            text = f"the server behind this gateway refuses the gateway: {text}"
             return ApiError(502, text, "server_error", None, "upstream_authentication")
         case LinkError():
             return ApiError(503, text, "server_error", None, "no_server", retry_after_s=5.0)

@@ -1,4 +1,4 @@
-"""Read the JSON objects of a request field by field; unread fields are refused or ignored."""
+"""Read the JSON objects of a request field by field; fields left unread are refused or ignored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def decode_body(body: bytes, max_bytes: int) -> dict[str, Any]:
     # Without a bound, 64 MiB of empty lists would decode to gigabytes. Pictures have none of these
     # characters, texts some; `check_amount` has a narrower bound for the decoded values.
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_PARTS:
-        raise refuse(None, "the request has too many parts", "request_too_large", status=413)
+        raise refuse(None, "the request has too many JSON values", "request_too_large", status=413)
     try:
         value = msgspec.json.decode(body)
     # UnicodeDecodeError: a string that is not UTF-8. RecursionError: too many open brackets.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise refuse(None, f"the request is no JSON: {error}", "invalid_json") from None
+        raise refuse(None, f"the request is not valid JSON: {error}", "invalid_json") from None
     if not isinstance(value, dict):
         raise refuse(None, "the request must be a JSON object", "invalid_json")
     check_amount(value)
@@ -73,11 +73,11 @@ class Fields:
         return self._left.keys()
 
     def has(self, name: str) -> bool:
-        """Whether a field is there and not read yet."""
+        """Whether a field is present and not read yet."""
         return self._left.get(name) is not None
 
     def take(self, name: str, default: object = None) -> Any:
-        """A field of any type; the default where it is absent."""
+        """A field of any type; the default if it is absent."""
         value = self._left.pop(name, None)
         return default if value is None else value
 
@@ -89,7 +89,7 @@ class Fields:
         raise self._wrong(name, "a string")
 
     def required_text(self, name: str) -> str:
-        """A string that has to be there."""
+        """A required string."""
         value = self.text(name)
         if value is None:
             raise self.missing(name)
@@ -138,13 +138,13 @@ class Fields:
             raise refuse(path, f"{path} must be at least {low}, not {value}")
         return value
 
-    def harmless(self, *names: str) -> None:
+    def skip(self, *names: str) -> None:
         """Drop fields that do not change the answer and need not be listed as ignored."""
         for name in names:
             self.take(name)
 
-    def only(self, name: str, accepted: Collection[object], why: str) -> None:
-        """Refuse a field unless it asks for what happens anyway.
+    def accept_only(self, name: str, accepted: Collection[object], why: str) -> None:
+        """Refuse a field unless its value changes nothing.
 
         Args:
             accepted: the values that are accepted.
@@ -158,21 +158,21 @@ class Fields:
         """List unread fields as ignored, or refuse them: see `vlm_collab.openai.unsupported`."""
         for name, value in self._left.items():
             if value is not None:
-                self.ignored.judge(self.where, name, value)
+                self.ignored.refuse_or_list(self.where, name, value)
 
-    def closed(self) -> None:
-        """Refuse unread fields. For objects that this project defines, where they are mistakes."""
+    def refuse_unread(self) -> None:
+        """Refuse unread fields: for objects of this project, where they are mistakes."""
         for name, value in self._left.items():
             if value is not None:
                 path = self.path(name)
                 raise refuse(path, f"unknown parameter: {path}", "unknown_parameter")
 
     def missing(self, name: str) -> ApiError:
-        """The error for a field that has to be there."""
+        """The error for a required field that is absent."""
         return refuse(self.path(name), f"{self.path(name)} is missing", "missing_parameter")
 
-    def _wrong(self, name: str, wanted: str) -> ApiError:
-        return refuse(self.path(name), f"{self.path(name)} must be {wanted}", _TYPE)
+    def _wrong(self, name: str, expected: str) -> ApiError:
+        return refuse(self.path(name), f"{self.path(name)} must be {expected}", _TYPE)
 
 
 _TYPE = "invalid_type"

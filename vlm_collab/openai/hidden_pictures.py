@@ -1,7 +1,7 @@
 """Pictures hidden in texts: data URLs, base64 and other encoded data.
 
-Whatever a gateway hands on as text leaves the device past the view and past the policy, so its
-texts are searched for pictures first.
+A gateway forwards texts unchanged. A picture in a text would leave the device at full size and
+unchecked by the privacy policy, so texts are searched for pictures first.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _MOST_PATH_CHARS = 200
 
 
 def refuse_pictures_in(value: object, where: str = "") -> None:
-    """Refuse texts that hold pictures: data URLs of pictures, and what can only be encoded data.
+    """Refuse texts that hold pictures: data URLs of pictures, and runs of encoded data.
 
-    A run of 2000 letters, digits, `+`, `/`, `-` and `_` is no word of any language; a picture of
-    more than 1500 bytes is such a run in base64. Consecutive lines of one length of at least 60
+    No word of any language is a run of 2000 letters, digits, `+`, `/`, `-` and `_`; in base64, a
+    picture of more than 1500 bytes is such a run. Consecutive lines of one length of at least 60
     count as one run, with a last line that is no longer. Lists of digests and of paths look like
     base64 but are accepted, and so are certificates and keys in PEM format.
 
@@ -50,7 +50,7 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
         where: path of the value, for `param`.
 
     Raises:
-        ApiError: with the first 200 characters of the path of the first picture.
+        ApiError: names the path of the first picture, cut to 200 characters.
     """
     searched = 0
     keys: list[str | int] = []  # path of the container being searched
@@ -63,8 +63,8 @@ def refuse_pictures_in(value: object, where: str = "") -> None:
                 path = _path([*keys, key])
                 raise refuse(
                     path or None,
-                    f"{path or 'the request'}: a picture among the words, or other encoded data; "
-                    "send pictures as parts of their own",
+                    f"{path or 'the request'}: the text contains a picture or other encoded data; "
+                    "send each picture as an image part",
                     "picture_in_text",
                 )
             if isinstance(one, Mapping | list):

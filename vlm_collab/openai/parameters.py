@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields
-from vlm_collab.openai.unsupported import CALLS_NONE, refused
+from vlm_collab.openai.unsupported import NO_TOOL_CALLS, refused
 from vlm_collab.protocol.messages import Options, Retransmit
 
 _MAX_STOPS = 4
@@ -42,14 +42,14 @@ def read_extension(fields: Fields) -> Extension:
     value = fields.take(EXTENSION)
     if value is None:
         return Extension()
-    mine = Fields(value, EXTENSION)
-    name = mine.text("retransmit") or "auto"
-    eta = mine.number("eta", 0.0, 1e6)
-    sources = [_size(one, i) for i, one in enumerate(mine.items("sources"))]
-    mine.closed()
+    extension = Fields(value, EXTENSION)
+    name = extension.text("retransmit") or "auto"
+    eta = extension.number("eta", 0.0, 1e6)
+    sources = [_size(one, i) for i, one in enumerate(extension.items("sources"))]
+    extension.refuse_unread()
     known = {each.name.lower(): each for each in Retransmit}
     if name not in known:
-        path = mine.path("retransmit")
+        path = extension.path("retransmit")
         raise refuse(path, f"{path} must be one of {', '.join(known)}")
     return Extension(known[name], eta, tuple(sources))
 
@@ -63,12 +63,12 @@ def _size(value: Any, i: int) -> tuple[int, int]:
 
 
 def read_options(
-    fields: Fields, extension: Extension, *, longest: int | None, tokens: bool
+    fields: Fields, extension: Extension, *, max_new_tokens: int | None, tokens: bool
 ) -> Options:
     """Read the parameters of sampling and of the end of an answer.
 
     Args:
-        longest: most tokens of the answer; its name differs between the APIs.
+        max_new_tokens: most tokens of the answer; each API has its own name for it.
         tokens: whether logprobs were requested.
 
     Raises:
@@ -82,7 +82,7 @@ def read_options(
     return Options(
         retransmit=extension.retransmit,
         eta=extension.eta,
-        max_new_tokens=None if longest is None else min(longest, _MOST_TOKENS),
+        max_new_tokens=None if max_new_tokens is None else min(max_new_tokens, _MOST_TOKENS),
         stop=_stops(fields),
         temperature=temperature,
         top_p=top_p,
@@ -98,14 +98,14 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
         raise refuse(path, f"{path} must be a text or a list of texts", "invalid_type")
     if len(stops) > _MAX_STOPS:
-        raise refuse(path, f"{path}: {len(stops)} texts, more than {_MAX_STOPS}")
+        raise refuse(path, f"{path} must have at most {_MAX_STOPS} texts, not {len(stops)}")
     if not all(1 <= len(each) <= _MAX_STOP_CHARS for each in stops):
         raise refuse(path, f"{path}: each text must have 1 to {_MAX_STOP_CHARS} characters")
     return tuple(stops)
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]]:
-    """Read the tools. They are an offer that the model may decline, unless `tool_demanded`.
+    """Read the tools. The model may decline to call them, unless `call_required`.
 
     Raises:
         ApiError: not a list of objects.
@@ -118,8 +118,8 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
     return tools
 
 
-def tool_demanded(choice: object) -> bool:
-    """Whether a `tool_choice` or `function_call` demands a call, so that a text is no answer.
+def call_required(choice: object) -> bool:
+    """Whether a `tool_choice` or `function_call` requires a call instead of a text.
 
     `auto`, `none` and `allowed_tools` in the mode `auto` leave the choice to the model.
     """
@@ -129,29 +129,29 @@ def tool_demanded(choice: object) -> bool:
     return choice not in (None, "auto", "none")
 
 
-def leave_tools(fields: Fields) -> None:
+def ignore_tools(fields: Fields) -> None:
     """Ignore the tools that a chat offers, as `tools` or as `functions`.
 
     Raises:
-        ApiError: a call is demanded.
+        ApiError: a call is required.
     """
-    offers = {"tools": read_tools(fields), "functions": fields.items("functions")}
-    for name, offer in offers.items():
-        if offer:
+    offered = {"tools": read_tools(fields), "functions": fields.items("functions")}
+    for name, tools in offered.items():
+        if tools:
             fields.ignored.add(fields.path(name))
     for name in ("tool_choice", "function_call"):
-        if tool_demanded(fields.take(name)):
-            raise refused(fields.path(name), CALLS_NONE)
+        if call_required(fields.take(name)):
+            raise refused(fields.path(name), NO_TOOL_CALLS)
 
 
-_OFFER = ("tools", "tool_choice", "parallel_tool_calls")
+_TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def without_tools(chat: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A chat without its tools; None if it has none, or demands a call."""
-    if not any(name in chat for name in _OFFER) or tool_demanded(chat.get("tool_choice")):
+    """A chat without its tools; None if it has none, or requires a call."""
+    if not any(name in chat for name in _TOOL_FIELDS) or call_required(chat.get("tool_choice")):
         return None
-    return {name: value for name, value in chat.items() if name not in _OFFER}
+    return {name: value for name, value in chat.items() if name not in _TOOL_FIELDS}
 
 
 def check_detail(fields: Fields) -> None:

@@ -20,12 +20,12 @@ from vlm_collab.openai.conversation import (
 from vlm_collab.openai.errors import refuse
 from vlm_collab.openai.fields import Fields, decode_body
 from vlm_collab.openai.parameters import (
+    call_required,
     check_detail,
-    leave_tools,
+    ignore_tools,
     read_extension,
     read_options,
     read_tools,
-    tool_demanded,
 )
 from vlm_collab.openai.unsupported import refused
 from vlm_collab.protocol.messages import Options, Retransmit
@@ -35,8 +35,8 @@ REGION_TOOL = "request_region"
 
 _INPUT = "input"
 _LOGPROBS = "message.output_text.logprobs"
-_LEFT_OUT = ("reasoning", "file_search_call", "web_search_call")
-"""Items that other models output and clients send back; this model does not get them."""
+_DROPPED = ("reasoning", "file_search_call", "web_search_call")
+"""Items that other models output and clients send back; they are not passed to this model."""
 _ROLES = {
     "system": Role.USER,
     "developer": Role.USER,
@@ -116,7 +116,7 @@ class ResponsesRequest:
         return Conversation.joined(one for one in self.inputs if isinstance(one, Conversation))
 
     def resolve_references(self, answer_of: Callable[[str], str | None]) -> ResponsesRequest:
-        """The request with the answers that it refers to.
+        """The request with each reference replaced by the answer that it names.
 
         Args:
             answer_of: returns the text of a response by its id; None if it is not stored.
@@ -125,28 +125,28 @@ class ResponsesRequest:
             ApiError: an item is not stored (404).
         """
 
-        def of(one: InputItem) -> InputItem:
+        def resolved(one: InputItem) -> InputItem:
             if isinstance(one, Conversation):
                 return one
             text = answer_of(_response_of(one.id)) if one.id.startswith(_MESSAGE) else None
             if text is None:
                 raise refuse(
                     one.param,
-                    f"Item with id {one.id[:_MOST_ID_CHARS]!r} not found: it is unknown here, or "
-                    "no longer kept; send what it said instead",
+                    f"Item with id {one.id[:_MOST_ID_CHARS]!r} not found: it is unknown or no "
+                    "longer stored; send its text instead",
                     "item_not_found",
                     status=404,
                 )
             return Conversation(((Role.ASSISTANT, text),))
 
-        return replace(self, inputs=tuple(map(of, self.inputs)))
+        return replace(self, inputs=tuple(map(resolved, self.inputs)))
 
     def conversation_after(self, before: Conversation | None = None) -> Conversation:
-        """The whole conversation: the one before, then that of this request."""
+        """The earlier conversation, followed by that of this request."""
         return Conversation.joined([before or Conversation(), self.conversation])
 
     def query(self, before: Conversation | None = None) -> Query:
-        """The question of this request, after the conversation before it.
+        """The question of this request, with the earlier conversation as its history.
 
         Raises:
             ApiError: see `make_query`.
@@ -210,7 +210,7 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
     options = read_options(
         fields,
         extension,
-        longest=fields.integer("max_output_tokens", 1),
+        max_new_tokens=fields.integer("max_output_tokens", 1),
         tokens=_logprobs(fields),
     )
     choice = _tool_choice(fields, region_tool)
@@ -220,7 +220,7 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
     if store not in (None, True, False):
         raise refuse("store", "store must be true or false", "invalid_type")
     stream = fields.flag("stream")
-    _read_forms(fields)
+    _read_text_options(fields)
     fields.end()
     items = _read_input(input_value, fields, limits)
     inputs, outputs, continued = items.result()
@@ -252,15 +252,15 @@ def _region_tool(fields: Fields) -> bool:
 def _tool_choice(fields: Fields, region_tool: bool) -> Retransmit:
     """Translate `tool_choice` for the region tool to `Options.retransmit`."""
     if not region_tool:
-        leave_tools(fields)
+        ignore_tools(fields)
         return Retransmit.AUTO
     choice = fields.take("tool_choice")
     if choice == "none":
         return Retransmit.NEVER
     if choice == "required" or (isinstance(choice, dict) and choice.get("name") == REGION_TOOL):
         return Retransmit.ALWAYS
-    if tool_demanded(choice):
-        raise refused("tool_choice", f"auto, none, required or the function {REGION_TOOL}")
+    if call_required(choice):
+        raise refused("tool_choice", f"must be auto, none, required or the function {REGION_TOOL}")
     return Retransmit.AUTO
 
 
@@ -269,20 +269,20 @@ def _logprobs(fields: Fields) -> bool:
     for i, each in enumerate(wanted):
         if not isinstance(each, str):
             raise refuse(f"include[{i}]", f"include[{i}] must be a text", "invalid_type")
-    # All other values ask for calls and reasoning, and there are none here.
+    # All other values concern tool calls and reasoning, which this model does not have.
     return _LOGPROBS in wanted
 
 
-def _read_forms(fields: Fields) -> None:
+def _read_text_options(fields: Fields) -> None:
     text = fields.take("text")
     if text is not None:
         form = fields.inner(text, "text")
-        form.only("format", [{"type": "text"}], "answers are plain text")
+        form.accept_only("format", [{"type": "text"}], "answers are plain text")
         form.end()
     options = fields.take("stream_options")
     if options is not None:
         stream_options = fields.inner(options, "stream_options")
-        stream_options.harmless("include_obfuscation")  # padding against eavesdroppers
+        stream_options.skip("include_obfuscation")  # padding against eavesdroppers
         stream_options.end()
 
 
@@ -306,7 +306,7 @@ class _Items:
     def add_call(self, item: Fields) -> None:
         """Add a call. The ids of other tools' calls identify their outputs."""
         name, call = item.text("name"), item.text("call_id") or ""
-        item.harmless("id", "status", "arguments", "input", "namespace", "parsed_arguments")
+        item.skip("id", "status", "arguments", "input", "namespace", "parsed_arguments")
         item.end()
         if name == REGION_TOOL:
             self._regions.add(call)
@@ -315,18 +315,18 @@ class _Items:
             self._others.add(call)
 
     def add_reference(self, reference: ItemReference) -> None:
-        """Add a reference; a reference to a call is to one of the region tool."""
+        """Add a reference to an answer or to a call of the region tool."""
         if reference.id.startswith(_CALL):
             self._open = True
         else:
             self.add_message(reference)
 
     def add_output(self, item: Fields, limits: WireLimits) -> None:
-        """Add an output. The model gets the output of other tools as the user's text."""
+        """Add an output. The output of other tools is passed to the model as the user's text."""
         call = item.text("call_id")
         if not call:
             raise item.missing("call_id")
-        item.harmless("id", "status", "name")
+        item.skip("id", "status", "name")
         output = item.take("output")
         item.end()
         if call in self._others:
@@ -371,10 +371,10 @@ def _read_input(value: object, fields: Fields, limits: WireLimits) -> _Items:
                 items.add_call(item)
             case "item_reference":
                 items.add_reference(_reference(item))
-            case _ if kind in _LEFT_OUT:
+            case _ if kind in _DROPPED:
                 pass
             case _:
-                raise refused(item.path("type"), f"message, not {kind}")
+                raise refused(item.path("type"), f"items of type {kind} are not supported")
     return items
 
 
@@ -391,7 +391,7 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
     role = _ROLES.get(name or "")
     if role is None:
         raise refuse(item.path("role"), f"{item.path('role')} must be one of {', '.join(_ROLES)}")
-    item.harmless("id", "status", "phase")  # in answers sent back
+    item.skip("id", "status", "phase")  # in answers sent back
     content = item.take("content")
     item.end()
     return _content(item, content, "content", role, limits)
@@ -408,7 +408,7 @@ def _content(
         raise refuse(path, f"{path} must be a text or a list of parts", "invalid_type")
     message = Conversation.message(role, _parts(item, content, path, limits))
     if message.pictures and role is not Role.USER:
-        raise refused(message.params[0], "only the user shows pictures")
+        raise refused(message.params[0], "pictures are allowed only in user messages")
     return message
 
 
@@ -422,17 +422,17 @@ def _parts(
         match part.text("type"):
             case "input_text" | "output_text":
                 parts.append(part.required_text("text"))
-                part.harmless("annotations", "logprobs")
+                part.skip("annotations", "logprobs")
             case "refusal":
                 parts.append(part.text("refusal") or "")
             case "input_image":
-                part.only("file_id", [], "no files are stored; send a data URL")
+                part.accept_only("file_id", [], "stored files are not supported; send a data URL")
                 check_detail(part)
                 param = part.path("image_url")
                 url = part.required_text("image_url")
                 parts.append((read_picture(url, param, limits), param))
             case kind:
-                raise refused(part.path("type"), f"input_text and input_image, not {kind}")
+                raise refused(part.path("type"), f"must be input_text or input_image, not {kind}")
         part.end()
     return parts
 
@@ -447,7 +447,7 @@ def _output(item: Fields, output: object, call: str, limits: WireLimits) -> Call
     text = "\n".join(part for part in parts if isinstance(part, str))
     pictures = dict(part for part in parts if not isinstance(part, str))
     if len(pictures) > 1:
-        raise refuse(path, f"{path}: one region was asked for, not {len(pictures)}")
+        raise refuse(path, f"{path} must have one picture, the region, not {len(pictures)}")
     for picture, param in pictures.items():
         return CallOutput(call, picture, text, param)
     return CallOutput(call, None, text, path)

@@ -1,7 +1,7 @@
-"""The schema of chats about text alone, which a gateway hands on as they are.
+"""The schema of chats about text alone, which a gateway forwards unchanged.
 
-Whatever is handed on leaves the device past the view and past the policy. So the schema is
-closed: a field that is not named here, or is of another type, could hold a picture.
+A picture in such a chat would leave the device at full size and unchecked by the privacy policy.
+So the schema is closed: a field that is not named here, or is of another type, could hold one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OTHERS = [
     "vlm_collab",
 ]
 CHAT_FIELDS = frozenset((*_TEXTS, *_FLAGS, *_NUMBERS, *_OTHERS))
-"""Fields of a chat that may be handed on: OpenAI's, with what vLLM adds and clients offer."""
+"""Fields of a chat that may be forwarded: OpenAI's, and those that vLLM and clients add."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _LARGEST = sys.float_info.max
@@ -61,8 +61,8 @@ _LARGEST = sys.float_info.max
 def chat_is_text(body: Mapping[str, Any]) -> bool:
     """Whether a chat has the form of one about text alone.
 
-    It may ask for more than `parse_chat` accepts. For a chat of any other form, `parse_chat` says
-    what is wrong before it goes anywhere. `refuse_pictures_in` searches the texts for pictures.
+    It may have fields that `parse_chat` refuses. A chat of any other form is not forwarded:
+    `parse_chat` says what is wrong. `refuse_pictures_in` searches the texts for pictures.
     """
     try:
         _check_chat({name: value for name, value in body.items() if value is not None})
@@ -81,22 +81,22 @@ def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
 
 
 def without_ignored(body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Drop the fields of a chat that have no effect and may not be handed on.
+    """Drop the fields of a chat that have no effect and may not be forwarded.
 
     Returns:
-        The other fields, for `chat_is_text` to judge, and the names of the dropped ones.
+        The other fields, to be checked by `chat_is_text`, and the names of the dropped ones.
 
     Raises:
-        ApiError: see `Ignored.judge`.
+        ApiError: see `Ignored.refuse_or_list`.
     """
     ignored = Ignored()
     for name, value in body.items():
         if name not in CHAT_FIELDS and value is not None:
-            ignored.judge("", name, value)
+            ignored.refuse_or_list("", name, value)
     return {name: one for name, one in body.items() if name in CHAT_FIELDS}, ignored.names
 
 
-def _closed(
+def _read_object(
     value: object,
     *,
     needed: Collection[str] = (),
@@ -105,7 +105,9 @@ def _closed(
     numbers: Collection[str] = (),
     others: Collection[str] = (),
 ) -> Fields:
-    """Read an object that has these fields and no more, not even as a null; `others` are left.
+    """Read an object that has only these fields; any other field is refused, even if it is null.
+
+    Fields in `others` may be present and are not read.
 
     Raises:
         ApiError: it has another form.
@@ -128,7 +130,7 @@ def _require(fits: bool) -> None:
 
 
 def _check_chat(body: dict[str, Any]) -> None:
-    chat = _closed(
+    chat = _read_object(
         body, needed=["messages"], texts=_TEXTS, flags=_FLAGS, numbers=_NUMBERS, others=_OTHERS
     )
     for message in chat.items("messages"):
@@ -140,8 +142,8 @@ def _check_chat(body: dict[str, Any]) -> None:
     if not isinstance(stop, str):
         _check_texts(stop)
     if not isinstance(choice, str):
-        _closed(_function_in(choice), needed=["name"], texts=["name"])
-    form = _closed(
+        _read_object(_function_in(choice), needed=["name"], texts=["name"])
+    form = _read_object(
         chat.take("response_format", {"type": ""}),
         needed=["type"],
         texts=["type"],
@@ -150,16 +152,16 @@ def _check_chat(body: dict[str, Any]) -> None:
     _check_schema(form.take("json_schema", {"name": ""}), "schema")
     metadata = chat.take("metadata", {})
     names = Fields(metadata).names
-    _closed(metadata, needed=names, texts=names)
+    _read_object(metadata, needed=names, texts=names)
     biases = chat.take("logit_bias", {})
     names = Fields(biases).names
-    _closed(biases, needed=names, numbers=names)
-    _closed(chat.take("stream_options", {}), flags=["include_usage", "include_obfuscation"])
-    _closed(chat.take("vlm_collab", {}), texts=["retransmit"], numbers=["eta"])
+    _read_object(biases, needed=names, numbers=names)
+    _read_object(chat.take("stream_options", {}), flags=["include_usage", "include_obfuscation"])
+    _read_object(chat.take("vlm_collab", {}), texts=["retransmit"], numbers=["eta"])
 
 
 def _check_message(value: object) -> None:
-    message = _closed(
+    message = _read_object(
         value,
         needed=["role"],
         texts=["name", "refusal", "reasoning", "reasoning_content", "tool_call_id"],
@@ -174,7 +176,7 @@ def _check_message(value: object) -> None:
             _check_part(part)
     for call in message.items("tool_calls"):
         _check_call(call)
-    _check_called(message.take("function_call", {"name": "", "arguments": ""}))
+    _check_function_call(message.take("function_call", {"name": "", "arguments": ""}))
     _require(not message.items("annotations"))
     _require(not (message.has("audio") or message.has("parsed")))
 
@@ -184,39 +186,39 @@ def _check_part(value: object) -> None:
         return
     kind = Fields(value).text("type")
     if kind == "refusal":
-        _closed(value, needed=["refusal"], texts=["type", "refusal"])
+        _read_object(value, needed=["refusal"], texts=["type", "refusal"])
         return
     _require(kind == "text")
-    part = _closed(value, needed=["text"], texts=["type", "text"], others=["cache_control"])
+    part = _read_object(value, needed=["text"], texts=["type", "text"], others=["cache_control"])
     cache_control = part.take("cache_control", {"type": ""})
-    _closed(cache_control, needed=["type"], texts=["type", "ttl"])
+    _read_object(cache_control, needed=["type"], texts=["type", "ttl"])
 
 
 def _check_call(value: object) -> None:
-    call = _closed(
+    call = _read_object(
         value, needed=["id", "function"], texts=["id"], others=["type", "function", "index"]
     )
     _require(call.take("type") == "function")
     # Some clients send back what was streamed to them, with its index.
     _require(type(call.take("index", 0)) is int)
-    _check_called(call.take("function"))
+    _check_function_call(call.take("function"))
 
 
-def _check_called(value: object) -> None:
+def _check_function_call(value: object) -> None:
     names = ["name", "arguments"]
-    called = _closed(value, needed=names, texts=names, others=["parsed_arguments"])
+    called = _read_object(value, needed=names, texts=names, others=["parsed_arguments"])
     _require(not called.has("parsed_arguments"))
 
 
 def _function_in(value: object) -> object:
-    tool = _closed(value, others=["type", "function"])
+    tool = _read_object(value, others=["type", "function"])
     _require(tool.take("type") == "function")
     return tool.take("function")
 
 
 def _check_schema(value: object, schema: str) -> None:
     """A function or a format, with a JSON schema in the field of that name."""
-    named = _closed(
+    named = _read_object(
         value, needed=["name"], texts=["name", "description"], flags=["strict"], others=[schema]
     )
     _require(isinstance(named.take(schema), dict | None))

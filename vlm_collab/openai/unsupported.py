@@ -1,7 +1,7 @@
 """Parameters that are not supported: which are refused, and which are ignored and listed.
 
 An unknown field has no effect and is ignored. A response header lists it (`IGNORED_HEADER`), so
-that nothing is ignored silently. A field is refused if the answer without it would mislead the
+that nothing is ignored silently. A field is refused if an answer that ignores it would mislead the
 client: another format, another number of answers, other words, or an answer about something that
 the model did not see. `REFUSED` names these fields, with the values that have no effect and are
 accepted. A field that holds a picture is refused whatever its name.
@@ -34,87 +34,89 @@ class _Rule(NamedTuple):
     neutral: Collection[object] = ()
 
 
-_BIASED = "tokens are taken as the model has them"
-_PLAIN = "answers are plain text"
-_BEGUN = "an answer begins anew"
-_ENDED = "answers end where the model or a stop text ends them"
-_PROMPTED = "the prompt is the served model's own"
-_TOLD = "what the model is told goes into the messages or the input"
-CALLS_NONE = "the model calls no tools; leave the choice to it"
-"""Why a demanded tool call is refused."""
-_SHOWN = "send pictures as parts of what the user says; other files cannot be read"
+_ONE_ANSWER = "only one answer per question is supported"
+_NO_PENALTIES = "penalties are not supported"
+_FIXED_CHOICE = "the choice of tokens cannot be changed in this way"
+_PLAIN_TEXT = "answers are plain text"
+_NO_PREFIX = "an answer cannot continue a given text"
+_FIXED_END = "an answer ends only where the model or a stop text ends it"
+_FIXED_PROMPT = "the prompt template belongs to the model and cannot be changed"
+_IN_MESSAGES = "put all texts for the model into the messages (chat) or the input (responses)"
+NO_TOOL_CALLS = "the model does not call this tool; use auto or none"
+"""Why a required tool call is refused."""
+_NO_FILES = "send pictures as parts of a user message; other files are not supported"
 
 REFUSED: Mapping[str, _Rule] = {
     # Number of answers.
-    "n": _Rule("one answer to a question", [1]),
-    "best_of": _Rule("one answer to a question", [1]),
-    "top_logprobs": _Rule("only the token that was chosen is told", [0]),
+    "n": _Rule(_ONE_ANSWER, [1]),
+    "best_of": _Rule(_ONE_ANSWER, [1]),
+    "top_logprobs": _Rule("only the chosen token's log probability is returned", [0]),
     # Choice of tokens.
-    "presence_penalty": _Rule("penalties are not supported", [0]),
-    "frequency_penalty": _Rule("penalties are not supported", [0]),
-    "repetition_penalty": _Rule("penalties are not supported", [1]),
-    "repeat_penalty": _Rule("penalties are not supported", [1]),
-    "logit_bias": _Rule("biases are not supported", [{}, []]),
-    "bad_words": _Rule(_BIASED, [[]]),
-    "allowed_token_ids": _Rule(_BIASED, [[]]),
-    "logits_processors": _Rule(_BIASED, [[]]),
-    "no_repeat_ngram_size": _Rule(_BIASED, [0]),
-    "dry_multiplier": _Rule("penalties are not supported", [0]),
-    "use_beam_search": _Rule(_BIASED, [False]),
-    "num_beams": _Rule(_BIASED, [1]),
+    "presence_penalty": _Rule(_NO_PENALTIES, [0]),
+    "frequency_penalty": _Rule(_NO_PENALTIES, [0]),
+    "repetition_penalty": _Rule(_NO_PENALTIES, [1]),
+    "repeat_penalty": _Rule(_NO_PENALTIES, [1]),
+    "logit_bias": _Rule("token biases are not supported", [{}, []]),
+    "bad_words": _Rule(_FIXED_CHOICE, [[]]),
+    "allowed_token_ids": _Rule(_FIXED_CHOICE, [[]]),
+    "logits_processors": _Rule(_FIXED_CHOICE, [[]]),
+    "no_repeat_ngram_size": _Rule(_FIXED_CHOICE, [0]),
+    "dry_multiplier": _Rule(_NO_PENALTIES, [0]),
+    "use_beam_search": _Rule(_FIXED_CHOICE, [False]),
+    "num_beams": _Rule(_FIXED_CHOICE, [1]),
     # Format of the answer.
-    "response_format": _Rule(_PLAIN, [{"type": "text"}]),
-    "format": _Rule(_PLAIN, [{"type": "text"}, ""]),
-    "json_schema": _Rule(_PLAIN, [{}]),
-    "grammar": _Rule(_PLAIN, [""]),
-    "structured_outputs": _Rule(_PLAIN, [{}]),
-    "guided_json": _Rule(_PLAIN),
-    "guided_regex": _Rule(_PLAIN),
-    "guided_choice": _Rule(_PLAIN),
-    "guided_grammar": _Rule(_PLAIN),
-    "regex": _Rule(_PLAIN, [""]),
-    "ebnf": _Rule(_PLAIN, [""]),
-    "modalities": _Rule("answers are text", [["text"]]),
+    "response_format": _Rule(_PLAIN_TEXT, [{"type": "text"}]),
+    "format": _Rule(_PLAIN_TEXT, [{"type": "text"}, ""]),
+    "json_schema": _Rule(_PLAIN_TEXT, [{}]),
+    "grammar": _Rule(_PLAIN_TEXT, [""]),
+    "structured_outputs": _Rule(_PLAIN_TEXT, [{}]),
+    "guided_json": _Rule(_PLAIN_TEXT),
+    "guided_regex": _Rule(_PLAIN_TEXT),
+    "guided_choice": _Rule(_PLAIN_TEXT),
+    "guided_grammar": _Rule(_PLAIN_TEXT),
+    "regex": _Rule(_PLAIN_TEXT, [""]),
+    "ebnf": _Rule(_PLAIN_TEXT, [""]),
+    "modalities": _Rule(_PLAIN_TEXT, [["text"]]),
     # Where the answer begins and ends.
-    "continue_final_message": _Rule(_BEGUN, [False]),
-    "suffix": _Rule(_BEGUN, [""]),
-    "echo": _Rule(_BEGUN, [False]),
-    "ignore_eos": _Rule(_ENDED, [False]),
-    "min_tokens": _Rule(_ENDED, [0]),
-    "stop_token_ids": _Rule(_ENDED, [[]]),
+    "continue_final_message": _Rule(_NO_PREFIX, [False]),
+    "suffix": _Rule("text after the answer is not supported", [""]),
+    "echo": _Rule("an answer does not repeat the prompt", [False]),
+    "ignore_eos": _Rule(_FIXED_END, [False]),
+    "min_tokens": _Rule(_FIXED_END, [0]),
+    "stop_token_ids": _Rule(_FIXED_END, [[]]),
     # The prompt, searches, and background work.
-    "messages": _Rule(_TOLD),
-    "input": _Rule(_TOLD),
-    "instructions": _Rule(_TOLD),
-    "system": _Rule(_TOLD),
-    "prompt": _Rule(_TOLD),
-    "chat_template": _Rule(_PROMPTED),
-    "template": _Rule(_PROMPTED, [""]),
-    "truncate_prompt_tokens": _Rule(_PROMPTED),
-    "conversation": _Rule("use previous_response_id"),
-    "web_search_options": _Rule("nothing is searched"),
-    "plugins": _Rule("there are none", [[]]),
-    "background": _Rule("nothing runs in the background", [False]),
+    "messages": _Rule(_IN_MESSAGES),
+    "input": _Rule(_IN_MESSAGES),
+    "instructions": _Rule(_IN_MESSAGES),
+    "system": _Rule(_IN_MESSAGES),
+    "prompt": _Rule(_IN_MESSAGES),
+    "chat_template": _Rule(_FIXED_PROMPT),
+    "template": _Rule(_FIXED_PROMPT, [""]),
+    "truncate_prompt_tokens": _Rule("prompts are not truncated"),
+    "conversation": _Rule("not supported; use previous_response_id"),
+    "web_search_options": _Rule("web search is not supported"),
+    "plugins": _Rule("plugins are not supported", [[]]),
+    "background": _Rule("background responses are not supported", [False]),
     # The older form of `tool_choice`; only `parse_chat` reads it.
-    "function_call": _Rule(CALLS_NONE, ["auto", "none"]),
+    "function_call": _Rule(NO_TOOL_CALLS, ["auto", "none"]),
 }
-"""Fields of a request that are refused: the answer without them would mislead the client."""
+"""Fields of a request that are refused: an answer that ignores them would mislead the client."""
 
 _REFUSED_ANYWHERE: Mapping[str, _Rule] = {
-    "audio": _Rule("neither heard nor spoken"),
-    "prefix": _Rule(_BEGUN, [False, ""]),
-    "attachment": _Rule(_SHOWN),
-    "attachments": _Rule(_SHOWN, [[]]),
-    "document": _Rule(_SHOWN),
-    "documents": _Rule(_SHOWN, [[]]),
-    "file": _Rule(_SHOWN),
-    "files": _Rule(_SHOWN, [[]]),
-    "file_id": _Rule(_SHOWN),
-    "file_ids": _Rule(_SHOWN, [[]]),
-    "image": _Rule(_SHOWN),
-    "images": _Rule(_SHOWN, [[]]),
-    "video": _Rule(_SHOWN),
-    "videos": _Rule(_SHOWN, [[]]),
+    "audio": _Rule("audio is not supported"),
+    "prefix": _Rule(_NO_PREFIX, [False, ""]),
+    "attachment": _Rule(_NO_FILES),
+    "attachments": _Rule(_NO_FILES, [[]]),
+    "document": _Rule(_NO_FILES),
+    "documents": _Rule(_NO_FILES, [[]]),
+    "file": _Rule(_NO_FILES),
+    "files": _Rule(_NO_FILES, [[]]),
+    "file_id": _Rule(_NO_FILES),
+    "file_ids": _Rule(_NO_FILES, [[]]),
+    "image": _Rule(_NO_FILES),
+    "images": _Rule(_NO_FILES, [[]]),
+    "video": _Rule(_NO_FILES),
+    "videos": _Rule(_NO_FILES, [[]]),
 }
 """Fields that are refused in messages and their parts, too."""
 
@@ -127,7 +129,7 @@ _NEUTRAL: Mapping[str, Collection[object]] = {
     "verbosity": ["medium"],
     "truncation": ["disabled"],
 }
-"""Values that ask for what happens anyway, so they are not listed as ignored."""
+"""Values that change nothing, so they are not listed as ignored."""
 
 _MOST_NAMES = 32
 _MOST_NAME_CHARS = 64
@@ -146,7 +148,7 @@ class Ignored:
         """Paths without indices, each once: at most 32, of at most 64 characters each."""
         return tuple(self._paths)
 
-    def judge(self, where: str, name: str, value: object) -> None:
+    def refuse_or_list(self, where: str, name: str, value: object) -> None:
         """Refuse a field that no parser reads, or list it as ignored.
 
         Args:

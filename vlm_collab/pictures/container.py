@@ -81,7 +81,8 @@ def check_frames(frames: int, max_frames: int) -> None:
     """
     if frames > max_frames:
         raise ImageTooLargeError(
-            f"an animation of {frames} frames, at most {max_frames} allowed; save one as a still"
+            f"an animation of {frames} frames, at most {max_frames} allowed; "
+            "save one frame as a picture"
         )
 
 
@@ -121,4 +122,5 @@ def bounded(parts: Iterator[Part], codec: Codec, max_parts: int) -> Iterator[Par
 
 
 def broken(codec: Codec, detail: str) -> ImageError:
+    """The error for a broken picture; `detail` says what is wrong."""
     return ImageError(f"a broken {codec.name} picture: {detail}")

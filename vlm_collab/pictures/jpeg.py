@@ -62,9 +62,8 @@ def top_rows(data: bytes, rows: int) -> bytes | None:
                     return None
                 frame = part.body
             elif part.kind == _SOS and frame is not None:
-                if (
-                    data[part.body] != data[frame + 5]
-                ):  # number of colours in the scan and in the frame
+                # The number of colours in the scan and in the frame.
+                if data[part.body] != data[frame + 5]:
                     return None
                 return data[: frame + 1] + rows.to_bytes(2, "big") + data[frame + 3 :]
     except (ImageError, struct.error, IndexError):
@@ -73,6 +72,7 @@ def top_rows(data: bytes, rows: int) -> bytes | None:
 
 
 def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
+    """See `headers.stored_header`."""
     size: tuple[int, int] | None = None
     orientation = None
     for part in bounded(_parts(data), Codec.JPEG, max_parts):
@@ -86,7 +86,7 @@ def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
                 raise broken(Codec.JPEG, "its header is damaged")
             if bits != 8 or colours not in (1, 3, 4) or part.kind not in _DECODABLE:
                 raise UnsupportedImageError(
-                    "a JPEG picture of a rare kind; save it as one with 8 bits a colour, or as PNG"
+                    "an unsupported kind of JPEG; save it with 8 bits per colour, or as PNG"
                 )
         elif part.kind == _APP1 and orientation is None and data.startswith(EXIF_PREFIX, part.body):
             orientation = orientation_in(data[part.body : part.end])
@@ -96,12 +96,13 @@ def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
 
 
 def pixels(data: bytes, max_parts: int) -> bytes:
+    """See `headers.pixels_only`."""
     whole = memoryview(data)  # originals are large: each byte is copied once
     kept = [whole[:2]]
     for part in bounded(_parts(data), Codec.JPEG, max_parts):
         if part.kind == _SOS:
             kept.append(whole[part.begin : _jpeg_end(data, part.begin)])
-        elif part.kind not in _SPARE or _says_what_colours_mean(data, part):
+        elif part.kind not in _SPARE or _defines_colours(data, part):
             kept.append(whole[part.begin : part.after])
     return b"".join(kept)
 
@@ -128,12 +129,13 @@ def _jpeg_end(data: bytes, place: int) -> int:
     raise ImageTooLargeError(f"a JPEG picture of more than {MAX_SCANS} scans")
 
 
-def _says_what_colours_mean(data: bytes, part: Part) -> bool:
+def _defines_colours(data: bytes, part: Part) -> bool:
     begins, length = _NEEDED.get(part.kind, (b"", 0))
     return bool(begins) and data.startswith(begins, part.body) and part.end - part.body >= length
 
 
 def profile(data: bytes, max_parts: int) -> bytes | None:
+    """See `headers.profile_in`."""
     found: dict[int, bytes] = {}
     count = 0
     for part in bounded(_parts(data), Codec.JPEG, max_parts):

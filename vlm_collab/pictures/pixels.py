@@ -112,6 +112,7 @@ def describe(data: bytes) -> str:
 
 
 def codec_names(codecs: Iterable[Codec]) -> str:
+    """Names of codecs for a message."""
     return ", ".join(codec.name for codec in sorted(codecs)) or "none"
 
 
@@ -196,8 +197,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Size of a stored picture after its EXIF orientation is applied."""
     return (size[1], size[0]) if orientation >= 5 else (size[0], size[1])
 
 
 def transposed(image: Image.Image, orientation: int) -> Image.Image:
+    """A stored picture, turned upright by its EXIF orientation."""
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

@@ -23,6 +23,7 @@ _NEEDED = {b"IHDR", b"PLTE", b"tRNS"}
 
 
 def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
+    """See `headers.stored_header`."""
     length, kind, width, height = struct.unpack_from(">I4sII", data, len(SIGNATURE))
     whole = zlib.crc32(data[12:29]) == int.from_bytes(data[29:33], "big")
     if (length, kind) != (13, b"IHDR") or not whole or not width or not height:
@@ -42,6 +43,7 @@ def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
 
 
 def pixels(data: bytes, max_parts: int) -> bytes:
+    """See `headers.pixels_only`."""
     whole = memoryview(data)
     kept: list[bytes | memoryview] = [SIGNATURE]
     place = len(data)
@@ -70,6 +72,7 @@ def _checksum(data: bytes, part: Part) -> int:
 
 
 def profile(data: bytes, max_parts: int) -> bytes | None:
+    """See `headers.profile_in`."""
     for part in bounded(_parts(data), Codec.PNG, max_parts):
         if part.kind != b"iCCP":
             continue

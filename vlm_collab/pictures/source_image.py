@@ -109,7 +109,7 @@ class SourceImage:
         Raises:
             UnsupportedImageError: not a picture, or of another format.
             ImageTooLargeError: too many pixels or bytes, or animated.
-            ImageError: missing, unreadable or broken. Each says which file, where it has a name.
+            ImageError: missing, unreadable or broken. Messages name the file if it has a name.
         """
         data = source if isinstance(source, bytes) else read_source(source)
         try:
@@ -119,7 +119,7 @@ class SourceImage:
         except ImageError as error:
             if not isinstance(source, str | os.PathLike):
                 raise
-            raise type(error)(f"{_shown(source)}: {error}") from error
+            raise type(error)(f"{_printable(source)}: {error}") from error
         icc = profile_in(data, codec, MAX_ORIGINAL_PARTS)
         return cls(data, None, Size(*image.size), stored.orientation, icc)
 
@@ -260,7 +260,7 @@ class SourceImage:
             )
         upright = transposed(to_srgb(small, self._icc), self._orientation)
         if self.hidden:
-            _black_out(upright, _shown_at(self.hidden, box, Size(*upright.size)))
+            _black_out(upright, _resized_boxes(self.hidden, box, Size(*upright.size)))
         return upright
 
     def _decoded(self, scale_limit: float, bottom: int) -> tuple[Image.Image, int]:
@@ -314,8 +314,8 @@ def _coded_box(box: Box, scale: int) -> Box:
     return Box(left, top, right, bottom)
 
 
-def _shown_at(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
-    """Hidden boxes in a box resized to `size`, with every pixel that they touch."""
+def _resized_boxes(hidden: Iterable[Box], box: Box, size: Size) -> Iterator[Box]:
+    """Hidden boxes in the pixels of a box resized to `size`; every touched pixel is included."""
     for left, top, right, bottom in hidden:
         if left < box.right and right > box.left and top < box.bottom and bottom > box.top:
             yield Box(
@@ -359,13 +359,13 @@ def read_source(source: str | os.PathLike[str] | BinaryIO) -> bytes:
     """
     if not isinstance(source, str | os.PathLike):
         return _read(source)
-    name = _shown(source)
+    name = _printable(source)
     try:
         found = os.stat(source)
         if stat.S_ISDIR(found.st_mode):
             raise ImageError("is a directory, not a picture")
         if not stat.S_ISREG(found.st_mode):
-            raise ImageError("is no regular file; save the picture as one first")
+            raise ImageError("is not a regular file; save the picture to a file first")
         if found.st_size > MAX_SOURCE_BYTES:
             raise ImageTooLargeError(_TOO_LONG)
         with open(source, "rb") as file:
@@ -392,7 +392,7 @@ def _read(file: BinaryIO) -> bytes:
     return data
 
 
-def _shown(path: str | os.PathLike[str]) -> str:
+def _printable(path: str | os.PathLike[str]) -> str:
     """A path for a message, always on one line."""
     name = os.fspath(path)
     return name if name.isprintable() else repr(name)

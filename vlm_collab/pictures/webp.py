@@ -39,6 +39,7 @@ def canvas_size(data: bytes) -> tuple[int, int]:
 
 
 def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
+    """See `headers.stored_header`."""
     size = canvas_size(data)
     if not all(size):
         raise broken(Codec.WEBP, "its pixels have no size")
@@ -53,6 +54,7 @@ def header(data: bytes, max_pixels: int, max_parts: int) -> StoredHeader:
 
 
 def pixels(data: bytes, max_parts: int) -> bytes:
+    """See `headers.pixels_only`."""
     kept = [b"WEBP"]
     for part in bounded(_parts(data), Codec.WEBP, max_parts):
         body = data[part.body : part.end]
@@ -69,6 +71,7 @@ def pixels(data: bytes, max_parts: int) -> bytes:
 
 
 def profile(data: bytes, max_parts: int) -> bytes | None:
+    """See `headers.profile_in`."""
     for part in bounded(_parts(data), Codec.WEBP, max_parts):
         if part.kind == b"ICCP":
             return data[part.body : part.end]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Box, Grid, Size, TokenBox, frame_of, token_box_to_source
 from vlm_collab.pictures.container import Codec
+from vlm_collab.protocol.encoding import decode_down
 from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
@@ -31,7 +32,6 @@ from vlm_collab.protocol.messages import (
     Stage,
     Turn,
     Welcome,
-    decode_down,
 )
 from vlm_collab.protocol.session import QuestionProgress, Session
 from vlm_collab.protocol.table import CROSSED_AT_EDGE, FITS
@@ -51,8 +51,8 @@ class EdgeLimits:
     Attributes:
         max_region_share: largest share of a picture's area that one request may name.
         max_regions: most regions sent on one connection; None for no bound.
-        max_frame_bytes: largest frame read from the server. Its largest message has a map, of
-            4096 × 4096 bytes at most and in practice of a few hundred.
+        max_frame_bytes: largest frame read from the server. The server's largest message has a
+            map: at most 4096 × 4096 bytes, in practice a few hundred.
         max_text_chars: longest streamed text; only a faulty server sends more.
         max_view_pixels: largest global view that a server may require, width × height in px.
     """
@@ -155,7 +155,7 @@ class EdgeSession(Session):
             raise LocalProtocolError("Ask before Welcome")
         if len(self._questions) >= welcome.max_in_flight:
             raise LocalProtocolError(
-                f"the server takes {welcome.max_in_flight} questions at once on a connection"
+                f"the server takes at most {welcome.max_in_flight} questions at once"
             )
         id = self._last_id + 1
         message = Ask(
@@ -169,17 +169,17 @@ class EdgeSession(Session):
                 raise LocalProtocolError(fault, ErrorCode.BAD_QUESTION)
         if message.text_bytes > welcome.max_question_bytes:
             raise LocalProtocolError(
-                f"the server takes questions of {welcome.max_question_bytes} bytes at most, the "
-                "conversation before them included",
+                f"the question and history have {message.text_bytes} bytes; the server takes "
+                f"at most {welcome.max_question_bytes}",
                 ErrorCode.TOO_LARGE,
             )
         views = [one for one in (view, *(one.view for one in more)) if one is not None]
         size_bytes = sum(map(len, views))
         if views and size_bytes + 64 * len(views) + message.text_bytes > welcome.max_frame_bytes:
-            what = f"a view of {size_bytes}" if not more else f"views of {size_bytes}"
+            what = "the views have" if more else "the view has"
             raise LocalProtocolError(
-                f"{what} bytes is over the server's limit of "
-                f"{welcome.max_frame_bytes} bytes a frame",
+                f"{what} {size_bytes} bytes; the server takes frames of at most "
+                f"{welcome.max_frame_bytes} bytes",
                 ErrorCode.TOO_LARGE,
             )
         self._move(id, Ask)
@@ -249,15 +249,15 @@ class EdgeSession(Session):
         if isinstance(message, Partial):
             return self._text(question, message)
         if isinstance(message, RegionRequest):
-            return self._judge(question, message)
+            return self._check_request(question, message)
         return message
 
     def _check_view(self, welcome: Welcome) -> None:
         width, height = welcome.view_width, welcome.view_height
         if width * height > self.limits.max_view_pixels:
             raise RemoteProtocolError(
-                f"the server wants views of {width} x {height} px; this edge sends none of more "
-                f"than {self.limits.max_view_pixels} px (EdgeLimits.max_view_pixels)",
+                f"the server requires views of {width} x {height} px; this edge sends at most "
+                f"{self.limits.max_view_pixels} px (EdgeLimits.max_view_pixels)",
                 ErrorCode.BAD_OPTION,
             )
 
@@ -265,13 +265,13 @@ class EdgeSession(Session):
         if question.stage is not message.stage:
             question.stage, question.text = message.stage, ""
         if message.keep > len(question.text):
-            raise RemoteProtocolError("Partial keeps more text than there is")
+            raise RemoteProtocolError("Partial.keep is longer than the text so far")
         if message.keep + len(message.text) > self.limits.max_text_chars:
             raise RemoteProtocolError("the streamed text is too long", ErrorCode.TOO_LARGE)
         question.text = question.text[: message.keep] + message.text
         return TextUpdate(message.id, message.stage, question.text)
 
-    def _judge(
+    def _check_request(
         self, question: QuestionProgress, request: RegionRequest
     ) -> RegionWanted | RegionDeclined:
         """Restore the pixel box and check it against this edge's limits."""
@@ -288,8 +288,9 @@ class EdgeSession(Session):
         except ValueError:
             return self._decline_by_itself(request, DeclineReason.BAD_REQUEST)
         share = box.pixels / (source.width * source.height)
-        over = self.limits.max_regions is not None and self._regions >= self.limits.max_regions
-        if over or share > self.limits.max_region_share:
+        limit = self.limits.max_regions
+        too_many = limit is not None and self._regions >= limit
+        if too_many or share > self.limits.max_region_share:
             return self._decline_by_itself(request, DeclineReason.LIMIT)
         self._regions += 1
         target = Size(request.target_width, request.target_height)

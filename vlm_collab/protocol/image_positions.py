@@ -46,19 +46,19 @@ def places_fault(places: Sequence[Place], questions: Sequence[str], pictures: in
     if not places:
         return None
     if len(places) > MAX_PLACES:
-        return f"{len(places)} places of pictures in a conversation, more than {MAX_PLACES}"
+        return f"the pictures have {len(places)} places; at most {MAX_PLACES} are allowed"
     for place in places:
         if not 0 <= place.turn < len(questions):
-            return "a picture has its place in a question that is not there"
+            return "a picture's place is in a question that does not exist"
         if not 0 <= place.position <= len(questions[place.turn]):
-            return "a picture has its place behind the end of its text"
+            return "a picture's place is after the end of its text"
         if not 0 <= place.picture < pictures:
-            return f"a place names picture {place.picture}, of {pictures}"
+            return f"a place names picture {place.picture}, but the last one is {pictures - 1}"
     positions = [(place.turn, place.position) for place in places]
     if positions != sorted(positions):
         return "the places of pictures are not in reading order"
     if len({place.picture for place in places}) < pictures:
-        return "a picture has no place, while others have"
+        return "a picture has no place, although others have one"
     return None
 
 
@@ -82,7 +82,7 @@ def needed_places(places: Sequence[Place], questions: Sequence[str]) -> Places:
 
 
 def join_parts(parts: Iterable[str | int]) -> tuple[str, TurnPlaces]:
-    """Join pieces of a question to one text, with the places of the pictures between them.
+    """Join pieces of a question into one text, with the places of the pictures between them.
 
     Args:
         parts: texts, joined without a separator, and numbers of pictures.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from vlm_collab.protocol.encoding import decode_up
 from vlm_collab.protocol.image_positions import places_fault
 from vlm_collab.protocol.messages import (
     VERSION,
@@ -31,7 +32,6 @@ from vlm_collab.protocol.messages import (
     Usage,
     Welcome,
     common_prefix,
-    decode_up,
     micro,
 )
 from vlm_collab.protocol.session import QuestionProgress, Session
@@ -67,7 +67,7 @@ class ServerSession(Session):
     """
 
     limits: ServerLimits = field(default_factory=ServerLimits)
-    _said_goodbye: bool = False
+    _close_sent: bool = False
 
     def receive(self, frame: bytes) -> ServerEvent | None:
         """Take one frame from the edge.
@@ -81,7 +81,7 @@ class ServerSession(Session):
             RemoteProtocolError: the frame breaks the protocol. The session is closed. The caller
                 sends the reason in `data_to_send` and closes the connection.
         """
-        if self._said_goodbye:
+        if self._close_sent:
             return None
         try:
             self._check_frame(frame, self.limits.max_frame_bytes)
@@ -125,7 +125,7 @@ class ServerSession(Session):
         """Check the limits; a question beyond one of them is refused."""
         limits, size_bytes = self.limits, message.text_bytes
         if len(self._questions) > limits.max_in_flight:
-            text = f"{limits.max_in_flight} questions at once on a connection, no more"
+            text = f"at most {limits.max_in_flight} questions at once on a connection"
             return self._refuse(message, ErrorCode.BUSY, text, retry_after_ms=1000)
         if size_bytes > limits.max_question_bytes:
             what = "question and history have" if message.history else "question has"
@@ -230,7 +230,7 @@ class ServerSession(Session):
             return
         for id in self.in_flight:
             self.error(id, code, text, retry_after_ms)
-        self._closed = self._said_goodbye = True
+        self._closed = self._close_sent = True
         self._push(Error(0, code, text, retry_after_ms))
 
     def _live(self, id: int) -> QuestionProgress | None:

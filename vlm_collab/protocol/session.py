@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vlm_collab.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from vlm_collab.geometry import Size
 from vlm_collab.method.cost import ByteCounter
+from vlm_collab.protocol.encoding import encode, websocket_bytes
 from vlm_collab.protocol.messages import (
     AnyMessage,
     Ask,
@@ -16,8 +17,6 @@ from vlm_collab.protocol.messages import (
     Message,
     Region,
     Stage,
-    encode,
-    websocket_bytes,
 )
 from vlm_collab.protocol.table import TRANSITIONS, State
 
@@ -113,14 +112,14 @@ class Session:
                 question.bytes_down += size
 
     def _local(self, id: int, message: type[Message]) -> LocalProtocolError:
-        return LocalProtocolError(
-            f"{message.__name__} is not allowed for question {id}, which is {self.state(id).value}"
-        )
+        return LocalProtocolError(self._not_allowed(id, message))
 
     def _remote(self, id: int, message: type[Message]) -> RemoteProtocolError:
-        return RemoteProtocolError(
-            f"{message.__name__} is not allowed for question {id}, which is {self.state(id).value}"
-        )
+        return RemoteProtocolError(self._not_allowed(id, message))
+
+    def _not_allowed(self, id: int, message: type[Message]) -> str:
+        state = self.state(id).value
+        return f"{message.__name__} is not allowed for question {id} (state: {state})"
 
     def _check_frame(self, frame: bytes, limit: int) -> None:
         if self._closed:

@@ -8,9 +8,9 @@
    token any name will do, since such a page does not know the token.
 2. `Origin`. Browsers send the origin of the page; other clients send none. A page may use the
    server if this server served it, under a name that passes rule 1, or if its origin is listed.
-   The files of our own page are sent to any origin: browsers send an origin when a page loads its
-   own modules, and behind a proxy that calls the server by another name the page must load to say
-   so.
+   The files of our own page are sent to any origin, because browsers send an origin when a page
+   loads its own modules. Behind a proxy that changes the `Host` header that origin does not match;
+   the page must load all the same, so that it can show why the server refuses it.
 3. The token, on all routes but the open ones (`is_open`).
 
 Preflight requests of listed origins are answered before rule 3, because they carry no token.
@@ -70,14 +70,14 @@ class Rules:
     def host_refusal(self, client: HTTPConnection) -> ApiError | None:
         """Why the `Host` header is refused; None if it is allowed."""
         host = client.headers.get("host")
-        # All headers are checked: with two of them, one could be checked and the other used.
-        # None at all is no browser but a probe that speaks HTTP/1.0, and is allowed.
-        if not self.tokens and not all(map(self._is_ours, client.headers.getlist("host"))):
-            shown = _shown(host or "")
+        # All `Host` headers are checked: with two of them, one could be checked and the other used.
+        # A request without any comes from a probe that speaks HTTP/1.0, not from a browser.
+        if not self.tokens and not all(map(self._is_own_name, client.headers.getlist("host"))):
             name = _name_of(host or "") or "NAME"
             text = (
-                f"this {self.who} is not called {shown}: use localhost or an IP address, or start "
-                f"it with {self._given('host-name', _shown(name))}, or with a token"
+                f"this {self.who} does not answer to the name {_shortened(host or '')}: use "
+                "localhost or an IP address, or start it with "
+                f"{self._option_text('host-name', _shortened(name))} or with a token"
             )
             return _forbidden(text, "unknown_host")
         return None
@@ -90,10 +90,10 @@ class Rules:
         address = _address_of(origin)
         if address and address == client.headers.get("host"):
             return None
-        shown = _shown(origin)
+        shown = _shortened(origin)
         text = (
             f"pages at {shown} may not use this {self.who}, unless it is started with "
-            f"{self._given('origin', shown)}"
+            f"{self._option_text('origin', shown)}"
         )
         return _forbidden(text, "origin_not_allowed")
 
@@ -108,17 +108,17 @@ class Rules:
         if scheme.lower() != "bearer":
             given = token_in(client.scope.get("subprotocols", [])) or ""
         encoded = given.strip().encode()
-        # All are compared, so that the time tells nothing.
-        same = [hmac.compare_digest(encoded, right.encode()) for right in self.tokens]
-        if any(same):
+        # All are compared, so that the time does not show which one is similar.
+        matches = [hmac.compare_digest(encoded, token.encode()) for token in self.tokens]
+        if any(matches):
             return None
-        text = f"wrong or missing API key, which is this {self.who}'s token"
+        text = f"wrong or missing API key; use the token of this {self.who} as the key"
         return ApiError(401, text, "authentication_error", None, "invalid_api_key")
 
-    def _given(self, name: str, value: str) -> str:
+    def _option_text(self, name: str, value: str) -> str:
         return self.option.format(name=name, names=name.replace("-", "_") + "s", value=value)
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_own_name(self, host: str) -> bool:
         name = _name_of(host)
         listed = name in self.host_names or name in map(_name_of, map(_address_of, self.origins))
         return bool(name) and (name == "localhost" or _is_address(name) or listed)
@@ -215,7 +215,7 @@ def format_of(path: str) -> RefusalFormat:
 
 
 def response_of(error: ApiError, form: RefusalFormat) -> Response:
-    """Make a response of an error."""
+    """Convert an error to a response."""
     headers = error.headers()
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -281,8 +281,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _shown(text: str) -> str:
-    """Text from a client for a message, shortened."""
+def _shortened(text: str) -> str:
+    """Text from a client, shortened for a message."""
     cut = text[:_MOST_SHOWN_CHARS] + ("…" if len(text) > _MOST_SHOWN_CHARS else "")
     return cut or "nothing"
 

@@ -21,7 +21,7 @@ _GZIP_OR_ZLIB, _RAW = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 class BodyTooLargeError(Exception):
-    """A request's body has more bytes than it may."""
+    """A request's body has more bytes than allowed."""
 
 
 async def read_body(
@@ -71,7 +71,7 @@ async def body_pieces(request: Request) -> AsyncIterator[bytes]:
         named = ", ".join(applied)[:100]
         raise refuse(
             None,
-            f"requests compressed with {named!r} are not read here; send gzip, deflate, or none",
+            f"cannot read requests compressed with {named!r}; use gzip, deflate or no compression",
             "unsupported_encoding",
             status=415,
         )
@@ -98,14 +98,14 @@ class _Inflater:
             if len(self._begun) < 2:
                 return
             # By the standard, "deflate" is the zlib format; some programs send raw deflate.
-            zlibs = self._begun[0] & 15 == 8 and int.from_bytes(self._begun[:2]) % 31 == 0
-            self._zlib = zlib.decompressobj(zlib.MAX_WBITS if zlibs else _RAW)
+            is_zlib = self._begun[0] & 15 == 8 and int.from_bytes(self._begun[:2]) % 31 == 0
+            self._zlib = zlib.decompressobj(zlib.MAX_WBITS if is_zlib else _RAW)
             data, self._begun = self._begun, b""
         piece = b""
         while data or len(piece) == PIECE_BYTES:
             if self._zlib.eof:
                 if self._encoding == "deflate":
-                    raise self._broken("something follows its end")
+                    raise self._broken("there is data after its end")
                 self._zlib = zlib.decompressobj(_GZIP_OR_ZLIB)  # gzip may have several members
             try:
                 piece = self._zlib.decompress(data, PIECE_BYTES)
@@ -118,7 +118,7 @@ class _Inflater:
     def end(self) -> None:
         """Refuse a truncated body."""
         if self._zlib is None or not self._zlib.eof:
-            raise self._broken("it breaks off")
+            raise self._broken("it is cut short")
 
     def _broken(self, why: str) -> ApiError:
-        return refuse(None, f"the request is no {self._encoding}: {why}", "invalid_encoding")
+        return refuse(None, f"the request is not valid {self._encoding}: {why}", "invalid_encoding")

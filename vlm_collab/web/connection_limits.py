@@ -120,7 +120,7 @@ class ConnectionSlots:
         """Mark a slot as busy with a request."""
         self._idle.pop(slot, None)
 
-    def left(self, slot: ConnectionSlot) -> None:
+    def release(self, slot: ConnectionSlot) -> None:
         """Release a slot; its connection is closed."""
         self._idle.pop(slot, None)
         self._reserved.pop(slot, None)
@@ -137,7 +137,7 @@ class ConnectionSlots:
     def _refusal(self, host: str | None, address: str | None) -> str | None:
         most = self._max_of(host)
         if most and self._taken[address] >= most and not self._free(self._all, [address]):
-            return f"{most} connections from this address are open; no more at once"
+            return f"too many connections: at most {most} at once from one address"
         if self._most is not None and len(self._all) >= self._most and not self._free(self._all):
             return "no room for another connection"
         return None
@@ -160,16 +160,16 @@ class ConnectionSlots:
         Returns:
             whether there was one.
         """
-        theirs = [slot for slot in slots if of is None or slot.address in of]
-        among = set(theirs)
+        matching = [slot for slot in slots if of is None or slot.address in of]
+        among = set(matching)
         idle = [slot for slot in self._idle if slot in among and not slot.connection.unsent]
-        candidates = idle or [slot for slot in theirs if slot.connection.stalled]
+        candidates = idle or [slot for slot in matching if slot.connection.stalled]
         if not candidates:
             return False
         counted = Counter(slot.address for slot in candidates)
         address = max(counted, key=lambda each: counted[each])
         oldest = next(slot for slot in candidates if slot.address == address)
-        self.left(oldest)
+        self.release(oldest)
         oldest.connection.abort()
         return True
 
@@ -177,7 +177,7 @@ class ConnectionSlots:
         now_s = time.monotonic()
         if now_s - self._logged_s >= _LOG_INTERVAL_S:
             self._logged_s = now_s
-            log.warning("connections are turned away: %s", refusal)
+            log.warning("connections are refused: %s", refusal)
 
 
 class _Refused:
@@ -187,18 +187,18 @@ class _Refused:
         self._app, self._health, self._refusal = app, health, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def once(message: Message) -> None:
+        async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [*message.get("headers", []), (b"connection", b"close")]
                 message = {**message, "headers": headers}
             await send(message)
 
         if scope["method"] in ("GET", "HEAD") and scope["path"] in self._health:
-            await self._app(scope, receive, once)
+            await self._app(scope, receive, send_and_close)
         else:
             text = self._refusal
             error = ApiError(503, text, "server_error", None, "busy", retry_after_s=1.0)
-            await response_of(error, format_of(scope["path"]))(scope, receive, once)
+            await response_of(error, format_of(scope["path"]))(scope, receive, send_and_close)
 
 
 def _network(host: str) -> str:

@@ -30,7 +30,7 @@ class HttpConnection(H11Protocol):
         idle_s: longest time without a request; None for `IDLE_S`.
     """
 
-    _due: asyncio.TimerHandle | None = None
+    _idle_timer: asyncio.TimerHandle | None = None
     _slot: ConnectionSlot | None = None
 
     def __init__(
@@ -56,7 +56,7 @@ class HttpConnection(H11Protocol):
             return
         self._slot = slot
         self.app = self._slots.app_for(slot, self.app)
-        watched.lost = lambda: self._slots.left(slot)
+        watched.lost = lambda: self._slots.release(slot)
         watched.released = self._watch
         self._watch()
 
@@ -90,16 +90,16 @@ class HttpConnection(H11Protocol):
         slot = self._slot
         if slot is None:
             return
-        ours = self in self.connections  # false after it is lost or became a WebSocket
-        if ours and (self.cycle is None or self.cycle.response_complete):
-            if self._due is None:
+        is_http = self in self.connections  # false after it is lost or became a WebSocket
+        if is_http and (self.cycle is None or self.cycle.response_complete):
+            if self._idle_timer is None:
                 time_s = self._idle_s if slot.refusal is None else REFUSED_IDLE_S
-                self._due = self.loop.call_later(time_s, self.transport.close)
+                self._idle_timer = self.loop.call_later(time_s, self.transport.close)
             self._slots.idle(slot)
             return
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
         self._slots.busy(slot)
-        if ours and self.cycle.more_body and not cast(WatchedTransport, self.transport).holds:
+        if is_http and self.cycle.more_body and not cast(WatchedTransport, self.transport).holds:
             self._slots.idle(slot)

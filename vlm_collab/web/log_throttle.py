@@ -22,8 +22,8 @@ class LogThrottle(logging.Filter):
     """A filter for handlers: passes the first message of a kind and counts the repeats.
 
     Messages with the same logger and the same text before formatting are of one kind. After
-    `INTERVAL_S` the next one passes with the number of suppressed ones. Bytes that are no UTF-8 are
-    the peer's fault, so the traceback of such an error is dropped; other tracebacks stay.
+    `INTERVAL_S` the next one passes with the number of suppressed ones. Bytes that are not UTF-8
+    are the peer's fault, so the traceback of such an error is dropped; other tracebacks stay.
 
     Args:
         messages: this program's messages that peers can cause, before formatting.

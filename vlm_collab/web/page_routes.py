@@ -20,7 +20,7 @@ def page_routes(refusal: Refusal, *, off: str | None = None) -> list[Route]:
     Args:
         refusal: answers `POST page/access`. The page asks there before it connects, because a
             browser does not say why a WebSocket failed.
-        off: if given, no file is served (403), and this text says why.
+        off: if given, no file is served (403); the response is this text.
     """
 
     async def _file(request: Request) -> Response:

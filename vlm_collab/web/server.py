@@ -124,7 +124,7 @@ def drop_client(state: ServerState, websocket: WebSocket) -> None:
 
 
 async def serve(server: uvicorn.Server, sock: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal does not wait.
+    """Serve until SIGINT or SIGTERM, then shut down gracefully; a second signal stops at once.
 
     uvicorn's own `serve` raises the signal again at the end, which would end the process before the
     caller has cleaned up.

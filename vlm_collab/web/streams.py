@@ -1,4 +1,4 @@
-"""Streamed responses, and noticing that the client is gone."""
+"""Streamed responses, and detection of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUIET_S = 15.0
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection, so nobody can be answered."""
+    """The client closed its connection before its answer was ready."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -34,14 +34,14 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         ClientGoneError: the client disconnected first.
     """
     task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_until_gone(receive))
+    disconnected = asyncio.create_task(_until_disconnected(receive))
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGoneError
         return task.result()
     finally:
-        await cancel(task, leaving)
+        await cancel(task, disconnected)
 
 
 async def first_piece(receive: Receive, pieces: AsyncGenerator[bytes, None]) -> bytes:
@@ -83,8 +83,8 @@ class EventStream(Response):
     handler on import.
 
     Args:
-        first: the events that are there already.
-        rest: makes the other events. It has been started, and is closed at the end.
+        first: the events that are ready.
+        rest: makes the other events. It has been started already, and is closed at the end.
         closing: closed after `rest`, however the stream ends.
     """
 
@@ -104,7 +104,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        leaving = asyncio.create_task(_until_gone(receive))
+        disconnected = asyncio.create_task(_until_disconnected(receive))
         following: asyncio.Future[bytes] | None = None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -112,13 +112,13 @@ class EventStream(Response):
             while True:
                 if following is None:
                     following = asyncio.ensure_future(_next(self._rest))
-                waiting: set[asyncio.Future[Any]] = {following, leaving}
+                waiting: set[asyncio.Future[Any]] = {following, disconnected}
                 await asyncio.wait(
                     waiting,
                     return_when=asyncio.FIRST_COMPLETED,
                     timeout=_QUIET_S,
                 )
-                if leaving.done():
+                if disconnected.done():
                     return
                 if not following.done():
                     await _send(send, b": waiting\n\n")
@@ -131,7 +131,7 @@ class EventStream(Response):
         except OSError:
             pass  # the client disconnected during a send
         finally:
-            await cancel(leaving, *([] if following is None else [following]))
+            await cancel(disconnected, *([] if following is None else [following]))
             await self._rest.aclose()
             await self._closing.aclose()
 
@@ -155,6 +155,6 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces, b"")
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _until_disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

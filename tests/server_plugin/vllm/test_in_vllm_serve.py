@@ -34,8 +34,9 @@ from tests.support.vllm_cpu.environment import Served, collab_serve
 from vlm_collab.errors import AuthenticationError
 from vlm_collab.page import TOKEN_SUBPROTOCOL
 from vlm_collab.pictures.images import Codec, encode
-from vlm_collab.protocol.messages import SUBPROTOCOL, VERSION, Hello, Options, Welcome, decode_down
-from vlm_collab.protocol.messages import encode as to_wire
+from vlm_collab.protocol.encoding import decode_down
+from vlm_collab.protocol.encoding import encode as to_wire
+from vlm_collab.protocol.messages import SUBPROTOCOL, VERSION, Hello, Options, Welcome
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("served")]
 

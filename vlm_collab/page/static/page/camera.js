@@ -5,7 +5,7 @@ import { $ } from "./dom.js";
 import { PictureError } from "./errors.js";
 
 const QUALITY = 0.95;
-const WISH = { video: { facingMode: "environment", width: { ideal: 4096 }, height: { ideal: 3072 } } };
+const CONSTRAINTS = { video: { facingMode: "environment", width: { ideal: 4096 }, height: { ideal: 3072 } } };
 
 /** `native` for the phone's camera app, `browser`, or null without a camera. */
 export function cameraKind() {
@@ -18,19 +18,19 @@ export class Camera {
   #turn = 0;
 
   /**
-   * Show the live picture; false if it was closed, or opened again, before the browser gave it.
-   * Throws `PictureError` where there is none.
+   * Show the live picture. Returns false if the camera was closed or opened again before the browser
+   * allowed it. Throws `PictureError` if there is no camera.
    */
   async open() {
     this.close();
     const turn = this.#turn;
     let stream;
     try {
-      stream = await navigator.mediaDevices.getUserMedia(WISH);
+      stream = await navigator.mediaDevices.getUserMedia(CONSTRAINTS);
     } catch (error) {
       if (turn !== this.#turn) return false;
       const refused = error.name === "NotAllowedError";
-      throw new PictureError(refused ? "The camera may not be used here." : "There is no camera that can be used.");
+      throw new PictureError(refused ? "This page is not allowed to use the camera." : "No usable camera was found.");
     }
     if (turn !== this.#turn) {
       stop(stream); // the camera was closed before the user allowed it

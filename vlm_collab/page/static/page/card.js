@@ -21,15 +21,15 @@ export class Card {
   #bytesUp = 0;
   #ended = false;
 
-  /** `act` has the buttons' functions: `select`, `stop` and `again`. */
-  constructor(question, picture, act) {
+  /** `actions` has the buttons' functions: `select`, `stop` and `again`. */
+  constructor(question, picture, actions) {
     this.question = question;
     this.picture = picture;
-    this.#make(act);
+    this.#make(actions);
   }
 
-  #make(act) {
-    this.title = element("button", { type: "button", className: "title", onclick: act.select }, this.question);
+  #make(actions) {
+    this.title = element("button", { type: "button", className: "title", onclick: actions.select }, this.question);
     this.answer = element("p", { className: "answer growing" });
     this.note = element("p", { className: "note" }, "Waiting for the server …");
     this.first = element("dd");
@@ -41,8 +41,8 @@ export class Card {
     this.cost = element("dd", { className: "cost", data: { bytes: 0 } });
     this.costRow = element("div", { hidden: true }, element("dt", {}, "Sent"), this.cost);
     this.images = element("ul", { className: "images", ariaLabel: "Pictures that were sent" });
-    this.stop = element("button", { type: "button", onclick: act.stop }, "Stop");
-    this.again = element("button", { type: "button", onclick: act.again, hidden: true }, "Ask again");
+    this.stop = element("button", { type: "button", onclick: actions.stop }, "Stop");
+    this.again = element("button", { type: "button", onclick: actions.again, hidden: true }, "Ask again");
     this.node = element(
       "li",
       { className: "card", data: { state: "asking" } },
@@ -65,8 +65,8 @@ export class Card {
     this.title.setAttribute("aria-expanded", String(on));
   }
 
-  /** Handle an event of `Asking`. */
-  take(event) {
+  /** Handle an event of `Question`. */
+  handle(event) {
     if (this.#ended) return;
     switch (event.kind) {
       case "text":
@@ -91,7 +91,7 @@ export class Card {
 
   #unsure({ request, box }) {
     this.answer.textContent = visible(request.first);
-    this.note.textContent = box ? "Unsure: looking closer …" : "Unsure, but the region makes no sense.";
+    this.note.textContent = box ? "Unsure: looking closer …" : "Unsure, but the requested region is not valid.";
     this.#firstAnswer(request.first, request.uncertaintyMicro);
     if (box) {
       const { width, height } = this.picture.size;
@@ -103,7 +103,7 @@ export class Card {
   }
 
   #firstAnswer(text, uncertaintyMicro) {
-    this.first.replaceChildren(...said(text, uncertaintyMicro));
+    this.first.replaceChildren(...textAndUncertainty(text, uncertaintyMicro));
     this.firstRow.hidden = false;
   }
 
@@ -132,26 +132,26 @@ export class Card {
   /** Show the answer. */
   answered(answer) {
     const refined = answer.stage === Stage.SECOND;
-    const sure = answer.seen === null && answer.fallback === Fallback.NONE;
+    const sure = answer.region === null && answer.fallback === Fallback.NONE;
     this.#end(refined ? "refined" : sure ? "sure" : "first");
     this.text = answer.text;
     this.answer.textContent = visible(answer.text);
     const cost = `${(answer.elapsedMs / 1000).toFixed(1)} s, ${bytes(this.#bytesUp)} sent`;
     if (refined) {
-      // Without a colour for certainty: the two numbers say which answer is surer.
+      // No colour for certainty here: the two numbers show which answer is surer.
       this.note.textContent = `Refined after a closer look: ${cost}`;
-      this.refined.replaceChildren(...said(answer.text, answer.uncertaintyMicro));
+      this.refined.replaceChildren(...textAndUncertainty(answer.text, answer.uncertaintyMicro));
       this.refinedRow.hidden = false;
     } else {
       // The final first answer can be longer than the one in the region request.
       this.#firstAnswer(answer.text, answer.uncertaintyMicro);
       const why = WHY_FIRST[answer.fallback] ?? "the server kept it";
       this.note.textContent =
-        sure ? `Sure at first sight: ${cost}` : `The first answer stands: ${why}. ${cost}`;
+        sure ? `Sure of the first answer: ${cost}` : `The first answer stands: ${why}. ${cost}`;
     }
-    if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut at the longest answer allowed)";
+    if (answer.finish === Finish.LENGTH) this.note.textContent += " (cut off at the maximum length)";
     if (answer.hidden > 0) {
-      this.note.textContent += ` The model sees no more than the middle: ${percent(answer.hidden)} of the picture, at its edges, are hidden from it.`;
+      this.note.textContent += ` The model sees only the middle: ${percent(answer.hidden)} of the picture, at its edges, are hidden from it.`;
     }
     announce(`${refined ? "Refined answer" : "Answer"}: ${visible(answer.text)}. Sent ${bytes(this.#bytesUp)}.`);
   }
@@ -179,7 +179,8 @@ function visible(text) {
   return text.trim() === "" ? NO_TEXT : text;
 }
 
-function said(text, uncertaintyMicro) {
+/** Child nodes for a text and its uncertainty. */
+function textAndUncertainty(text, uncertaintyMicro) {
   const uncertainty = `uncertainty ${(uncertaintyMicro / 1e6).toFixed(3)}`;
   return [visible(text), " ", element("span", { className: "uncertainty" }, uncertainty)];
 }

@@ -36,13 +36,13 @@ export function tokenBoxToSource(tokenBox, grid, frame, source) {
   }
   if (!(frame.width > 0 && frame.height > 0)) throw new RangeError("impossible frame");
   const { index, sidePx, columns, rows } = tokenBox;
-  if (!inside(index, 0, grid.rows * grid.columns - 1)) throw new RangeError("not on the grid");
+  if (!inside(index, 0, grid.rows * grid.columns - 1)) throw new RangeError("the token is not on the grid");
   const row = Math.floor(index / grid.columns);
   const column = index % grid.columns;
   if (!(inside(columns, 1, grid.columns - column) && inside(rows, 1, grid.rows - row))) {
-    throw new RangeError("a window that is not inside the grid");
+    throw new RangeError("the window is not inside the grid");
   }
-  if (!inside(sidePx, 1, MAX_SIDE_PX) || sidePx % 2) throw new RangeError("an odd side");
+  if (!inside(sidePx, 1, MAX_SIDE_PX) || sidePx % 2) throw new RangeError("the side is not a positive even number");
   const half = sidePx / 2;
   const [left, right] = extent(column, columns, grid.columns, half, frame.left, frame.width, source.width);
   const [top, bottom] = extent(row, rows, grid.rows, half, frame.top, frame.height, source.height);

@@ -86,7 +86,7 @@ export class Exchange {
   }
 }
 
-/** An open connection. Once `ended` is set it sends nothing, and every exchange has its error. */
+/** One connection. Once `ended` is set, it sends nothing, and every exchange has got that error. */
 export class Link {
   session = new EdgeSession();
   ended = null;
@@ -96,32 +96,32 @@ export class Link {
   #exchanges = new Map();
   #waiting = [];
   #silence = null;
-  #greeted;
-  #ungreeted;
+  #resolveGreeting;
+  #rejectGreeting;
 
   /** `traffic` is called with each frame's bytes: (up, down). */
   constructor(url, { token, codecs, resume, traffic }) {
     this.#traffic = traffic;
     const greeting = new Promise((resolve, reject) => {
-      this.#greeted = resolve;
-      this.#ungreeted = reject;
+      this.#resolveGreeting = resolve;
+      this.#rejectGreeting = reject;
     });
     greeting.catch(() => {});
     this.greeting = greeting;
     const offered = [SUBPROTOCOL, ...(token ? [tokenSubprotocol(token)] : [])];
     this.#socket = new WebSocket(url, offered);
     this.#socket.binaryType = "arraybuffer";
-    const patience = setTimeout(() => this.drop(), CONNECT_TIMEOUT_MS);
+    const timeout = setTimeout(() => this.drop(), CONNECT_TIMEOUT_MS);
     this.#socket.onopen = () => {
       this.session.hello(codecs, resume, CLIENT_NAME);
       this.flush(null);
     };
     this.#socket.onmessage = ({ data }) => {
-      clearTimeout(patience);
+      clearTimeout(timeout);
       this.#receive(data);
     };
     this.#socket.onclose = ({ code, reason }) => {
-      clearTimeout(patience);
+      clearTimeout(timeout);
       const why = FATAL_CLOSE.has(code)
         ? new ProtocolError(`The server closed the connection: ${reason || code}.`)
         : new LostError("The connection to the server was lost.");
@@ -142,7 +142,7 @@ export class Link {
     while (this.usable && this.#exchanges.size >= this.welcome.maxInFlight) {
       await new Promise((resolve) => this.#waiting.push(resolve));
     }
-    if (!this.usable) throw this.ended ?? new LostError("The server is going away.");
+    if (!this.usable) throw this.ended ?? new LostError("The server is shutting down.");
   }
 
   /** Send a question, in the slot that `slot` waited for; arguments as `EdgeSession.ask`. */
@@ -173,7 +173,7 @@ export class Link {
   #receive(data) {
     if (this.ended !== null) return;
     try {
-      if (!(data instanceof ArrayBuffer)) throw new ProtocolError("a text frame, where all are binary");
+      if (!(data instanceof ArrayBuffer)) throw new ProtocolError("a text frame; all frames must be binary");
       const frame = new Uint8Array(data);
       this.#traffic(0, websocketBytes(frame.length, false));
       this.#take(this.session.receive(frame), websocketBytes(frame.length, false));
@@ -186,9 +186,9 @@ export class Link {
   #take(event, bytes) {
     if (event === null) return; // sent before the server read our Cancel
     if (event.kind === "Welcome") {
-      this.#greeted(event);
+      this.#resolveGreeting(event);
     } else if (event.kind === "Error" && event.id === 0) {
-      this.#end(farewell(event));
+      this.#end(connectionError(event));
     } else {
       const exchange = this.#exchanges.get(event.id);
       exchange.bytesDown += bytes;
@@ -213,7 +213,7 @@ export class Link {
     if (this.ended !== null) return;
     this.ended = error;
     clearTimeout(this.#silence);
-    this.#ungreeted(error);
+    this.#rejectGreeting(error);
     for (const exchange of this.#exchanges.values()) exchange.put(error);
     this.#exchanges.clear();
     this.#wakeAll();
@@ -227,7 +227,7 @@ export class Link {
 }
 
 /**
- * Provides a usable link, and connects anew if there is none.
+ * Provides a usable link, and connects again if there is none.
  *
  * `onstate` is called with `{ kind, text }`, where kind is `connecting`, `open`, `lost` (it retries
  * by itself), `token` (a token is needed), or `refused` (the user cannot fix it).
@@ -236,7 +236,7 @@ export class LinkKeeper {
   onstate = () => {};
   bytesUp = 0;
   bytesDown = 0;
-  #where;
+  #addresses;
   #token;
   #link = null;
   #key = new Uint8Array();
@@ -246,8 +246,8 @@ export class LinkKeeper {
   #waiting = [];
   #wakeEarly = () => {};
 
-  constructor(where, codecs, token) {
-    this.#where = where;
+  constructor(addresses, codecs, token) {
+    this.#addresses = addresses;
     this.codecs = codecs;
     this.#token = token;
   }
@@ -271,7 +271,7 @@ export class LinkKeeper {
   }
 
   /** Reset the retry pauses after an answered question. */
-  worked() {
+  resetPauses() {
     this.#failures = 0;
   }
 
@@ -283,7 +283,7 @@ export class LinkKeeper {
   }
 
   /** Retry at once, because the network or the user came back. */
-  hurry() {
+  retryNow() {
     this.#wakeEarly();
     if (this.#blocked !== "token") this.#blocked = null;
     this.connect();
@@ -294,8 +294,8 @@ export class LinkKeeper {
     this.#link?.drop(reason);
   }
 
-  /** Set the token. */
-  enter(token) {
+  /** Set the token and connect. */
+  setToken(token) {
     this.#token = token;
     this.#blocked = null;
     this.#failures = 0;
@@ -303,13 +303,13 @@ export class LinkKeeper {
   }
 
   async #connect() {
-    let wish = 0;
+    let retryAfterMs = 0;
     for (;;) {
-      await this.#pause(wish);
-      // Later attempts keep the last message, which says more.
+      await this.#pause(retryAfterMs);
+      // Later attempts keep the last message, which says what is wrong.
       if (this.#failures === 0) this.onstate({ kind: "connecting", text: "Connecting …" });
       const token = this.#token;
-      const link = new Link(this.#where.socket, {
+      const link = new Link(this.#addresses.socket, {
         token,
         codecs: this.codecs,
         resume: this.#key,
@@ -343,7 +343,7 @@ export class LinkKeeper {
         }
         return;
       }
-      wish = problem.retryAfterMs ?? 0;
+      retryAfterMs = problem.retryAfterMs ?? 0;
     }
   }
 
@@ -357,7 +357,7 @@ export class LinkKeeper {
   async #why(error, token) {
     if (error instanceof ProtocolError) return { kind: "refused", text: error.message };
     try {
-      const response = await fetch(this.#where.access, {
+      const response = await fetch(this.#addresses.access, {
         method: "POST", // so that the browser sends this page's origin
         // A header cannot carry other characters, so no valid token has them.
         headers: /^[!-~ ]+$/.test(token ?? "") ? { Authorization: `Bearer ${token}` } : {},
@@ -371,7 +371,7 @@ export class LinkKeeper {
         return { kind: "token", text };
       }
       if (response.status === 403) return { kind: "refused", text: line };
-      const busy = response.status === 503 && "The server takes no connection now. Trying again …";
+      const busy = response.status === 503 && "The server accepts no more connections now. Trying again …";
       const retryAfterMs = 1000 * (Number(response.headers.get("Retry-After")) || 0);
       return { kind: "lost", text: busy || `${error.message} Trying again …`, retryAfterMs };
     } catch {
@@ -379,11 +379,11 @@ export class LinkKeeper {
     }
   }
 
-  async #pause(wishMs) {
+  async #pause(atLeastMs) {
     if (this.#failures === 0) return;
     await new Promise((resolve) => {
       this.#wakeEarly = resolve;
-      setTimeout(resolve, Math.max(pauseMs(this.#failures), wishMs));
+      setTimeout(resolve, Math.max(pauseMs(this.#failures), atLeastMs));
     });
   }
 }
@@ -395,7 +395,7 @@ export function pauseMs(failures) {
 }
 
 /** The error for an `Error` message about the whole connection. */
-function farewell({ code, text, retryAfterMs }) {
+function connectionError({ code, text, retryAfterMs }) {
   const line = `The server ended the connection: ${text}.`;
   if (PASSING_ERRORS.has(code)) return new LostError(line, retryAfterMs);
   if (code <= ErrorCode.UNSUPPORTED_VERSION) return new ProtocolError(line);

@@ -1,19 +1,19 @@
 // The page's user interface: takes pictures and questions, shows cards.
 
-import { Asking, ViewState } from "./asking.js";
 import { Camera, cameraKind } from "./camera.js";
 import { Card } from "./card.js";
 import { $, announce, bytes, percent } from "./dom.js";
 import { CollabError } from "./errors.js";
 import { LinkKeeper, addresses } from "./link.js";
 import { Picture, encodable } from "./picture.js";
+import { Question, ViewState } from "./question.js";
 import { Stage } from "./stage.js";
 
 const TOKEN = "vlm-collab.token";
 const stage = new Stage();
 const camera = new Camera();
 const views = new Map(); // picture -> its view on the server
-const asked = new Set(); // pictures that a plain upload would have sent in full
+const counted = new Set(); // pictures in the meter: a plain upload would have sent them in full
 const cards = []; // all questions of this session, oldest first
 let selected = null;
 let opening = 0;
@@ -28,9 +28,9 @@ keeper.onstate = ({ kind, text, welcome }) => {
   if (welcome) $("model").textContent = welcome.model;
   const form = $("token-form");
   const appears = kind === "token" && form.hidden;
-  const held = form.contains(document.activeElement);
+  const hadFocus = form.contains(document.activeElement);
   form.hidden = kind !== "token" && (kind === "open" || form.hidden);
-  if (held && form.hidden) $("question").focus(); // otherwise hiding the form would lose the focus
+  if (hadFocus && form.hidden) $("question").focus(); // otherwise hiding the form would lose the focus
   if (kind === "open") showMeter();
   if (kind === "token") {
     sessionStorage.removeItem(TOKEN);
@@ -44,13 +44,13 @@ $("token-form").addEventListener("submit", (event) => {
   if (token === "") return;
   $("token").value = "";
   sessionStorage.setItem(TOKEN, token);
-  keeper.enter(token);
+  keeper.setToken(token);
 });
 
-addEventListener("online", () => keeper.hurry());
+addEventListener("online", () => keeper.retryNow());
 addEventListener("offline", () => keeper.drop("This device is offline."));
 document.addEventListener("visibilitychange", () => {
-  if (document.visibilityState === "visible") keeper.hurry();
+  if (document.visibilityState === "visible") keeper.retryNow();
 });
 
 // ---- pictures ----------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ async function open(file, name) {
   try {
     const picture = await Picture.open(file, name);
     if (turn !== opening) {
-      picture.rest(); // the user chose another one meanwhile
+      picture.release(); // the user chose another one meanwhile
       return;
     }
     views.set(picture, new ViewState(views.size + 1));
@@ -137,10 +137,10 @@ async function takePicture() {
 
 function closeCamera() {
   camera.close();
-  const held = $("viewfinder").contains(document.activeElement);
+  const hadFocus = $("viewfinder").contains(document.activeElement);
   stage.viewfinder(false);
   // Return the focus to the button that opened it.
-  if (held) [...document.querySelectorAll("[data-camera]")].find((each) => each.offsetParent).focus();
+  if (hadFocus) [...document.querySelectorAll("[data-camera]")].find((each) => each.offsetParent).focus();
 }
 
 $("close-camera").addEventListener("click", closeCamera);
@@ -185,23 +185,23 @@ function historyOf(picture) {
 async function ask(picture, question, history = historyOf(picture)) {
   const card = new Card(question, picture, {
     select: () => select(card),
-    stop: () => asking.stop(),
+    stop: () => running.stop(),
     again: () => {
       ask(picture, question, history);
       cards.at(-1).title.focus(); // before the focused button is removed
       card.again.hidden = true;
     },
   });
-  const asking = new Asking({
+  const running = new Question({
     picture,
     question,
     history,
     view: views.get(picture),
     keeper,
-    tell: (event) => {
-      card.take(event);
+    onevent: (event) => {
+      card.handle(event);
       if (event.kind === "region" && selected === card) stage.show(picture, card.region);
-      if (event.kind === "sent") asked.add(picture);
+      if (event.kind === "sent") counted.add(picture);
       if (event.kind === "bytes") showMeter();
     },
   });
@@ -210,7 +210,7 @@ async function ask(picture, question, history = historyOf(picture)) {
   cards.push(card);
   select(card);
   try {
-    card.answered(await asking.run());
+    card.answered(await running.run());
   } catch (error) {
     card.failed(lineOf(error));
   }
@@ -240,7 +240,7 @@ function showRefer() {
 function showMeter() {
   const sent = keeper.bytesUp;
   let whole = 0;
-  for (const picture of asked) whole += picture.originalBytes;
+  for (const picture of counted) whole += picture.originalBytes;
   for (const [id, value] of [["sent", sent], ["whole", whole]]) {
     $(id).textContent = bytes(value);
     $(id).dataset.bytes = value;
@@ -258,7 +258,7 @@ function lineOf(error) {
   if (typeof error === "string") return error;
   if (error instanceof CollabError) return error.message;
   console.error(error);
-  return "Something went wrong on this page; reload it to go on.";
+  return "Something went wrong on this page. Reload it to continue.";
 }
 
 keeper.connect();

@@ -24,13 +24,13 @@ export async function encodable() {
 
 /**
  * An original, kept as its file. All sizes are those of the upright picture, with the EXIF
- * orientation applied. Decoded pixels are large: `rest` releases them until they are needed again.
+ * orientation applied. Decoded pixels are large: `release` frees them until they are needed again.
  */
 export class Picture {
   #blob;
   #bitmap;
   #users = 0;
-  #resting = false;
+  #released = false;
   #views = new Map();
 
   /** Use `open`. */
@@ -103,18 +103,18 @@ export class Picture {
     context.imageSmoothingQuality = "high";
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
-    this.#resting = false;
+    this.#released = false;
     await this.#with((bitmap) => context.drawImage(bitmap, 0, 0, canvas.width, canvas.height));
   }
 
-  /** Release the decoded pixels as soon as they are not in use, now and after each later use. */
-  rest() {
-    this.#resting = true;
-    this.#letGo();
+  /** Free the decoded pixels as soon as they are not in use, now and after each later use. */
+  release() {
+    this.#released = true;
+    this.#freeIfUnused();
   }
 
-  #letGo() {
-    if (!this.#resting || this.#users > 0) return;
+  #freeIfUnused() {
+    if (!this.#released || this.#users > 0) return;
     this.#bitmap?.then((bitmap) => bitmap.close()).catch(() => {});
     this.#bitmap = null;
   }
@@ -126,7 +126,7 @@ export class Picture {
       return await work(await this.#bitmap);
     } finally {
       this.#users -= 1;
-      this.#letGo();
+      this.#freeIfUnused();
     }
   }
 

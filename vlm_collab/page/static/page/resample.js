@@ -6,7 +6,7 @@
 
 const OVERSAMPLING = 2; // blocks are averaged first, to no less than twice the target size
 const TILE_PX = 4096;
-const A_WHILE_MS = 30;
+const TURN_MS = 30; // the event loop runs at least this often
 
 /**
  * Downscale the pixels of a box to `size`; transparent ones become white.
@@ -67,7 +67,7 @@ async function averaged(bitmap, box, byX, byY) {
           }
         }
       }
-      if (performance.now() - since > A_WHILE_MS) {
+      if (performance.now() - since > TURN_MS) {
         await new Promise((resume) => setTimeout(resume));
         since = performance.now();
       }

@@ -52,15 +52,15 @@ export class EdgeSession {
     const welcome = this.welcome;
     if (welcome === null || this.#closed) throw new ProtocolError("Ask before Welcome");
     if (this.#questions.size >= welcome.maxInFlight) {
-      throw new ProtocolError(`the server takes ${welcome.maxInFlight} questions at once`);
+      throw new ProtocolError(`the server takes at most ${welcome.maxInFlight} questions at once`);
     }
     const questionBytes = new TextEncoder().encode([question, ...history.flat()].join("")).length;
     if (questionBytes > welcome.maxQuestionBytes) {
-      const what = history.length > 0 ? "The question with its earlier ones" : "The question";
-      throw new QuestionError(`${what} has ${questionBytes} bytes; the server takes ${welcome.maxQuestionBytes}.`);
+      const what = history.length > 0 ? "The question and the earlier ones have" : "The question has";
+      throw new QuestionError(`${what} ${questionBytes} bytes; the server takes at most ${welcome.maxQuestionBytes}.`);
     }
     if (view !== null && view.length + 64 + questionBytes > welcome.maxFrameBytes) {
-      throw new QuestionError("The view is larger than what the server takes.");
+      throw new QuestionError("The view has more bytes than the server takes.");
     }
     const id = ++this.#lastId;
     this.#questions.set(id, { state: "FIRST", source, text: "", stage: 1, up: 0, down: 0 });
@@ -98,7 +98,7 @@ export class EdgeSession {
   receive(frame) {
     if (this.#closed) throw new ProtocolError("the session is closed");
     try {
-      if (frame.length > MAX_FRAME_BYTES) throw new ProtocolError("a frame over the limit");
+      if (frame.length > MAX_FRAME_BYTES) throw new ProtocolError("a frame is over the limit");
       return this.#receive(frame);
     } catch (error) {
       this.#closed = true;
@@ -116,8 +116,8 @@ export class EdgeSession {
       const { viewWidth, viewHeight } = message;
       if (viewWidth * viewHeight > MAX_VIEW_PIXELS) {
         throw new ProtocolError(
-          `it wants views of ${viewWidth} × ${viewHeight} pixels, ` +
-            `and this page sends none of more than ${MAX_VIEW_PIXELS}`,
+          `it requires views of ${viewWidth} × ${viewHeight} pixels, ` +
+            `but this page sends at most ${MAX_VIEW_PIXELS}`,
         );
       }
       this.welcome = message;
@@ -131,10 +131,10 @@ export class EdgeSession {
     if (question !== undefined) question.down += size;
     if (question?.state === "CANCELLED" && CROSSED.has(kind)) return null;
     if (!this.#move(message.id, kind)) {
-      throw new ProtocolError(`${kind} is not allowed for question ${message.id}, which is ${this.state(message.id)}`);
+      throw new ProtocolError(`${kind} is not allowed for question ${message.id} (state: ${this.state(message.id)})`);
     }
     if (kind === "Partial") return this.#text(question, message);
-    if (kind === "RegionRequest") return this.#judge(question, message);
+    if (kind === "RegionRequest") return this.#checkRequest(question, message);
     return message;
   }
 
@@ -144,14 +144,14 @@ export class EdgeSession {
       question.text = "";
     }
     const characters = [...question.text]; // `keep` counts code points
-    if (keep > characters.length) throw new ProtocolError("Partial keeps more text than there is");
+    if (keep > characters.length) throw new ProtocolError("Partial.keep is longer than the text so far");
     question.text = characters.slice(0, keep).join("") + text;
     if (question.text.length > MAX_TEXT_CHARS) throw new ProtocolError("the streamed text is too long");
     return { kind: "TextUpdate", id, stage, text: question.text };
   }
 
   /** Compute the box in the original; one outside the picture is declined here. */
-  #judge({ source }, request) {
+  #checkRequest({ source }, request) {
     const { viewWidth: width, viewHeight: height, rows, columns, fit } = this.welcome;
     try {
       if (request.picture !== 0) throw new RangeError("there is one picture");
@@ -167,7 +167,7 @@ export class EdgeSession {
 
   #mine(id, kind) {
     const before = this.state(id);
-    if (!this.#move(id, kind)) throw new ProtocolError(`${kind} is not allowed for question ${id}, which is ${before}`);
+    if (!this.#move(id, kind)) throw new ProtocolError(`${kind} is not allowed for question ${id} (state: ${before})`);
   }
 
   #move(id, kind) {

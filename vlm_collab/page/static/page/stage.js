@@ -1,4 +1,4 @@
-// The shown picture with the heat map and the box over it.
+// The picture on show, with the heat map and the box over it.
 
 import { $, bytes } from "./dom.js";
 import { FITS, frameOf } from "./geometry.js";
@@ -6,10 +6,10 @@ import { FITS, frameOf } from "./geometry.js";
 // Colours of the attention: from clear through amber to red.
 const COOL = [255, 196, 70];
 const HOT = [228, 52, 22];
-const STRONGEST = 0.72;
+const MAX_ALPHA = 0.72;
 
 export class Stage {
-  #shown = null;
+  #picture = null;
   #region = null;
   #drawn = false;
 
@@ -24,23 +24,23 @@ export class Stage {
   }
 
   get picture() {
-    return this.#shown;
+    return this.#picture;
   }
 
   /**
-   * Show a picture, and where the server looked in it (null for nowhere); behind the viewfinder
-   * while it is there, which is hidden only when the camera is turned off.
+   * Show a picture and its region (null for none). While the camera is on, the picture stays behind
+   * the viewfinder.
    */
   async show(picture, region) {
     $("empty").hidden = true;
     $("figure").hidden = !$("viewfinder").hidden;
     this.#region = region;
-    if (this.#shown === picture) {
+    if (this.#picture === picture) {
       if (this.#drawn) this.#mark();
       return;
     }
-    this.#shown?.rest();
-    this.#shown = picture;
+    this.#picture?.release();
+    this.#picture = picture;
     this.#drawn = false;
     const { width, height } = picture.size;
     const size = `${width} × ${height} px`;
@@ -49,8 +49,8 @@ export class Stage {
     // Drawn off-screen first: the user may choose another picture before this one is decoded.
     const canvas = document.createElement("canvas");
     await picture.preview(canvas);
-    if (this.#shown !== picture) {
-      picture.rest();
+    if (this.#picture !== picture) {
+      picture.release();
       return;
     }
     const preview = $("preview");
@@ -63,8 +63,8 @@ export class Stage {
 
   /** Show nothing, because the next question is not about the shown picture. */
   clear() {
-    this.#shown?.rest();
-    this.#shown = this.#region = null;
+    this.#picture?.release();
+    this.#picture = this.#region = null;
     this.#drawn = false;
     this.viewfinder(!$("viewfinder").hidden);
   }
@@ -72,13 +72,13 @@ export class Stage {
   /** Show or hide the camera. */
   viewfinder(on) {
     $("viewfinder").hidden = !on;
-    $("empty").hidden = on || this.#shown !== null;
-    $("figure").hidden = on || this.#shown === null;
+    $("empty").hidden = on || this.#picture !== null;
+    $("figure").hidden = on || this.#picture === null;
   }
 
   /** Show or hide the heat map and the box. */
   #mark() {
-    const { size } = this.#shown;
+    const { size } = this.#picture;
     const { request, box, welcome } = this.#region ?? {};
     const map = request?.map;
     const heated = this.#region !== null && map.length === welcome.rows * welcome.columns;
@@ -105,7 +105,7 @@ export class Stage {
     map.forEach((value, cell) => {
       const heat = value / 255;
       const colour = COOL.map((cool, channel) => cool + (HOT[channel] - cool) * heat);
-      image.data.set([...colour, 255 * STRONGEST * heat], cell * 4);
+      image.data.set([...colour, 255 * MAX_ALPHA * heat], cell * 4);
     });
     canvas.getContext("2d").putImageData(image, 0, 0);
     const frame = frameOf(size, FITS[fit], { width, height });

@@ -1,6 +1,6 @@
-// One question from asking to its answer, over several links and attempts if necessary, like
-// edge_client/link/question.py. Once the server has asked for a region there is a first answer, so
-// from then on a question always ends with an answer.
+// One question until its answer, over several links and attempts if necessary, as in
+// edge_client/link/question.py. A region request carries a first answer, so after it a question
+// always ends with an answer.
 
 import { CollabError, LostError, ServerError, StoppedError } from "./errors.js";
 import { FITS, frameOf } from "./geometry.js";
@@ -33,40 +33,40 @@ export class ViewState {
 }
 
 /**
- * Drives one question; call `run` once. `tell` is called with events:
+ * One question; call `run` once. `onevent` is called with events:
  *
  *   { kind: "text", stage, text }                  a text as it grows
  *   { kind: "region", request, box }               the server is unsure; box is null if declined
  *   { kind: "sent", what: "view" | "region", image }  pixels that were sent
  *   { kind: "bytes", up, down }                    this question's bytes so far
- *   { kind: "again", text }                        it is asked again, and why
+ *   { kind: "again", text }                        it is asked again; the text says why
  */
-export class Asking {
+export class Question {
   #picture;
-  #question;
+  #text;
   #history;
   #view;
   #keeper;
-  #tell;
+  #onevent;
   #stop = new AbortController();
-  #seen = null;
+  #region = null; // the last region event
   #rescuing = false;
   #losses = 0;
   #lostAt = null; // time of its first lost link
   #sentAt = 0;
-  #gone = 0;
-  #carry = false;
+  #viewsGone = 0;
+  #resendView = false;
   #up = 0;
   #down = 0;
   #began = performance.now();
 
-  constructor({ picture, question, history, view, keeper, tell }) {
+  constructor({ picture, question, history, view, keeper, onevent }) {
     this.#picture = picture;
-    this.#question = question;
+    this.#text = question;
     this.#history = history;
     this.#view = view;
     this.#keeper = keeper;
-    this.#tell = tell;
+    this.#onevent = onevent;
   }
 
   /** Stop the question on the user's behalf. */
@@ -74,12 +74,12 @@ export class Asking {
     this.#stop.abort(new StoppedError("You stopped this question."));
   }
 
-  /** Return the answer; throws why there is none. */
+  /** Return the answer; throws the error if there is none. */
   async run() {
     try {
       return await this.#rounds(this.#stop.signal);
     } catch (error) {
-      if (this.#seen === null || error instanceof StoppedError || !(error instanceof CollabError)) throw error;
+      if (this.#region === null || error instanceof StoppedError || !(error instanceof CollabError)) throw error;
       if (!(error instanceof LostError)) return this.#firstAnswer(fallbackOf(error));
     }
     return this.#rescue();
@@ -89,7 +89,7 @@ export class Asking {
   async #rescue() {
     this.#rescuing = true;
     const patience = new AbortController();
-    const limitMs = this.#seen.request.deadlineMs + RESCUE_GRACE_MS;
+    const limitMs = this.#region.request.deadlineMs + RESCUE_GRACE_MS;
     const timer = setTimeout(() => patience.abort(new LostError("no time left")), limitMs);
     this.#stop.signal.addEventListener("abort", () => patience.abort(this.#stop.signal.reason));
     try {
@@ -102,14 +102,14 @@ export class Asking {
     }
   }
 
-  /** Try until an attempt succeeds, or fails with an error that a retry would not cure. */
+  /** Try until an attempt succeeds, or fails with an error that a retry cannot fix. */
   async #rounds(signal) {
     for (;;) {
       signal.throwIfAborted();
       try {
         return await this.#attempt(signal);
       } catch (error) {
-        if (signal.aborted || (this.#seen !== null && !this.#rescuing)) throw error;
+        if (signal.aborted || (this.#region !== null && !this.#rescuing)) throw error;
         await this.#recover(error, signal);
       }
     }
@@ -120,12 +120,12 @@ export class Asking {
     const busy = error instanceof ServerError && error.code === ErrorCode.BUSY;
     const gone = error instanceof ServerError && error.code === ErrorCode.VIEW_GONE;
     if (busy && error.retryAfterMs !== null) {
-      this.#tell({ kind: "again", text: "The server is busy; this question waits." });
+      this.#onevent({ kind: "again", text: "The server is busy; this question waits." });
       await pause(Math.max(error.retryAfterMs, SHORTEST_WAIT_MS) * (1 + Math.random() / 2), signal);
-    } else if (gone && ++this.#gone <= MAX_VIEW_GONE) {
+    } else if (gone && ++this.#viewsGone <= MAX_VIEW_GONE) {
       // If this Ask carried the view, the server has no memory for it at the moment.
-      if (this.#carry) await pause(SHORTEST_WAIT_MS * 2 ** (this.#gone - 1), signal);
-      this.#carry = true;
+      if (this.#resendView) await pause(SHORTEST_WAIT_MS * 2 ** (this.#viewsGone - 1), signal);
+      this.#resendView = true;
     } else if (error instanceof LostError) {
       this.#losses += 1;
       const now = performance.now();
@@ -133,7 +133,7 @@ export class Asking {
       if (now - this.#lostAt > ASK_AGAIN_MS) {
         throw new CollabError(`Given up after ${this.#losses} lost connections: ${error.message}`);
       }
-      this.#tell({ kind: "again", text: "The connection was lost; this question waits for it." });
+      this.#onevent({ kind: "again", text: "The connection was lost; this question waits for it." });
       const dueMs = this.#sentAt + pauseMs(this.#losses) - now;
       await pause(Math.max(dueMs, error.retryAfterMs ?? 0), signal);
     } else {
@@ -153,16 +153,16 @@ export class Asking {
     // There is no await from here to the end of `ask`, so the first of several questions about a new
     // picture is sent, with its view, before the others refer to the view.
     const key = welcome.session.join();
-    const carries = this.#carry || this.#view.session !== key;
-    const sent = carries ? image : null;
+    const carriesView = this.#resendView || this.#view.session !== key;
+    const sent = carriesView ? image : null;
     this.#sentAt = performance.now();
-    const exchange = link.ask(this.#question, this.#view.id, this.#picture.size, sent, OPTIONS, this.#history);
+    const exchange = link.ask(this.#text, this.#view.id, this.#picture.size, sent, OPTIONS, this.#history);
     this.#view.session = key;
-    if (carries) this.#tell({ kind: "sent", what: "view", image, codec });
+    if (carriesView) this.#onevent({ kind: "sent", what: "view", image, codec });
     const stop = () => exchange.put(signal.reason);
     signal.addEventListener("abort", stop, { once: true });
     try {
-      return await this.#converse(exchange, carries, welcome);
+      return await this.#converse(exchange, carriesView, welcome);
     } finally {
       signal.removeEventListener("abort", stop);
       exchange.abandon();
@@ -170,32 +170,32 @@ export class Asking {
     }
   }
 
-  /** Follow one exchange to its end. It may carry the view. */
-  async #converse(exchange, carries, welcome) {
-    let seen = null;
+  /** Follow one exchange to its end. */
+  async #converse(exchange, carriesView, welcome) {
+    let region = null;
     for (;;) {
       this.#count(exchange);
       const event = await exchange.next();
       switch (event.kind) {
         case "TextUpdate":
-          this.#tell({ kind: "text", stage: event.stage, text: event.text });
+          this.#onevent({ kind: "text", stage: event.stage, text: event.text });
           break;
         case "RegionWanted":
         case "RegionDeclined":
-          this.#seen = seen = { request: event.request, box: event.box ?? null, welcome };
-          this.#tell({ kind: "region", ...seen });
+          this.#region = region = { request: event.request, box: event.box ?? null, welcome };
+          this.#onevent({ kind: "region", ...region });
           // Not awaited: the server may end the question meanwhile.
           if (event.kind === "RegionWanted") this.#sendRegion(exchange, event, welcome);
           break;
         case "Answer":
-          this.#keeper.worked();
+          this.#keeper.resetPauses();
           this.#count(exchange);
           // A field of its own, because older pages do not know the fallback code.
           if (event.noDetail) event.fallback = Fallback.NO_DETAIL;
-          return { ...event, seen, hidden: this.#hidden(welcome), elapsedMs: performance.now() - this.#began };
+          return { ...event, region, hidden: this.#hidden(welcome), elapsedMs: performance.now() - this.#began };
         case "Error":
-          if (carries && seen === null && VIEW_NOT_KEPT.has(event.code)) this.#view.session = null;
-          throw ended(event);
+          if (carriesView && region === null && VIEW_NOT_KEPT.has(event.code)) this.#view.session = null;
+          throw errorOf(event);
       }
     }
   }
@@ -210,7 +210,7 @@ export class Asking {
 
   /** Crop, encode and send the region, or decline, so that the server does not wait. */
   async #sendRegion(exchange, { box, request }, welcome) {
-    const came = performance.now();
+    const requestedAt = performance.now();
     const target = { width: request.targetWidth, height: request.targetHeight };
     if (!this.#keeper.codecs.includes(request.codec)) {
       exchange.decline(DeclineReason.BAD_REQUEST);
@@ -218,11 +218,11 @@ export class Asking {
     }
     try {
       const image = await this.#picture.region(box, target, request.codec, request.quality);
-      if (performance.now() - came > request.deadlineMs) return; // the server no longer waits
+      if (performance.now() - requestedAt > request.deadlineMs) return; // the server no longer waits
       if (image.length + 64 > welcome.maxFrameBytes) {
         exchange.decline(DeclineReason.LIMIT);
       } else if (exchange.sendRegion(image)) {
-        this.#tell({ kind: "sent", what: "region", image, codec: request.codec });
+        this.#onevent({ kind: "sent", what: "region", image, codec: request.codec });
       }
     } catch (error) {
       // If the picture fails, the question continues without its region.
@@ -237,25 +237,25 @@ export class Asking {
     this.#up += exchange.bytesUp;
     this.#down += exchange.bytesDown;
     exchange.bytesUp = exchange.bytesDown = 0;
-    this.#tell({ kind: "bytes", up: this.#up, down: this.#down });
+    this.#onevent({ kind: "bytes", up: this.#up, down: this.#down });
   }
 
   /** The first answer, in place of the refined one that did not come. */
   #firstAnswer(fallback) {
-    const { request } = this.#seen;
+    const { request } = this.#region;
     return {
       text: request.first,
       stage: Stage.FIRST,
       fallback,
       uncertaintyMicro: request.uncertaintyMicro,
       usage: null,
-      seen: this.#seen,
+      region: this.#region,
       elapsedMs: performance.now() - this.#began,
     };
   }
 }
 
-function ended({ code, text, retryAfterMs }) {
+function errorOf({ code, text, retryAfterMs }) {
   // Another server may answer after a shutdown, so treat it as a lost link.
   if (code === ErrorCode.SHUTTING_DOWN) return new LostError(text, retryAfterMs);
   return new ServerError(`The server refused this question: ${text}.`, code, retryAfterMs);

@@ -27,7 +27,7 @@ PHONE = {
 DIALOGUE = """() => {
     window.dialogue = new Promise((opened) => addEventListener("click", (event) => {
         if (event.target.type !== "file") return;
-        event.preventDefault(); // it would be the system's, where no test reaches
+        event.preventDefault(); // no test can operate the dialogue of the system
         opened(event.target.outerHTML);
     }));
 }"""
@@ -43,7 +43,7 @@ WIDER_THAN_THE_SCREEN = """() => [...document.querySelectorAll("body *")]
     .map((each) => each.outerHTML.slice(0, 100))"""
 
 
-async def test_phone_width(browser: Browser):
+async def test_the_page_fits_a_phone(browser: Browser):
     answer = "an_answer_without_any_blank_" * 12 + "and some words that follow it " * 5
 
     def play(question: str, view: str, region: str) -> Script:
@@ -95,7 +95,7 @@ async def test_screenshots(browser: Browser):
                 assert full.stat().st_size > empty.stat().st_size > 1000
 
 
-async def test_everything_by_keyboard(visitor: Visitor):
+async def test_the_whole_page_works_by_keyboard(visitor: Visitor):
     page = visitor.page
 
     async def focused() -> str:
@@ -150,7 +150,7 @@ DRAWN_CAMERA = """() => {
 """Replaces the browser's camera with a drawn one, which works on every machine."""
 
 
-async def test_the_token_by_keyboard_leads_to_the_question(visitor: Visitor):
+async def test_after_entering_the_token_the_question_has_the_focus(visitor: Visitor):
     page = visitor.page
     async with running(service(token="s3cret")) as url:
         await visitor.open(url, connected=False)
@@ -168,7 +168,7 @@ async def test_the_token_by_keyboard_leads_to_the_question(visitor: Visitor):
             await page.reload()
 
 
-async def test_a_connection_that_comes_back_leaves_the_keyboard_where_it_is(visitor: Visitor):
+async def test_a_new_connection_does_not_move_the_focus(visitor: Visitor):
     page = visitor.page
     async with running(service(token="s3cret")) as url:
         await visitor.open(url, connected=False)
@@ -181,7 +181,7 @@ async def test_a_connection_that_comes_back_leaves_the_keyboard_where_it_is(visi
         assert await page.evaluate(FOCUSED) == "Choose a picture"
 
 
-async def test_the_camera_by_keyboard(visitor: Visitor):
+async def test_the_camera_works_by_keyboard(visitor: Visitor):
     page = visitor.page
     async with running(service()) as url:
         await visitor.open(url)
@@ -217,7 +217,7 @@ async def test_the_camera_by_keyboard(visitor: Visitor):
         assert await page.evaluate(FOCUSED) == "question"
 
 
-async def test_a_picture_that_comes_in_otherwise_closes_the_camera(visitor: Visitor):
+async def test_choosing_a_file_closes_the_camera(visitor: Visitor):
     page = visitor.page
     async with running(service()) as url:
         await visitor.open(url)
@@ -232,7 +232,7 @@ async def test_a_picture_that_comes_in_otherwise_closes_the_camera(visitor: Visi
         assert await page.evaluate(FOCUSED) == "Take a picture"
 
 
-async def test_stopping_and_asking_again_by_keyboard_keep_the_place(visitor: Visitor):
+async def test_stopping_and_asking_again_keep_the_focus_in_place(visitor: Visitor):
     page = visitor.page
     async with running(service(slow(30.0))) as url:
         await visitor.open(url)
@@ -250,14 +250,14 @@ async def test_stopping_and_asking_again_by_keyboard_keep_the_place(visitor: Vis
         assert await page.locator(".card").count() == 2
 
 
-async def test_what_a_screen_reader_finds(visitor: Visitor):
+async def test_a_screen_reader_finds_names_and_announcements(visitor: Visitor):
     page = visitor.page
     async with running(service(slow(0.2))) as url:
         await visitor.open(url)
         await page.evaluate(
             """() => {
-                window.said = [];
-                new MutationObserver(() => said.push(announce.textContent))
+                window.announced = [];
+                new MutationObserver(() => announced.push(announce.textContent))
                     .observe(announce, { childList: true });
             }"""
         )
@@ -267,11 +267,11 @@ async def test_what_a_screen_reader_finds(visitor: Visitor):
         card = await visitor.ask(UNSURE, "refined")
         picture = page.get_by_role("img", name="The picture photo.jpg, 480 × 360 px")
         assert await picture.is_visible()
-        said = await page.evaluate("said")
-        assert len(said) == 3, said  # each stage once, not each word
-        assert said[0] == "photo.jpg is open. Ask your question."
-        assert said[1].startswith("First answer: first ")
-        assert said[2].startswith(f"Refined answer: {await card.answer()}")
+        announced = await page.evaluate("announced")
+        assert len(announced) == 3, announced  # each stage once, not each word
+        assert announced[0] == "photo.jpg is open. Ask your question."
+        assert announced[1].startswith("First answer: first ")
+        assert announced[2].startswith(f"Refined answer: {await card.answer()}")
         # Every control has an accessible name.
         nameless = await page.evaluate(
             """() => [...document.querySelectorAll("button, input, img, canvas, video")]
@@ -287,8 +287,8 @@ async def test_what_a_screen_reader_finds(visitor: Visitor):
         assert await page.get_by_role("alert").inner_text() == "Type a question first."
 
 
-async def test_a_question_can_be_asked_while_another_picture_opens(visitor: Visitor):
-    """The picture chosen last is shown, in whatever order they are loaded."""
+async def test_the_picture_chosen_last_is_shown_and_asked_about(visitor: Visitor):
+    """The order in which the pictures are loaded does not matter."""
     async with running(service()) as url:
         await visitor.open(url)
         files = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": photo(n)} for n in (1, 2)]

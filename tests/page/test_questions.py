@@ -101,7 +101,7 @@ async def test_a_sure_answer_sends_no_region(visitor: Visitor):
         await visitor.choose(PHOTO)
         card = await visitor.ask(SURE, "sure")
         assert visitor.sent(Region) == []
-        assert "Sure at first sight" in await card.note()
+        assert "Sure of the first answer" in await card.note()
         assert not await visitor.page.locator("#box").is_visible()
         assert not await visitor.page.locator("#show-box").is_visible()
         (ask,) = visitor.sent(Ask)
@@ -130,7 +130,7 @@ async def test_a_second_look_that_is_less_sure_is_not_shown_as_a_success(visitor
 
 @pytest.mark.parametrize("text", ["", " \n"])
 @pytest.mark.parametrize(("bits", "state"), [(0.0, "sure"), (2.0, "refined")])
-async def test_an_answer_without_text_is_told_as_such(
+async def test_an_answer_without_text_is_shown_as_no_text(
     visitor: Visitor, bits: float, state: str, text: str
 ):
     def play(question: str, view: str, region: str) -> Script:
@@ -144,7 +144,7 @@ async def test_an_answer_without_text_is_told_as_such(
         assert "(no text)" in await visitor.page.inner_text("#announce")
 
 
-async def test_the_answer_grows_as_it_comes(visitor: Visitor):
+async def test_the_answer_is_shown_as_it_is_streamed(visitor: Visitor):
     async with running(service(slow(0.4))) as url:
         await visitor.open(url)
         await visitor.choose(PHOTO)
@@ -210,7 +210,7 @@ async def test_the_history_shows_each_picture_again(visitor: Visitor):
         assert await visitor.meter("whole") == len(PHOTO) + len(photo(2))
 
 
-async def test_earlier_answers_go_along_only_when_wanted(visitor: Visitor):
+async def test_earlier_answers_are_sent_only_if_the_box_is_checked(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.choose(PHOTO)
@@ -268,7 +268,7 @@ async def test_a_question_needs_a_picture(visitor: Visitor):
 
 
 @pytest.mark.parametrize("fail", ["second", "deadline"])
-async def test_the_first_answer_stands_and_says_why(visitor: Visitor, fail: str):
+async def test_the_page_says_why_the_first_answer_stands(visitor: Visitor, fail: str):
     def play(question: str, view: str, region: str) -> Script:
         return Script("first", "second", 2.0, fail_second=fail == "second")
 
@@ -282,7 +282,7 @@ async def test_the_first_answer_stands_and_says_why(visitor: Visitor, fail: str)
         assert why in await card.note()
 
 
-async def test_below_the_socket_s_path_as_in_vllm(visitor: Visitor):
+async def test_the_page_works_below_the_socket_s_path_as_in_vllm(visitor: Visitor):
     mine = service()
     socket, *others = mine.routes()
     mine.routes = lambda: [socket, Mount(ENDPOINT, routes=others)]  # type: ignore[method-assign]
@@ -293,14 +293,14 @@ async def test_below_the_socket_s_path_as_in_vllm(visitor: Visitor):
         await visitor.ask(UNSURE, "refined")
 
 
-async def test_the_message_layer_is_python_s_in_the_browser(visitor: Visitor):
+async def test_the_page_s_messages_and_geometry_equal_python_s_in_the_browser(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         sent = page_cases.cases(count=1500)
         page_cases.check(sent, await visitor.replay(sent))
 
 
-async def test_nothing_is_kept_and_no_name_leaves(visitor: Visitor):
+async def test_nothing_is_stored_and_file_names_are_not_sent(visitor: Visitor):
     async with running(service()) as url:
         await visitor.open(url)
         await visitor.choose(PHOTO, "secret-name.jpg")
