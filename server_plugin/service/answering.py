@@ -48,10 +48,22 @@ class Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
         self.retry_after_s = retry_after_s
 
 
-def sampling_of(options: Options) -> Sampling:
-    """How tokens are chosen, as backends take it."""
-    return Sampling(
-        temperature=options.temperature or 0.0, top_p=options.top_p or 1.0, seed=options.seed
+def request_of(
+    question: str, history: History, places: Places, options: Options
+) -> GenerationRequest:
+    """Return a client's question as backends take it.
+
+    Args:
+        places: where the pictures stand in the texts.
+    """
+    return GenerationRequest(
+        question,
+        history=history,
+        places=places,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(
+            temperature=options.temperature or 0.0, top_p=options.top_p or 1.0, seed=options.seed
+        ),
     )
 
 
@@ -81,19 +93,11 @@ class QuestionAnswerer:
         """The refusal of a service that has no room at present."""
         return Refused(ErrorCode.BUSY, "the server is busy", self._state.queue.retry_after_s())
 
-    def check_question(
-        self,
-        question: str,
-        pictures: int,
-        history: History,
-        options: Options,
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, options: Options, pictures: int) -> None:
         """Refuse a question that the model cannot take, before anything is computed.
 
         Args:
             pictures: how many pictures the question is about.
-            places: where the pictures stand in the texts.
 
         Raises:
             Refused: a bad option or question.
@@ -102,7 +106,6 @@ class QuestionAnswerer:
         engine = self._state.engine
         try:
             engine.check_options(options.eta)
-            request = GenerationRequest(question, history=history, places=places)
             engine.backend.check_question(request, images)
         except ConfigError as error:
             raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
@@ -146,12 +149,10 @@ class QuestionAnswerer:
         turn: ModelTurn,
         lease: Lease,
         sources: Sequence[Size],
-        question: str,
+        request: GenerationRequest,
         fetch_region: FetchRegion,
         *,
-        history: History,
         options: Options,
-        places: Places = (),
         on_text: TextSink | None,
         on_start: Callable[[], None] = lambda: None,
     ) -> Outcome:
@@ -186,20 +187,14 @@ class QuestionAnswerer:
             return await self._state.engine.answer(
                 view,
                 sources,
-                GenerationRequest(
-                    question,
-                    history=history,
-                    places=places,
-                    max_new_tokens=options.max_new_tokens,
-                    sampling=sampling_of(options),
-                ),
+                request,
                 fetch,
                 retransmit=options.retransmit,
                 eta=options.eta,
                 stop=options.stop,
                 tokens=options.tokens,
                 on_text=on_text,
-                key=f"{lease.name}:{question}",
+                key=f"{lease.name}:{request.question}",
             )
         finally:
             turn.give_back()
@@ -207,9 +202,8 @@ class QuestionAnswerer:
     async def answer_text(
         self,
         turn: ModelTurn,
-        question: str,
+        request: GenerationRequest,
         *,
-        history: History,
         options: Options,
         on_text: TextSink | None,
         on_start: Callable[[], None],
@@ -219,12 +213,7 @@ class QuestionAnswerer:
             await turn.take()
             on_start()
             return await self._state.engine.chat(
-                GenerationRequest(
-                    question,
-                    history=history,
-                    max_new_tokens=options.max_new_tokens,
-                    sampling=sampling_of(options),
-                ),
+                request,
                 stop=options.stop,
                 tokens=options.tokens,
                 on_text=on_text,

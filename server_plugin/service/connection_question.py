@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History
 from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError
-from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.answering import QuestionAnswerer, Refused, request_of
 from server_plugin.service.connection_output import ConnectionOutput
 from server_plugin.service.connection_views import ConnectionViews
 from server_plugin.service.state import ServiceState
@@ -29,11 +28,6 @@ from vlm_collab.protocol.messages import (
 )
 
 log = logging.getLogger(__name__)
-
-
-def history_of(ask: Ask) -> History:
-    """The conversation before a question, as backends take it."""
-    return tuple((turn.question, turn.answer) for turn in ask.history)
 
 
 class ConnectionQuestion:
@@ -62,6 +56,8 @@ class ConnectionQuestion:
         """Answers the question; None until the question is accepted."""
         self._ask = ask
         self._options = ask.options or Options()
+        history = tuple((turn.question, turn.answer) for turn in ask.history)
+        self._request = request_of(ask.question, history, ask.all_places, self._options)
         self._log_fields = {"connection": connection, "question": ask.id}
         self._state, self._answerer = state, answerer
         self._views, self._output = views, output
@@ -82,9 +78,7 @@ class ConnectionQuestion:
         ask = self._ask
         try:
             self._answerer.check_capacity()
-            self._answerer.check_question(
-                ask.question, 1 + len(ask.more), history_of(ask), self._options, ask.all_places
-            )
+            self._answerer.check_question(self._request, self._options, 1 + len(ask.more))
             lease = self._views.lease(ask)
         except Refused as refused:
             self._refuse(refused)
@@ -159,7 +153,7 @@ class ConnectionQuestion:
             self._region = self._need = None
 
     async def _answer(self, lease: Lease) -> None:
-        ask, options = self._ask, self._options
+        options = self._options
         loop = asyncio.get_running_loop()
 
         def stream(stage: Stage, text: str) -> None:
@@ -169,12 +163,10 @@ class ConnectionQuestion:
         outcome = await self._answerer.answer(
             turn,
             lease,
-            [Size(*source) for source in ask.sources],
-            ask.question,
+            [Size(*source) for source in self._ask.sources],
+            self._request,
             self._fetch_region,
-            history=history_of(ask),
             options=options,
-            places=ask.all_places,
             on_text=stream if options.stream else None,
         )
         self._send_answer(outcome, turn.waited_s)

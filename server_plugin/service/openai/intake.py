@@ -12,7 +12,7 @@ from PIL.Image import Image
 from starlette.requests import HTTPConnection
 
 from server_plugin.engines.two_stage import RegionNeed, RegionUnavailableError
-from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.answering import QuestionAnswerer, Refused, request_of
 from server_plugin.service.openai.pending import PendingQuestion
 from server_plugin.service.openai.reply import error_of
 from server_plugin.service.openai.uploads import (
@@ -194,19 +194,18 @@ class QuestionIntake:
                 raise RegionUnavailableError(Fallback.DECLINED)  # only the client has the original
             return await self.decoding.run(lambda: original.region(need.box, self.target))
 
+        options = msgspec.structs.replace(query.options, stream=query.stream)
         try:
             question = PendingQuestion(
                 self._state,
                 self._answerer,
-                client.session,
-                query.question,
-                query.history,
-                msgspec.structs.replace(query.options, stream=query.stream),
-                hold_view if pictures.originals else None,
-                pictures.sources,
-                None if client_crops else crop,
-                self._may_wait,
-                query.places,
+                request_of(query.question, query.history, query.places, options),
+                options,
+                session=client.session,
+                hold_view=hold_view if pictures.originals else None,
+                sources=pictures.sources,
+                crop=None if client_crops else crop,
+                may_wait=self._may_wait,
             )
         except Refused as refused:
             raise refusal_error(refused, query) from refused
