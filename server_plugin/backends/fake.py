@@ -25,8 +25,9 @@ from server_plugin.backends.base import (
     StopRule,
     TextSink,
     View,
+    check_global_view,
 )
-from vlm_collab.errors import ImageError, QuestionError
+from vlm_collab.errors import QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
@@ -165,8 +166,7 @@ class FakeBackend:
 
     async def open_view(self, *images: Image) -> FakeView:
         for image in images:
-            if image.size != self.info.view or image.mode != "RGB":
-                raise ImageError(f"a view must be RGB and {self.info.view}, not {image.size}")
+            check_global_view(image, self.info.view)
         name = "+".join(digest(image) for image in images)
         nbytes = sum(image.width * image.height * 3 for image in images)
         view = FakeView(name=name, nbytes=nbytes, pictures=len(images))

@@ -15,7 +15,6 @@ import typer
 from server_plugin.backends.base import GenerationRequest
 from server_plugin.cli.options import FitName, PresetFile, PromptName
 from server_plugin.models.presets import Preset
-from vlm_collab.errors import ConfigError
 from vlm_collab.method.cost import (
     extension_flops,
     first_pass_flops,
@@ -123,6 +122,7 @@ def shape_of(source: str, preset: Preset) -> Shape:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from server_plugin.backends.transformers.adapters.base import check_family, check_layer
     from server_plugin.backends.transformers.adapters.checkpoint import (
         load_config,
         load_processor,
@@ -134,21 +134,13 @@ def shape_of(source: str, preset: Preset) -> Shape:
     models: Any = AutoModelForImageTextToText  # its annotations miss `from_config`
     name = local_or_hub(source)
     adapter_class = adapter_for(model_type_of(name))
-    if preset.family != adapter_class.family:
-        raise ConfigError(
-            f"the preset is for the family {preset.family!r}, but {source} is of "
-            f"{adapter_class.family!r}"
-        )
+    check_family(adapter_class, preset, source)
     config, processor = load_config(name), load_processor(name)
     with torch.device("meta"):  # modules without memory
         model = models.from_config(config)
     adapter = adapter_class(model, processor, preset)
     text, prefix = adapter.decoder.config, len(adapter.prompts.shared().ids)
-    if preset.layer >= text.num_hidden_layers:
-        raise ConfigError(
-            f"layer {preset.layer} does not exist: {source} has decoder layers 0 to "
-            f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
-        )
+    check_layer(preset, text, source)
     one, two = (
         len(
             adapter.prompts.build(

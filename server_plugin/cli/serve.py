@@ -26,6 +26,7 @@ from server_plugin.cli.options import (
     PromptName,
     Ratios,
     ViewSide,
+    ratios_of,
 )
 from server_plugin.engines.assembly import engine_of
 from server_plugin.models.calibration import load_calibration
@@ -187,7 +188,7 @@ def serve(
         "view_px": view_px,
         "layer": layer,
         "base_px": base_px,
-        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "ratios": ratios_of(ratios),
         "epsilon": epsilon,
         "placement": placement,
         "metric": metric,
@@ -278,15 +279,6 @@ def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, 
 def _warn(preset: Preset) -> None:
     if preset.warning is not None:
         print(f"vlm-collab serve: {preset.warning}", file=sys.stderr, flush=True)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
-        ) from None
 
 
 async def _serve(

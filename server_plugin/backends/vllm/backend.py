@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
@@ -33,6 +32,9 @@ from server_plugin.backends.base import (
     StopRule,
     TextSink,
     View,
+    check_global_view,
+    check_local_view,
+    run_both_passes,
 )
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.prompts import Prompt
@@ -45,7 +47,7 @@ from server_plugin.backends.vllm.engine_requests import (
 )
 from server_plugin.backends.vllm.setup import EVERY_LOGPROB, check_setup
 from server_plugin.backends.vllm.views import NamedPicture, VllmView, pictures_of, result_of
-from vlm_collab.errors import ImageError, ModelError, QuestionError
+from vlm_collab.errors import ModelError, QuestionError
 from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
@@ -100,20 +102,12 @@ class VllmBackend:
             logprobs_mode=config.model_config.logprobs_mode,
         )
         self._logprobs = EVERY_LOGPROB if preset.metric is Metric.ENTROPY else 2
-        layout, text = adapter.layout, config.model_config.hf_config.get_text_config()
-        self._info = ModelInfo(
-            name=name,
-            view=layout.view,
-            fit=preset.fit,
-            grid=layout.grid,
-            base_px=preset.base_px or max(layout.view),
-            layer=preset.layer,
-            hidden_size=text.hidden_size,
-            layers=text.num_hidden_layers,
-            visual_tokens=layout.visual_tokens,
-            context_tokens=layout.context_tokens,
+        text = config.model_config.hf_config.get_text_config()
+        self._info = adapter.model_info(
+            name,
+            text,
             concurrency=config.scheduler_config.max_num_seqs,
-            view_bytes=math.prod(layout.view) * 3,
+            view_bytes=math.prod(adapter.layout.view) * 3,
         )
         self._rows_scope = secrets.token_hex(16)
         self._rows = RowClient(self._call, preset.layer, text.num_attention_heads, self._rows_scope)
@@ -148,12 +142,7 @@ class VllmBackend:
 
     async def open_view(self, *images: Image) -> VllmView:
         for image in images:
-            if image.mode != "RGB" or image.size != self._info.view:
-                raise ImageError(
-                    f"a global view must be RGB of {self._info.view.width} x "
-                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
-                    f"{image.height}"
-                )
+            check_global_view(image, self._info.view)
         return VllmView(tuple(map(self._picture, images)), len(images))
 
     async def first_pass(
@@ -225,8 +214,7 @@ class VllmBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        if region.mode != "RGB" or 0 in region.size:
-            raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
+        check_local_view(region)
         pictures = (*pictures_of(view), self._picture(self._adapter.fitted(region)))
         return await self._answer(
             pictures,
@@ -259,13 +247,7 @@ class VllmBackend:
         """
         try:
             await self._rows.install()
-            grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-            request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
-            view = await self.open_view(grey)
-            first = await self.first_pass(view, request)
-            await self.relative_attention(view, first)
-            await self.second_pass(view, grey, request)
-            await self.release(view)
+            await run_both_passes(self, self._preset.generic_instruction)
         except BaseException:
             await self.close()  # otherwise the engine's processes would stay
             raise

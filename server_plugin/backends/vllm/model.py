@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.base import Adapter, check_family, check_layer
 from server_plugin.backends.transformers.adapters.checkpoint import (
     load_config,
     load_processor,
@@ -139,18 +139,9 @@ def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
         raise ConfigError(
             f"vLLM {SUPPORTED} does not serve {adapter_class.family}; use --backend transformers"
         )
-    if preset.family != adapter_class.family:
-        raise ConfigError(
-            f"the preset is for the family {preset.family!r}, but {shown} is of "
-            f"{adapter_class.family!r}"
-        )
+    check_family(adapter_class, preset, shown)
     config = load_config(source)
-    layers = config.get_text_config().num_hidden_layers
-    if preset.layer >= layers:
-        raise ConfigError(
-            f"layer {preset.layer} does not exist: {shown} has decoder layers 0 to {layers - 1}; "
-            "choose one with the option `layer`"
-        )
+    check_layer(preset, config.get_text_config(), shown)
     adapter_class.layout_of(config, preset)
     return adapter_class
 

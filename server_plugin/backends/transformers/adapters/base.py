@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from server_plugin.backends.base import ModelInfo
 from server_plugin.backends.transformers.adapters.prompts import Prompt, PromptBuilder
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ModelError
@@ -83,6 +84,32 @@ class Adapter(ABC):
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.layout = self.layout_of(model.config, preset)
+
+    def model_info(
+        self, name: str, decoder_config: Any, *, concurrency: int, view_bytes: int
+    ) -> ModelInfo:
+        """Return the properties of the model that a backend reports.
+
+        Args:
+            name: the name that clients see.
+            decoder_config: configuration of the text decoder.
+            concurrency, view_bytes: see `ModelInfo`.
+        """
+        layout, preset = self.layout, self.preset
+        return ModelInfo(
+            name=name,
+            view=layout.view,
+            fit=preset.fit,
+            grid=layout.grid,
+            base_px=preset.base_px or max(layout.view),
+            layer=preset.layer,
+            hidden_size=decoder_config.hidden_size,
+            layers=decoder_config.num_hidden_layers,
+            visual_tokens=layout.visual_tokens,
+            context_tokens=layout.context_tokens,
+            concurrency=concurrency,
+            view_bytes=view_bytes,
+        )
 
     @classmethod
     @abstractmethod
@@ -184,6 +211,40 @@ class Adapter(ABC):
         """Decode generated tokens: special tokens removed, white space stripped."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
+
+
+def check_family(adapter: type[Adapter], preset: Preset, name: str) -> None:
+    """Refuse a preset for another family.
+
+    Args:
+        adapter: of the checkpoint's family.
+        name: of the checkpoint.
+
+    Raises:
+        ConfigError: the preset is for another family.
+    """
+    if preset.family != adapter.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {name} is of {adapter.family!r}"
+        )
+
+
+def check_layer(preset: Preset, decoder_config: Any, name: str) -> None:
+    """Refuse a preset whose layer the decoder does not have.
+
+    Args:
+        decoder_config: configuration of the text decoder.
+        name: of the checkpoint.
+
+    Raises:
+        ConfigError: the layer does not exist.
+    """
+    layers = decoder_config.num_hidden_layers
+    if preset.layer >= layers:
+        raise ConfigError(
+            f"layer {preset.layer} does not exist: {name} has decoder layers 0 to {layers - 1}; "
+            "choose one with the option `layer`"
+        )
 
 
 def square_cells(vision: Any, preset: Preset) -> tuple[int, int]:
