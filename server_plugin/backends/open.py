@@ -120,7 +120,7 @@ def open_model(
         fake.info = replace(fake.info, fit=chosen.fit)
         return fake, chosen
     source = checkpoint_of(name)
-    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
+    served_name = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     if backend == VLLM:
         from server_plugin.backends.vllm.setup import require_vllm
 
@@ -128,12 +128,12 @@ def open_model(
         _require_server_packages()
         from server_plugin.backends.vllm.model import open_vllm_model
 
-        return open_vllm_model(source, chosen, dtype=dtype, name=shown, batch=batch), chosen
+        return open_vllm_model(source, chosen, dtype=dtype, name=served_name, batch=batch), chosen
     _require_server_packages()
     from server_plugin.backends.transformers.backend import TransformersBackend
 
     loaded = TransformersBackend.load(
-        source, chosen, device=device, dtype=dtype, name=shown, batch=batch
+        source, chosen, device=device, dtype=dtype, name=served_name, batch=batch
     )
     return loaded, chosen
 

@@ -85,8 +85,8 @@ def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
     first_context = prefix + question_tokens
     second_context = first_context + shape.local_tokens
     first = extension_flops(0, first_context, width, layers)
-    held, new = (prefix, 0) if shape.shared else (0, prefix)
-    generic = extension_flops(held, new + shape.generic_tokens, width, shape.read_layers)
+    cached, new = (prefix, 0) if shape.shared else (0, prefix)
+    generic = extension_flops(cached, new + shape.generic_tokens, width, shape.read_layers)
     second = extension_flops(prefix, second_context - prefix, width, layers)
     total = first + generic + second
     eq_20 = total_flops(n, width, layers, retransmitted=True)
@@ -141,7 +141,7 @@ def shape_of(source: str, preset: Preset) -> Shape:
     adapter = adapter_class(model, processor, preset)
     text, prefix = adapter.decoder.config, len(adapter.prompts.shared().ids)
     check_layer(preset, text, source)
-    one, two = (
+    with_one, with_two = (
         len(
             adapter.prompts.build(
                 GenerationRequest(preset.generic_instruction, max_new_tokens=0), pictures
@@ -155,8 +155,8 @@ def shape_of(source: str, preset: Preset) -> Shape:
         layers=text.num_hidden_layers,
         read_layers=preset.layer + 1,
         prefix_tokens=prefix,
-        local_tokens=two - one,
-        generic_tokens=one - prefix,
+        local_tokens=with_two - with_one,
+        generic_tokens=with_one - prefix,
         shared=not adapter.reads_question,
     )
 
@@ -193,16 +193,16 @@ def flops(
         return
     print(
         f"{model}: {shape.visual_tokens} visual tokens, {shape.layers} layers of width "
-        f"{shape.hidden_size}; GFLOP of one question that is retransmitted"
+        f"{shape.hidden_size}; GFLOP of one retransmitted question"
     )
     for line, count in (
         ("Eq. 18, first pass: F(n)", costs.eq_18_first_pass),
         ("Eq. 19, second stage: F(n) + F(2n)", costs.eq_19_second_stage),
         ("Eq. 20, total", costs.eq_20_total),
-        ("here: first pass", costs.first_pass),
-        ("here: generic instruction, once a view", costs.generic_instruction),
-        ("here: second pass", costs.second_pass),
-        (f"here: total (Eq. 20 is {costs.ratio:.2f} times as much)", costs.total),
+        ("this engine: first pass", costs.first_pass),
+        ("this engine: generic instruction, once per view", costs.generic_instruction),
+        ("this engine: second pass", costs.second_pass),
+        (f"this engine: total (Eq. 20 / total: {costs.ratio:.2f})", costs.total),
         (f"decoding two answers of {answer_tokens} tokens", costs.decoding),
     ):
         print(f"  {line:<48}{count / 1e9:>14,.3f}")

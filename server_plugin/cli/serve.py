@@ -123,7 +123,7 @@ def serve(
         bool,
         typer.Option(
             help="Generate every first answer to its end, even if its first tokens decide that a "
-            "second one follows."
+            "second pass follows."
         ),
     ] = False,
     quality: Annotated[int | None, typer.Option(help="Image quality of regions, 1-100.")] = None,
@@ -131,8 +131,8 @@ def serve(
     max_per_address: Annotated[
         int | None,
         typer.Option(
-            help="Most connections at once from one address: 64, except from this machine; 0 for "
-            "any number, such as behind a proxy on another machine."
+            help="Most connections at once from one address; 0 for any number, as behind a proxy "
+            "on another machine. Default: 64, and any number from this machine."
         ),
     ] = None,
     max_questions: Annotated[int, typer.Option(help="Most questions in progress at once.")] = 512,
@@ -206,10 +206,10 @@ def serve(
         if device != "auto":
             raise ConfigError("vLLM chooses its devices itself; leave out --device")
         if json_output:
-            raise ConfigError("--json is not for --backend vllm, whose logs are vLLM's own")
-        from server_plugin.vllm_server.launch import become, invocation
+            raise ConfigError("--json does not work with --backend vllm, which writes vLLM's logs")
+        from server_plugin.vllm_server.launch import invocation, replace_process
 
-        started = invocation(
+        vllm_server = invocation(
             model,
             config,
             preset=preset,
@@ -226,12 +226,12 @@ def serve(
             dtype=dtype,
             batch=batch,
             log_level=log_level,
-            further=context.args,
+            vllm_options=context.args,
         )
         address = f"[{host}]" if ":" in host else host
         _warn(with_options(preset_of(model, preset), overrides))
         print(f"vlm-collab: starting vLLM; clients connect to {config.scheme}://{address}:{port}")
-        become(started)
+        replace_process(vllm_server)
     if backend != "transformers":
         raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
     if context.args:
@@ -266,14 +266,16 @@ serve.context_settings = {  # type: ignore[attr-defined]
 
 def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, Any]:
     """Return the model options, with a calibration's values for those that the user left out."""
-    found = load_calibration(path)
-    found.require_model(model)
+    loaded = load_calibration(path)
+    loaded.require_model(model)
     given = {name: value for name, value in overrides.items() if value is not None}
     if not given.keys() & {"metric", "aggregate", "k"}:
-        return {**found.overrides(), **given}
+        return {**loaded.overrides(), **given}
     if "eta" not in given:
-        raise ConfigError("the calibration's threshold is for its own metric and aggregate")
-    return {"layer": found.layer, **given}
+        raise ConfigError(
+            "the calibration's threshold is for its own metric and aggregate; give --eta too"
+        )
+    return {"layer": loaded.layer, **given}
 
 
 def _warn(preset: Preset) -> None:

@@ -39,7 +39,7 @@ class ConnectionQuestion:
         state: see `ServiceState`.
         answerer: runs the engine.
         views: the connection's pictures.
-        output: takes what the client is sent.
+        output: collects what is sent to the client.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ConnectionQuestion:
         self._state, self._answerer = state, answerer
         self._views, self._output = views, output
         self._region: asyncio.Future[bytes | None] | None = None
-        # Set in the second stage: its first answer is owed if that stage fails.
+        # Set in the second stage; if that stage fails, its first answer is sent.
         self._need: RegionNeed | None = None
         self._counted = False
 
@@ -70,7 +70,7 @@ class ConnectionQuestion:
         """Accept the question or refuse it, before anything is computed for it.
 
         Args:
-            on_end: called once an accepted question has ended, however that was.
+            on_end: called when an accepted question has ended in any way.
 
         Returns:
             whether it was accepted.
@@ -102,7 +102,7 @@ class ConnectionQuestion:
             self.task.cancel()
 
     def give_region(self, image: bytes | None) -> None:
-        """Take the region that the client was asked for; None if it declines."""
+        """Take the client's region; None if the client declines."""
         if self._region is not None and not self._region.done():
             self._region.set_result(image)
 
@@ -123,7 +123,7 @@ class ConnectionQuestion:
             self._answerer.log_refusal(code, **self._log_fields)
 
     def _count(self, outcome: str) -> bool:
-        """Count how the question ended, once; whether this call was the first."""
+        """Count the question's outcome, once; return whether this call did."""
         if self._counted:
             return False
         self._counted = True
@@ -131,8 +131,8 @@ class ConnectionQuestion:
         return True
 
     def _refuse(self, refused: Refused) -> None:
-        after = refused.retry_after_s
-        retry_after_ms = None if after is None else round(after * 1000)
+        wait_s = refused.retry_after_s
+        retry_after_ms = None if wait_s is None else round(wait_s * 1000)
         self._output.session.error(self.id, refused.code, str(refused), retry_after_ms)
         self.count_refusal(refused.code)
         self._output.wake.set()
@@ -172,7 +172,7 @@ class ConnectionQuestion:
         self._send_answer(outcome, turn.waited_s)
 
     async def _fetch_region(self, need: RegionNeed) -> Image:
-        """Ask the edge for a region and decode what comes.
+        """Request a region from the edge, and decode it.
 
         Raises:
             RegionUnavailableError: it did not come in time, was declined, or cannot be used.
@@ -201,8 +201,8 @@ class ConnectionQuestion:
             else b"",
             picture=need.picture,
         )
-        coming: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._region = coming
+        reply: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._region = reply
         self._need = need
         self._output.drop_text(self.id)
         if not self._output.session.request_region(request):
@@ -210,7 +210,7 @@ class ConnectionQuestion:
         self._output.wake.set()
         try:
             async with asyncio.timeout(deadline_s):
-                data = await coming
+                data = await reply
         except TimeoutError:
             raise RegionUnavailableError(Fallback.DEADLINE) from None
         if data is None:
@@ -220,8 +220,8 @@ class ConnectionQuestion:
             # The number of pixels alone does not bound the sides: a thin strip can have as few.
             if region.width > target.width or region.height > target.height:
                 raise ImageError(
-                    f"a region of {region.width} x {region.height} px, where at most "
-                    f"{target.width} x {target.height} were asked for"
+                    f"the region has {region.width} x {region.height} px, more than the requested "
+                    f"{target.width} x {target.height}"
                 )
             return region
         except ImageError as error:

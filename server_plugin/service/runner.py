@@ -19,8 +19,8 @@ from vlm_collab.web.server import serve
 
 __all__ = ["bind", "running", "serve", "server", "url_of"]
 
-_OTHERS = 64
-"""Connection slots beyond those for WebSockets."""
+_HTTP_SLOTS = 64
+"""Connection slots in addition to those for WebSockets."""
 
 
 class _Server(uvicorn.Server):
@@ -36,7 +36,7 @@ class _Server(uvicorn.Server):
         service.abort = self._abort
 
     def _abort(self, websocket: WebSocket) -> None:
-        """Drop a client that does not read, which ASGI does not offer."""
+        """Drop a client that does not read; ASGI has no way to do this."""
         if websocket.client is None:
             return
         for protocol in list(self.server_state.connections):
@@ -78,7 +78,7 @@ def server(service: Service) -> uvicorn.Server:
     sockets = limits.max_connections + limits.max_newcomers
     settings = web.uvicorn_config(
         service.app(),
-        slots=ConnectionSlots(sockets + _OTHERS, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(sockets + _HTTP_SLOTS, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=limits.connection.max_frame_bytes,
         grace_s=5,

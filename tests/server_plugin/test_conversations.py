@@ -156,7 +156,7 @@ async def test_different_questions_run_together(llava):
         ((("word " * 3000, "yes"),), "far longer|too long"),
     ],
 )
-def test_what_was_said_before_is_checked_too(history, complaint, llava):
+def test_earlier_turns_are_checked_too(history, complaint, llava):
     with pytest.raises(QuestionError, match=complaint):
         llava[0].check_question(GenerationRequest(ASKED, history=history))
 
@@ -237,7 +237,7 @@ async def test_instructblip_with_several_pictures(tmp_path):
 # ---- sampling -----------------------------------------------------------------------------------
 
 
-async def test_a_seed_makes_a_drawn_answer_the_same_again(llava):
+async def test_the_same_seed_gives_the_same_answer(llava):
     backend, _ = llava
     view = await backend.open_view(*shown(backend, 1))
 

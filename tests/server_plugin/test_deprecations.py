@@ -35,7 +35,7 @@ asyncio.run(backend.warm_up())
         pytest.param(save_tiny_qwen, marks=pytest.mark.slow),
     ],
 )
-def test_no_library_warns_of_what_a_model_does(
+def test_no_library_warns_while_a_model_answers(
     save: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "tiny")
@@ -64,7 +64,7 @@ class _Neither:
     def forward(self, inputs_embeds: Any, **rest: Any) -> None: ...
 
 
-def test_the_cache_is_given_by_the_name_that_the_decoder_has() -> None:
+def test_the_cache_is_passed_under_the_decoder_s_own_argument_name() -> None:
     assert cache_argument(_Before) == "past_key_values"  # up to 5.23
     assert cache_argument(_Since) == "cache"
     with pytest.raises(ModelError, match=r"_Neither of transformers \d.* takes no cache"):

@@ -221,7 +221,7 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
         ("qwen2.5-vl", save_tiny_qwen),
     ],
 )
-async def test_the_command_foresees_what_the_engine_accounts_for(
+async def test_the_command_predicts_the_engine_s_operations(
     family: str,
     save: Callable[[Path], Path],
     tmp_path: Path,

@@ -190,7 +190,7 @@ def test_the_reference_by_hand_is_generate_for_one_picture(shape: str, loaded: L
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_query_tokens_and_what_they_look_at(shape: str, loaded: Loaded, folders: Any) -> None:
+def test_query_tokens_and_their_cell_attention(shape: str, loaded: Loaded, folders: Any) -> None:
     """Each cross-attention layer of the Q-Former, counted among its cross-attention layers."""
     backend, oracle = loaded[shape]
     image = picture(3, Size(320, 200))
@@ -199,14 +199,16 @@ def test_query_tokens_and_what_they_look_at(shape: str, loaded: Loaded, folders:
         preset = preset_of(shape).with_overrides(qformer_layer=layer)
         own = adapter_of(TransformersBackend.load(str(folders[shape]), preset, device="cpu"))
         with torch.inference_mode():
-            (seen,) = own.see([image])
-            assert seen.numel() == own.layout.seen_numbers
+            (seen,) = own.encode([image])
+            assert seen.numel() == own.layout.encoded_numbers
             for question in QUESTIONS:
                 tokens = own.visual_tokens(seen, question)
-                assert tokens.looks is not None
-                assert tokens.looks.shape == (backend.info.visual_tokens, cells)
+                assert tokens.cell_attention is not None
+                assert tokens.cell_attention.shape == (backend.info.visual_tokens, cells)
                 expected = oracle.looks(question, image, layer)
-                np.testing.assert_allclose(tokens.looks.numpy(), expected, rtol=1e-4, atol=0)
+                np.testing.assert_allclose(
+                    tokens.cell_attention.numpy(), expected, rtol=1e-4, atol=0
+                )
                 np.testing.assert_allclose(
                     tokens.embeddings.numpy(), oracle.query_tokens(question, image), atol=1e-4
                 )
@@ -229,7 +231,7 @@ def test_only_one_layers_attention_is_computed_twice(
 
     monkeypatch.setattr(torch, "softmax", counted)
     with torch.inference_mode():
-        (seen,) = adapter_of(backend).see([picture(0, Size(224, 224))])
+        (seen,) = adapter_of(backend).encode([picture(0, Size(224, 224))])
         adapter_of(backend).visual_tokens(seen, QUESTIONS[0])
     assert shapes == [(4, 32, 257)]  # heads, query tokens, class token and patches
 
@@ -413,7 +415,7 @@ async def test_the_longest_question_of_the_qformer_is_exact(loaded: Loaded) -> N
         backend.check_question(GenerationRequest(question + "?"))
 
 
-async def test_a_region_keeps_all_its_parts_but_under_the_crop_fit(
+async def test_only_the_crop_fit_cuts_off_parts_of_a_region(
     folders: dict[str, Path],
 ) -> None:
     """A wide region, black but for white ends."""

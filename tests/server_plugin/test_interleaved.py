@@ -211,7 +211,9 @@ async def test_the_order_changes_the_answer(family, pairs) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
-async def test_what_an_interleaved_prompt_begins_with_is_not_computed_again(family, pairs) -> None:
+async def test_the_shared_beginning_of_an_interleaved_prompt_is_not_computed_again(
+    family, pairs
+) -> None:
     backend, _ = pairs[family]
     view = await backend.open_view(*(picture(seed, backend.info.view) for seed in (1, 2)))
     visual, front = backend.info.visual_tokens, view.prefixes[""].length
@@ -288,7 +290,7 @@ async def test_instructblip_takes_pictures_in_front(tmp_path) -> None:
         ([(1, 0, 0)], "a question that is not there"),
         ([(0, 2, 0), (0, 1, 1)], "reading order"),
         ([(0, 0, 1)], "a picture has no place"),
-        ([(0, 0, n) for n in range(3)], "places of 3 pictures, and there are 2"),
+        ([(0, 0, n) for n in range(3)], "places of 3 pictures, but there are 2"),
         ([(0, 0, 0)] * 65, "more than 64"),
         ([(0, 0, 0)] * 30, "exceed"),
     ],

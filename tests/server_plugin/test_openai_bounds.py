@@ -71,7 +71,7 @@ NOTHING_ASKED = [
 
 
 @pytest.mark.parametrize("sent", NOTHING_ASKED)
-async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatch):
+async def test_connections_without_a_request_are_closed(sent, monkeypatch):
     """Each would hold a connection slot, for which it needs no token."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(token="right")) as url:
@@ -86,7 +86,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatc
         writer.close()
 
 
-async def test_connections_on_which_something_is_asked_stay(monkeypatch):
+async def test_connections_with_a_request_stay_open(monkeypatch):
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(slow_backend(0.4))) as url:
         async with client_of(url) as client, edge(url) as other:
@@ -191,7 +191,7 @@ async def test_a_request_that_is_too_large_is_refused_so_that_the_client_sees_it
         assert running_service.openai.bodies.nbytes == 0
 
 
-async def test_a_large_request_with_the_wrong_key_is_told_so():
+async def test_a_large_request_with_the_wrong_key_gets_the_refusal():
     async with running(service(token="s3cret")) as url, client_of(url, "wrong") as client:
         for _ in range(3):
             with pytest.raises(openai.AuthenticationError):
@@ -214,7 +214,7 @@ async def test_requests_together_are_bounded():
         await until(lambda: running_service.openai.bodies.nbytes == 0)
 
 
-async def test_a_request_that_does_not_arrive_is_given_up():
+async def test_a_request_that_does_not_arrive_times_out():
     running_service = service(limits={"question_timeout_s": 0.2})
     async with running(running_service) as url:
         host, port = urlsplit(url).netloc.split(":")
@@ -236,7 +236,7 @@ async def whole(client, stream: bool) -> None:
     assert [chunk async for chunk in answer if chunk.choices[0].delta.content] == []
 
 
-async def test_a_model_that_takes_too_long_is_given_up():
+async def test_a_model_that_takes_too_long_times_out():
     running_service = service(slow_backend(), limits={"question_timeout_s": 0.3})
     async with asking(running_service) as client:
         for stream in (False, True):
@@ -266,7 +266,7 @@ async def test_a_second_pass_that_takes_too_long_leaves_the_first_answer():
         assert whole.vlm_collab["fallback"] == "deadline"
 
 
-async def test_a_full_queue_says_when_to_come_back():
+async def test_a_full_queue_says_when_to_retry():
     running_service = service(slow_backend(), limits={"max_queue": 1})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
@@ -297,7 +297,7 @@ async def test_questions_in_flight_are_bounded():
         await settled(running_service)
 
 
-async def test_the_sdk_comes_back_by_itself_when_the_server_was_busy():
+async def test_the_sdk_retries_by_itself_when_the_server_is_busy():
     running_service = service(slow_backend(0.3), limits={"max_questions": 1})
     async with running(running_service) as url, client_of(url) as client:
         patient = client.with_options(max_retries=3)
@@ -575,7 +575,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
 
 
 async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(monkeypatch):
-    monkeypatch.setattr("server_plugin.service.asgi.FAREWELL_S", 0.1)
+    monkeypatch.setattr("server_plugin.service.asgi.CLOSING_S", 0.1)
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])

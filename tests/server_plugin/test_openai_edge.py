@@ -324,7 +324,7 @@ async def test_a_crop_that_cannot_be_used_may_be_sent_again():
         await settled(running_service)
 
 
-async def test_the_deadline_stands_still_while_a_crop_is_read_and_goes_on_after_a_bad_one():
+async def test_the_deadline_pauses_while_a_crop_is_read_and_restarts_after_a_bad_one():
     running_service = service(openai=OpenAiLimits(region_deadline_s=1.5))
     async with asking(running_service) as client:
         response, call = await unsure(client)
@@ -368,7 +368,7 @@ async def test_requests_that_make_no_sense_are_refused_and_leave_the_call_open()
             await bring(client, answer, crop)
 
 
-async def test_a_question_that_is_not_stored_can_be_finished_and_no_more():
+async def test_a_question_that_is_not_stored_can_be_finished_but_not_continued():
     running_service = service()
     async with asking(running_service) as client:
         response, call = await unsure(client, store=False)

@@ -136,7 +136,7 @@ async def test_a_first_answer_that_a_second_may_replace_is_not_streamed():
 
 
 @pytest.mark.parametrize("how", ["text alone", "no second look"])
-async def test_a_first_answer_that_stands_is_streamed_as_it_grows(how):
+async def test_a_final_first_answer_is_streamed_as_it_grows(how):
     say = {"messages": [message(SURE)]}
     if how == "no second look":
         say = {
@@ -408,7 +408,7 @@ PICTURES = {
 }
 
 
-async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
+async def test_pictures_of_every_kind_give_the_same_view_as_on_an_edge():
     async with asking(service()) as client:
         for kind, data in PICTURES.items():
             text, told = await chat(client, [message(UNSURE, data)])
@@ -446,7 +446,7 @@ BYTES = [
     st.tuples(st.integers(1, 2**20), st.integers(1, 2**20)),
     st.sampled_from(Fit),
 )
-def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end, source, fit):
+def test_damaged_pictures_are_answered_or_refused(data, changes, end, source, fit):
     changed = bytearray(data)
     for place, value in changes:
         changed[place % len(changed)] = value

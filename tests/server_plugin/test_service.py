@@ -118,7 +118,7 @@ async def test_stop_texts_and_tokens_over_the_wire():
         assert (answer.finish, answer.tokens) == (Finish.LENGTH, ())
 
 
-async def test_the_server_says_what_it_can_do():
+async def test_the_server_announces_its_features():
     async with running(service()) as url, edge(url) as client:
         assert set(client.session.welcome.features) >= {"history", "pictures", "sampling", "stop"}
 
@@ -134,7 +134,7 @@ async def test_a_conversation_counts_towards_the_limit_of_a_question():
         assert error.code is ErrorCode.TOO_LARGE
 
 
-async def test_the_map_comes_when_it_is_wanted():
+async def test_the_map_is_sent_when_requested():
     async with running(service()) as url, edge(url) as client:
         await client.ask(UNSURE, picture(), options=Options(want_map=True))
         wanted = await client.next()
@@ -152,7 +152,7 @@ async def test_the_map_comes_when_it_is_wanted():
         (Options(eta=1.9), Stage.SECOND),
     ],
 )
-async def test_a_question_may_move_the_decision(options, stage):
+async def test_options_of_a_question_change_the_decision(options, stage):
     async with running(service()) as url, edge(url) as client:
         id = await client.ask(UNSURE, picture(), options=options)
         event = await client.next()

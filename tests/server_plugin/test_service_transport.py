@@ -303,7 +303,7 @@ def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> 
 SMALLEST = {"max_connections": 2, "max_newcomers": 2}
 
 
-async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+async def test_silent_connections_do_not_block_others(monkeypatch: pytest.MonkeyPatch):
     few(monkeypatch)
     async with served(service(limits=SMALLEST)) as here:
         silent = [here.open() for _ in range(40)]
@@ -317,7 +317,7 @@ async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("sent", [b"", b"[", b" " * 2**17])
-async def test_requests_that_never_end_keep_nobody_out(
+async def test_requests_that_never_end_do_not_block_others(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     few(monkeypatch)
@@ -330,7 +330,7 @@ async def test_requests_that_never_end_keep_nobody_out(
         assert await begun[0].read() == b""
 
 
-async def test_a_request_that_comes_slowly_stays_beside_those_that_say_nothing(
+async def test_a_slow_request_is_kept_while_silent_connections_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ):
     few(monkeypatch)
@@ -354,7 +354,7 @@ async def test_a_request_that_comes_slowly_stays_beside_those_that_say_nothing(
         assert b"must be a JSON object" in await slow.read_until(b"object")
 
 
-async def test_silent_websockets_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+async def test_silent_websockets_do_not_block_others(monkeypatch: pytest.MonkeyPatch):
     few(monkeypatch)
     async with served(service(limits=SMALLEST)) as here:
         silent = []
@@ -382,7 +382,7 @@ async def test_greeted_connections_are_not_dropped_for_others(monkeypatch: pytes
             del silent
 
 
-async def test_those_who_say_hello_together_are_told_that_there_is_no_room():
+async def test_clients_that_say_hello_beyond_the_limit_are_refused():
     async with served(service(limits={"max_connections": 1})) as here:
         async with edge(here.url, greet=False) as one, edge(here.url, greet=False) as two:
             assert isinstance(await one.greet(), Welcome)
@@ -448,7 +448,7 @@ async def test_connections_of_one_address_are_bounded():
         del silent
 
 
-def test_what_an_address_is():
+def test_which_clients_count_as_one_address():
     def places(per_address: int | None) -> ConnectionSlots:
         return ConnectionSlots(None, per_address)
 

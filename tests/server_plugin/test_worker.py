@@ -53,7 +53,7 @@ async def queued(worker: BatchWorker, *jobs: tuple[str, str, int]) -> list[async
     return tasks
 
 
-async def test_what_waits_runs_together_oldest_kind_first() -> None:
+async def test_waiting_jobs_run_together_oldest_kind_first() -> None:
     with worker() as (made, batches):
         with busy(made):
             tasks = await queued(
@@ -71,7 +71,7 @@ async def test_a_batch_has_a_limit() -> None:
     assert batches == [["a0", "a1"], ["a2", "a3"], ["a4"]]
 
 
-async def test_lengths_far_apart_run_apart() -> None:
+async def test_jobs_of_very_different_lengths_run_apart() -> None:
     with worker() as (made, batches):
         with busy(made):
             tasks = await queued(made, ("a", "short", 10), ("a", "long", 300), ("a", "near", 12))
@@ -90,7 +90,7 @@ async def test_a_cancelled_job_never_runs() -> None:
     assert batches == [["kept"]]
 
 
-async def test_one_jobs_fault_costs_no_other_its_answer() -> None:
+async def test_a_failing_job_does_not_fail_the_others() -> None:
     def fail_with_bad(_: Hashable, jobs: list[Job]) -> None:
         if any(job.payload == "bad" for job in jobs):
             raise MemoryError("bad")
@@ -104,7 +104,7 @@ async def test_one_jobs_fault_costs_no_other_its_answer() -> None:
     assert batches == [["a1", "bad", "a2"], ["a1"], ["bad"], ["a2"]]
 
 
-async def test_jobs_settled_before_a_fault_are_not_run_again() -> None:
+async def test_jobs_finished_before_a_failure_are_not_run_again() -> None:
     def settle_first(_: Hashable, jobs: list[Job]) -> None:
         if len(jobs) > 1:
             jobs[0].future.set_result("early")
@@ -140,7 +140,7 @@ async def test_a_job_left_undone_is_an_error() -> None:
     made.close()
 
 
-async def test_closing_fails_what_waits_and_what_comes() -> None:
+async def test_closing_fails_waiting_and_later_jobs() -> None:
     with worker() as (made, batches):
         with busy(made):
             (waiting,) = await queued(made, ("a", "a1", 1))

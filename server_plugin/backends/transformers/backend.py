@@ -139,18 +139,18 @@ class TransformersBackend:
         if batch is not None and batch < 1:
             raise ConfigError(f"a batch holds one question or more, not {batch}")
         source = local_or_hub(name_or_folder)
-        where = device_of(device)
-        number = dtype_of(dtype, where)
-        shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
+        torch_device = device_of(device)
+        torch_dtype = dtype_of(dtype, torch_device)
+        served_name = name or (Path(source).resolve().name if Path(source).is_dir() else source)
         # All checks come before gigabytes of weights are read.
         adapter_class = adapter_for(model_type_of(source))
         check_family(adapter_class, preset, name_or_folder)
         config = load_config(source)
-        check_layer(preset, config.get_text_config(), shown)
+        check_layer(preset, config.get_text_config(), served_name)
         adapter_class.layout_of(config, preset)
         processor = load_processor(source)
-        adapter = adapter_class(load_model(source, where, number), processor, preset)
-        return cls(adapter, shown, batch)
+        adapter = adapter_class(load_model(source, torch_device, torch_dtype), processor, preset)
+        return cls(adapter, served_name, batch)
 
     @property
     def info(self) -> ModelInfo:
@@ -177,7 +177,7 @@ class TransformersBackend:
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
-            raise ValueError("the first pass came without its attention row")
+            raise ValueError("the first pass has no attention row")
         state = self._state(view, self._preset.generic_instruction)
         assert state.view is not None
         generic, new_tokens, context_tokens = state.view.generic_row, 0, 0
@@ -217,7 +217,7 @@ class TransformersBackend:
         # A running operation holds its own references and is not disturbed.
         assert isinstance(view, TransformersView)
         view.released = True
-        view.seen = view.generic_row = None
+        view.encoded = view.generic_row = None
         view.prefixes.clear()
 
     async def close(self) -> None:
@@ -260,11 +260,11 @@ class TransformersBackend:
         prompts.check(request, images)
         prompt = prompts.build(request, images, views, picture=picture)
         state = self._state(view, request.question)
-        if prompt.shown:
+        if prompt.interleaved:
             state = state.interleaved(prompts.shared(views), prompt)
         job = AnswerJob(state, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", views, images, prompt.shown, state.cached),
+            ("answer", views, images, prompt.interleaved, state.cached),
             job,
             len(prompt.ids) - state.cached,
         )
@@ -282,7 +282,7 @@ class TransformersBackend:
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return ViewSnapshot(view, key, view.prefixes.get(key), view.seen or ())
+        return ViewSnapshot(view, key, view.prefixes.get(key), view.encoded or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""

@@ -52,7 +52,7 @@ from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
-_RPC_PATIENCE_S = 2.0
+_RPC_CHECK_S = 2.0
 """Seconds between checks that the engine is alive, while a call waits for its answer."""
 
 
@@ -132,12 +132,12 @@ class VllmBackend:
 
     def check_question(self, request: GenerationRequest, images: int = 2) -> None:
         self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
-        # vLLM counts a picture at several places several times.
-        again = len(request.places) - len({place.picture for place in request.places})
-        if images + again > self._most_pictures:
+        # vLLM counts a picture once for each of its places.
+        repeats = len(request.places) - len({place.picture for place in request.places})
+        if images + repeats > self._most_pictures:
             raise QuestionError(
                 f"this server takes {self._most_pictures} pictures in a prompt, the local view "
-                f"included, not {images + again}: start vLLM with a larger --limit-mm-per-prompt"
+                f"included, not {images + repeats}: start vLLM with a larger --limit-mm-per-prompt"
             )
 
     async def open_view(self, *images: Image) -> VllmView:
@@ -186,7 +186,7 @@ class VllmBackend:
             The row; see `Generation.row`.
 
         Raises:
-            ModelError: the workers do not have the row, or the engine is gone.
+            ModelError: the workers do not have the row, or the engine has died.
             ValueError: no row was requested.
         """
         if not isinstance(first, VllmGeneration) or first.expected is None:
@@ -197,10 +197,10 @@ class VllmBackend:
         prompt = first.prompt
         start = prompt.views_span.start
         cells: dict[int, torch.Tensor] = {}
-        for place, shows in prompt.shows():
-            one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
+        for run, picture in prompt.runs():
+            one = self._adapter.on_grid(row[run.start - start : run.stop - start], None)
             # For a picture at several places, the sum over them.
-            cells[shows] = cells[shows] + one if shows in cells else one
+            cells[picture] = cells[picture] + one if picture in cells else one
         grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()
         return grid
 
@@ -237,7 +237,7 @@ class VllmBackend:
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
         # Running operations hold their own references and are not disturbed.
-        view.shown = view.generic = None
+        view.images = view.generic = None
 
     async def warm_up(self) -> None:
         """Check that attention rows can be captured, and run both passes once.
@@ -275,9 +275,9 @@ class VllmBackend:
         call = asyncio.ensure_future(engine.collective_rpc(method, args=arguments))
         try:
             # An engine that dies does not answer its calls.
-            while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
+            while not (await asyncio.wait([call], timeout=_RPC_CHECK_S))[0]:
                 if engine.errored:
-                    raise ModelError("vLLM failed: its engine is gone")
+                    raise ModelError("vLLM failed: its engine has died")
         finally:
             call.cancel()
         return call.result()
@@ -324,7 +324,7 @@ class VllmBackend:
             surprisals: list[float] = []
             ended = stopped = False
             cached = 0
-            in_order = [pictures[shows] for shows in prompt.order]
+            in_order = [pictures[index] for index in prompt.order]
             if self._engine is None:
                 raise ModelError("the model was closed")
             parameters = sampling_parameters(
@@ -360,7 +360,7 @@ class VllmBackend:
             if not ids:
                 raise ModelError("vLLM ended an answer before its first token")
             if not (stopped or ended or len(ids) >= limit):
-                raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
+                raise ModelError(f"vLLM stopped an answer early, after {len(ids)} tokens")
             return VllmGeneration(
                 text=self._adapter.text_of(ids),
                 token_ids=tuple(ids),

@@ -32,7 +32,7 @@ CropRegion: TypeAlias = Callable[[RegionNeed], Awaitable[Image]]
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The model has begun; from here on only the model itself can fail."""
+    """The model has begun; from here on only the model can fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class FinalAnswer:
 
     Attributes:
         text, stage, fallback, uncertainty, finish, tokens: as in `Outcome`.
-        need: the region that was asked for; None when none was.
+        need: the region that was requested; None if none was.
         work: its cost; empty for a first answer that replaces a lost second one.
     """
 
@@ -65,12 +65,12 @@ class FinalAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RegionRequested:
-    """The client is asked for a region."""
+    """A region is requested from the client."""
 
     need: RegionNeed
 
     def first_answer(self, fallback: Fallback = Fallback.NONE) -> FinalAnswer:
-        """The first answer, which stands while no region comes."""
+        """Return the first answer, which is valid until a region comes."""
         need = self.need
         return FinalAnswer(
             text=need.first,
@@ -119,7 +119,7 @@ class PendingQuestion:
         may_wait: Callable[[], bool],
     ) -> None:
         answerer.check_capacity()
-        # Its picture is decoded before it waits for its turn: wasted work if the queue is full.
+        # Checked before its picture is decoded, which would be wasted if the queue is full.
         if state.queue.waiting >= state.config.limits.max_queue:
             raise answerer.busy()
         _check_length(request, state.config.limits.connection.max_question_bytes)
@@ -146,7 +146,7 @@ class PendingQuestion:
         self._task.add_done_callback(self._ended)
 
     def on_end(self, call: Callable[[], None]) -> None:
-        """Call `call` when the question has ended, however that was."""
+        """Call `call` when the question has ended in any way."""
         self._task.add_done_callback(lambda _: call())
 
     async def next_event(self) -> QuestionEvent:
@@ -163,8 +163,8 @@ class PendingQuestion:
     @property
     def waiting(self) -> int:
         """How many pictures' views are held while the client is asked for a region; else 0."""
-        asked = self._region is not None and not self._region.done()
-        return len(self._sources) if asked else 0
+        waits = self._region is not None and not self._region.done()
+        return len(self._sources) if waits else 0
 
     def cancel(self) -> None:
         """Stop: the client has gone. Safe to call when the question has ended."""
@@ -218,8 +218,8 @@ class PendingQuestion:
         except Refused as refused:
             self._refuse(refused)
         except TimeoutError:
-            late = Refused(ErrorCode.DEADLINE, "the server could not answer in time", 1.0)
-            self._stop(Fallback.DEADLINE, late)
+            refused = Refused(ErrorCode.DEADLINE, "the server could not answer in time", 1.0)
+            self._stop(Fallback.DEADLINE, refused)
 
     async def _answer(self) -> Outcome:
         if self._hold_view is None:
@@ -338,6 +338,6 @@ def _check_length(request: GenerationRequest, most_bytes: int) -> None:
     if text_bytes > most_bytes:
         raise Refused(
             ErrorCode.BAD_QUESTION,
-            f"the question and what was said before it have {text_bytes} bytes of text, more "
+            f"the question and the conversation before it have {text_bytes} bytes of text, more "
             f"than {most_bytes}",
         )

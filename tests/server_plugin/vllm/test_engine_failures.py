@@ -164,7 +164,7 @@ async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
 
 
 @pytest.mark.slow
-async def test_without_the_plugin_a_client_is_told() -> None:
+async def test_without_the_plugin_a_client_gets_a_clear_error() -> None:
     arguments = (str(demo_folder()), "--dtype", "float32", "--block-size", "32", *ENGINE)
     with vllm_serve(*arguments, VLLM_PLUGINS="another") as server:
         assert server.started, "\n".join(server.log[-40:])

@@ -143,7 +143,7 @@ async def test_the_key_guards_our_routes(server: int) -> None:
     assert json.loads(get(server, "/v1/collab/readyz")[1])["ready"] is True
 
 
-async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int) -> None:
+async def test_the_page_loads_without_the_key_and_asks_with_it(server: int) -> None:
     """A browser cannot send a key in a header for a page or a WebSocket; it uses a subprotocol."""
     assert "<html" in get(server, "/collab/", key=None)[1]
     assert get(server, "/collab/page/main.js", key=None)[0] == 200
@@ -248,7 +248,7 @@ def counted(server: int) -> dict[str, float]:
     }
 
 
-async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> None:
+async def test_dropped_connections_leave_nothing_behind(served: Served) -> None:
     """200 connections dropped at every stage leave no request, no row, no memory."""
     for _ in range(5):
         await come_and_go(served.url, 200)

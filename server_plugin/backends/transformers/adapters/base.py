@@ -32,7 +32,7 @@ class Layout:
         grid: the token grid of the relative attention map.
         visual_tokens: tokens of one picture in the decoder's context.
         context_tokens: longest sequence that the decoder takes.
-        seen_numbers: how many numbers `Adapter.see` returns for a picture, in families with
+        encoded_numbers: how many numbers `Adapter.encode` returns for a picture, in families with
             `reads_question`, which keep them for later questions; else 0.
     """
 
@@ -40,7 +40,7 @@ class Layout:
     grid: Grid
     visual_tokens: int
     context_tokens: int
-    seen_numbers: int = 0
+    encoded_numbers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,13 @@ class VisualTokens:
 
     Attributes:
         embeddings: `(visual_tokens, hidden)`.
-        looks: attention of each visual token to each grid cell, `(visual_tokens, cells)`, in
-            families whose visual tokens are not the cells themselves; else None.
+        cell_attention: attention of each visual token to each grid cell,
+            `(visual_tokens, cells)`, in families whose visual tokens are not the cells
+            themselves; else None.
     """
 
     embeddings: Tensor
-    looks: Tensor | None = None
+    cell_attention: Tensor | None = None
 
 
 class Adapter(ABC):
@@ -139,7 +140,7 @@ class Adapter(ABC):
         """Builds the token ids of a question, with the positions of its pictures."""
 
     @abstractmethod
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
         """Run the vision encoder: everything that depends on a picture alone.
 
         Args:
@@ -158,27 +159,27 @@ class Adapter(ABC):
             picture: RGB, any size. A picture of the view's size is returned unchanged.
         """
 
-    def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
+    def visual_tokens(self, encoded: Tensor, question: str) -> VisualTokens:
         """Return the visual tokens of a picture in a prompt with this question.
 
         Args:
-            seen: one picture's tensor from `see`.
+            encoded: one picture's tensor from `encode`.
             question: the user's text, or the generic instruction; used only with
                 `reads_question`.
         """
-        return VisualTokens(seen)
+        return VisualTokens(encoded)
 
-    def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
+    def on_grid(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
         """Convert attention to visual tokens into attention to grid cells.
 
         Args:
             row: attention to the visual tokens of the global view, `(visual_tokens,)`.
-            looks: see `VisualTokens`.
+            cell_attention: see `VisualTokens`.
 
         Returns:
             Row-major, `(rows * columns,)`.
         """
-        return row if looks is None else row @ looks
+        return row if cell_attention is None else row @ cell_attention
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the embeddings of text tokens, shape `(len(ids), hidden)`."""
