@@ -53,7 +53,7 @@ async def test_no_route_answers_pages_of_other_origins(command: str):
         app = servers(token)[command]
         for route in probed_routes(app.routes):
             # Requests for the page's own files look like this behind a proxy that renames.
-            is_file = route.method == "GET" and route.shown.endswith(("/", "/page/{path}"))
+            is_file = route.method == "GET" and route.template.endswith(("/", "/page/{path}"))
             refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
             assert refused is not is_file, route
 
@@ -63,7 +63,7 @@ async def test_all_routes_but_the_open_ones_want_the_token(command: str):
     app = servers(TOKEN)[command]
     for route in probed_routes(app.routes):
         is_open = route.method == "GET" and any(
-            route.shown.removeprefix(below) == path
+            route.template.removeprefix(below) == path
             for path in OPEN
             for below in ("", "/collab", "/v1/collab")
         )

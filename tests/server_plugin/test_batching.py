@@ -1,4 +1,4 @@
-"""Questions that run together get the answers that each would get alone."""
+"""Questions that run together get the same answers as alone."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def test_loading_leaves_the_librarys_settings_as_they_were(
     monkeypatch.setattr(checkpoint_module, "_where", watch)
     before = settings()
     assert before[1:] == (True, True)
-    for watched in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
         checkpoint_module.load_config(str(checkpoint))
         assert settings() == before
     assert seen == [(logging.ERROR, False, False), (logging.ERROR, False, True)]

@@ -244,7 +244,7 @@ async def test_an_answer_that_cannot_be_completed_says_that_it_is_cut(caplog):
 
 
 async def test_the_completion_is_not_streamed():
-    """The client has the text of the first pass already."""
+    """The client already has the text of the first pass."""
     seen = []
     await ask(
         scripted(),
@@ -276,7 +276,7 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
         view = await backend.open_view(blocks(number, backend.info.view))
         question = f"what is number {number}?"
         whole = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=10))
-        # Just above or just below what this answer's first tokens say.
+        # Just above or just below the uncertainty of this answer's first tokens.
         eta = aggregate(whole.steps, Metric.MIN_ENTROPY, how, 3) * (1.01 if number % 2 else 0.99)
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)
         early = Engine(backend=backend, policy=policy, max_new_tokens=10)

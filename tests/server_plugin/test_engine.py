@@ -358,7 +358,7 @@ async def test_an_answer_that_no_region_can_improve_is_complete(source):
     assert (outcome.text, outcome.finish) == ("one two three four", Finish.END)
     assert outcome.fallback is Fallback.NO_DETAIL
     once = 16 + (12 if source.width > 112 else 0)
-    again = 16 if source.width > 112 else 0  # the search was worth stopping for, in vain
+    again = 16 if source.width > 112 else 0  # stopped for a search that found no useful region
     assert outcome.work.prefilled_tokens == once + again
 
 

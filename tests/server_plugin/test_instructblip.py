@@ -169,13 +169,13 @@ async def test_the_comparison_can_fail(shape: str, loaded: Loaded) -> None:
 
     row = oracle.row(QUESTIONS[0], image, backend.info.layer)
     assert row.max() > 1.5 * row.mean()
-    looks = oracle.looks(QUESTIONS[0], image, preset_of(shape).qformer_layer)
-    assert (looks.max(axis=1) > 2 * looks.mean(axis=1)).all()
+    attention = oracle.cell_attention(QUESTIONS[0], image, preset_of(shape).qformer_layer)
+    assert (attention.max(axis=1) > 2 * attention.mean(axis=1)).all()
     # The question reaches the Q-Former, and its layers look at different patches.
-    other_question = oracle.looks(QUESTIONS[1], image, preset_of(shape).qformer_layer)
-    other_layer = oracle.looks(QUESTIONS[0], image, 0)
+    other_question = oracle.cell_attention(QUESTIONS[1], image, preset_of(shape).qformer_layer)
+    other_layer = oracle.cell_attention(QUESTIONS[0], image, 0)
     for other in (other_question, other_layer):
-        assert np.median(np.abs(other / looks - 1)) > 0.05
+        assert np.median(np.abs(other / attention - 1)) > 0.05
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -205,7 +205,7 @@ def test_query_tokens_and_their_cell_attention(shape: str, loaded: Loaded, folde
                 tokens = own.visual_tokens(seen, question)
                 assert tokens.cell_attention is not None
                 assert tokens.cell_attention.shape == (backend.info.visual_tokens, cells)
-                expected = oracle.looks(question, image, layer)
+                expected = oracle.cell_attention(question, image, layer)
                 np.testing.assert_allclose(
                     tokens.cell_attention.numpy(), expected, rtol=1e-4, atol=0
                 )

@@ -71,9 +71,9 @@ def test_no_shipped_preset_hides_a_part_of_a_picture() -> None:
         assert preset.warning is None
         for fit in ("stretch", "pad"):
             assert preset.with_overrides(fit=fit).warning is None
-        told = preset.with_overrides(fit="crop").warning
-        assert told is not None
-        assert "middle square" in told
+        hint = preset.with_overrides(fit="crop").warning
+        assert hint is not None
+        assert "middle square" in hint
 
 
 def test_templates_that_say_how_to_answer_are_marked() -> None:

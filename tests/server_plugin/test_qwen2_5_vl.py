@@ -193,12 +193,12 @@ async def test_questions_that_run_together_equal_plain_transformers(
     images = [picture(seed, backend.info.view) for seed in range(2)]
     region = picture(7, Size(80, 60))
     views = [await backend.open_view(image) for image in images]
-    asked = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
+    jobs = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
     with together(backend) as sizes:
         tasks = await queued(
             *(
                 backend.first_pass(views[v], GenerationRequest(q, max_new_tokens=NEW_TOKENS))
-                for v, q in asked
+                for v, q in jobs
             )
         )
     firsts = await asyncio.gather(*tasks)
@@ -209,12 +209,12 @@ async def test_questions_that_run_together_equal_plain_transformers(
                 backend.second_pass(
                     views[v], region, GenerationRequest(q, max_new_tokens=NEW_TOKENS)
                 )
-                for v, q in asked
+                for v, q in jobs
             )
         )
     seconds = await asyncio.gather(*tasks)
     assert max(sizes) == 4
-    for (v, question), first, second in zip(asked, firsts, seconds, strict=True):
+    for (v, question), first, second in zip(jobs, firsts, seconds, strict=True):
         shown_once, shown_twice = (images[v],), (images[v], region)
         compare_answer(first, oracle.answer(question, *shown_once, max_new_tokens=NEW_TOKENS))
         compare_answer(second, oracle.answer(question, *shown_twice, max_new_tokens=NEW_TOKENS))

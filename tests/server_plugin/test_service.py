@@ -385,15 +385,15 @@ async def test_a_random_policy_repeats_itself_for_the_same_questions():
     draws = []
     for _ in range(2):
         async with running(service(policy=RandomPolicy(0.5, seed=3))) as url, edge(url) as client:
-            asked = []
+            requested = []
             for i in range(12):
                 id = await client.ask(f"{SURE} {i}", picture() if i == 0 else None)
                 event = await client.next()
-                asked.append(isinstance(event, RegionWanted))
-                if asked[-1]:
+                requested.append(isinstance(event, RegionWanted))
+                if requested[-1]:
                     await client.region(id, picture())
                     await client.next()
-            draws.append(asked)
+            draws.append(requested)
     assert draws[0] == draws[1]
     assert {True, False} == set(draws[0])
 

@@ -33,12 +33,12 @@ class ProbedRoute(NamedTuple):
 
     Attributes:
         method: an HTTP method, or `WebSocket`.
-        shown: its path with the names of its parameters.
+        template: its path with the names of its parameters.
         path: its path with a value for each parameter.
     """
 
     method: str
-    shown: str
+    template: str
     path: str
 
 
@@ -72,7 +72,7 @@ def probed_routes(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Prob
                     yield _probed(method, below + route.path)
 
 
-async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
+async def status_of(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
     """Send a request; returns the status, 101 for an accepted WebSocket."""
     given = {"Host": "127.0.0.1", **headers}
     scope: dict[str, Any] = {
@@ -87,7 +87,7 @@ async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> 
         extensions = {"websocket.http.response": {}}
         scope |= {"type": "websocket", "subprotocols": [SUBPROTOCOL], "extensions": extensions}
         coming = [{"type": "websocket.connect"}]
-    told: list[int] = []
+    statuses: list[int] = []
 
     async def receive() -> Message:
         gone = "websocket.disconnect" if scope["type"] == "websocket" else "http.disconnect"
@@ -95,12 +95,12 @@ async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> 
 
     async def send(message: Message) -> None:
         if message["type"].endswith("response.start"):
-            told.append(message["status"])
+            statuses.append(message["status"])
         elif message["type"] == "websocket.accept":
-            told.append(101)
+            statuses.append(101)
 
     await app(scope, receive, send)
-    return told[0]
+    return statuses[0]
 
 
 async def table() -> str:
@@ -113,15 +113,15 @@ async def table() -> str:
     for server, app in servers(None).items():
         methods: dict[tuple[str, ...], list[str]] = {}
         for route in probed_routes(app.routes):
-            told = (
-                _told(await asked(app, route, FOREIGN_NAME)),
-                _told(await asked(app, route, FOREIGN_PAGE)),
-                _told(await asked(locked[server], route, {})),
+            statuses = (
+                _described(await status_of(app, route, FOREIGN_NAME)),
+                _described(await status_of(app, route, FOREIGN_PAGE)),
+                _described(await status_of(locked[server], route, {})),
             )
-            methods.setdefault((route.shown, *told), []).append(route.method)
-        for (shown, *told_of), each in methods.items():
+            methods.setdefault((route.template, *statuses), []).append(route.method)
+        for (shown, *row), each in methods.items():
             route = f"{', '.join(each)} {shown}"
-            lines.append(f"| `{server}` | `{route}` | {' | '.join(told_of)} |")
+            lines.append(f"| `{server}` | `{route}` | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +137,7 @@ def _probed(method: str, path: str) -> ProbedRoute:
     return ProbedRoute(method, shown, "/".join(parts))
 
 
-def _told(status: int) -> str:
+def _described(status: int) -> str:
     return f"refused ({status})" if status in (401, 403) else "answered"
 
 

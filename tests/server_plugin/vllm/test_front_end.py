@@ -262,11 +262,11 @@ async def test_vllm_s_server_drops_clients_that_do_not_read() -> None:
     app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     endpoint.attach_router(app)
     sock = socket.create_server(("127.0.0.1", 0))
-    async with serving(server, sock, "", SMALL) as here:
-        client = here.open(buffer=SMALL)
+    async with serving(server, sock, "", SMALL) as running_server:
+        client = running_server.open(buffer=SMALL)
         await client.send(request("/v1/models"))
-        await until(lambda: here.waiting() > 0)
-        await until(lambda: not here.connections)
+        await until(lambda: running_server.waiting() > 0)
+        await until(lambda: not running_server.connections)
 
 
 async def test_connections_to_vllm_s_server_from_one_address_are_bounded_if_asked_for() -> None:
@@ -281,11 +281,11 @@ async def test_connections_to_vllm_s_server_from_one_address_are_bounded_if_aske
         app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
         endpoint.attach_router(app)
         sock = socket.create_server(("127.0.0.1", 0))
-        async with serving(server, sock, "", SMALL) as here:
-            await here.open(buffer=SMALL).send(request("/v1/models"))
-            await until(lambda here=here: here.waiting() > 0)
-            assert status in await here.open().get("/v1/models")
-            assert b" 200 " in await here.open().get("/collab/healthz")
+        async with serving(server, sock, "", SMALL) as running_server:
+            await running_server.open(buffer=SMALL).send(request("/v1/models"))
+            await until(lambda running_server=running_server: running_server.waiting() > 0)
+            assert status in await running_server.open().get("/v1/models")
+            assert b" 200 " in await running_server.open().get("/collab/healthz")
 
 
 async def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:
@@ -341,13 +341,13 @@ class StoppingEngine:
 
 async def test_questions_end_before_their_engine_does() -> None:
     """vLLM shuts its engine down in a thread, and at its end again in the event loop's thread."""
-    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
+    waiting_service = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
     engine, loop = StoppingEngine(), asyncio.get_running_loop()
-    finish_before_shutdown(engine, held)
-    async with running(held) as url, edge(url) as client:
+    finish_before_shutdown(engine, waiting_service)
+    async with running(waiting_service) as url, edge(url) as client:
         id = await unsure(client)
         stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=30))
-        while not held.state.draining:
+        while not waiting_service.state.draining:
             await asyncio.sleep(0.001)
         await client.ask(SURE)
         assert (await client.next()).code is ErrorCode.SHUTTING_DOWN
@@ -364,10 +364,10 @@ async def test_questions_end_before_their_engine_does() -> None:
 
 
 async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
-    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0)))
+    waiting_service = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0)))
     engine, loop = StoppingEngine(), asyncio.get_running_loop()
-    finish_before_shutdown(engine, held)
-    async with running(held) as url, edge(url) as client:
+    finish_before_shutdown(engine, waiting_service)
+    async with running(waiting_service) as url, edge(url) as client:
         await unsure(client)
         stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=0))
         answer = await client.next()
@@ -378,11 +378,11 @@ async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
 
 async def test_an_engine_that_ended_by_itself_is_not_waited_for() -> None:
     """vLLM then cleans up in the event loop's thread, where waiting for the loop never ends."""
-    engine, held = StoppingEngine(), service()
-    finish_before_shutdown(engine, held)
+    engine, waiting_service = StoppingEngine(), service()
+    finish_before_shutdown(engine, waiting_service)
     engine.shutdown()
     assert engine.timeouts == [None]
-    assert not held.state.draining
+    assert not waiting_service.state.draining
 
 
 def test_options_of_other_plugins_are_ignored() -> None:

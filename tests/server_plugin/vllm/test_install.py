@@ -1,7 +1,7 @@
 """Installing the row capture in a worker, without vLLM: wrapped functions, and refusals.
 
-The stand-ins below have what is looked at of vLLM's objects and no more, so that a point of
-contact which the ledger in `server_plugin.backends.vllm.capture` does not name fails here.
+The stand-ins below have only those attributes of vLLM's objects that the table in
+`server_plugin.backends.vllm.capture` names. A use of any other attribute fails here.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def attention(**values: Any) -> Callable[[Worker], None]:
     return lambda worker: worker.impl.__dict__.update(values)
 
 
-def gone(path: str) -> Callable[[Worker], None]:
+def without(path: str) -> Callable[[Worker], None]:
     """An attribute is missing, as it may be in another release of vLLM."""
 
     def remove(worker: Worker) -> None:
@@ -237,7 +237,7 @@ def failing(error: BaseException) -> Callable[[Worker], None]:
             lambda worker: setattr(worker.layer, "isa", "amx"),
             "instruction set amx",
         ),
-        ("CPU_ATTN", False, gone("layer.isa"), "isa"),
+        ("CPU_ATTN", False, without("layer.isa"), "isa"),
         ("FLASHMLA", False, None, "the attention backend FLASHMLA"),
         ("FLASHINFER", True, None, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ("FLASHINFER", False, no_group, f"cache group of {NAME}"),
@@ -257,11 +257,11 @@ def failing(error: BaseException) -> Callable[[Worker], None]:
         ("FLASH_ATTN", False, attention(logits_soft_cap=30.0), "soft-capped"),
         ("FLASH_ATTN", False, attention(alibi_slopes=[0.1]), "ALiBi"),
         ("FLASH_ATTN", False, attention(sinks=torch.ones(2)), "sinks"),
-        ("FLASH_ATTN", True, gone("model_runner.prepare_inputs"), "prepare_inputs"),
-        ("FLASH_ATTN", False, gone("model_runner.input_batch"), "input_batch"),
-        ("FLASH_ATTN", False, gone("model_runner.execute_model"), "execute_model"),
-        ("FLASH_ATTN", False, gone("impl.forward"), "forward"),
-        ("FLASH_ATTN", False, gone("config.use_v2_model_runner"), "use_v2_model_runner"),
+        ("FLASH_ATTN", True, without("model_runner.prepare_inputs"), "prepare_inputs"),
+        ("FLASH_ATTN", False, without("model_runner.input_batch"), "input_batch"),
+        ("FLASH_ATTN", False, without("model_runner.execute_model"), "execute_model"),
+        ("FLASH_ATTN", False, without("impl.forward"), "forward"),
+        ("FLASH_ATTN", False, without("config.use_v2_model_runner"), "use_v2_model_runner"),
         ("FLASH_ATTN", False, failing(AssertionError("not\nbuilt")), "AssertionError: not built"),
         ("FLASH_ATTN", False, failing(StopIteration()), "StopIteration"),
     ],
