@@ -13,10 +13,10 @@ from tests.support.access_table import (
     TOKEN,
     WITH_TOKEN,
     ProbedRoute,
-    asked,
     page,
     probed_routes,
     servers,
+    status_of,
 )
 from vlm_collab.errors import ConfigError
 from vlm_collab.web.access import checked_names
@@ -44,7 +44,7 @@ def local(app: Starlette) -> TestClient:
 async def test_no_route_answers_to_a_foreign_host_name(command: str):
     app = servers(None)[command]
     for route in all_of(app):
-        assert await asked(app, route, FOREIGN_NAME) == 403, route
+        assert await status_of(app, route, FOREIGN_NAME) == 403, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,7 +54,7 @@ async def test_no_route_answers_pages_of_other_origins(command: str):
         for route in probed_routes(app.routes):
             # Requests for the page's own files look like this behind a proxy that renames.
             is_file = route.method == "GET" and route.template.endswith(("/", "/page/{path}"))
-            refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
+            refused = await status_of(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
             assert refused is not is_file, route
 
 
@@ -68,10 +68,10 @@ async def test_all_routes_but_the_open_ones_want_the_token(command: str):
             for below in ("", "/collab", "/v1/collab")
         )
         for headers in ({}, {"Authorization": "Bearer wrong"}, FOREIGN_NAME):
-            refused = await asked(app, route, headers) == 401
+            refused = await status_of(app, route, headers) == 401
             assert refused is not is_open, (route, headers)
         # With a token every name and every route is allowed.
-        assert await asked(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
+        assert await status_of(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])

@@ -2,8 +2,8 @@
 
 lmms-eval requires a torchvision that a CPU build of torch cannot load, and many packages that
 these tests do not need. So it is installed without its dependencies, plus the few packages that its
-command imports; all others are those of the main environment. `.venv-lmms` takes 100 MB and half a minute.
-`python -m tests.support.lmms_env` builds it, and so do the tests.
+command imports; all others are those of the main environment. `.venv-lmms` takes 100 MB and half a
+minute. `python -m tests.support.lmms_env` builds it, and so do the tests.
 """
 
 from __future__ import annotations
