@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from server_plugin.backends.base import GenerationRequest
-from server_plugin.cli.options import FitName, PresetFile, PromptName
+from server_plugin.cli.options import FitName, Layer, PresetFile, PromptName, ViewSide
 from server_plugin.models.presets import Preset
 from vlm_collab.method.cost import (
     extension_flops,
@@ -170,16 +170,12 @@ def flops(
         int, typer.Option(min=1, help="Tokens of a prompt after its pictures.")
     ] = 20,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 20,
-    view_px: Annotated[
-        int | None, typer.Option(help="Side of the global view, in px, if the model allows it.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
-    ] = None,
+    view_px: ViewSide = None,
+    layer: Layer = None,
     preset: PresetFile = None,
     prompt: PromptName = None,
     fit: FitName = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
 ) -> None:
     """Print the cost of a question, by the paper's equations and as computed by this engine."""
     from server_plugin.backends.open import checkpoint_and_preset

@@ -8,8 +8,10 @@ import typer
 
 from vlm_collab.errors import ConfigError
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[
+    str, typer.Option(help="Floating point type: auto, float32, bfloat16 or float16.")
+]
 PromptName = Annotated[
     str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
 ]

@@ -95,10 +95,14 @@ def serve(
         typer.Option(help="When to ask for a region: threshold, always, never or random."),
     ] = None,
     eta: Annotated[
-        float | None, typer.Option(help="Threshold, in the metric's unit (bits, or 0 to 1).")
+        float | None, typer.Option(help="Threshold on the uncertainty: bits, or 0 to 1 for margin.")
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
-    aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Uncertainty metric: min_entropy, entropy or margin.")
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(help="Tokens that count: full (all), first_k or first.")
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Number of tokens for --aggregate first_k.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Share of questions for --policy random.")
