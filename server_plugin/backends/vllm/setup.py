@@ -89,7 +89,7 @@ def check_revision(source: str, revision: str | None) -> None:
     """
     if revision is not None and not Path(source).is_dir():
         raise ConfigError(
-            "--revision is not supported, because prompts are made from the files of the main "
+            "--revision: not supported, because prompts are made from the files of the main "
             "revision; download the other revision, and name its folder instead of the model"
         )
 
