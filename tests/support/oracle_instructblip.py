@@ -56,7 +56,7 @@ class InstructBlipOracle:
             **inputs, max_new_tokens=max_new_tokens, do_sample=False,
             output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
-        return self._told(output, inputs["input_ids"].shape[1])
+        return self._result(output, inputs["input_ids"].shape[1])
 
     def answer_by_hand(
         self, question: str, *pictures: Image.Image, max_new_tokens: int
@@ -73,7 +73,7 @@ class InstructBlipOracle:
                 max_new_tokens=max_new_tokens, do_sample=False,
                 output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
-        return self._told(output, 0)
+        return self._result(output, 0)
 
     def query_tokens(self, question: str, picture: Image.Image) -> torch.Tensor:
         """The language model's input for a picture, `(query tokens, hidden)`."""
