@@ -341,7 +341,7 @@ async def test_only_the_crop_fit_cuts_off_parts_of_a_region(fit: Fit, tmp_path: 
     region = picture(0, backend.info.view).resize((300, 100))
     marked = region.copy()
     marked.paste((255, 0, 0), (0, 0, 30, 100))
-    plain, red = backend._adapter.see([region, marked])
+    plain, red = backend._adapter.encode([region, marked])
     assert plain.shape == (64, 64)
     assert bool((plain == red).all()) == (fit is Fit.CROP)
     await backend.close()
@@ -360,7 +360,7 @@ async def test_by_default_the_borders_of_a_wide_picture_are_seen(tmp_path: Path)
             source.paste(colour, (0, 0, 300, 900))
             views.append(SourceImage.from_pil(source).view(info.view, info.fit))
         assert backend._adapter.fitted(views[1]) is views[1], "the view is the encoder's input"
-        plain, red = backend._adapter.see(views)
+        plain, red = backend._adapter.encode(views)
         rows[fit] = red
         assert bool((plain == red).all()) == (fit == "crop")
         await backend.close()
@@ -418,7 +418,7 @@ async def test_a_very_thin_region_is_not_enlarged(checkpoint: Path) -> None:
 
     adapter.processor.image_processor = noted
     for size in ((1, 12544), (12544, 1), (3, 100), (1600, 100)):
-        adapter.see([Image.new("RGB", size)])
+        adapter.encode([Image.new("RGB", size)])
     assert shown == [(1, 16), (16, 1), (3, 48), (1600, 100)]
     await backend.close()
 
