@@ -296,7 +296,7 @@ async def test_a_message_in_many_fragments_is_taken():
 
 
 def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
-    monkeypatch.setattr(runner, "_OTHERS", others)
+    monkeypatch.setattr(runner, "_HTTP_SLOTS", others)
     monkeypatch.setattr(slots_module, "RESERVED", reserved)
 
 
