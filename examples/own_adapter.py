@@ -91,7 +91,7 @@ class VipLlavaAdapter(Adapter):
     def prompts(self) -> PromptBuilder:
         return self._prompts
 
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
         pixels = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]

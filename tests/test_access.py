@@ -13,10 +13,10 @@ from tests.support.access_table import (
     TOKEN,
     WITH_TOKEN,
     ProbedRoute,
-    asked,
     page,
     probed_routes,
     servers,
+    status_of,
 )
 from vlm_collab.errors import ConfigError
 from vlm_collab.web.access import checked_names
@@ -44,7 +44,7 @@ def local(app: Starlette) -> TestClient:
 async def test_no_route_answers_to_a_foreign_host_name(command: str):
     app = servers(None)[command]
     for route in all_of(app):
-        assert await asked(app, route, FOREIGN_NAME) == 403, route
+        assert await status_of(app, route, FOREIGN_NAME) == 403, route
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,8 +53,8 @@ async def test_no_route_answers_pages_of_other_origins(command: str):
         app = servers(token)[command]
         for route in probed_routes(app.routes):
             # Behind a proxy that changes `Host`, requests for the page's own files look like this.
-            is_file = route.method == "GET" and route.shown.endswith(("/", "/page/{path}"))
-            refused = await asked(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
+            is_file = route.method == "GET" and route.template.endswith(("/", "/page/{path}"))
+            refused = await status_of(app, route, {**FOREIGN_PAGE, **WITH_TOKEN}) == 403
             assert refused is not is_file, route
 
 
@@ -63,15 +63,15 @@ async def test_all_routes_except_open_ones_require_the_token(command: str):
     app = servers(TOKEN)[command]
     for route in probed_routes(app.routes):
         is_open = route.method == "GET" and any(
-            route.shown.removeprefix(below) == path
+            route.template.removeprefix(below) == path
             for path in OPEN
             for below in ("", "/collab", "/v1/collab")
         )
         for headers in ({}, {"Authorization": "Bearer wrong"}, FOREIGN_NAME):
-            refused = await asked(app, route, headers) == 401
+            refused = await status_of(app, route, headers) == 401
             assert refused is not is_open, (route, headers)
         # With a token every name and every route is allowed.
-        assert await asked(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
+        assert await status_of(app, route, {**WITH_TOKEN, **FOREIGN_NAME}) not in (401, 403), route
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])

@@ -35,6 +35,7 @@ from server_plugin.cli.options import (
     PromptName,
     Ratios,
     ViewSide,
+    ratios_of,
 )
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.pictures.images import Codec
@@ -133,7 +134,7 @@ def run(
         "view_px": view_px,
         "layer": layer,
         "base_px": base_px,
-        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "ratios": ratios_of(ratios),
         "epsilon": epsilon,
         "placement": placement,
         "max_new_tokens": max_new_tokens,
@@ -255,15 +256,6 @@ def _codec(name: str) -> Codec:
         return Codec[name.upper()]
     except KeyError:
         raise ConfigError(f"there is no codec {name!r}; there are: jpeg, webp, png") from None
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
-        ) from None
 
 
 def _several(count: int, threads: int | None) -> None:

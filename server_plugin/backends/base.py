@@ -20,8 +20,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PillowImage
 from PIL.Image import Image
 
+from vlm_collab.errors import ImageError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.uncertainty import TokenStatistics
 from vlm_collab.protocol.image_positions import Places
@@ -265,7 +267,7 @@ class Backend(Protocol):
         """Drop a view and everything computed from it. Safe to call twice."""
 
     async def warm_up(self) -> None:
-        """Run one question, so that the first real one is not slow. Optional."""
+        """Run both passes once, so that the first question does not wait. Optional."""
 
     async def close(self) -> None:
         """Stop threads and free the model. Later operations fail."""
@@ -283,3 +285,40 @@ class CanFail(Protocol):
 def has_failed(backend: Backend) -> bool:
     """Whether a backend's runtime is dead; False for a backend without `CanFail`."""
     return isinstance(backend, CanFail) and backend.failed
+
+
+def check_global_view(image: Image, size: Size) -> None:
+    """Refuse a picture that cannot be a global view.
+
+    Args:
+        size: `ModelInfo.view`.
+
+    Raises:
+        ImageError: it is not RGB, or has another size.
+    """
+    if image.mode != "RGB" or image.size != size:
+        raise ImageError(
+            f"a global view must be RGB of {size.width} x {size.height} px, not {image.mode} of "
+            f"{image.width} x {image.height}"
+        )
+
+
+def check_local_view(image: Image) -> None:
+    """Refuse a picture that cannot be a local view.
+
+    Raises:
+        ImageError: it is not RGB, or has no pixels.
+    """
+    if image.mode != "RGB" or 0 in image.size:
+        raise ImageError(f"a local view must be RGB with pixels, not {image.mode}")
+
+
+async def run_both_passes(backend: Backend, instruction: str) -> None:
+    """Answer an instruction about a grey picture, to warm up a backend."""
+    grey = PillowImage.new("RGB", backend.info.view, (128, 128, 128))
+    request = GenerationRequest(instruction, max_new_tokens=2)
+    view = await backend.open_view(grey)
+    first = await backend.first_pass(view, request)
+    await backend.relative_attention(view, first)
+    await backend.second_pass(view, grey, request)
+    await backend.release(view)

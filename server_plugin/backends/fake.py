@@ -25,8 +25,9 @@ from server_plugin.backends.base import (
     StopRule,
     TextSink,
     View,
+    check_global_view,
 )
-from vlm_collab.errors import ImageError, QuestionError
+from vlm_collab.errors import QuestionError
 from vlm_collab.geometry import Fit, Grid, Size
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics
@@ -68,10 +69,10 @@ def _conversation(request: GenerationRequest) -> str:
     A picture that has a place in a text is written as its number: `<0>`.
     """
     texts: list[str] = []
-    for turn, (asked, *answered) in enumerate((*request.history, (request.question,))):
-        parts = split_at_pictures(asked, places_in_turn(request.places, turn))
+    for turn, (question, *answers) in enumerate((*request.history, (request.question,))):
+        parts = split_at_pictures(question, places_in_turn(request.places, turn))
         texts.append("".join(part if isinstance(part, str) else f"<{part}>" for part in parts))
-        texts += answered
+        texts += answers
     return " ".join(texts)
 
 
@@ -92,7 +93,7 @@ def echo(question: str, view: str, region: str) -> Script:
 
 @dataclass(slots=True, eq=False)
 class FakeView:
-    """A view as the fake keeps it."""
+    """A view of this backend."""
 
     name: str
     nbytes: int
@@ -138,7 +139,7 @@ class FakeBackend:
     Attributes:
         play: chooses the script of each question.
         info: the properties that it reports.
-        views: views held now; a test that leaks none finds this empty.
+        views: views that are open now; empty once all are released.
         generic_rows: how often a generic row was computed.
     """
 
@@ -161,12 +162,11 @@ class FakeBackend:
         if REFUSED in question:
             raise QuestionError(f"the question holds {REFUSED!r}, which this model reserves")
         if len(question) // 4 + images * self.info.visual_tokens > self.info.context_tokens:
-            raise QuestionError("the question is longer than the model's context leaves room for")
+            raise QuestionError("the question is too long for the model's context")
 
     async def open_view(self, *images: Image) -> FakeView:
         for image in images:
-            if image.size != self.info.view or image.mode != "RGB":
-                raise ImageError(f"a view must be RGB and {self.info.view}, not {image.size}")
+            check_global_view(image, self.info.view)
         name = "+".join(digest(image) for image in images)
         nbytes = sum(image.width * image.height * 3 for image in images)
         view = FakeView(name=name, nbytes=nbytes, pictures=len(images))
@@ -181,10 +181,10 @@ class FakeBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        held = self._held(view)
-        script = self.play(_conversation(request), held.name, "")
+        fake_view = self._check_view(view)
+        script = self.play(_conversation(request), fake_view.name, "")
         tokens = script.first.split(" ")
-        row = np.full(held.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
+        row = np.full(fake_view.pictures * self.info.visual_tokens, 0.1, dtype=np.float32)
         # With several pictures, the attention peaks in the last one.
         row[-self.info.visual_tokens :][
             script.peak[0] * self.info.grid.columns + script.peak[1]
@@ -195,12 +195,12 @@ class FakeBackend:
         )
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
-        held = self._held(view)
+        fake_view = self._check_view(view)
         assert first.row is not None
-        prefilled = 0 if held.has_generic_row else 12
-        if not held.has_generic_row:
+        prefilled = 0 if fake_view.has_generic_row else 12
+        if not fake_view.has_generic_row:
             self.generic_rows += 1
-            held.has_generic_row = True
+            fake_view.has_generic_row = True
         generic = np.full(len(first.row), 1.0 / len(first.row))
         return RelativeAttention(
             maps=relative_maps(first.row, generic, self.info.grid),
@@ -219,8 +219,8 @@ class FakeBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        held = self._held(view)
-        script = self.play(_conversation(request), held.name, digest(region))
+        fake_view = self._check_view(view)
+        script = self.play(_conversation(request), fake_view.name, digest(region))
         if script.fail_second:
             raise RuntimeError("scripted failure of the second pass")
         step = statistics_of(script.second_bits)
@@ -264,7 +264,7 @@ class FakeBackend:
     async def close(self) -> None:
         self.closed = True
 
-    def _held(self, view: View) -> FakeView:
+    def _check_view(self, view: View) -> FakeView:
         assert isinstance(view, FakeView)
         if view.released or self.closed:
             raise RuntimeError("the view was released, or the backend closed")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from server_plugin.backends.base import Backend
 from server_plugin.models.presets import (
@@ -55,27 +55,33 @@ def demo_folder() -> Path:
     return Path(demo_package().DEMO_MODEL)
 
 
+class PresetOverrides(TypedDict, total=False):
+    """Fields of a preset that a user may replace; see `Preset`. None keeps a field."""
+
+    fit: str | None
+    prompt: str | None
+    layer: int | None
+    ratios: Sequence[float] | None
+    base_px: int | None
+    view_px: int | None
+    epsilon: float | None
+    placement: str | None
+    metric: str | None
+    aggregate: str | None
+    eta: float | None
+    k: int | None
+    max_new_tokens: int | None
+
+
 def open_model(
     name: str | None = None,
     *,
     preset: str | Preset | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    fit: str | None = None,
-    prompt: str | None = None,
-    layer: int | None = None,
-    ratios: Sequence[float] | None = None,
-    base_px: int | None = None,
-    view_px: int | None = None,
-    epsilon: float | None = None,
-    placement: str | None = None,
-    metric: str | None = None,
-    aggregate: str | None = None,
-    eta: float | None = None,
-    k: int | None = None,
-    max_new_tokens: int | None = None,
     batch: int | None = None,
     backend: str = TRANSFORMERS,
+    **overrides: Unpack[PresetOverrides],
 ) -> tuple[Backend, Preset]:
     """Open a model. Blocks while it loads; a hub name may be downloaded.
 
@@ -87,11 +93,9 @@ def open_model(
         device: a torch device, or "auto": CUDA if available, else the CPU.
         dtype: a torch floating point type, or "auto": float32 on the CPU; on CUDA bfloat16, and
             with vLLM the checkpoint's own.
-        prompt: name of another template of the preset, such as "vicrop".
-        fit, layer, ratios, base_px, view_px, epsilon, placement, metric, aggregate, eta, k,
-            max_new_tokens: replace the preset's fields of these names; None keeps them.
         batch: most questions that run together; None: a small number that suits the device.
         backend: "transformers" or "vllm".
+        overrides: replace the preset's fields of these names; None keeps them.
 
     Returns:
         The backend, and the preset with all replacements, for policy and engine.
@@ -105,32 +109,18 @@ def open_model(
         raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
     if backend == VLLM and device != "auto":
         raise ConfigError(f"vLLM chooses its devices itself; it takes no device {device!r}")
-    overrides = {
-        "fit": fit,
-        "prompt": prompt,
-        "layer": layer,
-        "ratios": None if ratios is None else list(ratios),
-        "base_px": base_px,
-        "view_px": view_px,
-        "epsilon": epsilon,
-        "placement": placement,
-        "metric": metric,
-        "aggregate": aggregate,
-        "eta": eta,
-        "k": k,
-        "max_new_tokens": max_new_tokens,
-    }
     chosen = with_options(preset_of(name, preset), overrides)
     if name == FAKE_MODEL:
         from server_plugin.backends.fake import FakeBackend
 
         fake = FakeBackend.demo()
-        if view_px not in (None, side := fake.info.view.width):
+        view_px, side = overrides.get("view_px"), fake.info.view.width
+        if view_px not in (None, side):
             raise ConfigError(f"model option: view_px of the fake model is {side}, not {view_px}")
         fake.info = replace(fake.info, fit=chosen.fit)
         return fake, chosen
     source = checkpoint_of(name)
-    shown = DEMO_MODEL if name in (None, DEMO_MODEL) else None
+    served_name = DEMO_MODEL if name in (None, DEMO_MODEL) else None
     if backend == VLLM:
         from server_plugin.backends.vllm.setup import require_vllm
 
@@ -138,12 +128,12 @@ def open_model(
         _require_server_packages()
         from server_plugin.backends.vllm.model import open_vllm_model
 
-        return open_vllm_model(source, chosen, dtype=dtype, name=shown, batch=batch), chosen
+        return open_vllm_model(source, chosen, dtype=dtype, name=served_name, batch=batch), chosen
     _require_server_packages()
     from server_plugin.backends.transformers.backend import TransformersBackend
 
     loaded = TransformersBackend.load(
-        source, chosen, device=device, dtype=dtype, name=shown, batch=batch
+        source, chosen, device=device, dtype=dtype, name=served_name, batch=batch
     )
     return loaded, chosen
 

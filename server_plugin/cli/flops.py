@@ -13,9 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from server_plugin.backends.base import GenerationRequest
-from server_plugin.cli.options import FitName, PresetFile, PromptName
+from server_plugin.cli.options import FitName, Layer, PresetFile, PromptName, ViewSide
 from server_plugin.models.presets import Preset
-from vlm_collab.errors import ConfigError
 from vlm_collab.method.cost import (
     extension_flops,
     first_pass_flops,
@@ -86,8 +85,8 @@ def costs_of(shape: Shape, question_tokens: int, answer_tokens: int) -> Costs:
     first_context = prefix + question_tokens
     second_context = first_context + shape.local_tokens
     first = extension_flops(0, first_context, width, layers)
-    held, new = (prefix, 0) if shape.shared else (0, prefix)
-    generic = extension_flops(held, new + shape.generic_tokens, width, shape.read_layers)
+    cached, new = (prefix, 0) if shape.shared else (0, prefix)
+    generic = extension_flops(cached, new + shape.generic_tokens, width, shape.read_layers)
     second = extension_flops(prefix, second_context - prefix, width, layers)
     total = first + generic + second
     eq_20 = total_flops(n, width, layers, retransmitted=True)
@@ -123,6 +122,7 @@ def shape_of(source: str, preset: Preset) -> Shape:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from server_plugin.backends.transformers.adapters.base import check_family, check_layer
     from server_plugin.backends.transformers.adapters.checkpoint import (
         load_config,
         load_processor,
@@ -134,22 +134,14 @@ def shape_of(source: str, preset: Preset) -> Shape:
     models: Any = AutoModelForImageTextToText  # its annotations miss `from_config`
     name = local_or_hub(source)
     adapter_class = adapter_for(model_type_of(name))
-    if preset.family != adapter_class.family:
-        raise ConfigError(
-            f"the preset is for the family {preset.family!r}, but {source} is of "
-            f"{adapter_class.family!r}"
-        )
+    check_family(adapter_class, preset, source)
     config, processor = load_config(name), load_processor(name)
     with torch.device("meta"):  # modules without memory
         model = models.from_config(config)
     adapter = adapter_class(model, processor, preset)
     text, prefix = adapter.decoder.config, len(adapter.prompts.shared().ids)
-    if preset.layer >= text.num_hidden_layers:
-        raise ConfigError(
-            f"layer {preset.layer} does not exist: {source} has decoder layers 0 to "
-            f"{text.num_hidden_layers - 1}; choose one with the option `layer`"
-        )
-    one, two = (
+    check_layer(preset, text, source)
+    with_one, with_two = (
         len(
             adapter.prompts.build(
                 GenerationRequest(preset.generic_instruction, max_new_tokens=0), pictures
@@ -163,8 +155,8 @@ def shape_of(source: str, preset: Preset) -> Shape:
         layers=text.num_hidden_layers,
         read_layers=preset.layer + 1,
         prefix_tokens=prefix,
-        local_tokens=two - one,
-        generic_tokens=one - prefix,
+        local_tokens=with_two - with_one,
+        generic_tokens=with_one - prefix,
         shared=not adapter.reads_question,
     )
 
@@ -178,16 +170,12 @@ def flops(
         int, typer.Option(min=1, help="Tokens of a prompt after its pictures.")
     ] = 20,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 20,
-    view_px: Annotated[
-        int | None, typer.Option(help="Side of the global view, in px, if the model allows it.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(help="Decoder layer, from 0, whose attention is read.")
-    ] = None,
+    view_px: ViewSide = None,
+    layer: Layer = None,
     preset: PresetFile = None,
     prompt: PromptName = None,
     fit: FitName = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
 ) -> None:
     """Print the cost of a question, by the paper's equations and as computed by this engine."""
     from server_plugin.backends.open import checkpoint_and_preset
@@ -201,16 +189,16 @@ def flops(
         return
     print(
         f"{model}: {shape.visual_tokens} visual tokens, {shape.layers} layers of width "
-        f"{shape.hidden_size}; GFLOP of one question that is retransmitted"
+        f"{shape.hidden_size}; GFLOP of one retransmitted question"
     )
     for line, count in (
         ("Eq. 18, first pass: F(n)", costs.eq_18_first_pass),
         ("Eq. 19, second stage: F(n) + F(2n)", costs.eq_19_second_stage),
         ("Eq. 20, total", costs.eq_20_total),
-        ("here: first pass", costs.first_pass),
-        ("here: generic instruction, once a view", costs.generic_instruction),
-        ("here: second pass", costs.second_pass),
-        (f"here: total (Eq. 20 is {costs.ratio:.2f} times as much)", costs.total),
+        ("this engine: first pass", costs.first_pass),
+        ("this engine: generic instruction, once per view", costs.generic_instruction),
+        ("this engine: second pass", costs.second_pass),
+        (f"this engine: total (Eq. 20 / total: {costs.ratio:.2f})", costs.total),
         (f"decoding two answers of {answer_tokens} tokens", costs.decoding),
     ):
         print(f"  {line:<48}{count / 1e9:>14,.3f}")

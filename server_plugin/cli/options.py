@@ -6,8 +6,12 @@ from typing import Annotated
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+from vlm_collab.errors import ConfigError
+
+Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[
+    str, typer.Option(help="Floating point type: auto, float32, bfloat16 or float16.")
+]
 PromptName = Annotated[
     str | None, typer.Option(help="Prompt template of the preset, such as chat or vicrop.")
 ]
@@ -45,3 +49,19 @@ PlacementName = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(help="Most questions that the model works on together.")
 ]
+
+
+def ratios_of(text: str | None) -> list[float] | None:
+    """Return the window sides that `--ratios` names; None without the option.
+
+    Raises:
+        ConfigError: a part is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--ratios takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
+        ) from None

@@ -26,6 +26,7 @@ from server_plugin.cli.options import (
     PromptName,
     Ratios,
     ViewSide,
+    ratios_of,
 )
 from server_plugin.engines.assembly import engine_of
 from server_plugin.models.calibration import load_calibration
@@ -94,10 +95,14 @@ def serve(
         typer.Option(help="When to ask for a region: threshold, always, never or random."),
     ] = None,
     eta: Annotated[
-        float | None, typer.Option(help="Threshold, in the metric's unit (bits, or 0 to 1).")
+        float | None, typer.Option(help="Threshold on the uncertainty: bits, or 0 to 1 for margin.")
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="min_entropy, entropy or margin.")] = None,
-    aggregate: Annotated[str | None, typer.Option(help="full, first_k or first.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Uncertainty metric: min_entropy, entropy or margin.")
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(help="Tokens that count: full (all), first_k or first.")
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Number of tokens for --aggregate first_k.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Share of questions for --policy random.")
@@ -122,7 +127,7 @@ def serve(
         bool,
         typer.Option(
             help="Generate every first answer to its end, even if its first tokens decide that a "
-            "second one follows."
+            "second pass follows."
         ),
     ] = False,
     quality: Annotated[int | None, typer.Option(help="Image quality of regions, 1-100.")] = None,
@@ -130,8 +135,8 @@ def serve(
     max_per_address: Annotated[
         int | None,
         typer.Option(
-            help="Most connections at once from one address: 64, except from this machine; 0 for "
-            "any number, such as behind a proxy on another machine."
+            help="Most connections at once from one address; 0 for any number, as behind a proxy "
+            "on another machine. Default: 64, and any number from this machine."
         ),
     ] = None,
     max_questions: Annotated[int, typer.Option(help="Most questions in progress at once.")] = 512,
@@ -187,7 +192,7 @@ def serve(
         "view_px": view_px,
         "layer": layer,
         "base_px": base_px,
-        "ratios": None if ratios is None else _numbers("--ratios", ratios),
+        "ratios": ratios_of(ratios),
         "epsilon": epsilon,
         "placement": placement,
         "metric": metric,
@@ -205,10 +210,10 @@ def serve(
         if device != "auto":
             raise ConfigError("vLLM chooses its devices itself; leave out --device")
         if json_output:
-            raise ConfigError("--json is not for --backend vllm, whose logs are vLLM's own")
-        from server_plugin.vllm_server.launch import become, invocation
+            raise ConfigError("--json does not work with --backend vllm, which writes vLLM's logs")
+        from server_plugin.vllm_server.launch import invocation, replace_process
 
-        started = invocation(
+        vllm_server = invocation(
             model,
             config,
             preset=preset,
@@ -225,12 +230,12 @@ def serve(
             dtype=dtype,
             batch=batch,
             log_level=log_level,
-            further=context.args,
+            vllm_options=context.args,
         )
         address = f"[{host}]" if ":" in host else host
         _warn(with_options(preset_of(model, preset), overrides))
         print(f"vlm-collab: starting vLLM; clients connect to {config.scheme}://{address}:{port}")
-        become(started)
+        replace_process(vllm_server)
     if backend != "transformers":
         raise ConfigError(f"there is no backend {backend!r}; there are: transformers, vllm")
     if context.args:
@@ -265,28 +270,21 @@ serve.context_settings = {  # type: ignore[attr-defined]
 
 def _calibrated(overrides: dict[str, Any], path: Path, model: str) -> dict[str, Any]:
     """Return the model options, with a calibration's values for those that the user left out."""
-    found = load_calibration(path)
-    found.require_model(model)
+    loaded = load_calibration(path)
+    loaded.require_model(model)
     given = {name: value for name, value in overrides.items() if value is not None}
     if not given.keys() & {"metric", "aggregate", "k"}:
-        return {**found.overrides(), **given}
+        return {**loaded.overrides(), **given}
     if "eta" not in given:
-        raise ConfigError("the calibration's threshold is for its own metric and aggregate")
-    return {"layer": found.layer, **given}
+        raise ConfigError(
+            "the calibration's threshold is for its own metric and aggregate; give --eta too"
+        )
+    return {"layer": loaded.layer, **given}
 
 
 def _warn(preset: Preset) -> None:
     if preset.warning is not None:
         print(f"vlm-collab serve: {preset.warning}", file=sys.stderr, flush=True)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} takes numbers separated by commas, such as 1.0,1.2,1.4, not {text!r}"
-        ) from None
 
 
 async def _serve(

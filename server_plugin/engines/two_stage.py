@@ -218,7 +218,7 @@ class Engine:
 
     def _with_threshold(self, eta: float) -> Policy:
         if not isinstance(self.policy, ThresholdPolicy):
-            raise ConfigError("this server's policy has no threshold that a question could set")
+            raise ConfigError("this server's policy has no threshold, so a question cannot set one")
         try:
             return replace(self.policy, eta=eta)
         except ValueError as error:
@@ -276,10 +276,10 @@ class Engine:
         decision = decide(policy, first.steps, first.ended, retransmit, key)
         if not decision.retransmit:
             work.first_s = time.perf_counter() - begin
-            return _ended(first, first.text, decision, None, Fallback.NONE, work)
+            return _first_outcome(first, first.text, decision, None, Fallback.NONE, work)
         if not can_add_detail:
             work.first_s = time.perf_counter() - begin
-            return _ended(first, first.text, decision, None, Fallback.NO_DETAIL, work)
+            return _first_outcome(first, first.text, decision, None, Fallback.NO_DETAIL, work)
         cut = early is not None and first.finish is Finish.LENGTH and len(first.steps) < limit
         first_text = first.text + CUT_MARK if cut else first.text
         need: RegionNeed | None = None
@@ -316,7 +316,7 @@ class Engine:
                 complete = EnginePass(Stage.FIRST, stop, tokens, None)
                 if await self._complete(complete, view, request, work):
                     first, first_text = complete, complete.text
-            return _ended(first, first_text, decision, need, fallback, work)
+            return _first_outcome(first, first_text, decision, need, fallback, work)
         work.add_generation(info, second.generation)
         work.second_s = time.perf_counter() - begin
         uncertainty = policy.decide(second.steps, ended=second.ended, key=key).value
@@ -344,16 +344,17 @@ class Engine:
     ) -> Outcome:
         """Answer a question without pictures; arguments and errors as in `answer`."""
         work, begin = Work(), time.perf_counter()
-        one = EnginePass(Stage.FIRST, stop, tokens, on_text)
-        one.result = await self.backend.text_pass(
+        only = EnginePass(Stage.FIRST, stop, tokens, on_text)
+        only.result = await self.backend.text_pass(
             request.with_limit(self._limit(request)),
-            stop=one.stop_rule(None),
-            on_text=one.sink,
+            stop=only.stop_rule(None),
+            on_text=only.sink,
         )
-        work.add_generation(self.backend.info, one.generation)
+        work.add_generation(self.backend.info, only.generation)
         work.first_s = time.perf_counter() - begin
-        decision = self.policy.decide(one.steps, ended=one.ended, key=request.question)
-        return _ended(one, one.text, decision._replace(retransmit=False), None, Fallback.NONE, work)
+        decision = self.policy.decide(only.steps, ended=only.ended, key=request.question)
+        decision = decision._replace(retransmit=False)
+        return _first_outcome(only, only.text, decision, None, Fallback.NONE, work)
 
     def _can_add_detail(self, source: Size | Sequence[Size]) -> bool:
         """Whether a region of one of the pictures can show more than its view."""
@@ -370,25 +371,25 @@ class Engine:
 
     async def _first(
         self,
-        one: EnginePass,
+        first: EnginePass,
         view: View,
         request: GenerationRequest,
         work: Work,
         early: StopRule | None,
     ) -> None:
         """Run a first pass and account for it."""
-        one.result = await self.backend.first_pass(
-            view, request, stop=one.stop_rule(early), on_text=one.sink
+        first.result = await self.backend.first_pass(
+            view, request, stop=first.stop_rule(early), on_text=first.sink
         )
-        work.add_generation(self.backend.info, one.generation)
+        work.add_generation(self.backend.info, first.generation)
 
     async def _complete(
-        self, one: EnginePass, view: View, request: GenerationRequest, work: Work
+        self, first: EnginePass, view: View, request: GenerationRequest, work: Work
     ) -> bool:
         """Generate again, to its end, a first answer that was cut; False if the model fails."""
         begin = time.perf_counter()
         try:
-            await self._first(one, view, request, work, None)
+            await self._first(first, view, request, work, None)
             return True
         # As in the second stage: the cut answer, marked as cut, is better than none.
         except Exception:
@@ -437,7 +438,7 @@ class Engine:
         )
 
 
-def _ended(
+def _first_outcome(
     first: EnginePass,
     text: str,
     decision: Decision,

@@ -40,15 +40,15 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings as arguments of `open_model`."""
-        made: dict[str, Any] = {"layer": self.layer}
+        overrides: dict[str, Any] = {"layer": self.layer}
         if self.eta is not None:
-            made |= {
+            overrides |= {
                 "metric": self.metric.value,
                 "aggregate": self.aggregate.value,
                 "eta": self.eta,
                 "k": self.k if self.aggregate is Aggregate.FIRST_K else None,
             }
-        return {name: value for name, value in made.items() if value is not None}
+        return {name: value for name, value in overrides.items() if value is not None}
 
     def require_model(self, name: str) -> None:
         """Check that a model is the calibrated one; uncertainties of different models differ.
@@ -64,7 +64,7 @@ def load_calibration(path: Path) -> Calibration:
     """Read a file that `vlm-collab calibrate` wrote.
 
     Raises:
-        ConfigError: the file is missing, no YAML, or no calibration; one line.
+        ConfigError: the file is missing, or is not a calibration in YAML; one line.
     """
     import yaml
 

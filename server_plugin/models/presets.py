@@ -183,8 +183,8 @@ def load_preset(path: Path) -> Preset:
     """Read one preset file.
 
     Raises:
-        ConfigError: the file is missing, no YAML, or does not fit the schema; one line that names
-            the file and the key.
+        ConfigError: the file is missing, is not YAML, or does not fit the schema; one line that
+            names the file and the key.
     """
     # PyYAML is in the `server` extra, and this module is also imported without that extra.
     import yaml

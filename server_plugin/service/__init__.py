@@ -3,7 +3,7 @@
 - `config`: settings and limits; `logs`: structured logs; `metrics`: Prometheus.
 - `queue`: turns at the model; `view_store`: views kept for follow-up questions.
 - `state`: what all clients share.
-- `answering`: the work on a question, however it came in.
+- `answering`: the work on a question from any client.
 - `connection`: one WebSocket, with `connection_question`, `connection_views` and
   `connection_output`.
 - `openai`: OpenAI's APIs over HTTP.

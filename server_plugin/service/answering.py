@@ -1,4 +1,4 @@
-"""The work on a question, however it came in: checks, turns at the model, refusals, counts."""
+"""The work on a question from any client: checks, turns at the model, refusals, counts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
     Args:
         code: from the protocol's closed list.
         text: one line for a person.
-        retry_after_s: when asking again can help, in seconds; None if it cannot.
+        retry_after_s: how long to wait before asking again, in seconds; None if that cannot help.
     """
 
     def __init__(self, code: ErrorCode, text: str, retry_after_s: float | None = None) -> None:
@@ -48,15 +48,27 @@ class Refused(Exception):  # noqa: N818 - it carries an answer, not a fault
         self.retry_after_s = retry_after_s
 
 
-def sampling_of(options: Options) -> Sampling:
-    """How tokens are chosen, as backends take it."""
-    return Sampling(
-        temperature=options.temperature or 0.0, top_p=options.top_p or 1.0, seed=options.seed
+def request_of(
+    question: str, history: History, places: Places, options: Options
+) -> GenerationRequest:
+    """Return a client's question as backends take it.
+
+    Args:
+        places: where the pictures stand in the texts.
+    """
+    return GenerationRequest(
+        question,
+        history=history,
+        places=places,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(
+            temperature=options.temperature or 0.0, top_p=options.top_p or 1.0, seed=options.seed
+        ),
     )
 
 
 class QuestionAnswerer:
-    """Has questions answered by the engine. Connections and the OpenAI endpoint share one.
+    """Runs questions through the engine. Connections and the OpenAI endpoint share one.
 
     Args:
         state: the engine, its queue, limits and metrics.
@@ -78,22 +90,14 @@ class QuestionAnswerer:
             raise self.busy()
 
     def busy(self) -> Refused:
-        """The refusal of a service that has no room at present."""
+        """Return the refusal for a service without free capacity."""
         return Refused(ErrorCode.BUSY, "the server is busy", self._state.queue.retry_after_s())
 
-    def check_question(
-        self,
-        question: str,
-        pictures: int,
-        history: History,
-        options: Options,
-        places: Places = (),
-    ) -> None:
+    def check_question(self, request: GenerationRequest, options: Options, pictures: int) -> None:
         """Refuse a question that the model cannot take, before anything is computed.
 
         Args:
             pictures: how many pictures the question is about.
-            places: where the pictures stand in the texts.
 
         Raises:
             Refused: a bad option or question.
@@ -102,7 +106,6 @@ class QuestionAnswerer:
         engine = self._state.engine
         try:
             engine.check_options(options.eta)
-            request = GenerationRequest(question, history=history, places=places)
             engine.backend.check_question(request, images)
         except ConfigError as error:
             raise Refused(ErrorCode.BAD_OPTION, str(error)) from error
@@ -110,11 +113,11 @@ class QuestionAnswerer:
             raise Refused(ErrorCode.BAD_QUESTION, str(error)) from error
 
     @contextmanager
-    def failures_as_refusals(self, **extra: object) -> Iterator[None]:
+    def failures_as_refusals(self, **log_fields: object) -> Iterator[None]:
         """Turn each failure of a question into `Refused`, except `TimeoutError`.
 
         Args:
-            extra: fields of the log line about a failed question.
+            log_fields: fields of the log line about a failed question.
         """
         try:
             yield
@@ -136,9 +139,9 @@ class QuestionAnswerer:
                 # The model was closed or failed while it answered. When it failed, only these
                 # errors name the cause: later questions are refused before they reach the model.
                 if not self._state.draining:
-                    log.error("question failed: %s", error, extra=extra)
+                    log.error("question failed: %s", error, extra=log_fields)
                 raise Refused(ErrorCode.SHUTTING_DOWN, reason, 1.0) from None
-            log.exception("question failed", extra=extra)
+            log.exception("question failed", extra=log_fields)
             raise Refused(ErrorCode.INTERNAL, "the server failed", 1.0) from None
 
     async def answer(
@@ -146,19 +149,17 @@ class QuestionAnswerer:
         turn: ModelTurn,
         lease: Lease,
         sources: Sequence[Size],
-        question: str,
+        request: GenerationRequest,
         fetch_region: FetchRegion,
         *,
-        history: History,
         options: Options,
-        places: Places = (),
         on_text: TextSink | None,
         on_start: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Run both stages of a question. It holds its turn only while the model works.
 
         Args:
-            turn: not taken yet; given back in any case.
+            turn: not taken yet; it is given back in any case.
             lease: keeps the view in memory.
             fetch_region: see `Engine.answer`; other questions use the model while it runs.
             on_start: called when the view is open and the model begins.
@@ -186,20 +187,14 @@ class QuestionAnswerer:
             return await self._state.engine.answer(
                 view,
                 sources,
-                GenerationRequest(
-                    question,
-                    history=history,
-                    places=places,
-                    max_new_tokens=options.max_new_tokens,
-                    sampling=sampling_of(options),
-                ),
+                request,
                 fetch,
                 retransmit=options.retransmit,
                 eta=options.eta,
                 stop=options.stop,
                 tokens=options.tokens,
                 on_text=on_text,
-                key=f"{lease.name}:{question}",
+                key=f"{lease.name}:{request.question}",
             )
         finally:
             turn.give_back()
@@ -207,9 +202,8 @@ class QuestionAnswerer:
     async def answer_text(
         self,
         turn: ModelTurn,
-        question: str,
+        request: GenerationRequest,
         *,
-        history: History,
         options: Options,
         on_text: TextSink | None,
         on_start: Callable[[], None],
@@ -219,12 +213,7 @@ class QuestionAnswerer:
             await turn.take()
             on_start()
             return await self._state.engine.chat(
-                GenerationRequest(
-                    question,
-                    history=history,
-                    max_new_tokens=options.max_new_tokens,
-                    sampling=sampling_of(options),
-                ),
+                request,
                 stop=options.stop,
                 tokens=options.tokens,
                 on_text=on_text,
@@ -255,12 +244,12 @@ class QuestionAnswerer:
         """Count a question that has ended, by the name of its outcome."""
         self._state.metrics.questions.labels(outcome).inc()
 
-    def log_refusal(self, code: ErrorCode, **extra: object) -> None:
+    def log_refusal(self, code: ErrorCode, **log_fields: object) -> None:
         """Count a refusal by its code and log it.
 
         Args:
-            extra: fields of the log line that name the question.
+            log_fields: fields of the log line that name the question.
         """
         name = code.name.lower()
         self._state.metrics.refusals.labels(name).inc()
-        log.info("question refused", extra={**extra, "code": name})
+        log.info("question refused", extra={**log_fields, "code": name})

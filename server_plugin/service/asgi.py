@@ -1,4 +1,4 @@
-"""The ASGI application of the service: its routes, who may use them, and an orderly shutdown."""
+"""The ASGI application of the service: its routes, its access rules, and its shutdown."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 HEALTH = ("/healthz", "/readyz", "/metrics")
 """Paths that are answered even when all connections are taken."""
 
-FAREWELL_S = 3.0
-"""How long a shutdown waits for clients to read their last messages, and for regions that come in
-a request of their own."""
+CLOSING_S = 3.0
+"""How long a shutdown waits for clients to read their last messages, and for regions that clients
+send in a new request."""
 
 
 class Service:
@@ -66,7 +66,7 @@ class Service:
         view = engine.backend.info.view
         if view.width * view.height > MAX_VIEW_PIXELS:
             log.warning(
-                "edges refuse so large a view unless their max_view_pixels is raised",
+                "edges refuse a view of this size unless their max_view_pixels is raised",
                 extra={"view": f"{view.width}x{view.height}", "most_pixels": MAX_VIEW_PIXELS},
             )
         for name, text, value in (
@@ -113,7 +113,7 @@ class Service:
         deadline_s = loop.time() + (
             self.config.limits.shutdown_grace_s if grace_s is None else grace_s
         )
-        self.openai.shorten_region_waits(FAREWELL_S)
+        self.openai.shorten_region_waits(CLOSING_S)
         while state.questions and loop.time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         if state.questions:
@@ -121,10 +121,10 @@ class Service:
         self.openai.shut_down()
         for connection in self._open():
             connection.shut_down()
-        if not await self._all_gone(FAREWELL_S):
+        if not await self._all_gone(CLOSING_S):
             for connection in self._open():
                 connection.abort()
-            await self._all_gone(FAREWELL_S)
+            await self._all_gone(CLOSING_S)
 
     async def _all_gone(self, patience_s: float) -> bool:
         """Wait for the connections to end; False if some are left."""
@@ -145,7 +145,7 @@ class Service:
         return True
 
     async def close(self) -> None:
-        """Release kept views and responses. The backend belongs to its maker."""
+        """Release kept views and responses. The caller closes the backend."""
         self.openai.close()
         await self.state.views.close()
 

@@ -40,7 +40,7 @@ class ServiceLimits:
         max_per_address: connections of any kind from one address. None means 64, and no bound for
             this machine, where a proxy may run; 0 means no bound, as behind a proxy elsewhere.
         hello_timeout_s: how long a new connection may stay silent.
-        write_timeout_s: how long a client may leave everything that waits for it unread.
+        write_timeout_s: how long a client may read nothing while data wait for it.
         question_timeout_s: longest time from accepting a question to its answer.
         region_deadline_s: longest wait for a region.
         shutdown_grace_s: how long a shutdown waits for questions in flight.
@@ -97,8 +97,8 @@ class OpenAiLimits:
 
     Attributes:
         max_body_bytes: largest request; base64 makes a picture 4/3 as large.
-        max_bodies_bytes: all requests together that are being read or answered; further ones are
-            told to come back.
+        max_bodies_bytes: all requests together that are being read or answered; further ones get
+            HTTP 429.
         max_picture_pixels: most pixels of a picture, width × height.
         max_decoding: pictures decoded at once, which bounds the memory that pixels take.
         region_deadline_s: how long a response that asks for a region waits for it. Its view stays
@@ -131,12 +131,12 @@ class OpenAiLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """How the service listens and whom it lets in.
+    """Where the service listens, and who may use it.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        token: bearer token that every client must send; None lets everyone in who can connect.
-            Then only loopback addresses are accepted unless `allow_anonymous`.
+        host, port: address to listen on; port 0 takes a free one.
+        token: bearer token that every client must send; None: no token is needed. Then only
+            loopback addresses are accepted unless `allow_anonymous`.
         more_tokens: further valid tokens.
         allow_anonymous: allow other addresses than loopback without a token.
         tls_cert, tls_key: PEM files; both or neither.
@@ -174,7 +174,9 @@ class ServiceConfig:
             raise ConfigError("the token is empty")
         # A header cannot carry such characters, so no client could ever send the token.
         if self.token is not None and (self.token != self.token.strip() or "\n" in self.token):
-            raise ConfigError("the token must not begin or end with blanks, nor hold line breaks")
+            raise ConfigError(
+                "the token must not begin or end with blanks, nor contain line breaks"
+            )
         checked_names(self.host_names)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs both a certificate and a key file")
@@ -183,8 +185,8 @@ class ServiceConfig:
                 raise ConfigError(f"no such TLS file: {file}")
         if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
             raise ConfigError(
-                f"listening on {self.host} without a token lets anyone in; give --token-file or "
-                "VLM_COLLAB_TOKEN, or --allow-anonymous if that is intended"
+                f"listening on {self.host} without a token lets anyone use the server; give "
+                "--token-file or VLM_COLLAB_TOKEN, or --allow-anonymous if that is intended"
             )
 
     @property

@@ -41,12 +41,12 @@ CLOSE_TRY_LATER = 1013
 CLOSE_TIMEOUT_S = 2.0
 """Longest time that a closing connection may take to write its last frames."""
 MAX_WAITING_FRAMES = 256
-"""Frames that may wait to be written before no more are read: a peer that asks and does not read
-must not make the server keep every answer."""
+"""With more frames waiting to be written, none are read: otherwise a peer that asks but does not
+read would make the server keep every answer."""
 MESSAGES_PER_TURN = 32
-"""After so many messages in a row, other connections get their turn."""
+"""After so many messages in a row, other tasks run."""
 MESSAGES_PER_S = 1000.0
-"""A faster peer is read at this rate, after a first burst of as many messages."""
+"""Most messages read from a peer per second, after a first burst of as many."""
 
 
 FEATURES = ("history", "pictures", "sampling", "stop", "tokens", "places")
@@ -64,13 +64,13 @@ class ConnectionOwner(Protocol):
 
 
 class _NoRoomError(Exception):
-    """As many connections as may be open have said `Hello`."""
+    """The limit on connections that have said `Hello` is reached."""
 
 
 class Connection:
     """Serves one accepted WebSocket until it closes.
 
-    Everything here runs on the event loop; only decoding pictures and the model's work do not.
+    Everything here runs on the event loop, except decoding pictures and the model's work.
 
     Args:
         websocket: accepted.
@@ -100,7 +100,7 @@ class Connection:
         self._name = secrets.token_hex(4)
 
     async def run(self) -> None:
-        """Serve until the peer goes, breaks the protocol, or the service shuts down."""
+        """Serve until the peer leaves or breaks the protocol, or the service shuts down."""
         reader = asyncio.create_task(self._read())
         writer = asyncio.create_task(self._write())
         self._workers = (reader, writer)
@@ -116,7 +116,7 @@ class Connection:
                 await asyncio.wait((writer,), timeout=CLOSE_TIMEOUT_S)
         finally:
             if not writer.done():
-                # asyncio would wait without end for a peer that does not read.
+                # asyncio would wait for ever for a peer that does not read.
                 self._owner.abort(self._websocket)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
@@ -151,7 +151,7 @@ class Connection:
         self.close(CLOSE_GOING_AWAY)
 
     def _close_code_after(self, reader: asyncio.Task[None]) -> int:
-        """The WebSocket close code for the way in which reading ended."""
+        """Return the WebSocket close code that tells why reading ended."""
         error = None if reader.cancelled() else reader.exception()
         match error:
             case RemoteProtocolError():
@@ -191,7 +191,9 @@ class Connection:
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", CLOSE_NORMAL))
         frame = message.get("bytes")
-        return frame if frame is not None else b""  # a text frame is no message: decoding says so
+        return (
+            frame if frame is not None else b""
+        )  # a text frame is not a message; decoding refuses it
 
     async def _write(self) -> None:
         """The only place that writes, so that frames leave whole and in order."""

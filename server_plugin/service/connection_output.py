@@ -1,4 +1,4 @@
-"""What a WebSocket connection has yet to send: its session's frames and streamed texts."""
+"""Data that a WebSocket connection still has to send: frames and streamed texts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ConnectionOutput:
         session: turns messages into frames.
 
     Attributes:
-        session: as given; call `wake.set()` after each message that it is given.
-        wake: set when there is something to write.
+        session: as given; call `wake.set()` after passing it a message.
+        wake: set when there are data to write.
     """
 
     def __init__(self, session: ServerSession) -> None:
@@ -26,12 +26,12 @@ class ConnectionOutput:
         self._texts: dict[int, tuple[Stage, str]] = {}
 
     def stream(self, id: int, stage: Stage, text: str) -> None:
-        """Send a question's text so far; it replaces an earlier one that still waits."""
+        """Send a question's text so far, in place of an earlier one that was not sent yet."""
         self._texts[id] = (stage, text)
         self.wake.set()
 
     def drop_text(self, id: int) -> None:
-        """Do not send a question's text that still waits."""
+        """Discard a question's text that was not sent yet."""
         self._texts.pop(id, None)
 
     def frames(self) -> list[bytes]:

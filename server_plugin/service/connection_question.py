@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History
 from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError
-from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.answering import QuestionAnswerer, Refused, request_of
 from server_plugin.service.connection_output import ConnectionOutput
 from server_plugin.service.connection_views import ConnectionViews
 from server_plugin.service.state import ServiceState
@@ -31,11 +30,6 @@ from vlm_collab.protocol.messages import (
 log = logging.getLogger(__name__)
 
 
-def history_of(ask: Ask) -> History:
-    """The conversation before a question, as backends take it."""
-    return tuple((turn.question, turn.answer) for turn in ask.history)
-
-
 class ConnectionQuestion:
     """One question and the task that answers it.
 
@@ -45,7 +39,7 @@ class ConnectionQuestion:
         state: see `ServiceState`.
         answerer: runs the engine.
         views: the connection's pictures.
-        output: takes what the client is sent.
+        output: collects what is sent to the client.
     """
 
     def __init__(
@@ -62,11 +56,13 @@ class ConnectionQuestion:
         """Answers the question; None until the question is accepted."""
         self._ask = ask
         self._options = ask.options or Options()
+        history = tuple((turn.question, turn.answer) for turn in ask.history)
+        self._request = request_of(ask.question, history, ask.all_places, self._options)
         self._log_fields = {"connection": connection, "question": ask.id}
         self._state, self._answerer = state, answerer
         self._views, self._output = views, output
         self._region: asyncio.Future[bytes | None] | None = None
-        # Set in the second stage: its first answer is owed if that stage fails.
+        # Set in the second stage; if that stage fails, its first answer is sent.
         self._need: RegionNeed | None = None
         self._counted = False
 
@@ -74,7 +70,7 @@ class ConnectionQuestion:
         """Accept the question or refuse it, before anything is computed for it.
 
         Args:
-            on_end: called once an accepted question has ended, however that was.
+            on_end: called when an accepted question has ended in any way.
 
         Returns:
             whether it was accepted.
@@ -82,9 +78,7 @@ class ConnectionQuestion:
         ask = self._ask
         try:
             self._answerer.check_capacity()
-            self._answerer.check_question(
-                ask.question, 1 + len(ask.more), history_of(ask), self._options, ask.all_places
-            )
+            self._answerer.check_question(self._request, self._options, 1 + len(ask.more))
             lease = self._views.lease(ask)
         except Refused as refused:
             self._refuse(refused)
@@ -108,7 +102,7 @@ class ConnectionQuestion:
             self.task.cancel()
 
     def give_region(self, image: bytes | None) -> None:
-        """Take the region that the client was asked for; None if it declines."""
+        """Take the client's region; None if the client declines."""
         if self._region is not None and not self._region.done():
             self._region.set_result(image)
 
@@ -129,7 +123,7 @@ class ConnectionQuestion:
             self._answerer.log_refusal(code, **self._log_fields)
 
     def _count(self, outcome: str) -> bool:
-        """Count how the question ended, once; whether this call was the first."""
+        """Count the question's outcome, once; return whether this call did."""
         if self._counted:
             return False
         self._counted = True
@@ -137,8 +131,8 @@ class ConnectionQuestion:
         return True
 
     def _refuse(self, refused: Refused) -> None:
-        after = refused.retry_after_s
-        retry_after_ms = None if after is None else round(after * 1000)
+        wait_s = refused.retry_after_s
+        retry_after_ms = None if wait_s is None else round(wait_s * 1000)
         self._output.session.error(self.id, refused.code, str(refused), retry_after_ms)
         self.count_refusal(refused.code)
         self._output.wake.set()
@@ -159,7 +153,7 @@ class ConnectionQuestion:
             self._region = self._need = None
 
     async def _answer(self, lease: Lease) -> None:
-        ask, options = self._ask, self._options
+        options = self._options
         loop = asyncio.get_running_loop()
 
         def stream(stage: Stage, text: str) -> None:
@@ -169,18 +163,16 @@ class ConnectionQuestion:
         outcome = await self._answerer.answer(
             turn,
             lease,
-            [Size(*source) for source in ask.sources],
-            ask.question,
+            [Size(*source) for source in self._ask.sources],
+            self._request,
             self._fetch_region,
-            history=history_of(ask),
             options=options,
-            places=ask.all_places,
             on_text=stream if options.stream else None,
         )
         self._send_answer(outcome, turn.waited_s)
 
     async def _fetch_region(self, need: RegionNeed) -> Image:
-        """Ask the edge for a region and decode what comes.
+        """Request a region from the edge, and decode it.
 
         Raises:
             RegionUnavailableError: it did not come in time, was declined, or cannot be used.
@@ -209,8 +201,8 @@ class ConnectionQuestion:
             else b"",
             picture=need.picture,
         )
-        coming: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._region = coming
+        reply: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._region = reply
         self._need = need
         self._output.drop_text(self.id)
         if not self._output.session.request_region(request):
@@ -218,7 +210,7 @@ class ConnectionQuestion:
         self._output.wake.set()
         try:
             async with asyncio.timeout(deadline_s):
-                data = await coming
+                data = await reply
         except TimeoutError:
             raise RegionUnavailableError(Fallback.DEADLINE) from None
         if data is None:
@@ -228,8 +220,8 @@ class ConnectionQuestion:
             # The number of pixels alone does not bound the sides: a thin strip can have as few.
             if region.width > target.width or region.height > target.height:
                 raise ImageError(
-                    f"a region of {region.width} x {region.height} px, where at most "
-                    f"{target.width} x {target.height} were asked for"
+                    f"the region has {region.width} x {region.height} px, more than the requested "
+                    f"{target.width} x {target.height}"
                 )
             return region
         except ImageError as error:

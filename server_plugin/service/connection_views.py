@@ -23,7 +23,7 @@ class ConnectionViews:
     Args:
         state: has the view store.
         codecs: image formats that the client and the server have in common, best first.
-        resume: key of an earlier session to go on with; empty for a new one.
+        resume: key of an earlier session to continue; empty for a new one.
     """
 
     def __init__(self, state: ServiceState, codecs: tuple[Codec, ...], resume: bytes) -> None:
@@ -34,15 +34,15 @@ class ConnectionViews:
 
     @property
     def key(self) -> bytes:
-        """Key of the session, with which the client can come back."""
+        """Key with which the client can resume the session."""
         return self._session.key
 
     def leave(self) -> None:
-        """The connection ends; its views stay for a while."""
+        """Note that the connection has ended; its views stay for a while."""
         self._store.leave(self._session)
 
     def lease(self, ask: Ask) -> Lease:
-        """Hold the view of a question, which it brings along or refers to.
+        """Hold the view that a question brings or refers to.
 
         Raises:
             Refused: a picture cannot be used, or the view is not held.
@@ -55,18 +55,18 @@ class ConnectionViews:
         elif sent:
             raise Refused(ErrorCode.BAD_IMAGE, "some of the question's views are missing")
         try:
-            # The lease starts here: while the question waits for its turn, other views must not
-            # push out its own.
+            # The lease starts here: other views must not displace this one while the question
+            # waits for its turn.
             return self._store.lease(self._session, ask.view_id, pictures)
         except ViewNotHeldError:
             text = "this view is not held; send it again"
             raise Refused(ErrorCode.VIEW_GONE, text, 0.0) from None
 
     async def decode(self, data: bytes, largest: Size) -> Image:
-        """Decode a picture of at most as many pixels as `largest`.
+        """Decode a picture that has no more pixels than `largest`.
 
         Raises:
-            ImageError: it is too large or broken, or its format is not in common.
+            ImageError: it is too large or broken, or its format is not among `codecs`.
         """
         return await asyncio.to_thread(
             images.decode,

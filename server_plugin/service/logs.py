@@ -15,7 +15,7 @@ from vlm_collab.cli.quiet import is_for_users, restore_library_output
 from vlm_collab.web.log_throttle import LogThrottle
 
 REFUSED = "connection refused"
-"""The log message for a WebSocket that may not or cannot connect."""
+"""The log message for a WebSocket connection that was refused."""
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -25,7 +25,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    """A value that cannot break its line, whatever a client sent."""
+    """Return a value as text that cannot break its log line."""
     text = str(value)
     return text if text.isprintable() and " " not in text else json.dumps(text)
 

@@ -40,8 +40,8 @@ class Metrics:
         )
         self.retransmissions = Counter(
             "vlm_collab_retransmissions",
-            "Questions for which a region was asked; over vlm_collab_questions_total, the "
-            "retransmission rate.",
+            "Questions for which a region was requested; divided by vlm_collab_questions_total: "
+            "the retransmission rate.",
             registry=r,
         )
         self.bytes = Counter(
@@ -83,9 +83,9 @@ class Metrics:
         """Publish a connection's bytes since `published`, and update that."""
         for direction, kinds in counter.snapshot().items():
             for kind, size in kinds.items():
-                fresh = size - published.get((kind, direction), 0)
-                if fresh:
-                    self.bytes.labels(kind, direction).inc(fresh)
+                new_bytes = size - published.get((kind, direction), 0)
+                if new_bytes:
+                    self.bytes.labels(kind, direction).inc(new_bytes)
                     published[kind, direction] = size
 
     def text(self) -> bytes:

@@ -7,14 +7,14 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 
 LONGEST_WAIT_S = 60.0
-"""Longest wait that a refused client is told."""
+"""Longest wait that a refusal names."""
 
 
 class QueueFullError(Exception):
     """The queue is full.
 
     Args:
-        retry_after_s: when to come back, in seconds.
+        retry_after_s: how long to wait before asking again, in seconds.
     """
 
     def __init__(self, retry_after_s: float) -> None:
@@ -50,12 +50,12 @@ class ModelQueue:
         return len(self._returning) + sum(len(queue) for queue in self._waiting.values())
 
     def retry_after_s(self) -> float:
-        """When a refused client should come back: the time that the present queue will take."""
+        """How long a refused client should wait: the time that the present queue will take."""
         wait_s = self._turn_s * (self.waiting + 1) / self._turns
         return min(max(0.1, wait_s), LONGEST_WAIT_S)
 
     def record_duration(self, seconds: float) -> None:
-        """Take the duration of a turn into the mean that `retry_after_s` uses."""
+        """Include a turn's duration in the mean that `retry_after_s` uses."""
         self._measured += 1
         self._turn_s += max(0.1, 1 / self._measured) * (seconds - self._turn_s)
 

@@ -19,8 +19,8 @@ from vlm_collab.web.server import serve
 
 __all__ = ["bind", "running", "serve", "server", "url_of"]
 
-_OTHERS = 64
-"""Connection slots beyond those for WebSockets."""
+_HTTP_SLOTS = 64
+"""Connection slots in addition to those for WebSockets."""
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +70,7 @@ def server(service: Service) -> uvicorn.Server:
     sockets = limits.max_connections + limits.max_newcomers
     settings = web.uvicorn_config(
         service.app(),
-        slots=ConnectionSlots(sockets + _OTHERS, limits.max_per_address, HEALTH),
+        slots=ConnectionSlots(sockets + _HTTP_SLOTS, limits.max_per_address, HEALTH),
         write_timeout_s=limits.write_timeout_s,
         max_frame_bytes=limits.connection.max_frame_bytes,
         grace_s=5,

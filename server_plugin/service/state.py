@@ -12,7 +12,7 @@ from vlm_collab import __version__
 
 
 class ServiceState:
-    """The state of one service. Connections and endpoints know it, but not the application.
+    """The state of one service, for connections and endpoints, which do not know the application.
 
     Args:
         engine: answers the questions.

@@ -20,7 +20,7 @@ from server_plugin.backends.base import Backend, View
 
 
 class ViewNotHeldError(Exception):
-    """The session has no view of that number (any more)."""
+    """The session has no view with this number, or has it no longer."""
 
 
 class ViewsFullError(Exception):
@@ -44,10 +44,10 @@ class _ViewEntry:
 
 @dataclass(slots=True, eq=False)
 class ClientSession:
-    """The views of one client, over as many connections as it takes.
+    """The views of one client, over all its connections.
 
     Attributes:
-        key: with it, the client can come back; unguessable, since it gives access to the views.
+        key: the client resumes the session with it; random, because it gives access to the views.
         connections: how many connections use the session now.
         left_at_s: event loop time when the last connection ended.
     """
@@ -71,11 +71,11 @@ class Lease:
         entry.users += 1
 
     async def open(self) -> View:
-        """The view as the backend has it; computed when the first question needs it.
+        """Return the backend's view; it is computed when the first question needs it.
 
         Raises:
-            ViewsFullError: there is no room for it, even without the views that nobody holds.
-            ImageError: opening it failed, for all questions that hold it.
+            ViewsFullError: there is no room for it, even without all unused views.
+            ImageError: its pictures cannot be used.
         """
         entry, store = self._entry, self._store
         assert entry is not None, "the lease is closed"
@@ -131,7 +131,7 @@ class ViewStore:
         self._max_sessions = max_sessions
         self._ttl_s = ttl_s
         self._sessions: dict[bytes, ClientSession] = {}
-        # Least recently used first. Entries, not ids: two sessions may use the same numbers.
+        # Least recently used first. By entry, because two sessions may use the same numbers.
         self._recent: OrderedDict[_ViewEntry, tuple[ClientSession, int]] = OrderedDict()
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -173,7 +173,7 @@ class ViewStore:
         entry.nbytes = max(view.nbytes, expected)
 
     def enter(self, resume: bytes) -> ClientSession:
-        """The session of a new connection: the one it names if that is kept, else a new one.
+        """Return the session that `resume` names if it is kept, else a new one.
 
         A session may have several connections, because a client often comes back before the
         server has noticed that its old connection is dead. Their view numbers do not clash: a
@@ -193,7 +193,7 @@ class ViewStore:
         session.connections -= 1
         session.left_at_s = loop.time()
         self._expire()
-        loop.call_later(self._ttl_s + 0.01, self._expire)  # even if no client comes again
+        loop.call_later(self._ttl_s + 0.01, self._expire)  # even if no other client comes
 
     def add(
         self,

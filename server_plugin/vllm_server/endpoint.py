@@ -32,7 +32,7 @@ from server_plugin.backends.open import preset_of, with_options
 from server_plugin.backends.vllm.model import vllm_backend
 from server_plugin.backends.vllm.setup import check_revision
 from server_plugin.engines.assembly import engine_of
-from server_plugin.service.asgi import FAREWELL_S, HEALTH, Service
+from server_plugin.service.asgi import CLOSING_S, HEALTH, Service
 from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits, service_limits
 from server_plugin.service.logs import REFUSED
 from vlm_collab.errors import CollabError, ConfigError
@@ -104,7 +104,7 @@ class CollabEndpoint:
         self._limits = ServiceLimits()
 
     def attach_router(self, app: Any) -> None:
-        """Keep the application; `init_state` adds the routes when there is a service."""
+        """Keep the application; `init_state` adds the routes once the service exists."""
         self._app = app
         for name in (*LIBRARIES, "server_plugin.service.asgi"):
             logging.getLogger(name).addFilter(_QUIET)
@@ -166,15 +166,15 @@ async def _opened(engine_client: Any, args: Any) -> Service:
         token=keys[0] if keys else None,
         more_tokens=tuple(keys[1:]),
         host=args.host or "0.0.0.0",
-        allow_anonymous=True,  # access is vLLM's decision
+        allow_anonymous=True,  # vLLM decides who has access
         origins=frozenset(options.origins),
         host_names=frozenset(options.host_names),
         region_codec=Codec[preset.codec.upper()],
         region_quality=preset.quality if options.quality is None else options.quality,
         limits=service_limits(**_given(options.limits)),
     )
-    shown = (args.served_model_name or [source])[0]
-    backend = vllm_backend(engine_client, source, preset, shown, owned=False)
+    served_name = (args.served_model_name or [source])[0]
+    backend = vllm_backend(engine_client, source, preset, served_name, owned=False)
     await backend.warm_up()
     host = args.host or "0.0.0.0"
     if not keys and not is_loopback(host):
@@ -210,12 +210,12 @@ def finish_before_shutdown(engine_client: Any, service: Service) -> None:
             shutdown(timeout=timeout)
             return
         began_s = time.monotonic()
-        grace_s = max((timeout or 0.0) - FAREWELL_S, 0.0)
+        grace_s = max((timeout or 0.0) - CLOSING_S, 0.0)
         draining = asyncio.run_coroutine_threadsafe(service.drain(grace_s), loop)
         try:
-            draining.result(grace_s + 3 * FAREWELL_S)
+            draining.result(grace_s + 3 * CLOSING_S)
         except Exception:  # after any error, the engine still has to shut down
-            log.exception("questions in flight were left")
+            log.exception("some questions in flight were not answered")
         if timeout is not None:
             timeout = max(timeout - (time.monotonic() - began_s), 0.0)
         shutdown(timeout=timeout)
@@ -252,9 +252,9 @@ def options_of(additional_config: Any) -> EndpointOptions:
     Raises:
         ConfigError: an option is unknown, or a value has the wrong type.
     """
-    given = additional_config.get("vlm_collab", {}) if isinstance(additional_config, dict) else {}
+    fields = additional_config.get("vlm_collab", {}) if isinstance(additional_config, dict) else {}
     try:
-        return msgspec.convert(given, EndpointOptions)
+        return msgspec.convert(fields, EndpointOptions)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--additional-config: vlm_collab: {error}") from error
 

@@ -62,7 +62,7 @@ def invocation(
     dtype: str = "auto",
     batch: int | None = None,
     log_level: str | None = None,
-    further: Sequence[str] = (),
+    vllm_options: Sequence[str] = (),
 ) -> Invocation:
     """Translate the command's options to vLLM's. Reads the checkpoint's small files.
 
@@ -71,11 +71,11 @@ def invocation(
         config: addresses and access; already checked.
         preset: name or file of another preset than the model's own.
         overrides: fields of the preset by name; None leaves a field.
-        options: further fields of `server_plugin.vllm_server.endpoint.EndpointOptions`.
+        options: other fields of `server_plugin.vllm_server.endpoint.EndpointOptions`.
         dtype, batch: see `server_plugin.backends.vllm.model.engine_options`.
         log_level: log level of vLLM's processes; None: vLLM's default.
-        further: options of vLLM. They override those made here; for `--compilation-config`, key by
-            key.
+        vllm_options: options of vLLM. They override those made here; for
+            `--compilation-config`, key by key.
 
     Raises:
         ModelError: the checkpoint is missing, or of a family without an adapter.
@@ -85,19 +85,19 @@ def invocation(
     if model == FAKE_MODEL:
         raise ConfigError("the fake model runs without vLLM; leave out --backend vllm")
     if config.port == 0:
-        raise ConfigError("vLLM takes no port 0; name a free one with --port")
-    _refuse_conflicting_options(further)
+        raise ConfigError("vLLM does not take port 0; name a free port with --port")
+    _refuse_conflicting_options(vllm_options)
     from server_plugin.backends.transformers.adapters.checkpoint import local_or_hub
     from server_plugin.backends.vllm.model import check, engine_options
 
     source = local_or_hub(checkpoint_of(model))
     chosen = with_options(preset_of(model, preset), overrides)
     check(source, chosen, model)
-    check_arguments(source, chosen, further)
+    check_arguments(source, chosen, vllm_options)
     policy_of(chosen, options.get("policy"), options.get("policy_options", {}))
     require_vllm()
-    given = {name: value for name, value in overrides.items() if value is not None}
-    ours: dict[str, Any] = {**options, "overrides": given}
+    set_overrides = {name: value for name, value in overrides.items() if value is not None}
+    ours: dict[str, Any] = {**options, "overrides": set_overrides}
     if preset is not None:
         is_file = preset.endswith((".yaml", ".yml"))
         ours["preset"] = str(Path(preset).expanduser().absolute()) if is_file else preset
@@ -115,7 +115,7 @@ def invocation(
     for name, file in (("certfile", config.tls_cert), ("keyfile", config.tls_key)):
         if file is not None:
             arguments += [f"--ssl-{name}", str(file)]
-    arguments += _with_defaults(further, _COMPILATION_CONFIG, defaults["compilation_config"])
+    arguments += _with_defaults(vllm_options, _COMPILATION_CONFIG, defaults["compilation_config"])
     arguments += [f"--additional-config.{PLUGIN}", json.dumps(ours)]
     environment = {"VLLM_PLUGINS": ",".join(sorted(_plugins()))}
     if config.token is not None:
@@ -126,7 +126,7 @@ def invocation(
     return Invocation(arguments=tuple(arguments), environment=environment)
 
 
-def become(invocation: Invocation) -> NoReturn:
+def replace_process(invocation: Invocation) -> NoReturn:
     """Replace this process by vLLM's server, which then gets signals and sets the exit code."""
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *invocation.arguments]
     sys.stdout.flush()
@@ -150,39 +150,39 @@ def _means(option: str, names: Sequence[str]) -> bool:
     return len(option.lstrip("-")) > 0 and any(name.startswith(option) for name in names)
 
 
-def _refuse_conflicting_options(further: Sequence[str]) -> None:
-    for option, key, _ in map(_named, further):
+def _refuse_conflicting_options(vllm_options: Sequence[str]) -> None:
+    for option, key, _ in map(_named, vllm_options):
         if _means(option, _ADDITIONAL_CONFIG) and not (key and option in _ADDITIONAL_CONFIG):
             raise ConfigError(
-                "--additional-config holds this command's options; write yours as "
+                "--additional-config already holds this command's options; give yours as "
                 "--additional-config.KEY VALUE, or start `vllm serve` yourself (docs/vllm.md)"
             )
         if option == "--config":
             # In vLLM the command line overrides the file, and so do the options set here.
             raise ConfigError(
-                "--config: this command's own options would win over the file's; give those of "
-                "the file on the command line, or start `vllm serve` yourself (docs/vllm.md)"
+                "--config: this command's options would override those of the file; give them on "
+                "the command line, or start `vllm serve` yourself (docs/vllm.md)"
             )
 
 
 def _with_defaults(
-    further: Sequence[str], names: Sequence[str], defaults: Mapping[str, str]
+    vllm_options: Sequence[str], names: Sequence[str], defaults: Mapping[str, str]
 ) -> list[str]:
     """Add default keys to each value of a dictionary option.
 
     vLLM does not merge dictionaries: it takes the last JSON value, or, if there are dotted keys,
     those under the spelling that came last. So each value gets the keys that it lacks.
     """
-    result, dotted = list(further), dict[str, set[str]]()
-    for index, (option, key, value) in enumerate(map(_named, further)):
+    result, dotted = list(vllm_options), dict[str, set[str]]()
+    for index, (option, key, value) in enumerate(map(_named, vllm_options)):
         if not _means(option, names):
             continue
         if key:
             dotted.setdefault(option, set()).add(key.partition(".")[0])
         elif value is not None:
-            result[index] = f"{further[index].partition('=')[0]}={_filled(value, defaults)}"
-        elif index + 1 < len(further):
-            result[index + 1] = _filled(further[index + 1], defaults)
+            result[index] = f"{vllm_options[index].partition('=')[0]}={_filled(value, defaults)}"
+        elif index + 1 < len(vllm_options):
+            result[index + 1] = _filled(vllm_options[index + 1], defaults)
     for option, keys in dotted.items():
         for key in defaults.keys() - keys:
             result += [f"{option}.{key}", defaults[key]]

@@ -116,7 +116,10 @@ async def test_pictures_stand_where_the_caller_puts_them():
 
 @pytest.mark.parametrize(
     ("question", "reason"),
-    [(["what is ", 0, "?"], "has no place"), (["what ", 0, 1, 2], "names picture 2, but the last one is 1")],
+    [
+        (["what is ", 0, "?"], "has no place"),
+        (["what ", 0, 1, 2], "names picture 2, but the last one is 1"),
+    ],
 )
 async def test_wrong_picture_positions_are_reported_clearly(question, reason):
     async with world() as w:

@@ -90,7 +90,7 @@ def test_rows_of_a_padded_batch_equal_those_of_each_sequence_alone(key_heads: in
     assert (rows[~visible] == 0).all()
 
 
-def test_only_the_layer_asked_for_is_captured_and_the_output_is_the_stock_one() -> None:
+def test_only_the_requested_layer_is_captured_and_the_output_is_unchanged() -> None:
     query, key, value = random_tensors(6)
     capture = RowCapture(layer=3, keys=[slice(4, 20)])
     for layer_idx in (2, 3, 4):
@@ -107,7 +107,7 @@ def test_only_the_layer_asked_for_is_captured_and_the_output_is_the_stock_one() 
     torch.testing.assert_close(capture.take()[0].double(), plain_row(query, key, 0.3)[4:20])
 
 
-def test_a_row_that_was_never_seen_is_an_error() -> None:
+def test_a_row_that_was_not_captured_is_an_error() -> None:
     capture = RowCapture(layer=9, keys=[slice(0, 1)])
     query, key, value = random_tensors(6)
     capturing_attention(Layer(0), query, key, value, None, row_capture=capture)

@@ -1,4 +1,4 @@
-"""Questions that run together get the answers that each would get alone."""
+"""Questions that run together get the same answers as alone."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ async def test_views_maps_and_second_passes_together_equal_those_alone(
     others = await asyncio.gather(*tasks)
     assert sizes == [4, 1]
     assert [view.nbytes for view in others] == [views[0].nbytes - views[0].generic_row.nbytes] * 5
-    seen = [part.untyped_storage().nbytes() for view in others for part in view.seen]
-    assert seen == [part.nbytes for part in views[0].seen] * 5  # each in memory of its own
+    seen = [part.untyped_storage().nbytes() for view in others for part in view.encoded]
+    assert seen == [part.nbytes for part in views[0].encoded] * 5  # each in memory of its own
     with together(backend) as sizes:
         tasks = await queued(
             *(backend.relative_attention(*pair) for pair in zip(others, firsts, strict=True))
@@ -114,7 +114,7 @@ async def test_views_maps_and_second_passes_together_equal_those_alone(
     assert max(sizes) == 4
 
 
-async def test_maps_of_one_view_asked_for_together_are_computed_once(
+async def test_concurrent_requests_for_the_map_of_a_view_compute_it_once(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(1, backend.info.view))
@@ -189,7 +189,7 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-async def test_answers_that_end_badly_leave_no_memory_behind(
+async def test_cancelled_and_failed_answers_free_their_memory(
     backend: TransformersBackend,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -293,7 +293,7 @@ async def test_batches_form_behind_the_services_queue(
     assert sum(sizes) / len(sizes) > 0.75 * batch
 
 
-async def test_a_question_whose_own_function_fails_fails_alone(
+async def test_a_failing_callback_fails_only_its_own_question(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
@@ -320,20 +320,20 @@ async def test_a_question_whose_own_function_fails_fails_alone(
             await task
 
 
-async def test_a_picture_that_breaks_the_encoder_fails_alone(
+async def test_a_picture_that_breaks_the_encoder_fails_only_its_own_question(
     backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
     good, bad = picture(1, Size(50, 50)), picture(2, Size(51, 50))
     alone = await backend.second_pass(view, good, GenerationRequest("what?", max_new_tokens=3))
-    see = backend._adapter.see
+    encode = backend._adapter.encode
 
     def picky(pictures: list[Image.Image]) -> Any:
         if any(one.width == 51 for one in pictures):
             raise MemoryError("out of memory")
-        return see(pictures)
+        return encode(pictures)
 
-    monkeypatch.setattr(backend._adapter, "see", picky)
+    monkeypatch.setattr(backend._adapter, "encode", picky)
     with together(backend):
         tasks = await queued(
             *(
@@ -362,7 +362,7 @@ async def test_a_long_answer_does_not_keep_a_short_one_of_its_batch(
     assert order == ["short", "long"]
 
 
-def test_the_batch_is_what_the_service_is_told(tmp_path: Path) -> None:
+def test_the_service_lets_in_twice_the_batch_size(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "tiny")
     # Twice the batch size: one batch forms while another runs.
     for batch, expected in ((3, 6), (None, 8)):

@@ -147,13 +147,13 @@ def serve(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("log_level", ["warning", "info"])
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, log_level: str) -> None:
+def test_an_unreachable_hub_is_reported_in_one_line(tmp_path: Path, log_level: str) -> None:
     """Counts attempts, not seconds: every attempt but the first would be logged."""
     done = serve("nosuchmodel/x", "--log-level", log_level, env=without_network(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("vlm-collab: nosuchmodel/x is no folder here and not in the")
+    assert done.stderr.startswith("vlm-collab: nosuchmodel/x is neither a folder nor in the")
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr
 
 
@@ -172,7 +172,7 @@ def test_the_hub_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert len(tried) == 1
 
 
-def test_a_name_that_no_hub_can_have() -> None:
+def test_an_invalid_hub_name_is_refused() -> None:
     with pytest.raises(ModelError, match=r"cannot load its config\.json: .*alphanumeric"):
         open_model("no such/model")
 
@@ -213,8 +213,8 @@ def test_loading_leaves_the_librarys_settings_as_they_were(
     monkeypatch.setattr(checkpoint_module, "_where", watch)
     before = settings()
     assert before[1:] == (True, True)
-    for watched in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
         checkpoint_module.load_config(str(checkpoint))
         assert settings() == before
     assert seen == [(logging.ERROR, False, False), (logging.ERROR, False, True)]
@@ -224,14 +224,14 @@ def bars_of_downloads() -> bool:
     return not are_progress_bars_disabled()
 
 
-def test_no_progress_bar_where_nobody_watches(
+def test_no_progress_bar_without_a_terminal(
     checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     TransformersBackend.load(str(checkpoint), DEMO, device="cpu")
     assert capfd.readouterr().err == ""
 
 
-def test_a_file_is_no_folder(checkpoint: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         open_model(str(checkpoint / "config.json"))
 
@@ -260,9 +260,9 @@ def test_a_missing_demo_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
             ({"layer": 1, "device": name}, f"there is no device '{name}'; there are: auto, cpu")
             for name in ("meta", "mkldnn", "cpu:x", "")
         ),
-        ({"layer": 1, "device": "cuda:99"}, "'cuda:99' was asked for, but torch has none here"),
-        ({"layer": 1, "dtype": "int8"}, "no floating point type"),
-        ({"layer": 1, "dtype": "load"}, "no floating point type"),
+        ({"layer": 1, "device": "cuda:99"}, "torch cannot use the device 'cuda:99' here"),
+        ({"layer": 1, "dtype": "int8"}, "not a floating point type"),
+        ({"layer": 1, "dtype": "load"}, "not a floating point type"),
         ({"layer": 1, "prompt": "none"}, "no prompt is named 'none'"),
     ],
 )
@@ -275,11 +275,11 @@ def test_impossible_options_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu"])
-def test_a_device_that_this_machine_lacks_is_one_line(name: str, checkpoint: Path) -> None:
+def test_a_missing_device_is_reported_in_one_line(name: str, checkpoint: Path) -> None:
     found = torch.accelerator.current_accelerator()
     if found is not None and found.type == name:
         pytest.skip("it is here")
-    with pytest.raises(ConfigError, match=f"'{name}' was asked for, but torch has none") as caught:
+    with pytest.raises(ConfigError, match=f"torch cannot use the device '{name}'") as caught:
         open_model(str(checkpoint), layer=1, device=name)
     assert "\n" not in str(caught.value)
 
@@ -309,7 +309,9 @@ async def test_a_folder_opens_with_the_preset_of_its_family(checkpoint: Path) ->
     await backend.close()
 
 
-async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoint: Path) -> None:
+async def test_the_hub_s_names_of_vision_tower_weights_load_too(
+    copy: Path, checkpoint: Path
+) -> None:
     """Files on the hub have a level `vision_model.` that newer transformers omit."""
     weights = load_file(copy / "model.safetensors")
     renamed = {
@@ -330,7 +332,7 @@ async def test_the_hub_form_of_the_vision_tower_loads_alike(copy: Path, checkpoi
 
 
 @pytest.mark.parametrize("fit", Fit)
-async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_path: Path) -> None:
+async def test_only_the_crop_fit_cuts_off_parts_of_a_region(fit: Fit, tmp_path: Path) -> None:
     """The encoder sees a red border on a wide region unless the preset's fit is `crop`."""
     shape = TinyLlava(stretch=False)
     backend = TransformersBackend.load(
@@ -339,7 +341,7 @@ async def test_no_part_of_a_region_is_cut_off_but_by_the_crop_fit(fit: Fit, tmp_
     region = picture(0, backend.info.view).resize((300, 100))
     marked = region.copy()
     marked.paste((255, 0, 0), (0, 0, 30, 100))
-    plain, red = backend._adapter.see([region, marked])
+    plain, red = backend._adapter.encode([region, marked])
     assert plain.shape == (64, 64)
     assert bool((plain == red).all()) == (fit is Fit.CROP)
     await backend.close()
@@ -358,7 +360,7 @@ async def test_by_default_the_borders_of_a_wide_picture_are_seen(tmp_path: Path)
             source.paste(colour, (0, 0, 300, 900))
             views.append(SourceImage.from_pil(source).view(info.view, info.fit))
         assert backend._adapter.fitted(views[1]) is views[1], "the view is the encoder's input"
-        plain, red = backend._adapter.see(views)
+        plain, red = backend._adapter.encode(views)
         rows[fit] = red
         assert bool((plain == red).all()) == (fit == "crop")
         await backend.close()
@@ -401,7 +403,7 @@ def test_a_context_without_room_for_two_pictures_is_refused(context: int, tmp_pa
         open_model(str(folder), preset="demo", max_new_tokens=1)
 
 
-async def test_a_hair_of_a_region_is_not_blown_up(checkpoint: Path) -> None:
+async def test_a_very_thin_region_is_not_enlarged(checkpoint: Path) -> None:
     """With `crop`, the processor first scales the short side up, and the long side with it."""
     folder = Path(save_tiny_llava(checkpoint.parent / "crop", TinyLlava(stretch=False)))
     backend, _ = open_model(str(folder), preset=DEMO.with_overrides(fit="crop"))
@@ -416,7 +418,7 @@ async def test_a_hair_of_a_region_is_not_blown_up(checkpoint: Path) -> None:
 
     adapter.processor.image_processor = noted
     for size in ((1, 12544), (12544, 1), (3, 100), (1600, 100)):
-        adapter.see([Image.new("RGB", size)])
+        adapter.encode([Image.new("RGB", size)])
     assert shown == [(1, 16), (16, 1), (3, 48), (1600, 100)]
     await backend.close()
 

@@ -53,7 +53,7 @@ def photo() -> Picture:
     return Picture.open(encode(Image.effect_noise((800, 600), 50).convert("RGB"), Codec.JPEG, 90))
 
 
-def test_it_serves_until_it_is_told_to_stop():
+def test_it_serves_until_it_is_stopped():
     with serving("fake") as (process, ready):
         assert ready["event"] == "ready"
         assert ready["model"] == "fake"
@@ -85,7 +85,7 @@ def test_the_token_is_taken_from_a_file(tmp_path):
             client.ask(photo(), "what?")
 
 
-def test_a_fit_that_cuts_something_off_is_told_at_both_ends(capsys):
+def test_server_and_client_warn_of_a_fit_that_crops(capsys):
     with serving("fake", "--fit", "crop") as (process, ready):
         url = str(ready["url"])
         assert main_of_ask(url, capsys)["shown"] == pytest.approx(0.75)  # 600 of 800 columns
@@ -142,7 +142,7 @@ def test_a_refused_client_is_one_line_in_the_log():
     assert json.loads(line)["status"] == 401
 
 
-def test_strangers_do_not_fill_the_log():
+def test_refused_clients_do_not_fill_the_log():
     """Refused sockets, invalid texts and bytes that are no HTTP: one log line of each kind."""
     with serving("fake") as (process, ready):
         place = urlsplit(str(ready["url"]))
@@ -168,7 +168,7 @@ def test_strangers_do_not_fill_the_log():
     assert all(line["level"] == "warning" and "trace" not in line for line in lines)
 
 
-def test_silent_clients_keep_nobody_out_where_a_process_may_open_few_files():
+def test_silent_clients_do_not_block_others_under_a_low_limit_on_open_files():
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
     try:
@@ -194,7 +194,7 @@ def test_settings_of_the_policy_reach_the_model():
         assert not client.ask(photo(), "a small thing").refined
 
 
-def test_an_early_decision_is_an_option_of_the_policy_and_can_be_shown_whole():
+def test_an_early_decision_cuts_first_answers_unless_they_are_provisional():
     """The server's messages while the second pass runs."""
     early = ("fake", "--policy", "always", "--aggregate", "first_k", "--k", "2")
     for options, cut in (early, True), ((*early, "--provisional"), False):
@@ -283,7 +283,7 @@ def test_wrong_use_gets_one_clear_line(arguments, words):
     assert words in line
 
 
-def test_vllm_is_named_where_it_is_missing():
+def test_a_missing_vllm_is_reported():
     if find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
     code, line = refused(*VLLM, "--port", "1", "--max-model-len", "512", "--enforce-eager")
@@ -293,7 +293,7 @@ def test_vllm_is_named_where_it_is_missing():
         open_model(backend="vllm")
 
 
-def test_instructblip_is_sent_to_the_other_backend(tmp_path):
+def test_vllm_refuses_instructblip_and_names_the_other_backend(tmp_path):
     folder = save_tiny_llava(tmp_path / "instructblip-vicuna-7b")
     rename_family(folder, "instructblip")
     code, line = refused(str(folder), "--backend", "vllm", "--port", "1")

@@ -43,11 +43,10 @@ class Talk(Oracle):
     history: tuple[tuple[str, str], ...] = ()
 
     def inputs(self, question: str, *pictures: Image.Image) -> Any:
-        asked = [*(turn[0] for turn in self.history), question]
-        text = (
-            f"USER: {'<image>' * len(pictures)}{chr(10) if pictures else ''}{asked[0]} ASSISTANT:"
-        )
-        for (_, answer), following in zip(self.history, asked[1:], strict=True):
+        questions = [*(turn[0] for turn in self.history), question]
+        line_break = "\n" if pictures else ""
+        text = f"USER: {'<image>' * len(pictures)}{line_break}{questions[0]} ASSISTANT:"
+        for (_, answer), following in zip(self.history, questions[1:], strict=True):
             text += f" {answer} USER: {following} ASSISTANT:"
         return self.processor(text=text, images=list(pictures) or None, return_tensors="pt")
 
@@ -71,7 +70,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Transforme
     asyncio.run(backend.close())
 
 
-def shown(backend: TransformersBackend, count: int, seed: int = 0) -> list[Image.Image]:
+def random_views(backend: TransformersBackend, count: int, seed: int = 0) -> list[Image.Image]:
     return [picture(seed + i, backend.info.view) for i in range(count)]
 
 
@@ -81,7 +80,7 @@ async def test_conversations_about_pictures_equal_plain_transformers(count, turn
     backend, oracle = llava
     oracle.history = SAID[:turns]
     request = GenerationRequest(ASKED, history=SAID[:turns], max_new_tokens=NEW_TOKENS)
-    images = shown(backend, count, seed=10 * turns)
+    images = random_views(backend, count, seed=10 * turns)
     view = await backend.open_view(*images)
     first = await backend.first_pass(view, request)
     compare_answer(first, oracle.answer(ASKED, *images, max_new_tokens=NEW_TOKENS))
@@ -105,7 +104,7 @@ async def test_conversations_about_pictures_equal_plain_transformers(count, turn
 
 async def test_a_later_turn_computes_only_text(llava):
     backend, _ = llava
-    view = await backend.open_view(*shown(backend, 2))
+    view = await backend.open_view(*random_views(backend, 2))
     first = await backend.first_pass(view, GenerationRequest(SAID[0][0], max_new_tokens=1))
     later = await backend.first_pass(view, GenerationRequest(ASKED, max_new_tokens=1, history=SAID))
     visual = 2 * backend.info.visual_tokens
@@ -127,8 +126,8 @@ async def test_questions_about_no_picture_equal_plain_transformers(turns, llava)
 
 async def test_different_questions_run_together(llava):
     backend, _ = llava
-    one = await backend.open_view(*shown(backend, 1))
-    two = await backend.open_view(*shown(backend, 2))
+    one = await backend.open_view(*random_views(backend, 1))
+    two = await backend.open_view(*random_views(backend, 2))
 
     async def passes() -> list[Any]:
         request = GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS)
@@ -156,7 +155,7 @@ async def test_different_questions_run_together(llava):
         ((("word " * 3000, "yes"),), "far longer|too long"),
     ],
 )
-def test_what_was_said_before_is_checked_too(history, complaint, llava):
+def test_earlier_turns_are_checked_too(history, complaint, llava):
     with pytest.raises(QuestionError, match=complaint):
         llava[0].check_question(GenerationRequest(ASKED, history=history))
 
@@ -179,10 +178,10 @@ async def test_qwen_with_several_pictures_and_turns(tmp_path):
     oracle = QwenOracle.of(folder, Size(224, 224))
 
     def messages(question: str, *pictures: Image.Image) -> Any:
-        asked = [*(turn[0] for turn in SAID), question]
+        questions = [*(turn[0] for turn in SAID), question]
         content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in pictures]
         talk: list[dict[str, Any]] = []
-        for number, text in enumerate(asked):
+        for number, text in enumerate(questions):
             content.append({"type": "text", "text": text})
             talk.append({"role": "user", "content": content})
             if number < len(SAID):
@@ -194,7 +193,7 @@ async def test_qwen_with_several_pictures_and_turns(tmp_path):
         )
 
     oracle.inputs = messages  # type: ignore[method-assign]
-    images = shown(backend, 2)
+    images = random_views(backend, 2)
     view = await backend.open_view(*images)
     request = GenerationRequest(ASKED, history=SAID, max_new_tokens=NEW_TOKENS)
     first = await backend.first_pass(view, request)
@@ -216,7 +215,7 @@ async def test_instructblip_with_several_pictures(tmp_path):
     preset = preset_named("instructblip").with_overrides(layer=1, max_new_tokens=NEW_TOKENS)
     backend, _ = open_model(str(folder), preset=preset, device="cpu", dtype="float32")
     oracle = InstructBlipOracle.of(folder)
-    images = shown(backend, 2)
+    images = random_views(backend, 2)
     view = await backend.open_view(*images)
     first = await backend.first_pass(view, GenerationRequest(ASKED, max_new_tokens=NEW_TOKENS))
     compare_answer(first, oracle.answer_by_hand(ASKED, *images, max_new_tokens=NEW_TOKENS))
@@ -237,9 +236,9 @@ async def test_instructblip_with_several_pictures(tmp_path):
 # ---- sampling -----------------------------------------------------------------------------------
 
 
-async def test_a_seed_makes_a_drawn_answer_the_same_again(llava):
+async def test_the_same_seed_gives_the_same_answer(llava):
     backend, _ = llava
-    view = await backend.open_view(*shown(backend, 1))
+    view = await backend.open_view(*random_views(backend, 1))
 
     async def draw(seed: int | None) -> tuple[int, ...]:
         sampling = Sampling(temperature=1.5, seed=seed)
@@ -256,7 +255,7 @@ async def test_a_seed_makes_a_drawn_answer_the_same_again(llava):
 async def test_statistics_and_surprisals_of_drawn_tokens_are_of_the_raw_logits(llava):
     backend, oracle = llava
     oracle.history = ()
-    image = shown(backend, 1)[0]
+    image = random_views(backend, 1)[0]
     view = await backend.open_view(image)
     drawn = await backend.first_pass(
         view, GenerationRequest(ASKED, max_new_tokens=4, sampling=Sampling(temperature=2.0, seed=5))

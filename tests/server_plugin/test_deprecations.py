@@ -35,11 +35,12 @@ asyncio.run(backend.warm_up())
         pytest.param(save_tiny_qwen, marks=pytest.mark.slow),
     ],
 )
-def test_no_library_warns_of_what_a_model_does(
+def test_no_library_warns_while_a_model_answers(
     save: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "tiny")
-    # Show deprecation warnings, which Python hides by default. Some come from between libraries.
+    # Show deprecation warnings, which Python hides by default. Some of them are about one library
+    # in another.
     shown = ["-W", "always::DeprecationWarning:server_plugin", "-W", "always::FutureWarning"]
     left_out = ("TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS")
     done = subprocess.run(
@@ -64,8 +65,8 @@ class _Neither:
     def forward(self, inputs_embeds: Any, **rest: Any) -> None: ...
 
 
-def test_the_cache_is_given_by_the_name_that_the_decoder_has() -> None:
+def test_the_cache_is_passed_under_the_decoder_s_own_argument_name() -> None:
     assert cache_argument(_Before) == "past_key_values"  # up to 5.23
     assert cache_argument(_Since) == "cache"
     with pytest.raises(ModelError, match=r"_Neither of transformers \d.* takes no cache"):
-        cache_argument(_Neither)  # its answers would be wrong without a word
+        cache_argument(_Neither)  # without a cache its answers would be silently wrong

@@ -137,7 +137,7 @@ async def test_an_unsure_answer_stops_once_that_is_known(policy, tokens):
         (RandomPolicy(0.0, aggregate=Aggregate.FIRST_K), {}),
     ],
 )
-async def test_an_answer_that_is_good_enough_goes_on_in_one_generation(policy, options):
+async def test_an_answer_that_is_sure_enough_continues_in_one_generation(policy, options):
     backend = scripted(0.1)
     outcome, needs = await ask(backend, policy, **options)
     assert (outcome.text, outcome.stage, needs) == (FIRST, Stage.FIRST, [])
@@ -194,7 +194,7 @@ async def test_an_answer_cut_by_its_length_limit_is_whole():
         (RuntimeError("broken"), Fallback.SERVER_FAILED),
     ],
 )
-async def test_without_a_second_pass_the_first_answer_is_given_whole(failing, fallback):
+async def test_without_a_second_pass_the_first_answer_is_completed(failing, fallback):
     backend = scripted()
     outcome, (need,) = await ask(backend, threshold(), failing=failing)
     reference, _ = await ask(scripted(), threshold(), failing=failing, provisional=True)
@@ -206,7 +206,7 @@ async def test_without_a_second_pass_the_first_answer_is_given_whole(failing, fa
     assert lengths(backend) == [5, 8]
 
 
-async def test_a_completed_answer_is_accounted_for():
+async def test_the_cost_of_completing_an_answer_is_counted():
     backend = scripted()
     outcome, _ = await ask(
         backend, threshold(), failing=RegionUnavailableError(Fallback.DECLINED)
@@ -224,9 +224,7 @@ async def test_a_completed_answer_is_accounted_for():
 
 
 @pytest.mark.parametrize("broken", ["relative_attention", "second_pass"])
-async def test_a_runtime_that_fails_in_the_second_stage_still_owes_all_of_the_first(
-    broken, monkeypatch
-):
+async def test_when_the_second_stage_fails_the_first_answer_is_completed(broken, monkeypatch):
     async def fails(*args, **kwargs):
         raise RuntimeError("out of memory")
 
@@ -246,7 +244,7 @@ async def test_an_answer_that_cannot_be_completed_says_that_it_is_cut(caplog):
 
 
 async def test_the_completion_is_not_streamed():
-    """The client has the text of the first pass already."""
+    """The client already has the text of the first pass."""
     seen = []
     await ask(
         scripted(),
@@ -278,7 +276,7 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
         view = await backend.open_view(blocks(number, backend.info.view))
         question = f"what is number {number}?"
         whole = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=10))
-        # Just above or just below what this answer's first tokens say.
+        # Just above or just below the uncertainty of this answer's first tokens.
         eta = aggregate(whole.steps, Metric.MIN_ENTROPY, how, 3) * (1.01 if number % 2 else 0.99)
         policy = ThresholdPolicy(Metric.MIN_ENTROPY, how, eta, k=3)
         early = Engine(backend=backend, policy=policy, max_new_tokens=10)
@@ -300,7 +298,7 @@ async def test_a_model_s_early_decisions_are_those_of_its_whole_answers(how, tmp
 # ---- over the wire ---------------------------------------------------------------------------
 
 
-async def test_who_declines_gets_the_first_answer_whole():
+async def test_declining_gives_the_complete_first_answer():
     running_service = service(policy=threshold(k=3))
     async with running(running_service) as url, edge(url) as client:
         for _ in range(2):
@@ -315,7 +313,7 @@ async def test_who_declines_gets_the_first_answer_whole():
         await settled(running_service)
 
 
-async def test_a_region_that_comes_late_costs_the_second_answer_and_not_the_first():
+async def test_a_late_region_loses_only_the_second_answer():
     limits = {"region_deadline_s": 0.05}
     async with running(service(policy=threshold(k=3), limits=limits)) as url, edge(url) as client:
         await client.ask(UNSURE, picture())

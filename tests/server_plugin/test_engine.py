@@ -123,9 +123,7 @@ async def test_without_a_region_the_first_answer_stands():
 
 
 @pytest.mark.parametrize("broken", ["relative_attention", "second_pass"])
-async def test_a_runtime_that_fails_after_the_first_answer_costs_only_the_second(
-    broken, monkeypatch
-):
+async def test_a_failure_after_the_first_answer_loses_only_the_second(broken, monkeypatch):
     backend = scripted(1.0)
 
     async def fails(*args, **kwargs):
@@ -184,7 +182,7 @@ async def test_a_flat_map_still_names_a_box_inside_the_image(monkeypatch):
 # ---- conversations, several pictures, stop texts -----------------------------------------------
 
 
-async def test_what_came_before_reaches_both_passes():
+async def test_the_history_reaches_both_passes():
     outcome, _ = await ask(
         FakeBackend(), AlwaysPolicy(), replace(QUESTION, history=(("who?", "me"),))
     )
@@ -269,7 +267,7 @@ async def test_a_question_about_no_picture():
     assert outcome.work.decoded_tokens > 0
 
 
-async def test_a_drawn_answer_that_is_made_again_is_the_same_again():
+async def test_a_sampled_answer_that_is_generated_again_is_the_same():
     """The seed is drawn once per question, not once per pass."""
     seen = []
 
@@ -345,13 +343,13 @@ async def test_a_local_view_smaller_than_its_part_of_the_view_is_not_asked_for()
     assert outcome.fallback is Fallback.NO_DETAIL
 
 
-async def test_a_sure_answer_about_a_small_picture_is_just_sure():
+async def test_a_sure_answer_about_a_small_picture_has_no_fallback():
     outcome = await ask_about(scripted(0.1), Size(64, 48), retransmit=Retransmit.AUTO)
     assert outcome.fallback is Fallback.NONE
 
 
 @pytest.mark.parametrize("source", [Size(112, 112), Size(300, 300)])
-async def test_an_answer_that_no_region_can_better_is_whole(source):
+async def test_an_answer_that_no_region_can_improve_is_complete(source):
     """An early decision may stop a first answer only if a second pass can replace it."""
     script = Script("one two three four", "five", 1.0, (4, 4))
     backend = FakeBackend(play=lambda *_: script, info=WIDE)
@@ -360,11 +358,11 @@ async def test_an_answer_that_no_region_can_better_is_whole(source):
     assert (outcome.text, outcome.finish) == ("one two three four", Finish.END)
     assert outcome.fallback is Fallback.NO_DETAIL
     once = 16 + (12 if source.width > 112 else 0)
-    again = 16 if source.width > 112 else 0  # the search was worth stopping for, in vain
+    again = 16 if source.width > 112 else 0  # stopped for a search that found no useful region
     assert outcome.work.prefilled_tokens == once + again
 
 
-def test_what_a_view_cost_beside_a_question_is_counted_by_itself():
+def test_the_unused_part_of_a_view_s_cost_is_counted_separately():
     """A first question with text between its pictures can use little of its view's cache."""
     work = Work()
     work.add(DEFAULT_INFO, 150, 100)

@@ -3,8 +3,8 @@
 The paper: *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
 2512.16349).
 
-Every term is an exact whole number, so the sums must agree to the last operation; what Eq. 17
-leaves out or counts otherwise has a name here.
+Every term is a whole number, so the sums must be equal. Each operation that Eq. 17 leaves out or
+counts in another way is a term with a name here.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ async def test_a_retransmitted_question_is_what_the_engine_accounts_for_and_thes
         ("qwen2.5-vl", save_tiny_qwen),
     ],
 )
-async def test_the_command_foresees_what_the_engine_accounts_for(
+async def test_the_command_predicts_the_engine_s_operations(
     family: str,
     save: Callable[[Path], Path],
     tmp_path: Path,
@@ -249,16 +249,16 @@ async def test_the_command_foresees_what_the_engine_accounts_for(
     command = entry.load()
     asked = {"question_tokens": question, "answer_tokens": 4, "layer": LAYER}
     command(str(folder), **asked, json_output=True)
-    told = json.loads(capsys.readouterr().out)
-    assert told["total"] + told["decoding"] == outcome.work.flops
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["total"] + printed["decoding"] == outcome.work.flops
     info = backend.info
     equation = (info.visual_tokens, info.hidden_size, info.layers)
-    assert told["eq_18_first_pass"] == flops(*equation)
-    assert told["eq_20_total"] == total_flops(*equation, retransmitted=True)
+    assert printed["eq_18_first_pass"] == flops(*equation)
+    assert printed["eq_20_total"] == total_flops(*equation, retransmitted=True)
     command(str(folder), **asked)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9
-    assert lines[3].split()[-1] == f"{told['eq_20_total'] / 1e9:,.3f}"
+    assert lines[3].split()[-1] == f"{printed['eq_20_total'] / 1e9:,.3f}"
 
 
 def test_a_7b_model_costs_half_of_what_eq_20_says() -> None:
@@ -293,8 +293,8 @@ def test_another_preset_and_prompt_are_counted(
         with pytest.raises(SystemExit) as ended:
             main(["flops", str(folder), "--preset", str(mine), "--json", *more])
         assert ended.value.code == 0
-        told: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return told
+        printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return printed
 
     plain = counted_by("--fit", "pad")
     assert plain["read_layers"] == 3

@@ -169,13 +169,13 @@ async def test_the_comparison_can_fail(shape: str, loaded: Loaded) -> None:
 
     row = oracle.row(QUESTIONS[0], image, backend.info.layer)
     assert row.max() > 1.5 * row.mean()
-    looks = oracle.looks(QUESTIONS[0], image, preset_of(shape).qformer_layer)
-    assert (looks.max(axis=1) > 2 * looks.mean(axis=1)).all()
+    attention = oracle.cell_attention(QUESTIONS[0], image, preset_of(shape).qformer_layer)
+    assert (attention.max(axis=1) > 2 * attention.mean(axis=1)).all()
     # The question reaches the Q-Former, and its layers look at different patches.
-    other_question = oracle.looks(QUESTIONS[1], image, preset_of(shape).qformer_layer)
-    other_layer = oracle.looks(QUESTIONS[0], image, 0)
+    other_question = oracle.cell_attention(QUESTIONS[1], image, preset_of(shape).qformer_layer)
+    other_layer = oracle.cell_attention(QUESTIONS[0], image, 0)
     for other in (other_question, other_layer):
-        assert np.median(np.abs(other / looks - 1)) > 0.05
+        assert np.median(np.abs(other / attention - 1)) > 0.05
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -190,7 +190,7 @@ def test_the_reference_by_hand_is_generate_for_one_picture(shape: str, loaded: L
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_query_tokens_and_what_they_look_at(shape: str, loaded: Loaded, folders: Any) -> None:
+def test_query_tokens_and_their_cell_attention(shape: str, loaded: Loaded, folders: Any) -> None:
     """Each cross-attention layer of the Q-Former, counted among its cross-attention layers."""
     backend, oracle = loaded[shape]
     image = picture(3, Size(320, 200))
@@ -199,14 +199,16 @@ def test_query_tokens_and_what_they_look_at(shape: str, loaded: Loaded, folders:
         preset = preset_of(shape).with_overrides(qformer_layer=layer)
         own = adapter_of(TransformersBackend.load(str(folders[shape]), preset, device="cpu"))
         with torch.inference_mode():
-            (seen,) = own.see([image])
-            assert seen.numel() == own.layout.seen_numbers
+            (seen,) = own.encode([image])
+            assert seen.numel() == own.layout.encoded_numbers
             for question in QUESTIONS:
                 tokens = own.visual_tokens(seen, question)
-                assert tokens.looks is not None
-                assert tokens.looks.shape == (backend.info.visual_tokens, cells)
-                expected = oracle.looks(question, image, layer)
-                np.testing.assert_allclose(tokens.looks.numpy(), expected, rtol=1e-4, atol=0)
+                assert tokens.cell_attention is not None
+                assert tokens.cell_attention.shape == (backend.info.visual_tokens, cells)
+                expected = oracle.cell_attention(question, image, layer)
+                np.testing.assert_allclose(
+                    tokens.cell_attention.numpy(), expected, rtol=1e-4, atol=0
+                )
                 np.testing.assert_allclose(
                     tokens.embeddings.numpy(), oracle.query_tokens(question, image), atol=1e-4
                 )
@@ -229,7 +231,7 @@ def test_only_one_layers_attention_is_computed_twice(
 
     monkeypatch.setattr(torch, "softmax", counted)
     with torch.inference_mode():
-        (seen,) = adapter_of(backend).see([picture(0, Size(224, 224))])
+        (seen,) = adapter_of(backend).encode([picture(0, Size(224, 224))])
         adapter_of(backend).visual_tokens(seen, QUESTIONS[0])
     assert shapes == [(4, 32, 257)]  # heads, query tokens, class token and patches
 
@@ -413,7 +415,7 @@ async def test_the_longest_question_of_the_qformer_is_exact(loaded: Loaded) -> N
         backend.check_question(GenerationRequest(question + "?"))
 
 
-async def test_a_region_keeps_all_its_parts_but_under_the_crop_fit(
+async def test_only_the_crop_fit_cuts_off_parts_of_a_region(
     folders: dict[str, Path],
 ) -> None:
     """A wide region, black but for white ends."""

@@ -56,12 +56,12 @@ CASES: dict[str, tuple[Talk, Parts]] = {
 }
 
 
-def conversation(talk: Talk, asked: Parts) -> tuple[str, tuple[tuple[str, str], ...], Places]:
+def conversation(talk: Talk, question: Parts) -> tuple[str, tuple[tuple[str, str], ...], Places]:
     """(question, history, places)."""
-    told = [join_parts(parts) for parts in (*(each for each, _ in talk), asked)]
-    places = tuple(Place(i, *spot) for i, (_, spots) in enumerate(told) for spot in spots)
-    history = tuple((told[i][0], answer) for i, (_, answer) in enumerate(talk))
-    return told[-1][0], history, places
+    turns = [join_parts(parts) for parts in (*(each for each, _ in talk), question)]
+    places = tuple(Place(i, *spot) for i, (_, spots) in enumerate(turns) for spot in spots)
+    history = tuple((turns[i][0], answer) for i, (_, answer) in enumerate(talk))
+    return turns[-1][0], history, places
 
 
 def local_behind(places: Places, of: int, number: int) -> Places:
@@ -74,9 +74,9 @@ def local_behind(places: Places, of: int, number: int) -> Places:
 class Llava(Oracle):
     """Oracle with the checkpoint's chat form, with `<image>` for each picture."""
 
-    def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
+    def set_turns(self, turns: Any, places: Places, pictures: list[Image.Image]) -> None:
         text = ""
-        for turn, (question, answer) in enumerate(said):
+        for turn, (question, answer) in enumerate(turns):
             spots = places_in_turn(places, turn)
             opening = sum(position == 0 for position, _ in spots)
             pieces = [
@@ -85,18 +85,18 @@ class Llava(Oracle):
             # In this family's form, pictures at the beginning of a text have a line of their own.
             words = "".join(pieces[:opening]) + "\n" * bool(opening) + "".join(pieces[opening:])
             text += f"USER: {words} ASSISTANT:" + ("" if answer is None else f" {answer} ")
-        self.text, self.shown = text, [pictures[place.picture] for place in places]
+        self.text, self.images = text, [pictures[place.picture] for place in places]
 
     def inputs(self, question: str, *_: Image.Image) -> Any:
-        return self.processor(text=self.text, images=self.shown, return_tensors="pt")
+        return self.processor(text=self.text, images=self.images, return_tensors="pt")
 
 
 class Qwen(QwenOracle):
     """Oracle with the checkpoint's chat template, with text and pictures in order."""
 
-    def asked(self, said: Any, places: Places, pictures: list[Image.Image]) -> None:
+    def set_turns(self, turns: Any, places: Places, pictures: list[Image.Image]) -> None:
         self.talk: list[Any] = []
-        for turn, (question, answer) in enumerate(said):
+        for turn, (question, answer) in enumerate(turns):
             content = [
                 {"type": "text", "text": part}
                 if isinstance(part, str)
@@ -168,7 +168,7 @@ def rows(oracle: Any, places: Places, layer: int, visual: int) -> np.ndarray:
 async def test_interleaved_questions_equal_plain_transformers(family, case, pairs) -> None:
     backend, oracle = pairs[family]
     question, history, places = conversation(*CASES[case])
-    said = [*history, (question, None)]
+    turns = [*history, (question, None)]
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
     region = picture(3, Size(120, 120))
     request = GenerationRequest(question, history=history, places=places, max_new_tokens=NEW_TOKENS)
@@ -176,7 +176,7 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
     visual = backend.info.visual_tokens
 
     first = await backend.first_pass(view, request)
-    oracle.asked(said, places, images)
+    oracle.set_turns(turns, places, images)
     compare_answer(first, oracle.answer("", max_new_tokens=NEW_TOKENS))
     assert first.context_tokens == oracle.inputs("")["input_ids"].shape[1]
     expected = rows(oracle, places, backend.info.layer, visual)
@@ -185,13 +185,13 @@ async def test_interleaved_questions_equal_plain_transformers(family, case, pair
     # The generic row belongs to the view, with its pictures in front.
     relative = await backend.relative_attention(view, first)
     front = (Place(0, 0, 0), Place(0, 0, 1))
-    oracle.asked([(GENERIC, None)], front, images)
+    oracle.set_turns([(GENERIC, None)], front, images)
     ratio = expected / rows(oracle, front, backend.info.layer, visual)
     np.testing.assert_allclose(np.stack(relative.maps).reshape(-1), ratio, rtol=2e-4, atol=0)
 
     for of in (0, 1):
         second = await backend.second_pass(view, region, request, picture=of)
-        oracle.asked(said, local_behind(places, of, 2), [*images, region])
+        oracle.set_turns(turns, local_behind(places, of, 2), [*images, region])
         compare_answer(second, oracle.answer("", max_new_tokens=NEW_TOKENS))
     await backend.release(view)
 
@@ -204,19 +204,21 @@ async def test_the_order_changes_the_answer(family, pairs) -> None:
     images = [picture(seed, backend.info.view) for seed in (1, 2)]
     view = await backend.open_view(*images)
     first = await backend.first_pass(view, GenerationRequest(question, max_new_tokens=NEW_TOKENS))
-    oracle.asked([(question, None)], places, images)
+    oracle.set_turns([(question, None)], places, images)
     with pytest.raises(AssertionError):
         compare_answer(first, oracle.answer("", max_new_tokens=NEW_TOKENS))
     await backend.release(view)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
-async def test_what_an_interleaved_prompt_begins_with_is_not_computed_again(family, pairs) -> None:
+async def test_the_shared_beginning_of_an_interleaved_prompt_is_not_computed_again(
+    family, pairs
+) -> None:
     backend, _ = pairs[family]
     view = await backend.open_view(*(picture(seed, backend.info.view) for seed in (1, 2)))
     visual, front = backend.info.visual_tokens, view.prefixes[""].length
     plain = await backend.first_pass(view, GenerationRequest("what?", max_new_tokens=1))
-    assert plain.prefilled_tokens == plain.context_tokens  # what the view cost is told once
+    assert plain.prefilled_tokens == plain.context_tokens  # the cost of the view is reported once
 
     question, _, places = conversation([], OPENING)
     first = await backend.first_pass(
@@ -243,16 +245,16 @@ async def test_what_an_interleaved_prompt_begins_with_is_not_computed_again(fami
 async def test_interleaved_questions_run_together_as_alone(family, pairs) -> None:
     backend, _ = pairs[family]
     view = await backend.open_view(*(picture(seed, backend.info.view) for seed in (1, 2)))
-    asked = []
+    set_turns = []
     for parts in (LABELS, ["Image 1 is here:", 0, "\nand Image 2 is here:", 1, "\nwell?"]):
         question, _, places = conversation([], parts)
-        asked.append((question, places))
-    asked.append(("which?", ()))
+        set_turns.append((question, places))
+    set_turns.append(("which?", ()))
 
     def passes() -> list[Any]:
         return [
             backend.first_pass(view, GenerationRequest(question, max_new_tokens=4, places=places))
-            for question, places in asked
+            for question, places in set_turns
         ]
 
     alone = [await one for one in passes()]
@@ -288,7 +290,7 @@ async def test_instructblip_takes_pictures_in_front(tmp_path) -> None:
         ([(1, 0, 0)], "a question that does not exist"),
         ([(0, 2, 0), (0, 1, 1)], "reading order"),
         ([(0, 0, 1)], "a picture has no place"),
-        ([(0, 0, n) for n in range(3)], "places of 3 pictures, and there are 2"),
+        ([(0, 0, n) for n in range(3)], "places of 3 pictures, but there are 2"),
         ([(0, 0, 0)] * 65, "at most 64"),
         ([(0, 0, 0)] * 30, "exceed"),
     ],

@@ -24,10 +24,10 @@ from tests.support.openai_client import (
     TOOL,
     asking,
     client_of,
+    input_message,
     message,
     output,
     png,
-    said,
     served,
     view_name,
 )
@@ -71,7 +71,7 @@ NOTHING_ASKED = [
 
 
 @pytest.mark.parametrize("sent", NOTHING_ASKED)
-async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatch):
+async def test_connections_without_a_request_are_closed(sent, monkeypatch):
     """Each would hold a connection slot, for which it needs no token."""
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(token="right")) as url:
@@ -86,7 +86,7 @@ async def test_connections_on_which_nothing_is_asked_are_closed(sent, monkeypatc
         writer.close()
 
 
-async def test_connections_on_which_something_is_asked_stay(monkeypatch):
+async def test_connections_with_a_request_stay_open(monkeypatch):
     monkeypatch.setattr(connections, "IDLE_S", 0.1)
     async with running(service(slow_backend(0.4))) as url:
         async with client_of(url) as client, edge(url) as other:
@@ -155,7 +155,7 @@ VALUES = st.recursive(
 FIELDS = ["messages", "input", "tools", "stop", "vlm_collab", "stream", "seed", "store", "n"]
 
 
-BASE = {"messages": [message(SURE)], "input": [said(SURE)], "model": "fake"}
+BASE = {"messages": [message(SURE)], "input": [input_message(SURE)], "model": "fake"}
 
 
 def test_no_request_makes_the_server_fail():
@@ -165,14 +165,14 @@ def test_no_request_makes_the_server_fail():
 
         @settings(max_examples=50)
         @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1), st.booleans())
-        def asked(request: dict[str, object], sensible: bool) -> None:
+        def check(request: dict[str, object], sensible: bool) -> None:
             request = {**BASE, **request} if sensible else request
             for path in ("/v1/chat/completions", "/v1/responses"):
                 answer = web.post(path, content=json.dumps(request).encode())
                 if answer.status_code != 200:
                     refused_well(answer, request)
 
-        asked()
+        check()
         assert running_service.state.questions == 0
 
 
@@ -191,7 +191,7 @@ async def test_a_request_that_is_too_large_is_refused_so_that_the_client_sees_it
         assert running_service.openai.bodies.nbytes == 0
 
 
-async def test_a_large_request_with_the_wrong_key_is_told_so():
+async def test_a_large_request_with_the_wrong_key_gets_the_refusal():
     async with running(service(token="s3cret")) as url, client_of(url, "wrong") as client:
         for _ in range(3):
             with pytest.raises(openai.AuthenticationError):
@@ -214,7 +214,7 @@ async def test_requests_together_are_bounded():
         await until(lambda: running_service.openai.bodies.nbytes == 0)
 
 
-async def test_a_request_that_does_not_arrive_is_given_up():
+async def test_a_request_that_does_not_arrive_times_out():
     running_service = service(limits={"question_timeout_s": 0.2})
     async with running(running_service) as url:
         host, port = urlsplit(url).netloc.split(":")
@@ -236,7 +236,7 @@ async def whole(client, stream: bool) -> None:
     assert [chunk async for chunk in answer if chunk.choices[0].delta.content] == []
 
 
-async def test_a_model_that_takes_too_long_is_given_up():
+async def test_a_model_that_takes_too_long_times_out():
     running_service = service(slow_backend(), limits={"question_timeout_s": 0.3})
     async with asking(running_service) as client:
         for stream in (False, True):
@@ -246,8 +246,10 @@ async def test_a_model_that_takes_too_long_is_given_up():
             if not stream:
                 assert caught.value.status_code == 504
         with pytest.raises(openai.InternalServerError):
-            await client.responses.create(model="fake", input=[said(SURE, PHOTO)])
-        events = await client.responses.create(model="fake", input=[said(SURE, PHOTO)], stream=True)
+            await client.responses.create(model="fake", input=[input_message(SURE, PHOTO)])
+        events = await client.responses.create(
+            model="fake", input=[input_message(SURE, PHOTO)], stream=True
+        )
         kinds = [event.type async for event in events]
         assert kinds == ["response.created", "response.in_progress", "response.failed"]
         await settled(running_service)
@@ -266,18 +268,18 @@ async def test_a_second_pass_that_takes_too_long_leaves_the_first_answer():
         assert whole.vlm_collab["fallback"] == "deadline"
 
 
-async def test_a_full_queue_says_when_to_come_back():
+async def test_a_full_queue_says_when_to_retry():
     running_service = service(slow_backend(), limits={"max_queue": 1})
     async with asking(running_service) as client:
         waiting = [asyncio.create_task(ask(client)) for _ in range(2)]
         await until(lambda: running_service.state.queue.waiting == 1)
-        for asked in (
+        for pending in (
             ask(client),
             ask(client, stream=True),
             client.responses.create(model="fake", input="?"),
         ):
             with pytest.raises(openai.RateLimitError) as caught:
-                await asked
+                await pending
             assert int(caught.value.response.headers["Retry-After"]) >= 1
             assert caught.value.code == "busy"
         for task in waiting:
@@ -297,7 +299,7 @@ async def test_questions_in_flight_are_bounded():
         await settled(running_service)
 
 
-async def test_the_sdk_comes_back_by_itself_when_the_server_was_busy():
+async def test_the_sdk_retries_by_itself_when_the_server_is_busy():
     running_service = service(slow_backend(0.3), limits={"max_questions": 1})
     async with running(running_service) as url, client_of(url) as client:
         patient = client.with_options(max_retries=3)
@@ -324,7 +326,7 @@ async def test_the_question_of_a_client_that_leaves_ends(api, stream):
             )
         else:
             request = client.responses.create(
-                model="fake", input=[said(SURE, PHOTO)], stream=stream
+                model="fake", input=[input_message(SURE, PHOTO)], stream=stream
             )
 
         async def read():
@@ -355,14 +357,14 @@ async def test_the_question_of_a_client_that_leaves_in_the_second_pass_ends():
     running_service = service(backend)
     async with asking(running_service) as client:
         response = await client.responses.create(
-            model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)]
+            model="fake", tools=[TOOL], input=[input_message(UNSURE, PHOTO)]
         )
         crop = output(response.output[0], PHOTO)
-        for asked in (
+        for pending in (
             ask(client, UNSURE),
             client.responses.create(model="fake", previous_response_id=response.id, input=[crop]),
         ):
-            leaving = asyncio.create_task(asked)
+            leaving = asyncio.create_task(pending)
             await second_pass.wait()
             second_pass.clear()
             leaving.cancel()
@@ -440,7 +442,7 @@ async def test_ten_clients_at_once_do_not_mix_their_answers():
         async def remote(i: int, n: int) -> None:
             question = f"small {i} {n}"
             response = await clients[i].responses.create(
-                model="fake", tools=[TOOL], input=[said(question, pictures[i])]
+                model="fake", tools=[TOOL], input=[input_message(question, pictures[i])]
             )
             answer = await clients[i].responses.create(
                 model="fake",
@@ -490,12 +492,12 @@ async def test_connections_of_one_http_client_share_one_session_in_the_queue():
     backend = Gated()
     running_service = service(backend)
     async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
-        asked = [asyncio.create_task(ask(a, f"many {i}")) for i in range(9)]
+        pending = [asyncio.create_task(ask(a, f"many {i}")) for i in range(9)]
         await until(lambda: running_service.state.queue.waiting == 8)
-        asked += [asyncio.create_task(ask(b, f"few {i}")) for i in range(2)]
+        pending += [asyncio.create_task(ask(b, f"few {i}")) for i in range(2)]
         await until(lambda: running_service.state.queue.waiting == 10)
         backend.gate.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*pending)
     assert backend.order[:5].count("few") == 2
 
 
@@ -505,9 +507,11 @@ async def test_connections_of_one_http_client_share_one_session_in_the_queue():
 async def test_clients_that_do_not_return_leave_room_for_others(limits):
     running_service = service(limits=limits)
     async with running(running_service) as url, client_of(url) as client, edge(url) as other:
-        asked = {"model": "fake", "tools": [TOOL]}
+        options = {"model": "fake", "tools": [TOOL]}
         responses = [
-            await client.responses.create(**asked, input=[said(UNSURE, png(photo(290 + i, 280)))])
+            await client.responses.create(
+                **options, input=[input_message(UNSURE, png(photo(290 + i, 280)))]
+            )
             for i in range(5)
         ]
         kinds = [response.output[0].type for response in responses]
@@ -518,7 +522,7 @@ async def test_clients_that_do_not_return_leave_room_for_others(limits):
         assert isinstance(await other.next(), Answer)
         for response in responses:
             await client.responses.delete(response.id)
-        again = await client.responses.create(**asked, input=[said(UNSURE, PHOTO)])
+        again = await client.responses.create(**options, input=[input_message(UNSURE, PHOTO)])
         assert again.output[0].type == "function_call"
         await client.responses.delete(again.id)
 
@@ -529,14 +533,14 @@ async def test_clients_that_do_not_return_leave_room_for_others(limits):
 async def test_a_shutdown_finishes_what_is_in_flight():
     running_service = service(slow_backend(0.2))
     async with running(running_service) as url, client_of(url) as client:
-        asked = asyncio.create_task(ask(client, "small"))
+        pending = asyncio.create_task(ask(client, "small"))
         await until(lambda: running_service.state.questions == 1)
         draining = asyncio.create_task(running_service.drain())
         await until(lambda: running_service.state.draining)
         with pytest.raises(openai.InternalServerError) as caught:
             await ask(client)
         assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
-        assert await asked == "second small"
+        assert await pending == "second small"
         await draining
 
 
@@ -561,7 +565,7 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
         response = await client.responses.create(
-            model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)]
+            model="fake", tools=[TOOL], input=[input_message(UNSURE, PHOTO)]
         )
         draining = asyncio.create_task(running_service.drain())
         await until(lambda: running_service.state.draining)
@@ -575,10 +579,12 @@ async def test_a_region_may_still_come_while_the_server_shuts_down():
 
 
 async def test_a_shutdown_does_not_wait_long_for_clients_that_may_never_return(monkeypatch):
-    monkeypatch.setattr("server_plugin.service.asgi.FAREWELL_S", 0.1)
+    monkeypatch.setattr("server_plugin.service.asgi.CLOSING_S", 0.1)
     running_service = service()
     async with running(running_service) as url, client_of(url) as client:
-        await client.responses.create(model="fake", tools=[TOOL], input=[said(UNSURE, PHOTO)])
+        await client.responses.create(
+            model="fake", tools=[TOOL], input=[input_message(UNSURE, PHOTO)]
+        )
         async with asyncio.timeout(PATIENCE_S):
             await running_service.drain()
         assert running_service.state.questions == 0

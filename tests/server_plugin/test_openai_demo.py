@@ -11,7 +11,7 @@ from server_plugin.backends.open import open_model
 from server_plugin.engines.assembly import engine_of
 from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
-from tests.support.openai_client import asking, message, said
+from tests.support.openai_client import asking, input_message, message
 
 
 async def test_whole_pictures_are_read_in_two_stages():
@@ -26,13 +26,13 @@ async def test_whole_pictures_are_read_in_two_stages():
                     model="demo", messages=[message(case.question, data)]
                 )
                 response = await client.responses.create(
-                    model="demo", input=[said(case.question, data)]
+                    model="demo", input=[input_message(case.question, data)]
                 )
                 assert chat.choices[0].message.content == response.output_text == case.truth
-                told = chat.vlm_collab
-                assert told["original_bytes"] == len(data)
-                assert told["first_text"] == response.vlm_collab["first_text"]
-                refined.append(told["refined"] and told["first_text"] != case.truth)
+                reports = chat.vlm_collab
+                assert reports["original_bytes"] == len(data)
+                assert reports["first_text"] == response.vlm_collab["first_text"]
+                refined.append(reports["refined"] and reports["first_text"] != case.truth)
     finally:
         await backend.close()
     assert any(refined)
@@ -40,7 +40,7 @@ async def test_whole_pictures_are_read_in_two_stages():
 
 
 async def test_the_first_question_about_pictures_may_have_text_between_them():
-    """Nothing was asked before, so what opening the views cost is told with this answer."""
+    """It is the first question, so its answer also reports the cost of opening the views."""
     backend, preset = await asyncio.to_thread(open_model, "demo")
     service = Service(engine_of(backend, preset, None, {}), ServiceConfig(port=0))
     one, other = cases()[:2]
@@ -56,7 +56,7 @@ async def test_the_first_question_about_pictures_may_have_text_between_them():
         {"type": "text", "text": other.question},
     ]
     asked: list[Any] = [{"role": "user", "content": content}]
-    told = []
+    reports = []
     try:
         async with asking(service) as client:
             for retransmit in ("never", "always"):
@@ -65,10 +65,10 @@ async def test_the_first_question_about_pictures_may_have_text_between_them():
                     messages=asked,
                     extra_body={"vlm_collab": {"retransmit": retransmit}},
                 )
-                told.append(completion)
+                reports.append(completion)
     finally:
         await backend.close()
-    first, second = told
+    first, second = reports
     assert first.choices[0].message.content == second.vlm_collab["first_text"]
     assert second.vlm_collab["refined"]
     # The views, with all pictures in front, and then nearly all of the prompt once more.

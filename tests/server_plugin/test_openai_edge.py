@@ -17,9 +17,9 @@ from tests.support.openai_client import (
     TOOL,
     asking,
     client_of,
+    input_message,
     output,
     png,
-    said,
     view_name,
 )
 from tests.support.patience import PATIENCE_S
@@ -38,7 +38,7 @@ MODEL_AND_TOOL = {"model": "fake", "tools": [TOOL]}
 async def unsure(client, question=UNSURE, **options):
     """A response that asks for a region, and its call."""
     options = {**MODEL_AND_TOOL, "extra_body": SOURCES, **options}
-    response = await client.responses.create(input=[said(question, VIEW)], **options)
+    response = await client.responses.create(input=[input_message(question, VIEW)], **options)
     (call,) = response.output
     assert (call.type, call.name, response.status) == (
         "function_call",
@@ -57,7 +57,7 @@ async def bring(client, response, *outputs, **options):
 async def test_a_client_is_not_asked_for_pixels_that_it_sent_already():
     small = png(photo(*DEFAULT_INFO.view))
     async with asking(service()) as client:
-        made = await client.responses.create(input=[said(UNSURE, small)], **MODEL_AND_TOOL)
+        made = await client.responses.create(input=[input_message(UNSURE, small)], **MODEL_AND_TOOL)
     assert [item.type for item in made.output] == ["message"]
     assert made.vlm_collab["fallback"] == "no_detail"
 
@@ -80,21 +80,21 @@ async def test_a_crop_comes_back_and_refines_the_answer():
     backend = FakeBackend()
     async with asking(service(backend)) as client:
         response, call = await unsure(client)
-        told = response.vlm_collab
-        assert told["first_text"] == f"first {view_name(VIEW)} {UNSURE}"
-        assert (told["uncertainty"], told["refined"]) == (2.0, False)
-        assert told["view_bytes"] == len(VIEW)
+        report = response.vlm_collab
+        assert report["first_text"] == f"first {view_name(VIEW)} {UNSURE}"
+        assert (report["uncertainty"], report["refined"]) == (2.0, False)
+        assert report["view_bytes"] == len(VIEW)
         crop, box = cut(call)
-        assert list(box) == told["region"]["box"]  # shares of the picture lose no pixel
+        assert list(box) == report["region"]["box"]  # shares of the picture lose no pixel
         answer = await bring(client, response, output(call, crop))
         assert answer.output_text == f"second {view_name(VIEW)} {name(crop)} {UNSURE}"
-        told = answer.vlm_collab
-        assert (told["refined"], told["fallback"]) == (True, "none")
-        assert told["first_text"].startswith("first")
-        assert (told["view_bytes"], told["region_bytes"]) == (len(VIEW), len(crop))
-        assert told["bytes_up"] > (len(VIEW) + len(crop)) * 4 / 3  # of both requests
-        assert told["bytes_down"] > 500  # the call
-        assert told["original_bytes"] is None  # it never came here
+        report = answer.vlm_collab
+        assert (report["refined"], report["fallback"]) == (True, "none")
+        assert report["first_text"].startswith("first")
+        assert (report["view_bytes"], report["region_bytes"]) == (len(VIEW), len(crop))
+        assert report["bytes_up"] > (len(VIEW) + len(crop)) * 4 / 3  # of both requests
+        assert report["bytes_down"] > 500  # the call
+        assert report["original_bytes"] is None  # the original never came to the server
         assert len(backend.views) == 1  # the view was not sent again
 
 
@@ -103,7 +103,7 @@ async def test_a_program_that_sends_the_whole_conversation_again_can_be_an_edge(
     async with asking(service()) as client:
         response, call = await unsure(client)
         crop, _ = cut(call)
-        asked = said(UNSURE, VIEW)
+        asked = input_message(UNSURE, VIEW)
         called = {
             "type": "function_call",
             "call_id": call.call_id,
@@ -142,7 +142,10 @@ async def test_streaming_both_requests():
         events = [
             event
             async for event in await client.responses.create(
-                **MODEL_AND_TOOL, input=[said(UNSURE, VIEW)], extra_body=SOURCES, stream=True
+                **MODEL_AND_TOOL,
+                input=[input_message(UNSURE, VIEW)],
+                extra_body=SOURCES,
+                stream=True,
             )
         ]
         kinds = [event.type for event in events]
@@ -165,7 +168,7 @@ async def test_streaming_both_requests():
 async def test_a_sure_answer_calls_nothing():
     async with asking(service()) as client:
         answer = await client.responses.create(
-            **MODEL_AND_TOOL, input=[said(SURE, VIEW)], extra_body=SOURCES
+            **MODEL_AND_TOOL, input=[input_message(SURE, VIEW)], extra_body=SOURCES
         )
         assert answer.output_text.startswith("first")
 
@@ -182,7 +185,7 @@ async def test_the_client_may_force_or_forbid_the_call(choice, question, called)
     async with asking(service()) as client:
         answer = await client.responses.create(
             **MODEL_AND_TOOL,
-            input=[said(question, VIEW)],
+            input=[input_message(question, VIEW)],
             extra_body=SOURCES,
             tool_choice=choice,
         )
@@ -193,7 +196,9 @@ async def test_the_client_may_force_or_forbid_the_call(choice, question, called)
 async def test_without_a_size_the_box_is_of_the_picture_that_was_sent():
     big = png(ORIGINAL)
     async with asking(service()) as client:
-        response = await client.responses.create(**MODEL_AND_TOOL, input=[said(UNSURE, big)])
+        response = await client.responses.create(
+            **MODEL_AND_TOOL, input=[input_message(UNSURE, big)]
+        )
         _, box = cut(response.output[0])
         assert list(box) == response.vlm_collab["region"]["box"]
         assert 112 <= box.width < 1600
@@ -236,10 +241,10 @@ async def test_follow_up_questions_send_no_picture():
             **MODEL_AND_TOOL, input="smaller?", previous_response_id=answer.id
         )
         call = follow.output[0]
-        assert list(cut(call)[1]) == follow.vlm_collab["region"]["box"]  # its size is remembered
+        assert list(cut(call)[1]) == follow.vlm_collab["region"]["box"]  # the server keeps its size
         last = await bring(client, follow, output(call, cut(call)[0]))
         assert last.output_text.startswith(f"second {view_name(VIEW)}")
-        assert "small?" in last.output_text  # and so is the conversation
+        assert "small?" in last.output_text  # and the conversation
         assert len(backend.views) == 1
         # Without the tool nobody can cut: the original is not here.
         bare = await client.responses.create(
@@ -324,7 +329,7 @@ async def test_a_crop_that_cannot_be_used_may_be_sent_again():
         await settled(running_service)
 
 
-async def test_the_deadline_stands_still_while_a_crop_is_read_and_goes_on_after_a_bad_one():
+async def test_the_deadline_pauses_while_a_crop_is_read_and_restarts_after_a_bad_one():
     running_service = service(openai=OpenAiLimits(region_deadline_s=1.5))
     async with asking(running_service) as client:
         response, call = await unsure(client)
@@ -352,7 +357,7 @@ async def test_requests_that_make_no_sense_are_refused_and_leave_the_call_open()
             (["what else?"], {}, "input"),
             ([stranger], {}, "input"),
             ([crop, crop], {}, "input"),
-            ([crop, said("and this?")], {}, "input"),
+            ([crop, input_message("and this?")], {}, "input"),
             ([crop], {"max_output_tokens": 3}, "max_output_tokens"),
             ([crop], {"instructions": "be long"}, "instructions"),
             ([crop], {"previous_response_id": None}, "previous_response_id"),
@@ -368,7 +373,7 @@ async def test_requests_that_make_no_sense_are_refused_and_leave_the_call_open()
             await bring(client, answer, crop)
 
 
-async def test_a_question_that_is_not_stored_can_be_finished_and_no_more():
+async def test_a_question_that_is_not_stored_can_be_finished_but_not_continued():
     running_service = service()
     async with asking(running_service) as client:
         response, call = await unsure(client, store=False)

@@ -25,10 +25,10 @@ from tests.support.openai_client import (
     asking,
     client_of,
     data_url,
+    input_message,
     message,
     png,
     region_name,
-    said,
     view_name,
 )
 from tests.support.patience import PATIENCE_S
@@ -68,22 +68,22 @@ class Watched(FakeBackend):
 async def test_both_stages_run_here(question, stream, api):
     async with asking(service()) as client:
         if api == "chat":
-            text, told = await chat(client, [message(question, PHOTO)], stream=stream)
+            text, report = await chat(client, [message(question, PHOTO)], stream=stream)
         else:
-            text, told = await respond(client, [said(question, PHOTO)], stream=stream)
+            text, report = await respond(client, [input_message(question, PHOTO)], stream=stream)
     first = f"first {view_name(PHOTO)} {question}"
-    assert told["first_text"] == first
-    assert told["original_bytes"] == told["view_bytes"] == len(PHOTO)
-    assert told["bytes_up"] > len(PHOTO) * 4 / 3
-    assert (told["bytes_down"] > 0) == stream
+    assert report["first_text"] == first
+    assert report["original_bytes"] == report["view_bytes"] == len(PHOTO)
+    assert report["bytes_up"] > len(PHOTO) * 4 / 3
+    assert (report["bytes_down"] > 0) == stream
     if question == SURE:
         assert text == first
-        assert (told["refined"], told["region"], told["fallback"]) == (False, None, "none")
+        assert (report["refined"], report["region"], report["fallback"]) == (False, None, "none")
     else:
-        box = told["region"]["box"]
+        box = report["region"]["box"]
         assert text == f"second {view_name(PHOTO)} {region_name(PHOTO, box)} {question}"
-        assert (told["stage"], told["refined"], told["restarted"]) == ("second", True, False)
-        assert told["first_uncertainty"] > told["uncertainty"]
+        assert (report["stage"], report["refined"], report["restarted"]) == ("second", True, False)
+        assert report["first_uncertainty"] > report["uncertainty"]
 
 
 async def chat(client, messages, *, stream=False, **options):
@@ -107,9 +107,9 @@ async def chat(client, messages, *, stream=False, **options):
     return text, chunks[-1].vlm_collab
 
 
-async def respond(client, said, *, stream=False, **options):
+async def respond(client, input_message, *, stream=False, **options):
     """The text and the report of a response."""
-    options = {"model": "fake", "input": said, **options}
+    options = {"model": "fake", "input": input_message, **options}
     if not stream:
         whole = await client.responses.create(**options)
         assert whole.status == "completed"
@@ -136,7 +136,7 @@ async def test_a_first_answer_that_a_second_may_replace_is_not_streamed():
 
 
 @pytest.mark.parametrize("how", ["text alone", "no second look"])
-async def test_a_first_answer_that_stands_is_streamed_as_it_grows(how):
+async def test_a_final_first_answer_is_streamed_as_it_grows(how):
     say = {"messages": [message(SURE)]}
     if how == "no second look":
         say = {
@@ -161,29 +161,29 @@ async def test_a_picture_that_the_view_shows_in_full_gets_one_pass(api):
     backend = FakeBackend()
     async with asking(service(backend)) as client:
         if api == "chat":
-            text, told = await chat(client, [message(UNSURE, small)])
+            text, report = await chat(client, [message(UNSURE, small)])
         else:
-            made = await client.responses.create(model="fake", input=[said(UNSURE, small)])
-            text, told = made.output_text, made.vlm_collab
+            made = await client.responses.create(model="fake", input=[input_message(UNSURE, small)])
+            text, report = made.output_text, made.vlm_collab
     assert text == f"first {view_name(small)} {UNSURE}"
-    assert (told["fallback"], told["refined"], told["region"]) == ("no_detail", False, None)
+    assert (report["fallback"], report["refined"], report["region"]) == ("no_detail", False, None)
     assert backend.generic_rows == 0
 
 
 async def test_a_failing_second_pass_leaves_the_first_answer():
     backend = FakeBackend(play=lambda *_: Script("one", "two", 2.0, fail_second=True))
     async with asking(service(backend)) as client:
-        text, told = await chat(client, [message(UNSURE, PHOTO)])
-    assert (text, told["fallback"], told["refined"]) == ("one", "server_failed", False)
+        text, report = await chat(client, [message(UNSURE, PHOTO)])
+    assert (text, report["fallback"], report["refined"]) == ("one", "server_failed", False)
 
 
 async def test_a_first_answer_that_was_cut_is_completed_when_the_second_pass_fails():
     backend = FakeBackend(play=lambda *_: Script("one two three", "", 2.0, fail_second=True))
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FIRST, 0.5)
     async with asking(service(backend, policy=policy)) as client:
-        text, told = await chat(client, [message(UNSURE, PHOTO)])
+        text, report = await chat(client, [message(UNSURE, PHOTO)])
     assert text == "one two three"
-    assert told["first_text"] == "one…"
+    assert report["first_text"] == "one…"
 
 
 # ---- conversations ---------------------------------------------------------------------------
@@ -225,7 +225,7 @@ async def test_a_view_is_forgotten_after_its_time():
 async def test_a_response_is_continued_without_its_picture():
     backend = Watched()
     async with asking(service(backend)) as client:
-        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
+        first = await client.responses.create(model="fake", input=[input_message("sky?", PHOTO)])
         for question in ("small?", "smaller?"):
             first = await client.responses.create(
                 model="fake", input=question, previous_response_id=first.id
@@ -242,8 +242,10 @@ async def test_a_dropped_view_is_made_again_from_the_stored_picture():
     backend = Watched()
     limits = {"max_view_bytes": DEFAULT_INFO.view_bytes}
     async with asking(service(backend, limits=limits)) as client:
-        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
-        await chat(client, [message(SURE, saved(photo(300, 200), "JPEG"))])  # pushes it out
+        first = await client.responses.create(model="fake", input=[input_message("sky?", PHOTO)])
+        await chat(
+            client, [message(SURE, saved(photo(300, 200), "JPEG"))]
+        )  # displaces the first view
         assert len(backend.views) == 1
         text, _ = await respond(client, "small?", previous_response_id=first.id)
         assert view_name(PHOTO) in text
@@ -252,17 +254,21 @@ async def test_a_dropped_view_is_made_again_from_the_stored_picture():
 async def test_a_later_message_may_bring_another_picture():
     other = png(photo(500, 400))
     async with asking(service()) as client:
-        first = await client.responses.create(model="fake", input=[said("sky?", PHOTO)])
-        text, told = await respond(client, [said("small?", other)], previous_response_id=first.id)
+        first = await client.responses.create(model="fake", input=[input_message("sky?", PHOTO)])
+        text, report = await respond(
+            client, [input_message("small?", other)], previous_response_id=first.id
+        )
     assert text.startswith(f"second {view_name(PHOTO)}+{view_name(other)}")
-    assert told["region"]["picture"] == 1
-    assert region_name(other, told["region"]["box"]) in text
+    assert report["region"]["picture"] == 1
+    assert region_name(other, report["region"]["box"]) in text
 
 
 async def test_a_response_that_is_not_stored_cannot_be_continued():
     running_service = service()
     async with asking(running_service) as client:
-        first = await client.responses.create(model="fake", input=[said(SURE, PHOTO)], store=False)
+        first = await client.responses.create(
+            model="fake", input=[input_message(SURE, PHOTO)], store=False
+        )
         with pytest.raises(openai.NotFoundError, match="ask again with the picture"):
             await client.responses.create(model="fake", input="?", previous_response_id=first.id)
         assert running_service.openai.responses.nbytes == 0
@@ -271,13 +277,17 @@ async def test_a_response_that_is_not_stored_cannot_be_continued():
 async def test_a_response_belongs_to_its_key_and_can_be_deleted():
     running_service = service()
     async with running(running_service) as url, client_of(url, "a") as a, client_of(url, "b") as b:
-        first = await a.responses.create(model="fake", input=[said(SURE, PHOTO)])
+        first = await a.responses.create(model="fake", input=[input_message(SURE, PHOTO)])
         with pytest.raises(openai.NotFoundError):
             await b.responses.create(model="fake", input="?", previous_response_id=first.id)
         with pytest.raises(openai.NotFoundError):
             await b.responses.delete(first.id)
-        told = await a.responses.with_raw_response.delete(first.id)
-        assert told.http_response.json() == {"id": first.id, "object": "response", "deleted": True}
+        report = await a.responses.with_raw_response.delete(first.id)
+        assert report.http_response.json() == {
+            "id": first.id,
+            "object": "response",
+            "deleted": True,
+        }
         assert (
             running_service.openai.responses.count,
             running_service.openai.responses.nbytes,
@@ -289,17 +299,17 @@ async def test_a_response_belongs_to_its_key_and_can_be_deleted():
 async def test_several_pictures_are_asked_about_together():
     other = png(photo(640, 480))
     async with asking(service()) as client:
-        text, told = await chat(client, [message(UNSURE, PHOTO, other, PHOTO)])
-    assert told["region"]["picture"] == 1  # the fake looks at the last; one came twice
+        text, report = await chat(client, [message(UNSURE, PHOTO, other, PHOTO)])
+    assert report["region"]["picture"] == 1  # the fake looks at the last; one came twice
     assert text.startswith(f"second {view_name(PHOTO)}+{view_name(other)} ")
-    assert told["original_bytes"] == len(PHOTO) + len(other)
+    assert report["original_bytes"] == len(PHOTO) + len(other)
 
 
 async def test_labels_stay_with_their_pictures():
     other = png(photo(640, 480))
     one, two = (message(SURE, picture)["content"][-1] for picture in (PHOTO, other))
-    told = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
-    content = [told[0], one, told[1], two, told[2]]
+    report = [{"type": "text", "text": text} for text in ("Image 1:", "Image 2:", SURE)]
+    content = [report[0], one, report[1], two, report[2]]
     async with asking(service()) as client:
         text, _ = await chat(client, [{"role": "user", "content": content}])
     views = f"{view_name(PHOTO)}+{view_name(other)}"
@@ -308,11 +318,11 @@ async def test_labels_stay_with_their_pictures():
 
 async def test_questions_about_text_alone():
     async with asking(service()) as client:
-        text, told = await chat(
+        text, report = await chat(
             client, [{"role": "system", "content": "be brief"}, message("a small thing")]
         )
         assert text == "first  be brief\na small thing"
-        assert told["region"] is None
+        assert report["region"] is None
         answer = await client.responses.create(model="fake", input="hello", instructions="shout")
         assert answer.output_text == "first  shout\nhello"
         text, _ = await respond(client, "more", previous_response_id=answer.id)
@@ -359,7 +369,7 @@ async def test_an_answer_that_is_too_long_is_cut_and_says_so():
         assert whole.choices[0].finish_reason == "length"
         assert whole.usage.completion_tokens == 3
         answer = await client.responses.create(
-            model="fake", input=[said(SURE, PHOTO)], max_output_tokens=3
+            model="fake", input=[input_message(SURE, PHOTO)], max_output_tokens=3
         )
         assert answer.status == "incomplete"
         assert answer.incomplete_details.reason == "max_output_tokens"
@@ -378,10 +388,10 @@ async def test_logprobs_are_of_the_answer():
 async def test_a_request_may_set_the_threshold():
     async with asking(service()) as client:
         for eta, refined in ((1.9, True), (2.1, False)):
-            _, told = await chat(
+            _, report = await chat(
                 client, [message(UNSURE, PHOTO)], extra_body={"vlm_collab": {"eta": eta}}
             )
-            assert told["refined"] is refined
+            assert report["refined"] is refined
 
 
 # ---- pictures of all kinds -------------------------------------------------------------------
@@ -408,14 +418,14 @@ PICTURES = {
 }
 
 
-async def test_pictures_of_every_kind_are_seen_as_an_edge_sees_them():
+async def test_pictures_of_every_kind_give_the_same_view_as_on_an_edge():
     async with asking(service()) as client:
         for kind, data in PICTURES.items():
-            text, told = await chat(client, [message(UNSURE, data)])
+            text, report = await chat(client, [message(UNSURE, data)])
             if kind == "one pixel":  # a region would show no more of it
                 assert text == f"first {view_name(data)} {UNSURE}"
                 continue
-            region = region_name(data, told["region"]["box"])
+            region = region_name(data, report["region"]["box"])
             assert text.split()[1:3] == [view_name(data), region], kind
 
 
@@ -446,7 +456,7 @@ BYTES = [
     st.tuples(st.integers(1, 2**20), st.integers(1, 2**20)),
     st.sampled_from(Fit),
 )
-def test_bytes_that_are_nearly_a_picture_are_seen_or_refused(data, changes, end, source, fit):
+def test_damaged_pictures_are_answered_or_refused(data, changes, end, source, fit):
     changed = bytearray(data)
     for place, value in changes:
         changed[place % len(changed)] = value
@@ -462,8 +472,8 @@ async def test_a_turned_picture_is_cropped_upright():
     """Compared with Pillow, and not only with the same code at the edge."""
     picture = turned(photo(600, 400), 6, "PNG")
     async with asking(service()) as client:
-        text, told = await chat(client, [message(UNSURE, picture)])
-    box = told["region"]["box"]
+        text, report = await chat(client, [message(UNSURE, picture)])
+    box = report["region"]["box"]
     assert text.split()[2] == digest(photo(600, 400).crop(box))
 
 
@@ -505,7 +515,9 @@ async def test_of_several_pictures_the_broken_one_is_named():
 
 async def test_the_sdk_s_stream_helpers_accept_our_streams():
     async with asking(service()) as client:
-        async with client.responses.stream(model="fake", input=[said(UNSURE, PHOTO)]) as stream:
+        async with client.responses.stream(
+            model="fake", input=[input_message(UNSURE, PHOTO)]
+        ) as stream:
             text = "".join([e.delta async for e in stream if e.type.endswith("text.delta")])
             final = await stream.get_final_response()
         assert final.output_text == text
@@ -532,9 +544,9 @@ async def test_nothing_is_fetched_for_a_client():
 async def test_models_that_pad_or_crop_get_their_own_view(fit):
     backend = FakeBackend(info=replace(DEFAULT_INFO, fit=fit))
     async with asking(service(backend)) as client:
-        text, told = await chat(client, [message(UNSURE, PHOTO)])
+        text, report = await chat(client, [message(UNSURE, PHOTO)])
     view = SourceImage.open(PHOTO).view(Size(112, 112), fit)
-    assert text.split()[1:3] == [digest(view), region_name(PHOTO, told["region"]["box"])]
+    assert text.split()[1:3] == [digest(view), region_name(PHOTO, report["region"]["box"])]
 
 
 # ---- refusals and access ---------------------------------------------------------------------
@@ -586,7 +598,7 @@ async def test_the_token_is_the_api_key():
             for ask in (
                 stranger.models.list(),
                 stranger.models.retrieve("fake"),
-                stranger.responses.create(model="fake", input=[said(SURE, PHOTO)]),
+                stranger.responses.create(model="fake", input=[input_message(SURE, PHOTO)]),
                 stranger.responses.delete("resp_1"),
                 stranger.chat.completions.create(model="fake", messages=[message(SURE, PHOTO)]),
             ):
@@ -610,7 +622,7 @@ async def test_requests_are_counted_and_logged_without_their_texts(caplog):
     running_service = service()
     async with asking(running_service) as client:
         await chat(client, [message(UNSURE, PHOTO)])
-        await respond(client, [said(SURE, PHOTO)])
+        await respond(client, [input_message(SURE, PHOTO)])
         with pytest.raises(openai.BadRequestError):
             await chat(client, [message("an <refuse>", PHOTO)])
     metrics = running_service.state.metrics.text().decode()

@@ -132,8 +132,8 @@ async def test_the_page_learns_why_it_may_not_connect():
 
 
 async def test_a_rebound_name_may_not_connect_unless_it_has_the_token():
-    """DNS rebinding: a stranger's name points at this machine, so that the stranger's page and
-    this server seem to have one origin. The stranger does not know the token."""
+    """DNS rebinding: an attacker's host name points at this machine, so that the attacker's page
+    and this server seem to have one origin. The attacker does not know the token."""
     async with running(service()) as url:
         port = urlsplit(url).port
         named = {"origin": f"http://rebound.example:{port}", "host": "127.0.0.1", "port": port}

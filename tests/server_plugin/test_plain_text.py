@@ -194,10 +194,10 @@ def test_the_ids_decode_to_the_texts(name, builders, question, answer) -> None:
         GenerationRequest(question, history=((question, answer),), max_new_tokens=1), 0
     ).ids
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    said = question, answer
+    user_texts = question, answer
     if name == "qwen":  # this family normalises what it reads
-        said = tuple(unicodedata.normalize("NFC", text) for text in said)
-    for text in said:
+        user_texts = tuple(unicodedata.normalize("NFC", text) for text in user_texts)
+    for text in user_texts:
         assert text in decoded
 
 
@@ -214,20 +214,20 @@ def test_ordinary_text_has_the_tokenizers_own_ids(name, builders, question, answ
     tokenizer, prompts = builders[name]
     if name == "qwen":
         start, end = "<|im_start|>", "<|im_end|>"
-        shown = "<|vision_start|><|image_pad|><|vision_end|>" * images
+        pictures = "<|vision_start|><|image_pad|><|vision_end|>" * images
         text = (
-            f"{start}system\nYou are a helpful assistant.{end}\n{start}user\n{shown}{question}"
+            f"{start}system\nYou are a helpful assistant.{end}\n{start}user\n{pictures}{question}"
             f"{end}\n{start}assistant\n{answer}{end}\n{start}user\n{question}{end}\n"
             f"{start}assistant\n"
         )
     elif name == "instructblip":
-        asked = f"Question: {question} Short answer:"
-        text = f"{asked} {answer} {asked}"
-        ids = prompts._qformer_plain.encode(asked)
+        instruction = f"Question: {question} Short answer:"
+        text = f"{instruction} {answer} {instruction}"
+        ids = prompts._qformer_plain.encode(instruction)
         assert prompts.qformer_ids(question) == ids
     else:
-        shown = "<image>" * images + "\n" * bool(images)
-        text = f"USER: {shown}{question} ASSISTANT: {answer} USER: {question} ASSISTANT:"
+        pictures = "<image>" * images + "\n" * bool(images)
+        text = f"USER: {pictures}{question} ASSISTANT: {answer} USER: {question} ASSISTANT:"
     expected: list[int] = []
     if name == "instructblip":
         expected = [tokenizer.convert_tokens_to_ids("<image>")] * VISUAL * images

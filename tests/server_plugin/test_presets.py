@@ -71,9 +71,9 @@ def test_no_shipped_preset_hides_a_part_of_a_picture() -> None:
         assert preset.warning is None
         for fit in ("stretch", "pad"):
             assert preset.with_overrides(fit=fit).warning is None
-        told = preset.with_overrides(fit="crop").warning
-        assert told is not None
-        assert "middle square" in told
+        hint = preset.with_overrides(fit="crop").warning
+        assert hint is not None
+        assert "middle square" in hint
 
 
 def test_templates_that_say_how_to_answer_are_marked() -> None:
@@ -86,7 +86,7 @@ def test_templates_that_say_how_to_answer_are_marked() -> None:
             assert changed.says_how_to_answer == (prompt in asks)
 
 
-def test_a_marked_template_that_there_is_not_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_template_in_instructed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prompt is named 'short'"):
         preset_from(MINIMAL + "instructed: [short]\n", tmp_path)
 

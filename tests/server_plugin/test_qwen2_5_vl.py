@@ -193,12 +193,12 @@ async def test_questions_that_run_together_equal_plain_transformers(
     images = [picture(seed, backend.info.view) for seed in range(2)]
     region = picture(7, Size(80, 60))
     views = [await backend.open_view(image) for image in images]
-    asked = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
+    jobs = [(view, question) for view in range(2) for question in QUESTIONS[:4]]
     with together(backend) as sizes:
         tasks = await queued(
             *(
                 backend.first_pass(views[v], GenerationRequest(q, max_new_tokens=NEW_TOKENS))
-                for v, q in asked
+                for v, q in jobs
             )
         )
     firsts = await asyncio.gather(*tasks)
@@ -209,12 +209,12 @@ async def test_questions_that_run_together_equal_plain_transformers(
                 backend.second_pass(
                     views[v], region, GenerationRequest(q, max_new_tokens=NEW_TOKENS)
                 )
-                for v, q in asked
+                for v, q in jobs
             )
         )
     seconds = await asyncio.gather(*tasks)
     assert max(sizes) == 4
-    for (v, question), first, second in zip(asked, firsts, seconds, strict=True):
+    for (v, question), first, second in zip(jobs, firsts, seconds, strict=True):
         shown_once, shown_twice = (images[v],), (images[v], region)
         compare_answer(first, oracle.answer(question, *shown_once, max_new_tokens=NEW_TOKENS))
         compare_answer(second, oracle.answer(question, *shown_twice, max_new_tokens=NEW_TOKENS))
@@ -402,7 +402,7 @@ async def test_the_longest_question_fills_the_context(loaded: dict[str, Pair]) -
 # ---- pictures and view sizes
 
 
-def test_what_is_known_of_a_model(loaded: dict[str, Pair]) -> None:
+def test_model_info(loaded: dict[str, Pair]) -> None:
     info = loaded["gqa-280"][0].info
     assert (info.name, info.view, info.grid) == ("gqa-280", Size(280, 280), Grid(10, 10))
     assert (info.visual_tokens, info.base_px, info.context_tokens) == (100, 280, 1024)
@@ -430,11 +430,11 @@ def test_the_processors_limits_do_not_change_a_view(
     processor = load_processor(str(copy))
     by_itself = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert by_itself.tolist() != [[1, 16, 16]]
-    (limited,) = adapter_like(backend, processor).see([image])
-    assert torch.equal(limited, backend._adapter.see([image])[0])
+    (limited,) = adapter_like(backend, processor).encode([image])
+    assert torch.equal(limited, backend._adapter.encode([image])[0])
 
 
-def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) -> None:
+def test_the_whole_processor_gives_the_same_as_its_parts(loaded: dict[str, Pair]) -> None:
     """The whole processor is loaded if torchvision is installed."""
     backend, oracle = loaded["mha-224"]
     whole = adapter_like(backend, oracle.processor)
@@ -443,24 +443,24 @@ def test_the_whole_processor_does_as_well_as_its_parts(loaded: dict[str, Pair]) 
         GenerationRequest("what?", max_new_tokens=1), 2
     ) == parts.prompts.build(GenerationRequest("what?", max_new_tokens=1), 2)
     image = picture(0, Size(70, 90))
-    assert torch.equal(whole.see([image])[0], parts.see([image])[0])
+    assert torch.equal(whole.encode([image])[0], parts.encode([image])[0])
     assert whole.text_of([72, 105, 360]) == parts.text_of([72, 105, 360])
 
 
-def test_pictures_are_seen_together_as_alone(backend: TransformersBackend) -> None:
+def test_pictures_encoded_together_equal_those_encoded_alone(backend: TransformersBackend) -> None:
     pictures = [picture(seed, size) for seed, size in enumerate(SOURCES)]
-    together = backend._adapter.see(pictures)
+    together = backend._adapter.encode(pictures)
     for one, tokens in zip(pictures, together, strict=True):
         assert tokens.shape == (64, 64)
-        torch.testing.assert_close(tokens, backend._adapter.see([one])[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tokens, backend._adapter.encode([one])[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
 @pytest.mark.parametrize(
     ("side", "complaint"),
     [
-        (230, "view_px 230 is no multiple of 28.* the nearest is 224"),
-        (14, "view_px 14 is no multiple of 28.* the nearest is 28"),
+        (230, "view_px 230 is not a multiple of 28.* the nearest multiple is 224"),
+        (14, "view_px 14 is not a multiple of 28.* the nearest multiple is 28"),
         (644, "view_px 644 gives 529 tokens for each picture, .* context of 1024 tokens has no"),
         (28_000, "view_px 28000 gives 1000000 tokens for each picture"),
     ],

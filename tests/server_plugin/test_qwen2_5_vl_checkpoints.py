@@ -66,7 +66,7 @@ def test_the_hubs_image_processors_load(class_name: str, copy: Path) -> None:
     assert (processor.patch_size, processor.merge_size) == (14, 2)
 
 
-def test_a_package_that_is_missing_is_one_line(
+def test_a_missing_package_is_reported_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only packages for video may be missing."""

@@ -117,7 +117,7 @@ async def test_stop_texts_and_tokens_over_the_wire():
         assert (answer.finish, answer.tokens) == (Finish.LENGTH, ())
 
 
-async def test_the_server_says_what_it_can_do():
+async def test_the_server_announces_its_features():
     async with running(service()) as url, edge(url) as client:
         assert set(client.session.welcome.features) >= {"history", "pictures", "sampling", "stop"}
 
@@ -133,7 +133,7 @@ async def test_a_conversation_counts_towards_the_limit_of_a_question():
         assert error.code is ErrorCode.TOO_LARGE
 
 
-async def test_the_map_comes_when_it_is_wanted():
+async def test_the_map_is_sent_when_requested():
     async with running(service()) as url, edge(url) as client:
         await client.ask(UNSURE, picture(), options=Options(want_map=True))
         wanted = await client.next()
@@ -151,7 +151,7 @@ async def test_the_map_comes_when_it_is_wanted():
         (Options(eta=1.9), Stage.SECOND),
     ],
 )
-async def test_a_question_may_move_the_decision(options, stage):
+async def test_options_of_a_question_change_the_decision(options, stage):
     async with running(service()) as url, edge(url) as client:
         id = await client.ask(UNSURE, picture(), options=options)
         event = await client.next()
@@ -384,15 +384,15 @@ async def test_a_random_policy_repeats_itself_for_the_same_questions():
     draws = []
     for _ in range(2):
         async with running(service(policy=RandomPolicy(0.5, seed=3))) as url, edge(url) as client:
-            asked = []
+            requested = []
             for i in range(12):
                 id = await client.ask(f"{SURE} {i}", picture() if i == 0 else None)
                 event = await client.next()
-                asked.append(isinstance(event, RegionWanted))
-                if asked[-1]:
+                requested.append(isinstance(event, RegionWanted))
+                if requested[-1]:
                     await client.region(id, picture())
                     await client.next()
-            draws.append(asked)
+            draws.append(requested)
     assert draws[0] == draws[1]
     assert {True, False} == set(draws[0])
 

@@ -170,4 +170,4 @@ def test_a_view_too_large_for_edges_is_warned_of_at_once(caplog):
     for width, warned in ((1024, False), (1025, True)):
         info = replace(DEFAULT_INFO, view=Size(width, 1024))
         service(FakeBackend(info=info))
-        assert ("edges refuse so large a view" in caplog.text) is warned
+        assert ("edges refuse a view of this size" in caplog.text) is warned

@@ -24,7 +24,7 @@ from vlm_collab.protocol.messages import Answer, Ask, Error, Fallback
 # ---- bounds on all clients together ----------------------------------------------------------
 
 
-async def test_a_full_queue_says_busy_and_when_to_come_back():
+async def test_a_full_queue_says_busy_and_when_to_retry():
     backend = FakeBackend(play=lambda q, *_: Script(f"first {q}", "", delay_s=0.2))
     async with running(service(backend, limits={"max_queue": 2})) as url, edge(url) as client:
         ids = [await client.ask(f"{SURE} {i}", picture() if i == 0 else None) for i in range(6)]
@@ -203,7 +203,7 @@ async def test_a_shutdown_does_not_wait_for_peers_that_do_not_read(monkeypatch):
     async def never(self, data):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(app, "FAREWELL_S", 0.1)
+    monkeypatch.setattr(app, "CLOSING_S", 0.1)
     running_service = service()
     async with running(running_service) as url, edge(url) as client:
         await client.ask(UNSURE, picture())
@@ -237,7 +237,7 @@ async def test_views_outlive_their_connection_but_belong_to_their_session():
     assert backend.views == set()
 
 
-async def test_views_of_a_client_that_left_go_even_if_nobody_else_comes():
+async def test_views_of_a_client_that_left_expire_without_further_clients():
     backend = FakeBackend()
     async with running(service(backend, limits={"session_ttl_s": 0.02})) as url:
         async with edge(url) as client:

@@ -44,8 +44,8 @@ HELLO = encode(Hello(1, (Codec.JPEG,)))
 QUIET = {"write_timeout_s": 0.4}
 
 
-def gone(here: Served) -> Any:
-    return lambda: not here.connections
+def all_closed(live: Served) -> Any:
+    return lambda: not live.connections
 
 
 # ---- responses that nobody reads -------------------------------------------------------------
@@ -58,18 +58,18 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("asked", UNREAD)
-async def test_a_client_that_reads_no_response_is_dropped(asked: str):
-    async with served(service(token="right", limits=QUIET)) as here:
-        client = here.open(buffer=SMALL)
-        await client.send_what_goes(UNREAD[asked])
-        await until(lambda: here.waiting() > 0)
-        await until(gone(here))
+@pytest.mark.parametrize("requests", UNREAD)
+async def test_a_client_that_reads_no_response_is_dropped(requests: str):
+    async with served(service(token="right", limits=QUIET)) as live:
+        client = live.open(buffer=SMALL)
+        await client.send_what_goes(UNREAD[requests])
+        await until(lambda: live.waiting() > 0)
+        await until(all_closed(live))
 
 
-@pytest.mark.parametrize("asked", [request(FILE), request(FILE) * 2000])
+@pytest.mark.parametrize("requests", [request(FILE), request(FILE) * 2000])
 async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
-    asked: bytes, tmp_path: Path
+    requests: bytes, tmp_path: Path
 ):
     """Encrypted data wait below the transport that the server writes to."""
     authority = trustme.CA()
@@ -79,30 +79,30 @@ async def test_a_client_that_reads_no_response_is_dropped_with_tls_too(
     context = ssl.create_default_context()
     authority.configure_trust(context)
     files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
-    async with served(service(limits=QUIET, **files)) as here:
-        client = here.open(buffer=SMALL)
+    async with served(service(limits=QUIET, **files)) as live:
+        client = live.open(buffer=SMALL)
         _, writer = await asyncio.open_connection(
             sock=client.sock, ssl=context, server_hostname="127.0.0.1"
         )
         writer.transport._ssl_protocol._transport.pause_reading()  # TLS itself reads no more
-        writer.write(asked)
-        await until(lambda: any(each.transport.unsent for each in here.connections))
-        await until(gone(here))
+        writer.write(requests)
+        await until(lambda: any(each.transport.unsent for each in live.connections))
+        await until(all_closed(live))
         writer.transport.abort()
 
 
 async def test_data_for_a_client_that_does_not_read_are_bounded():
-    async with served(service(limits={"write_timeout_s": 60})) as here:
-        client = here.open(buffer=SMALL)
+    async with served(service(limits={"write_timeout_s": 60})) as live:
+        client = live.open(buffer=SMALL)
         await client.send(request(FILE))
-        await until(lambda: here.waiting() > 0)
+        await until(lambda: live.waiting() > 0)
         await client.send_what_goes(request(FILE) * 50_000)
-        assert 0 < here.waiting() < 2**17
+        assert 0 < live.waiting() < 2**17
 
 
 async def test_a_client_that_reads_slowly_is_not_dropped():
-    async with served(service(limits={"write_timeout_s": 1.0})) as here:
-        client = here.open(buffer=SMALL)
+    async with served(service(limits={"write_timeout_s": 1.0})) as live:
+        client = live.open(buffer=SMALL)
         began = asyncio.get_running_loop().time()
         await client.send(request(FILE) * 8 + request(FILE, "Connection: close"))
         whole = b""
@@ -116,8 +116,8 @@ async def test_a_client_that_reads_slowly_is_not_dropped():
 
 async def test_a_slow_answer_is_not_taken_for_an_unread_one():
     backend = FakeBackend(play=lambda *_: Script("one", "", delay_s=1.0))
-    async with served(service(backend, limits={"write_timeout_s": 0.1})) as here:
-        async with edge(here.url) as client:
+    async with served(service(backend, limits={"write_timeout_s": 0.1})) as live:
+        async with edge(live.url) as client:
             await client.ask(SURE, picture())
             assert isinstance(await client.next(), Answer)
 
@@ -126,30 +126,30 @@ async def test_a_slow_answer_is_not_taken_for_an_unread_one():
 
 
 async def test_pongs_that_nobody_reads_are_bounded_and_their_peer_is_dropped():
-    async with served(service(limits={"write_timeout_s": 1.0})) as here:
-        client = here.open(buffer=SMALL)
+    async with served(service(limits={"write_timeout_s": 1.0})) as live:
+        client = live.open(buffer=SMALL)
         assert "101" in await client.upgrade()
         await client.send(frame(BINARY, HELLO))
         sent = await client.send_what_goes(frame(PING, b"x" * 125) * 2**17, 0.3)
-        assert 0 < here.waiting() < 2**18
+        assert 0 < live.waiting() < 2**18
         assert sent < 2**23  # the rest waits in the client
-        await until(gone(here))
+        await until(all_closed(live))
 
 
 async def test_a_keep_alive_that_fails_does_not_wait_for_a_peer_that_does_not_read():
     intervals = {"ws_ping_interval": 0.1, "ws_ping_timeout": 0.2}
-    async with served(service(limits={"write_timeout_s": 60}), **intervals) as here:
-        client = here.open(buffer=SMALL)
+    async with served(service(limits={"write_timeout_s": 60}), **intervals) as live:
+        client = live.open(buffer=SMALL)
         assert "101" in await client.upgrade()
         await client.send(frame(BINARY, HELLO))
         await client.send_what_goes(frame(PING, b"x" * 125) * 2**13)
-        assert here.waiting() > 0
-        await until(gone(here))
+        assert live.waiting() > 0
+        await until(all_closed(live))
 
 
 async def test_pings_of_a_peer_that_reads_are_all_answered():
-    async with served(service()) as here:
-        client = here.open()
+    async with served(service()) as live:
+        client = live.open()
         assert "101" in await client.upgrade()
         await client.send(frame(BINARY, HELLO))
         pings = b"".join(frame(PING, b"%4d" % i) for i in range(1000))
@@ -168,9 +168,9 @@ FLOODS = {
 }
 
 
-async def greeted(here: Served) -> Raw:
+async def greeted(live: Served) -> Raw:
     """A client whose question 1 has ended."""
-    client = here.open()
+    client = live.open()
     assert "101" in await client.upgrade()
     await client.send(frame(BINARY, HELLO) + frame(BINARY, encode(Ask(1, SURE, 1, None, 1, 1))))
     await client.read_until(b"this view is not held")
@@ -222,8 +222,8 @@ async def test_others_get_their_turn_beside_a_flood_of_tiny_frames(
     monkeypatch.setattr(websocket, "FRAMES_PER_S", 10**6)
     monkeypatch.setattr(websocket, "FREE_FRAGMENTS", 10**6)
     monkeypatch.setattr(messages, "MESSAGES_PER_S", 10**6)
-    async with served(service(), buffer=None) as here:
-        client = await greeted(here)
+    async with served(service(), buffer=None) as live:
+        client = await greeted(live)
         if flood == "empty fragments":
             await client.send(frame(BINARY, fin=False))
         before = turns.total
@@ -240,8 +240,8 @@ async def test_a_flood_is_read_no_faster_than_its_rate(
 ):
     monkeypatch.setattr(websocket, "FRAMES_PER_S", 500.0)
     monkeypatch.setattr(messages, "MESSAGES_PER_S", 10**6)
-    async with served(service(), buffer=None) as here:
-        client = await greeted(here)
+    async with served(service(), buffer=None) as live:
+        client = await greeted(live)
         loop = asyncio.get_running_loop()
         before, began = turns.total, loop.time()
         await client.send(FLOODS[flood] * 1500)
@@ -257,8 +257,8 @@ async def test_messages_are_read_no_faster_than_their_rate(
     """This bound holds in every server that the service is mounted in."""
     monkeypatch.setattr(websocket, "FRAMES_PER_S", 10**6)
     monkeypatch.setattr(messages, "MESSAGES_PER_S", 500.0)
-    async with served(service(), buffer=None) as here:
-        client = await greeted(here)
+    async with served(service(), buffer=None) as live:
+        client = await greeted(live)
         loop = asyncio.get_running_loop()
         before, began = turns.total, loop.time()
         await client.send(FLOODS["Cancel of a question that ended"] * 1000)
@@ -267,15 +267,15 @@ async def test_messages_are_read_no_faster_than_their_rate(
 
 
 async def test_a_message_in_too_many_fragments_ends_the_connection():
-    async with served(service(), buffer=None) as here:
-        client = await greeted(here)
+    async with served(service(), buffer=None) as live:
+        client = await greeted(live)
         await client.send(frame(BINARY, fin=False) + frame(CONT, fin=False) * 1000)
         assert (1008).to_bytes(2) in await client.read_all()
 
 
 async def test_a_message_in_many_fragments_is_taken():
-    async with served(service(), buffer=None) as here:
-        client = await greeted(here)
+    async with served(service(), buffer=None) as live:
+        client = await greeted(live)
         for _ in range(20):
             pieces = [b"\x93", *(bytes([byte]) for byte in encode(Cancel(1))[1:])]
             first, *middle, last = pieces
@@ -288,93 +288,93 @@ async def test_a_message_in_many_fragments_is_taken():
         await client.send(
             frame(BINARY, fin=False) + b"".join(frame(CONT, piece, fin=False) for piece in large)
         )
-        (connection,) = here.connections
+        (connection,) = live.connections
         await until(lambda: connection._fragments == 1001)
-        assert here.connections == [connection]
+        assert live.connections == [connection]
 
 
 # ---- connection slots ------------------------------------------------------------------------
 
 
 def few(monkeypatch: pytest.MonkeyPatch, others: int = 2, reserved: int = 4) -> None:
-    monkeypatch.setattr(runner, "_OTHERS", others)
+    monkeypatch.setattr(runner, "_HTTP_SLOTS", others)
     monkeypatch.setattr(slots_module, "RESERVED", reserved)
 
 
 SMALLEST = {"max_connections": 2, "max_newcomers": 2}
 
 
-async def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+async def test_silent_connections_do_not_block_others(monkeypatch: pytest.MonkeyPatch):
     few(monkeypatch)
-    async with served(service(limits=SMALLEST)) as here:
-        silent = [here.open() for _ in range(40)]
+    async with served(service(limits=SMALLEST)) as live:
+        silent = [live.open() for _ in range(40)]
         for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
-            assert b" 200 " in await here.open().get(path)
-        async with edge(here.url) as client:
+            assert b" 200 " in await live.open().get(path)
+        async with edge(live.url) as client:
             await client.ask(SURE, picture())
             assert isinstance(await client.next(), Answer)
         assert await silent[0].read() == b""
-        assert len(here.connections) <= 6
+        assert len(live.connections) <= 6
 
 
 @pytest.mark.parametrize("sent", [b"", b"[", b" " * 2**17])
-async def test_requests_that_never_end_keep_nobody_out(
+async def test_requests_that_never_end_do_not_block_others(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     few(monkeypatch)
-    async with served(service(limits=SMALLEST)) as here:
-        begun = [here.open() for _ in range(40)]
+    async with served(service(limits=SMALLEST)) as live:
+        begun = [live.open() for _ in range(40)]
         for each in begun:
             await each.send_what_goes(post(2**20) + sent)
-        await until(lambda: len(here.connections) <= 6)
-        assert b" 200 " in await here.open().get("/v1/models")
+        await until(lambda: len(live.connections) <= 6)
+        assert b" 200 " in await live.open().get("/v1/models")
         assert await begun[0].read() == b""
 
 
-async def test_a_request_that_comes_slowly_stays_beside_those_that_say_nothing(
+async def test_a_slow_request_is_kept_while_silent_connections_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ):
     few(monkeypatch)
-    got, receive = [], serving.HttpConnection.data_received
+    received_data, receive = [], serving.HttpConnection.data_received
 
     def received(self: Any, data: bytes) -> None:
         receive(self, data)
-        got.append(data)
+        received_data.append(data)
 
     monkeypatch.setattr(serving.HttpConnection, "data_received", received)
-    async with served(service(limits=SMALLEST)) as here:
-        slow, silent = here.open(), []
+    async with served(service(limits=SMALLEST)) as live:
+        slow, silent = live.open(), []
         await slow.send(post(20) + b"[")
         for number in range(18):
             await slow.send(b"\t")
-            await until(lambda n=number: b"".join(got).count(b"\t") == n + 1)
-            silent.append(here.open())
+            await until(lambda n=number: b"".join(received_data).count(b"\t") == n + 1)
+            silent.append(live.open())
             await silent[-1].send(b"GET")
-            await until(lambda n=number: b"".join(got).count(b"GET") == n + 1)
+            await until(lambda n=number: b"".join(received_data).count(b"GET") == n + 1)
         await slow.send(b"]")
         assert b"must be a JSON object" in await slow.read_until(b"object")
 
 
-async def test_silent_websockets_keep_nobody_out(monkeypatch: pytest.MonkeyPatch):
+async def test_silent_websockets_do_not_block_others(monkeypatch: pytest.MonkeyPatch):
     few(monkeypatch)
-    async with served(service(limits=SMALLEST)) as here:
+    async with served(service(limits=SMALLEST)) as live:
         silent = []
         for _ in range(10):
-            silent.append(here.open())
+            silent.append(live.open())
             assert "101" in await silent[-1].upgrade()
-        async with edge(here.url) as client:
+        async with edge(live.url) as client:
             await client.ask(SURE, picture())
             assert isinstance(await client.next(), Answer)
             assert await silent[0].read() == b""
-            assert b" 200 " in await here.open().get("/healthz")
+            assert b" 200 " in await live.open().get("/healthz")
 
 
 async def test_greeted_connections_are_not_dropped_for_others(monkeypatch: pytest.MonkeyPatch):
     few(monkeypatch)
-    async with served(service(limits=SMALLEST)) as here:
-        async with edge(here.url) as one, edge(here.url) as two:
-            silent = [here.open() for _ in range(20)]
-            refused = [here.open() for _ in range(4)]
+    async with served(service(limits=SMALLEST)) as live:
+        async with edge(live.url) as one, edge(live.url) as two:
+            silent = [live.open() for _ in range(20)]
+            refused = [live.open() for _ in range(4)]
             for each in refused:
                 assert "503" in await each.upgrade()
             for client in (one, two):
@@ -383,12 +383,16 @@ async def test_greeted_connections_are_not_dropped_for_others(monkeypatch: pytes
             del silent
 
 
-async def test_those_who_say_hello_together_are_told_that_there_is_no_room():
-    async with served(service(limits={"max_connections": 1})) as here:
-        async with edge(here.url, greet=False) as one, edge(here.url, greet=False) as two:
+async def test_clients_that_say_hello_beyond_the_limit_are_refused():
+    async with served(service(limits={"max_connections": 1})) as live:
+        async with edge(live.url, greet=False) as one, edge(live.url, greet=False) as two:
             assert isinstance(await one.greet(), Welcome)
-            told = await two.greet()
-            assert (told.id, told.code.name, told.retry_after_ms) == (0, "BUSY", 1000)
+            error_message = await two.greet()
+            assert (error_message.id, error_message.code.name, error_message.retry_after_ms) == (
+                0,
+                "BUSY",
+                1000,
+            )
             await two.websocket.wait_closed()
             assert two.websocket.close_code == 1013
 
@@ -398,23 +402,23 @@ async def test_health_checks_are_answered_when_every_slot_is_in_use(
 ):
     few(monkeypatch, others=1)
     limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
-    async with served(service(limits=limits)) as here:
-        stuck = [here.open(buffer=SMALL) for _ in range(3)]
+    async with served(service(limits=limits)) as live:
+        stuck = [live.open(buffer=SMALL) for _ in range(3)]
         for number, one in enumerate(stuck, 1):
             await one.send_what_goes(request(FILE) * 50)
-            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in live.connections) == n)
         for path in ("/healthz", "/readyz", "/metrics"):
-            assert b" 200 " in await here.open().get(path)
-        refused = await here.open().get("/v1/models")
+            assert b" 200 " in await live.open().get(path)
+        refused = await live.open().get("/v1/models")
         assert b" 503 " in refused
         assert b"retry-after: 1" in refused.lower()
         error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
         assert (error["message"], error["code"]) == ("no room for another connection", "busy")
-        assert "503" in await here.open().upgrade()
+        assert "503" in await live.open().upgrade()
         # Many silent connections do not take the slots of health checks either.
-        silent = [here.open() for _ in range(20)]
-        assert b" 200 " in await here.open().get("/healthz")
-        assert len(here.connections) <= 3 + 4
+        silent = [live.open() for _ in range(20)]
+        assert b" 200 " in await live.open().get("/healthz")
+        assert len(live.connections) <= 3 + 4
         del silent
 
 
@@ -424,32 +428,32 @@ async def test_clients_that_do_not_read_make_room_sooner_when_it_is_needed(
     few(monkeypatch, others=1)
     monkeypatch.setattr(transport, "_CHECKS", 300)
     limits = {"max_connections": 1, "max_newcomers": 1, "write_timeout_s": 60}
-    async with served(service(limits=limits)) as here:
+    async with served(service(limits=limits)) as live:
         for number in range(1, 4):
-            await here.open(buffer=SMALL).send_what_goes(request(FILE) * 50)
-            await until(lambda n=number: sum(c.transport.unsent > 0 for c in here.connections) == n)
-        await until(lambda: all(each.transport.stalled for each in here.connections))
-        assert b" 200 " in await here.open().get("/v1/models")
-        assert len(here.connections) == 2
+            await live.open(buffer=SMALL).send_what_goes(request(FILE) * 50)
+            await until(lambda n=number: sum(c.transport.unsent > 0 for c in live.connections) == n)
+        await until(lambda: all(each.transport.stalled for each in live.connections))
+        assert b" 200 " in await live.open().get("/v1/models")
+        assert len(live.connections) == 2
 
 
 async def test_connections_of_one_address_are_bounded():
     limits = {"max_per_address": 2, "write_timeout_s": 60}
-    async with served(service(limits=limits)) as here:
-        async with edge(here.url), edge(here.url):
-            refused = await here.open().get("/v1/models")
+    async with served(service(limits=limits)) as live:
+        async with edge(live.url), edge(live.url):
+            refused = await live.open().get("/v1/models")
             assert b" 503 " in refused
             assert b"2 connections from this address" in refused
-            assert "503" in await here.open().upgrade()
-            assert b" 200 " in await here.open().get("/healthz")
-            assert b" 200 " in await here.open(source="127.0.0.2").get("/v1/models")
+            assert "503" in await live.open().upgrade()
+            assert b" 200 " in await live.open().get("/healthz")
+            assert b" 200 " in await live.open(source="127.0.0.2").get("/v1/models")
         # Silent ones of the same address make room.
-        silent = [here.open() for _ in range(3)]
-        assert b" 200 " in await here.open().get("/v1/models")
+        silent = [live.open() for _ in range(3)]
+        assert b" 200 " in await live.open().get("/v1/models")
         del silent
 
 
-def test_what_an_address_is():
+def test_which_clients_count_as_one_address():
     def places(per_address: int | None) -> ConnectionSlots:
         return ConnectionSlots(None, per_address)
 

@@ -194,7 +194,7 @@ def demo() -> Iterator[tuple[TransformersBackend, Oracle, Preset]]:
     asyncio.run(backend.close())
 
 
-async def test_what_is_known_of_a_model(
+async def test_model_info(
     loaded: dict[str, tuple[TransformersBackend, Oracle]],
 ) -> None:
     info = loaded["full-strategy"][0].info
@@ -288,7 +288,7 @@ async def test_a_cancelled_answer_leaves_the_queue(backend: TransformersBackend)
     assert never == []
 
 
-async def test_releasing_a_view_does_not_disturb_what_runs_on_it(
+async def test_releasing_a_view_does_not_disturb_running_operations(
     backend: TransformersBackend,
 ) -> None:
     view = await backend.open_view(picture(0, backend.info.view))
@@ -391,7 +391,7 @@ async def test_wrong_pictures_are_refused(backend: TransformersBackend) -> None:
             await backend.second_pass(view, wrong, GenerationRequest("what?", max_new_tokens=1))
 
 
-async def test_closing_ends_what_runs_and_what_waits(folders: dict[str, Path]) -> None:
+async def test_closing_ends_running_and_waiting_operations(folders: dict[str, Path]) -> None:
     backend = TransformersBackend.load(str(folders["gqa-crop"]), preset_of("gqa-crop"))
     await backend.warm_up()
     view = await backend.open_view(picture(0, backend.info.view))

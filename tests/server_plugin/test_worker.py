@@ -27,9 +27,9 @@ def worker(
         for job in jobs:
             job.future.set_result(job.payload)
 
-    made = BatchWorker(run, limit, "test")
-    yield made, batches
-    made.close()
+    batcher = BatchWorker(run, limit, "test")
+    yield batcher, batches
+    batcher.close()
 
 
 @contextmanager
@@ -53,36 +53,41 @@ async def queued(worker: BatchWorker, *jobs: tuple[str, str, int]) -> list[async
     return tasks
 
 
-async def test_what_waits_runs_together_oldest_kind_first() -> None:
-    with worker() as (made, batches):
-        with busy(made):
+async def test_waiting_jobs_run_together_oldest_kind_first() -> None:
+    with worker() as (batcher, batches):
+        with busy(batcher):
             tasks = await queued(
-                made, ("a", "a1", 5), ("b", "b1", 5), ("a", "a2", 6), ("b", "b2", 5), ("a", "a3", 5)
+                batcher,
+                ("a", "a1", 5),
+                ("b", "b1", 5),
+                ("a", "a2", 6),
+                ("b", "b2", 5),
+                ("a", "a3", 5),
             )
         assert await asyncio.gather(*tasks) == ["a1", "b1", "a2", "b2", "a3"]
     assert batches == [["a1", "a2", "a3"], ["b1", "b2"]]
 
 
 async def test_a_batch_has_a_limit() -> None:
-    with worker(limit=2) as (made, batches):
-        with busy(made):
-            tasks = await queued(made, *(("a", f"a{i}", 5) for i in range(5)))
+    with worker(limit=2) as (batcher, batches):
+        with busy(batcher):
+            tasks = await queued(batcher, *(("a", f"a{i}", 5) for i in range(5)))
         await asyncio.gather(*tasks)
     assert batches == [["a0", "a1"], ["a2", "a3"], ["a4"]]
 
 
-async def test_lengths_far_apart_run_apart() -> None:
-    with worker() as (made, batches):
-        with busy(made):
-            tasks = await queued(made, ("a", "short", 10), ("a", "long", 300), ("a", "near", 12))
+async def test_jobs_of_very_different_lengths_run_apart() -> None:
+    with worker() as (batcher, batches):
+        with busy(batcher):
+            tasks = await queued(batcher, ("a", "short", 10), ("a", "long", 300), ("a", "near", 12))
         await asyncio.gather(*tasks)
     assert batches == [["short", "near"], ["long"]]
 
 
 async def test_a_cancelled_job_never_runs() -> None:
-    with worker() as (made, batches):
-        with busy(made):
-            gone, kept = await queued(made, ("a", "gone", 1), ("a", "kept", 1))
+    with worker() as (batcher, batches):
+        with busy(batcher):
+            gone, kept = await queued(batcher, ("a", "gone", 1), ("a", "kept", 1))
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await gone
@@ -90,29 +95,29 @@ async def test_a_cancelled_job_never_runs() -> None:
     assert batches == [["kept"]]
 
 
-async def test_one_jobs_fault_costs_no_other_its_answer() -> None:
+async def test_a_failing_job_does_not_fail_the_others() -> None:
     def fail_with_bad(_: Hashable, jobs: list[Job]) -> None:
         if any(job.payload == "bad" for job in jobs):
             raise MemoryError("bad")
 
-    with worker(execute=fail_with_bad) as (made, batches):
-        with busy(made):
-            tasks = await queued(made, ("a", "a1", 1), ("a", "bad", 1), ("a", "a2", 1))
+    with worker(execute=fail_with_bad) as (batcher, batches):
+        with busy(batcher):
+            tasks = await queued(batcher, ("a", "a1", 1), ("a", "bad", 1), ("a", "a2", 1))
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [results[0], results[2]] == ["a1", "a2"]
     assert isinstance(results[1], MemoryError)
     assert batches == [["a1", "bad", "a2"], ["a1"], ["bad"], ["a2"]]
 
 
-async def test_jobs_settled_before_a_fault_are_not_run_again() -> None:
+async def test_jobs_finished_before_a_failure_are_not_run_again() -> None:
     def settle_first(_: Hashable, jobs: list[Job]) -> None:
         if len(jobs) > 1:
             jobs[0].future.set_result("early")
             raise MemoryError
 
-    with worker(execute=settle_first) as (made, batches):
-        with busy(made):
-            tasks = await queued(made, ("a", "a1", 1), ("a", "a2", 1))
+    with worker(execute=settle_first) as (batcher, batches):
+        with busy(batcher):
+            tasks = await queued(batcher, ("a", "a1", 1), ("a", "a2", 1))
         assert await asyncio.gather(*tasks) == ["early", "a2"]
     assert batches == [["a1", "a2"], ["a2"]]
 
@@ -127,29 +132,29 @@ async def test_the_thread_survives_whatever_is_raised(error: BaseException) -> N
         if jobs[0].payload == "bad":
             raise error
 
-    with worker(execute=raise_it) as (made, _):
+    with worker(execute=raise_it) as (batcher, _):
         with pytest.raises(RuntimeError, match="the model's runtime failed"):
-            await asyncio.wait_for(made.run("a", "bad"), PATIENCE_S)
-        assert await asyncio.wait_for(made.run("a", "good"), PATIENCE_S) == "good"
+            await asyncio.wait_for(batcher.run("a", "bad"), PATIENCE_S)
+        assert await asyncio.wait_for(batcher.run("a", "good"), PATIENCE_S) == "good"
 
 
 async def test_a_job_left_undone_is_an_error() -> None:
-    made = BatchWorker(lambda kind, jobs: None, 4, "test")
+    batcher = BatchWorker(lambda kind, jobs: None, 4, "test")
     with pytest.raises(RuntimeError, match="a job of a was left undone"):
-        await asyncio.wait_for(made.run("a", "forgotten"), PATIENCE_S)
-    made.close()
+        await asyncio.wait_for(batcher.run("a", "forgotten"), PATIENCE_S)
+    batcher.close()
 
 
-async def test_closing_fails_what_waits_and_what_comes() -> None:
-    with worker() as (made, batches):
-        with busy(made):
-            (waiting,) = await queued(made, ("a", "a1", 1))
-            closing = asyncio.create_task(asyncio.to_thread(made.close))
-            while not made.closing:
+async def test_closing_fails_waiting_and_later_jobs() -> None:
+    with worker() as (batcher, batches):
+        with busy(batcher):
+            (waiting,) = await queued(batcher, ("a", "a1", 1))
+            closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+            while not batcher.closing:
                 await asyncio.sleep(0.001)
         await closing
         with pytest.raises(WorkerClosedError):
             await waiting
         with pytest.raises(WorkerClosedError):
-            await made.run("a", "late")
+            await batcher.run("a", "late")
     assert batches == []

@@ -43,12 +43,12 @@ class ProbedRoute(NamedTuple):
 
     Attributes:
         method: an HTTP method, or `WebSocket`.
-        shown: its path with the names of its parameters.
+        template: its path with the names of its parameters.
         path: its path with a value for each parameter.
     """
 
     method: str
-    shown: str
+    template: str
     path: str
 
 
@@ -82,12 +82,12 @@ def probed_routes(routes: Iterable[BaseRoute], below: str = "") -> Iterator[Prob
                     yield _probed(method, below + route.path)
 
 
-async def asked(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
+async def status_of(app: Starlette, route: ProbedRoute, headers: dict[str, str]) -> int:
     """Send a request; returns the status, 101 for an accepted WebSocket."""
-    return (await asked_with_body(app, route, headers, 0))[0]
+    return (await status_with_body(app, route, headers, 0))[0]
 
 
-async def asked_with_body(
+async def status_with_body(
     app: Starlette, route: ProbedRoute, headers: dict[str, str], body_bytes: int
 ) -> tuple[int, bool]:
     """Send a request with a body of zeros; returns the status, and whether the body was read."""
@@ -107,7 +107,7 @@ async def asked_with_body(
         scope |= {"type": "websocket", "subprotocols": [SUBPROTOCOL], "extensions": extensions}
         coming = [{"type": "websocket.connect"}]
     pieces = len(coming)
-    told: list[int] = []
+    statuses: list[int] = []
 
     async def receive() -> Message:
         gone = "websocket.disconnect" if scope["type"] == "websocket" else "http.disconnect"
@@ -115,12 +115,12 @@ async def asked_with_body(
 
     async def send(message: Message) -> None:
         if message["type"].endswith("response.start"):
-            told.append(message["status"])
+            statuses.append(message["status"])
         elif message["type"] == "websocket.accept":
-            told.append(101)
+            statuses.append(101)
 
     await app(scope, receive, send)
-    return told[0], len(coming) < pieces
+    return statuses[0], len(coming) < pieces
 
 
 async def table() -> str:
@@ -133,16 +133,16 @@ async def table() -> str:
     for server, app in servers(None).items():
         methods: dict[tuple[str, ...], list[str]] = {}
         for route in probed_routes(app.routes):
-            told = (
-                _told(await asked(app, route, FOREIGN_NAME)),
-                _told(await asked(app, route, FOREIGN_PAGE)),
-                _told(await asked(locked[server], route, {})),
+            statuses = (
+                _described(await status_of(app, route, FOREIGN_NAME)),
+                _described(await status_of(app, route, FOREIGN_PAGE)),
+                _described(await status_of(locked[server], route, {})),
                 await _body(app, route, MOST_BYTES[server]),
             )
-            methods.setdefault((route.shown, *told), []).append(route.method)
-        for (shown, *told_of), each in methods.items():
+            methods.setdefault((route.template, *statuses), []).append(route.method)
+        for (shown, *row), each in methods.items():
             route = f"{', '.join(each)} {shown}"
-            lines.append(f"| `{server}` | `{route}` | {' | '.join(told_of)} |")
+            lines.append(f"| `{server}` | `{route}` | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,13 +162,13 @@ async def _body(app: Starlette, route: ProbedRoute, most_bytes: int) -> str:
     """The largest body that a route reads."""
     if route.method == "WebSocket":
         return "none"
-    status, was_read = await asked_with_body(app, route, {}, most_bytes + 1)
+    status, was_read = await status_with_body(app, route, {}, most_bytes + 1)
     if status == 413:
         return f"at most {most_bytes / 2**20:g} MiB"
     return "any" if was_read else "not read"
 
 
-def _told(status: int) -> str:
+def _described(status: int) -> str:
     return f"refused ({status})" if status in (401, 403) else "answered"
 
 

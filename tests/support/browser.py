@@ -1,4 +1,4 @@
-"""The page in a real browser: launching one, and doing what people do with it."""
+"""The page in a real browser: launching a browser, and using the page as people do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PATIENCE_MS = 1000 * PATIENCE_S
 
 
 def executable() -> str:
-    """A browser of this machine. Without one the test is skipped, or fails in CI."""
+    """Path of a browser on this machine. Without one the test is skipped, or fails in CI."""
     for name in NAMES:
         if (found := shutil.which(name)) is not None:
             return found
@@ -60,10 +60,10 @@ async def launched(*flags: str) -> AsyncIterator[Browser]:
 
 @dataclass
 class Visitor:
-    """Somebody who has the page open, and everything that crossed their network.
+    """A browser tab with the page, and a record of its network traffic.
 
     Attributes:
-        page: for whatever the methods do not do.
+        page: Playwright's page, for actions without a method here.
         up, down: messages of all WebSockets, in order.
         bytes_up, bytes_down: of those messages, WebSocket headers included.
         sockets: WebSockets opened.
@@ -82,7 +82,7 @@ class Visitor:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take notes, and check in the end what nobody may see.
+        """Record traffic and errors, and check them at the end.
 
         No request may have gone to another host than the page's own, nothing may have broken
         the page's policy, and no error may have been left uncaught.
@@ -121,17 +121,17 @@ class Visitor:
         self.bytes_down += websocket_bytes(len(payload), masked=False)
 
     def _console(self, message: Any) -> None:
-        # A failed connection is told there by the browser itself; everything else is a fault.
+        # The browser itself reports failed connections there; every other error is a fault.
         network = re.search(r"WebSocket connection|Failed to load resource|ERR_", message.text)
         if message.type in ("error", "warning") and not network:
             self.complaints.append(message.text)
 
     def sent(self, kind: type[AnyMessage]) -> list[Any]:
-        """Messages of a kind that went up."""
+        """Messages of a kind that the page sent."""
         return [message for message in self.up if type(message) is kind]
 
     def came(self, kind: type[AnyMessage]) -> list[Any]:
-        """Messages of a kind that came down."""
+        """Messages of a kind that the page received."""
         return [message for message in self.down if type(message) is kind]
 
     async def open(self, url: str, *, connected: bool = True) -> None:
@@ -141,12 +141,12 @@ class Visitor:
             await self.status("open")
 
     async def status(self, kind: str) -> str:
-        """Wait for a state of the connection; what the page says of it."""
+        """Wait for a state of the connection; return the page's text about it."""
         await self.page.wait_for_selector(f"#status[data-kind={kind}]")
         return await self.page.inner_text("#status")
 
     async def choose(self, data: bytes, name: str = "photo.jpg", type: str = "image/jpeg") -> None:
-        """Choose a picture as with the file dialogue, and wait until it is on show."""
+        """Choose a picture as with the file dialogue, and wait until the page shows it."""
         await self.page.set_input_files(
             "#file", {"name": name, "mimeType": type, "buffer": data}, timeout=PATIENCE_MS
         )
@@ -154,7 +154,7 @@ class Visitor:
         await self.page.wait_for_selector("#stage:not([aria-busy])")
 
     async def ask(self, question: str, state: str | None = None) -> Card:
-        """Ask as by keyboard; with a state, wait until the question ends in it."""
+        """Ask with the keyboard; with a state, wait until the question ends in it."""
         before = await self.page.locator(".card").count()
         await self.page.fill("#question", question)
         await self.page.press("#question", "Enter")
@@ -169,7 +169,7 @@ class Visitor:
         return int(await self.page.get_attribute(f"#{name}", "data-bytes") or -1)
 
     async def problem(self) -> str:
-        """The line about what went wrong, once there is one."""
+        """The line that reports a problem; waits for it."""
         line = self.page.locator("#problem:not(:empty)")
         await line.wait_for()
         text = await line.inner_text()
@@ -185,14 +185,14 @@ class Visitor:
         }
 
     async def screenshot(self, name: str, **options: Any) -> Path:
-        """Keep what the page looks like."""
+        """Save a picture of the page."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{name}.png"
         await self.page.screenshot(path=path, animations="disabled", **options)
         return path
 
     async def replay(self, sent: dict[str, Any]) -> Any:
-        """Run `replay.mjs` in this page; the modules are those that it was served."""
+        """Run `replay.mjs` in this page, with the modules that the server sent."""
         source = REPLAY.read_text().replace("export const replay =", "const replay =")
         function = f"(sent) => {{ {source}; return replay(sent).then(JSON.stringify); }}"
         base = page_of(self.page.url) + "page/"
@@ -207,13 +207,13 @@ class Card:
         self._page = page
 
     async def ends(self, state: str) -> None:
-        """Wait for the end, which must be this one: refined, sure, first or failed."""
+        """Wait until the question ends in this state: refined, sure, first or failed."""
         ended = self.locator.and_(self._page.locator(".card:not([data-state=asking])"))
         await ended.wait_for()
         assert await self.locator.get_attribute("data-state") == state, await self.text()
 
     async def text(self) -> str:
-        """Everything it says."""
+        """All its text."""
         return await self.locator.inner_text()
 
     async def answer(self) -> str:
@@ -244,7 +244,7 @@ async def visiting(browser: Browser, **options: Any) -> AsyncIterator[Visitor]:
 
 @asynccontextmanager
 async def tab_of(browser: Browser, **options: Any) -> AsyncIterator[Page]:
-    """A tab in a fresh profile, which complains of violations of a page's policy."""
+    """A tab in a fresh profile, which reports violations of a page's policy."""
     context = await browser.new_context(**options)
     context.set_default_timeout(PATIENCE_MS)
     try:

@@ -1,9 +1,9 @@
 """Build a second environment with lmms-eval, and run its command there.
 
-lmms-eval requires a torchvision that a CPU build of torch cannot load, and much that these tests do
-not need. So it is installed without its dependencies, plus the few that its command imports; all
-other packages are those of the main environment. `.venv-lmms` takes 100 MB and half a minute.
-`python -m tests.support.lmms_env` builds it, and so do the tests.
+lmms-eval requires a torchvision that a CPU build of torch cannot load, and many packages that
+these tests do not need. So it is installed without its dependencies, plus the few packages that its
+command imports; all others are those of the main environment. `.venv-lmms` takes 100 MB and half a
+minute. `python -m tests.support.lmms_env` builds it, and so do the tests.
 """
 
 from __future__ import annotations

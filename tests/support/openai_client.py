@@ -75,20 +75,20 @@ def data_url(picture: bytes) -> str:
 
 def message(question: str, *pictures: bytes) -> Any:
     """A user's message of the Chat Completions API."""
-    shown = [{"type": "image_url", "image_url": {"url": data_url(one)}} for one in pictures]
-    return {"role": "user", "content": [{"type": "text", "text": question}, *shown]}
+    content = [{"type": "image_url", "image_url": {"url": data_url(one)}} for one in pictures]
+    return {"role": "user", "content": [{"type": "text", "text": question}, *content]}
 
 
-def said(question: str, *pictures: bytes) -> Any:
+def input_message(question: str, *pictures: bytes) -> Any:
     """A user's message of the Responses API."""
-    shown = [{"type": "input_image", "image_url": data_url(one)} for one in pictures]
-    return {"role": "user", "content": [{"type": "input_text", "text": question}, *shown]}
+    content = [{"type": "input_image", "image_url": data_url(one)} for one in pictures]
+    return {"role": "user", "content": [{"type": "input_text", "text": question}, *content]}
 
 
 def output(call: Any, picture: bytes | None = None, text: str = "no") -> Any:
     """The output of a call: a crop, or a text instead."""
-    shown = [{"type": "input_image", "image_url": data_url(picture)}] if picture else text
-    return {"type": "function_call_output", "call_id": call.call_id, "output": shown}
+    content = [{"type": "input_image", "image_url": data_url(picture)}] if picture else text
+    return {"type": "function_call_output", "call_id": call.call_id, "output": content}
 
 
 def view_name(data: bytes) -> str:

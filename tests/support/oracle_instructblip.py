@@ -56,7 +56,7 @@ class InstructBlipOracle:
             **inputs, max_new_tokens=max_new_tokens, do_sample=False,
             output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
-        return self._told(output, inputs["input_ids"].shape[1])
+        return self._result(output, inputs["input_ids"].shape[1])
 
     def answer_by_hand(
         self, question: str, *pictures: Image.Image, max_new_tokens: int
@@ -73,7 +73,7 @@ class InstructBlipOracle:
                 max_new_tokens=max_new_tokens, do_sample=False,
                 output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
-        return self._told(output, 0)
+        return self._result(output, 0)
 
     def query_tokens(self, question: str, picture: Image.Image) -> torch.Tensor:
         """The language model's input for a picture, `(query tokens, hidden)`."""
@@ -81,44 +81,44 @@ class InstructBlipOracle:
         seen = model.vision_model(inputs["pixel_values"]).last_hidden_state
         count = model.config.num_query_tokens
         mask = torch.cat([torch.ones(1, count), inputs["qformer_attention_mask"]], dim=1)
-        told = model.qformer(
+        outputs = model.qformer(
             input_ids=inputs["qformer_input_ids"],
             attention_mask=mask.long(),
             query_embeds=model.query_tokens,
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
         )
-        return model.language_projection(told[0][:, :count])[0]
+        return model.language_projection(outputs[0][:, :count])[0]
 
-    def looks(self, question: str, picture: Image.Image, layer: int) -> np.ndarray:
+    def cell_attention(self, question: str, picture: Image.Image, layer: int) -> np.ndarray:
         """A cross-attention layer's attention, mean over heads, `(query tokens, patches)`."""
         inputs = self.inputs(question, picture)
         with torch.inference_mode():
-            told = self.eager.get_image_features(
+            outputs = self.eager.get_image_features(
                 pixel_values=inputs["pixel_values"],
                 qformer_input_ids=inputs["qformer_input_ids"],
                 qformer_attention_mask=inputs["qformer_attention_mask"],
                 output_attentions=True,
             )
-        weights = told.qformer_outputs.cross_attentions[layer]
+        weights = outputs.qformer_outputs.cross_attentions[layer]
         return weights[0, :, :, 1:].mean(dim=0).double().numpy()
 
     def row(self, question: str, picture: Image.Image, layer: int) -> np.ndarray:
         """Attention of the last prompt position to the query tokens, mean over heads."""
         inputs = self.inputs(question, picture)
         with torch.inference_mode():
-            told = self.eager(**inputs, output_attentions=True).language_model_outputs
+            outputs = self.eager(**inputs, output_attentions=True).language_model_outputs
         on_picture = inputs["input_ids"][0] == self.eager.config.image_token_id
-        return told.attentions[layer][0, :, -1].mean(dim=0)[on_picture].double().numpy()
+        return outputs.attentions[layer][0, :, -1].mean(dim=0)[on_picture].double().numpy()
 
     def patches(
         self, question: str, picture: Image.Image, layer: int, qformer_layer: int
     ) -> np.ndarray:
         """Attention that reaches each patch through the query tokens, `(patches,)`."""
         row = self.row(question, picture, layer)
-        return row @ self.looks(question, picture, qformer_layer)
+        return row @ self.cell_attention(question, picture, qformer_layer)
 
-    def _told(self, output: Any, start: int) -> tuple[list[int], str, np.ndarray]:
+    def _result(self, output: Any, start: int) -> tuple[list[int], str, np.ndarray]:
         ids = output.sequences[0, start:].tolist()
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return ids, text, torch.cat(output.logits).double().numpy()

@@ -36,7 +36,7 @@ class QwenOracle:
         model: with transformers' default attention, for answers.
         eager: a second copy with eager attention, for attention weights.
         view: what every picture is resized to before the processor sees it.
-        suffix: put behind every question.
+        suffix: appended to every question.
     """
 
     processor: Any

@@ -1,6 +1,6 @@
-"""What the page's modules are held to, and whether their results are right.
+"""Test cases for the page's modules, and checks of their results.
 
-The same cases run under node, which is quick, and in a browser, which is what counts.
+The same cases run under node, which is quick, and in a browser, where people use the page.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VIEWS = [1, 14, 112, 224, 336, 337, 448, 672, 1036]
 
 
 def cases(seed: int = 5, count: int = 4000) -> dict[str, Any]:
-    """What to send to `replay.mjs`."""
+    """Return the input of `replay.mjs`."""
     draw = random.Random(seed)
     return {
         "transcripts": stored(),
@@ -68,7 +68,7 @@ def cases(seed: int = 5, count: int = 4000) -> dict[str, Any]:
 
 
 def check(sent: dict[str, Any], back: dict[str, Any]) -> None:
-    """The page's results are those of Python."""
+    """Check that the page's results equal those of Python."""
     assert len(back["transcripts"]) == len(sent["transcripts"]) >= 16
     for name, steps in sent["transcripts"].items():
         conversation = back["transcripts"][name]
@@ -84,7 +84,7 @@ def check(sent: dict[str, Any], back: dict[str, Any]) -> None:
     for case, result in zip(sent["boxes"], back["boxes"], strict=True):
         assert result == _expected(case), case
         inside += result["box"] is not None
-    assert 0.3 < inside / len(sent["boxes"]) < 1  # both kinds are really met
+    assert 0.3 < inside / len(sent["boxes"]) < 1  # both kinds occur
     draw = random.Random(5)
     for _ in sent["boxes"]:
         _box(draw)
@@ -98,7 +98,7 @@ def check(sent: dict[str, Any], back: dict[str, Any]) -> None:
 def same(
     newer: list[dict[str, Any]], older: list[dict[str, Any]], name: str, beyond: set[str]
 ) -> None:
-    """Two replays of a conversation say and understand the same.
+    """Check that two replays of a conversation send and understand the same.
 
     Frames are compared as messages and events by the fields that the older edge knows, so that
     the protocol may grow without records and page.
@@ -115,7 +115,7 @@ def same(
 
 
 def covers(more: Any, less: Any, beyond: set[str]) -> bool:
-    """Whether `more` has what is in `less`, and nothing but these fields beyond."""
+    """Whether `more` equals `less`, apart from additional fields named in `beyond`."""
     if isinstance(less, dict) and isinstance(more, dict):
         shared = all(
             name in more and covers(more[name], part, beyond) for name, part in less.items()
@@ -125,7 +125,7 @@ def covers(more: Any, less: Any, beyond: set[str]) -> bool:
 
 
 def check_own() -> None:
-    """This package's edge still understands what was recorded."""
+    """Check that this package's edge still understands the recorded conversations."""
     for name, steps in stored().items():
         same(replay(steps), steps, name, NOT_RECORDED)
 
@@ -168,7 +168,7 @@ def _expected(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frame(draw: random.Random) -> tuple[DownMessage, bytes]:
-    """A message as today's server sends it, or as one does that knows further fields."""
+    """A message of today's server, or of a later one with more fields."""
     message = _message(draw)
     later = [None, 3, b"bytes", ["list", 0.5]][: draw.randrange(5)]
     if not later:

@@ -1,4 +1,4 @@
-"""How long a test waits for what has to happen."""
+"""Longest time that a test waits for an event."""
 
 PATIENCE_S = 120.0
-"""Only what hangs takes so long; a busy machine takes ten times as long as a quiet one."""
+"""Much longer than needed: a busy machine can take ten times as long as an idle one."""

@@ -13,7 +13,7 @@ SERVE = (str(Path(sys.executable).with_name("vlm-collab")), "serve")
 
 
 def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, which must have this exit code."""
+    """Run a command to its end; fail unless it has this exit code."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == code, f"{command}: {done.stdout}\n{done.stderr}"
     return done
@@ -21,7 +21,7 @@ def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.Com
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
-    """A server process and the line with which it said that it is ready."""
+    """Start a server; yield its process and its ready line."""
     process = subprocess.Popen(
         [*SERVE, "--port", "0", "--json", *arguments],
         stdout=subprocess.PIPE,

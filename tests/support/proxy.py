@@ -39,7 +39,7 @@ KINDS = {kind.__struct_config__.tag: kind for kind in (*UP, *DOWN)}
 
 
 class Where(enum.Enum):
-    """Relative to the message that a rule names."""
+    """When a rule acts, relative to its message."""
 
     BEFORE = "before it passes"
     WITHIN = "with half of it through"
@@ -59,7 +59,7 @@ class Rule:
     """Fires once, at the `nth` message of a kind.
 
     Attributes:
-        fired: set when it did.
+        fired: set once the rule has acted.
     """
 
     kind: type[Message]
@@ -81,7 +81,7 @@ class _Splitter:
         self._plain = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, type[Message] | None]]:
-        """Complete pieces, each with the kind of message it is; None for what is no message."""
+        """Return complete pieces, each with its kind of message; None for other data."""
         self._buffer += data
         if not self._head_done:
             end = self._buffer.find(b"\r\n\r\n")
@@ -102,7 +102,7 @@ class _Splitter:
             yield frame, _kind(frame, head)
 
     def _sizes(self) -> tuple[int, int] | None:
-        """Bytes of the next frame's header and payload, once they can be told."""
+        """Return the sizes of the next frame's header and payload, once they are known."""
         buffer = self._buffer
         if len(buffer) < 2:
             return None
@@ -166,7 +166,7 @@ class Proxy:
     Attributes:
         connections: how many were made through it.
         passed: how many messages of each kind got through whole.
-        refusing: cut new connections at once, as a host whose service is down.
+        refusing: cut new connections at once, like a host without the service.
         stalling: accept new connections but forward nothing.
     """
 
@@ -203,17 +203,17 @@ class Proxy:
         return urlunsplit(self._target._replace(netloc=f"127.0.0.1:{port}"))
 
     def retarget(self, target: str) -> None:
-        """Send new connections elsewhere: a server that was restarted."""
+        """Send new connections to another address, such as that of a restarted server."""
         self._target = urlsplit(target)
 
     def rule(self, kind: type[Message], where: Where, what: What, nth: int = 1) -> Rule:
-        """Do something once, when the `nth` message of a kind from now passes."""
+        """Add a rule for the `nth` message of a kind from now; it acts once."""
         rule = Rule(kind, where, what, nth)
         self._rules.append(rule)
         return rule
 
     def cut(self) -> None:
-        """Break all connections, without farewell."""
+        """Break all connections, without a closing handshake."""
         for pair in self._pairs:
             pair.cut()
 
@@ -284,7 +284,7 @@ class Proxy:
     async def _forward(
         self, piece: bytes, kind: type[Message] | None, pair: _Pair, way: Direction
     ) -> bool:
-        """Let one piece through as the rules say; False when the connection was cut."""
+        """Forward one piece as the rules say; False if the connection was cut."""
         rule = self._due(kind)
         writer = pair.writers[way]
         await pair.flowing[way].wait()

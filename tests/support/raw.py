@@ -1,4 +1,4 @@
-"""Clients on a bare TCP connection: they read nothing, send nothing, or send anything."""
+"""Clients on a bare TCP connection, which may read nothing, send nothing, or send any bytes."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class Raw:
 
     async def send_what_goes(self, data: bytes, quiet_s: float = 0.1) -> int:
         """Send until all is sent or nothing is accepted for a while; the number of bytes sent."""
-        loop, gone = asyncio.get_running_loop(), 0
+        loop, sent_bytes = asyncio.get_running_loop(), 0
         last = loop.time()
-        while gone < len(data) and loop.time() - last < quiet_s:
+        while sent_bytes < len(data) and loop.time() - last < quiet_s:
             try:
-                gone += self.sock.send(data[gone : gone + 2**16])
+                sent_bytes += self.sock.send(data[sent_bytes : sent_bytes + 2**16])
                 last = loop.time()
             except BlockingIOError:
                 await asyncio.sleep(0.002)
             except OSError:
                 break
             await asyncio.sleep(0)
-        return gone
+        return sent_bytes
 
     async def read(self, size: int = 2**16) -> bytes:
-        """What comes next; nothing when the other side has closed or dropped the connection."""
+        """Read the next bytes; none if the other side has closed or dropped the connection."""
         try:
             return await asyncio.get_running_loop().sock_recv(self.sock, size)
         except ConnectionError:
@@ -76,7 +76,7 @@ class Raw:
         return await self.read_all()
 
     async def upgrade(self, path: str = "/v1/collab", *headers: str) -> str:
-        """Ask for a WebSocket; the status line."""
+        """Request a WebSocket; return the status line."""
         key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
         given = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
         offer = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}"
@@ -168,8 +168,8 @@ async def served(
     """
     server = runner.server(service)
     sock = runner.bind(service.config)
-    async with serving(server, sock, runner.url_of(sock, service.config), buffer, settings) as here:
-        yield here
+    async with serving(server, sock, runner.url_of(sock, service.config), buffer, settings) as live:
+        yield live
 
 
 @asynccontextmanager
@@ -185,11 +185,11 @@ async def serving(
     if buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     async with web.running(server, sock):
-        here = Served(server, sock, url)
+        live = Served(server, sock, url)
         try:
-            yield here
+            yield live
         finally:
-            here.close()
+            live.close()
 
 
 async def until(true: Callable[[], bool]) -> None:

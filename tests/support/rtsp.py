@@ -27,7 +27,7 @@ REASON = "GStreamer's RTSP server is not installed (run `make rtsp-server` as ro
 
 @functools.cache
 def installed() -> bool:
-    """Whether the server and the parts of GStreamer that it uses are there."""
+    """Whether the server and the parts of GStreamer that it uses are installed."""
     try:
         return not subprocess.run([PYTHON, "-c", _NEEDED], capture_output=True).returncode
     except OSError:
@@ -76,18 +76,18 @@ class RtspCamera:
         assert self._port.isdecimal(), "the RTSP server did not start"
 
     def unplug(self) -> None:
-        """End it without farewell."""
+        """Kill it, without closing its connections."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
             self._process = None
 
     def freeze(self) -> None:
-        """Let it hang: connections stay, nothing comes."""
+        """Stop its process: connections stay open, but nothing is sent."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)

@@ -36,7 +36,7 @@ class ScriptedVllm:
         requests: (request, its parameters), in order.
         open: requests that were neither finished nor aborted.
         misses: how many of the next requests fail because the engine lacks their picture.
-        silent: whether calls to the workers stay unanswered.
+        silent: whether calls to the workers get no reply.
         refuses_calls: whether they fail, as in an engine that is shutting down.
         rows: what the workers hold.
         names: names of the requests.
@@ -94,7 +94,7 @@ class ScriptedVllm:
             if self.misses:
                 self.misses -= 1
                 yield SimpleNamespace(
-                    prompt_token_ids=self._written_out(request["prompt_token_ids"]),
+                    prompt_token_ids=self._expanded(request["prompt_token_ids"]),
                     num_cached_tokens=0,
                     outputs=[SimpleNamespace(token_ids=[], logprobs=None, finish_reason="error")],
                 )
@@ -111,7 +111,7 @@ class ScriptedVllm:
                     for token in tokens
                 ]
                 yield SimpleNamespace(
-                    prompt_token_ids=self.spoil(self._written_out(request["prompt_token_ids"])),
+                    prompt_token_ids=self.spoil(self._expanded(request["prompt_token_ids"])),
                     num_cached_tokens=32,
                     outputs=[
                         SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason=None)
@@ -122,7 +122,7 @@ class ScriptedVllm:
         finally:
             self.open -= 1
 
-    def _written_out(self, ids: Sequence[int]) -> list[int]:
+    def _expanded(self, ids: Sequence[int]) -> list[int]:
         image = self._adapter.model.config.image_token_id
         return [token for one in ids for token in [one] * (CELLS if one == image else 1)]
 

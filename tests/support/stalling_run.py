@@ -1,8 +1,8 @@
-"""A run of the demo model that stands still at one sample, to be killed there.
+"""A run of the demo model that stops at one sample, to be killed there.
 
     python stalling_run.py FOLDER LIMIT INDEX
 
-It prints a line when it has come to that sample.
+It prints a line when it reaches that sample.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small InstructBLIP checkpoints with random weights, real tokenizers and image processors.
 
-Nothing is downloaded: both tokenizers are made of a few sentences on the spot. They have what
-is peculiar about the hub's: the decoder's writes `</s>` for beginning, end and unknown, and the
+Nothing is downloaded: both tokenizers are made of a few sentences on the spot. They have the
+peculiarities of the hub's: the decoder's writes `</s>` for beginning, end and unknown, and the
 Q-Former's is a lower-casing WordPiece with an added `[DEC]`. Weights are drawn with gains that
 keep pictures, questions, query tokens and patches distinguishable in every layer.
 """

@@ -1,8 +1,8 @@
-"""Recorded conversations that every edge is held to, whatever language it is written in.
+"""Recorded conversations that every edge must reproduce, in any programming language.
 
-A transcript is a list of steps of one `EdgeSession`: what was done and the frames that went out,
-or a frame that came and what it meant. The records stay as they are: an edge of tomorrow must
-still understand the servers of today. `python -m tests.support.transcripts` writes missing ones.
+A transcript is a list of steps of one `EdgeSession`: a call and the frames that it sent, or a
+received frame and its event. The records never change: a future edge must still understand the
+servers of today. `python -m tests.support.transcripts` writes missing ones.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def event_of(event: Any) -> Any:
     """What `receive` returned, as JSON."""
     if event is None:
         return None
-    told = {"kind": type(event).__name__, **plain(event)}
-    told.pop("target", None)  # the request has it
-    return told
+    described = {"kind": type(event).__name__, **plain(event)}
+    described.pop("target", None)  # the request has it
+    return described
 
 
 def act(session: EdgeSession, name: str, arguments: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def act(session: EdgeSession, name: str, arguments: dict[str, Any]) -> None:
 
 
 def replay(steps: list[Step]) -> list[Step]:
-    """What this package's own edge makes of a transcript: the same steps, results filled in."""
+    """Return a transcript's steps with the results of this package's own edge."""
     session = EdgeSession()
     done: list[Step] = []
     for step in steps:
@@ -224,7 +224,7 @@ def stored() -> dict[str, list[Step]]:
 
 
 def main() -> None:
-    """Record the transcripts that are not there yet."""
+    """Record the transcripts that do not exist yet."""
     FOLDER.mkdir(exist_ok=True)
     for name, made in _conversations().items():
         file = FOLDER / f"{name}.json"

@@ -123,10 +123,10 @@ def write() -> None:
 
 def drift() -> int:
     """Print packages whose version is not that of `main.txt`; return 1 if there are any."""
-    held, today = pins(FOLDER / "main.txt"), newest(environments()["main.txt"])
-    changed = [name for name in sorted(held | today) if held.get(name) != today.get(name)]
+    pinned, today = pins(FOLDER / "main.txt"), newest(environments()["main.txt"])
+    changed = [name for name in sorted(pinned | today) if pinned.get(name) != today.get(name)]
     for name in changed:
-        print(f"{name}: {held.get(name, 'nothing')} -> {today.get(name, 'nothing')}")
+        print(f"{name}: {pinned.get(name, 'nothing')} -> {today.get(name, 'nothing')}")
     return bool(changed)
 
 

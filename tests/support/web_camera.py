@@ -1,4 +1,4 @@
-"""A camera on a web server, for tests: what it shows, and what it does instead, changes at will."""
+"""A camera on a web server, for tests; its behaviour can be changed at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Request:
 
     Attributes:
         path, authorization: of the request.
-        over: set when the camera is switched off, or shows something else.
+        over: set when the camera is switched off or changes its behaviour.
     """
 
     def __init__(self, handler: http.server.BaseHTTPRequestHandler, over: threading.Event) -> None:
@@ -46,7 +46,7 @@ def picture(data: bytes, kind: str = "image/jpeg") -> Behaviour:
 
 
 def part_of(data: bytes, size: int, kind: str = "image/jpeg", *, sized: bool) -> Behaviour:
-    """The beginning of a picture; `sized` says how long all of it would be."""
+    """Send the beginning of a picture; `sized` announces the length of the whole."""
 
     def behave(request: Request) -> None:
         sizes = {"Content_Length": len(data)} if sized else {}
@@ -92,7 +92,7 @@ def trickle(data: bytes) -> Behaviour:
 
 
 def stream(*pictures: bytes, interval_s: float = 0.05) -> Behaviour:
-    """A motion JPEG stream of these, again and again."""
+    """A motion JPEG stream that repeats these pictures."""
 
     def behave(request: Request) -> None:
         request.head(Content_Type=f"multipart/x-mixed-replace; boundary={BOUNDARY}")
@@ -152,7 +152,7 @@ class WebCamera:
         self.url = f"{scheme}://127.0.0.1:{self._server.server_port}/snapshot.jpg"
 
     def do(self, behaviour: Behaviour) -> None:
-        """Behave otherwise from now on; requests under way end."""
+        """Change the behaviour; running requests end."""
         _, over = self._now
         self._now = behaviour, threading.Event()
         over.set()

@@ -178,7 +178,7 @@ class HdModel:
             for x in range(TILES)
         ]
         shown = [one.resize(view, Image.Resampling.BICUBIC) for one in [*tiles, picture]]
-        *features, thumbnail = self._adapter.see(shown)
+        *features, thumbnail = self._adapter.encode(shown)
         return torch.cat([merged(features, grid), thumbnail])
 
     @torch.inference_mode()

@@ -44,8 +44,8 @@ class RowCapture:
 
     Attributes:
         layer: decoder layer, from 0.
-        keys: for each sequence, the positions whose weights are kept, all of one length. The
-            softmax is over every visible position.
+        keys: for each sequence, the positions whose weights are kept; all spans have one length.
+            The softmax is over every visible position.
         visible: `(batch, context)`, False at padding; None: there is no padding.
         stop: raise `RowReadyError` once the rows are captured, which skips that layer's own
             attention and every later layer. For forward passes that need only the rows.
@@ -57,7 +57,7 @@ class RowCapture:
     stop: bool = False
     _rows: Tensor | None = field(default=None, init=False)
 
-    def see(self, layer: int | None, query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def keep(self, layer: int | None, query: Tensor, key: Tensor, scaling: float | None) -> None:
         """Keep the rows if this is the requested layer.
 
         Raises:
@@ -138,7 +138,7 @@ def capturing_attention(
         `(batch, queries, heads, width)`, and None in place of the attention weights.
     """
     if row_capture is not None:
-        row_capture.see(getattr(module, "layer_idx", None), query, key, scaling)
+        row_capture.keep(getattr(module, "layer_idx", None), query, key, scaling)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **rest
     )

@@ -23,7 +23,6 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PillowImage
 from PIL.Image import Image
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -36,8 +35,11 @@ from server_plugin.backends.base import (
     StopRule,
     TextSink,
     View,
+    check_global_view,
+    check_local_view,
+    run_both_passes,
 )
-from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.base import Adapter, check_family, check_layer
 from server_plugin.backends.transformers.adapters.checkpoint import (
     load_config,
     load_model,
@@ -52,7 +54,7 @@ from server_plugin.backends.transformers.passes import AnswerJob, Passes
 from server_plugin.backends.transformers.views import TransformersView, ViewSnapshot, view_bytes
 from server_plugin.backends.transformers.worker import BatchWorker, WorkerClosedError
 from server_plugin.models.presets import Preset
-from vlm_collab.errors import ConfigError, ImageError, ModelError, QuestionError
+from vlm_collab.errors import ConfigError, ModelError, QuestionError
 from vlm_collab.method.roi import relative_maps
 
 _BATCH_ON_GPU, _BATCH_ON_CPU = 8, 4
@@ -70,7 +72,7 @@ class TransformersBackend:
     def __init__(self, adapter: Adapter, name: str, batch: int | None = None) -> None:
         layout, text = adapter.layout, adapter.decoder.config
         preset = adapter.preset
-        _check_layer(preset.layer, text, name)
+        check_layer(preset, text, name)
         # Prefixes share tensors, which works only if layers never write in place.
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
             raise ModelError(f"{name} has sliding or hybrid attention, which cannot be shared")
@@ -96,17 +98,9 @@ class TransformersBackend:
             ) from error
         if batch is None:
             batch = _BATCH_ON_GPU if adapter.device.type == "cuda" else _BATCH_ON_CPU
-        self._info = ModelInfo(
-            name=name,
-            view=layout.view,
-            fit=preset.fit,
-            grid=layout.grid,
-            base_px=preset.base_px or max(layout.view),
-            layer=preset.layer,
-            hidden_size=text.hidden_size,
-            layers=text.num_hidden_layers,
-            visual_tokens=layout.visual_tokens,
-            context_tokens=layout.context_tokens,
+        self._info = adapter.model_info(
+            name,
+            text,
             # Twice, so that a batch can gather while another runs.
             concurrency=2 * batch,
             view_bytes=view_bytes(adapter, len(shared.ids)),
@@ -145,22 +139,18 @@ class TransformersBackend:
         if batch is not None and batch < 1:
             raise ConfigError(f"a batch holds one question or more, not {batch}")
         source = local_or_hub(name_or_folder)
-        where = device_of(device)
-        number = dtype_of(dtype, where)
-        shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
+        torch_device = device_of(device)
+        torch_dtype = dtype_of(dtype, torch_device)
+        served_name = name or (Path(source).resolve().name if Path(source).is_dir() else source)
         # All checks come before gigabytes of weights are read.
         adapter_class = adapter_for(model_type_of(source))
-        if preset.family != adapter_class.family:
-            raise ConfigError(
-                f"the preset is for the family {preset.family!r}, but {name_or_folder} is of "
-                f"{adapter_class.family!r}"
-            )
+        check_family(adapter_class, preset, name_or_folder)
         config = load_config(source)
-        _check_layer(preset.layer, config.get_text_config(), shown)
+        check_layer(preset, config.get_text_config(), served_name)
         adapter_class.layout_of(config, preset)
         processor = load_processor(source)
-        adapter = adapter_class(load_model(source, where, number), processor, preset)
-        return cls(adapter, shown, batch)
+        adapter = adapter_class(load_model(source, torch_device, torch_dtype), processor, preset)
+        return cls(adapter, served_name, batch)
 
     @property
     def info(self) -> ModelInfo:
@@ -171,12 +161,7 @@ class TransformersBackend:
 
     async def open_view(self, *images: Image) -> TransformersView:
         for image in images:
-            if image.mode != "RGB" or image.size != self._info.view:
-                raise ImageError(
-                    f"a global view must be RGB of {self._info.view.width} x "
-                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
-                    f"{image.height}"
-                )
+            check_global_view(image, self._info.view)
         view: TransformersView = await self._run(("view", len(images)), images)
         return view
 
@@ -192,7 +177,7 @@ class TransformersBackend:
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
         if first.row is None:
-            raise ValueError("the first pass came without its attention row")
+            raise ValueError("the first pass has no attention row")
         state = self._state(view, self._preset.generic_instruction)
         assert state.view is not None
         generic, new_tokens, context_tokens = state.view.generic_row, 0, 0
@@ -216,8 +201,7 @@ class TransformersBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        if region.mode != "RGB" or 0 in region.size:
-            raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
+        check_local_view(region)
         return await self._answer(view, request, region, stop, on_text, picture)
 
     async def text_pass(
@@ -233,7 +217,7 @@ class TransformersBackend:
         # A running operation holds its own references and is not disturbed.
         assert isinstance(view, TransformersView)
         view.released = True
-        view.seen = view.generic_row = None
+        view.encoded = view.generic_row = None
         view.prefixes.clear()
 
     async def close(self) -> None:
@@ -257,13 +241,7 @@ class TransformersBackend:
 
     async def warm_up(self) -> None:
         """Run both passes once, so that the first question does not wait for kernel set-up."""
-        grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-        request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
-        view = await self.open_view(grey)
-        first = await self.first_pass(view, request)
-        await self.relative_attention(view, first)
-        await self.second_pass(view, grey, request)
-        await self.release(view)
+        await run_both_passes(self, self._preset.generic_instruction)
 
     async def _answer(
         self,
@@ -282,11 +260,11 @@ class TransformersBackend:
         prompts.check(request, images)
         prompt = prompts.build(request, images, views, picture=picture)
         state = self._state(view, request.question)
-        if prompt.shown:
+        if prompt.interleaved:
             state = state.interleaved(prompts.shared(views), prompt)
         job = AnswerJob(state, prompt, request, limit, region, stop, on_text)
         answer: Generation = await self._run(
-            ("answer", views, images, prompt.shown, state.cached),
+            ("answer", views, images, prompt.interleaved, state.cached),
             job,
             len(prompt.ids) - state.cached,
         )
@@ -304,7 +282,7 @@ class TransformersBackend:
         if view.released:
             raise RuntimeError("the view was released")
         key = question if self._adapter.reads_question else ""
-        return ViewSnapshot(view, key, view.prefixes.get(key), view.seen or ())
+        return ViewSnapshot(view, key, view.prefixes.get(key), view.encoded or ())
 
     async def _run(self, kind: Hashable, payload: Any, length: int = 1) -> Any:
         """Queue an operation for the model's thread and wait for it."""
@@ -314,13 +292,3 @@ class TransformersBackend:
             return await self._worker.run(kind, payload, length)
         except WorkerClosedError as error:
             raise ModelError("the model was closed") from error
-
-
-def _check_layer(layer: int, text_config: Any, name: str) -> None:
-    """Raise ConfigError if the decoder has no such layer."""
-    count = text_config.num_hidden_layers
-    if layer >= count:
-        raise ConfigError(
-            f"layer {layer} does not exist: {name} has decoder layers 0 to {count - 1}; "
-            "choose one with the option `layer`"
-        )

@@ -69,20 +69,20 @@ class Batch:
     """
 
     def __init__(self, adapter: Adapter, rows: Sequence[Row]) -> None:
-        held = {row.start for row in rows}
-        assert len(held) == 1, "prefixes of several lengths in one batch"
+        starts = {row.start for row in rows}
+        assert len(starts) == 1, "prefixes of several lengths in one batch"
         self._adapter = adapter
         self._rows = list(rows)
         self.cache = _joined([row.prefix for row in rows], adapter.decoder.config)
-        self._start = held.pop()
+        self._start = starts.pop()
         width = max(len(row.embeddings) for row in rows)
         self._padding = [width - len(row.embeddings) for row in rows]
         self._generated = 0
         self.visible: Tensor | None = None
         if any(self._padding):
-            places = torch.arange(self._start + width, device=adapter.device)
+            indices = torch.arange(self._start + width, device=adapter.device)
             padding = torch.tensor(self._padding, device=adapter.device)[:, None]
-            self.visible = (places < self._start) | (places >= self._start + padding)
+            self.visible = (indices < self._start) | (indices >= self._start + padding)
 
     def place(self, row: int, index: int) -> int:
         """Return the index in the batch's context of a position in a sequence's prompt."""
@@ -172,7 +172,7 @@ def cache_argument(decoder: type) -> str:
             return name
     raise ModelError(
         f"{decoder.__name__} of transformers {transformers.__version__} takes no cache of keys and "
-        "values by a name known here"
+        "values: neither `cache` nor `past_key_values`"
     )
 
 
@@ -186,13 +186,13 @@ def layers_of(cache: DynamicCache) -> list[Any]:
 
 def _joined(prefixes: Sequence[DynamicCache | None], config: Any) -> DynamicCache:
     """Return one cache that continues from all prefixes, without changing them."""
-    held = [prefix for prefix in prefixes if prefix is not None]
-    if not held:
+    cached = [prefix for prefix in prefixes if prefix is not None]
+    if not cached:
         return DynamicCache(config=config)
-    cache = copy.copy(held[0])
-    cache.layers = [copy.copy(layer) for layer in held[0].layers]
-    if len(held) > 1:
+    cache = copy.copy(cached[0])
+    cache.layers = [copy.copy(layer) for layer in cached[0].layers]
+    if len(cached) > 1:
         for number, layer in enumerate(layers_of(cache)):
-            layer.keys = torch.cat([layers_of(prefix)[number].keys for prefix in held])
-            layer.values = torch.cat([layers_of(prefix)[number].values for prefix in held])
+            layer.keys = torch.cat([layers_of(prefix)[number].keys for prefix in cached])
+            layer.values = torch.cat([layers_of(prefix)[number].values for prefix in cached])
     return cache

@@ -20,8 +20,9 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = torch.accelerator.current_accelerator()
-    known = dict.fromkeys(("auto", *_KINDS, *(() if here is None else (here.type,))))
+    accelerator = torch.accelerator.current_accelerator()
+    own = () if accelerator is None else (accelerator.type,)
+    known = dict.fromkeys(("auto", *_KINDS, *own))
     try:
         # torch warns about some old device names, and cannot compute on others.
         device = torch.device(name) if name.partition(":")[0] in known else None
@@ -32,10 +33,8 @@ def device_of(name: str) -> torch.device:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on the device
-        usable = ["cpu"] if here is None else ["cpu", here.type]
         raise ConfigError(
-            f"the device {name!r} was asked for, but torch has none here; it has: "
-            f"{', '.join(usable)}"
+            f"torch cannot use the device {name!r} here; it can use: {', '.join(('cpu', *own))}"
         ) from error
     return device
 
@@ -44,11 +43,13 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """Return the floating point type with a name; `auto` is bfloat16 on CUDA, else float32.
 
     Raises:
-        ConfigError: the name is no floating point type.
+        ConfigError: the name is not one of a floating point type.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"{name!r} is no floating point type (float32, bfloat16, float16)")
+        raise ConfigError(
+            f"{name!r} is not a floating point type; choose float32, bfloat16 or float16"
+        )
     return dtype

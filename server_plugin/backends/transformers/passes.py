@@ -23,7 +23,12 @@ from server_plugin.backends.transformers.adapters.prompts import Prompt
 from server_plugin.backends.transformers.attention import RowCapture, RowReadyError
 from server_plugin.backends.transformers.batch import Batch, Row
 from server_plugin.backends.transformers.sampling import Chooser, surprisal
-from server_plugin.backends.transformers.views import Looks, Prefix, TransformersView, ViewSnapshot
+from server_plugin.backends.transformers.views import (
+    CellAttention,
+    Prefix,
+    TransformersView,
+    ViewSnapshot,
+)
 from server_plugin.backends.transformers.worker import Job, WorkerClosedError, fail
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
@@ -72,7 +77,7 @@ class Passes:
 
     Args:
         adapter: the model.
-        closing: tells whether answers shall end at their next token.
+        closing: returns whether answers have to end at their next token.
     """
 
     def __init__(self, adapter: Adapter, closing: Callable[[], bool]) -> None:
@@ -106,41 +111,44 @@ class Passes:
 
     def _open_views(self, jobs: list[Job], pictures: int) -> None:
         adapter = self._adapter
-        every = adapter.see([image for job in jobs for image in job.payload])
-        seen = [tuple(every[i : i + pictures]) for i in range(0, len(every), pictures)]
+        outputs = adapter.encode([image for job in jobs for image in job.payload])
+        encoded = [tuple(outputs[i : i + pictures]) for i in range(0, len(outputs), pictures)]
         if adapter.reads_question:
-            for job, kept in zip(jobs, seen, strict=True):
-                job.future.set_result(TransformersView(kept, pictures))
+            for job, view_outputs in zip(jobs, encoded, strict=True):
+                job.future.set_result(TransformersView(view_outputs, pictures))
             return
         shared = self._shared(pictures)
-        tokens = [[adapter.visual_tokens(picture, "") for picture in one] for one in seen]
-        rows = [Row(shared, None, self._embedded(shared, 0, one)) for one in tokens]
+        tokens = [[adapter.visual_tokens(output, "") for output in view] for view in encoded]
+        rows = [Row(shared, None, self._embedded(shared, 0, pictures)) for pictures in tokens]
         batch = Batch(adapter, rows)
         batch.prefill()
         length = len(shared.ids)
-        for number, (job, one) in enumerate(zip(jobs, tokens, strict=True)):
+        for number, (job, view_tokens) in enumerate(zip(jobs, tokens, strict=True)):
             # Each view gets memory of its own, so that it can be released alone.
             cache = batch.copy_of(number, length) if len(jobs) > 1 else batch.cache
-            kept = seen[number] if len(jobs) == 1 else tuple(part.clone() for part in seen[number])
-            view = TransformersView(kept, pictures)
-            view.keep("", Prefix(cache, tuple(picture.looks for picture in one), length))
+            own = encoded[number]
+            if len(jobs) > 1:
+                own = tuple(output.clone() for output in own)
+            view = TransformersView(own, pictures)
+            attention = tuple(picture.cell_attention for picture in view_tokens)
+            view.keep("", Prefix(cache, attention, length))
             job.future.set_result(view)
 
     def _generic_rows(self, jobs: list[Job], pictures: int) -> None:
         """Attention under the generic instruction, once for each view."""
-        asked: dict[int, ViewSnapshot] = {}
+        missing: dict[int, ViewSnapshot] = {}
         for job in jobs:
             if job.payload.view.generic_row is None:
-                asked[id(job.payload.view)] = job.payload
+                missing[id(job.payload.view)] = job.payload
         prompt = self._generic(pictures)
-        computed = self._read_generic(list(asked.values()), prompt) if asked else {}
+        computed = self._read_generic(list(missing.values()), prompt) if missing else {}
         for job in jobs:
             view: TransformersView = job.payload.view
             if id(view) not in computed:  # another job computed the row while this one waited
                 job.future.set_result((view.generic_row, 0, 0))
                 continue
             row, new_tokens = computed[id(view)]
-            computed[id(view)] = row, 0  # the next job that needs it pays nothing
+            computed[id(view)] = row, 0  # counted once, for the first job that needs it
             if not view.released:
                 view.generic_row = row
             context_tokens = len(prompt.ids) if new_tokens else 0
@@ -150,14 +158,14 @@ class Passes:
         self, views: list[ViewSnapshot], prompt: Prompt
     ) -> dict[int, tuple[NDArray[np.float32], int]]:
         """Return the row on the grid and the number of computed positions, by id of the view."""
-        made = [self._row(state, prompt, self._preset.generic_instruction, []) for state in views]
-        batch = Batch(self._adapter, [row for row, _ in made])
-        prompts = [prompt] * len(made)
+        ready = [self._row(state, prompt, self._preset.generic_instruction, []) for state in views]
+        batch = Batch(self._adapter, [row for row, _ in ready])
+        prompts = [prompt] * len(ready)
         capture = self._capture(batch, prompts, stop=True)
         # The capture ends the forward pass: later layers are not computed.
         with contextlib.suppress(RowReadyError):
             batch.prefill(capture)
-        rows = self._on_grid(capture, batch, prompts, [looks for _, looks in made])
+        rows = self._on_grid(capture, batch, prompts, [attention for _, attention in ready])
         return {
             id(state.view): (
                 row,
@@ -173,8 +181,8 @@ class Passes:
         answers = [_GrowingAnswer(job, Chooser(job.payload.request.sampling)) for job in jobs]
         details = [answer.details for answer in answers]
         regions = [one.region for one in details if one.region is not None]
-        local = iter(self._adapter.see(regions)) if regions else iter(())
-        made = [
+        local = iter(self._adapter.encode(regions)) if regions else iter(())
+        ready = [
             self._row(
                 one.state,
                 one.prompt,
@@ -183,18 +191,18 @@ class Passes:
             )
             for one in details
         ]
-        batch = Batch(self._adapter, [row for row, _ in made])
-        looks = [looks for _, looks in made]
+        batch = Batch(self._adapter, [row for row, _ in ready])
+        cell_attention = [attention for _, attention in ready]
         prompts = [one.prompt for one in details]
         without_row = regions or not prompts[0].views
         capture = None if without_row else self._capture(batch, prompts)
         hidden = batch.prefill(capture)
         for number, answer in enumerate(answers):
-            answer.prefilled_tokens = len(made[number][0].embeddings)
-            self._keep_prefix(answer, batch, number, looks[number])
+            answer.prefilled_tokens = len(ready[number][0].embeddings)
+            self._keep_prefix(answer, batch, number, cell_attention[number])
         if capture is not None:
             for answer, row in zip(
-                answers, self._on_grid(capture, batch, prompts, looks), strict=True
+                answers, self._on_grid(capture, batch, prompts, cell_attention), strict=True
             ):
                 answer.row = row
         while True:
@@ -254,36 +262,42 @@ class Passes:
 
     def _row(
         self, state: ViewSnapshot, prompt: Prompt, question: str, local: Sequence[Tensor]
-    ) -> tuple[Row, Looks]:
-        """Return a prompt ready to run, and where its global views' tokens look.
+    ) -> tuple[Row, CellAttention]:
+        """Return a prompt ready to run, and its global views' cell attention.
 
         Args:
             local: the vision encoder's output for the local view, in a second pass.
         """
         prefix = state.prefix
         start = 0 if prefix is None else prefix.length
-        new = [shows for place, shows in prompt.shows() if place.start >= start]
-        made = {
-            shows: self._adapter.visual_tokens(
-                local[0] if shows == prompt.views else state.pictures[shows], question
+        new = [picture for run, picture in prompt.runs() if run.start >= start]
+        tokens = {
+            picture: self._adapter.visual_tokens(
+                local[0] if picture == prompt.views else state.pictures[picture], question
             )
-            for shows in dict.fromkeys(new)
+            for picture in dict.fromkeys(new)
         }
         row = Row(
             prompt,
             None if prefix is None else prefix.cache,
-            self._embedded(prompt, start, [made[shows] for shows in new]),
+            self._embedded(prompt, start, [tokens[picture] for picture in new]),
         )
         if prefix is not None:
-            return row, prefix.looks
-        return row, tuple(made[view].looks for view in range(prompt.views))
+            return row, prefix.cell_attention
+        return row, tuple(tokens[view].cell_attention for view in range(prompt.views))
 
-    def _keep_prefix(self, answer: _GrowingAnswer, batch: Batch, number: int, looks: Looks) -> None:
+    def _keep_prefix(
+        self, answer: _GrowingAnswer, batch: Batch, number: int, cell_attention: CellAttention
+    ) -> None:
         """Keep the prefix that a prefill without a cached prefix has computed."""
         state = answer.details.state
-        if state.prefix is None and state.view is not None and not answer.details.prompt.shown:
+        if (
+            state.prefix is None
+            and state.view is not None
+            and not answer.details.prompt.interleaved
+        ):
             cache = batch.copy_of(number, answer.details.prompt.shared)
-            state.view.keep(state.key, Prefix(cache, looks, 0))
+            state.view.keep(state.key, Prefix(cache, cell_attention, 0))
 
     def _capture(
         self, batch: Batch, prompts: Sequence[Prompt], *, stop: bool = False
@@ -301,23 +315,23 @@ class Passes:
         capture: RowCapture,
         batch: Batch,
         prompts: Sequence[Prompt],
-        looks: Sequence[Looks],
+        cell_attention: Sequence[CellAttention],
     ) -> list[NDArray[np.float32]]:
         """Return each sequence's attention to the grid cells, picture after picture."""
         begin = capture.keys[0].start
         rows = []
-        for number, (row, prompt, every) in enumerate(
-            zip(capture.take(), prompts, looks, strict=True)
+        for number, (row, prompt, attention) in enumerate(
+            zip(capture.take(), prompts, cell_attention, strict=True)
         ):
             cells: dict[int, Tensor] = {}
-            for place, shows in prompt.shows():
-                if shows == prompt.views:
+            for run, picture in prompt.runs():
+                if picture == prompt.views:
                     continue
-                first = batch.place(number, place.start) - begin
-                one = self._adapter.on_grid(row[first : first + len(place)], every[shows])
+                first = batch.place(number, run.start) - begin
+                one = self._adapter.on_grid(row[first : first + len(run)], attention[picture])
                 # For a picture at several places, the sum over them.
-                cells[shows] = cells[shows] + one if shows in cells else one
-            ordered = [cells[shows] for shows in range(prompt.views)]
+                cells[picture] = cells[picture] + one if picture in cells else one
+            ordered = [cells[picture] for picture in range(prompt.views)]
             rows.append(torch.cat(ordered).float().cpu().numpy())
         return rows
 
@@ -330,12 +344,12 @@ class Passes:
             pictures: the pictures after `start`.
         """
         parts: list[Tensor] = []
-        places = [place for place in prompt.images if place.start >= start]
-        for place, picture in zip(places, pictures, strict=True):
-            if place.start > start:
-                parts.append(self._adapter.embed(prompt.ids[start : place.start]))
+        runs = [run for run in prompt.images if run.start >= start]
+        for run, picture in zip(runs, pictures, strict=True):
+            if run.start > start:
+                parts.append(self._adapter.embed(prompt.ids[start : run.start]))
             parts.append(picture.embeddings)
-            start = place.stop
+            start = run.stop
         if start < len(prompt.ids):
             parts.append(self._adapter.embed(prompt.ids[start:]))
         return torch.cat(parts)

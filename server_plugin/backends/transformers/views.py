@@ -21,8 +21,8 @@ KEPT_PREFIXES = 2
 """Prefixes kept per view in families whose visual tokens depend on the question."""
 
 
-Looks = tuple[Tensor | None, ...]
-"""For each global view, `VisualTokens.looks`: how its visual tokens attend to the grid cells."""
+CellAttention = tuple[Tensor | None, ...]
+"""`VisualTokens.cell_attention` of each global view."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,16 +31,16 @@ class Prefix:
 
     Attributes:
         cache: keys and values of these positions; never written to.
-        looks: for each picture, see `Looks`.
+        cell_attention: see `CellAttention`.
         uncounted_tokens: computed positions that no result has reported as prefilled yet. The
             first answer that uses the prefix reports them, so that costs add up.
-        of: the longer prefix that this one was cut from, if any.
+        longer: the prefix that this one was cut from, if any.
     """
 
     cache: DynamicCache
-    looks: Looks
+    cell_attention: CellAttention
     uncounted_tokens: int
-    of: Prefix | None = None
+    longer: Prefix | None = None
 
     @property
     def length(self) -> int:
@@ -53,19 +53,19 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers_of(cache):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        return Prefix(cache, self.looks, 0, self)
+        return Prefix(cache, self.cell_attention, 0, self)
 
     @property
     def nbytes(self) -> int:
         """Memory, in bytes."""
-        looks = sum(one.nbytes for one in self.looks if one is not None)
+        attention = sum(one.nbytes for one in self.cell_attention if one is not None)
         cached = (t.nbytes for one in layers_of(self.cache) for t in (one.keys, one.values))
-        return int(looks + sum(cached))
+        return int(attention + sum(cached))
 
     def take_uncounted(self) -> int:
         """Return the positions to report as prefilled; 0 from the second call on."""
         tokens, self.uncounted_tokens = self.uncounted_tokens, 0
-        return tokens + (0 if self.of is None else self.of.take_uncounted())
+        return tokens + (0 if self.longer is None else self.longer.take_uncounted())
 
 
 @dataclass(slots=True, eq=False)
@@ -73,16 +73,16 @@ class TransformersView:
     """A global view in this backend: everything computed from it, without pixels.
 
     Attributes:
-        seen: the vision encoder's output for each picture. Needed by prompts that cannot continue
-            from a cached prefix: interleaved prompts, and new questions in families whose visual
-            tokens depend on the question.
+        encoded: the vision encoder's output for each picture. Needed by prompts that cannot
+            continue from a cached prefix: interleaved prompts, and new questions in families whose
+            visual tokens depend on the question.
         pictures: number of pictures.
         prefixes: by question if visual tokens depend on it; else one for all questions, under "".
         generic_row: attention on the grid under the generic instruction; None until computed.
         released: whether the view was released and holds nothing any more.
     """
 
-    seen: tuple[Tensor, ...] | None
+    encoded: tuple[Tensor, ...] | None
     pictures: int = 1
     prefixes: OrderedDict[str, Prefix] = field(default_factory=OrderedDict)
     generic_row: NDArray[np.float32] | None = None
@@ -91,10 +91,10 @@ class TransformersView:
     @property
     def nbytes(self) -> int:
         """Memory of this view, in bytes."""
-        held = [part.nbytes for part in self.seen or ()]
+        sizes = [part.nbytes for part in self.encoded or ()]
         if self.generic_row is not None:
-            held.append(self.generic_row.nbytes)
-        return sum(held) + sum(prefix.nbytes for prefix in list(self.prefixes.values()))
+            sizes.append(self.generic_row.nbytes)
+        return sum(sizes) + sum(prefix.nbytes for prefix in list(self.prefixes.values()))
 
     def keep(self, key: str, prefix: Prefix) -> None:
         """Keep a prefix for later passes; the oldest ones are dropped."""
@@ -137,11 +137,13 @@ class ViewSnapshot:
             if one != other:
                 break
             common += 1
-        for (place, shows), (here, shown) in zip(usual.shows(), prompt.shows(), strict=False):
-            if place.start >= common:
+        for (usual_run, usual_picture), (run, picture) in zip(
+            usual.runs(), prompt.runs(), strict=False
+        ):
+            if usual_run.start >= common:
                 break
-            if place != here or shows != shown:
-                common = min(common, place.start, here.start)
+            if usual_run != run or usual_picture != picture:
+                common = min(common, usual_run.start, run.start)
                 break
         prefix = self.prefix.cut(common) if common else None
         return replace(self, prefix=prefix)
@@ -158,8 +160,8 @@ def view_bytes(adapter: Adapter, tokens: int) -> int:
     cached = _cache_bytes(adapter.decoder.config, tokens, adapter.dtype)
     cells = 4 * layout.grid.rows * layout.grid.columns  # float32
     if adapter.reads_question:
-        seen = layout.seen_numbers * adapter.dtype.itemsize
-        return seen + KEPT_PREFIXES * (cached + layout.visual_tokens * cells) + cells
+        encoded = layout.encoded_numbers * adapter.dtype.itemsize
+        return encoded + KEPT_PREFIXES * (cached + layout.visual_tokens * cells) + cells
     width = int(adapter.decoder.config.hidden_size)
     return cached + cells + layout.visual_tokens * width * adapter.dtype.itemsize
 

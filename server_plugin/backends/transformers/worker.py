@@ -149,12 +149,12 @@ class BatchWorker:
                 if not job.future.done():
                     job.future.set_exception(RuntimeError(f"a job of {job.kind} was left undone"))
             return
-        # The thread must go on after any error: a panic in a Rust library is no `Exception`.
+        # The thread must go on after any error: a panic in a Rust library is not an `Exception`.
         except BaseException as error:
             if len(jobs) == 1:
                 fail(jobs[0], error)
                 return
-            log.warning("%d operations together failed; trying each alone", len(jobs))
+            log.warning("%d operations failed together; each is tried again alone", len(jobs))
         # Outside the handler: its exception would keep the failed batch in memory.
         for job in jobs:
             if not job.future.done():

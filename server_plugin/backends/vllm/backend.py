@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
 from PIL.Image import Image
 
 from server_plugin.backends.base import (
@@ -33,6 +32,9 @@ from server_plugin.backends.base import (
     StopRule,
     TextSink,
     View,
+    check_global_view,
+    check_local_view,
+    run_both_passes,
 )
 from server_plugin.backends.transformers.adapters.base import Adapter
 from server_plugin.backends.transformers.adapters.prompts import Prompt
@@ -45,12 +47,12 @@ from server_plugin.backends.vllm.engine_requests import (
 )
 from server_plugin.backends.vllm.setup import EVERY_LOGPROB, check_setup
 from server_plugin.backends.vllm.views import NamedPicture, VllmView, pictures_of, result_of
-from vlm_collab.errors import ImageError, ModelError, QuestionError
+from vlm_collab.errors import ModelError, QuestionError
 from vlm_collab.method.policy import Metric
 from vlm_collab.method.roi import relative_maps
 from vlm_collab.method.uncertainty import TokenStatistics, token_statistics
 
-_RPC_PATIENCE_S = 2.0
+_RPC_CHECK_S = 2.0
 """Seconds between checks that the engine is alive, while a call waits for its answer."""
 
 
@@ -100,20 +102,12 @@ class VllmBackend:
             logprobs_mode=config.model_config.logprobs_mode,
         )
         self._logprobs = EVERY_LOGPROB if preset.metric is Metric.ENTROPY else 2
-        layout, text = adapter.layout, config.model_config.hf_config.get_text_config()
-        self._info = ModelInfo(
-            name=name,
-            view=layout.view,
-            fit=preset.fit,
-            grid=layout.grid,
-            base_px=preset.base_px or max(layout.view),
-            layer=preset.layer,
-            hidden_size=text.hidden_size,
-            layers=text.num_hidden_layers,
-            visual_tokens=layout.visual_tokens,
-            context_tokens=layout.context_tokens,
+        text = config.model_config.hf_config.get_text_config()
+        self._info = adapter.model_info(
+            name,
+            text,
             concurrency=config.scheduler_config.max_num_seqs,
-            view_bytes=math.prod(layout.view) * 3,
+            view_bytes=math.prod(adapter.layout.view) * 3,
         )
         self._rows_scope = secrets.token_hex(16)
         self._rows = RowClient(self._call, preset.layer, text.num_attention_heads, self._rows_scope)
@@ -138,22 +132,17 @@ class VllmBackend:
 
     def check_question(self, request: GenerationRequest, images: int = 2) -> None:
         self._adapter.prompts.check(request.with_limit(self._preset.max_new_tokens), images)
-        # vLLM counts a picture at several places several times.
-        again = len(request.places) - len({place.picture for place in request.places})
-        if images + again > self._most_pictures:
+        # vLLM counts a picture once for each of its places.
+        repeats = len(request.places) - len({place.picture for place in request.places})
+        if images + repeats > self._most_pictures:
             raise QuestionError(
                 f"this server takes {self._most_pictures} pictures in a prompt, the local view "
-                f"included, not {images + again}: start vLLM with a larger --limit-mm-per-prompt"
+                f"included, not {images + repeats}: start vLLM with a larger --limit-mm-per-prompt"
             )
 
     async def open_view(self, *images: Image) -> VllmView:
         for image in images:
-            if image.mode != "RGB" or image.size != self._info.view:
-                raise ImageError(
-                    f"a global view must be RGB of {self._info.view.width} x "
-                    f"{self._info.view.height} px, not {image.mode} of {image.width} x "
-                    f"{image.height}"
-                )
+            check_global_view(image, self._info.view)
         return VllmView(tuple(map(self._picture, images)), len(images))
 
     async def first_pass(
@@ -197,7 +186,7 @@ class VllmBackend:
             The row; see `Generation.row`.
 
         Raises:
-            ModelError: the workers do not have the row, or the engine is gone.
+            ModelError: the workers do not have the row, or the engine has died.
             ValueError: no row was requested.
         """
         if not isinstance(first, VllmGeneration) or first.expected is None:
@@ -208,10 +197,10 @@ class VllmBackend:
         prompt = first.prompt
         start = prompt.views_span.start
         cells: dict[int, torch.Tensor] = {}
-        for place, shows in prompt.shows():
-            one = self._adapter.on_grid(row[place.start - start : place.stop - start], None)
+        for run, picture in prompt.runs():
+            one = self._adapter.on_grid(row[run.start - start : run.stop - start], None)
             # For a picture at several places, the sum over them.
-            cells[shows] = cells[shows] + one if shows in cells else one
+            cells[picture] = cells[picture] + one if picture in cells else one
         grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()
         return grid
 
@@ -225,8 +214,7 @@ class VllmBackend:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        if region.mode != "RGB" or 0 in region.size:
-            raise ImageError(f"a local view must be RGB with pixels, not {region.mode}")
+        check_local_view(region)
         pictures = (*pictures_of(view), self._picture(self._adapter.fitted(region)))
         return await self._answer(
             pictures,
@@ -249,7 +237,7 @@ class VllmBackend:
     async def release(self, view: View) -> None:
         assert isinstance(view, VllmView)
         # Running operations hold their own references and are not disturbed.
-        view.shown = view.generic = None
+        view.images = view.generic = None
 
     async def warm_up(self) -> None:
         """Check that attention rows can be captured, and run both passes once.
@@ -259,13 +247,7 @@ class VllmBackend:
         """
         try:
             await self._rows.install()
-            grey = PillowImage.new("RGB", self._info.view, (128, 128, 128))
-            request = GenerationRequest(self._preset.generic_instruction, max_new_tokens=2)
-            view = await self.open_view(grey)
-            first = await self.first_pass(view, request)
-            await self.relative_attention(view, first)
-            await self.second_pass(view, grey, request)
-            await self.release(view)
+            await run_both_passes(self, self._preset.generic_instruction)
         except BaseException:
             await self.close()  # otherwise the engine's processes would stay
             raise
@@ -293,9 +275,9 @@ class VllmBackend:
         call = asyncio.ensure_future(engine.collective_rpc(method, args=arguments))
         try:
             # An engine that dies does not answer its calls.
-            while not (await asyncio.wait([call], timeout=_RPC_PATIENCE_S))[0]:
+            while not (await asyncio.wait([call], timeout=_RPC_CHECK_S))[0]:
                 if engine.errored:
-                    raise ModelError("vLLM failed: its engine is gone")
+                    raise ModelError("vLLM failed: its engine has died")
         finally:
             call.cancel()
         return call.result()
@@ -342,7 +324,7 @@ class VllmBackend:
             surprisals: list[float] = []
             ended = stopped = False
             cached = 0
-            in_order = [pictures[shows] for shows in prompt.order]
+            in_order = [pictures[index] for index in prompt.order]
             if self._engine is None:
                 raise ModelError("the model was closed")
             parameters = sampling_parameters(
@@ -378,7 +360,7 @@ class VllmBackend:
             if not ids:
                 raise ModelError("vLLM ended an answer before its first token")
             if not (stopped or ended or len(ids) >= limit):
-                raise ModelError(f"vLLM broke off an answer after {len(ids)} tokens")
+                raise ModelError(f"vLLM stopped an answer early, after {len(ids)} tokens")
             return VllmGeneration(
                 text=self._adapter.text_of(ids),
                 token_ids=tuple(ids),

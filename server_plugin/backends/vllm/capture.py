@@ -148,9 +148,9 @@ class RowReader:
         computed.update(zip(continued.req_ids, continued.num_computed_tokens, strict=True))
         self.lengths = scheduled.num_scheduled_tokens
         for name, request in self.pending.items():
-            place = request.prompt - 1 - computed.get(name, request.prompt)
-            if 0 <= place < self.lengths.get(name, 0):
-                self.due[name] = place
+            index = request.prompt - 1 - computed.get(name, request.prompt)
+            if 0 <= index < self.lengths.get(name, 0):
+                self.due[name] = index
 
     def read(self, layer: Any, query: Tensor, cache: Tensor, metadata: Any) -> None:
         """Capture the rows that are due, after the layer's attention."""
@@ -189,8 +189,8 @@ class RowReader:
 
     def take(self, keys: list[str]) -> list[tuple[bytes, int] | None]:
         """Return and drop rows by key: float32 bytes, and the number of heads in the sum."""
-        held = [self._release(key) for key in keys]
-        return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in held]
+        rows = [self._release(key) for key in keys]
+        return [None if row is None else (row.cpu().numpy().tobytes(), self.heads) for row in rows]
 
 
 def _row_request(request: Any) -> _RowRequest | None:
@@ -303,8 +303,8 @@ def _wrap(worker: Any, number: int, scope: str) -> int:
         if reader.due and metadata is not None:
             try:
                 reader.read(layer, query, cache, metadata)
-            except Exception:  # must not end the engine; the caller gets an error for its row
-                log.exception("attention rows were lost")
+            except Exception:  # the engine must go on; the caller gets an error for its row
+                log.exception("attention rows could not be captured")
         return result
 
     runner.execute_model, impl.forward = execute_model, forward
@@ -317,7 +317,7 @@ def _check(config: Any) -> None:
     graphs = config.compilation_config.cudagraph_mode
     if graphs is not None and graphs.name not in ("NONE", "PIECEWISE"):
         raise UnsupportedError(
-            f"cudagraph_mode {graphs.name} runs past the capture; set it to PIECEWISE"
+            f"cudagraph_mode {graphs.name} skips the capture; set it to PIECEWISE"
         )
     parallel = config.parallel_config
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
@@ -325,7 +325,7 @@ def _check(config: Any) -> None:
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise UnsupportedError("prefill context parallelism")
     if parallel.use_ubatching:  # more than dual batch overlap turns it on
-        raise UnsupportedError("steps that are cut into micro-batches")
+        raise UnsupportedError("steps that are divided into micro-batches")
     # The front-end refuses data parallelism: each replica's workers see a size of 1.
     if config.speculative_config is not None:
         raise UnsupportedError("speculative decoding")

@@ -85,7 +85,7 @@ class RowClient:
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 if capture.INSTALL not in reason:  # vLLM names a method that it does not find
-                    raise ConfigError(f"vLLM's workers gave no answer: {reason}") from error
+                    raise ConfigError(f"vLLM's workers did not reply: {reason}") from error
                 raise ConfigError(
                     "vLLM's workers do not know the plugin vlm_collab: install vlm-collab beside "
                     f"vLLM, and name it in VLLM_PLUGINS if that is set ({reason})"
@@ -97,7 +97,7 @@ class RowClient:
             if found != self._heads:
                 raise ConfigError(
                     f"vLLM's workers have {found} attention heads of layer {self._layer}, the "
-                    f"checkpoint {self._heads}: rows cannot be put together"
+                    f"checkpoint {self._heads}: rows would be incomplete"
                 )
             self._installed = True
 
@@ -125,7 +125,9 @@ class RowClient:
                 ranks = await self._call(capture.TAKE, list(waiting))
                 parts = list(zip(*ranks, strict=True))  # per row: the parts of all ranks
             except Exception as error:
-                lost = ModelError(f"vLLM gave no attention rows: {' '.join(str(error).split())}")
+                lost = ModelError(
+                    f"vLLM returned no attention rows: {' '.join(str(error).split())}"
+                )
                 outcomes: list[NDArray[np.float32] | ModelError] = [lost] * len(waiting)
             else:
                 outcomes = [self._mean(part) for part in parts]

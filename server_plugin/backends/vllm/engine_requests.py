@@ -108,8 +108,8 @@ def check_prompt(prompt: Prompt, expanded: Sequence[int]) -> None:
     """
     if tuple(expanded) != prompt.ids:
         raise ModelError(
-            f"vLLM made a prompt of {len(expanded)} tokens where the checkpoint's own "
-            f"processor makes {len(prompt.ids)}; it takes pictures of this model in another way"
+            f"vLLM made a prompt of {len(expanded)} tokens, the checkpoint's own processor "
+            f"{len(prompt.ids)}: this vLLM expands pictures in another way"
         )
 
 

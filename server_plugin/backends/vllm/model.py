@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from server_plugin.backends.transformers.adapters.base import Adapter
+from server_plugin.backends.transformers.adapters.base import Adapter, check_family, check_layer
 from server_plugin.backends.transformers.adapters.checkpoint import (
     load_config,
     load_processor,
@@ -55,8 +55,8 @@ def open_vllm_model(
             the preset does not fit the checkpoint.
     """
     source = local_or_hub(name_or_folder)
-    shown = name or (Path(source).resolve().name if Path(source).is_dir() else source)
-    check(source, preset, shown)
+    served_name = name or (Path(source).resolve().name if Path(source).is_dir() else source)
+    check(source, preset, served_name)
     # vLLM must not log to stdout, which may carry the command's JSON.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
@@ -74,7 +74,7 @@ def open_vllm_model(
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"vLLM cannot serve {name_or_folder}: {reason}") from error
     try:
-        return vllm_backend(started, source, preset, shown)
+        return vllm_backend(started, source, preset, served_name)
     except BaseException:
         started.shutdown()
         raise
@@ -109,7 +109,7 @@ def engine_options(preset: Preset, dtype: str = "auto", batch: int | None = None
 
 
 def vllm_backend(
-    engine: Any, source: str, preset: Preset, shown: str, *, owned: bool = True
+    engine: Any, source: str, preset: Preset, served_name: str, *, owned: bool = True
 ) -> VllmBackend:
     """Make a backend for a running engine.
 
@@ -117,18 +117,18 @@ def vllm_backend(
         engine: `AsyncLLM`, or an engine client of vLLM's server.
         source: the folder or hub name that the engine has loaded.
         preset: how the model is used.
-        shown: the name that clients see.
+        served_name: the name that clients see.
         owned: whether closing the backend shuts the engine down.
 
     Raises:
         ModelError, ConfigError: as in `open_vllm_model`.
     """
-    adapter_class = check(source, preset, shown)
+    adapter_class = check(source, preset, served_name)
     adapter = weightless_adapter(adapter_class, source, preset, engine.model_config.max_model_len)
-    return VllmBackend(engine, adapter, shown, owned=owned)
+    return VllmBackend(engine, adapter, served_name, owned=owned)
 
 
-def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
+def check(source: str, preset: Preset, served_name: str) -> type[Adapter]:
     """Refuse a checkpoint that cannot be served; reads its small files only.
 
     Raises:
@@ -139,18 +139,9 @@ def check(source: str, preset: Preset, shown: str) -> type[Adapter]:
         raise ConfigError(
             f"vLLM {SUPPORTED} does not serve {adapter_class.family}; use --backend transformers"
         )
-    if preset.family != adapter_class.family:
-        raise ConfigError(
-            f"the preset is for the family {preset.family!r}, but {shown} is of "
-            f"{adapter_class.family!r}"
-        )
+    check_family(adapter_class, preset, served_name)
     config = load_config(source)
-    layers = config.get_text_config().num_hidden_layers
-    if preset.layer >= layers:
-        raise ConfigError(
-            f"layer {preset.layer} does not exist: {shown} has decoder layers 0 to {layers - 1}; "
-            "choose one with the option `layer`"
-        )
+    check_layer(preset, config.get_text_config(), served_name)
     adapter_class.layout_of(config, preset)
     return adapter_class
 

@@ -39,7 +39,8 @@ def vector_keys(cache: Tensor, blocks: Tensor) -> Tensor:
     """Return keys in the layout of vLLM's CPU kernels for the instruction sets `vec` and `vec16`.
 
     All keys of a block come before all its values, in column-major order: first the first number of
-    each token, then the second ones. Arguments and result as in `token_major_keys`.
+    each token, then the second number of each, and so on. Arguments and result are those of
+    `token_major_keys`.
     """
     block, head = cache.shape[2], cache.shape[3] // 2
     # A view, never a copy: `cache` is the whole cache.
@@ -63,9 +64,9 @@ def summed_row(
     Returns:
         (stop − first,) float32 on the query's device.
     """
-    groups = query.float().reshape(keys.shape[1], -1, query.shape[-1])  # (kv heads, of each, head)
+    groups = query.float().reshape(keys.shape[1], -1, query.shape[-1])  # (kv heads, group, head)
     # Block by block, so that only the scores are reordered and not the keys.
-    scores = (groups * scale) @ keys.float()  # (n, kv heads, of each, block)
+    scores = (groups * scale) @ keys.float()  # (n, kv heads, group, block)
     in_order = scores.permute(1, 2, 0, 3).flatten(0, 1).flatten(1)[:, :context]
     return in_order.softmax(-1)[:, first:stop].sum(0)
 
@@ -81,9 +82,10 @@ def mean_over_ranks(parts: Sequence[tuple[bytes, int] | None], heads: int) -> ND
     Raises:
         ValueError: heads are missing or counted twice.
     """
-    held = [part for part in parts if part is not None]
-    if sum(count for _, count in held) != heads:
-        raise ValueError(f"of {heads} heads, {sum(count for _, count in held)} gave a row")
-    total = np.stack([np.frombuffer(data, np.float32) for data, _ in held]).sum(0, np.float64)
+    sums = [part for part in parts if part is not None]
+    found = sum(count for _, count in sums)
+    if found != heads:
+        raise ValueError(f"{found} of {heads} heads gave a row")
+    total = np.stack([np.frombuffer(data, np.float32) for data, _ in sums]).sum(0, np.float64)
     mean: NDArray[np.float32] = (total / heads).astype(np.float32)
     return mean

@@ -28,7 +28,7 @@ def require_vllm() -> None:
         ConfigError: it is not.
     """
     spec = find_spec("vllm")
-    if spec is None or spec.origin is None:  # a folder of that name is no package
+    if spec is None or spec.origin is None:  # a folder of that name is not a package
         raise ConfigError(
             "the vLLM backend needs vLLM; install it with `pip install 'vlm-collab[vllm]'`"
         )
@@ -56,18 +56,18 @@ def check_setup(
     if replicas is not None and replicas > 1:
         # Workers of each replica see a data-parallel size of 1, so they cannot check this.
         raise ConfigError(
-            "data parallelism inside one server: only the first replica would answer for its "
-            "rows; run one server per replica, without --data-parallel-size"
+            "data parallelism inside one server would lose attention rows; run one server per "
+            "replica, without --data-parallel-size"
         )
     if pictures is not None and pictures < 2:
         raise ConfigError(
-            "the second pass shows two pictures: start vLLM with --limit-mm-per-prompt "
-            f"'{{\"image\": 2}}' or more, not {pictures}"
+            "the second pass needs two pictures in a prompt: start vLLM with "
+            f"--limit-mm-per-prompt '{{\"image\": 2}}' or more, not {pictures}"
         )
     exact = max_logprobs in (None, EVERY_LOGPROB)
     if preset.metric is Metric.ENTROPY and not exact:
         raise ConfigError(
-            "the metric entropy is exact only over the whole vocabulary: start vLLM with "
+            "the metric entropy needs the whole vocabulary: start vLLM with "
             "--max-logprobs -1, or choose min_entropy or margin"
         )
     if logprobs_mode not in (None, "raw_logprobs"):
@@ -89,8 +89,8 @@ def check_revision(source: str, revision: str | None) -> None:
     """
     if revision is not None and not Path(source).is_dir():
         raise ConfigError(
-            "--revision: prompts are made from the files of the model's main revision; download "
-            "the other one, and name its folder instead of the model"
+            "--revision: not supported, because prompts are made from the files of the main "
+            "revision; download the other revision, and name its folder instead of the model"
         )
 
 

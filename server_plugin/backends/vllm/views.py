@@ -29,19 +29,19 @@ class VllmView:
     """A global view: its pixels, and its generic row if that was needed.
 
     Attributes:
-        shown: the pictures, one or more; None after a release.
+        images: the pictures, one or more; None after a release.
         pictures: number of pictures.
         generic: the task that computes the generic row; None if it was never needed.
     """
 
-    shown: tuple[NamedPicture, ...] | None
+    images: tuple[NamedPicture, ...] | None
     pictures: int = 1
     generic: asyncio.Task[Generation] | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory of pixels and row, in bytes. vLLM's own caches have separate budgets."""
-        pixels = sum(math.prod(picture.image.size) * 3 for picture in self.shown or ())
+        pixels = sum(math.prod(picture.image.size) * 3 for picture in self.images or ())
         generic = result_of(self.generic)
         return pixels + (0 if generic is None or generic.row is None else generic.row.nbytes)
 
@@ -53,9 +53,9 @@ def pictures_of(view: View) -> tuple[NamedPicture, ...]:
         RuntimeError: the view was released.
     """
     assert isinstance(view, VllmView)
-    if view.shown is None:
+    if view.images is None:
         raise RuntimeError("this view was released")
-    return view.shown
+    return view.images
 
 
 def result_of(task: asyncio.Task[Generation] | None) -> Generation | None:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible endpoint, for clients that know nothing of the two stages."""
+"""The OpenAI-compatible endpoint, for clients without this project's protocol."""

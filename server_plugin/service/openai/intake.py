@@ -12,7 +12,7 @@ from PIL.Image import Image
 from starlette.requests import HTTPConnection
 
 from server_plugin.engines.two_stage import RegionNeed, RegionUnavailableError
-from server_plugin.service.answering import QuestionAnswerer, Refused
+from server_plugin.service.answering import QuestionAnswerer, Refused, request_of
 from server_plugin.service.openai.pending import PendingQuestion
 from server_plugin.service.openai.reply import error_of
 from server_plugin.service.openai.uploads import (
@@ -29,9 +29,9 @@ from vlm_collab.protocol.messages import Fallback
 
 T = TypeVar("T")
 
-_QUICK_BYTES = 2**18
-"""Parsing a request of so many bytes, with its pictures decoded from base64 and hashed, takes a
-millisecond or two."""
+_SMALL_BYTES = 2**18
+"""Largest request that is parsed on the event loop. Parsing it, with its pictures decoded from
+base64 and hashed, takes a millisecond or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _is_original(picture: UploadedPicture, source: Size) -> bool:
 
 
 class QuestionIntake:
-    """Accepts questions out of requests, and keeps track of them until they end.
+    """Accepts the questions of requests, and keeps track of them until they end.
 
     Args:
         state: see `ServiceState`.
@@ -128,7 +128,7 @@ class QuestionIntake:
 
     async def parse(self, request_bytes: int, parse: Callable[[], T]) -> T:
         """Run `parse`, which parses a request; on the event loop only if the request is small."""
-        return parse() if request_bytes <= _QUICK_BYTES else await self.decoding.run(parse)
+        return parse() if request_bytes <= _SMALL_BYTES else await self.decoding.run(parse)
 
     def check_pictures(
         self, query: Query, known: Mapping[PictureSource, tuple[UploadedPicture, Size]]
@@ -151,8 +151,8 @@ class QuestionIntake:
                 sent_bytes += len(original.data)
             originals.append(original)
             sources.append(source)
-        stated = tuple(Size(*source) for source in query.sources)
-        return QuestionPictures(tuple(originals), stated or tuple(sources), sent_bytes)
+        given = tuple(Size(*source) for source in query.sources)
+        return QuestionPictures(tuple(originals), given or tuple(sources), sent_bytes)
 
     def check_picture(self, data: PictureSource, param: str) -> UploadedPicture:
         """Check one picture of a request. Hashes it, as `check_pictures` does.
@@ -176,7 +176,7 @@ class QuestionIntake:
         *,
         client_crops: bool,
     ) -> PendingQuestion:
-        """Have a question answered.
+        """Accept a question, and start to answer it.
 
         Args:
             client_crops: the client cuts regions itself.
@@ -194,19 +194,18 @@ class QuestionIntake:
                 raise RegionUnavailableError(Fallback.DECLINED)  # only the client has the original
             return await self.decoding.run(lambda: original.region(need.box, self.target))
 
+        options = msgspec.structs.replace(query.options, stream=query.stream)
         try:
             question = PendingQuestion(
                 self._state,
                 self._answerer,
-                client.session,
-                query.question,
-                query.history,
-                msgspec.structs.replace(query.options, stream=query.stream),
-                hold_view if pictures.originals else None,
-                pictures.sources,
-                None if client_crops else crop,
-                self._may_wait,
-                query.places,
+                request_of(query.question, query.history, query.places, options),
+                options,
+                session=client.session,
+                hold_view=hold_view if pictures.originals else None,
+                sources=pictures.sources,
+                crop=None if client_crops else crop,
+                may_wait=self._may_wait,
             )
         except Refused as refused:
             raise refusal_error(refused, query) from refused
@@ -218,7 +217,7 @@ class QuestionIntake:
         """Whether one more question may wait for its client's region.
 
         Clients that may never come back hold at most half of the service's views and questions;
-        beyond that, first answers stand.
+        beyond that, questions end with their first answers.
         """
         limits = self._state.config.limits
         waiting = [each.waiting for each in self._questions if each.waiting]

@@ -15,14 +15,13 @@ from typing import TypeAlias
 
 from PIL.Image import Image
 
-from server_plugin.backends.base import History
+from server_plugin.backends.base import GenerationRequest
 from server_plugin.engines.two_stage import Outcome, RegionNeed, RegionUnavailableError, Work
 from server_plugin.service.answering import QuestionAnswerer, Refused
 from server_plugin.service.openai.uploads import HeldView
 from server_plugin.service.state import ServiceState
 from vlm_collab.errors import ErrorCode
 from vlm_collab.geometry import Size
-from vlm_collab.protocol.image_positions import Places
 from vlm_collab.protocol.messages import Fallback, Finish, Options, Retransmit, Stage, Token
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ CropRegion: TypeAlias = Callable[[RegionNeed], Awaitable[Image]]
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The model has begun; from here on only the model itself can fail."""
+    """The model has begun; from here on only the model can fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class FinalAnswer:
 
     Attributes:
         text, stage, fallback, uncertainty, finish, tokens: as in `Outcome`.
-        need: the region that was asked for; None when none was.
+        need: the region that was requested; None if none was.
         work: its cost; empty for a first answer that replaces a lost second one.
     """
 
@@ -66,12 +65,12 @@ class FinalAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RegionRequested:
-    """The client is asked for a region."""
+    """A region is requested from the client."""
 
     need: RegionNeed
 
     def first_answer(self, fallback: Fallback = Fallback.NONE) -> FinalAnswer:
-        """The first answer, which stands while no region comes."""
+        """Return the first answer, which is valid until a region comes."""
         need = self.need
         return FinalAnswer(
             text=need.first,
@@ -94,15 +93,13 @@ class PendingQuestion:
     Args:
         state: see `ServiceState`.
         answerer: runs the engine.
-        session: turns at the model alternate between sessions.
-        text: the question.
-        history: earlier questions and answers.
+        request: the question.
         options: as on the wire.
+        session: turns at the model alternate between sessions.
         hold_view: holds the view, once; None for a question without pictures.
         sources: sizes of what the pictures show, in px.
         crop: cuts regions here; None asks the client for them.
         may_wait: whether one more question may wait for its client.
-        places: where the pictures stand in the texts.
 
     Raises:
         Refused: no room, or the model cannot take it.
@@ -112,22 +109,21 @@ class PendingQuestion:
         self,
         state: ServiceState,
         answerer: QuestionAnswerer,
-        session: Hashable,
-        text: str,
-        history: History,
+        request: GenerationRequest,
         options: Options,
+        *,
+        session: Hashable,
         hold_view: HoldView | None,
         sources: Sequence[Size],
         crop: CropRegion | None,
         may_wait: Callable[[], bool],
-        places: Places = (),
     ) -> None:
         answerer.check_capacity()
-        # Its picture is decoded before it waits for its turn: wasted work if the queue is full.
+        # Checked before its picture is decoded, which would be wasted if the queue is full.
         if state.queue.waiting >= state.config.limits.max_queue:
             raise answerer.busy()
-        _check_length(text, history, state.config.limits.connection.max_question_bytes)
-        answerer.check_question(text, len(sources), history, options, places)
+        _check_length(request, state.config.limits.connection.max_question_bytes)
+        answerer.check_question(request, options, len(sources))
         self.name = secrets.token_hex(4)
         self.options = options
         self.one_pass = hold_view is None or options.retransmit is Retransmit.NEVER
@@ -136,9 +132,9 @@ class PendingQuestion:
         """Where the model needs to look; set in the second stage, whose failure leaves the first
         answer."""
         self._state, self._answerer = state, answerer
-        self._text, self._history = text, history
+        self._request = request
         self._hold_view, self._sources, self._crop = hold_view, tuple(sources), crop
-        self._may_wait, self._places = may_wait, places
+        self._may_wait = may_wait
         self._held: HeldView | None = None
         self._turn = state.queue.turn(session)
         self._events: asyncio.Queue[QuestionEvent | Refused] = asyncio.Queue()
@@ -150,7 +146,7 @@ class PendingQuestion:
         self._task.add_done_callback(self._ended)
 
     def on_end(self, call: Callable[[], None]) -> None:
-        """Call `call` when the question has ended, however that was."""
+        """Call `call` when the question has ended in any way."""
         self._task.add_done_callback(lambda _: call())
 
     async def next_event(self) -> QuestionEvent:
@@ -167,8 +163,8 @@ class PendingQuestion:
     @property
     def waiting(self) -> int:
         """How many pictures' views are held while the client is asked for a region; else 0."""
-        asked = self._region is not None and not self._region.done()
-        return len(self._sources) if asked else 0
+        waits = self._region is not None and not self._region.done()
+        return len(self._sources) if waits else 0
 
     def cancel(self) -> None:
         """Stop: the client has gone. Safe to call when the question has ended."""
@@ -229,8 +225,7 @@ class PendingQuestion:
         if self._hold_view is None:
             return await self._answerer.answer_text(
                 self._turn,
-                self._text,
-                history=self._history,
+                self._request,
                 options=self.options,
                 on_text=self._text_sink(),
                 on_start=self._start,
@@ -240,11 +235,9 @@ class PendingQuestion:
             self._turn,
             self._held.lease,
             self._sources,
-            self._text,
+            self._request,
             self._fetch_region,
-            history=self._history,
             options=self.options,
-            places=self._places,
             on_text=self._text_sink(),
             on_start=self._start,
         )
@@ -338,12 +331,13 @@ class PendingQuestion:
         self._answerer.count(self._outcome)
 
 
-def _check_length(text: str, history: History, most_bytes: int) -> None:
+def _check_length(request: GenerationRequest, most_bytes: int) -> None:
     """Refuse a question that is too long together with the conversation before it."""
-    text_bytes = sum(len(part.encode()) for turn in (*history, (text,)) for part in turn)
+    turns = (*request.history, (request.question,))
+    text_bytes = sum(len(text.encode()) for turn in turns for text in turn)
     if text_bytes > most_bytes:
         raise Refused(
             ErrorCode.BAD_QUESTION,
-            f"the question and what was said before it have {text_bytes} bytes of text, more "
+            f"the question and the conversation before it have {text_bytes} bytes of text, more "
             f"than {most_bytes}",
         )

@@ -33,7 +33,7 @@ class AnswerStream:
     """Follows a question for one client, and streams its text.
 
     Args:
-        question: is cancelled if the client goes.
+        question: cancelled if the client leaves.
         sender: to the client.
         writer: encodes the stream; None for a response in one piece.
     """
@@ -122,7 +122,7 @@ def result_of(
 
 
 def region_arguments(need: RegionNeed, source: Size, target: Size) -> dict[str, Any]:
-    """Where to look, for a client that knows only its own picture.
+    """Return the arguments of the region tool, for a client that knows only its own picture.
 
     Positions and sizes are shares of the upright picture's width and height. Multiplied by its
     size and rounded, they give whole pixels.

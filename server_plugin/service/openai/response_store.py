@@ -34,7 +34,7 @@ class RegionCall:
 
     Attributes:
         id: of the call; the client's output names it.
-        question: waits.
+        question: the question that waits.
         instructions: of the request that asked the question.
         tally: bytes so far.
     """
@@ -47,7 +47,7 @@ class RegionCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredResponse:
-    """What a later request needs of a response.
+    """A response with the data that a later request needs.
 
     Attributes:
         conversation: up to the response, its answer included if it has one.
@@ -136,13 +136,13 @@ class ResponseStore:
             self._timer = loop.call_later(self._limits.keep_s, self._expire)
 
     def get(self, tenant: bytes, id: str) -> StoredResponse | None:
-        """A response of this tenant; None if it is not kept (any more)."""
+        """Return a response of this tenant; None if it is not kept, or no longer."""
         share = self._shares.get(tenant)
         entry = share.entries.get(id) if share is not None else None
         return entry.response if entry is not None else None
 
     def take(self, tenant: bytes, id: str) -> StoredResponse | None:
-        """Remove a response and return it; its question goes on. None if it is not kept."""
+        """Remove a response and return it; its question continues. None if it is not kept."""
         share = self._shares.get(tenant)
         if share is None or id not in share.entries:
             return None

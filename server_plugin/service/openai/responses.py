@@ -54,7 +54,7 @@ class _PendingResponse:
     Attributes:
         client: who sent the request.
         request: as parsed.
-        question: whose answer the request gets.
+        question: the question that this request gets the answer to.
         query: the question as parsed; None if the request brought the region of an earlier one.
         conversation: up to the question.
         pictures: of the conversation.
@@ -104,7 +104,7 @@ class ResponsesHandler:
         return request
 
     def _recall_answer(self, client: ClientIdentity, id: str) -> str | None:
-        """The text of an earlier response; keeping time starts anew with each use."""
+        """Return the text of an earlier response; each use restarts the time that it is kept."""
         stored = self._answers.take(client.tenant, id)
         if stored is None:
             return None
@@ -131,8 +131,8 @@ class ResponsesHandler:
         """Accept a new question, which may continue a conversation."""
         if previous is not None and previous.call is not None:
             text = (
-                f"the previous response asked for a region: first send the output of "
-                f"{previous.call.id}, with the crop or, to do without it, a text"
+                f"the previous response requests a region: first send the output of "
+                f"{previous.call.id}, with the crop, or with a text to decline"
             )
             raise refuse("input", text, "no_tool_output")
         query, pictures = await self._intake.parse(
@@ -171,7 +171,7 @@ class ResponsesHandler:
         """Give the region that this request brings to the question that waits for it."""
         id = request.previous_response_id
         if previous is None or id is None:
-            text = "give the previous_response_id of the response that asked for the region"
+            text = "give the previous_response_id of the response that requests the region"
             raise refuse("previous_response_id", text, "missing_parameter")
         output, call = _only_output(request, previous)
         _check_unchanged(request, call)
@@ -238,9 +238,9 @@ class ResponsesHandler:
         if isinstance(event, RegionRequested):
             call = RegionCall(call_id(id), question, pending.instructions, tally)
             source = pending.pictures.sources[event.need.picture]
-            where = region_arguments(event.need, source, self._intake.target)
+            arguments = region_arguments(event.need, source, self._intake.target)
             end = builder.finish_call if request.stream else builder.whole_call
-            last = end(call.id, where, result)
+            last = end(call.id, arguments, result)
         else:
             conversation = conversation.with_answer(result.text)
             last = builder.finish(rest, result) if request.stream else builder.whole(result)
@@ -286,7 +286,7 @@ def _only_output(
         text = f"there is no open call {output.call_id} in the previous response"
         raise refuse("input", text, "unknown_call")
     if len(request.outputs) > 1 or request.conversation.lines or request.conversation.pictures:
-        text = "send the function_call_output alone; ask further when it has been answered"
+        text = "send the function_call_output alone; ask the next question after its answer"
         raise refuse("input", text)
     return output, call
 
@@ -308,23 +308,23 @@ def _check_unchanged(request: ResponsesRequest, call: RegionCall) -> None:
     Raises:
         ApiError: names the first that differs.
     """
-    default, asked = Options(), call.question.options
+    default, original = Options(), call.question.options
     changed = [
         param
         for name, param in _PARAMS.items()
-        if getattr(request.options, name) not in (getattr(default, name), getattr(asked, name))
+        if getattr(request.options, name) not in (getattr(default, name), getattr(original, name))
     ]
     if request.instructions not in ("", call.instructions):
         changed.append("instructions")
     for param in changed:
-        text = f"{param} holds from the request that asked the question; leave it out here"
+        text = f"{param} was set by the request that asked the question; leave it out here"
         raise refuse(param, text)
 
 
 def unknown_response(id: str, param: str) -> ApiError:
     """The error for a request that refers to a response that is not kept (any more)."""
     text = (
-        f"there is no response {id} any more: it is unknown here, or it has expired; "
+        f"there is no response {id}: it is unknown here, or it has expired; "
         "ask again with the picture, without previous_response_id"
     )
     return refuse(param, text, "previous_response_not_found", status=404)

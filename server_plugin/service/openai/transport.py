@@ -20,8 +20,8 @@ class Bodies:
 
     Args:
         limits: bounds.
-        timeout_s: time for a request to arrive.
-        retry_after_s: returns when a refused client should retry.
+        timeout_s: longest time that a request may take to arrive.
+        retry_after_s: returns how long a refused client should wait, in seconds.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Bodies:
                 raise ApiError(408, text, code="request_timeout") from None
             except BodyTooLargeError:
                 mib = self._limits.max_body_bytes / 2**20
-                text = f"a request of more than {mib:g} MiB"
+                text = f"the request is larger than {mib:g} MiB"
                 raise ApiError(413, text, code="request_too_large") from None
             except ClientDisconnect:
                 raise ClientGoneError from None

@@ -71,20 +71,20 @@ class UploadedPicture:
             ImageError: the data are broken.
         """
         picture = self._opened()
-        if fit is not Fit.STRETCH and not _alike(self.size, source):
+        if fit is not Fit.STRETCH and not _same_aspect(self.size, source):
             picture = SourceImage.from_pil(_reshaped(picture, source))
         return picture.view(side, fit)
 
     def region(self, box: Box | None, target: Size) -> Image.Image:
-        """A part, or all of it for None, reduced from full resolution to `target`; decodes."""
+        """Return a part, or the whole for None, reduced from full resolution to `target`."""
         return self._opened().region(box or Box(0, 0, *self.size), target)
 
     def _opened(self) -> SourceImage:
         return SourceImage.received(self.data, max_pixels=self.size.width * self.size.height)
 
 
-def _alike(one: Size, other: Size) -> bool:
-    """Whether two aspect ratios are equal but for rounding to whole pixels."""
+def _same_aspect(one: Size, other: Size) -> bool:
+    """Whether two aspect ratios are equal, apart from rounding to whole pixels."""
     return abs(one.width * other.height - other.width * one.height) <= max(other)
 
 
@@ -158,7 +158,7 @@ class UploadedViews:
     async def hold(
         self, tenant: bytes, originals: Sequence[UploadedPicture], sources: Sequence[Size]
     ) -> HeldView:
-        """Hold the view of these pictures together; decode them if the view is not kept.
+        """Hold the view of these pictures; decode them if the view is not kept.
 
         Args:
             tenant: who sent them.
@@ -171,9 +171,9 @@ class UploadedViews:
         name = hashlib.blake2b(tenant, digest_size=16)
         for original, source in zip(originals, sources, strict=True):
             name.update(original.digest + repr(tuple(source)).encode())
-        held = self._hold_kept(name.digest(), len(originals))
-        if held is not None:
-            return held
+        kept = self._hold_kept(name.digest(), len(originals))
+        if kept is not None:
+            return kept
 
         def make_views() -> list[Image.Image]:
             views: list[Image.Image] = []
@@ -188,8 +188,8 @@ class UploadedViews:
 
         views = await self._decoding.run(make_views)
         # Another question may have added the same view meanwhile.
-        held = self._hold_kept(name.digest(), len(originals))
-        return held or self._hold_new(name.digest(), views)
+        kept = self._hold_kept(name.digest(), len(originals))
+        return kept or self._hold_new(name.digest(), views)
 
     def _hold_kept(self, name: bytes, pictures: int) -> HeldView | None:
         key = self._sessions.get(name)

@@ -144,7 +144,7 @@ async def test_a_question_about_no_picture(backend: VllmBackend, engine: Scripte
     assert answer.token_ids == (10, 11, 12, 13, END)
 
 
-async def test_drawn_tokens_are_vllm_s_to_draw(backend: VllmBackend, engine: ScriptedVllm) -> None:
+async def test_vllm_draws_sampled_tokens(backend: VllmBackend, engine: ScriptedVllm) -> None:
     view = await backend.open_view(VIEW)
     sampling = Sampling(temperature=0.7, top_p=0.9, seed=5)
     drawn = await backend.first_pass(
@@ -176,7 +176,7 @@ async def test_a_second_pass_shows_both_pictures_and_asks_for_no_row(
     assert names[0] == before["multi_modal_uuids"]["image"][0] != names[1]
 
 
-async def test_names_stand_for_pixels_within_one_backend(
+async def test_picture_names_depend_on_pixels_and_backend(
     backend: VllmBackend, engine: ScriptedVllm, adapter: Adapter
 ) -> None:
     async def name(backend: VllmBackend, image: Image.Image) -> tuple[str, str]:
@@ -231,7 +231,7 @@ async def test_a_question_that_is_cancelled_aborts_its_request(
     assert (await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))).ended
 
 
-async def test_a_caller_s_own_failure_aborts_its_request(
+async def test_a_failing_callback_aborts_its_request(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     def fail(text: str) -> None:

@@ -33,7 +33,7 @@ async def test_a_backend_knows_when_its_engine_is_dead(
     assert backend.failed
 
 
-async def test_a_prompt_that_vllm_makes_otherwise_is_an_error(
+async def test_a_prompt_that_vllm_expands_differently_is_an_error(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     engine.spoil = lambda ids: [*ids[:5], *ids[6:]]
@@ -43,19 +43,19 @@ async def test_a_prompt_that_vllm_makes_otherwise_is_an_error(
     assert engine.open == 0
 
 
-async def test_an_answer_that_is_broken_off_is_an_error(
+async def test_an_answer_that_stops_early_is_an_error(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     view = await backend.open_view(VIEW)
     engine.deltas = [[10], [11]]
-    with pytest.raises(ModelError, match="broke off an answer after 2 tokens"):
+    with pytest.raises(ModelError, match="stopped an answer early, after 2 tokens"):
         await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
     engine.deltas = []
     with pytest.raises(ModelError, match="before its first token"):
         await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
-async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
+async def test_a_picture_that_the_engine_lacks_is_sent_again(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     view = await backend.open_view(VIEW)
@@ -74,11 +74,11 @@ async def test_a_picture_that_the_engine_does_not_have_is_handed_over_again(
 async def test_an_engine_that_dies_leaves_nobody_waiting_for_a_row(
     backend: VllmBackend, engine: ScriptedVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_backend, "_RPC_PATIENCE_S", 0.01)
+    monkeypatch.setattr(vllm_backend, "_RPC_CHECK_S", 0.01)
     view = await backend.open_view(VIEW)
     engine.silent = engine.errored = True
     first = await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
-    with pytest.raises(ModelError, match="engine is gone"):
+    with pytest.raises(ModelError, match="engine has died"):
         await asyncio.wait_for(backend.relative_attention(view, first), 30)
 
 
@@ -97,7 +97,7 @@ async def test_vllm_s_own_errors_become_one_line(
         await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
-async def test_what_cannot_be_asked_is_refused_before_vllm_sees_it(
+async def test_impossible_questions_are_refused_before_vllm_sees_them(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     with pytest.raises(ImageError):
@@ -121,7 +121,7 @@ async def test_a_closed_backend_refuses(backend: VllmBackend, engine: ScriptedVl
         await backend.first_pass(view, GenerationRequest(QUESTION, max_new_tokens=9))
 
 
-async def test_an_engine_of_someone_else_s_is_left_running(
+async def test_an_engine_that_is_not_owned_is_left_running(
     engine: ScriptedVllm, adapter: Adapter
 ) -> None:
     await VllmBackend(engine, adapter, "demo", owned=False).close()

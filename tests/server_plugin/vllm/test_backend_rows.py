@@ -54,7 +54,7 @@ async def test_the_generic_row_is_computed_once_for_all_questions_on_a_view(
     assert view.nbytes > bare
 
 
-async def test_a_release_disturbs_nobody_who_works_on_the_view(
+async def test_a_release_does_not_disturb_running_operations(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     view = await backend.open_view(VIEW)
@@ -94,7 +94,7 @@ async def test_a_row_that_is_missing_is_an_error_and_not_zeros(
         await backend.relative_attention(view, first)
 
 
-async def test_a_row_that_cannot_be_had_costs_nobody_the_first_answer(
+async def test_a_missing_row_does_not_lose_the_first_answer(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     async def fetch(need: Any) -> Image.Image:
@@ -147,7 +147,7 @@ async def test_rows_that_nobody_needs_do_not_pile_up(
     assert most <= MOST_WAITING
 
 
-async def test_the_row_of_a_question_that_is_left_is_given_back(
+async def test_the_row_of_a_cancelled_question_is_freed(
     backend: VllmBackend, engine: ScriptedVllm
 ) -> None:
     """The prompt may have ended in the engine although its first token never arrived."""

@@ -42,7 +42,7 @@ def ready(server: Served) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/v1/collab/readyz", timeout=20):
             return True
-    except OSError:  # not ready, or not there
+    except OSError:  # not ready, or not listening
         return False
 
 
@@ -164,16 +164,16 @@ async def test_a_server_whose_engine_is_dead_is_not_ready() -> None:
 
 
 @pytest.mark.slow
-async def test_without_the_plugin_a_client_is_told() -> None:
+async def test_without_the_plugin_a_client_gets_a_clear_error() -> None:
     arguments = (str(demo_folder()), "--dtype", "float32", "--block-size", "32", *ENGINE)
     with vllm_serve(*arguments, VLLM_PLUGINS="another") as server:
         assert server.started, "\n".join(server.log[-40:])
         assert not ready(server)
-        with pytest.raises(CollabError) as told:
+        with pytest.raises(CollabError) as reported:
             async with EdgeClient(server.url) as client:
                 await client.ask(photo(0), QUESTION, deadline_s=30)
-        assert server.url in str(told.value)
-        assert "\n" not in str(told.value)
+        assert server.url in str(reported.value)
+        assert "\n" not in str(reported.value)
 
 
 @pytest.mark.slow
@@ -184,8 +184,8 @@ def test_an_engine_that_cannot_give_exact_statistics_does_not_start() -> None:
     with vllm_serve(*arguments, VLLM_PLUGINS="vlm_collab") as server:
         assert not server.started
         assert server.process.wait(60) == 1
-        told = [line for line in server.log if "vlm-collab: the metric entropy" in line]
-        assert len(told) == 1, "\n".join(server.log[-40:])
-        assert "start vLLM with --max-logprobs -1" in told[0]
+        reported = [line for line in server.log if "vlm-collab: the metric entropy" in line]
+        assert len(reported) == 1, "\n".join(server.log[-40:])
+        assert "start vLLM with --max-logprobs -1" in reported[0]
         assert not any("Traceback" in line for line in server.log), "\n".join(server.log[-40:])
         assert not server.children()

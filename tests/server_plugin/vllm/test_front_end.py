@@ -79,7 +79,7 @@ def client(workers: Workers) -> RowClient:
     return RowClient(workers.call, 1, 4, SCOPE)
 
 
-async def test_rows_asked_for_during_a_call_travel_together_in_the_next(
+async def test_rows_requested_during_a_call_share_the_next_call(
     workers: Workers, client: RowClient
 ) -> None:
     workers.gate.clear()
@@ -96,9 +96,7 @@ async def test_rows_asked_for_during_a_call_travel_together_in_the_next(
     np.testing.assert_array_equal(await client.expect("5").fetch(), [5, 10])
 
 
-async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for(
-    workers: Workers, client: RowClient
-) -> None:
+async def test_one_call_fetches_all_captured_rows(workers: Workers, client: RowClient) -> None:
     one, two, three = (client.expect(str(number)) for number in (1, 2, 3))
     await asyncio.sleep(0)
     assert workers.calls == []
@@ -114,7 +112,7 @@ async def test_rows_that_are_there_travel_with_the_first_that_is_asked_for(
     assert workers.taken[-1] == ["4", "5"]
 
 
-async def test_rows_that_nobody_asks_for_are_given_back_before_they_are_many(
+async def test_unneeded_rows_are_fetched_before_they_are_many(
     workers: Workers, client: RowClient
 ) -> None:
     for number in range(MOST_WAITING - 1):
@@ -126,7 +124,7 @@ async def test_rows_that_nobody_asks_for_are_given_back_before_they_are_many(
     assert [len(keys) for keys in workers.taken] == [MOST_WAITING]
 
 
-async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row(
+async def test_a_missing_row_is_an_error_for_that_row_only(
     client: RowClient,
 ) -> None:
     expected = [client.expect(key).fetch() for key in ("1", "lost", "2")]
@@ -136,7 +134,7 @@ async def test_a_row_that_is_missing_is_an_error_and_costs_no_other_its_row(
     np.testing.assert_array_equal(results[2], [2, 4])
 
 
-async def test_a_failed_call_ends_those_who_wait_and_nobody_after_them(
+async def test_a_failed_call_fails_only_the_rows_that_wait_for_it(
     workers: Workers, client: RowClient
 ) -> None:
     workers.failure = RuntimeError("the engine\nis gone")
@@ -146,7 +144,7 @@ async def test_a_failed_call_ends_those_who_wait_and_nobody_after_them(
     np.testing.assert_array_equal(await client.expect("2").fetch(), [2, 4])
 
 
-async def test_who_gives_up_does_not_disturb_the_others(
+async def test_a_cancelled_fetch_does_not_disturb_the_others(
     workers: Workers, client: RowClient
 ) -> None:
     workers.gate.clear()
@@ -185,7 +183,7 @@ async def test_workers_that_cannot_serve_rows_end_the_start(
             "'vlm_collab_install' is not implemented.', please check the stack trace above",
             "do not know the plugin .* VLLM_PLUGINS",
         ),
-        ("RPC call to\ncheck timed out", "gave no answer: RPC call to check timed out"),
+        ("RPC call to\ncheck timed out", "did not reply: RPC call to check timed out"),
     ],
 )
 async def test_a_call_that_fails_ends_the_start_and_says_why(
@@ -264,11 +262,11 @@ async def test_vllm_s_server_drops_clients_that_do_not_read() -> None:
     app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     endpoint.attach_router(app)
     sock = socket.create_server(("127.0.0.1", 0))
-    async with serving(server, sock, "", SMALL) as here:
-        client = here.open(buffer=SMALL)
+    async with serving(server, sock, "", SMALL) as running_server:
+        client = running_server.open(buffer=SMALL)
         await client.send(request("/v1/models"))
-        await until(lambda: here.waiting() > 0)
-        await until(lambda: not here.connections)
+        await until(lambda: running_server.waiting() > 0)
+        await until(lambda: not running_server.connections)
 
 
 async def test_connections_to_vllm_s_server_from_one_address_are_bounded_if_asked_for() -> None:
@@ -283,11 +281,11 @@ async def test_connections_to_vllm_s_server_from_one_address_are_bounded_if_aske
         app.state.server = server = uvicorn.Server(uvicorn.Config(app, log_config=None))
         endpoint.attach_router(app)
         sock = socket.create_server(("127.0.0.1", 0))
-        async with serving(server, sock, "", SMALL) as here:
-            await here.open(buffer=SMALL).send(request("/v1/models"))
-            await until(lambda here=here: here.waiting() > 0)
-            assert status in await here.open().get("/v1/models")
-            assert b" 200 " in await here.open().get("/collab/healthz")
+        async with serving(server, sock, "", SMALL) as running_server:
+            await running_server.open(buffer=SMALL).send(request("/v1/models"))
+            await until(lambda running_server=running_server: running_server.waiting() > 0)
+            assert status in await running_server.open().get("/v1/models")
+            assert b" 200 " in await running_server.open().get("/collab/healthz")
 
 
 async def test_a_frame_over_the_limit_is_refused_before_it_is_read() -> None:
@@ -343,13 +341,13 @@ class StoppingEngine:
 
 async def test_questions_end_before_their_engine_does() -> None:
     """vLLM shuts its engine down in a thread, and at its end again in the event loop's thread."""
-    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
+    waiting_service = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0, delay_s=0.3)))
     engine, loop = StoppingEngine(), asyncio.get_running_loop()
-    finish_before_shutdown(engine, held)
-    async with running(held) as url, edge(url) as client:
+    finish_before_shutdown(engine, waiting_service)
+    async with running(waiting_service) as url, edge(url) as client:
         id = await unsure(client)
         stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=30))
-        while not held.state.draining:
+        while not waiting_service.state.draining:
             await asyncio.sleep(0.001)
         await client.ask(SURE)
         assert (await client.next()).code is ErrorCode.SHUTTING_DOWN
@@ -366,10 +364,10 @@ async def test_questions_end_before_their_engine_does() -> None:
 
 
 async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
-    held = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0)))
+    waiting_service = service(FakeBackend(play=lambda *_: Script("one", "two", 2.0)))
     engine, loop = StoppingEngine(), asyncio.get_running_loop()
-    finish_before_shutdown(engine, held)
-    async with running(held) as url, edge(url) as client:
+    finish_before_shutdown(engine, waiting_service)
+    async with running(waiting_service) as url, edge(url) as client:
         await unsure(client)
         stopping = loop.run_in_executor(None, partial(engine.shutdown, timeout=0))
         answer = await client.next()
@@ -380,13 +378,13 @@ async def test_without_a_timeout_questions_end_at_once_with_a_reason() -> None:
 
 async def test_an_engine_that_ended_by_itself_is_not_waited_for() -> None:
     """vLLM then cleans up in the event loop's thread, where waiting for the loop never ends."""
-    engine, held = StoppingEngine(), service()
-    finish_before_shutdown(engine, held)
+    engine, waiting_service = StoppingEngine(), service()
+    finish_before_shutdown(engine, waiting_service)
     engine.shutdown()
     assert engine.timeouts == [None]
-    assert not held.state.draining
+    assert not waiting_service.state.draining
 
 
-def test_options_of_others_are_none_of_ours() -> None:
+def test_options_of_other_plugins_are_ignored() -> None:
     assert options_of({"other": 1}).preset is None
     assert options_of({"vlm_collab": {"preset": "demo"}}).preset == "demo"

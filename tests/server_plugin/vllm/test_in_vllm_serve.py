@@ -54,8 +54,8 @@ BLOCK = 32
 def served() -> Iterator[Served]:
     """`vlm-collab serve demo --backend vllm`, which asks for a region every time.
 
-    It keeps few views and blocks: all memory that they may take is taken soon, and does not look
-    like a leak. vLLM's development endpoints tell what the plugin holds in the workers.
+    It keeps few views and blocks, so that their memory is soon full and its growth is not taken for
+    a leak. vLLM's development endpoints report what the plugin holds in the workers.
     """
     ours = ("demo", "--policy", "always", "--view-memory-mb", "4")
     variables = {"VLM_COLLAB_TOKEN": KEY, "VLLM_SERVER_DEV_MODE": "1"}
@@ -84,7 +84,7 @@ def get(port: int, path: str, key: str | None = KEY, body: object = None) -> tup
 
 
 @cache
-def asked() -> list[tuple[bytes, str]]:
+def pictures_and_questions() -> list[tuple[bytes, str]]:
     scenes = [generate_scene("test", number) for number in range(COUNT)]
     return [(encode(render(scene), Codec.PNG, 90), questions(scene)[0].text) for scene in scenes]
 
@@ -92,10 +92,13 @@ def asked() -> list[tuple[bytes, str]]:
 async def ask_all(url: str, token: str | None) -> list[EdgeAnswer]:
     """Plain questions, and conversations about two pictures."""
     options = Options(tokens=True, stop=("7",))
-    pairs = list(itertools.pairwise(asked()))[:COUNT_OF_TWO]
+    pairs = list(itertools.pairwise(pictures_and_questions()))[:COUNT_OF_TWO]
     async with EdgeClient(url, token=token) as client:
         return await asyncio.gather(
-            *(client.ask(picture, question, deadline_s=300) for picture, question in asked()),
+            *(
+                client.ask(picture, question, deadline_s=300)
+                for picture, question in pictures_and_questions()
+            ),
             *(
                 client.ask(
                     [one, two],
@@ -144,7 +147,7 @@ async def test_the_key_guards_our_routes(server: int) -> None:
     assert json.loads(get(server, "/v1/collab/readyz")[1])["ready"] is True
 
 
-async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int) -> None:
+async def test_the_page_loads_without_the_key_and_asks_with_it(server: int) -> None:
     """A browser cannot send a key in a header for a page or a WebSocket; it uses a subprotocol."""
     assert "<html" in get(server, "/collab/", key=None)[1]
     assert get(server, "/collab/page/main.js", key=None)[0] == 200
@@ -157,12 +160,12 @@ async def test_the_page_can_be_had_without_the_key_and_asks_with_it(server: int)
 
     # For any host name in the Host header.
     url = "ws://vlm.example.org/collab/v1/collab"
-    here = "https://vlm.example.org"
+    page_origin = "https://vlm.example.org"
     for protocols, origin, status in (
-        ([SUBPROTOCOL, offered(KEY)], here, None),
+        ([SUBPROTOCOL, offered(KEY)], page_origin, None),
         ([SUBPROTOCOL, offered(KEY)], "https://evil.example", 403),
-        ([SUBPROTOCOL, offered("another")], here, 401),
-        ([SUBPROTOCOL], here, 401),
+        ([SUBPROTOCOL, offered("another")], page_origin, 401),
+        ([SUBPROTOCOL], page_origin, 401),
     ):
         dialled = connect(url, host="127.0.0.1", port=server, subprotocols=protocols, origin=origin)
         try:
@@ -203,7 +206,7 @@ def test_vllm_s_own_endpoints_work_beside_it(server: int) -> None:
 
 async def test_a_view_is_computed_once_for_all_its_questions(server: int) -> None:
     """Requests, cached tokens and pictures that were processed, as vLLM itself counts them."""
-    picture, question = asked()[0]
+    picture, question = pictures_and_questions()[0]
     source = Picture.open(picture)
     async with EdgeClient(f"ws://127.0.0.1:{server}", token=KEY) as client:
         before = counted(server)
@@ -249,14 +252,14 @@ def counted(server: int) -> dict[str, float]:
     }
 
 
-async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> None:
+async def test_dropped_connections_leave_nothing_behind(served: Served) -> None:
     """200 connections dropped at every stage leave no request, no row, no memory."""
     for _ in range(5):
         await come_and_go(served.url, 200)
     await ask_all(served.url, KEY)
     warm = served.memory_bytes()
     await come_and_go(served.url, 200)
-    # Answers that come now were after them in the engine's queue.
+    # These answers come after all of them in the engine's queue.
     await ask_all(served.url, KEY)
     status, text = await asyncio.to_thread(get, served.port, "/metrics")
     assert status == 200
@@ -279,7 +282,7 @@ async def test_clients_that_come_and_go_leave_nothing_behind(served: Served) -> 
 
 
 async def come_and_go(url: str, count: int) -> None:
-    pairs = asked()
+    pairs = pictures_and_questions()
 
     async def leave(number: int) -> None:
         picture, question = pairs[number % COUNT]

@@ -1,7 +1,7 @@
 """Installing the row capture in a worker, without vLLM: wrapped functions, and refusals.
 
-The stand-ins below have what is looked at of vLLM's objects and no more, so that a point of
-contact which the ledger in `server_plugin.backends.vllm.capture` does not name fails here.
+The stand-ins below have only those attributes of vLLM's objects that the table in
+`server_plugin.backends.vllm.capture` names. A use of any other attribute fails here.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def test_an_installed_worker_reads_the_row_of_a_step(backend: str, v2: bool) -> 
     assert capture._held(worker) == {"pending": 0, "rows": 0}
 
 
-def test_steps_that_only_warm_up_are_no_steps() -> None:
+def test_warm_up_steps_are_ignored() -> None:
     worker = Worker()
     capture._install(worker, LAYER, SCOPE)
     assert worker.model_runner.execute_model(a_step(), dummy_run=True) == "executed"
@@ -156,10 +156,10 @@ def test_a_row_that_cannot_be_read_does_not_stop_the_step(
     worker.model_runner.input_batch.req_ids = ["who is this?"]
     assert worker.model_runner.execute_model(a_step()) == "executed"
     assert capture._take(worker, [ROW]) == [None]
-    assert "attention rows were lost" in caplog.text
+    assert "attention rows could not be captured" in caplog.text
 
 
-def test_a_second_front_end_finds_the_rows_that_are_served() -> None:
+def test_a_second_front_end_shares_the_installed_capture() -> None:
     worker = Worker()
     capture._install(worker, LAYER, SCOPE)
     wrapped = worker.model_runner.execute_model, worker.impl.forward
@@ -191,7 +191,7 @@ def attention(**values: Any) -> Callable[[Worker], None]:
     return lambda worker: worker.impl.__dict__.update(values)
 
 
-def gone(path: str) -> Callable[[Worker], None]:
+def without(path: str) -> Callable[[Worker], None]:
     """An attribute is missing, as it may be in another release of vLLM."""
 
     def remove(worker: Worker) -> None:
@@ -237,7 +237,7 @@ def failing(error: BaseException) -> Callable[[Worker], None]:
             lambda worker: setattr(worker.layer, "isa", "amx"),
             "instruction set amx",
         ),
-        ("CPU_ATTN", False, gone("layer.isa"), "isa"),
+        ("CPU_ATTN", False, without("layer.isa"), "isa"),
         ("FLASHMLA", False, None, "the attention backend FLASHMLA"),
         ("FLASHINFER", True, None, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ("FLASHINFER", False, no_group, f"cache group of {NAME}"),
@@ -257,11 +257,11 @@ def failing(error: BaseException) -> Callable[[Worker], None]:
         ("FLASH_ATTN", False, attention(logits_soft_cap=30.0), "soft-capped"),
         ("FLASH_ATTN", False, attention(alibi_slopes=[0.1]), "ALiBi"),
         ("FLASH_ATTN", False, attention(sinks=torch.ones(2)), "sinks"),
-        ("FLASH_ATTN", True, gone("model_runner.prepare_inputs"), "prepare_inputs"),
-        ("FLASH_ATTN", False, gone("model_runner.input_batch"), "input_batch"),
-        ("FLASH_ATTN", False, gone("model_runner.execute_model"), "execute_model"),
-        ("FLASH_ATTN", False, gone("impl.forward"), "forward"),
-        ("FLASH_ATTN", False, gone("config.use_v2_model_runner"), "use_v2_model_runner"),
+        ("FLASH_ATTN", True, without("model_runner.prepare_inputs"), "prepare_inputs"),
+        ("FLASH_ATTN", False, without("model_runner.input_batch"), "input_batch"),
+        ("FLASH_ATTN", False, without("model_runner.execute_model"), "execute_model"),
+        ("FLASH_ATTN", False, without("impl.forward"), "forward"),
+        ("FLASH_ATTN", False, without("config.use_v2_model_runner"), "use_v2_model_runner"),
         ("FLASH_ATTN", False, failing(AssertionError("not\nbuilt")), "AssertionError: not built"),
         ("FLASH_ATTN", False, failing(StopIteration()), "StopIteration"),
     ],
@@ -292,7 +292,7 @@ def test_another_release_is_refused_by_its_version(version: str, vllm: Any) -> N
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.0.dev3"])
-def test_every_patch_of_the_release_is_taken(version: str, vllm: Any) -> None:
+def test_every_patch_of_the_release_is_accepted(version: str, vllm: Any) -> None:
     vllm.__version__ = version
     assert capture._install(Worker(), LAYER, SCOPE) == {"heads": HEADS}
 

@@ -150,7 +150,9 @@ def reader() -> RowReader:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_prompt_ends_in_exactly_one_step_however_it_is_cut(seed: int, reader: RowReader) -> None:
+def test_a_prompt_ends_in_exactly_one_step_however_it_is_chunked(
+    seed: int, reader: RowReader
+) -> None:
     draw = random.Random(seed)
     prompt, computed = draw.randint(41, 200), draw.choice((0, 16, 40))
     due, first = [], True
@@ -166,7 +168,7 @@ def test_a_prompt_ends_in_exactly_one_step_however_it_is_cut(seed: int, reader: 
     assert due == [prompt - 1]
 
 
-def test_a_prompt_that_is_preempted_is_due_when_it_ends_after_all(reader: RowReader) -> None:
+def test_a_preempted_prompt_is_due_when_it_ends(reader: RowReader) -> None:
     reader.step(step([new("a", 60, **asking())], {}, {"a": 40}, set()))
     assert not reader.due
     reader.step(step([], {}, {"b": 1}, set()))
@@ -176,7 +178,7 @@ def test_a_prompt_that_is_preempted_is_due_when_it_ends_after_all(reader: RowRea
     assert reader.due == {"a": 29}
 
 
-def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
+def test_a_finished_request_is_forgotten(reader: RowReader) -> None:
     reader.step(step([new("a", 60, **asking())], {}, {"a": 40}, set()))
     reader.step(step([], {}, {}, {"a"}))
     assert not reader.pending
@@ -200,9 +202,7 @@ def test_a_request_that_is_gone_is_forgotten(reader: RowReader) -> None:
         {KEY: "row", FIRST: 3},
     ],
 )
-def test_nothing_but_a_well_formed_row_request_is_one(
-    extra: dict[str, Any], reader: RowReader
-) -> None:
+def test_malformed_row_requests_are_ignored(extra: dict[str, Any], reader: RowReader) -> None:
     reader.step(step([new("a", 60, **extra)], {}, {"a": 60}, set()))
     assert not reader.pending
     assert not reader.due
@@ -284,7 +284,7 @@ def engine_of(**changes: Any) -> SimpleNamespace:
         {"prefill_context_parallel_size": 2},
     ],
 )
-def test_steps_that_are_divided_otherwise_are_refused(change: dict[str, Any]) -> None:
+def test_steps_that_are_divided_in_other_ways_are_refused(change: dict[str, Any]) -> None:
     capture._check(engine_of())
     with pytest.raises(capture.UnsupportedError):
         capture._check(engine_of(**change))

@@ -34,7 +34,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return platform
 
 
-def made(
+def invoke(
     config: ServiceConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -54,18 +54,18 @@ def value(arguments: tuple[str, ...], option: str) -> str:
     return arguments[len(arguments) - arguments[::-1].index(option)]
 
 
-def test_every_option_has_its_place_among_vllm_s() -> None:
+def test_every_option_is_translated_to_vllm_s() -> None:
     config = ServiceConfig(
         host="::1", port=7, token="t", tls_cert=(file := Path(__file__)), tls_key=file
     )
-    started = made(
+    started = invoke(
         config,
         {"eta": 0.25, "layer": None, "metric": "entropy"},
         {"policy": "random", "policy_options": {"rate": 0.5, "seed": None}, "quality": 80},
         dtype="bfloat16",
         batch=9,
         log_level="error",
-        further=["--max-model-len", "512", "--dtype=float16"],
+        vllm_options=["--max-model-len", "512", "--dtype=float16"],
     )
     given = started.arguments
     assert given[:2] == ("serve", str(demo_folder()))
@@ -94,7 +94,7 @@ def test_another_preset_and_fit_reach_vllm_s_processes(
     text = (config_folder() / "models" / "demo.yaml").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text.replace("eta: 0.25", "eta: 0.75"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    started = made(preset="mine.yaml", overrides={"fit": "pad"})
+    started = invoke(preset="mine.yaml", overrides={"fit": "pad"})
     ours = json.loads(value(started.arguments, "--additional-config.vlm_collab"))
     options = options_of({"vlm_collab": ours})
     assert options.preset == str(tmp_path / "mine.yaml"), "wherever they are started"
@@ -102,9 +102,9 @@ def test_another_preset_and_fit_reach_vllm_s_processes(
     assert (chosen.eta, chosen.fit) == (0.75, Fit.PAD)
 
 
-def test_what_is_not_given_is_vllm_s_choice(vllm: SimpleNamespace) -> None:
+def test_options_that_are_not_given_keep_vllm_s_defaults(vllm: SimpleNamespace) -> None:
     vllm.is_cpu = lambda: False
-    started = made()
+    started = invoke()
     assert value(started.arguments, "--host") == "127.0.0.1"
     for option in ("--dtype", "--block-size", "--max-num-seqs", "--max-logprobs", "--ssl-certfile"):
         assert option not in started.arguments
@@ -140,7 +140,7 @@ PIECEWISE = '"cudagraph_mode": "PIECEWISE"'
 def test_options_of_compilation_keep_the_graphs_that_rows_need(
     given: list[str], handed_on: list[str]
 ) -> None:
-    arguments = made(further=given).arguments
+    arguments = invoke(vllm_options=given).arguments
     assert list(arguments[arguments.index("demo") + 1 : -2]) == handed_on
 
 
@@ -158,8 +158,8 @@ def test_options_of_compilation_keep_the_graphs_that_rows_need(
         ["--", "-", "--config-format", "hf", "-O3", "--cudagraph-capture-sizes", "1"],
     ],
 )
-def test_graphs_that_the_user_sets_are_the_user_s(given: list[str]) -> None:
-    arguments = made(further=given).arguments
+def test_a_graph_mode_that_the_user_sets_is_kept(given: list[str]) -> None:
+    arguments = invoke(vllm_options=given).arguments
     assert list(arguments[arguments.index("demo") + 1 : -2]) == given
 
 
@@ -179,7 +179,7 @@ def test_vllm_s_own_parser_takes_the_user_s_options_and_the_graphs() -> None:
     }
     others = ["--limit-mm-per-prompt", '{"image": 4}', "--dtype", "bfloat16", "--block-size=64"]
     jobs = [
-        list(made(further=[*form, *others, "--additional-config.other", "1"]).arguments)
+        list(invoke(vllm_options=[*form, *others, "--additional-config.other", "1"]).arguments)
         for form in forms.values()
     ]
     results = dict(zip(forms, parsed(jobs), strict=True))
@@ -198,11 +198,11 @@ def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         serve, "entry_points", lambda group: [point] if group == "vllm.general_plugins" else []
     )
-    assert made().environment["VLLM_PLUGINS"] == "lora_resolver,vlm_collab"
+    assert invoke().environment["VLLM_PLUGINS"] == "lora_resolver,vlm_collab"
     monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    assert made().environment["VLLM_PLUGINS"] == "mine,vlm_collab"
+    assert invoke().environment["VLLM_PLUGINS"] == "mine,vlm_collab"
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    assert made().environment["VLLM_PLUGINS"] == "vlm_collab"
+    assert invoke().environment["VLLM_PLUGINS"] == "vlm_collab"
 
 
 @pytest.mark.parametrize(
@@ -213,21 +213,21 @@ def test_other_plugins_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"overrides": {"epsilon": float("inf")}}, "epsilon"),
         ({"options": {"policy_options": {"rate": 0.5}}}, "--policy random"),
         ({"options": {"policy": "sometimes"}}, "sometimes"),
-        ({"further": ["--additional_config", "{}"]}, "KEY VALUE"),
+        ({"vllm_options": ["--additional_config", "{}"]}, "KEY VALUE"),
         # vLLM would read these as `--additional-config` too, and drop this package's options.
-        ({"further": ["--additional={}"]}, "KEY VALUE"),
-        ({"further": ["--addi.other", "1"]}, "KEY VALUE"),
-        ({"further": ["--config", "vllm.yaml"]}, "--config"),
-        ({"further": ["--config=vllm.yaml"]}, "--config"),
+        ({"vllm_options": ["--additional={}"]}, "KEY VALUE"),
+        ({"vllm_options": ["--addi.other", "1"]}, "KEY VALUE"),
+        ({"vllm_options": ["--config", "vllm.yaml"]}, "--config"),
+        ({"vllm_options": ["--config=vllm.yaml"]}, "--config"),
     ],
 )
 def test_wrong_options_are_refused_before_vllm_starts(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        made(**given)
+        invoke(**given)
 
 
 @pytest.mark.parametrize(
-    ("further", "line"),
+    ("vllm_options", "line"),
     [
         (["--logprobs-mode", "processed_logprobs"], "must be raw_logprobs, not processed_logprobs"),
         (["--logprobs_mode=processed_logits"], "must be raw_logprobs, not processed_logits"),
@@ -237,21 +237,21 @@ def test_wrong_options_are_refused_before_vllm_starts(given: dict[str, Any], wor
     ],
 )
 def test_what_the_backend_would_refuse_is_refused_before_a_model_is_loaded(
-    further: list[str], line: str
+    vllm_options: list[str], line: str
 ) -> None:
     with pytest.raises(ConfigError, match=line):
-        made(further=further)
+        invoke(vllm_options=vllm_options)
 
 
-def test_exact_entropy_is_not_given_away_on_the_command_line() -> None:
+def test_the_user_cannot_lower_max_logprobs_with_the_metric_entropy() -> None:
     entropy = {"metric": "entropy"}
-    made(overrides=entropy)
+    invoke(overrides=entropy)
     with pytest.raises(ConfigError, match="--max-logprobs -1"):
-        made(overrides=entropy, further=["--max-logprobs", "20"])
+        invoke(overrides=entropy, vllm_options=["--max-logprobs", "20"])
 
 
 @pytest.mark.parametrize(
-    "further",
+    "vllm_options",
     [
         ["--logprobs-mode", "raw_logprobs", "--data-parallel-size", "1"],
         ["--logprobs-mode", "processed_logprobs", "--logprobs-mode", "raw_logprobs"],
@@ -266,5 +266,5 @@ def test_exact_entropy_is_not_given_away_on_the_command_line() -> None:
         ["--revision", "v2"],
     ],
 )
-def test_nothing_else_is_refused_there(further: list[str]) -> None:
-    assert made(further=further).arguments
+def test_nothing_else_is_refused_there(vllm_options: list[str]) -> None:
+    assert invoke(vllm_options=vllm_options).arguments

@@ -69,25 +69,25 @@ async def ask(backend: Any, pair: dict[str, str], new_tokens: int) -> dict[str, 
     }
 
 
-async def ask_interleaved(backend: Any, asked: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+async def ask_interleaved(backend: Any, fields: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     """Both passes of a question with pictures among its texts."""
     from PIL import Image
 
     from vlm_collab.protocol.image_positions import Place
 
-    files = (*asked["views"], asked["region"])
+    files = (*fields["views"], fields["region"])
     *views, region = (Image.open(file).convert("RGB") for file in files)
     view = await backend.open_view(*views)
     request = GenerationRequest(
-        asked["question"],
-        history=tuple((question, answer) for question, answer in asked["history"]),
-        places=tuple(Place(*place) for place in asked["places"]),
+        fields["question"],
+        history=tuple((question, answer) for question, answer in fields["history"]),
+        places=tuple(Place(*place) for place in fields["places"]),
         max_new_tokens=new_tokens,
     )
     backend.check_question(request, len(views) + 1)
     first = await backend.first_pass(view, request)
     relative = await backend.relative_attention(view, first)
-    second = await backend.second_pass(view, region, request, picture=asked["picture"])
+    second = await backend.second_pass(view, region, request, picture=fields["picture"])
     await backend.release(view)
     return {
         "first": await answer_of(backend, first),
@@ -147,7 +147,7 @@ async def run(backend: Any, job: dict[str, Any], new_tokens: int) -> dict[str, A
         answers.append(await asyncio.gather(*map(one, job["pairs"])))
     result |= {"answers": answers, "preemptions": preemptions()}
     result["interleaved"] = [
-        await ask_interleaved(backend, asked, new_tokens) for asked in job.get("interleaved", ())
+        await ask_interleaved(backend, fields, new_tokens) for fields in job.get("interleaved", ())
     ]
     await backend.close()
     return result

@@ -2,7 +2,7 @@
 
 It takes 3.5 GB (`.venv-vllm`); only tests marked `vllm` and `make bench-vllm` use it. `python -m
 tests.support.vllm_cpu.environment` builds it, as do the tests themselves; with a module's name and
-arguments behind it, it goes on to run that there.
+arguments, it then runs that module there.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Served:
 
     Attributes:
         port: of loopback.
-        log: what it said so far, line by line.
+        log: its output so far, by lines.
         process: its front-end; engine and workers are the children.
     """
 
@@ -216,7 +216,7 @@ def _serving(*command: str, **variables: str) -> Iterator[Served]:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        with suppress(ProcessLookupError):  # its engine and workers, if they outlive it
+        with suppress(ProcessLookupError):  # engine and workers, if they still run
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(10)

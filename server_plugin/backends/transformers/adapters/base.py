@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from server_plugin.backends.base import ModelInfo
 from server_plugin.backends.transformers.adapters.prompts import Prompt, PromptBuilder
 from server_plugin.models.presets import Preset
 from vlm_collab.errors import ConfigError, ModelError
@@ -31,7 +32,7 @@ class Layout:
         grid: the token grid of the relative attention map.
         visual_tokens: tokens of one picture in the decoder's context.
         context_tokens: longest sequence that the decoder takes.
-        seen_numbers: how many numbers `Adapter.see` returns for a picture, in families with
+        encoded_numbers: how many numbers `Adapter.encode` returns for a picture, in families with
             `reads_question`, which keep them for later questions; else 0.
     """
 
@@ -39,7 +40,7 @@ class Layout:
     grid: Grid
     visual_tokens: int
     context_tokens: int
-    seen_numbers: int = 0
+    encoded_numbers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,13 @@ class VisualTokens:
 
     Attributes:
         embeddings: `(visual_tokens, hidden)`.
-        looks: attention of each visual token to each grid cell, `(visual_tokens, cells)`, in
-            families whose visual tokens are not the cells themselves; else None.
+        cell_attention: attention of each visual token to each grid cell,
+            `(visual_tokens, cells)`, in families whose visual tokens are not the cells
+            themselves; else None.
     """
 
     embeddings: Tensor
-    looks: Tensor | None = None
+    cell_attention: Tensor | None = None
 
 
 class Adapter(ABC):
@@ -84,6 +86,32 @@ class Adapter(ABC):
         self.dtype: torch.dtype = model.dtype
         self.layout = self.layout_of(model.config, preset)
 
+    def model_info(
+        self, name: str, decoder_config: Any, *, concurrency: int, view_bytes: int
+    ) -> ModelInfo:
+        """Return the properties of the model that a backend reports.
+
+        Args:
+            name: the name that clients see.
+            decoder_config: configuration of the text decoder.
+            concurrency, view_bytes: see `ModelInfo`.
+        """
+        layout, preset = self.layout, self.preset
+        return ModelInfo(
+            name=name,
+            view=layout.view,
+            fit=preset.fit,
+            grid=layout.grid,
+            base_px=preset.base_px or max(layout.view),
+            layer=preset.layer,
+            hidden_size=decoder_config.hidden_size,
+            layers=decoder_config.num_hidden_layers,
+            visual_tokens=layout.visual_tokens,
+            context_tokens=layout.context_tokens,
+            concurrency=concurrency,
+            view_bytes=view_bytes,
+        )
+
     @classmethod
     @abstractmethod
     def layout_of(cls, config: Any, preset: Preset) -> Layout:
@@ -112,7 +140,7 @@ class Adapter(ABC):
         """Builds the token ids of a question, with the positions of its pictures."""
 
     @abstractmethod
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
         """Run the vision encoder: everything that depends on a picture alone.
 
         Args:
@@ -131,27 +159,27 @@ class Adapter(ABC):
             picture: RGB, any size. A picture of the view's size is returned unchanged.
         """
 
-    def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
+    def visual_tokens(self, encoded: Tensor, question: str) -> VisualTokens:
         """Return the visual tokens of a picture in a prompt with this question.
 
         Args:
-            seen: one picture's tensor from `see`.
+            encoded: one picture's tensor from `encode`.
             question: the user's text, or the generic instruction; used only with
                 `reads_question`.
         """
-        return VisualTokens(seen)
+        return VisualTokens(encoded)
 
-    def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
+    def on_grid(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
         """Convert attention to visual tokens into attention to grid cells.
 
         Args:
             row: attention to the visual tokens of the global view, `(visual_tokens,)`.
-            looks: see `VisualTokens`.
+            cell_attention: see `VisualTokens`.
 
         Returns:
             Row-major, `(rows * columns,)`.
         """
-        return row if looks is None else row @ looks
+        return row if cell_attention is None else row @ cell_attention
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the embeddings of text tokens, shape `(len(ids), hidden)`."""
@@ -184,6 +212,40 @@ class Adapter(ABC):
         """Decode generated tokens: special tokens removed, white space stripped."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
+
+
+def check_family(adapter: type[Adapter], preset: Preset, name: str) -> None:
+    """Refuse a preset for another family.
+
+    Args:
+        adapter: of the checkpoint's family.
+        name: of the checkpoint.
+
+    Raises:
+        ConfigError: the preset is for another family.
+    """
+    if preset.family != adapter.family:
+        raise ConfigError(
+            f"the preset is for the family {preset.family!r}, but {name} is of {adapter.family!r}"
+        )
+
+
+def check_layer(preset: Preset, decoder_config: Any, name: str) -> None:
+    """Refuse a preset whose layer the decoder does not have.
+
+    Args:
+        decoder_config: configuration of the text decoder.
+        name: of the checkpoint.
+
+    Raises:
+        ConfigError: the layer does not exist.
+    """
+    layers = decoder_config.num_hidden_layers
+    if preset.layer >= layers:
+        raise ConfigError(
+            f"layer {preset.layer} does not exist: {name} has decoder layers 0 to {layers - 1}; "
+            "choose one with the option `layer`"
+        )
 
 
 def square_cells(vision: Any, preset: Preset) -> tuple[int, int]:

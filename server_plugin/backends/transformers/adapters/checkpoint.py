@@ -84,7 +84,9 @@ def model_type_of(name: str) -> str:
         config, _ = PreTrainedConfig.get_config_dict(name, **_where(name))
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
-        raise ModelError(f"{name} is no model checkpoint: it has no config.json with a model_type")
+        raise ModelError(
+            f"{name} is not a model checkpoint: it has no config.json with a model_type"
+        )
     return model_type
 
 
@@ -195,7 +197,7 @@ def _hub_answers(name: str) -> bool:
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         hub = url.partition(f"/{name}/")[0]
         raise ModelError(
-            f"{name} is no folder here and not in the local cache, and {hub} cannot be reached: "
+            f"{name} is neither a folder nor in the local cache, and {hub} cannot be reached: "
             f"{_shortened(' '.join(reason.split()))}"
         )
     return False

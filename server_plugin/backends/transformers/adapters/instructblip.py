@@ -48,7 +48,7 @@ class InstructBlipAdapter(Adapter):
     """An `InstructBlipForConditionalGeneration` checkpoint with a Llama decoder.
 
     Raises:
-        ModelError: the language model is no Llama, tokenizer or image processor do not belong to
+        ModelError: the language model is not a Llama, tokenizer or image processor do not belong to
             the model, the Q-Former's tokenizer is missing, or the vision tower has no square
             patches.
         ConfigError: the preset's Q-Former layer does not exist, or its template does not begin
@@ -84,7 +84,7 @@ class InstructBlipAdapter(Adapter):
             visual_tokens=config.num_query_tokens,
             context_tokens=config.text_config.max_position_embeddings,
             # The vision tower's output, class token included; it does not depend on the question.
-            seen_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
+            encoded_numbers=(1 + cells * cells) * config.vision_config.hidden_size,
         )
 
     @property
@@ -112,19 +112,22 @@ class InstructBlipAdapter(Adapter):
         own = self.processor.tokenizer.eos_token_id
         return frozenset(ids) if own is None else frozenset([*ids, own])
 
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
-        """Return the vision tower's last hidden states, class token first: `(1 + cells, width)`
-        each."""
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
+        """Return the vision tower's last hidden states, class token first.
+
+        Returns:
+            For each picture, `(1 + cells, width)`.
+        """
         pixels: Tensor = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
         features = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype))
         return list(features.last_hidden_state)
 
-    def visual_tokens(self, seen: Tensor, question: str) -> VisualTokens:
+    def visual_tokens(self, encoded: Tensor, question: str) -> VisualTokens:
         """Return a picture's query tokens under a question, and their attention to its patches.
 
-        The `looks` are the attention of one cross-attention layer of the Q-Former (softmax over
+        `cell_attention` is that of one cross-attention layer of the Q-Former (softmax over
         class token and patches, mean over heads, class token dropped), float32.
         """
         ids = torch.tensor([self._prompts.qformer_ids(question)], device=self.device)
@@ -132,7 +135,7 @@ class InstructBlipAdapter(Adapter):
         hidden = self.model.qformer(
             input_ids=ids,
             query_embeds=self.model.query_tokens,
-            encoder_hidden_states=seen[None],
+            encoder_hidden_states=encoded[None],
             **{_CAPTURE_ARGUMENT: capture},
         ).last_hidden_state
         # After the query tokens come the text's tokens, which the decoder does not use.
@@ -242,9 +245,9 @@ class InstructBlipPrompts(PromptBuilder):
         """Return the token ids that the Q-Former reads for a question."""
         return self._qformer_plain.encode(f"{self._qformer_before}{question}{self._qformer_after}")
 
-    def _encode(self, request: GenerationRequest, shown: Sequence[Place]) -> list[int]:
-        pictures = [self._image_token_id] * len(shown)
-        return pictures + self._plain.encode(self._conversation(request, shown))
+    def _encode(self, request: GenerationRequest, places: Sequence[Place]) -> list[int]:
+        pictures = [self._image_token_id] * len(places)
+        return pictures + self._plain.encode(self._conversation(request, places))
 
     def _check_qformer_length(self, ids: list[int]) -> None:
         if len(ids) > self._qformer_tokens:
@@ -268,7 +271,7 @@ class _CrossCapture:
         self._layer = layer
         self._weights: Tensor | None = None
 
-    def see(self, layer: torch.nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+    def keep(self, layer: torch.nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         """Keep the weights if this is the requested layer.
 
         Args:
@@ -311,7 +314,7 @@ def _capturing_attention(
 ) -> tuple[Tensor, None]:
     """Attention function of the Q-Former: stock SDPA, plus the capture of one layer's weights."""
     if cross_capture is not None:
-        cross_capture.see(module, query, key, scaling)
+        cross_capture.keep(module, query, key, scaling)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **rest
     )

@@ -76,7 +76,7 @@ class LlavaAdapter(Adapter):
     def prompts(self) -> PromptBuilder:
         return self._prompts
 
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
         pixels: Tensor = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures], return_tensors="pt"
         )["pixel_values"]
@@ -86,7 +86,7 @@ class LlavaAdapter(Adapter):
         ).pooler_output
         return list(features)
 
-    def on_grid(self, row: Tensor, looks: Tensor | None) -> Tensor:
+    def on_grid(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
         # The "full" feature strategy keeps the class token before the patches.
         cells = self.layout.grid.rows * self.layout.grid.columns
         return row[len(row) - cells :]

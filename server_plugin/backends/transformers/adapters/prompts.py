@@ -34,14 +34,14 @@ class Prompt:
         images: positions of each run of visual tokens, in order. Without places: each global view
             once, then the local view.
         views: number of global views.
-        shown: for an interleaved prompt, which picture each of `images` shows: the index of a
-            global view, or `views` for the local view. Empty: each picture once, in order.
+        interleaved: for an interleaved prompt, the picture of each run in `images`: the index of
+            a global view, or `views` for the local view. Empty: each picture once, in order.
     """
 
     ids: tuple[int, ...]
     images: tuple[range, ...]
     views: int = 1
-    shown: tuple[int, ...] = ()
+    interleaved: tuple[int, ...] = ()
 
     @property
     def shared(self) -> int:
@@ -53,16 +53,16 @@ class Prompt:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Index of the picture that each of `images` shows."""
-        return self.shown or tuple(range(len(self.images)))
+        """Index of the picture of each run in `images`."""
+        return self.interleaved or tuple(range(len(self.images)))
 
     @property
     def views_span(self) -> range:
-        """Positions from the first global view to the end of the last, all between included."""
-        places = [one for one, shows in self.shows() if shows < self.views]
-        return range(places[0].start, places[-1].stop)
+        """Positions from the first global view to the end of the last, with all text between."""
+        runs = [run for run, picture in self.runs() if picture < self.views]
+        return range(runs[0].start, runs[-1].stop)
 
-    def shows(self) -> list[tuple[range, int]]:
+    def runs(self) -> list[tuple[range, int]]:
         """Return each run of visual tokens with the index of its picture."""
         return list(zip(self.images, self.order, strict=True))
 
@@ -134,27 +134,27 @@ class PromptBuilder:
         history, places = request.history, request.places
         if history and self._turn is None:
             raise QuestionError("this model's prompt template takes single questions only")
-        for asked, answered in history:
-            self._check_text(asked, "an earlier question")
-            self._check_text(answered, "an earlier answer", may_be_empty=True)
+        for question, answer in history:
+            self._check_text(question, "an earlier question")
+            self._check_text(answer, "an earlier answer", may_be_empty=True)
         self._check_text(request.question, "the question")
-        questions = (*(asked for asked, _ in history), request.question)
+        questions = (*(question for question, _ in history), request.question)
         pictures = 1 + max((place.picture for place in places), default=-1)
         fault = places_fault(places, questions, pictures)
         if fault is not None or pictures > images:
-            raise QuestionError(fault or f"places of {pictures} pictures, and there are {images}")
-        shown = _shown(images, places, pictures, pictures - 1)
-        ids = self._encode(request, shown)
+            raise QuestionError(fault or f"places of {pictures} pictures, but there are {images}")
+        runs = _run_places(images, places, pictures, pictures - 1)
+        ids = self._encode(request, runs)
         # A tokenizer could produce a reserved token by its ordinary rules. No known one does.
-        key = len(shown), len(history)
+        key = len(runs), len(history)
         if key not in self._own_reserved:
-            anything = _shown(len(shown), (), 0, 0)
+            in_front = _run_places(len(runs), (), 0, 0)
             same_shape = GenerationRequest("?", history=(("?", "?"),) * len(history))
-            plain = self._encode(same_shape, anything)
+            plain = self._encode(same_shape, in_front)
             self._own_reserved[key] = self._count_reserved(plain)
         if self._count_reserved(ids) != self._own_reserved[key]:
             raise QuestionError("the question spells a token that this model reserves")
-        self._check_length(len(ids), len(shown), request.max_new_tokens or 0)
+        self._check_length(len(ids), len(runs), request.max_new_tokens or 0)
 
     def _check_text(self, text: str, what: str, *, may_be_empty: bool = False) -> None:
         if not (may_be_empty or text.strip()):
@@ -189,18 +189,18 @@ class PromptBuilder:
             QuestionError: there is no room for an answer of `max_new_tokens` tokens.
         """
         visual = self._visual_tokens
-        shown = _shown(images, request.places, views, picture)
-        written = self._encode(request, shown)
-        self._check_length(len(written), len(shown), request.max_new_tokens or 0)
+        places = _run_places(images, request.places, views, picture)
+        short_ids = self._encode(request, places)
+        self._check_length(len(short_ids), len(places), request.max_new_tokens or 0)
         ids: list[int] = []
         starts: list[int] = []
-        for token in written:
+        for token in short_ids:
             if token == self._image_token_id:
                 starts.append(len(ids))
             ids += [token] * (visual if token == self._image_token_id else 1)
-        assert len(starts) == len(shown), "the question was not checked"
+        assert len(starts) == len(places), "the question was not checked"
         runs = tuple(range(start, start + visual) for start in starts)
-        order = tuple(place.picture for place in shown) if request.places else ()
+        order = tuple(place.picture for place in places) if request.places else ()
         return Prompt(tuple(ids), runs, views, order)
 
     def shared(self, views: int = 1) -> Prompt:
@@ -210,33 +210,36 @@ class PromptBuilder:
         prompt = self.build(GenerationRequest("?"), views, views)
         return Prompt(prompt.ids[: prompt.shared], prompt.images, views)
 
-    def _encode(self, request: GenerationRequest, shown: Sequence[Place]) -> list[int]:
+    def _encode(self, request: GenerationRequest, places: Sequence[Place]) -> list[int]:
         """Return ids with one image token for each picture; tokenising hundreds would be slow.
 
         Image tokens are atomic: their number cannot change the ids around them.
         """
-        opening = sum(_opens(place) for place in shown)
-        rest = self._conversation(request, shown)
+        opening = sum(_opens(place) for place in places)
+        rest = self._conversation(request, places)
         return self._plain.encode(f"{self._before}{self._picture * opening}{rest}")
 
-    def _conversation(self, request: GenerationRequest, shown: Sequence[Place]) -> str:
+    def _conversation(self, request: GenerationRequest, places: Sequence[Place]) -> str:
         """Return the text after the pictures at the beginning."""
         # Without pictures, the line break after them is left out too.
-        middle = self._middle if any(map(_opens, shown)) else self._middle.lstrip()
-        inside = [place for place in shown if not _opens(place)]
-        asked = [*(asked for asked, _ in request.history), request.question]
-        questions = [self._written(text, places_in_turn(inside, i)) for i, text in enumerate(asked)]
+        middle = self._middle if any(map(_opens, places)) else self._middle.lstrip()
+        inside = [place for place in places if not _opens(place)]
+        texts = [*(question for question, _ in request.history), request.question]
+        questions = [
+            self._with_pictures(text, places_in_turn(inside, turn))
+            for turn, text in enumerate(texts)
+        ]
         text = f"{middle}{questions[0]}{self._after}"
-        for (_, answered), written in zip(request.history, questions[1:], strict=True):
+        for (_, answer), question in zip(request.history, questions[1:], strict=True):
             assert self._turn is not None, "checked before"
             head, _, rest = self._turn.partition(ANSWER_SLOT)
             between, _, tail = rest.partition(QUESTION_SLOT)
-            text += f"{head}{answered}{between}{written}{tail}"
+            text += f"{head}{answer}{between}{question}{tail}"
         return text
 
-    def _written(self, text: str, spots: TurnPlaces) -> str:
+    def _with_pictures(self, text: str, places: TurnPlaces) -> str:
         """Return a question's text with its pictures in it."""
-        parts = split_at_pictures(text, spots)
+        parts = split_at_pictures(text, places)
         opening = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
         words = [part if isinstance(part, str) else self._picture for part in parts]
         gap = self._gap if opening and words[opening:] else ""
@@ -255,7 +258,7 @@ class PromptBuilder:
             )
 
 
-def _shown(images: int, places: Places, views: int, picture: int) -> Places:
+def _run_places(images: int, places: Places, views: int, picture: int) -> Places:
     """Return the place of each run of visual tokens; picture index `views` is the local view."""
     if not places:
         return tuple(Place(0, 0, number) for number in range(images))

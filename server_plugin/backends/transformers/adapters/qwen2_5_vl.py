@@ -34,8 +34,8 @@ class Qwen25VLAdapter(Adapter):
 
     Raises:
         ModelError: tokenizer or image processor do not belong to the model.
-        ConfigError: the preset's `view_px` is no multiple of a token's side, or the context cannot
-            hold two pictures of that size.
+        ConfigError: the preset's `view_px` is not a multiple of a token's side, or the context has
+            no room for two pictures of that size.
     """
 
     family = "qwen2.5-vl"
@@ -68,16 +68,15 @@ class Qwen25VLAdapter(Adapter):
         side = preset.view_px or DEFAULT_VIEW_PX
         if side % token_px:
             raise ConfigError(
-                f"view_px {side} is no multiple of {token_px}, the side of what one visual token "
-                "of this model stands for; the nearest is "
-                f"{max(round(side / token_px), 1) * token_px}"
+                f"view_px {side} is not a multiple of {token_px}, the side in px of one visual "
+                f"token; the nearest multiple is {max(round(side / token_px), 1) * token_px}"
             )
         cells = side // token_px
         # Two pictures and their start and end tokens; the prompt builder counts the text.
         if 2 * (cells * cells + 2) > context:
             raise ConfigError(
-                f"view_px {side} gives {cells * cells} tokens for each picture, and the model's "
-                f"context of {context} tokens has no room for two; choose a smaller one"
+                f"view_px {side} gives {cells * cells} tokens for each picture, but the model's "
+                f"context of {context} tokens has no room for two pictures; choose a smaller view"
             )
         return Layout(
             view=Size(side, side),
@@ -98,7 +97,7 @@ class Qwen25VLAdapter(Adapter):
     def prompts(self) -> PromptBuilder:
         return self._prompts
 
-    def see(self, pictures: Sequence[Image]) -> list[Tensor]:
+    def encode(self, pictures: Sequence[Image]) -> list[Tensor]:
         inputs = self.processor.image_processor(
             images=[self.fitted(picture) for picture in pictures],
             # Otherwise the processor would choose a size for each picture.

@@ -27,5 +27,5 @@ def adapter_for(model_type: str) -> type[Adapter]:
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
     raise ModelError(
         f"models of type {model_type!r} are not supported; supported: {known}; "
-        "a family is added with one adapter file, one YAML preset (docs/models.md)"
+        "to add a family, write an adapter and a YAML preset (docs/models.md)"
     )
