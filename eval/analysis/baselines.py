@@ -148,7 +148,7 @@ class VicropAlways(Baseline):
 
     def _points(self, run: Run) -> list[Point]:
         count = len(run.records)
-        note = "nothing computed once and shared; by Eq. 20 alone, it was not executed"
+        note = "every prompt is prefilled from scratch; FLOPs by Eq. 20 only, it was not executed"
         point = _from_the_original(run, np.ones(count), self.name, None, note)
         return [replace(point, mflops=np.full(count, np.nan))]
 
@@ -223,7 +223,7 @@ def decided(policy: ThresholdPolicy, record: Record) -> bool:
     """
     steps = first_steps(record)
     if not steps or math.isnan(steps[0].value(policy.metric)):
-        raise ConfigError(f"the run does not know the {policy.metric} of its first answers")
+        raise ConfigError(f"the run did not record the {policy.metric} of its first answers")
     return policy.decide(steps, ended=record.first_ended, key=record.id).retransmit
 
 

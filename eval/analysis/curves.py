@@ -65,7 +65,7 @@ class Criterion:
         """
         steps = first_steps(record)
         if not steps or math.isnan(steps[0].value(self.metric)):
-            raise ConfigError(f"the run does not know the {self.metric} of its first answers")
+            raise ConfigError(f"the run did not record the {self.metric} of its first answers")
         return aggregate(
             steps,
             self.metric,

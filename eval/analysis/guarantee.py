@@ -119,7 +119,7 @@ def guaranteed(
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"the confidence must be between 0 and 1, not {confidence}")
     if most_per_picture < 1:
-        raise ConfigError(f"a picture counts as one question at least, not {most_per_picture}")
+        raise ConfigError(f"most_per_picture must be at least 1, not {most_per_picture}")
     etas = sequence(metric)
     _, cluster = np.unique(np.asarray(image_ids), return_inverse=True)
     questions = np.bincount(cluster)

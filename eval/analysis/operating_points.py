@@ -233,7 +233,8 @@ def same_samples(runs: Sequence[Run]) -> list[Run]:
         for record in run.records:
             if asked.get(record.id, mine := (record.question, record.truth)) != mine:
                 raise ConfigError(
-                    f"{run.folder} and {first.folder} did not ask the same: {record.id}"
+                    f"the question or truth of {record.id} differs between {run.folder} and "
+                    f"{first.folder}"
                 )
         shared &= {record.id for record in run.records}
     if not shared:

@@ -75,7 +75,7 @@ def for_bytes(run: Run, setting: Criterion, max_bytes: float) -> Calibration:
         least = f"{drawn.bytes_up[0]:,.0f}"
         raise ConfigError(
             f"questions with their views alone take {least} bytes, more than {max_bytes:,.0f}; "
-            "a smaller quality would help"
+            "a lower --view-quality would help"
         )
     best = int(fit[np.argmax(drawn.accuracy[fit])])
     return _calibration(run, drawn, best, {"max_bytes": max_bytes})
@@ -144,14 +144,14 @@ def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
     notes = []
     if found.place == 0:
         notes.append(
-            "no threshold could be shown to lose so little; every question is sent, which loses "
-            "nothing. More pictures would help"
+            "no threshold passed the test for this loss, so every question is sent, which loses "
+            "nothing; more pictures would help"
         )
     if most_per_picture == 1 and found.fewest < found.largest:
         notes.append(
             f"pictures have {found.fewest} to {found.largest} questions here, and each counts "
-            "once: the bound is on the mean over pictures, not over questions; --most-per-picture "
-            "says otherwise, where it is known without these data how many there can be"
+            "once: the bound is on the mean over pictures, not over questions. If the largest "
+            "possible number is known without these data, give it with --most-per-picture"
         )
     elif most_per_picture > 1 and found.over:
         notes.append(
@@ -175,14 +175,14 @@ def _not_whole(run: Run, found: Tested) -> list[str]:
     together = 1 + sum(a != b for a, b in pairwise(images)) == found.pictures
     if limit is not None and limit <= int(task.get("samples") or 0) and not together:
         why.append(
-            f"--limit {limit} took questions, not whole pictures, so those with many questions "
-            "come more often"
+            f"--limit {limit} took questions, not whole pictures, so pictures with many questions "
+            "are over-represented"
         )
     if run.missing > 0:
-        why.append(f"{run.missing} samples gave no row")
+        why.append(f"{run.missing} samples have no row")
     if not why:
         return []
-    return [f"the bound is only sure for whole pictures, and here {' and '.join(why)}"]
+    return [f"the bound holds only for whole pictures, but {' and '.join(why)}"]
 
 
 def _calibration(

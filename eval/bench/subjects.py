@@ -124,7 +124,9 @@ def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subje
     source = local_or_hub(name)
     adapter = adapter_for(model_type_of(source))
     if adapter is not LlavaAdapter:
-        raise SystemExit(f"{name} is of {adapter.family}; the pipeline is written for llava only")
+        raise SystemExit(
+            f"{name} belongs to the family {adapter.family}; the pipeline supports llava only"
+        )
     preset = (preset_for_model(name) or preset_for_family(adapter.family)).with_overrides(
         fit="stretch"
     )

@@ -325,7 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         or options.warm_up < 0
         or options.kv_cache_gib <= 0
     ):
-        parser.error("questions, tokens, rounds and the cache are one or more")
+        parser.error(
+            "--questions, --together, --new-tokens and --rounds must be at least 1, --warm-up at "
+            "least 0, and --kv-cache-gib above 0"
+        )
     if options.max_model_len is None:  # room for two pictures
         options.max_model_len = 512 if options.model == "demo" else 2048
     try:

@@ -61,7 +61,7 @@ def cases() -> list[Case]:
 
 def demo(
     photo: Annotated[
-        Path | None, typer.Argument(help="Your picture; by default, the pictures of the package.")
+        Path | None, typer.Argument(help="Your picture; by default, the demo pictures.")
     ] = None,
     question: Annotated[str | None, typer.Argument(help="Question about your picture.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG and the results.")] = Path(
@@ -176,11 +176,11 @@ def _summary(asked: list[Case], answers: list[EdgeAnswer], target: Path) -> None
     whole = sum(answer.original_bytes or 0 for answer in answers)
     line = f"{len(answers)} questions, {sent:,} bytes sent"
     if whole:
-        line += f"; sending the pictures whole would have cost {whole:,} ({sent / whole:.1%})"
+        line += f"; the original files have {whole:,} ({sent / whole:.1%})"
     console.print(f"\n{line}")
     known = [(case, answer) for case, answer in zip(asked, answers, strict=True) if case.truth]
     if known:
         right = sum(answer.text == case.truth for case, answer in known)
         first = sum(answer.first_text == case.truth for case, answer in known)
-        console.print(f"right: {first} of {len(known)} at first, {right} in the end")
+        console.print(f"right of {len(known)}: {first} first answers, {right} final answers")
     console.print(f"picture: {target}    results: {target.with_suffix('.json')}")

@@ -90,8 +90,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of runs. The first is reported. The others' parts (HD, tasks, models, "
-            "picture qualities) follow from their method, task, model and codec."
+            help="Folders of runs. The first is the main one. Each other is used for HD, tasks, "
+            "models or picture qualities, depending on its method, task, model and codec."
         ),
     ],
     val: Annotated[
@@ -118,7 +118,10 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("report"),
 ) -> None:
-    """Make the paper's figures and tables from runs, with a JSON that traces each number."""
+    """Make the figures and tables of Song and Kim (2025) from runs.
+
+    A JSON file traces each number to the rows that it comes from.
+    """
     import json
 
     from tqdm import tqdm

@@ -42,7 +42,7 @@ from vlm_collab.pictures.images import Codec
 
 def run(
     task: Annotated[
-        str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2, signs …")
+        str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2 or signs.")
     ],
     model: Annotated[
         str | None,
@@ -58,8 +58,8 @@ def run(
     post_prompt: Annotated[
         str | None,
         typer.Option(
-            help="Text after each question, instead of the task's own. By default none, if the "
-            "prompt template already says how to answer, as vicrop does."
+            help="Text after each question. Default: the task's own, or none if the prompt "
+            "template already says how to answer, as vicrop does."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
@@ -173,7 +173,7 @@ def run(
     path = out or Path("runs") / f"{name}-{opened.name}-{opened.split}{suffix}"
     if processes > 1:
         if share.world > 1:
-            raise ConfigError("--processes is for one command; this one was started as several")
+            raise ConfigError("--processes cannot be used if a launcher starts several processes")
         _several(processes, threads or begun_threads(path))
         rows, failed = RunFolder(path).counts()
         _tell(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
@@ -228,11 +228,16 @@ def method_of(
         return HighResolutionMethod(task, options, codec=chosen, view_quality=view_quality)
     if server is not None:
         if region_quality is not None:
-            raise ConfigError("with --server, the service decides how regions are encoded")
+            raise ConfigError(
+                "with --server, the service decides how regions are encoded; "
+                "leave out --region-quality"
+            )
         if options != ModelOptions(name=options.name, overrides=options.overrides) or (
             options.overrides.keys() - {"max_new_tokens"}
         ):
-            raise ConfigError("with --server, options of the model are the service's own")
+            raise ConfigError(
+                "with --server, the service sets the options of the model; leave them out"
+            )
         from eval.runs.methods.over_service import OverService
 
         return OverService(
@@ -351,7 +356,7 @@ def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     if not ended.complete:
         there = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
         if share.world == 1:
-            raise CollabError(f"{path} ended incomplete: {there}; the same command resumes it")
+            raise CollabError(f"{path} is incomplete: {there}; the same command resumes it")
         line = f"{path}: process {share.rank} of {share.world} is done; {there}"
         print(json.dumps(summary) if as_json else line)
         return

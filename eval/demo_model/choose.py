@@ -142,7 +142,7 @@ def easiest(accuracy: dict[float, float]) -> float:
     """
     fit = [power for power, share in accuracy.items() if share <= ROOM]
     if not fit:
-        raise ValueError(f"the global view alone is right in more than {ROOM:.0%} with any power")
+        raise ValueError(f"more than {ROOM:.0%} of the first answers are right with every power")
     return min(fit)
 
 

@@ -106,8 +106,8 @@ def train_loop(
         state = run.load(run.unfinished(stage.name))
         if state.get("recipe", _as_text(stage)) != _as_text(stage):
             raise ValueError(
-                f"the recipe of {stage.name} changed since it was begun; delete "
-                f"{run.unfinished(stage.name)} to begin it again"
+                f"the recipe of {stage.name} changed after training began; delete "
+                f"{run.unfinished(stage.name)} to start the stage again"
             )
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):

@@ -177,7 +177,9 @@ def main() -> None:
     options = parser.parse_args()
     reference = json.loads(options.reference.read_text())[options.split]
     if reference["weights"] != weights_digest():
-        raise SystemExit(f"{options.reference} is about another checkpoint; make it again first")
+        raise SystemExit(
+            f"{options.reference} is from another checkpoint; run eval.demo_model.evaluate again"
+        )
     settings = settings_of(reference["settings"])
     settings = replace(settings, count=min(options.count, settings.count))
     made = asyncio.run(ask_service(settings, options.placement, options.jpeg))

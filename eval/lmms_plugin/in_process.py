@@ -68,8 +68,8 @@ class InProcess(AnswerSource):
         preset = with_options(preset_of(settings.model, options.pop("preset", None)), options)
         if preset.says_how_to_answer:
             log.warning(
-                "the prompt %r says how to answer; a task's own words behind the question say it "
-                'twice: set its post_prompt to ""',
+                "the prompt %r already says how to answer; if the task does too, set the task's "
+                'post_prompt to ""',
                 preset.prompt,
             )
         if preset.warning is not None:

@@ -90,8 +90,8 @@ def _options(
     beams = generation.get("num_beams") or 1
     if beams != 1:
         raise ConfigError(
-            f"{task} asks for a search with {beams} beams, which vlm_collab does not do; "
-            "`--gen_kwargs num_beams=1` answers greedily"
+            f"{task} sets num_beams={beams}, but vlm_collab has no beam search; "
+            "use `--gen_kwargs num_beams=1` for greedy answers"
         )
     longest = generation.get("max_new_tokens") or generation.get("max_gen_toks")
     limit = int(longest or DEFAULT_MAX_NEW_TOKENS)
@@ -114,8 +114,8 @@ def _stop_texts(until: str | Sequence[str] | None, task: str) -> tuple[str, ...]
     stops = tuple(dict.fromkeys(text for text in texts if text))
     if len(stops) > _MOST_STOP_TEXTS or any(len(stop) > _LONGEST_STOP_TEXT for stop in stops):
         raise ConfigError(
-            f"{task} ends its answers at {len(stops)} texts; the protocol takes "
-            f"{_MOST_STOP_TEXTS} of at most {_LONGEST_STOP_TEXT} characters"
+            f"{task} has {len(stops)} stop texts; the protocol takes at most "
+            f"{_MOST_STOP_TEXTS}, each of at most {_LONGEST_STOP_TEXT} characters"
         )
     return stops
 
@@ -127,4 +127,4 @@ def require_pictures(pictures: Sequence[Any]) -> None:
         SampleError: there is none.
     """
     if not pictures:
-        raise SampleError("it is about no picture, and vlm_collab answers about pictures")
+        raise SampleError("the question has no picture, and vlm_collab needs one")

@@ -133,14 +133,14 @@ def settings_from(arguments: Mapping[str, Any]) -> LmmsSettings:
     if settings.server is None:
         for name in ("token", "token_file", "concurrency"):
             if name in given:
-                raise ConfigError(f"model_args: {name} is for a service; it needs server=ws://…")
+                raise ConfigError(f"model_args: {name} is only for a service; add server=ws://…")
         return settings
     for name in _IN_PROCESS:
         if name in given:
-            raise ConfigError(f"model_args: {name} is the service's own with server=…")
+            raise ConfigError(f"model_args: with server=…, the service sets {name}; leave it out")
     if settings.token_file is not None:
         if settings.token is not None:
-            raise ConfigError("model_args: token and token_file exclude each other")
+            raise ConfigError("model_args: give token or token_file, not both")
         token: str | None = read_key(Path(settings.token_file), "model_args: token_file")
     else:
         token = settings.token or os.environ.get(TOKEN_VARIABLE)

@@ -180,14 +180,14 @@ def sort_runs(
     for run in runs[1:]:
         found[_part_of(run, main)].append(run)
     if len(found["hd"]) > 1:
-        raise ConfigError("a report has room for one run of hd")
+        raise ConfigError("a report takes only one run of the method hd")
     cut = same_samples([main, *found["hd"], *found["models"]])
     if val is not None:
         _check_val(val, main, found["tasks"])
     if layers is not None:
         layers.require_model(str(main.provenance["model"]["name"]))
         if (layers.made.get("task"), layers.made.get("split")) == (_task(main), _split(main)):
-            raise ConfigError("the layers were measured on the split that is reported")
+            raise ConfigError("the layers were measured on the reported split; measure on another")
     given = Inputs(
         main=main,
         hd=next(iter(found["hd"]), None),
@@ -229,20 +229,22 @@ def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
     pictures with reported runs."""
     val.require(TWO_STAGE)
     if _task(val) != _task(main) or _model(val) != _model(main):
-        raise ConfigError(f"{val.folder} is of another model or task than {main.folder}")
+        raise ConfigError(f"{val.folder} has another model or task than {main.folder}")
     reported = [main, *(run for run in tasks if _task(run) == _task(main))]
     if _split(val) in {_split(run) for run in reported}:
-        raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
+        raise ConfigError(
+            f"{val.folder} is a run of the reported split {_split(val)}; thresholds need another"
+        )
     if _codec(val) != _codec(main):
-        raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
+        raise ConfigError(f"{val.folder} has another picture quality than {main.folder}")
     if _asked(val) != _asked(main):
-        raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
+        raise ConfigError(f"{val.folder} has other task settings than {main.folder} (OCR, prompt)")
     _same_use(val, main)
     # Different splits may share pictures, as POPE's do.
     both = {one.image_id for one in val.records}
     both &= {one.image_id for run in reported for one in run.records}
     if both:
-        raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
+        raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; use a run on others")
 
 
 def _check_hd(run: Run, main: Run) -> None:
@@ -263,7 +265,7 @@ def _check_hd(run: Run, main: Run) -> None:
 def _part_of(run: Run, main: Run) -> str:
     if run.method == HD:
         if (_task(run), _split(run)) != (_task(main), _split(main)):
-            raise ConfigError(f"{run.folder} is of another task or split than {main.folder}")
+            raise ConfigError(f"{run.folder} has another task or split than {main.folder}")
         _check_hd(run, main)
         return "hd"
     run.require(TWO_STAGE)
@@ -271,23 +273,23 @@ def _part_of(run: Run, main: Run) -> str:
     if _task(run) == _task(main) and not one_set:
         sets = task_kind(_task(main)).sets
         if not {_split(run), _split(main)} <= set(sets):
-            named = f"; its sets {', '.join(sets)} can stand side by side" if sets else ""
+            named = f"; only its sets {', '.join(sets)} are reported together" if sets else ""
             raise ConfigError(
-                f"{run.folder} is of the split {_split(run)}, the report of {_split(main)}; "
-                f"a run that thresholds come from is given by --val{named}"
+                f"{run.folder} is a run of the split {_split(run)}, the first of {_split(main)}; "
+                f"give a run for thresholds with --val{named}"
             )
     same_task = _task(run) == _task(main) and one_set and _settings(run) == _settings(main)
     if _model(run) != _model(main):
         if same_task:
             return "models"
-        raise ConfigError(f"{run.folder} is of another model and of another task than the first")
+        raise ConfigError(f"{run.folder} has another model and another task than {main.folder}")
     # Another task has its own longest answer, and may have its own prompt.
     _same_use(run, main, but=() if same_task else ("max_new_tokens", "prompt"))
     if not same_task:
         return "tasks"
     if _codec(run) != _codec(main):
         return "qualities"
-    raise ConfigError(f"{run.folder} repeats {main.folder}")
+    raise ConfigError(f"{run.folder} has the same settings as {main.folder}; leave it out")
 
 
 def _task(run: Run) -> str:
@@ -327,7 +329,7 @@ def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:
     for name in sorted(theirs.keys() | here.keys()):
         if name not in but and theirs.get(name) != here.get(name):
             what = difference(name, theirs.get(name), here.get(name))
-            raise ConfigError(f"{run.folder} used the model otherwise than {main.folder} ({what})")
+            raise ConfigError(f"{run.folder} has other model settings than {main.folder} ({what})")
 
 
 def _model(run: Run) -> tuple[Any, ...]:

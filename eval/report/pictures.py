@@ -44,7 +44,7 @@ def chosen_row(run: Run) -> tuple[Record, str]:
     if held:
         return held[0], f"{rule}, with the true place in the region"
     if turned:
-        return turned[0], f"{rule} (of none is the true place known to be in the region)"
+        return turned[0], f"{rule} (in none of them is the true place known to be in the region)"
     shown = [r for r in run.records if r.box] or run.records
     return shown[0], "the first row (no wrong first answer has a right second one)"
 

@@ -56,8 +56,8 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     ),
     "fig-09-tasks": (
         figures.fig9,
-        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; with one benchmark, its kinds "
-        "of questions stand here.",
+        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; a report on one benchmark has a "
+        "panel for each kind of question.",
     ),
     "fig-10-models": (figures.fig10, "The models whose runs were given."),
     "fig-11-pictures": (
@@ -66,7 +66,7 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     ),
     "fig-12-qualities": (
         figures.fig12,
-        "Views and regions have the same quality. Each curve from no region to all.",
+        "Views and regions have the same quality. Each curve runs from no region sent to all.",
     ),
 }
 
@@ -98,7 +98,7 @@ def write_report(
     """
     names = [run.folder.name for run in inputs.runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"runs are results apart by their folders' names: {', '.join(names)}")
+        raise ConfigError(f"two runs have the same folder name; rename one: {', '.join(names)}")
     results = {
         "format": 1,
         "command": list(command),

@@ -173,7 +173,7 @@ class RunFolder:
         known = [before, *before.get("resumed", [])]
         beside = any(one.get("session") == now["session"] for one in known)
         if not (resume or beside):
-            raise ConfigError(f"{self.path} holds a run already; choose another folder")
+            raise ConfigError(f"{self.path} already holds a run; choose another folder")
         theirs, mine = _settings(before), _settings(now)
         for name in theirs:
             if theirs[name] != mine[name]:

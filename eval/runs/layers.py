@@ -107,7 +107,7 @@ async def measure_layers(
     every = ((index, task[index]) for index in range(len(task)))
     samples = [(index, sample) for index, sample in every if sample.true_box is not None]
     if not samples:
-        raise ConfigError(f"no sample of {task.name} {task.split} says where its answer is")
+        raise ConfigError(f"no sample of {task.name}, split {task.split}, has a true box")
     made: list[Look] = []
     wanted = None if layers is None else list(layers)
     name, bar = "", None

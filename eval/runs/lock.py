@@ -61,7 +61,7 @@ def session_lock(path: Path, key: str, rank: int, session: str, *, hint: str = "
                     old.unlink()
                 name.write_text(session, encoding="utf-8")
     except Timeout:
-        raise ConfigError(f"{path}: another session is at work on this run{hint}") from None
+        raise ConfigError(f"{path}: another session is working on this run{hint}") from None
     except OSError as error:
         raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
     except NotImplementedError as error:

@@ -166,9 +166,9 @@ def test_a_policy_decides_from_a_row_as_it_does_online() -> None:
     # Statistics that a service does not report do not count as certainty.
     bare = replace(rows[1], first_entropy=[], first_margin=[])
     assert decided(policy, bare)
-    with pytest.raises(ConfigError, match="does not know the entropy"):
+    with pytest.raises(ConfigError, match="did not record the entropy"):
         decided(replace(policy, metric=Metric.ENTROPY), bare)
-    with pytest.raises(ConfigError, match="does not know the min_entropy"):
+    with pytest.raises(ConfigError, match="did not record the min_entropy"):
         decided(policy, replace(bare, first_min_entropy=[]))
 
 
@@ -180,10 +180,10 @@ def test_runs_that_do_not_fit_are_refused(made: Run) -> None:
     with pytest.raises(ConfigError, match="no samples in common"):
         same_samples([made, run_of([record(9, 1, 1, 0.1)])])
     changed = [replace(made.records[0], question="another?"), *made.records[1:]]
-    with pytest.raises(ConfigError, match="did not ask the same: s0"):
+    with pytest.raises(ConfigError, match="question or truth of s0 differs"):
         same_samples([made, run_of(changed)])
     changed = [*made.records[:3], replace(made.records[3], truth='{"answers": []}')]
-    with pytest.raises(ConfigError, match="did not ask the same: s3"):
+    with pytest.raises(ConfigError, match="question or truth of s3 differs"):
         same_samples([made, run_of(changed)])
     with pytest.raises(ValueError, match="probability"):
         two_stage_point(made, np.full(4, 1.5), "x")

@@ -105,7 +105,7 @@ def test_the_equations_count_five_prefills_against_two() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "shapes-7b"), "shapes-7b wants a GPU"),
+        (("--model", "shapes-7b"), "shapes-7b needs a GPU"),
         (("--model", "no/such/folder/here"), "there is no model folder"),
     ],
 )

@@ -136,7 +136,7 @@ def test_a_bound_on_the_loss_says_which_mean_it_bounds() -> None:
         ({"limit": 404, "samples": 404}, False, None),  # only the last picture may be incomplete
         ({"limit": 500, "samples": 404}, True, None),  # the limit cuts nothing
         ({"limit": None, "samples": 404}, True, None),
-        ({"limit": None, "samples": 407}, False, "3 samples gave no row"),
+        ({"limit": None, "samples": 407}, False, "3 samples have no row"),
     ],
 )
 def test_a_note_warns_of_pictures_that_may_lack_questions(
@@ -148,7 +148,7 @@ def test_a_note_warns_of_pictures_that_may_lack_questions(
     made = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
     found = for_loss(run_of(made, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     note = found.made["note"]
-    assert ("the bound is only sure for whole pictures" in note) == (said is not None)
+    assert ("the bound holds only for whole pictures" in note) == (said is not None)
     if said is not None:
         assert said in note
     # No note if all pictures have the same number of questions.

@@ -253,7 +253,7 @@ def test_the_sequence_begins_at_the_threshold_that_sends_everything() -> None:
         ({"max_loss": 0.0, "confidence": 0.9}, "largest loss"),
         ({"max_loss": 1.0, "confidence": 0.9}, "largest loss"),
         ({"max_loss": 0.1, "confidence": 1.0}, "confidence"),
-        ({"max_loss": 0.1, "confidence": 0.9, "most_per_picture": 0}, "one question at least"),
+        ({"max_loss": 0.1, "confidence": 0.9, "most_per_picture": 0}, "must be at least 1"),
     ],
 )
 def test_bounds_out_of_range_are_refused(settings: dict[str, Any], line: str) -> None:

@@ -257,7 +257,7 @@ def test_training_continues_where_it_stopped(
     unbroken = finish(tmp_path / "a", None)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "b", 13)
-    with pytest.raises(ValueError, match="the recipe of tiny changed since it was begun"):
+    with pytest.raises(ValueError, match="the recipe of tiny changed after training began"):
         finish(tmp_path / "b", None, msgspec.structs.replace(stage, steps=40))
     resumed = finish(tmp_path / "b", None)
     for name, value in unbroken.items():

@@ -41,7 +41,7 @@ def test_a_checkpoint_is_taken_up_completely(tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "curve.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has a run in it already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         take_up(load_recipe(RECIPE), FOLDER, "tower-1", tmp_path)
 
 

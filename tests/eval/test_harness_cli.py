@@ -90,8 +90,8 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--task", "signs", "--method", "best"], "there is no method 'best'"),
         (["--task", "signs", "--ratios", "a,b"], "--ratios takes numbers"),
         (["--task", "signs", "--model", "demo", "--server", "ws://x"], "--model or --server"),
-        (["--task", "signs", "--layer", "2", "--server", "ws://x"], "are the service's own"),
-        (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "are the service's own"),
+        (["--task", "signs", "--layer", "2", "--server", "ws://x"], "service sets the options"),
+        (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "service sets the options"),
         (["--task", "signs", "--region-quality", "9", "--server", "ws://x"], "service decides"),
         (["--task", "signs", "--method", "hd", "--region-quality", "9"], "hd takes neither"),
         (["--task", "signs", "--method", "hd", "--model", "fake"], "hd needs a model"),
@@ -215,7 +215,7 @@ def test_a_run_that_ends_incomplete_says_so(
     code, out, err = call(capsys, *line)
     assert (code, out) == (1, "")
     assert err.endswith(
-        f"{tmp_path / 'r'} ended incomplete: 2 of 4 samples are done; the same command resumes it\n"
+        f"{tmp_path / 'r'} is incomplete: 2 of 4 samples are done; the same command resumes it\n"
     )
 
 

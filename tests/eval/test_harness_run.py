@@ -335,7 +335,7 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
         make(unbroken, view_quality=40)
     with pytest.raises(ConfigError, match="task limit is 13 there and 7 here"):
         make(unbroken, open_task("signs", limit=7), limit=7)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         make(unbroken, share=Share(session="another"), resume=False)
     assert (unbroken / PROVENANCE).read_bytes() == before
 
@@ -383,7 +383,7 @@ def test_sessions_exclude_each_other_but_not_their_own_processes(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
-    line = "run: another session is at work on this run"
+    line = "run: another session is working on this run"
     with locked_elsewhere(folder, Share(0, 2, "a").key):
         # Another session is refused, whatever its share of the samples.
         for other in (Share(0, 2, "b"), Share(1, 2, "b"), Share(0, 1, "a"), Share(2, 3, "a")):
@@ -414,7 +414,7 @@ def test_a_later_launch_with_the_same_name_is_another_session(
     first, later = Share(0, 2, "p-1", "node-1-29500"), Share(0, 2, "p-2", "node-1-29500")
     make(folder, share=first)
     shutil.copytree(folder, other)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         make(folder, share=later, resume=False)
     make(folder, share=later)
     told = json.loads((folder / PROVENANCE).read_text())
@@ -422,7 +422,7 @@ def test_a_later_launch_with_the_same_name_is_another_session(
     # A process joins the session of a launch that is still running. A process whose parent began
     # the run belongs to that session at any time.
     with locked_elsewhere(other, later.key, 1):
-        with pytest.raises(ConfigError, match="holds a run already"):
+        with pytest.raises(ConfigError, match="already holds a run"):
             make(other, share=later, resume=False)
         told = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
         (other / PROVENANCE).write_text(json.dumps(told))

@@ -101,7 +101,7 @@ def test_answer_sizes_differ_only_by_their_times(runs: tuple[Run, Run]) -> None:
 def test_a_service_does_not_report_its_model_s_sizes(runs: tuple[Run, Run]) -> None:
     _, there = runs
     assert there.decoder is None
-    with pytest.raises(ConfigError, match="does not know its model's preset"):
+    with pytest.raises(ConfigError, match="did not record its model's preset"):
         _ = there.preset
 
 

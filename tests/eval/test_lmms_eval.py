@@ -440,10 +440,10 @@ def test_unsupported_requests_are_refused_with_one_line(tmp_path: Path) -> None:
     )
     kind = "choose tasks of type generate_until"
     assert likelihood == (
-        f"vlm_collab: mmlu: vlm_collab scores no given answers (loglikelihood); {kind}"
+        f"vlm_collab: mmlu: vlm_collab cannot score given answers (loglikelihood); {kind}"
     )
-    assert "mmlu: vlm_collab asks once, not in rounds" in rounds
-    assert "mmlu: vlm_collab draws no pictures" in drawing
+    assert "mmlu: vlm_collab answers in one round only" in rounds
+    assert "mmlu: vlm_collab cannot draw pictures" in drawing
     assert re.match(r"vlm_collab: .*127\.0\.0\.1.*9", nobody), nobody
     assert re.match(r"vlm_collab: .*eta", eta), eta
     assert etta.startswith("vlm_collab: model_args: there is an unknown field `etta`; options: ")

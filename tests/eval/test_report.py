@@ -46,7 +46,7 @@ def test_a_failed_sample_of_one_run_is_left_out_and_noted(tmp_path: Path) -> Non
     assert "\nEach run, with `--threads 1`:\n" in page  # needed for the same bits
     # Each run's gaps count its own missing samples only.
     assert "main: " not in page
-    assert "hd: 1 of 200 samples gave no row" in page
+    assert "hd: 1 of 200 samples have no row" in page
     assert (told["runs"]["main"]["rows"], told["runs"]["hd"]["rows"]) == (200, 199)
     assert "missing" not in told["runs"]["main"]
 
@@ -105,7 +105,7 @@ def test_samples_without_a_row_are_counted_on_stderr_and_in_the_page(
     told["model"]["view"] = [112, 112]
     (folder / PROVENANCE).write_text(json.dumps({**told, "finished": finished}))
     out = tmp_path / "report"
-    line = f"2 of 42 samples gave no row ({why}); all figures leave them out"
+    line = f"2 of 42 samples have no row ({why}); all figures leave them out"
     for command in (
         ["eval", "report", str(folder), "--resamples", "10", "--format", "png", "--out", str(out)],
         ["eval", "sweep", str(folder), "--out", str(tmp_path / "sweep")],

@@ -94,7 +94,7 @@ def test_fig_11_states_the_rule_that_chose_its_row() -> None:
     first, second, third = (replace(r, box=[0, 0, 10, 10]) for r in answers(3))
     for changed, index, rule in (
         ((right, wrong | outside, wrong | inside), 2, "with the true place in the region"),
-        ((right, wrong | outside, right | inside), 1, "of none is the true place known"),
+        ((right, wrong | outside, right | inside), 1, "in none of them is the true place known"),
         ((right, right, right), 0, "the first row (no wrong first answer"),
     ):
         rows = [replace(r, **c) for r, c in zip((first, second, third), changed, strict=True)]

@@ -29,7 +29,7 @@ def test_unfavourable_results_are_stated() -> None:
     inputs = sort_runs([run_of(margins)], resamples=50)
     said = "\n".join(findings({"metrics": {"rows": tables.table_metrics(inputs)}}))
     assert "margin, not min-entropy, has the largest area" in said
-    assert "does not hold 0" in said
+    assert "does not contain 0" in said
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_area_whose_difference_may_be_zero_is_a_tie() -> None:
     (said,) = told(base, ("entropy/full", 0.08, -0.03, -0.01), ("margin/full", 0.09, -0.02, 0.01))
     assert "min-entropy and margin are tied for the largest area" in said
     assert "(margin 0.0900 against 0.1000; the interval of the difference, " in said
-    assert "[-0.0200, 0.0100], holds 0)" in said
+    assert "[-0.0200, 0.0100], contains 0)" in said
     (said,) = told(base, ("margin/full", 0.1, 0.0, 0.0))
     assert "are tied" in said
     near = ("margin/full", 0.11, -0.01, 0.02)
@@ -81,9 +81,9 @@ def test_an_area_whose_difference_may_be_zero_is_a_tie() -> None:
     assert "(margin 0.1100 against 0.1000;" in said
     (said,) = told(base, ("margin/full", 0.08, -0.03, -0.01))
     assert "min-entropy has the largest area over the random line, before margin" in said
-    assert "does not hold 0" in said
+    assert "does not contain 0" in said
     (said,) = told(base)
-    assert "only one that the run knows" in said
+    assert "only metric that the run recorded" in said
 
     _, said = told(
         base,
@@ -108,6 +108,6 @@ def test_coverage_counts_only_questions_with_a_true_box() -> None:
     assert (told["rows"]["count"], told["with_box"]) == (60, 30)
     assert expanded(told["index_with_box"]) == list(range(0, 60, 2))
     (said,) = [one for one in findings({"boxes": {"rows": [told]}}) if "Regions" in one]
-    assert "of the 30 questions whose place is known" in said
+    assert "mean of the 30 questions for which it is known" in said
     cells = table_list.TABLES["boxes"][3]
     assert (cells["n"](told), cells["with a box"](told)) == ("60", "30")

@@ -133,7 +133,7 @@ def test_a_run_over_a_service_has_curves_of_recorded_metrics() -> None:
     run = run_of(made, visual_tokens=None)
     drawn = curve(run, Criterion())
     assert np.isnan(drawn.relative_paper_flops).all()
-    with pytest.raises(ConfigError, match="does not know the margin"):
+    with pytest.raises(ConfigError, match="did not record the margin"):
         curve(run, Criterion(Metric.MARGIN))
 
 

@@ -127,7 +127,9 @@ class OverService(Method):
         if self._task.stop and "stop" not in self._welcome.features:
             raise ConfigError("this service does not take stop texts, which the benchmark needs")
         if len(self._task.stop) > _MOST_STOP_TEXTS:
-            raise ConfigError(f"a service takes {_MOST_STOP_TEXTS} stop texts, the task has more")
+            raise ConfigError(
+                f"a service takes at most {_MOST_STOP_TEXTS} stop texts; the task has more"
+            )
 
     async def close(self) -> None:
         await self._client.close()
