@@ -116,10 +116,10 @@ class Oracle(Baseline):
 class SendOriginal(Baseline):
     """Upload the original file once, and run both stages on the server.
 
-    One point is at the threshold of the run's preset, if the run has a preset. The other point
-    puts every question through the second stage. Both cost the same bytes; a second stage costs
-    only FLOPs. The answers are the run's, although its views and regions went through its codec,
-    and this server would cut them from the original's pixels.
+    One point is at the threshold of the run's preset, if the run has a preset. At the other point,
+    every question goes through the second stage. Both cost the same bytes; a second stage costs
+    only FLOPs. The answers are those of the run, whose views and regions were encoded by its codec.
+    A real server would cut them from the original's pixels.
     """
 
     name = "sending the original"
@@ -215,7 +215,7 @@ def measured(runs: Sequence[Run]) -> list[Point]:
 
 
 def decided(policy: ThresholdPolicy, record: Record) -> bool:
-    """Whether a policy would have asked for the sample's region.
+    """Whether a policy would have requested the sample's region.
 
     Raises:
         ConfigError: the run did not record the policy's metric. A run over a service records

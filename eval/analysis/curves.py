@@ -2,8 +2,8 @@
 
 A policy only chooses which samples are sent (`eval.analysis.operating_points.two_stage_point`), and
 all numbers of a point are sums over samples. So a curve takes one sort by uncertainty and running
-sums from "none sent" to "all sent". It needs no model and no call of a policy for each threshold;
-the decisions equal those of `vlm_collab.method.policy.ThresholdPolicy`.
+sums from "none sent" to "all sent". It needs no model, and calls no policy for each threshold. The
+decisions equal those of `vlm_collab.method.policy.ThresholdPolicy`.
 
 Bands are percentile bootstraps. They resample whole pictures, because questions about one picture
 are not independent.
@@ -133,7 +133,7 @@ def curve(run: Run, setting: Criterion) -> Curve:
     """Compute every operating point that some threshold reaches.
 
     Samples of equal uncertainty are sent together. "None sent" is a point only if a threshold
-    reaches it: every threshold sends a sample with a margin of 0.
+    reaches it. For the margin, none may: every threshold sends a sample with a margin of 0.
 
     Raises:
         ConfigError: the run has another method, is empty, or did not record the metric.
@@ -256,7 +256,7 @@ class Bootstrap:
         return np.array([places.setdefault(one, len(places)) for one in self.image_ids])
 
     def weights(self) -> Iterator[NDArray[np.float64]]:
-        """How often each resample holds each sample, in chunks `(resamples, samples)`."""
+        """How often each sample occurs in each resample, in chunks `(resamples, samples)`."""
         rng = np.random.default_rng(self.seed)
         pictures = int(self.clusters.max()) + 1
         even = np.full(pictures, 1.0 / pictures)
@@ -340,8 +340,8 @@ def area_over_random(drawn: Curve, run: Run) -> float:
 def _area(start: Column, rates: Column, accuracy: Column) -> Column:
     """Area of each row's curve over the random line.
 
-    A point for "none sent" is added: no threshold may reach it, but a mixture with a policy that
-    never sends does.
+    A point for "none sent" is added. Perhaps no threshold reaches it, but a mixture with a policy
+    that never sends does.
     """
     rates = np.concatenate([np.zeros((len(start), 1)), rates], axis=1)
     accuracy = np.concatenate([start[:, None], accuracy], axis=1)
@@ -378,8 +378,8 @@ def settings_of(
     Args:
         run: the run.
         metrics, aggregates: their combinations.
-        ks: numbers of tokens for `first_k`; None for 2 to 10. A k that no answer exceeds in
-            length would repeat `full`, and is left out.
+        ks: numbers of tokens for `first_k`; None for 2 to 10. A k is left out if no answer is
+            longer, because the result would equal `full`.
     """
     made = []
     ends = counts_end(run)

@@ -93,10 +93,10 @@ class Run:
         )
 
     def require(self, method: str) -> None:
-        """Check that the run has a method and samples.
+        """Check that the run is of this method and has samples.
 
         Raises:
-            ConfigError: it has another method, or no samples.
+            ConfigError: it is of another method, or has no samples.
         """
         if self.method != method:
             raise ConfigError(f"{self.folder} is a run of {self.method}, not of {method}")

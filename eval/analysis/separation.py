@@ -6,14 +6,15 @@ The paper does not state the bins of its probability mass functions, and both nu
 them. Here, `BINS` bins of equal width run from 0 to 1 for the margin, else from 0 to the largest
 value of all answers. A first answer is right if it scores at least one half.
 
-The paper's formulas are applied to counts. Chance keeps counts apart, so the overlap is biased
-downwards and the distance upwards, the more so the fewer answers there are. Resamples are biased
-twice, since they are drawn from such a sample, and their percentiles miss the truth far more often
-than stated. So intervals are reflected ("basic", Davison and Hinkley, Bootstrap Methods and their
-Application, 1997, section 5.2): the resamples' deviation from the sample estimates the sample's
-deviation from the truth. The overlap is reflected in its odds, which keeps it between 0 and 1.
-`tests/eval/test_separation.py` measures how often these intervals hold the truth. A number may lie
-outside its own interval; that is its bias.
+The paper's formulas are applied to counts. By chance, the counts of two groups differ more than
+their probabilities do. So the overlap is biased downwards and the distance upwards, more strongly
+with fewer answers. Resamples are drawn from such a sample, so they are biased twice, and their
+percentiles miss the truth far more often than stated. So intervals are reflected ("basic", Davison
+and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2): the resamples' deviation
+from the sample estimates the sample's deviation from the truth. The overlap is reflected in its
+odds, which keeps it between 0 and 1.
+`tests/eval/test_separation.py` measures how often these intervals contain the truth. Because of the
+bias, a number may lie outside its own interval.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ OTHER_BINS = (10, 40)
 """Reported too, to show how much the numbers depend on the bins."""
 FEWEST = 10
 """Fewest pictures with right answers, and with wrong ones, for an interval; with fewer, intervals
-hold the truth too seldom."""
+contain the truth too rarely."""
 
 
 def right_of(run: Run) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Which split of a benchmark is reported; a note warns of choosing settings on it."""
+"""Which split of a benchmark is reported; a note warns against choosing settings on it."""
 
 from __future__ import annotations
 

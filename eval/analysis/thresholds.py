@@ -17,7 +17,7 @@ from eval.analysis.curves import (
     ends,
     uncertainty,
 )
-from eval.analysis.guarantee import Tested, guaranteed
+from eval.analysis.guarantee import GuaranteedThreshold, guaranteed
 from eval.analysis.operating_points import column, sends_region
 from eval.analysis.run import Run
 from eval.analysis.splits import reported_note
@@ -27,7 +27,7 @@ from vlm_collab.method.policy import Aggregate, Metric
 
 
 def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Criterion:
-    """The criterion that a user asked for, completed from the run's preset.
+    """The user's criterion, completed from the run's preset.
 
     Raises:
         ConfigError: unknown metric or aggregation, or `k` without `first_k`.
@@ -90,7 +90,9 @@ def for_loss(
     most_per_picture: int = 1,
     seed: int = 0,
 ) -> Calibration:
-    """Choose the threshold that sends least with a guaranteed loss (`eval.analysis.guarantee`).
+    """Choose the threshold that sends the fewest samples with a guaranteed loss.
+
+    The guarantee is that of `eval.analysis.guarantee`.
 
     Args:
         run: the run.
@@ -139,8 +141,8 @@ def for_loss(
     return msgspec.structs.replace(made, eta=found.eta, expected={**made.expected, **expected})
 
 
-def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
-    """Notes against misreading the bound."""
+def _loss_notes(found: GuaranteedThreshold, most_per_picture: int) -> list[str]:
+    """Notes that explain what the bound covers."""
     notes = []
     if found.place == 0:
         notes.append(
@@ -162,11 +164,12 @@ def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
     return notes
 
 
-def _not_whole(run: Run, found: Tested) -> list[str]:
-    """A note if the run may lack some questions of its pictures, for which the bound is not sure.
+def _not_whole(run: Run, found: GuaranteedThreshold) -> list[str]:
+    """A note if the run may lack some questions of its pictures: then the bound may not hold.
 
-    There is none if all pictures have the same number of questions: then none is over-represented.
-    A limit does no harm if the rows of a picture are adjacent: it cuts only the last picture.
+    There is no note if all pictures have the same number of questions, because then none is
+    over-represented. A limit does no harm if the rows of a picture are adjacent, because it cuts
+    only the last picture.
     """
     if found.fewest == found.largest:
         return []

@@ -1,4 +1,4 @@
-"""Models that the benchmarks measure: checkpoints, or random weights of a known model's sizes."""
+"""Models for the benchmarks: checkpoints, or random weights in the sizes of a known model."""
 
 from __future__ import annotations
 

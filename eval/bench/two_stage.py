@@ -2,14 +2,14 @@
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
 `server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`, a
-plain implementation on transformers. Answers have a fixed length; the end token is off on both
-sides. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
+plain implementation on transformers. Answers have a fixed length: neither side stops at the end
+token. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
 (In 16-bit precision, rounding depends on matrix shapes and can decide near-ties; the share of equal
 tokens is reported instead.)
 
-Prefill is everything but token-by-token decoding: a run with answers of one token, which comes from
-the prefill. Decoding is the additional time of a longer answer. With `first_k`, the engine stops
-the first answer after k tokens; the pipeline cannot.
+Prefill is everything but token-by-token decoding. It is measured with answers of one token, which
+the prefill already gives. Decoding is the additional time of a longer answer. With `first_k`, the
+engine stops the first answer after k tokens; the pipeline cannot.
 
 Each repetition times both sides of every setting one after the other, in alternating order, so
 that other load slows both alike. Ratios are the pipeline's time over the engine's: medians over the

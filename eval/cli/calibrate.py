@@ -24,7 +24,7 @@ class CalibrateCommands(NamedValues, TyperGroup):
     """The commands `layers` and `threshold`; `threshold` is the default."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; arguments that start with no command's name go to `threshold`."""
+        """Find the command; `threshold` is used if the first argument names none."""
         if args[0] not in (_THRESHOLD, _LAYERS):
             args = [_THRESHOLD, *args]
         return super().resolve_command(ctx, args)

@@ -49,7 +49,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The questions that come with the demo model, in the order of `pictures.json`.
+    """The questions about the demo pictures, in the order of `pictures.json`.
 
     Raises:
         ModelError: the demo model is not installed.
@@ -114,7 +114,7 @@ def demo(
 
 @contextlib.asynccontextmanager
 async def _server(url: str | None, model: str, note: Console) -> AsyncIterator[str]:
-    """The server to ask: the given one, or one started here."""
+    """Yield the server's URL: the given one, or that of a server started here."""
     if url is not None:
         yield url
         return

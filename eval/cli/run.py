@@ -212,7 +212,7 @@ def method_of(
     server: str | None,
     token: str | None,
 ) -> Method:
-    """Create the method that the user asked for.
+    """Create the method that the user chose.
 
     Raises:
         ConfigError: the name is unknown, or the method lacks one of the options.
@@ -322,7 +322,7 @@ def _several(count: int, threads: int | None) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a child. Ctrl-C in a terminal reaches it too, and it ends by itself."""
+    """Wait for a child process. Ctrl-C in a terminal reaches it too, so it ends by itself."""
     while True:
         try:
             return child.wait()

@@ -1,6 +1,6 @@
 """Write the model card: ``python -m eval.demo_model.card``.
 
-All figures come from the committed results files; this module has the words.
+All figures come from the committed results files; this module contains the text.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """One question, with a box of each of ``SIDES_PX`` by either placement: whether the answer is
-    right, and whether the box contains the whole text."""
+class SideResults:
+    """Results of one question, by placement, with one entry for each of ``SIDES_PX``: whether the
+    answer is right, and whether the box contains the whole text."""
 
     right: dict[str, tuple[bool, ...]]
     holds: dict[str, tuple[bool, ...]]
@@ -82,7 +82,9 @@ def all_epsilons(
     ]
 
 
-def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
+def all_sides(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[SideResults]:
     """Results with boxes of each side, by both placements."""
     asked = [render_question(settings, index) for index in indices]
     texts = [a.sample.question.text for a in asked]
@@ -106,7 +108,7 @@ def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) 
                 [contains(b, a.sample.question.text_box) for b, a in zip(boxes, asked, strict=True)]
             )
     return [
-        Tried(
+        SideResults(
             {name: tuple(side[row] for side in sides) for name, sides in right.items()},
             {name: tuple(side[row] for side in sides) for name, sides in holds.items()},
         )

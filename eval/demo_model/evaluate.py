@@ -40,7 +40,7 @@ from vlm_collab.method.roi import Placement, relative_map
 _GRID = Grid(GRID, GRID)
 
 FRESH = 20_000
-"""First test scene; no figure before the committed ones used this scene or later ones."""
+"""First test scene. Only the committed figures used this scene and later ones."""
 
 
 def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:

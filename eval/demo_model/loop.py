@@ -76,7 +76,7 @@ class TrainingRun:
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint atomically: a killed run leaves a complete one."""
+        """Write a checkpoint atomically, so that a killed run leaves a complete file."""
         partial = path.with_suffix(".tmp")
         torch.save(state, partial)
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Answers, uncertainty and attention of the demo model, by plain transformers.
+"""Answers, uncertainty and attention of the demo model, computed with plain transformers.
 
 This evaluation tool handles many questions at once: it recomputes prefixes and uses eager
 attention. The engine computes the same quantities without either. Uncertainty and relative

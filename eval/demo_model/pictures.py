@@ -173,7 +173,7 @@ def main() -> None:
         "made_by": " ".join(["python -m eval.demo_model.pictures", *sys.argv[1:]]),
         "how_picked": (
             f"Scenes of the test split with at least four signs, in order from index "
-            f"{_FIRST_INDEX}; for each role in turn the first question that plays it with the "
+            f"{_FIRST_INDEX}; for each role in turn, the first question that fits it with the "
             "demo checkpoint is taken. 'sure': answered well below the threshold and right. "
             "'asks': well above the threshold and wrong at first, right after the model's own "
             "region."

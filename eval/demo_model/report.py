@@ -43,8 +43,9 @@ class QuestionResult:
     """All results about one question. ``generic`` is (layers, 64).
 
     ``own`` is the answer with the region search's box, ``centroid`` with the centroid placement's,
-    ``true`` with a box around the true place. ``easy`` is the answer to a question that the global
-    view suffices for, ``easy_truth`` the right one. ``texture`` is the family of the background.
+    ``true`` with a box around the true place. ``easy`` is the answer to a question for which the
+    global view suffices, ``easy_truth`` the right answer to it. ``texture`` is the family of the
+    background.
     """
 
     index: int
@@ -228,8 +229,8 @@ def histogram(outcomes: list[QuestionResult]) -> dict[str, Any]:
     }
 
 
-def holds(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
-    """How often a box contains the whole text: of all questions, and of wrong first answers.
+def containment(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
+    """How often a box contains the whole text: for all questions, and for wrong first answers.
 
     The boxes: the region search on the relative map with and without the settings' constant in the
     denominator, the centroid placement with it, both placements on raw attention, and random boxes
@@ -306,7 +307,7 @@ def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict
         "gain_points_centroid": round(100 * (right["centroid"] - right["first"]) / count, 2),
         "own_box_holds_text": round(float(held.mean()), 4),
         "own_box_holds_text_where_first_wrong": round(float(held[wrong].mean()), 4),
-        "box_holds_text": holds(outcomes, settings),
+        "box_holds_text": containment(outcomes, settings),
         "auroc": {
             f"{metric}/{aggregate}": round(
                 auroc(uncertainty(outcomes, metric, aggregate), wrong), 4
@@ -351,7 +352,7 @@ def best_layer(rows: list[dict[str, Any]], base_px: int) -> int:
 
 
 def preset(figures: dict[str, Any], settings: EvaluationSettings) -> dict[str, Any]:
-    """What a validation run says the model's preset should hold."""
+    """The settings that a validation run gives for the model's preset."""
     return {
         "layer": best_layer(figures["by_layer"], settings.base_px),
         "base_px": settings.base_px,

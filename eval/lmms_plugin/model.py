@@ -94,8 +94,8 @@ class VlmCollab(lmms):
     def clean(self) -> None:
         """Pass the figures of all processes to lmms-eval's metrics hook.
 
-        lmms-eval calls it in every process at the end, also in one without questions because all
-        of its answers were in lmms-eval's cache.
+        lmms-eval calls it in every process at the end, even in a process without questions, whose
+        answers were all in lmms-eval's cache.
         """
         parts: list[tuple[dict[str, Totals], float]] = gather_object(
             [(self._totals, self._seconds)]

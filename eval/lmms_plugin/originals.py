@@ -1,8 +1,8 @@
 """Find the original files of a document's pictures.
 
-lmms-eval passes decoded pictures to models. The edge starts from the file: it makes views from it,
-and the file's size is what sending the original would have cost. So this module looks for the
-stored file that has the same pixels as the picture from the task.
+lmms-eval passes decoded pictures to models. But the edge makes views from the file, and the file's
+size is the cost of sending the original. So this module looks for the stored file that has the same
+pixels as the picture from the task.
 
 If there is none (the task cropped the picture or drew into it), the edge gets the pixels, and the
 original's size is that of a JPEG of quality 95. The same size is used if the stored file is a PNG

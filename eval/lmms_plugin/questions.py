@@ -29,7 +29,7 @@ class LmmsQuestion:
         text: the prompt.
         options: the request's options, as sent to the server.
         visuals: function that returns a document's pictures.
-        padding: whether it only evens out the number of questions per process.
+        padding: whether it was added only to give all processes equally many questions.
     """
 
     task: str

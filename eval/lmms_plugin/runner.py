@@ -1,4 +1,4 @@
-"""Answer all questions by both stages, in this process or at a service (`AnswerSource`)."""
+"""Answer all questions with both stages, in this process or at a service (`AnswerSource`)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _IN_PROCESS = (
     "pretrained", "batch", "device", "dtype", "region_quality",
     *(name for name in _PRESET if name != "eta"),
 )  # fmt: skip
-"""Options that a service sets itself."""
+"""Options that the service sets, so that `server` excludes them."""
 
 
 class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,7 +103,7 @@ class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def picture_codec(self) -> Codec | None:
-        """Codec of both views; None: that of the preset or the service."""
+        """Codec of both views; None for that of the preset or the service."""
         return None if self.codec is None else Codec[self.codec.upper()]
 
     def preset_options(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The whole report on the demo model, from scratch: ``python -m eval.report.demo``.
 
-Runs, layers, threshold and report are each made by the command that a user would call. Thresholds
-and layers come from the split `val`; `test` is reported.
+Calls the same commands as a user for runs, layers, threshold and report. Thresholds and layers come
+from the split `val`; `test` is reported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inputs of a report: the part that each run plays, and checks that the runs fit together."""
+"""Inputs of a report: the role of each run, and checks that the runs fit together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEWEST = 30
 
 _NOT_IN_ROWS = {
     *("metric", "aggregate", "eta", "k"),  # policies are applied to rows later
-    *("models", "family_default", "prompts", "turns"),  # where it applies, and what it offers
+    *("models", "family_default", "prompts", "turns"),  # models that use it, and its choices
     *("codec", "quality"),  # `run.json` has the codec in use elsewhere
 }
 """Fields of a preset that do not influence the rows of a run."""
@@ -157,7 +157,7 @@ def sort_runs(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Inputs:
-    """Determine the part that each run plays in a report.
+    """Determine the role of each run in a report.
 
     Args:
         runs: the runs; the first is the main one.
@@ -165,8 +165,9 @@ def sort_runs(
         scorer: scorer of the main run's task; None for its default.
 
     Raises:
-        ConfigError: a run fits no part, or used the model in another way; the validation run has a
-            reported split, or pictures of it, or other settings of the task.
+        ConfigError: a run has no role in the report, or used the model with other settings; the
+            validation run is of a reported split, shares pictures with it, or has other settings
+            of the task.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -212,7 +213,7 @@ def sort_runs(
 
 
 def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
-    """A note on the samples that `same_samples` left out, if any; `shared` is how many are left."""
+    """A note on the samples that `same_samples` left out, if any; `shared` is the number left."""
     every = set().union(*({record.id for record in run.records} for run in runs))
     if len(every) == shared:
         return []

@@ -24,7 +24,7 @@ from eval.analysis.trace import rows_of
 from eval.report.style import COLOURS, MUTED, in_style, new_figure
 
 Panel = dict[str, Any]
-"""JSON of a panel: exactly what is drawn, such as title, lines and marks."""
+"""JSON of a panel: all that is drawn, such as title, lines and marks."""
 
 
 @dataclass(frozen=True, slots=True)

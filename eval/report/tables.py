@@ -164,7 +164,7 @@ def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
 
 
 def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
-    """Text under `table_chosen` that says what the guarantee does not cover."""
+    """Text above `table_chosen` that says what the guarantee does not cover."""
     text = (
         f"“{CONFIDENCE:.0%} sure” refers to the mean over pictures with the mixture of questions "
         "of the validation split, not to each kind of question."

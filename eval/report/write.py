@@ -1,4 +1,4 @@
-"""Writing of a report: figures, tables, a JSON with all data and their origin, and a page."""
+"""Write a report: figures, tables, a JSON file with all data and their origin, and a page."""
 
 from __future__ import annotations
 

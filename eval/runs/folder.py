@@ -1,10 +1,10 @@
 """A run's folder while it grows: shards, failures, provenance, and which samples are done.
 
-Several processes may write to one folder, but never to the same file: shards are named by their
-first sample, each failure is appended in one write, and the first process makes `run.json`. A
-killed process leaves complete shards, so resuming only takes reading which samples are done. Two
-sessions that distribute the samples differently would answer some twice; `eval.runs.lock` refuses
-the second one.
+Several processes may write to one folder without conflict: shards are named by their first sample,
+each failure is appended in one write, and the first process makes `run.json`. A killed process
+leaves complete shards, so a resumed run only reads which samples are done. Two sessions that
+distribute the samples differently would answer some twice, so `eval.runs.lock` refuses the second
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vlm_collab.errors import ConfigError
 FAILURES = "failed.jsonl"
 
 SAVE_EVERY = 64
-"""Most finished samples kept in memory before they are written. Few shards are read faster."""
+"""Most finished samples kept in memory before they are written; few shards are faster to read."""
 SAVE_AFTER_S = 20.0
 """Longest time between two writes, in s, so that a crash loses little."""
 

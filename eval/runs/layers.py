@@ -1,10 +1,10 @@
 """Choice of the attention layer: how well each decoder layer's attention finds the answer.
 
 Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
-2512.16349), choose the layer of Eq. 22 "empirically" (section VI-B). Here it is the layer whose
-region covers most of the true box, on data with true boxes. For every layer, the model is opened,
-and the engine runs the first pass and the region search of each question. Nothing is sent, and no
-second pass runs.
+2512.16349), choose the layer of Eq. 22 empirically, for the largest contrast between high and low
+attention (section VI-B). Here it is the layer whose regions cover most of the true boxes, on data
+with true boxes. For every layer, the model is opened, and the engine runs the first pass and the
+region search of each question. Nothing is sent, and no second pass runs.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def read_looks(path: Path) -> list[Look]:
     return [Look(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
 
 
-async def _none(need: RegionNeed) -> Image:
+async def _decline(need: RegionNeed) -> Image:
     """Decline the region; only its box is needed."""
     raise RegionUnavailableError(Fallback.DECLINED)
 
@@ -209,7 +209,7 @@ async def _measure(
                 view,
                 picture.size,
                 GenerationRequest(sample.question),
-                _none,
+                _decline,
                 retransmit=Retransmit.ALWAYS,
             )
         finally:

@@ -1,9 +1,9 @@
 """Lockstep execution of a group of questions, so that runs repeat bit by bit.
 
-A backend batches the operations that happen to wait, and results of different batches differ in
-their last bits. Here, the questions of a group take each step together: a step begins once every
-unfinished question of the group has reached it. So batches are the same in every run, whatever the
-load of the machine, and even if the run was interrupted.
+A backend batches the operations that are waiting at the moment, and results of different batches
+differ in their last bits. Here, the questions of a group take each step together: a step begins
+once every unfinished question of the group has reached it. So batches are the same in every run,
+whatever the load of the machine, and even if the run was interrupted.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class Lockstep:
             return
         with self.backend.together():
             tasks = [asyncio.create_task(_settle(step)) for step in steps]
-            # Each task runs up to its first wait, which is for the model; then all are queued, in
-            # this order.
+            # Each task runs until it waits for the model. Then all are queued, in this order.
             await asyncio.sleep(0)
         await asyncio.gather(*tasks)
 

@@ -1,8 +1,8 @@
-"""Sizes of the messages of a question, as the two sides would really send them.
+"""Sizes of the messages of a question, as edge and server would really send them.
 
 The messages are built and encoded; headers of their WebSocket frames are included. Parts that
-would differ from run to run get a fixed size: the question is the first of its connection, and
-times in `Usage` take three bytes, as most do.
+would differ between runs get a fixed size: the question has the id 1, and each time in `Usage`
+takes three bytes, as most do.
 """
 
 from __future__ import annotations

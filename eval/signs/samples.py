@@ -1,8 +1,8 @@
 """Samples of the generated benchmark, each determined by ``(split, index)`` alone.
 
-There are two questions about each picture: one asks for a number, which is mostly tiny; the other
-is about the signs themselves (`Kind`), and a small view mostly answers it. All questions use the
-words that the demo model was trained on (`demo/vlm_collab_demo/demo_model/README.md`).
+There are two questions about each picture. One asks for a number, which is mostly tiny. The other
+is about the signs themselves (`Kind`), and a small view mostly suffices for it. All questions use
+the words that the demo model was trained on (`demo/vlm_collab_demo/demo_model/README.md`).
 """
 
 from __future__ import annotations

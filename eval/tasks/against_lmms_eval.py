@@ -1,4 +1,4 @@
-"""Table of lmms-eval's own prompts and scores, for comparison with this project's.
+"""Make a table of lmms-eval's prompts and scores, for comparison with this project's.
 
 If lmms-eval 0.7.3 can be imported (see `docs/tasks.md`), this command writes the table ::
 

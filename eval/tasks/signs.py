@@ -35,9 +35,9 @@ def _by(key: str) -> Summary:
 class Signs(Task):
     """Numbers, presence, colours and counts of signs (`docs/benchmark.md`).
 
-    The category is the kind of question; `truth.extra` repeats it, with the size of the text.
-    Without `data`, each sample and picture is generated when it is needed, so there are `limit` of
-    them.
+    The category is the kind of question; `truth.extra` contains it too, with the size of the text.
+    Without `data`, each sample and picture is generated when it is needed, so `limit` may be any
+    number.
 
     Args:
         data: folder written by `python -m eval.signs.build`; None generates the same samples and

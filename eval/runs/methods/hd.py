@@ -2,9 +2,9 @@
 
 Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
 2512.16349), compare with this high-resolution variant in section VII-B. A picture of 448 x 448 px
-is split into tiles, which the encoder takes one by one. The tiles' features are put together to
-one large map, in the tiles' order in the picture. The features of a thumbnail follow as context:
-the whole picture, reduced to one encoder input. The picture is sent once; there is no second stage.
+is split into tiles, which are encoded one by one. The tiles' features are joined to one large map,
+in the tiles' order in the picture. The features of a thumbnail follow as context: the whole
+picture, reduced to one encoder input. The picture is sent once; there is no second stage.
 
 Any LLaVA-1.5 checkpoint runs. LLaVA-1.5-HD's own weights (13B, an encoder of 224 px, learned
 tokens at row ends) were not published for transformers. So its procedure runs here on weights that
@@ -312,7 +312,7 @@ class HighResolutionMethod(Method):
         try:
             self._model.check_question(asked.sample.question, limit)
             answer = self._model.answer(ready.shown, asked.sample.question, limit, self._task.stop)
-        # A model's runtime may raise anything; a failed sample must not end the run.
+        # A model runtime may raise any exception; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         took_s = time.perf_counter() - begin

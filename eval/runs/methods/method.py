@@ -24,7 +24,7 @@ REFERENCE_QUALITY = 100
 Inference for Vision-Language Models*, 2025, arXiv 2512.16349, section VII-F)."""
 
 _KEPT_PICTURES = 8
-"""Decoded pictures kept; questions about one picture mostly follow each other."""
+"""Number of decoded pictures kept; questions about one picture are mostly adjacent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,11 @@
 """The two-stage method over a running service: the edge client and real bytes.
 
-Each sample is asked twice, each time with a new view, as if nothing had been sent before. One
-question forces the second stage, and gives all but the first answer's tokens; the other forbids
-it, and gives these. A service does not report token ids, Shannon entropy and margin, nor
-min-entropy without the feature `tokens`; these columns stay empty. FLOPs of the generic instruction
-are counted with the second pass, and the map has the eight bits that cross the wire. Byte counts
-are those really sent, minus the options that only the run asks for (map, tokens, stage).
+Each sample is asked twice, each time with a new view. One question forces the second stage, and
+gives everything but the first answer's tokens; the other forbids the second stage, and gives these
+tokens. A service does not report token ids, Shannon entropy and margin. Without the feature
+`tokens`, it does not report min-entropy either. These columns stay empty. FLOPs of the generic
+instruction are counted with the second pass, and the map has eight bits, as on the wire. Byte
+counts are those really sent, minus the options that only the run needs (map, tokens, stage).
 
 A service batches questions as they arrive, so results repeat up to rounding, not bit by bit.
 """
@@ -79,8 +79,8 @@ class _ServiceSample:
 
     Attributes:
         asked: the sample.
-        again: its picture, opened a second time. The client sends one view per `Picture`, and
-            the second question needs a new view too.
+        again: its picture, opened a second time, because the client sends only one view per
+            `Picture`.
         reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
     """
 

@@ -127,7 +127,7 @@ class TwoStage(Method):
                 retransmit=Retransmit.ALWAYS,
                 stop=tuple(self._task.stop),
             )
-        # A model's runtime may raise anything; a failed sample must not end the run.
+        # A model runtime may raise any exception; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -289,7 +289,7 @@ def no_second(
 def codecs_of(
     preset: Preset, codec: Codec | None, view_quality: int | None, region_quality: int | None
 ) -> Codecs:
-    """The codecs that the user asked for, completed from the preset."""
+    """The user's codecs, completed from the preset."""
     chosen = codec or Codec[preset.codec.upper()]
     return Codecs(
         view=chosen,
