@@ -127,12 +127,12 @@ class SendOriginal(Baseline):
 
     def _points(self, run: Run) -> list[Point]:
         note = "answers as with the run's codec; no region crosses the link"
-        made = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
+        points = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
         if run.knows_preset:
             policy = run.preset.policy()
             chosen = np.array([decided(policy, record) for record in run.records], dtype=np.float64)
-            made.append(_from_the_original(run, chosen, self.name, policy.eta, note))
-        return sorted(made, key=lambda point: point.flops)
+            points.append(_from_the_original(run, chosen, self.name, policy.eta, note))
+        return sorted(points, key=lambda point: point.flops)
 
 
 class VicropAlways(Baseline):
@@ -242,8 +242,10 @@ def _drawn(run: Run, rate: float, seed: int) -> Column:
     policy = RandomPolicy(rate, seed, metric=Metric.MIN_ENTROPY)
     # `RandomPolicy` draws from the key only; the statistics do not matter.
     steps = [TokenStatistics(0.0, 0.0, 1.0)]
-    made = [policy.decide(steps, ended=True, key=record.id).retransmit for record in run.records]
-    return np.array(made, dtype=np.float64)
+    decisions = [
+        policy.decide(steps, ended=True, key=record.id).retransmit for record in run.records
+    ]
+    return np.array(decisions, dtype=np.float64)
 
 
 def _from_the_original(

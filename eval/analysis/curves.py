@@ -119,8 +119,8 @@ class Curve:
 
     def thinned(self, points: int = 100) -> NDArray[np.int64]:
         """Indices of the points nearest to `points + 1` evenly spaced rates, without repeats."""
-        wanted = np.linspace(0.0, 1.0, points + 1)
-        nearest = np.abs(self.rate[None, :] - wanted[:, None]).argmin(axis=1)
+        rates = np.linspace(0.0, 1.0, points + 1)
+        nearest = np.abs(self.rate[None, :] - rates[:, None]).argmin(axis=1)
         return np.unique(nearest)
 
 
@@ -268,8 +268,8 @@ class Bootstrap:
 
     def mean(self, values: Column) -> tuple[float, float]:
         """Interval of the mean over samples."""
-        made = [(w * values).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
-        return self.interval(np.concatenate(made))
+        means = [(w * values).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
+        return self.interval(np.concatenate(means))
 
     def interval(self, values: Column) -> tuple[float, float]:
         """Percentile interval from the resamples' values."""
@@ -292,14 +292,14 @@ class Bootstrap:
         Returns:
             Lower and upper ends, each of the shape of `at`.
         """
-        made = np.concatenate(
+        curves = np.concatenate(
             [
                 np.stack([np.interp(at, x, y) for x, y in zip(xs, ys, strict=True)])
                 for _, xs, ys in self._curves(drawn, run, cost)
             ]
         )
         out = (1.0 - self.confidence) / 2
-        low, high = np.quantile(made, [out, 1.0 - out], axis=0, method="inverted_cdf")
+        low, high = np.quantile(curves, [out, 1.0 - out], axis=0, method="inverted_cdf")
         return low, high
 
     def areas(self, drawn: Curve, run: Run) -> Column:
@@ -307,8 +307,8 @@ class Bootstrap:
         never = ends(run)[0].scores
         start = [(w * never).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
         drawn_again = self._curves(drawn, run, lambda point: point.sent)
-        made = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
-        return np.concatenate(made)
+        areas = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
+        return np.concatenate(areas)
 
     def _curves(
         self, drawn: Curve, run: Run, cost: Callable[[Point], Column]
@@ -381,11 +381,11 @@ def settings_of(
         ks: numbers of tokens for `first_k`; None for 2 to 10. A k is left out if no answer is
             longer, because the result would equal `full`.
     """
-    made = []
+    criteria = []
     ends = counts_end(run)
     useful = [k for k in ks or range(2, 11) if k < longest_answer(run)]
     for metric in metrics:
         for how in aggregates:
             of_k = useful if how is Aggregate.FIRST_K else [1]
-            made += [Criterion(metric, how, k, ends) for k in of_k]
-    return made
+            criteria += [Criterion(metric, how, k, ends) for k in of_k]
+    return criteria

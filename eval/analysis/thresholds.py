@@ -134,11 +134,13 @@ def for_loss(
     # All thresholds between two reachable ones send the same samples.
     place = int(np.flatnonzero(drawn.sent == len(values) - kept.sum())[0])
     notes = [*_loss_notes(found, most_per_picture), *_not_whole(run, found)]
-    made = _calibration(run, drawn, place, target, *notes)
+    calibration = _calibration(run, drawn, place, target, *notes)
     lost, cluster = losses * kept, np.unique(images, return_inverse=True)[1]
-    of_each = np.bincount(cluster, weights=lost) / np.bincount(cluster)
-    expected = {"loss": float(lost.mean()), "loss_by_picture": float(of_each.mean())}
-    return msgspec.structs.replace(made, eta=found.eta, expected={**made.expected, **expected})
+    picture_losses = np.bincount(cluster, weights=lost) / np.bincount(cluster)
+    expected = {"loss": float(lost.mean()), "loss_by_picture": float(picture_losses.mean())}
+    return msgspec.structs.replace(
+        calibration, eta=found.eta, expected={**calibration.expected, **expected}
+    )
 
 
 def _loss_notes(found: GuaranteedThreshold, most_per_picture: int) -> list[str]:

@@ -89,14 +89,14 @@ def threshold(
     from eval.analysis.records import TWO_STAGE
     from eval.analysis.run import open_run
     from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
-    from eval.cli.report import tell_gaps
+    from eval.cli.report import print_gaps
 
     goals = (target_rate, max_bytes, max_accuracy_loss)
     if sum(goal is not None for goal in goals) != 1:
         raise ConfigError("give one of --target-rate, --max-bytes and --max-accuracy-loss")
     opened = open_run(run)
     opened.require(TWO_STAGE)
-    tell_gaps(opened)
+    print_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     setting = setting_of(opened, metric, aggregate, k)
@@ -111,7 +111,7 @@ def threshold(
         )
     command = ["vlm-collab", *sys.argv[1:]]
     write(msgspec.structs.replace(found, made={**found.made, "command": command}), out)
-    tell_note(found)
+    print_note(found)
     expected = found.expected
     low, high = expected["rate_interval_95"]
     print(
@@ -163,8 +163,8 @@ def layers(
     if (warning := options.preset().warning) is not None:
         print(f"vlm-collab calibrate: {warning}", file=sys.stderr)
     looks, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
-    made = by_layer(looks)
-    best = best_layer(made)
+    results = by_layer(looks)
+    best = best_layer(results)
     rows = out.with_suffix(".parquet")
     digest = write_looks(rows, looks)
     notes = reported_note(task, opened.split)
@@ -179,7 +179,7 @@ def layers(
             "split": opened.split,
             "samples": best.samples,
             **({"model_options": given} if given else {}),
-            "layers": [msgspec.to_builtins(one) for one in made],
+            "layers": [msgspec.to_builtins(one) for one in results],
             # The rows behind the shares: these samples of the task, for each layer.
             "rows": {
                 "file": rows.name,
@@ -190,14 +190,14 @@ def layers(
         },
     )
     write(found, out)
-    tell_note(found)
-    for one in made:
+    print_note(found)
+    for one in results:
         mark = " *" if one is best else ""
         print(f"layer {one.layer:2}: covers {one.covered:.1%}, whole {one.whole:.1%}{mark}")
     print(f"{out}: layer {best.layer}")
 
 
-def tell_note(found: Calibration) -> None:
+def print_note(found: Calibration) -> None:
     """Print the calibration's note, if any, on stderr."""
     if "note" in found.made:
         print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)

@@ -51,7 +51,7 @@ def sweep(
 
     opened = open_run(run)
     opened.require(TWO_STAGE)
-    tell_gaps(opened)
+    print_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     if category is not None:
@@ -71,7 +71,7 @@ def sweep(
     print(f"{folder}: {len(curves)} curves, {points} operating points")
 
 
-def tell_gaps(*runs: Run) -> None:
+def print_gaps(*runs: Run) -> None:
     """Print on stderr which runs lack samples."""
     for run in runs:
         if run.gaps:
@@ -148,7 +148,7 @@ def report(
         resamples=resamples,
         seed=seed,
     )
-    tell_gaps(*inputs.sources)
+    print_gaps(*inputs.sources)
     for note in inputs.notes:
         print(note, file=sys.stderr)
     command = ["vlm-collab", "eval", "report", *(seen_from(out, path) for path in runs)]
@@ -159,7 +159,7 @@ def report(
     command += [part for one in formats or () for part in ("--format", one)]
     with tqdm(total=18, unit="part", disable=None if sys.stderr.isatty() else True) as bar:
 
-        def tell(name: str) -> None:
+        def advance(name: str) -> None:
             bar.set_postfix_str(name)
             bar.update()
 
@@ -169,10 +169,10 @@ def report(
             formats=formats or FORMATS,
             data=data,
             command=[*command, "--out", "."],
-            tell=tell,
+            progress=advance,
         )
-    made = f"{len(results['figures'])} figures, {len(results['tables'])} tables"
-    print(f"{out}: {made}, {RESULTS}, index.md")
+    counts = f"{len(results['figures'])} figures, {len(results['tables'])} tables"
+    print(f"{out}: {counts}, {RESULTS}, index.md")
     for name, why in results["left_out"].items():
         print(f"left out: {name}: {why}")
     if before is not None:

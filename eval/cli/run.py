@@ -147,8 +147,8 @@ def run(
     )
     chosen_preset = None if server is not None else options.preset()
 
-    def opened_with(behind: str | None) -> Task:
-        return open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=behind)
+    def opened_with(suffix: str | None) -> Task:
+        return open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=suffix)
 
     opened = opened_with(post_prompt)
     if chosen_preset is not None:
@@ -176,7 +176,7 @@ def run(
             raise ConfigError("--processes cannot be used if a launcher starts several processes")
         _several(processes, threads or begun_threads(path))
         rows, failed = RunFolder(path).counts()
-        _tell(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
+        _print_result(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
         return
     if chosen_threads := threads or begun_threads(path):
         import torch
@@ -198,7 +198,7 @@ def run(
         kept = f"finished samples are in {path}; the same command resumes the run"
         print(f"vlm-collab eval run: stopped; {kept}", file=sys.stderr)
         raise KeyboardInterrupt from None
-    _tell(path, ended, share, as_json)
+    _print_result(path, ended, share, as_json)
 
 
 def method_of(
@@ -343,7 +343,7 @@ def _without_processes(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
+def _print_result(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     """Print how the run ended; of several processes, the last one prints the result.
 
     Raises:
@@ -354,10 +354,10 @@ def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     summary: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
     summary["complete"] = ended.complete
     if not ended.complete:
-        there = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
+        progress = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
         if share.world == 1:
-            raise CollabError(f"{path} is incomplete: {there}; the same command resumes it")
-        line = f"{path}: process {share.rank} of {share.world} is done; {there}"
+            raise CollabError(f"{path} is incomplete: {progress}; the same command resumes it")
+        line = f"{path}: process {share.rank} of {share.world} is done; {progress}"
         print(json.dumps(summary) if as_json else line)
         return
     if not ended.rows:

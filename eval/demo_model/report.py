@@ -274,7 +274,7 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
         row: dict[str, Any] = {"layer": layer}
         for name in ("raw", "relative", "relative_with_epsilon"):
             hits: list[bool] = []
-            held: dict[int, list[bool]] = {base: [] for base in BASES_PX}
+            contained: dict[int, list[bool]] = {base: [] for base in BASES_PX}
             for o in outcomes:
                 if name == "raw":
                     values = o.first.attention[layer]
@@ -284,10 +284,10 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
                 hits.append(bool(touched[values.argmax()]))
                 for base in BASES_PX:
                     box = own_box(values.reshape(GRID, GRID), o.size, base)
-                    held[base].append(contains(box, o.question.text_box))
+                    contained[base].append(contains(box, o.question.text_box))
             row[f"{name}_peak_on_sign"] = round(float(np.mean(hits)), 4)
             row[f"{name}_box_holds_text"] = {
-                str(base): round(float(np.mean(values)), 4) for base, values in held.items()
+                str(base): round(float(np.mean(values)), 4) for base, values in contained.items()
             }
         rows.append(row)
     return rows
@@ -296,7 +296,7 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
 def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
     """Compute all figures of a run."""
     wrong = np.array([not o.right("first") for o in outcomes])
-    held = np.array([contains(o.box, o.question.text_box) for o in outcomes])
+    contained = np.array([contains(o.box, o.question.text_box) for o in outcomes])
     right = {w: int(sum(o.right(w) for o in outcomes)) for w in ANSWERS}
     count = len(outcomes)
     return {
@@ -305,8 +305,8 @@ def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict
         "accuracy": {w: round(n / count, 4) for w, n in right.items()},
         "gain_points": round(100 * (right["own"] - right["first"]) / count, 2),
         "gain_points_centroid": round(100 * (right["centroid"] - right["first"]) / count, 2),
-        "own_box_holds_text": round(float(held.mean()), 4),
-        "own_box_holds_text_where_first_wrong": round(float(held[wrong].mean()), 4),
+        "own_box_holds_text": round(float(contained.mean()), 4),
+        "own_box_holds_text_where_first_wrong": round(float(contained[wrong].mean()), 4),
         "box_holds_text": containment(outcomes, settings),
         "auroc": {
             f"{metric}/{aggregate}": round(

@@ -85,8 +85,8 @@ class OverNetwork(AnswerSource):
         for feature, used in needed.items():
             if used and feature not in self._welcome.features:
                 raise ConfigError(f"this service lacks the feature {feature}, which the task needs")
-        wanted = self._settings.concurrency or DEFAULT_CONCURRENCY
-        self.group = max(1, min(wanted, self._welcome.max_in_flight))
+        requested = self._settings.concurrency or DEFAULT_CONCURRENCY
+        self.group = max(1, min(requested, self._welcome.max_in_flight))
 
     async def close(self) -> None:
         await self._client.close()

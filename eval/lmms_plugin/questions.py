@@ -60,13 +60,13 @@ def questions_of(
     Raises:
         ConfigError: a generation option cannot be applied.
     """
-    asked: Counter[tuple[str, int]] = Counter()
+    repeats: Counter[tuple[str, int]] = Counter()
     warned: set[str] = set()
     questions = []
     for request in requests:
         text, generation, visuals, doc_id, task, split = request.args
-        key = f"{settings.seed}:{task}:{doc_id}:{asked[task, doc_id]}"
-        asked[task, doc_id] += 1
+        key = f"{settings.seed}:{task}:{doc_id}:{repeats[task, doc_id]}"
+        repeats[task, doc_id] += 1
         for name in sorted(generation.keys() - _KNOWN - warned):
             warned.add(name)
             warn(f"{task}: the generation option {name} has no effect on vlm_collab")

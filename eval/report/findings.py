@@ -15,20 +15,20 @@ def findings(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
     Args:
         tables: the tables of `report.json`.
     """
-    made = []
+    sentences = []
     parts = (
         ("metrics", _metrics), ("metrics", _aggregations), ("boxes", _boxes), ("boxes", _gains),
     )  # fmt: skip
     for name, sentences_of in parts:
         if name in tables:
-            made += sentences_of(tables[name]["rows"])
+            sentences += sentences_of(tables[name]["rows"])
     if "chosen" in tables:
-        made += _chosen(tables["chosen"]["rows"])
-    return made
+        sentences += _chosen(tables["chosen"]["rows"])
+    return sentences
 
 
 def _metrics(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for part in dict.fromkeys(row["part"] for row in rows):
         full = [r for r in rows if r["part"] == part and r["setting"].endswith("/full")]
         best = max(full, key=lambda row: row["area"])
@@ -55,13 +55,13 @@ def _metrics(rows: Rows) -> list[str]:
             sentence += "; min-entropy does worse than random choice"
         elif base["area_interval"][0] <= 0:
             sentence += "; min-entropy is not significantly better than random choice"
-        made.append(f"Metrics, {part}: {sentence}.")
-    return made
+        sentences.append(f"Metrics, {part}: {sentence}.")
+    return sentences
 
 
 def _aggregations(rows: Rows) -> list[str]:
     """Sentences on min-entropy over part of the answer, and on the best of all criteria."""
-    made = []
+    sentences = []
     for part in dict.fromkeys(row["part"] for row in rows):
         here = [row for row in rows if row["part"] == part]
         base = next(row for row in here if row["setting"] == "min_entropy/full")
@@ -94,8 +94,8 @@ def _aggregations(rows: Rows) -> list[str]:
                 f"; of all {len(here)} settings {best['setting']} has the largest area"
                 f"{', tied with min_entropy/full' if _tied(best) else ''} ({_against(best, base)})"
             )
-        made.append(f"Aggregation, {part}: {sentence}.")
-    return made
+        sentences.append(f"Aggregation, {part}: {sentence}.")
+    return sentences
 
 
 def _tied(row: dict[str, Any]) -> bool:
@@ -114,31 +114,31 @@ def _against(row: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def _boxes(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for row in rows:
         if "difference" not in row:
             continue
         low, high = row["difference_interval"]
         word = "better" if low > 0 else "worse" if high < 0 else "not significantly better"
-        made.append(
+        sentences.append(
             f"Regions, {row['part']}: they cover {row['covered']:.1%} of the true place (mean of "
             f"the {row['with_box']} questions for which it is known), {word} than regions placed "
             f"at random ({row['covered_at_random']:.1%})."
         )
-    return made
+    return sentences
 
 
 def _gains(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for row in rows:
         low, high = row["gain_interval"]
         if low <= 0:
             word = "worse" if high < 0 else "not significantly better"
-            made.append(
+            sentences.append(
                 f"Second answers, {row['part']}: {word} than first ones ({row['gain']:+.1%}; "
                 f"{row['improved']} improved, {row['worsened']} worsened)."
             )
-    return made
+    return sentences
 
 
 def _chosen(rows: Rows) -> list[str]:

@@ -105,12 +105,12 @@ class Inputs:
             runs = (self.main, *self.tasks)
             return list(zip(_titles(runs), runs, strict=True))
         task = str(self.main.provenance["task"]["name"])
-        made = [("all questions", self.main)]
+        panels = [("all questions", self.main)]
         for title, kinds in _PARTS.get(task, {}).items():
             count = sum(record.category in kinds for record in self.main.records)
             if count >= FEWEST:
-                made.append((title, of_kinds(self.main, kinds)))
-        return made
+                panels.append((title, of_kinds(self.main, kinds)))
+        return panels
 
     def kinds(self) -> list[tuple[str, Run]]:
         """Titles and runs of the panels in Fig. 9: tasks, or the kinds of questions of the only
@@ -118,8 +118,8 @@ class Inputs:
         if self.tasks:
             return self.parts()
         names = list(dict.fromkeys(record.category for record in self.main.records))
-        made = [(name, of_kinds(self.main, (name,))) for name in names if name]
-        large = [(name, run) for name, run in made if len(run.records) >= FEWEST]
+        panels = [(name, of_kinds(self.main, (name,))) for name in names if name]
+        large = [(name, run) for name, run in panels if len(run.records) >= FEWEST]
         return large or [("all questions", self.main)]
 
 
@@ -139,12 +139,12 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     """Unique panel titles: the task, with the split or else the folder if tasks repeat."""
     plain = [title_of(run) for run in runs]
     full = [f"{title}, {_split(run)}" for title, run in zip(plain, runs, strict=True)]
-    made = [
+    titles = [
         long if plain.count(short) > 1 else short for short, long in zip(plain, full, strict=True)
     ]
     return [
-        f"{title} ({run.folder.name})" if made.count(title) > 1 else title
-        for title, run in zip(made, runs, strict=True)
+        f"{title} ({run.folder.name})" if titles.count(title) > 1 else title
+        for title, run in zip(titles, runs, strict=True)
     ]
 
 
@@ -257,9 +257,9 @@ def _check_hd(run: Run, main: Run) -> None:
         (one.provenance["model"], _codec(one) or {}) for one in (run, main)
     )
     facts = [(name, theirs.get(name), here.get(name)) for name in ("name", "weights", "dtype")]
-    for name, there, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
-        if None not in (there, mine) and there != mine:
-            what = difference(name, there, mine)
+    for name, other, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
+        if None not in (other, mine) and other != mine:
+            what = difference(name, other, mine)
             raise ConfigError(f"{run.folder} cannot be compared with {main.folder} ({what})")
 
 
@@ -315,13 +315,13 @@ def _asked(run: Run) -> dict[str, Any]:
 
 def _used(run: Run) -> dict[str, Any]:
     """How the model was used: all settings that influence rows."""
-    made: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if run.knows_preset:  # decoding fills in fields that older presets lack
         preset = run.preset
-        made = {**msgspec.to_builtins(preset), "prompt": preset.template}
-    made = {name: value for name, value in made.items() if name not in _NOT_IN_ROWS}
+        settings = {**msgspec.to_builtins(preset), "prompt": preset.template}
+    settings = {name: value for name, value in settings.items() if name not in _NOT_IN_ROWS}
     model = run.provenance["model"]
-    return made | {name: model.get(name) for name in ("view", "grid", "dtype")}
+    return settings | {name: model.get(name) for name in ("view", "grid", "dtype")}
 
 
 def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:

@@ -99,7 +99,7 @@ def line(
     drawn = curve(run, setting)
     at = drawn.thinned()
     x = axis.along(drawn, run)[at]
-    made = {
+    data = {
         "name": name,
         "setting": setting.name,
         "rows": rows_of(run),
@@ -113,14 +113,14 @@ def line(
     if band:
         never, _ = ends(run)
         low, high = bootstrap.band(drawn, run, axis.column, x * axis.unit(never))
-        made |= {"low": low.tolist(), "high": high.tolist()}
-    return made
+        data |= {"low": low.tolist(), "high": high.tolist()}
+    return data
 
 
 def mark(name: str, point: Point, axis: Axis, never: Point, run: Run) -> dict[str, Any]:
     """Data of a mark: one point of another method."""
-    made = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
-    return {**made, "note": point.note} if point.note else made
+    data = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
+    return {**data, "note": point.note} if point.note else data
 
 
 def panel(

@@ -235,12 +235,12 @@ def failures(folder: Path) -> list[Failure]:
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's provenance that sessions must share."""
-    made = {name: content.get(name) for name in SETTINGS}
-    task, machine = made["task"], content.get("machine")
+    settings = {name: content.get(name) for name in SETTINGS}
+    task, machine = settings["task"], content.get("machine")
     if isinstance(task, dict) and isinstance(task.get("settings"), dict):
-        made["task"] = {**task, "settings": without_locations(task["settings"])}
-    made["threads"] = machine.get("threads") if isinstance(machine, dict) else None
-    return made
+        settings["task"] = {**task, "settings": without_locations(task["settings"])}
+    settings["threads"] = machine.get("threads") if isinstance(machine, dict) else None
+    return settings
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:

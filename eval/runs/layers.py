@@ -108,11 +108,11 @@ async def measure_layers(
     samples = [(index, sample) for index, sample in every if sample.true_box is not None]
     if not samples:
         raise ConfigError(f"no sample of {task.name}, split {task.split}, has a true box")
-    made: list[Look] = []
-    wanted = None if layers is None else list(layers)
+    looks: list[Look] = []
+    remaining = None if layers is None else list(layers)
     name, bar = "", None
-    while wanted is None or wanted:
-        layer = 0 if wanted is None else wanted[0]
+    while remaining is None or remaining:
+        layer = 0 if remaining is None else remaining[0]
         chosen = ModelOptions(
             name=options.name,
             device=options.device,
@@ -122,27 +122,27 @@ async def measure_layers(
         )
         backend, preset = await loaded(chosen, 1)
         try:
-            if wanted is None:
-                wanted = list(range(backend.info.layers))
+            if remaining is None:
+                remaining = list(range(backend.info.layers))
             bar = bar or tqdm(
-                total=len(wanted) * len(samples), unit="sample", disable=None if shown else True
+                total=len(remaining) * len(samples), unit="sample", disable=None if shown else True
             )
             engine, name = engine_of(backend, preset, None, {}), backend.info.name
-            made += await _measure(engine, preset, layer, samples, bar.update)
+            looks += await _measure(engine, preset, layer, samples, bar.update)
         finally:
             await backend.close()
-        wanted.pop(0)
+        remaining.pop(0)
     if bar is not None:
         bar.close()
-    return made, name
+    return looks, name
 
 
 def by_layer(looks: Sequence[Look]) -> list[Layer]:
     """Summarise the rows of each layer, in the rows' order."""
-    made = []
+    results = []
     for layer in dict.fromkeys(look.layer for look in looks):
         shares = [look.covered for look in looks if look.layer == layer]
-        made.append(
+        results.append(
             Layer(
                 layer=layer,
                 covered=float(np.mean(shares)),
@@ -150,7 +150,7 @@ def by_layer(looks: Sequence[Look]) -> list[Layer]:
                 samples=len(shares),
             )
         )
-    return made
+    return results
 
 
 def best_layer(layers: Sequence[Layer]) -> Layer:
@@ -197,7 +197,7 @@ async def _measure(
     samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
 ) -> list[Look]:
-    made, pictures, info = [], SamplePictures(), engine.backend.info
+    looks, pictures, info = [], SamplePictures(), engine.backend.info
     for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]
@@ -217,7 +217,7 @@ async def _measure(
         assert sample.true_box is not None
         # No region would show more than the view, so the view counts as the region.
         box = Box(0, 0, *picture.size) if outcome.need is None else outcome.need.box
-        made.append(
+        looks.append(
             Look(
                 layer=layer,
                 index=index,
@@ -229,4 +229,4 @@ async def _measure(
             )
         )
         done(1)
-    return made
+    return looks

@@ -147,17 +147,17 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "first_pass",
             lambda: self.group.backend.first_pass(view, request, stop=stop, on_text=on_text),
         )
-        return made
+        return generation
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
-        made: RelativeAttention = await self._step(
+        attention: RelativeAttention = await self._step(
             "relative_attention", lambda: self.group.backend.relative_attention(view, first)
         )
-        return made
+        return attention
 
     async def second_pass(
         self,
@@ -169,13 +169,13 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "second_pass",
             lambda: self.group.backend.second_pass(
                 view, region, request, picture=picture, stop=stop, on_text=on_text
             ),
         )
-        return made
+        return generation
 
     async def text_pass(
         self,
@@ -184,11 +184,11 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "text_pass",
             lambda: self.group.backend.text_pass(request, stop=stop, on_text=on_text),
         )
-        return made
+        return generation
 
     async def release(self, view: View) -> None:
         await self.group.backend.release(view)
@@ -203,11 +203,11 @@ class Member:
         async def timed() -> Any:
             begin = time.perf_counter()
             try:
-                made = await call()
+                result = await call()
             except Exception as error:
                 self.error = error
                 raise
             self.seconds[name] = time.perf_counter() - begin
-            return made
+            return result
 
         return await self.group.step(self.place, timed)

@@ -77,7 +77,7 @@ def exchange_bytes(
         first: the first answer, with the cost of the first stage.
         second: the second answer, with the cost of both stages.
     """
-    asked = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
+    ask = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
     request = message_bytes(
         RegionRequest(
             _ID,
@@ -95,11 +95,11 @@ def exchange_bytes(
     )
     reply = message_bytes(Region(_ID, region), up=True)
     return ExchangeBytes(
-        ask=asked - len(view),
+        ask=ask - len(view),
         request=request,
         reply=reply - len(region),
-        first_answer=answer_bytes(first, Stage.FIRST, asked, 0),
-        answer=answer_bytes(second, Stage.SECOND, asked + reply, request),
+        first_answer=answer_bytes(first, Stage.FIRST, ask, 0),
+        answer=answer_bytes(second, Stage.SECOND, ask + reply, request),
     )
 
 
@@ -107,8 +107,8 @@ def one_stage_bytes(
     question: str, source: Size, picture: bytes, sent: SentAnswer
 ) -> tuple[int, int]:
     """Sizes of a question without its picture, and of its answer, if there is no second stage."""
-    asked = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
-    return asked - len(picture), answer_bytes(sent, Stage.FIRST, asked, 0)
+    ask = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
+    return ask - len(picture), answer_bytes(sent, Stage.FIRST, ask, 0)
 
 
 def answer_bytes(sent: SentAnswer, stage: Stage, up: int, down: int) -> int:

@@ -95,8 +95,8 @@ def open_table(
         ConfigError: the data are missing, cannot be read, or lack a column.
     """
     rows, origin = _from_hub(source) if data is None else _from_folder(source, data)
-    wanted = [*columns, *([] if image is None else [image])]
-    lacking = [name for name in wanted if name not in rows.column_names]
+    needed = [*columns, *([] if image is None else [image])]
+    lacking = [name for name in needed if name not in rows.column_names]
     if lacking:
         raise ConfigError(
             f"{data or source.repository}, split {source.split}: no column "

@@ -63,11 +63,11 @@ def textvqa_words(text: str) -> str:
 
 def _punctuation(text: str) -> str:
     grouped = _GROUPED_DIGITS.search(text) is not None
-    made = text
+    result = text
     for mark in _PUNCTUATION:
         beside_blank = f"{mark} " in text or f" {mark}" in text
-        made = made.replace(mark, "" if grouped or beside_blank else " ")
-    return _PERIOD.sub("", made, count=_MOST_PERIODS)
+        result = result.replace(mark, "" if grouped or beside_blank else " ")
+    return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
 def _words(text: str) -> str:

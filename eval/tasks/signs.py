@@ -85,8 +85,8 @@ class Signs(Task):
             raise IndexError(index)
         if self._table is not None:
             return _sample(self._table[index], partial(self._table.picture, index))
-        made = item(self._split, index)
-        return _sample(row_of(made), partial(photograph, self._split, made.picture))
+        generated = item(self._split, index)
+        return _sample(row_of(generated), partial(photograph, self._split, generated.picture))
 
 
 def _split(name: str | None) -> Split:

@@ -281,11 +281,11 @@ def test_hd_is_what_plain_transformers_gives(checkpoint: Path) -> None:
     for question in ("what is written on the door?", "which number?"):
         answer = model.answer(picture, question, 6, ())
         tokens, steps = straightforward(checkpoint, picture, question, 6)
-        assert list(answer.made.token_ids) == tokens
-        for mine, theirs in zip(answer.made.steps, steps, strict=True):
+        assert list(answer.generation.token_ids) == tokens
+        for mine, theirs in zip(answer.generation.steps, steps, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
     turned = model.answer(picture.transpose(Image.Transpose.ROTATE_90), "which number?", 6, ())
-    assert turned.made.steps != answer.made.steps, "the picture does not matter"
+    assert turned.generation.steps != answer.generation.steps, "the picture does not matter"
 
 
 def test_hd_ends_at_a_stop_text(checkpoint: Path) -> None:
@@ -293,11 +293,11 @@ def test_hd_ends_at_a_stop_text(checkpoint: Path) -> None:
     model = HdModel.load(str(checkpoint), preset, device="cpu", dtype="float32")
     picture = photo(model.side, model.side)
     whole = model.answer(picture, "which number?", 8, ())
-    mark = whole.made.text[2:5]
+    mark = whole.generation.text[2:5]
     cut = model.answer(picture, "which number?", 8, (mark,))
     assert cut.stopped
-    assert cut.made.text == whole.made.text.partition(mark)[0].rstrip()
-    assert len(cut.made.token_ids) <= len(whole.made.token_ids)
+    assert cut.generation.text == whole.generation.text.partition(mark)[0].rstrip()
+    assert len(cut.generation.token_ids) <= len(whole.generation.token_ids)
 
 
 def test_hd_needs_a_long_context(tmp_path: Path) -> None:

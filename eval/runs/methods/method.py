@@ -100,13 +100,13 @@ class EncodedSample:
     """A sample whose picture is encoded.
 
     Attributes:
-        asked: the sample.
+        edge_sample: the sample.
         picture: what the edge sends, encoded.
         shown: `picture`, decoded as the server decodes it.
         reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
     """
 
-    asked: EdgeSample
+    edge_sample: EdgeSample
     picture: bytes
     shown: Image
     reference_bytes: int
