@@ -150,7 +150,7 @@ def test_sending_the_original_costs_the_same_bytes_at_any_threshold(made: Run) -
     assert "not executed" in vicrop.note
 
 
-def test_settings_say_what_they_are(made: Run) -> None:
+def test_the_kind_of_every_setting_is_named(made: Run) -> None:
     for baseline in BASELINES:
         if baseline.method != "two_stage":
             continue
@@ -273,7 +273,7 @@ def straightforward(
     return output.sequences[0].tolist(), batch_token_statistics(logits)
 
 
-def test_hd_is_what_plain_transformers_gives(checkpoint: Path) -> None:
+def test_hd_equals_plain_transformers(checkpoint: Path) -> None:
     preset = preset_of(str(checkpoint)).with_overrides(layer=1, max_new_tokens=6)
     model = HdModel.load(str(checkpoint), preset, device="cpu", dtype="float32")
     assert model.info.visual_tokens == 5 * 64

@@ -344,7 +344,7 @@ def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> No
     np.testing.assert_allclose(bits, reading.min_entropy, atol=1e-4)
 
 
-def test_its_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
+def test_the_model_s_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
     """On 40 held-out scenes, clearly more answers are right with the model's own regions."""
     from dataclasses import replace
 

@@ -18,7 +18,7 @@ from eval.demo_model.workers import load_model
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 
 
-def test_a_checkpoint_is_taken_up_completely(tmp_path: Path) -> None:
+def test_training_continues_with_all_weights_of_a_checkpoint(tmp_path: Path) -> None:
     recipe, out = load_recipe(RECIPE), tmp_path / "run"
     last = recipe.stages[-1].name
     take_up(recipe, FOLDER, last, out)

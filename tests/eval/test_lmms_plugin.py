@@ -46,9 +46,6 @@ def requests(
 ) -> list[Any]:
     """Requests as lmms-eval passes them to `generate_until`."""
 
-    def shown(document: Mapping[str, Any]) -> Any:
-        return [document["image"].convert("RGB")]
-
     return [
         SimpleNamespace(
             args=(
@@ -74,8 +71,8 @@ def asked(text: str = "which number?", **generation: Any) -> LmmsQuestion:
 
 
 def test_settings_come_from_model_args() -> None:
-    told = {"eta": 1, "metric": "entropy", "aggregate": "first_k", "k": 5, "codec": "webp"}
-    settings = settings_from({**told, "policy": "always", "batch_size": 1, "max_batch_size": None})
+    given = {"eta": 1, "metric": "entropy", "aggregate": "first_k", "k": 5, "codec": "webp"}
+    settings = settings_from({**given, "policy": "always", "batch_size": 1, "max_batch_size": None})
     assert settings == LmmsSettings(
         eta=1.0,
         metric=Metric.ENTROPY,
@@ -357,7 +354,7 @@ async def test_a_service_that_crops_pictures_causes_a_warning(
 
 
 @pytest.mark.parametrize("policy", ["threshold", "always", "never"])
-def test_the_policy_says_what_is_retransmitted(policy: str) -> None:
+def test_the_policy_decides_what_is_retransmitted(policy: str) -> None:
     replies = in_process(policy=policy)
     small = [policy == "always" or (policy == "threshold" and "small" in q) for q in QUESTIONS]
     assert [reply.stage.name == "SECOND" for reply in replies] == small
@@ -365,7 +362,7 @@ def test_the_policy_says_what_is_retransmitted(policy: str) -> None:
     assert [reply.text.split()[0] == "second" for reply in replies] == small
 
 
-def test_a_threshold_of_one_s_own() -> None:
+def test_a_user_s_threshold_replaces_the_preset_s() -> None:
     stages = [reply.stage.name for reply in in_process(eta=3.0)]
     assert stages == ["FIRST"] * 3
 
@@ -478,17 +475,17 @@ def test_groups_hold_questions_of_one_task() -> None:
     settled = LmmsSettings(pretrained="fake")
     mixed = [requests(text, task=task)[0] for task, text in zip("uuuvv", "abcde", strict=True)]
     rows = {"u": PICTURES["t"], "v": PICTURES["t"]}
-    source, told = Recorded(settled), list[str]()
+    source, done = Recorded(settled), list[str]()
     asyncio.run(
         answer_all(
             source,
             questions_of(mixed, settled, print),
             lambda question: originals_of(question, rows),
-            lambda question, _: told.append(question.text),
+            lambda question, _: done.append(question.text),
         )
     )
     assert source.groups == [["a", "b"], ["c"], ["d", "e"]]
-    assert told == list("abcde")
+    assert done == list("abcde")
 
 
 async def test_a_refused_connection_ends_the_run() -> None:

@@ -119,7 +119,7 @@ def test_sets_of_one_benchmark_have_a_panel_each() -> None:
     assert [title for title, _ in inputs.parts()] == titles
     assert [one["title"] for one in fig4(inputs)["panels"]] == titles
     assert [one["title"] for one in fig9(inputs)["panels"]] == titles
-    # The split of all three sets cannot stand beside one, and no set may give thresholds.
+    # The split with all three sets is not reported beside one set, and no set gives thresholds.
     with pytest.raises(ConfigError, match="adversarial, popular, random are reported together"):
         sort_runs([random, of("test")])
     with pytest.raises(ConfigError, match="of the reported split popular"):
@@ -174,6 +174,6 @@ def test_hd_is_accepted_beside_a_run_over_a_service_that_lacks_facts() -> None:
     assert sort_runs([served, hd]).hd == hd
 
 
-def test_inputs_know_their_runs() -> None:
+def test_inputs_list_their_runs() -> None:
     inputs = Inputs(main=made(), val=made(name="v", task={"split": "val"}))
     assert [run.folder.name for run in inputs.runs] == ["run", "v"]
