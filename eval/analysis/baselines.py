@@ -130,7 +130,9 @@ class SendOriginal(Baseline):
         points = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
         if run.knows_preset:
             policy = run.preset.policy()
-            chosen = np.array([decided(policy, record) for record in run.records], dtype=np.float64)
+            chosen = np.array(
+                [retransmits(policy, record) for record in run.records], dtype=np.float64
+            )
             points.append(_from_the_original(run, chosen, self.name, policy.eta, note))
         return sorted(points, key=lambda point: point.flops)
 
@@ -214,7 +216,7 @@ def measured(runs: Sequence[Run]) -> list[Point]:
     ]
 
 
-def decided(policy: ThresholdPolicy, record: Record) -> bool:
+def retransmits(policy: ThresholdPolicy, record: Record) -> bool:
     """Whether a policy would have requested the sample's region.
 
     Raises:

@@ -153,7 +153,7 @@ def layers(
     """
     from eval.analysis.splits import reported_note
     from eval.analysis.trace import ranges
-    from eval.runs.layers import best_layer, by_layer, measure_layers, write_looks
+    from eval.runs.layers import best_layer, by_layer, measure_layers, write_regions
     from eval.runs.loading import ModelOptions
 
     opened = open_task(task, data=data, split=split, limit=limit)
@@ -162,11 +162,11 @@ def layers(
     options = ModelOptions(name=model, device=device, dtype=dtype, overrides=given)
     if (warning := options.preset().warning) is not None:
         print(f"vlm-collab calibrate: {warning}", file=sys.stderr)
-    looks, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
-    results = by_layer(looks)
+    regions, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
+    results = by_layer(regions)
     best = best_layer(results)
     rows = out.with_suffix(".parquet")
-    digest = write_looks(rows, looks)
+    digest = write_regions(rows, regions)
     notes = reported_note(task, opened.split)
     found = Calibration(
         format=1,
@@ -183,7 +183,7 @@ def layers(
             # The rows behind the shares: these samples of the task, for each layer.
             "rows": {
                 "file": rows.name,
-                "index": ranges(look.index for look in looks if look.layer == best.layer),
+                "index": ranges(region.index for region in regions if region.layer == best.layer),
                 "sha256": digest,
             },
             "command": ["vlm-collab", *sys.argv[1:]],

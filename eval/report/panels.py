@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.analysis.baselines import HighResolution, Oracle, decided
+from eval.analysis.baselines import HighResolution, Oracle, retransmits
 from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Column, Point, two_stage_point
 from eval.analysis.run import Run
@@ -166,7 +166,7 @@ def panel(
 def sent_at(run: Run, setting: Criterion, eta: float) -> Column:
     """1 for samples that the policy with this threshold sends, else 0; calls the policy itself."""
     policy = setting.policy(eta)
-    return np.array([decided(policy, record) for record in run.records], dtype=np.float64)
+    return np.array([retransmits(policy, record) for record in run.records], dtype=np.float64)
 
 
 @in_style()

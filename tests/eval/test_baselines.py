@@ -26,8 +26,8 @@ from eval.analysis.baselines import (
     RandomRetransmission,
     SendOriginal,
     VicropAlways,
-    decided,
     measured,
+    retransmits,
 )
 from eval.analysis.curves import Criterion, curve
 from eval.analysis.operating_points import Point, column, same_samples, two_stage_point
@@ -162,14 +162,14 @@ def test_the_kind_of_every_setting_is_named(made: Run) -> None:
 def test_a_policy_decides_from_a_row_as_it_does_online() -> None:
     rows = [record(0, 1, 1, 0.2), record(1, 1, 1, 0.3)]
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.25)
-    assert [decided(policy, row) for row in rows] == [False, True]
+    assert [retransmits(policy, row) for row in rows] == [False, True]
     # Statistics that a service does not report do not count as certainty.
     bare = replace(rows[1], first_entropy=[], first_margin=[])
-    assert decided(policy, bare)
+    assert retransmits(policy, bare)
     with pytest.raises(ConfigError, match="did not record the entropy"):
-        decided(replace(policy, metric=Metric.ENTROPY), bare)
+        retransmits(replace(policy, metric=Metric.ENTROPY), bare)
     with pytest.raises(ConfigError, match="did not record the min_entropy"):
-        decided(policy, replace(bare, first_min_entropy=[]))
+        retransmits(policy, replace(bare, first_min_entropy=[]))
 
 
 def test_runs_that_do_not_fit_are_refused(made: Run) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 import server_plugin.cli.serve
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.boxes import covered
 from eval.analysis.curves import Criterion, curve
 from eval.analysis.run import Run
@@ -30,11 +30,11 @@ from eval.report.inputs import sort_runs
 from eval.report.write import RESULTS
 from eval.runs.layers import (
     Layer,
-    Look,
+    LayerRegion,
     best_layer,
     by_layer,
     measure_layers,
-    read_looks,
+    read_regions,
 )
 from eval.runs.loading import ModelOptions
 from eval.tasks import open_task
@@ -60,7 +60,7 @@ def run() -> Run:
 def sent(run: Run, found: Calibration) -> float:
     assert found.eta is not None
     setting = Criterion(found.metric, found.aggregate, found.k)
-    return float(np.mean([decided(setting.policy(found.eta), r) for r in run.records]))
+    return float(np.mean([retransmits(setting.policy(found.eta), r) for r in run.records]))
 
 
 @pytest.mark.parametrize("metric", list(Metric))
@@ -214,9 +214,9 @@ def test_the_criterion_is_the_preset_s_by_default(run: Run) -> None:
 def test_layers_are_measured_by_their_regions() -> None:
     task = open_task("signs", split="val", limit=6)
     options = ModelOptions(name="demo", device="cpu", dtype="float32")
-    looks, name = asyncio.run(measure_layers(task, options, [0, 1]))
+    regions, name = asyncio.run(measure_layers(task, options, [0, 1]))
     assert name == "demo"
-    results = by_layer(looks)
+    results = by_layer(regions)
     assert [one.layer for one in results] == [0, 1]
     boxed = sum(task[index].true_box is not None for index in range(6))
     assert {one.samples for one in results} == {boxed}
@@ -263,14 +263,14 @@ def test_every_number_of_the_layers_leads_to_rows(
     file = path.with_name(rows["file"])
     assert file.name == "layers.parquet"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == rows["sha256"]
-    looks = read_looks(file)
-    assert [msgspec.to_builtins(one) for one in by_layer(looks)] == found.made["layers"]
+    regions = read_regions(file)
+    assert [msgspec.to_builtins(one) for one in by_layer(regions)] == found.made["layers"]
     task = open_task("signs", split="val", limit=3)
-    for look in looks:
-        sample = task[look.index]
-        assert (look.id, look.image_id) == (sample.id, sample.image_id)
-        assert look.true_box == list(sample.true_box or ())
-        assert look.covered == covered(look.true_box, look.box)
+    for region in regions:
+        sample = task[region.index]
+        assert (region.id, region.image_id) == (sample.id, sample.image_id)
+        assert region.true_box == list(sample.true_box or ())
+        assert region.covered == covered(region.true_box, region.box)
     # The report copies the rows.
     inputs = sort_runs([run_of(answers(20))], layers=found, resamples=10)
     table = tables.table_layers(inputs)
@@ -279,7 +279,7 @@ def test_every_number_of_the_layers_leads_to_rows(
         of = row_["rows"]
         assert (of["file"], of["sha256"]) == (rows["file"], rows["sha256"])
         wanted = expanded(of["index"])
-        mine = [r for r in looks if r.layer == of["layer"] and r.index in wanted]
+        mine = [r for r in regions if r.layer == of["layer"] and r.index in wanted]
         assert len(mine) == of["count"] == row_["samples"] == len(wanted)
         assert np.mean([r.covered for r in mine]) == row_["covered"]
         assert np.mean([r.covered == 1 for r in mine]) == row_["whole"]
@@ -287,23 +287,25 @@ def test_every_number_of_the_layers_leads_to_rows(
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[LayerRegion]:
     """Made-up rows instead of a measurement of the demo model."""
-    looks = [
-        Look(layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share)
+    regions = [
+        LayerRegion(
+            layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share
+        )
         for n, box, share in ((0, [0, 0, 2, 3], 0.5), (1, BOX, 1.0))
         for i in (0, 2)
     ]
 
-    async def found(*_: object, **__: object) -> tuple[list[Look], str]:
-        return looks, "demo"
+    async def found(*_: object, **__: object) -> tuple[list[LayerRegion], str]:
+        return regions, "demo"
 
     monkeypatch.setattr("eval.runs.layers.measure_layers", found)
-    return looks
+    return regions
 
 
 def test_a_note_warns_against_choosing_layers_on_the_reported_split(
-    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: list[LayerRegion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "layers.yaml"
     _, _, err = call(capsys, "calibrate", "layers", "--split", "test", "--out", str(path))
@@ -313,15 +315,15 @@ def test_a_note_warns_against_choosing_layers_on_the_reported_split(
 
 
 def test_a_report_names_the_rows_of_its_layers(
-    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: list[LayerRegion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "layers.yaml", tmp_path / "report"
     assert call(capsys, "calibrate", "layers", "--split", "val", "--out", str(path))[0] == 0
     given = ("--layers", str(path), "--resamples", "10", "--format", "png", "--out", str(out))
     assert call(capsys, "eval", "report", str(COMMITTED / "runs" / "jpeg-5"), *given)[0] == 0
     table = json.loads((out / RESULTS).read_text(encoding="utf-8"))["tables"]["layers"]["rows"]
-    looks = read_looks(tmp_path / table[0]["rows"]["file"])
-    assert looks == measured
+    regions = read_regions(tmp_path / table[0]["rows"]["file"])
+    assert regions == measured
     for one, covers in zip(table, (0.5, 1.0), strict=True):
         assert one["rows"]["index"] == "0,2"
         assert one["rows"]["count"] == 2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.curves import Criterion
 from eval.analysis.operating_points import two_stage_point
 from eval.analysis.run import Run, open_run
@@ -68,7 +68,7 @@ def test_every_point_of_every_curve_leads_to_its_rows(
         setting = Criterion(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
         for place in (1, len(one["eta"]) // 2):
             policy = setting.policy(one["eta"][place])
-            sent = np.array([decided(policy, r) for r in run.records], dtype=float)
+            sent = np.array([retransmits(policy, r) for r in run.records], dtype=float)
             assert sent.sum() == one["sent"][place]
             assert two_stage_point(run, sent, "").accuracy == pytest.approx(one["y"][place])
 

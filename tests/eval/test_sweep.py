@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.curves import (
     Bootstrap,
     Criterion,
@@ -84,7 +84,7 @@ def test_every_point_sends_the_samples_that_its_policy_sends(run: Run) -> None:
         drawn = curve(run, setting)
         for sent, eta in zip(drawn.sent, drawn.eta, strict=True):
             policy = setting.policy(float(eta))
-            chosen = [place for place, r in enumerate(run.records) if decided(policy, r)]
+            chosen = [place for place, r in enumerate(run.records) if retransmits(policy, r)]
             assert chosen == sorted(drawn.order[:sent].tolist()), (setting.name, eta)
 
 
@@ -93,7 +93,7 @@ def test_no_threshold_reaches_a_point_that_is_not_on_the_curve(run: Run) -> None
         reachable = set(curve(run, setting).sent.tolist())
         for eta in np.linspace(0.0, 1.0 if setting.metric is Metric.MARGIN else 5.0, 31):
             policy = setting.policy(float(eta))
-            assert sum(decided(policy, r) for r in run.records) in reachable
+            assert sum(retransmits(policy, r) for r in run.records) in reachable
 
 
 def test_a_point_equals_the_operating_point_of_its_samples(run: Run) -> None:
