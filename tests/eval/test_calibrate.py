@@ -130,7 +130,7 @@ def test_a_bound_on_the_loss_says_which_mean_it_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "apart", "said"),
+    ("task", "apart", "warning"),
     [
         ({"limit": 404, "samples": 404}, True, "--limit 404 took questions, not whole pictures"),
         ({"limit": 404, "samples": 404}, False, None),  # only the last picture may be incomplete
@@ -172,7 +172,7 @@ def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "said"),
+    ("task", "split", "warning"),
     [
         ("signs", "test", "test is the split of signs that is reported"),
         ("textvqa", "validation", "validation is the split of textvqa that is reported"),
