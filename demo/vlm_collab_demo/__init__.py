@@ -1,4 +1,4 @@
-"""Data that vlm-collab uses where no other model is named: where its folders are."""
+"""Paths of vlm-collab's demo model and demo pictures."""
 
 from pathlib import Path
 

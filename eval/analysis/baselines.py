@@ -116,10 +116,10 @@ class Oracle(Baseline):
 class SendOriginal(Baseline):
     """Upload the original file once, and run both stages on the server.
 
-    One point is at the threshold of the run's preset, if the run has a preset. The other point
-    puts every question through the second stage. Both cost the same bytes; a second stage costs
-    only FLOPs. The answers are the run's, although its views and regions went through its codec,
-    and this server would cut them from the original's pixels.
+    One point is at the threshold of the run's preset, if the run has a preset. At the other point,
+    every question goes through the second stage. Both cost the same bytes; a second stage costs
+    only FLOPs. The answers are those of the run, whose views and regions were encoded by its codec.
+    A real server would cut them from the original's pixels.
     """
 
     name = "sending the original"
@@ -127,12 +127,14 @@ class SendOriginal(Baseline):
 
     def _points(self, run: Run) -> list[Point]:
         note = "answers as with the run's codec; no region crosses the link"
-        made = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
+        points = [_from_the_original(run, np.ones(len(run.records)), self.name, None, note)]
         if run.knows_preset:
             policy = run.preset.policy()
-            chosen = np.array([decided(policy, record) for record in run.records], dtype=np.float64)
-            made.append(_from_the_original(run, chosen, self.name, policy.eta, note))
-        return sorted(made, key=lambda point: point.flops)
+            chosen = np.array(
+                [retransmits(policy, record) for record in run.records], dtype=np.float64
+            )
+            points.append(_from_the_original(run, chosen, self.name, policy.eta, note))
+        return sorted(points, key=lambda point: point.flops)
 
 
 class VicropAlways(Baseline):
@@ -148,7 +150,7 @@ class VicropAlways(Baseline):
 
     def _points(self, run: Run) -> list[Point]:
         count = len(run.records)
-        note = "nothing computed once and shared; by Eq. 20 alone, it was not executed"
+        note = "every prompt is prefilled from scratch; FLOPs by Eq. 20 only, it was not executed"
         point = _from_the_original(run, np.ones(count), self.name, None, note)
         return [replace(point, mflops=np.full(count, np.nan))]
 
@@ -214,8 +216,8 @@ def measured(runs: Sequence[Run]) -> list[Point]:
     ]
 
 
-def decided(policy: ThresholdPolicy, record: Record) -> bool:
-    """Whether a policy would have asked for the sample's region.
+def retransmits(policy: ThresholdPolicy, record: Record) -> bool:
+    """Whether a policy would have requested the sample's region.
 
     Raises:
         ConfigError: the run did not record the policy's metric. A run over a service records
@@ -223,7 +225,7 @@ def decided(policy: ThresholdPolicy, record: Record) -> bool:
     """
     steps = first_steps(record)
     if not steps or math.isnan(steps[0].value(policy.metric)):
-        raise ConfigError(f"the run does not know the {policy.metric} of its first answers")
+        raise ConfigError(f"the run did not record the {policy.metric} of its first answers")
     return policy.decide(steps, ended=record.first_ended, key=record.id).retransmit
 
 
@@ -242,8 +244,10 @@ def _drawn(run: Run, rate: float, seed: int) -> Column:
     policy = RandomPolicy(rate, seed, metric=Metric.MIN_ENTROPY)
     # `RandomPolicy` draws from the key only; the statistics do not matter.
     steps = [TokenStatistics(0.0, 0.0, 1.0)]
-    made = [policy.decide(steps, ended=True, key=record.id).retransmit for record in run.records]
-    return np.array(made, dtype=np.float64)
+    decisions = [
+        policy.decide(steps, ended=True, key=record.id).retransmit for record in run.records
+    ]
+    return np.array(decisions, dtype=np.float64)
 
 
 def _from_the_original(

@@ -2,8 +2,8 @@
 
 A policy only chooses which samples are sent (`eval.analysis.operating_points.two_stage_point`), and
 all numbers of a point are sums over samples. So a curve takes one sort by uncertainty and running
-sums from "none sent" to "all sent". It needs no model and no call of a policy for each threshold;
-the decisions equal those of `vlm_collab.method.policy.ThresholdPolicy`.
+sums from "none sent" to "all sent". It needs no model, and calls no policy for each threshold. The
+decisions equal those of `vlm_collab.method.policy.ThresholdPolicy`.
 
 Bands are percentile bootstraps. They resample whole pictures, because questions about one picture
 are not independent.
@@ -65,7 +65,7 @@ class Criterion:
         """
         steps = first_steps(record)
         if not steps or math.isnan(steps[0].value(self.metric)):
-            raise ConfigError(f"the run does not know the {self.metric} of its first answers")
+            raise ConfigError(f"the run did not record the {self.metric} of its first answers")
         return aggregate(
             steps,
             self.metric,
@@ -119,8 +119,8 @@ class Curve:
 
     def thinned(self, points: int = 100) -> NDArray[np.int64]:
         """Indices of the points nearest to `points + 1` evenly spaced rates, without repeats."""
-        wanted = np.linspace(0.0, 1.0, points + 1)
-        nearest = np.abs(self.rate[None, :] - wanted[:, None]).argmin(axis=1)
+        rates = np.linspace(0.0, 1.0, points + 1)
+        nearest = np.abs(self.rate[None, :] - rates[:, None]).argmin(axis=1)
         return np.unique(nearest)
 
 
@@ -133,7 +133,7 @@ def curve(run: Run, setting: Criterion) -> Curve:
     """Compute every operating point that some threshold reaches.
 
     Samples of equal uncertainty are sent together. "None sent" is a point only if a threshold
-    reaches it: every threshold sends a sample with a margin of 0.
+    reaches it. For the margin, none may: every threshold sends a sample with a margin of 0.
 
     Raises:
         ConfigError: the run has another method, is empty, or did not record the metric.
@@ -256,7 +256,7 @@ class Bootstrap:
         return np.array([places.setdefault(one, len(places)) for one in self.image_ids])
 
     def weights(self) -> Iterator[NDArray[np.float64]]:
-        """How often each resample holds each sample, in chunks `(resamples, samples)`."""
+        """How often each sample occurs in each resample, in chunks `(resamples, samples)`."""
         rng = np.random.default_rng(self.seed)
         pictures = int(self.clusters.max()) + 1
         even = np.full(pictures, 1.0 / pictures)
@@ -268,8 +268,8 @@ class Bootstrap:
 
     def mean(self, values: Column) -> tuple[float, float]:
         """Interval of the mean over samples."""
-        made = [(w * values).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
-        return self.interval(np.concatenate(made))
+        means = [(w * values).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
+        return self.interval(np.concatenate(means))
 
     def interval(self, values: Column) -> tuple[float, float]:
         """Percentile interval from the resamples' values."""
@@ -292,14 +292,14 @@ class Bootstrap:
         Returns:
             Lower and upper ends, each of the shape of `at`.
         """
-        made = np.concatenate(
+        curves = np.concatenate(
             [
                 np.stack([np.interp(at, x, y) for x, y in zip(xs, ys, strict=True)])
                 for _, xs, ys in self._curves(drawn, run, cost)
             ]
         )
         out = (1.0 - self.confidence) / 2
-        low, high = np.quantile(made, [out, 1.0 - out], axis=0, method="inverted_cdf")
+        low, high = np.quantile(curves, [out, 1.0 - out], axis=0, method="inverted_cdf")
         return low, high
 
     def areas(self, drawn: Curve, run: Run) -> Column:
@@ -307,8 +307,8 @@ class Bootstrap:
         never = ends(run)[0].scores
         start = [(w * never).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
         drawn_again = self._curves(drawn, run, lambda point: point.sent)
-        made = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
-        return np.concatenate(made)
+        areas = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
+        return np.concatenate(areas)
 
     def _curves(
         self, drawn: Curve, run: Run, cost: Callable[[Point], Column]
@@ -340,8 +340,8 @@ def area_over_random(drawn: Curve, run: Run) -> float:
 def _area(start: Column, rates: Column, accuracy: Column) -> Column:
     """Area of each row's curve over the random line.
 
-    A point for "none sent" is added: no threshold may reach it, but a mixture with a policy that
-    never sends does.
+    A point for "none sent" is added. Perhaps no threshold reaches it, but a mixture with a policy
+    that never sends does.
     """
     rates = np.concatenate([np.zeros((len(start), 1)), rates], axis=1)
     accuracy = np.concatenate([start[:, None], accuracy], axis=1)
@@ -378,14 +378,14 @@ def settings_of(
     Args:
         run: the run.
         metrics, aggregates: their combinations.
-        ks: numbers of tokens for `first_k`; None for 2 to 10. A k that no answer exceeds in
-            length would repeat `full`, and is left out.
+        ks: numbers of tokens for `first_k`; None for 2 to 10. A k is left out if no answer is
+            longer, because the result would equal `full`.
     """
-    made = []
+    criteria = []
     ends = counts_end(run)
     useful = [k for k in ks or range(2, 11) if k < longest_answer(run)]
     for metric in metrics:
         for how in aggregates:
             of_k = useful if how is Aggregate.FIRST_K else [1]
-            made += [Criterion(metric, how, k, ends) for k in of_k]
-    return made
+            criteria += [Criterion(metric, how, k, ends) for k in of_k]
+    return criteria

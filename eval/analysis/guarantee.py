@@ -9,8 +9,8 @@ testing does not need it.
 The thresholds η form a sequence that does not depend on the data. It starts at the threshold that
 sends everything, where the loss is 0 by definition. For each η in turn, the hypothesis "the loss
 at η is above α" is tested at level δ. Testing stops at the first hypothesis that cannot be
-rejected. With probability at least 1 - δ, all η before it have a loss of at most α, so any of them
-may be used (Angelopoulos, Bates, Candès, Jordan, Lei: "Learn then Test: Calibrating Predictive
+rejected. With probability at least 1 - δ, all η before it have a loss of at most α, so each of
+them may be used (Angelopoulos, Bates, Candès, Jordan, Lei: "Learn then Test: Calibrating Predictive
 Algorithms to Achieve Risk Control", arXiv:2110.01052, fixed-sequence testing).
 
 The test bets against the hypothesis. Its capital grows when losses are small. If the hypothesis is
@@ -21,18 +21,18 @@ inequality, the test profits from answers that seldom differ between the passes.
 Questions about one picture are not independent, but pictures are. So the unit of the test is a
 picture, and the bet is on w (mean loss of the picture's questions - α), where w is the picture's
 weight. Betting needs a bound of this value for every possible picture, and the bound must not
-depend on the data. Were it the largest value that happened to be drawn, a rare picture with many
-questions would break the guarantee in those samples that lack it. So a picture with n questions
-has the weight min(n, M) / M, where M is fixed beforehand. The bound is on the mean over pictures
-with these weights:
+depend on the data. If it were the largest value in the data, the guarantee would fail whenever the
+data lack a rare picture with many questions. So a picture with n questions has the weight
+min(n, M) / M, where M is fixed beforehand. The bound is on the mean over pictures with these
+weights:
 
 - M = 1: each picture counts once, however many questions it has;
 - larger M: the mean over questions, except that a picture with more than M questions counts as M.
 
 Both hold for data of any distribution. The plain mean over questions is bounded if no picture of
-the benchmark can have more than M questions, by construction. (Without such an M no data could
-bound it: a picture with enough questions outweighs all others, however rare it is.) A larger M
-takes more pictures.
+the benchmark can have more than M questions, by construction. (Without such an M, no amount of data
+could bound it, because a rare picture with enough questions outweighs all others.) A larger M
+needs more pictures.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from numpy.typing import NDArray
 from vlm_collab.errors import ConfigError
 from vlm_collab.method.policy import Metric
 
-_MOST = 0.9
+_LARGEST_STAKE = 0.9
 """Largest share of the capital that one picture can take."""
 _PER_OCTAVE = 16
+"""Number of thresholds for each doubling."""
 
 
 def sequence(metric: Metric) -> NDArray[np.float64]:
@@ -65,7 +66,7 @@ def sequence(metric: Metric) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class GuaranteedThreshold:
     """Result of the test.
 
     Attributes:
@@ -96,8 +97,8 @@ def guaranteed(
     confidence: float,
     most_per_picture: int = 1,
     seed: int = 0,
-) -> Tested:
-    """Find the threshold that sends least while the loss stays below a bound.
+) -> GuaranteedThreshold:
+    """Find the threshold that sends the fewest samples while the loss stays below a bound.
 
     Args:
         uncertainty: value of each sample, shape `(samples,)`.
@@ -107,8 +108,8 @@ def guaranteed(
         max_loss: α, above 0 and below 1.
         confidence: 1 - δ. In at least this share of repetitions with new data from the same
             source, the returned threshold has a loss of at most α.
-        most_per_picture: M, most questions counted per picture. Must be fixed without looking at
-            these data; 1 takes the mean over pictures.
+        most_per_picture: M, most questions counted per picture, fixed without looking at these
+            data; with 1, the bound is on the mean over pictures.
         seed: seed of the order in which the pictures are tested.
 
     Raises:
@@ -119,7 +120,7 @@ def guaranteed(
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"the confidence must be between 0 and 1, not {confidence}")
     if most_per_picture < 1:
-        raise ConfigError(f"a picture counts as one question at least, not {most_per_picture}")
+        raise ConfigError(f"most_per_picture must be at least 1, not {most_per_picture}")
     etas = sequence(metric)
     _, cluster = np.unique(np.asarray(image_ids), return_inverse=True)
     questions = np.bincount(cluster)
@@ -138,7 +139,7 @@ def guaranteed(
     capital = _highest_capital(excess[order, 1:], max_loss, 1.0 - confidence)
     failed = capital < 1.0 / (1.0 - confidence)
     place = int(np.argmax(failed)) if failed.any() else len(failed)
-    return Tested(
+    return GuaranteedThreshold(
         eta=float(etas[place]),
         place=place,
         capital=tuple(float(one) for one in capital[: place + 1]),
@@ -155,7 +156,7 @@ def _highest_capital(
     """Highest capital of bets against "the mean of `excess` is above 0", for each column.
 
     Each bet stakes a share of the capital. The share depends only on earlier pictures, and is
-    small enough that one picture takes at most `_MOST` of the capital.
+    small enough that one picture takes at most `_LARGEST_STAKE` of it.
 
     Args:
         excess: shape `(pictures, thresholds)`, at most 1 - max_loss.
@@ -170,6 +171,6 @@ def _highest_capital(
         [np.full((1, excess.shape[1]), 0.25), (0.25 + squares) / (numbers + 1)]
     )
     share = np.sqrt(2.0 * math.log(1.0 / delta) / (count * variance[:-1]))
-    share = np.minimum(share, _MOST / (1.0 - max_loss))
+    share = np.minimum(share, _LARGEST_STAKE / (1.0 - max_loss))
     logarithm = np.cumsum(np.log1p(-share * excess), axis=0)
     return np.asarray(np.exp(np.minimum(logarithm.max(axis=0), 700.0)))

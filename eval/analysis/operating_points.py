@@ -227,13 +227,14 @@ def same_samples(runs: Sequence[Run]) -> list[Run]:
     if not runs:
         return []
     first, *others = runs
-    asked = {record.id: (record.question, record.truth) for record in first.records}
-    shared = set(asked)
+    contents = {record.id: (record.question, record.truth) for record in first.records}
+    shared = set(contents)
     for run in others:
         for record in run.records:
-            if asked.get(record.id, mine := (record.question, record.truth)) != mine:
+            if contents.get(record.id, mine := (record.question, record.truth)) != mine:
                 raise ConfigError(
-                    f"{run.folder} and {first.folder} did not ask the same: {record.id}"
+                    f"the question or truth of {record.id} differs between {run.folder} and "
+                    f"{first.folder}"
                 )
         shared &= {record.id for record in run.records}
     if not shared:

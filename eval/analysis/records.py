@@ -47,9 +47,9 @@ class Record:
         view_bytes, region_bytes: size of the encoded global and local view.
         view_pixels, region_pixels: width x height of the pictures sent.
         ask_bytes, request_bytes, reply_bytes, answer_bytes, first_answer_bytes: size of the
-            messages apart from pictures, WebSocket headers included: the question without its
-            view, the region request, the region without its picture, the second answer, and the
-            first answer as it is sent if no second one follows.
+            messages without their pictures, WebSocket headers included: the question, the region
+            request, the message with the region, the second answer, and the first answer as it is
+            sent if no second one follows.
         reference_bytes: size of the global view as JPEG of quality 100 (section VII-F).
         first_text, second_text: the two answers.
         first_score, second_score: their scores by the task's default scorer.
@@ -64,7 +64,7 @@ class Record:
         box: the region that was sent, (left, top, right, bottom) in px of the upright original.
             Empty if no region would have shown more than the view (`sends_region`); the second
             answer is then the first one, and the costs of a region are 0.
-        side_px: side of the square that was searched for, in px (b2 of Eq. 11).
+        side_px: side of the square that the region search chose, in px (b2 of Eq. 11).
         first_mflops, look_mflops, second_mflops: decoder FLOPs by Eq. 17 of the tokens really
             computed, in 10^6: first pass, generic instruction, second pass. The vision encoder is
             not included.
@@ -142,8 +142,8 @@ SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Re
 def write_shard(path: Path, records: Sequence[Record]) -> None:
     """Write a shard atomically.
 
-    If the name is taken, the shard gets another name: repeated rows do no harm, but overwritten
-    rows are lost.
+    If the file exists, the shard gets another name: repeated rows do no harm, but overwritten rows
+    would be lost.
     """
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=SCHEMA)
     mine = f"{path.stem}-{secrets.token_hex(4)}"

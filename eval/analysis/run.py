@@ -70,7 +70,7 @@ class Run:
             ConfigError: the run did not record it (`knows_preset`), or it is invalid.
         """
         if not self.knows_preset:
-            raise ConfigError(f"{self.folder} does not know its model's preset")
+            raise ConfigError(f"{self.folder} did not record its model's preset")
         try:
             return msgspec.convert(self.provenance["model"]["preset"], Preset)
         except msgspec.ValidationError as error:
@@ -89,14 +89,14 @@ class Run:
         why = "failed" if self.complete else "failed or are still to be done"
         return (
             f"{self.folder.name}: {self.missing} of {self.missing + len(self.records)} samples "
-            f"gave no row ({why}); all figures leave them out"
+            f"have no row ({why}); all figures leave them out"
         )
 
     def require(self, method: str) -> None:
-        """Check that the run has a method and samples.
+        """Check that the run is of this method and has samples.
 
         Raises:
-            ConfigError: it has another method, or no samples.
+            ConfigError: it is of another method, or has no samples.
         """
         if self.method != method:
             raise ConfigError(f"{self.folder} is a run of {self.method}, not of {method}")

@@ -6,14 +6,15 @@ The paper does not state the bins of its probability mass functions, and both nu
 them. Here, `BINS` bins of equal width run from 0 to 1 for the margin, else from 0 to the largest
 value of all answers. A first answer is right if it scores at least one half.
 
-The paper's formulas are applied to counts. Chance keeps counts apart, so the overlap is biased
-downwards and the distance upwards, the more so the fewer answers there are. Resamples are biased
-twice, since they are drawn from such a sample, and their percentiles miss the truth far more often
-than stated. So intervals are reflected ("basic", Davison and Hinkley, Bootstrap Methods and their
-Application, 1997, section 5.2): the resamples' deviation from the sample estimates the sample's
-deviation from the truth. The overlap is reflected in its odds, which keeps it between 0 and 1.
-`tests/eval/test_separation.py` measures how often these intervals hold the truth. A number may lie
-outside its own interval; that is its bias.
+The paper's formulas are applied to counts. By chance, the counts of two groups differ more than
+their probabilities do. So the overlap is biased downwards and the distance upwards, more strongly
+with fewer answers. Resamples are drawn from such a sample, so they are biased twice, and their
+percentiles miss the truth far more often than stated. So intervals are reflected ("basic", Davison
+and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2): the resamples' deviation
+from the sample estimates the sample's deviation from the truth. The overlap is reflected in its
+odds, which keeps it between 0 and 1.
+`tests/eval/test_separation.py` measures how often these intervals contain the truth. Because of the
+bias, a number may lie outside its own interval.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ OTHER_BINS = (10, 40)
 """Reported too, to show how much the numbers depend on the bins."""
 FEWEST = 10
 """Fewest pictures with right answers, and with wrong ones, for an interval; with fewer, intervals
-hold the truth too seldom."""
+contain the truth too rarely."""
 
 
 def right_of(run: Run) -> NDArray[np.bool_]:
@@ -52,27 +53,27 @@ def edges_of(values: Column, metric: Metric, bins: int = BINS) -> Column:
 def separation(run: Run, setting: Criterion, bootstrap: Bootstrap) -> dict[str, Any]:
     """The numbers of Tables II and III for one criterion, and the histograms behind them."""
     values, right = uncertainty(run, setting), right_of(run)
-    made: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
-    made |= {"right": int(right.sum()), "wrong": int((~right).sum())}
+    result: dict[str, Any] = {"setting": setting.name, "rows": rows_of(run)}
+    result |= {"right": int(right.sum()), "wrong": int((~right).sum())}
     sign = -1.0 if setting.metric is Metric.MARGIN else 1.0
-    made["auroc"] = finite(auroc(sign * values, ~right))
+    result["auroc"] = finite(auroc(sign * values, ~right))
     edges = edges_of(values, setting.metric)
     p, q = _counts(values, right, edges), _counts(values, ~right, edges)
-    made |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
+    result |= {"edges": edges.tolist(), "right_counts": p.tolist(), "wrong_counts": q.tolist()}
     if right.all() or not right.any():
         lacking = "wrong" if right.any() else "right"
         none = dict.fromkeys(("overlap", "distance", "overlap_interval", "distance_interval"))
-        return {**made, **none, "interval_note": f"there are no {lacking} answers"}
-    made["overlap"] = float(overlap(p / p.sum(), q / q.sum()))
-    made["distance"] = finite(float(bhattacharyya(p / p.sum(), q / q.sum())))
-    made["by_bins"] = {
+        return {**result, **none, "interval_note": f"there are no {lacking} answers"}
+    result["overlap"] = float(overlap(p / p.sum(), q / q.sum()))
+    result["distance"] = finite(float(bhattacharyya(p / p.sum(), q / q.sum())))
+    result["by_bins"] = {
         str(bins): _with_bins(values, right, setting.metric, bins) for bins in OTHER_BINS
     }
-    return made | _intervals(made, values, right, edges, bootstrap)
+    return result | _intervals(result, values, right, edges, bootstrap)
 
 
 def _intervals(
-    made: dict[str, Any],
+    result: dict[str, Any],
     values: Column,
     right: NDArray[np.bool_],
     edges: Column,
@@ -80,13 +81,13 @@ def _intervals(
 ) -> dict[str, Any]:
     """Intervals of overlap and distance; None and a reason if there can be none."""
     none = {"overlap_interval": None, "distance_interval": None}
-    for name, of in (("right", right), ("wrong", ~right)):
-        pictures = len(np.unique(bootstrap.clusters[of]))
+    for name, members in (("right", right), ("wrong", ~right)):
+        pictures = len(np.unique(bootstrap.clusters[members]))
         if pictures < FEWEST:
             why = f"{pictures} pictures with {name} answers; intervals need {FEWEST}"
             return {**none, "interval_note": why}
-    if not 0.0 < made["overlap"] < 1.0:
-        far = "no" if made["overlap"] == 0.0 else "all"
+    if not 0.0 < result["overlap"] < 1.0:
+        far = "no" if result["overlap"] == 0.0 else "all"
         return {**none, "interval_note": f"right and wrong answers have {far} bins in common"}
     bins = len(edges) - 1
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, bins - 1)
@@ -99,9 +100,9 @@ def _intervals(
         overlaps.append(overlap(masses[:, 0], masses[:, 1]))
         distances.append(bhattacharyya(masses[:, 0], masses[:, 1]))
     low, high = bootstrap.interval(np.concatenate(distances))
-    near, far_off = (max(0.0, 2 * made["distance"] - end) for end in (high, low))
+    near, far_off = (max(0.0, 2 * result["distance"] - end) for end in (high, low))
     low, high = bootstrap.interval(np.concatenate(overlaps))
-    least, most = (_reflected(made["overlap"], end) for end in (high, low))
+    least, most = (_reflected(result["overlap"], end) for end in (high, low))
     return {"overlap_interval": [least, most], "distance_interval": [near, far_off]}
 
 
@@ -116,34 +117,35 @@ def by_step(run: Run, bootstrap: Bootstrap, limit: int = 20) -> list[dict[str, A
 
     Only answers with at least t tokens count. The paper shows 20 steps.
     """
-    right, made = right_of(run), []
+    right, rows = right_of(run), []
     longest = max(len(record.first_min_entropy) for record in run.records)
     for step in range(min(longest, limit)):
-        there = np.array([len(record.first_min_entropy) > step for record in run.records])
+        reached = np.array([len(record.first_min_entropy) > step for record in run.records])
         values = np.array(
             [
                 r.first_min_entropy[step] if t else 0.0
-                for r, t in zip(run.records, there, strict=True)
+                for r, t in zip(run.records, reached, strict=True)
             ]
         )
         row: dict[str, Any] = {"step": step + 1}
-        for name, of in (("right", right & there), ("wrong", ~right & there)):
-            row[f"{name}_count"] = int(of.sum())
-            if not of.any():
+        for name, members in (("right", right & reached), ("wrong", ~right & reached)):
+            row[f"{name}_count"] = int(members.sum())
+            if not members.any():
                 row[name] = row[f"{name}_interval"] = None
                 continue
-            row[name] = float(values[of].mean())
+            row[name] = float(values[members].mean())
             means = [
-                (w[:, of] * values[of]).sum(axis=1) / np.maximum(w[:, of].sum(axis=1), 1.0)
+                (w[:, members] * values[members]).sum(axis=1)
+                / np.maximum(w[:, members].sum(axis=1), 1.0)
                 for w in bootstrap.weights()
             ]
             row[f"{name}_interval"] = list(bootstrap.interval(np.concatenate(means)))
-        made.append(row)
-    return made
+        rows.append(row)
+    return rows
 
 
-def _counts(values: Column, of: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:
-    return np.asarray(np.histogram(values[of], bins=edges)[0])
+def _counts(values: Column, members: NDArray[np.bool_], edges: Column) -> NDArray[np.int64]:
+    return np.asarray(np.histogram(values[members], bins=edges)[0])
 
 
 def _with_bins(

@@ -1,4 +1,4 @@
-"""Which split of a benchmark is reported; a note warns of choosing settings on it."""
+"""Which split of a benchmark is reported; a note warns against choosing settings on it."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def reported_note(task: str, split: str) -> list[str]:
         why = f"{split} shows pictures of the split of {task} that is reported ({_SHARED[task]})"
     else:
         return []
-    return [f"{why}: choose on another one, or do not report results on this one"]
+    return [f"{why}: choose on another split, or do not report results on this one"]

@@ -17,7 +17,7 @@ from eval.analysis.curves import (
     ends,
     uncertainty,
 )
-from eval.analysis.guarantee import Tested, guaranteed
+from eval.analysis.guarantee import GuaranteedThreshold, guaranteed
 from eval.analysis.operating_points import column, sends_region
 from eval.analysis.run import Run
 from eval.analysis.splits import reported_note
@@ -27,7 +27,7 @@ from vlm_collab.method.policy import Aggregate, Metric
 
 
 def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | None) -> Criterion:
-    """The criterion that a user asked for, completed from the run's preset.
+    """The user's criterion, completed from the run's preset.
 
     Raises:
         ConfigError: unknown metric or aggregation, or `k` without `first_k`.
@@ -75,7 +75,7 @@ def for_bytes(run: Run, setting: Criterion, max_bytes: float) -> Calibration:
         least = f"{drawn.bytes_up[0]:,.0f}"
         raise ConfigError(
             f"questions with their views alone take {least} bytes, more than {max_bytes:,.0f}; "
-            "a smaller quality would help"
+            "a lower --view-quality would help"
         )
     best = int(fit[np.argmax(drawn.accuracy[fit])])
     return _calibration(run, drawn, best, {"max_bytes": max_bytes})
@@ -90,7 +90,9 @@ def for_loss(
     most_per_picture: int = 1,
     seed: int = 0,
 ) -> Calibration:
-    """Choose the threshold that sends least with a guaranteed loss (`eval.analysis.guarantee`).
+    """Choose the threshold that sends the fewest samples with a guaranteed loss.
+
+    The guarantee is that of `eval.analysis.guarantee`.
 
     Args:
         run: the run.
@@ -132,26 +134,28 @@ def for_loss(
     # All thresholds between two reachable ones send the same samples.
     place = int(np.flatnonzero(drawn.sent == len(values) - kept.sum())[0])
     notes = [*_loss_notes(found, most_per_picture), *_not_whole(run, found)]
-    made = _calibration(run, drawn, place, target, *notes)
+    calibration = _calibration(run, drawn, place, target, *notes)
     lost, cluster = losses * kept, np.unique(images, return_inverse=True)[1]
-    of_each = np.bincount(cluster, weights=lost) / np.bincount(cluster)
-    expected = {"loss": float(lost.mean()), "loss_by_picture": float(of_each.mean())}
-    return msgspec.structs.replace(made, eta=found.eta, expected={**made.expected, **expected})
+    picture_losses = np.bincount(cluster, weights=lost) / np.bincount(cluster)
+    expected = {"loss": float(lost.mean()), "loss_by_picture": float(picture_losses.mean())}
+    return msgspec.structs.replace(
+        calibration, eta=found.eta, expected={**calibration.expected, **expected}
+    )
 
 
-def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
-    """Notes against misreading the bound."""
+def _loss_notes(found: GuaranteedThreshold, most_per_picture: int) -> list[str]:
+    """Notes that explain what the bound covers."""
     notes = []
     if found.place == 0:
         notes.append(
-            "no threshold could be shown to lose so little; every question is sent, which loses "
-            "nothing. More pictures would help"
+            "no threshold passed the test for this loss, so every question is sent, which loses "
+            "nothing; more pictures would help"
         )
     if most_per_picture == 1 and found.fewest < found.largest:
         notes.append(
             f"pictures have {found.fewest} to {found.largest} questions here, and each counts "
-            "once: the bound is on the mean over pictures, not over questions; --most-per-picture "
-            "says otherwise, where it is known without these data how many there can be"
+            "once: the bound is on the mean over pictures, not over questions. If the largest "
+            "possible number is known without these data, give it with --most-per-picture"
         )
     elif most_per_picture > 1 and found.over:
         notes.append(
@@ -162,11 +166,12 @@ def _loss_notes(found: Tested, most_per_picture: int) -> list[str]:
     return notes
 
 
-def _not_whole(run: Run, found: Tested) -> list[str]:
-    """A note if the run may lack some questions of its pictures, for which the bound is not sure.
+def _not_whole(run: Run, found: GuaranteedThreshold) -> list[str]:
+    """A note if the run may lack some questions of its pictures: then the bound may not hold.
 
-    There is none if all pictures have the same number of questions: then none is over-represented.
-    A limit does no harm if the rows of a picture are adjacent: it cuts only the last picture.
+    There is no note if all pictures have the same number of questions, because then none is
+    over-represented. A limit does no harm if the rows of a picture are adjacent, because it cuts
+    only the last picture.
     """
     if found.fewest == found.largest:
         return []
@@ -175,14 +180,14 @@ def _not_whole(run: Run, found: Tested) -> list[str]:
     together = 1 + sum(a != b for a, b in pairwise(images)) == found.pictures
     if limit is not None and limit <= int(task.get("samples") or 0) and not together:
         why.append(
-            f"--limit {limit} took questions, not whole pictures, so those with many questions "
-            "come more often"
+            f"--limit {limit} took questions, not whole pictures, so pictures with many questions "
+            "are over-represented"
         )
     if run.missing > 0:
-        why.append(f"{run.missing} samples gave no row")
+        why.append(f"{run.missing} samples have no row")
     if not why:
         return []
-    return [f"the bound is only sure for whole pictures, and here {' and '.join(why)}"]
+    return [f"the bound holds only for whole pictures, but {' and '.join(why)}"]
 
 
 def _calibration(

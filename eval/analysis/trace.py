@@ -29,33 +29,33 @@ def ranges(numbers: Iterable[int]) -> str:
     >>> ranges([0, 1, 2, 5, 9, 13, 14])
     '0-2,5-13:4,14'
     """
-    left, made = list(numbers), []
+    left, parts = list(numbers), []
     place = 0
     while place < len(left):
         if place + 1 == len(left):
-            made.append(str(left[place]))
+            parts.append(str(left[place]))
             break
         step, end = left[place + 1] - left[place], place + 1
         while end + 1 < len(left) and left[end + 1] - left[end] == step:
             end += 1
         if end - place < 2:  # two numbers are not worth a range
-            made.append(str(left[place]))
+            parts.append(str(left[place]))
             place += 1
             continue
         by = "" if step == 1 else f":{step}"
-        made.append(f"{left[place]}-{left[end]}{by}")
+        parts.append(f"{left[place]}-{left[end]}{by}")
         place = end + 1
-    return ",".join(made)
+    return ",".join(parts)
 
 
 def expanded(text: str) -> list[int]:
     """Inverse of `ranges`."""
-    made: list[int] = []
+    numbers: list[int] = []
     for one in text.split(",") if text else []:
         span, _, step = one.partition(":")
         begin, _, end = span.partition("-")
-        made += range(int(begin), int(end or begin) + 1, int(step or 1))
-    return made
+        numbers += range(int(begin), int(end or begin) + 1, int(step or 1))
+    return numbers
 
 
 def provenance_of(run: Run) -> dict[str, Any]:

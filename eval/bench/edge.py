@@ -2,13 +2,13 @@
 
 Times of pictures are in units of one full decoding of the same 12-megapixel JPEG by plain Pillow.
 Each repetition times a full decoding and the measured operation, one after the other, so that other
-load slows both alike; figures are medians of the paired ratios of one thread's processor time. The
+load slows both alike. Figures are medians of the paired ratios of one thread's processor time. The
 pictures are generated: a scene, the same with sensor noise, and a page of small texts. They differ
 most in their share of entropy decoding, which scaled decoding does not save.
 
-An allocator either returns a picture's memory or keeps it for the next one. A new process, or one
-that asks now and then, works in *fresh* memory, whose first use costs as much as half the decoding;
-one that decodes all the time may work in *kept* memory. Both are measured (glibc).
+An allocator either returns a picture's memory or keeps it for the next picture. A new process, or
+one with few questions, works in *fresh* memory, whose first use costs half as much as the decoding.
+A process that decodes all the time may work in *kept* memory. Both are measured (glibc).
 
 *View* opens the file, makes the 336 px global view and encodes it. *View and region* also cuts a
 region of 672 px and encodes it at 336. *Naive* decodes in full for each of the two. *Decoding at
@@ -226,7 +226,7 @@ def _process_s(code: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-# Runs in its own process; VmHWM is the process's peak memory.
+# Runs in a process of its own; VmHWM is its peak memory.
 _ASKING = """
 import re, sys, edge_client
 from pathlib import Path

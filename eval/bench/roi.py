@@ -1,11 +1,12 @@
 """Benchmark the region search against nested loops.
 
-All search the same maps and must find the same boxes. *Plain* loops add up every window cell by
-cell; *array* loops sum every window with one call of numpy, as ViCrop does (Zhang et al., *MLLMs
-Know Where to Look: Training-free Perception of Small Visual Details with Multimodal LLMs*, 2025,
-arXiv 2502.17422). Their time grows with the number of window positions. The summed-area table
-needs a few array operations per ratio, about a microsecond each, for any size: the gain is largest
-for large photos, whose windows are small, and smallest if the grid has few window positions.
+All variants search the same maps and must find the same boxes. *Plain* loops add up every window
+cell by cell; *array* loops sum every window with one call of numpy, as ViCrop does (Zhang et al.,
+*MLLMs Know Where to Look: Training-free Perception of Small Visual Details with Multimodal LLMs*,
+2025, arXiv 2502.17422). Their time grows with the number of window positions. The summed-area table
+needs a few array operations per ratio, about a microsecond each, for any window size. So the gain
+is largest for large photos, whose windows are small, and smallest if the grid has few window
+positions.
 
 Each repetition times both, one after the other, so that other load slows both alike; the ratio is
 the median over the pairs. The last line is one JSON object. Run `python -m eval.bench.roi`.

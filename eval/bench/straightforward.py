@@ -1,7 +1,7 @@
 """A straightforward pipeline on transformers, which the engine is compared with.
 
 It implements Algorithm 1 of Song and Kim, *Collaborative Edge-to-Server Inference for
-Vision-Language Models* (2025, arXiv 2512.16349). Each step is a separate call; nothing is shared:
+Vision-Language Models* (2025, arXiv 2512.16349). Each step is a separate call that starts anew:
 
 1. `generate` on the global view gives the first answer, and its logits the uncertainty;
 2. a forward with `output_attentions=True` gives the attention under the question,
@@ -11,8 +11,8 @@ Vision-Language Models* (2025, arXiv 2512.16349). Each step is a separate call; 
 
 The comparison is fair: the pipeline uses one copy of the weights in the same precision on the same
 device, `inference_mode`, fused attention in `generate` (only the forwards that return attention
-weights are eager, as transformers requires), no cache and one row of logits in those forwards, and
-the engine's own region search, cropping and statistics.
+weights are eager, as transformers requires). Those forwards use no cache and compute one row of
+logits. Region search, cropping and statistics are the engine's own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Straightforward:
     """The pipeline on one LLaVA model.
 
     Args:
-        model: a `LlavaForConditionalGeneration`. It is not changed, its weights are not copied.
+        model: a `LlavaForConditionalGeneration`; not changed, and its weights are not copied.
         processor: the checkpoint's processor.
         preset: prompt, generic instruction, layer and region search.
         info: grid and sizes of the model.

@@ -1,4 +1,4 @@
-"""Models that the benchmarks measure: checkpoints, or random weights of a known model's sizes."""
+"""Models for the benchmarks: checkpoints, or random weights in the sizes of a known model."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def loaded_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subje
     source = local_or_hub(name)
     adapter = adapter_for(model_type_of(source))
     if adapter is not LlavaAdapter:
-        raise SystemExit(f"{name} is of {adapter.family}; the pipeline is written for llava only")
+        raise SystemExit(
+            f"{name} belongs to the family {adapter.family}; the pipeline supports llava only"
+        )
     preset = (preset_for_model(name) or preset_for_family(adapter.family)).with_overrides(
         fit="stretch"
     )

@@ -2,14 +2,14 @@
 
 Both answer the same retransmitted question about the same pictures, with the same weights:
 `server_plugin.engines.two_stage` on the Transformers backend, and `eval.bench.straightforward`, a
-plain implementation on transformers. Answers have a fixed length; the end token is off on both
-sides. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
+plain implementation on transformers. Answers have a fixed length: neither side stops at the end
+token. Before timing, tokens and boxes of both sides are compared; in float32 they must be equal.
 (In 16-bit precision, rounding depends on matrix shapes and can decide near-ties; the share of equal
 tokens is reported instead.)
 
-Prefill is everything but token-by-token decoding: a run with answers of one token, which comes from
-the prefill. Decoding is the additional time of a longer answer. With `first_k`, the engine stops
-the first answer after k tokens; the pipeline cannot.
+Prefill is everything but token-by-token decoding. It is measured with answers of one token, which
+the prefill already gives. Decoding is the additional time of a longer answer. With `first_k`, the
+engine stops the first answer after k tokens; the pipeline cannot.
 
 Each repetition times both sides of every setting one after the other, in alternating order, so
 that other load slows both alike. Ratios are the pipeline's time over the engine's: medians over the
@@ -175,7 +175,7 @@ class Bench:
         if len(plain.first) != setting.tokens or cut != (
             setting.aggregate is Aggregate.FIRST_K and self._k < setting.tokens
         ):
-            raise SystemExit(f"{setting.name}: answers of a wrong length")
+            raise SystemExit(f"{setting.name}: an answer has the wrong length")
         both = [
             *zip(ours.first, plain.first, strict=False),
             *zip(ours.second, plain.second, strict=True),
@@ -355,7 +355,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if name == "auto":
         name = "shapes-7b" if device.type == "cuda" else "shapes-small"
     if name == "shapes-7b" and device.type == "cpu" and not options.force:
-        raise SystemExit("shapes-7b wants a GPU with 24 GB; --force tries it on the CPU")
+        raise SystemExit("shapes-7b needs a GPU with 24 GB; --force tries it on the CPU")
     number = options.dtype
     if number == "auto":
         number = "bfloat16" if device.type == "cuda" else "float32"
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     if min(options.answers) < 2 or min(options.k, options.repeats) < 1:
-        parser.error("answers have two tokens or more, k and repeats are one or more")
+        parser.error("--answers must be at least 2, --k and --repeats at least 1")
     try:
         result = measure(options)
     except CollabError as error:

@@ -12,8 +12,9 @@ pictures, many at a time, in five ways:
 - `control`: plain requests to the engine with the plugin. Two engines never perform exactly alike;
   compared with the control, the rows' cost is measured within one engine.
 
-Each round times all ways, in random order, so that other load slows all alike. Ratios are
-throughput relative to another way: its time over that of `rows` or `captured`; 1 means no cost.
+Each round times all ways, in random order, so that other load slows all alike. A ratio is the time
+of another way over that of `rows` or `captured`, which is their relative throughput; 1 means no
+cost.
 For each ratio, the result has the median over the rounds with quartiles, and a 95 % bootstrap
 interval of the median over rounds: for the elapsed time, and for the processor time of front-end,
 engine and worker, which depends less on other load. (It still does: vLLM's engine process spins
@@ -78,7 +79,7 @@ Way = Callable[[Image.Image], Awaitable[Tokens]]
 
 
 def pictures(count: int, side: int, seed: int) -> list[Image.Image]:
-    """Make views that are different for each seed, so that no cache has them."""
+    """Make views that differ between seeds, so that no cache contains them."""
     draw = np.random.default_rng(seed)
     small = draw.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in small]
@@ -163,7 +164,7 @@ async def measure(
         "statistics": plain(engine, adapter, options.new_tokens, 2),
         "control": plain(backend.engine, adapter, options.new_tokens, None),
     }
-    # Each engine runs several ways; none may find another's pictures in the engine's caches.
+    # Ways that share an engine get different pictures, so that its caches contain none of them.
     shown = {"rows": 0, "plain": 0, "control": 1, "statistics": 1, "captured": 2}
     side = backend.info.view.width
     wall: dict[str, list[float]] = {name: [] for name in ways}
@@ -325,7 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         or options.warm_up < 0
         or options.kv_cache_gib <= 0
     ):
-        parser.error("questions, tokens, rounds and the cache are one or more")
+        parser.error(
+            "--questions, --together, --new-tokens and --rounds must be at least 1, --warm-up at "
+            "least 0, and --kv-cache-gib above 0"
+        )
     if options.max_model_len is None:  # room for two pictures
         options.max_model_len = 512 if options.model == "demo" else 2048
     try:

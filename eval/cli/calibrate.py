@@ -24,7 +24,7 @@ class CalibrateCommands(NamedValues, TyperGroup):
     """The commands `layers` and `threshold`; `threshold` is the default."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; arguments that start with no command's name go to `threshold`."""
+        """Find the command; `threshold` is used if the first argument names none."""
         if args[0] not in (_THRESHOLD, _LAYERS):
             args = [_THRESHOLD, *args]
         return super().resolve_command(ctx, args)
@@ -89,14 +89,14 @@ def threshold(
     from eval.analysis.records import TWO_STAGE
     from eval.analysis.run import open_run
     from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
-    from eval.cli.report import tell_gaps
+    from eval.cli.report import print_gaps
 
     goals = (target_rate, max_bytes, max_accuracy_loss)
     if sum(goal is not None for goal in goals) != 1:
         raise ConfigError("give one of --target-rate, --max-bytes and --max-accuracy-loss")
     opened = open_run(run)
     opened.require(TWO_STAGE)
-    tell_gaps(opened)
+    print_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     setting = setting_of(opened, metric, aggregate, k)
@@ -111,7 +111,7 @@ def threshold(
         )
     command = ["vlm-collab", *sys.argv[1:]]
     write(msgspec.structs.replace(found, made={**found.made, "command": command}), out)
-    tell_note(found)
+    print_note(found)
     expected = found.expected
     low, high = expected["rate_interval_95"]
     print(
@@ -153,7 +153,7 @@ def layers(
     """
     from eval.analysis.splits import reported_note
     from eval.analysis.trace import ranges
-    from eval.runs.layers import best_layer, by_layer, measure_layers, write_looks
+    from eval.runs.layers import best_layer, by_layer, measure_layers, write_regions
     from eval.runs.loading import ModelOptions
 
     opened = open_task(task, data=data, split=split, limit=limit)
@@ -162,11 +162,11 @@ def layers(
     options = ModelOptions(name=model, device=device, dtype=dtype, overrides=given)
     if (warning := options.preset().warning) is not None:
         print(f"vlm-collab calibrate: {warning}", file=sys.stderr)
-    looks, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
-    made = by_layer(looks)
-    best = best_layer(made)
+    regions, name = asyncio.run(measure_layers(opened, options, layer, shown=sys.stderr.isatty()))
+    results = by_layer(regions)
+    best = best_layer(results)
     rows = out.with_suffix(".parquet")
-    digest = write_looks(rows, looks)
+    digest = write_regions(rows, regions)
     notes = reported_note(task, opened.split)
     found = Calibration(
         format=1,
@@ -179,25 +179,25 @@ def layers(
             "split": opened.split,
             "samples": best.samples,
             **({"model_options": given} if given else {}),
-            "layers": [msgspec.to_builtins(one) for one in made],
+            "layers": [msgspec.to_builtins(one) for one in results],
             # The rows behind the shares: these samples of the task, for each layer.
             "rows": {
                 "file": rows.name,
-                "index": ranges(look.index for look in looks if look.layer == best.layer),
+                "index": ranges(region.index for region in regions if region.layer == best.layer),
                 "sha256": digest,
             },
             "command": ["vlm-collab", *sys.argv[1:]],
         },
     )
     write(found, out)
-    tell_note(found)
-    for one in made:
+    print_note(found)
+    for one in results:
         mark = " *" if one is best else ""
         print(f"layer {one.layer:2}: covers {one.covered:.1%}, whole {one.whole:.1%}{mark}")
     print(f"{out}: layer {best.layer}")
 
 
-def tell_note(found: Calibration) -> None:
+def print_note(found: Calibration) -> None:
     """Print the calibration's note, if any, on stderr."""
     if "note" in found.made:
         print(f"vlm-collab calibrate: {found.made['note']}", file=sys.stderr)

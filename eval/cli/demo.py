@@ -49,7 +49,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The questions that come with the demo model, in the order of `pictures.json`.
+    """The questions about the demo pictures, in the order of `pictures.json`.
 
     Raises:
         ModelError: the demo model is not installed.
@@ -61,7 +61,7 @@ def cases() -> list[Case]:
 
 def demo(
     photo: Annotated[
-        Path | None, typer.Argument(help="Your picture; by default, the pictures of the package.")
+        Path | None, typer.Argument(help="Your picture; by default, the demo pictures.")
     ] = None,
     question: Annotated[str | None, typer.Argument(help="Question about your picture.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG and the results.")] = Path(
@@ -85,8 +85,8 @@ def demo(
         raise ConfigError("give a picture and a question, or neither")
     if question is not None and not question.strip():
         raise QuestionError("the question is empty")
-    asked = [Case(photo, question, None)] if photo and question else cases()
-    pictures = {case.photo: Picture.open(case.photo) for case in asked}
+    questions = [Case(photo, question, None)] if photo and question else cases()
+    pictures = {case.photo: Picture.open(case.photo) for case in questions}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,9 +94,9 @@ def demo(
     key = token_of(token, token_file)
     screen: show.Screen = show.JsonLines() if as_json else show.Terminal(show_map=False)
     note = Console(stderr=True, highlight=False)
-    welcome, answers = asyncio.run(_ask(asked, pictures, server, model, key, screen, note))
+    welcome, answers = asyncio.run(_ask(questions, pictures, server, model, key, screen, note))
     target = out / "demo.png"
-    _draw(asked, answers, welcome, target)
+    _draw(questions, answers, welcome, target)
     records = [
         {
             "photo": str(case.photo),
@@ -104,17 +104,17 @@ def demo(
             "truth": case.truth,
             **show.as_dict(answer, pictures[case.photo]),
         }
-        for case, answer in zip(asked, answers, strict=True)
+        for case, answer in zip(questions, answers, strict=True)
     ]
     results = msgspec.json.format(msgspec.json.encode(records), indent=1)
     (out / "demo.json").write_bytes(results + b"\n")
     if not as_json:
-        _summary(asked, answers, target)
+        _summary(questions, answers, target)
 
 
 @contextlib.asynccontextmanager
 async def _server(url: str | None, model: str, note: Console) -> AsyncIterator[str]:
-    """The server to ask: the given one, or one started here."""
+    """Yield the server's URL: the given one, or that of a server started here."""
     if url is not None:
         yield url
         return
@@ -129,7 +129,7 @@ async def _server(url: str | None, model: str, note: Console) -> AsyncIterator[s
 
 
 async def _ask(
-    asked: list[Case],
+    questions: list[Case],
     pictures: dict[Path, Picture],
     url: str | None,
     model: str,
@@ -140,7 +140,7 @@ async def _ask(
     answers: list[EdgeAnswer] = []
     async with _server(url, model, note) as where, EdgeClient(where, token=token) as client:
         welcome = await client.connect()
-        for number, case in enumerate(asked):
+        for number, case in enumerate(questions):
             picture = pictures[case.photo]
             answer = await client.ask(picture, case.question, options=Options(want_map=True))
             screen.show(number, picture, case.question, answer)
@@ -149,7 +149,7 @@ async def _ask(
 
 
 def _draw(
-    asked: list[Case],
+    questions: list[Case],
     answers: list[EdgeAnswer],
     welcome: Welcome,
     target: Path,
@@ -159,7 +159,7 @@ def _draw(
 
     view = Size(welcome.view_width, welcome.view_height)
     drawn = []
-    for case, answer in zip(asked, answers, strict=True):
+    for case, answer in zip(questions, answers, strict=True):
         original = SourceImage.open(case.photo)
         width, height = original.size
         whole = original.region(Box(0, 0, width, height), original.size)
@@ -169,18 +169,18 @@ def _draw(
     draw(drawn, target)
 
 
-def _summary(asked: list[Case], answers: list[EdgeAnswer], target: Path) -> None:
+def _summary(questions: list[Case], answers: list[EdgeAnswer], target: Path) -> None:
     """Print bytes sent, and how many answers are right."""
     console = Console(highlight=False)
     sent = sum(answer.bytes_up for answer in answers)
     whole = sum(answer.original_bytes or 0 for answer in answers)
     line = f"{len(answers)} questions, {sent:,} bytes sent"
     if whole:
-        line += f"; sending the pictures whole would have cost {whole:,} ({sent / whole:.1%})"
+        line += f"; the original files have {whole:,} ({sent / whole:.1%})"
     console.print(f"\n{line}")
-    known = [(case, answer) for case, answer in zip(asked, answers, strict=True) if case.truth]
+    known = [(case, answer) for case, answer in zip(questions, answers, strict=True) if case.truth]
     if known:
         right = sum(answer.text == case.truth for case, answer in known)
         first = sum(answer.first_text == case.truth for case, answer in known)
-        console.print(f"right: {first} of {len(known)} at first, {right} in the end")
+        console.print(f"right of {len(known)}: {first} first answers, {right} final answers")
     console.print(f"picture: {target}    results: {target.with_suffix('.json')}")

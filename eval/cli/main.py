@@ -19,7 +19,7 @@ _COMMANDS = {
 
 
 class EvalCommands(NamedValues, TyperGroup):
-    """Commands by name; each is the function of that name in its module."""
+    """Commands by name. A command is the function of the same name in its module."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands that are installed."""

@@ -51,7 +51,7 @@ def sweep(
 
     opened = open_run(run)
     opened.require(TWO_STAGE)
-    tell_gaps(opened)
+    print_gaps(opened)
     if scorer is not None:
         opened = rescored(opened, scorer)
     if category is not None:
@@ -71,7 +71,7 @@ def sweep(
     print(f"{folder}: {len(curves)} curves, {points} operating points")
 
 
-def tell_gaps(*runs: Run) -> None:
+def print_gaps(*runs: Run) -> None:
     """Print on stderr which runs lack samples."""
     for run in runs:
         if run.gaps:
@@ -90,8 +90,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of runs. The first is reported. The others' parts (HD, tasks, models, "
-            "picture qualities) follow from their method, task, model and codec."
+            help="Folders of runs. The first is the main one. Each other is used for HD, tasks, "
+            "models or picture qualities, depending on its method, task, model and codec."
         ),
     ],
     val: Annotated[
@@ -118,7 +118,10 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("report"),
 ) -> None:
-    """Make the paper's figures and tables from runs, with a JSON that traces each number."""
+    """Make the figures and tables of Song and Kim (2025) from runs.
+
+    A JSON file traces each number to the rows that it comes from.
+    """
     import json
 
     from tqdm import tqdm
@@ -145,7 +148,7 @@ def report(
         resamples=resamples,
         seed=seed,
     )
-    tell_gaps(*inputs.sources)
+    print_gaps(*inputs.sources)
     for note in inputs.notes:
         print(note, file=sys.stderr)
     command = ["vlm-collab", "eval", "report", *(relative_path(out, path) for path in runs)]
@@ -156,7 +159,7 @@ def report(
     command += [part for one in formats or () for part in ("--format", one)]
     with tqdm(total=18, unit="part", disable=None if sys.stderr.isatty() else True) as bar:
 
-        def tell(name: str) -> None:
+        def advance(name: str) -> None:
             bar.set_postfix_str(name)
             bar.update()
 
@@ -166,10 +169,10 @@ def report(
             formats=formats or FORMATS,
             data=data,
             command=[*command, "--out", "."],
-            tell=tell,
+            progress=advance,
         )
-    made = f"{len(results['figures'])} figures, {len(results['tables'])} tables"
-    print(f"{out}: {made}, {RESULTS}, index.md")
+    counts = f"{len(results['figures'])} figures, {len(results['tables'])} tables"
+    print(f"{out}: {counts}, {RESULTS}, index.md")
     for name, why in results["left_out"].items():
         print(f"left out: {name}: {why}")
     if before is not None:

@@ -43,7 +43,7 @@ from vlm_collab.pictures.images import Codec
 
 def run(
     task: Annotated[
-        str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2, signs …")
+        str, typer.Option(help="textvqa, pope, gqa, aokvqa, aokvqa_mc, vqav2 or signs.")
     ],
     model: Annotated[
         str | None,
@@ -59,8 +59,8 @@ def run(
     post_prompt: Annotated[
         str | None,
         typer.Option(
-            help="Text after each question, instead of the task's own. By default none, if the "
-            "prompt template already says how to answer, as vicrop does."
+            help="Text after each question. Default: the task's own, or none if the prompt "
+            "template already says how to answer, as vicrop does."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N samples.")] = None,
@@ -148,8 +148,8 @@ def run(
     )
     chosen_preset = None if server is not None else options.preset()
 
-    def opened_with(behind: str | None) -> Task:
-        return open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=behind)
+    def opened_with(suffix: str | None) -> Task:
+        return open_task(task, data=data, split=split, ocr=ocr, limit=limit, post_prompt=suffix)
 
     opened = opened_with(post_prompt)
     if chosen_preset is not None:
@@ -174,10 +174,10 @@ def run(
     path = out or Path("runs") / f"{name}-{opened.name}-{opened.split}{suffix}"
     if processes > 1:
         if share.world > 1:
-            raise ConfigError("--processes is for one command; this one was started as several")
+            raise ConfigError("--processes cannot be used if a launcher starts several processes")
         _several(processes, threads or begun_threads(path))
         rows, failed = RunFolder(path).counts()
-        _tell(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
+        _print_result(path, RunCounts(rows, failed, len(opened)), Share(), as_json)
         return
     if chosen_threads := threads or begun_threads(path):
         import torch
@@ -199,7 +199,7 @@ def run(
         kept = f"finished samples are in {path}; the same command resumes the run"
         print(f"vlm-collab eval run: stopped; {kept}", file=sys.stderr)
         raise KeyboardInterrupt from None
-    _tell(path, ended, share, as_json)
+    _print_result(path, ended, share, as_json)
 
 
 def method_of(
@@ -213,7 +213,7 @@ def method_of(
     server: str | None,
     token: str | None,
 ) -> Method:
-    """Create the method that the user asked for.
+    """Create the method that the user chose.
 
     Raises:
         ConfigError: the name is unknown, or the method lacks one of the options.
@@ -229,11 +229,16 @@ def method_of(
         return HighResolutionMethod(task, options, codec=chosen, view_quality=view_quality)
     if server is not None:
         if region_quality is not None:
-            raise ConfigError("with --server, the service decides how regions are encoded")
+            raise ConfigError(
+                "with --server, the service decides how regions are encoded; "
+                "leave out --region-quality"
+            )
         if options != ModelOptions(name=options.name, overrides=options.overrides) or (
             options.overrides.keys() - {"max_new_tokens"}
         ):
-            raise ConfigError("with --server, options of the model are the service's own")
+            raise ConfigError(
+                "with --server, the service sets the options of the model; leave them out"
+            )
         from eval.runs.methods.over_service import OverService
 
         return OverService(
@@ -309,7 +314,7 @@ def _several(count: int, threads: int | None) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a child. Ctrl-C in a terminal reaches it too, and it ends by itself."""
+    """Wait for a child process. Ctrl-C in a terminal reaches it too, so it ends by itself."""
     while True:
         try:
             return child.wait()
@@ -330,7 +335,7 @@ def _without_processes(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
+def _print_result(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     """Print how the run ended; of several processes, the last one prints the result.
 
     Raises:
@@ -341,10 +346,10 @@ def _tell(path: Path, ended: RunCounts, share: Share, as_json: bool) -> None:
     summary: dict[str, Any] = {"run": str(path), "samples": ended.rows, "failed": ended.failed}
     summary["complete"] = ended.complete
     if not ended.complete:
-        there = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
+        progress = f"{ended.rows + ended.failed} of {ended.samples} samples are done"
         if share.world == 1:
-            raise CollabError(f"{path} ended incomplete: {there}; the same command resumes it")
-        line = f"{path}: process {share.rank} of {share.world} is done; {there}"
+            raise CollabError(f"{path} is incomplete: {progress}; the same command resumes it")
+        line = f"{path}: process {share.rank} of {share.world} is done; {progress}"
         print(json.dumps(summary) if as_json else line)
         return
     if not ended.rows:

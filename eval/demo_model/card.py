@@ -1,6 +1,6 @@
 """Write the model card: ``python -m eval.demo_model.card``.
 
-All figures come from the committed results files; this module has the words.
+All figures come from the committed results files; this module contains the text.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _shares(test: dict[str, Any]) -> list[str]:
             f"{easy['mean_min_entropy_bits_of_number_questions']:.3f} bits",
         ),
     ]
-    return [f"| {what} | {wanted} | {got} |" for what, wanted, got in rows]
+    return [f"| {what} | {goal} | {got} |" for what, goal, got in rows]
 
 
 def _uncertainties(test: dict[str, Any]) -> list[str]:
@@ -324,8 +324,8 @@ def figures(
         "",
         f"    {choices['made_by']['command']}",
         *(
-            f"    {made['made_by']['command']}"
-            for made in (default["val"], plain, benchmark["val"], test, harder, *service.values())
+            f"    {result['made_by']['command']}"
+            for result in (default["val"], plain, benchmark["val"], test, harder, *service.values())
         ),
         "    python -m eval.demo_model.figure",
         "",

@@ -48,9 +48,9 @@ T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """One question, with a box of each of ``SIDES_PX`` by either placement: whether the answer is
-    right, and whether the box contains the whole text."""
+class SideResults:
+    """Results of one question, by placement, with one entry for each of ``SIDES_PX``: whether the
+    answer is right, and whether the box contains the whole text."""
 
     right: dict[str, tuple[bool, ...]]
     holds: dict[str, tuple[bool, ...]]
@@ -69,7 +69,7 @@ def all_epsilons(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[tuple[bool, ...]]:
     """Whether the region search's box contains the text, for each constant."""
-    asked = [render_question(settings, index) for index in indices]
+    rendered = [render_question(settings, index) for index in indices]
     return [
         tuple(
             contains(
@@ -78,39 +78,44 @@ def all_epsilons(
             )
             for epsilon in EPSILONS
         )
-        for one, rows in zip(asked, _rows(reader, settings, asked), strict=True)
+        for one, rows in zip(rendered, _rows(reader, settings, rendered), strict=True)
     ]
 
 
-def all_sides(reader: Reader, settings: EvaluationSettings, indices: list[int]) -> list[Tried]:
+def all_sides(
+    reader: Reader, settings: EvaluationSettings, indices: list[int]
+) -> list[SideResults]:
     """Results with boxes of each side, by both placements."""
-    asked = [render_question(settings, index) for index in indices]
-    texts = [a.sample.question.text for a in asked]
-    truths = [a.sample.question.answer for a in asked]
-    features = reader.features([a.sample.view for a in asked])
-    maps = [_map(settings, rows, settings.epsilon) for rows in _rows(reader, settings, asked)]
+    rendered = [render_question(settings, index) for index in indices]
+    texts = [a.sample.question.text for a in rendered]
+    truths = [a.sample.question.answer for a in rendered]
+    features = reader.features([a.sample.view for a in rendered])
+    maps = [_map(settings, rows, settings.epsilon) for rows in _rows(reader, settings, rendered)]
     right: dict[str, list[list[bool]]] = {}
     holds: dict[str, list[list[bool]]] = {}
     for placement in Placement:
         for side in SIDES_PX:
             boxes = [
                 own_box(seen, one.sample.size, side, placement)
-                for one, seen in zip(asked, maps, strict=True)
+                for one, seen in zip(rendered, maps, strict=True)
             ]
-            views = [crop(a.picture, box, SIDE) for a, box in zip(asked, boxes, strict=True)]
+            views = [crop(a.picture, box, SIDE) for a, box in zip(rendered, boxes, strict=True)]
             answers = reader.read(features, texts, reader.features(views))
             right.setdefault(placement.value, []).append(
                 [r.text == t for r, t in zip(answers, truths, strict=True)]
             )
             holds.setdefault(placement.value, []).append(
-                [contains(b, a.sample.question.text_box) for b, a in zip(boxes, asked, strict=True)]
+                [
+                    contains(b, a.sample.question.text_box)
+                    for b, a in zip(boxes, rendered, strict=True)
+                ]
             )
     return [
-        Tried(
+        SideResults(
             {name: tuple(side[row] for side in sides) for name, sides in right.items()},
             {name: tuple(side[row] for side in sides) for name, sides in holds.items()},
         )
-        for row in range(len(asked))
+        for row in range(len(rendered))
     ]
 
 
@@ -118,12 +123,12 @@ Rows = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _rows(
-    reader: Reader, settings: EvaluationSettings, asked: list[RenderedQuestion]
+    reader: Reader, settings: EvaluationSettings, rendered: list[RenderedQuestion]
 ) -> list[Rows]:
     """Attention under the question and under the generic instruction, at the settings' layer."""
-    features = reader.features([a.sample.view for a in asked])
-    first = reader.read(features, [a.sample.question.text for a in asked])
-    generic = reader.read(features, [GENERIC] * len(asked))
+    features = reader.features([a.sample.view for a in rendered])
+    first = reader.read(features, [a.sample.question.text for a in rendered])
+    generic = reader.read(features, [GENERIC] * len(rendered))
     return [
         (seen.attention[settings.layer], plain.attention[settings.layer])
         for seen, plain in zip(first, generic, strict=True)
@@ -142,7 +147,7 @@ def easiest(accuracy: dict[float, float]) -> float:
     """
     fit = [power for power, share in accuracy.items() if share <= ROOM]
     if not fit:
-        raise ValueError(f"the global view alone is right in more than {ROOM:.0%} with any power")
+        raise ValueError(f"more than {ROOM:.0%} of the first answers are right with every power")
     return min(fit)
 
 
@@ -155,10 +160,10 @@ def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str
     """Make all choices, each with the earlier ones; return them with their figures."""
     accuracy = {}
     for power in POWERS:
-        made = run_in_workers(
+        answers = run_in_workers(
             folder, first_answers, replace(settings, text_height_power=power), workers
         )
-        accuracy[power] = round(float(np.mean(made)), 4)
+        accuracy[power] = round(float(np.mean(answers)), 4)
     settings = replace(settings, text_height_power=easiest(accuracy))
     kept = run_in_workers(folder, all_epsilons, settings, workers)
     by_epsilon = {e: sum(row[i] for row in kept) for i, e in enumerate(EPSILONS)}
@@ -168,11 +173,11 @@ def choose(settings: EvaluationSettings, folder: Path, workers: int) -> dict[str
     for placement in Placement:
         name = placement.value
         right = {s: sum(t.right[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
-        held = {s: sum(t.holds[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
+        contained = {s: sum(t.holds[name][i] for t in tried) for i, s in enumerate(SIDES_PX)}
         sides[name] = {
-            "chosen_px": best(held if placement is Placement.SLIDING else right),
+            "chosen_px": best(contained if placement is Placement.SLIDING else right),
             "right_by_side_px": {str(side): count for side, count in right.items()},
-            "holds_text_by_side_px": {str(side): count for side, count in held.items()},
+            "holds_text_by_side_px": {str(side): count for side, count in contained.items()},
         }
     return {
         "questions": settings.count,

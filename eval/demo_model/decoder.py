@@ -68,8 +68,8 @@ def validation_samples(two_digits: float) -> list[ViewedQuestion]:
     samples = []
     for index in range(_VAL_SCENES * 2):
         scene = generate_scene("val", index, style=view_style(two_digits, 0.0))
-        asked = questions(scene)
-        question = asked[index % len(asked)]
+        choices = questions(scene)
+        question = choices[index % len(choices)]
         full = draw(scene, (0.0, 0.0, 896.0, 896.0), (448, 448), exact_texture=False)
         window = random_window(rng, scene, question.sign)
         samples.append(

@@ -40,7 +40,7 @@ from vlm_collab.method.roi import Placement, relative_map
 _GRID = Grid(GRID, GRID)
 
 FRESH = 20_000
-"""First test scene; no figure before the committed ones used this scene or later ones."""
+"""First test scene. Only the committed figures used this scene and later ones."""
 
 
 def run(model: LlavaForConditionalGeneration, settings: EvaluationSettings) -> list[QuestionResult]:
@@ -52,15 +52,15 @@ def run_passes(
     reader: Reader, settings: EvaluationSettings, indices: list[int]
 ) -> list[QuestionResult]:
     """Run all passes on some scenes."""
-    asked = [render_question(settings, index) for index in indices]
-    features = reader.features([a.sample.view for a in asked])
-    texts = [a.sample.question.text for a in asked]
+    rendered = [render_question(settings, index) for index in indices]
+    features = reader.features([a.sample.view for a in rendered])
+    texts = [a.sample.question.text for a in rendered]
     first = reader.read(features, texts)
-    generic = reader.read(features, [GENERIC] * len(asked))
-    kinds = [easy_question(a.scene, np.random.default_rng([7, a.scene.index])) for a in asked]
+    generic = reader.read(features, [GENERIC] * len(rendered))
+    kinds = [easy_question(a.scene, np.random.default_rng([7, a.scene.index])) for a in rendered]
     easy = reader.read(features, [text for text, _ in kinds])
     boxes: dict[str, list[Box]] = {"own": [], "centroid": [], "true": []}
-    for one, seen, plain in zip(asked, first, generic, strict=True):
+    for one, seen, plain in zip(rendered, first, generic, strict=True):
         rows = seen.attention[settings.layer], plain.attention[settings.layer]
         relative = relative_map(*rows, _GRID, epsilon=settings.epsilon)
         size = one.sample.size
@@ -69,7 +69,7 @@ def run_passes(
         boxes["true"].append(true_box(one.sample.question, size))
     refined = {}
     for name, places in boxes.items():
-        regions = [crop(a.picture, box, SIDE) for a, box in zip(asked, places, strict=True)]
+        regions = [crop(a.picture, box, SIDE) for a, box in zip(rendered, places, strict=True)]
         arrived = [through_jpeg(region, settings.jpeg) for region in regions]
         refined[name] = reader.read(features, texts, reader.features(arrived))
     return [
@@ -88,20 +88,20 @@ def run_passes(
             easy_truth=kinds[row][1],
             texture=one.scene.background.family,
         )
-        for row, one in enumerate(asked)
+        for row, one in enumerate(rendered)
     ]
 
 
-def comparable(made: dict[str, Any], result: dict[str, Any]) -> bool:
+def comparable(earlier: dict[str, Any], result: dict[str, Any]) -> bool:
     """Whether two splits' results are of the same weights and settings."""
 
     def shared_settings(one: dict[str, Any]) -> dict[str, Any]:
         own = ("split", "count", "first_index")
         return {key: value for key, value in one["settings"].items() if key not in own}
 
-    return made.get("weights") == result["weights"] and shared_settings(made) == shared_settings(
-        result
-    )
+    return earlier.get("weights") == result["weights"] and shared_settings(
+        earlier
+    ) == shared_settings(result)
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     if options.out:
         existing = json.loads(options.out.read_text()) if options.out.exists() else {}
         # Drop figures of another checkpoint or style.
-        kept = {name: made for name, made in existing.items() if comparable(made, result)}
+        kept = {name: earlier for name, earlier in existing.items() if comparable(earlier, result)}
         existing = {**kept, options.split: json.loads(text)}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(existing, indent=1) + "\n")

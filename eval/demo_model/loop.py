@@ -76,7 +76,7 @@ class TrainingRun:
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint atomically: a killed run leaves a complete one."""
+        """Write a checkpoint atomically, so that a killed run leaves a complete file."""
         partial = path.with_suffix(".tmp")
         torch.save(state, partial)
         partial.replace(path)
@@ -106,8 +106,8 @@ def train_loop(
         state = run.load(run.unfinished(stage.name))
         if state.get("recipe", _as_text(stage)) != _as_text(stage):
             raise ValueError(
-                f"the recipe of {stage.name} changed since it was begun; delete "
-                f"{run.unfinished(stage.name)} to begin it again"
+                f"the recipe of {stage.name} changed after training began; delete "
+                f"{run.unfinished(stage.name)} to start the stage again"
             )
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):

@@ -1,4 +1,4 @@
-"""Answers, uncertainty and attention of the demo model, by plain transformers.
+"""Answers, uncertainty and attention of the demo model, computed with plain transformers.
 
 This evaluation tool handles many questions at once: it recomputes prefixes and uses eager
 attention. The engine computes the same quantities without either. Uncertainty and relative
@@ -89,8 +89,8 @@ class Reader:
                 visual = features[rows]
                 if local is not None:
                     visual = torch.cat([visual, local[rows]], dim=1)
-                made = self._batch([prompts[i] for i in rows], visual)
-                readings.update(zip(rows, made, strict=True))
+                answers = self._batch([prompts[i] for i in rows], visual)
+                readings.update(zip(rows, answers, strict=True))
         return [readings[i] for i in range(len(prompts))]
 
     @torch.no_grad()
@@ -101,13 +101,13 @@ class Reader:
         slots = (ids == IMAGE).unsqueeze(-1).expand_as(embeds)
         embeds = embeds.masked_scatter(slots, visual.to(embeds.dtype))
         decoder: type = type(inner.language_model)
-        held = cache_argument(decoder)
+        cache_name = cache_argument(decoder)
         cache = DynamicCache(config=inner.language_model.config)
         before = inner.language_model.config._attn_implementation
         inner.language_model.set_attn_implementation("eager")
         try:
             out = inner.language_model(
-                inputs_embeds=embeds, use_cache=True, output_attentions=True, **{held: cache}
+                inputs_embeds=embeds, use_cache=True, output_attentions=True, **{cache_name: cache}
             )
         finally:
             inner.language_model.set_attn_implementation(before)
@@ -125,7 +125,7 @@ class Reader:
             out = inner.language_model(
                 inputs_embeds=inner.language_model.embed_tokens(chosen[-1][:, None]),
                 use_cache=True,
-                **{held: cache},
+                **{cache_name: cache},
             )
         tokens = torch.stack(chosen, 1).cpu().numpy()
         values = torch.stack(measured, 1).cpu().numpy()
@@ -200,13 +200,13 @@ def measure(
     """Run the first and the generic pass, and the second one if all samples have local views."""
     reader = Reader(model)
     features = reader.features([s.view for s in samples])
-    asked = [s.question.text for s in samples]
-    first = reader.read(features, asked)
+    texts = [s.question.text for s in samples]
+    first = reader.read(features, texts)
     generic = reader.read(features, [GENERIC] * len(samples))
     local: list[Reading] = []
     pictures = [s.local for s in samples if s.local is not None]
     if len(pictures) == len(samples):
-        local = reader.read(features, asked, reader.features(pictures))
+        local = reader.read(features, texts, reader.features(pictures))
     raw = np.stack([r.attention for r in first])
     relative = raw / (np.stack([r.attention for r in generic]) + epsilon)
     return Measured(samples, first, local, raw, relative)

@@ -60,9 +60,9 @@ class ServiceResult:
     region: int
 
 
-def service_result(asked: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult:
+def service_result(rendered: RenderedQuestion, answer: EdgeAnswer) -> ServiceResult:
     """Summarise one answer."""
-    question = asked.sample.question
+    question = rendered.sample.question
     return ServiceResult(
         first=answer.first_text == question.answer,
         refined=answer.text == question.answer,
@@ -95,7 +95,7 @@ async def ask_service(
     )
     options = Options(retransmit=Retransmit.ALWAYS)
     turns = asyncio.Semaphore(_AT_ONCE)
-    made: list[ServiceResult] = []
+    results: list[ServiceResult] = []
     context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
     try:
@@ -104,11 +104,13 @@ async def ask_service(
             EdgeClient(url, view_codec=Codec.JPEG, view_quality=quality) as client,
         ):
 
-            async def one(asked: RenderedQuestion) -> ServiceResult:
+            async def one(rendered: RenderedQuestion) -> ServiceResult:
                 async with turns:
-                    picture = Picture.from_pil(asked.picture)
-                    answer = await client.ask(picture, asked.sample.question.text, options=options)
-                return service_result(asked, answer)
+                    picture = Picture.from_pil(rendered.picture)
+                    answer = await client.ask(
+                        picture, rendered.sample.question.text, options=options
+                    )
+                return service_result(rendered, answer)
 
             parts = chunks(settings.indices())
             with (
@@ -121,27 +123,29 @@ async def ask_service(
                     ready = await coming
                     if number + 1 < len(parts):
                         coming = loop.run_in_executor(pool, draw, parts[number + 1])
-                    made += await asyncio.gather(*(one(asked) for asked in ready))
+                    results += await asyncio.gather(*(one(rendered) for rendered in ready))
                     bar.update(len(ready))
     finally:
         await backend.close()
-    return made
+    return results
 
 
-def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str) -> dict[str, Any]:
+def compared(
+    results: list[ServiceResult], reference: dict[str, Any], refined: str
+) -> dict[str, Any]:
     """Figures of a run, and their differences to the reference on the same questions, in points.
 
     Args:
-        made: results from the service, in the reference's order; possibly fewer.
+        results: results from the service, in the reference's order; possibly fewer.
         reference: one split of a results file.
         refined: name of the reference's answer with the same placement.
     """
-    count = len(made)
+    count = len(results)
     figures: dict[str, Any] = {"questions": count, "accuracy": {}, "in_process": {}}
     figures["difference_points"], figures["answers_that_turned"] = {}, {}
     for which, values in (
-        ("first", [t.first for t in made]),
-        (refined, [t.refined for t in made]),
+        ("first", [t.first for t in results]),
+        (refined, [t.refined for t in results]),
     ):
         before = [mark == "1" for mark in reference["right_by_question"][which][:count]]
         share, share_before = float(np.mean(values)), float(np.mean(before))
@@ -152,16 +156,16 @@ def compared(made: list[ServiceResult], reference: dict[str, Any], refined: str)
             "to_right": sum(v and not b for v, b in zip(values, before, strict=True)),
             "to_wrong": sum(b and not v for v, b in zip(values, before, strict=True)),
         }
-    wrong = [t for t in made if not t.first]
+    wrong = [t for t in results if not t.first]
     figures["box_holds_text"] = {
-        "all": round(float(np.mean([t.holds for t in made])), 4),
+        "all": round(float(np.mean([t.holds for t in results])), 4),
         "first_wrong": round(float(np.mean([t.holds for t in wrong])), 4) if wrong else None,
     }
     figures["mean_bytes"] = {
-        name: round(float(np.mean([getattr(t, name) for t in made])), 1)
+        name: round(float(np.mean([getattr(t, name) for t in results])), 1)
         for name in ("up", "down", "view", "region")
     }
-    figures["fallbacks"] = dict(Counter(t.fallback for t in made))
+    figures["fallbacks"] = dict(Counter(t.fallback for t in results))
     return figures
 
 
@@ -177,12 +181,14 @@ def main() -> None:
     options = parser.parse_args()
     reference = json.loads(options.reference.read_text())[options.split]
     if reference["weights"] != weights_digest():
-        raise SystemExit(f"{options.reference} is about another checkpoint; make it again first")
+        raise SystemExit(
+            f"{options.reference} is from another checkpoint; run eval.demo_model.evaluate again"
+        )
     settings = settings_of(reference["settings"])
     settings = replace(settings, count=min(options.count, settings.count))
-    made = asyncio.run(ask_service(settings, options.placement, options.jpeg))
+    results = asyncio.run(ask_service(settings, options.placement, options.jpeg))
     refined = "own" if options.placement == "sliding" else "centroid"
-    figures = compared(made, reference, refined)
+    figures = compared(results, reference, refined)
     result = {
         "made_by": provenance("over_service"),
         "weights": weights_digest(),

@@ -97,25 +97,25 @@ class DecoderBatch:
     weights: NDArray[np.float32]
 
 
-def _question_for_crop(rng: np.random.Generator, asked: tuple[SignQuestion, ...]) -> SignQuestion:
+def _question_for_crop(rng: np.random.Generator, choices: tuple[SignQuestion, ...]) -> SignQuestion:
     """Choose a question for a local view; half of the time one of the two smallest texts."""
     if rng.random() < 0.5:
-        smallest = sorted(asked, key=lambda q: q.view_text_height_px)[:2]
+        smallest = sorted(choices, key=lambda q: q.view_text_height_px)[:2]
         return smallest[int(rng.integers(len(smallest)))]
-    return asked[int(rng.integers(len(asked)))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _pack(scene: Scene, rng: np.random.Generator) -> tuple[_Tree, list[NDArray[np.uint8]]]:
     words = vocabulary()
-    asked = questions(scene)
+    choices = questions(scene)
     views = [draw_view(scene, full_window(scene), rng)]
     tree = _Tree()
     tree.start([*words.prefix(), *[IMAGE] * PATCHES])
-    for number in rng.permutation(len(asked))[:_VIEW_QUESTIONS].tolist():
-        question = asked[number]
+    for number in rng.permutation(len(choices))[:_VIEW_QUESTIONS].tolist():
+        question = choices[number]
         tree.grow(words.suffix(question.text), words.answer(question.answer), 1.0)
     for _ in range(LOCAL_VIEWS):
-        question = _question_for_crop(rng, asked)
+        question = _question_for_crop(rng, choices)
         around = None if rng.random() < _ELSEWHERE else question.sign
         views.append(draw_view(scene, random_window(rng, scene, around), rng))
         prompt = [IMAGE] * PATCHES + words.suffix(question.text)

@@ -97,11 +97,11 @@ def pick(
 ) -> list[Picked]:
     """Select, save and describe the pictures."""
     reader = Reader(model)
-    wanted = ["sure", "asks", "asks", "sure"]
+    roles = ["sure", "asks", "asks", "sure"]
     picked: list[Picked] = []
     style = SceneStyle(two_digits=settings.two_digits)
     for index in tqdm(range(_FIRST_INDEX, _FIRST_INDEX + 400), desc="scenes", disable=None):
-        if not wanted:
+        if not roles:
             break
         size = SIZES[len(picked) % len(SIZES)]
         scene = generate_scene("test", index, size=size, style=style)
@@ -124,9 +124,9 @@ def pick(
                 role = "sure"
             elif not sure and first.text != question.answer == own.text:
                 role = "asks"
-            if role != wanted[0]:
+            if role != roles[0]:
                 continue
-            wanted.pop(0)
+            roles.pop(0)
             name = f"scene-{len(picked) + 1}.jpg"
             (out / name).write_bytes(buffer.getvalue())
             picked.append(
@@ -173,7 +173,7 @@ def main() -> None:
         "made_by": " ".join(["python -m eval.demo_model.pictures", *sys.argv[1:]]),
         "how_picked": (
             f"Scenes of the test split with at least four signs, in order from index "
-            f"{_FIRST_INDEX}; for each role in turn the first question that plays it with the "
+            f"{_FIRST_INDEX}; for each role in turn, the first question that fits it with the "
             "demo checkpoint is taken. 'sure': answered well below the threshold and right. "
             "'asks': well above the threshold and wrong at first, right after the model's own "
             "region."

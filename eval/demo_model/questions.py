@@ -19,8 +19,8 @@ SIZES = ((896, 896), (896, 896), (896, 896), (1120, 896), (896, 1120))
 
 TEXT_HEIGHT_POWERS = {"default": 1.0, "benchmark": 3.0, "harder": 3.5}
 """Power of the text heights' density, by name of the scene style. The texts of "benchmark" are
-mostly small, so that little more than half of the answers from the global view alone are right; its
-power was chosen on validation scenes (`eval.demo_model.choose`,
+mostly small: with the global view alone, little more than half of the answers are right. Its power
+was chosen on validation scenes (`eval.demo_model.choose`,
 `docs/results/demo-model-choices.json`). The texts of "harder" are even smaller."""
 
 

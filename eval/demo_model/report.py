@@ -43,8 +43,9 @@ class QuestionResult:
     """All results about one question. ``generic`` is (layers, 64).
 
     ``own`` is the answer with the region search's box, ``centroid`` with the centroid placement's,
-    ``true`` with a box around the true place. ``easy`` is the answer to a question that the global
-    view suffices for, ``easy_truth`` the right one. ``texture`` is the family of the background.
+    ``true`` with a box around the true place. ``easy`` is the answer to a question for which the
+    global view suffices, ``easy_truth`` the right answer to it. ``texture`` is the family of the
+    background.
     """
 
     index: int
@@ -228,8 +229,8 @@ def histogram(outcomes: list[QuestionResult]) -> dict[str, Any]:
     }
 
 
-def holds(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
-    """How often a box contains the whole text: of all questions, and of wrong first answers.
+def containment(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
+    """How often a box contains the whole text: for all questions, and for wrong first answers.
 
     The boxes: the region search on the relative map with and without the settings' constant in the
     denominator, the centroid placement with it, both placements on raw attention, and random boxes
@@ -273,7 +274,7 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
         row: dict[str, Any] = {"layer": layer}
         for name in ("raw", "relative", "relative_with_epsilon"):
             hits: list[bool] = []
-            held: dict[int, list[bool]] = {base: [] for base in BASES_PX}
+            contained: dict[int, list[bool]] = {base: [] for base in BASES_PX}
             for o in outcomes:
                 if name == "raw":
                     values = o.first.attention[layer]
@@ -283,10 +284,10 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
                 hits.append(bool(touched[values.argmax()]))
                 for base in BASES_PX:
                     box = own_box(values.reshape(GRID, GRID), o.size, base)
-                    held[base].append(contains(box, o.question.text_box))
+                    contained[base].append(contains(box, o.question.text_box))
             row[f"{name}_peak_on_sign"] = round(float(np.mean(hits)), 4)
             row[f"{name}_box_holds_text"] = {
-                str(base): round(float(np.mean(values)), 4) for base, values in held.items()
+                str(base): round(float(np.mean(values)), 4) for base, values in contained.items()
             }
         rows.append(row)
     return rows
@@ -295,7 +296,7 @@ def by_layer(outcomes: list[QuestionResult], epsilon: float) -> list[dict[str, A
 def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict[str, Any]:
     """Compute all figures of a run."""
     wrong = np.array([not o.right("first") for o in outcomes])
-    held = np.array([contains(o.box, o.question.text_box) for o in outcomes])
+    contained = np.array([contains(o.box, o.question.text_box) for o in outcomes])
     right = {w: int(sum(o.right(w) for o in outcomes)) for w in ANSWERS}
     count = len(outcomes)
     return {
@@ -304,9 +305,9 @@ def report(outcomes: list[QuestionResult], settings: EvaluationSettings) -> dict
         "accuracy": {w: round(n / count, 4) for w, n in right.items()},
         "gain_points": round(100 * (right["own"] - right["first"]) / count, 2),
         "gain_points_centroid": round(100 * (right["centroid"] - right["first"]) / count, 2),
-        "own_box_holds_text": round(float(held.mean()), 4),
-        "own_box_holds_text_where_first_wrong": round(float(held[wrong].mean()), 4),
-        "box_holds_text": holds(outcomes, settings),
+        "own_box_holds_text": round(float(contained.mean()), 4),
+        "own_box_holds_text_where_first_wrong": round(float(contained[wrong].mean()), 4),
+        "box_holds_text": containment(outcomes, settings),
         "auroc": {
             f"{metric}/{aggregate}": round(
                 auroc(uncertainty(outcomes, metric, aggregate), wrong), 4
@@ -351,7 +352,7 @@ def best_layer(rows: list[dict[str, Any]], base_px: int) -> int:
 
 
 def preset(figures: dict[str, Any], settings: EvaluationSettings) -> dict[str, Any]:
-    """What a validation run says the model's preset should hold."""
+    """The settings that a validation run gives for the model's preset."""
     return {
         "layer": best_layer(figures["by_layer"], settings.base_px),
         "base_px": settings.base_px,

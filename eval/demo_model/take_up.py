@@ -51,7 +51,7 @@ def take_up(recipe: Recipe, folder: Path, stage: str, out: Path) -> None:
     """
     last = recipe.stages.index(recipe.stage(stage))
     if (out / "curve.jsonl").exists() or any(out.glob("*.pt")):
-        raise ValueError(f"{out} has a run in it already")
+        raise ValueError(f"{out} already holds a run; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     state = model_state(recipe, folder)
     for entry in recipe.stages[: last + 1]:

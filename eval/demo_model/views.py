@@ -215,7 +215,7 @@ def tower_batch(
     for place in range(count):
         index = (seed * 100_003 + step) * count + place
         crowded = rng.random() < 0.75
-        # No jitter in local views: it is for texts that are hard to read anyway.
+        # Jitter only in crowded scenes, whose texts are hard to read anyway.
         shaken = jitter if crowded else 0.0
         style = view_style(two_digits, ease, power, shaken, crowded=crowded)
         scene = generate_scene(

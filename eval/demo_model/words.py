@@ -50,7 +50,7 @@ def sign_list(scene: Scene) -> str:
 
 
 def easy_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question that the global view suffices for, with its answer."""
+    """A question for which the global view suffices, with its answer."""
     if rng.random() < 0.3:
         return COUNT_SIGNS, str(len(scene.signs))
     if rng.random() < 0.5:

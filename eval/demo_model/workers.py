@@ -42,12 +42,12 @@ def run_here(
 ) -> list[T]:
     """Evaluate all scenes of ``settings`` in this process, with a progress bar."""
     reader = Reader(model)
-    made: list[T] = []
+    results: list[T] = []
     with tqdm(total=settings.count, desc=settings.split, disable=None) as bar:
         for chunk in chunks(settings.indices()):
-            made += work(reader, settings, chunk)
+            results += work(reader, settings, chunk)
             bar.update(len(chunk))
-    return made
+    return results
 
 
 def _start(folder: Path) -> None:
@@ -67,7 +67,7 @@ def run_in_workers(
     """Evaluate all scenes of ``settings`` in ``workers`` processes of one thread each, in order."""
     if workers < 2:
         return run_here(load_model(folder), work, settings)
-    made: list[T] = []
+    results: list[T] = []
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
@@ -75,6 +75,6 @@ def run_in_workers(
         tqdm(total=settings.count, desc=settings.split, disable=None) as bar,
     ):
         for part in pool.map(partial(_one, work, settings), chunks(settings.indices())):
-            made += part
+            results += part
             bar.update(len(part))
-    return made
+    return results

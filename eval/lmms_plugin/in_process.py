@@ -68,8 +68,8 @@ class InProcess(AnswerSource):
         preset = with_options(preset_of(settings.model, options.pop("preset", None)), options)
         if preset.says_how_to_answer:
             log.warning(
-                "the prompt %r says how to answer; a task's own words behind the question say it "
-                'twice: set its post_prompt to ""',
+                "the prompt %r already says how to answer; if the task does too, set the task's "
+                'post_prompt to ""',
                 preset.prompt,
             )
         if preset.warning is not None:
@@ -110,10 +110,10 @@ class InProcess(AnswerSource):
             sizes = info.view, info.fit, codecs.view, codecs.view_quality
             return [one.picture.view(*sizes) for one in originals]
 
-        made: list[bytes] = as_sample_error("the picture", views)
+        encoded: list[bytes] = as_sample_error("the picture", views)
         most = info.view.width * info.view.height
         return _EncodedQuestion(
-            question, originals, made, [decode(view, max_pixels=most) for view in made]
+            question, originals, encoded, [decode(view, max_pixels=most) for view in encoded]
         )
 
     async def answer(self, ready: Sequence[_EncodedQuestion]) -> list[CostedAnswer | SampleError]:
@@ -166,7 +166,7 @@ class InProcess(AnswerSource):
     def _reply(self, ready: _EncodedQuestion, outcome: Outcome) -> CostedAnswer:
         need, work, view = outcome.need, outcome.work, self._backend.info.view
         up, down = self._bytes(ready, need)
-        said = SentAnswer(
+        sent = SentAnswer(
             outcome.text,
             outcome.uncertainty,
             outcome.finish,
@@ -185,14 +185,14 @@ class InProcess(AnswerSource):
             box=None if need is None else need.box,
             picture=None if need is None else need.picture,
             bytes_up=up,
-            bytes_down=down + answer_bytes(said, outcome.stage, up, down),
+            bytes_down=down + answer_bytes(sent, outcome.stage, up, down),
             view_bytes=sum(map(len, ready.views)),
             region_bytes=len(ready.region),
             view_pixels=len(ready.views) * view.width * view.height,
             region_pixels=region_pixels(ready.region) if ready.region else 0,
-            prefilled_tokens=said.prefilled_tokens,
-            decoded_tokens=said.decoded_tokens,
-            mflops=said.mflops,
+            prefilled_tokens=sent.prefilled_tokens,
+            decoded_tokens=sent.decoded_tokens,
+            mflops=sent.mflops,
             original_bytes=sum(one.original_bytes for one in ready.originals),
             own_files=all(one.own_file for one in ready.originals),
         )
@@ -204,8 +204,8 @@ class InProcess(AnswerSource):
         more = tuple(
             MoreView(view, *size) for view, size in zip(ready.views[1:], sizes[1:], strict=True)
         )
-        asked = Ask(1, question.text, 1, ready.views[0], *sizes[0], question.options, more=more)
-        up, down = message_bytes(asked, up=True), 0
+        ask = Ask(1, question.text, 1, ready.views[0], *sizes[0], question.options, more=more)
+        up, down = message_bytes(ask, up=True), 0
         if need is not None:
             box = need.token_box
             request = RegionRequest(

@@ -94,8 +94,8 @@ class VlmCollab(lmms):
     def clean(self) -> None:
         """Pass the figures of all processes to lmms-eval's metrics hook.
 
-        lmms-eval calls it in every process at the end, also in one without questions because all
-        of its answers were in lmms-eval's cache.
+        lmms-eval calls it in every process at the end, even in a process without questions, whose
+        answers were all in lmms-eval's cache.
         """
         parts: list[tuple[dict[str, Totals], float]] = gather_object(
             [(self._totals, self._seconds)]
@@ -116,15 +116,15 @@ class VlmCollab(lmms):
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Not supported: the two stages generate answers and do not score given ones."""
-        self._refuse(requests, "scores no given answers (loglikelihood)")
+        self._refuse(requests, "cannot score given answers (loglikelihood)")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
         """Not supported: a task in rounds has no single first answer."""
-        self._refuse(requests, "asks once, not in rounds (generate_until_multi_round)")
+        self._refuse(requests, "answers in one round only (generate_until_multi_round)")
 
     def generate_visual_cot(self, requests: Sequence[Any]) -> NoReturn:
         """Not supported: the model draws no pictures."""
-        self._refuse(requests, "draws no pictures (generate_visual_cot)")
+        self._refuse(requests, "cannot draw pictures (generate_visual_cot)")
 
     def _refuse(self, requests: Sequence[Any], why: str) -> NoReturn:
         tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
@@ -149,7 +149,7 @@ class VlmCollab(lmms):
             def done(question: LmmsQuestion, reply: CostedAnswer | SampleError) -> None:
                 bar.update()
                 if isinstance(reply, SampleError):
-                    logger.error(f"{question.name} counts as answered with nothing: {reply}")
+                    logger.error(f"{question.name} failed and counts as an empty answer: {reply}")
                 if log is not None and not question.padding:
                     log.write(_line(question, reply) + "\n")
 

@@ -1,8 +1,8 @@
 """Find the original files of a document's pictures.
 
-lmms-eval passes decoded pictures to models. The edge starts from the file: it makes views from it,
-and the file's size is what sending the original would have cost. So this module looks for the
-stored file that has the same pixels as the picture from the task.
+lmms-eval passes decoded pictures to models. But the edge makes views from the file, and the file's
+size is the cost of sending the original. So this module looks for the stored file that has the same
+pixels as the picture from the task.
 
 If there is none (the task cropped the picture or drew into it), the edge gets the pixels, and the
 original's size is that of a JPEG of quality 95. The same size is used if the stored file is a PNG
@@ -61,7 +61,7 @@ def originals_of(
     given = list(_flat(question.visuals(rows[question.doc_id])))
     require_pictures(given)
     if len(given) > MAX_PICTURES:
-        raise SampleError(f"it is about {len(given)} pictures; a question takes {MAX_PICTURES}")
+        raise SampleError(f"the question has {len(given)} pictures; the limit is {MAX_PICTURES}")
     stored = list(_stored_files(rows, question.doc_id))
     try:
         return [_original(one, stored) for one in given]
@@ -102,7 +102,7 @@ def _original(shown: Any, stored: list[tuple[bytes, bool]]) -> OriginalPicture:
         picture = Picture.open(shown)
         return OriginalPicture(picture, picture.original_bytes or 0, own_file=True)
     if not isinstance(shown, Image.Image):
-        raise SampleError(f"vlm_collab takes pictures, no {type(shown).__name__}")
+        raise SampleError(f"vlm_collab takes pictures, not {type(shown).__name__}")
     pixels = shown.convert("RGB")
     for data, named in stored:
         if not _shows(data, pixels):

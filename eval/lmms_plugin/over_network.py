@@ -77,16 +77,16 @@ class OverNetwork(AnswerSource):
     async def open(self, questions: Sequence[LmmsQuestion]) -> None:
         self._welcome = await self._client.connect()
         if (warning := FITS[self._welcome.fit].warning) is not None:
-            log.warning("of the service, %s", warning)
+            log.warning("the service: %s", warning)
         needed = {
             "stop": any(question.options.stop for question in questions),
             "sampling": any(question.options.temperature for question in questions),
         }
         for feature, used in needed.items():
             if used and feature not in self._welcome.features:
-                raise ConfigError(f"this service has no {feature}, which the task needs")
-        wanted = self._settings.concurrency or DEFAULT_CONCURRENCY
-        self.group = max(1, min(wanted, self._welcome.max_in_flight))
+                raise ConfigError(f"this service lacks the feature {feature}, which the task needs")
+        requested = self._settings.concurrency or DEFAULT_CONCURRENCY
+        self.group = max(1, min(requested, self._welcome.max_in_flight))
 
     async def close(self) -> None:
         await self._client.close()

@@ -29,7 +29,7 @@ class LmmsQuestion:
         text: the prompt.
         options: the request's options, as sent to the server.
         visuals: function that returns a document's pictures.
-        padding: whether it only evens out the number of questions per process.
+        padding: whether it was added only to give all processes equally many questions.
     """
 
     task: str
@@ -60,13 +60,13 @@ def questions_of(
     Raises:
         ConfigError: a generation option cannot be applied.
     """
-    asked: Counter[tuple[str, int]] = Counter()
+    repeats: Counter[tuple[str, int]] = Counter()
     warned: set[str] = set()
     questions = []
     for request in requests:
         text, generation, visuals, doc_id, task, split = request.args
-        key = f"{settings.seed}:{task}:{doc_id}:{asked[task, doc_id]}"
-        asked[task, doc_id] += 1
+        key = f"{settings.seed}:{task}:{doc_id}:{repeats[task, doc_id]}"
+        repeats[task, doc_id] += 1
         for name in sorted(generation.keys() - _KNOWN - warned):
             warned.add(name)
             warn(f"{task}: the generation option {name} has no effect on vlm_collab")
@@ -90,8 +90,8 @@ def _options(
     beams = generation.get("num_beams") or 1
     if beams != 1:
         raise ConfigError(
-            f"{task} asks for a search with {beams} beams, which vlm_collab does not do; "
-            "`--gen_kwargs num_beams=1` answers greedily"
+            f"{task} sets num_beams={beams}, but vlm_collab has no beam search; "
+            "use `--gen_kwargs num_beams=1` for greedy answers"
         )
     longest = generation.get("max_new_tokens") or generation.get("max_gen_toks")
     limit = int(longest or DEFAULT_MAX_NEW_TOKENS)
@@ -114,8 +114,8 @@ def _stop_texts(until: str | Sequence[str] | None, task: str) -> tuple[str, ...]
     stops = tuple(dict.fromkeys(text for text in texts if text))
     if len(stops) > _MOST_STOP_TEXTS or any(len(stop) > _LONGEST_STOP_TEXT for stop in stops):
         raise ConfigError(
-            f"{task} ends its answers at {len(stops)} texts; the protocol takes "
-            f"{_MOST_STOP_TEXTS} of at most {_LONGEST_STOP_TEXT} characters"
+            f"{task} has {len(stops)} stop texts; the protocol takes at most "
+            f"{_MOST_STOP_TEXTS}, each of at most {_LONGEST_STOP_TEXT} characters"
         )
     return stops
 
@@ -127,4 +127,4 @@ def require_pictures(pictures: Sequence[Any]) -> None:
         SampleError: there is none.
     """
     if not pictures:
-        raise SampleError("it is about no picture, and vlm_collab answers about pictures")
+        raise SampleError("the question has no picture, and vlm_collab needs one")

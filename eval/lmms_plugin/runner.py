@@ -1,4 +1,4 @@
-"""Answer all questions by both stages, in this process or at a service (`AnswerSource`)."""
+"""Answer all questions with both stages, in this process or at a service (`AnswerSource`)."""
 
 from __future__ import annotations
 
@@ -170,6 +170,6 @@ async def _prepare(
             return error
         # Tasks and data set readers may raise any exception.
         except Exception as error:
-            return SampleError(f"its pictures: {one_line(error)}")
+            return SampleError(f"the pictures: {one_line(error)}")
 
     return await asyncio.to_thread(lambda: [one(question) for question in group])

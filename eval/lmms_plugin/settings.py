@@ -40,7 +40,7 @@ _IN_PROCESS = (
     "pretrained", "batch", "device", "dtype", "region_quality",
     *(name for name in _PRESET if name != "eta"),
 )  # fmt: skip
-"""Options that a service sets itself."""
+"""Options that the service sets, so that `server` excludes them."""
 
 
 class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,7 +103,7 @@ class LmmsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def picture_codec(self) -> Codec | None:
-        """Codec of both views; None: that of the preset or the service."""
+        """Codec of both views; None for that of the preset or the service."""
         return None if self.codec is None else Codec[self.codec.upper()]
 
     def preset_options(self) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def settings_from(arguments: Mapping[str, Any]) -> LmmsSettings:
     if settings.server is None:
         for name in ("token", "token_file", "concurrency"):
             if name in given:
-                raise ConfigError(f"model_args: {name} is for a service; it needs server=ws://…")
+                raise ConfigError(f"model_args: {name} is only for a service; add server=ws://…")
         return settings
     for name in _IN_PROCESS:
         if name in given:
-            raise ConfigError(f"model_args: {name} is the service's own with server=…")
+            raise ConfigError(f"model_args: with server=…, the service sets {name}; leave it out")
     if settings.token_file is not None:
         if settings.token is not None:
-            raise ConfigError("model_args: token and token_file exclude each other")
+            raise ConfigError("model_args: give token or token_file, not both")
         token: str | None = read_key(Path(settings.token_file), "model_args: token_file")
     else:
         token = settings.token or os.environ.get(TOKEN_VARIABLE)

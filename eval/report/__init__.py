@@ -1,1 +1,1 @@
-"""Reports: figures, tables and text from runs."""
+"""Reports: figures, tables and text, made from runs."""

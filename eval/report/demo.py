@@ -1,7 +1,7 @@
 """The whole report on the demo model, from scratch: ``python -m eval.report.demo``.
 
-Runs, layers, threshold and report are each made by the command that a user would call. Thresholds
-and layers come from the split `val`; `test` is reported.
+Calls the same commands as a user for runs, layers, threshold and report. Thresholds and layers come
+from the split `val`; `test` is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]
     """Arguments of the commands before the report, in order, to be called in its folder."""
     run = ["eval", "run", "--task", "signs", "--split"]
     count = str(samples)
-    made = [
+    result = [
         [*run, "test", "--limit", count, "--out", "runs/test"],
         [*run, "val", "--limit", count, "--out", "runs/val"],
         [*run, "test", "--limit", count, "--method", "hd", "--out", "runs/hd"],
@@ -39,11 +39,11 @@ def commands(samples: int, of_qualities: int, of_layers: int) -> list[list[str]]
     for quality in QUALITIES:
         both = ["--view-quality", str(quality), "--region-quality", str(quality)]
         count = str(of_qualities)
-        made.append([*run, "test", "--limit", count, *both, "--out", f"runs/jpeg-{quality}"])
+        result.append([*run, "test", "--limit", count, *both, "--out", f"runs/jpeg-{quality}"])
     layers = ["--task", "signs", "--split", "val", "--limit", str(of_layers)]
-    made.append(["calibrate", "layers", *layers, "--out", "layers.yaml"])
-    made.append(calibrate_command("runs/val"))
-    return made
+    result.append(["calibrate", "layers", *layers, "--out", "layers.yaml"])
+    result.append(calibrate_command("runs/val"))
+    return result
 
 
 def report_command() -> list[str]:

@@ -19,10 +19,10 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     Args:
         before, after: contents of two `report.json`.
     """
-    made = []
+    lines = []
     for part in ("tables", "figures"):
-        made += list(_compare(part, before.get(part), after.get(part)))
-    return made
+        lines += list(_compare(part, before.get(part), after.get(part)))
+    return lines
 
 
 def _compare(path: str, before: Any, after: Any) -> Iterator[str]:

@@ -103,9 +103,9 @@ def fig8(inputs: Inputs) -> dict[str, Any]:
     def lines(run: Run) -> list[dict[str, Any]]:
         bootstrap, end = inputs.bootstrap(run), inputs.include_end
         longest = longest_answer(run)
-        made = [("full average", Criterion(include_end=end))]
-        made.append(("starting token", Criterion(aggregate=Aggregate.FIRST, include_end=end)))
-        made += [
+        criteria = [("full average", Criterion(include_end=end))]
+        criteria.append(("starting token", Criterion(aggregate=Aggregate.FIRST, include_end=end)))
+        criteria += [
             (
                 f"{k}-token average",
                 Criterion(aggregate=Aggregate.FIRST_K, k=k, include_end=end),
@@ -113,7 +113,7 @@ def fig8(inputs: Inputs) -> dict[str, Any]:
             for k in (2, 3, 5, 10)
             if k < longest
         ]
-        return [line(name, run, setting, PIXELS, bootstrap) for name, setting in made]
+        return [line(name, run, setting, PIXELS, bootstrap) for name, setting in criteria]
 
     panels = [panel(title, run, lines(run), PIXELS) for title, run in inputs.parts()]
     return _trade_offs("Aggregation length, min-entropy (Fig. 8)", panels) | {"dashed": True}
@@ -165,7 +165,7 @@ def fig12(inputs: Inputs) -> dict[str, Any] | None:
 def areas(inputs: Inputs) -> list[dict[str, Any]]:
     """Area over the random line of each criterion, and its difference from that of
     min-entropy/full, with intervals from the same resamples."""
-    made = []
+    rows = []
     for title, run in inputs.parts():
         bootstrap = inputs.bootstrap(run)
         drawn = curve(run, _default(inputs))
@@ -174,7 +174,7 @@ def areas(inputs: Inputs) -> list[dict[str, Any]]:
             drawn = curve(run, setting)
             found = bootstrap.areas(drawn, run)
             area = area_over_random(drawn, run)
-            made.append(
+            rows.append(
                 {
                     "part": title,
                     "setting": setting.name,
@@ -185,7 +185,7 @@ def areas(inputs: Inputs) -> list[dict[str, Any]]:
                     "difference_interval": list(bootstrap.interval(found - of_base)),
                 }
             )
-    return made
+    return rows
 
 
 def quality_of(run: Run) -> int:
@@ -204,11 +204,13 @@ def quality_name(run: Run) -> str:
 
 def _compared(inputs: Inputs, run: Run) -> list[Criterion]:
     end, longest = inputs.include_end, longest_answer(run)
-    made = [Criterion(metric, include_end=end) for metric in inputs.metrics]
+    criteria = [Criterion(metric, include_end=end) for metric in inputs.metrics]
     for metric in inputs.metrics:
-        made.append(Criterion(metric, Aggregate.FIRST, include_end=end))
-        made += [Criterion(metric, Aggregate.FIRST_K, k, end) for k in (2, 3, 5, 10) if k < longest]
-    return made
+        criteria.append(Criterion(metric, Aggregate.FIRST, include_end=end))
+        criteria += [
+            Criterion(metric, Aggregate.FIRST_K, k, end) for k in (2, 3, 5, 10) if k < longest
+        ]
+    return criteria
 
 
 def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) -> dict[str, Any]:
@@ -219,11 +221,11 @@ def _proposed(inputs: Inputs, title: str, label: str, lines: Any, axis: Axis) ->
         mine = run.folder == inputs.main.folder
         hd = _same(inputs.hd, run) if mine else None
         eta = found.eta if mine and found is not None else None
-        made = panel(name, run, lines(run), axis, hd=hd, eta=eta, setting=setting)
-        for one in made["marks"]:
+        content = panel(name, run, lines(run), axis, hd=hd, eta=eta, setting=setting)
+        for one in content["marks"]:
             if found is not None and "eta" in one:
                 one |= chosen_on(inputs, found)
-        panels.append(made)
+        panels.append(content)
     return _trade_offs(title, panels) | {"x_label": label}
 
 
@@ -243,8 +245,8 @@ def _default(inputs: Inputs) -> Criterion:
 def chosen_on(inputs: Inputs, found: Calibration) -> dict[str, Any]:
     """Where a threshold comes from: rows of the validation run, and the target."""
     assert inputs.val is not None
-    asked = ("target_rate", "max_accuracy_loss", "confidence", "seed")
-    target = {name: found.made[name] for name in asked if name in found.made}
+    names = ("target_rate", "max_accuracy_loss", "confidence", "seed")
+    target = {name: found.made[name] for name in names if name in found.made}
     return {"val_rows": rows_of(inputs.val), "target": target}
 
 

@@ -15,20 +15,20 @@ def findings(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
     Args:
         tables: the tables of `report.json`.
     """
-    made = []
+    sentences = []
     parts = (
         ("metrics", _metrics), ("metrics", _aggregations), ("boxes", _boxes), ("boxes", _gains),
     )  # fmt: skip
     for name, sentences_of in parts:
         if name in tables:
-            made += sentences_of(tables[name]["rows"])
+            sentences += sentences_of(tables[name]["rows"])
     if "chosen" in tables:
-        made += _chosen(tables["chosen"]["rows"])
-    return made
+        sentences += _chosen(tables["chosen"]["rows"])
+    return sentences
 
 
 def _metrics(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for part in dict.fromkeys(row["part"] for row in rows):
         full = [r for r in rows if r["part"] == part and r["setting"].endswith("/full")]
         best = max(full, key=lambda row: row["area"])
@@ -48,20 +48,20 @@ def _metrics(rows: Rows) -> list[str]:
                 sentence = f"{named}, not min-entropy, has the largest area over the random line"
             sentence += f" ({named} {_against(other, base)})"
         else:
-            sentence = "min-entropy is the only one that the run knows"
+            sentence = "min-entropy is the only metric that the run recorded"
         if all(row["area_interval"][1] < 0 for row in full):
             sentence += "; every metric does worse than random choice"
         elif base["area_interval"][1] < 0:
             sentence += "; min-entropy does worse than random choice"
         elif base["area_interval"][0] <= 0:
-            sentence += "; min-entropy is not surely better than random choice"
-        made.append(f"Metrics, {part}: {sentence}.")
-    return made
+            sentence += "; min-entropy is not significantly better than random choice"
+        sentences.append(f"Metrics, {part}: {sentence}.")
+    return sentences
 
 
 def _aggregations(rows: Rows) -> list[str]:
     """Sentences on min-entropy over part of the answer, and on the best of all criteria."""
-    made = []
+    sentences = []
     for part in dict.fromkeys(row["part"] for row in rows):
         here = [row for row in rows if row["part"] == part]
         base = next(row for row in here if row["setting"] == "min_entropy/full")
@@ -94,56 +94,56 @@ def _aggregations(rows: Rows) -> list[str]:
                 f"; of all {len(here)} settings {best['setting']} has the largest area"
                 f"{', tied with min_entropy/full' if _tied(best) else ''} ({_against(best, base)})"
             )
-        made.append(f"Aggregation, {part}: {sentence}.")
-    return made
+        sentences.append(f"Aggregation, {part}: {sentence}.")
+    return sentences
 
 
 def _tied(row: dict[str, Any]) -> bool:
-    """Whether the interval of a setting's difference from min_entropy/full holds 0."""
+    """Whether the interval of a setting's difference from min_entropy/full contains 0."""
     low, high = row["difference_interval"]
     return bool(low <= 0 <= high)
 
 
 def _against(row: dict[str, Any], base: dict[str, Any]) -> str:
     low, high = row["difference_interval"]
-    holds = "holds 0" if _tied(row) else "does not hold 0"
+    contains = "contains 0" if _tied(row) else "does not contain 0"
     return (
         f"{row['area']:z.4f} against {base['area']:z.4f}; the interval of the difference, "
-        f"[{low:z.4f}, {high:z.4f}], {holds}"
+        f"[{low:z.4f}, {high:z.4f}], {contains}"
     )
 
 
 def _boxes(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for row in rows:
         if "difference" not in row:
             continue
         low, high = row["difference_interval"]
-        word = "better than" if low > 0 else "worse than" if high < 0 else "not surely better than"
-        made.append(
-            f"Regions, {row['part']}: of the {row['with_box']} questions whose place is known, "
-            f"they cover {row['covered']:.1%} of the true place, {word} regions placed at random "
-            f"({row['covered_at_random']:.1%})."
+        word = "better" if low > 0 else "worse" if high < 0 else "not significantly better"
+        sentences.append(
+            f"Regions, {row['part']}: they cover {row['covered']:.1%} of the true place (mean of "
+            f"the {row['with_box']} questions for which it is known), {word} than regions placed "
+            f"at random ({row['covered_at_random']:.1%})."
         )
-    return made
+    return sentences
 
 
 def _gains(rows: Rows) -> list[str]:
-    made = []
+    sentences = []
     for row in rows:
         low, high = row["gain_interval"]
         if low <= 0:
-            word = "worse" if high < 0 else "not surely better"
-            made.append(
+            word = "worse" if high < 0 else "not significantly better"
+            sentences.append(
                 f"Second answers, {row['part']}: {word} than first ones ({row['gain']:+.1%}; "
                 f"{row['improved']} improved, {row['worsened']} worsened)."
             )
-    return made
+    return sentences
 
 
 def _chosen(rows: Rows) -> list[str]:
     return [
-        f"Chosen for “{row['name']}”: {row['rate']:.1%} of the regions instead of all, accuracy "
+        f"Threshold for “{row['name']}”: sends {row['rate']:.1%} of the regions, accuracy "
         f"{row['accuracy']:.1%}, loss against full retransmission {row['loss']:.1%} "
         f"[{row['loss_interval'][0]:.1%}, {row['loss_interval'][1]:.1%}]."
         for row in rows

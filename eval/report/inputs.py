@@ -1,4 +1,4 @@
-"""Inputs of a report: the part that each run plays, and checks that the runs fit together."""
+"""Inputs of a report: the role of each run, and checks that the runs fit together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEWEST = 30
 
 _NOT_IN_ROWS = {
     *("metric", "aggregate", "eta", "k"),  # policies are applied to rows later
-    *("models", "family_default", "prompts", "turns"),  # where it applies, and what it offers
+    *("models", "family_default", "prompts", "turns"),  # models that use it, and its choices
     *("codec", "quality"),  # `run.json` has the codec in use elsewhere
 }
 """Fields of a preset that do not influence the rows of a run."""
@@ -105,12 +105,12 @@ class Inputs:
             runs = (self.main, *self.tasks)
             return list(zip(_titles(runs), runs, strict=True))
         task = str(self.main.provenance["task"]["name"])
-        made = [("all questions", self.main)]
+        panels = [("all questions", self.main)]
         for title, kinds in _PARTS.get(task, {}).items():
             count = sum(record.category in kinds for record in self.main.records)
             if count >= FEWEST:
-                made.append((title, of_kinds(self.main, kinds)))
-        return made
+                panels.append((title, of_kinds(self.main, kinds)))
+        return panels
 
     def kinds(self) -> list[tuple[str, Run]]:
         """Titles and runs of the panels in Fig. 9: tasks, or the kinds of questions of the only
@@ -118,8 +118,8 @@ class Inputs:
         if self.tasks:
             return self.parts()
         names = list(dict.fromkeys(record.category for record in self.main.records))
-        made = [(name, of_kinds(self.main, (name,))) for name in names if name]
-        large = [(name, run) for name, run in made if len(run.records) >= FEWEST]
+        panels = [(name, of_kinds(self.main, (name,))) for name in names if name]
+        large = [(name, run) for name, run in panels if len(run.records) >= FEWEST]
         return large or [("all questions", self.main)]
 
 
@@ -139,12 +139,12 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     """Unique panel titles: the task, with the split or else the folder if tasks repeat."""
     plain = [title_of(run) for run in runs]
     full = [f"{title}, {_split(run)}" for title, run in zip(plain, runs, strict=True)]
-    made = [
+    titles = [
         long if plain.count(short) > 1 else short for short, long in zip(plain, full, strict=True)
     ]
     return [
-        f"{title} ({run.folder.name})" if made.count(title) > 1 else title
-        for title, run in zip(made, runs, strict=True)
+        f"{title} ({run.folder.name})" if titles.count(title) > 1 else title
+        for title, run in zip(titles, runs, strict=True)
     ]
 
 
@@ -157,7 +157,7 @@ def sort_runs(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Inputs:
-    """Determine the part that each run plays in a report.
+    """Determine the role of each run in a report.
 
     Args:
         runs: the runs; the first is the main one.
@@ -165,8 +165,9 @@ def sort_runs(
         scorer: scorer of the main run's task; None for its default.
 
     Raises:
-        ConfigError: a run fits no part, or used the model in another way; the validation run has a
-            reported split, or pictures of it, or other settings of the task.
+        ConfigError: a run has no role in the report, or used the model with other settings; the
+            validation run is of a reported split, shares pictures with it, or has other settings
+            of the task.
     """
     if not runs:
         raise ConfigError("a report needs a run")
@@ -180,14 +181,14 @@ def sort_runs(
     for run in runs[1:]:
         found[_part_of(run, main)].append(run)
     if len(found["hd"]) > 1:
-        raise ConfigError("a report has room for one run of hd")
+        raise ConfigError("a report takes only one run of the method hd")
     cut = same_samples([main, *found["hd"], *found["models"]])
     if val is not None:
         _check_val(val, main, found["tasks"])
     if layers is not None:
         layers.require_model(str(main.provenance["model"]["name"]))
         if (layers.made.get("task"), layers.made.get("split")) == (_task(main), _split(main)):
-            raise ConfigError("the layers were measured on the split that is reported")
+            raise ConfigError("the layers were measured on the reported split; measure on another")
     given = Inputs(
         main=main,
         hd=next(iter(found["hd"]), None),
@@ -212,7 +213,7 @@ def sort_runs(
 
 
 def _left_out(runs: Sequence[Run], shared: int) -> list[str]:
-    """A note on the samples that `same_samples` left out, if any; `shared` is how many are left."""
+    """A note on the samples that `same_samples` left out, if any; `shared` is the number left."""
     every = set().union(*({record.id for record in run.records} for run in runs))
     if len(every) == shared:
         return []
@@ -229,20 +230,22 @@ def _check_val(val: Run, main: Run, tasks: Sequence[Run]) -> None:
     pictures with reported runs."""
     val.require(TWO_STAGE)
     if _task(val) != _task(main) or _model(val) != _model(main):
-        raise ConfigError(f"{val.folder} is of another model or task than {main.folder}")
+        raise ConfigError(f"{val.folder} has another model or task than {main.folder}")
     reported = [main, *(run for run in tasks if _task(run) == _task(main))]
     if _split(val) in {_split(run) for run in reported}:
-        raise ConfigError(f"{val.folder} is of the split that is reported: {_split(val)}")
+        raise ConfigError(
+            f"{val.folder} is a run of the reported split {_split(val)}; thresholds need another"
+        )
     if _codec(val) != _codec(main):
-        raise ConfigError(f"{val.folder} has pictures of another quality than {main.folder}")
+        raise ConfigError(f"{val.folder} has another picture quality than {main.folder}")
     if _asked(val) != _asked(main):
-        raise ConfigError(f"{val.folder} was asked otherwise than {main.folder} (OCR, prompt)")
+        raise ConfigError(f"{val.folder} has other task settings than {main.folder} (OCR, prompt)")
     _same_use(val, main)
     # Different splits may share pictures, as POPE's do.
     both = {one.image_id for one in val.records}
     both &= {one.image_id for run in reported for one in run.records}
     if both:
-        raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; take others")
+        raise ConfigError(f"{len(both)} pictures of {val.folder} are reported; use a run on others")
 
 
 def _check_hd(run: Run, main: Run) -> None:
@@ -254,16 +257,16 @@ def _check_hd(run: Run, main: Run) -> None:
         (one.provenance["model"], _codec(one) or {}) for one in (run, main)
     )
     facts = [(name, theirs.get(name), here.get(name)) for name in ("name", "weights", "dtype")]
-    for name, there, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
-        if None not in (there, mine) and there != mine:
-            what = difference(name, there, mine)
+    for name, other, mine in (*facts, ("codec", codec.get("view"), of_main.get("view"))):
+        if None not in (other, mine) and other != mine:
+            what = difference(name, other, mine)
             raise ConfigError(f"{run.folder} cannot be compared with {main.folder} ({what})")
 
 
 def _part_of(run: Run, main: Run) -> str:
     if run.method == HD:
         if (_task(run), _split(run)) != (_task(main), _split(main)):
-            raise ConfigError(f"{run.folder} is of another task or split than {main.folder}")
+            raise ConfigError(f"{run.folder} has another task or split than {main.folder}")
         _check_hd(run, main)
         return "hd"
     run.require(TWO_STAGE)
@@ -271,23 +274,23 @@ def _part_of(run: Run, main: Run) -> str:
     if _task(run) == _task(main) and not one_set:
         sets = task_kind(_task(main)).sets
         if not {_split(run), _split(main)} <= set(sets):
-            named = f"; its sets {', '.join(sets)} can stand side by side" if sets else ""
+            named = f"; only its sets {', '.join(sets)} are reported together" if sets else ""
             raise ConfigError(
-                f"{run.folder} is of the split {_split(run)}, the report of {_split(main)}; "
-                f"a run that thresholds come from is given by --val{named}"
+                f"{run.folder} is a run of the split {_split(run)}, the first of {_split(main)}; "
+                f"give a run for thresholds with --val{named}"
             )
     same_task = _task(run) == _task(main) and one_set and _settings(run) == _settings(main)
     if _model(run) != _model(main):
         if same_task:
             return "models"
-        raise ConfigError(f"{run.folder} is of another model and of another task than the first")
+        raise ConfigError(f"{run.folder} has another model and another task than {main.folder}")
     # Another task has its own longest answer, and may have its own prompt.
     _same_use(run, main, but=() if same_task else ("max_new_tokens", "prompt"))
     if not same_task:
         return "tasks"
     if _codec(run) != _codec(main):
         return "qualities"
-    raise ConfigError(f"{run.folder} repeats {main.folder}")
+    raise ConfigError(f"{run.folder} has the same settings as {main.folder}; leave it out")
 
 
 def _task(run: Run) -> str:
@@ -312,13 +315,13 @@ def _asked(run: Run) -> dict[str, Any]:
 
 def _used(run: Run) -> dict[str, Any]:
     """How the model was used: all settings that influence rows."""
-    made: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if run.knows_preset:  # decoding fills in fields that older presets lack
         preset = run.preset
-        made = {**msgspec.to_builtins(preset), "prompt": preset.template}
-    made = {name: value for name, value in made.items() if name not in _NOT_IN_ROWS}
+        settings = {**msgspec.to_builtins(preset), "prompt": preset.template}
+    settings = {name: value for name, value in settings.items() if name not in _NOT_IN_ROWS}
     model = run.provenance["model"]
-    return made | {name: model.get(name) for name in ("view", "grid", "dtype")}
+    return settings | {name: model.get(name) for name in ("view", "grid", "dtype")}
 
 
 def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:
@@ -327,7 +330,7 @@ def _same_use(run: Run, main: Run, but: Sequence[str] = ()) -> None:
     for name in sorted(theirs.keys() | here.keys()):
         if name not in but and theirs.get(name) != here.get(name):
             what = difference(name, theirs.get(name), here.get(name))
-            raise ConfigError(f"{run.folder} used the model otherwise than {main.folder} ({what})")
+            raise ConfigError(f"{run.folder} has other model settings than {main.folder} ({what})")
 
 
 def _model(run: Run) -> tuple[Any, ...]:

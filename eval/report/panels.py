@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.analysis.baselines import HighResolution, Oracle, decided
+from eval.analysis.baselines import HighResolution, Oracle, retransmits
 from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, ends
 from eval.analysis.operating_points import Column, Point, two_stage_point
 from eval.analysis.run import Run
@@ -24,7 +24,7 @@ from eval.analysis.trace import rows_of
 from eval.report.style import COLOURS, MUTED, in_style, new_figure
 
 Panel = dict[str, Any]
-"""JSON of a panel: exactly what is drawn, such as title, lines and marks."""
+"""JSON of a panel: all that is drawn, such as title, lines and marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def line(
     drawn = curve(run, setting)
     at = drawn.thinned()
     x = axis.along(drawn, run)[at]
-    made = {
+    data = {
         "name": name,
         "setting": setting.name,
         "rows": rows_of(run),
@@ -113,14 +113,14 @@ def line(
     if band:
         never, _ = ends(run)
         low, high = bootstrap.band(drawn, run, axis.column, x * axis.unit(never))
-        made |= {"low": low.tolist(), "high": high.tolist()}
-    return made
+        data |= {"low": low.tolist(), "high": high.tolist()}
+    return data
 
 
 def mark(name: str, point: Point, axis: Axis, never: Point, run: Run) -> dict[str, Any]:
     """Data of a mark: one point of another method."""
-    made = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
-    return {**made, "note": point.note} if point.note else made
+    data = {"name": name, "rows": rows_of(run), "x": axis.of(point, never), "y": point.accuracy}
+    return {**data, "note": point.note} if point.note else data
 
 
 def panel(
@@ -166,7 +166,7 @@ def panel(
 def sent_at(run: Run, setting: Criterion, eta: float) -> Column:
     """1 for samples that the policy with this threshold sends, else 0; calls the policy itself."""
     policy = setting.policy(eta)
-    return np.array([decided(policy, record) for record in run.records], dtype=np.float64)
+    return np.array([retransmits(policy, record) for record in run.records], dtype=np.float64)
 
 
 @in_style()

@@ -39,12 +39,12 @@ def chosen_row(run: Run) -> tuple[Record, str]:
         The row, and the rule that chose it, in words.
     """
     turned = [r for r in run.records if r.first_score < 0.5 <= r.second_score]
-    held = [r for r in turned if r.true_box and r.box and _within(r.true_box, r.box)]
+    covering = [r for r in turned if r.true_box and r.box and _within(r.true_box, r.box)]
     rule = "the first row whose first answer is wrong and second right"
-    if held:
-        return held[0], f"{rule}, with the true place in the region"
+    if covering:
+        return covering[0], f"{rule}, with the true place in the region"
     if turned:
-        return turned[0], f"{rule} (of none is the true place known to be in the region)"
+        return turned[0], f"{rule} (in none of them is the true place known to be in the region)"
     shown = [r for r in run.records if r.box] or run.records
     return shown[0], "the first row (no wrong first answer has a right second one)"
 

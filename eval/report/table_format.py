@@ -102,12 +102,12 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _flat(row: Row) -> Row:
-    made: Row = {}
+    flat: Row = {}
     for name, value in row.items():
         if name.endswith("_interval"):
-            made[f"{name}_low"], made[f"{name}_high"] = value or (None, None)
+            flat[f"{name}_low"], flat[f"{name}_high"] = value or (None, None)
         elif name in ("rows", "val_rows", "target"):
-            made |= {f"{name}_{key}": one for key, one in value.items()}
+            flat |= {f"{name}_{key}": one for key, one in value.items()}
         elif not isinstance(value, dict | list):
-            made[name] = value
-    return made
+            flat[name] = value
+    return flat

@@ -113,7 +113,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Inputs], list[Row]], str, Mapping[str,
         },
     ),
     "boxes": (
-        "Regions against regions placed at random, and what they are worth",
+        "Regions against random regions, and the gain of second answers",
         table_boxes,
         "Share of the true box's area that lies in the region, and its expectation for a random "
         "place of the region, over questions with a true box; score of the second minus the first "

@@ -44,7 +44,7 @@ TARGET_RATES = (0.1, 0.3, 0.5)
 
 def table1(inputs: Inputs) -> list[Row]:
     """Table I: visual tokens, and mean length of prompts."""
-    run, made = inputs.main, []
+    run, rows = inputs.main, []
     if run.decoder is None or not run.records[0].first_input_tokens:
         return []
     for pass_, pictures in (("initial inference", 1), ("second inference", 2)):
@@ -54,7 +54,7 @@ def table1(inputs: Inputs) -> list[Row]:
             continue
         length = float(lengths[lengths > 0].mean())  # 0 means that there was no second pass
         visual = pictures * run.decoder.visual_tokens
-        made.append(
+        rows.append(
             {
                 "pass": pass_,
                 "visual_tokens": visual,
@@ -64,7 +64,7 @@ def table1(inputs: Inputs) -> list[Row]:
                 "formula": f"n_v of the model; mean of {name}",
             }
         )
-    return made
+    return rows
 
 
 def table2(inputs: Inputs) -> list[Row]:
@@ -113,7 +113,7 @@ def table_baselines(inputs: Inputs) -> list[Row]:
         methods.append((HighResolution(), inputs.hd))
     bootstrap = inputs.bootstrap(run)
     never, _ = ends(run)
-    made = []
+    rows = []
     for method, source in methods:
         for point in method.points(source):
             low, high = bootstrap.mean(point.scores)
@@ -121,8 +121,8 @@ def table_baselines(inputs: Inputs) -> list[Row]:
             figures["setting_is"] = "" if point.setting is None else method.setting_is
             figures["relative_flops"] = finite(point.flops / never.flops)
             figures["relative_paper_flops"] = finite(point.paper_flops / never.paper_flops)
-            made.append({**figures, "accuracy_interval": [low, high], "rows": rows_of(source)})
-    return made
+            rows.append({**figures, "accuracy_interval": [low, high], "rows": rows_of(source)})
+    return rows
 
 
 def table_chosen(inputs: Inputs) -> list[Row]:
@@ -136,18 +136,18 @@ def table_chosen(inputs: Inputs) -> list[Row]:
         chosen.append((f"target rate {rate:g}", for_rate(val, setting, rate)))
     name = f"loss at most {MAX_LOSS:g}, {CONFIDENCE:.0%} sure"
     chosen.append((name, for_loss(val, setting, MAX_LOSS, CONFIDENCE)))
-    made = []
+    rows = []
     for name, found in chosen:
         assert found.eta is not None
         on_val = {f"val_{key}": found.expected[key] for key in ("rate", "accuracy", "bytes_up")}
         row = _applied(name, found.eta, setting, run, inputs)
-        made.append({**row, **on_val, **chosen_on(inputs, found)})
+        rows.append({**row, **on_val, **chosen_on(inputs, found)})
     preset = run.provenance["model"].get("preset")
     if preset is not None:
         policy = run.preset.policy()
         of_preset = Criterion(policy.metric, policy.aggregate, policy.k, policy.include_end)
-        made.append(_applied("the preset's", policy.eta, of_preset, run, inputs))
-    return made
+        rows.append(_applied("the preset's", policy.eta, of_preset, run, inputs))
+    return rows
 
 
 def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
@@ -157,14 +157,14 @@ def calibrate_command(val: str, scorer: str | None = None) -> list[str]:
         val: folder of the validation run.
         scorer: scorer of the report; None for the task's default.
     """
-    made = ["calibrate", val, "--max-accuracy-loss", f"{MAX_LOSS:g}"]
-    made += ["--confidence", f"{CONFIDENCE:g}", "--metric", "min_entropy", "--aggregate", "full"]
-    made += [] if scorer is None else ["--scorer", scorer]
-    return [*made, "--out", "calibration.yaml"]
+    command = ["calibrate", val, "--max-accuracy-loss", f"{MAX_LOSS:g}"]
+    command += ["--confidence", f"{CONFIDENCE:g}", "--metric", "min_entropy", "--aggregate", "full"]
+    command += [] if scorer is None else ["--scorer", scorer]
+    return [*command, "--out", "calibration.yaml"]
 
 
 def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
-    """Text under `table_chosen` that says what the guarantee does not cover."""
+    """Text above `table_chosen` that says what the guarantee does not cover."""
     text = (
         f"“{CONFIDENCE:.0%} sure” refers to the mean over pictures with the mixture of questions "
         "of the validation split, not to each kind of question."
@@ -189,7 +189,7 @@ def chosen_notes(inputs: Inputs, rows: Sequence[Row]) -> str:
 def table_boxes(inputs: Inputs) -> list[Row]:
     """Coverage of the true box by regions and by random regions, and the gain of second answers,
     by kind of question."""
-    made = []
+    rows = []
     kinds = [("all questions", inputs.main)]
     if not inputs.tasks:
         kinds += [one for one in inputs.kinds() if one[0] != "all questions"]
@@ -211,7 +211,7 @@ def table_boxes(inputs: Inputs) -> list[Row]:
         if with_box:
             boxed = Run(folder=run.folder, provenance=run.provenance, records=with_box)
             row["index_with_box"] = rows_of(boxed)["index"]
-            held = np.array([covered(r.true_box, r.box) for r in with_box])
+            shares = np.array([covered(r.true_box, r.box) for r in with_box])
             chance = np.array(
                 [
                     covered_at_random(r.true_box, r.box, r.source_width, r.source_height)
@@ -219,25 +219,25 @@ def table_boxes(inputs: Inputs) -> list[Row]:
                 ]
             )
             row |= {
-                "covered": float(held.mean()),
+                "covered": float(shares.mean()),
                 "covered_at_random": float(chance.mean()),
-                "difference": float((held - chance).mean()),
-                "difference_interval": list(inputs.bootstrap(boxed).mean(held - chance)),
+                "difference": float((shares - chance).mean()),
+                "difference_interval": list(inputs.bootstrap(boxed).mean(shares - chance)),
             }
-        made.append(row)
-    return made
+        rows.append(row)
+    return rows
 
 
 def table_summaries(inputs: Inputs) -> list[Row]:
     """The tasks' own summaries of a whole split, for first and second answers."""
-    made = []
+    rows = []
     for run in (inputs.main, *inputs.tasks, *inputs.models):
         kind = task_kind(str(run.provenance["task"]["name"]))
         truths = [truth_of(record) for record in run.records]
         for name, summary in kind.summaries.items():
             first = summary([record.first_text for record in run.records], truths)
             second = summary([record.second_text for record in run.records], truths)
-            made += [
+            rows += [
                 {
                     "run": run.folder.name,
                     "summary": name,
@@ -248,7 +248,7 @@ def table_summaries(inputs: Inputs) -> list[Row]:
                 }
                 for key in first
             ]
-    return made
+    return rows
 
 
 def table_layers(inputs: Inputs) -> list[Row]:

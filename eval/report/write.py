@@ -1,4 +1,4 @@
-"""Writing of a report: figures, tables, a JSON with all data and their origin, and a page."""
+"""Write a report: figures, tables, a JSON file with all data and their origin, and a page."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     ),
     "fig-09-tasks": (
         figures.fig9,
-        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; with one benchmark, its kinds "
-        "of questions stand here.",
+        "The paper has a panel for each of A-OKVQA, VQAv2 and GQA; a report on one benchmark has a "
+        "panel for each kind of question.",
     ),
     "fig-10-models": (figures.fig10, "The models whose runs were given."),
     "fig-11-pictures": (
@@ -66,7 +66,7 @@ _FIGURES: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str]] = {
     ),
     "fig-12-qualities": (
         figures.fig12,
-        "Views and regions have the same quality. Each curve from no region to all.",
+        "Views and regions have the same quality. Each curve runs from no region sent to all.",
     ),
 }
 
@@ -78,7 +78,7 @@ def write_report(
     formats: Sequence[str] = FORMATS,
     data: Path | None = None,
     command: Sequence[str] = (),
-    tell: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Write a report. The same runs give the same files, bit by bit.
 
@@ -88,7 +88,7 @@ def write_report(
         formats: file formats of figures, some of `FORMATS`.
         data: folder with the benchmark's data, for Fig. 11.
         command: the command that reproduces the report.
-        tell: called with the name of each figure and table before it is made.
+        progress: called with the name of each figure and table before it is made.
 
     Returns:
         Contents of `report.json`.
@@ -98,7 +98,7 @@ def write_report(
     """
     names = [run.folder.name for run in inputs.runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"runs are results apart by their folders' names: {', '.join(names)}")
+        raise ConfigError(f"two runs have the same folder name; rename one: {', '.join(names)}")
     results = {
         "format": 1,
         "command": list(command),
@@ -121,8 +121,8 @@ def write_report(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _figures(results, inputs, folder, formats, data, tell)
-        _tables(results, inputs, folder, tell)
+        _figures(results, inputs, folder, formats, data, progress)
+        _tables(results, inputs, folder, progress)
         (folder / RESULTS).write_text(as_json(results) + "\n", encoding="utf-8")
         (folder / "index.md").write_text(_page(results, inputs, formats), encoding="utf-8")
     except OSError as error:
@@ -150,16 +150,16 @@ def _figures(
     folder: Path,
     formats: Sequence[str],
     data: Path | None,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> None:
     for name, (make, _) in _FIGURES.items():
-        tell(name)
-        made = make(inputs)
-        if made is None:
+        progress(name)
+        content = make(inputs)
+        if content is None:
             results["left_out"][name] = "there is no run for it"
             continue
         try:
-            figure = draw(name, made, inputs, data)
+            figure = draw(name, content, inputs, data)
         except CollabError as error:
             if name != "fig-11-pictures":
                 raise
@@ -167,14 +167,14 @@ def _figures(
             continue
         for kind in formats:
             save(figure, folder / f"{name}.{kind}")
-        results["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **made}
+        results["figures"][name] = {"made_by": f"{make.__module__}.{make.__name__}", **content}
 
 
 def _tables(
-    results: dict[str, Any], inputs: Inputs, folder: Path, tell: Callable[[str], None]
+    results: dict[str, Any], inputs: Inputs, folder: Path, progress: Callable[[str], None]
 ) -> None:
     for name, (title, make, formula, cells) in TABLES.items():
-        tell(name)
+        progress(name)
         rows = make(inputs)
         if not rows:
             results["left_out"][name] = "there is no run for it"

@@ -1,10 +1,10 @@
 """A run's folder while it grows: shards, failures, provenance, and which samples are done.
 
-Several processes may write to one folder, but never to the same file: shards are named by their
-first sample, each failure is appended in one write, and the first process makes `run.json`. A
-killed process leaves complete shards, so resuming only takes reading which samples are done. Two
-sessions that distribute the samples differently would answer some twice; `eval.runs.lock` refuses
-the second one.
+Several processes may write to one folder without conflict: shards are named by their first sample,
+each failure is appended in one write, and the first process makes `run.json`. A killed process
+leaves complete shards, so a resumed run only reads which samples are done. Two sessions that
+distribute the samples differently would answer some twice, so `eval.runs.lock` refuses the second
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vlm_collab.errors import ConfigError
 FAILURES = "failed.jsonl"
 
 SAVE_EVERY = 64
-"""Most finished samples kept in memory before they are written. Few shards are read faster."""
+"""Most finished samples kept in memory before they are written; few shards are faster to read."""
 SAVE_AFTER_S = 20.0
 """Longest time between two writes, in s, so that a crash loses little."""
 
@@ -173,7 +173,7 @@ class RunFolder:
         known = [before, *before.get("resumed", [])]
         beside = any(one.get("session") == now["session"] for one in known)
         if not (resume or beside):
-            raise ConfigError(f"{self.path} holds a run already; choose another folder")
+            raise ConfigError(f"{self.path} already holds a run; choose another folder")
         theirs, mine = _settings(before), _settings(now)
         for name in theirs:
             if theirs[name] != mine[name]:
@@ -235,12 +235,12 @@ def failures(folder: Path) -> list[Failure]:
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's provenance that sessions must share."""
-    made = {name: content.get(name) for name in SETTINGS}
-    task, machine = made["task"], content.get("machine")
+    settings = {name: content.get(name) for name in SETTINGS}
+    task, machine = settings["task"], content.get("machine")
     if isinstance(task, dict) and isinstance(task.get("settings"), dict):
-        made["task"] = {**task, "settings": without_locations(task["settings"])}
-    made["threads"] = machine.get("threads") if isinstance(machine, dict) else None
-    return made
+        settings["task"] = {**task, "settings": without_locations(task["settings"])}
+    settings["threads"] = machine.get("threads") if isinstance(machine, dict) else None
+    return settings
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:

@@ -1,10 +1,10 @@
 """Choice of the attention layer: how well each decoder layer's attention finds the answer.
 
 Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
-2512.16349), choose the layer of Eq. 22 "empirically" (section VI-B). Here it is the layer whose
-region covers most of the true box, on data with true boxes. For every layer, the model is opened,
-and the engine runs the first pass and the region search of each question. Nothing is sent, and no
-second pass runs.
+2512.16349), choose the layer of Eq. 22 empirically, for the largest contrast between high and low
+attention (section VI-B). Here it is the layer whose regions cover most of the true boxes, on data
+with true boxes. For every layer, the model is opened, and the engine runs the first pass and the
+region search of each question. Nothing is sent, and no second pass runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vlm_collab.protocol.messages import Fallback, Retransmit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class LayerRegion:
     """The region of one layer on one sample; a row of the Parquet file beside the calibration.
 
     Attributes:
@@ -89,7 +89,7 @@ class Layer:
 
 async def measure_layers(
     task: Task, options: ModelOptions, layers: Sequence[int] | None = None, *, shown: bool = False
-) -> tuple[list[Look], str]:
+) -> tuple[list[LayerRegion], str]:
     """Measure all layers, or some.
 
     Args:
@@ -107,12 +107,12 @@ async def measure_layers(
     every = ((index, task[index]) for index in range(len(task)))
     samples = [(index, sample) for index, sample in every if sample.true_box is not None]
     if not samples:
-        raise ConfigError(f"no sample of {task.name} {task.split} says where its answer is")
-    made: list[Look] = []
-    wanted = None if layers is None else list(layers)
+        raise ConfigError(f"no sample of {task.name}, split {task.split}, has a true box")
+    regions: list[LayerRegion] = []
+    remaining = None if layers is None else list(layers)
     name, bar = "", None
-    while wanted is None or wanted:
-        layer = 0 if wanted is None else wanted[0]
+    while remaining is None or remaining:
+        layer = 0 if remaining is None else remaining[0]
         chosen = ModelOptions(
             name=options.name,
             device=options.device,
@@ -122,27 +122,27 @@ async def measure_layers(
         )
         backend, preset = await loaded(chosen, 1)
         try:
-            if wanted is None:
-                wanted = list(range(backend.info.layers))
+            if remaining is None:
+                remaining = list(range(backend.info.layers))
             bar = bar or tqdm(
-                total=len(wanted) * len(samples), unit="sample", disable=None if shown else True
+                total=len(remaining) * len(samples), unit="sample", disable=None if shown else True
             )
             engine, name = engine_of(backend, preset, None, {}), backend.info.name
-            made += await _measure(engine, preset, layer, samples, bar.update)
+            regions += await _measure(engine, preset, layer, samples, bar.update)
         finally:
             await backend.close()
-        wanted.pop(0)
+        remaining.pop(0)
     if bar is not None:
         bar.close()
-    return made, name
+    return regions, name
 
 
-def by_layer(looks: Sequence[Look]) -> list[Layer]:
+def by_layer(regions: Sequence[LayerRegion]) -> list[Layer]:
     """Summarise the rows of each layer, in the rows' order."""
-    made = []
-    for layer in dict.fromkeys(look.layer for look in looks):
-        shares = [look.covered for look in looks if look.layer == layer]
-        made.append(
+    results = []
+    for layer in dict.fromkeys(region.layer for region in regions):
+        shares = [region.covered for region in regions if region.layer == layer]
+        results.append(
             Layer(
                 layer=layer,
                 covered=float(np.mean(shares)),
@@ -150,7 +150,7 @@ def by_layer(looks: Sequence[Look]) -> list[Layer]:
                 samples=len(shares),
             )
         )
-    return made
+    return results
 
 
 def best_layer(layers: Sequence[Layer]) -> Layer:
@@ -158,7 +158,7 @@ def best_layer(layers: Sequence[Layer]) -> Layer:
     return max(layers, key=lambda one: (one.covered, -one.layer))
 
 
-def write_looks(path: Path, looks: Sequence[Look]) -> str:
+def write_regions(path: Path, regions: Sequence[LayerRegion]) -> str:
     """Write the rows to a Parquet file.
 
     Returns:
@@ -167,7 +167,7 @@ def write_looks(path: Path, looks: Sequence[Look]) -> str:
     Raises:
         ConfigError: it cannot be written.
     """
-    table = pa.Table.from_pylist([asdict(look) for look in looks], schema=SCHEMA)
+    table = pa.Table.from_pylist([asdict(region) for region in regions], schema=SCHEMA)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path, compression="zstd")
@@ -176,16 +176,16 @@ def write_looks(path: Path, looks: Sequence[Look]) -> str:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def read_looks(path: Path) -> list[Look]:
-    """Read a file of `write_looks`.
+def read_regions(path: Path) -> list[LayerRegion]:
+    """Read a file of `write_regions`.
 
     Raises:
         OSError: it cannot be read.
     """
-    return [Look(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+    return [LayerRegion(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
 
 
-async def _none(need: RegionNeed) -> Image:
+async def _decline(need: RegionNeed) -> Image:
     """Decline the region; only its box is needed."""
     raise RegionUnavailableError(Fallback.DECLINED)
 
@@ -196,8 +196,8 @@ async def _measure(
     layer: int,
     samples: Sequence[tuple[int, Sample]],
     done: Callable[[int], object],
-) -> list[Look]:
-    made, pictures, info = [], SamplePictures(), engine.backend.info
+) -> list[LayerRegion]:
+    regions, pictures, info = [], SamplePictures(), engine.backend.info
     for index, sample in samples:
         picture = pictures.get(sample)
         codec = Codec[preset.codec.upper()]
@@ -209,7 +209,7 @@ async def _measure(
                 view,
                 picture.size,
                 GenerationRequest(sample.question),
-                _none,
+                _decline,
                 retransmit=Retransmit.ALWAYS,
             )
         finally:
@@ -217,8 +217,8 @@ async def _measure(
         assert sample.true_box is not None
         # No region would show more than the view, so the view counts as the region.
         box = Box(0, 0, *picture.size) if outcome.need is None else outcome.need.box
-        made.append(
-            Look(
+        regions.append(
+            LayerRegion(
                 layer=layer,
                 index=index,
                 id=sample.id,
@@ -229,4 +229,4 @@ async def _measure(
             )
         )
         done(1)
-    return made
+    return regions

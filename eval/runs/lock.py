@@ -1,4 +1,4 @@
-"""Locks that let only one session at a time work on a run's folder.
+"""Lock a run's folder, so that only one session at a time works on it.
 
 Each process holds its own lock file, named after its session. A new process checks all lock files.
 The locks are the operating system's, so the lock of a killed process is free.
@@ -26,14 +26,14 @@ def session_lock(path: Path, key: str, rank: int, session: str, *, hint: str = "
 
     Args:
         path: the folder; created if it is missing.
-        key: the same for all processes that distribute the run's samples in the same way. Later
-            sessions may have the same key.
+        key: equal in all processes of one session; it stands for the way in which they distribute
+            the samples. A later session may have the same key.
         rank: number of this process among them.
         session: a unique name for this session.
         hint: appended to the message if the folder is in use.
 
     Yields:
-        The session's name: the one that its first running process passed.
+        The session's name, as passed by the first of its processes that are running.
 
     Raises:
         ConfigError: another session uses the folder, or a process with the same key and rank; or
@@ -61,7 +61,7 @@ def session_lock(path: Path, key: str, rank: int, session: str, *, hint: str = "
                     old.unlink()
                 name.write_text(session, encoding="utf-8")
     except Timeout:
-        raise ConfigError(f"{path}: another session is at work on this run{hint}") from None
+        raise ConfigError(f"{path}: another session is working on this run{hint}") from None
     except OSError as error:
         raise ConfigError(f"the run's folder {path}: {error.strerror or error}") from error
     except NotImplementedError as error:

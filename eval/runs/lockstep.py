@@ -1,9 +1,9 @@
 """Lockstep execution of a group of questions, so that runs repeat bit by bit.
 
-A backend batches the operations that happen to wait, and results of different batches differ in
-their last bits. Here, the questions of a group take each step together: a step begins once every
-unfinished question of the group has reached it. So batches are the same in every run, whatever the
-load of the machine, and even if the run was interrupted.
+A backend batches the operations that are waiting at the moment, and results of different batches
+differ in their last bits. Here, the questions of a group take each step together: a step begins
+once every unfinished question of the group has reached it. So batches are the same in every run,
+whatever the load of the machine, and even if the run was interrupted.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class Lockstep:
             return
         with self.backend.together():
             tasks = [asyncio.create_task(_settle(step)) for step in steps]
-            # Each task runs up to its first wait, which is for the model; then all are queued, in
-            # this order.
+            # Each task runs until it waits for the model. Then all are queued, in this order.
             await asyncio.sleep(0)
         await asyncio.gather(*tasks)
 
@@ -148,17 +147,17 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "first_pass",
             lambda: self.group.backend.first_pass(view, request, stop=stop, on_text=on_text),
         )
-        return made
+        return generation
 
     async def relative_attention(self, view: View, first: Generation) -> RelativeAttention:
-        made: RelativeAttention = await self._step(
+        attention: RelativeAttention = await self._step(
             "relative_attention", lambda: self.group.backend.relative_attention(view, first)
         )
-        return made
+        return attention
 
     async def second_pass(
         self,
@@ -170,13 +169,13 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "second_pass",
             lambda: self.group.backend.second_pass(
                 view, region, request, picture=picture, stop=stop, on_text=on_text
             ),
         )
-        return made
+        return generation
 
     async def text_pass(
         self,
@@ -185,11 +184,11 @@ class Member:
         stop: StopRule | None = None,
         on_text: TextSink | None = None,
     ) -> Generation:
-        made: Generation = await self._step(
+        generation: Generation = await self._step(
             "text_pass",
             lambda: self.group.backend.text_pass(request, stop=stop, on_text=on_text),
         )
-        return made
+        return generation
 
     async def release(self, view: View) -> None:
         await self.group.backend.release(view)
@@ -204,11 +203,11 @@ class Member:
         async def timed() -> Any:
             begin = time.perf_counter()
             try:
-                made = await call()
+                result = await call()
             except Exception as error:
                 self.error = error
                 raise
             self.seconds[name] = time.perf_counter() - begin
-            return made
+            return result
 
         return await self.group.step(self.place, timed)

@@ -214,12 +214,12 @@ async def _groups(
                 coming = None
                 if number + 1 < len(groups):
                     coming = asyncio.create_task(_prepare(method, task, groups[number + 1]))
-                ready = [made for _, _, made in prepared if not isinstance(made, SampleError)]
+                ready = [item for _, _, item in prepared if not isinstance(item, SampleError)]
                 answered = iter(await method.answer(ready))
                 records: list[Record] = []
                 failures: list[Failure] = []
-                for index, id, made in prepared:
-                    result = made if isinstance(made, SampleError) else next(answered)
+                for index, id, item in prepared:
+                    result = item if isinstance(item, SampleError) else next(answered)
                     if isinstance(result, SampleError):
                         failures.append(Failure(index, id, str(result)))
                         in_a_row += 1
@@ -253,10 +253,10 @@ async def _prepare(method: Method, task: Task, group: Sequence[int]) -> _Prepare
             try:
                 sample = as_sample_error("the sample", partial(task.__getitem__, index))
                 id = sample.id
-                made: Any = method.prepare(index, sample)
+                item: Any = method.prepare(index, sample)
             except SampleError as error:
-                made = error
-            prepared.append((index, id, made))
+                item = error
+            prepared.append((index, id, item))
         return prepared
 
     return await asyncio.to_thread(work)

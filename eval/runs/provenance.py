@@ -23,7 +23,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """The current time, in UTC, in ISO format with seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

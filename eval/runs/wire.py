@@ -1,8 +1,8 @@
-"""Sizes of the messages of a question, as the two sides would really send them.
+"""Sizes of the messages of a question, as edge and server would really send them.
 
 The messages are built and encoded; headers of their WebSocket frames are included. Parts that
-would differ from run to run get a fixed size: the question is the first of its connection, and
-times in `Usage` take three bytes, as most do.
+would differ between runs get a fixed size: the question has the id 1, and each time in `Usage`
+takes three bytes, as most do.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def exchange_bytes(
         first: the first answer, with the cost of the first stage.
         second: the second answer, with the cost of both stages.
     """
-    asked = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
+    ask = message_bytes(Ask(_ID, question, _ID, view, *source), up=True)
     request = message_bytes(
         RegionRequest(
             _ID,
@@ -94,11 +94,11 @@ def exchange_bytes(
     )
     reply = message_bytes(Region(_ID, region), up=True)
     return ExchangeBytes(
-        ask=asked - len(view),
+        ask=ask - len(view),
         request=request,
         reply=reply - len(region),
-        first_answer=answer_bytes(first, Stage.FIRST, asked, 0),
-        answer=answer_bytes(second, Stage.SECOND, asked + reply, request),
+        first_answer=answer_bytes(first, Stage.FIRST, ask, 0),
+        answer=answer_bytes(second, Stage.SECOND, ask + reply, request),
     )
 
 
@@ -106,8 +106,8 @@ def one_stage_bytes(
     question: str, source: Size, picture: bytes, sent: SentAnswer
 ) -> tuple[int, int]:
     """Sizes of a question without its picture, and of its answer, if there is no second stage."""
-    asked = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
-    return asked - len(picture), answer_bytes(sent, Stage.FIRST, asked, 0)
+    ask = message_bytes(Ask(_ID, question, _ID, picture, *source), up=True)
+    return ask - len(picture), answer_bytes(sent, Stage.FIRST, ask, 0)
 
 
 def answer_bytes(sent: SentAnswer, stage: Stage, up: int, down: int) -> int:

@@ -37,8 +37,8 @@ def schema() -> pa.Schema:
     features = {"image": Image()} | {name: Value("string") for name in texts}
     features |= {"text_height_px": Value("int32"), "box": List(Value("int32"))}
     features |= {"image_width": Value("int32"), "image_height": Value("int32")}
-    made: pa.Schema = Features(features).arrow_schema
-    return made
+    arrow_schema: pa.Schema = Features(features).arrow_schema
+    return arrow_schema
 
 
 def build(folder: Path, split: Split, count: int, *, workers: int = 1) -> Path:
@@ -85,14 +85,14 @@ def splits_in(folder: Path) -> list[tuple[Split, int]]:
 
 def _rows(split: Split, count: int, workers: int) -> Iterator[dict[str, Any]]:
     pictures = range(-(-count // PER_PICTURE))
-    made = partial(_of_picture, split)
+    rows_of_picture = partial(_of_picture, split)
     if workers == 1:
-        every = (row for picture in pictures for row in made(picture))
+        every = (row for picture in pictures for row in rows_of_picture(picture))
         yield from islice(every, count)
         return
     # Spawned: a fork would copy the caller's threads in an unknown state.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        every = (row for rows in pool.map(made, pictures, chunksize=8) for row in rows)
+        every = (row for rows in pool.map(rows_of_picture, pictures, chunksize=8) for row in rows)
         yield from islice(every, count)
 
 

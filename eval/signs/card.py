@@ -153,11 +153,11 @@ def page(splits: Sequence[tuple[Split, int]]) -> str:
         quality=JPEG_QUALITY,
         sizes="896 × 896, 1120 × 896 or 896 × 1120",
     )
-    made = {split: [item(split, index) for index in range(count)] for split, count in splits}
-    lines = ["| | " + " | ".join(made) + " |", "|---|" + "---|" * len(made)]
-    for name, count in _counted(made):
-        lines.append(f"| {name} | " + " | ".join(str(count[split]) for split in made) + " |")
-    digests = [f"- {split}: `{digest(items)}`" for split, items in made.items()]
+    by_split = {split: [item(split, index) for index in range(count)] for split, count in splits}
+    lines = ["| | " + " | ".join(by_split) + " |", "|---|" + "---|" * len(by_split)]
+    for name, count in _counted(by_split):
+        lines.append(f"| {name} | " + " | ".join(str(count[split]) for split in by_split) + " |")
+    digests = [f"- {split}: `{digest(items)}`" for split, items in by_split.items()]
     return (
         text
         + "\n".join(lines)
@@ -172,14 +172,14 @@ def digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def _counted(made: dict[Split, list[Item]]) -> list[tuple[str, dict[Split, int]]]:
-    pictures = {split: len({one.image_id for one in items}) for split, items in made.items()}
-    questions = {split: len(items) for split, items in made.items()}
+def _counted(by_split: dict[Split, list[Item]]) -> list[tuple[str, dict[Split, int]]]:
+    pictures = {split: len({one.image_id for one in items}) for split, items in by_split.items()}
+    questions = {split: len(items) for split, items in by_split.items()}
     lines = [("pictures", pictures), ("questions", questions)]
     for kind in Kind:
-        lines.append((f"`{kind}`", {s: sum(i.kind is kind for i in made[s]) for s in made}))
+        lines.append((f"`{kind}`", {s: sum(i.kind is kind for i in by_split[s]) for s in by_split}))
     for size in TextSize:
-        count = {s: sum(i.text_size is size for i in made[s]) for s in made}
+        count = {s: sum(i.text_size is size for i in by_split[s]) for s in by_split}
         lines.append((f"`number`, {size}", count))
     return lines
 

@@ -19,8 +19,8 @@ def mask_index(text: str) -> int:
 def glyph_masks(font: str) -> tuple[tuple[Image.Image, ...], ...]:
     """Masks of "0".."9" and "00".."99", tight to the ink, as [level][`mask_index`].
 
-    Each level halves the size of the one before. All are scaled from one large drawing: font
-    hinting, which snaps small glyphs to pixels, would not occur in a reduced photograph either.
+    Each level halves the size of the one before. All are scaled from one large drawing, without
+    font hinting, which snaps small glyphs to pixels: a reduced photograph has no hinting either.
     """
     import matplotlib
 

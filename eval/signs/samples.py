@@ -1,8 +1,8 @@
 """Samples of the generated benchmark, each determined by ``(split, index)`` alone.
 
-There are two questions about each picture: one asks for a number, which is mostly tiny; the other
-is about the signs themselves (`Kind`), and a small view mostly answers it. All questions use the
-words that the demo model was trained on (`demo/vlm_collab_demo/demo_model/README.md`).
+There are two questions about each picture. One asks for a number, which is mostly tiny. The other
+is about the signs themselves (`Kind`), and a small view mostly suffices for it. All questions use
+the words that the demo model was trained on (`demo/vlm_collab_demo/demo_model/README.md`).
 """
 
 from __future__ import annotations
@@ -135,36 +135,36 @@ def item(split: Split, index: int) -> Item:
     rng = np.random.default_rng(np.random.SeedSequence([_SEED, _SPLIT_IDS[split], picture, place]))
     kind = _OTHERS[picture % len(_OTHERS)] if place else Kind.NUMBER
     # Alternating, so that exactly every other answer is yes.
-    made = _asked_about(scene, kind, yes=picture // len(_OTHERS) % 2 == 0, rng=rng)
-    number = made.number
+    content = _question_about(scene, kind, yes=picture // len(_OTHERS) % 2 == 0, rng=rng)
+    number = content.number
     return Item(
         id=f"{split}-{index:06d}",
         image_id=f"{split}-{picture:06d}",
         picture=picture,
         width=scene.size[0],
         height=scene.size[1],
-        question=made.question,
-        answer=made.answer,
+        question=content.question,
+        answer=content.answer,
         kind=kind,
         text_size=None if number is None else text_size(number.view_text_height_px),
         text_height_px=None if number is None else number.sign.text_height_px,
-        box=made.box,
+        box=content.box,
     )
 
 
-def row_of(made: Item) -> dict[str, Any]:
+def row_of(sample: Item) -> dict[str, Any]:
     """A sample as a row of the data set, without its picture."""
     return {
-        "question_id": made.id,
-        "image_id": made.image_id,
-        "question": made.question,
-        "answer": made.answer,
-        "kind": made.kind.value,
-        "text_size": made.text_size and made.text_size.value,
-        "text_height_px": made.text_height_px,
-        "box": None if made.box is None else list(made.box),
-        "image_width": made.width,
-        "image_height": made.height,
+        "question_id": sample.id,
+        "image_id": sample.image_id,
+        "question": sample.question,
+        "answer": sample.answer,
+        "kind": sample.kind.value,
+        "text_size": sample.text_size and sample.text_size.value,
+        "text_height_px": sample.text_height_px,
+        "box": None if sample.box is None else list(sample.box),
+        "image_width": sample.width,
+        "image_height": sample.height,
     }
 
 
@@ -176,7 +176,9 @@ class _QuestionText:
     number: SignQuestion | None = None
 
 
-def _asked_about(scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator) -> _QuestionText:
+def _question_about(
+    scene: Scene, kind: Kind, *, yes: bool, rng: np.random.Generator
+) -> _QuestionText:
     if kind is Kind.NUMBER:
         choice = questions(scene)
         one = choice[int(rng.integers(len(choice)))]

@@ -29,7 +29,7 @@ from eval.signs.scenes import (
 
 _UNIT_SIDE_PX = 896  # sign and text sizes below are stated for a picture of this side
 _DARK_INK_ON = {"orange", "yellow", "white"}
-# The tallest text that two digits may have inside the shape, as a share of its diameter.
+# Largest height of a two-digit text inside the shape, as a share of the shape's diameter.
 _TEXT_SHARE = {"circle": 0.54, "square": 0.54, "triangle": 0.34, "diamond": 0.38, "cross": 0.36}
 _TEXT_DROP = {
     "triangle": 0.20
@@ -132,7 +132,7 @@ def _signs(
 
 
 def _sizes(rng: np.random.Generator, shape: str, style: SceneStyle) -> tuple[float, float]:
-    """A text height, and a diameter that has room for it but hardly depends on it."""
+    """A text height, and a diameter that is large enough for it."""
     share = _TEXT_SHARE[shape]
     low, high = style.text_height_px
     high = max(min(high, style.diameter_px[1] * share), low)

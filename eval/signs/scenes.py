@@ -2,10 +2,10 @@
 
 A large number can be read from the small global view, a tiny one only from a full-resolution
 region, so both stages of the system have real work to do. Each sample comes with its truth (text,
-boxes, text height). A scene depends on nothing but ``(split, index)`` and its style, and the test
-split has textures and a font that no other split uses.
+boxes, text height). A scene depends only on ``(split, index)`` and its style. The test split has
+textures and a font that no other split uses.
 
-This module says what a scene is; `eval.signs.sampling` makes scenes, `eval.signs.drawing` draws
+This module defines scenes; `eval.signs.sampling` makes them, `eval.signs.drawing` draws
 them.
 """
 
@@ -65,8 +65,8 @@ class SceneStyle:
     ``two_digits`` is the share of signs that carry two digits (the rest carry one). Text heights
     h have a density proportional to h^-p, where p is ``text_height_power``: log-uniform for
     p = 1, more small texts for larger p. ``glyph_jitter`` bounds how much digits are stretched,
-    slanted and (if they are large enough to show it) made bolder or thinner than in their font.
-    It lets training generalise from few fonts.
+    slanted and, if they are large enough to show it, made bolder or thinner than in their font.
+    With jitter, training generalises from few fonts.
     """
 
     signs: tuple[int, int] = (3, 6)

@@ -1,4 +1,4 @@
-"""Table of lmms-eval's own prompts and scores, for comparison with this project's.
+"""Make a table of lmms-eval's prompts and scores, for comparison with this project's.
 
 If lmms-eval 0.7.3 can be imported (see `docs/tasks.md`), this command writes the table ::
 
@@ -86,9 +86,9 @@ def _yaml(path: str) -> Mapping[str, Any]:
 
 def _settings(path: str) -> dict[str, Any]:
     found = _yaml(path)
-    made = {name: found.get(name) for name in _KEPT}
+    settings = {name: found.get(name) for name in _KEPT}
     default = found["lmms_eval_specific_kwargs"]["default"]
-    return made | {"default": {name: default[name] for name in ("pre_prompt", "post_prompt")}}
+    return settings | {"default": {name: default[name] for name in ("pre_prompt", "post_prompt")}}
 
 
 def _prompt_options(name: str) -> dict[str, Any]:
@@ -231,10 +231,10 @@ def _pope(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def write(path: Path, made: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a table with one line for each entry, so that diffs are readable."""
     parts = []
-    for name, value in made.items():
+    for name, value in content.items():
         if isinstance(value, Sequence) and not isinstance(value, str):
             inner = ",\n".join(json.dumps(one, ensure_ascii=False) for one in value)
             parts.append(f"{json.dumps(name)}: [\n{inner}\n]")
@@ -249,10 +249,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out: Path = parser.parse_args().out
     try:
-        made = table()
+        content = table()
     except ImportError as error:
         parser.error(f"lmms-eval cannot be imported here ({error}); docs/tasks.md says how")
-    write(out, made)
+    write(out, content)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Sample:
     Attributes:
         id: unique in its task and split.
         image_id: the same for all questions about one picture; bootstraps are clustered by it.
-        question: the question with all that the task adds before and after it (OCR tokens,
+        question: the question with the texts that the task adds before and after it (OCR tokens,
             "Answer the question using …").
         truth: the right answers.
         picture: returns the bytes of the original file.
@@ -66,7 +66,7 @@ class Task(ABC):
         name: name for `--task`.
         split: the opened split.
         max_new_tokens: the benchmark's longest answer, in tokens.
-        stop: texts at which an answer ends; the scorers cut there.
+        stop: texts at which an answer ends; scorers ignore what follows.
         default_scorer: name of the scorer that is used unless another is named.
         scorers: scorers by name.
         summaries: metrics of a whole split, by name.

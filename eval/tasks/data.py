@@ -95,8 +95,8 @@ def open_table(
         ConfigError: the data are missing, cannot be read, or lack a column.
     """
     rows, origin = _from_hub(source) if data is None else _from_folder(source, data)
-    wanted = [*columns, *([] if image is None else [image])]
-    lacking = [name for name in wanted if name not in rows.column_names]
+    needed = [*columns, *([] if image is None else [image])]
+    lacking = [name for name in needed if name not in rows.column_names]
     if lacking:
         raise ConfigError(
             f"{data or source.repository}, split {source.split}: no column "
@@ -118,9 +118,9 @@ def _from_hub(source: Source) -> tuple[Dataset, dict[str, Any]]:
         # `datasets` raises them for an unknown name, no network, or a wrong split.
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"cannot get {source.repository} from the hub ({reason}); where there is a network, "
+            f"cannot get {source.repository} from the hub ({reason}); with a network, run "
             f"`hf download --repo-type dataset {source.repository} --local-dir FOLDER`, "
-            "then name that FOLDER as the task's data"
+            "then give that FOLDER as the task's data"
         ) from None
     # Addresses such as hf://datasets/OWNER/NAME@REVISION/data/….
     places = " ".join(rows.info.download_checksums or ())

@@ -67,13 +67,13 @@ class HubTask(Task):
         if limit is not None and limit < 1:
             raise ConfigError(f"{self.name}: the limit must be at least 1, not {limit}")
         self.split = split
-        self._behind = self.post_prompt if post_prompt is None else post_prompt
+        self._suffix = self.post_prompt if post_prompt is None else post_prompt
         self._table = self._open(self.sources[split], data)
         chosen = self._chosen()
         self._indices = chosen if limit is None else chosen[:limit]
         self.settings = {
             "data": self._table.origin,
-            "post_prompt": self._behind,
+            "post_prompt": self._suffix,
             **self._more_settings(),
         }
 
@@ -125,13 +125,13 @@ class TextVQA(HubTask):
 
     def _sample(self, row: Mapping[str, Any], index: int) -> Sample:
         # "What does IBM make" loses its capitals, as in lmms-eval.
-        asked = str(row["question"]).capitalize()
+        question = str(row["question"]).capitalize()
         if self._ocr:
-            asked += f"\nReference OCR token: {', '.join(row['ocr_tokens'])}"
+            question += f"\nReference OCR token: {', '.join(row['ocr_tokens'])}"
         return Sample(
             id=str(row["question_id"]),
             image_id=str(row["image_id"]),
-            question=asked + self._behind,
+            question=question + self._suffix,
             truth=Truth(answers=tuple(row["answers"])),
             picture=partial(self._table.picture, index),
         )
@@ -161,7 +161,7 @@ class POPE(HubTask):
             # Each of the three sets counts its questions from 1.
             id=f"{row['category']}-{row['question_id']}",
             image_id=str(row["image_source"]),
-            question=str(row["question"]).strip() + self._behind,
+            question=str(row["question"]).strip() + self._suffix,
             truth=Truth(answers=(str(row["answer"]),)),
             picture=partial(self._table.picture, index),
             category=str(row["category"]),
@@ -196,7 +196,7 @@ class GQA(HubTask):
         return Sample(
             id=str(row["id"]),
             image_id=image,
-            question=str(row["question"]) + self._behind,
+            question=str(row["question"]) + self._suffix,
             truth=Truth(answers=(str(row["answer"]),)),
             picture=partial(self._picture, image),
             category=str((row.get("types") or {}).get("structural") or ""),
@@ -224,7 +224,7 @@ class VQAv2(HubTask):
         return Sample(
             id=str(row["question_id"]),
             image_id=str(row["image_id"]),
-            question=str(row["question"]) + self._behind,
+            question=str(row["question"]) + self._suffix,
             truth=Truth(answers=tuple(str(given["answer"]) for given in row["answers"])),
             picture=partial(self._table.picture, index),
             category=str(row["answer_type"]),
@@ -260,7 +260,7 @@ class AOKVQA(HubTask):
         return Sample(
             id=str(row["question_id"]),
             image_id=self._table.picture_key(index),
-            question=self._question(row) + self._behind,
+            question=self._question(row) + self._suffix,
             truth=self._truth(row),
             picture=partial(self._table.picture, index),
         )

@@ -1,8 +1,9 @@
 """The answer normalisation of the VQA evaluation, as lmms-eval 0.7.3 applies it.
 
 It unifies case, punctuation, articles, number words and contractions, so that "The two-way." and
-"2 way" are the same answer. Its oddities are kept, since published scores have them: punctuation
-becomes a blank or nothing depending on the whole text, and only the first 32 periods are removed.
+"2 way" are the same answer. Its oddities are kept, because published scores include them: whether
+punctuation becomes a blank or nothing depends on the whole text, and only the first 32 periods are
+removed.
 `tests/eval/test_tasks_lmms_eval.py` checks it against lmms-eval.
 """
 
@@ -15,7 +16,7 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _GROUPED_DIGITS = re.compile(r"(?<=\d),+(?=\d)")
-# Meant as "no decimal point", but the original looks only at what follows.
+# Meant as "not a decimal point", but the original checks only the next character.
 _PERIOD = re.compile(r"\.(?!\d)")
 # The original passes the flag re.UNICODE (32) to `re.sub` as the count.
 _MOST_PERIODS = 32
@@ -62,11 +63,11 @@ def textvqa_words(text: str) -> str:
 
 def _punctuation(text: str) -> str:
     grouped = _GROUPED_DIGITS.search(text) is not None
-    made = text
+    result = text
     for mark in _PUNCTUATION:
         beside_blank = f"{mark} " in text or f" {mark}" in text
-        made = made.replace(mark, "" if grouped or beside_blank else " ")
-    return _PERIOD.sub("", made, count=_MOST_PERIODS)
+        result = result.replace(mark, "" if grouped or beside_blank else " ")
+    return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
 def _words(text: str) -> str:

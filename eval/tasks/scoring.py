@@ -44,8 +44,8 @@ def _cut(answer: str, stop: Sequence[str]) -> str:
 def textvqa(answer: str, truth: Truth) -> float:
     """VQA accuracy with TextVQA's normalisation.
 
-    It is min(n / 3, 1) over all annotators but one, averaged over the one left out; n of them gave
-    this answer.
+    It is min(n / 3, 1), where n of the other annotators gave this answer, averaged over leaving out
+    each annotator once.
     """
     return _leave_one_out(textvqa_words(answer), [textvqa_words(one) for one in truth.answers])
 
@@ -64,7 +64,7 @@ def _leave_one_out(answer: str, given: Sequence[str]) -> float:
     if not given:
         return 0.0
     same = sum(one == answer for one in given)
-    # Without an annotator who agrees, one agreement fewer is left.
+    # If the annotator left out agrees, one agreement fewer remains.
     with_agreeing = same * min((same - 1) / 3, 1.0)
     with_others = (len(given) - same) * min(same / 3, 1.0)
     return (with_agreeing + with_others) / len(given)

@@ -35,9 +35,9 @@ def _by(key: str) -> Summary:
 class Signs(Task):
     """Numbers, presence, colours and counts of signs (`docs/benchmark.md`).
 
-    The category is the kind of question; `truth.extra` repeats it, with the size of the text.
-    Without `data`, each sample and picture is generated when it is needed, so there are `limit` of
-    them.
+    The category is the kind of question; `truth.extra` contains it too, with the size of the text.
+    Without `data`, each sample and picture is generated when it is needed, so `limit` may be any
+    number.
 
     Args:
         data: folder written by `python -m eval.signs.build`; None generates the same samples and
@@ -85,8 +85,8 @@ class Signs(Task):
             raise IndexError(index)
         if self._table is not None:
             return _sample(self._table[index], partial(self._table.picture, index))
-        made = item(self._split, index)
-        return _sample(row_of(made), partial(photograph, self._split, made.picture))
+        generated = item(self._split, index)
+        return _sample(row_of(generated), partial(photograph, self._split, generated.picture))
 
 
 def _split(name: str | None) -> Split:

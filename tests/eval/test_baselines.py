@@ -26,8 +26,8 @@ from eval.analysis.baselines import (
     RandomRetransmission,
     SendOriginal,
     VicropAlways,
-    decided,
     measured,
+    retransmits,
 )
 from eval.analysis.curves import Criterion, curve
 from eval.analysis.operating_points import Point, column, same_samples, two_stage_point
@@ -150,7 +150,7 @@ def test_sending_the_original_costs_the_same_bytes_at_any_threshold(made: Run) -
     assert "not executed" in vicrop.note
 
 
-def test_settings_say_what_they_are(made: Run) -> None:
+def test_the_kind_of_every_setting_is_named(made: Run) -> None:
     for baseline in BASELINES:
         if baseline.method != "two_stage":
             continue
@@ -162,14 +162,14 @@ def test_settings_say_what_they_are(made: Run) -> None:
 def test_a_policy_decides_from_a_row_as_it_does_online() -> None:
     rows = [record(0, 1, 1, 0.2), record(1, 1, 1, 0.3)]
     policy = ThresholdPolicy(Metric.MIN_ENTROPY, Aggregate.FULL, 0.25)
-    assert [decided(policy, row) for row in rows] == [False, True]
+    assert [retransmits(policy, row) for row in rows] == [False, True]
     # Statistics that a service does not report do not count as certainty.
     bare = replace(rows[1], first_entropy=[], first_margin=[])
-    assert decided(policy, bare)
-    with pytest.raises(ConfigError, match="does not know the entropy"):
-        decided(replace(policy, metric=Metric.ENTROPY), bare)
-    with pytest.raises(ConfigError, match="does not know the min_entropy"):
-        decided(policy, replace(bare, first_min_entropy=[]))
+    assert retransmits(policy, bare)
+    with pytest.raises(ConfigError, match="did not record the entropy"):
+        retransmits(replace(policy, metric=Metric.ENTROPY), bare)
+    with pytest.raises(ConfigError, match="did not record the min_entropy"):
+        retransmits(policy, replace(bare, first_min_entropy=[]))
 
 
 def test_runs_that_do_not_fit_are_refused(made: Run) -> None:
@@ -180,10 +180,10 @@ def test_runs_that_do_not_fit_are_refused(made: Run) -> None:
     with pytest.raises(ConfigError, match="no samples in common"):
         same_samples([made, run_of([record(9, 1, 1, 0.1)])])
     changed = [replace(made.records[0], question="another?"), *made.records[1:]]
-    with pytest.raises(ConfigError, match="did not ask the same: s0"):
+    with pytest.raises(ConfigError, match="question or truth of s0 differs"):
         same_samples([made, run_of(changed)])
     changed = [*made.records[:3], replace(made.records[3], truth='{"answers": []}')]
-    with pytest.raises(ConfigError, match="did not ask the same: s3"):
+    with pytest.raises(ConfigError, match="question or truth of s3 differs"):
         same_samples([made, run_of(changed)])
     with pytest.raises(ValueError, match="probability"):
         two_stage_point(made, np.full(4, 1.5), "x")
@@ -273,7 +273,7 @@ def straightforward(
     return output.sequences[0].tolist(), batch_token_statistics(logits)
 
 
-def test_hd_is_what_plain_transformers_gives(checkpoint: Path) -> None:
+def test_hd_equals_plain_transformers(checkpoint: Path) -> None:
     preset = preset_of(str(checkpoint)).with_overrides(layer=1, max_new_tokens=6)
     model = HdModel.load(str(checkpoint), preset, device="cpu", dtype="float32")
     assert model.info.visual_tokens == 5 * 64
@@ -281,11 +281,11 @@ def test_hd_is_what_plain_transformers_gives(checkpoint: Path) -> None:
     for question in ("what is written on the door?", "which number?"):
         answer = model.answer(picture, question, 6, ())
         tokens, steps = straightforward(checkpoint, picture, question, 6)
-        assert list(answer.made.token_ids) == tokens
-        for mine, theirs in zip(answer.made.steps, steps, strict=True):
+        assert list(answer.generation.token_ids) == tokens
+        for mine, theirs in zip(answer.generation.steps, steps, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
     turned = model.answer(picture.transpose(Image.Transpose.ROTATE_90), "which number?", 6, ())
-    assert turned.made.steps != answer.made.steps, "the picture does not matter"
+    assert turned.generation.steps != answer.generation.steps, "the picture does not matter"
 
 
 def test_hd_ends_at_a_stop_text(checkpoint: Path) -> None:
@@ -293,11 +293,11 @@ def test_hd_ends_at_a_stop_text(checkpoint: Path) -> None:
     model = HdModel.load(str(checkpoint), preset, device="cpu", dtype="float32")
     picture = photo(model.side, model.side)
     whole = model.answer(picture, "which number?", 8, ())
-    mark = whole.made.text[2:5]
+    mark = whole.generation.text[2:5]
     cut = model.answer(picture, "which number?", 8, (mark,))
     assert cut.stopped
-    assert cut.made.text == whole.made.text.partition(mark)[0].rstrip()
-    assert len(cut.made.token_ids) <= len(whole.made.token_ids)
+    assert cut.generation.text == whole.generation.text.partition(mark)[0].rstrip()
+    assert len(cut.generation.token_ids) <= len(whole.generation.token_ids)
 
 
 def test_hd_needs_a_long_context(tmp_path: Path) -> None:

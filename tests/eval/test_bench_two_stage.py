@@ -82,7 +82,7 @@ def test_a_pipeline_with_other_answers_is_refused(
         run(capsys, "--model", str(folder), "--answers", "2")
 
 
-def test_the_row_is_timed_against_a_pass_without(
+def test_passes_with_and_without_the_row_are_timed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(capsys, "--model", str(folder), "--capture")
@@ -105,7 +105,7 @@ def test_the_equations_count_five_prefills_against_two() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "shapes-7b"), "shapes-7b wants a GPU"),
+        (("--model", "shapes-7b"), "shapes-7b needs a GPU"),
         (("--model", "no/such/folder/here"), "there is no model folder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The evaluation of times in the benchmark of rows in vLLM; the engines are stand-ins."""
+"""The benchmark of rows in vLLM: how it evaluates times. The engines are stand-ins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eval.bench import vllm as bench
 from tests.support.vllm_cpu import environment
 
 
-def test_a_ratio_is_the_other_s_time_over_ours_in_the_same_round() -> None:
+def test_a_ratio_divides_times_of_the_same_round() -> None:
     times = {
         "rows": [2.0, 4.0, 8.0],
         "captured": [1.0, 2.0, 4.0],
@@ -117,7 +117,7 @@ async def test_only_one_way_fetches_the_rows(fetched: bool) -> None:
 
 
 async def test_no_engine_is_shown_a_picture_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caches would have the picture, and the second time would be too short."""
+    """Its caches would contain the picture, and the measured time would be too short."""
     stand = Stand(monkeypatch)
     result = await stand.measure()
     assert len(stand.shown["ours"]) == 3 * 3 * 5

@@ -17,7 +17,7 @@ import yaml
 
 import server_plugin.cli.serve
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.boxes import covered
 from eval.analysis.curves import Criterion, curve
 from eval.analysis.run import Run
@@ -30,11 +30,11 @@ from eval.report.inputs import sort_runs
 from eval.report.write import RESULTS
 from eval.runs.layers import (
     Layer,
-    Look,
+    LayerRegion,
     best_layer,
     by_layer,
     measure_layers,
-    read_looks,
+    read_regions,
 )
 from eval.runs.loading import ModelOptions
 from eval.tasks import open_task
@@ -60,12 +60,12 @@ def run() -> Run:
 def sent(run: Run, found: Calibration) -> float:
     assert found.eta is not None
     setting = Criterion(found.metric, found.aggregate, found.k)
-    return float(np.mean([decided(setting.policy(found.eta), r) for r in run.records]))
+    return float(np.mean([retransmits(setting.policy(found.eta), r) for r in run.records]))
 
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.6, 1.0])
-def test_a_rate_is_met_from_below(run: Run, metric: Metric, rate: float) -> None:
+def test_the_rate_is_the_largest_up_to_the_target(run: Run, metric: Metric, rate: float) -> None:
     found = for_rate(run, Criterion(metric), rate)
     assert found.expected["rate"] == pytest.approx(sent(run, found))
     above = curve(run, Criterion(metric)).rate
@@ -80,7 +80,7 @@ def test_a_rate_that_no_threshold_reaches_is_refused(run: Run) -> None:
         for_rate(run, Criterion(Metric.MARGIN), 0.0)  # some answers have a margin of 0
 
 
-def test_a_budget_of_bytes_buys_the_most_accuracy(run: Run) -> None:
+def test_a_byte_budget_gives_the_most_accurate_threshold_within_it(run: Run) -> None:
     drawn = curve(run, Criterion())
     budget = float(drawn.bytes_up[len(drawn.sent) // 2])
     found = for_bytes(run, Criterion(), budget)
@@ -93,25 +93,25 @@ def test_a_budget_of_bytes_buys_the_most_accuracy(run: Run) -> None:
 
 def test_the_loss_bound_is_applied_to_the_run(run: Run) -> None:
     # Answers of low uncertainty lose nothing; all others are wrong at first, right at second.
-    made = [row(i, float(i % 2), 1.0, bits=2.0 - i % 2, image_id=f"i{i}") for i in range(800)]
-    found = for_loss(run_of(made), Criterion(), 0.02, 0.95)
+    records = [row(i, float(i % 2), 1.0, bits=2.0 - i % 2, image_id=f"i{i}") for i in range(800)]
+    found = for_loss(run_of(records), Criterion(), 0.02, 0.95)
     assert found.eta is not None
     # The sequence has sixteen thresholds for each doubling: the one below 2 bits.
     assert 1.9 < found.eta <= 2.0
-    assert found.expected["rate"] == 0.5 == sent(run_of(made), found)
+    assert found.expected["rate"] == 0.5 == sent(run_of(records), found)
     assert (found.expected["accuracy"], found.made["pictures"]) == (1.0, 800)
     assert found.expected["loss"] == found.expected["loss_by_picture"] == 0.0
-    few = for_loss(run_of(made[:20]), Criterion(), 0.02, 0.95)
+    few = for_loss(run_of(records[:20]), Criterion(), 0.02, 0.95)
     assert (few.eta, few.expected["rate"]) == (0.0, 1.0)
     assert "every question is sent" in few.made["note"]
 
 
 def test_a_bound_on_the_loss_says_which_mean_it_bounds() -> None:
     # One picture has five questions, all lost; the others have one each, and lose nothing.
-    made = [row(i, 1.0, 1.0, image_id=f"i{i}") for i in range(400)]
-    made += [row(400 + i, 0.0, 1.0, image_id="i0") for i in range(4)]
-    made[0] = row(0, 0.0, 1.0, image_id="i0")
-    val = run_of(made, task={"split": "val"})
+    records = [row(i, 1.0, 1.0, image_id=f"i{i}") for i in range(400)]
+    records += [row(400 + i, 0.0, 1.0, image_id="i0") for i in range(4)]
+    records[0] = row(0, 0.0, 1.0, image_id="i0")
+    val = run_of(records, task={"split": "val"})
     once = for_loss(val, Criterion(), 0.02, 0.95)
     assert once.made["bound_on"].startswith("mean over pictures")
     assert (once.made["most_per_picture"], once.made["questions_about_one"]) == (1, [1, 5])
@@ -130,29 +130,29 @@ def test_a_bound_on_the_loss_says_which_mean_it_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "apart", "said"),
+    ("task", "apart", "warning"),
     [
         ({"limit": 404, "samples": 404}, True, "--limit 404 took questions, not whole pictures"),
         ({"limit": 404, "samples": 404}, False, None),  # only the last picture may be incomplete
         ({"limit": 500, "samples": 404}, True, None),  # the limit cuts nothing
         ({"limit": None, "samples": 404}, True, None),
-        ({"limit": None, "samples": 407}, False, "3 samples gave no row"),
+        ({"limit": None, "samples": 407}, False, "3 samples have no row"),
     ],
 )
 def test_a_note_warns_of_pictures_that_may_lack_questions(
-    task: dict[str, Any], apart: bool, said: str | None
+    task: dict[str, Any], apart: bool, warning: str | None
 ) -> None:
     pictures = [0] * 4 + [*range(400)]
     if apart:
         pictures = [*range(400)] + [0] * 4
-    made = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
-    found = for_loss(run_of(made, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
+    records = [row(i, 1.0, 1.0, image_id=f"i{one}") for i, one in enumerate(pictures)]
+    found = for_loss(run_of(records, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     note = found.made["note"]
-    assert ("the bound is only sure for whole pictures" in note) == (said is not None)
-    if said is not None:
-        assert said in note
+    assert ("the bound holds only for whole pictures" in note) == (warning is not None)
+    if warning is not None:
+        assert warning in note
     # No note if all pictures have the same number of questions.
-    even = [replace(r, image_id=f"i{r.index // 2}") for r in made]
+    even = [replace(r, image_id=f"i{r.index // 2}") for r in records]
     found = for_loss(run_of(even, task={"split": "val", **task}), Criterion(), 0.05, 0.95)
     assert "note" not in found.made
 
@@ -161,16 +161,18 @@ def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
     assert reported_split("signs") == open_task("signs").split
     text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     lines = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
-    told = {name.strip(" `"): splits.split(",")[0].split()[0] for name, _, splits in lines[:7]}
-    assert told.pop("aokvqa_mc") == "the"  # the same
-    assert set(told) | {"aokvqa_mc"} == set(TASKS)
-    assert {name: reported_split(name) for name in told} == told
-    assert reported_split("aokvqa_mc") == told["aokvqa"]
+    documented = {
+        name.strip(" `"): splits.split(",")[0].split()[0] for name, _, splits in lines[:7]
+    }
+    assert documented.pop("aokvqa_mc") == "the"  # the same
+    assert set(documented) | {"aokvqa_mc"} == set(TASKS)
+    assert {name: reported_split(name) for name in documented} == documented
+    assert reported_split("aokvqa_mc") == documented["aokvqa"]
     assert reported_split("one of somebody's own") is None
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "said"),
+    ("task", "split", "warning"),
     [
         ("signs", "test", "test is the split of signs that is reported"),
         ("textvqa", "validation", "validation is the split of textvqa that is reported"),
@@ -179,8 +181,8 @@ def test_the_reported_split_is_the_one_that_is_opened_and_documented() -> None:
         ("signs", "val", None),
     ],
 )
-def test_a_note_warns_of_choosing_on_the_reported_split(
-    task: str, split: str, said: str | None
+def test_a_note_warns_against_choosing_on_the_reported_split(
+    task: str, split: str, warning: str | None
 ) -> None:
     run = run_of(rows(200), task={"name": task, "split": split})
     for found in (
@@ -188,8 +190,8 @@ def test_a_note_warns_of_choosing_on_the_reported_split(
         for_bytes(run, Criterion(), 1e6),
         for_loss(run, Criterion(), 0.1, 0.95),
     ):
-        assert found.made.get("note", "").startswith(said or "")
-        assert ("note" in found.made) == (said is not None)
+        assert found.made.get("note", "").startswith(warning or "")
+        assert ("note" in found.made) == (warning is not None)
 
 
 def test_the_criterion_is_the_preset_s_by_default(run: Run) -> None:
@@ -212,21 +214,21 @@ def test_the_criterion_is_the_preset_s_by_default(run: Run) -> None:
 def test_layers_are_measured_by_their_regions() -> None:
     task = open_task("signs", split="val", limit=6)
     options = ModelOptions(name="demo", device="cpu", dtype="float32")
-    looks, name = asyncio.run(measure_layers(task, options, [0, 1]))
+    regions, name = asyncio.run(measure_layers(task, options, [0, 1]))
     assert name == "demo"
-    made = by_layer(looks)
-    assert [one.layer for one in made] == [0, 1]
+    results = by_layer(regions)
+    assert [one.layer for one in results] == [0, 1]
     boxed = sum(task[index].true_box is not None for index in range(6))
-    assert {one.samples for one in made} == {boxed}
+    assert {one.samples for one in results} == {boxed}
     # The demo model's preset reads layer 1, chosen on other scenes.
-    assert best_layer(made).layer == 1
-    assert made[1].covered > made[0].covered
+    assert best_layer(results).layer == 1
+    assert results[1].covered > results[0].covered
 
 
 def test_a_layer_of_qwen_is_measured_and_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A user finds the layer of a model for which the preset's layer 22 does not fit."""
+    """A user finds the layer of a small model, which has no layer 22 as the preset says."""
     folder, path = save_tiny_qwen(tmp_path / "Qwen2.5-VL-tiny"), tmp_path / "layers.yaml"
     options = ("--model", str(folder), "--limit", "3", "--view-px", "112", "--prompt", "vicrop")
     code, out, err = call(capsys, "calibrate", "layers", *options, "--out", str(path))
@@ -238,7 +240,7 @@ def test_a_layer_of_qwen_is_measured_and_served(
     best = max(found.made["layers"], key=lambda one: (one["covered"], -one["layer"]))
     assert found.layer == best["layer"]
     assert f"layer {found.layer}" in out
-    # The preset's own layer does not even exist in this model.
+    # The preset's layer does not exist in this model.
     with pytest.raises(ConfigError, match="layer 22 does not exist"):
         open_model(str(folder))
     overrides = server_plugin.cli.serve._calibrated(
@@ -261,66 +263,68 @@ def test_every_number_of_the_layers_leads_to_rows(
     file = path.with_name(rows["file"])
     assert file.name == "layers.parquet"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == rows["sha256"]
-    looks = read_looks(file)
-    assert [msgspec.to_builtins(one) for one in by_layer(looks)] == found.made["layers"]
+    regions = read_regions(file)
+    assert [msgspec.to_builtins(one) for one in by_layer(regions)] == found.made["layers"]
     task = open_task("signs", split="val", limit=3)
-    for look in looks:
-        sample = task[look.index]
-        assert (look.id, look.image_id) == (sample.id, sample.image_id)
-        assert look.true_box == list(sample.true_box or ())
-        assert look.covered == covered(look.true_box, look.box)
+    for region in regions:
+        sample = task[region.index]
+        assert (region.id, region.image_id) == (sample.id, sample.image_id)
+        assert region.true_box == list(sample.true_box or ())
+        assert region.covered == covered(region.true_box, region.box)
     # The report copies the rows.
     inputs = sort_runs([run_of(answers(20))], layers=found, resamples=10)
-    told = tables.table_layers(inputs)
-    assert [row["layer"] for row in told] == [1, 2]
-    for row_ in told:
+    table = tables.table_layers(inputs)
+    assert [row["layer"] for row in table] == [1, 2]
+    for row_ in table:
         of = row_["rows"]
         assert (of["file"], of["sha256"]) == (rows["file"], rows["sha256"])
         wanted = expanded(of["index"])
-        mine = [r for r in looks if r.layer == of["layer"] and r.index in wanted]
+        mine = [r for r in regions if r.layer == of["layer"] and r.index in wanted]
         assert len(mine) == of["count"] == row_["samples"] == len(wanted)
         assert np.mean([r.covered for r in mine]) == row_["covered"]
         assert np.mean([r.covered == 1 for r in mine]) == row_["whole"]
-    assert f"{rows['file']}," in table_format.csv_text(told)
+    assert f"{rows['file']}," in table_format.csv_text(table)
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[LayerRegion]:
     """Made-up rows instead of a measurement of the demo model."""
-    looks = [
-        Look(layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share)
+    regions = [
+        LayerRegion(
+            layer=n, index=i, id=f"s{i}", image_id=f"i{i}", true_box=BOX, box=box, covered=share
+        )
         for n, box, share in ((0, [0, 0, 2, 3], 0.5), (1, BOX, 1.0))
         for i in (0, 2)
     ]
 
-    async def found(*_: object, **__: object) -> tuple[list[Look], str]:
-        return looks, "demo"
+    async def found(*_: object, **__: object) -> tuple[list[LayerRegion], str]:
+        return regions, "demo"
 
     monkeypatch.setattr("eval.runs.layers.measure_layers", found)
-    return looks
+    return regions
 
 
-def test_a_note_warns_of_choosing_layers_on_the_reported_split(
-    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_note_warns_against_choosing_layers_on_the_reported_split(
+    measured: list[LayerRegion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "layers.yaml"
     _, _, err = call(capsys, "calibrate", "layers", "--split", "test", "--out", str(path))
-    said = "test is the split of signs that is reported"
-    assert said in err
-    assert said in load_calibration(path).made["note"]
+    warning = "test is the split of signs that is reported"
+    assert warning in err
+    assert warning in load_calibration(path).made["note"]
 
 
 def test_a_report_names_the_rows_of_its_layers(
-    measured: list[Look], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: list[LayerRegion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "layers.yaml", tmp_path / "report"
     assert call(capsys, "calibrate", "layers", "--split", "val", "--out", str(path))[0] == 0
     given = ("--layers", str(path), "--resamples", "10", "--format", "png", "--out", str(out))
     assert call(capsys, "eval", "report", str(COMMITTED / "runs" / "jpeg-5"), *given)[0] == 0
-    told = json.loads((out / RESULTS).read_text(encoding="utf-8"))["tables"]["layers"]["rows"]
-    looks = read_looks(tmp_path / told[0]["rows"]["file"])
-    assert looks == measured
-    for one, covers in zip(told, (0.5, 1.0), strict=True):
+    table = json.loads((out / RESULTS).read_text(encoding="utf-8"))["tables"]["layers"]["rows"]
+    regions = read_regions(tmp_path / table[0]["rows"]["file"])
+    assert regions == measured
+    for one, covers in zip(table, (0.5, 1.0), strict=True):
         assert one["rows"]["index"] == "0,2"
         assert one["rows"]["count"] == 2
         assert one["covered"] == covers
@@ -339,9 +343,9 @@ def test_on_ties_the_first_layer_wins() -> None:
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert isinstance(ended.value.code, int)
-    return ended.value.code, told.out, told.err
+    return ended.value.code, captured.out, captured.err
 
 
 def test_the_note_on_the_reported_split_is_on_stderr_and_in_the_file(
@@ -401,8 +405,8 @@ def served(
 
 
 def write(path: Path, **fields: Any) -> str:
-    told = {"format": 1, "model": "demo", "metric": "margin", "eta": 0.5, "layer": 2, **fields}
-    path.write_text(yaml.safe_dump(told))
+    content = {"format": 1, "model": "demo", "metric": "margin", "eta": 0.5, "layer": 2, **fields}
+    path.write_text(yaml.safe_dump(content))
     return str(path)
 
 

@@ -78,8 +78,8 @@ def test_the_loss_on_new_data_stays_below_the_bound_as_often_as_stated(
 ) -> None:
     etas = [found(seed, largest, most_of=most_of) for seed in range(REPEATS)]
     assert failures(etas) <= most(REPEATS)
-    # The test also has power: half of the repeats come near the best threshold, 1.48 bits. (Power
-    # is lost if few pictures weigh more than others.)
+    # The test also has power: half of the repeats come near the best threshold, 1.48 bits. (It has
+    # less power if a few pictures weigh more than the others.)
     assert true_loss(1.4806) == pytest.approx(MAX_LOSS, abs=1e-4)
     assert np.median(etas) > (0.9 if most_of < 6 else 0.6)
 
@@ -104,11 +104,11 @@ def rare(
     return lost.astype(float)[pictures], pictures
 
 
-def kept_everything(
+def repeats_that_send_nothing(
     count: int, most_of: int | None, largest: int, share: float, small: float, large: float
 ) -> int:
     """Number of repeats in which nothing is sent, which loses too much in these populations."""
-    made = 0
+    count_kept = 0
     for seed in range(REPEATS):
         losses, pictures = rare(count, largest, share, small, large, seed)
         tested = guaranteed(
@@ -116,8 +116,8 @@ def kept_everything(
             max_loss=MAX_LOSS, confidence=CONFIDENCE, seed=seed,
             most_per_picture=most_of or int(np.bincount(pictures).max()),
         )  # fmt: skip
-        made += tested.eta > 0.5
-    return made
+        count_kept += tested.eta > 0.5
+    return count_kept
 
 
 def counted_loss(most_of: int, largest: int, share: float, small: float, large: float) -> float:
@@ -140,13 +140,13 @@ def test_rare_pictures_with_many_questions_do_not_break_the_guarantee(
     most_of: int, largest: int, share: float, small: float, large: float
 ) -> None:
     assert counted_loss(most_of, largest, share, small, large) > 1.2 * MAX_LOSS
-    assert kept_everything(600, most_of, largest, share, small, large) <= most(REPEATS)
+    assert repeats_that_send_nothing(600, most_of, largest, share, small, large) <= most(REPEATS)
 
 
 def test_a_weight_bound_taken_from_the_data_would_break_the_guarantee() -> None:
     population = (50, 1 / 2000, 0.0, 1.0)
     assert counted_loss(50, *population) > 1.2 * MAX_LOSS
-    assert kept_everything(600, None, *population) > 2 * most(REPEATS)
+    assert repeats_that_send_nothing(600, None, *population) > 2 * most(REPEATS)
 
 
 def test_drawing_single_questions_would_break_the_guarantee() -> None:
@@ -253,7 +253,7 @@ def test_the_sequence_begins_at_the_threshold_that_sends_everything() -> None:
         ({"max_loss": 0.0, "confidence": 0.9}, "largest loss"),
         ({"max_loss": 1.0, "confidence": 0.9}, "largest loss"),
         ({"max_loss": 0.1, "confidence": 1.0}, "confidence"),
-        ({"max_loss": 0.1, "confidence": 0.9, "most_per_picture": 0}, "one question at least"),
+        ({"max_loss": 0.1, "confidence": 0.9, "most_per_picture": 0}, "must be at least 1"),
     ],
 )
 def test_bounds_out_of_range_are_refused(settings: dict[str, Any], line: str) -> None:

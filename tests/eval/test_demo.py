@@ -53,7 +53,7 @@ def test_one_question_is_answered_at_once_and_one_is_corrected(shown):
         assert 0 < record["bytes_up"] < record["original_bytes"]
 
 
-def test_everything_promised_is_printed(shown):
+def test_questions_answers_and_regions_are_printed(shown):
     printed, out = shown
     for record in json.loads((out / "demo.json").read_text()):
         assert record["question"] in printed

@@ -257,7 +257,7 @@ def test_training_continues_where_it_stopped(
     unbroken = finish(tmp_path / "a", None)
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "b", 13)
-    with pytest.raises(ValueError, match="the recipe of tiny changed since it was begun"):
+    with pytest.raises(ValueError, match="the recipe of tiny changed after training began"):
         finish(tmp_path / "b", None, msgspec.structs.replace(stage, steps=40))
     resumed = finish(tmp_path / "b", None)
     for name, value in unbroken.items():
@@ -344,7 +344,7 @@ def test_reader_agrees_with_generate(model: LlavaForConditionalGeneration) -> No
     np.testing.assert_allclose(bits, reading.min_entropy, atol=1e-4)
 
 
-def test_its_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
+def test_the_model_s_own_regions_improve_its_answers(model: LlavaForConditionalGeneration) -> None:
     """On 40 held-out scenes, clearly more answers are right with the model's own regions."""
     from dataclasses import replace
 

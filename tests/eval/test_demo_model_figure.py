@@ -10,7 +10,7 @@ from PIL import Image
 from eval.demo_model.figure import ANSWERS, BOXES, METRICS, draw
 
 
-def test_it_is_drawn_without_a_model(tmp_path: Path) -> None:
+def test_the_figure_is_drawn_without_a_model(tmp_path: Path) -> None:
     line = {"retransmitted": [0.0, 0.5, 1.0], "accuracy": [0.5, 0.9, 0.9], "random": [0.5, 0.7, 1]}
     height: dict[str, Any] = {"from_px": 3.0, "to_px": 4.0, "count": 5}
     figures = {

@@ -173,13 +173,13 @@ def test_a_true_box_contains_its_text() -> None:
             assert boxes.contains((0, 0, *scene.size), box)
 
 
-def test_sides_are_asked_in_turn() -> None:
+def test_picture_sizes_are_taken_in_turn() -> None:
     asked = [render_question(SETTINGS, index) for index in (0, 3, 4)]
     assert [a.picture.size for a in asked] == [(896, 896), (1120, 896), (896, 1120)]
     assert all(a.sample.view.size == (112, 112) for a in asked)
 
 
-def test_choices() -> None:
+def test_choices_follow_their_rules() -> None:
     assert choose.easiest({1.0: 0.7, 2.0: 0.56, 3.0: 0.45, 4.0: 0.3}) == 2.0
     with pytest.raises(ValueError, match="more than 56%"):
         choose.easiest({1.0: 0.7})

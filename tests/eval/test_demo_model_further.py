@@ -18,7 +18,7 @@ from eval.demo_model.workers import load_model
 RECIPE = Path(__file__).parents[2] / "eval" / "demo_model" / "recipe.yaml"
 
 
-def test_a_checkpoint_is_taken_up_completely(tmp_path: Path) -> None:
+def test_training_continues_with_all_weights_of_a_checkpoint(tmp_path: Path) -> None:
     recipe, out = load_recipe(RECIPE), tmp_path / "run"
     last = recipe.stages[-1].name
     take_up(recipe, FOLDER, last, out)
@@ -41,7 +41,7 @@ def test_a_checkpoint_is_taken_up_completely(tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "curve.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has a run in it already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         take_up(load_recipe(RECIPE), FOLDER, "tower-1", tmp_path)
 
 

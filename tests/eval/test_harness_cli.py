@@ -37,14 +37,14 @@ TIMES = {"first_s", "look_s", "second_s", "edge_s"}
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(["eval", *arguments])
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert isinstance(ended.value.code, int)
-    return ended.value.code, told.out, told.err
+    return ended.value.code, captured.out, captured.err
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
-    made = [asdict(record) for record in open_run(folder).records]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in made]
+    records = [asdict(record) for record in open_run(folder).records]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in records]
 
 
 def test_eval_is_a_group_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,10 +64,10 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = ("--view-quality", "50", "--codec", "webp", "--ratios", "1.0,2.0")
     code, out, err = call(capsys, *line, *options, "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
+    summary = json.loads(out)
     run = open_run(folder)
-    assert (told["samples"], told["failed"]) == (3, 0)
-    assert told["second"] == sum(record.second_score for record in run.records) / 3
+    assert (summary["samples"], summary["failed"]) == (3, 0)
+    assert summary["second"] == sum(record.second_score for record in run.records) / 3
     assert run.provenance["codec"] == {"view": ["webp", 50], "region": ["webp", 90]}
     assert run.preset.ratios == (1.0, 2.0)
     # For a complete run, the same command does nothing, and other settings are refused.
@@ -90,8 +90,8 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--task", "signs", "--method", "best"], "there is no method 'best'"),
         (["--task", "signs", "--ratios", "a,b"], "--ratios takes numbers"),
         (["--task", "signs", "--model", "demo", "--server", "ws://x"], "--model or --server"),
-        (["--task", "signs", "--layer", "2", "--server", "ws://x"], "are the service's own"),
-        (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "are the service's own"),
+        (["--task", "signs", "--layer", "2", "--server", "ws://x"], "service sets the options"),
+        (["--task", "signs", "--device", "cpu", "--server", "ws://x"], "service sets the options"),
         (["--task", "signs", "--region-quality", "9", "--server", "ws://x"], "service decides"),
         (["--task", "signs", "--method", "hd", "--region-quality", "9"], "hd takes neither"),
         (["--task", "signs", "--method", "hd", "--model", "fake"], "hd needs a model"),
@@ -115,10 +115,10 @@ def test_wrong_use_gets_one_line(
 def test_an_interrupted_run_names_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Progress.add
+    add = Progress.add
 
     def interrupted(self: Progress, records: Sequence[Record], failed: int) -> None:
-        made(self, records, failed)
+        add(self, records, failed)
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Progress, "add", interrupted)
@@ -131,7 +131,7 @@ def test_an_interrupted_run_names_its_folder(
     assert not open_run(tmp_path / "r").complete
 
 
-def test_progress_tells_accuracy_bytes_and_failures(tmp_path: Path) -> None:
+def test_progress_shows_accuracy_bytes_and_failures(tmp_path: Path) -> None:
     line = ["--task", "signs", "--limit", "2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit):
         main(["eval", "run", *line])
@@ -156,8 +156,8 @@ def test_processes_divide_the_samples(tmp_path: Path, capsys: pytest.CaptureFixt
     threads = ["--threads", str(open_run(alone).provenance["machine"]["threads"])]
     done = subprocess.run([*program, *threads, "--processes", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    (told,) = done.stdout.splitlines()
-    assert told.startswith(f"{shared}: 7 samples")
+    (printed,) = done.stdout.splitlines()
+    assert printed.startswith(f"{shared}: 7 samples")
     assert rows(shared) == rows(alone)
     assert len(list(shared.glob("rows/*"))) == 2, "each process writes shards of its own"
 
@@ -215,7 +215,7 @@ def test_a_run_that_ends_incomplete_says_so(
     code, out, err = call(capsys, *line)
     assert (code, out) == (1, "")
     assert err.endswith(
-        f"{tmp_path / 'r'} ended incomplete: 2 of 4 samples are done; the same command resumes it\n"
+        f"{tmp_path / 'r'} is incomplete: 2 of 4 samples are done; the same command resumes it\n"
     )
 
 
@@ -230,7 +230,9 @@ def test_a_failed_process_fails_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate_starts_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate_starts_several_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = ["--task", "signs", "--limit", "7", "--batch", "1"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert call(capsys, "run", *line, "--out", str(alone))[0] == 0

@@ -181,18 +181,18 @@ def test_questions_about_one_picture_each_cost_a_full_prefill(unbroken: Path) ->
 
 
 def test_provenance_says_what_was_run(unbroken: Path) -> None:
-    told = json.loads((unbroken / PROVENANCE).read_text())
-    assert told["format"] == 1
-    assert told["method"] == "two_stage"
-    assert told["task"]["name"] == "signs"
-    assert told["task"]["limit"] == LIMIT
-    assert (told["samples"], told["failed"]) == (LIMIT, 0)
-    assert told["codec"] == {"view": ["jpeg", 90], "region": ["jpeg", 90]}
+    provenance = json.loads((unbroken / PROVENANCE).read_text())
+    assert provenance["format"] == 1
+    assert provenance["method"] == "two_stage"
+    assert provenance["task"]["name"] == "signs"
+    assert provenance["task"]["limit"] == LIMIT
+    assert (provenance["samples"], provenance["failed"]) == (LIMIT, 0)
+    assert provenance["codec"] == {"view": ["jpeg", 90], "region": ["jpeg", 90]}
     weights = Path("demo/vlm_collab_demo/demo_model/model.safetensors")
     digest = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True)
-    assert told["model"]["weights"] == digest.stdout.split()[0]
-    assert told["model"]["preset"]["layer"] == 1
-    assert told["finished"] >= told["started"]
+    assert provenance["model"]["weights"] == digest.stdout.split()[0]
+    assert provenance["model"]["preset"]["layer"] == 1
+    assert provenance["finished"] >= provenance["started"]
     run = open_run(unbroken)
     assert run.decoder == (64, 192, 4)
     assert run.preset.eta == 0.25
@@ -231,9 +231,9 @@ def test_several_processes_make_the_rows_of_one(unbroken: Path, tmp_path: Path) 
     assert json.loads((tmp_path / PROVENANCE).read_text())["finished"] is None
     assert make(tmp_path, share=Share(1, 3, "b")).complete
     assert without_times(tmp_path) == without_times(unbroken)
-    told = json.loads((tmp_path / PROVENANCE).read_text())
-    assert told["samples"] == LIMIT
-    assert "resumed" not in told
+    provenance = json.loads((tmp_path / PROVENANCE).read_text())
+    assert provenance["samples"] == LIMIT
+    assert "resumed" not in provenance
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
@@ -264,7 +264,7 @@ def test_an_interrupted_run_can_be_resumed(unbroken: Path, tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(StoppedError):
-        # Without the interrupt, no row would be saved yet.
+        # With `save_every=1000`, only the interrupt saves rows.
         make(tmp_path, watch=watch, save_every=1000)
     kept = [record.index for record in open_run(tmp_path).records]
     assert kept == seen
@@ -299,8 +299,8 @@ def test_broken_samples_are_listed_and_do_not_end_the_run(unbroken: Path, tmp_pa
     assert sorted(rows) == [i for i in range(LIMIT) if i not in (3, 5, 6, 8)]
     whole = {row["index"]: row["second_text"] for row in without_times(unbroken)}
     assert all(row["second_text"] == whole[index] for index, row in rows.items())
-    told = json.loads((tmp_path / PROVENANCE).read_text())
-    assert (told["samples"], told["failed"]) == (LIMIT - 4, 4)
+    provenance = json.loads((tmp_path / PROVENANCE).read_text())
+    assert (provenance["samples"], provenance["failed"]) == (LIMIT - 4, 4)
 
     # Resuming tries the failed samples again, and neither repeats nor loses a row.
     assert make(tmp_path, task) == RunCounts(LIMIT - 4, 4, LIMIT)
@@ -335,7 +335,7 @@ def test_another_run_s_folder_is_refused(unbroken: Path) -> None:
         make(unbroken, view_quality=40)
     with pytest.raises(ConfigError, match="task limit is 13 there and 7 here"):
         make(unbroken, open_task("signs", limit=7), limit=7)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         make(unbroken, share=Share(session="another"), resume=False)
     assert (unbroken / PROVENANCE).read_bytes() == before
 
@@ -383,7 +383,7 @@ def test_sessions_exclude_each_other_but_not_their_own_processes(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
-    line = "run: another session is at work on this run"
+    line = "run: another session is working on this run"
     with locked_elsewhere(folder, Share(0, 2, "a").key):
         # Another session is refused, whatever its share of the samples.
         for other in (Share(0, 2, "b"), Share(1, 2, "b"), Share(0, 1, "a"), Share(2, 3, "a")):
@@ -414,18 +414,21 @@ def test_a_later_launch_with_the_same_name_is_another_session(
     first, later = Share(0, 2, "p-1", "node-1-29500"), Share(0, 2, "p-2", "node-1-29500")
     make(folder, share=first)
     shutil.copytree(folder, other)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         make(folder, share=later, resume=False)
     make(folder, share=later)
-    told = json.loads((folder / PROVENANCE).read_text())
-    assert [told["session"], *(one["session"] for one in told["resumed"])] == ["p-1", "p-2"]
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    assert [provenance["session"], *(one["session"] for one in provenance["resumed"])] == [
+        "p-1",
+        "p-2",
+    ]
     # A process joins the session of a launch that is still running. A process whose parent began
     # the run belongs to that session at any time.
     with locked_elsewhere(other, later.key, 1):
-        with pytest.raises(ConfigError, match="holds a run already"):
+        with pytest.raises(ConfigError, match="already holds a run"):
             make(other, share=later, resume=False)
-        told = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
-        (other / PROVENANCE).write_text(json.dumps(told))
+        provenance = json.loads((other / PROVENANCE).read_text()) | {"session": "its own"}
+        (other / PROVENANCE).write_text(json.dumps(provenance))
         make(other, share=later, resume=False)
     make(other, share=Share(1, 2, "its own", "node-1-29500"), resume=False)
     assert "resumed" not in json.loads((other / PROVENANCE).read_text())
@@ -433,7 +436,7 @@ def test_a_later_launch_with_the_same_name_is_another_session(
     assert not list(other.glob("process-*"))
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def acquire(*_: Any, **__: Any) -> None:
@@ -447,12 +450,12 @@ def test_a_file_system_without_locks_is_told(
 def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions() -> set[str]:
         """Keys of processes with different parents, as on several machines."""
-        made = set()
+        keys = set()
         for rank, parent in enumerate((os.getpid(), os.getppid())):
             monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
             monkeypatch.setenv("RANK", str(rank))
-            made.add(Share.of_this_process().key)
-        return made
+            keys.add(Share.of_this_process().key)
+        return keys
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -472,8 +475,8 @@ def test_processes_of_one_launch_are_one_session(monkeypatch: pytest.MonkeyPatch
 def test_a_shard_never_overwrites_another(unbroken: Path, tmp_path: Path) -> None:
     # Without locks, two sessions may write shards that begin with the same sample.
     records = list(open_run(unbroken).records)
-    told = json.loads((unbroken / PROVENANCE).read_text()) | {"finished": None}
-    one, two = (RunFolder.begin(tmp_path, told, resume=True) for _ in range(2))
+    provenance = json.loads((unbroken / PROVENANCE).read_text()) | {"finished": None}
+    one, two = (RunFolder.begin(tmp_path, provenance, resume=True) for _ in range(2))
     one.add(records[4:12], [])
     one.save()
     two.add(records[4:6], [])
@@ -534,7 +537,7 @@ def test_a_damaged_shard_is_named(unbroken: Path, tmp_path: Path) -> None:
     assert without_times(tmp_path / "run") == without_times(unbroken)
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / PROVENANCE).write_text("[]")
     with pytest.raises(ConfigError, match="does not describe a run"):
         make(tmp_path)
@@ -554,9 +557,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 def test_a_damaged_run_gets_one_line(unbroken: Path, tmp_path: Path, text: str, line: str) -> None:
     shutil.copytree(unbroken, tmp_path / "run")
     (tmp_path / "run" / PROVENANCE).write_text(text)
-    with pytest.raises(ConfigError, match=line) as told:
+    with pytest.raises(ConfigError, match=line) as error:
         open_run(tmp_path / "run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_shard_of_something_else_gets_one_line(unbroken: Path, tmp_path: Path) -> None:
@@ -583,11 +586,11 @@ def test_other_families_run_and_repeat(save: Callable[[Path], Path], tmp_path: P
     folder, task = save(tmp_path / "model"), open_task("signs", limit=3)
     options = ModelOptions(name=str(folder), batch=2, overrides={"layer": 1, "max_new_tokens": 4})
     for name in ("one", "two"):
-        made = run(TwoStage(task, options), task, tmp_path / name, share=Share(session="a"))
-        assert asyncio.run(made) == RunCounts(3, 0, 3)
+        work = run(TwoStage(task, options), task, tmp_path / name, share=Share(session="a"))
+        assert asyncio.run(work) == RunCounts(3, 0, 3)
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
-    told = open_run(tmp_path / "one")
-    for record in told.records:
-        assert [record.map_rows, record.map_columns] == told.provenance["model"]["grid"]
+    opened = open_run(tmp_path / "one")
+    for record in opened.records:
+        assert [record.map_rows, record.map_columns] == opened.provenance["model"]["grid"]
         assert len(record.first_tokens) == len(record.first_margin) > 0
         assert min(record.first_mflops, record.look_mflops, record.second_mflops) > 0

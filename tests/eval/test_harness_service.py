@@ -73,8 +73,8 @@ def rows(runs: tuple[Run, Run]) -> list[tuple[Record, Record]]:
 
 def test_both_runs_have_the_same_rows(runs: tuple[Run, Run]) -> None:
     for here, there in rows(runs):
-        told = asdict(there)
-        assert {name: told[name] for name in SAME} == {name: asdict(here)[name] for name in SAME}
+        row = asdict(there)
+        assert {name: row[name] for name in SAME} == {name: asdict(here)[name] for name in SAME}
         assert there.second_mflops == pytest.approx(here.second_mflops + here.look_mflops, abs=2)
 
 
@@ -101,7 +101,7 @@ def test_answer_sizes_differ_only_by_their_times(runs: tuple[Run, Run]) -> None:
 def test_a_service_does_not_report_its_model_s_sizes(runs: tuple[Run, Run]) -> None:
     _, there = runs
     assert there.decoder is None
-    with pytest.raises(ConfigError, match="does not know its model's preset"):
+    with pytest.raises(ConfigError, match="did not record its model's preset"):
         _ = there.preset
 
 
@@ -129,8 +129,8 @@ async def test_without_a_useful_region_both_runs_keep_the_first_answer(tmp_path:
     assert len(here) == len(there) == 6, "no sample fails"
     assert [record.sends_region for record in here] == [False, False, True] * 2
     for one, other in zip(here, there, strict=True):
-        told = asdict(other)
-        assert {name: told[name] for name in SAME} == {name: asdict(one)[name] for name in SAME}
+        row = asdict(other)
+        assert {name: row[name] for name in SAME} == {name: asdict(one)[name] for name in SAME}
         if not one.sends_region:
             assert (one.second_text, one.second_score) == (one.first_text, one.first_score)
             assert one.second_tokens == one.first_tokens
@@ -143,7 +143,7 @@ async def test_without_a_useful_region_both_runs_keep_the_first_answer(tmp_path:
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-async def test_a_service_that_cuts_pictures_is_warned_of(
+async def test_a_service_that_crops_pictures_causes_a_warning(
     fit: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend, preset = open_model("fake", fit=fit)
@@ -171,13 +171,13 @@ async def test_without_tokens_there_is_no_uncertainty(
 def test_a_service_that_is_gone_ends_the_run(tmp_path: Path) -> None:
     task = open_task("signs", limit=2)
 
-    async def ask_what_is_gone() -> None:
+    async def ask_a_closed_service() -> None:
         async with serving() as url:
             pass
         await run(OverService(task, url, None), task, tmp_path, share=Share(session="a"))
 
     with pytest.raises(LinkError):
-        asyncio.run(ask_what_is_gone())
+        asyncio.run(ask_a_closed_service())
     assert not list(tmp_path.iterdir())
 
 

@@ -190,9 +190,9 @@ def evaluate(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
             *("--output_path", str(out), "--log_samples", *arguments),
             home=data.folder / "home",
         )
-        told = process.stdout + process.stderr
+        output = process.stdout + process.stderr
         (results,) = list(out.rglob("*_results.json")) or [None]
-        assert results is not None, told[-3000:]
+        assert results is not None, output[-3000:]
         samples = {
             str(path.stem).partition("_samples_")[2]: _lines(path)
             for path in out.rglob("*_samples_*.jsonl")
@@ -298,12 +298,14 @@ def test_over_a_service_it_answers_as_vlm_collab_eval(
 
 
 @pytest.mark.parametrize("way", ["here", "there"])
-def test_its_scores_are_ours(way: str, data: Data, request: pytest.FixtureRequest) -> None:
+def test_lmms_eval_and_this_project_score_alike(
+    way: str, data: Data, request: pytest.FixtureRequest
+) -> None:
     ended: LmmsRun = request.getfixturevalue(way)
     textvqa, pope = data.ours("textvqa"), data.ours("pope")
-    said = ended.answers("textvqa_here")
+    answers = ended.answers("textvqa_here")
     score = textvqa.scorers["vqa"]
-    scores = [score(text, one.truth) for text, one in zip(said, textvqa, strict=True)]
+    scores = [score(text, one.truth) for text, one in zip(answers, textvqa, strict=True)]
     mean = sum(scores) / COUNT
     assert ended.score("textvqa_here", "exact_match") == pytest.approx(mean, abs=1e-12)
     figures = pope.summaries["pope"](ended.answers("pope_here"), [one.truth for one in pope])
@@ -314,15 +316,15 @@ def test_its_scores_are_ours(way: str, data: Data, request: pytest.FixtureReques
     assert figures["accuracy"] > 0
 
 
-def test_the_document_s_own_task_is_scored_as_ours(data: Data, here: LmmsRun) -> None:
+def test_the_documented_task_is_scored_alike(data: Data, here: LmmsRun) -> None:
     signs = data.ours("signs")
     score = signs.scorers["exact"]
-    said = here.answers("signs")
-    mean = sum(score(text, one.truth) for text, one in zip(said, signs, strict=True)) / COUNT
+    answers = here.answers("signs")
+    mean = sum(score(text, one.truth) for text, one in zip(answers, signs, strict=True)) / COUNT
     assert 0 < here.score("signs", "exact_match") == pytest.approx(mean)
 
 
-def test_lmms_eval_still_makes_the_table_that_our_tasks_are_held_to(tmp_path: Path) -> None:
+def test_lmms_eval_still_makes_the_committed_table(tmp_path: Path) -> None:
     made = tmp_path / "table.json"
     done = lmms_env.python("-m", "eval.tasks.against_lmms_eval", str(made), home=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -372,8 +374,8 @@ def test_a_question_about_two_pictures_counts_both(here: LmmsRun, there: LmmsRun
 
 
 def test_an_option_without_effect_is_named(here: LmmsRun) -> None:
-    told = here.process.stdout + here.process.stderr
-    assert told.count("the generation option top_k has no effect on vlm_collab") == 1
+    output = here.process.stdout + here.process.stderr
+    assert output.count("the generation option top_k has no effect on vlm_collab") == 1
 
 
 def test_several_processes_share_a_task_and_report_all_of_it(
@@ -440,10 +442,10 @@ def test_unsupported_requests_are_refused_with_one_line(tmp_path: Path) -> None:
     )
     kind = "choose tasks of type generate_until"
     assert likelihood == (
-        f"vlm_collab: mmlu: vlm_collab scores no given answers (loglikelihood); {kind}"
+        f"vlm_collab: mmlu: vlm_collab cannot score given answers (loglikelihood); {kind}"
     )
-    assert "mmlu: vlm_collab asks once, not in rounds" in rounds
-    assert "mmlu: vlm_collab draws no pictures" in drawing
+    assert "mmlu: vlm_collab answers in one round only" in rounds
+    assert "mmlu: vlm_collab cannot draw pictures" in drawing
     assert re.match(r"vlm_collab: .*127\.0\.0\.1.*9", nobody), nobody
     assert re.match(r"vlm_collab: .*eta", eta), eta
     assert etta.startswith("vlm_collab: model_args: there is an unknown field `etta`; options: ")
@@ -467,7 +469,7 @@ def test_a_task_without_any_answer_ends_the_run(data: Data, tmp_path: Path) -> N
         file.unlink()
     assert done.returncode == 1
     assert not list(tmp_path.rglob("*_results.json"))
-    told = done.stdout + done.stderr
-    assert "Traceback" not in told
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"vlm_collab: 2 questions failed in a row, the last: .*too long", last), last

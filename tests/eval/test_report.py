@@ -30,13 +30,13 @@ def test_a_failed_sample_of_one_run_is_left_out_and_noted(tmp_path: Path) -> Non
     model = replace(model, records=[r for r in model.records if r.index not in (7, 9)])
     quality = run_of(answers(50, kinds=KINDS), name="q", codec=5, task={"samples": 50})
     inputs = sort_runs([main_run, hd, model, quality], resamples=10)
-    told = write_report(inputs, tmp_path, formats=["png"])
-    rows = {one["name"]: one["rows"] for one in told["tables"]["baselines"]["rows"]}
+    report = write_report(inputs, tmp_path, formats=["png"])
+    rows = {one["name"]: one["rows"] for one in report["tables"]["baselines"]["rows"]}
     assert rows["LLaVA-1.5-HD"]["count"] == rows["oracle"]["count"] == 198
     assert rows["oracle"]["index"] == "0-6,8,10-199"
     # A run that is compared with the first one only does not reduce the samples of other figures.
-    assert told["figures"]["fig-12-qualities"]["panels"][0]["rows"]["count"] == 48
-    (note,) = told["notes"]
+    assert report["figures"]["fig-12-qualities"]["panels"][0]["rows"]["count"] == 48
+    (note,) = report["notes"]
     assert note == (
         "2 of 200 samples are left out of all figures: of the runs that are compared, "
         "some lack them (hd 1, m 2)"
@@ -46,9 +46,9 @@ def test_a_failed_sample_of_one_run_is_left_out_and_noted(tmp_path: Path) -> Non
     assert "\nEach run, with `--threads 1`:\n" in page  # needed for the same bits
     # Each run's gaps count its own missing samples only.
     assert "main: " not in page
-    assert "hd: 1 of 200 samples gave no row" in page
-    assert (told["runs"]["main"]["rows"], told["runs"]["hd"]["rows"]) == (200, 199)
-    assert "missing" not in told["runs"]["main"]
+    assert "hd: 1 of 200 samples have no row" in page
+    assert (report["runs"]["main"]["rows"], report["runs"]["hd"]["rows"]) == (200, 199)
+    assert "missing" not in report["runs"]["main"]
 
 
 def test_every_kind_of_difference_is_listed() -> None:
@@ -74,8 +74,10 @@ def test_every_kind_of_difference_is_listed() -> None:
 
 def test_packing_keeps_the_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", answers(5))
-    told = json.loads((folder / PROVENANCE).read_text())
-    (folder / PROVENANCE).write_text(json.dumps({**told, "command": ["/some/where.py", "eval"]}))
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(
+        json.dumps({**provenance, "command": ["/some/where.py", "eval"]})
+    )
     third = [1 / 3] * 4
     write_shard(folder / "part-00000005.parquet", [replace(r, index=r.index + 5, map=third) for r in
                 answers(3)])  # fmt: skip
@@ -88,7 +90,7 @@ def test_packing_keeps_the_run(tmp_path: Path) -> None:
         replace(r, map=[]) for r in before.records
     ]
     assert after.records[-1].map == pytest.approx(third, rel=1e-7)
-    assert after.provenance == {**told, "command": ["vlm-collab", "eval"]}
+    assert after.provenance == {**provenance, "command": ["vlm-collab", "eval"]}
     whole = (folder / "rows" / "part-00000000.parquet").read_bytes()
     pack(folder)
     assert (folder / "rows" / "part-00000000.parquet").read_bytes() == whole
@@ -101,11 +103,11 @@ def test_samples_without_a_row_are_counted_on_stderr_and_in_the_page(
     finished: str | None, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path / "run", answers(40), samples=42)
-    told = json.loads((folder / PROVENANCE).read_text())
-    told["model"]["view"] = [112, 112]
-    (folder / PROVENANCE).write_text(json.dumps({**told, "finished": finished}))
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    provenance["model"]["view"] = [112, 112]
+    (folder / PROVENANCE).write_text(json.dumps({**provenance, "finished": finished}))
     out = tmp_path / "report"
-    line = f"2 of 42 samples gave no row ({why}); all figures leave them out"
+    line = f"2 of 42 samples have no row ({why}); all figures leave them out"
     for command in (
         ["eval", "report", str(folder), "--resamples", "10", "--format", "png", "--out", str(out)],
         ["eval", "sweep", str(folder), "--out", str(tmp_path / "sweep")],

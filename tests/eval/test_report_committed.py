@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.curves import Criterion
 from eval.analysis.operating_points import two_stage_point
 from eval.analysis.run import Run, open_run
@@ -31,8 +31,8 @@ RUNS = COMMITTED / "runs"
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((COMMITTED / RESULTS).read_text(encoding="utf-8"))
-    return told
+    report: dict[str, Any] = json.loads((COMMITTED / RESULTS).read_text(encoding="utf-8"))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_every_point_of_every_curve_leads_to_its_rows(
 ) -> None:
     lines = [
         one
-        for told in committed["figures"].values()
-        for panel in told.get("panels", ())
+        for figure in committed["figures"].values()
+        for panel in figure.get("panels", ())
         for one in panel["lines"]
     ]
     assert len(lines) > 20
@@ -68,7 +68,7 @@ def test_every_point_of_every_curve_leads_to_its_rows(
         setting = Criterion(Metric(metric), aggregate, int(how[6:]) if first_k else 1)
         for place in (1, len(one["eta"]) // 2):
             policy = setting.policy(one["eta"][place])
-            sent = np.array([decided(policy, r) for r in run.records], dtype=float)
+            sent = np.array([retransmits(policy, r) for r in run.records], dtype=float)
             assert sent.sum() == one["sent"][place]
             assert two_stage_point(run, sent, "").accuracy == pytest.approx(one["y"][place])
 
@@ -78,12 +78,12 @@ def test_marks_and_tables_lead_to_rows_too(committed: dict[str, Any], runs: dict
     wanted = set(expanded(oracle["rows"]["index"]))
     best = [max(r.first_score, r.second_score) for r in runs["test"].records if r.index in wanted]
     assert oracle["y"] == pytest.approx(np.mean(best))
-    for told in committed["tables"]["boxes"]["rows"]:
-        wanted = set(expanded(told["rows"]["index"]))
-        chosen = [r for r in runs[told["rows"]["run"]].records if r.index in wanted]
+    for row in committed["tables"]["boxes"]["rows"]:
+        wanted = set(expanded(row["rows"]["index"]))
+        chosen = [r for r in runs[row["rows"]["run"]].records if r.index in wanted]
         gains = [r.second_score - r.first_score for r in chosen]
-        assert told["gain"] == pytest.approx(np.mean(gains))
-        assert told["improved"] == sum(gain > 0 for gain in gains)
+        assert row["gain"] == pytest.approx(np.mean(gains))
+        assert row["improved"] == sum(gain > 0 for gain in gains)
     first = committed["tables"]["table-1"]["rows"][0]
     tokens = [r.first_input_tokens for r in runs["test"].records]
     assert first["mean_input_tokens"] == pytest.approx(np.mean(tokens))
@@ -109,12 +109,12 @@ def test_the_committed_report_names_the_commands_that_make_it(committed: dict[st
 
 def test_the_committed_page_says_what_its_tables_say(committed: dict[str, Any]) -> None:
     page = (COMMITTED / "index.md").read_text(encoding="utf-8")
-    for said in findings(committed["tables"]):
-        assert f"\n- {said}\n" in page
-    for name, told in committed["tables"].items():
-        printed = table_format.markdown(told["rows"], table_list.TABLES[name][3])
+    for sentence in findings(committed["tables"]):
+        assert f"\n- {sentence}\n" in page
+    for name, table in committed["tables"].items():
+        printed = table_format.markdown(table["rows"], table_list.TABLES[name][3])
         for text in (page, (COMMITTED / f"{name}.md").read_text(encoding="utf-8")):
-            assert f"\n{told['formula']}\n\n{printed}" in text
+            assert f"\n{table['formula']}\n\n{printed}" in text
     assert committed["figures"]["fig-11-pictures"]["rule"] in page
 
 

@@ -71,9 +71,9 @@ def test_aggregations_and_metrics_each_have_a_line() -> None:
 
 def test_qualities_are_compared_on_the_questions_that_all_runs_have() -> None:
     few = run_of(answers(200)[:50], name="q", codec=5)
-    told = fig12(sort_runs([run_of(answers(200)), few], resamples=20))
-    assert told is not None
-    (panel,) = told["panels"]
+    figure = fig12(sort_runs([run_of(answers(200)), few], resamples=20))
+    assert figure is not None
+    (panel,) = figure["panels"]
     assert [one["name"] for one in panel["lines"]] == ["JPEG 5", "JPEG 90"]
     assert {one["rows"]["count"] for one in panel["lines"]} == {50}
     assert panel["lines"][0]["x"][0] == pytest.approx(0.4)  # 4000 of 10000 bytes
@@ -82,8 +82,8 @@ def test_qualities_are_compared_on_the_questions_that_all_runs_have() -> None:
 
 def test_models_have_a_panel_each() -> None:
     other = run_of(answers(200, seed=1), name="m", weights="w")
-    told = fig10(sort_runs([run_of(answers(200)), other], resamples=20))
-    assert len(told["panels"]) == 2
+    figure = fig10(sort_runs([run_of(answers(200)), other], resamples=20))
+    assert len(figure["panels"]) == 2
     assert len(fig9(sort_runs([made()], resamples=20))["panels"]) == 3
 
 
@@ -94,10 +94,10 @@ def test_fig_11_states_the_rule_that_chose_its_row() -> None:
     first, second, third = (replace(r, box=[0, 0, 10, 10]) for r in answers(3))
     for changed, index, rule in (
         ((right, wrong | outside, wrong | inside), 2, "with the true place in the region"),
-        ((right, wrong | outside, right | inside), 1, "of none is the true place known"),
+        ((right, wrong | outside, right | inside), 1, "in none of them is the true place known"),
         ((right, right, right), 0, "the first row (no wrong first answer"),
     ):
         rows = [replace(r, **c) for r, c in zip((first, second, third), changed, strict=True)]
-        told = fig11(sort_runs([run_of(rows)], resamples=20))
-        assert told["rows"]["index"] == str(index)
-        assert rule in told["rule"]
+        figure = fig11(sort_runs([run_of(rows)], resamples=20))
+        assert figure["rows"]["index"] == str(index)
+        assert rule in figure["rule"]

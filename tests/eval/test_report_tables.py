@@ -29,16 +29,16 @@ def test_the_order_of_hd_s_rows_does_not_matter() -> None:
         replace(rows[old], index=new)
         for new, old in enumerate(np.random.default_rng(0).permutation(len(rows)))
     ]
-    told = []
+    results = []
     for of in (rows, shuffled):
         hd = replace(made(name="hd", method="hd"), records=of)
         inputs = sort_runs([main_run, hd], resamples=200)
         (row_of_hd,) = [r for r in tables.table_baselines(inputs) if "HD" in r["name"]]
         marks = {mark["name"]: mark for mark in fig4(inputs)["panels"][0]["marks"]}
-        told.append((row_of_hd["accuracy_interval"], marks["HD"]["y"]))
+        results.append((row_of_hd["accuracy_interval"], marks["HD"]["y"]))
         index = {record.id: record.index for record in of}
         assert expanded(row_of_hd["rows"]["index"]) == [index[r.id] for r in main_run.records]
-    assert told[0] == told[1]
+    assert results[0] == results[1]
 
 
 def test_a_run_over_a_service_is_reported_with_its_recorded_metrics() -> None:
@@ -57,13 +57,13 @@ def test_a_run_over_a_service_is_reported_with_its_recorded_metrics() -> None:
 def test_thresholds_come_from_the_validation_run() -> None:
     val = others(run_of(answers(200, seed=7), name="v", task={"split": "val"}))
     inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
-    for told in tables.table_chosen(inputs):
-        if not told["name"].startswith("target"):
+    for row in tables.table_chosen(inputs):
+        if not row["name"].startswith("target"):
             continue
-        rate = float(told["name"].split()[-1])
-        assert told["val_rate"] == np.mean(sent_at(val, Criterion(), told["eta"]))
-        assert told["val_rate"] == pytest.approx(rate, abs=0.01)
-        assert told["rate"] == np.mean(sent_at(inputs.main, Criterion(), told["eta"]))
+        rate = float(row["name"].split()[-1])
+        assert row["val_rate"] == np.mean(sent_at(val, Criterion(), row["eta"]))
+        assert row["val_rate"] == pytest.approx(rate, abs=0.01)
+        assert row["rate"] == np.mean(sent_at(inputs.main, Criterion(), row["eta"]))
 
 
 def test_a_chosen_threshold_names_the_rows_it_was_chosen_on() -> None:
@@ -72,12 +72,12 @@ def test_a_chosen_threshold_names_the_rows_it_was_chosen_on() -> None:
     inputs = sort_runs([run_of(answers(200))], val=val, resamples=50)
     *chosen, of_preset = tables.table_chosen(inputs)
     loss = {"max_accuracy_loss": 0.01, "confidence": 0.95}
-    for told in chosen:
-        assert told["val_rows"] == {"run": "v", "count": 147, "index": "3-149"}
-        assert told["rows"]["run"] == "run"
-        rate = told["name"].removeprefix("target rate ")
-        wanted = {"target_rate": float(rate)} if rate != told["name"] else loss
-        assert told["target"].items() >= wanted.items()
+    for row in chosen:
+        assert row["val_rows"] == {"run": "v", "count": 147, "index": "3-149"}
+        assert row["rows"]["run"] == "run"
+        rate = row["name"].removeprefix("target rate ")
+        wanted = {"target_rate": float(rate)} if rate != row["name"] else loss
+        assert row["target"].items() >= wanted.items()
     # The preset's threshold was not chosen on data.
     assert not {"val_rows", "target", "val_rate"} & of_preset.keys()
     read = list(csv.DictReader(table_format.csv_text([*chosen, of_preset]).splitlines()))
@@ -95,15 +95,15 @@ def test_the_table_says_what_the_guarantee_does_not_cover() -> None:
     rows = tables.table_chosen(inputs)
     best = max(rows, key=lambda row: row["accuracy"])
     best["loss_interval"] = [-0.2, -0.1]
-    said = tables.chosen_notes(inputs, rows)
-    assert "not to each kind of question" in said
-    assert "no other split has" in said
-    assert f"itself is worse than the best of these thresholds (“{best['name']}”" in said
+    text = tables.chosen_notes(inputs, rows)
+    assert "not to each kind of question" in text
+    assert "no other split has" in text
+    assert f"itself is worse than the best of these thresholds (“{best['name']}”" in text
     best["loss_interval"] = [-0.2, 0.1]
     assert tables.chosen_notes(inputs, rows).endswith("against full retransmission.")
 
 
-def test_tables_are_printed_whole() -> None:
+def test_tables_print_every_row_and_column() -> None:
     inputs = sort_runs([made()], resamples=20)
     for title, make, _, cells in table_list.TABLES.values():
         rows = make(inputs)
@@ -117,7 +117,7 @@ def test_tables_are_printed_whole() -> None:
 
 def test_a_random_table_row_is_what_the_baseline_gives() -> None:
     inputs = sort_runs([made()], resamples=20)
-    rows = {(told["name"], told["setting"]): told for told in tables.table_baselines(inputs)}
+    rows = {(row["name"], row["setting"]): row for row in tables.table_baselines(inputs)}
     never, always = ends(inputs.main)
     assert rows["global only", None]["accuracy"] == never.accuracy
     assert rows["full retransmission", None]["bytes_up"] == always.up

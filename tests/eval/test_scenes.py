@@ -46,7 +46,7 @@ def test_splits_share_neither_scenes_nor_textures() -> None:
         assert not seeds[one] & seeds[other]
 
 
-def test_test_split_holds_out_a_font_and_a_texture() -> None:
+def test_only_the_test_split_has_the_held_out_font_and_texture() -> None:
     seen = [generate_scene(s, i) for s in ("train", "val") for i in range(200)]
     test = [generate_scene("test", i) for i in range(200)]
     assert scenes.HELD_OUT_FONT not in {g.font for scene in seen for g in scene.signs}
@@ -123,7 +123,7 @@ def test_every_question_names_one_sign() -> None:
 
 
 def test_text_pixels_fill_their_box_and_no_more() -> None:
-    """Drawings that differ only in their digits differ only inside the text box."""
+    """If only the digits of a drawing change, only pixels inside the text box change."""
     from dataclasses import replace
 
     checked = 0

@@ -156,14 +156,14 @@ def test_few_wrong_answers_have_no_interval_and_a_reason() -> None:
     rng = np.random.default_rng(0)
     right, wrong = rng.uniform(0, 3, 200).tolist(), rng.uniform(1, 4, FEWEST).tolist()
     assert separated(right, wrong)["overlap_interval"] is not None
-    for some, others, said in (
+    for some, others, reason in (
         (right, wrong[1:], f"{FEWEST - 1} pictures with wrong answers; intervals need {FEWEST}"),
         (wrong[:3], right, f"3 pictures with right answers; intervals need {FEWEST}"),
     ):
         found = separated(some, others)
         assert found["overlap"] > 0
         assert (found["overlap_interval"], found["distance_interval"]) == (None, None)
-        assert found["interval_note"] == said
+        assert found["interval_note"] == reason
 
 
 def test_groups_without_common_bins_have_no_interval() -> None:
@@ -200,10 +200,10 @@ def test_tables_print_the_reason_for_a_missing_interval() -> None:
         _, make, _, cells = table_list.TABLES[name]
         rows = make(inputs)
         assert rows[0]["overlap_interval"] is None
-        said = "2 pictures with wrong answers; intervals need 10"
+        reason = "2 pictures with wrong answers; intervals need 10"
         line = table_format.markdown(rows, cells).splitlines()[2]
-        assert f"| {rows[0]['overlap']:.2f} (no interval: {said}) |" in line
+        assert f"| {rows[0]['overlap']:.2f} (no interval: {reason}) |" in line
         (first, *_) = csv.DictReader(table_format.csv_text(rows).splitlines())
         assert (first["overlap_interval_low"], first["overlap_interval_high"]) == ("", "")
-        assert first["interval_note"] == said
+        assert first["interval_note"] == reason
         json.dumps(rows, allow_nan=False)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from edge_client.cli.main import main
-from eval.analysis.baselines import decided
+from eval.analysis.baselines import retransmits
 from eval.analysis.curves import (
     Bootstrap,
     Criterion,
@@ -84,7 +84,7 @@ def test_every_point_sends_the_samples_that_its_policy_sends(run: Run) -> None:
         drawn = curve(run, setting)
         for sent, eta in zip(drawn.sent, drawn.eta, strict=True):
             policy = setting.policy(float(eta))
-            chosen = [place for place, r in enumerate(run.records) if decided(policy, r)]
+            chosen = [place for place, r in enumerate(run.records) if retransmits(policy, r)]
             assert chosen == sorted(drawn.order[:sent].tolist()), (setting.name, eta)
 
 
@@ -93,7 +93,7 @@ def test_no_threshold_reaches_a_point_that_is_not_on_the_curve(run: Run) -> None
         reachable = set(curve(run, setting).sent.tolist())
         for eta in np.linspace(0.0, 1.0 if setting.metric is Metric.MARGIN else 5.0, 31):
             policy = setting.policy(float(eta))
-            assert sum(decided(policy, r) for r in run.records) in reachable
+            assert sum(retransmits(policy, r) for r in run.records) in reachable
 
 
 def test_a_point_equals_the_operating_point_of_its_samples(run: Run) -> None:
@@ -133,7 +133,7 @@ def test_a_run_over_a_service_has_curves_of_recorded_metrics() -> None:
     run = run_of(made, visual_tokens=None)
     drawn = curve(run, Criterion())
     assert np.isnan(drawn.relative_paper_flops).all()
-    with pytest.raises(ConfigError, match="does not know the margin"):
+    with pytest.raises(ConfigError, match="did not record the margin"):
         curve(run, Criterion(Metric.MARGIN))
 
 
@@ -229,7 +229,7 @@ def test_chunked_resamples_equal_those_of_one_chunk(
 
 def saved(folder: Path, records: list[Record], **task: Any) -> Path:
     folder.mkdir(parents=True)
-    told = {
+    provenance = {
         "method": "two_stage",
         "task": {"name": "signs", "split": "test", "scorer": "exact", **task},
         "model": {
@@ -241,7 +241,7 @@ def saved(folder: Path, records: list[Record], **task: Any) -> Path:
         },
         "codec": {"view": ["jpeg", 90], "region": ["jpeg", 90]},
     }
-    (folder / PROVENANCE).write_text(json.dumps(told))
+    (folder / PROVENANCE).write_text(json.dumps(provenance))
     write_shard(folder / "part-00000000.parquet", records)
     return folder
 
@@ -249,9 +249,9 @@ def saved(folder: Path, records: list[Record], **task: Any) -> Path:
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(["eval", "sweep", *arguments])
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert isinstance(ended.value.code, int)
-    return ended.value.code, told.out, told.err
+    return ended.value.code, captured.out, captured.err
 
 
 def test_the_command_writes_the_same_files_twice(
@@ -259,9 +259,9 @@ def test_the_command_writes_the_same_files_twice(
 ) -> None:
     folder = saved(tmp_path / "run", rows(30))
     for out in ("a", "b"):
-        code, said, err = call(capsys, str(folder), "--out", str(tmp_path / out))
+        code, printed, err = call(capsys, str(folder), "--out", str(tmp_path / out))
         assert (code, err) == (0, "")
-        assert "18 curves" in said
+        assert "18 curves" in printed
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["sweep.csv", "sweep.json", "sweep.parquet", "sweep.png"]
     for name in names:
@@ -269,22 +269,25 @@ def test_the_command_writes_the_same_files_twice(
     table = pq.read_table(tmp_path / "a" / "sweep.parquet").to_pylist()
     with (tmp_path / "a" / "sweep.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(table)
-    told = json.loads((tmp_path / "a" / "sweep.json").read_text())
-    assert sum(len(one["eta"]) for one in told["curves"]) == len(table)
-    first = told["curves"][0]
+    content = json.loads((tmp_path / "a" / "sweep.json").read_text())
+    assert sum(len(one["eta"]) for one in content["curves"]) == len(table)
+    first = content["curves"][0]
     assert (first["metric"], first["aggregate"], first["k"]) == ("min_entropy", "full", None)
     assert table[0]["eta"] == first["eta"][0]
 
 
 def test_options_choose_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = [replace(r, category="odd" if r.index % 2 else "even") for r in rows(30)]
-    folder = saved(tmp_path / "run", made)
+    records = [replace(r, category="odd" if r.index % 2 else "even") for r in rows(30)]
+    folder = saved(tmp_path / "run", records)
     chosen = ("--metric", "margin", "--aggregate", "first_k", "--k", "3", "--k", "4")
     code, _, _ = call(capsys, str(folder), *chosen, "--category", "odd")
     assert code == 0
-    told = json.loads((folder / "sweep" / "sweep.json").read_text())
-    assert [(one["metric"], one["k"]) for one in told["curves"]] == [("margin", 3), ("margin", 4)]
-    assert told["samples"] == 15
+    content = json.loads((folder / "sweep" / "sweep.json").read_text())
+    assert [(one["metric"], one["k"]) for one in content["curves"]] == [
+        ("margin", 3),
+        ("margin", 4),
+    ]
+    assert content["samples"] == 15
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,8 @@ def test_aokvqa_direct_leaves_out_questions_marked_as_too_hard(
     # The data have no ids of pictures, so the id is a digest of the picture.
     assert task[0].image_id == task[1].image_id == hashlib.sha256(JPEG).hexdigest()[:16]
     direct, vicrop = task.scorers["direct"], task.scorers["vicrop"]
-    told = [(direct(a, task[0].truth), vicrop(a, task[0].truth)) for a in ("Cab.", "bus", "one")]
-    assert told == [(1.0, pytest.approx(0.9)), (2 / 3, 0.6), (0.0, 0.0)]
+    scores = [(direct(a, task[0].truth), vicrop(a, task[0].truth)) for a in ("Cab.", "bus", "one")]
+    assert scores == [(1.0, pytest.approx(0.9)), (2 / 3, 0.6), (0.0, 0.0)]
 
 
 def test_aokvqa_choice_asks_for_a_letter(data: Callable[..., Path]) -> None:
@@ -207,10 +207,10 @@ def test_vqav2_s_category_is_the_kind_of_answer(data: Callable[..., Path]) -> No
     ],
 )
 def test_a_wrong_option_gets_one_clear_line(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         open_task(**options)
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_the_split_says_what_is_missing(
@@ -239,9 +239,9 @@ def test_a_damaged_file_gets_one_clear_line(data: Callable[..., Path]) -> None:
     folder = data("data/validation-00000-of-00001", textvqa_rows())
     file = folder / "data" / "validation-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"cannot read .* as Parquet: ") as told:
+    with pytest.raises(ConfigError, match=r"cannot read .* as Parquet: ") as error:
         open_task("textvqa", data=folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_answers_that_are_not_a_list_get_one_clear_line(data: Callable[..., Path]) -> None:
@@ -301,5 +301,5 @@ def test_the_page_lists_every_task_with_its_splits_lengths_and_scorers() -> None
         if issubclass(kind, HubTask):
             source = next(iter(kind.sources.values()))
             assert (same[1] if data == "the same" else data) == f"`{source.repository}`"
-            told = (same[2] if splits == "the same" else splits).replace(" (all three)", "")
-            assert told == ", ".join(kind.sources)
+            documented = (same[2] if splits == "the same" else splits).replace(" (all three)", "")
+            assert documented == ", ".join(kind.sources)

@@ -27,7 +27,7 @@ class Device:
     """A clean environment with the wheel, its dependencies and nothing else.
 
     Attributes:
-        folder: of the environment, which has no pip of its own.
+        folder: folder of the environment, which has no pip of its own.
         before: the environment's files, with their sizes in bytes, before anything was installed.
     """
 
@@ -48,7 +48,7 @@ def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
     folder = tmp_path_factory.mktemp("device") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(folder))
     empty = Device(folder, sizes_of(folder))
-    # pip from outside, so that the environment holds nothing but what it brought.
+    # pip runs outside the environment, so that its own files do not count.
     run(sys.executable, "-m", "pip", "--python", empty.python, "install", "-q", str(wheel))
     return empty
 
@@ -94,7 +94,7 @@ print(edge_client.__version__)
 
 
 def test_the_install_is_small(device: Device):
-    """Everything that pip brought counts: packages, their metadata, compiled bytecode, programs."""
+    """All files that pip installs count: packages, their metadata, compiled bytecode, programs."""
     parts: Counter[str] = Counter()
     for path, size in sizes_of(device.folder).items():
         packages = "site-packages" in path.parts
@@ -127,7 +127,7 @@ print(answer.refined, int(peak) * 1024, int(after) * 1024)
 
 
 def test_asking_about_a_large_photo_takes_little_memory(device: Device, url: str, tmp_path: Path):
-    """Decoded, this photo takes 48 MB, which only a region needs; they are freed after it."""
+    """Decoded, this photo takes 48 MB. Only a region needs them, and they are freed afterwards."""
     photo = tmp_path / "photo.jpg"
     small = Image.effect_noise((400, 300), 60).convert("RGB")
     small.resize((4000, 3000)).save(photo, quality=90)

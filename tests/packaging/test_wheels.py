@@ -15,7 +15,7 @@ from tests.support.process import run
 
 COMMANDS = (
     *(("ask",), ("audit",), ("chat",), ("gateway",), ("watch",), ("serve",), ("demo",), ("flops",)),
-    *(("eval", "run"), ("eval", "report"), ("calibrate", "eta"), ("calibrate", "layer")),
+    *(("eval", "run"), ("eval", "report"), ("calibrate", "threshold"), ("calibrate", "layers")),
 )
 
 
@@ -23,8 +23,9 @@ COMMANDS = (
 def installed(wheel: Path, demo_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Programs of an environment with both wheels.
 
-    Their dependencies, which weigh gigabytes, are those of the environment that runs these tests.
-    It comes last in the import path, so the checkout that it may refer to is never reached.
+    Their dependencies take gigabytes, so those of the environment that runs these tests are used.
+    That environment comes last in the import path, so the checkout that it may refer to is never
+    imported.
     """
     folder = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(folder))
@@ -43,7 +44,7 @@ def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_command_explains_itself(installed: Path, command: tuple[str, ...], tmp_path: Path):
+def test_every_command_prints_its_help(installed: Path, command: tuple[str, ...], tmp_path: Path):
     done = run(str(installed / "vlm-collab"), *command, "--help", cwd=tmp_path)
     assert "Usage: vlm-collab" in done.stdout
 

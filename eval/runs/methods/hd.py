@@ -2,9 +2,9 @@
 
 Song and Kim, *Collaborative Edge-to-Server Inference for Vision-Language Models* (2025, arXiv
 2512.16349), compare with this high-resolution variant in section VII-B. A picture of 448 x 448 px
-is split into tiles, which the encoder takes one by one. The tiles' features are put together to
-one large map, in the tiles' order in the picture. The features of a thumbnail follow as context:
-the whole picture, reduced to one encoder input. The picture is sent once; there is no second stage.
+is split into tiles, which are encoded one by one. The tiles' features are joined to one large map,
+in the tiles' order in the picture. The features of a thumbnail follow as context: the whole
+picture, reduced to one encoder input. The picture is sent once; there is no second stage.
 
 Any LLaVA-1.5 checkpoint runs. LLaVA-1.5-HD's own weights (13B, an encoder of 224 px, learned
 tokens at row ends) were not published for transformers. So its procedure runs here on weights that
@@ -84,11 +84,11 @@ class HdAnswer:
     """The model's answer to a question about a picture.
 
     Attributes:
-        made: the answer; `text` ends before a stop text.
+        generation: the answer; `text` ends before a stop text.
         stopped: whether the model generated a stop text.
     """
 
-    made: Generation
+    generation: Generation
     stopped: bool
 
 
@@ -220,7 +220,7 @@ class HdModel:
             hidden = batch.step([ids[-1]])
         for mark in found:
             text = text.partition(mark)[0].rstrip()
-        made = Generation(
+        generation = Generation(
             text=text,
             token_ids=tuple(ids),
             steps=tuple(steps),
@@ -229,7 +229,7 @@ class HdModel:
             context_tokens=len(prompt.ids),
             surprisals=tuple(surprisals),
         )
-        return HdAnswer(made, bool(found))
+        return HdAnswer(generation, bool(found))
 
 
 def merged(tiles: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -264,7 +264,7 @@ class HighResolutionMethod(Method):
     ) -> None:
         self._task, self._options = task, options
         self._score = Scores(task)
-        self._asked_codec = codec, view_quality
+        self._given_codec = codec, view_quality
         self._pictures = SamplePictures()
         self._model: HdModel
         self._preset: Preset
@@ -280,7 +280,7 @@ class HighResolutionMethod(Method):
         self._model = await asyncio.to_thread(
             HdModel.load, name, self._preset, device=device, dtype=dtype
         )
-        self._codecs = codecs_of(self._preset, *self._asked_codec, None)
+        self._codecs = codecs_of(self._preset, *self._given_codec, None)
 
     async def close(self) -> None:
         pass
@@ -293,42 +293,44 @@ class HighResolutionMethod(Method):
     def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._model.info, self._codecs
         side = Size(self._model.side, self._model.side)
-        asked = EdgeSample(index, sample, self._pictures.get(sample))
-        with asked.at_the_edge():
+        edge_sample = EdgeSample(index, sample, self._pictures.get(sample))
+        with edge_sample.at_the_edge():
             sent: bytes = as_sample_error(
                 "the picture",
-                lambda: asked.picture.view(side, info.fit, codecs.view, codecs.view_quality),
+                lambda: edge_sample.picture.view(side, info.fit, codecs.view, codecs.view_quality),
             )
-        reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
+        reference = edge_sample.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(sent, max_pixels=side.width * side.height)
-        return EncodedSample(asked, sent, shown, len(reference))
+        return EncodedSample(edge_sample, sent, shown, len(reference))
 
     async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         return [await asyncio.to_thread(self._one, one) for one in ready]
 
     def _one(self, ready: EncodedSample) -> Record | SampleError:
-        asked, limit = ready.asked, self._preset.max_new_tokens
+        edge_sample, limit = ready.edge_sample, self._preset.max_new_tokens
         begin = time.perf_counter()
         try:
-            self._model.check_question(asked.sample.question, limit)
-            answer = self._model.answer(ready.shown, asked.sample.question, limit, self._task.stop)
-        # A model's runtime may raise anything; a failed sample must not end the run.
+            self._model.check_question(edge_sample.sample.question, limit)
+            answer = self._model.answer(
+                ready.shown, edge_sample.sample.question, limit, self._task.stop
+            )
+        # A model runtime may raise any exception; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         took_s = time.perf_counter() - begin
         return self._record(ready, answer, took_s)
 
     def _record(self, ready: EncodedSample, answer: HdAnswer, took_s: float) -> Record:
-        asked, made, work = ready.asked, answer.made, Work()
-        work.add_generation(self._model.info, made)
-        ended = Finish.STOP if answer.stopped else Finish.END if made.ended else Finish.LENGTH
+        edge_sample, generation, work = ready.edge_sample, answer.generation, Work()
+        work.add_generation(self._model.info, generation)
+        ended = Finish.STOP if answer.stopped else Finish.END if generation.ended else Finish.LENGTH
         ask, answer_bytes = one_stage_bytes(
-            asked.sample.question,
-            asked.picture.size,
+            edge_sample.sample.question,
+            edge_sample.picture.size,
             ready.picture,
             SentAnswer(
-                made.text,
-                aggregate(made.steps, Metric.MIN_ENTROPY, Aggregate.FULL),
+                generation.text,
+                aggregate(generation.steps, Metric.MIN_ENTROPY, Aggregate.FULL),
                 ended,
                 work.prefilled_tokens,
                 work.decoded_tokens,
@@ -336,7 +338,7 @@ class HighResolutionMethod(Method):
             ),
         )
         return Record(
-            **asked.facts(),
+            **edge_sample.facts(),
             view_bytes=len(ready.picture),
             region_bytes=0,
             view_pixels=self._model.side**2,
@@ -347,11 +349,11 @@ class HighResolutionMethod(Method):
             answer_bytes=0,
             first_answer_bytes=answer_bytes,
             reference_bytes=ready.reference_bytes,
-            first_text=made.text,
+            first_text=generation.text,
             second_text="",
-            first_score=self._score(made.text, asked.sample),
+            first_score=self._score(generation.text, edge_sample.sample),
             second_score=float("nan"),
-            **statistics("first", made),
+            **statistics("first", generation),
             second_tokens=[],
             second_min_entropy=[],
             second_entropy=[],
@@ -368,6 +370,6 @@ class HighResolutionMethod(Method):
             first_s=took_s,
             look_s=0.0,
             second_s=0.0,
-            edge_s=asked.edge_s,
-            first_input_tokens=made.context_tokens,
+            edge_s=edge_sample.edge_s,
+            first_input_tokens=generation.context_tokens,
         )

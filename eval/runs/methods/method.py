@@ -24,7 +24,7 @@ REFERENCE_QUALITY = 100
 Inference for Vision-Language Models*, 2025, arXiv 2512.16349, section VII-F)."""
 
 _KEPT_PICTURES = 8
-"""Decoded pictures kept; questions about one picture mostly follow each other."""
+"""Number of decoded pictures kept; questions about one picture are mostly adjacent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +100,13 @@ class EncodedSample:
     """A sample whose picture is encoded.
 
     Attributes:
-        asked: the sample.
+        edge_sample: the sample.
         picture: what the edge sends, encoded.
         shown: `picture`, decoded as the server decodes it.
         reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
     """
 
-    asked: EdgeSample
+    edge_sample: EdgeSample
     picture: bytes
     shown: Image
     reference_bytes: int

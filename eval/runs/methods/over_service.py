@@ -1,11 +1,11 @@
 """The two-stage method over a running service: the edge client and real bytes.
 
-Each sample is asked twice, each time with a new view, as if nothing had been sent before. One
-question forces the second stage, and gives all but the first answer's tokens; the other forbids
-it, and gives these. A service does not report token ids, Shannon entropy and margin, nor
-min-entropy without the feature `tokens`; these columns stay empty. FLOPs of the generic instruction
-are counted with the second pass, and the map has the eight bits that cross the wire. Byte counts
-are those really sent, minus the options that only the run asks for (map, tokens, stage).
+Each sample is asked twice, each time with a new view. One question forces the second stage, and
+gives everything but the first answer's tokens; the other forbids the second stage, and gives these
+tokens. A service does not report token ids, Shannon entropy and margin. Without the feature
+`tokens`, it does not report min-entropy either. These columns stay empty. FLOPs of the generic
+instruction are counted with the second pass, and the map has eight bits, as on the wire. Byte
+counts are those really sent, minus the options that only the run needs (map, tokens, stage).
 
 A service batches questions as they arrive, so results repeat up to rounding, not bit by bit.
 """
@@ -78,13 +78,13 @@ class _ServiceSample:
     """A sample for both questions.
 
     Attributes:
-        asked: the sample.
-        again: its picture, opened a second time. The client sends one view per `Picture`, and
-            the second question needs a new view too.
+        edge_sample: the sample.
+        again: its picture, opened a second time, because the client sends only one view per
+            `Picture`.
         reference_bytes: size of the global view as JPEG of `REFERENCE_QUALITY`.
     """
 
-    asked: EdgeSample
+    edge_sample: EdgeSample
     again: Picture
     reference_bytes: int
 
@@ -116,7 +116,7 @@ class OverService(Method):
         self._task, self._score = task, Scores(task)
         self._limit = max_new_tokens or task.max_new_tokens
         self._quality = 90 if view_quality is None else view_quality
-        self._asked_codec = codec
+        self._given_codec = codec
         self._client = EdgeClient(url, token=token, view_codec=codec, view_quality=self._quality)
         self._welcome: Welcome
 
@@ -127,7 +127,9 @@ class OverService(Method):
         if self._task.stop and "stop" not in self._welcome.features:
             raise ConfigError("this service does not take stop texts, which the benchmark needs")
         if len(self._task.stop) > _MOST_STOP_TEXTS:
-            raise ConfigError(f"a service takes {_MOST_STOP_TEXTS} stop texts, the task has more")
+            raise ConfigError(
+                f"a service takes at most {_MOST_STOP_TEXTS} stop texts; the task has more"
+            )
 
     async def close(self) -> None:
         await self._client.close()
@@ -144,7 +146,7 @@ class OverService(Method):
             "grid": [welcome.rows, welcome.columns],
             "service": True,
         }
-        codec = self._asked_codec or choose_codec(CODECS, welcome.codecs)
+        codec = self._given_codec or choose_codec(CODECS, welcome.codecs)
         return model, {"view": [codec.name.lower(), self._quality], "region": None}
 
     def prepare(self, index: int, sample: Sample) -> _ServiceSample:
@@ -163,22 +165,22 @@ class OverService(Method):
         return list(await asyncio.gather(*map(self._one, ready)))
 
     async def _one(self, ready: _ServiceSample) -> Record | SampleError:
-        asked = ready.asked
-        both, alone = self._options(Retransmit.ALWAYS), self._options(Retransmit.NEVER)
+        edge_sample = ready.edge_sample
+        always, never = self._options(Retransmit.ALWAYS), self._options(Retransmit.NEVER)
         try:
             refined, first = await asyncio.gather(
-                self._ask(asked.picture, asked.sample, both),
-                self._ask(ready.again, asked.sample, alone),
+                self._ask(edge_sample.picture, edge_sample.sample, always),
+                self._ask(ready.again, edge_sample.sample, never),
             )
         except _ENDS_THE_RUN:
             raise
         except CollabError as error:
             return SampleError(one_line(error))
         if refined.fallback is Fallback.NO_DETAIL:
-            return self._record_of_view(ready, refined, first, both)
+            return self._record_of_view(ready, refined, first, always)
         if refined.stage is not Stage.SECOND or refined.region is None or refined.box is None:
             return SampleError(f"the second stage failed: {refined.fallback.name}")
-        return self._record(ready, refined, first, both, refined.region, refined.box)
+        return self._record(ready, refined, first, always, refined.region, refined.box)
 
     async def _ask(self, picture: Picture, sample: Sample, options: Options) -> EdgeAnswer:
         return await self._client.ask(
@@ -203,10 +205,10 @@ class OverService(Method):
         region: bytes,
         box: Box,
     ) -> Record:
-        asked, welcome = ready.asked, self._welcome
-        sizes = _sizes(asked, refined, options, region)
+        edge_sample, welcome = ready.edge_sample, self._welcome
+        sizes = _sizes(edge_sample, refined, options, region)
         return Record(
-            **asked.facts(),
+            **edge_sample.facts(),
             view_bytes=refined.view_bytes,
             region_bytes=refined.region_bytes,
             view_pixels=welcome.view_width * welcome.view_height,
@@ -216,8 +218,8 @@ class OverService(Method):
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
             second_text=refined.text,
-            first_score=self._score(first.text, asked.sample),
-            second_score=self._score(refined.text, asked.sample),
+            first_score=self._score(first.text, edge_sample.sample),
+            second_score=self._score(refined.text, edge_sample.sample),
             **_statistics("first", first),
             **_statistics("second", refined),
             map=[value / 255 for value in refined.map or b""],
@@ -237,17 +239,17 @@ class OverService(Method):
         )
 
     def _record_of_view(
-        self, ready: _ServiceSample, asked_for: EdgeAnswer, first: EdgeAnswer, options: Options
+        self, ready: _ServiceSample, forced: EdgeAnswer, first: EdgeAnswer, options: Options
     ) -> Record:
         """The row of a sample whose view already shows all that a region would."""
-        asked, welcome = ready.asked, self._welcome
-        score = self._score(first.text, asked.sample)
+        edge_sample, welcome = ready.edge_sample, self._welcome
+        score = self._score(first.text, edge_sample.sample)
         answer_bytes = message_bytes(_answer(first), up=False)
         return Record(
-            **asked.facts(),
+            **edge_sample.facts(),
             view_bytes=first.view_bytes,
             view_pixels=welcome.view_width * welcome.view_height,
-            ask_bytes=asked_for.bytes_up - asked_for.view_bytes - _option_bytes(asked, options),
+            ask_bytes=forced.bytes_up - forced.view_bytes - _option_bytes(edge_sample, options),
             first_answer_bytes=answer_bytes,
             reference_bytes=ready.reference_bytes,
             first_text=first.text,
@@ -255,7 +257,7 @@ class OverService(Method):
             **_statistics("first", first),
             first_input_tokens=first.usage.prefilled_tokens,
             first_mflops=first.usage.mflops,
-            look_mflops=max(asked_for.usage.mflops - first.usage.mflops, 0),
+            look_mflops=max(forced.usage.mflops - first.usage.mflops, 0),
             first_s=first.usage.first_ms / 1000,
             look_s=0.0,
             edge_s=0.0,
@@ -280,14 +282,14 @@ def _statistics(which: str, answer: EdgeAnswer) -> dict[str, Any]:
 
 
 def _sizes(
-    asked: EdgeSample, refined: EdgeAnswer, options: Options, region: bytes
+    edge_sample: EdgeSample, refined: EdgeAnswer, options: Options, region: bytes
 ) -> dict[str, Any]:
     """Distribute the counted bytes among the messages.
 
     The bytes of the run's own options are subtracted. Ids have a fixed size here; on the wire they
     grow by some bytes with the number of questions, which counts for the question and the request.
     """
-    of_options = _option_bytes(asked, options)
+    of_options = _option_bytes(edge_sample, options)
     reply = message_bytes(Region(1, region), up=True) - len(region)
     ask = refined.bytes_up - refined.view_bytes - refined.region_bytes - reply - of_options
     plain = message_bytes(_answer(refined), up=False)
@@ -300,7 +302,7 @@ def _sizes(
         refined.first_text,
         micro(refined.first_uncertainty),
         0,
-        max(asked.picture.size),
+        max(edge_sample.picture.size),
         1,
         1,
         header.width,
@@ -319,9 +321,9 @@ def _sizes(
     }
 
 
-def _option_bytes(asked: EdgeSample, options: Options) -> int:
+def _option_bytes(edge_sample: EdgeSample, options: Options) -> int:
     """Bytes that the run's own options add to a question."""
-    question, source = asked.sample.question, asked.picture.size
+    question, source = edge_sample.sample.question, edge_sample.picture.size
     return message_bytes(Ask(1, question, 1, None, *source, options), up=True) - message_bytes(
         Ask(1, question, 1, None, *source), up=True
     )

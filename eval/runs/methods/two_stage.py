@@ -64,7 +64,7 @@ class TwoStage(Method):
     ) -> None:
         self._task, self._options = task, options
         self._score = Scores(task)
-        self._asked_codecs = codec, view_quality, region_quality
+        self._given_codecs = codec, view_quality, region_quality
         self._pictures = SamplePictures()
         self._backend: Backend
         self._preset: Preset
@@ -75,7 +75,7 @@ class TwoStage(Method):
         self._backend, self._preset = await loaded(self._options, self._task.max_new_tokens)
         await self._backend.warm_up()
         self._engine = engine_of(self._backend, self._preset, None, {}, provisional=True)
-        self._codecs = codecs_of(self._preset, *self._asked_codecs)
+        self._codecs = codecs_of(self._preset, *self._given_codecs)
         self.group = self._backend.info.concurrency
 
     async def close(self) -> None:
@@ -86,30 +86,34 @@ class TwoStage(Method):
 
     def prepare(self, index: int, sample: Sample) -> EncodedSample:
         info, codecs = self._backend.info, self._codecs
-        asked = EdgeSample(index, sample, self._pictures.get(sample))
-        with asked.at_the_edge():
+        edge_sample = EdgeSample(index, sample, self._pictures.get(sample))
+        with edge_sample.at_the_edge():
             view: bytes = as_sample_error(
                 "the picture",
-                lambda: asked.picture.view(info.view, info.fit, codecs.view, codecs.view_quality),
+                lambda: edge_sample.picture.view(
+                    info.view, info.fit, codecs.view, codecs.view_quality
+                ),
             )
-        reference = asked.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
+        reference = edge_sample.picture.view(info.view, info.fit, Codec.JPEG, REFERENCE_QUALITY)
         shown = decode(view, max_pixels=info.view.width * info.view.height)
-        return EncodedSample(asked, view, shown, len(reference))
+        return EncodedSample(edge_sample, view, shown, len(reference))
 
     async def answer(self, ready: Sequence[EncodedSample]) -> list[Record | SampleError]:
         group = Lockstep(self._backend, len(ready))
         return list(await asyncio.gather(*map(self._one, ready, group.members)))
 
     async def _one(self, ready: EncodedSample, member: Member) -> Record | SampleError:
-        asked, engine = ready.asked, replace(self._engine, backend=member)
+        edge_sample, engine = ready.edge_sample, replace(self._engine, backend=member)
         codecs, sent = self._codecs, b""
         view = None
 
         def cut(need: RegionNeed) -> Image:
             nonlocal sent
             target = engine.target
-            with asked.at_the_edge():
-                sent = asked.picture.region(need.box, target, codecs.region, codecs.region_quality)
+            with edge_sample.at_the_edge():
+                sent = edge_sample.picture.region(
+                    need.box, target, codecs.region, codecs.region_quality
+                )
             return decode(sent, max_pixels=target.width * target.height)
 
         async def fetch(need: RegionNeed) -> Image:
@@ -117,17 +121,17 @@ class TwoStage(Method):
 
         try:
             # Not in `prepare`, which runs on another thread: tokenizers are not thread-safe.
-            member.check_question(GenerationRequest(asked.sample.question))
+            member.check_question(GenerationRequest(edge_sample.sample.question))
             view = await member.open_view(ready.shown)
             outcome = await engine.answer(
                 view,
-                asked.picture.size,
-                GenerationRequest(asked.sample.question),
+                edge_sample.picture.size,
+                GenerationRequest(edge_sample.sample.question),
                 fetch,
                 retransmit=Retransmit.ALWAYS,
                 stop=tuple(self._task.stop),
             )
-        # A model's runtime may raise anything; a failed sample must not end the run.
+        # A model runtime may raise any exception; a failed sample must not end the run.
         except Exception as error:
             return SampleError(one_line(error))
         finally:
@@ -150,7 +154,7 @@ class TwoStage(Method):
         region: bytes,
         member: Member,
     ) -> Record:
-        asked, info, codecs = ready.asked, self._backend.info, self._codecs
+        edge_sample, info, codecs = ready.edge_sample, self._backend.info, self._codecs
         first, seconds = outcome.first, member.seconds
         first_work, second_work = Work(), Work()
         first_work.add_generation(info, first)
@@ -158,8 +162,8 @@ class TwoStage(Method):
         look_flops = outcome.work.flops - first_work.flops - second_work.flops
         target = self._engine.target
         sizes = exchange_bytes(
-            asked.sample.question,
-            asked.picture.size,
+            edge_sample.sample.question,
+            edge_sample.picture.size,
             ready.picture,
             region,
             need.token_box,
@@ -183,7 +187,7 @@ class TwoStage(Method):
             ),
         )
         return Record(
-            **asked.facts(),
+            **edge_sample.facts(),
             view_bytes=len(ready.picture),
             region_bytes=len(region),
             view_pixels=info.view.width * info.view.height,
@@ -196,8 +200,8 @@ class TwoStage(Method):
             reference_bytes=ready.reference_bytes,
             first_text=need.first,
             second_text=outcome.text,
-            first_score=self._score(need.first, asked.sample),
-            second_score=self._score(outcome.text, asked.sample),
+            first_score=self._score(need.first, edge_sample.sample),
+            second_score=self._score(outcome.text, edge_sample.sample),
             **statistics("first", first),
             **statistics("second", second),
             first_input_tokens=first.context_tokens,
@@ -213,17 +217,17 @@ class TwoStage(Method):
             first_s=seconds["open_view"] + seconds["first_pass"],
             look_s=seconds["relative_attention"],
             second_s=seconds["second_pass"],
-            edge_s=asked.edge_s,
+            edge_s=edge_sample.edge_s,
         )
 
     def _record_of_view(self, ready: EncodedSample, outcome: Outcome, member: Member) -> Record:
         """The row of a sample whose view already shows all that a region would."""
-        asked, info = ready.asked, self._backend.info
+        edge_sample, info = ready.edge_sample, self._backend.info
         first, seconds, work = outcome.first, member.seconds, Work()
         work.add_generation(info, first)
         ask, answer = one_stage_bytes(
-            asked.sample.question,
-            asked.picture.size,
+            edge_sample.sample.question,
+            edge_sample.picture.size,
             ready.picture,
             SentAnswer(
                 outcome.text,
@@ -235,24 +239,24 @@ class TwoStage(Method):
             ),
         )
         return Record(
-            **asked.facts(),
+            **edge_sample.facts(),
             view_bytes=len(ready.picture),
             view_pixels=info.view.width * info.view.height,
             ask_bytes=ask,
             first_answer_bytes=answer,
             reference_bytes=ready.reference_bytes,
             first_text=outcome.text,
-            first_score=self._score(outcome.text, asked.sample),
+            first_score=self._score(outcome.text, edge_sample.sample),
             **statistics("first", first),
             first_input_tokens=first.context_tokens,
             first_mflops=round(work.flops / 1e6),
             look_mflops=round((outcome.work.flops - work.flops) / 1e6),
             first_s=seconds["open_view"] + seconds["first_pass"],
             look_s=seconds.get("relative_attention", 0.0),
-            edge_s=asked.edge_s,
+            edge_s=edge_sample.edge_s,
             **no_second(
                 text=outcome.text,
-                score=self._score(outcome.text, asked.sample),
+                score=self._score(outcome.text, edge_sample.sample),
                 answer_bytes=answer,
                 statistics=statistics("second", first),
             ),
@@ -289,7 +293,7 @@ def no_second(
 def codecs_of(
     preset: Preset, codec: Codec | None, view_quality: int | None, region_quality: int | None
 ) -> Codecs:
-    """The codecs that the user asked for, completed from the preset."""
+    """The user's codecs, completed from the preset."""
     chosen = codec or Codec[preset.codec.upper()]
     return Codecs(
         view=chosen,
@@ -305,18 +309,18 @@ def region_pixels(region: bytes) -> int:
     return header.width * header.height
 
 
-def statistics(which: str, made: Generation) -> dict[str, Any]:
+def statistics(which: str, generation: Generation) -> dict[str, Any]:
     """The columns of one pass's tokens.
 
     Args:
         which: "first" or "second".
-        made: result of the pass.
+        generation: result of the pass.
     """
-    steps = made.steps
+    steps = generation.steps
     return {
-        f"{which}_tokens": list(made.token_ids),
+        f"{which}_tokens": list(generation.token_ids),
         f"{which}_min_entropy": [step.value(Metric.MIN_ENTROPY) for step in steps],
         f"{which}_entropy": [step.value(Metric.ENTROPY) for step in steps],
         f"{which}_margin": [step.value(Metric.MARGIN) for step in steps],
-        f"{which}_ended": made.ended,
+        f"{which}_ended": generation.ended,
     }
