@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as Pillow
 
-from eval.lmms_plugin.figures import added, all_figures, totals_of
+from eval.lmms_plugin.figures import all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, OriginalPicture, originals_of
 from eval.lmms_plugin.over_network import OverNetwork
@@ -513,7 +513,7 @@ def test_options_that_the_preset_does_not_take_are_refused_at_once() -> None:
 def test_figures_are_means_over_answered_questions() -> None:
     replies = in_process()
     parts = totals_of([*replies[:1], SampleError("no")]), totals_of(replies[1:])
-    totals = added(parts)
+    totals = sum_totals(parts)
     assert totals == totals_of([*replies, SampleError("no")])
     figures = totals.figures()
     assert figures["total_requests"] == 4
@@ -531,7 +531,7 @@ def test_several_tasks_have_figures_of_their_own() -> None:
     replies = in_process()
     one, other = totals_of(replies[:1]), totals_of(replies[1:])
     figures = all_figures({"one": one, "other": other})
-    assert figures.items() >= added([one, other]).figures().items()
+    assert figures.items() >= sum_totals([one, other]).figures().items()
     assert figures["one/bytes_up"] == replies[0].bytes_up
     assert figures["other/retransmission_rate"] == 1 / 2
     assert all_figures({"one": one}) == one.figures()
