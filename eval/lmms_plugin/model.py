@@ -22,7 +22,7 @@ from tqdm import tqdm
 from eval.lmms_plugin.figures import Totals, all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
-from eval.lmms_plugin.over_network import OverNetwork
+from eval.lmms_plugin.over_service import OverNetwork
 from eval.lmms_plugin.questions import LmmsQuestion, questions_of
 from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, TimedAnswers, answer_all
 from eval.lmms_plugin.settings import settings_from

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from eval.lmms_plugin.figures import all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, OriginalPicture, originals_of
-from eval.lmms_plugin.over_network import OverNetwork
+from eval.lmms_plugin.over_service import OverNetwork
 from eval.lmms_plugin.questions import LmmsQuestion, questions_of
 from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, answer_all
 from eval.lmms_plugin.settings import LmmsSettings, settings_from
