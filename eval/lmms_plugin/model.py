@@ -22,7 +22,7 @@ from tqdm import tqdm
 from eval.lmms_plugin.figures import Totals, all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
-from eval.lmms_plugin.over_service import OverNetwork
+from eval.lmms_plugin.over_service import ServiceSource
 from eval.lmms_plugin.questions import LmmsQuestion, questions_of
 from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, TimedAnswers, answer_all
 from eval.lmms_plugin.settings import settings_from
@@ -64,7 +64,7 @@ class VlmCollab(lmms):
             self._totals: dict[str, Totals] = {}
             self._seconds = 0.0
             source = self._answer_source()
-            if isinstance(source, OverNetwork):
+            if isinstance(source, ServiceSource):
                 asyncio.run(source.check())
 
     @property
@@ -135,7 +135,7 @@ class VlmCollab(lmms):
         raise AssertionError
 
     def _answer_source(self) -> AnswerSource:
-        return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
+        return (InProcess if self._settings.server is None else ServiceSource)(self._settings)
 
     async def _ask(self, questions: Sequence[LmmsQuestion]) -> TimedAnswers:
         with contextlib.ExitStack() as stack:
