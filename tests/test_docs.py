@@ -85,6 +85,28 @@ def test_files_that_are_named_exist(page: Path):
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+def test_moved_names_lead_to_modules_that_exist():
+    text = (ROOT / "docs/moved-names.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `[a-z_]+\.[\w.]+` \| `([a-z_]+\.[\w.]+)` \|(.*)\|$", text, re.MULTILINE)
+    elsewhere = [part for _, cell in rows for part in cell.split("; ") if ": " in part]
+    assert len(rows) > 100
+    assert elsewhere
+    for module, _ in rows:
+        _module_text(module)
+    for part in elsewhere:
+        names, module = part.split(": ")
+        for name in re.findall(r"\w+", names):
+            found = rf"^(?:class |(?:async )?def )?{name}\b"
+            assert re.search(found, _module_text(module.strip("` ")), re.MULTILINE), part
+
+
+def _module_text(module: str) -> str:
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assert file.is_file(), module
+    return file.read_text(encoding="utf-8")
+
+
 def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],

@@ -73,14 +73,19 @@ def test_papers_are_cited_by_title() -> None:
     ("message", "fault"),
     [
         ("Refuse views of no pixels\n\nThey cannot be drawn.\n", None),
-        ("x" * 72, None),
-        ("x" * 73, "73 characters, at most 72"),
-        ("Refuse views.", "full stop"),
+        ("x" * 72 + "\n\nWhy.", None),
+        ("x" * 73 + "\n\nWhy.", "73 characters, at most 72"),
+        ("Refuse views.\n\nWhy.", "full stop"),
         ("Refuse views\nof no pixels", "empty line"),
         ("# only a comment\n", "no subject"),
+        ("Refuse views\n", "no body"),
+        ("Refuse views\n\n# Please enter the message\n", "no body"),
+        (f"Refuse views\n\n# {'-' * 24} >8 {'-' * 24}\n# below\ndiff --git a/x b/x\n", "no body"),
+        ("Merge branch 'names'\n", None),
+        ("fixup! Refuse views\n", None),
     ],
 )
-def test_the_commit_hook_checks_the_subject(message: str, fault: str | None) -> None:
+def test_the_commit_hook_checks_the_message(message: str, fault: str | None) -> None:
     found = commit_message.faults(message)
     assert len(found) == (fault is not None)
     assert fault is None or fault in found[0]

@@ -216,7 +216,7 @@ class QuestionDriver:
         sends_view = self._must_send_view or state.session != key
         try:
             if sends_view:
-                request.guard.views_leave(list(zip(request.pictures, views, strict=True)), *form)
+                request.guard.record_views(list(zip(request.pictures, views, strict=True)), *form)
             else:
                 request.guard.begin()  # check again: waiting for the slot may have taken long
         except BaseException:

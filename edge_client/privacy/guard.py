@@ -4,7 +4,7 @@ A program that sends pictures keeps one `Guard` per camera and calls it at four 
 
 1. `guard.masked(picture)`: from then on, use only the masked picture;
 2. `question = guard.question(text)`, then `question.begin()` before anything is sent;
-3. `question.views_leave(…)` right before the message with the views is sent;
+3. `question.record_views(…)` right before the message with the views is sent;
 4. `question.may_send(…)` before a region is cut, `question.region_leaves(…)` before it is sent.
 
 `EdgeClient` does all of this itself if it has a policy or an audit log.
@@ -151,7 +151,7 @@ class Guard:
                 f"were sent, and {wanted} more would exceed the limit"
             )
 
-    def leave(self, lines: Sequence[ImageLine], hidden: Sequence[tuple[Box, ...]]) -> None:
+    def record_sent(self, lines: Sequence[ImageLine], hidden: Sequence[tuple[Box, ...]]) -> None:
         """Count and log images before they leave, all or none.
 
         Args:
@@ -221,7 +221,7 @@ class QuestionGuard:
         """
         self._guard.check_view(side)
 
-    def views_leave(
+    def record_views(
         self,
         views: Sequence[tuple[Picture, bytes]],
         side: Size,
@@ -254,7 +254,7 @@ class QuestionGuard:
                     fit=fit,
                 )
             )
-        self._guard.leave(lines, [picture.hidden for picture, _ in views])
+        self._guard.record_sent(lines, [picture.hidden for picture, _ in views])
 
     def may_send(self, picture: Picture, box: Box) -> DeclineReason | None:
         """Return None if a region may be cut, else the reason to send to the server.
@@ -300,7 +300,7 @@ class QuestionGuard:
             target_px=target,
         )
         try:
-            self._guard.leave([line], [picture.hidden])
+            self._guard.record_sent([line], [picture.hidden])
         except PrivacyError as error:
             log.info("a region was declined: %s", error)
             return DeclineReason.LIMIT if isinstance(error, BudgetError) else DeclineReason.PRIVACY

@@ -138,7 +138,7 @@ def curve(run: Run, setting: Criterion) -> Curve:
     Raises:
         ConfigError: the run has another method, is empty, or did not record the metric.
     """
-    never, always = ends(run)
+    never, always = end_points(run)
     order, sent, eta = _thresholds(uncertainty(run, setting), setting.metric)
 
     def total(values: Callable[[Point], Column]) -> Column:
@@ -165,14 +165,14 @@ def curve(run: Run, setting: Criterion) -> Curve:
     )
 
 
-def ends(run: Run) -> tuple[Point, Point]:
+def end_points(run: Run) -> tuple[Point, Point]:
     """The points "none sent" and "all sent", between which every curve runs."""
     run.require(TWO_STAGE)
     zeros, ones = np.zeros(len(run.records)), np.ones(len(run.records))
     return two_stage_point(run, zeros, "never"), two_stage_point(run, ones, "always")
 
 
-def rescored(run: Run, scorer: str) -> Run:
+def with_scores(run: Run, scorer: str) -> Run:
     """Score the run's answers again with another scorer of its task.
 
     Raises:
@@ -304,7 +304,7 @@ class Bootstrap:
 
     def areas(self, drawn: Curve, run: Run) -> Column:
         """`area_over_random` of each resample, shape `(resamples,)`."""
-        never = ends(run)[0].scores
+        never = end_points(run)[0].scores
         start = [(w * never).sum(axis=1) / w.sum(axis=1) for w in self.weights()]
         drawn_again = self._curves(drawn, run, lambda point: point.sent)
         areas = [_area(a, rates, ys) for a, (rates, _, ys) in zip(start, drawn_again, strict=True)]
@@ -314,7 +314,7 @@ class Bootstrap:
         self, drawn: Curve, run: Run, cost: Callable[[Point], Column]
     ) -> Iterator[tuple[Column, Column, Column]]:
         """Rates, costs and accuracies of resampled curves, each `(resamples, points)`."""
-        never, always = ends(run)
+        never, always = end_points(run)
         order, sent = drawn.order, drawn.sent
         score, gain = never.scores, (always.scores - never.scores)[order]
         begin, more = cost(never), (cost(always) - cost(never))[order]
@@ -333,7 +333,7 @@ def area_over_random(drawn: Curve, run: Run) -> float:
 
     Both run from "none sent" to "all sent". The oracle has the largest area.
     """
-    start = np.array([ends(run)[0].accuracy])
+    start = np.array([end_points(run)[0].accuracy])
     return float(_area(start, drawn.unsure[None, :], drawn.accuracy[None, :])[0])
 
 
@@ -361,7 +361,7 @@ def longest_answer(run: Run) -> int:
     return max(len(record.first_tokens) for record in run.records)
 
 
-def counts_end(run: Run) -> bool:
+def includes_end_token(run: Run) -> bool:
     """Whether the model's policy counts the end token; true if the run has no preset."""
     preset = run.provenance["model"].get("preset")
     return True if preset is None else bool(preset["include_end"])
@@ -382,7 +382,7 @@ def settings_of(
             longer, because the result would equal `full`.
     """
     criteria = []
-    ends = counts_end(run)
+    ends = includes_end_token(run)
     useful = [k for k in ks or range(2, 11) if k < longest_answer(run)]
     for metric in metrics:
         for how in aggregates:

@@ -12,9 +12,9 @@ from eval.analysis.curves import (
     Bootstrap,
     Criterion,
     Curve,
-    counts_end,
     curve,
-    ends,
+    end_points,
+    includes_end_token,
     uncertainty,
 )
 from eval.analysis.guarantee import GuaranteedThreshold, guaranteed
@@ -41,7 +41,7 @@ def setting_of(run: Run, metric: str | None, aggregate: str | None, k: int | Non
         raise ConfigError(f"{error}; there are: {known}") from None
     if k is not None and how is not Aggregate.FIRST_K:
         raise ConfigError(f"--k needs --aggregate first_k, not {how}")
-    return Criterion(chosen, how, k or int(preset.get("k", 5)), counts_end(run))
+    return Criterion(chosen, how, k or int(preset.get("k", 5)), includes_end_token(run))
 
 
 def for_rate(run: Run, setting: Criterion, rate: float) -> Calibration:
@@ -193,7 +193,7 @@ def _not_whole(run: Run, found: GuaranteedThreshold) -> list[str]:
 def _calibration(
     run: Run, drawn: Curve, place: int, target: dict[str, Any], *notes: str
 ) -> Calibration:
-    setting, never_always = drawn.setting, ends(run)
+    setting, never_always = drawn.setting, end_points(run)
     sent = np.zeros(len(run.records))
     sent[drawn.order[: drawn.sent[place]]] = 1.0
     sent *= sends_region(run)

@@ -81,7 +81,7 @@ class PicturePair:
         return self.source.crop(box).resize(self.view.size, Image.Resampling.BICUBIC)
 
 
-class OurSide:
+class TwoStageSide:
     """Answers a retransmitted question with the engine, from a new view to its release."""
 
     def __init__(self, backend: TransformersBackend, preset: Preset, pictures: PicturePair, k: int):
@@ -154,7 +154,7 @@ class Bench:
         self.backend = TransformersBackend(adapter, "bench")
         info = self.backend.info
         pictures = PicturePair.random(info.view, seed)
-        self._ours = OurSide(self.backend, subject.preset, pictures, k)
+        self._ours = TwoStageSide(self.backend, subject.preset, pictures, k)
         self._plain = Straightforward(subject.model, subject.processor, subject.preset, info)
         self._pictures, self._k, self._runner = pictures, k, runner
 

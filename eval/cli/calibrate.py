@@ -85,7 +85,7 @@ def threshold(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("calibration.yaml"),
 ) -> None:
     """Choose the threshold of a run's model."""
-    from eval.analysis.curves import rescored
+    from eval.analysis.curves import with_scores
     from eval.analysis.records import TWO_STAGE
     from eval.analysis.run import open_run
     from eval.analysis.thresholds import for_bytes, for_loss, for_rate, setting_of
@@ -98,7 +98,7 @@ def threshold(
     opened.require(TWO_STAGE)
     print_gaps(opened)
     if scorer is not None:
-        opened = rescored(opened, scorer)
+        opened = with_scores(opened, scorer)
     setting = setting_of(opened, metric, aggregate, k)
     if target_rate is not None:
         found = for_rate(opened, setting, target_rate)

@@ -45,7 +45,7 @@ def sweep(
     Writes sweep.parquet, sweep.csv, sweep.json and sweep.png.
     """
     # Imported late: matplotlib would slow down `--help`.
-    from eval.analysis.curves import part, rescored, settings_of
+    from eval.analysis.curves import part, settings_of, with_scores
     from eval.report.sweep import sweep as sweep_run
     from eval.report.sweep import write
 
@@ -53,7 +53,7 @@ def sweep(
     opened.require(TWO_STAGE)
     print_gaps(opened)
     if scorer is not None:
-        opened = rescored(opened, scorer)
+        opened = with_scores(opened, scorer)
     if category is not None:
         opened = part(opened, lambda record: record.category == category)
     settings = settings_of(

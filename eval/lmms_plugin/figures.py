@@ -96,7 +96,7 @@ _OF_EACH_TASK = (
 
 def all_figures(tasks: Mapping[str, Totals]) -> dict[str, float]:
     """Figures of all tasks together; with several tasks, also main ones as `task/figure`."""
-    figures = added(list(tasks.values())).figures()
+    figures = sum_totals(list(tasks.values())).figures()
     if len(tasks) > 1:
         for task, totals in tasks.items():
             own = totals.figures()
@@ -104,7 +104,7 @@ def all_figures(tasks: Mapping[str, Totals]) -> dict[str, float]:
     return figures
 
 
-def added(parts: Sequence[Totals]) -> Totals:
+def sum_totals(parts: Sequence[Totals]) -> Totals:
     """Add up sums."""
     names = [field.name for field in fields(Totals)]
     return Totals(**{name: sum(getattr(part, name) for part in parts) for name in names})

@@ -19,10 +19,10 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from eval.lmms_plugin.figures import Totals, added, all_figures, totals_of
+from eval.lmms_plugin.figures import Totals, all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import originals_of
-from eval.lmms_plugin.over_network import OverNetwork
+from eval.lmms_plugin.over_service import ServiceSource
 from eval.lmms_plugin.questions import LmmsQuestion, questions_of
 from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, TimedAnswers, answer_all
 from eval.lmms_plugin.settings import settings_from
@@ -64,7 +64,7 @@ class VlmCollab(lmms):
             self._totals: dict[str, Totals] = {}
             self._seconds = 0.0
             source = self._answer_source()
-            if isinstance(source, OverNetwork):
+            if isinstance(source, ServiceSource):
                 asyncio.run(source.check())
 
     @property
@@ -88,7 +88,7 @@ class VlmCollab(lmms):
         for question, reply in zip(questions, replies, strict=True):
             if not question.padding:
                 before = self._totals.get(question.task, Totals())
-                self._totals[question.task] = added([before, totals_of([reply])])
+                self._totals[question.task] = sum_totals([before, totals_of([reply])])
         return [_result(reply) for reply in replies]
 
     def clean(self) -> None:
@@ -102,7 +102,9 @@ class VlmCollab(lmms):
         )
         self._totals, self._seconds = {}, 0.0
         names = dict.fromkeys(name for part, _ in parts for name in part)
-        tasks = {name: added([part[name] for part, _ in parts if name in part]) for name in names}
+        tasks = {
+            name: sum_totals([part[name] for part, _ in parts if name in part]) for name in names
+        }
         seconds = max(took for _, took in parts)
         if tasks:
             tokens = sum(totals.decoded_tokens for totals in tasks.values())
@@ -133,7 +135,7 @@ class VlmCollab(lmms):
         raise AssertionError
 
     def _answer_source(self) -> AnswerSource:
-        return (InProcess if self._settings.server is None else OverNetwork)(self._settings)
+        return (InProcess if self._settings.server is None else ServiceSource)(self._settings)
 
     async def _ask(self, questions: Sequence[LmmsQuestion]) -> TimedAnswers:
         with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from eval.analysis.curves import Bootstrap, counts_end, part, rescored
+from eval.analysis.curves import Bootstrap, includes_end_token, part, with_scores
 from eval.analysis.operating_points import same_samples
 from eval.analysis.records import HD, TWO_STAGE
 from eval.analysis.run import Run
@@ -82,7 +82,7 @@ class Inputs:
     @property
     def include_end(self) -> bool:
         """Whether the main run's policy counts the end token."""
-        return counts_end(self.main)
+        return includes_end_token(self.main)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -109,7 +109,7 @@ class Inputs:
         for title, kinds in _PARTS.get(task, {}).items():
             count = sum(record.category in kinds for record in self.main.records)
             if count >= FEWEST:
-                panels.append((title, of_kinds(self.main, kinds)))
+                panels.append((title, run_of_kinds(self.main, kinds)))
         return panels
 
     def kinds(self) -> list[tuple[str, Run]]:
@@ -118,12 +118,12 @@ class Inputs:
         if self.tasks:
             return self.parts()
         names = list(dict.fromkeys(record.category for record in self.main.records))
-        panels = [(name, of_kinds(self.main, (name,))) for name in names if name]
+        panels = [(name, run_of_kinds(self.main, (name,))) for name in names if name]
         large = [(name, run) for name, run in panels if len(run.records) >= FEWEST]
         return large or [("all questions", self.main)]
 
 
-def of_kinds(run: Run, kinds: Sequence[str]) -> Run:
+def run_of_kinds(run: Run, kinds: Sequence[str]) -> Run:
     """The run with only questions of these kinds."""
     return part(run, lambda record: record.category in kinds)
 
@@ -174,8 +174,8 @@ def sort_runs(
     main = runs[0]
     main.require(TWO_STAGE)
     if scorer is not None:
-        runs = [rescored(run, scorer) if _task(run) == _task(main) else run for run in runs]
-        val = None if val is None else rescored(val, scorer)
+        runs = [with_scores(run, scorer) if _task(run) == _task(main) else run for run in runs]
+        val = None if val is None else with_scores(val, scorer)
         main = runs[0]
     found: dict[str, list[Run]] = {name: [] for name in ("hd", "tasks", "models", "qualities")}
     for run in runs[1:]:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import HighResolution, Oracle, retransmits
-from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, ends
+from eval.analysis.curves import Bootstrap, Criterion, Curve, area_over_random, curve, end_points
 from eval.analysis.operating_points import Column, Point, two_stage_point
 from eval.analysis.run import Run
 from eval.analysis.statistics import finite
@@ -49,7 +49,7 @@ class Axis:
 
     def along(self, drawn: Curve, run: Run) -> Column:
         """The cost at every point of a curve."""
-        never, always = ends(run)
+        never, always = end_points(run)
         begin, end = self.column(never), self.column(always)
         more = np.concatenate([[0.0], np.cumsum((end - begin)[drawn.order])])[drawn.sent]
         return np.asarray((begin.sum() + more) / len(drawn.order) / self.unit(never))
@@ -111,7 +111,7 @@ def line(
         "area_over_random": area_over_random(drawn, run),
     }
     if band:
-        never, _ = ends(run)
+        never, _ = end_points(run)
         low, high = bootstrap.band(drawn, run, axis.column, x * axis.unit(never))
         data |= {"low": low.tolist(), "high": high.tolist()}
     return data
@@ -143,7 +143,7 @@ def panel(
         hd: LLaVA-1.5-HD on the same samples.
         eta, setting: threshold and criterion that were chosen on other data.
     """
-    never, always = ends(run)
+    never, always = end_points(run)
     marks = [mark("oracle", Oracle().points(run)[0], axis, never, run)]
     if eta is not None and setting is not None:
         chosen = two_stage_point(run, sent_at(run, setting, eta), "chosen")

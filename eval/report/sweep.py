@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from eval.analysis.baselines import Oracle
-from eval.analysis.curves import Criterion, Curve, area_over_random, curve, ends
+from eval.analysis.curves import Criterion, Curve, area_over_random, curve, end_points
 from eval.analysis.operating_points import Point
 from eval.analysis.run import Run
 from eval.report.style import COLOURS, MUTED, in_style, new_figure, save
@@ -91,7 +91,7 @@ def draw(run: Run, curves: Sequence[Curve]) -> Figure:
     """Draw all curves over the four costs, with the full aggregation in thicker lines."""
     figure = new_figure(11.0, 8.0)
     axes = figure.subplots(2, 2, sharey=True).flat
-    never, always = ends(run)
+    never, always = end_points(run)
     oracle = Oracle().points(run)[0]
     costs: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
         ("cost_pixels", "additional communication cost (pixels)", lambda p: p.cost_pixels),

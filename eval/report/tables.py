@@ -21,7 +21,7 @@ from eval.analysis.baselines import (
     VicropAlways,
 )
 from eval.analysis.boxes import covered, covered_at_random
-from eval.analysis.curves import Criterion, ends
+from eval.analysis.curves import Criterion, end_points
 from eval.analysis.operating_points import Baseline, Column, column, two_stage_point
 from eval.analysis.records import truth_of
 from eval.analysis.run import Run
@@ -112,7 +112,7 @@ def table_baselines(inputs: Inputs) -> list[Row]:
     if inputs.hd is not None:
         methods.append((HighResolution(), inputs.hd))
     bootstrap = inputs.bootstrap(run)
-    never, _ = ends(run)
+    never, _ = end_points(run)
     rows = []
     for method, source in methods:
         for point in method.points(source):
@@ -272,7 +272,7 @@ def _applied(name: str, eta: float, setting: Criterion, run: Run, inputs: Inputs
     sent = sent_at(run, setting, eta)
     point = two_stage_point(run, sent, name)
     bootstrap = inputs.bootstrap(run)
-    _, always = ends(run)
+    _, always = end_points(run)
     loss: Column = always.scores - point.scores
     return {
         "name": name,

@@ -274,7 +274,7 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class CanFail(Protocol):
+class ReportsFailure(Protocol):
     """A backend whose runtime can die while this process goes on."""
 
     @property
@@ -283,8 +283,8 @@ class CanFail(Protocol):
 
 
 def has_failed(backend: Backend) -> bool:
-    """Whether a backend's runtime is dead; False for a backend without `CanFail`."""
-    return isinstance(backend, CanFail) and backend.failed
+    """Whether a backend's runtime is dead; False for a backend without `ReportsFailure`."""
+    return isinstance(backend, ReportsFailure) and backend.failed
 
 
 def check_global_view(image: Image, size: Size) -> None:

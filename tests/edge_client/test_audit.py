@@ -448,7 +448,7 @@ async def test_a_camera_frame_is_recognised_by_its_pixels(run, tmp_path):
     guard = Guard(HIDING.for_camera("door"), audit=AuditLog(log))
     masked = guard.masked(Picture.from_pil(frame))
     form = (Size(80, 60), Fit.STRETCH, Codec.WEBP, 80)
-    guard.question("why?").views_leave([(masked, masked.view(*form))], *form)
+    guard.question("why?").record_views([(masked, masked.view(*form))], *form)
     code, stdout, _ = await asyncio.to_thread(run, "audit", log, "--picture", copy, "--out", out)
     assert code == 0
     assert "1 images, 1 of them" in stdout

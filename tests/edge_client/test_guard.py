@@ -50,7 +50,7 @@ def picture() -> Picture:
 
 
 def view_leaves(question: QuestionGuard, size: int, of: Picture | None = None) -> None:
-    question.views_leave([(of or picture(), bytes(size))], *FORM)
+    question.record_views([(of or picture(), bytes(size))], *FORM)
 
 
 def region_leaves(question: QuestionGuard, size: int, box: Box) -> DeclineReason | None:
@@ -158,9 +158,9 @@ def test_several_views_leave_together_or_not_at_all(tmp_path):
     log = tmp_path / "audit.jsonl"
     guard = Guard(CameraPolicy(max_bytes_per_hour=1000), audit=AuditLog(log))
     with pytest.raises(PrivacyError):
-        guard.question("why?").views_leave([(picture(), bytes(501))] * 2, *FORM)
+        guard.question("why?").record_views([(picture(), bytes(501))] * 2, *FORM)
     assert log.read_bytes() == b""
-    guard.question("why?").views_leave([(picture(), bytes(500))] * 2, *FORM)
+    guard.question("why?").record_views([(picture(), bytes(500))] * 2, *FORM)
     assert len(read_log(log).images) == 2
 
 

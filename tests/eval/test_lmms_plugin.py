@@ -15,10 +15,10 @@ import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as Pillow
 
-from eval.lmms_plugin.figures import added, all_figures, totals_of
+from eval.lmms_plugin.figures import all_figures, sum_totals, totals_of
 from eval.lmms_plugin.in_process import InProcess
 from eval.lmms_plugin.originals import RE_ENCODED_QUALITY, OriginalPicture, originals_of
-from eval.lmms_plugin.over_network import OverNetwork
+from eval.lmms_plugin.over_service import ServiceSource
 from eval.lmms_plugin.questions import LmmsQuestion, questions_of
 from eval.lmms_plugin.runner import AnswerSource, CostedAnswer, answer_all
 from eval.lmms_plugin.settings import LmmsSettings, settings_from
@@ -327,7 +327,7 @@ def in_process(texts: Sequence[str] = QUESTIONS, **settings: Any) -> list[Costed
     return [reply for reply in replies if isinstance(reply, CostedAnswer)]
 
 
-async def over_network(
+async def over_service(
     texts: Sequence[str] = QUESTIONS,
     load: Callable[[LmmsQuestion], list[OriginalPicture]] = load,
     config: ServiceConfig | None = None,
@@ -339,7 +339,7 @@ async def over_network(
     engine = engine_of(backend, preset, None, {})
     async with running(Service(engine, config or ServiceConfig(port=0))) as url:
         settled = LmmsSettings(server=url, token=token, **settings)
-        source = OverNetwork(settled)
+        source = ServiceSource(settled)
         to_ask = questions(settled, texts, until="\n\n")
         return (await answer_all(source, to_ask, load, lambda question, reply: None)).replies
 
@@ -347,9 +347,9 @@ async def over_network(
 async def test_a_service_that_crops_pictures_causes_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    await over_network(fit="pad")
+    await over_service(fit="pad")
     assert "fit" not in caplog.text
-    await over_network(fit="crop")
+    await over_service(fit="crop")
     assert "the service: the fit is crop" in caplog.text
 
 
@@ -378,7 +378,7 @@ def test_qualities_change_the_bytes() -> None:
 
 @pytest.mark.parametrize("policy", ["threshold", "always", "never"])
 async def test_both_ways_answer_the_same_and_send_the_same_bytes(policy: str) -> None:
-    there = await over_network(policy=policy)
+    there = await over_service(policy=policy)
     here = await asyncio.to_thread(in_process, policy=policy)
     for mine, theirs in zip(here, there, strict=True):
         assert isinstance(theirs, CostedAnswer)
@@ -400,7 +400,7 @@ async def test_several_pictures_cost_the_same_both_ways() -> None:
         )  # fmt: skip
         return originals_of(shown, rows)
 
-    there = await over_network(load=load_both)
+    there = await over_service(load=load_both)
     settled = LmmsSettings(pretrained="fake")
     to_ask = questions(settled, QUESTIONS, until="\n\n")
     here, _ = await answer_all(InProcess(settled), to_ask, load_both, lambda question, reply: None)
@@ -417,7 +417,7 @@ async def test_several_pictures_cost_the_same_both_ways() -> None:
 async def test_a_failed_question_does_not_affect_others(way: str) -> None:
     texts = [QUESTIONS[0], "<|reserved|> " * 3000, QUESTIONS[1]]
     if way == "there":
-        replies = await over_network(texts)
+        replies = await over_service(texts)
     else:
         settled = LmmsSettings(pretrained="fake")
         source = InProcess(settled)
@@ -490,14 +490,14 @@ def test_groups_hold_questions_of_one_task() -> None:
 
 async def test_a_refused_connection_ends_the_run() -> None:
     with pytest.raises(AuthenticationError):
-        await over_network(config=ServiceConfig(port=0, token="right"), token="wrong")
+        await over_service(config=ServiceConfig(port=0, token="right"), token="wrong")
 
 
 async def test_a_service_without_stop_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     known = tuple(name for name in connection.FEATURES if name != "stop")
     monkeypatch.setattr(connection, "FEATURES", known)
     with pytest.raises(ConfigError, match="lacks the feature stop, which the task needs"):
-        await over_network()
+        await over_service()
 
 
 def test_options_that_the_preset_does_not_take_are_refused_at_once() -> None:
@@ -513,7 +513,7 @@ def test_options_that_the_preset_does_not_take_are_refused_at_once() -> None:
 def test_figures_are_means_over_answered_questions() -> None:
     replies = in_process()
     parts = totals_of([*replies[:1], SampleError("no")]), totals_of(replies[1:])
-    totals = added(parts)
+    totals = sum_totals(parts)
     assert totals == totals_of([*replies, SampleError("no")])
     figures = totals.figures()
     assert figures["total_requests"] == 4
@@ -531,7 +531,7 @@ def test_several_tasks_have_figures_of_their_own() -> None:
     replies = in_process()
     one, other = totals_of(replies[:1]), totals_of(replies[1:])
     figures = all_figures({"one": one, "other": other})
-    assert figures.items() >= added([one, other]).figures().items()
+    assert figures.items() >= sum_totals([one, other]).figures().items()
     assert figures["one/bytes_up"] == replies[0].bytes_up
     assert figures["other/retransmission_rate"] == 1 / 2
     assert all_figures({"one": one}) == one.figures()

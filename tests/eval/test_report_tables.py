@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.analysis.curves import Criterion, ends
+from eval.analysis.curves import Criterion, end_points
 from eval.analysis.trace import expanded
 from eval.report import table_format, table_list, tables
 from eval.report.figures import fig4, fig5, fig6
@@ -118,7 +118,7 @@ def test_tables_print_every_row_and_column() -> None:
 def test_a_random_table_row_is_what_the_baseline_gives() -> None:
     inputs = sort_runs([made()], resamples=20)
     rows = {(row["name"], row["setting"]): row for row in tables.table_baselines(inputs)}
-    never, always = ends(inputs.main)
+    never, always = end_points(inputs.main)
     assert rows["global only", None]["accuracy"] == never.accuracy
     assert rows["full retransmission", None]["bytes_up"] == always.up
     assert 0 < rows["random retransmission", 0.3]["rate"] < 0.6

@@ -20,10 +20,10 @@ from eval.analysis.curves import (
     Criterion,
     area_over_random,
     curve,
-    ends,
+    end_points,
     part,
-    rescored,
     settings_of,
+    with_scores,
 )
 from eval.analysis.operating_points import two_stage_point
 from eval.analysis.records import PROVENANCE, Record, write_shard
@@ -99,7 +99,7 @@ def test_no_threshold_reaches_a_point_that_is_not_on_the_curve(run: Run) -> None
 def test_a_point_equals_the_operating_point_of_its_samples(run: Run) -> None:
     for setting in (Criterion(), Criterion(Metric.MARGIN, Aggregate.FIRST)):
         drawn = curve(run, setting)
-        never, _ = ends(run)
+        never, _ = end_points(run)
         for place, sent in enumerate(drawn.sent):
             chosen = np.zeros(len(run.records))
             chosen[drawn.order[:sent]] = 1.0
@@ -141,12 +141,12 @@ def test_scores_follow_from_texts_and_truth() -> None:
     truth = '{"answers": ["snow"], "extra": {}}'
     made = [row(0, 0.5, 0.5, truth=truth, first_text="Snow.", second_text="snowy")]
     run = run_of(made, task={"name": "gqa", "split": "testdev", "scorer": "exact"})
-    exact, contained = rescored(run, "exact").records[0], rescored(run, "vicrop").records[0]
+    exact, contained = with_scores(run, "exact").records[0], with_scores(run, "vicrop").records[0]
     assert (exact.first_score, exact.second_score) == (1.0, 0.0)
     assert (contained.first_score, contained.second_score) == (1.0, 1.0)
-    assert rescored(run, "vicrop").provenance["task"]["scorer"] == "vicrop"
+    assert with_scores(run, "vicrop").provenance["task"]["scorer"] == "vicrop"
     with pytest.raises(ConfigError, match="no scorer 'best'"):
-        rescored(run, "best")
+        with_scores(run, "best")
 
 
 def test_areas_of_known_curves() -> None:
@@ -193,7 +193,7 @@ def test_bands_end_in_the_intervals_of_the_means(run: Run) -> None:
     bootstrap = Bootstrap.of(run, resamples=200, seed=3)
     drawn = curve(run, Criterion())
     low, high = bootstrap.band(drawn, run, lambda point: point.sent, drawn.rate)
-    never, always = ends(run)
+    never, always = end_points(run)
     assert (low[0], high[0]) == pytest.approx(bootstrap.mean(never.scores))
     assert (low[-1], high[-1]) == pytest.approx(bootstrap.mean(always.scores))
     assert (low <= high).all()

@@ -107,3 +107,10 @@ def test_training_and_benchmarks_stay_in_the_checkout(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "eval/cli/demo.py" in names
     assert not any(name.startswith(("eval/demo_model/", "eval/bench/")) for name in names)
+
+
+def test_what_renews_files_of_the_checkout_stays_there(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "eval/report/demo.py" not in names
+    assert "eval/tasks/against_lmms_eval.py" not in names
+    assert "eval/signs/build.py" in names  # docs/lmms-eval.md tells users to run it

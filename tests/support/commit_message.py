@@ -1,6 +1,7 @@
 """Check a commit message: ``python -m tests.support.commit_message FILE`` (a commit-msg hook).
 
-The subject has at most 72 characters, does not end in a full stop, and an empty line follows it.
+The subject has at most 72 characters and does not end in a full stop. An empty line and a body
+follow it. Merges and commits that a rebase will squash need no body.
 """
 
 from __future__ import annotations
@@ -10,10 +11,17 @@ from pathlib import Path
 
 from tests.support.structure import SUBJECT_CHARACTERS
 
+BODILESS = ("Merge ", "fixup! ", "squash! ", "amend! ")
+"""How the subjects of commits begin that need no body."""
+
+# Git cuts off what follows this line: the diff that `git commit --verbose` shows.
+_SCISSORS = "# ------------------------ >8 ------------------------"
+
 
 def faults(message: str) -> list[str]:
     """What is wrong with a message, one line for each fault."""
-    lines = [line for line in message.splitlines() if not line.startswith("#")]
+    written = message.partition(_SCISSORS)[0]
+    lines = [line for line in written.splitlines() if not line.startswith("#")]
     subject, *body = lines or [""]
     found = []
     if not subject.strip():
@@ -24,6 +32,8 @@ def faults(message: str) -> list[str]:
         found.append("the subject ends in a full stop")
     if body and body[0].strip():
         found.append("an empty line must follow the subject")
+    if subject.strip() and not subject.startswith(BODILESS) and not "".join(body).strip():
+        found.append("the commit has no body; say why in it")
     return found
 
 

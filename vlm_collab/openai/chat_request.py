@@ -64,7 +64,7 @@ def parse_chat(body: bytes | Mapping[str, Any], limits: WireLimits) -> Query:
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
     ignore_tools(fields)
-    fields.end()
+    fields.judge_unread()
     conversation = Conversation.joined(
         _message(fields.inner(message, f"{_MESSAGES}[{i}]"), limits)
         for i, message in enumerate(messages)
@@ -96,7 +96,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     options = fields.inner(value, "stream_options")
     options.skip("include_obfuscation")  # padding against eavesdroppers
     include_usage = options.flag("include_usage")
-    options.end()
+    options.judge_unread()
     if not stream:
         raise refused("stream_options", "allowed only with stream: true")
     return include_usage
@@ -113,7 +113,7 @@ def _message(message: Fields, limits: WireLimits) -> Conversation:
     message.skip("refusal", "annotations", "reasoning", "reasoning_content", "parsed")
     message.skip("tool_call_id")
     content = message.take("content")
-    message.end()
+    message.judge_unread()
     path = message.path("content")
     if not content and (any(calls) or name in ("tool", "function")):
         return Conversation()  # a call without an answer, or a tool without output
@@ -146,17 +146,17 @@ def _part(part: Fields, role: Role, limits: WireLimits) -> str | tuple[PictureSo
         case "text" | "refusal":
             text = part.required_text(kind)
             part.skip("cache_control")
-            part.end()
+            part.judge_unread()
             return text
         case "image_url" if role is Role.USER:
             value = part.take("image_url")
             # Some clients send the address without the object around it.
             image = part.inner({"url": value} if isinstance(value, str) else value, part.path(kind))
             part.skip("cache_control")
-            part.end()
+            part.judge_unread()
             check_detail(image)
             url = image.text("url")
-            image.end()
+            image.judge_unread()
             if url is None:
                 raise image.missing("url")
             param = image.path("url")

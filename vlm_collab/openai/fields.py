@@ -44,7 +44,7 @@ class Fields:
     """One JSON object of a request.
 
     Each method reads one field; a null counts as absent. Wrong types raise an `ApiError` with the
-    field's path. `end` refuses or lists the fields that were not read.
+    field's path. `judge_unread` refuses or lists the fields that were not read.
 
     Args:
         value: the object.
@@ -154,7 +154,7 @@ class Fields:
         if value is not None and not is_any_of(value, accepted):
             raise refused(self.path(name), why)
 
-    def end(self) -> None:
+    def judge_unread(self) -> None:
         """List unread fields as ignored, or refuse them: see `vlm_collab.openai.unsupported`."""
         for name, value in self._left.items():
             if value is not None:

@@ -221,7 +221,7 @@ def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> Resp
         raise refuse("store", "store must be true or false", "invalid_type")
     stream = fields.flag("stream")
     _read_text_options(fields)
-    fields.end()
+    fields.judge_unread()
     items = _read_input(input_value, fields, limits)
     inputs, outputs, continued = items.result()
     return ResponsesRequest(
@@ -278,12 +278,12 @@ def _read_text_options(fields: Fields) -> None:
     if text is not None:
         form = fields.inner(text, "text")
         form.accept_only("format", [{"type": "text"}], "answers are plain text")
-        form.end()
+        form.judge_unread()
     options = fields.take("stream_options")
     if options is not None:
         stream_options = fields.inner(options, "stream_options")
         stream_options.skip("include_obfuscation")  # padding against eavesdroppers
-        stream_options.end()
+        stream_options.judge_unread()
 
 
 class _Items:
@@ -307,7 +307,7 @@ class _Items:
         """Add a call. The ids of other tools' calls identify their outputs."""
         name, call = item.text("name"), item.text("call_id") or ""
         item.skip("id", "status", "arguments", "input", "namespace", "parsed_arguments")
-        item.end()
+        item.judge_unread()
         if name == REGION_TOOL:
             self._regions.add(call)
             self._open = True
@@ -328,7 +328,7 @@ class _Items:
             raise item.missing("call_id")
         item.skip("id", "status", "name")
         output = item.take("output")
-        item.end()
+        item.judge_unread()
         if call in self._others:
             self.add_message(_content(item, output, "output", Role.USER, limits))
             return
@@ -382,7 +382,7 @@ def _reference(item: Fields) -> ItemReference:
     id = item.text("id")
     if not id:
         raise item.missing("id")
-    item.end()
+    item.judge_unread()
     return ItemReference(id, item.path("id"))
 
 
@@ -393,7 +393,7 @@ def _message(item: Fields, limits: WireLimits) -> Conversation:
         raise refuse(item.path("role"), f"{item.path('role')} must be one of {', '.join(_ROLES)}")
     item.skip("id", "status", "phase")  # in answers sent back
     content = item.take("content")
-    item.end()
+    item.judge_unread()
     return _content(item, content, "content", role, limits)
 
 
@@ -433,7 +433,7 @@ def _parts(
                 parts.append((read_picture(url, param, limits), param))
             case kind:
                 raise refused(part.path("type"), f"must be input_text or input_image, not {kind}")
-        part.end()
+        part.judge_unread()
     return parts
 
 

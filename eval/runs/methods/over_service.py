@@ -34,7 +34,7 @@ from eval.runs.methods.method import (
     as_sample_error,
     one_line,
 )
-from eval.runs.methods.two_stage import no_second, region_pixels
+from eval.runs.methods.two_stage import columns_without_second_pass, region_pixels
 from eval.runs.wire import message_bytes
 from eval.tasks.base import Sample, Task
 from vlm_collab.errors import (
@@ -261,7 +261,7 @@ class OverService(Method):
             first_s=first.usage.first_ms / 1000,
             look_s=0.0,
             edge_s=0.0,
-            **no_second(
+            **columns_without_second_pass(
                 text=first.text,
                 score=score,
                 answer_bytes=answer_bytes,

@@ -254,7 +254,7 @@ class TwoStage(Method):
             first_s=seconds["open_view"] + seconds["first_pass"],
             look_s=seconds.get("relative_attention", 0.0),
             edge_s=edge_sample.edge_s,
-            **no_second(
+            **columns_without_second_pass(
                 text=outcome.text,
                 score=self._score(outcome.text, edge_sample.sample),
                 answer_bytes=answer,
@@ -263,7 +263,7 @@ class TwoStage(Method):
         )
 
 
-def no_second(
+def columns_without_second_pass(
     *, text: str, score: float, answer_bytes: int, statistics: dict[str, Any]
 ) -> dict[str, Any]:
     """The columns of the second stage if no region would add detail: those of the first answer.

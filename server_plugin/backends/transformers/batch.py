@@ -121,7 +121,7 @@ class Batch:
             self.visible = F.pad(self.visible, (0, 1), value=True)
         return self._forward(self._adapter.embed(tokens)[:, None], positions)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Continue with some of the sequences only."""
         index = torch.tensor(rows, device=self._adapter.device)
         for layer in layers_of(self.cache):

@@ -171,7 +171,7 @@ class Passes:
                 row,
                 len(prompt.ids)
                 - state.cached
-                + (0 if state.prefix is None else state.prefix.take_uncounted()),
+                + (0 if state.prefix is None else state.prefix.take_new_tokens()),
             )
             for state, row in zip(views, rows, strict=True)
         }
@@ -217,7 +217,7 @@ class Passes:
             if not live:
                 return
             if len(live) < len(answers):
-                batch.keep(live)
+                batch.select_rows(live)
                 answers = [answers[number] for number in live]
             hidden = batch.step([answer.ids[-1] for answer in answers])
 
@@ -248,7 +248,7 @@ class Passes:
                 steps=tuple(answer.steps),
                 ended=ended,
                 prefilled_tokens=answer.prefilled_tokens
-                + (0 if details.state.prefix is None else details.state.prefix.take_uncounted()),
+                + (0 if details.state.prefix is None else details.state.prefix.take_new_tokens()),
                 context_tokens=len(details.prompt.ids),
                 row=answer.row,
                 surprisals=tuple(answer.surprisals),
@@ -328,7 +328,9 @@ class Passes:
                 if picture == prompt.views:
                     continue
                 first = batch.place(number, run.start) - begin
-                one = self._adapter.on_grid(row[first : first + len(run)], attention[picture])
+                one = self._adapter.attention_per_cell(
+                    row[first : first + len(run)], attention[picture]
+                )
                 # For a picture at several places, the sum over them.
                 cells[picture] = cells[picture] + one if picture in cells else one
             ordered = [cells[picture] for picture in range(prompt.views)]

@@ -62,10 +62,10 @@ class Prefix:
         cached = (t.nbytes for one in layers_of(self.cache) for t in (one.keys, one.values))
         return int(attention + sum(cached))
 
-    def take_uncounted(self) -> int:
+    def take_new_tokens(self) -> int:
         """Return the positions to report as prefilled; 0 from the second call on."""
         tokens, self.uncounted_tokens = self.uncounted_tokens, 0
-        return tokens + (0 if self.longer is None else self.longer.take_uncounted())
+        return tokens + (0 if self.longer is None else self.longer.take_new_tokens())
 
 
 @dataclass(slots=True, eq=False)

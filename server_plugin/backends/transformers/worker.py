@@ -45,7 +45,7 @@ class WorkerClosedError(Exception):
     """The worker was closed before the job began."""
 
 
-class _Alone:
+class UnbatchedJob:
     """The kind of a job that always runs alone: no two instances are equal."""
 
 
@@ -94,7 +94,7 @@ class BatchWorker:
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
         """Run a function alone on the thread, when its turn comes."""
-        job = Job(_Alone(), 1, work)
+        job = Job(UnbatchedJob(), 1, work)
         self._put(job)
         return job.future
 
@@ -141,7 +141,7 @@ class BatchWorker:
 
     def _work(self, jobs: list[Job]) -> None:
         try:
-            if isinstance(jobs[0].kind, _Alone):
+            if isinstance(jobs[0].kind, UnbatchedJob):
                 jobs[0].future.set_result(jobs[0].payload())
             else:
                 self._execute(jobs[0].kind, jobs)

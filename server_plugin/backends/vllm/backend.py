@@ -198,7 +198,7 @@ class VllmBackend:
         start = prompt.views_span.start
         cells: dict[int, torch.Tensor] = {}
         for run, picture in prompt.runs():
-            one = self._adapter.on_grid(row[run.start - start : run.stop - start], None)
+            one = self._adapter.attention_per_cell(row[run.start - start : run.stop - start], None)
             # For a picture at several places, the sum over them.
             cells[picture] = cells[picture] + one if picture in cells else one
         grid: NDArray[np.float32] = torch.cat([cells[i] for i in range(prompt.views)]).numpy()

@@ -169,7 +169,7 @@ class Adapter(ABC):
         """
         return VisualTokens(encoded)
 
-    def on_grid(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
+    def attention_per_cell(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
         """Convert attention to visual tokens into attention to grid cells.
 
         Args:

@@ -86,7 +86,7 @@ class LlavaAdapter(Adapter):
         ).pooler_output
         return list(features)
 
-    def on_grid(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
+    def attention_per_cell(self, row: Tensor, cell_attention: Tensor | None) -> Tensor:
         # The "full" feature strategy keeps the class token before the patches.
         cells = self.layout.grid.rows * self.layout.grid.columns
         return row[len(row) - cells :]

@@ -27,7 +27,7 @@ from server_plugin.service import connection
 from server_plugin.service.asgi import Service
 from server_plugin.service.config import ServiceConfig
 from server_plugin.service.runner import running
-from tests.eval.test_harness_run import Changed
+from tests.eval.test_runs_loop import Changed
 from tests.support.pictures import saved
 from vlm_collab.errors import ConfigError, LinkError
 

@@ -42,7 +42,7 @@ class _PreparedQuestion:
     originals: Sequence[OriginalPicture]
 
 
-class OverNetwork(AnswerSource):
+class ServiceSource(AnswerSource):
     """A running service.
 
     Args:
