@@ -224,16 +224,6 @@ def response_of(error: ApiError, form: RefusalFormat) -> Response:
     return Response(error.encoded(), error.status, headers, media_type="application/json")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def checked_names(names: frozenset[str]) -> frozenset[str]:
     """Check host names and convert them to lower case.
 
