@@ -34,6 +34,7 @@ from starlette.websockets import WebSocket
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import ApiError
 from vlm_collab.page import token_in
+from vlm_collab.web.health import ALIVE, READY
 
 _METHODS = ("GET", "POST", "DELETE")
 _MOST_SHOWN_CHARS = 100
@@ -194,7 +195,7 @@ def is_open(path: str) -> bool:
     Args:
         path: relative to where the application is mounted.
     """
-    if path in ("/", "/healthz", "/readyz"):
+    if path in ("/", ALIVE, READY):
         return True
     return path.startswith("/page/") and path != "/page/access"
 
