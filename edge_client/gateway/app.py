@@ -35,8 +35,9 @@ from vlm_collab.openai import (
     model_object,
     models_list,
 )
-from vlm_collab.web.access import Gate, RefusalFormat, response_of
+from vlm_collab.web.gate import Gate
 from vlm_collab.web.health import ALIVE, READY, Readiness, health_routes
+from vlm_collab.web.refusals import RefusalFormat, response_of
 from vlm_collab.web.streams import ClientGoneError
 from vlm_collab.web.unknown_routes import unknown_routes
 

@@ -25,7 +25,7 @@ from server_plugin.service.state import ServiceState
 from vlm_collab.openai import ApiError
 from vlm_collab.protocol.edge_session import MAX_VIEW_PIXELS
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web.access import Gate
+from vlm_collab.web.gate import Gate
 from vlm_collab.web.health import ALIVE, READY, Readiness, health_routes
 from vlm_collab.web.page_routes import page_routes
 from vlm_collab.web.unknown_routes import unknown_routes
