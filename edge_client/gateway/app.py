@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 
 from edge_client.client import ClientOptions
@@ -27,7 +27,6 @@ from edge_client.gateway.page import Page
 from edge_client.gateway.responses import ResponsesEndpoint
 from edge_client.gateway.streaming import FAILED
 from edge_client.link.dial import DEFAULT_URL
-from vlm_collab import __version__
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import (
     ApiError,
@@ -36,13 +35,15 @@ from vlm_collab.openai import (
     model_object,
     models_list,
 )
-from vlm_collab.web.access import Gate, RefusalFormat, response_of
+from vlm_collab.web.gate import Gate
+from vlm_collab.web.health import ALIVE, READY, Readiness, health_routes
+from vlm_collab.web.refusals import RefusalFormat, response_of
 from vlm_collab.web.streams import ClientGoneError
 from vlm_collab.web.unknown_routes import unknown_routes
 
 log = logging.getLogger(__name__)
 
-HEALTH = ("/healthz", "/readyz")
+HEALTH = (ALIVE, READY)
 """Paths that are answered even if no connection slot is free."""
 
 _MODELS_WAIT_S = 5.0
@@ -92,8 +93,7 @@ class Gateway:
         routes = [
             *api,
             Mount("/cameras/{camera}", routes=api),
-            Route("/healthz", self._health),
-            Route("/readyz", self._ready),
+            *health_routes(self._readiness),
             *self._page.routes(),
         ]
         return Starlette(
@@ -148,18 +148,13 @@ class Gateway:
         context = await camera.texts.context_tokens(welcome.model, wait_s)
         return json_response(model_object(name, self._created, context))
 
-    async def _health(self, _: Request) -> Response:
-        """Report that the process is alive."""
-        return PlainTextResponse("ok")
-
-    async def _ready(self, _: Request) -> Response:
+    async def _readiness(self) -> Readiness:
         """Report whether the server can be reached."""
         try:
-            model: str | None = (await self.answerer.welcome(_READY_WAIT_S)).model
+            welcome = await self.answerer.welcome(_READY_WAIT_S)
         except CollabError:
-            model = None
-        body = {"ready": model is not None, "model": model, "version": __version__}
-        return json_response(body, 200 if model is not None else 503)
+            return Readiness(False, None)
+        return Readiness(True, welcome.model)
 
 
 def _log_refusal(client: HTTPConnection, error: ApiError) -> None:

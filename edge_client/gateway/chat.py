@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 
 from starlette.requests import Request
@@ -21,6 +20,7 @@ from vlm_collab.openai import (
     chat_is_text,
     completion,
     ignored_header,
+    new_completion_id,
     parse_chat,
     without_ignored,
 )
@@ -54,7 +54,7 @@ class ChatEndpoint:
                 aliases = self._config.aliases
                 return await forward_chat(request, camera, kept, ignored, slot, aliases)
             query = await asyncio.to_thread(parse_chat, body, limits.wire)
-            id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+            id, created = new_completion_id(), int(time.time())
             model = await while_connected(request.receive, camera.model_name(query))
             headers = ignored_header(query.ignored)
             if query.stream:

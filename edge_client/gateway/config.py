@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from edge_client.client import DEFAULT_DEADLINE_S
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import WireLimits
-from vlm_collab.web.access import Rules, checked_names, is_loopback
+from vlm_collab.web.access import Rules, checked_names
+from vlm_collab.web.settings import check_max_per_address, check_not_open_to_all, check_port
 
 DEFAULT_PORT = 8766
 
@@ -59,8 +60,7 @@ class GatewayLimits:
     fetch_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.max_per_address is not None and self.max_per_address < 0:
-            raise ConfigError(f"max_per_address must be 0 or more, not {self.max_per_address}")
+        check_max_per_address(self.max_per_address)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,7 @@ class GatewayConfig:
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        check_port(self.port)
         if not self.deadline_s > 0:
             raise ConfigError(f"the deadline must be more than 0 s, not {self.deadline_s:g}")
         if self.api_key is not None and not _is_valid_key(self.api_key):
@@ -103,11 +102,13 @@ class GatewayConfig:
         checked_names(self.host_names)
         if "*" in self.origins:
             raise ConfigError("--origin takes the origin of a page, such as https://example.org")
-        if self.api_key is None and not self.allow_anonymous and not is_loopback(self.host):
-            raise ConfigError(
-                f"listening on {self.host} without an API key lets anyone in; "
-                "give --api-key-file or VLM_COLLAB_API_KEY, or --allow-anonymous to allow this"
-            )
+        check_not_open_to_all(
+            self.host,
+            self.api_key,
+            allow_anonymous=self.allow_anonymous,
+            token_name="an API key",
+            options="--api-key-file or VLM_COLLAB_API_KEY",
+        )
 
     @property
     def rules(self) -> Rules:

@@ -18,8 +18,8 @@ from edge_client.link.dial import ENDPOINT, dial
 from vlm_collab.errors import CollabError
 from vlm_collab.openai import ApiError, api_error
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web.access import RefusalFormat, response_of
 from vlm_collab.web.page_routes import page_routes
+from vlm_collab.web.refusals import RefusalFormat, response_of
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 
 from starlette.requests import Request
@@ -20,7 +19,9 @@ from vlm_collab.openai import (
     Result,
     TextStream,
     Url,
+    deleted_response,
     ignored_header,
+    new_response_id,
     parse_responses,
     refuse,
 )
@@ -66,7 +67,7 @@ class ResponsesEndpoint:
                 )
             previous = self._store.get(camera.camera, parsed.previous_response_id)
             query = parsed.query(previous)
-            id, created = f"resp_{secrets.token_hex(24)}", int(time.time())
+            id, created = new_response_id(), int(time.time())
             model = await while_connected(request.receive, camera.model_name(query))
             builder = ResponseBuilder(parsed, id=id, created=created, model=model)
             headers = ignored_header(query.ignored)
@@ -103,4 +104,4 @@ class ResponsesEndpoint:
         """
         id = str(request.path_params["id"])
         self._store.forget(camera.camera, id)
-        return json_response({"id": id, "object": "response", "deleted": True})
+        return json_response(deleted_response(id))

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
@@ -22,17 +22,17 @@ from server_plugin.service.connection import Connection
 from server_plugin.service.logs import REFUSED
 from server_plugin.service.openai.endpoint import OpenAiEndpoint
 from server_plugin.service.state import ServiceState
-from vlm_collab import __version__
 from vlm_collab.openai import ApiError
 from vlm_collab.protocol.edge_session import MAX_VIEW_PIXELS
 from vlm_collab.protocol.messages import SUBPROTOCOL
-from vlm_collab.web.access import Gate
+from vlm_collab.web.gate import Gate
+from vlm_collab.web.health import ALIVE, READY, Readiness, health_routes
 from vlm_collab.web.page_routes import page_routes
 from vlm_collab.web.unknown_routes import unknown_routes
 
 log = logging.getLogger(__name__)
 
-HEALTH = ("/healthz", "/readyz", "/metrics")
+HEALTH = (ALIVE, READY, "/metrics")
 """Paths that are answered even when all connections are taken."""
 
 CLOSING_S = 3.0
@@ -100,8 +100,7 @@ class Service:
         """
         return [
             WebSocketRoute(ENDPOINT, self._websocket),
-            Route("/healthz", self._health),
-            Route("/readyz", self._ready),
+            *health_routes(self._readiness),
             Route("/metrics", self._metrics),
             *page_routes(self._refusal),
         ]
@@ -184,15 +183,9 @@ class Service:
             return PlainTextResponse(reason, 503, {"Retry-After": "1"})
         return None
 
-    async def _health(self, _: Request) -> Response:
-        """The process is alive."""
-        return PlainTextResponse("ok")
-
-    async def _ready(self, _: Request) -> Response:
+    async def _readiness(self) -> Readiness:
         """Whether questions are accepted."""
-        info, ready = self.state.engine.backend.info, self.state.closed is None
-        body = {"ready": ready, "model": info.name, "version": __version__}
-        return JSONResponse(body, 200 if ready else 503)
+        return Readiness(self.state.closed is None, self.state.engine.backend.info.name)
 
     async def _metrics(self, _: Request) -> Response:
         text = self.state.metrics.text()

@@ -9,7 +9,8 @@ from typing import Any
 from vlm_collab.errors import ConfigError
 from vlm_collab.pictures.images import Codec
 from vlm_collab.protocol.server_session import ServerLimits
-from vlm_collab.web.access import Rules, checked_names, is_loopback
+from vlm_collab.web.access import Rules, checked_names
+from vlm_collab.web.settings import check_max_per_address, check_not_open_to_all, check_port
 
 ENDPOINT = "/v1/collab"
 DEFAULT_PORT = 8765
@@ -68,8 +69,7 @@ class ServiceLimits:
                 continue
             if value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
-        if self.max_per_address is not None and self.max_per_address < 0:
-            raise ConfigError(f"max_per_address must be 0 or more, not {self.max_per_address}")
+        check_max_per_address(self.max_per_address)
 
 
 def service_limits(*, max_question_bytes: int | None = None, **others: Any) -> ServiceLimits:
@@ -166,8 +166,7 @@ class ServiceConfig:
     openai: OpenAiLimits = field(default_factory=OpenAiLimits)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        check_port(self.port)
         if not 1 <= self.region_quality <= 100:
             raise ConfigError(f"quality must be between 1 and 100, not {self.region_quality}")
         if self.token is not None and not self.token.strip():
@@ -183,11 +182,13 @@ class ServiceConfig:
         for file in (self.tls_cert, self.tls_key):
             if file is not None and not file.is_file():
                 raise ConfigError(f"no such TLS file: {file}")
-        if self.token is None and not self.allow_anonymous and not is_loopback(self.host):
-            raise ConfigError(
-                f"listening on {self.host} without a token lets anyone use the server; give "
-                "--token-file or VLM_COLLAB_TOKEN, or --allow-anonymous if that is intended"
-            )
+        check_not_open_to_all(
+            self.host,
+            self.token,
+            allow_anonymous=self.allow_anonymous,
+            token_name="a token",
+            options="--token-file or VLM_COLLAB_TOKEN",
+        )
 
     @property
     def scheme(self) -> str:

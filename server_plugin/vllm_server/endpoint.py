@@ -37,10 +37,10 @@ from server_plugin.service.config import ENDPOINT, ServiceConfig, ServiceLimits,
 from server_plugin.service.logs import REFUSED
 from vlm_collab.errors import CollabError, ConfigError
 from vlm_collab.pictures.images import Codec
-from vlm_collab.web.access import is_loopback
 from vlm_collab.web.connection_limits import ConnectionSlots
 from vlm_collab.web.log_throttle import LIBRARIES, LogThrottle
 from vlm_collab.web.server import drop_client, limit_connections
+from vlm_collab.web.settings import is_loopback
 
 log = logging.getLogger(__name__)
 

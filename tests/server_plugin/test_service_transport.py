@@ -443,7 +443,7 @@ async def test_connections_of_one_address_are_bounded():
         async with edge(live.url), edge(live.url):
             refused = await live.open().get("/v1/models")
             assert b" 503 " in refused
-            assert b"2 connections from this address" in refused
+            assert b"at most 2 at once from one address" in refused
             assert "503" in await live.open().upgrade()
             assert b" 200 " in await live.open().get("/healthz")
             assert b" 200 " in await live.open(source="127.0.0.2").get("/v1/models")

@@ -24,19 +24,20 @@ from vlm_collab.openai.answer import (
     stage_name,
 )
 from vlm_collab.openai.bounds import check_text_length
-from vlm_collab.openai.chat_reply import ChatStream, completion, finish_reason
+from vlm_collab.openai.chat_reply import ChatStream, completion, finish_reason, new_completion_id
 from vlm_collab.openai.chat_request import parse_chat
 from vlm_collab.openai.conversation import Conversation, PictureSource, Query, Role, Url, WireLimits
 from vlm_collab.openai.errors import ApiError, api_error, no_such_route, refuse
 from vlm_collab.openai.fields import decode_body
 from vlm_collab.openai.hidden_pictures import refuse_pictures_in
 from vlm_collab.openai.parameters import without_tools
-from vlm_collab.openai.responses_reply import ResponseBuilder
+from vlm_collab.openai.responses_reply import ResponseBuilder, deleted_response
 from vlm_collab.openai.responses_request import (
     REGION_TOOL,
     CallOutput,
     ResponsesRequest,
     call_id,
+    new_response_id,
     parse_responses,
 )
 from vlm_collab.openai.text_only import chat_is_text, texts_of, without_ignored
@@ -69,10 +70,13 @@ __all__ = [
     "check_text_length",
     "completion",
     "decode_body",
+    "deleted_response",
     "finish_reason",
     "ignored_header",
     "model_object",
     "models_list",
+    "new_completion_id",
+    "new_response_id",
     "no_such_route",
     "parse_chat",
     "parse_responses",

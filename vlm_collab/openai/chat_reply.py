@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from vlm_collab.openai.answer import DONE, Result, logprobs_of, sse
@@ -27,6 +28,11 @@ def _logprobs(result: Result) -> dict[str, Any] | None:
     if not result.tokens:
         return None
     return {"content": logprobs_of(result.tokens), "refusal": None}
+
+
+def new_completion_id() -> str:
+    """An id for a new chat completion."""
+    return f"chatcmpl-{secrets.token_hex(16)}"
 
 
 def completion(result: Result, *, id: str, created: int, model: str) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from vlm_collab.openai.responses_request import (
 from vlm_collab.protocol.messages import Finish
 
 
+def deleted_response(id: str) -> dict[str, Any]:
+    """The reply to the deletion of a stored response."""
+    return {"id": id, "object": "response", "deleted": True}
+
+
 class ResponseBuilder:
     """Builds one response, as one object or as the events of a stream.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -164,28 +165,33 @@ class ResponsesRequest:
         )
 
 
-_MESSAGE, _CALL = "msg_", "fc_"
+_RESPONSE, _MESSAGE, _CALL = "resp_", "msg_", "fc_"
 _MOST_ID_CHARS = 100
+
+
+def new_response_id() -> str:
+    """An id for a new response, which nobody can guess."""
+    return _RESPONSE + secrets.token_hex(24)
 
 
 def message_id(response_id: str) -> str:
     """The id of a response's only message."""
-    return _MESSAGE + response_id.removeprefix("resp_")
+    return _MESSAGE + response_id.removeprefix(_RESPONSE)
 
 
 def call_item_id(response_id: str) -> str:
     """The item id of a response's only call."""
-    return _CALL + response_id.removeprefix("resp_")
+    return _CALL + response_id.removeprefix(_RESPONSE)
 
 
 def call_id(response_id: str) -> str:
     """The id of a response's only call, which the call's output names."""
-    return "call_" + response_id.removeprefix("resp_")
+    return "call_" + response_id.removeprefix(_RESPONSE)
 
 
 def _response_of(id: str) -> str:
     """The id of the response that an item id or a call id belongs to."""
-    return f"resp_{id.partition('_')[2]}"
+    return _RESPONSE + id.partition("_")[2]
 
 
 def parse_responses(body: bytes | Mapping[str, Any], limits: WireLimits) -> ResponsesRequest:

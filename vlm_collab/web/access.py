@@ -1,6 +1,6 @@
 """Access rules: the `Host` header, the `Origin` header, and the token.
 
-`Gate` applies three rules to every route of an application:
+`Gate` (in `gate`) applies three rules to every route of an application:
 
 1. `Host`. Without a token, a server answers only to names that nobody else can own: loopback names,
    IP addresses, and names that the owner lists. This stops DNS rebinding: a page whose name was
@@ -18,34 +18,19 @@ Preflight requests of listed origins are answered before rule 3, because they ca
 
 from __future__ import annotations
 
-import enum
 import hmac
 import ipaddress
-from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
-from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket
 
 from vlm_collab.errors import ConfigError
 from vlm_collab.openai import ApiError
 from vlm_collab.page import token_in
+from vlm_collab.web.health import ALIVE, READY
 
-_METHODS = ("GET", "POST", "DELETE")
 _MOST_SHOWN_CHARS = 100
-
-
-class RefusalFormat(enum.Enum):
-    """How a refusal is written."""
-
-    JSON = "JSON"
-    """An error object as in OpenAI's API."""
-    TEXT = "text"
-    """A line of text, for pages, probes and WebSockets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,114 +109,15 @@ class Rules:
         return bool(name) and (name == "localhost" or _is_address(name) or listed)
 
 
-class Gate:
-    """ASGI middleware that applies the access rules to an application.
-
-    Args:
-        app: the application, or a part of it.
-        rules: see `Rules`.
-        refused: called with each refused client.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        rules: Rules,
-        refused: Callable[[HTTPConnection, ApiError], None] = lambda client, error: None,
-    ) -> None:
-        self._app = app
-        self._rules = rules
-        self._refused = refused
-        self._inner: ASGIApp = self._with_token
-        if rules.origins:
-            self._inner = CORSMiddleware(
-                self._with_token,
-                allow_origins=sorted(rules.origins),
-                allow_methods=_METHODS,
-                allow_headers=("*",),
-                # A listed page on the internet may use a server in a private network.
-                allow_private_network=True,
-                # Such as Retry-After, and the header that lists ignored parameters.
-                expose_headers=("*",),
-            )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        client = HTTPConnection(scope)
-        error = self._rules.host_refusal(client)
-        if error is None and not _is_file(scope):
-            error = self._rules.origin_refusal(client)
-        if error is not None:
-            await self._refuse(error, scope, receive, send)
-        else:
-            await self._inner(scope, receive, send)
-
-    async def _with_token(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = None
-        if scope["type"] != "http" or not is_open(_path_of(scope)):
-            error = self._rules.token_refusal(HTTPConnection(scope))
-        if error is not None:
-            await self._refuse(error, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        client = HTTPConnection(scope)
-        self._refused(client, error)
-        if scope["type"] == "websocket":
-            websocket = WebSocket(scope, receive, send)
-            await websocket.send_denial_response(response_of(error, RefusalFormat.TEXT))
-        else:
-            await response_of(error, format_of(_path_of(scope)))(scope, receive, send)
-
-
 def is_open(path: str) -> bool:
     """Whether a route needs no token: health checks, and the files of the page.
 
     Args:
         path: relative to where the application is mounted.
     """
-    if path in ("/", "/healthz", "/readyz"):
+    if path in ("/", ALIVE, READY):
         return True
     return path.startswith("/page/") and path != "/page/access"
-
-
-def _is_file(scope: Scope) -> bool:
-    """Whether the request is for a file of the page."""
-    path = _path_of(scope)
-    return scope["type"] == "http" and is_open(path) and (path == "/" or path.startswith("/page/"))
-
-
-def format_of(path: str) -> RefusalFormat:
-    """The format of a route's refusals."""
-    return (
-        RefusalFormat.TEXT
-        if is_open(path) or path in ("/page/access", "/metrics")
-        else RefusalFormat.JSON
-    )
-
-
-def response_of(error: ApiError, form: RefusalFormat) -> Response:
-    """Convert an error to a response."""
-    headers = error.headers()
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if form is RefusalFormat.TEXT:
-        return PlainTextResponse(str(error), error.status, headers)
-    return Response(error.encoded(), error.status, headers, media_type="application/json")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def checked_names(names: frozenset[str]) -> frozenset[str]:
@@ -246,12 +132,6 @@ def checked_names(names: frozenset[str]) -> frozenset[str]:
                 f"--host-name takes a name without a port, such as camera.lan, not {name}"
             )
     return frozenset(name.lower() for name in names)
-
-
-def _path_of(scope: Scope) -> str:
-    """A request's path, relative to where the application is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _name_of(host: str) -> str:

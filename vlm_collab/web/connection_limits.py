@@ -13,7 +13,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_collab.openai import ApiError
-from vlm_collab.web.access import format_of, response_of
+from vlm_collab.web.refusals import format_of, response_of
 
 log = logging.getLogger(__name__)
 

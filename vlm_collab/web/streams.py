@@ -82,6 +82,9 @@ class EventStream(Response):
     after silence, adds headers, ends streams when a shutdown begins, and patches uvicorn's signal
     handler on import.
 
+    Only the gateway uses it. The service streams with its own `Sender`, which has other headers and
+    sends no comments in silence; see there.
+
     Args:
         first: the events that are ready.
         rest: makes the other events. It has been started already, and is closed at the end.

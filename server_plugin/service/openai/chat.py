@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 
 import msgspec
@@ -18,7 +17,15 @@ from server_plugin.service.openai.pending import RegionRequested
 from server_plugin.service.openai.reply import AnswerStream, result_of
 from server_plugin.service.openai.response_store import ByteTally
 from server_plugin.service.openai.transport import Sender
-from vlm_collab.openai import ChatStream, Query, check_model, completion, ignored_header, parse_chat
+from vlm_collab.openai import (
+    ChatStream,
+    Query,
+    check_model,
+    completion,
+    ignored_header,
+    new_completion_id,
+    parse_chat,
+)
 
 
 class ChatHandler:
@@ -38,7 +45,7 @@ class ChatHandler:
         sender.headers |= ignored_header(query.ignored)
         question = self._intake.accept(client, query, pictures, client_crops=False)
         tally = ByteTally(up=len(body), pictures=pictures.sent_bytes)
-        id, created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+        id, created = new_completion_id(), int(time.time())
         writer = ChatStream(
             id=id, created=created, model=self._intake.model, include_usage=query.include_usage
         )

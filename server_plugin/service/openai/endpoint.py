@@ -26,7 +26,7 @@ from server_plugin.service.openai.response_store import ResponseStore
 from server_plugin.service.openai.responses import ResponsesHandler, unknown_response
 from server_plugin.service.openai.transport import Bodies, Sender, headers_of
 from server_plugin.service.state import ServiceState
-from vlm_collab.openai import ApiError, check_model, model_object, models_list
+from vlm_collab.openai import ApiError, check_model, deleted_response, model_object, models_list
 from vlm_collab.web.streams import ClientGoneError, while_connected
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class OpenAiEndpoint:
         known = [each.forget(tenant, id) for each in (self.responses, self.answers)]
         if not any(known):
             raise unknown_response(id, "response_id")
-        return {"id": id, "object": "response", "deleted": True}
+        return deleted_response(id)
 
 
 class _QuestionRoute:

@@ -6,7 +6,6 @@ question waits in `ResponseStore` between two requests.
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass, replace
 
@@ -41,6 +40,7 @@ from vlm_collab.openai import (
     call_id,
     check_model,
     ignored_header,
+    new_response_id,
     parse_responses,
     refuse,
 )
@@ -215,7 +215,7 @@ class ResponsesHandler:
         """Answer with a text, or with a call of the region tool."""
         request, question, tally = pending.request, pending.question, pending.tally
         tenant = pending.client.tenant
-        id = f"resp_{secrets.token_hex(24)}"
+        id = new_response_id()
         builder = ResponseBuilder(
             request, id=id, created=int(time.time()), model=self._intake.model
         )

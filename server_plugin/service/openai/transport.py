@@ -18,6 +18,9 @@ from vlm_collab.web.streams import ClientGoneError
 class Bodies:
     """Reads request bodies within a budget for all of them.
 
+    The budget counts bytes that have arrived, and a request beyond it is refused at once. The
+    gateway's budget (`Admission`) counts announced bytes too, and lets requests wait in a queue.
+
     Args:
         limits: bounds.
         timeout_s: longest time that a request may take to arrive.
@@ -84,6 +87,15 @@ def headers_of(error: ApiError) -> dict[str, str]:
 
 class Sender:
     """The response to one request: one JSON object, or a stream of events.
+
+    The gateway streams with `EventStream` (`vlm_collab.web.streams`). The two differ on the wire:
+
+    - This one sends `Cache-Control: no-store` and `X-Accel-Buffering: no`; `EventStream` sends
+      `no-cache`, and a comment after each silence, which this one does not.
+    - This one is called with each piece, bounds the time of each send, and counts the bytes for the
+      metrics. `EventStream` takes its pieces from a generator and watches for a disconnect itself.
+
+    Clients and proxies see most of these differences, so one class would need a parameter for each.
 
     Args:
         send: see ASGI.
