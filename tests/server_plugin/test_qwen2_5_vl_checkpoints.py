@@ -155,7 +155,7 @@ def swap_tokenizer(folder: Path) -> None:
             change_json("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
             "is a CLIPImageProcessor.*, which gives no grid of patches; .* do not belong together",
         ),
-        (remove("config.json"), "no model checkpoint"),
+        (remove("config.json"), "not a model checkpoint"),
         (change_json("config.json", vision_config=3), "cannot load its config.json"),
     ],
 )
