@@ -5,6 +5,7 @@ All figures come from the committed results files; this module contains the text
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,7 @@ def text() -> str:
 
 def main() -> None:
     """Write the model card."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     (FOLDER / "README.md").write_text(text())
 
 
