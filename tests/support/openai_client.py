@@ -109,3 +109,39 @@ def png(image: Image.Image, **options: Any) -> bytes:
 def opened(data: bytes) -> Image.Image:
     """A file's picture."""
     return Image.open(io.BytesIO(data))
+
+
+async def chat(client, messages, *, stream=False, **options):
+    """The text and the report of a completion."""
+    options = {"model": "fake", "messages": messages, **options}
+    if not stream:
+        whole = await client.chat.completions.create(**options)
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.prompt_tokens > 0
+        return whole.choices[0].message.content, whole.vlm_collab
+    chunks = [
+        chunk
+        async for chunk in await client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    ]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens > 0
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    return text, chunks[-1].vlm_collab
+
+
+async def respond(client, input_message, *, stream=False, **options):
+    """The text and the report of a response."""
+    options = {"model": "fake", "input": input_message, **options}
+    if not stream:
+        whole = await client.responses.create(**options)
+        assert whole.status == "completed"
+        return whole.output_text, whole.vlm_collab
+    events = [event async for event in await client.responses.create(**options, stream=True)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.completed"
+    text = "".join(event.delta for event in events if event.type.endswith("text.delta"))
+    assert events[-1].response.output_text == text
+    return text, events[-1].response.vlm_collab
